@@ -1,0 +1,196 @@
+//! One call: who it is for the log, how long it may take, and when it happened.
+
+use std::{
+    fmt,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use uuid::Uuid;
+
+use crate::error::{Error, Reason};
+
+/// Made by the server for every call; in logs, audit and errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallId(Uuid);
+
+impl CallId {
+    /// A new id; version 7, so that ids sort by time.
+    pub fn fresh() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// From the text form, as in the audit log.
+    pub fn parse(text: &str) -> Option<Self> {
+        Uuid::try_parse(text).ok().map(Self)
+    }
+
+    /// The 16 bytes.
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+
+    /// From 16 bytes.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        Uuid::from_slice(bytes).ok().map(Self)
+    }
+}
+
+impl fmt::Display for CallId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Chosen by the client to make a retry of a mutation safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(Uuid);
+
+impl RequestId {
+    /// From the UUID's text form; empty text is no request id.
+    pub fn parse(text: &str) -> Result<Option<Self>, Error> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        match Uuid::try_parse(text) {
+            Ok(uuid) if !uuid.is_nil() => Ok(Some(Self(uuid))),
+            _ => Err(Error::violation(
+                "request_id",
+                "empty or a UUID that is not nil",
+            )),
+        }
+    }
+
+    /// The 16 bytes.
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The moment after which nobody waits for the answer any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline(Instant);
+
+impl Deadline {
+    /// This long from now.
+    pub fn after(duration: Duration) -> Self {
+        Self(Instant::now() + duration)
+    }
+
+    /// At that moment.
+    pub fn at(instant: Instant) -> Self {
+        Self(instant)
+    }
+
+    /// The moment.
+    pub fn instant(self) -> Instant {
+        self.0
+    }
+
+    /// What is left; zero when it has passed.
+    pub fn remaining(self) -> Duration {
+        self.0.saturating_duration_since(Instant::now())
+    }
+
+    /// An error when the deadline has passed.
+    pub fn check(self) -> Result<(), Error> {
+        if self.remaining().is_zero() {
+            Err(Error::new(Reason::Deadline, "deadline passed"))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// What every use case is told of the call it serves.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Made by the server.
+    pub id: CallId,
+    /// Where the connection comes from, `address:port`, or `local` for the command line.
+    pub peer: String,
+    /// When the answer is due.
+    pub deadline: Deadline,
+}
+
+impl Call {
+    /// A call that starts now.
+    pub fn start(peer: impl Into<String>, deadline: Deadline) -> Self {
+        Self {
+            id: CallId::fresh(),
+            peer: peer.into(),
+            deadline,
+        }
+    }
+}
+
+/// UTC microseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    /// Now, by the system clock. A clock before 1970 reads as 1970; one after the year 294246 as that year.
+    pub fn now() -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+    }
+
+    /// From microseconds since 1970.
+    pub const fn from_micros(micros: i64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since 1970.
+    pub const fn micros(self) -> i64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Timestamp {
+    /// RFC 3339 with microseconds, in UTC.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nanos = i128::from(self.0) * 1_000;
+        let text = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)
+            .ok()
+            .and_then(|at| {
+                at.format(&time::format_description::well_known::Rfc3339)
+                    .ok()
+            });
+        match text {
+            Some(text) => f.write_str(&text),
+            None => write!(f, "{} us", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_uuids() {
+        assert_eq!(RequestId::parse("").unwrap(), None);
+        assert!(
+            RequestId::parse("7d444840-9dc0-11d1-b245-5ffdce74fad2")
+                .unwrap()
+                .is_some()
+        );
+        for bad in ["x", "00000000-0000-0000-0000-000000000000", " "] {
+            assert_eq!(RequestId::parse(bad).unwrap_err().reason(), Reason::Request);
+        }
+    }
+
+    #[test]
+    fn a_passed_deadline_is_an_error() {
+        let past = Deadline::after(Duration::ZERO);
+        assert_eq!(past.check().unwrap_err().reason(), Reason::Deadline);
+        assert!(Deadline::after(Duration::from_secs(60)).check().is_ok());
+    }
+}

@@ -1,0 +1,337 @@
+//! The envelope: the versioned bytes that hold one wrapped user key, and the message that its MAC covers.
+//!
+//! Format 1, all integers big-endian:
+//!
+//! | offset | length | what |
+//! |---|---|---|
+//! | 0 | 1 | format version, 1 |
+//! | 1 | 1 | kind: 1 record, 2 client |
+//! | 2 | 1 | algorithm: 1 RSA-OAEP-SHA-256, 2 RSA-OAEP-SHA-1 |
+//! | 3 | 16 | wrapping key id (`CKA_ID`) |
+//! | 19 | 2 | length of the wrapped bytes, 256 to 512 |
+//! | 21 | n | wrapped bytes |
+//! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's binding key over [`Envelope::mac_message`] |
+//!
+//! What the MAC protects: a row cannot be moved to another tenant, user, key name, record or revision, forged with the
+//! public key alone, or altered, without the token refusing it before the RSA key is used.
+//!
+//! What it does not protect: deletion of a row, and rollback to a row that was valid for the same record and revision
+//! number before. Both are found by holding the store against the audit log.
+
+use std::fmt;
+
+use crate::key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant, WrappingKeyId};
+
+pub mod mac;
+
+use mac::MacMessage;
+
+/// The only format version that is written.
+pub const FORMAT_VERSION: u8 = 1;
+/// Length of an HMAC-SHA-256, in bytes.
+pub const MAC_BYTES: usize = 32;
+/// Shortest wrapped key: the modulus of RSA-2048, in bytes.
+pub const WRAPPED_BYTES_MIN: usize = 256;
+/// Longest wrapped key: the modulus of RSA-4096, in bytes.
+pub const WRAPPED_BYTES_MAX: usize = 512;
+/// Longest context that a client may bind an envelope of its own to, in bytes.
+pub const CLIENT_CONTEXT_BYTES_MAX: usize = 1_024;
+
+const HEADER_BYTES: usize = 3 + ID_BYTES + 2;
+/// Longest envelope, in bytes.
+pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYTES;
+
+/// A MAC made by the token.
+pub type Mac = [u8; MAC_BYTES];
+
+/// How key material was wrapped. The number is written in every envelope and is never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
+    RsaOaepSha256,
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label; only where the operator allows it, for tokens that can do no
+    /// other. The collision attacks on SHA-1 do not apply to OAEP, but no new design should start with it.
+    RsaOaepSha1,
+}
+
+impl Algorithm {
+    /// Number in the envelope.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::RsaOaepSha256 => 1,
+            Self::RsaOaepSha1 => 2,
+        }
+    }
+
+    /// From the number in the envelope.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::RsaOaepSha256),
+            2 => Some(Self::RsaOaepSha1),
+            _ => None,
+        }
+    }
+
+    /// Name as shown to people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::RsaOaepSha256 => "RSA-OAEP-SHA-256",
+            Self::RsaOaepSha1 => "RSA-OAEP-SHA-1",
+        }
+    }
+}
+
+/// Where an envelope belongs. Kinds never verify as each other.
+#[derive(Clone, Copy, Debug)]
+pub enum Context<'a> {
+    /// One revision of one record in the store.
+    Record {
+        /// Tenant, user and key name.
+        address: &'a KeyAddress,
+        /// The record, new at every create.
+        record_id: RecordId,
+        /// The revision.
+        revision: Revision,
+    },
+    /// An envelope that a client keeps itself. Reserved: the format is fixed so that it never verifies as a record.
+    Client {
+        /// The client's tenant.
+        tenant: &'a Tenant,
+        /// The client's own words, at most 1,024 bytes.
+        context: &'a ClientContext,
+    },
+}
+
+impl Context<'_> {
+    const fn kind(&self) -> Kind {
+        match self {
+            Self::Record { .. } => Kind::Record,
+            Self::Client { .. } => Kind::Client,
+        }
+    }
+}
+
+/// What a client binds an envelope of its own to: at most 1,024 bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientContext(Vec<u8>);
+
+impl ClientContext {
+    /// From at most 1,024 bytes.
+    pub fn new(bytes: Vec<u8>) -> Option<Self> {
+        (bytes.len() <= CLIENT_CONTEXT_BYTES_MAX).then_some(Self(bytes))
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Who keeps the envelope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The store.
+    Record,
+    /// A client.
+    Client,
+}
+
+impl Kind {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Record => 1,
+            Self::Client => 2,
+        }
+    }
+}
+
+/// Why bytes are not an envelope. Callers learn none of this; the log does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseError {
+    /// Fewer bytes than the fields need.
+    #[error("the envelope is cut short")]
+    Truncated,
+    /// A format version that this release does not know.
+    #[error("unknown envelope format version {0}")]
+    Version(u8),
+    /// A kind that this release does not know.
+    #[error("unknown envelope kind {0}")]
+    Kind(u8),
+    /// An algorithm that this release does not know.
+    #[error("unknown envelope algorithm {0}")]
+    Algorithm(u8),
+    /// Wrapped bytes that no permitted RSA key can have made.
+    #[error("wrapped key of {0} bytes")]
+    WrappedLength(usize),
+    /// Bytes after the end.
+    #[error("{0} bytes after the end of the envelope")]
+    Trailing(usize),
+}
+
+/// One wrapped user key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Envelope {
+    kind: Kind,
+    algorithm: Algorithm,
+    wrapping_key: WrappingKeyId,
+    wrapped: Vec<u8>,
+    mac: Mac,
+}
+
+/// An envelope whose MAC is still to be made.
+#[derive(Clone, Debug)]
+pub struct Unsealed {
+    algorithm: Algorithm,
+    wrapping_key: WrappingKeyId,
+    wrapped: Vec<u8>,
+}
+
+impl Unsealed {
+    /// Wrapped bytes of a permitted length, and how they came about.
+    pub fn new(
+        algorithm: Algorithm,
+        wrapping_key: WrappingKeyId,
+        wrapped: Vec<u8>,
+    ) -> Result<Self, ParseError> {
+        check_wrapped_length(wrapped.len())?;
+        Ok(Self {
+            algorithm,
+            wrapping_key,
+            wrapped,
+        })
+    }
+
+    /// What the token's binding key has to authenticate.
+    pub fn mac_message(&self, context: &Context<'_>) -> MacMessage {
+        MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
+    }
+
+    /// The envelope with the MAC that the token made over [`Self::mac_message`] of the same context.
+    pub fn seal(self, context: &Context<'_>, mac: Mac) -> Envelope {
+        Envelope {
+            kind: context.kind(),
+            algorithm: self.algorithm,
+            wrapping_key: self.wrapping_key,
+            wrapped: self.wrapped,
+            mac,
+        }
+    }
+}
+
+impl Envelope {
+    /// Reads an envelope. Says nothing of its MAC.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
+        let mut rest = bytes;
+        match take_byte(&mut rest)? {
+            FORMAT_VERSION => {}
+            other => return Err(ParseError::Version(other)),
+        }
+        let kind = match take_byte(&mut rest)? {
+            1 => Kind::Record,
+            2 => Kind::Client,
+            other => return Err(ParseError::Kind(other)),
+        };
+        let algorithm = take_byte(&mut rest)?;
+        let algorithm =
+            Algorithm::from_number(algorithm).ok_or(ParseError::Algorithm(algorithm))?;
+        let wrapping_key = WrappingKeyId::from_bytes(take_array(&mut rest)?);
+        let length = usize::from(u16::from_be_bytes(take_array(&mut rest)?));
+        check_wrapped_length(length)?;
+        let wrapped = take(&mut rest, length)?.to_vec();
+        let mac = take_array(&mut rest)?;
+        if !rest.is_empty() {
+            return Err(ParseError::Trailing(rest.len()));
+        }
+        Ok(Self {
+            kind,
+            algorithm,
+            wrapping_key,
+            wrapped,
+            mac,
+        })
+    }
+
+    /// The bytes to store.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + self.wrapped.len() + MAC_BYTES);
+        bytes.extend([FORMAT_VERSION, self.kind.number(), self.algorithm.number()]);
+        bytes.extend(self.wrapping_key.as_bytes());
+        bytes.extend(mac::length_u16(self.wrapped.len()));
+        bytes.extend(&self.wrapped);
+        bytes.extend(self.mac);
+        bytes
+    }
+
+    /// Who keeps it.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How the key material was wrapped.
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// Under which key.
+    pub fn wrapping_key(&self) -> WrappingKeyId {
+        self.wrapping_key
+    }
+
+    /// The wrapped bytes, as long as the modulus.
+    pub fn wrapped(&self) -> &[u8] {
+        &self.wrapped
+    }
+
+    /// The MAC.
+    pub fn mac(&self) -> &Mac {
+        &self.mac
+    }
+
+    /// What the MAC must be over for the envelope to belong to the context. The kind is that of the context: an envelope
+    /// of another kind is refused by the MAC even if its kind byte was changed.
+    pub fn mac_message(&self, context: &Context<'_>) -> MacMessage {
+        MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
+    }
+
+    /// The same wrapped bytes without the MAC, to be bound to another context.
+    pub fn to_unsealed(&self) -> Unsealed {
+        Unsealed {
+            algorithm: self.algorithm,
+            wrapping_key: self.wrapping_key,
+            wrapped: self.wrapped.clone(),
+        }
+    }
+}
+
+impl fmt::Debug for Envelope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Envelope")
+            .field("kind", &self.kind)
+            .field("algorithm", &self.algorithm)
+            .field("wrapping_key", &self.wrapping_key)
+            .field("wrapped_bytes", &self.wrapped.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_wrapped_length(length: usize) -> Result<(), ParseError> {
+    if (WRAPPED_BYTES_MIN..=WRAPPED_BYTES_MAX).contains(&length) {
+        Ok(())
+    } else {
+        Err(ParseError::WrappedLength(length))
+    }
+}
+
+fn take<'a>(rest: &mut &'a [u8], count: usize) -> Result<&'a [u8], ParseError> {
+    let (head, tail) = rest.split_at_checked(count).ok_or(ParseError::Truncated)?;
+    *rest = tail;
+    Ok(head)
+}
+
+fn take_array<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], ParseError> {
+    take(rest, N)?.try_into().map_err(|_| ParseError::Truncated)
+}
+
+fn take_byte(rest: &mut &[u8]) -> Result<u8, ParseError> {
+    take_array(rest).map(|[byte]| byte)
+}

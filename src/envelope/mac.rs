@@ -1,0 +1,137 @@
+//! The messages that a binding key authenticates. Each use has its own domain string, so that a MAC made for one never
+//! verifies for another, and every field of variable length is preceded by its length, so that no two different
+//! inputs give the same message.
+
+use crate::key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
+
+use super::{Algorithm, Context};
+
+const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
+const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
+const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
+
+/// Longest message, in bytes: an envelope with the longest context fits with room to spare.
+pub const MESSAGE_BYTES_MAX: usize = 2_048;
+
+/// Bytes to be authenticated by a binding key. Can be made only by the functions here, so that domains stay apart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct MacMessage(Vec<u8>);
+
+impl MacMessage {
+    /// The bytes for the token.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// What the MAC of an envelope covers.
+    pub(super) fn envelope(
+        algorithm: Algorithm,
+        wrapping_key: WrappingKeyId,
+        wrapped: &[u8],
+        context: &Context<'_>,
+    ) -> Self {
+        let mut message = Message::new(ENVELOPE_DOMAIN);
+        message.fixed(&[context.kind().number(), algorithm.number()]);
+        message.fixed(wrapping_key.as_bytes());
+        message.sized(wrapped);
+        match context {
+            Context::Record {
+                address,
+                record_id,
+                revision,
+            } => {
+                message.sized(address.tenant.as_str().as_bytes());
+                message.fixed(record_id.as_bytes());
+                message.sized(address.user.as_str().as_bytes());
+                message.sized(address.name.as_str().as_bytes());
+                message.fixed(&revision.get().to_be_bytes());
+            }
+            Context::Client { tenant, context } => {
+                message.sized(tenant.as_str().as_bytes());
+                message.sized(context.as_bytes());
+            }
+        }
+        message.finish()
+    }
+
+    /// What the MAC of a registry row covers: all of the row but the MAC.
+    pub fn registry(row: &RegistryFields<'_>) -> Self {
+        let mut message = Message::new(REGISTRY_DOMAIN);
+        message.fixed(row.id.as_bytes());
+        message.fixed(&row.fingerprint.0);
+        message.sized(row.purpose.as_str().as_bytes());
+        message.sized(row.state.as_str().as_bytes());
+        message.sized(row.token_serial.as_bytes());
+        message.fixed(&row.sequence.to_be_bytes());
+        message.fixed(&row.registered_us.to_be_bytes());
+        message.fixed(&row.backup_confirmed_us.unwrap_or(0).to_be_bytes());
+        message.finish()
+    }
+
+    /// What decides whether two mutations with one request id have the same content. Under a key of the token, because
+    /// a plain hash of key material of low entropy could be guessed by a reader of the table.
+    pub fn request(parts: &[&[u8]]) -> Self {
+        let mut message = Message::new(REQUEST_DOMAIN);
+        for part in parts {
+            message.sized(part);
+        }
+        message.finish()
+    }
+}
+
+/// The authenticated part of a registry row.
+#[derive(Clone, Copy, Debug)]
+pub struct RegistryFields<'a> {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// SP 800-57 state.
+    pub state: WrappingKeyState,
+    /// Serial number of the token that holds the key.
+    pub token_serial: &'a str,
+    /// Grows with each change of any row.
+    pub sequence: u64,
+    /// When the key was registered, UTC microseconds.
+    pub registered_us: i64,
+    /// When a backup was confirmed, UTC microseconds; never 0.
+    pub backup_confirmed_us: Option<i64>,
+}
+
+struct Message(Vec<u8>);
+
+impl Message {
+    fn new(domain: &[u8]) -> Self {
+        let mut message = Self(Vec::with_capacity(MESSAGE_BYTES_MAX / 2));
+        message.sized(domain);
+        message
+    }
+
+    /// A field whose length is part of the format.
+    fn fixed(&mut self, bytes: &[u8]) {
+        self.0.extend(bytes);
+    }
+
+    /// A field of variable length.
+    fn sized(&mut self, bytes: &[u8]) {
+        self.0.extend(length_u16(bytes.len()));
+        self.0.extend(bytes);
+    }
+
+    fn finish(self) -> MacMessage {
+        assert!(
+            self.0.len() <= MESSAGE_BYTES_MAX,
+            "every field has a maximum"
+        );
+        MacMessage(self.0)
+    }
+}
+
+/// The length of a field. Every field has a maximum far below 65,536, checked where its type is made.
+pub(super) fn length_u16(length: usize) -> [u8; 2] {
+    u16::try_from(length)
+        .expect("every field has a maximum below 65,536")
+        .to_be_bytes()
+}

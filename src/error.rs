@@ -1,0 +1,206 @@
+//! The one domain error, and the frozen list of reasons a caller can see.
+//!
+//! Every layer has an error of its own and converts it into [`Error`] where it leaves that layer. A caller receives the
+//! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never crosses a door.
+
+use std::{fmt, time::Duration};
+
+/// Why a call failed, as the caller may know it. The list is frozen: `docs/errors.md` documents each, and the test of
+/// the wire contract fails when one is renamed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// The request is malformed; violations name the fields.
+    Request,
+    /// The request id was used before with other content.
+    RequestIdReused,
+    /// No credential, or one that is not accepted.
+    Credential,
+    /// Policy says no, also for what the caller may not know exists.
+    Policy,
+    /// There is no such record or wrapping key.
+    KeyNotFound,
+    /// A record of that name exists, active or deleted.
+    KeyExists,
+    /// The expected revision is not the current one.
+    Revision,
+    /// A stored envelope does not parse or verify.
+    RecordDamaged,
+    /// An envelope supplied by the caller is not accepted; all causes look alike.
+    EnvelopeRejected,
+    /// The state of the record's wrapping key, or of the record, forbids the operation.
+    KeyState,
+    /// The token queue is full.
+    QueueFull,
+    /// The caller's rate limit is used up.
+    Rate,
+    /// The caller's budget of failures is used up.
+    FailureBudget,
+    /// The token is away.
+    TokenDown,
+    /// The store is away.
+    StoreDown,
+    /// The audit log cannot be written.
+    AuditDown,
+    /// The token is there but must not be used: attributes, canary or PIN.
+    TokenUntrusted,
+    /// The deadline passed or is certain to pass.
+    Deadline,
+    /// The broker is at fault.
+    Bug,
+}
+
+impl Reason {
+    /// All reasons, in the order of the documentation.
+    pub const ALL: [Self; 19] = [
+        Self::Request,
+        Self::RequestIdReused,
+        Self::Credential,
+        Self::Policy,
+        Self::KeyNotFound,
+        Self::KeyExists,
+        Self::Revision,
+        Self::RecordDamaged,
+        Self::EnvelopeRejected,
+        Self::KeyState,
+        Self::QueueFull,
+        Self::Rate,
+        Self::FailureBudget,
+        Self::TokenDown,
+        Self::StoreDown,
+        Self::AuditDown,
+        Self::TokenUntrusted,
+        Self::Deadline,
+        Self::Bug,
+    ];
+
+    /// Name on the wire, in metrics and in the audit log.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Request => "REQUEST",
+            Self::RequestIdReused => "REQUEST_ID_REUSED",
+            Self::Credential => "CREDENTIAL",
+            Self::Policy => "POLICY",
+            Self::KeyNotFound => "KEY_NOT_FOUND",
+            Self::KeyExists => "KEY_EXISTS",
+            Self::Revision => "REVISION",
+            Self::RecordDamaged => "RECORD_DAMAGED",
+            Self::EnvelopeRejected => "ENVELOPE_REJECTED",
+            Self::KeyState => "KEY_STATE",
+            Self::QueueFull => "QUEUE_FULL",
+            Self::Rate => "RATE",
+            Self::FailureBudget => "FAILURE_BUDGET",
+            Self::TokenDown => "TOKEN_DOWN",
+            Self::StoreDown => "STORE_DOWN",
+            Self::AuditDown => "AUDIT_DOWN",
+            Self::TokenUntrusted => "TOKEN_UNTRUSTED",
+            Self::Deadline => "DEADLINE",
+            Self::Bug => "BUG",
+        }
+    }
+
+    /// The fixed text that a caller receives. It says nothing of the inside.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Request => "the request is malformed",
+            Self::RequestIdReused => "this request id was used before with other content",
+            Self::Credential => "no accepted credential",
+            Self::Policy => "not permitted",
+            Self::KeyNotFound => "there is no such key",
+            Self::KeyExists => "a key of that name exists",
+            Self::Revision => "the expected revision is not the current one",
+            Self::RecordDamaged => "the stored record is damaged; the operator has been alarmed",
+            Self::EnvelopeRejected => "the envelope is not accepted",
+            Self::KeyState => "the state of the key forbids this",
+            Self::QueueFull => "the token is busy; try again after the given delay",
+            Self::Rate => "too many requests; try again after the given delay",
+            Self::FailureBudget => "too many failures; try again after the given delay",
+            Self::TokenDown => "the token is away; try again after the given delay",
+            Self::StoreDown => "the store is away; try again after the given delay",
+            Self::AuditDown => "the audit log is away; try again after the given delay",
+            Self::TokenUntrusted => "the token must not be used; the operator has been alarmed",
+            Self::Deadline => "the deadline has passed",
+            Self::Bug => "internal error",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A field of a request that breaks its limits. Both parts are fixed text, never the caller's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Field path in the request, as in the proto.
+    pub field: &'static str,
+    /// What the field must be.
+    pub description: &'static str,
+}
+
+/// A failed call.
+#[derive(Clone, Debug)]
+pub struct Error {
+    reason: Reason,
+    violations: Vec<Violation>,
+    retry_after: Option<Duration>,
+    detail: String,
+}
+
+impl Error {
+    /// An error with the reason, and detail for the log.
+    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            violations: Vec::new(),
+            retry_after: None,
+            detail: detail.into(),
+        }
+    }
+
+    /// A malformed request: one field and what it must be.
+    pub fn violation(field: &'static str, description: &'static str) -> Self {
+        Self {
+            violations: vec![Violation { field, description }],
+            ..Self::new(Reason::Request, format!("{field}: {description}"))
+        }
+    }
+
+    /// The same error with the delay after which a retry is welcome.
+    #[must_use]
+    pub fn retry_after(self, delay: Duration) -> Self {
+        Self {
+            retry_after: Some(delay),
+            ..self
+        }
+    }
+
+    /// Why the call failed.
+    pub fn reason(&self) -> Reason {
+        self.reason
+    }
+
+    /// The fields at fault; empty unless the reason is [`Reason::Request`].
+    pub fn violations(&self) -> &[Violation] {
+        &self.violations
+    }
+
+    /// The delay after which a retry is welcome.
+    pub fn retry_delay(&self) -> Option<Duration> {
+        self.retry_after
+    }
+
+    /// For the log alone.
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason, self.detail)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,35 @@
+//! Frames between front and worker, generated from `proto/keybroker/worker/v1`.
+
+// Generated code follows the generator's style, not ours.
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    unused_qualifications,
+    clippy::pedantic,
+    clippy::as_conversions,
+    clippy::wildcard_enum_match_arm
+)]
+
+use std::fmt;
+
+tonic::include_proto!("keybroker.worker.v1");
+
+impl fmt::Debug for Reply {
+    /// Without the outcome: it may be key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reply")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for reply::Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ready(ready) => ready.fmt(f),
+            Self::Output(_) => f.write_str("Output(redacted)"),
+            Self::Failure(failure) => failure.fmt(f),
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Names of the things the broker keeps. Each is parsed once, at a door or at a row, and is valid from then on.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// Longest tenant and key name, in bytes.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Longest user, in bytes of UTF-8.
+pub const USER_BYTES_MAX: usize = 255;
+/// Length of a record id and of a `CKA_ID`, in bytes.
+pub const ID_BYTES: usize = 16;
+
+fn is_name(text: &str) -> bool {
+    (1..=NAME_BYTES_MAX).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+}
+
+/// The owner of a set of records; comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Tenant(String);
+
+/// The name of one of a user's keys. 1 to 64 bytes of `[a-z0-9._-]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KeyName(String);
+
+/// A user, compared bytewise. 1 to 255 bytes of UTF-8 without control characters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UserId(String);
+
+impl Tenant {
+    /// Parses a tenant.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        if is_name(text) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Error::violation("tenant", "1 to 64 bytes of [a-z0-9._-]"))
+        }
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Tenant {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl TryFrom<String> for Tenant {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text).map_err(|_| "a tenant is 1 to 64 bytes of [a-z0-9._-]")
+    }
+}
+
+impl From<Tenant> for String {
+    fn from(tenant: Tenant) -> Self {
+        tenant.0
+    }
+}
+
+impl KeyName {
+    /// Parses a key name.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        if is_name(text) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Error::violation("key_name", "1 to 64 bytes of [a-z0-9._-]"))
+        }
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl UserId {
+    /// Parses a user.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        if (1..=USER_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Error::violation(
+                "user",
+                "1 to 255 bytes of UTF-8 without control characters",
+            ))
+        }
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+macro_rules! display_as_str {
+    ($($name:ty),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )*};
+}
+display_as_str!(Tenant, KeyName, UserId);
+
+/// Where a record lives: the unique name of one user key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KeyAddress {
+    /// Owner of the record.
+    pub tenant: Tenant,
+    /// Whose key it is.
+    pub user: UserId,
+    /// Which of the user's keys.
+    pub name: KeyName,
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name([u8; ID_BYTES]);
+
+        impl $name {
+            /// From exactly 16 bytes.
+            pub const fn from_bytes(bytes: [u8; ID_BYTES]) -> Self {
+                Self(bytes)
+            }
+
+            /// From a slice, when it has exactly 16 bytes.
+            pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+                bytes.try_into().ok().map(Self)
+            }
+
+            /// From 32 hexadecimal digits.
+            pub fn from_hex(text: &str) -> Option<Self> {
+                let mut bytes = [0; ID_BYTES];
+                hex::decode_to_slice(text, &mut bytes).ok()?;
+                Some(Self(bytes))
+            }
+
+            /// The 16 bytes.
+            pub const fn as_bytes(&self) -> &[u8; ID_BYTES] {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&hex::encode(self.0))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
+    };
+}
+
+id!(
+    /// Identity of one record, new at every create, so that a purged and re-created record is another one.
+    RecordId
+);
+id!(
+    /// `CKA_ID` of a wrapping key and of its binding key.
+    WrappingKeyId
+);
+
+/// Number of a record's revision, from 1; at most `i64::MAX`, which every SQL engine can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Revision(u64);
+
+impl Revision {
+    /// The revision of a record just created.
+    pub const FIRST: Self = Self(1);
+
+    /// From a number, when it is in range.
+    pub fn new(number: u64) -> Option<Self> {
+        (number >= 1 && i64::try_from(number).is_ok()).then_some(Self(number))
+    }
+
+    /// The number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The revision after this one. A record cannot reach the end: 2^63 replaces take longer than the hardware lives.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// SHA-256 of a DER SubjectPublicKeyInfo: names a public key wherever it was read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Fingerprint({self})")
+    }
+}
+
+/// What a wrapping key may be used for: one purpose per RSA key, so that no key can both decrypt and unwrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// `CKA_DECRYPT`: releases in plain.
+    Plain,
+    /// `CKA_UNWRAP`: releases sealed to a recipient. Reserved.
+    Sealed,
+}
+
+impl Purpose {
+    /// As stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Sealed => "sealed",
+        }
+    }
+
+    /// From the stored text.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Plain, Self::Sealed]
+            .into_iter()
+            .find(|purpose| purpose.as_str() == text)
+    }
+}
+
+/// State of a wrapping key (NIST SP 800-57 part 1 revision 5, section 7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WrappingKeyState {
+    /// Wraps and unwraps.
+    Active,
+    /// Neither wraps nor unwraps, for now.
+    Suspended,
+    /// Unwraps, no longer wraps.
+    Deactivated,
+    /// Neither wraps nor unwraps: its private key may be known to others.
+    Compromised,
+    /// No longer on any token.
+    Destroyed,
+}
+
+impl WrappingKeyState {
+    const ALL: [Self; 5] = [
+        Self::Active,
+        Self::Suspended,
+        Self::Deactivated,
+        Self::Compromised,
+        Self::Destroyed,
+    ];
+
+    /// As stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Suspended => "suspended",
+            Self::Deactivated => "deactivated",
+            Self::Compromised => "compromised",
+            Self::Destroyed => "destroyed",
+        }
+    }
+
+    /// From the stored text.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == text)
+    }
+
+    /// Whether new key material may be wrapped.
+    pub const fn may_wrap(self) -> bool {
+        matches!(self, Self::Active)
+    }
+
+    /// Whether stored envelopes may be unwrapped.
+    pub const fn may_unwrap(self) -> bool {
+        matches!(self, Self::Active | Self::Deactivated)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_keep_their_limits() {
+        for good in ["a", "a.b_c-9", &"x".repeat(64)] {
+            assert_eq!(KeyName::parse(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "A", "a b", "ä", &"x".repeat(65), "a/b"] {
+            assert!(KeyName::parse(bad).is_err(), "{bad:?}");
+            assert!(Tenant::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn users_are_bytes_without_control_characters() {
+        for good in ["a", "Ä ö", &"x".repeat(255)] {
+            assert_eq!(UserId::parse(good).unwrap().as_str(), good);
+        }
+        for bad in [
+            "",
+            "a\nb",
+            "a\u{7f}",
+            "\u{85}",
+            &"x".repeat(256),
+            &"ä".repeat(128),
+        ] {
+            assert!(UserId::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn revisions_start_at_one_and_fit_sql() {
+        assert_eq!(Revision::new(0), None);
+        assert_eq!(Revision::new(1), Some(Revision::FIRST));
+        assert_eq!(Revision::new(1 << 63), None);
+        assert_eq!(Revision::FIRST.next().get(), 2);
+    }
+
+    #[test]
+    fn states_say_what_a_key_may_do() {
+        let may: Vec<_> = WrappingKeyState::ALL
+            .into_iter()
+            .map(|s| (s.may_wrap(), s.may_unwrap()))
+            .collect();
+        let (yes, no) = (true, false);
+        assert_eq!(may, [(yes, yes), (no, no), (no, yes), (no, no), (no, no)]);
+    }
+}

@@ -1,0 +1,27 @@
+//! Keybroker keeps an RSA private key non-extractable inside an HSM and gives every user their own key back when, and
+//! only when, the right caller asks.
+//!
+//! There is one road to a key, [`broker`]: authenticate, policy, record from SQL, one job on the token (MAC, then RSA),
+//! a durable audit entry, answer. Every door ends there.
+//!
+//! | Layer | Modules |
+//! |---|---|
+//! | doors | [`rpc`] |
+//! | use cases | [`broker`] |
+//! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
+//! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`] |
+//! | wiring | [`cli`], [`config`], [`server`], [`telemetry`] |
+
+pub mod audit;
+pub mod auth;
+pub mod call;
+pub mod config;
+pub mod envelope;
+pub mod error;
+pub mod hsm;
+pub mod key;
+pub mod principal;
+pub mod proto;
+pub mod secret;
+pub mod server;
+pub mod store;

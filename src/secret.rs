@@ -1,0 +1,56 @@
+//! Secrets as types: no copy without need, redacted when printed, overwritten when dropped.
+
+use std::fmt;
+
+use zeroize::Zeroizing;
+
+use crate::error::Error;
+
+/// Longest key material, in bytes: what OAEP with SHA-256 holds under RSA-2048, so that every record fits every
+/// permitted wrapping key (RFC 8017 section 7.1.1: 256 - 2 * 32 - 2).
+pub const KEY_MATERIAL_BYTES_MAX: usize = 190;
+
+/// A user key in plain, 1 to 190 bytes.
+pub struct KeyMaterial(Zeroizing<Vec<u8>>);
+
+impl KeyMaterial {
+    /// Takes the bytes over; they are overwritten when this is dropped, also when they are refused.
+    pub fn new(bytes: Vec<u8>) -> Result<Self, Error> {
+        let bytes = Zeroizing::new(bytes);
+        if (1..=KEY_MATERIAL_BYTES_MAX).contains(&bytes.len()) {
+            Ok(Self(bytes))
+        } else {
+            Err(Error::violation("key_material", "1 to 190 bytes"))
+        }
+    }
+
+    /// The bytes, for the token or for the answer of a release.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for KeyMaterial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyMaterial(redacted)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_material_keeps_its_limits() {
+        assert!(KeyMaterial::new(vec![]).is_err());
+        assert!(KeyMaterial::new(vec![1]).is_ok());
+        assert!(KeyMaterial::new(vec![1; 190]).is_ok());
+        assert!(KeyMaterial::new(vec![1; 191]).is_err());
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let shown = format!("{:?}", KeyMaterial::new(b"hunter2".to_vec()).unwrap());
+        assert_eq!(shown, "KeyMaterial(redacted)");
+    }
+}

@@ -1,0 +1,97 @@
+//! Wiring of `keybroker serve`: listeners, limits, start and stop.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// What a listener lets in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// User keys over gRPC.
+    Grpc,
+    /// The control plane over gRPC.
+    Admin,
+}
+
+/// Whether a listener asks for client certificates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificates {
+    /// A connection without an accepted one is refused.
+    #[default]
+    Required,
+    /// Accepted when sent; a call without one is `CREDENTIAL`.
+    Optional,
+    /// Never asked for; every call is `CREDENTIAL` until another kind of credential exists.
+    None,
+}
+
+/// TLS of a listener. All files are PEM and are read again on SIGHUP and when their content changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSettings {
+    /// Certificate chain, leaf first.
+    pub certificate_file: PathBuf,
+    /// Private key; nobody but its owner may read it.
+    pub key_file: PathBuf,
+    /// CA certificates that client certificates must chain to.
+    pub client_ca_file: Option<PathBuf>,
+}
+
+/// One `[[listener]]` of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListenerSettings {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// What it lets in.
+    pub doors: Vec<Door>,
+    /// TLS; there is no listener without.
+    pub tls: TlsSettings,
+    /// Whether client certificates are asked for.
+    #[serde(default)]
+    pub client_certificates: ClientCertificates,
+}
+
+/// The `[status]` section: plain HTTP for probes and metrics.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StatusSettings {
+    /// A loopback address and port for `/livez`, `/readyz` and `/metrics`.
+    pub address: SocketAddr,
+}
+
+/// The `[limits]` section. Every limit has a default; none can be switched off.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Open connections, all listeners together.
+    pub connections_max: usize,
+    /// Time for a TLS handshake.
+    pub handshake_timeout_ms: u64,
+    /// Calls under way on one connection.
+    pub streams_per_connection_max: u32,
+    /// Deadline of a call that brings none, and the longest one accepted.
+    pub call_timeout_max_ms: u64,
+    /// An idle or old connection is asked to go away (GOAWAY) at this age.
+    pub connection_age_max_ms: u64,
+    /// Time for open calls when the broker stops.
+    pub drain_timeout_ms: u64,
+    /// gRPC reflection.
+    pub reflection: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 4_096,
+            handshake_timeout_ms: 5_000,
+            streams_per_connection_max: 128,
+            call_timeout_max_ms: 30_000,
+            connection_age_max_ms: 3_600_000,
+            drain_timeout_ms: 30_000,
+            reflection: false,
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The store: records, revisions, the wrapping-key registry and request ids in SQL, behind one trait in domain terms.
+//!
+//! Guarantees, each shown by the conformance suite on every engine: an acknowledged write survives SIGKILL; create never
+//! overwrites, and a deleted record keeps its name; replace is compare-and-swap on the revision; a read never rewrites
+//! a row; list pages are stable under concurrent writes; a mutation and its request id commit together or not at all.
+//!
+//! The store never sees key material: only envelopes, as bytes that it does not interpret.
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    call::{CallId, RequestId, Timestamp},
+    envelope::{
+        Mac,
+        mac::{MacMessage, RegistryFields},
+    },
+    error::{self, Reason},
+    key::{
+        Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
+        WrappingKeyId, WrappingKeyState,
+    },
+};
+
+/// Which database: the `[store]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `sqlite:/absolute/path.db`.
+    pub url: String,
+    /// Run pending migrations at start instead of refusing to start.
+    #[serde(default)]
+    pub migrate_at_start: bool,
+}
+
+/// Records per page at most.
+pub const PAGE_SIZE_MAX: u32 = 1_000;
+
+/// SQL in domain terms. Every call with more than one statement runs in a task of its own, so that a caller that goes
+/// away cannot leave a transaction half way (cancel safety).
+#[async_trait]
+pub trait Store: Send + Sync + fmt::Debug + 'static {
+    /// Answers when the store can be read and written.
+    async fn ping(&self) -> Result<(), Error>;
+
+    /// The record at an address, active or deleted, with its current envelope.
+    async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error>;
+
+    /// One revision's envelope, current or superseded.
+    async fn revision(
+        &self,
+        record: RecordId,
+        revision: Revision,
+    ) -> Result<Option<StoredRevision>, Error>;
+
+    /// Inserts a record at [`Revision::FIRST`]. [`Error::Exists`] when the address is taken, also by a deleted record.
+    async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
+
+    /// Makes `new` the current revision of an active record: a replace, or the restore of an earlier revision.
+    /// [`Error::Revision`] unless `new.revision` is the successor of the current one.
+    async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
+
+    /// Marks an active record at that revision deleted. [`Error::Revision`] when it has moved on, [`Error::State`] when
+    /// it is deleted already.
+    async fn delete(
+        &self,
+        record: RecordId,
+        expected: Revision,
+        stamp: Stamp,
+    ) -> Result<RecordInfo, Error>;
+
+    /// Makes a deleted record active. [`Error::State`] when it is active already.
+    async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error>;
+
+    /// One page of records ordered by user, then key name, bytewise.
+    async fn list(&self, query: &ListQuery) -> Result<Vec<RecordInfo>, Error>;
+
+    /// What an earlier mutation with that request id did, within the last 24 hours.
+    async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error>;
+
+    /// What a mutation's call left in the store: for intents that have no outcome after a crash.
+    async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
+
+    /// Forgets request ids older than 24 hours; returns how many.
+    async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
+
+    /// All registry rows, by sequence.
+    async fn registry(&self) -> Result<Vec<RegistryRow>, Error>;
+
+    /// Adds a registry row. [`Error::Exists`] when the id is registered.
+    async fn register(&self, row: &RegistryRow) -> Result<(), Error>;
+
+    /// Replaces a registry row if its MAC is still `expected`. [`Error::Conflict`] otherwise.
+    async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
+
+    /// Closes every connection; later calls fail.
+    async fn close(&self);
+}
+
+/// Whether a record can be unwrapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordState {
+    /// It can.
+    Active,
+    /// It is deleted, and can be undeleted.
+    Deleted,
+}
+
+/// What is known of a record without its envelope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordInfo {
+    /// Where it lives.
+    pub address: KeyAddress,
+    /// Its identity.
+    pub id: RecordId,
+    /// Whether it can be unwrapped.
+    pub state: RecordState,
+    /// Current revision.
+    pub revision: Revision,
+    /// Wrapping key of the current revision.
+    pub wrapping_key: WrappingKeyId,
+    /// When it was created.
+    pub created: Timestamp,
+    /// When it last changed.
+    pub updated: Timestamp,
+    /// When it was deleted; absent while active.
+    pub deleted: Option<Timestamp>,
+}
+
+/// A record with its current envelope, as bytes not yet parsed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// All but the envelope.
+    pub info: RecordInfo,
+    /// Of the current revision.
+    pub envelope: Vec<u8>,
+}
+
+/// One revision as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRevision {
+    /// Which.
+    pub revision: Revision,
+    /// As bytes not yet parsed.
+    pub envelope: Vec<u8>,
+    /// Wrapping key named in the row.
+    pub wrapping_key: WrappingKeyId,
+}
+
+/// A revision to be written.
+#[derive(Clone, Debug)]
+pub struct NewRevision {
+    /// Where the record lives.
+    pub address: KeyAddress,
+    /// Its identity; new at create.
+    pub record: RecordId,
+    /// [`Revision::FIRST`] at create, else the successor of the revision that the caller believes current.
+    pub revision: Revision,
+    /// Envelope bytes.
+    pub envelope: Vec<u8>,
+    /// Wrapping key of the envelope.
+    pub wrapping_key: WrappingKeyId,
+}
+
+/// Who changes what when, and under which request id: written in the mutation's own transaction.
+#[derive(Clone, Debug)]
+pub struct Stamp {
+    /// The call, for recovery after a crash.
+    pub call: CallId,
+    /// The moment of the change.
+    pub at: Timestamp,
+    /// The client's request id, if it sent one.
+    pub request: Option<RequestStamp>,
+}
+
+/// A request id with the proof of its content.
+#[derive(Clone, Debug)]
+pub struct RequestStamp {
+    /// Whose request id.
+    pub scope: RequestScope,
+    /// On-token HMAC over action and content.
+    pub content: Mac,
+    /// The binding key that made it.
+    pub key: WrappingKeyId,
+}
+
+/// A request id is unique per tenant and principal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestScope {
+    /// Tenant of the principal.
+    pub tenant: Tenant,
+    /// Name of the principal.
+    pub principal: String,
+    /// Chosen by the client.
+    pub id: RequestId,
+}
+
+/// A request id that was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestRecord {
+    /// On-token HMAC over action and content.
+    pub content: Mac,
+    /// The binding key that made it.
+    pub key: WrappingKeyId,
+    /// The record as the mutation left it: what the first answer said, whatever happened since.
+    pub result: RecordInfo,
+}
+
+/// Which records to list.
+#[derive(Clone, Debug)]
+pub struct ListQuery {
+    /// Whose.
+    pub tenant: Tenant,
+    /// Only this user's.
+    pub user: Option<UserId>,
+    /// Deleted ones too.
+    pub deleted: bool,
+    /// Only those after this user and key name, in the order of the list.
+    pub after: Option<(UserId, KeyName)>,
+    /// 1 to [`PAGE_SIZE_MAX`].
+    pub limit: u32,
+}
+
+/// One wrapping key as SQL knows it. The public key is not here: it always comes from the token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistryRow {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// SP 800-57 state.
+    pub state: WrappingKeyState,
+    /// Serial number of the token that holds it.
+    pub token_serial: String,
+    /// Grows with each change of a state in the registry; the active key with the highest wraps.
+    pub sequence: u64,
+    /// When it was registered.
+    pub registered: Timestamp,
+    /// When a backup of its token was confirmed.
+    pub backup_confirmed: Option<Timestamp>,
+    /// By the key's own binding key over all of the above, so that a writer of the database cannot turn `compromised`
+    /// back into `active`.
+    pub mac: Mac,
+}
+
+impl RegistryRow {
+    /// What the row's MAC must be over.
+    pub fn mac_message(&self) -> MacMessage {
+        MacMessage::registry(&RegistryFields {
+            id: self.id,
+            fingerprint: self.fingerprint,
+            purpose: self.purpose,
+            state: self.state,
+            token_serial: &self.token_serial,
+            sequence: self.sequence,
+            registered_us: self.registered.micros(),
+            backup_confirmed_us: self.backup_confirmed.map(Timestamp::micros),
+        })
+    }
+}
+
+/// Class of a store failure.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The address or the id is taken.
+    #[error("exists already")]
+    Exists,
+    /// There is no such record.
+    #[error("not found")]
+    NotFound,
+    /// The current revision is another one.
+    #[error("the current revision is {current}")]
+    Revision {
+        /// What it is.
+        current: Revision,
+    },
+    /// The record is deleted, or for undelete is active.
+    #[error("the record's state forbids this")]
+    State,
+    /// The registry row is not what it was read as.
+    #[error("the registry changed meanwhile")]
+    Conflict,
+    /// The request id was used meanwhile, by a concurrent call.
+    #[error("the request id is in use")]
+    RequestIdTaken,
+    /// A row does not decode. Names table and column, never bytes.
+    #[error("a stored row does not decode: {0}")]
+    Corrupt(String),
+    /// The schema is older or newer than this binary.
+    #[error("{0}")]
+    Schema(String),
+    /// The database is away, full, read-only or slow.
+    #[error("store away: {0}")]
+    Down(Arc<str>),
+}
+
+/// How long a caller should wait for a store that is away.
+const STORE_RETRY: std::time::Duration = std::time::Duration::from_secs(1);
+
+impl From<Error> for error::Error {
+    fn from(error: Error) -> Self {
+        let detail = error.to_string();
+        let reason = match error {
+            Error::Exists => Reason::KeyExists,
+            Error::NotFound => Reason::KeyNotFound,
+            Error::Revision { .. } => Reason::Revision,
+            Error::State => Reason::KeyState,
+            // A concurrent call holds the same request id: the retry will find its result.
+            Error::Conflict | Error::RequestIdTaken => Reason::Revision,
+            Error::Corrupt(_) => Reason::RecordDamaged,
+            Error::Schema(_) | Error::Down(_) => {
+                return Self::new(Reason::StoreDown, detail).retry_after(STORE_RETRY);
+            }
+        };
+        Self::new(reason, detail)
+    }
+}

@@ -23,6 +23,8 @@ use std::fmt;
 use crate::key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant, WrappingKeyId};
 
 pub mod mac;
+#[cfg(test)]
+mod tests;
 
 use mac::MacMessage;
 

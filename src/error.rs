@@ -27,7 +27,7 @@ pub enum Reason {
     RecordDamaged,
     /// An envelope supplied by the caller is not accepted; all causes look alike.
     EnvelopeRejected,
-    /// The state of the record's wrapping key, or of the record, forbids the operation.
+    /// The state of the wrapping key forbids the operation.
     KeyState,
     /// The token queue is full.
     QueueFull,

@@ -24,6 +24,15 @@ pub enum Role {
 }
 
 impl Role {
+    /// All roles.
+    pub const ALL: [Self; 5] = [
+        Self::Release,
+        Self::Enrol,
+        Self::Lifecycle,
+        Self::Admin,
+        Self::Auditor,
+    ];
+
     /// As in the configuration.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -2,6 +2,10 @@
 //! verifies for another, and every field of variable length is preceded by its length, so that no two different
 //! inputs give the same message.
 
+use std::fmt;
+
+use zeroize::Zeroizing;
+
 use crate::key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
 
 use super::{Algorithm, Context};
@@ -13,9 +17,16 @@ const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 /// Longest message, in bytes: an envelope with the longest context fits with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 2_048;
 
-/// Bytes to be authenticated by a binding key. Can be made only by the functions here, so that domains stay apart.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct MacMessage(Vec<u8>);
+/// Bytes to be authenticated by a binding key. Can be made only by the functions here, so that domains stay apart. May
+/// hold key material (see [`MacMessage::request`]), so it is treated as a secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MacMessage(Zeroizing<Vec<u8>>);
+
+impl fmt::Debug for MacMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MacMessage({} bytes)", self.0.len())
+    }
+}
 
 impl MacMessage {
     /// The bytes for the token.
@@ -100,11 +111,12 @@ pub struct RegistryFields<'a> {
     pub backup_confirmed_us: Option<i64>,
 }
 
-struct Message(Vec<u8>);
+struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        let mut message = Self(Vec::with_capacity(MESSAGE_BYTES_MAX / 2));
+        // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+        let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message
     }

@@ -15,6 +15,15 @@ use crate::{
     key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
+mod line;
+mod log;
+mod segment;
+mod verify;
+mod writer;
+
+pub use log::{AuditLog, tail};
+pub use verify::{Report, verify};
+
 /// Longest wait for an entry to become durable.
 pub const APPEND_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -14,6 +14,7 @@
 
 pub mod audit;
 pub mod auth;
+pub mod broker;
 pub mod call;
 pub mod config;
 pub mod envelope;

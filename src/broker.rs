@@ -1,0 +1,231 @@
+//! The use cases, and the one road to a key.
+//!
+//! ```text
+//! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
+//! ```
+//!
+//! Every door ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that no
+//! path can leave a step out: the record is read with a [`Permit`], which only [`policy`] makes; a [`Released`] key is made
+//! with a [`Durable`] entry, which only [`journal`] makes once the audit log has synced it.
+//!
+//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it runs in a
+//! task of its own, so that a caller that goes away cannot stop it between the two.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwapOption;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    audit::{AuditLog, OpenIntent},
+    call::{Call, Deadline},
+    error::{Error, Reason},
+    hsm::Token,
+    key::{KeyAddress, KeyName, UserId},
+    principal::{Action, Principal},
+    store::Store,
+};
+
+mod control;
+mod journal;
+mod maintenance;
+mod mutation;
+pub mod policy;
+mod reading;
+mod refusals;
+mod registry;
+mod release;
+mod request;
+
+pub use crate::{
+    hsm::{Serving, TokenInfo, TokenState, WorkerInfo},
+    store::{RecordInfo, RecordState},
+};
+pub use control::{KeyOnToken, WrappingKeyView};
+pub use maintenance::Health;
+pub use reading::{ListPage, ListRequest};
+pub use release::Released;
+
+use policy::Permit;
+use refusals::Refusals;
+use registry::Registry;
+
+/// Which of whose keys, within the principal's tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserKeyRef {
+    /// The user.
+    pub user: UserId,
+    /// Which of the user's keys.
+    pub name: KeyName,
+}
+
+impl UserKeyRef {
+    fn address(&self, principal: &Principal) -> KeyAddress {
+        KeyAddress {
+            tenant: principal.tenant().clone(),
+            user: self.user.clone(),
+            name: self.name.clone(),
+        }
+    }
+}
+
+/// What a broker is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Where decisions are recorded.
+    pub audit: AuditLog,
+    /// Where wrapped keys are kept.
+    pub store: Arc<dyn Store>,
+    /// Where keys are unwrapped.
+    pub token: Arc<dyn Token>,
+}
+
+/// The use cases over one store, one token and one audit log.
+#[derive(Debug)]
+pub struct Broker {
+    audit: AuditLog,
+    store: Arc<dyn Store>,
+    token: Arc<dyn Token>,
+    /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
+    registry: ArcSwapOption<Registry>,
+    refusals: Refusals,
+    store_up: AtomicBool,
+    /// Mutations under way, which outlive their callers.
+    mutations: TaskTracker,
+    /// Intents whose fate the store has not told yet.
+    unresolved: Mutex<Vec<OpenIntent>>,
+}
+
+impl Broker {
+    /// A broker that refuses every release until [`Broker::load_registry`] has succeeded.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self {
+            audit: parts.audit,
+            store: parts.store,
+            token: parts.token,
+            registry: ArcSwapOption::empty(),
+            refusals: Refusals::default(),
+            store_up: AtomicBool::new(true),
+            mutations: TaskTracker::new(),
+            unresolved: Mutex::default(),
+        })
+    }
+
+    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted. Called once
+    /// the doors are shut.
+    pub async fn finish(&self, deadline: Deadline) {
+        self.mutations.close();
+        if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
+            .await
+            .is_err()
+        {
+            tracing::error!(
+                mutations = self.mutations.len(),
+                "mutations still under way at the end of the drain; the next start resolves their intents"
+            );
+        }
+        self.flush_refusals().await;
+    }
+
+    /// Records that a request of an authenticated principal did not parse, and hands the error back. An audit log that
+    /// is away takes precedence, as everywhere.
+    pub async fn malformed(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        error: Error,
+    ) -> Error {
+        let started = Instant::now();
+        let entry = journal::Draft::new(principal, call, action, None);
+        let error = match self.record_failure(entry, &error).await {
+            Ok(_) => error,
+            Err(audit) => audit,
+        };
+        observe(action, call, started, &Err::<(), _>(error.clone()));
+        error
+    }
+
+    /// Asks policy, and records a refusal.
+    async fn permit(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        key: Option<&UserKeyRef>,
+    ) -> Result<Permit, Error> {
+        let denied = match policy::decide(principal, action) {
+            Ok(permit) => return Ok(permit),
+            Err(denied) => denied,
+        };
+        let mut draft = journal::Draft::new(principal, call, action, key);
+        draft.policy(denied.policy);
+        let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy));
+        self.record_failure(draft, &error).await?;
+        Err(error)
+    }
+
+    fn store_is_up(&self) -> bool {
+        self.store_up.load(Ordering::Relaxed)
+    }
+}
+
+/// Runs a use case under the call's deadline, counts it and writes the log line that the call id finds.
+async fn observed<T>(
+    action: Action,
+    call: &Call,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let started = Instant::now();
+    let result = work.await;
+    observe(action, call, started, &result);
+    result
+}
+
+fn observe<T>(action: Action, call: &Call, started: Instant, result: &Result<T, Error>) {
+    let reason = match result {
+        Ok(_) => "OK",
+        Err(error) => error.reason().as_str(),
+    };
+    metrics::counter!("keybroker_calls_total", "action" => action.as_str(), "reason" => reason)
+        .increment(1);
+    metrics::histogram!("keybroker_call_seconds", "action" => action.as_str())
+        .record(started.elapsed());
+    let Err(error) = result else { return };
+    match error.reason() {
+        Reason::RecordDamaged => {
+            metrics::counter!("keybroker_records_damaged_total").increment(1);
+            tracing::error!(
+                alarm = "record-damaged", call_id = %call.id, action = %action, error = %error,
+                "a stored record does not verify; compare with a backup before anyone replaces it"
+            );
+        }
+        Reason::Bug => {
+            tracing::error!(alarm = "bug", call_id = %call.id, action = %action, error = %error, "internal error");
+        }
+        _ => tracing::info!(call_id = %call.id, action = %action, error = %error, "call failed"),
+    }
+}
+
+/// The result of a store or token call, or `DEADLINE` when the call's time is up first.
+async fn within<T, E>(call: &Call, work: impl Future<Output = Result<T, E>>) -> Result<T, Error>
+where
+    Error: From<E>,
+{
+    match tokio::time::timeout_at(call.deadline.instant().into(), work).await {
+        Ok(result) => result.map_err(Error::from),
+        Err(_) => Err(Error::new(
+            Reason::Deadline,
+            "deadline passed while waiting for the store or the token",
+        )),
+    }
+}
+
+/// How long a caller should wait for a broker that is starting.
+const START_RETRY: Duration = Duration::from_secs(1);

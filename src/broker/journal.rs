@@ -1,0 +1,104 @@
+//! Audit entries of the use cases, and the proof that one is on disk.
+
+use crate::{
+    audit::{Entry, EntryKind, Outcome},
+    call::{Call, RequestId},
+    error::{Error, Reason},
+    key::{RecordId, Revision, UserId, WrappingKeyId},
+    principal::{Action, Principal},
+};
+
+use super::{Broker, UserKeyRef};
+
+/// Proof that an audit entry is durable. Only this module makes one.
+#[derive(Debug)]
+pub(super) struct Durable(());
+
+/// An entry under way: what is known so far of the decision it records.
+#[derive(Clone, Debug)]
+pub(super) struct Draft(Entry);
+
+impl Draft {
+    pub(super) fn new(
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        key: Option<&UserKeyRef>,
+    ) -> Self {
+        let mut entry = Entry::new(EntryKind::Decision, action.as_str(), Outcome::Ok);
+        entry.principal = Some(principal.name().to_owned());
+        entry.tenant = Some(principal.tenant().clone());
+        entry.call_id = Some(call.id);
+        entry.peer = Some(call.peer.clone());
+        entry.user = key.map(|key| key.user.clone());
+        entry.key_name = key.map(|key| key.name.clone());
+        Self(entry)
+    }
+
+    pub(super) fn policy(&mut self, policy: &'static str) {
+        self.0.policy = Some(policy);
+    }
+
+    pub(super) fn user(&mut self, user: Option<UserId>) {
+        self.0.user = user;
+    }
+
+    pub(super) fn request(&mut self, request: Option<RequestId>) {
+        self.0.request_id = request;
+    }
+
+    pub(super) fn record(&mut self, record: RecordId, revision: Revision) {
+        self.0.record_id = Some(record);
+        self.0.revision = Some(revision);
+    }
+
+    pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {
+        self.0.wrapping_key = Some(key);
+    }
+
+    pub(super) fn kind(&self, kind: EntryKind) -> Self {
+        let mut entry = self.0.clone();
+        entry.kind = kind;
+        Self(entry)
+    }
+}
+
+impl Broker {
+    /// Makes the entry of a decision that went well durable.
+    pub(super) async fn record_ok(&self, draft: Draft) -> Result<Durable, Error> {
+        self.audit.append(draft.0).await?;
+        Ok(Durable(()))
+    }
+
+    /// Makes the entry of a refusal or failure durable.
+    pub(super) async fn record_failure(
+        &self,
+        mut draft: Draft,
+        error: &Error,
+    ) -> Result<Durable, Error> {
+        draft.0.outcome = if error.reason() == Reason::Policy {
+            Outcome::Denied
+        } else {
+            Outcome::Failed
+        };
+        draft.0.reason = Some(error.reason());
+        self.audit.append(draft.0).await?;
+        Ok(Durable(()))
+    }
+
+    /// Records how a decision ended and hands its result on. The entry's own failure takes precedence: without it there
+    /// is no answer.
+    pub(super) async fn conclude<T>(
+        &self,
+        draft: Draft,
+        result: Result<T, Error>,
+    ) -> Result<(T, Durable), Error> {
+        match result {
+            Ok(value) => Ok((value, self.record_ok(draft).await?)),
+            Err(error) => {
+                self.record_failure(draft, &error).await?;
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What the broker does by itself: asks the store how it is, resolves intents without an outcome, writes counted
+//! refusals, forgets old request ids. And what it says of its health.
+
+use std::{
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    audit::{Entry, EntryKind, OpenIntent, Outcome},
+    call::Timestamp,
+    hsm::Serving,
+    principal::Action,
+};
+
+use super::Broker;
+
+const TICK: Duration = Duration::from_secs(1);
+/// A store that answers later than this is away.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+const TICKS_PER_MINUTE: u64 = 60;
+const TICKS_PER_HOUR: u64 = 3_600;
+/// How long a request id is remembered, in microseconds: 24 hours.
+const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
+
+/// Whether the services can do their work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Whether user keys can be released and changed: token, store and audit log.
+    pub user_keys: bool,
+    /// Whether the control plane can answer: the audit log.
+    pub control: bool,
+    /// What is wrong, for the log and for administrators; empty when nothing is.
+    pub detail: String,
+}
+
+impl Broker {
+    /// How the broker is, as last seen; asks nobody.
+    pub fn health(&self) -> Health {
+        let mut problems = Vec::new();
+        let control = match self.audit.writable() {
+            Ok(()) => true,
+            Err(error) => {
+                problems.push(error.to_string());
+                false
+            }
+        };
+        if !self.store_is_up() {
+            problems.push("store: does not answer".to_owned());
+        }
+        match self.token.state().serving {
+            Serving::Up if self.registry.load().is_some() => {}
+            Serving::Up => problems.push("token: the registry is not verified".to_owned()),
+            Serving::Down(cause) => problems.push(format!("token: away: {cause}")),
+            Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
+        }
+        Health {
+            user_keys: problems.is_empty(),
+            control,
+            detail: problems.join("; "),
+        }
+    }
+
+    /// Runs until `stop`; one per process.
+    pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut count: u64 = 0;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            self.look_at_store().await;
+            self.resolve_intents().await;
+            if count.is_multiple_of(TICKS_PER_MINUTE) {
+                self.flush_refusals().await;
+            }
+            if count.is_multiple_of(TICKS_PER_HOUR) {
+                self.forget_requests().await;
+            }
+            count += 1;
+        }
+    }
+
+    /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once.
+    pub async fn recover(&self, open: Vec<OpenIntent>) {
+        for intent in open {
+            self.resolve_later(intent);
+        }
+        self.resolve_intents().await;
+    }
+
+    /// Leaves an intent to the next tick: whether it was committed could not be learned or recorded.
+    pub(super) fn resolve_later(&self, intent: OpenIntent) {
+        self.unresolved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(intent);
+    }
+
+    async fn resolve_intents(&self) {
+        let open = std::mem::take(
+            &mut *self
+                .unresolved
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for intent in open {
+            if !self.resolve(&intent).await {
+                self.resolve_later(intent);
+            }
+        }
+    }
+
+    /// Asks the store what became of an intent and records it. Says whether that worked.
+    async fn resolve(&self, intent: &OpenIntent) -> bool {
+        let committed = match self.store.committed_by(intent.call).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                tracing::warn!(call_id = %intent.call, %error, "open intent not resolved yet");
+                return false;
+            }
+        };
+        let action = Action::ALL
+            .into_iter()
+            .find(|action| action.as_str() == intent.action)
+            .map_or("unknown", Action::as_str);
+        let outcome = if committed {
+            Outcome::Ok
+        } else {
+            Outcome::Failed
+        };
+        let mut entry = Entry::new(EntryKind::Recovered, action, outcome);
+        entry.call_id = Some(intent.call);
+        let recorded = self.audit.append(entry).await.is_ok();
+        if recorded {
+            tracing::info!(call_id = %intent.call, action, committed, "open intent resolved");
+        }
+        recorded
+    }
+
+    async fn look_at_store(&self) {
+        let up = matches!(
+            tokio::time::timeout(PING_TIMEOUT, self.store.ping()).await,
+            Ok(Ok(()))
+        );
+        let was_up = self.store_up.swap(up, Ordering::Relaxed);
+        if up != was_up {
+            tracing::warn!(up, "store");
+        }
+        metrics::gauge!("keybroker_store_up").set(if up { 1.0 } else { 0.0 });
+    }
+
+    async fn forget_requests(&self) {
+        let before = Timestamp::from_micros(Timestamp::now().micros() - REQUEST_KEPT_US);
+        match self.store.forget_requests(before).await {
+            Ok(count) => tracing::debug!(count, "forgot old request ids"),
+            Err(error) => tracing::warn!(%error, "old request ids not forgotten yet"),
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The wrapping keys as the registry knows them, each row verified on the token before it counts.
+
+use std::sync::Arc;
+
+use crate::{
+    call::Deadline,
+    error::{Error, Reason},
+    hsm::{self, Serving, TokenKey, TokenState},
+    key::{Purpose, WrappingKeyId, WrappingKeyState},
+    store::RegistryRow,
+};
+
+use super::{Broker, START_RETRY};
+
+/// Registry rows that agree with the token.
+#[derive(Debug)]
+pub(super) struct Registry {
+    rows: Vec<RegistryRow>,
+}
+
+impl Registry {
+    /// The key that wraps: of the active ones, the one that became so last.
+    pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Error> {
+        self.rows
+            .iter()
+            .filter(|row| row.state.may_wrap() && row.purpose == Purpose::Plain)
+            .max_by_key(|row| row.sequence)
+            .map(|row| row.id)
+            .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
+    }
+
+    /// The binding key that vouches for request ids: that of the wrapping key, or when none is active, of the last that
+    /// may still unwrap.
+    pub(super) fn binding_key(&self) -> Result<WrappingKeyId, Error> {
+        self.rows
+            .iter()
+            .filter(|row| row.state.may_unwrap())
+            .max_by_key(|row| (row.state.may_wrap(), row.sequence))
+            .map(|row| row.id)
+            .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key may be used"))
+    }
+
+    /// Whether envelopes under the key may be unwrapped or bound anew.
+    pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
+        let row = self.row(id).ok_or_else(|| {
+            let detail = format!("wrapping key {id} of the envelope is not registered");
+            Error::new(Reason::RecordDamaged, detail)
+        })?;
+        if row.state.may_unwrap() {
+            Ok(())
+        } else {
+            let detail = format!("wrapping key {id} is {}", row.state.as_str());
+            Err(Error::new(Reason::KeyState, detail))
+        }
+    }
+
+    fn row(&self, id: WrappingKeyId) -> Option<&RegistryRow> {
+        self.rows.iter().find(|row| row.id == id)
+    }
+
+    pub(super) fn rows(&self) -> &[RegistryRow] {
+        &self.rows
+    }
+}
+
+impl Broker {
+    /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, the
+    /// fingerprint of every key. Any difference is reported and nothing is repaired; until this succeeds nothing is
+    /// wrapped or unwrapped.
+    pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
+        let rows = self.store.registry().await?;
+        let state = self.token.state();
+        for row in &rows {
+            self.check_row(row, &state, deadline).await?;
+        }
+        if rows.is_empty() {
+            tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
+        }
+        for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
+            tracing::warn!(
+                wrapping_key = %row.id,
+                "no backup of the token is confirmed for this wrapping key: if the token is \
+                 lost, every vault under it is lost; back the token up, test the restore, then \
+                 run `keybroker token backup-confirmed`"
+            );
+        }
+        self.registry.store(Some(Arc::new(Registry { rows })));
+        Ok(())
+    }
+
+    async fn check_row(
+        &self,
+        row: &RegistryRow,
+        state: &TokenState,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        if row.state == WrappingKeyState::Destroyed {
+            // Its binding key is gone as well, so nothing can verify the row; such a key is never used.
+            return Ok(());
+        }
+        let untrusted = |what: String| {
+            let detail = format!("registry row of wrapping key {}: {what}", row.id);
+            Error::new(Reason::TokenUntrusted, detail)
+        };
+        let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
+        if serial != row.token_serial {
+            return Err(untrusted(format!(
+                "registered for the token with serial {:?}, but this token says {serial:?}",
+                row.token_serial
+            )));
+        }
+        let key = token_key(&state.keys, row.id)
+            .ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
+        if key.fingerprint != row.fingerprint {
+            return Err(untrusted(format!(
+                "public key {} on the token, {} in the registry",
+                key.fingerprint, row.fingerprint
+            )));
+        }
+        let message = row.mac_message();
+        match self
+            .token
+            .verify_mac(row.id, &message, &row.mac, deadline)
+            .await
+        {
+            Ok(()) => Ok(()),
+            Err(hsm::Error::MacRefused) => Err(untrusted(
+                "its MAC does not verify: the row was altered".to_owned(),
+            )),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// The verified registry, or why there is none yet.
+    pub(super) fn registry(&self) -> Result<Arc<Registry>, Error> {
+        if let Some(registry) = self.registry.load_full() {
+            return Ok(registry);
+        }
+        let down = |cause: String| Error::new(Reason::TokenDown, cause).retry_after(START_RETRY);
+        Err(match self.token.state().serving {
+            Serving::Untrusted(cause) => Error::new(Reason::TokenUntrusted, cause),
+            Serving::Down(cause) => down(cause),
+            Serving::Up => down("the registry is not verified yet".to_owned()),
+        })
+    }
+}
+
+pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {
+    keys.iter().find(|key| key.id == id)
+}

@@ -1,0 +1,129 @@
+//! Release of a user key in plain.
+
+use crate::{
+    call::Call,
+    envelope::{Context, Envelope, Kind},
+    error::{Error, Reason},
+    key::{KeyAddress, Revision},
+    principal::{Action, Principal},
+    secret::KeyMaterial,
+    store::{Record, RecordState},
+};
+
+use super::{
+    Broker, UserKeyRef,
+    journal::{Draft, Durable},
+    observed,
+    policy::Permit,
+    within,
+};
+
+/// A user key that may leave the broker: its audit entry is on disk.
+#[derive(Debug)]
+pub struct Released {
+    material: KeyMaterial,
+    revision: Revision,
+}
+
+impl Released {
+    fn new((material, revision): (KeyMaterial, Revision), _entry: Durable) -> Self {
+        Self { material, revision }
+    }
+
+    /// The key.
+    pub fn material(&self) -> &KeyMaterial {
+        &self.material
+    }
+
+    /// Which revision it is.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+}
+
+impl Broker {
+    /// Releases a user key in plain: policy, record, one token job, audit entry, answer.
+    pub async fn unwrap(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+    ) -> Result<Released, Error> {
+        observed(Action::Unwrap, call, async {
+            let permit = self
+                .permit(principal, call, Action::Unwrap, Some(key))
+                .await?;
+            let mut draft = Draft::new(principal, call, Action::Unwrap, Some(key));
+            draft.policy(permit.policy());
+            let address = key.address(principal);
+            let unwrapped = self
+                .unwrap_record(&permit, call, &address, &mut draft)
+                .await;
+            let (material, entry) = self.conclude(draft, unwrapped).await?;
+            Ok(Released::new(material, entry))
+        })
+        .await
+    }
+
+    async fn unwrap_record(
+        &self,
+        permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<(KeyMaterial, Revision), Error> {
+        let record = self.active_record(permit, call, address, draft).await?;
+        let envelope = self.readable_envelope(&record.envelope)?;
+        draft.wrapping_key(envelope.wrapping_key());
+        let context = Context::Record {
+            address,
+            record_id: record.info.id,
+            revision: record.info.revision,
+        };
+        let job = self.token.unwrap(&envelope, context, call.deadline);
+        let material = within(call, job).await?;
+        Ok((material, record.info.revision))
+    }
+
+    /// The record at an address, if it is active. Needs the proof that policy was asked.
+    pub(super) async fn active_record(
+        &self,
+        permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<Record, Error> {
+        let record = self.existing_record(permit, call, address, draft).await?;
+        match record.info.state {
+            RecordState::Active => Ok(record),
+            RecordState::Deleted => Err(Error::new(Reason::KeyNotFound, "the record is deleted")),
+        }
+    }
+
+    /// The record at an address, active or deleted. Needs the proof that policy was asked.
+    pub(super) async fn existing_record(
+        &self,
+        _permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<Record, Error> {
+        let record = within(call, self.store.record(address))
+            .await?
+            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
+        draft.record(record.info.id, record.info.revision);
+        Ok(record)
+    }
+
+    /// Parses a stored envelope and checks that its wrapping key may be used to read.
+    pub(super) fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
+        let envelope = Envelope::parse(bytes)
+            .map_err(|error| Error::new(Reason::RecordDamaged, error.to_string()))?;
+        if envelope.kind() != Kind::Record {
+            let detail = "a stored envelope of another kind";
+            return Err(Error::new(Reason::RecordDamaged, detail));
+        }
+        self.registry()?.check_readable(envelope.wrapping_key())?;
+        Ok(envelope)
+    }
+}

@@ -20,7 +20,21 @@ use crate::{
     secret::KeyMaterial,
 };
 
+mod classify;
+mod frame;
+pub mod gate;
+mod keys;
+mod module;
+mod oaep;
+mod open;
+mod operation;
+mod pin;
+mod select;
+mod session;
 mod wire;
+pub mod worker;
+
+pub use pin::Pin;
 
 /// Which token, and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]

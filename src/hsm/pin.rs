@@ -1,0 +1,158 @@
+//! The user PIN: from a file that only its owner can read, from a descriptor, or typed. Never from an argument, never from
+//! an environment variable.
+
+use std::{
+    env, fmt, fs,
+    io::Read as _,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use cryptoki::types::AuthPin;
+use zeroize::Zeroizing;
+
+/// Longest PIN, in bytes.
+const PIN_BYTES_MAX: usize = 255;
+
+const READABLE_BY_OTHERS: u32 = 0o077;
+const CREDENTIALS_PREFIX: &str = "$CREDENTIALS_DIRECTORY/";
+
+/// A PIN of a token.
+pub struct Pin(Zeroizing<String>);
+
+impl fmt::Debug for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pin(redacted)")
+    }
+}
+
+impl Pin {
+    /// From text that was typed. One line end is not part of it.
+    pub fn from_text(text: String) -> Result<Self, String> {
+        let text = Zeroizing::new(text);
+        let pin = text.strip_suffix('\n').unwrap_or(&text);
+        if pin.is_empty() {
+            return Err("the PIN is empty".to_owned());
+        }
+        if pin.len() > PIN_BYTES_MAX || pin.chars().any(char::is_control) {
+            return Err(format!(
+                "a PIN is one line of at most {PIN_BYTES_MAX} bytes"
+            ));
+        }
+        Ok(Self(Zeroizing::new(pin.to_owned())))
+    }
+
+    /// From a file that nobody but its owner can read. The owner is this user or root.
+    pub fn from_file(path: &Path) -> Result<Self, String> {
+        let path = resolve(path)?;
+        let shown = path.display();
+        let file = fs::File::open(&path)
+            .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
+        let meta = file
+            .metadata()
+            .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
+        // systemd mounts credentials read-only for the service alone, with mode 0440 where ACLs are used.
+        let mode = meta.mode() & 0o7777;
+        if mode & READABLE_BY_OTHERS != 0 && !is_credential(&path) {
+            return Err(format!(
+                "the PIN file {shown} has mode {mode:04o}: others can read it; run `chmod 600 {shown}`, \
+                 and change the PIN if others may have read it"
+            ));
+        }
+        let ours = rustix::process::geteuid().as_raw();
+        if meta.uid() != ours && meta.uid() != 0 {
+            return Err(format!(
+                "the PIN file {shown} belongs to user {}; it must belong to user {ours} or root",
+                meta.uid()
+            ));
+        }
+        Self::read(file).map_err(|what| format!("the PIN file {shown}: {what}"))
+    }
+
+    /// From an open descriptor of this process.
+    pub fn from_descriptor(number: u32) -> Result<Self, String> {
+        let file = fs::File::open(format!("/proc/self/fd/{number}"))
+            .map_err(|error| format!("cannot read descriptor {number}: {error}"))?;
+        Self::read(file).map_err(|what| format!("descriptor {number}: {what}"))
+    }
+
+    fn read(file: fs::File) -> Result<Self, String> {
+        // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
+        let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
+        let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
+        file.take(limit)
+            .read_to_string(&mut text)
+            .map_err(|error| error.to_string())?;
+        Self::from_text(std::mem::take(&mut text))
+    }
+
+    /// For the module.
+    pub(super) fn to_auth_pin(&self) -> AuthPin {
+        AuthPin::new(self.0.as_str().into())
+    }
+}
+
+/// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
+pub(super) fn resolve(path: &Path) -> Result<PathBuf, String> {
+    let Some(name) = path
+        .to_str()
+        .and_then(|p| p.strip_prefix(CREDENTIALS_PREFIX))
+    else {
+        return Ok(path.to_owned());
+    };
+    let directory = env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+        "the PIN file names $CREDENTIALS_DIRECTORY, but systemd passed none; add LoadCredential= to \
+         the unit"
+            .to_owned()
+    })?;
+    Ok(Path::new(&directory).join(name))
+}
+
+fn is_credential(path: &Path) -> bool {
+    env::var_os("CREDENTIALS_DIRECTORY").is_some_and(|directory| path.starts_with(directory))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pin");
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        (directory, path)
+    }
+
+    #[test]
+    fn one_line_end_is_not_part_of_the_pin() {
+        let (_directory, path) = file(0o600, "1234\n");
+        assert_eq!(Pin::from_file(&path).unwrap().0.as_str(), "1234");
+    }
+
+    #[test]
+    fn a_file_that_others_can_read_is_refused() {
+        for mode in [0o644, 0o640, 0o604, 0o620] {
+            let (_directory, path) = file(mode, "1234");
+            let message = Pin::from_file(&path).unwrap_err();
+            assert!(message.contains("chmod 600"), "{message}");
+            assert!(!message.contains("1234"), "{message}");
+        }
+    }
+
+    #[test]
+    fn empty_long_and_odd_pins_are_refused() {
+        for content in ["", "\n", "12\n34\n", &"x".repeat(256)] {
+            let (_directory, path) = file(0o600, content);
+            assert!(Pin::from_file(&path).is_err(), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let pin = Pin::from_text("1234".to_owned()).unwrap();
+        assert_eq!(format!("{pin:?}"), "Pin(redacted)");
+    }
+}

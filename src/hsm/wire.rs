@@ -13,7 +13,7 @@
 
 use std::fmt;
 
-tonic::include_proto!("keybroker.worker.v1");
+include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
 
 impl fmt::Debug for Reply {
     /// Without the outcome: it may be key material.

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Everything that is checked without running the product: format, lints, documentation, layers, dependencies, scripts.
+# `check.sh NAME…` runs only the named checks.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+
+CHECKS=(format lints documentation layers lengths dependencies scripts words)
+
+format() { cargo fmt --all --check; }
+
+lints() { cargo clippy --quiet --workspace --all-targets -- -D warnings; }
+
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items; }
+
+layers() { scripts/layering.sh --self-test && scripts/layering.sh .; }
+
+# A report, not a limit: a file of 420 lines that reads like one thought is better than two that don't.
+lengths() {
+  # shellcheck disable=SC2016  # The program is for awk.
+  git ls-files -z 'src/*.rs' 'tests/*.rs' | xargs -0 awk '
+    FNR == 1 { files++ }
+    { lines[FILENAME]++; if (length($0) > 120 && $0 !~ /^[ \t]*\/\//) wide[FILENAME]++ }
+    END {
+      for (file in lines) {
+        total += lines[file]
+        if (lines[file] > 400) printf "  %s has %d lines\n", file, lines[file]
+        if (wide[file]) printf "  %s has %d lines of code wider than 120 columns\n", file, wide[file]
+      }
+      printf "  %d files, %d lines\n", files, total
+    }'
+}
+
+dependencies() { cargo deny --offline --log-level warn check bans licenses sources; }
+
+scripts() {
+  git ls-files -z 'scripts/*.sh' .ci/run | xargs -0 shellcheck
+}
+
+# Notes to ourselves and paths of one machine have no place in a release.
+words() {
+  local found
+  found=$(git grep -nIE '\b(TODO|FIXME|XXX)\b|\.\./shared|(^|[^[:alnum:]./])/(work|home)/[a-z]|[Cc]o-[Aa]uthored-[Bb]y|[Gg]enerated with \[' \
+    -- . ':!scripts/check.sh' ':!Cargo.lock' || true)
+  [[ -z $found ]] && return
+  printf '%s\n' "$found"
+  return 1
+}
+
+# Checks run inside `if`, where the shell ignores `set -e`: each must end in the status that counts.
+run() {
+  local name=$1 log started=$SECONDS
+  log=$(mktemp)
+  if "$name" >"$log" 2>&1; then
+    [[ $name == lengths ]] && cat "$log"
+    printf 'check: %-14s ok  (%d s)\n' "$name" $((SECONDS - started))
+    rm -f "$log"
+  else
+    cat "$log"
+    rm -f "$log"
+    printf 'check: %-14s FAILED\n' "$name"
+    return 1
+  fi
+}
+
+main() {
+  local name known failed=()
+  known=" ${CHECKS[*]} "
+  for name in "${@:-${CHECKS[@]}}"; do
+    [[ $known == *" $name "* ]] || { printf 'check: there is no check %s; there are:%s\n' "$name" "$known" >&2; exit 2; }
+    run "$name" || failed+=("$name")
+  done
+  if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'check: FAILED: %s\n' "${failed[*]}"
+    exit 1
+  fi
+  printf 'check: ok\n'
+}
+
+main "$@"

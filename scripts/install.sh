@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Installs what building, testing and the demonstration need on Debian 12 with Rust: Debian packages (root or sudo) and,
+# with --tools, the test runner and the dependency checker. Does nothing when all is there.
+set -euo pipefail
+
+NEXTEST_VERSION=0.9.143
+DENY_VERSION=0.20.2
+
+# A command or file that shows a package is there, and the package.
+PARTS=(
+  "cc build-essential"
+  "openssl openssl"
+  "sqlite3 sqlite3"
+  "softhsm2-util softhsm2"
+  "pkcs11-tool opensc"
+  "shellcheck shellcheck"
+)
+
+fail() {
+  printf 'install: %s\n' "$1" >&2
+  exit 1
+}
+
+as_root() {
+  if [[ $(id -u) -eq 0 ]]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    fail "not root and there is no sudo; run as root: $*"
+  fi
+}
+
+packages() {
+  local part missing=()
+  for part in "${PARTS[@]}"; do
+    command -v "${part%% *}" >/dev/null || missing+=("${part##* }")
+  done
+  [[ ${#missing[@]} -eq 0 ]] && return
+  command -v apt-get >/dev/null \
+    || fail "missing: ${missing[*]}. This script knows apt-get only; install them with your package manager"
+  printf 'install: %s\n' "${missing[*]}"
+  local log
+  log=$(mktemp)
+  if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    fail "apt-get could not install ${missing[*]}; what it said is above and in $log"
+  fi
+  rm -f "$log"
+}
+
+rust() {
+  command -v cargo >/dev/null && return
+  # rustup puts cargo here, but only login shells of some systems look there.
+  if [[ -x $HOME/.cargo/bin/cargo ]]; then
+    fail "cargo is in $HOME/.cargo/bin, which is not in PATH: run  . \"\$HOME/.cargo/env\"  and try again"
+  fi
+  fail "there is no cargo; install Rust 1.94 or later from https://rustup.rs and try again"
+}
+
+cargo_tool() {
+  local name=$1 version=$2 folder=${CARGO_HOME:-$HOME/.cargo}/bin
+  command -v "$name" >/dev/null || [[ -x $folder/$name ]] && return
+  printf 'install: %s %s (built from source, takes minutes)\n' "$name" "$version"
+  cargo install --locked --quiet "$name" --version "$version" \
+    || fail "cargo could not install $name $version; what it said is above"
+}
+
+main() {
+  packages
+  rust
+  if [[ ${1:-} == --tools ]]; then
+    cargo_tool cargo-nextest "$NEXTEST_VERSION"
+    cargo_tool cargo-deny "$DENY_VERSION"
+    # The dependency check reads every package of the lock file, those of other platforms too, and has no network.
+    cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; what it said is above"
+  fi
+}
+
+main "$@"

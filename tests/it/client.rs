@@ -1,0 +1,236 @@
+//! Real gRPC clients over mTLS.
+
+use std::{fs, net::SocketAddr, time::Duration};
+
+use keybroker::proto::{
+    BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
+    DeleteUserKeyRequest, GetUserKeyRequest, ListUserKeysRequest, ListUserKeysResponse,
+    ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest, UndeleteUserKeyRequest,
+    UnwrapUserKeyRequest, UnwrapUserKeyResponse, UserKey,
+    control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
+};
+use tonic::{
+    Request, Status,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+use tonic_types::StatusExt as _;
+
+use crate::{pki::Pki, process::Broker};
+
+/// The key name that tests use when they need only one.
+pub(crate) const NAME: &str = "vault";
+
+/// Longest wait of a call of a test.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One client with one certificate. The calls are as short as a test needs them.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    /// The user-key service.
+    pub(crate) keys: UserKeyServiceClient<Channel>,
+    /// The control plane.
+    pub(crate) control: ControlServiceClient<Channel>,
+}
+
+impl Caller {
+    /// A client of a running broker with the certificate of that name. The connection is made by the first call.
+    pub(crate) fn of(broker: &Broker, name: &str) -> Self {
+        let channel = channel(&broker.site.pki, Some(name), broker.grpc);
+        Self {
+            keys: UserKeyServiceClient::new(channel.clone()),
+            control: ControlServiceClient::new(channel),
+        }
+    }
+
+    /// Creates a user key without a request id.
+    pub(crate) async fn create(&self, user: &str, material: &[u8]) -> Result<UserKey, Status> {
+        self.create_with_id(user, material, "").await
+    }
+
+    /// Creates a user key.
+    pub(crate) async fn create_with_id(
+        &self,
+        user: &str,
+        material: &[u8],
+        request_id: &str,
+    ) -> Result<UserKey, Status> {
+        let request = CreateUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            key_material: material.to_vec(),
+            request_id: request_id.to_owned(),
+        };
+        let answer = self.keys.clone().create_user_key(timed(request)).await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+
+    /// Unwraps a user key.
+    pub(crate) async fn unwrap(&self, user: &str) -> Result<UnwrapUserKeyResponse, Status> {
+        let request = item(user);
+        let answer = self.keys.clone().unwrap_user_key(timed(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Unwraps several.
+    pub(crate) async fn batch(
+        &self,
+        users: &[&str],
+    ) -> Result<BatchUnwrapUserKeysResponse, Status> {
+        let items = users.iter().map(|user| item(user)).collect();
+        let request = timed(BatchUnwrapUserKeysRequest { items });
+        let answer = self.keys.clone().batch_unwrap_user_keys(request).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Replaces a user key.
+    pub(crate) async fn replace(
+        &self,
+        user: &str,
+        material: &[u8],
+        expected_revision: u64,
+        request_id: &str,
+    ) -> Result<UserKey, Status> {
+        let request = ReplaceUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            key_material: material.to_vec(),
+            expected_revision,
+            request_id: request_id.to_owned(),
+        };
+        let answer = self.keys.clone().replace_user_key(timed(request)).await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+
+    /// Reads a record's metadata.
+    pub(crate) async fn get(&self, user: &str) -> Result<UserKey, Status> {
+        let request = GetUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+        };
+        let answer = self.keys.clone().get_user_key(timed(request)).await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+
+    /// One page of the list.
+    pub(crate) async fn list(
+        &self,
+        size: u32,
+        token: &str,
+    ) -> Result<ListUserKeysResponse, Status> {
+        let request = ListUserKeysRequest {
+            page_size: size,
+            page_token: token.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.keys.clone().list_user_keys(timed(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Deletes a user key.
+    pub(crate) async fn delete(
+        &self,
+        user: &str,
+        expected_revision: u64,
+    ) -> Result<UserKey, Status> {
+        let request = DeleteUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            expected_revision,
+            request_id: String::new(),
+        };
+        let answer = self.keys.clone().delete_user_key(timed(request)).await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+
+    /// Undeletes a user key.
+    pub(crate) async fn undelete(&self, user: &str) -> Result<UserKey, Status> {
+        let request = UndeleteUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            request_id: String::new(),
+        };
+        let answer = self.keys.clone().undelete_user_key(timed(request)).await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+
+    /// Makes an earlier revision current.
+    pub(crate) async fn restore(
+        &self,
+        user: &str,
+        revision: u64,
+        expected_revision: u64,
+    ) -> Result<UserKey, Status> {
+        let request = RestoreUserKeyRevisionRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            revision,
+            expected_revision,
+            request_id: String::new(),
+        };
+        let answer = self
+            .keys
+            .clone()
+            .restore_user_key_revision(timed(request))
+            .await?;
+        Ok(answer.into_inner().user_key.unwrap())
+    }
+}
+
+/// A channel to an address of `localhost`, with a certificate of that name or none.
+pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> Channel {
+    // Fails only when another test of this process has done it.
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .ok();
+    let mut tls = ClientTlsConfig::new()
+        .domain_name("localhost")
+        .ca_certificate(Certificate::from_pem(fs::read(pki.ca_file()).unwrap()));
+    if let Some(client) = client {
+        tls = tls.identity(Identity::from_pem(
+            fs::read(pki.certificate_file(client)).unwrap(),
+            fs::read(pki.key_file(client)).unwrap(),
+        ));
+    }
+    Endpoint::from_shared(format!("https://{address}"))
+        .unwrap()
+        .tls_config(tls)
+        .unwrap()
+        .connect_timeout(CALL_TIMEOUT)
+        .connect_lazy()
+}
+
+/// The reason in the error details; the code and text when there is none.
+pub(crate) fn reason(status: &Status) -> String {
+    match status.get_details_error_info() {
+        Some(info) => {
+            assert_eq!(info.domain, "keybroker.v1", "{status:?}");
+            info.reason
+        }
+        None => format!("{:?} without details: {}", status.code(), status.message()),
+    }
+}
+
+/// Asserts that a call was refused with that reason.
+#[track_caller]
+pub(crate) fn refused<T>(result: Result<T, Status>, expected: &str) -> Status {
+    match result {
+        Ok(_) => panic!("not refused; expected {expected}"),
+        Err(status) => {
+            assert_eq!(reason(&status), expected, "{status:?}");
+            status
+        }
+    }
+}
+
+fn item(user: &str) -> UnwrapUserKeyRequest {
+    UnwrapUserKeyRequest {
+        user: user.to_owned(),
+        key_name: NAME.to_owned(),
+    }
+}
+
+fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}

@@ -1,0 +1,16 @@
+//! Integration tests: the real binary, a real token, a real database, TLS over loopback.
+//!
+//! [`softhsm::Token`], [`pki::Pki`] and [`process::Site`] give each test parts of its own; nothing is shared, no port is
+//! fixed, and every loop that waits is bounded.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that meets a surprise stops there and says where"
+)]
+
+mod client;
+mod pki;
+mod process;
+mod softhsm;

@@ -1,0 +1,138 @@
+//! A certification authority of its own for each test, with a server and one client for each role.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
+};
+use tempfile::TempDir;
+
+use crate::softhsm::write_private;
+
+/// The clients that the configuration of [`crate::process::Site`] knows, with their roles.
+pub(crate) const PRINCIPALS: [(&str, &str); 6] = [
+    ("releaser", "release"),
+    ("other-releaser", "release"),
+    ("enroller", "enrol"),
+    ("lifecycle", "lifecycle"),
+    ("admin", "admin"),
+    ("auditor", "auditor"),
+];
+
+/// Certificates that are good but name nobody in the configuration.
+pub(crate) const UNKNOWN: &str = "unknown";
+/// A releaser's certificate that has expired.
+pub(crate) const EXPIRED: &str = "expired";
+/// A releaser's certificate made by another CA.
+pub(crate) const STRANGER: &str = "stranger";
+
+type Issuer = CertifiedIssuer<'static, KeyPair>;
+
+/// The URI SAN of a client.
+pub(crate) fn uri(client: &str) -> String {
+    format!("spiffe://test.example/{client}")
+}
+
+/// Certificates and keys as PEM files.
+pub(crate) struct Pki {
+    folder: TempDir,
+    authority: Issuer,
+}
+
+impl Pki {
+    /// A CA, a server for `localhost` and `127.0.0.1`, and every client named above.
+    pub(crate) fn fresh() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("keybroker-pki-")
+            .tempdir()
+            .unwrap();
+        let pki = Self {
+            folder,
+            authority: authority("test CA"),
+        };
+        fs::write(pki.ca_file(), pki.authority.pem()).unwrap();
+        pki.issue_server();
+        for (client, _) in PRINCIPALS {
+            pki.write(client, &client_parameters(client), &pki.authority);
+        }
+        pki.write(UNKNOWN, &client_parameters(UNKNOWN), &pki.authority);
+        let mut expired = client_parameters("releaser");
+        expired.not_before = date_time_ymd(2020, 1, 1);
+        expired.not_after = date_time_ymd(2020, 2, 1);
+        pki.write(EXPIRED, &expired, &pki.authority);
+        pki.write(
+            STRANGER,
+            &client_parameters("releaser"),
+            &authority("another CA"),
+        );
+        pki
+    }
+
+    /// Writes a new server certificate and key over the old ones.
+    pub(crate) fn issue_server(&self) {
+        self.write("server", &server_parameters(), &self.authority);
+    }
+
+    /// Writes a server certificate that has expired over the good one.
+    pub(crate) fn issue_expired_server(&self) {
+        let mut parameters = server_parameters();
+        parameters.not_before = date_time_ymd(2020, 1, 1);
+        parameters.not_after = date_time_ymd(2020, 2, 1);
+        self.write("server", &parameters, &self.authority);
+    }
+
+    /// The CA that servers and clients trust.
+    pub(crate) fn ca_file(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
+    }
+
+    /// Certificate of the server or of a client.
+    pub(crate) fn certificate_file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.pem"))
+    }
+
+    /// Private key of the server or of a client.
+    pub(crate) fn key_file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.key"))
+    }
+
+    fn write(&self, name: &str, parameters: &CertificateParams, issuer: &Issuer) {
+        let key = KeyPair::generate().unwrap();
+        let certificate = parameters.signed_by(&key, issuer).unwrap();
+        replace(&self.key_file(name), &key.serialize_pem());
+        replace(&self.certificate_file(name), &certificate.pem());
+    }
+}
+
+/// By rename, so that a reader never sees half a file.
+fn replace(path: &Path, text: &str) {
+    let fresh = path.with_extension("new");
+    write_private(&fresh, text);
+    fs::rename(fresh, path).unwrap();
+}
+
+fn authority(name: &str) -> Issuer {
+    let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+    parameters.distinguished_name.push(DnType::CommonName, name);
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    CertifiedIssuer::self_signed(parameters, KeyPair::generate().unwrap()).unwrap()
+}
+
+fn server_parameters() -> CertificateParams {
+    let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+    let mut parameters = CertificateParams::new(names).unwrap();
+    parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    parameters
+}
+
+fn client_parameters(client: &str) -> CertificateParams {
+    let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+    parameters.subject_alt_names = vec![SanType::URI(uri(client).try_into().unwrap())];
+    parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    parameters
+}

@@ -1,0 +1,434 @@
+//! The real binary: an installation of its own for each test, one-shot commands, and the running broker.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{
+    pki::{self, Pki},
+    softhsm::{self, Token},
+};
+
+/// Longest wait for the broker to start, to stop, or for anything else that should take far less.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Asks again until `probe` answers, at most for [`PATIENCE`].
+pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if let Some(found) = probe() {
+            return found;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    panic!("waited {PATIENCE:?} for {what}");
+}
+
+/// What a test wants otherwise than the default.
+pub(crate) struct Options {
+    /// Modulus length of the wrapping key.
+    pub(crate) rsa_bits: u32,
+    /// `[token] workers`.
+    pub(crate) workers: usize,
+    /// `[token] sessions_per_worker`.
+    pub(crate) sessions_per_worker: usize,
+    /// Lines for the `[limits]` section.
+    pub(crate) limits: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            rsa_bits: 2048,
+            workers: 1,
+            sessions_per_worker: 2,
+            limits: String::new(),
+        }
+    }
+}
+
+/// Token, certificates, database, audit log and configuration: everything but a running broker.
+pub(crate) struct Site {
+    folder: TempDir,
+    options: Options,
+    /// The token.
+    pub(crate) token: Token,
+    /// The certificates.
+    pub(crate) pki: Pki,
+}
+
+impl Site {
+    /// Ready to serve: schema migrated, one wrapping key generated and registered by the real commands.
+    pub(crate) fn fresh(options: Options) -> Self {
+        let site = Self::without_keys(options);
+        let bits = site.options.rsa_bits.to_string();
+        site.expect_ok(&["store", "migrate"]);
+        site.expect_ok(&["key", "generate", "--bits", &bits]);
+        site
+    }
+
+    /// A token without keys and no database yet.
+    pub(crate) fn without_keys(options: Options) -> Self {
+        let site = Self {
+            folder: tempfile::Builder::new()
+                .prefix("keybroker-site-")
+                .tempdir()
+                .unwrap(),
+            options,
+            token: Token::fresh(),
+            pki: Pki::fresh(),
+        };
+        site.write_configuration(|_| {});
+        site
+    }
+
+    /// Writes the configuration anew, after `edit` has changed its text.
+    pub(crate) fn write_configuration(&self, edit: impl FnOnce(&mut String)) {
+        let mut text = self.configuration();
+        edit(&mut text);
+        fs::write(self.configuration_file(), text).unwrap();
+    }
+
+    fn configuration(&self) -> String {
+        let mut text = format!(
+            r#"
+[token]
+module = "{module}"
+label = "{label}"
+pin_file = "{pin}"
+workers = {workers}
+sessions_per_worker = {sessions}
+allow_oaep_sha1 = true
+
+[token.environment]
+SOFTHSM2_CONF = "{softhsm}"
+
+[store]
+url = "sqlite:{database}"
+
+[audit]
+directory = "{audit}"
+
+[status]
+address = "127.0.0.1:0"
+
+[[listener]]
+address = "127.0.0.1:0"
+doors = ["grpc", "admin"]
+
+[listener.tls]
+certificate_file = "{certificate}"
+key_file = "{key}"
+client_ca_file = "{ca}"
+
+[limits]
+{limits}
+"#,
+            module = softhsm::module().display(),
+            label = self.token.label(),
+            pin = self.token.pin_file().display(),
+            workers = self.options.workers,
+            sessions = self.options.sessions_per_worker,
+            softhsm = self.token.configuration().display(),
+            database = self.database().display(),
+            audit = self.audit_directory().display(),
+            certificate = self.pki.certificate_file("server").display(),
+            key = self.pki.key_file("server").display(),
+            ca = self.pki.ca_file().display(),
+            limits = self.options.limits,
+        );
+        for (client, role) in pki::PRINCIPALS {
+            write!(
+                text,
+                "\n[[principal]]\nsan = \"URI:{}\"\nroles = [\"{role}\"]\n",
+                pki::uri(client)
+            )
+            .unwrap();
+        }
+        text
+    }
+
+    /// Folder of everything but token and certificates.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The configuration file.
+    pub(crate) fn configuration_file(&self) -> PathBuf {
+        self.folder().join("keybroker.toml")
+    }
+
+    /// The SQLite file.
+    pub(crate) fn database(&self) -> PathBuf {
+        self.folder().join("keybroker.db")
+    }
+
+    /// `[audit] directory`.
+    pub(crate) fn audit_directory(&self) -> PathBuf {
+        self.folder().join("audit")
+    }
+
+    /// What the broker wrote to its standard output and error, over all its runs.
+    pub(crate) fn log_file(&self) -> PathBuf {
+        self.folder().join("broker.log")
+    }
+
+    /// The log so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log_file()).unwrap_or_default()
+    }
+
+    /// All lines of the audit log that the broker and the commands wrote.
+    pub(crate) fn audit(&self) -> String {
+        let mut text = String::new();
+        let mut folders = vec![self.audit_directory()];
+        while let Some(folder) = folders.pop() {
+            let Ok(entries) = fs::read_dir(folder) else {
+                continue;
+            };
+            for entry in entries.flatten() {
+                if entry.path().is_dir() {
+                    folders.push(entry.path());
+                } else if let Ok(part) = fs::read_to_string(entry.path()) {
+                    text += &part;
+                }
+            }
+        }
+        text
+    }
+
+    /// The real binary with this configuration.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
+        command
+            .arg("--config")
+            .arg(self.configuration_file())
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a one-shot command to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Finished {
+        Finished::from(self.command(arguments).output().unwrap())
+    }
+
+    /// Runs a one-shot command that must succeed, and returns its standard output.
+    pub(crate) fn expect_ok(&self, arguments: &[&str]) -> String {
+        let finished = self.run(arguments);
+        assert_eq!(finished.code, Some(0), "{arguments:?}: {finished:#?}");
+        finished.stdout
+    }
+
+    /// Runs SQL on the database while no broker has it open.
+    pub(crate) fn sql(&self, statements: &str) -> String {
+        let output = Command::new("sqlite3")
+            .args(["-bail", "-batch"])
+            .arg(self.database())
+            .arg(statements)
+            .output()
+            .unwrap_or_else(|error| panic!("sqlite3: {error}; run scripts/install.sh"));
+        assert!(output.status.success(), "{statements}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// Exit code; absent when a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// Standard output.
+    pub(crate) stdout: String,
+    /// Standard error.
+    pub(crate) stderr: String,
+}
+
+impl From<Output> for Finished {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+/// A running `keybroker serve`. Killed when dropped; its log is shown when the test fails.
+pub(crate) struct Broker {
+    /// Where it runs.
+    pub(crate) site: Arc<Site>,
+    /// Address of the gRPC listener.
+    pub(crate) grpc: SocketAddr,
+    /// Address of `/livez`, `/readyz` and `/metrics`.
+    pub(crate) status: SocketAddr,
+    child: Child,
+}
+
+impl Broker {
+    /// A fresh site with a broker that serves.
+    pub(crate) fn start(options: Options) -> Self {
+        Self::start_on(Arc::new(Site::fresh(options)))
+    }
+
+    /// Starts on a site and waits until the ready file is there.
+    pub(crate) fn start_on(site: Arc<Site>) -> Self {
+        let ready_file = site.folder().join("ready");
+        fs::remove_file(&ready_file).ok();
+        let mut child = Self::spawn(&site, &ready_file);
+        let deadline = Instant::now() + PATIENCE;
+        let addresses = loop {
+            if let Ok(text) = fs::read_to_string(&ready_file) {
+                break loopback_addresses(&text);
+            }
+            let ended = child.try_wait().unwrap();
+            if ended.is_some() || Instant::now() > deadline {
+                child.kill().ok();
+                child.wait().ok();
+                panic!("the broker did not start ({ended:?}):\n{}", site.log());
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        let [grpc, .., status] = addresses[..] else {
+            panic!("the ready file names {addresses:?}")
+        };
+        Self {
+            site,
+            grpc,
+            status,
+            child,
+        }
+    }
+
+    /// Starts `serve` without waiting for anything.
+    pub(crate) fn spawn(site: &Site, ready_file: &Path) -> Child {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(site.log_file())
+            .unwrap();
+        site.command(&["serve", "--ready-file", ready_file.to_str().unwrap()])
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Process id of the front.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal to the front alone.
+    pub(crate) fn signal(&self, signal: Signal) {
+        send(self.child.id(), signal);
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub(crate) fn stop(mut self) -> (Arc<Site>, ExitStatus) {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        (Arc::clone(&self.site), status)
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub(crate) fn kill(mut self) -> Arc<Site> {
+        self.signal(Signal::KILL);
+        self.wait();
+        Arc::clone(&self.site)
+    }
+
+    /// Waits for the end, however it comes.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let child = &mut self.child;
+        until("the broker to end", || child.try_wait().unwrap())
+    }
+
+    /// Process ids of the token workers now alive.
+    pub(crate) fn workers(&self) -> Vec<u32> {
+        children_of(self.pid())
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        if thread::panicking() {
+            eprintln!("--- log of the broker ---\n{}", self.site.log());
+        }
+    }
+}
+
+/// Sends a signal to one process that this test started, or that its broker started.
+pub(crate) fn send(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+/// Whether a process is alive: there, and not a zombie.
+pub(crate) fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| {
+            stat.rsplit_once(')')
+                .map(|(_, rest)| !rest.starts_with(" Z"))
+        })
+        .unwrap_or(false)
+}
+
+fn children_of(parent: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // After the name in brackets: state, parent.
+        let field = |n| {
+            stat.rsplit_once(") ")
+                .and_then(|(_, rest)| rest.split(' ').nth(n))
+        };
+        if field(1) == Some(&parent.to_string()) && field(0) != Some("Z") {
+            children.push(pid);
+        }
+    }
+    children
+}
+
+/// The ready file names each listener's address in the order of the configuration, then that of the status listener.
+fn loopback_addresses(text: &str) -> Vec<SocketAddr> {
+    text.split(|c: char| !(c.is_ascii_digit() || c == '.' || c == ':'))
+        .filter_map(|word| word.trim_matches(':').parse().ok())
+        .collect()
+}
+
+#[test]
+fn the_ready_file_may_be_lines_or_json() {
+    let expected: Vec<SocketAddr> = vec![
+        "127.0.0.1:1".parse().unwrap(),
+        "127.0.0.1:2".parse().unwrap(),
+    ];
+    for text in [
+        "listener 127.0.0.1:1\nstatus 127.0.0.1:2\n",
+        r#"{"listeners":["127.0.0.1:1"],"status":"127.0.0.1:2"}"#,
+    ] {
+        assert_eq!(loopback_addresses(text), expected);
+    }
+}

@@ -24,17 +24,23 @@ mod classify;
 mod frame;
 pub mod gate;
 mod keys;
+mod latch;
+mod link;
 mod module;
 mod oaep;
 mod open;
 mod operation;
 mod pin;
+mod queue;
 mod select;
 mod session;
+mod start;
+mod supervisor;
 mod wire;
 pub mod worker;
 
 pub use pin::Pin;
+pub use supervisor::{StartupError, Supervisor};
 
 /// Which token, and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]

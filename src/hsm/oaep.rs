@@ -33,6 +33,11 @@ impl WrapKey {
         self.algorithm
     }
 
+    /// Modulus length in bits; a permitted one fits.
+    pub(super) fn modulus_bits(&self) -> u32 {
+        u32::try_from(self.key.key_size_bits()).unwrap_or(0)
+    }
+
     /// Wraps, with an empty label.
     pub(super) fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, String> {
         let parameters = match self.algorithm {

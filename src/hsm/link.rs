@@ -1,0 +1,308 @@
+//! The front's end of one worker: its process, its socket and the jobs it holds.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::Path,
+    process::Stdio,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use prost::Message as _;
+use tokio::{
+    net::UnixStream,
+    process::{Child, Command},
+    sync::Notify,
+};
+use tokio_util::sync::CancellationToken;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::{
+    Settings,
+    frame::{self, FRAME_BYTES_MAX, PREFIX_BYTES},
+    queue::Job,
+    wire::{Reply, Request, request},
+};
+
+/// A job that is not back this long after its deadline means that the worker is wedged.
+const WEDGED_AFTER: Duration = Duration::from_secs(2);
+
+/// One worker as the front sees it.
+pub(super) struct Link {
+    generation: u64,
+    pid: u32,
+    sessions: usize,
+    stream: UnixStream,
+    /// Number of jobs in `held`, canaries apart: read without the lock.
+    busy: AtomicUsize,
+    state: Mutex<State>,
+    next_id: AtomicU64,
+    flush: Notify,
+    /// Cancelled when the worker must end now, with the cause in `State`.
+    ended: CancellationToken,
+}
+
+#[derive(Default)]
+struct State {
+    held: HashMap<u64, Job>,
+    /// Bytes that the socket did not take at once.
+    unsent: Vec<u8>,
+    cause: Option<String>,
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("generation", &self.generation)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Starts a worker process and returns it with our end of its socket.
+pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let child = Command::new(program)
+        .arg("token-worker")
+        .env_clear()
+        .envs(&settings.environment)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()?;
+    Ok((child, UnixStream::from_std(ours)?))
+}
+
+impl Link {
+    pub(super) fn new(generation: u64, pid: u32, sessions: usize, stream: UnixStream) -> Arc<Self> {
+        Arc::new(Self {
+            generation,
+            pid,
+            sessions,
+            stream,
+            busy: AtomicUsize::new(0),
+            state: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            flush: Notify::new(),
+            ended: CancellationToken::new(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(super) fn sessions(&self) -> usize {
+        self.sessions
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.busy.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.in_flight() < self.sessions && !self.ended.is_cancelled()
+    }
+
+    /// Sends a job. The caller of the queue does this itself, without another task in between: the socket has room for
+    /// many times what a worker may hold.
+    pub(super) fn assign(&self, job: Job) {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        if !matches!(job.work, request::Job::Canary(_)) {
+            self.busy.fetch_add(1, Ordering::Relaxed);
+        }
+        let deadline_ns = frame::monotonic_ns()
+            .saturating_add(u64::try_from(job.deadline.remaining().as_nanos()).unwrap_or(u64::MAX));
+        let mut state = self.state();
+        let mut message = Request {
+            id,
+            deadline_ns,
+            job: Some(job.work.clone()),
+        };
+        frame::encode(&message, &mut state.unsent);
+        wipe(&mut message);
+        state.held.insert(id, job);
+        self.send(&mut state);
+    }
+
+    fn send(&self, state: &mut State) {
+        while !state.unsent.is_empty() {
+            match self.stream.try_write(&state.unsent) {
+                Ok(written) => {
+                    state.unsent[..written].zeroize();
+                    state.unsent.drain(..written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.flush.notify_one();
+                    return;
+                }
+                Err(error) => {
+                    state
+                        .cause
+                        .get_or_insert(format!("its socket failed: {error}"));
+                    self.ended.cancel();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Sends what the socket did not take at once. Runs until the worker ends.
+    pub(super) async fn keep_flushing(&self) {
+        loop {
+            self.flush.notified().await;
+            while !self.state().unsent.is_empty() {
+                if self.stream.writable().await.is_err() {
+                    return;
+                }
+                self.send(&mut self.state());
+            }
+        }
+    }
+
+    /// Reads replies and hands each to `take` with its job, until the socket ends or carries garbage; says why.
+    pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
+        let mut buffer = Zeroizing::new(vec![0; FRAME_BYTES_MAX + PREFIX_BYTES]);
+        let mut filled = 0;
+        loop {
+            if let Err(error) = self.stream.readable().await {
+                return format!("its socket failed: {error}");
+            }
+            match self.stream.try_read(&mut buffer[filled..]) {
+                Ok(0) => return "it ended".to_owned(),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return format!("its socket failed: {error}"),
+            }
+            loop {
+                match self.next_reply(&mut buffer, &mut filled) {
+                    Ok(Some((job, reply))) => take(job, reply),
+                    Ok(None) => break,
+                    Err(error) => return format!("it sent garbage: {error}"),
+                }
+            }
+        }
+    }
+
+    fn next_reply(
+        &self,
+        buffer: &mut [u8],
+        filled: &mut usize,
+    ) -> Result<Option<(Job, Reply)>, String> {
+        let Some((reply, used)) = decode(&buffer[..*filled])? else {
+            return Ok(None);
+        };
+        buffer[..used].zeroize();
+        buffer.copy_within(used..*filled, 0);
+        *filled -= used;
+        let Some(job) = self.state().held.remove(&reply.id) else {
+            return Err(format!("a reply to job {} that it does not hold", reply.id));
+        };
+        if !matches!(job.work, request::Job::Canary(_)) {
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+        }
+        Ok(Some((job, reply)))
+    }
+
+    /// Marks the worker as lost; whoever runs it ends it.
+    pub(super) fn give_up(&self, cause: impl Into<String>) {
+        self.state().cause.get_or_insert(cause.into());
+        self.ended.cancel();
+    }
+
+    /// Resolves when the worker must end.
+    pub(super) async fn given_up(&self) -> String {
+        self.ended.cancelled().await;
+        self.state().cause.clone().unwrap_or_default()
+    }
+
+    /// Whether a job is long past its deadline: its caller has had an answer, but the thread that holds it is stuck.
+    pub(super) fn is_wedged(&self) -> bool {
+        let now = Instant::now();
+        self.state()
+            .held
+            .values()
+            .any(|job| job.deadline.instant() + WEDGED_AFTER < now)
+    }
+
+    /// Takes away every job it holds.
+    pub(super) fn take_jobs(&self) -> Vec<Job> {
+        self.busy.store(0, Ordering::Relaxed);
+        self.state().held.drain().map(|(_, job)| job).collect()
+    }
+
+    /// Ends our half of the socket: the worker finishes what it holds and goes.
+    pub(super) fn close(&self) {
+        let shut = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Write);
+        if let Err(error) = shut {
+            tracing::debug!(%error, pid = self.pid, "worker socket was closed already");
+        }
+    }
+}
+
+/// One frame from the front of the bytes, and how many it took.
+fn decode(bytes: &[u8]) -> Result<Option<(Reply, usize)>, String> {
+    let Some((prefix, rest)) = bytes.split_first_chunk::<PREFIX_BYTES>() else {
+        return Ok(None);
+    };
+    let length = frame::length(*prefix).map_err(|error| error.to_string())?;
+    let Some(body) = rest.get(..length) else {
+        return Ok(None);
+    };
+    let reply = Reply::decode(body).map_err(|error| error.to_string())?;
+    Ok(Some((reply, PREFIX_BYTES + length)))
+}
+
+/// Overwrites a message that may hold key material: the content of a request id's MAC.
+fn wipe(request: &mut Request) {
+    if let Some(request::Job::Mac(mac)) = &mut request.job {
+        mac.message.zeroize();
+    }
+}
+
+/// Sends one message and reads one reply, before the worker serves: the setup.
+pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Result<Reply> {
+    let mut bytes = Vec::new();
+    frame::encode(request, &mut bytes);
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(rest) {
+            Ok(written) => rest = &rest[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut buffer = vec![0; FRAME_BYTES_MAX + PREFIX_BYTES];
+    let mut filled = 0;
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(error),
+        }
+        let decoded = decode(&buffer[..filled])
+            .map_err(|what| io::Error::new(io::ErrorKind::InvalidData, what))?;
+        if let Some((reply, _)) = decoded {
+            return Ok(reply);
+        }
+    }
+}

@@ -6,7 +6,7 @@
 //!
 //! The store never sees key material: only envelopes, as bytes that it does not interpret.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, fs::File, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,6 @@ use crate::{
         Mac,
         mac::{MacMessage, RegistryFields},
     },
-    error::{self, Reason},
     key::{
         Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
@@ -33,6 +32,77 @@ pub struct Settings {
     /// Run pending migrations at start instead of refusing to start.
     #[serde(default)]
     pub migrate_at_start: bool,
+}
+
+mod error;
+mod sqlite;
+
+impl Settings {
+    /// The file of a SQLite URL, the one engine so far.
+    fn sqlite_path(&self) -> Result<PathBuf, Error> {
+        let path = self.url.strip_prefix("sqlite:").map(PathBuf::from);
+        path.filter(|path| path.is_absolute() && path.file_name().is_some())
+            .ok_or_else(|| {
+                Error::Schema(
+                    "`store.url` must be `sqlite:` and the absolute path of a file".to_owned(),
+                )
+            })
+    }
+}
+
+/// Opens a database whose schema is this binary's; with `migrate_at_start`, brings it there first. The caller holds the
+/// lock of [`lock`].
+pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
+    let path = settings.sqlite_path()?;
+    if settings.migrate_at_start {
+        sqlite::schema::migrate(&path, false).await?;
+    }
+    Ok(sqlite::SqliteStore::open(&path).await?)
+}
+
+/// Brings a database to the newest schema, or with `dry_run` says what that would do.
+pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
+    let path = settings.sqlite_path()?;
+    // A dry run leaves nothing behind, not even a lock file.
+    let _lock = if dry_run { None } else { Some(lock(settings)?) };
+    sqlite::schema::migrate(&path, dry_run).await
+}
+
+/// The schema of a database.
+pub async fn status(settings: &Settings) -> Result<SchemaStatus, Error> {
+    sqlite::schema::status(&settings.sqlite_path()?).await
+}
+
+/// Takes an embedded database for this process alone, until the lock is dropped. [`Error::InUse`] names the process that
+/// has it.
+pub fn lock(settings: &Settings) -> Result<StoreLock, Error> {
+    sqlite::schema::lock(&settings.sqlite_path()?)
+}
+
+/// Holds an embedded database for one process.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: File,
+}
+
+/// The schema of a database and of this binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchemaStatus {
+    /// Version of the database; 0 when it has none.
+    pub current: i64,
+    /// Newest version that this binary knows.
+    pub newest: i64,
+}
+
+/// What a migration did, or would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationReport {
+    /// Version before.
+    pub before: i64,
+    /// Version after.
+    pub newest: i64,
+    /// The migrations between, in order.
+    pub pending: Vec<String>,
 }
 
 /// Records per page at most.
@@ -293,29 +363,10 @@ pub enum Error {
     /// The schema is older or newer than this binary.
     #[error("{0}")]
     Schema(String),
+    /// Another process has the database.
+    #[error("{0}")]
+    InUse(String),
     /// The database is away, full, read-only or slow.
     #[error("store away: {0}")]
     Down(Arc<str>),
-}
-
-/// How long a caller should wait for a store that is away.
-const STORE_RETRY: std::time::Duration = std::time::Duration::from_secs(1);
-
-impl From<Error> for error::Error {
-    fn from(error: Error) -> Self {
-        let detail = error.to_string();
-        let reason = match error {
-            Error::Exists => Reason::KeyExists,
-            Error::NotFound => Reason::KeyNotFound,
-            Error::Revision { .. } => Reason::Revision,
-            Error::State => Reason::KeyState,
-            // A concurrent call holds the same request id: the retry will find its result.
-            Error::Conflict | Error::RequestIdTaken => Reason::Revision,
-            Error::Corrupt(_) => Reason::RecordDamaged,
-            Error::Schema(_) | Error::Down(_) => {
-                return Self::new(Reason::StoreDown, detail).retry_after(STORE_RETRY);
-            }
-        };
-        Self::new(reason, detail)
-    }
 }

@@ -153,8 +153,25 @@ pub struct OpenIntent {
 
 /// Why the log is not writable.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("audit log: {0}")]
-pub struct Error(pub String);
+#[error("audit log: {text}")]
+pub struct Error {
+    text: String,
+    in_use: bool,
+}
+
+impl Error {
+    fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            in_use: false,
+        }
+    }
+
+    /// Whether another process writes this log.
+    pub fn in_use(&self) -> bool {
+        self.in_use
+    }
+}
 
 /// How long a caller should wait for a log that is away.
 const AUDIT_RETRY: Duration = Duration::from_secs(1);

@@ -3,11 +3,19 @@
 //! The credential is the client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in
 //! the configured principals. Exactly one principal must match; none and several are refused alike.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{key::Tenant, principal::Role};
+use crate::{
+    error::{Error, Reason},
+    key::Tenant,
+    principal::{Principal, Role},
+};
+
+mod certificate;
+
+pub use certificate::PeerCertificate;
 
 /// One `[[principal]]` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -20,4 +28,161 @@ pub struct Settings {
     pub tenant: Tenant,
     /// What it may do.
     pub roles: BTreeSet<Role>,
+}
+
+impl Settings {
+    /// What is wrong with this principal by itself.
+    pub fn problem(&self) -> Option<String> {
+        let san = &self.san;
+        if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {
+            return Some(format!(
+                "principal {san:?}: `san` must be `URI:…` or `DNS:…`, as in the certificate"
+            ));
+        }
+        if self.roles.is_empty() {
+            return Some(format!(
+                "principal {san:?} has no role, so it could do nothing"
+            ));
+        }
+        let conflict = self.roles.iter().find_map(|one| {
+            let other = self
+                .roles
+                .iter()
+                .find(|other| one.conflicts_with(**other))?;
+            Some((one, other))
+        });
+        conflict.map(|(one, other)| {
+            format!(
+                "principal {san:?} has the roles `{}` and `{}`: whoever administers or audits the \
+                 broker must not be able to obtain keys",
+                one.as_str(),
+                other.as_str()
+            )
+        })
+    }
+}
+
+/// Knows the principals.
+#[derive(Debug)]
+pub struct Authenticator(HashMap<String, Settings>);
+
+impl Authenticator {
+    /// From principals whose names differ and whose roles do not conflict.
+    pub fn new(principals: &[Settings]) -> Result<Self, String> {
+        let mut known = HashMap::new();
+        for principal in principals {
+            if let Some(problem) = principal.problem() {
+                return Err(problem);
+            }
+            if known
+                .insert(principal.san.clone(), principal.clone())
+                .is_some()
+            {
+                return Err(format!("principal {:?} is there twice", principal.san));
+            }
+        }
+        Ok(Self(known))
+    }
+
+    /// The one principal that the certificate names.
+    pub fn authenticate(&self, peer: Option<&PeerCertificate>) -> Result<Principal, Error> {
+        let refuse = |detail: String| Err(Error::new(Reason::Credential, detail));
+        let Some(peer) = peer else {
+            return refuse("no client certificate".to_owned());
+        };
+        let mut matching = peer.sans().iter().filter_map(|san| self.0.get(san));
+        let Some(principal) = matching.next() else {
+            return refuse(format!("no principal is named by any of {:?}", peer.sans()));
+        };
+        if matching.next().is_some() {
+            return refuse(format!("several principals are named by {:?}", peer.sans()));
+        }
+        Ok(Principal::authenticated(
+            principal.san.clone(),
+            principal.tenant.clone(),
+            principal.roles.clone(),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn principal(san: &str, roles: &[Role]) -> Settings {
+        Settings {
+            san: san.to_owned(),
+            tenant: Tenant::default(),
+            roles: roles.iter().copied().collect(),
+        }
+    }
+
+    fn certificate(sans: &[&str]) -> PeerCertificate {
+        use rcgen::{CertificateParams, KeyPair, SanType};
+        let mut params = CertificateParams::default();
+        // The common name says what no SAN says: it must not count.
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "app.example.org");
+        params.subject_alt_names = sans
+            .iter()
+            .map(|san| match san.split_once(':').unwrap() {
+                ("URI", uri) => SanType::URI(uri.try_into().unwrap()),
+                (_, name) => SanType::DnsName(name.try_into().unwrap()),
+            })
+            .collect();
+        let made = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        PeerCertificate::read(made.der()).unwrap()
+    }
+
+    fn known() -> Authenticator {
+        Authenticator::new(&[
+            principal("URI:spiffe://example.org/app", &[Role::Release]),
+            principal("DNS:app.example.org", &[Role::Enrol]),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn a_san_names_its_principal() {
+        let peer = certificate(&["URI:spiffe://example.org/app", "DNS:other.example.org"]);
+        let principal = known().authenticate(Some(&peer)).unwrap();
+        assert_eq!(principal.name(), "URI:spiffe://example.org/app");
+        assert!(principal.has(Role::Release) && !principal.has(Role::Enrol));
+    }
+
+    #[test]
+    fn nobody_several_and_nothing_are_refused_alike() {
+        let cases = [
+            Some(certificate(&["URI:spiffe://example.org/other"])),
+            Some(certificate(&["URI:spiffe://example.org/app/"])),
+            Some(certificate(&[])),
+            Some(certificate(&[
+                "URI:spiffe://example.org/app",
+                "DNS:app.example.org",
+            ])),
+            None,
+        ];
+        for peer in cases {
+            let error = known().authenticate(peer.as_ref()).unwrap_err();
+            assert_eq!(error.reason(), Reason::Credential, "{peer:?}");
+        }
+    }
+
+    #[test]
+    fn principals_that_conflict_are_refused() {
+        for bad in [
+            principal("spiffe://x", &[Role::Release]),
+            principal("URI:x", &[]),
+            principal("URI:x", &[Role::Release, Role::Admin]),
+            principal("URI:x", &[Role::Auditor, Role::Release]),
+        ] {
+            assert!(Authenticator::new(&[bad]).is_err());
+        }
+        let twice = [
+            principal("URI:x", &[Role::Enrol]),
+            principal("URI:x", &[Role::Release]),
+        ];
+        assert!(Authenticator::new(&twice).unwrap_err().contains("twice"));
+    }
 }

@@ -72,7 +72,7 @@ impl AuditLog {
         let thread = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || writer.run(&receiver))
-            .map_err(|error| Error(format!("cannot start the audit thread: {error}")))?;
+            .map_err(|error| Error::new(format!("cannot start the audit thread: {error}")))?;
         let log = Self(Arc::new(Inner {
             directory: directory.to_owned(),
             commands,
@@ -149,11 +149,11 @@ impl AuditLog {
 }
 
 fn stopped() -> Error {
-    Error("the log is closed".to_owned())
+    Error::new("the log is closed".to_owned())
 }
 
 fn stalled() -> Error {
-    Error(format!(
+    Error::new(format!(
         "no entry became durable within {} ms; look at the disk",
         APPEND_TIMEOUT.as_millis()
     ))
@@ -165,7 +165,7 @@ pub fn tail(directory: &Path, limit: usize) -> Result<Vec<String>, Error> {
     for number in segment::segments(directory)?.into_iter().rev() {
         let path = segment::segment_path(directory, number);
         let text = fs::read_to_string(&path)
-            .map_err(|error| Error(format!("cannot read {}: {error}", path.display())))?;
+            .map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))?;
         let mut earlier: Vec<String> = text.lines().map(str::to_owned).collect();
         earlier.append(&mut lines);
         lines = earlier;
@@ -207,7 +207,7 @@ impl Found {
                 found.good_bytes = read.good_bytes;
                 found.torn = set_aside(directory, *number, &read)?;
             } else if !read.tail.is_empty() {
-                return Err(Error(format!(
+                return Err(Error::new(format!(
                     "{} is damaged at byte {}; keep the log for the auditors and start another \
                      one with another `audit.instance`",
                     path.display(),

@@ -15,7 +15,7 @@ use super::{
 const OPEN_TO_OTHERS: u32 = 0o077;
 
 fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) -> Error {
-    Error(format!("{what} {}: {cause}; {remedy}", path.display()))
+    Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
 /// Makes the directory if its parent exists, and refuses one that others could write or read.
@@ -53,12 +53,15 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
-        return Err(Error(format!(
-            "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
+        return Err(Error {
+            in_use: true,
+            text: format!(
+                "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
              one another `audit.instance`",
-            directory.display(),
-            holder.trim()
-        )));
+                directory.display(),
+                holder.trim()
+            ),
+        });
     }
     let pid = std::process::id().to_string();
     file.set_len(0)
@@ -85,7 +88,7 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     }
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes)
-        .map_err(|_| Error("the random generator failed".to_owned()))?;
+        .map_err(|_| Error::new("the random generator failed".to_owned()))?;
     let id = hex::encode(bytes);
     write_new(&path, id.as_bytes())?;
     sync_directory(directory)?;

@@ -26,7 +26,7 @@ const PROBLEMS_MAX: usize = 100;
 /// Reads all segments of a log.
 pub fn verify(directory: &Path) -> Result<Report, Error> {
     let log_id = std::fs::read_to_string(directory.join("log-id")).map_err(|error| {
-        Error(format!(
+        Error::new(format!(
             "cannot read log-id in {}: {error}",
             directory.display()
         ))

@@ -130,7 +130,7 @@ impl Writer {
 
     fn try_write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
         let Some(current) = &mut self.current else {
-            return Err(Error("no segment is open".to_owned()));
+            return Err(Error::new("no segment is open".to_owned()));
         };
         let mut bytes = Vec::with_capacity(entries.len() * 512);
         for (sequence, entry) in (self.sequence..).zip(entries) {
@@ -143,14 +143,14 @@ impl Writer {
         }
         let failed = |error| {
             let path = current.path.display();
-            Error(format!(
+            Error::new(format!(
                 "cannot write {path}: {error}; free the disk or mend it"
             ))
         };
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
         if !segment::still_there(&current.file, &current.path) {
-            return Err(Error(format!(
+            return Err(Error::new(format!(
                 "{} was unlinked or replaced while in use; keep what is there for the auditors",
                 current.path.display()
             )));
@@ -216,7 +216,12 @@ impl Writer {
         let file = match OpenOptions::new().write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error(format!("cannot open {}: {error}", path.display()))),
+            Err(error) => {
+                return Err(Error::new(format!(
+                    "cannot open {}: {error}",
+                    path.display()
+                )));
+            }
         };
         let cut = || -> std::io::Result<()> {
             if file.metadata()?.len() > self.durable_bytes {
@@ -225,7 +230,7 @@ impl Writer {
             }
             Ok(())
         };
-        cut().map_err(|error| Error(format!("cannot cut back {}: {error}", path.display())))
+        cut().map_err(|error| Error::new(format!("cannot cut back {}: {error}", path.display())))
     }
 
     /// A full segment is closed when no intent is open, so that recovery never reads further back than the first segment
@@ -247,7 +252,7 @@ impl Writer {
             && !segment::still_there(&current.file, &current.path)
         {
             let path = current.path.display();
-            let error = Error(format!("{path} was unlinked or replaced while in use"));
+            let error = Error::new(format!("{path} was unlinked or replaced while in use"));
             tracing::error!(alarm = "audit-log", %error, "the audit log was tampered with");
             self.current = None;
             self.set_down(Some(error));

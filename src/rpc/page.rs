@@ -1,0 +1,63 @@
+//! Page tokens: opaque to clients, and checked like any other input when they come back.
+
+use base64ct::{Base64UrlUnpadded, Encoding as _};
+
+use crate::{
+    error::Error,
+    key::{KeyName, UserId},
+};
+
+/// Longest page token, in bytes.
+const TOKEN_BYTES_MAX: usize = 1_024;
+const VERSION: char = '1';
+/// Cannot occur in a user: no control characters.
+const SEPARATOR: char = '\u{1f}';
+
+pub(super) fn encode(next: Option<&(UserId, KeyName)>) -> String {
+    next.map_or_else(String::new, |(user, name)| {
+        let text = format!("{VERSION}{}{SEPARATOR}{}", user.as_str(), name.as_str());
+        Base64UrlUnpadded::encode_string(text.as_bytes())
+    })
+}
+
+pub(super) fn decode(token: &str) -> Result<Option<(UserId, KeyName)>, Error> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let parse = || {
+        if token.len() > TOKEN_BYTES_MAX {
+            return None;
+        }
+        let bytes = Base64UrlUnpadded::decode_vec(token).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
+        let (user, name) = text.strip_prefix(VERSION)?.split_once(SEPARATOR)?;
+        Some((UserId::parse(user).ok()?, KeyName::parse(name).ok()?))
+    };
+    parse()
+        .map(Some)
+        .ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_comes_back_as_it_went() {
+        let last = (
+            UserId::parse("Zoë 🔑").unwrap(),
+            KeyName::parse("vault").unwrap(),
+        );
+        assert_eq!(decode(&encode(Some(&last))).unwrap(), Some(last));
+        assert_eq!(decode(&encode(None)).unwrap(), None);
+    }
+
+    #[test]
+    fn other_tokens_are_refused() {
+        let other_version = Base64UrlUnpadded::encode_string("2a\u{1f}b".as_bytes());
+        let no_name = Base64UrlUnpadded::encode_string("1a".as_bytes());
+        for bad in ["!", "YQ", &other_version, &no_name, &"A".repeat(1_025)] {
+            assert!(decode(bad).is_err(), "{bad}");
+        }
+    }
+}

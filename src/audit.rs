@@ -41,6 +41,14 @@ pub struct Settings {
     pub segment_bytes_max: u64,
 }
 
+impl Settings {
+    /// Opens the log of that name, making its directory, and the one above if that one's parent exists.
+    pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
+        segment::prepare_directory(&self.directory)?;
+        AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
+    }
+}
+
 fn default_instance() -> String {
     "serve".to_owned()
 }

@@ -1,3 +1,176 @@
 //! The command line.
 
+use std::{
+    env,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{self, ExitCode},
+};
+
+use clap::{Parser, Subcommand};
+
+use crate::{config::Config, hardening, hsm, telemetry};
+
+mod audit;
+mod bench;
+mod change;
+mod client;
+mod config;
+mod connect;
 pub mod exit;
+mod key;
+mod output;
+mod pin;
+mod serve;
+mod store;
+mod token;
+
+use exit::{Exit, Failure};
+use output::{Format, Output};
+
+const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
+
+/// Keeps users' keys wrapped under a key in an HSM and releases them one decision at a time.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    /// Configuration file
+    #[arg(long, global = true, env = "KEYBROKER_CONFIG", default_value = CONFIG_DEFAULT, value_name = "FILE")]
+    config: PathBuf,
+    /// How results are shown
+    #[arg(short, long, global = true, default_value = "table")]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the broker
+    Serve(serve::Arguments),
+    /// Tokens: list, initialise, check
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Wrapping keys on the token and in the registry
+    #[command(subcommand)]
+    Key(key::Command),
+    /// The database
+    #[command(subcommand)]
+    Store(store::Command),
+    /// The configuration
+    #[command(subcommand)]
+    Config(config::Command),
+    /// The audit log, offline
+    #[command(subcommand)]
+    Audit(audit::Command),
+    /// Call a running broker
+    Client(client::Arguments),
+    /// Measure the bare token and the served broker in one run
+    Bench(bench::Arguments),
+    /// Started by `serve`: holds the vendor's module
+    #[command(hide = true)]
+    TokenWorker,
+    /// Started by `bench`: the bare decrypt loop
+    #[command(hide = true)]
+    TokenBench(bench::BareArguments),
+}
+
+/// What every command is given.
+#[derive(Debug)]
+struct Context {
+    config_file: PathBuf,
+    output: Output,
+}
+
+impl Context {
+    /// The configuration, read when a command needs it.
+    fn config(&self) -> Result<Config, Failure> {
+        Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
+    }
+
+    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which
+    /// `token.environment` names; a running process cannot change its own safely, so this one begins again with it.
+    fn config_for_token(&self) -> Result<Config, Failure> {
+        let config = self.config()?;
+        let wanted = &config.token.environment;
+        if wanted
+            .iter()
+            .all(|(name, value)| env::var_os(name).is_some_and(|have| have == value.as_str()))
+        {
+            return Ok(config);
+        }
+        let program = env::current_exe().map_err(|error| {
+            Failure::new(Exit::Internal, format!("no path of our own: {error}"))
+        })?;
+        let error = process::Command::new(program)
+            .args(env::args_os().skip(1))
+            .envs(wanted)
+            .exec();
+        Err(Failure::new(
+            Exit::Internal,
+            format!("cannot begin again: {error}"),
+        ))
+    }
+
+    fn config_file(&self) -> &Path {
+        &self.config_file
+    }
+}
+
+/// Runs the command that the arguments name, and says how the process ends.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let context = Context {
+        config_file: cli.config,
+        output: Output::new(cli.output),
+    };
+    if let Err(what) = hardening::harden() {
+        return finish(&context, Err(Failure::new(Exit::Internal, what)));
+    }
+    // Two providers in one process would make rustls panic at its first use; this one is ours.
+    let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    match cli.command {
+        Command::TokenWorker => {
+            telemetry::init_logs(true, "info");
+            return hsm::worker::run();
+        }
+        Command::Serve(_) => telemetry::init_logs(true, "info"),
+        _ => telemetry::init_logs(false, "error"),
+    }
+    let result = run(cli.command, &context);
+    finish(&context, result)
+}
+
+fn run(command: Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::Serve(arguments) => serve::run(arguments, context),
+        Command::Token(command) => token::run(command, context),
+        Command::Key(command) => key::run(command, context),
+        Command::Store(command) => store::run(&command, context),
+        Command::Config(command) => config::run(&command, context),
+        Command::Audit(command) => audit::run(&command, context),
+        Command::Client(arguments) => client::run(arguments, context),
+        Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::TokenBench(arguments) => bench::run_bare(&arguments, context),
+        Command::TokenWorker => Err(Failure::new(Exit::Usage, "handled before")),
+    }
+}
+
+fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            context.output.failure(&failure);
+            ExitCode::from(failure.exit.code())
+        }
+    }
+}
+
+/// A runtime for the commands that need one.
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;
+    Ok(runtime.block_on(work))
+}

@@ -20,6 +20,7 @@ use crate::{
     secret::KeyMaterial,
 };
 
+pub mod admin;
 mod classify;
 mod frame;
 pub mod gate;

@@ -20,6 +20,7 @@ pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod error;
+pub mod hardening;
 pub mod hsm;
 pub mod key;
 pub mod principal;

@@ -5,8 +5,11 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 mod listener;
+mod run;
 mod status;
 mod tls;
+
+pub use run::run;
 
 /// What a listener lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

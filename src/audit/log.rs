@@ -68,6 +68,13 @@ impl AuditLog {
             open: found.open,
         };
         writer.ensure_open()?;
+        let mut opened = Entry::new(EntryKind::System, "log.opened", Outcome::Ok);
+        opened.count = u64::try_from(open.len()).ok();
+        writer.write(&[&opened])?;
+        if found.torn {
+            let torn = "log.torn_tail_set_aside";
+            writer.write(&[&Entry::new(EntryKind::System, torn, Outcome::Ok)])?;
+        }
         let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
         let thread = std::thread::Builder::new()
             .name("audit".to_owned())
@@ -79,16 +86,6 @@ impl AuditLog {
             down,
             thread: Mutex::new(Some(thread)),
         }));
-        let mut opened = Entry::new(EntryKind::System, "log.opened", Outcome::Ok);
-        opened.count = u64::try_from(open.len()).ok();
-        log.append_blocking(opened)?;
-        if found.torn {
-            log.append_blocking(Entry::new(
-                EntryKind::System,
-                "log.torn_tail_set_aside",
-                Outcome::Ok,
-            ))?;
-        }
         Ok((log, open))
     }
 

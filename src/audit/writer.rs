@@ -119,7 +119,7 @@ impl Writer {
     }
 
     /// Writes and syncs, or leaves the log without a current segment.
-    fn write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
+    pub(super) fn write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
         let result = self.try_write(entries);
         if let Err(error) = &result {
             self.current = None;

@@ -63,6 +63,11 @@ impl Broker {
         }
     }
 
+    /// Whether the registry was read and verified.
+    pub fn has_registry(&self) -> bool {
+        self.registry.load().is_some()
+    }
+
     /// Runs until `stop`; one per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);

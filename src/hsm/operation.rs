@@ -96,15 +96,21 @@ impl Canary {
         self.algorithm
     }
 
-    /// Decrypts on the token and compares; makes and verifies a MAC; refuses a MAC that is wrong.
-    pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+    /// Decrypts on the token and compares.
+    pub(super) fn decrypt(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let plaintext = decrypt(session, pair, self.algorithm, &self.wrapped)?;
-        if !bool::from(plaintext.as_slice().ct_eq(&self.plaintext)) {
-            return Err(Fault::new(
-                Class::Untrusted,
-                format!("the token decrypted the canary of key {} wrongly", pair.id),
-            ));
+        if bool::from(plaintext.as_slice().ct_eq(&self.plaintext)) {
+            return Ok(());
         }
+        Err(Fault::new(
+            Class::Untrusted,
+            format!("the token decrypted the canary of key {} wrongly", pair.id),
+        ))
+    }
+
+    /// Decrypts on the token and compares; makes and verifies a MAC.
+    pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        self.decrypt(session, pair)?;
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
     }

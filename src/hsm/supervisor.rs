@@ -37,6 +37,9 @@ const BACKOFF_UNTRUSTED: Duration = Duration::from_secs(10);
 /// How long a worker may take to end by itself once its socket is closed.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 
+/// The cause that is no alarm.
+const STOPPING: &str = "the broker is stopping";
+
 /// Why the first start failed for a cause that no waiting mends.
 #[derive(Clone, Debug)]
 pub struct StartupError {
@@ -107,7 +110,7 @@ impl Supervisor {
 
     /// Takes no more jobs, lets those under way end, closes the sockets and waits for the workers.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
-        self.set_serving(Serving::Down("the broker is stopping".to_owned()));
+        self.set_serving(Serving::Down(STOPPING.to_owned()));
         let idle = async {
             while self.queue.len() > 0 || self.queue.links().iter().any(|l| l.in_flight() > 0) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -233,6 +236,7 @@ impl Supervisor {
         }
         match &serving {
             Serving::Up => tracing::info!("the token serves"),
+            Serving::Down(cause) if cause == STOPPING => tracing::info!("no more token jobs"),
             Serving::Down(cause) => {
                 tracing::error!(alarm = "token-down", %cause, "the token does not serve");
                 self.queue.fail_all(&Error::Down(cause.clone()));

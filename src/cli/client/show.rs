@@ -1,0 +1,52 @@
+//! Messages as fields to show.
+
+use prost_types::Timestamp as WireTimestamp;
+use serde_json::{Value, json};
+
+use crate::{call::Timestamp, cli::output::Field, proto};
+
+pub(super) fn record(record: &proto::UserKey) -> Vec<Field> {
+    let state = match record.state() {
+        proto::UserKeyState::Active => "active",
+        proto::UserKeyState::Deleted => "deleted",
+        proto::UserKeyState::Unspecified => "unknown",
+    };
+    vec![
+        ("user", json!(record.user)),
+        ("key_name", json!(record.key_name)),
+        ("state", json!(state)),
+        ("revision", json!(record.revision)),
+        ("record_id", json!(hex::encode(&record.record_id))),
+        ("wrapping_key", json!(hex::encode(&record.wrapping_key_id))),
+        ("created", time(record.create_time.as_ref())),
+        ("updated", time(record.update_time.as_ref())),
+        ("deleted", time(record.delete_time.as_ref())),
+    ]
+}
+
+pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
+    let state = match key.state() {
+        proto::WrappingKeyState::Active => "active",
+        proto::WrappingKeyState::Suspended => "suspended",
+        proto::WrappingKeyState::Deactivated => "deactivated",
+        proto::WrappingKeyState::Compromised => "compromised",
+        proto::WrappingKeyState::Destroyed => "destroyed",
+        proto::WrappingKeyState::Unspecified => "unknown",
+    };
+    vec![
+        ("id", json!(hex::encode(&key.id))),
+        ("state", json!(state)),
+        ("modulus_bits", json!(key.modulus_bits)),
+        ("algorithm", json!(key.algorithm)),
+        ("fingerprint", json!(hex::encode(&key.fingerprint))),
+        ("registered", time(key.register_time.as_ref())),
+        ("backup_confirmed", json!(key.backup_confirmed)),
+    ]
+}
+
+pub(super) fn time(at: Option<&WireTimestamp>) -> Value {
+    at.map_or(Value::Null, |at| {
+        let micros = at.seconds * 1_000_000 + i64::from(at.nanos) / 1_000;
+        json!(Timestamp::from_micros(micros).to_string())
+    })
+}

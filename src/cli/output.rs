@@ -1,0 +1,138 @@
+//! Results on standard output, as a table for people or as JSON for programs; failures on standard error.
+
+use std::io::{self, Write as _};
+
+use clap::ValueEnum;
+use comfy_table::{ContentArrangement, Table, presets};
+use serde_json::{Map, Value, json};
+
+use super::exit::{Exit, Failure};
+
+/// How results are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people
+    Table,
+    /// For programs; field names are stable
+    Json,
+}
+
+/// Where results go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    format: Format,
+}
+
+/// A named value of a result.
+pub(super) type Field = (&'static str, Value);
+
+impl Output {
+    pub(super) fn new(format: Format) -> Self {
+        Self { format }
+    }
+
+    pub(super) fn is_json(self) -> bool {
+        self.format == Format::Json
+    }
+
+    /// One thing: its fields, one a line.
+    pub(super) fn fields(self, fields: Vec<Field>) -> Result<(), Failure> {
+        if self.is_json() {
+            let object: Map<_, _> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+            return self.json(&Value::Object(object));
+        }
+        let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        let lines: Vec<String> = fields
+            .iter()
+            .map(|(name, value)| format!("{name:width$}  {}", plain(value)))
+            .collect();
+        self.text(&lines.join("\n"))
+    }
+
+    /// Many things of one kind.
+    pub(super) fn list(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
+        if self.is_json() {
+            let objects = rows
+                .into_iter()
+                .map(|row| Value::Object(row.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()))
+                .collect();
+            return self.json(&Value::Array(objects));
+        }
+        let Some(first) = rows.first() else {
+            return self.text(when_empty);
+        };
+        let mut table = Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .set_content_arrangement(ContentArrangement::Disabled)
+            .set_header(first.iter().map(|(name, _)| *name));
+        for row in &rows {
+            table.add_row(row.iter().map(|(_, value)| plain(value)));
+        }
+        let text = table.to_string();
+        let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+        self.text(&lines.join("\n"))
+    }
+
+    /// A JSON value, whatever the format.
+    pub(super) fn json(self, value: &Value) -> Result<(), Failure> {
+        let text = serde_json::to_string_pretty(value).unwrap_or_default();
+        self.text(&text)
+    }
+
+    /// A text and a line end.
+    pub(super) fn text(self, text: &str) -> Result<(), Failure> {
+        self.bytes(format!("{text}\n").as_bytes())
+    }
+
+    /// Bytes as they are. A reader that went away is not an error.
+    pub(super) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let what = format!("cannot write to standard output: {error}");
+                Err(Failure::new(Exit::Internal, what))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A remark for people, on standard error; nothing for programs.
+    pub(super) fn note(self, text: &str) {
+        if !self.is_json() {
+            complain(text);
+        }
+    }
+
+    /// Why a command failed.
+    pub(super) fn failure(self, failure: &Failure) {
+        if self.is_json() {
+            let object = json!({
+                "error": failure.message,
+                "exit_code": failure.exit.code(),
+                "reason": failure.reason,
+            });
+            complain(&object.to_string());
+        } else {
+            complain(&format!("error: {}", failure.message));
+        }
+    }
+}
+
+/// Standard error is the last resort: there is nowhere left to report its failure.
+fn complain(text: &str) {
+    let mut stderr = io::stderr().lock();
+    if writeln!(stderr, "{text}").is_err() {
+        tracing::debug!("standard error is closed");
+    }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        Value::Bool(true) => "yes".to_owned(),
+        Value::Bool(false) => "no".to_owned(),
+        other => other.to_string(),
+    }
+}

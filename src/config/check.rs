@@ -1,0 +1,196 @@
+//! What a configuration must be beyond its shape.
+
+use std::{collections::HashSet, ops::RangeInclusive, path::Path};
+
+use crate::{
+    hsm::gate,
+    key::KeyName,
+    server::{ClientCertificates, ListenerSettings},
+};
+
+use super::Config;
+
+impl Config {
+    /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        self.check_token(&mut problems);
+        self.check_paths(&mut problems);
+        self.check_limits(&mut problems);
+        self.check_doors(&mut problems);
+        self.check_principals(&mut problems);
+        problems
+    }
+
+    fn check_token(&self, problems: &mut Vec<String>) {
+        let token = &self.token;
+        let selectors = [&token.label, &token.serial, &token.uri];
+        if selectors
+            .iter()
+            .filter(|selector| selector.is_some())
+            .count()
+            != 1
+        {
+            problems.push(
+                "[token]: set exactly one of `label`, `serial` and `uri`, so that it is clear which \
+                 token is meant"
+                    .to_owned(),
+            );
+        }
+        if token.pin_file.is_none() {
+            problems.push(
+                "[token]: set `pin_file` to a file with the user PIN that only this user can read"
+                    .to_owned(),
+            );
+        }
+        let mut range = |name: &str, value: usize, range: RangeInclusive<usize>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "[token]: `{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        range("workers", token.workers, 1..=64);
+        range("sessions_per_worker", token.sessions_per_worker, 1..=256);
+        range("queue_length_max", token.queue_length_max, 1..=65_536);
+        for exception in &token.attribute_exceptions {
+            if !gate::attribute_names().any(|name| name == exception) {
+                problems.push(format!(
+                    "[token]: `attribute_exceptions` names {exception:?}, which the gate does not look at"
+                ));
+            }
+        }
+    }
+
+    fn check_paths(&self, problems: &mut Vec<String>) {
+        let mut absolute = |name: &str, path: &Path| {
+            if !path.is_absolute() {
+                problems.push(format!(
+                    "{name} is {:?}: it must be an absolute path, because a service has no folder of \
+                     its own",
+                    path.display().to_string()
+                ));
+            }
+        };
+        absolute("[token] `module`", &self.token.module);
+        absolute("[audit] `directory`", &self.audit.directory);
+        if let Some(path) = &self.token.pin_file
+            && !path.starts_with("$CREDENTIALS_DIRECTORY")
+        {
+            absolute("[token] `pin_file`", path);
+        }
+        match self.store.url.strip_prefix("sqlite:") {
+            Some(path) => absolute("[store] `url`", Path::new(path)),
+            None => problems.push(
+                "[store]: `url` must be `sqlite:` and the absolute path of a file".to_owned(),
+            ),
+        }
+        if KeyName::parse(&self.audit.instance).is_err() {
+            problems.push("[audit]: `instance` is 1 to 64 bytes of [a-z0-9._-]".to_owned());
+        }
+    }
+
+    fn check_limits(&self, problems: &mut Vec<String>) {
+        let limits = &self.limits;
+        let mut range = |name: &str, value: u64, range: RangeInclusive<u64>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "`{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        let connections = u64::try_from(limits.connections_max).unwrap_or(u64::MAX);
+        range("[limits] connections_max", connections, 1..=1_000_000);
+        range(
+            "[limits] handshake_timeout_ms",
+            limits.handshake_timeout_ms,
+            100..=60_000,
+        );
+        let streams = u64::from(limits.streams_per_connection_max);
+        range("[limits] streams_per_connection_max", streams, 1..=10_000);
+        range(
+            "[limits] call_timeout_max_ms",
+            limits.call_timeout_max_ms,
+            100..=600_000,
+        );
+        range(
+            "[limits] connection_age_max_ms",
+            limits.connection_age_max_ms,
+            1_000..=86_400_000,
+        );
+        range(
+            "[limits] drain_timeout_ms",
+            limits.drain_timeout_ms,
+            100..=600_000,
+        );
+        let segment = self.audit.segment_bytes_max;
+        range(
+            "[audit] segment_bytes_max",
+            segment,
+            1_048_576..=17_179_869_184,
+        );
+    }
+
+    fn check_doors(&self, problems: &mut Vec<String>) {
+        if !self.status.address.ip().is_loopback() {
+            problems.push(format!(
+                "[status]: `address` is {}, which others can reach; it must be a loopback address, because \
+                 nothing there asks who calls",
+                self.status.address
+            ));
+        }
+        if self.listeners.is_empty() {
+            problems.push("there is no [[listener]], so nobody could call".to_owned());
+        }
+        for listener in &self.listeners {
+            check_listener(listener, problems);
+        }
+    }
+
+    fn check_principals(&self, problems: &mut Vec<String>) {
+        if self.principals.is_empty() {
+            problems.push("there is no [[principal]], so every call would be refused".to_owned());
+        }
+        let mut seen = HashSet::new();
+        for principal in &self.principals {
+            problems.extend(principal.problem());
+            if !seen.insert(&principal.san) {
+                problems.push(format!("principal {:?} is there twice", principal.san));
+            }
+        }
+    }
+}
+
+fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.doors.is_empty() {
+        problems.push(format!(
+            "[[listener]] {address}: `doors` is empty, so it lets nothing in"
+        ));
+    }
+    if listener.client_certificates != ClientCertificates::None
+        && listener.tls.client_ca_file.is_none()
+    {
+        problems.push(format!(
+            "[[listener]] {address}: client certificates are asked for, but `client_ca_file` is not set; \
+             without it nobody could be recognised"
+        ));
+    }
+    let files = [
+        Some(&listener.tls.certificate_file),
+        Some(&listener.tls.key_file),
+        listener.tls.client_ca_file.as_ref(),
+    ];
+    for path in files.into_iter().flatten() {
+        if !path.is_absolute() {
+            problems.push(format!(
+                "[[listener]] {address}: {:?} must be an absolute path",
+                path.display().to_string()
+            ));
+        }
+    }
+}

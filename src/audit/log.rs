@@ -108,7 +108,7 @@ impl AuditLog {
     fn send(&self, entry: Entry) -> Result<oneshot::Receiver<Result<u64, Error>>, Error> {
         let (done, receiver) = oneshot::channel();
         let entry = Box::new(entry);
-        match self.0.commands.try_send(Command::Append { entry, done }) {
+        match self.0.commands.try_send(Command::Append((entry, done))) {
             Ok(()) => Ok(receiver),
             Err(TrySendError::Full(_)) => Err(stalled()),
             Err(TrySendError::Disconnected(_)) => Err(stopped()),

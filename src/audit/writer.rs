@@ -29,11 +29,11 @@ const GROUP_MAX: usize = 1_024;
 /// While the log is down, how often it is tried without being asked.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
+/// An entry, and whoever waits for it to be durable.
+pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
+
 pub(super) enum Command {
-    Append {
-        entry: Box<Entry>,
-        done: oneshot::Sender<Result<u64, Error>>,
-    },
+    Append(Waiting),
     Close,
 }
 
@@ -80,7 +80,7 @@ impl Writer {
             let mut closing = false;
             for command in std::iter::once(first).chain(commands.try_iter().take(GROUP_MAX - 1)) {
                 match command {
-                    Command::Append { entry, done } => group.push((entry, done)),
+                    Command::Append(waiting) => group.push(waiting),
                     Command::Close => closing = true,
                 }
             }
@@ -95,7 +95,7 @@ impl Writer {
         }
     }
 
-    fn commit(&mut self, mut group: Vec<(Box<Entry>, oneshot::Sender<Result<u64, Error>>)>) {
+    fn commit(&mut self, mut group: Vec<Waiting>) {
         // Whoever gave up waiting has refused their call: nothing is to be recorded as done for them.
         group.retain(|(_, done)| !done.is_closed());
         if group.is_empty() {

@@ -17,6 +17,7 @@ use super::{
     Context, block_on,
     connect::Connection,
     exit::{Exit, Failure},
+    output::Field,
 };
 
 mod cpu;
@@ -25,7 +26,7 @@ mod load;
 use cpu::CpuTime;
 
 /// How long the broker may take to open its doors.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_mins(1);
 const START_PAUSE: Duration = Duration::from_millis(50);
 
 #[derive(Args, Debug)]
@@ -119,6 +120,35 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         front: broker.pid,
     }))??;
     drop(broker);
+    let mut fields = vec![
+        ("rsa_bits", json!(rsa_bits)),
+        ("connections", json!(arguments.connections)),
+        ("token_threads", json!(threads)),
+    ];
+    fields.extend(figures(&single, &bare, &load));
+    if let Some(path) = &arguments.json {
+        let object: serde_json::Map<_, _> = fields
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), v.clone()))
+            .collect();
+        let text = serde_json::to_string_pretty(&object).unwrap_or_default();
+        std::fs::write(path, text + "\n").map_err(|error| {
+            Failure::new(
+                Exit::Usage,
+                format!("cannot write {}: {error}", path.display()),
+            )
+        })?;
+    }
+    context.output.fields(fields)?;
+    if load.errors > 0 {
+        let what = format!("{} calls failed: {}", load.errors, load.first_error);
+        return Err(Failure::new(Exit::Verification, what));
+    }
+    Ok(())
+}
+
+/// The two measurements side by side.
+fn figures(single: &Bare, bare: &Bare, load: &load::Measured) -> Vec<Field> {
     let token_cpu = bare.cpu_ms / bare.operations;
     let served_cpu = load.front_cpu_ms + load.worker_cpu_ms;
     let operations = load.operations_f64();
@@ -126,10 +156,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         let micros = u32::try_from(load.latency_us.value_at_quantile(quantile)).unwrap_or(u32::MAX);
         f64::from(micros) / 1_000.0
     };
-    let fields = vec![
-        ("rsa_bits", json!(rsa_bits)),
-        ("connections", json!(arguments.connections)),
-        ("token_threads", json!(threads)),
+    vec![
         (
             "token_ops_per_s",
             json!(round(bare.operations / bare.seconds)),
@@ -159,26 +186,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         ),
         ("operations", json!(load.operations)),
         ("seconds", json!(round(load.seconds))),
-    ];
-    if let Some(path) = &arguments.json {
-        let object: serde_json::Map<_, _> = fields
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), v.clone()))
-            .collect();
-        let text = serde_json::to_string_pretty(&object).unwrap_or_default();
-        std::fs::write(path, text + "\n").map_err(|error| {
-            Failure::new(
-                Exit::Usage,
-                format!("cannot write {}: {error}", path.display()),
-            )
-        })?;
-    }
-    context.output.fields(fields)?;
-    if load.errors > 0 {
-        let what = format!("{} calls failed: {}", load.errors, load.first_error);
-        return Err(Failure::new(Exit::Verification, what));
-    }
-    Ok(())
+    ]
 }
 
 /// Four digits are more than such a measurement can promise.

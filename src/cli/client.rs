@@ -139,7 +139,7 @@ enum Command {
     WrappingKeys,
     /// Show one wrapping key with its public key
     WrappingKey {
-        /// CKA_ID, 32 hexadecimal digits
+        /// `CKA_ID`, 32 hexadecimal digits
         id: String,
     },
     /// Show the token and its workers
@@ -180,9 +180,36 @@ impl Call<'_> {
     }
 
     async fn run(&self, command: Command, channel: Channel) -> Result<(), Failure> {
-        let mut keys = UserKeyServiceClient::new(channel.clone());
-        let refused = |status: tonic::Status| connect::failure(&status);
+        let keys = UserKeyServiceClient::new(channel.clone());
         let record = match command {
+            Command::Unwrap { key, out } => return self.unwrap(keys, key, out.as_deref()).await,
+            Command::BatchUnwrap { user, key_name } => {
+                return self.batch_unwrap(keys, user, &key_name).await;
+            }
+            Command::List { user, deleted, all } => {
+                return self.list(keys, user, deleted, all).await;
+            }
+            Command::Create { .. } | Command::Replace { .. } => {
+                self.store_material(command, keys).await
+            }
+            Command::Get { .. }
+            | Command::Delete { .. }
+            | Command::Undelete { .. }
+            | Command::Restore { .. } => self.change_record(command, keys).await,
+            control => return self.run_control(control, channel).await,
+        };
+        let record = record.map_err(Failed::into_failure)?;
+        self.context
+            .output
+            .fields(show::record(&record.unwrap_or_default()))
+    }
+
+    async fn store_material(
+        &self,
+        command: Command,
+        mut keys: UserKeyServiceClient<Channel>,
+    ) -> Result<Option<proto::UserKey>, Failed> {
+        let answer = match command {
             Command::Create {
                 key,
                 material_file,
@@ -194,8 +221,8 @@ impl Call<'_> {
                     key_material: read_material(&material_file)?,
                     request_id,
                 };
-                let answer = keys.create_user_key(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+                let answer = keys.create_user_key(self.request(message)).await?;
+                answer.into_inner().user_key
             }
             Command::Replace {
                 key,
@@ -210,65 +237,72 @@ impl Call<'_> {
                     expected_revision,
                     request_id,
                 };
-                let answer = keys.replace_user_key(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+                let answer = keys.replace_user_key(self.request(message)).await?;
+                answer.into_inner().user_key
             }
-            Command::Get { key } => {
-                let message = proto::GetUserKeyRequest {
-                    user: key.user,
-                    key_name: key.key_name,
-                };
-                let answer = keys.get_user_key(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+            _ => None,
+        };
+        Ok(answer)
+    }
+
+    async fn change_record(
+        &self,
+        command: Command,
+        mut keys: UserKeyServiceClient<Channel>,
+    ) -> Result<Option<proto::UserKey>, Failed> {
+        let request_id = String::new();
+        let answer = match command {
+            Command::Get {
+                key: Key { user, key_name },
+            } => {
+                let message = proto::GetUserKeyRequest { user, key_name };
+                let answer = keys.get_user_key(self.request(message)).await?;
+                answer.into_inner().user_key
             }
             Command::Delete {
-                key,
+                key: Key { user, key_name },
                 expected_revision,
             } => {
                 let message = proto::DeleteUserKeyRequest {
-                    user: key.user,
-                    key_name: key.key_name,
+                    user,
+                    key_name,
                     expected_revision,
-                    request_id: String::new(),
+                    request_id,
                 };
-                let answer = keys.delete_user_key(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+                let answer = keys.delete_user_key(self.request(message)).await?;
+                answer.into_inner().user_key
             }
-            Command::Undelete { key } => {
+            Command::Undelete {
+                key: Key { user, key_name },
+            } => {
                 let message = proto::UndeleteUserKeyRequest {
-                    user: key.user,
-                    key_name: key.key_name,
-                    request_id: String::new(),
+                    user,
+                    key_name,
+                    request_id,
                 };
-                let answer = keys.undelete_user_key(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+                let answer = keys.undelete_user_key(self.request(message)).await?;
+                answer.into_inner().user_key
             }
             Command::Restore {
-                key,
+                key: Key { user, key_name },
                 revision,
                 expected_revision,
             } => {
                 let message = proto::RestoreUserKeyRevisionRequest {
-                    user: key.user,
-                    key_name: key.key_name,
+                    user,
+                    key_name,
                     revision,
                     expected_revision,
-                    request_id: String::new(),
+                    request_id,
                 };
-                let answer = keys.restore_user_key_revision(self.request(message)).await;
-                answer.map_err(refused)?.into_inner().user_key
+                let answer = keys
+                    .restore_user_key_revision(self.request(message))
+                    .await?;
+                answer.into_inner().user_key
             }
-            Command::Unwrap { key, out } => return self.unwrap(keys, key, out.as_deref()).await,
-            Command::BatchUnwrap { user, key_name } => {
-                return self.batch_unwrap(keys, user, &key_name).await;
-            }
-            Command::List { user, deleted, all } => {
-                return self.list(keys, user, deleted, all).await;
-            }
-            other => return self.run_control(other, channel).await,
+            _ => None,
         };
-        let record = record.unwrap_or_default();
-        self.context.output.fields(show::record(&record))
+        Ok(answer)
     }
 
     async fn unwrap(
@@ -380,6 +414,33 @@ impl Call<'_> {
                 .note("there are more: --all shows every page");
         }
         Ok(())
+    }
+}
+
+/// Before the call or by the call.
+enum Failed {
+    Locally(Failure),
+    Refused(Box<tonic::Status>),
+}
+
+impl Failed {
+    fn into_failure(self) -> Failure {
+        match self {
+            Self::Locally(failure) => failure,
+            Self::Refused(status) => connect::failure(&status),
+        }
+    }
+}
+
+impl From<Failure> for Failed {
+    fn from(failure: Failure) -> Self {
+        Self::Locally(failure)
+    }
+}
+
+impl From<tonic::Status> for Failed {
+    fn from(status: tonic::Status) -> Self {
+        Self::Refused(Box::new(status))
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) enum Command {
     List,
     /// Show one registered key; needs no PIN
     Show {
-        /// CKA_ID, 32 hexadecimal digits
+        /// `CKA_ID`, 32 hexadecimal digits
         id: String,
     },
 }
@@ -45,7 +45,7 @@ pub(super) struct Generate {
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// CKA_ID, 32 hexadecimal digits
+    /// `CKA_ID`, 32 hexadecimal digits
     id: String,
     #[command(flatten)]
     pin: UserPin,

@@ -85,7 +85,11 @@ impl Output {
         self.bytes(format!("{text}\n").as_bytes())
     }
 
-    /// Bytes as they are. A reader that went away is not an error.
+    /// Bytes as they are, whatever the format. A reader that went away is not an error.
+    #[expect(
+        clippy::unused_self,
+        reason = "output goes through an `Output`, or it could go anywhere"
+    )]
     pub(super) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
         let mut stdout = io::stdout().lock();
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {

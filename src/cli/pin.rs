@@ -10,6 +10,7 @@ use super::exit::{Exit, Failure};
 
 /// Where the user PIN comes from, when not from `token.pin_file`.
 #[derive(Args, Clone, Debug)]
+#[expect(clippy::struct_field_names, reason = "the fields name the options")]
 pub(super) struct UserPin {
     /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]

@@ -200,7 +200,7 @@ fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     ]
 }
 
-/// Every usage flag is set: what is left out, tokens set to true (SoftHSM: SIGN, SIGN_RECOVER, UNWRAP).
+/// Every usage flag is set: what is left out, tokens set to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
 fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),

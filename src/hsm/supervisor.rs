@@ -110,7 +110,7 @@ impl Supervisor {
 
     /// Takes no more jobs, lets those under way end, closes the sockets and waits for the workers.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
-        self.set_serving(Serving::Down(STOPPING.to_owned()));
+        self.set_serving(&Serving::Down(STOPPING.to_owned()));
         let idle = async {
             while self.queue.len() > 0 || self.queue.links().iter().any(|l| l.in_flight() > 0) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -178,7 +178,7 @@ impl Supervisor {
         self.found.store(Arc::new(found));
         self.queue.add(Arc::clone(&link));
         self.note_canary();
-        self.set_serving(Serving::Up);
+        self.set_serving(&Serving::Up);
         self.tasks.spawn(Arc::clone(self).mind(link, child));
         Ok(())
     }
@@ -195,7 +195,7 @@ impl Supervisor {
             FailureClass::Pin => {
                 self.latch.set(version);
                 tracing::error!(alarm = "pin-latched", cause = %detail, "no login is tried until the PIN file changes");
-                self.set_serving_unless_up(Serving::Untrusted(detail));
+                self.set_serving_unless_up(&Serving::Untrusted(detail));
                 return BACKOFF_MAX;
             }
             FailureClass::Untrusted | FailureClass::Configuration if first => {
@@ -211,30 +211,30 @@ impl Supervisor {
         }
         tracing::warn!(cause = %detail, "a token worker did not start");
         if failure.class == FailureClass::Untrusted {
-            self.set_serving_unless_up(Serving::Untrusted(detail));
+            self.set_serving_unless_up(&Serving::Untrusted(detail));
             BACKOFF_UNTRUSTED
         } else {
-            self.set_serving_unless_up(Serving::Down(detail));
+            self.set_serving_unless_up(&Serving::Down(detail));
             (backoff * 2).min(BACKOFF_MAX)
         }
     }
 
-    fn set_serving_unless_up(&self, serving: Serving) {
+    fn set_serving_unless_up(&self, serving: &Serving) {
         if !self.queue.has_links() {
             self.set_serving(serving);
         }
     }
 
-    fn set_serving(&self, serving: Serving) {
+    fn set_serving(&self, serving: &Serving) {
         let changed = self.serving.send_if_modified(|current| {
-            let changed = *current != serving;
-            *current = serving.clone();
+            let changed = current != serving;
+            current.clone_from(serving);
             changed
         });
         if !changed {
             return;
         }
-        match &serving {
+        match serving {
             Serving::Up => tracing::info!("the token serves"),
             Serving::Down(cause) if cause == STOPPING => tracing::info!("no more token jobs"),
             Serving::Down(cause) => {

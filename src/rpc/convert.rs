@@ -32,7 +32,7 @@ pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
     }
 }
 
-pub(super) fn user_key(info: RecordInfo) -> proto::UserKey {
+pub(super) fn user_key(info: &RecordInfo) -> proto::UserKey {
     let state = match info.state {
         RecordState::Active => proto::UserKeyState::Active,
         RecordState::Deleted => proto::UserKeyState::Deleted,

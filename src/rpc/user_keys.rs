@@ -111,7 +111,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::CreateUserKeyResponse {
-            user_key: Some(convert::user_key(created)),
+            user_key: Some(convert::user_key(&created)),
         }))
     }
 
@@ -176,7 +176,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::ReplaceUserKeyResponse {
-            user_key: Some(convert::user_key(replaced)),
+            user_key: Some(convert::user_key(&replaced)),
         }))
     }
 
@@ -192,7 +192,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::GetUserKeyResponse {
-            user_key: Some(convert::user_key(found)),
+            user_key: Some(convert::user_key(&found)),
         }))
     }
 
@@ -209,7 +209,7 @@ impl UserKeyService for UserKeys {
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::ListUserKeysResponse {
             next_page_token: page::encode(page.next.as_ref()),
-            user_keys: page.records.into_iter().map(convert::user_key).collect(),
+            user_keys: page.records.iter().map(convert::user_key).collect(),
         }))
     }
 
@@ -229,7 +229,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::DeleteUserKeyResponse {
-            user_key: Some(convert::user_key(deleted)),
+            user_key: Some(convert::user_key(&deleted)),
         }))
     }
 
@@ -248,7 +248,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::UndeleteUserKeyResponse {
-            user_key: Some(convert::user_key(undeleted)),
+            user_key: Some(convert::user_key(&undeleted)),
         }))
     }
 
@@ -277,7 +277,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::RestoreUserKeyRevisionResponse {
-            user_key: Some(convert::user_key(restored)),
+            user_key: Some(convert::user_key(&restored)),
         }))
     }
 }

@@ -140,9 +140,10 @@ impl Connection {
         }
         // GOAWAY: calls under way end, new ones go to another connection.
         connection.as_mut().graceful_shutdown();
-        match time::timeout(LEAVE_TIMEOUT, connection.as_mut()).await {
-            Ok(ended) => note_end(self.peer, ended),
-            Err(_) => tracing::debug!(peer = %self.peer, "connection cut after its grace"),
+        if let Ok(ended) = time::timeout(LEAVE_TIMEOUT, connection.as_mut()).await {
+            note_end(self.peer, ended);
+        } else {
+            tracing::debug!(peer = %self.peer, "connection cut after its grace");
         }
     }
 

@@ -44,7 +44,7 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 const TLS_INTERVAL: Duration = Duration::from_secs(1);
 const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
 const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between NOT_SERVING and the end of accepting: load balancers look once a second or so.
+/// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the doors: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -139,7 +139,7 @@ impl Server {
         let store = store::open(&config.store).await?;
         let (audit, open_intents) = config.audit.open(&config.audit.instance)?;
         let supervisor = start_token(&config, &store, program).await?;
-        let token: Arc<dyn Token> = Arc::clone(&supervisor) as Arc<dyn Token>;
+        let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
             audit: audit.clone(),
             store: Arc::clone(&store),
@@ -298,7 +298,7 @@ impl Server {
             })
     }
 
-    /// The drain, in this order: health says NOT_SERVING; load balancers get a moment; no more connections, and GOAWAY on
+    /// The drain, in this order: health says `NOT_SERVING`; load balancers get a moment; no more connections, and GOAWAY on
     /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
     /// audit log gets its last entry.
     async fn stop(self) {

@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     call::{CallId, Timestamp},
     envelope::Mac,
-    key::{KeyAddress, RecordId, Revision},
+    key::{KeyAddress, RecordId, Revision, UserId},
 };
 
 use super::{
@@ -224,7 +224,7 @@ impl Store for SqliteStore {
             // No user is empty, so the empty one comes before all.
             .bind(after.map_or("", |(user, _)| user.as_str()))
             .bind(after.map_or("", |(_, name)| name.as_str()))
-            .bind(query.user.as_ref().map(|user| user.as_str()))
+            .bind(query.user.as_ref().map(UserId::as_str))
             .bind(query.deleted)
             .bind(query.limit)
             .fetch_all(&self.reader)

@@ -49,7 +49,7 @@ impl Supervisor {
         for job in link.take_jobs() {
             let _gone = job.done.send(Err(error.clone()));
         }
-        self.set_serving_unless_up(Serving::Down(cause));
+        self.set_serving_unless_up(&Serving::Down(cause));
         link.close();
         reap(child, Duration::ZERO).await;
     }
@@ -96,7 +96,7 @@ impl Supervisor {
             FailureClass::Untrusted | FailureClass::Pin => {
                 link.give_up(detail.clone());
                 self.queue.remove(link.generation());
-                self.set_serving_unless_up(Serving::Untrusted(detail.clone()));
+                self.set_serving_unless_up(&Serving::Untrusted(detail.clone()));
                 Error::Untrusted(detail)
             }
             FailureClass::UnknownKey => Error::Untrusted(detail),

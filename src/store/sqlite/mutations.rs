@@ -4,6 +4,7 @@
 use sqlx::{Sqlite, SqliteConnection, Transaction};
 
 use crate::{
+    call::Timestamp,
     key::{KeyAddress, RecordId, Revision, Tenant},
     store::{Error, NewRevision, RecordInfo, RecordState, RequestStamp, Stamp},
 };
@@ -215,7 +216,7 @@ async fn insert_request(
     .bind(info.wrapping_key.as_bytes().as_slice())
     .bind(info.created.micros())
     .bind(info.updated.micros())
-    .bind(info.deleted.map(|at| at.micros()))
+    .bind(info.deleted.map(Timestamp::micros))
     .bind(at)
     .execute(&mut *tx)
     .await?;

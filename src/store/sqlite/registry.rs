@@ -3,6 +3,7 @@
 use sqlx::{Sqlite, SqlitePool, Transaction, sqlite::SqliteRow};
 
 use crate::{
+    call::Timestamp,
     envelope::Mac,
     key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
     store::{Error, RegistryRow},
@@ -53,7 +54,7 @@ pub(super) async fn insert(
     .bind(row.token_serial.as_str())
     .bind(rows::number(row.sequence))
     .bind(row.registered.micros())
-    .bind(row.backup_confirmed.map(|at| at.micros()))
+    .bind(row.backup_confirmed.map(Timestamp::micros))
     .bind(row.mac.as_slice())
     .execute(&mut *tx)
     .await?;
@@ -80,7 +81,7 @@ pub(super) async fn update(
     .bind(row.token_serial.as_str())
     .bind(rows::number(row.sequence))
     .bind(row.registered.micros())
-    .bind(row.backup_confirmed.map(|at| at.micros()))
+    .bind(row.backup_confirmed.map(Timestamp::micros))
     .bind(row.mac.as_slice())
     .bind(expected.as_slice())
     .execute(pool)

@@ -21,6 +21,9 @@ pub fn init_logs(json: bool, default_filter: &str) {
         EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default_filter));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // A log that cannot be written (disk full, pipe closed) must not end a call: by default the failure is printed
+        // to standard error, which panics when that is where the log goes.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let set = if json {
         builder.json().flatten_event(true).try_init()

@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    audit::AuditLog,
+    audit::{self, AuditLog, OpenIntent},
     auth::Authenticator,
     broker::{Broker, Parts, Serving},
     call::Deadline,
@@ -137,7 +137,7 @@ impl Server {
         let status_address = local(&status_socket)?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
-        let (audit, open_intents) = config.audit.open(&config.audit.instance)?;
+        let (audit, open_intents) = open_audit(config.audit.clone()).await?;
         let supervisor = start_token(&config, &store, program).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
@@ -337,6 +337,13 @@ impl Server {
         }
         tracing::info!("stopped");
     }
+}
+
+/// Opening reads and syncs files, and waits for its own first entry.
+async fn open_audit(settings: audit::Settings) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
+    let opened = tokio::task::spawn_blocking(move || settings.open(&settings.instance)).await;
+    let opened = opened.map_err(|panic| Failure::new(Exit::Internal, panic.to_string()))?;
+    Ok(opened?)
 }
 
 async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {

@@ -57,8 +57,11 @@ fn find_one(
     let mut found = session.find_objects(&template)?.into_iter();
     let Some(object) = found.next() else {
         return Err(Fault::new(
-            Class::TokenLost,
-            format!("the {what} with CKA_ID {id} is not on the token"),
+            Class::Untrusted,
+            format!(
+                "the {what} with CKA_ID {id} is not on the token, though the registry names it; is this the \
+                 right token, and was it restored whole?"
+            ),
         ));
     };
     if found.next().is_some() {

@@ -1,6 +1,8 @@
 //! Real gRPC clients over mTLS.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, sync::Mutex, time::Duration};
+
+use base64ct::{Base64, Encoding as _};
 
 use keybroker::proto::{
     BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
@@ -19,6 +21,12 @@ use crate::{pki::Pki, process::Broker};
 
 /// The key name that tests use when they need only one.
 pub(crate) const NAME: &str = "vault";
+
+/// All key material that callers of this process have sent: none of it may ever be seen in a log.
+static SENT: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+
+/// Shorter material than this is found everywhere by chance.
+const SCANNED_BYTES_MIN: usize = 8;
 
 /// Longest wait of a call of a test.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,7 +65,7 @@ impl Caller {
         let request = CreateUserKeyRequest {
             user: user.to_owned(),
             key_name: NAME.to_owned(),
-            key_material: material.to_vec(),
+            key_material: sending(material),
             request_id: request_id.to_owned(),
         };
         let answer = self.keys.clone().create_user_key(timed(request)).await?;
@@ -93,7 +101,7 @@ impl Caller {
         let request = ReplaceUserKeyRequest {
             user: user.to_owned(),
             key_name: NAME.to_owned(),
-            key_material: material.to_vec(),
+            key_material: sending(material),
             expected_revision,
             request_id: request_id.to_owned(),
         };
@@ -220,6 +228,56 @@ pub(crate) fn refused<T>(result: Result<T, Status>, expected: &str) -> Status {
             status
         }
     }
+}
+
+/// Repeats a call that may fail for a while, at most for thirty seconds.
+pub(crate) async fn eventually<T, F: Future<Output = Result<T, Status>>>(
+    mut call: impl FnMut() -> F,
+) -> T {
+    let mut last = None;
+    for _ in 0..300 {
+        match call().await {
+            Ok(answer) => return answer,
+            Err(status) => last = Some(status),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("still refused after thirty seconds: {last:?}");
+}
+
+/// Asserts that a text shows no key material that was sent, in none of the forms in which it could slip out.
+pub(crate) fn assert_no_material(what: &str, text: &[u8]) {
+    for material in SENT.lock().unwrap().iter() {
+        let list = format!("{material:?}");
+        let forms = [
+            material.clone(),
+            Base64::encode_string(material)
+                .trim_end_matches('=')
+                .as_bytes()
+                .to_vec(),
+            hex::encode(material).into_bytes(),
+            hex::encode_upper(material).into_bytes(),
+            list.trim_matches(['[', ']']).as_bytes().to_vec(),
+        ];
+        for form in forms {
+            let found = text.windows(form.len()).any(|window| window == form);
+            assert!(
+                !found,
+                "{what} shows key material: {:?}",
+                String::from_utf8_lossy(&form)
+            );
+        }
+    }
+}
+
+/// Remembers material for [`assert_no_material`].
+fn sending(material: &[u8]) -> Vec<u8> {
+    let mut sent = SENT.lock().unwrap();
+    // A few hundred of a load test say as much as all of them.
+    if (SCANNED_BYTES_MIN..256).contains(&material.len()) && sent.len() < 200 {
+        sent.push(material.to_vec());
+    }
+    material.to_vec()
 }
 
 fn item(user: &str) -> UnwrapUserKeyRequest {

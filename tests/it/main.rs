@@ -4,13 +4,19 @@
 //! fixed, and every loop that waits is bounded.
 
 #![allow(
-    dead_code,
     clippy::unwrap_used,
     clippy::print_stderr,
     reason = "a test that meets a surprise stops there and says where"
 )]
 
+mod bad_inputs;
 mod client;
+mod end_to_end;
 mod pki;
 mod process;
+mod recovery;
+mod rows;
 mod softhsm;
+mod start_refused;
+mod stopping;
+mod wire;

@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::{
+    client,
     pki::{self, Pki},
     softhsm::{self, Token},
 };
@@ -88,6 +89,7 @@ impl Site {
             token: Token::fresh(),
             pki: Pki::fresh(),
         };
+        fs::create_dir(site.data_directory()).unwrap();
         site.write_configuration(|_| {});
         site
     }
@@ -168,9 +170,14 @@ client_ca_file = "{ca}"
         self.folder().join("keybroker.toml")
     }
 
+    /// Folder of the SQLite file and nothing else.
+    pub(crate) fn data_directory(&self) -> PathBuf {
+        self.folder().join("data")
+    }
+
     /// The SQLite file.
     pub(crate) fn database(&self) -> PathBuf {
-        self.folder().join("keybroker.db")
+        self.data_directory().join("keybroker.db")
     }
 
     /// `[audit] directory`.
@@ -207,6 +214,14 @@ client_ca_file = "{ca}"
         text
     }
 
+    /// Neither log nor audit shows key material or the PIN. Every broker is checked when it is dropped.
+    fn assert_no_secrets(&self) {
+        for (what, text) in [("the log", self.log()), ("the audit log", self.audit())] {
+            assert!(!text.contains(self.token.pin()), "{what} shows the PIN");
+            client::assert_no_material(what, text.as_bytes());
+        }
+    }
+
     /// The real binary with this configuration.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
@@ -220,7 +235,10 @@ client_ca_file = "{ca}"
 
     /// Runs a one-shot command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Finished {
-        Finished::from(self.command(arguments).output().unwrap())
+        let mut command = self.command(arguments);
+        // Commands load the module themselves; `serve` takes it from the configuration.
+        command.env("SOFTHSM2_CONF", self.token.configuration());
+        Finished::from(command.output().unwrap())
     }
 
     /// Runs a one-shot command that must succeed, and returns its standard output.
@@ -228,6 +246,71 @@ client_ca_file = "{ca}"
         let finished = self.run(arguments);
         assert_eq!(finished.code, Some(0), "{arguments:?}: {finished:#?}");
         finished.stdout
+    }
+
+    /// `serve` with a ready file.
+    pub(crate) fn serve(&self) -> Command {
+        let ready_file = self.ready_file();
+        self.command(&["serve", "--ready-file", ready_file.to_str().unwrap()])
+    }
+
+    /// `serve` started by a line of shell that ends in `exec "$0" "$@"`.
+    pub(crate) fn serve_through(&self, line: &str) -> Command {
+        let plain = self.serve();
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", line])
+            .arg(plain.get_program())
+            .args(plain.get_args());
+        shell
+    }
+
+    /// Written by `serve` once it accepts calls.
+    pub(crate) fn ready_file(&self) -> PathBuf {
+        self.folder().join("ready")
+    }
+
+    /// Starts `serve` in the background; what it prints goes to the log file.
+    pub(crate) fn spawn(&self, mut command: Command) -> Child {
+        fs::remove_file(self.ready_file()).ok();
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file())
+            .unwrap();
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Runs `serve` when it is expected to give up by itself, at most for [`PATIENCE`].
+    pub(crate) fn serve_to_its_end(&self) -> Finished {
+        self.run_to_its_end(self.serve())
+    }
+
+    /// Runs a command that is expected to end by itself, at most for [`PATIENCE`].
+    pub(crate) fn run_to_its_end(&self, mut command: Command) -> Finished {
+        fs::remove_file(self.ready_file()).ok();
+        let [out, err] = ["out", "err"].map(|name| self.folder().join(name));
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(&out).unwrap())
+            .stderr(fs::File::create(&err).unwrap())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while child.try_wait().unwrap().is_none() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        child.kill().ok();
+        Finished {
+            code: child.wait().unwrap().code(),
+            stdout: fs::read_to_string(out).unwrap(),
+            stderr: fs::read_to_string(err).unwrap(),
+        }
     }
 
     /// Runs SQL on the database while no broker has it open.
@@ -283,12 +366,22 @@ impl Broker {
 
     /// Starts on a site and waits until the ready file is there.
     pub(crate) fn start_on(site: Arc<Site>) -> Self {
-        let ready_file = site.folder().join("ready");
-        fs::remove_file(&ready_file).ok();
-        let mut child = Self::spawn(&site, &ready_file);
+        Self::start_as(site, Site::serve)
+    }
+
+    /// Like [`Broker::start_on`], with the signal ignored that the kernel sends at the limit of file sizes. With
+    /// `prlimit` a test can then fill the disk of this process alone, without root and without a mount.
+    pub(crate) fn start_limited(site: Arc<Site>) -> Self {
+        Self::start_as(site, |site| {
+            site.serve_through("trap '' XFSZ; exec \"$0\" \"$@\"")
+        })
+    }
+
+    fn start_as(site: Arc<Site>, command: impl FnOnce(&Site) -> Command) -> Self {
+        let mut child = site.spawn(command(&site));
         let deadline = Instant::now() + PATIENCE;
         let addresses = loop {
-            if let Ok(text) = fs::read_to_string(&ready_file) {
+            if let Ok(text) = fs::read_to_string(site.ready_file()) {
                 break loopback_addresses(&text);
             }
             let ended = child.try_wait().unwrap();
@@ -308,20 +401,6 @@ impl Broker {
             status,
             child,
         }
-    }
-
-    /// Starts `serve` without waiting for anything.
-    pub(crate) fn spawn(site: &Site, ready_file: &Path) -> Child {
-        let log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(site.log_file())
-            .unwrap();
-        site.command(&["serve", "--ready-file", ready_file.to_str().unwrap()])
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap()
     }
 
     /// Process id of the front.
@@ -366,6 +445,8 @@ impl Drop for Broker {
         self.child.wait().ok();
         if thread::panicking() {
             eprintln!("--- log of the broker ---\n{}", self.site.log());
+        } else {
+            self.site.assert_no_secrets();
         }
     }
 }
@@ -387,7 +468,7 @@ pub(crate) fn is_alive(pid: u32) -> bool {
         .unwrap_or(false)
 }
 
-fn children_of(parent: u32) -> Vec<u32> {
+pub(crate) fn children_of(parent: u32) -> Vec<u32> {
     let mut children = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry

@@ -1,0 +1,160 @@
+//! Strangers on the port, and callers that send too much: others are not disturbed.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tonic::Code;
+
+use crate::{
+    client::{Caller, eventually, refused},
+    process::{Broker, Options, PATIENCE},
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+
+async fn with_ada(options: Options) -> (Broker, Caller) {
+    let broker = Broker::start(options);
+    Caller::of(&broker, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    let releaser = Caller::of(&broker, "releaser");
+    (broker, releaser)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_oversized_message_is_refused() {
+    let (broker, releaser) = with_ada(Options::default()).await;
+    let enroller = Caller::of(&broker, "enroller");
+    for bytes in [64 * 1024, 65 * 1024, 1024 * 1024, 8 * 1024 * 1024] {
+        let status = refused(enroller.create("bob", &vec![0x42; bytes]).await, "REQUEST");
+        assert_eq!(status.code(), Code::InvalidArgument, "{bytes}");
+    }
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_on_the_port_disturbs_nobody() {
+    let (broker, releaser) = with_ada(Options::default()).await;
+    let noise: Vec<u8> = (0..100_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+        .collect();
+    let http = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let hello = [0x16, 3, 1, 0xff, 0xff];
+    for garbage in [
+        noise.as_slice(),
+        http,
+        &hello,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\0",
+    ] {
+        for address in [broker.grpc, broker.status] {
+            let mut stream = TcpStream::connect(address).unwrap();
+            // The broker may close before all of it is sent.
+            stream.write_all(garbage).ok();
+            stream.shutdown(std::net::Shutdown::Write).ok();
+        }
+        assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    }
+    let before = broker.site.audit().lines().count();
+    assert!(
+        before < 50,
+        "a stranger cannot fill the audit log: {before} lines"
+    );
+}
+
+/// Connections that never say a word are cut after the handshake timeout, and callers are served meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_silent_connections_disturb_nobody() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = rustix::process::Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, wanted).unwrap();
+
+    let options = Options {
+        limits: "handshake_timeout_ms = 3000".to_owned(),
+        ..Options::default()
+    };
+    let (broker, releaser) = with_ada(options).await;
+    let silent = silent_connections(broker.grpc, 1_000);
+    // A new connection too, not only the one that was open.
+    let other = Caller::of(&broker, "other-releaser");
+    for caller in [&releaser, &other] {
+        assert_eq!(caller.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    }
+    all_cut(silent);
+}
+
+/// Even when they take every place, service comes back by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_cannot_keep_every_place() {
+    let options = Options {
+        limits: "connections_max = 32\nhandshake_timeout_ms = 500".to_owned(),
+        ..Options::default()
+    };
+    let (broker, releaser) = with_ada(options).await;
+    let silent = silent_connections(broker.grpc, 200);
+    let other = Caller::of(&broker, "other-releaser");
+    for caller in [&releaser, &other] {
+        let key = eventually(|| caller.unwrap("ada")).await;
+        assert_eq!(key.key_material, MATERIAL);
+    }
+    all_cut(silent);
+}
+
+fn silent_connections(address: SocketAddr, count: usize) -> Vec<TcpStream> {
+    (0..count)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect()
+}
+
+fn all_cut(silent: Vec<TcpStream>) {
+    for mut stream in silent {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        // Closed, reset, or closed after a TLS alert; never still open.
+        if let Err(error) = stream.read_to_end(&mut Vec::new()) {
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+        }
+    }
+}
+
+/// Liveness is independent of the token; readiness is not. Neither tells a stranger anything.
+#[test]
+fn probes_and_metrics_answer_in_plain_http() {
+    let broker = Broker::start(Options::default());
+    for (path, expected) in [
+        ("/livez", "200"),
+        ("/readyz", "200"),
+        ("/metrics", "200"),
+        ("/other", "404"),
+    ] {
+        let answer = get(broker.status, path);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {expected}")),
+            "{path}: {answer}"
+        );
+    }
+    let metrics = get(broker.status, "/metrics");
+    assert!(metrics.contains("keybroker_token_serving 1"), "{metrics}");
+}
+
+fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}

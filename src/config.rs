@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::{audit, auth, hsm, server, store};
 
 mod check;
+#[cfg(test)]
+mod tests;
 
 /// All of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]

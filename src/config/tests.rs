@@ -1,0 +1,143 @@
+//! The example is the manual: it parses, is good, and shows the defaults that the code has.
+
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../keybroker.example.toml");
+
+/// The example with every default that it shows in a comment put in force.
+fn with_defaults_in_force() -> String {
+    EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(setting) if is_default(setting) => setting,
+            _ => line,
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn is_default(text: &str) -> bool {
+    let name = text.split(' ').next().unwrap();
+    let alternatives = ["serial", "uri"];
+    text.contains(" = ")
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')
+        && !alternatives.contains(&name)
+}
+
+#[test]
+fn the_example_is_a_good_configuration() {
+    let config = Config::parse(EXAMPLE).unwrap();
+    assert_eq!(config.problems(), Vec::<String>::new());
+}
+
+#[test]
+fn the_example_shows_the_defaults() {
+    let shown = with_defaults_in_force();
+    assert_ne!(shown, EXAMPLE);
+    let (with, without) = (
+        Config::parse(&shown).unwrap(),
+        Config::parse(EXAMPLE).unwrap(),
+    );
+    assert_eq!(
+        serde_json::to_value(with).unwrap(),
+        serde_json::to_value(without).unwrap()
+    );
+}
+
+/// Every field that the code knows stands in the example, in force or as a comment.
+#[test]
+fn the_example_names_every_field() {
+    let value = serde_json::to_value(Config::parse(&with_defaults_in_force()).unwrap()).unwrap();
+    let mut names = Vec::new();
+    collect_names(&value, &mut names);
+    for name in names {
+        assert!(EXAMPLE.contains(&name), "{name} is not in the example");
+    }
+}
+
+fn collect_names(value: &serde_json::Value, names: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                names.push(name.clone());
+                collect_names(value, names);
+            }
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|v| collect_names(v, names)),
+        _ => {}
+    }
+}
+
+/// One mistake each, and words that its message must have.
+#[test]
+fn each_mistake_has_its_message() {
+    let unknown = Config::parse(&EXAMPLE.replace("[status]", "[status]\nport = 1")).unwrap_err();
+    assert!(unknown.contains("unknown field `port`"), "{unknown}");
+    assert!(unknown.contains("line"), "{unknown}");
+    let cases = [
+        ("label = \"keybroker\"", "", "exactly one of `label`"),
+        (
+            "label = \"keybroker\"",
+            "label = \"a\"\nserial = \"b\"",
+            "exactly one of `label`",
+        ),
+        ("# workers = 2", "workers = 0", "`workers` is 0"),
+        ("# workers = 2", "workers = 65", "1 to 64"),
+        (
+            "# sessions_per_worker = 2",
+            "sessions_per_worker = 0",
+            "1 to 256",
+        ),
+        ("pin_file = \"/etc", "pin_file = \"etc", "absolute path"),
+        ("pin_file = \"/etc/keybroker/pin\"", "", "set `pin_file`"),
+        ("module = \"/usr", "module = \"usr", "absolute path"),
+        (
+            "# attribute_exceptions = []",
+            "attribute_exceptions = [\"CKA_X\"]",
+            "\"CKA_X\"",
+        ),
+        ("sqlite:/var", "sqlite:var", "absolute path"),
+        ("sqlite:/var", "mysql:/var", "must be `sqlite:`"),
+        (
+            "address = \"127.0.0.1:9464\"",
+            "address = \"0.0.0.0:9464\"",
+            "loopback",
+        ),
+        ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
+        (
+            "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
+            "",
+            "`client_ca_file`",
+        ),
+        (
+            "# call_timeout_max_ms = 30000",
+            "call_timeout_max_ms = 1",
+            "100 to 600000",
+        ),
+        ("# instance = \"serve\"", "instance = \"A/b\"", "`instance`"),
+        (
+            "\"release\", \"enrol\"",
+            "\"release\", \"admin\"",
+            "must not be able to obtain keys",
+        ),
+        ("\"release\", \"enrol\"", "", "has no role"),
+        (
+            "URI:spiffe://example.org/ops",
+            "URI:spiffe://example.org/vault",
+            "there twice",
+        ),
+        ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
+    ];
+    for (good, bad, words) in cases {
+        assert!(EXAMPLE.contains(good), "{good}");
+        let problems = Config::parse(&EXAMPLE.replacen(good, bad, 1))
+            .unwrap()
+            .problems();
+        assert!(
+            problems.iter().any(|p| p.contains(words)),
+            "{bad:?}: {problems:?}"
+        );
+    }
+}

@@ -37,6 +37,8 @@ mod select;
 mod session;
 mod start;
 mod supervisor;
+#[cfg(test)]
+mod tests;
 mod wire;
 pub mod worker;
 

@@ -185,7 +185,7 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
 }
 
 /// The public object can do nothing: whoever wraps uses the public key in software.
-fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
+pub(super) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
         Attribute::Private(false),
@@ -204,7 +204,7 @@ fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
 }
 
 /// Every usage flag is set: what is left out, tokens set to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
-fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
+pub(super) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
         Attribute::Private(true),
@@ -223,7 +223,7 @@ fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     ]
 }
 
-fn binding_template(id: WrappingKeyId) -> Vec<Attribute> {
+pub(super) fn binding_template(id: WrappingKeyId) -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         // `CKK_SHA256_HMAC` is refused by SoftHSM for this mechanism; the allowed mechanisms bind the key instead.

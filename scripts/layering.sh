@@ -60,8 +60,8 @@ rules() {
   cat <<RULES
 ^src/(?!hsm[./]) # cryptoki(_sys)? # only hsm/ knows PKCS#11
 ^src/(?!store[./]) # sqlx # only store/ knows SQL
-^src/(?!rpc[./]|server[./]|cli/(client|bench)[./]|proto\.rs|main\.rs) # tonic(_\w+)? # only the doors and clients know gRPC
-^src/(?!rpc[./]|server[./]|cli/(client|bench)[./]|proto\.rs|hsm/) # prost(_\w+)? # only the doors, clients and the worker's frames know protobuf
+^src/(?!rpc[./]|server[./]|cli/(client|bench|connect)[./]|proto\.rs|main\.rs) # tonic(_\w+)? # only the doors and clients know gRPC
+^src/(?!rpc[./]|server[./]|cli/(client|bench|connect)[./]|proto\.rs|hsm/) # prost(_\w+)? # only the doors, clients and the worker's frames know protobuf
 ^src/(?!rpc[./]|rest[./]|server[./]) # axum # only the doors know HTTP
 ^src/r(pc|est)[./] # crate::(hsm|store|audit|cli|config) # doors end in broker
 ^src/broker[./] # crate::(rpc|rest|auth|cli|config|server|proto) # use cases know no door and no wiring

@@ -1,4 +1,4 @@
-//! Who is calling. The one place that turns a verified credential into a [`Principal`](crate::principal::Principal).
+//! Who is calling. The one place that turns a verified credential into a [`Principal`].
 //!
 //! The credential is the client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in
 //! the configured principals. Exactly one principal must match; none and several are refused alike.

@@ -6,7 +6,7 @@
 //!
 //! Every door ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that no
 //! path can leave a step out: the record is read with a [`Permit`], which only [`policy`] makes; a [`Released`] key is made
-//! with a [`Durable`] entry, which only [`journal`] makes once the audit log has synced it.
+//! with a `Durable` entry, which only `journal` makes once the audit log has synced it.
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it runs in a
 //! task of its own, so that a caller that goes away cannot stop it between the two.

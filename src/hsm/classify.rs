@@ -114,88 +114,90 @@ pub(super) fn classify(code: RvError) -> Class {
 mod tests {
     use super::*;
 
+    use RvError as Rv;
+
     /// A row per code that a token can answer a job with; a change of the table must change this list.
+    const TABLE: &[(Class, &[Rv])] = &[
+        (
+            Class::Input,
+            &[
+                Rv::EncryptedDataInvalid,
+                Rv::EncryptedDataLenRange,
+                Rv::DataInvalid,
+                Rv::DataLenRange,
+                Rv::WrappedKeyInvalid,
+                Rv::WrappedKeyLenRange,
+                Rv::SignatureInvalid,
+                Rv::SignatureLenRange,
+            ],
+        ),
+        (
+            Class::SessionLost,
+            &[
+                Rv::SessionHandleInvalid,
+                Rv::SessionClosed,
+                Rv::OperationActive,
+                Rv::OperationNotInitialized,
+                Rv::UserNotLoggedIn,
+                Rv::ObjectHandleInvalid,
+                Rv::KeyHandleInvalid,
+                Rv::UnwrappingKeyHandleInvalid,
+                Rv::WrappingKeyHandleInvalid,
+            ],
+        ),
+        (
+            Class::TokenLost,
+            &[
+                Rv::CryptokiNotInitialized,
+                Rv::DeviceRemoved,
+                Rv::TokenNotPresent,
+                Rv::TokenNotRecognized,
+                Rv::SlotIdInvalid,
+            ],
+        ),
+        (
+            Class::Ambiguous,
+            &[
+                Rv::GeneralError,
+                Rv::FunctionFailed,
+                Rv::DeviceError,
+                Rv::ArgumentsBad,
+                Rv::FunctionCanceled,
+                Rv::BufferTooSmall,
+                Rv::Cancel,
+            ],
+        ),
+        (
+            Class::BackOff,
+            &[Rv::SessionCount, Rv::HostMemory, Rv::DeviceMemory],
+        ),
+        (
+            Class::Pin,
+            &[
+                Rv::PinIncorrect,
+                Rv::PinInvalid,
+                Rv::PinLenRange,
+                Rv::PinExpired,
+                Rv::PinLocked,
+                Rv::UserPinNotInitialized,
+                Rv::UserTypeInvalid,
+            ],
+        ),
+        (
+            Class::Configuration,
+            &[
+                Rv::KeyFunctionNotPermitted,
+                Rv::KeyTypeInconsistent,
+                Rv::MechanismInvalid,
+                Rv::MechanismParamInvalid,
+                Rv::FunctionNotSupported,
+            ],
+        ),
+    ];
+
     #[test]
     fn every_code_has_its_class() {
-        use RvError as Rv;
-        let table: &[(Class, &[RvError])] = &[
-            (
-                Class::Input,
-                &[
-                    Rv::EncryptedDataInvalid,
-                    Rv::EncryptedDataLenRange,
-                    Rv::DataInvalid,
-                    Rv::DataLenRange,
-                    Rv::WrappedKeyInvalid,
-                    Rv::WrappedKeyLenRange,
-                    Rv::SignatureInvalid,
-                    Rv::SignatureLenRange,
-                ],
-            ),
-            (
-                Class::SessionLost,
-                &[
-                    Rv::SessionHandleInvalid,
-                    Rv::SessionClosed,
-                    Rv::OperationActive,
-                    Rv::OperationNotInitialized,
-                    Rv::UserNotLoggedIn,
-                    Rv::ObjectHandleInvalid,
-                    Rv::KeyHandleInvalid,
-                    Rv::UnwrappingKeyHandleInvalid,
-                    Rv::WrappingKeyHandleInvalid,
-                ],
-            ),
-            (
-                Class::TokenLost,
-                &[
-                    Rv::CryptokiNotInitialized,
-                    Rv::DeviceRemoved,
-                    Rv::TokenNotPresent,
-                    Rv::TokenNotRecognized,
-                    Rv::SlotIdInvalid,
-                ],
-            ),
-            (
-                Class::Ambiguous,
-                &[
-                    Rv::GeneralError,
-                    Rv::FunctionFailed,
-                    Rv::DeviceError,
-                    Rv::ArgumentsBad,
-                    Rv::FunctionCanceled,
-                    Rv::BufferTooSmall,
-                    Rv::Cancel,
-                ],
-            ),
-            (
-                Class::BackOff,
-                &[Rv::SessionCount, Rv::HostMemory, Rv::DeviceMemory],
-            ),
-            (
-                Class::Pin,
-                &[
-                    Rv::PinIncorrect,
-                    Rv::PinInvalid,
-                    Rv::PinLenRange,
-                    Rv::PinExpired,
-                    Rv::PinLocked,
-                    Rv::UserPinNotInitialized,
-                    Rv::UserTypeInvalid,
-                ],
-            ),
-            (
-                Class::Configuration,
-                &[
-                    Rv::KeyFunctionNotPermitted,
-                    Rv::KeyTypeInconsistent,
-                    Rv::MechanismInvalid,
-                    Rv::MechanismParamInvalid,
-                    Rv::FunctionNotSupported,
-                ],
-            ),
-        ];
-        for (class, codes) in table {
+        for (class, codes) in TABLE {
             for code in *codes {
                 assert_eq!(classify(*code), *class, "{code:?}");
             }

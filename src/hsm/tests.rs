@@ -423,6 +423,13 @@ fn selection_names_what_is_wrong() {
             ..settings()
         };
         assert!(class(&no_library).contains("is not a PKCS#11 module"));
+    });
+}
+
+#[test]
+fn init_refuses_to_erase_and_labels_may_clash() {
+    with_softhsm("init_refuses_to_erase_and_labels_may_clash", |_| {
+        init();
         let again = admin::init_token(&settings(), "test", &pin("654321"), &pin(USER_PIN), None);
         assert!(again.unwrap_err().to_string().contains("--erase-serial"));
         let serial = admin::list_tokens(&settings()).unwrap()[0]
@@ -455,7 +462,8 @@ fn selection_names_what_is_wrong() {
             relabelled.is_err(),
             "two tokens of one label cannot be told apart"
         );
-        assert!(class(&settings()).contains("more than one token"));
+        let error = Admin::open(&settings(), &pin(USER_PIN), false).unwrap_err();
+        assert!(error.to_string().contains("more than one token"), "{error}");
         let by_serial = Settings {
             label: None,
             serial: Some(serial),

@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn timeouts_are_digits_and_a_unit() {
         assert_eq!(parse_timeout("100m"), Some(Duration::from_millis(100)));
-        assert_eq!(parse_timeout("1H"), Some(Duration::from_secs(3_600)));
+        assert_eq!(parse_timeout("1H"), Some(Duration::from_hours(1)));
         assert_eq!(
             parse_timeout("99999999n"),
             Some(Duration::from_nanos(99_999_999))

@@ -138,7 +138,8 @@ client() {
 }
 
 start_broker() {
-  broker serve --ready-file "$WORK/ready" >"$WORK/broker.log" 2>&1 &
+  # Not through a function: a shell between would take the signals meant for the broker.
+  keybroker --config "$WORK/keybroker.toml" serve --ready-file "$WORK/ready" >"$WORK/broker.log" 2>&1 &
   BROKER_PID=$!
   local deadline=$((SECONDS + READY_SECONDS))
   until [[ -s $WORK/ready ]]; do
@@ -157,17 +158,17 @@ prepare() {
   scripts/dev-ca.sh "$WORK/pki" releaser enroller lifecycle admin auditor load
   configuration
   command_line 'keybroker token init'
-  broker token init --label demo --pin-file "$WORK/pin" --so-pin-file "$WORK/so-pin" | indented
+  broker token init --label demo --pin-file "$WORK/pin" --so-pin-file "$WORK/so-pin" 2>&1 | indented
   command_line 'keybroker store migrate'
-  broker store migrate | indented
+  broker store migrate 2>&1 | indented
   command_line "keybroker key generate --bits $RSA_BITS"
-  broker key generate --bits "$RSA_BITS" | indented
+  broker key generate --bits "$RSA_BITS" 2>&1 | indented
 }
 
 gate() {
   step 'The attribute gate: is the key on the token really one that nobody can copy?'
   command_line 'keybroker token check'
-  broker token check | indented
+  broker token check 2>&1 | indented
 }
 
 enrol() {
@@ -253,14 +254,14 @@ bench() {
   command_line "keybroker bench --seconds $BENCH_SECONDS"
   broker bench --seconds "$BENCH_SECONDS" --warm-up 1 --users 50 --connections 16 \
     --attach "$BROKER_PID" --endpoint "$ENDPOINT" --ca "$WORK/pki/ca.pem" \
-    --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" | indented
+    --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" 2>&1 | indented
 }
 
 finish() {
   step 'Stopping the broker'
   stop_broker || fail 'the broker did not stop cleanly'
   command_line 'keybroker audit verify'
-  broker audit verify | indented
+  broker audit verify 2>&1 | indented
 }
 
 keep() {

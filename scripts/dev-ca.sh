@@ -9,7 +9,7 @@
 set -euo pipefail
 umask 077
 
-DAYS=30
+DAYS=90
 
 fail() {
   printf 'dev-ca: %s\n' "$1" >&2

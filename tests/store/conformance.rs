@@ -1,0 +1,459 @@
+//! What every engine must do.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use keybroker::{
+    call::{CallId, Timestamp},
+    key::{Fingerprint, KeyName, Purpose, Revision, Tenant, UserId, WrappingKeyState},
+    store::{Error, ListQuery, RecordState, RegistryRow, Store},
+};
+use tokio::task::JoinSet;
+
+use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
+
+/// Runs the suite's parts on an engine, each on a database of its own.
+macro_rules! on_every_engine {
+    ($($part:ident),* $(,)?) => {
+        mod on_sqlite {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $part() {
+                    let engine = super::Engine::sqlite().await;
+                    super::$part(engine.open().await).await;
+                }
+            )*
+        }
+    };
+}
+
+on_every_engine!(
+    a_record_is_read_as_it_was_written,
+    create_never_overwrites,
+    of_concurrent_creates_one_wins,
+    of_concurrent_replaces_one_wins,
+    a_deleted_record_keeps_its_name,
+    superseded_revisions_stay_readable,
+    names_are_compared_bytewise,
+    tenants_are_apart,
+    pages_are_ordered_and_complete,
+    pages_are_stable_under_writes,
+    a_request_id_is_taken_once,
+    a_failed_change_leaves_no_request_id,
+    committed_changes_are_known_by_their_call,
+    the_registry_is_compare_and_swap,
+    cancelled_calls_poison_nothing,
+);
+
+async fn a_record_is_read_as_it_was_written(store: Arc<dyn Store>) {
+    let alice = user("alice");
+    assert!(store.record(&alice).await.unwrap().is_none());
+    let stamp = stamp();
+    let created = store
+        .create(revision(&alice, 1, 1), stamp.clone())
+        .await
+        .unwrap();
+    let record = store.record(&alice).await.unwrap().unwrap();
+    assert_eq!(record.info, created);
+    assert_eq!(record.envelope, b"alice 1");
+    assert_eq!(
+        (created.state, created.revision),
+        (RecordState::Active, Revision::FIRST)
+    );
+    assert_eq!((created.created, created.updated), (stamp.at, stamp.at));
+    assert_eq!((created.deleted, created.wrapping_key), (None, KEY));
+    store.ping().await.unwrap();
+}
+
+async fn create_never_overwrites(store: Arc<dyn Store>) {
+    let alice = user("alice");
+    store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    let again = store.create(revision(&alice, 2, 1), stamp()).await;
+    assert!(matches!(again, Err(Error::Exists)), "{again:?}");
+    assert_eq!(
+        store.record(&alice).await.unwrap().unwrap().info.id,
+        record_id(1)
+    );
+}
+
+async fn of_concurrent_creates_one_wins(store: Arc<dyn Store>) {
+    let mut tasks = JoinSet::new();
+    for number in 0..100 {
+        let store = Arc::clone(&store);
+        tasks.spawn(async move {
+            store
+                .create(revision(&user("alice"), number, 1), stamp())
+                .await
+        });
+    }
+    let results = tasks.join_all().await;
+    let won: Vec<_> = results.iter().flatten().collect();
+    assert_eq!(won.len(), 1);
+    assert_eq!(
+        results
+            .iter()
+            .filter(|r| matches!(r, Err(Error::Exists)))
+            .count(),
+        99
+    );
+    assert_eq!(
+        store.record(&user("alice")).await.unwrap().unwrap().info,
+        *won[0]
+    );
+}
+
+async fn of_concurrent_replaces_one_wins(store: Arc<dyn Store>) {
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+    for number in 2..5 {
+        let mut tasks = JoinSet::new();
+        for _ in 0..100 {
+            let store = Arc::clone(&store);
+            tasks.spawn(async move {
+                store
+                    .supersede(revision(&user("alice"), 1, number), stamp())
+                    .await
+            });
+        }
+        let results = tasks.join_all().await;
+        assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 1);
+        let lost = |r: &&Result<_, _>| matches!(r, Err(Error::Revision { current }) if current.get() == number);
+        assert_eq!(results.iter().filter(lost).count(), 99);
+    }
+}
+
+async fn a_deleted_record_keeps_its_name(store: Arc<dyn Store>) {
+    let alice = user("alice");
+    store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    let wrong = store
+        .delete(record_id(1), Revision::new(2).unwrap(), stamp())
+        .await;
+    assert!(matches!(wrong, Err(Error::Revision { .. })), "{wrong:?}");
+    let deleted = store
+        .delete(record_id(1), Revision::FIRST, stamp())
+        .await
+        .unwrap();
+    assert_eq!(deleted.state, RecordState::Deleted);
+    assert!(deleted.deleted.is_some());
+    let again = store.delete(record_id(1), Revision::FIRST, stamp()).await;
+    assert!(matches!(again, Err(Error::State)), "{again:?}");
+    let replaced = store.supersede(revision(&alice, 1, 2), stamp()).await;
+    assert!(matches!(replaced, Err(Error::State)), "{replaced:?}");
+    let created = store.create(revision(&alice, 2, 1), stamp()).await;
+    assert!(matches!(created, Err(Error::Exists)), "{created:?}");
+    let back = store.undelete(record_id(1), stamp()).await.unwrap();
+    assert_eq!((back.state, back.deleted), (RecordState::Active, None));
+    let twice = store.undelete(record_id(1), stamp()).await;
+    assert!(matches!(twice, Err(Error::State)), "{twice:?}");
+    assert_eq!(
+        store.record(&alice).await.unwrap().unwrap().envelope,
+        b"alice 1"
+    );
+    let unknown = store.undelete(record_id(7), stamp()).await;
+    assert!(matches!(unknown, Err(Error::NotFound)), "{unknown:?}");
+}
+
+async fn superseded_revisions_stay_readable(store: Arc<dyn Store>) {
+    let alice = user("alice");
+    store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    store
+        .supersede(revision(&alice, 1, 2), stamp())
+        .await
+        .unwrap();
+    let skipped = store.supersede(revision(&alice, 1, 4), stamp()).await;
+    assert!(
+        matches!(skipped, Err(Error::Revision { .. })),
+        "{skipped:?}"
+    );
+    for number in [1, 2] {
+        let wanted = Revision::new(number).unwrap();
+        let found = store.revision(record_id(1), wanted).await.unwrap().unwrap();
+        assert_eq!(found.envelope, format!("alice {number}").into_bytes());
+    }
+    let none = store
+        .revision(record_id(1), Revision::new(3).unwrap())
+        .await
+        .unwrap();
+    assert!(none.is_none());
+}
+
+async fn names_are_compared_bytewise(store: Arc<dyn Store>) {
+    // Cases, and one letter composed in two ways: equal to people, not to us.
+    let names = ["alice", "Alice", "z\u{e9}", "ze\u{301}", "alice "];
+    for (number, name) in (0..).zip(names) {
+        store
+            .create(revision(&user(name), number, 1), stamp())
+            .await
+            .unwrap();
+    }
+    for (number, name) in (0..).zip(names) {
+        let found = store.record(&user(name)).await.unwrap().unwrap();
+        assert_eq!(found.info.id, record_id(number), "{name:?}");
+    }
+}
+
+async fn tenants_are_apart(store: Arc<dyn Store>) {
+    let (one, other) = (address("one", "alice", "k"), address("other", "alice", "k"));
+    store.create(revision(&one, 1, 1), stamp()).await.unwrap();
+    assert!(store.record(&other).await.unwrap().is_none());
+    store.create(revision(&other, 2, 1), stamp()).await.unwrap();
+    let query = ListQuery {
+        tenant: Tenant::parse("one").unwrap(),
+        ..everything()
+    };
+    let listed = store.list(&query).await.unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].address, one);
+}
+
+fn everything() -> ListQuery {
+    ListQuery {
+        tenant: Tenant::default(),
+        user: None,
+        deleted: true,
+        after: None,
+        limit: 1_000,
+    }
+}
+
+/// All pages, as a client would read them.
+async fn pages(store: &Arc<dyn Store>, limit: u32, mut query: ListQuery) -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    query.limit = limit;
+    for _ in 0..1_000 {
+        let page = store.list(&query).await.unwrap();
+        all.extend(page.iter().map(|info| {
+            let KeyAddressText(user, name) = (&info.address).into();
+            (user, name)
+        }));
+        let Some(last) = page.last() else { break };
+        query.after = Some((last.address.user.clone(), last.address.name.clone()));
+    }
+    all
+}
+
+struct KeyAddressText(String, String);
+
+impl From<&keybroker::key::KeyAddress> for KeyAddressText {
+    fn from(address: &keybroker::key::KeyAddress) -> Self {
+        Self(address.user.to_string(), address.name.to_string())
+    }
+}
+
+async fn pages_are_ordered_and_complete(store: Arc<dyn Store>) {
+    let users = ["a", "B", "b", "\u{e4}", "ab"];
+    let mut expected = BTreeSet::new();
+    let mut number = 0;
+    for user in users {
+        for name in ["k1", "k-2", "k"] {
+            let at = address("default", user, name);
+            store
+                .create(revision(&at, number, 1), stamp())
+                .await
+                .unwrap();
+            expected.insert((user.to_owned(), name.to_owned()));
+            number += 1;
+        }
+    }
+    // A set of strings is ordered bytewise, as the list must be.
+    let expected: Vec<_> = expected.into_iter().collect();
+    for limit in [1, 2, 7, 1_000] {
+        assert_eq!(pages(&store, limit, everything()).await, expected);
+    }
+    store
+        .delete(record_id(0), Revision::FIRST, stamp())
+        .await
+        .unwrap();
+    let active = ListQuery {
+        deleted: false,
+        ..everything()
+    };
+    assert_eq!(pages(&store, 4, active).await.len(), expected.len() - 1);
+    let one_user = ListQuery {
+        user: Some(UserId::parse("b").unwrap()),
+        ..everything()
+    };
+    assert_eq!(pages(&store, 2, one_user).await.len(), 3);
+}
+
+async fn pages_are_stable_under_writes(store: Arc<dyn Store>) {
+    let name = |number: u8| format!("user-{number:03}");
+    for number in (0..100).step_by(2) {
+        store
+            .create(revision(&user(&name(number)), number, 1), stamp())
+            .await
+            .unwrap();
+    }
+    let writer = Arc::clone(&store);
+    let writing = tokio::spawn(async move {
+        for number in (1..100).step_by(2) {
+            let new = revision(&user(&name(number)), number, 1);
+            writer.create(new, stamp()).await.unwrap();
+            writer
+                .delete(record_id(number), Revision::FIRST, stamp())
+                .await
+                .unwrap();
+        }
+    });
+    for _ in 0..20 {
+        let seen: Vec<_> = pages(&store, 7, everything()).await;
+        let unique: BTreeSet<_> = seen.iter().collect();
+        assert_eq!(unique.len(), seen.len(), "a record was listed twice");
+        for number in (0..100).step_by(2) {
+            let wanted = (name(number), "vault".to_owned());
+            assert!(unique.contains(&wanted), "{wanted:?} was left out");
+        }
+    }
+    writing.await.unwrap();
+}
+
+const ONE: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
+
+async fn a_request_id_is_taken_once(store: Arc<dyn Store>) {
+    let mine = scope("me", ONE);
+    let created = store
+        .create(revision(&user("a"), 1, 1), stamp_with(mine.clone()))
+        .await
+        .unwrap();
+    let taken = store
+        .create(revision(&user("b"), 2, 1), stamp_with(mine.clone()))
+        .await;
+    assert!(matches!(taken, Err(Error::RequestIdTaken)), "{taken:?}");
+    assert!(
+        store.record(&user("b")).await.unwrap().is_none(),
+        "all or nothing"
+    );
+    // The first answer stays the answer, whatever happens to the record.
+    store
+        .supersede(revision(&user("a"), 1, 2), stamp())
+        .await
+        .unwrap();
+    store
+        .delete(record_id(1), Revision::new(2).unwrap(), stamp())
+        .await
+        .unwrap();
+    let found = store.request(&mine).await.unwrap().unwrap();
+    assert_eq!(
+        (found.result, found.content, found.key),
+        (created, [5; 32], KEY)
+    );
+    let theirs = scope("them", ONE);
+    assert!(store.request(&theirs).await.unwrap().is_none());
+    store
+        .create(revision(&user("c"), 3, 1), stamp_with(theirs))
+        .await
+        .unwrap();
+    // Older than a day: neither found nor in the way.
+    let mut old = stamp_with(scope("old", ONE));
+    old.at = Timestamp::from_micros(Timestamp::now().micros() - 25 * 3_600 * 1_000_000);
+    store.create(revision(&user("d"), 4, 1), old).await.unwrap();
+    assert!(store.request(&scope("old", ONE)).await.unwrap().is_none());
+    store
+        .create(revision(&user("e"), 5, 1), stamp_with(scope("old", ONE)))
+        .await
+        .unwrap();
+    let forgotten = store
+        .forget_requests(Timestamp::from_micros(Timestamp::now().micros() + 1))
+        .await;
+    assert_eq!(forgotten.unwrap(), 3);
+}
+
+async fn a_failed_change_leaves_no_request_id(store: Arc<dyn Store>) {
+    store
+        .create(revision(&user("a"), 1, 1), stamp())
+        .await
+        .unwrap();
+    let mine = scope("me", ONE);
+    let failed = store
+        .create(revision(&user("a"), 2, 1), stamp_with(mine.clone()))
+        .await;
+    assert!(matches!(failed, Err(Error::Exists)), "{failed:?}");
+    assert!(store.request(&mine).await.unwrap().is_none());
+}
+
+async fn committed_changes_are_known_by_their_call(store: Arc<dyn Store>) {
+    let alice = user("alice");
+    let stamps: Vec<_> = (0..4).map(|_| stamp()).collect();
+    store
+        .create(revision(&alice, 1, 1), stamps[0].clone())
+        .await
+        .unwrap();
+    store
+        .supersede(revision(&alice, 1, 2), stamps[1].clone())
+        .await
+        .unwrap();
+    let second = Revision::new(2).unwrap();
+    store
+        .delete(record_id(1), second, stamps[2].clone())
+        .await
+        .unwrap();
+    store
+        .undelete(record_id(1), stamps[3].clone())
+        .await
+        .unwrap();
+    for stamp in &stamps {
+        assert!(store.committed_by(stamp.call).await.unwrap());
+    }
+    let failed = stamp();
+    assert!(
+        store
+            .create(revision(&alice, 2, 1), failed.clone())
+            .await
+            .is_err()
+    );
+    assert!(!store.committed_by(failed.call).await.unwrap());
+    assert!(!store.committed_by(CallId::fresh()).await.unwrap());
+}
+
+async fn the_registry_is_compare_and_swap(store: Arc<dyn Store>) {
+    let row = RegistryRow {
+        id: KEY,
+        fingerprint: Fingerprint([3; 32]),
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::Active,
+        token_serial: "0123".to_owned(),
+        sequence: 1,
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [1; 32],
+    };
+    store.register(&row).await.unwrap();
+    assert!(matches!(store.register(&row).await, Err(Error::Exists)));
+    assert_eq!(store.registry().await.unwrap(), std::slice::from_ref(&row));
+    let next = RegistryRow {
+        state: WrappingKeyState::Compromised,
+        backup_confirmed: Some(Timestamp::now()),
+        sequence: 2,
+        mac: [2; 32],
+        ..row.clone()
+    };
+    store.update_registry(&next, &row.mac).await.unwrap();
+    assert_eq!(store.registry().await.unwrap(), std::slice::from_ref(&next));
+    let stale = store.update_registry(&row, &row.mac).await;
+    assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
+    assert_eq!(store.registry().await.unwrap(), [next]);
+}
+
+/// Handlers are cancelled when deadlines pass and clients leave. A connection left inside a transaction would break every
+/// later writer.
+async fn cancelled_calls_poison_nothing(store: Arc<dyn Store>) {
+    for number in 0..1_000_u16 {
+        let store = Arc::clone(&store);
+        let name = format!("user-{number}");
+        let task = tokio::spawn(async move {
+            let at = user(&name);
+            store.create(revision(&at, 0, 1), stamp()).await.ok();
+            store.record(&at).await.ok();
+        });
+        tokio::time::sleep(Duration::from_micros(u64::from(number % 37) * 20)).await;
+        task.abort();
+    }
+    let last = address("default", "last", KeyName::parse("k").unwrap().as_str());
+    store
+        .create(revision(&last, 200, 1), stamp())
+        .await
+        .unwrap();
+    store.ping().await.unwrap();
+    assert!(store.record(&last).await.unwrap().is_some());
+}

@@ -16,13 +16,14 @@ mod bench;
 mod change;
 mod client;
 mod config;
-mod connect;
 pub mod exit;
 mod key;
 mod output;
 mod pin;
 mod serve;
 mod store;
+#[cfg(test)]
+mod tests;
 mod token;
 
 use exit::{Exit, Failure};

@@ -1,33 +1,32 @@
 //! `keybroker bench`: the bare token and the served broker, measured in one run on one machine, so that their ratio holds
 //! whatever else the machine does.
 
-use std::{
-    path::PathBuf,
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
-use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, json};
+use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{call::Timestamp, config::Config, hsm::admin::Admin, key::WrappingKeyId, store};
+use crate::config::Config;
 
 use super::{
     Context, block_on,
-    connect::Connection,
+    client::connect::Connection,
     exit::{Exit, Failure},
     output::Field,
 };
 
+mod bare;
 mod cpu;
 mod load;
+mod metrics;
+mod served;
 
-use cpu::CpuTime;
+pub(super) use bare::{Arguments as BareArguments, run as run_bare};
 
-/// How long the broker may take to open its doors.
-const START_TIMEOUT: Duration = Duration::from_mins(1);
-const START_PAUSE: Duration = Duration::from_millis(50);
+use bare::Bare;
+use load::Measured;
+use served::Served;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
@@ -36,157 +35,154 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure, with --endpoint; without it one is started for the measurement
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Connections, each with one call under way at a time
-    #[arg(long, default_value_t = 64)]
-    connections: usize,
+    /// Callers, each with one call under way at a time, on a TLS connection of its own (above 256 they share)
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    connections: u32,
     /// Seconds of each of the two measurements
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Seconds before the served broker is measured
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
-    /// Users to enrol and release keys of
-    #[arg(long, default_value_t = 1_000)]
-    users: usize,
+    /// Users to enrol and release keys of; those of an earlier run are used again
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    users: u32,
     /// Threads of the bare loop [default: processors]
-    #[arg(long)]
-    token_threads: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
+    token_threads: Option<u32>,
     /// Also write the figures to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Arguments of the child that runs the bare loop.
-#[derive(Args, Debug)]
-pub(super) struct BareArguments {
-    #[arg(long)]
-    key: String,
-    #[arg(long)]
-    threads: usize,
-    #[arg(long)]
-    seconds: u64,
-}
-
-/// Runs the bare loop and prints its count and CPU time.
-pub(super) fn run_bare(arguments: &BareArguments, context: &Context) -> Result<(), Failure> {
-    let config = context.config_for_token()?;
-    let id = WrappingKeyId::from_hex(&arguments.key)
-        .ok_or_else(|| Failure::new(Exit::Usage, "--key is not a CKA_ID"))?;
-    let pin_file = config.token.pin_file.as_deref().ok_or_else(|| {
-        Failure::new(
-            Exit::Pin,
-            "the bare loop reads the PIN from `token.pin_file`",
-        )
-    })?;
-    let pin = crate::hsm::Pin::from_file(pin_file).map_err(|what| Failure::new(Exit::Pin, what))?;
-    let admin = Admin::open(&config.token, &pin, false)?;
-    let duration = i64::try_from(arguments.seconds * 1_000_000).unwrap_or(i64::MAX);
-    let ourselves = std::process::id();
-    let (began, before) = (Instant::now(), CpuTime::of(ourselves));
-    let until = Timestamp::from_micros(Timestamp::now().micros().saturating_add(duration));
-    let operations = admin.decrypt_loop(id, arguments.threads, until)?;
-    let cpu_ms = CpuTime::of(ourselves).since_ms(before);
-    let seconds = began.elapsed().as_secs_f64();
-    context
-        .output
-        .json(&json!({"operations": operations, "seconds": seconds, "cpu_ms": cpu_ms}))
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-struct Bare {
-    operations: f64,
-    seconds: f64,
-    cpu_ms: f64,
-}
-
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let (key, rsa_bits) = wrapping_key(&config)?;
-    let threads = arguments
-        .token_threads
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    let (key, rsa_bits) = bare::wrapping_key(&config)?;
+    let threads = arguments.token_threads.unwrap_or_else(processors);
     context.output.note("measuring the bare token");
-    let single = bare(context, key, 1, arguments.seconds.div_ceil(3))?;
-    let bare = bare(context, key, threads, arguments.seconds)?;
+    let single = bare::measure(context, key, 1, arguments.seconds.div_ceil(3))?;
+    let bare = bare::measure(context, key, threads, arguments.seconds)?;
     context.output.note("measuring the served broker");
-    let broker = Served::start(arguments, context)?;
-    let load = block_on(load::run(&load::Plan {
-        connection: arguments.connection.clone(),
-        endpoint: broker.endpoint.clone(),
-        connections: arguments.connections,
-        users: arguments.users,
-        warm_up: Duration::from_secs(arguments.warm_up),
-        duration: Duration::from_secs(arguments.seconds),
-        front: broker.pid,
-    }))??;
-    drop(broker);
+    let load = block_on(until_interrupted(measure_served(
+        arguments, context, &config,
+    )))??;
     let mut fields = vec![
         ("rsa_bits", json!(rsa_bits)),
         ("connections", json!(arguments.connections)),
+        ("tls_connections", json!(load.channels)),
         ("token_threads", json!(threads)),
     ];
     fields.extend(figures(&single, &bare, &load));
     if let Some(path) = &arguments.json {
-        let object: serde_json::Map<_, _> = fields
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), v.clone()))
-            .collect();
-        let text = serde_json::to_string_pretty(&object).unwrap_or_default();
-        std::fs::write(path, text + "\n").map_err(|error| {
-            Failure::new(
-                Exit::Usage,
-                format!("cannot write {}: {error}", path.display()),
-            )
-        })?;
+        write_json(path, &fields)?;
     }
     context.output.fields(fields)?;
     if load.errors > 0 {
-        let what = format!("{} calls failed: {}", load.errors, load.first_error);
+        let what = format!(
+            "{} calls failed; the first: {}",
+            load.errors, load.first_error
+        );
         return Err(Failure::new(Exit::Verification, what));
     }
     Ok(())
 }
 
+fn processors() -> u32 {
+    let number = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(number).unwrap_or(1)
+}
+
+async fn measure_served(
+    arguments: &Arguments,
+    context: &Context,
+    config: &Config,
+) -> Result<Measured, Failure> {
+    let broker = Served::start(arguments, context, config).await?;
+    let plan = load::Plan {
+        endpoint: arguments.connection.endpoint(&broker.endpoint)?,
+        timeout: arguments.connection.timeout(),
+        connections: arguments.connections,
+        users: arguments.users,
+        warm_up: Duration::from_secs(arguments.warm_up),
+        duration: Duration::from_secs(arguments.seconds),
+        front: broker.pid,
+        status: broker.status,
+    };
+    load::run(&plan).await
+}
+
+/// Gives up at a signal, so that a broker started for the measurement is stopped and not left behind.
+async fn until_interrupted<T>(
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(internal)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(internal)?;
+    tokio::select! {
+        done = work => done,
+        _ = interrupt.recv() => Err(Failure::new(Exit::Interrupted, "interrupted; nothing was measured")),
+        _ = terminate.recv() => Err(Failure::new(Exit::Interrupted, "terminated; nothing was measured")),
+    }
+}
+
+fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
+    let object: Map<_, _> = fields
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), value.clone()))
+        .collect();
+    let text = serde_json::to_string_pretty(&object).unwrap_or_default();
+    std::fs::write(path, text + "\n").map_err(|error| {
+        Failure::new(
+            Exit::Usage,
+            format!("cannot write {}: {error}", path.display()),
+        )
+    })
+}
+
 /// The two measurements side by side.
-fn figures(single: &Bare, bare: &Bare, load: &load::Measured) -> Vec<Field> {
-    let token_cpu = bare.cpu_ms / bare.operations;
-    let served_cpu = load.front_cpu_ms + load.worker_cpu_ms;
+fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
+    let token_cpu = bare.cpu_ms_per_op();
     let operations = load.operations_f64();
+    let (front_cpu, worker_cpu) = (
+        load.front_cpu_ms / operations,
+        load.worker_cpu_ms / operations,
+    );
+    let broker_rate = operations / load.seconds;
     let ms = |quantile: f64| {
         let micros = u32::try_from(load.latency_us.value_at_quantile(quantile)).unwrap_or(u32::MAX);
         f64::from(micros) / 1_000.0
     };
-    vec![
+    [
+        ("token_ops_per_s", Some(bare.ops_per_s())),
+        ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
+        ("broker_ops_per_s", Some(broker_rate)),
+        // Operations per CPU second of front and workers, over those of the bare loop.
+        ("share", Some(token_cpu / (front_cpu + worker_cpu))),
         (
-            "token_ops_per_s",
-            json!(round(bare.operations / bare.seconds)),
+            "share_of_one_thread",
+            Some(broker_rate / single.ops_per_s()),
         ),
+        ("p50_ms", Some(ms(0.5))),
+        ("p99_ms", Some(ms(0.99))),
+        ("p999_ms", Some(ms(0.999))),
+        ("added_mean_ms", load.added_mean_ms),
+        ("token_cpu_ms_per_op", Some(token_cpu)),
+        ("front_cpu_ms_per_op", Some(front_cpu)),
+        ("worker_cpu_ms_per_op", Some(worker_cpu)),
         (
-            "token_ops_per_s_one_thread",
-            json!(round(single.operations / single.seconds)),
+            "broker_cpu_ms_per_op_beyond_token",
+            Some(front_cpu + worker_cpu - token_cpu),
         ),
-        ("broker_ops_per_s", json!(round(operations / load.seconds))),
-        ("share", json!(round(token_cpu / (served_cpu / operations)))),
-        ("p50_ms", json!(round(ms(0.5)))),
-        ("p99_ms", json!(round(ms(0.99)))),
-        ("p999_ms", json!(round(ms(0.999)))),
-        ("errors", json!(load.errors)),
-        ("token_cpu_ms_per_op", json!(round(token_cpu))),
-        (
-            "front_cpu_ms_per_op",
-            json!(round(load.front_cpu_ms / operations)),
-        ),
-        (
-            "worker_cpu_ms_per_op",
-            json!(round(load.worker_cpu_ms / operations)),
-        ),
-        (
-            "load_cpu_ms_per_op",
-            json!(round(load.load_cpu_ms / operations)),
-        ),
-        ("operations", json!(load.operations)),
-        ("seconds", json!(round(load.seconds))),
+        ("load_cpu_ms_per_op", Some(load.load_cpu_ms / operations)),
+        ("seconds", Some(load.seconds)),
     ]
+    .into_iter()
+    .map(|(name, value)| (name, json!(value.map(round))))
+    .chain([
+        ("operations", json!(load.operations)),
+        ("errors", json!(load.errors)),
+    ])
+    .collect()
 }
 
 /// Four digits are more than such a measurement can promise.
@@ -194,139 +190,55 @@ fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }
 
-/// The key that wraps now, and the length of its modulus. The length comes from the envelope's size at run time.
-fn wrapping_key(config: &Config) -> Result<(WrappingKeyId, usize), Failure> {
-    let rows = block_on(async {
-        let store = store::open(&config.store).await?;
-        let rows = store.registry().await;
-        store.close().await;
-        rows
-    })??;
-    let row = rows
-        .iter()
-        .filter(|row| row.state.may_wrap())
-        .max_by_key(|row| row.sequence)
-        .ok_or_else(|| Failure::new(Exit::Untrusted, "no wrapping key is active"))?;
-    let pin_file = config
-        .token
-        .pin_file
-        .as_deref()
-        .ok_or_else(|| Failure::new(Exit::Pin, "bench reads the PIN from `token.pin_file`"))?;
-    let pin = crate::hsm::Pin::from_file(pin_file).map_err(|what| Failure::new(Exit::Pin, what))?;
-    let admin = Admin::open(&config.token, &pin, false)?;
-    Ok((row.id, admin.check(row.id)?.modulus_bits))
-}
+#[cfg(test)]
+mod tests {
+    use hdrhistogram::Histogram;
 
-fn bare(
-    context: &Context,
-    key: WrappingKeyId,
-    threads: usize,
-    seconds: u64,
-) -> Result<Bare, Failure> {
-    // A process of its own, as in `serve`: the module's threads and CPU time are counted apart from ours.
-    let output = ourselves(context)?
-        .args(["-o", "json", "token-bench", "--key", &key.to_string()])
-        .args([
-            "--threads",
-            &threads.to_string(),
-            "--seconds",
-            &seconds.to_string(),
-        ])
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
-    serde_json::from_slice(&output.stdout).map_err(|error| {
-        Failure::new(
-            Exit::Token,
-            format!("the bare loop failed ({}): {error}", output.status),
-        )
-    })
-}
+    use super::*;
 
-fn ourselves(context: &Context) -> Result<Command, Failure> {
-    let program =
-        std::env::current_exe().map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
-    let mut command = Command::new(program);
-    command
-        .arg("--config")
-        .arg(context.config_file())
-        .stdin(Stdio::null());
-    Ok(command)
-}
-
-/// The broker under measurement, stopped when dropped if it was started for it.
-struct Served {
-    pid: u32,
-    endpoint: String,
-    child: Option<Child>,
-}
-
-#[derive(Deserialize)]
-struct ReadyFile {
-    listeners: Vec<String>,
-}
-
-impl Served {
-    fn start(arguments: &Arguments, context: &Context) -> Result<Self, Failure> {
-        if let (Some(pid), Some(endpoint)) = (arguments.attach, &arguments.connection.endpoint) {
-            return Ok(Self {
-                pid,
-                endpoint: endpoint.clone(),
-                child: None,
-            });
-        }
-        let ready = std::env::temp_dir().join(format!("keybroker-bench-{}", std::process::id()));
-        let child = ourselves(context)?
-            .arg("serve")
-            .arg("--ready-file")
-            .arg(&ready)
-            .env(crate::telemetry::FILTER_VARIABLE, "warn")
-            .spawn()
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
-        let mut served = Self {
-            pid: child.id(),
-            endpoint: String::new(),
-            child: Some(child),
+    #[test]
+    fn the_figures_are_those_that_were_promised_and_the_share_is_one_of_cpu_time() {
+        let bare = Bare::new(1_000, 1.0, 500.0);
+        let single = Bare::new(600, 1.0, 500.0);
+        let load = Measured {
+            channels: 64,
+            operations: 800,
+            errors: 0,
+            first_error: String::new(),
+            seconds: 1.0,
+            latency_us: Histogram::new_with_bounds(1, 1_000, 3).unwrap(),
+            front_cpu_ms: 100.0,
+            worker_cpu_ms: 400.0,
+            load_cpu_ms: 80.0,
+            added_mean_ms: None,
         };
-        let until = Instant::now() + START_TIMEOUT;
-        while Instant::now() < until && served.is_running() {
-            if let Ok(text) = std::fs::read_to_string(&ready) {
-                let _left_over = std::fs::remove_file(&ready);
-                let parsed: ReadyFile = serde_json::from_str(&text)
-                    .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
-                let address = parsed.listeners.first().cloned().unwrap_or_default();
-                served.endpoint = arguments
-                    .connection
-                    .endpoint
-                    .clone()
-                    .unwrap_or_else(|| format!("https://{address}"));
-                return Ok(served);
-            }
-            std::thread::sleep(START_PAUSE);
+        let figures: Map<_, _> = figures(&single, &bare, &load)
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+        let expected = [
+            ("token_ops_per_s", 1_000.0),
+            ("broker_ops_per_s", 800.0),
+            ("share", 0.8),
+            ("share_of_one_thread", 1.3333),
+            ("token_cpu_ms_per_op", 0.5),
+            ("front_cpu_ms_per_op", 0.125),
+            ("worker_cpu_ms_per_op", 0.5),
+            ("broker_cpu_ms_per_op_beyond_token", 0.125),
+            ("load_cpu_ms_per_op", 0.1),
+        ];
+        for (name, value) in expected {
+            assert_eq!(figures[name], json!(value), "{name}");
         }
-        Err(Failure::new(
-            Exit::Unreachable,
-            "the broker did not start; run `keybroker serve` to see why, or measure a running one with \
-             --attach PID --endpoint URL",
-        ))
-    }
-
-    fn is_running(&mut self) -> bool {
-        self.child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let Some(child) = &mut self.child else { return };
-        if let Some(pid) = i32::try_from(child.id())
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-        {
-            let _ended_already = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        for name in [
+            "p50_ms",
+            "p99_ms",
+            "p999_ms",
+            "errors",
+            "operations",
+            "added_mean_ms",
+        ] {
+            assert!(figures.contains_key(name), "{name}");
         }
-        let _reaped = child.wait();
     }
 }

@@ -6,55 +6,51 @@ use crate::error::Reason;
 
 /// Exit codes, fixed: scripts depend on them. `docs/cli.md` has the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub enum Exit {
     /// A fault of the program.
-    Internal = 1,
+    Internal,
     /// Arguments that make no sense; also what the argument parser uses.
-    Usage = 2,
+    Usage,
     /// The configuration file is missing or wrong.
-    Configuration = 3,
+    Configuration,
     /// No module, no token, or not the one that was meant.
-    Token = 4,
+    Token,
     /// No PIN, or one that was refused.
-    Pin = 5,
+    Pin,
     /// A key or the registry is not as it must be.
-    Untrusted = 6,
+    Untrusted,
     /// The database cannot be used.
-    Store = 7,
+    Store,
     /// The audit log cannot be written or read.
-    Audit = 8,
+    Audit,
     /// A port, a database or a log is in use: it runs already.
-    InUse = 9,
+    InUse,
     /// The broker refused the call.
-    Refused = 10,
+    Refused,
     /// The broker cannot be reached.
-    Unreachable = 11,
+    Unreachable,
     /// What was checked does not hold.
-    Verification = 12,
+    Verification,
     /// Ended by Ctrl-C.
-    Interrupted = 130,
+    Interrupted,
 }
 
 impl Exit {
-    /// All codes with the meaning that the documentation gives them.
-    pub const ALL: [(Self, &'static str); 13] = [
-        (Self::Internal, "internal error"),
-        (Self::Usage, "usage"),
-        (Self::Configuration, "configuration"),
-        (Self::Token, "module or token"),
-        (Self::Pin, "PIN"),
-        (
-            Self::Untrusted,
-            "key, attribute or registry not as it must be",
-        ),
-        (Self::Store, "database"),
-        (Self::Audit, "audit log"),
-        (Self::InUse, "in use: port, database or log"),
-        (Self::Refused, "refused by the broker"),
-        (Self::Unreachable, "broker unreachable"),
-        (Self::Verification, "verification failed"),
-        (Self::Interrupted, "interrupted"),
+    /// All codes, in the order of the documentation.
+    pub const ALL: [Self; 13] = [
+        Self::Internal,
+        Self::Usage,
+        Self::Configuration,
+        Self::Token,
+        Self::Pin,
+        Self::Untrusted,
+        Self::Store,
+        Self::Audit,
+        Self::InUse,
+        Self::Refused,
+        Self::Unreachable,
+        Self::Verification,
+        Self::Interrupted,
     ];
 
     /// The number.
@@ -75,6 +71,25 @@ impl Exit {
             Self::Interrupted => 130,
         }
     }
+
+    /// The meaning, in the words of the documentation.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Internal => "internal error",
+            Self::Usage => "usage: an argument, or a file that one names",
+            Self::Configuration => "configuration",
+            Self::Token => "module or token: absent, not a module, not the one that was meant",
+            Self::Pin => "PIN: none, not readable safely, refused",
+            Self::Untrusted => "a key, an attribute or the registry is not as it must be",
+            Self::Store => "database",
+            Self::Audit => "audit log",
+            Self::InUse => "in use: a port, the database or the audit log",
+            Self::Refused => "refused by the broker",
+            Self::Unreachable => "broker unreachable, or no answer in time",
+            Self::Verification => "what was checked does not hold",
+            Self::Interrupted => "interrupted by a signal",
+        }
+    }
 }
 
 /// Why a command failed.
@@ -82,8 +97,10 @@ impl Exit {
 pub struct Failure {
     /// With which code the process ends.
     pub exit: Exit,
-    /// What happened, what it means, what to do next.
+    /// What happened and what it means.
     pub message: String,
+    /// What to do next, where the message does not say so already.
+    pub hint: Option<String>,
     /// The broker's reason, when it refused a call.
     pub reason: Option<String>,
 }
@@ -94,7 +111,17 @@ impl Failure {
         Self {
             exit,
             message: message.into(),
+            hint: None,
             reason: None,
+        }
+    }
+
+    /// The same, with what to do next.
+    #[must_use]
+    pub fn hint(self, hint: impl Into<String>) -> Self {
+        Self {
+            hint: Some(hint.into()),
+            ..self
         }
     }
 }
@@ -140,5 +167,23 @@ impl From<crate::error::Error> for Failure {
             _ => Exit::Internal,
         };
         Self::new(exit, error.detail().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scripts depend on the codes: the page and the code say the same.
+    #[test]
+    fn the_documentation_has_every_code() {
+        let page = include_str!("../../docs/cli.md");
+        let documented: Vec<&str> = page
+            .lines()
+            .filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit())
+            .collect();
+        let mut expected = vec!["| 0 | success |".to_owned()];
+        expected.extend(Exit::ALL.map(|exit| format!("| {} | {} |", exit.code(), exit.meaning())));
+        assert_eq!(documented, expected);
     }
 }

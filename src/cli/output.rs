@@ -113,12 +113,16 @@ impl Output {
         if self.is_json() {
             let object = json!({
                 "error": failure.message,
+                "hint": failure.hint,
                 "exit_code": failure.exit.code(),
                 "reason": failure.reason,
             });
             complain(&object.to_string());
         } else {
             complain(&format!("error: {}", failure.message));
+            if let Some(hint) = &failure.hint {
+                complain(&format!("hint: {hint}"));
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::cli::exit::{Exit, Failure};
+
 /// `USER_HZ`, the unit of `/proc/<pid>/stat`: 100 on every Linux that Debian runs on.
 const TICKS_PER_SECOND: u64 = 100;
 /// Fields after the command's name in brackets: state is 0, parent 1, user time 11, system time 12 (proc(5)).
@@ -10,33 +12,45 @@ const USER: usize = 11;
 const SYSTEM: usize = 12;
 
 /// User and system time that processes have used so far.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct CpuTime {
+    pids: Vec<u32>,
     ticks: u64,
 }
 
 impl CpuTime {
-    pub(super) fn of(pid: u32) -> Self {
-        let field = |fields: &[String], index: usize| {
-            fields
-                .get(index)
-                .and_then(|text| text.parse().ok())
-                .unwrap_or(0)
-        };
-        let ticks = stat(pid).map_or(0, |fields| field(&fields, USER) + field(&fields, SYSTEM));
-        Self { ticks }
+    /// Of one process.
+    pub(super) fn of(pid: u32) -> Result<Self, Failure> {
+        let gone = || Failure::new(Exit::Verification, format!("there is no process {pid}"));
+        let ticks = stat(pid).and_then(|fields| {
+            let field = |index: usize| fields.get(index)?.parse::<u64>().ok();
+            Some(field(USER)? + field(SYSTEM)?)
+        });
+        Ok(Self {
+            pids: vec![pid],
+            ticks: ticks.ok_or_else(gone)?,
+        })
     }
 
     /// Of all children of a process that are alive.
-    pub(super) fn of_children(parent: u32) -> Self {
-        let ticks = children(parent)
-            .into_iter()
-            .map(|pid| Self::of(pid).ticks)
-            .sum();
-        Self { ticks }
+    pub(super) fn of_children(parent: u32) -> Result<Self, Failure> {
+        let mut all = Self::default();
+        for pid in children(parent) {
+            let one = Self::of(pid)?;
+            all.pids.push(pid);
+            all.ticks += one.ticks;
+        }
+        all.pids.sort_unstable();
+        Ok(all)
     }
 
-    pub(super) fn since_ms(self, before: Self) -> f64 {
+    /// Whether these are the same processes: what one has used is lost with it.
+    pub(super) fn is_of_the_same(&self, other: &Self) -> bool {
+        self.pids == other.pids
+    }
+
+    /// What was used since.
+    pub(super) fn since_ms(&self, before: &Self) -> f64 {
         let ticks = self.ticks.saturating_sub(before.ticks);
         f64::from(u32::try_from(ticks * 1_000 / TICKS_PER_SECOND).unwrap_or(u32::MAX))
     }
@@ -46,14 +60,13 @@ fn children(parent: u32) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
+    let parent = parent.to_string();
     entries
         .filter_map(Result::ok)
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|pid| {
             let fields = stat(*pid).unwrap_or_default();
-            fields
-                .get(PARENT)
-                .is_some_and(|text| *text == parent.to_string())
+            fields.get(PARENT).is_some_and(|text| *text == parent)
         })
         .collect()
 }
@@ -62,4 +75,43 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = text.rsplit_once(") ")?;
     Some(rest.split(' ').map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        hint::black_box,
+        process::{Command, Stdio},
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    #[test]
+    fn time_spent_is_seen() {
+        let ourselves = std::process::id();
+        let before = CpuTime::of(ourselves).unwrap();
+        let began = Instant::now();
+        while CpuTime::of(ourselves).unwrap().since_ms(&before) < 30.0 {
+            assert!(
+                began.elapsed() < Duration::from_secs(30),
+                "no CPU time is seen"
+            );
+            black_box((0..100_000_u64).sum::<u64>());
+        }
+    }
+
+    #[test]
+    fn a_process_that_is_not_there_is_no_zero() {
+        assert!(CpuTime::of(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn children_are_found() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let seen = CpuTime::of_children(std::process::id()).unwrap();
+        assert!(seen.pids.contains(&child.id()));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
 }

@@ -1,6 +1,7 @@
-//! The load: a closed loop of connections, each with one call under way, every answer compared with what was enrolled.
+//! The load: a closed loop of callers, each with one call under way, every answer compared with what was enrolled.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,11 +11,15 @@ use std::{
 
 use aws_lc_rs::hmac;
 use hdrhistogram::Histogram;
-use tonic::{Request, transport::Channel};
+use tokio::task::JoinSet;
+use tonic::{
+    Code, Request,
+    transport::{Channel, Endpoint},
+};
 
 use crate::{
     cli::{
-        connect::{self, Connection},
+        client::{connect, refusal},
         exit::{Exit, Failure},
     },
     proto::{
@@ -22,30 +27,38 @@ use crate::{
     },
 };
 
-use super::cpu::CpuTime;
+use super::{cpu::CpuTime, metrics::Times};
 
+/// The key name that belongs to this command.
 const KEY_NAME: &str = "bench";
+/// TLS connections at most; more callers share them. Far below what a listener takes by default.
+const CHANNELS_MAX: u32 = 256;
 /// Calls under way while users are enrolled.
-const ENROL_AT_ONCE: usize = 16;
+const ENROL_AT_ONCE: u32 = 16;
 /// Longest latency that the histogram tells apart, in microseconds.
-const LATENCY_US_MAX: u64 = 60_000_000;
+const LATENCY_US_MAX: u64 = 600_000_000;
+
+type Client = UserKeyServiceClient<Channel>;
 
 /// What to measure.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub(super) connection: Connection,
-    pub(super) endpoint: String,
-    pub(super) connections: usize,
-    pub(super) users: usize,
+    pub(super) endpoint: Endpoint,
+    pub(super) timeout: Duration,
+    pub(super) connections: u32,
+    pub(super) users: u32,
     pub(super) warm_up: Duration,
     pub(super) duration: Duration,
     /// Process id of the front.
     pub(super) front: u32,
+    /// Its status listener.
+    pub(super) status: SocketAddr,
 }
 
 /// What was measured.
 #[derive(Debug)]
 pub(super) struct Measured {
+    pub(super) channels: usize,
     pub(super) operations: u64,
     pub(super) errors: u64,
     pub(super) first_error: String,
@@ -54,6 +67,7 @@ pub(super) struct Measured {
     pub(super) front_cpu_ms: f64,
     pub(super) worker_cpu_ms: f64,
     pub(super) load_cpu_ms: f64,
+    pub(super) added_mean_ms: Option<f64>,
 }
 
 impl Measured {
@@ -63,7 +77,7 @@ impl Measured {
     }
 }
 
-/// What one connection saw.
+/// What one caller saw.
 struct Seen {
     operations: u64,
     errors: u64,
@@ -73,151 +87,201 @@ struct Seen {
 
 impl Seen {
     fn new() -> Result<Self, Failure> {
-        let latency_us = Histogram::new_with_bounds(1, LATENCY_US_MAX, 3)
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
         Ok(Self {
             operations: 0,
             errors: 0,
             first_error: String::new(),
-            latency_us,
+            latency_us: Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).map_err(internal)?,
         })
+    }
+
+    fn add(&mut self, other: Self) -> Result<(), Failure> {
+        self.operations += other.operations;
+        self.errors += other.errors;
+        if self.first_error.is_empty() {
+            self.first_error = other.first_error;
+        }
+        self.latency_us.add(&other.latency_us).map_err(internal)
+    }
+}
+
+/// Whose CPU time counts, and what the broker says of its own time, at one moment.
+struct Moment {
+    at: Instant,
+    front: CpuTime,
+    workers: CpuTime,
+    load: CpuTime,
+    times: Option<Times>,
+}
+
+impl Moment {
+    fn now(plan: &Plan) -> Result<Self, Failure> {
+        Ok(Self {
+            times: Times::read(plan.status),
+            at: Instant::now(),
+            front: CpuTime::of(plan.front)?,
+            workers: CpuTime::of_children(plan.front)?,
+            load: CpuTime::of(std::process::id())?,
+        })
+    }
+}
+
+/// A user and their key, made once: the loop itself should cost as little as it can.
+struct Enrolled {
+    user: String,
+    material: Vec<u8>,
+}
+
+impl Enrolled {
+    /// The key is known to whoever knows the number, so that nothing has to be remembered between runs. 32 bytes.
+    fn new(number: u32) -> Self {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench");
+        let user = format!("bench-{number:07}");
+        let material = hmac::sign(&key, user.as_bytes()).as_ref().to_vec();
+        Self { user, material }
     }
 }
 
 pub(super) async fn run(plan: &Plan) -> Result<Measured, Failure> {
-    let mut channels = Vec::with_capacity(plan.connections);
-    for _ in 0..plan.connections.max(1) {
-        channels.push(plan.connection.connect(&plan.endpoint).await?);
+    let mut channels = Vec::new();
+    for _ in 0..plan.connections.min(CHANNELS_MAX) {
+        channels.push(connect::connect(&plan.endpoint).await?);
     }
-    enrol(plan, &channels).await?;
+    let users: Arc<[Enrolled]> = (0..plan.users).map(Enrolled::new).collect();
+    enrol(plan, &channels, &users).await?;
     let measuring = Arc::new(AtomicBool::new(false));
     let stop = Arc::new(AtomicBool::new(false));
-    let tasks: Vec<_> = channels
-        .into_iter()
-        .enumerate()
-        .map(|(number, channel)| {
-            let flags = (Arc::clone(&measuring), Arc::clone(&stop));
-            tokio::spawn(one_connection(channel, number, plan.clone(), flags))
-        })
-        .collect();
+    let mut callers = JoinSet::new();
+    for (number, channel) in (0..plan.connections).zip(channels.iter().cycle()) {
+        callers.spawn(
+            Caller {
+                client: Client::new(channel.clone()),
+                // Each begins elsewhere and takes every user in turn.
+                next: usize::try_from(
+                    u64::from(number) * u64::from(plan.users) / u64::from(plan.connections),
+                )
+                .unwrap_or(0),
+                users: Arc::clone(&users),
+                timeout: plan.timeout,
+                measuring: Arc::clone(&measuring),
+                stop: Arc::clone(&stop),
+            }
+            .run(),
+        );
+    }
     tokio::time::sleep(plan.warm_up).await;
-    let ourselves = std::process::id();
-    let cpu = || {
-        (
-            CpuTime::of(plan.front),
-            CpuTime::of_children(plan.front),
-            CpuTime::of(ourselves),
-        )
-    };
-    let (began, before) = (Instant::now(), cpu());
+    let before = Moment::now(plan)?;
     measuring.store(true, Ordering::Relaxed);
     tokio::time::sleep(plan.duration).await;
     measuring.store(false, Ordering::Relaxed);
-    let (seconds, after) = (began.elapsed().as_secs_f64(), cpu());
+    let after = Moment::now(plan)?;
     stop.store(true, Ordering::Relaxed);
     let mut all = Seen::new()?;
-    for task in tasks {
-        let seen = task
-            .await
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))??;
-        all.operations += seen.operations;
-        all.errors += seen.errors;
-        if all.first_error.is_empty() {
-            all.first_error = seen.first_error;
-        }
-        all.latency_us
-            .add(&seen.latency_us)
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+    while let Some(seen) = callers.join_next().await {
+        all.add(seen.map_err(internal)??)?;
     }
+    if !after.workers.is_of_the_same(&before.workers) {
+        let what = "a token worker was replaced during the measurement, so its CPU time is unknown";
+        return Err(Failure::new(Exit::Verification, what).hint("look at the broker's log"));
+    }
+    let times = after.times.zip(before.times);
     Ok(Measured {
+        channels: channels.len(),
         operations: all.operations,
         errors: all.errors,
         first_error: all.first_error,
-        seconds,
+        seconds: (after.at - before.at).as_secs_f64(),
         latency_us: all.latency_us,
-        front_cpu_ms: after.0.since_ms(before.0),
-        worker_cpu_ms: after.1.since_ms(before.1),
-        load_cpu_ms: after.2.since_ms(before.2),
+        front_cpu_ms: after.front.since_ms(&before.front),
+        worker_cpu_ms: after.workers.since_ms(&before.workers),
+        load_cpu_ms: after.load.since_ms(&before.load),
+        added_mean_ms: times.and_then(|(after, before)| after.added_mean_ms(before)),
     })
 }
 
-/// The key of a user: known to whoever knows its number, so that nothing has to be remembered. 32 bytes.
-fn material(number: usize) -> Vec<u8> {
-    let key = hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench");
-    hmac::sign(&key, user(number).as_bytes()).as_ref().to_vec()
-}
-
-fn user(number: usize) -> String {
-    format!("bench-{number:07}")
-}
-
 /// Creates the users' keys. Those of an earlier run are used again.
-async fn enrol(plan: &Plan, channels: &[Channel]) -> Result<(), Failure> {
-    let workers = ENROL_AT_ONCE.min(plan.users.max(1));
-    let tasks: Vec<_> = (0..workers)
-        .map(|worker| {
-            let mut client = UserKeyServiceClient::new(channels[worker % channels.len()].clone());
-            let users = plan.users;
-            tokio::spawn(async move {
-                for number in (worker..users).step_by(workers) {
-                    let request = CreateUserKeyRequest {
-                        user: user(number),
-                        key_name: KEY_NAME.to_owned(),
-                        key_material: material(number),
-                        request_id: String::new(),
-                    };
-                    match client.create_user_key(Request::new(request)).await {
-                        Err(status) if status.code() != tonic::Code::AlreadyExists => {
-                            return Err(connect::failure(&status));
-                        }
-                        _ => {}
+async fn enrol(plan: &Plan, channels: &[Channel], users: &Arc<[Enrolled]>) -> Result<(), Failure> {
+    let at_once = usize::try_from(ENROL_AT_ONCE.min(plan.users)).unwrap_or(1);
+    let mut tasks = JoinSet::new();
+    for (number, channel) in (0..at_once).zip(channels.iter().cycle()) {
+        let mut client = Client::new(channel.clone());
+        let users = Arc::clone(users);
+        let timeout = plan.timeout;
+        tasks.spawn(async move {
+            for enrolled in users.iter().skip(number).step_by(at_once) {
+                let mut request = Request::new(CreateUserKeyRequest {
+                    user: enrolled.user.clone(),
+                    key_name: KEY_NAME.to_owned(),
+                    key_material: enrolled.material.clone(),
+                    request_id: String::new(),
+                });
+                request.set_timeout(timeout);
+                match client.create_user_key(request).await {
+                    Err(status) if status.code() != Code::AlreadyExists => {
+                        return Err(refusal::failure(&status));
                     }
+                    _ => {}
                 }
-                Ok(())
-            })
-        })
-        .collect();
-    for task in tasks {
-        task.await
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))??;
+            }
+            Ok(())
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.map_err(internal)??;
     }
     Ok(())
 }
 
-async fn one_connection(
-    channel: Channel,
-    number: usize,
-    plan: Plan,
-    (measuring, stop): (Arc<AtomicBool>, Arc<AtomicBool>),
-) -> Result<Seen, Failure> {
-    let mut client = UserKeyServiceClient::new(channel);
-    let mut seen = Seen::new()?;
-    // Each connection begins elsewhere and takes every user in turn.
-    let mut next = number * plan.users / plan.connections.max(1);
-    while !stop.load(Ordering::Relaxed) {
-        next = (next + 1) % plan.users.max(1);
-        let request = UnwrapUserKeyRequest {
-            user: user(next),
-            key_name: KEY_NAME.to_owned(),
-        };
-        let began = Instant::now();
-        let counted = measuring.load(Ordering::Relaxed);
-        let error = match client.unwrap_user_key(Request::new(request)).await {
-            Ok(answer) if answer.get_ref().key_material == material(next) => None,
-            Ok(_) => Some("a released key is not the one that was enrolled".to_owned()),
-            Err(status) => Some(connect::failure(&status).message),
-        };
-        if !counted {
-            continue;
+struct Caller {
+    client: Client,
+    next: usize,
+    users: Arc<[Enrolled]>,
+    timeout: Duration,
+    measuring: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Caller {
+    async fn run(mut self) -> Result<Seen, Failure> {
+        let mut seen = Seen::new()?;
+        while !self.stop.load(Ordering::Relaxed) {
+            self.next = (self.next + 1) % self.users.len();
+            let began = Instant::now();
+            let counted = self.measuring.load(Ordering::Relaxed);
+            let result = self.call().await;
+            if !counted {
+                continue;
+            }
+            match result {
+                Ok(()) => {
+                    seen.operations += 1;
+                    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+                    seen.latency_us.saturating_record(micros.max(1));
+                }
+                Err(error) => {
+                    seen.errors += 1;
+                    seen.first_error = error;
+                }
+            }
         }
-        if let Some(error) = error {
-            seen.errors += 1;
-            seen.first_error = error;
-            continue;
-        }
-        seen.operations += 1;
-        let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(LATENCY_US_MAX);
-        seen.latency_us.saturating_record(micros.max(1));
+        Ok(seen)
     }
-    Ok(seen)
+
+    async fn call(&mut self) -> Result<(), String> {
+        let Enrolled { user, material } = &self.users[self.next];
+        let mut request = Request::new(UnwrapUserKeyRequest {
+            user: user.clone(),
+            key_name: KEY_NAME.to_owned(),
+        });
+        request.set_timeout(self.timeout);
+        match self.client.unwrap_user_key(request).await {
+            Ok(answer) if answer.get_ref().key_material == *material => Ok(()),
+            Ok(_) => Err("a released key is not the one that was enrolled".to_owned()),
+            Err(status) => Err(refusal::failure(&status).message),
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> Failure {
+    Failure::new(Exit::Internal, error.to_string())
 }

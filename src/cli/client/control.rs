@@ -1,105 +1,164 @@
 //! Calls of the control plane and of the health service.
 
-use serde_json::json;
-use tonic::transport::Channel;
+use clap::Subcommand;
+use serde_json::{Value, json};
+use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
     cli::{
-        connect,
         exit::{Exit, Failure},
+        output::Field,
     },
     proto::{self, control_service_client::ControlServiceClient},
     rpc,
 };
 
-use super::{Call, Command, show};
+use super::{Caller, answer, refusal, show};
 
-impl Call<'_> {
-    pub(super) async fn run_control(
-        &self,
-        command: Command,
-        channel: Channel,
-    ) -> Result<(), Failure> {
-        let mut control = ControlServiceClient::new(channel.clone());
-        let refused = |status: tonic::Status| connect::failure(&status);
-        let output = self.context.output;
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List the wrapping keys
+    WrappingKeys,
+    /// Show one wrapping key with its public key
+    WrappingKey {
+        /// `CKA_ID`, 32 hexadecimal digits
+        id: String,
+    },
+    /// Show the token and its workers
+    TokenState,
+    /// Show the last entries of the broker's audit log
+    AuditTail {
+        /// How many, 1 to 1000
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+        limit: u32,
+    },
+    /// Show the health of the services; fails unless all serve
+    Health,
+}
+
+impl Caller {
+    pub(super) async fn control(&self, command: Command) -> Result<(), Failure> {
+        let mut service = ControlServiceClient::new(self.channel.clone());
         match command {
             Command::WrappingKeys => {
                 let message = proto::ListWrappingKeysRequest {};
-                let answer = control.list_wrapping_keys(self.request(message)).await;
-                let keys = answer.map_err(refused)?.into_inner().wrapping_keys;
-                output.list(
-                    keys.iter().map(show::wrapping_key).collect(),
-                    "no wrapping key",
-                )
+                let listed = answer(service.list_wrapping_keys(self.request(message))).await?;
+                let rows = listed
+                    .wrapping_keys
+                    .iter()
+                    .map(show::wrapping_key)
+                    .collect();
+                self.output.list(rows, "no wrapping key")
             }
             Command::WrappingKey { id } => {
                 let id = hex::decode(&id).map_err(|error| {
                     Failure::new(Exit::Usage, format!("{id:?} is not hexadecimal: {error}"))
                 })?;
                 let message = proto::GetWrappingKeyRequest { id };
-                let answer = control.get_wrapping_key(self.request(message)).await;
-                let key = answer.map_err(refused)?.into_inner().wrapping_key;
-                let key = key.unwrap_or_default();
+                let got = answer(service.get_wrapping_key(self.request(message))).await?;
+                let key = got.wrapping_key.unwrap_or_default();
                 let mut fields = show::wrapping_key(&key);
                 fields.push(("public_key", json!(key.public_key_pem)));
-                output.fields(fields)
+                self.output.fields(fields)
             }
             Command::TokenState => {
                 let message = proto::GetTokenStateRequest {};
-                let answer = control.get_token_state(self.request(message)).await;
-                output.fields(token_state(&answer.map_err(refused)?.into_inner()))
+                let state = answer(service.get_token_state(self.request(message))).await?;
+                self.output
+                    .fields(token_state(&state, self.output.is_json()))
             }
             Command::AuditTail { limit } => {
                 let message = proto::TailAuditLogRequest { limit };
-                let answer = control.tail_audit_log(self.request(message)).await;
-                output.text(&answer.map_err(refused)?.into_inner().entries.join("\n"))
+                let tail = answer(service.tail_audit_log(self.request(message))).await?;
+                self.audit_lines(&tail.entries)
             }
-            _ => self.health(channel).await,
+            Command::Health => self.health().await,
         }
     }
 
-    async fn health(&self, channel: Channel) -> Result<(), Failure> {
-        let mut health = HealthClient::new(channel);
-        let mut rows = Vec::new();
-        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE] {
-            let message = HealthCheckRequest {
-                service: service.to_owned(),
-            };
-            let answer = health.check(self.request(message)).await;
-            let answer = answer
-                .map_err(|status| connect::failure(&status))?
-                .into_inner();
-            rows.push(vec![
-                ("service", json!(service)),
-                ("status", json!(answer.status().as_str_name())),
-            ]);
+    /// The lines as they are in the log: byte for byte, because their hashes depend on it.
+    fn audit_lines(&self, lines: &[String]) -> Result<(), Failure> {
+        if !self.output.is_json() {
+            return self.output.text(&lines.join("\n"));
         }
-        self.context.output.list(rows, "no services")
+        let parsed: Result<Vec<Value>, _> = lines
+            .iter()
+            .map(|line| serde_json::from_str(line))
+            .collect();
+        let parsed = parsed.map_err(|error| {
+            let what = format!("the broker sent an audit entry that is not JSON: {error}");
+            Failure::new(Exit::Verification, what)
+        })?;
+        self.output.json(&Value::Array(parsed))
+    }
+
+    async fn health(&self) -> Result<(), Failure> {
+        let mut rows = Vec::new();
+        let mut all_serve = true;
+        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE] {
+            let status = self.health_of(self.channel.clone(), service).await?;
+            all_serve &= status == "SERVING";
+            rows.push(vec![("service", json!(service)), ("status", json!(status))]);
+        }
+        self.output.list(rows, "no services")?;
+        if all_serve {
+            return Ok(());
+        }
+        let failure = Failure::new(Exit::Refused, "not every service serves");
+        Err(failure.hint("`client token-state` and the broker's log show the cause"))
+    }
+
+    async fn health_of(&self, channel: Channel, service: &str) -> Result<String, Failure> {
+        let message = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        match HealthClient::new(channel)
+            .check(self.request(message))
+            .await
+        {
+            Ok(answer) => Ok(answer.get_ref().status().as_str_name().to_owned()),
+            // Health answers for the services that the broker has told it of.
+            Err(status) if status.code() == Code::NotFound => Ok("SERVICE_UNKNOWN".to_owned()),
+            Err(status) => Err(refusal::failure(&status)),
+        }
     }
 }
 
-fn token_state(state: &proto::GetTokenStateResponse) -> Vec<crate::cli::output::Field> {
+fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
     let serving = match state.serving() {
         proto::TokenServing::Up => "up",
         proto::TokenServing::Down => "down",
         proto::TokenServing::Untrusted => "untrusted",
         proto::TokenServing::Unspecified => "unknown",
     };
-    let workers: Vec<String> = state
-        .workers
-        .iter()
-        .map(|worker| format!("pid {} with {} sessions", worker.pid, worker.sessions))
-        .collect();
     vec![
         ("serving", json!(serving)),
         ("detail", json!(state.detail)),
         ("label", json!(state.label)),
         ("serial", json!(state.serial)),
         ("model", json!(state.model)),
-        ("workers", json!(workers.join(", "))),
+        ("workers", workers(&state.workers, json)),
         ("queue_length", json!(state.queue_length)),
         ("last_canary", show::time(state.last_canary_time.as_ref())),
     ]
+}
+
+fn workers(workers: &[proto::WorkerState], json: bool) -> Value {
+    if json {
+        let object = |worker: &proto::WorkerState| {
+            json!({
+                "pid": worker.pid,
+                "sessions": worker.sessions,
+                "jobs_in_flight": worker.jobs_in_flight,
+                "generation": worker.generation,
+            })
+        };
+        return workers.iter().map(object).collect();
+    }
+    let texts: Vec<String> = workers
+        .iter()
+        .map(|worker| format!("pid {} with {} sessions", worker.pid, worker.sessions))
+        .collect();
+    json!(texts.join(", "))
 }

@@ -1,0 +1,136 @@
+//! The broker under measurement: one that runs already, or one started for it and stopped afterwards.
+
+use std::{
+    fs::{self, DirBuilder},
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Deserialize;
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use crate::{
+    cli::{
+        Context,
+        exit::{Exit, Failure},
+    },
+    config::Config,
+    server::Door,
+    telemetry,
+};
+
+use super::{Arguments, bare};
+
+/// How long the broker may take to open its doors.
+const START_TIMEOUT: Duration = Duration::from_mins(1);
+const START_PAUSE: Duration = Duration::from_millis(50);
+
+pub(super) struct Served {
+    pub(super) pid: u32,
+    pub(super) endpoint: String,
+    pub(super) status: SocketAddr,
+    _started: Option<Started>,
+}
+
+/// A broker of our own, and the folder of its ready file.
+struct Started {
+    child: Child,
+    folder: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Ready {
+    listeners: Vec<SocketAddr>,
+    status: SocketAddr,
+}
+
+impl Served {
+    pub(super) async fn start(
+        arguments: &Arguments,
+        context: &Context,
+        config: &Config,
+    ) -> Result<Self, Failure> {
+        if let (Some(pid), Some(endpoint)) = (arguments.attach, &arguments.connection.endpoint) {
+            return Ok(Self {
+                pid,
+                endpoint: endpoint.clone(),
+                status: config.status.address,
+                _started: None,
+            });
+        }
+        let door = config
+            .listeners
+            .iter()
+            .position(|listener| listener.doors.contains(&Door::Grpc))
+            .ok_or_else(|| {
+                Failure::new(Exit::Configuration, "no [[listener]] has the door `grpc`")
+            })?;
+        let mut started = Started::spawn(context)?;
+        let ready = started.wait().await?;
+        let address = ready.listeners.get(door).ok_or_else(|| {
+            Failure::new(
+                Exit::Internal,
+                "the ready file names fewer listeners than the configuration",
+            )
+        })?;
+        let named = arguments.connection.endpoint.clone();
+        Ok(Self {
+            pid: started.child.id(),
+            endpoint: named.unwrap_or_else(|| format!("https://{address}")),
+            status: ready.status,
+            _started: Some(started),
+        })
+    }
+}
+
+impl Started {
+    fn spawn(context: &Context) -> Result<Self, Failure> {
+        let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
+        // A folder of our own: nobody else can put a ready file of theirs there.
+        let folder = std::env::temp_dir().join(format!("keybroker-bench-{}", Uuid::new_v4()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&folder)
+            .map_err(internal)?;
+        let child = bare::ourselves(context)?
+            .arg("serve")
+            .arg("--ready-file")
+            .arg(folder.join("ready"))
+            .env(telemetry::FILTER_VARIABLE, "warn")
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(internal)?;
+        Ok(Self { child, folder })
+    }
+
+    async fn wait(&mut self) -> Result<Ready, Failure> {
+        let until = Instant::now() + START_TIMEOUT;
+        while Instant::now() < until && matches!(self.child.try_wait(), Ok(None)) {
+            if let Ok(text) = fs::read_to_string(self.folder.join("ready")) {
+                return serde_json::from_str(&text)
+                    .map_err(|error| Failure::new(Exit::Internal, error.to_string()));
+            }
+            sleep(START_PAUSE).await;
+        }
+        let failure = Failure::new(Exit::Unreachable, "the broker to be measured did not start");
+        Err(failure.hint(
+            "its own message stands above; or measure one that runs: --attach PID --endpoint URL",
+        ))
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid {
+            let _ended_already = kill_process(pid, Signal::TERM);
+        }
+        let _reaped = self.child.wait();
+        let _gone_already = fs::remove_dir_all(&self.folder);
+    }
+}

@@ -1,0 +1,109 @@
+//! Connections to a broker, for `client` and `bench`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Args;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use zeroize::Zeroizing;
+
+use crate::cli::exit::{Exit, Failure};
+
+/// Which broker, and who we are to it.
+#[derive(Args, Clone, Debug)]
+pub(in crate::cli) struct Connection {
+    /// The broker, `https://host:port`
+    #[arg(long, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
+    pub(in crate::cli) endpoint: Option<String>,
+    /// PEM file with the CA of the broker's certificate
+    #[arg(long, env = "KEYBROKER_CA", value_name = "FILE")]
+    ca: PathBuf,
+    /// PEM file with our certificate chain
+    #[arg(long, env = "KEYBROKER_CERT", value_name = "FILE")]
+    cert: PathBuf,
+    /// PEM file with our private key
+    #[arg(long, env = "KEYBROKER_KEY", value_name = "FILE")]
+    key: PathBuf,
+    /// Longest wait for the connection, and for each answer
+    #[arg(
+        long, env = "KEYBROKER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MILLISECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=600_000)
+    )]
+    timeout_ms: u64,
+}
+
+impl Connection {
+    /// The endpoint that was named.
+    pub(in crate::cli) fn named_endpoint(&self) -> Result<String, Failure> {
+        self.endpoint.clone().ok_or_else(|| {
+            Failure::new(Exit::Usage, "it is not said which broker to call")
+                .hint("name it with --endpoint https://host:port or KEYBROKER_ENDPOINT")
+        })
+    }
+
+    /// Longest wait for an answer.
+    pub(in crate::cli) fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+
+    /// How to connect, with the TLS files read.
+    pub(in crate::cli) fn endpoint(&self, url: &str) -> Result<Endpoint, Failure> {
+        if !url.starts_with("https://") {
+            let what = format!("--endpoint {url:?} does not begin with https://");
+            return Err(
+                Failure::new(Exit::Usage, what).hint("a broker has no listener without TLS")
+            );
+        }
+        let key = Zeroizing::new(read("--key", &self.key)?);
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?))
+            .identity(Identity::from_pem(
+                read("--cert", &self.cert)?,
+                key.as_slice(),
+            ));
+        let unusable = |what: &str, error: tonic::transport::Error| {
+            Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))
+        };
+        let endpoint = Endpoint::from_shared(url.to_owned())
+            .map_err(|error| unusable(&format!("--endpoint {url:?}"), error))?
+            .tls_config(tls)
+            .map_err(|error| {
+                unusable("--ca, --cert and --key cannot be used", error)
+                    .hint("each is a PEM file; --key must be the private key of the certificate in --cert")
+            })?;
+        Ok(endpoint.tcp_nodelay(true).connect_timeout(self.timeout()))
+    }
+}
+
+/// One connection.
+pub(in crate::cli) async fn connect(endpoint: &Endpoint) -> Result<Channel, Failure> {
+    endpoint.connect().await.map_err(|error| {
+        let (url, cause) = (endpoint.uri(), root_cause(&error));
+        let failure = Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
+        failure.hint(if cause.contains("UnknownIssuer") {
+            "the broker's certificate is not signed by the CA in --ca"
+        } else if cause.contains("certificate") {
+            "look at the names and the dates of the broker's certificate: `openssl x509 -text -in …`"
+        } else {
+            "look at the address, and whether the broker runs: `curl http://127.0.0.1:…/livez` there"
+        })
+    })
+}
+
+fn read(option: &str, path: &Path) -> Result<Vec<u8>, Failure> {
+    fs::read(path).map_err(|error| {
+        let what = format!("cannot read {option} {}: {error}", path.display());
+        Failure::new(Exit::Usage, what)
+    })
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}

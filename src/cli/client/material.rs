@@ -1,0 +1,178 @@
+//! Key material on its way in and out: files, descriptors and pipes. Never an argument, never a terminal unasked.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, IsTerminal as _, Read, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use aws_lc_rs::rand;
+use clap::Args;
+use zeroize::Zeroizing;
+
+use crate::{
+    cli::exit::{Exit, Failure},
+    secret::KEY_MATERIAL_BYTES_MAX,
+};
+
+/// Where new key material comes from.
+#[derive(Args, Clone, Debug)]
+#[group(id = "source", required = true, multiple = false, args = ["material_file", "material_fd", "generate"])]
+pub(super) struct Source {
+    /// File with the key material, 1 to 190 bytes; `-` is standard input
+    #[arg(long, value_name = "FILE")]
+    material_file: Option<PathBuf>,
+    /// Open descriptor to read the key material from
+    #[arg(long, value_name = "N")]
+    material_fd: Option<u32>,
+    /// Make that many random bytes, 1 to 190, and keep them in the file of --out
+    #[arg(
+        long, value_name = "BYTES", requires = "out",
+        value_parser = clap::value_parser!(u16).range(1..=190)
+    )]
+    generate: Option<u16>,
+    /// New file for the generated key material, mode 0600
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["material_file", "material_fd"])]
+    out: Option<PathBuf>,
+}
+
+impl Source {
+    /// The bytes; generated ones are on disk before anybody can wrap them.
+    pub(super) fn read(&self) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        if let (Some(length), Some(path)) = (self.generate, &self.out) {
+            let mut material = Zeroizing::new(vec![0; usize::from(length)]);
+            rand::fill(&mut material)
+                .map_err(|_| Failure::new(Exit::Internal, "the system gives no random bytes"))?;
+            write_secret(path, &material)?;
+            return Ok(material);
+        }
+        let path = match (self.material_fd, &self.material_file) {
+            (Some(number), _) => PathBuf::from(format!("/proc/self/fd/{number}")),
+            (None, Some(path)) if path != Path::new("-") => path.clone(),
+            _ => return read(io::stdin().lock(), "standard input"),
+        };
+        let shown = path.display().to_string();
+        let file = File::open(&path).map_err(|error| unreadable(&shown, &error))?;
+        read(file, &shown)
+    }
+
+    /// The call was refused for certain: generated material that nobody wrapped must not be taken for a key.
+    pub(super) fn discard(&self) {
+        if let (Some(_), Some(path)) = (self.generate, &self.out)
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::error!(%error, file = %path.display(), "generated material that was not stored is still there");
+        }
+    }
+}
+
+/// Reads at most one byte more than is permitted, so that the broker says what is wrong with longer material.
+fn read(from: impl Read, shown: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+    let mut material = Zeroizing::new(Vec::with_capacity(KEY_MATERIAL_BYTES_MAX + 1));
+    let limit = u64::try_from(KEY_MATERIAL_BYTES_MAX + 1).unwrap_or(u64::MAX);
+    from.take(limit)
+        .read_to_end(&mut material)
+        .map_err(|error| unreadable(shown, &error))?;
+    Ok(material)
+}
+
+fn unreadable(shown: &str, error: &io::Error) -> Failure {
+    let what = format!("cannot read the key material from {shown}: {error}");
+    Failure::new(Exit::Usage, what)
+}
+
+/// Refuses to show key material on a terminal, where scroll-back and recordings keep it, unless asked to.
+pub(super) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
+    if force || !io::stdout().is_terminal() {
+        return Ok(());
+    }
+    let what = "key material does not belong on a terminal";
+    Err(Failure::new(Exit::Usage, what).hint("use --out FILE or a pipe, or --force to see it"))
+}
+
+/// Refuses early what [`write_secret`] would refuse after the key was released.
+pub(super) fn check_new(path: &Path) -> Result<(), Failure> {
+    if path.symlink_metadata().is_ok() {
+        return Err(exists(path));
+    }
+    Ok(())
+}
+
+/// Writes a new file that only its owner can read. An existing one is never overwritten.
+pub(super) fn write_secret(path: &Path, material: &[u8]) -> Result<(), Failure> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    file.and_then(|mut file| file.write_all(material).and_then(|()| file.sync_all()))
+        .map_err(|error| {
+            if error.kind() == io::ErrorKind::AlreadyExists {
+                return exists(path);
+            }
+            Failure::new(
+                Exit::Usage,
+                format!("cannot write {}: {error}", path.display()),
+            )
+        })
+}
+
+fn exists(path: &Path) -> Failure {
+    let what = format!(
+        "{} exists, and key material never overwrites a file",
+        path.display()
+    );
+    Failure::new(Exit::Usage, what).hint("name a new file with --out")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_written_secret_is_its_owners_alone_and_never_overwrites() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        check_new(&path).unwrap();
+        write_secret(&path, b"first").unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(
+            write_secret(&path, b"second").unwrap_err().exit,
+            Exit::Usage
+        );
+        assert!(check_new(&path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+    }
+
+    #[test]
+    fn more_than_is_permitted_is_read_no_further_than_one_byte() {
+        for (length, read_length) in [(0, 0), (190, 190), (191, 191), (100_000, 191)] {
+            let material = read(io::repeat(7).take(length), "here").unwrap();
+            assert_eq!(material.len(), read_length);
+        }
+    }
+
+    #[test]
+    fn generated_material_is_in_its_file_until_it_is_discarded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        let source = Source {
+            material_file: None,
+            material_fd: None,
+            generate: Some(32),
+            out: Some(path.clone()),
+        };
+        let material = source.read().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), *material);
+        assert_ne!(*material, vec![0; 32]);
+        source.discard();
+        assert!(!path.exists());
+    }
+}

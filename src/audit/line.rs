@@ -1,9 +1,15 @@
-//! One entry as one line: RFC 8785 canonical JSON. Keys are ASCII and sorted, numbers are integers, so that sorted maps and
-//! the escapes of `serde_json` are canonical.
+//! One entry as one line: RFC 8785 canonical JSON. Names are ASCII and in order, numbers are integers, escapes are those of
+//! `serde_json`, which are the canonical ones.
 
-use serde_json::{Map, Value};
+use std::io::Write as _;
 
-use crate::call::Timestamp;
+use serde_json::Value;
+
+use crate::{
+    call::Timestamp,
+    error::Reason,
+    key::{KeyName, Revision, Tenant, UserId},
+};
 
 use super::{Entry, EntryKind, Outcome};
 
@@ -15,48 +21,79 @@ pub(super) struct Place<'a> {
     pub(super) at: Timestamp,
 }
 
-/// The line, LF-ended.
-pub(super) fn encode(entry: &Entry, place: Place<'_>) -> Vec<u8> {
-    let mut object = Map::new();
-    let mut put = |name: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            object.insert(name.to_owned(), value);
+/// Appends the line, LF-ended. Fields are written in the order of their names, which is the canonical one.
+pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
+    let mut object = Object::begin(line);
+    object.text("action", Some(entry.action));
+    object.shown("call_id", entry.call_id.as_ref());
+    object.number("count", entry.count);
+    object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
+    object.text("kind", Some(kind_name(entry.kind)));
+    object.text("log_id", Some(place.log_id));
+    object.text("outcome", Some(outcome_name(entry.outcome)));
+    object.text("peer", entry.peer.as_deref());
+    object.text("policy", entry.policy);
+    object.text("principal", entry.principal.as_deref());
+    object.text("reason", entry.reason.map(Reason::as_str));
+    object.shown("record_id", entry.record_id.as_ref());
+    object.shown("request_id", entry.request_id.as_ref());
+    object.number("revision", entry.revision.map(Revision::get));
+    object.number("sequence", Some(place.sequence));
+    object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));
+    object.number("time_us", u64::try_from(place.at.micros()).ok());
+    object.text("user", entry.user.as_ref().map(UserId::as_str));
+    object.shown("wrapping_key", entry.wrapping_key.as_ref());
+    object.end();
+}
+
+/// A JSON object under construction. Names are ASCII words and need no escape.
+struct Object<'a> {
+    line: &'a mut Vec<u8>,
+    separator: u8,
+}
+
+impl<'a> Object<'a> {
+    fn begin(line: &'a mut Vec<u8>) -> Self {
+        Self {
+            line,
+            separator: b'{',
         }
-    };
-    put("action", Some(entry.action.into()));
-    put("call_id", entry.call_id.map(|id| id.to_string().into()));
-    put("count", entry.count.map(Value::from));
-    put(
-        "key_name",
-        entry.key_name.as_ref().map(|v| v.as_str().into()),
-    );
-    put("kind", Some(kind_name(entry.kind).into()));
-    put("log_id", Some(place.log_id.into()));
-    put("outcome", Some(outcome_name(entry.outcome).into()));
-    put("peer", entry.peer.as_deref().map(Value::from));
-    put("policy", entry.policy.map(Value::from));
-    put("principal", entry.principal.as_deref().map(Value::from));
-    put("reason", entry.reason.map(|reason| reason.as_str().into()));
-    put("record_id", entry.record_id.map(|id| id.to_string().into()));
-    put(
-        "request_id",
-        entry.request_id.map(|id| id.to_string().into()),
-    );
-    put(
-        "revision",
-        entry.revision.map(|revision| revision.get().into()),
-    );
-    put("sequence", Some(place.sequence.into()));
-    put("tenant", entry.tenant.as_ref().map(|v| v.as_str().into()));
-    put("time_us", Some(place.at.micros().into()));
-    put("user", entry.user.as_ref().map(|v| v.as_str().into()));
-    put(
-        "wrapping_key",
-        entry.wrapping_key.map(|id| id.to_string().into()),
-    );
-    let mut line = Value::Object(object).to_string().into_bytes();
-    line.push(b'\n');
-    line
+    }
+
+    fn name(&mut self, name: &str) {
+        self.line.push(self.separator);
+        self.separator = b',';
+        self.line.push(b'"');
+        self.line.extend(name.as_bytes());
+        self.line.extend(b"\":");
+    }
+
+    /// A text from outside: the escapes of `serde_json` are those of RFC 8785.
+    fn text(&mut self, name: &str, value: Option<&str>) {
+        if let Some(value) = value {
+            self.name(name);
+            serde_json::to_writer(&mut *self.line, value).expect("a vector takes every byte");
+        }
+    }
+
+    /// An id: hexadecimal digits and hyphens, which need no escape.
+    fn shown(&mut self, name: &str, value: Option<&impl std::fmt::Display>) {
+        if let Some(value) = value {
+            self.name(name);
+            write!(self.line, "\"{value}\"").expect("a vector takes every byte");
+        }
+    }
+
+    fn number(&mut self, name: &str, value: Option<u64>) {
+        if let Some(value) = value {
+            self.name(name);
+            write!(self.line, "{value}").expect("a vector takes every byte");
+        }
+    }
+
+    fn end(self) {
+        self.line.extend(b"}\n");
+    }
 }
 
 /// What is read back of a line: enough to check the log and to find open intents.
@@ -106,5 +143,53 @@ const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Denied => "denied",
         Outcome::Failed => "failed",
         Outcome::Unknown => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn place() -> Place<'static> {
+        Place {
+            log_id: "00112233445566778899aabbccddeeff",
+            sequence: 7,
+            at: Timestamp::from_micros(1_700_000_000_000_000),
+        }
+    }
+
+    #[test]
+    fn a_line_is_written_to_the_letter() {
+        let mut entry = Entry::new(EntryKind::Decision, "user_key.unwrap", Outcome::Failed);
+        entry.reason = Some(Reason::KeyNotFound);
+        entry.user = Some(UserId::parse("Zoë \"x\"").unwrap());
+        entry.revision = Revision::new(3);
+        let mut line = Vec::new();
+        encode(&entry, place(), &mut line);
+        let expected = concat!(
+            r#"{"action":"user_key.unwrap","kind":"decision","#,
+            r#""log_id":"00112233445566778899aabbccddeeff","outcome":"failed","#,
+            r#""reason":"KEY_NOT_FOUND","revision":3,"sequence":7,"#,
+            r#""time_us":1700000000000000,"user":"Zoë \"x\""}"#,
+            "\n"
+        );
+        assert_eq!(String::from_utf8(line).unwrap(), expected);
+    }
+
+    proptest! {
+        /// Whatever a caller calls itself, the entry is one canonical line that reads back.
+        #[test]
+        fn any_text_gives_one_canonical_line(peer in any::<String>(), principal in any::<String>()) {
+            let mut entry = Entry::new(EntryKind::Intent, "user_key.create", Outcome::Ok);
+            entry.peer = Some(peer);
+            entry.principal = Some(principal);
+            let mut line = Vec::new();
+            encode(&entry, place(), &mut line);
+            prop_assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+            let parsed = parse(&line[..line.len() - 1]).unwrap();
+            prop_assert_eq!((parsed.sequence, parsed.kind.as_str()), (7, "intent"));
+        }
     }
 }

@@ -139,7 +139,7 @@ impl Writer {
                 sequence,
                 at: Timestamp::now(),
             };
-            bytes.extend(line::encode(entry, place));
+            line::encode(entry, place, &mut bytes);
         }
         let failed = |error| {
             let path = current.path.display();

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Sender;
 use prost::Message as _;
 use zeroize::Zeroize as _;
 
@@ -74,10 +74,11 @@ fn serve() -> io::Result<()> {
         Outcome::Ready(ready(&token, &shared)),
         Duration::ZERO,
     )?;
-    let (jobs, queue) = crossbeam_channel::bounded(sessions * 2);
-    let threads = start(workers, &queue, &output)?;
-    let ended = pump(&mut input, &mut buffer, &jobs);
-    drop(jobs);
+    let input = Arc::new(Mutex::new(input));
+    let (ended, end) = crossbeam_channel::bounded(sessions);
+    let threads = start(workers, &input, &output, &ended)?;
+    // The first session thread that finds the socket at its end says so; the others follow.
+    let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
     drop(token);
     ended
@@ -186,35 +187,52 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
     }
 }
 
+type Input = Mutex<BufReader<UnixStream>>;
+
 fn start(
     workers: Vec<Worker>,
-    queue: &Receiver<Request>,
+    input: &Arc<Input>,
     output: &Arc<Mutex<UnixStream>>,
+    ended: &Sender<io::Result<()>>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
     workers
         .into_iter()
         .enumerate()
         .map(|(number, mut worker)| {
-            let (queue, output) = (queue.clone(), Arc::clone(output));
+            let (input, output, ended) = (Arc::clone(input), Arc::clone(output), ended.clone());
             thread::Builder::new()
                 .name(format!("session-{number}"))
-                .spawn(move || work(&mut worker, &queue, &output))
+                .spawn(move || {
+                    let result = work(&mut worker, &input, &output);
+                    // The first to end is heard; there is room for each.
+                    let _heard = ended.send(result);
+                })
         })
         .collect()
 }
 
-fn work(worker: &mut Worker, queue: &Receiver<Request>, output: &Mutex<UnixStream>) {
-    for request in queue {
+/// Takes the next job from the socket by turns with the other session threads: none stands between the socket and the
+/// session that does the work.
+fn work(worker: &mut Worker, input: &Input, output: &Mutex<UnixStream>) -> io::Result<()> {
+    let mut buffer = Vec::new();
+    loop {
+        let more = {
+            let mut input = input.lock().unwrap_or_else(PoisonError::into_inner);
+            frame::read(&mut *input, &mut buffer)?
+        };
+        if !more {
+            return Ok(());
+        }
+        let request = Request::decode(buffer.as_slice());
+        buffer.zeroize();
+        let request = request?;
         let id = request.id;
         let (outcome, spent) = worker.run(request);
         let outcome = match outcome {
             Ok(mut bytes) => Outcome::Output(std::mem::take(&mut *bytes)),
             Err(failure) => Outcome::Failure(failure),
         };
-        if reply(output, id, outcome, spent).is_err() {
-            // The front is gone: so is everybody who waited.
-            return;
-        }
+        reply(output, id, outcome, spent)?;
     }
 }
 
@@ -230,22 +248,6 @@ fn reply(output: &Mutex<UnixStream>, id: u64, outcome: Outcome, spent: Duration)
         bytes.zeroize();
     }
     written
-}
-
-/// Hands frames to the session threads until the socket ends.
-fn pump(
-    input: &mut BufReader<UnixStream>,
-    buffer: &mut Vec<u8>,
-    jobs: &Sender<Request>,
-) -> io::Result<()> {
-    while frame::read(input, buffer)? {
-        let request = Request::decode(buffer.as_slice());
-        buffer.zeroize();
-        if jobs.send(request?).is_err() {
-            break;
-        }
-    }
-    Ok(())
 }
 
 /// Waits for the session threads; a process that must not wait any longer kills itself.

@@ -276,12 +276,12 @@ The broker is still running. Commands to try:
 
   as() { local role=\$1; shift; $binary client --endpoint $ENDPOINT --ca $folder/pki/ca.pem \\
     --cert $folder/pki/\$role.pem --key $folder/pki/\$role.key "\$@"; }
-  as releaser unwrap --user user-001 --key-name vault | xxd
+  as releaser unwrap --user user-001 --key-name vault | base64
   as releaser list
   as lifecycle delete --user user-001 --key-name vault --expected-revision 1
   as lifecycle undelete --user user-001 --key-name vault
   as admin unwrap --user user-002 --key-name vault | cat
-  as auditor audit-tail
+  as auditor audit-tail --limit 5
 
 Log: $folder/broker.log    Stop and remove: kill $pid; rm -r $folder
 

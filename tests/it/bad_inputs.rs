@@ -8,7 +8,8 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     client::{Caller, eventually, refused},
-    process::{Broker, Options, Site},
+    process::Broker,
+    site::{Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";

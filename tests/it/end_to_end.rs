@@ -13,7 +13,8 @@ use tonic::Code;
 use crate::{
     client::{Caller, eventually, reason, refused},
     pki,
-    process::{Broker, Options, is_alive, send, until},
+    process::{Broker, is_alive, send, until},
+    site::Options,
 };
 
 const FIRST: &[u8] = b"first material of this user";

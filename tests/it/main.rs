@@ -1,6 +1,6 @@
 //! Integration tests: the real binary, a real token, a real database, TLS over loopback.
 //!
-//! [`softhsm::Token`], [`pki::Pki`] and [`process::Site`] give each test parts of its own; nothing is shared, no port is
+//! [`softhsm::Token`], [`pki::Pki`] and [`site::Site`] give each test parts of its own; nothing is shared, no port is
 //! fixed, and every loop that waits is bounded.
 
 #![allow(
@@ -16,6 +16,7 @@ mod pki;
 mod process;
 mod recovery;
 mod rows;
+mod site;
 mod softhsm;
 mod start_refused;
 mod stopping;

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::softhsm::write_private;
 
-/// The clients that the configuration of [`crate::process::Site`] knows, with their roles.
+/// The clients that the configuration of [`crate::site::Site`] knows, with their roles.
 pub(crate) const PRINCIPALS: [(&str, &str); 6] = [
     ("releaser", "release"),
     ("other-releaser", "release"),

@@ -7,7 +7,8 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, reason},
-    process::{Broker, Options, send, until},
+    process::{Broker, send, until},
+    site::Options,
 };
 
 const MATERIAL: &[u8] = b"material of this user";

@@ -14,7 +14,8 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, NAME, refused},
-    process::{Broker, Options, Site},
+    process::Broker,
+    site::{Options, Site},
 };
 
 /// Lengths of the parts before the wrapped bytes: version, kind, algorithm, key id, length.

@@ -7,7 +7,8 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, refused},
-    process::{Broker, Finished, Options, Site},
+    process::Broker,
+    site::{Finished, Options, Site},
     softhsm::write_private,
 };
 

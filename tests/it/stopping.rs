@@ -10,7 +10,8 @@ use rustix::process::Signal;
 
 use crate::{
     client::Caller,
-    process::{Broker, Options, Site, children_of, is_alive, send, until},
+    process::{Broker, children_of, is_alive, send, until},
+    site::{Options, Site},
 };
 
 /// From before `main` to after the ready file.

@@ -11,7 +11,8 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, refused},
-    process::{Broker, Options, PATIENCE},
+    process::{Broker, PATIENCE},
+    site::Options,
 };
 
 const MATERIAL: &[u8] = b"material of this user";

@@ -100,6 +100,11 @@ impl Context {
         {
             return Ok(config);
         }
+        // Such a name would be missing again each time this begins again.
+        let problems = config.environment_problems();
+        if !problems.is_empty() {
+            return Err(self.bad_config(&problems));
+        }
         let program = env::current_exe().map_err(|error| {
             Failure::new(Exit::Internal, format!("no path of our own: {error}"))
         })?;
@@ -111,6 +116,14 @@ impl Context {
             Exit::Internal,
             format!("cannot begin again: {error}"),
         ))
+    }
+
+    /// All that is wrong with the configuration at once.
+    fn bad_config(&self, problems: &[String]) -> Failure {
+        let (file, list) = (self.config_file.display(), problems.join("\n  "));
+        Failure::new(Exit::Configuration, format!("{file}:\n  {list}")).hint(
+            "keybroker.example.toml explains every field; `keybroker config check` looks again",
+        )
     }
 
     fn config_file(&self) -> &Path {

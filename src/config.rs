@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{audit, auth, hsm, server, store};
 
 mod check;
+mod files;
 #[cfg(test)]
 mod tests;
 
@@ -46,8 +47,23 @@ impl Config {
         Self::parse(&text).map_err(|what| format!("{}: {what}", path.display()))
     }
 
-    /// Parses the text of a file.
+    /// Parses the text of a file. The error names the place, and does not repeat the line: whoever writes a secret into a
+    /// field that does not exist must not find it in the log.
     pub fn parse(text: &str) -> Result<Self, String> {
-        toml::from_str(text).map_err(|error| error.to_string())
+        toml::from_str(text).map_err(|error| {
+            let message = error.message().trim_end().replace('\n', "; ");
+            match error.span() {
+                Some(span) => format!("{}: {message}", place(text, span.start)),
+                None => message,
+            }
+        })
     }
+}
+
+/// Where a byte of a text is, for a person with an editor.
+fn place(text: &str, offset: usize) -> String {
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    format!("line {line}, column {column}")
 }

@@ -61,6 +61,13 @@ pub struct ListenerSettings {
     pub client_certificates: ClientCertificates,
 }
 
+impl ListenerSettings {
+    /// Reads the TLS files as `serve` would; the error names the file and the remedy.
+    pub fn check_tls(&self) -> Result<(), String> {
+        tls::Tls::load(self.tls.clone(), self.client_certificates).map(drop)
+    }
+}
+
 /// The `[status]` section: plain HTTP for probes and metrics.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,10 +1,6 @@
 //! `keybroker config`.
 
-use std::path::Path;
-
 use clap::Subcommand;
-
-use crate::config::Config;
 
 use super::{
     Context,
@@ -24,16 +20,11 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Check => {
             let mut problems = config.problems();
-            problems.extend(missing_files(&config));
+            problems.extend(config.file_problems());
             if problems.is_empty() {
                 return context.output.text("the configuration is good");
             }
-            let what = format!(
-                "{}:\n  {}",
-                context.config_file().display(),
-                problems.join("\n  ")
-            );
-            Err(Failure::new(Exit::Configuration, what))
+            Err(context.bad_config(&problems))
         }
         Command::Show if context.output.is_json() => {
             let value = serde_json::to_value(&config)
@@ -46,28 +37,4 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             context.output.text(text.trim_end())
         }
     }
-}
-
-fn missing_files(config: &Config) -> Vec<String> {
-    let mut problems = Vec::new();
-    let mut need = |name: &str, path: &Path| {
-        if !path.is_file() {
-            problems.push(format!("{name}: there is no file {}", path.display()));
-        }
-    };
-    need("[token] `module`", &config.token.module);
-    for listener in &config.listeners {
-        let name = format!("[[listener]] {}", listener.address);
-        need(&name, &listener.tls.certificate_file);
-        need(&name, &listener.tls.key_file);
-        if let Some(path) = &listener.tls.client_ca_file {
-            need(&name, path);
-        }
-    }
-    if let Some(path) = &config.token.pin_file
-        && let Err(what) = crate::hsm::Pin::from_file(path)
-    {
-        problems.push(what);
-    }
-    problems
 }

@@ -22,12 +22,7 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     let config = context.config()?;
     let problems = config.problems();
     if !problems.is_empty() {
-        let what = format!(
-            "{}:\n  {}",
-            context.config_file().display(),
-            problems.join("\n  ")
-        );
-        return Err(Failure::new(Exit::Configuration, what));
+        return Err(context.bad_config(&problems));
     }
     let program = std::env::current_exe()
         .map_err(|error| Failure::new(Exit::Internal, format!("no path of our own: {error}")))?;

@@ -55,6 +55,7 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
             if !gate::attribute_names().any(|name| name == exception) {
                 problems.push(format!(
@@ -62,6 +63,24 @@ impl Config {
                 ));
             }
         }
+    }
+
+    /// Names and values that no environment can hold.
+    pub fn environment_problems(&self) -> Vec<String> {
+        let is_bad = |name: &str, value: &str| {
+            name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
+        };
+        self.token
+            .environment
+            .iter()
+            .filter(|(name, value)| is_bad(name, value))
+            .map(|(name, _)| {
+                format!(
+                    "[token.environment]: {name:?} cannot be set: a name is not empty and has no `=`, and neither \
+                     name nor value has a zero byte"
+                )
+            })
+            .collect()
     }
 
     fn check_paths(&self, problems: &mut Vec<String>) {
@@ -146,8 +165,15 @@ impl Config {
         if self.listeners.is_empty() {
             problems.push("there is no [[listener]], so nobody could call".to_owned());
         }
+        let mut taken = HashSet::from([self.status.address]);
         for listener in &self.listeners {
             check_listener(listener, problems);
+            if listener.address.port() != 0 && !taken.insert(listener.address) {
+                problems.push(format!(
+                    "[[listener]] {}: another listener or [status] has this address",
+                    listener.address
+                ));
+            }
         }
     }
 

@@ -70,67 +70,73 @@ fn collect_names(value: &serde_json::Value, names: &mut Vec<String>) {
     }
 }
 
-/// One mistake each, and words that its message must have.
+/// One mistake each: what stands in the example, what stands there instead, and words that the message must have.
+const MISTAKES: &[(&str, &str, &str)] = &[
+    ("label = \"keybroker\"", "", "exactly one of `label`"),
+    (
+        "label = \"keybroker\"",
+        "label = \"a\"\nserial = \"b\"",
+        "exactly one of `label`",
+    ),
+    ("# workers = 2", "workers = 0", "`workers` is 0"),
+    ("# workers = 2", "workers = 65", "1 to 64"),
+    (
+        "# sessions_per_worker = 2",
+        "sessions_per_worker = 0",
+        "1 to 256",
+    ),
+    ("pin_file = \"/etc", "pin_file = \"etc", "absolute path"),
+    ("pin_file = \"/etc/keybroker/pin\"", "", "set `pin_file`"),
+    ("module = \"/usr", "module = \"usr", "absolute path"),
+    (
+        "# attribute_exceptions = []",
+        "attribute_exceptions = [\"CKA_X\"]",
+        "\"CKA_X\"",
+    ),
+    ("sqlite:/var", "sqlite:var", "absolute path"),
+    ("sqlite:/var", "mysql:/var", "must be `sqlite:`"),
+    (
+        "address = \"127.0.0.1:9464\"",
+        "address = \"0.0.0.0:9464\"",
+        "loopback",
+    ),
+    ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
+    (
+        "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
+        "",
+        "`client_ca_file`",
+    ),
+    (
+        "# call_timeout_max_ms = 30000",
+        "call_timeout_max_ms = 1",
+        "100 to 600000",
+    ),
+    ("# instance = \"serve\"", "instance = \"A/b\"", "`instance`"),
+    ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
+    ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
+    ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
+    ("SOFTHSM2_CONF =", "\"\" =", "cannot be set"),
+    (
+        "\"release\", \"enrol\"",
+        "\"release\", \"admin\"",
+        "must not be able to obtain keys",
+    ),
+    ("\"release\", \"enrol\"", "", "has no role"),
+    (
+        "URI:spiffe://example.org/ops",
+        "URI:spiffe://example.org/vault",
+        "there twice",
+    ),
+    ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
+];
+
 #[test]
 fn each_mistake_has_its_message() {
     let unknown = Config::parse(&EXAMPLE.replace("[status]", "[status]\nport = 1")).unwrap_err();
     assert!(unknown.contains("unknown field `port`"), "{unknown}");
     assert!(unknown.contains("line"), "{unknown}");
-    let cases = [
-        ("label = \"keybroker\"", "", "exactly one of `label`"),
-        (
-            "label = \"keybroker\"",
-            "label = \"a\"\nserial = \"b\"",
-            "exactly one of `label`",
-        ),
-        ("# workers = 2", "workers = 0", "`workers` is 0"),
-        ("# workers = 2", "workers = 65", "1 to 64"),
-        (
-            "# sessions_per_worker = 2",
-            "sessions_per_worker = 0",
-            "1 to 256",
-        ),
-        ("pin_file = \"/etc", "pin_file = \"etc", "absolute path"),
-        ("pin_file = \"/etc/keybroker/pin\"", "", "set `pin_file`"),
-        ("module = \"/usr", "module = \"usr", "absolute path"),
-        (
-            "# attribute_exceptions = []",
-            "attribute_exceptions = [\"CKA_X\"]",
-            "\"CKA_X\"",
-        ),
-        ("sqlite:/var", "sqlite:var", "absolute path"),
-        ("sqlite:/var", "mysql:/var", "must be `sqlite:`"),
-        (
-            "address = \"127.0.0.1:9464\"",
-            "address = \"0.0.0.0:9464\"",
-            "loopback",
-        ),
-        ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
-        (
-            "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
-            "",
-            "`client_ca_file`",
-        ),
-        (
-            "# call_timeout_max_ms = 30000",
-            "call_timeout_max_ms = 1",
-            "100 to 600000",
-        ),
-        ("# instance = \"serve\"", "instance = \"A/b\"", "`instance`"),
-        (
-            "\"release\", \"enrol\"",
-            "\"release\", \"admin\"",
-            "must not be able to obtain keys",
-        ),
-        ("\"release\", \"enrol\"", "", "has no role"),
-        (
-            "URI:spiffe://example.org/ops",
-            "URI:spiffe://example.org/vault",
-            "there twice",
-        ),
-        ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
-    ];
-    for (good, bad, words) in cases {
+
+    for (good, bad, words) in MISTAKES {
         assert!(EXAMPLE.contains(good), "{good}");
         let problems = Config::parse(&EXAMPLE.replacen(good, bad, 1))
             .unwrap()
@@ -140,4 +146,21 @@ fn each_mistake_has_its_message() {
             "{bad:?}: {problems:?}"
         );
     }
+}
+
+/// Whoever writes a secret into a field that does not exist must not find it in the log.
+#[test]
+fn a_mistake_has_its_place_and_not_its_line() {
+    let text = EXAMPLE.replace("[store]", "[store]\n  pin = \"hunter2\"");
+    let line = 1 + text
+        .lines()
+        .position(|line| line.contains("hunter2"))
+        .unwrap();
+    let message = Config::parse(&text).unwrap_err();
+    assert!(
+        message.starts_with(&format!("line {line}, column 3: ")),
+        "{message}"
+    );
+    assert!(message.contains("`pin`"), "{message}");
+    assert!(!message.contains("hunter2"), "{message}");
 }

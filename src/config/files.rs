@@ -1,0 +1,152 @@
+//! The files that a configuration names: there, of the right kind, and not open to those who should not touch them.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Access, access};
+
+use crate::hsm::Pin;
+
+use super::Config;
+
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+impl Config {
+    /// Everything that is wrong with the files, each with its remedy. Reads them as `serve` would, and changes nothing.
+    pub fn file_problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        problems.extend(check_module(&self.token.module).err());
+        if let Some(path) = &self.token.pin_file {
+            problems.extend(Pin::from_file(path).err());
+        }
+        if let Some(path) = self.store.url.strip_prefix("sqlite:") {
+            problems.extend(check_database(Path::new(path)).err());
+        }
+        problems.extend(check_audit(&self.audit.directory).err());
+        for listener in &self.listeners {
+            let address = listener.address;
+            let checked = listener.check_tls();
+            problems.extend(
+                checked
+                    .err()
+                    .map(|what| format!("[[listener]] {address}: {what}")),
+            );
+        }
+        problems
+    }
+}
+
+/// Whoever can write the module can run code with the PIN.
+fn check_module(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let meta = fs::metadata(path).map_err(|error| {
+        format!(
+            "[token] `module`: cannot read {shown}: {error}; install the vendor's PKCS#11 library"
+        )
+    })?;
+    if !meta.is_file() {
+        return Err(format!("[token] `module`: {shown} is not a file"));
+    }
+    let mode = meta.permissions().mode() & 0o7777;
+    if mode & WRITABLE_BY_OTHERS != 0 {
+        return Err(format!(
+            "[token] `module`: {shown} has mode {mode:04o}: others can replace the code that is given the PIN; \
+             run `chmod go-w {shown}`"
+        ));
+    }
+    Ok(())
+}
+
+/// SQLite makes files of its own beside the database, so the folder must be writable, too.
+fn check_database(path: &Path) -> Result<(), String> {
+    let folder = path.parent().unwrap_or(path);
+    check_writable("[store] `url`", folder)?;
+    if path.exists() && access(path, Access::READ_OK | Access::WRITE_OK).is_err() {
+        let shown = path.display();
+        return Err(format!(
+            "[store] `url`: this user cannot read and write {shown}"
+        ));
+    }
+    Ok(())
+}
+
+/// The directory is made when it is missing and the one above it is there.
+fn check_audit(directory: &Path) -> Result<(), String> {
+    let name = "[audit] `directory`";
+    if !directory.exists() {
+        let above = directory.parent().map(PathBuf::from).unwrap_or_default();
+        return check_writable(name, &above);
+    }
+    check_writable(name, directory)?;
+    let meta = fs::metadata(directory).map_err(|error| format!("{name}: {error}"))?;
+    let (mode, ours) = (meta.mode() & 0o7777, rustix::process::geteuid().as_raw());
+    if mode & 0o077 != 0 || meta.uid() != ours {
+        let shown = directory.display();
+        return Err(format!(
+            "{name}: {shown} has mode {mode:04o} and belongs to user {}; it must have mode 0700 and belong to \
+             user {ours}",
+            meta.uid()
+        ));
+    }
+    Ok(())
+}
+
+fn check_writable(name: &str, folder: &Path) -> Result<(), String> {
+    let shown = folder.display();
+    if !folder.is_dir() {
+        return Err(format!(
+            "{name}: there is no directory {shown}; make it, owned by the broker's user"
+        ));
+    }
+    access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+        format!("{name}: this user cannot write to {shown}: {error}; change its owner or mode")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_that_others_can_replace_is_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let module = folder.path().join("module.so");
+        assert!(check_module(&module).unwrap_err().contains("cannot read"));
+        assert!(
+            check_module(folder.path())
+                .unwrap_err()
+                .contains("not a file")
+        );
+        fs::write(&module, "").unwrap();
+        for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
+            fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(check_module(&module).is_ok(), good, "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_missing_is_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("no/such");
+        assert!(
+            check_database(&missing.join("x.db"))
+                .unwrap_err()
+                .contains("no directory")
+        );
+        assert!(check_audit(&missing).unwrap_err().contains("no directory"));
+        assert_eq!(check_database(&folder.path().join("x.db")), Ok(()));
+        assert_eq!(check_audit(&folder.path().join("audit")), Ok(()));
+    }
+
+    #[test]
+    fn an_audit_directory_open_to_others_is_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        for (mode, good) in [(0o700, true), (0o750, false), (0o701, false)] {
+            fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(check_audit(folder.path()).is_ok(), good, "{mode:o}");
+        }
+    }
+}

@@ -83,6 +83,28 @@ mod tests {
         }
     }
 
+    /// The list of reasons is frozen: the documentation has each, with its code.
+    #[test]
+    fn the_documentation_has_every_reason() {
+        let text = include_str!("../../docs/errors.md");
+        let rows = text.lines().filter(|line| line.starts_with("| `")).count();
+        assert_eq!(rows, Reason::ALL.len());
+        for reason in Reason::ALL {
+            let name = format!("{:?}", code(reason));
+            let screaming = name
+                .char_indices()
+                .fold(String::new(), |mut text, (at, c)| {
+                    if c.is_ascii_uppercase() && at > 0 {
+                        text.push('_');
+                    }
+                    text.push(c.to_ascii_uppercase());
+                    text
+                });
+            let row = format!("| `{reason}` | {screaming} |");
+            assert!(text.contains(&row), "{row}");
+        }
+    }
+
     #[test]
     fn violations_and_delays_are_handed_on() {
         let call = CallId::fresh();

@@ -12,6 +12,7 @@
 mod bad_inputs;
 mod client;
 mod end_to_end;
+mod faults;
 mod pki;
 mod process;
 mod recovery;
@@ -20,4 +21,5 @@ mod site;
 mod softhsm;
 mod start_refused;
 mod stopping;
+mod tls;
 mod wire;

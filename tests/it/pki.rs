@@ -64,11 +64,9 @@ impl Pki {
         expired.not_before = date_time_ymd(2020, 1, 1);
         expired.not_after = date_time_ymd(2020, 2, 1);
         pki.write(EXPIRED, &expired, &pki.authority);
-        pki.write(
-            STRANGER,
-            &client_parameters("releaser"),
-            &authority("another CA"),
-        );
+        let other = authority("another CA");
+        fs::write(pki.certificate_file("stranger-ca"), other.pem()).unwrap();
+        pki.write(STRANGER, &client_parameters("releaser"), &other);
         pki
     }
 

@@ -76,8 +76,8 @@ fn nothing_released_is_broken() {
 #[test]
 fn breaking_changes_are_found() {
     use prost_reflect::prost::Message as _;
-    use prost_reflect::prost_types::FileDescriptorSet;
-    let change = |edit: fn(&mut Vec<prost_reflect::prost_types::FieldDescriptorProto>)| {
+    use prost_reflect::prost_types::{FieldDescriptorProto, FileDescriptorSet};
+    let change = |edit: fn(&mut Vec<FieldDescriptorProto>)| {
         let mut set = FileDescriptorSet::decode(RELEASED).unwrap();
         let file = set
             .file

@@ -187,18 +187,3 @@ mod tests {
         assert_eq!(documented, expected);
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Scripts depend on the codes: the documentation has each, with its meaning.
-    #[test]
-    fn the_documentation_has_every_code() {
-        let text = include_str!("../../docs/cli.md");
-        for (exit, meaning) in Exit::ALL {
-            let row = format!("| {} | {meaning} |", exit.code());
-            assert!(text.contains(&row), "{row}");
-        }
-    }
-}

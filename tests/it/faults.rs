@@ -14,7 +14,8 @@ use tonic::{Code, Request};
 
 use crate::{
     client::{Caller, NAME, eventually, reason},
-    process::{Broker, Options, Site, send, until},
+    process::{Broker, send, until},
+    site::{Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -65,20 +66,20 @@ async fn a_token_directory_that_vanishes_under_live_workers_is_noticed() {
 /// A worker that hangs inside the module: its callers are answered at their deadlines, and it is replaced.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hung_worker_is_replaced_and_deadlines_hold() {
+    // The broker's own limit: a deadline that the client sends is also watched by the client, which may be the first to
+    // say so, in other words.
     let (broker, releaser) = enrolled(Options {
         workers: 1,
+        limits: "call_timeout_max_ms = 300".to_owned(),
         ..Options::default()
     })
     .await;
     let hung = until("a worker", || broker.workers().first().copied());
     send(hung, Signal::STOP);
-    let mut request = Request::new(UnwrapUserKeyRequest {
+    let request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
     });
-    request
-        .metadata_mut()
-        .insert("grpc-timeout", "300m".parse().unwrap());
     let asked = Instant::now();
     let status = releaser
         .keys

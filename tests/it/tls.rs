@@ -6,7 +6,8 @@ use rustix::process::Signal;
 
 use crate::{
     client::Caller,
-    process::{Broker, Options, until},
+    process::{Broker, until},
+    site::Options,
 };
 
 const MATERIAL: &[u8] = b"material of this user";

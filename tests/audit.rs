@@ -1,0 +1,341 @@
+//! The audit log by its public face: what is acknowledged is there, what is wrong is found, what is damaged is set aside.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that meets a surprise stops there"
+)]
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use keybroker::{
+    audit::{AuditLog, Entry, EntryKind, Outcome, verify},
+    call::CallId,
+};
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+
+const SEGMENT: u64 = 1 << 20;
+
+/// A folder in which a log may be made.
+fn folder() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    (folder, log)
+}
+
+fn open(path: &Path) -> AuditLog {
+    AuditLog::open(path, SEGMENT).unwrap().0
+}
+
+fn entry(kind: EntryKind, call: CallId) -> Entry {
+    let mut entry = Entry::new(kind, "user_key.create", Outcome::Ok);
+    entry.call_id = Some(call);
+    entry
+}
+
+fn decision() -> Entry {
+    entry(EntryKind::Decision, CallId::fresh())
+}
+
+/// The newest segment that holds more than its opening entry.
+fn segment(log: &Path) -> PathBuf {
+    let mut segments: Vec<_> = fs::read_dir(log)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "jsonl"))
+        .collect();
+    segments.sort();
+    segments.pop().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_entries_at_once_leave_no_gap() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    let mut tasks = JoinSet::new();
+    for _ in 0..50 {
+        let log = log.clone();
+        tasks.spawn(async move {
+            let mut last = 0;
+            for _ in 0..20 {
+                let sequence = log.append(decision()).await.unwrap();
+                assert!(sequence > last);
+                last = sequence;
+            }
+        });
+    }
+    tasks.join_all().await;
+    log.close();
+    let report = verify(&path).unwrap();
+    assert_eq!(report.problems, Vec::<String>::new());
+    assert!(report.entries >= 1_000);
+    assert_eq!(report.last_sequence, report.entries);
+}
+
+#[tokio::test]
+async fn the_sequence_goes_on_after_a_restart() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    let first = log.append(decision()).await.unwrap();
+    log.close();
+    let log = open(&path);
+    let second = log.append(decision()).await.unwrap();
+    assert!(second > first);
+    let tail = log.tail(3).unwrap();
+    assert!(
+        tail.last()
+            .unwrap()
+            .contains(&format!("\"sequence\":{second},"))
+    );
+    log.close();
+    assert_eq!(verify(&path).unwrap().problems, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn intents_without_an_outcome_are_found() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    let (open_call, closed, recovered) = (CallId::fresh(), CallId::fresh(), CallId::fresh());
+    for (kind, call) in [
+        (EntryKind::Intent, open_call),
+        (EntryKind::Intent, closed),
+        (EntryKind::Outcome, closed),
+        (EntryKind::Intent, recovered),
+        (EntryKind::Recovered, recovered),
+    ] {
+        log.append(entry(kind, call)).await.unwrap();
+    }
+    log.close();
+    // An intent stays open until it is resolved, however often the log is opened meanwhile.
+    for _ in 0..3 {
+        let (log, open) = AuditLog::open(&path, SEGMENT).unwrap();
+        let calls: Vec<_> = open.iter().map(|intent| intent.call).collect();
+        assert_eq!(calls, [open_call]);
+        assert_eq!(open[0].action, "user_key.create");
+        log.close();
+    }
+    let log = open(&path);
+    log.append(entry(EntryKind::Recovered, open_call))
+        .await
+        .unwrap();
+    log.close();
+    let (log, open) = AuditLog::open(&path, SEGMENT).unwrap();
+    assert!(open.is_empty());
+    log.close();
+}
+
+/// Cut at every byte of its last line, a log opens, sets the rest aside, says so, and goes on without a gap.
+#[tokio::test]
+async fn a_torn_tail_is_set_aside_wherever_it_is_torn() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    log.append(decision()).await.unwrap();
+    log.append(decision()).await.unwrap();
+    drop(log);
+    let whole = until("the writer to end", || fs::read(segment(&path)).ok());
+    let last_line = whole[..whole.len() - 1]
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .unwrap()
+        + 1;
+    for cut in last_line + 1..whole.len() {
+        let (_folder, copy) = folder();
+        let status = Command::new("cp")
+            .arg("-a")
+            .args([&path, &copy])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        fs::write(segment(&copy), &whole[..cut]).unwrap();
+        let log = open(&copy);
+        log.append(decision()).await.unwrap();
+        let tail = log.tail(10).unwrap().join("\n");
+        assert!(tail.contains("log.torn_tail_set_aside"), "{tail}");
+        log.close();
+        assert_eq!(
+            verify(&copy).unwrap().problems,
+            Vec::<String>::new(),
+            "cut at {cut}"
+        );
+        let torn = fs::read_dir(&copy)
+            .unwrap()
+            .flatten()
+            .find(|entry| entry.file_name().to_string_lossy().starts_with("torn-"));
+        assert_eq!(
+            fs::read(torn.unwrap().path()).unwrap(),
+            &whole[last_line..cut]
+        );
+    }
+}
+
+fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        if let Some(found) = probe() {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("waited for {what}");
+}
+
+#[tokio::test]
+async fn a_log_has_one_writer() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    let error = AuditLog::open(&path, SEGMENT).unwrap_err();
+    assert!(error.in_use(), "{error}");
+    assert!(
+        error.to_string().contains(&std::process::id().to_string()),
+        "{error}"
+    );
+    log.close();
+}
+
+#[test]
+fn a_directory_that_others_can_use_is_refused() {
+    let (_folder, path) = folder();
+    fs::create_dir(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let error = AuditLog::open(&path, SEGMENT).unwrap_err().to_string();
+    assert!(error.contains("mode 0700"), "{error}");
+    let orphan = path.join("none").join("log");
+    let error = AuditLog::open(&orphan, SEGMENT).unwrap_err().to_string();
+    assert!(error.contains("parent directory"), "{error}");
+}
+
+/// A file that was unlinked or replaced takes writes that nobody can read: refused at once, and back by itself.
+#[tokio::test]
+async fn a_log_that_vanishes_refuses_and_recovers() {
+    for replace in [false, true] {
+        let (_folder, path) = folder();
+        let log = open(&path);
+        log.append(decision()).await.unwrap();
+        let file = segment(&path);
+        fs::remove_file(&file).unwrap();
+        if replace {
+            fs::write(&file, "").unwrap();
+        }
+        let began = Instant::now();
+        let first = log.append(decision()).await;
+        assert!(began.elapsed() < Duration::from_secs(1));
+        // The probe may have found out first, and begun a new segment.
+        if first.is_err() {
+            until("the log to be writable", || log.writable().ok());
+            log.append(decision()).await.unwrap();
+        }
+        assert!(began.elapsed() < Duration::from_secs(3));
+        log.close();
+        let problems = verify(&path).unwrap().problems;
+        assert!(!problems.is_empty(), "the entries that vanished must show");
+    }
+}
+
+#[tokio::test]
+async fn what_was_changed_is_found() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    for _ in 0..5 {
+        log.append(decision()).await.unwrap();
+    }
+    log.close();
+    let file = segment(&path);
+    let good = fs::read_to_string(&file).unwrap();
+    let lines: Vec<&str> = good.lines().collect();
+    let rebuilt = |lines: Vec<&str>| lines.join("\n") + "\n";
+    let mut dropped = lines.clone();
+    dropped.remove(2);
+    let mut swapped = lines.clone();
+    swapped.swap(2, 3);
+    let mut doubled = lines.clone();
+    doubled.insert(2, lines[2]);
+    let spaced = good.replacen(',', ", ", 1);
+    let cases = [
+        ("dropped", rebuilt(dropped)),
+        ("swapped", rebuilt(swapped)),
+        ("doubled", rebuilt(doubled)),
+        ("not canonical", spaced),
+        ("cut in the middle", good.replacen("\"kind\"", "", 1)),
+        (
+            "another log",
+            good.replace("\"log_id\":\"", "\"log_id\":\"0"),
+        ),
+    ];
+    assert_eq!(verify(&path).unwrap().problems, Vec::<String>::new());
+    for (what, text) in cases {
+        fs::write(&file, text).unwrap();
+        assert_ne!(
+            verify(&path).unwrap().problems,
+            Vec::<String>::new(),
+            "{what}"
+        );
+    }
+}
+
+const CHILD: &str = "KEYBROKER_TEST_AUDIT_LOG";
+const ROUNDS: u64 = 20;
+
+async fn write_until_killed(path: &Path) {
+    let log = open(path);
+    for _ in 0..1_000_000_u32 {
+        let sequence = log.append(decision()).await.unwrap();
+        let mut stdout = std::io::stdout().lock();
+        writeln!(stdout, "acknowledged {sequence}").unwrap();
+        stdout.flush().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn acknowledged_entries_survive_sigkill() {
+    if let Some(path) = env::var_os(CHILD) {
+        return write_until_killed(Path::new(&path)).await;
+    }
+    let (_folder, path) = folder();
+    let mut acknowledged = Vec::new();
+    for round in 0..ROUNDS {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args([
+                "acknowledged_entries_survive_sigkill",
+                "--exact",
+                "--nocapture",
+            ])
+            .env(CHILD, &path)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(40 + round * 5));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        });
+        for line in lines.map_while(Result::ok) {
+            if let Some((_, number)) = line.split_once("acknowledged ") {
+                acknowledged.push(number.parse::<u64>().unwrap());
+            }
+        }
+        killer.join().unwrap();
+    }
+    assert!(
+        acknowledged.len() > 50,
+        "only {} entries",
+        acknowledged.len()
+    );
+    open(&path).close();
+    let report = verify(&path).unwrap();
+    assert_eq!(report.problems, Vec::<String>::new());
+    assert!(acknowledged.windows(2).all(|pair| pair[0] < pair[1]));
+    assert!(
+        acknowledged
+            .iter()
+            .all(|sequence| *sequence <= report.last_sequence)
+    );
+}

@@ -37,10 +37,11 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if let Command::Keys(command) = &arguments.command {
         command.check()?;
     }
+    let timeout = connection.timeout();
     block_on(async {
         let caller = Caller {
-            channel: connect::connect(&endpoint).await?,
-            timeout: connection.timeout(),
+            channel: connect::connect(&endpoint, timeout).await?,
+            timeout,
             output: context.output,
         };
         match arguments.command {

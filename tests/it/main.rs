@@ -10,7 +10,10 @@
 )]
 
 mod bad_inputs;
+mod bench;
 mod client;
+mod client_commands;
+mod commands;
 mod end_to_end;
 mod faults;
 mod pki;

@@ -145,7 +145,7 @@ impl Enrolled {
 pub(super) async fn run(plan: &Plan) -> Result<Measured, Failure> {
     let mut channels = Vec::new();
     for _ in 0..plan.connections.min(CHANNELS_MAX) {
-        channels.push(connect::connect(&plan.endpoint).await?);
+        channels.push(connect::connect(&plan.endpoint, plan.timeout).await?);
     }
     let users: Arc<[Enrolled]> = (0..plan.users).map(Enrolled::new).collect();
     enrol(plan, &channels, &users).await?;

@@ -74,21 +74,30 @@ impl Connection {
                 unusable("--ca, --cert and --key cannot be used", error)
                     .hint("each is a PEM file; --key must be the private key of the certificate in --cert")
             })?;
-        Ok(endpoint.tcp_nodelay(true).connect_timeout(self.timeout()))
+        Ok(endpoint.tcp_nodelay(true))
     }
 }
 
-/// One connection.
-pub(in crate::cli) async fn connect(endpoint: &Endpoint) -> Result<Channel, Failure> {
-    endpoint.connect().await.map_err(|error| {
-        let (url, cause) = (endpoint.uri(), root_cause(&error));
-        let failure = Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-        failure.hint(if cause.contains("UnknownIssuer") {
+/// One connection, ready for calls. tonic's own timeout ends with TCP; this one covers the TLS handshake, too.
+pub(in crate::cli) async fn connect(
+    endpoint: &Endpoint,
+    timeout: Duration,
+) -> Result<Channel, Failure> {
+    let url = endpoint.uri();
+    let unreachable =
+        |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
+    let running = "look at the address, and whether the broker runs: its `/readyz` answers there";
+    let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
+        return Err(unreachable("no answer within --timeout-ms").hint(running));
+    };
+    connected.map_err(|error| {
+        let cause = root_cause(&error);
+        unreachable(&cause).hint(if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
             "the broker's certificate is not signed by the CA in --ca"
         } else if cause.contains("certificate") {
             "look at the names and the dates of the broker's certificate: `openssl x509 -text -in …`"
         } else {
-            "look at the address, and whether the broker runs: `curl http://127.0.0.1:…/livez` there"
+            running
         })
     })
 }

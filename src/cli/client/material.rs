@@ -18,13 +18,16 @@ use crate::{
 
 /// Where new key material comes from.
 #[derive(Args, Clone, Debug)]
-#[group(id = "source", required = true, multiple = false, args = ["material_file", "material_fd", "generate"])]
+#[group(skip)]
 pub(super) struct Source {
     /// File with the key material, 1 to 190 bytes; `-` is standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(
+        long, value_name = "FILE", required_unless_present_any = ["material_fd", "generate"],
+        conflicts_with_all = ["material_fd", "generate"]
+    )]
     material_file: Option<PathBuf>,
     /// Open descriptor to read the key material from
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "generate")]
     material_fd: Option<u32>,
     /// Make that many random bytes, 1 to 190, and keep them in the file of --out
     #[arg(

@@ -1,0 +1,118 @@
+//! `keybroker bench` measures, compares and cleans up. How fast it is, is nobody's business here.
+
+use std::{fs, process::Command};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{
+    pki,
+    process::{children_of, is_alive, send, until},
+    site::{Finished, Options, Site},
+};
+
+/// A site whose releaser may enrol as well.
+fn site() -> Site {
+    let site = Site::fresh(Options::default());
+    let releaser = format!("san = \"URI:{}\"\nroles = [", pki::uri("releaser"));
+    site.write_configuration(|text| {
+        assert!(text.contains(&releaser));
+        *text = text.replace(&releaser, &format!("{releaser}\"enrol\", "));
+    });
+    site
+}
+
+fn bench(site: &Site, name: &str, arguments: &[&str]) -> Command {
+    let mut command = site.command(&["bench", "--users", "5", "--connections", "3"]);
+    command
+        .arg("--ca")
+        .arg(site.pki.ca_file())
+        .arg("--cert")
+        .arg(site.pki.certificate_file(name))
+        .arg("--key")
+        .arg(site.pki.key_file(name))
+        .args(arguments);
+    command
+}
+
+#[test]
+fn both_measurements_are_made_and_put_side_by_side() {
+    let site = site();
+    let file = site.folder().join("figures.json");
+    let measure = [
+        "--seconds",
+        "1",
+        "--warm-up",
+        "0",
+        "--json",
+        file.to_str().unwrap(),
+    ];
+    // Twice: the second run finds the users of the first.
+    for _ in 0..2 {
+        let finished = Finished::from(bench(&site, "releaser", &measure).output().unwrap());
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        assert!(
+            finished.stdout.contains("broker_ops_per_s"),
+            "{finished:#?}"
+        );
+    }
+    let figures: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let positive = [
+        "token_ops_per_s",
+        "token_ops_per_s_one_thread",
+        "broker_ops_per_s",
+        "share",
+        "p50_ms",
+        "p99_ms",
+        "p999_ms",
+        "added_mean_ms",
+        "front_cpu_ms_per_op",
+        "worker_cpu_ms_per_op",
+        "load_cpu_ms_per_op",
+        "token_cpu_ms_per_op",
+    ];
+    for name in positive {
+        let value = figures[name].as_f64();
+        assert!(
+            value.is_some_and(|value| value > 0.0),
+            "{name}: {figures:#}"
+        );
+    }
+    for (name, value) in [("errors", 0), ("rsa_bits", 2048), ("connections", 3)] {
+        assert_eq!(figures[name], value, "{name}");
+    }
+    assert!(site.audit().contains("\"user\":\"bench-0000004\""));
+}
+
+#[test]
+fn a_certificate_that_may_not_enrol_is_an_answer_not_a_figure() {
+    let site = site();
+    let measure = ["--seconds", "1", "--warm-up", "0"];
+    let finished = Finished::from(bench(&site, "lifecycle", &measure).output().unwrap());
+    assert_eq!(finished.code, Some(10), "{finished:#?}");
+    assert!(finished.stderr.contains("POLICY"), "{finished:#?}");
+    assert_eq!(finished.stdout, "");
+}
+
+#[test]
+fn an_interrupted_measurement_leaves_no_broker_behind() {
+    let site = site();
+    let mut child = bench(&site, "releaser", &["--seconds", "1", "--warm-up", "60"])
+        .spawn()
+        .unwrap();
+    let is_broker = |pid: &u32| {
+        fs::read_to_string(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.contains("\0serve\0"))
+    };
+    let (broker, worker) = until("the broker and its worker", || {
+        let broker = children_of(child.id()).into_iter().find(is_broker)?;
+        Some((broker, *children_of(broker).first()?))
+    });
+    send(child.id(), Signal::TERM);
+    let status = until("the end of bench", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(130));
+    assert!(!is_alive(broker));
+    until("the end of the worker", || {
+        (!is_alive(worker)).then_some(())
+    });
+}

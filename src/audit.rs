@@ -83,8 +83,6 @@ pub enum Outcome {
     Denied,
     /// It failed; nothing was released or changed.
     Failed,
-    /// A mutation's fate could not be learned; recovery will.
-    Unknown,
 }
 
 /// One entry, before the log adds `log_id`, sequence and time. Absent fields are left out of the line.

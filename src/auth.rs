@@ -2,6 +2,8 @@
 //!
 //! The credential is the client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in
 //! the configured principals. Exactly one principal must match; none and several are refused alike.
+//!
+//! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
 use std::collections::{BTreeSet, HashMap};
 

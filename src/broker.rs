@@ -10,6 +10,8 @@
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it runs in a
 //! task of its own, so that a caller that goes away cannot stop it between the two.
+//!
+//! Mitigation: M5 of `THREAT_MODEL.md`.
 
 use std::{
     sync::{

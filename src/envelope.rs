@@ -17,6 +17,8 @@
 //!
 //! What it does not protect: deletion of a row, and rollback to a row that was valid for the same record and revision
 //! number before. Both are found by holding the store against the audit log.
+//!
+//! Mitigation: M6 of `THREAT_MODEL.md`.
 
 use std::fmt;
 

@@ -1,4 +1,6 @@
 //! What every process of ours does first: no core dumps, and no other process of the same user may read its memory.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 

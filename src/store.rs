@@ -5,6 +5,8 @@
 //! a row; list pages are stable under concurrent writes; a mutation and its request id commit together or not at all.
 //!
 //! The store never sees key material: only envelopes, as bytes that it does not interpret.
+//!
+//! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::{fmt, fs::File, path::PathBuf, sync::Arc};
 

@@ -142,7 +142,6 @@ const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Ok => "ok",
         Outcome::Denied => "denied",
         Outcome::Failed => "failed",
-        Outcome::Unknown => "unknown",
     }
 }
 

@@ -3,6 +3,8 @@
 //!
 //! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages for good (Linux reports the
 //! loss once and then calls the file clean), so the segment is cut back to what was durable and a new one is begun.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
 
 use std::{
     collections::HashMap,

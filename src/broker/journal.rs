@@ -1,4 +1,6 @@
 //! Audit entries of the use cases, and the proof that one is on disk.
+//!
+//! Mitigation: M13 of `THREAT_MODEL.md`.
 
 use crate::{
     audit::{Entry, EntryKind, Outcome},

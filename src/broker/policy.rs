@@ -8,6 +8,8 @@
 //! | `user_key.get`, `list` | release, enrol, lifecycle, auditor |
 //! | `wrapping_key.read`, `token.read` | admin, auditor |
 //! | `audit.read` | auditor |
+//!
+//! Mitigation: M4 of `THREAT_MODEL.md`.
 
 use crate::principal::{Action, Principal, Role};
 

@@ -1,5 +1,7 @@
 //! Refusals before authentication, counted per peer and minute: a stranger leaves one audit entry a minute, however often
 //! they knock, and cannot fill the disk.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
 
 use std::{
     collections::HashMap,

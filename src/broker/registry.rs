@@ -1,4 +1,6 @@
 //! The wrapping keys as the registry knows them, each row verified on the token before it counts.
+//!
+//! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::sync::Arc;
 

@@ -1,4 +1,6 @@
 //! Release of a user key in plain.
+//!
+//! Mitigation: M13 of `THREAT_MODEL.md`.
 
 use crate::{
     call::Call,

@@ -1,4 +1,6 @@
 //! Request ids: a retry of a mutation gets the first answer, and another content under the same id is refused.
+//!
+//! Mitigation: M12 of `THREAT_MODEL.md`.
 
 use subtle::ConstantTimeEq as _;
 

@@ -1,6 +1,8 @@
 //! The messages that a binding key authenticates. Each use has its own domain string, so that a MAC made for one never
 //! verifies for another, and every field of variable length is preceded by its length, so that no two different
 //! inputs give the same message.
+//!
+//! Mitigation: M10 of `THREAT_MODEL.md`.
 
 use std::fmt;
 

@@ -2,6 +2,8 @@
 //!
 //! One purpose per RSA key (decrypt, never unwrap or sign) leaves the wrap/decrypt attack on PKCS#11 (Clulow 2003) nothing
 //! to work with; MODIFIABLE and COPYABLE false keep it so.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use std::fmt;
 

@@ -1,4 +1,6 @@
 //! Keys on the token: made with every usage flag set, found exactly once, gated, and proved by use.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType},

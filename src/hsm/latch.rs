@@ -1,4 +1,6 @@
 //! One login per PIN: after a refusal nothing is tried until the PIN file is another one.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{
     fs,

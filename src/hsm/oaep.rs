@@ -1,4 +1,6 @@
 //! RSA-OAEP with the public key, in software: wrapping needs no secret, so it does not need the token.
+//!
+//! Mitigation: M9 of `THREAT_MODEL.md`.
 
 use aws_lc_rs::{
     digest,

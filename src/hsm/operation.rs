@@ -1,4 +1,6 @@
 //! The four operations on the token, and the known-answer canary made of them.
+//!
+//! Mitigation: M9 of `THREAT_MODEL.md`.
 
 use cryptoki::{
     mechanism::{

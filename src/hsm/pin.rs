@@ -1,5 +1,7 @@
 //! The user PIN: from a file that only its owner can read, from a descriptor, or typed. Never from an argument, never from
 //! an environment variable.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{
     env, fmt, fs,

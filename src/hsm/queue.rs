@@ -1,5 +1,7 @@
 //! Jobs waiting for a session, and the workers that take them: one bounded queue in the front, where fairness and waiting
 //! time are known. A worker holds at most one job per session thread.
+//!
+//! Mitigation: M8 of `THREAT_MODEL.md`.
 
 use std::{
     collections::VecDeque,

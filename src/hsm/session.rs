@@ -1,4 +1,6 @@
 //! One session thread of a worker: takes jobs, one at a time, on the one session that it owns.
+//!
+//! Mitigations: M8, M10 of `THREAT_MODEL.md`.
 
 use std::{
     sync::Arc,

@@ -1,5 +1,7 @@
 //! Keeps the workers alive: starts them one after another, asks each for a canary every second, replaces one that crashes,
 //! hangs or loses its token, and stops trying when the PIN was refused.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
     path::PathBuf,

@@ -6,6 +6,8 @@
 //!
 //! A process that ends while threads are inside the module crashes in most vendors' clean-up code. So the threads are
 //! joined first; if one does not come back, the worker kills itself, which runs no clean-up at all.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
     io::{self, BufReader},

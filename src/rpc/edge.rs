@@ -1,4 +1,6 @@
 //! What happens around every call: its id, its deadline, its panics, and the statuses that tonic makes by itself.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
 
 use std::{panic::AssertUnwindSafe, time::Duration};
 

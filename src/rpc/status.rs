@@ -1,4 +1,6 @@
 //! Errors as gRPC statuses: the one conversion. The caller learns reason, fixed text, violations, delay and call id.
+//!
+//! Mitigation: M6 of `THREAT_MODEL.md`.
 
 use std::collections::HashMap;
 

@@ -1,5 +1,7 @@
 //! The accept loop: connections under a limit, a handshake under a timeout, HTTP/2 with every limit set, and an orderly
 //! end. Our own rather than tonic's, which has no cap, no age with a grace, and no bound on its graceful stop.
+//!
+//! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -1,5 +1,7 @@
 //! TLS of one listener: loaded and checked as a whole, replaced as a whole. A bad file on reload leaves the old
 //! configuration in place.
+//!
+//! Mitigation: M1 of `THREAT_MODEL.md`.
 
 use std::{
     fs,

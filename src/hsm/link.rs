@@ -124,7 +124,7 @@ impl Link {
     /// many times what a worker may hold.
     pub(super) fn assign(&self, job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        if !matches!(job.work, request::Job::Canary(_)) {
+        if !job.work.is_canary() {
             self.busy.fetch_add(1, Ordering::Relaxed);
         }
         let deadline_ns = frame::monotonic_ns()
@@ -133,7 +133,7 @@ impl Link {
         let mut message = Request {
             id,
             deadline_ns,
-            job: Some(job.work.clone()),
+            job: Some(job.work.to_wire()),
         };
         frame::encode(&message, &mut state.unsent);
         wipe(&mut message);
@@ -214,7 +214,7 @@ impl Link {
         let Some(job) = self.state().held.remove(&reply.id) else {
             return Err(format!("a reply to job {} that it does not hold", reply.id));
         };
-        if !matches!(job.work, request::Job::Canary(_)) {
+        if !job.work.is_canary() {
             self.busy.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(Some((job, reply)))
@@ -271,8 +271,10 @@ fn decode(bytes: &[u8]) -> Result<Option<(Reply, usize)>, String> {
 
 /// Overwrites a message that may hold key material: the content of a request id's MAC.
 fn wipe(request: &mut Request) {
-    if let Some(request::Job::Mac(mac)) = &mut request.job {
-        mac.message.zeroize();
+    match &mut request.job {
+        Some(request::Job::Mac(job)) => job.message.zeroize(),
+        Some(request::Job::VerifyMac(job)) => job.message.zeroize(),
+        _ => {}
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::sync::oneshot;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::call::Deadline;
 
@@ -24,10 +24,39 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 /// Weight of the past in the average of service time: 15 parts of 16.
 const AVERAGE_WEIGHT: u32 = 16;
 
+/// What a token is asked. Overwritten when dropped: the message of a MAC may hold key material.
+#[derive(Debug)]
+pub(super) struct Work(wire::request::Job);
+
+impl Work {
+    pub(super) fn new(work: wire::request::Job) -> Self {
+        Self(work)
+    }
+
+    pub(super) fn is_canary(&self) -> bool {
+        matches!(self.0, wire::request::Job::Canary(_))
+    }
+
+    /// A copy for the frame; whoever takes it overwrites it.
+    pub(super) fn to_wire(&self) -> wire::request::Job {
+        self.0.clone()
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        match &mut self.0 {
+            wire::request::Job::Mac(job) => job.message.zeroize(),
+            wire::request::Job::VerifyMac(job) => job.message.zeroize(),
+            _ => {}
+        }
+    }
+}
+
 /// A job on its way to a token and back.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) work: wire::request::Job,
+    pub(super) work: Work,
     pub(super) deadline: Deadline,
     pub(super) done: oneshot::Sender<Result<Output, Error>>,
     pub(super) queued: Instant,

@@ -12,7 +12,7 @@ use crate::{
     hsm::{
         Error, Serving,
         link::Link,
-        queue::Job,
+        queue::{Job, Work},
         wire::{Canary, FailureClass, Reply, reply::Outcome, request},
     },
 };
@@ -78,7 +78,7 @@ impl Supervisor {
                 Err(Error::Down("the worker answered nonsense".to_owned()))
             }
         };
-        if !matches!(job.work, request::Job::Canary(_)) {
+        if !job.work.is_canary() {
             metrics::histogram!("keybroker_token_seconds").record(spent);
             self.queue.served(spent);
         }
@@ -128,7 +128,7 @@ impl Supervisor {
             }
             let (done, answer) = oneshot::channel();
             link.assign(Job {
-                work: request::Job::Canary(Canary {}),
+                work: Work::new(request::Job::Canary(Canary {})),
                 deadline: Deadline::after(CANARY_TIMEOUT),
                 done,
                 queued: Instant::now(),

@@ -10,7 +10,7 @@ use crate::{
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{
         Error, Serving, Token, TokenState,
-        queue::{Job, Output},
+        queue::{Job, Output, Work},
         wire::{self, request},
     },
     key::WrappingKeyId,
@@ -29,7 +29,7 @@ impl Supervisor {
         }
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
-            work,
+            work: Work::new(work),
             deadline,
             done,
             queued: Instant::now(),

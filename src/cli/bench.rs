@@ -47,6 +47,9 @@ pub(super) struct Arguments {
     /// Users to enrol and release keys of; those of an earlier run are used again
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     users: u32,
+    /// Calls a second at most, all callers together [default: as many as are answered]
+    #[arg(long, value_name = "CALLS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    rate: Option<u32>,
     /// Threads of the bare loop [default: processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
@@ -59,16 +62,25 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let (key, rsa_bits) = bare::wrapping_key(&config)?;
     let threads = arguments.token_threads.unwrap_or_else(processors);
-    context.output.note("measuring the bare token");
-    let single = bare::measure(context, key, 1, arguments.seconds.div_ceil(3))?;
-    let bare = bare::measure(context, key, threads, arguments.seconds)?;
+    // One half of the bare loop before the broker and one after it: what else the machine does falls on both alike.
+    let measure_bare = || -> Result<[Bare; 2], Failure> {
+        context.output.note("measuring the bare token");
+        Ok([
+            bare::measure(context, key, 1, arguments.seconds.div_ceil(4))?,
+            bare::measure(context, key, threads, arguments.seconds.div_ceil(2))?,
+        ])
+    };
+    let [single, bare] = measure_bare()?;
     context.output.note("measuring the served broker");
     let load = block_on(until_interrupted(measure_served(
         arguments, context, &config,
     )))??;
+    let [single_after, bare_after] = measure_bare()?;
+    let (single, bare) = (single.and(single_after), bare.and(bare_after));
     let mut fields = vec![
         ("rsa_bits", json!(rsa_bits)),
         ("connections", json!(arguments.connections)),
+        ("rate", json!(arguments.rate)),
         ("tls_connections", json!(load.channels)),
         ("token_threads", json!(threads)),
     ];
@@ -103,6 +115,7 @@ async fn measure_served(
         timeout: arguments.connection.timeout(),
         connections: arguments.connections,
         users: arguments.users,
+        rate: arguments.rate,
         warm_up: Duration::from_secs(arguments.warm_up),
         duration: Duration::from_secs(arguments.seconds),
         front: broker.pid,

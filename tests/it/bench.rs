@@ -85,6 +85,27 @@ fn both_measurements_are_made_and_put_side_by_side() {
 }
 
 #[test]
+fn callers_can_be_held_back() {
+    let site = site();
+    let slowly = [
+        "--seconds",
+        "2",
+        "--warm-up",
+        "0",
+        "--rate",
+        "10",
+        "-o",
+        "json",
+    ];
+    let finished = Finished::from(bench(&site, "releaser", &slowly).output().unwrap());
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    let figures: Value = serde_json::from_str(&finished.stdout).unwrap();
+    let operations = figures["operations"].as_u64().unwrap();
+    assert!((1..=25).contains(&operations), "{figures:#}");
+    assert_eq!(figures["rate"], 10);
+}
+
+#[test]
 fn a_certificate_that_may_not_enrol_is_an_answer_not_a_figure() {
     let site = site();
     let measure = ["--seconds", "1", "--warm-up", "0"];

@@ -53,6 +53,15 @@ impl Bare {
         }
     }
 
+    /// Both measurements as one.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            operations: self.operations.saturating_add(other.operations),
+            seconds: self.seconds + other.seconds,
+            cpu_ms: self.cpu_ms + other.cpu_ms,
+        }
+    }
+
     pub(super) fn ops_per_s(&self) -> f64 {
         f64::from(self.operations) / self.seconds
     }

@@ -11,7 +11,10 @@ use std::{
 
 use aws_lc_rs::hmac;
 use hdrhistogram::Histogram;
-use tokio::task::JoinSet;
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, interval_at},
+};
 use tonic::{
     Code, Request,
     transport::{Channel, Endpoint},
@@ -47,12 +50,24 @@ pub(super) struct Plan {
     pub(super) timeout: Duration,
     pub(super) connections: u32,
     pub(super) users: u32,
+    /// Calls a second at most, all callers together.
+    pub(super) rate: Option<u32>,
     pub(super) warm_up: Duration,
     pub(super) duration: Duration,
     /// Process id of the front.
     pub(super) front: u32,
     /// Its status listener.
     pub(super) status: SocketAddr,
+}
+
+impl Plan {
+    /// When a caller begins, and the time from one call of it to the next. The callers begin one after another, so that
+    /// their calls do not come all at once.
+    fn pace(&self, number: u32) -> Option<(tokio::time::Instant, Duration)> {
+        let pace = Duration::from_secs(1) * self.connections / self.rate?;
+        let first = tokio::time::Instant::now() + pace * number / self.connections;
+        Some((first, pace))
+    }
 }
 
 /// What was measured.
@@ -163,6 +178,7 @@ pub(super) async fn run(plan: &Plan) -> Result<Measured, Failure> {
                 .unwrap_or(0),
                 users: Arc::clone(&users),
                 timeout: plan.timeout,
+                pace: plan.pace(number),
                 measuring: Arc::clone(&measuring),
                 stop: Arc::clone(&stop),
             }
@@ -237,6 +253,8 @@ struct Caller {
     next: usize,
     users: Arc<[Enrolled]>,
     timeout: Duration,
+    /// When to begin, and the time from one call to the next.
+    pace: Option<(tokio::time::Instant, Duration)>,
     measuring: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
 }
@@ -244,7 +262,15 @@ struct Caller {
 impl Caller {
     async fn run(mut self) -> Result<Seen, Failure> {
         let mut seen = Seen::new()?;
+        let mut ticks = self.pace.map(|(first, pace)| interval_at(first, pace));
+        if let Some(ticks) = &mut ticks {
+            // A late call does not make those after it come in a burst.
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         while !self.stop.load(Ordering::Relaxed) {
+            if let Some(ticks) = &mut ticks {
+                ticks.tick().await;
+            }
             self.next = (self.next + 1) % self.users.len();
             let began = Instant::now();
             let counted = self.measuring.load(Ordering::Relaxed);

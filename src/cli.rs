@@ -84,8 +84,18 @@ struct Context {
 }
 
 impl Context {
-    /// The configuration, read when a command needs it.
+    /// The configuration, read and checked when a command needs it.
     fn config(&self) -> Result<Config, Failure> {
+        let config = self.config_as_written()?;
+        let problems = config.problems_for_commands();
+        if problems.is_empty() {
+            return Ok(config);
+        }
+        Err(self.bad_config(&problems))
+    }
+
+    /// The configuration, for commands that say what is wrong with it themselves.
+    fn config_as_written(&self) -> Result<Config, Failure> {
         Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
     }
 
@@ -99,11 +109,6 @@ impl Context {
             .all(|(name, value)| env::var_os(name).is_some_and(|have| have == value.as_str()))
         {
             return Ok(config);
-        }
-        // Such a name would be missing again each time this begins again.
-        let problems = config.environment_problems();
-        if !problems.is_empty() {
-            return Err(self.bad_config(&problems));
         }
         let program = env::current_exe().map_err(|error| {
             Failure::new(Exit::Internal, format!("no path of our own: {error}"))

@@ -50,7 +50,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         }
         Command::Show { directory, last } => {
             let lines = audit::tail(&resolve(directory.as_ref(), context)?, *last)?;
-            context.output.text(&lines.join("\n"))
+            context.output.json_lines(&lines)
         }
     }
 }

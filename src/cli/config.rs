@@ -16,7 +16,7 @@ pub(super) enum Command {
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
-    let config = context.config()?;
+    let config = context.config_as_written()?;
     match command {
         Command::Check => {
             let mut problems = config.problems();

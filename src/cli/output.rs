@@ -80,6 +80,22 @@ impl Output {
         self.text(&text)
     }
 
+    /// Lines that are JSON themselves: as they are, because their hashes depend on every byte, or as one array.
+    pub(super) fn json_lines(self, lines: &[String]) -> Result<(), Failure> {
+        if !self.is_json() {
+            return self.text(&lines.join("\n"));
+        }
+        let parsed: Result<Vec<Value>, _> = lines
+            .iter()
+            .map(|line| serde_json::from_str(line))
+            .collect();
+        let parsed = parsed.map_err(|error| {
+            let what = format!("a line of the log is not JSON: {error}");
+            Failure::new(Exit::Verification, what).hint("`-o table` shows the lines as they are")
+        })?;
+        self.json(&Value::Array(parsed))
+    }
+
     /// A text and a line end.
     pub(super) fn text(self, text: &str) -> Result<(), Failure> {
         self.bytes(format!("{text}\n").as_bytes())

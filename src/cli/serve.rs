@@ -19,7 +19,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure> {
-    let config = context.config()?;
+    let config = context.config_as_written()?;
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));

@@ -13,16 +13,24 @@ use super::Config;
 impl Config {
     /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        self.check_token(&mut problems);
-        self.check_paths(&mut problems);
-        self.check_limits(&mut problems);
+        let mut problems = self.problems_for_commands();
+        self.check_selection(&mut problems);
         self.check_doors(&mut problems);
         self.check_principals(&mut problems);
         problems
     }
 
-    fn check_token(&self, problems: &mut Vec<String>) {
+    /// What is wrong for any command. A token can be initialised, and keys made on it, before there is a PIN file, a
+    /// certificate or a principal.
+    pub fn problems_for_commands(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        self.check_token(&mut problems);
+        self.check_paths(&mut problems);
+        self.check_limits(&mut problems);
+        problems
+    }
+
+    fn check_selection(&self, problems: &mut Vec<String>) {
         let token = &self.token;
         let selectors = [&token.label, &token.serial, &token.uri];
         if selectors
@@ -43,6 +51,10 @@ impl Config {
                     .to_owned(),
             );
         }
+    }
+
+    fn check_token(&self, problems: &mut Vec<String>) {
+        let token = &self.token;
         let mut range = |name: &str, value: usize, range: RangeInclusive<usize>| {
             if !range.contains(&value) {
                 problems.push(format!(
@@ -65,8 +77,9 @@ impl Config {
         }
     }
 
-    /// Names and values that no environment can hold.
-    pub fn environment_problems(&self) -> Vec<String> {
+    /// Names and values that no environment can hold. A command that begins again with the module's environment would do so
+    /// for ever.
+    fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
         };

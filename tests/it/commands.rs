@@ -122,3 +122,81 @@ fn a_closed_pipe_is_no_failure() {
         .unwrap();
     assert!(output.status.success(), "{output:?}");
 }
+
+/// What is wrong for every command is said by every command, before it touches anything.
+#[test]
+fn no_command_works_with_a_bad_configuration() {
+    let site = Site::without_keys(Options::default());
+    for (good, bad, words) in [
+        ("workers = 1", "workers = 0", "`workers` is 0"),
+        ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
+        ("sqlite:/", "sqlite:", "absolute path"),
+    ] {
+        site.write_configuration(|text| *text = text.replace(good, bad));
+        for command in [
+            &["token", "list"][..],
+            &["key", "generate"],
+            &["store", "migrate"],
+            &["serve"],
+        ] {
+            let finished = site.run(command);
+            assert_eq!(finished.code, Some(3), "{command:?}: {finished:#?}");
+            assert!(
+                finished.stderr.contains(words),
+                "{command:?}: {finished:#?}"
+            );
+        }
+    }
+    assert!(!site.audit_directory().exists());
+}
+
+#[test]
+fn an_edited_log_does_not_verify() {
+    let site = Site::fresh(Options::default());
+    let log = fs::read_dir(site.audit_directory()).unwrap().next();
+    let log = log.unwrap().unwrap().path();
+    let directory = log.to_str().unwrap();
+    let verified = json(&site.expect_ok(&["audit", "verify", directory, "-o", "json"]));
+    assert_eq!(verified["problems"], 0);
+    let shown = json(&site.expect_ok(&["audit", "show", directory, "-o", "json"]));
+    assert_eq!(verified["entries"], shown.as_array().unwrap().len());
+
+    let segment = fs::read_dir(&log)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains("\"outcome\"")))
+        .unwrap();
+    let text = fs::read_to_string(&segment).unwrap();
+    let (first, rest) = text.split_once('\n').unwrap();
+    assert!(first.starts_with('{') && !rest.is_empty());
+    fs::write(&segment, rest).unwrap();
+    let finished = site.run(&["audit", "verify", directory]);
+    assert_eq!(finished.code, Some(12), "{finished:#?}");
+}
+
+#[test]
+fn a_pin_can_come_from_a_descriptor() {
+    let site = Site::without_keys(Options::default());
+    site.expect_ok(&["store", "migrate"]);
+    let with_pin = |pin: &str| {
+        let file = site.folder().join("typed-pin");
+        fs::write(&file, pin).unwrap();
+        let output = site
+            .command(&["token", "check", "--pin-fd", "0"])
+            .stdin(fs::File::open(&file).unwrap())
+            .output()
+            .unwrap();
+        Finished::from(output)
+    };
+    let good = with_pin(&format!("{}\n", site.token.pin()));
+    assert_eq!(good.code, Some(0), "{good:#?}");
+    let wrong = with_pin("no such pin\n");
+    assert_eq!(wrong.code, Some(5), "{wrong:#?}");
+    assert!(!wrong.stderr.contains("no such pin"), "{wrong:#?}");
+    let none = Finished::from(
+        site.command(&["token", "check", "--pin-prompt"])
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(none.code, Some(5), "{none:#?}");
+}

@@ -71,26 +71,10 @@ impl Caller {
             Command::AuditTail { limit } => {
                 let message = proto::TailAuditLogRequest { limit };
                 let tail = answer(service.tail_audit_log(self.request(message))).await?;
-                self.audit_lines(&tail.entries)
+                self.output.json_lines(&tail.entries)
             }
             Command::Health => self.health().await,
         }
-    }
-
-    /// The lines as they are in the log: byte for byte, because their hashes depend on it.
-    fn audit_lines(&self, lines: &[String]) -> Result<(), Failure> {
-        if !self.output.is_json() {
-            return self.output.text(&lines.join("\n"));
-        }
-        let parsed: Result<Vec<Value>, _> = lines
-            .iter()
-            .map(|line| serde_json::from_str(line))
-            .collect();
-        let parsed = parsed.map_err(|error| {
-            let what = format!("the broker sent an audit entry that is not JSON: {error}");
-            Failure::new(Exit::Verification, what)
-        })?;
-        self.output.json(&Value::Array(parsed))
     }
 
     async fn health(&self) -> Result<(), Failure> {

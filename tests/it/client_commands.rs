@@ -244,6 +244,36 @@ fn key_material_comes_from_standard_input_and_from_descriptors() {
     }
 }
 
+/// `script` gives the command a terminal.
+#[test]
+fn key_material_is_not_shown_on_a_terminal_unless_asked_for() {
+    let broker = Broker::start(Options::default());
+    let (file, text) = scratch(&broker, "material");
+    fs::write(&file, b"material of ada").unwrap();
+    let create = ["create", "--user", "ada", "--material-file", &text];
+    expect_ok(&broker, "enroller", &create);
+    let on_terminal = |arguments: &[&str]| {
+        let plain = client(&broker, "releaser", arguments);
+        let words = std::iter::once(plain.get_program()).chain(plain.get_args());
+        let line: Vec<&str> = words.map(|word| word.to_str().unwrap()).collect();
+        let mut terminal = Command::new("script");
+        terminal.args(["-qec", &line.join(" "), "/dev/null"]);
+        Finished::from(terminal.stdin(Stdio::null()).output().unwrap())
+    };
+    for arguments in [
+        &["unwrap", "--user", "ada"][..],
+        &["unwrap", "--user", "ada", "-o", "json"],
+        &["batch-unwrap", "--user", "ada"],
+    ] {
+        let refused = on_terminal(arguments);
+        assert_eq!(refused.code, Some(2), "{refused:#?}");
+        assert!(refused.stdout.contains("--force"), "{refused:#?}");
+    }
+    let forced = on_terminal(&["unwrap", "--user", "ada", "--force"]);
+    assert_eq!(forced.code, Some(0), "{forced:#?}");
+    assert!(forced.stdout.contains("material of ada"), "{forced:#?}");
+}
+
 #[test]
 fn the_control_plane_answers_in_json() {
     let broker = Broker::start(Options::default());

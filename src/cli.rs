@@ -18,6 +18,7 @@ mod client;
 mod config;
 pub mod exit;
 mod key;
+mod manual;
 mod output;
 mod pin;
 mod serve;
@@ -68,6 +69,10 @@ enum Command {
     Client(client::Arguments),
     /// Measure the bare token and the served broker in one run
     Bench(bench::Arguments),
+    /// Print the completion script of a shell
+    Completions(manual::Completions),
+    /// Write the manual pages
+    Man(manual::Manual),
     /// Started by `serve`: holds the vendor's module
     #[command(hide = true)]
     TokenWorker,
@@ -170,6 +175,8 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::Completions(arguments) => manual::completions(&arguments, context),
+        Command::Man(arguments) => manual::manual(&arguments, context),
         Command::TokenBench(arguments) => bench::run_bare(&arguments, context),
         Command::TokenWorker => Err(Failure::new(Exit::Usage, "handled before")),
     }

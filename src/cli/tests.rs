@@ -1,6 +1,9 @@
 //! The command line against its documentation and its promises.
 
+use std::{collections::BTreeSet, fs, process};
+
 use clap::{Arg, ArgAction, CommandFactory as _};
+use clap_complete::Shell;
 
 use super::*;
 
@@ -99,6 +102,92 @@ fn every_command_and_option_says_what_it_is_for() {
                 argument.get_help().is_some(),
                 "{name}: {}",
                 argument.get_id()
+            );
+        }
+    }
+}
+
+/// A page for every command that a person can call and every group of them, and for no hidden one.
+#[test]
+fn every_command_has_a_manual_page() {
+    let folder = tempfile::tempdir().unwrap();
+    manual::write_pages(folder.path()).unwrap();
+    let mut expected = BTreeSet::from(["keybroker.1".to_owned()]);
+    for (name, command) in commands() {
+        let words: Vec<&str> = name.split(' ').collect();
+        for end in 1..=words.len() {
+            expected.insert(format!("keybroker-{}.1", words[..end].join("-")));
+        }
+        let page = folder
+            .path()
+            .join(format!("keybroker-{}.1", name.replace(' ', "-")));
+        let page = fs::read_to_string(page).unwrap();
+        for argument in command.get_arguments() {
+            let Some(long) = argument.get_long() else {
+                continue;
+            };
+            let escaped = format!("\\-\\-{}", long.replace('-', "\\-"));
+            assert!(page.contains(&escaped), "{name}: no {escaped}");
+        }
+    }
+    let written: BTreeSet<String> = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(written, expected);
+}
+
+#[test]
+fn completions_name_every_command_and_no_hidden_one() {
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let script = String::from_utf8(manual::script(shell)).unwrap();
+        for (name, _) in commands() {
+            for word in name.split(' ') {
+                assert!(script.contains(word), "{shell}: {name}");
+            }
+        }
+        for hidden in ["token-worker", "token-bench"] {
+            assert!(!script.contains(hidden), "{shell}: {hidden}");
+        }
+    }
+}
+
+/// The shell itself, with the script: what it offers after each group is exactly what the group has.
+#[test]
+fn bash_offers_each_command_of_each_group() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("keybroker.bash");
+    fs::write(&script, manual::script(Shell::Bash)).unwrap();
+    for (group, words) in [
+        (
+            "",
+            &["serve", "token", "store", "config", "completions", "man"][..],
+        ),
+        ("token ", &["list", "init", "check", "backup-confirmed"]),
+        ("config ", &["check", "show"]),
+        ("client ", &["unwrap", "create", "health"]),
+    ] {
+        let program = format!(
+            "source {script}; COMP_WORDS=(keybroker {group}''); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+             _keybroker keybroker '' {last}; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            script = script.display(),
+            last = group
+                .split(' ')
+                .next()
+                .filter(|word| !word.is_empty())
+                .unwrap_or("keybroker"),
+        );
+        let output = process::Command::new("bash")
+            .args(["--norc", "-c", &program])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let offered = String::from_utf8(output.stdout).unwrap();
+        let offered: Vec<&str> = offered.lines().collect();
+        for word in words {
+            assert!(
+                offered.contains(word),
+                "{group}: {word} is not in {offered:?}"
             );
         }
     }

@@ -1,0 +1,73 @@
+//! `keybroker completions` and `keybroker man`: made from the command definitions, so they cannot say anything else.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, Command, CommandFactory as _};
+use clap_complete::Shell;
+
+use super::{
+    Cli, Context,
+    exit::{Exit, Failure},
+};
+
+const NAME: &str = "keybroker";
+
+#[derive(Args, Debug)]
+pub(super) struct Completions {
+    /// Shell to complete for
+    shell: Shell,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Manual {
+    /// Folder to write the pages to, one for each command; made if it is missing
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Writes the completion script to standard output.
+pub(super) fn completions(arguments: &Completions, context: &Context) -> Result<(), Failure> {
+    context.output.bytes(&script(arguments.shell))
+}
+
+/// The completion script of a shell.
+pub(super) fn script(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut visible(&Cli::command()), NAME, &mut script);
+    script
+}
+
+/// The command without its hidden subcommands, which the generators of completions would show.
+fn visible(command: &Command) -> Command {
+    Command::new(command.get_name().to_owned())
+        .about(command.get_about().cloned().unwrap_or_default())
+        .args(command.get_arguments().filter(|a| !a.is_hide_set()))
+        .subcommands(
+            command
+                .get_subcommands()
+                .filter(|inner| !inner.is_hide_set())
+                .map(visible),
+        )
+}
+
+/// Writes `keybroker.1` and a page for each visible command.
+pub(super) fn manual(arguments: &Manual, context: &Context) -> Result<(), Failure> {
+    let folder = &arguments.out;
+    write_pages(folder).map_err(|error| {
+        let what = format!("cannot write pages to {}: {error}", folder.display());
+        Failure::new(Exit::Usage, what)
+    })?;
+    let first = folder.join("keybroker.1");
+    context
+        .output
+        .note(&format!("read with `man -l {}`", first.display()));
+    Ok(())
+}
+
+pub(super) fn write_pages(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    clap_mangen::generate_to(Cli::command(), folder)
+}

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 mod listener;
+mod notify;
 mod run;
 mod status;
 mod tls;

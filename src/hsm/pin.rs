@@ -13,10 +13,11 @@ use std::{
 use cryptoki::types::AuthPin;
 use zeroize::Zeroizing;
 
+use crate::hardening;
+
 /// Longest PIN, in bytes.
 const PIN_BYTES_MAX: usize = 255;
 
-const READABLE_BY_OTHERS: u32 = 0o077;
 const CREDENTIALS_PREFIX: &str = "$CREDENTIALS_DIRECTORY/";
 
 /// A PIN of a token.
@@ -44,7 +45,7 @@ impl Pin {
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
 
-    /// From a file that nobody but its owner can read. The owner is this user or root.
+    /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
     pub fn from_file(path: &Path) -> Result<Self, String> {
         let path = resolve(path)?;
         let shown = path.display();
@@ -53,12 +54,11 @@ impl Pin {
         let meta = file
             .metadata()
             .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
-        // systemd mounts credentials read-only for the service alone, with mode 0440 where ACLs are used.
-        let mode = meta.mode() & 0o7777;
-        if mode & READABLE_BY_OTHERS != 0 && !is_credential(&path) {
+        if hardening::is_open_to_others(&meta) {
             return Err(format!(
-                "the PIN file {shown} has mode {mode:04o}: others can read it; run `chmod 600 {shown}`, \
-                 and change the PIN if others may have read it"
+                "the PIN file {shown} has mode {:04o}: others can read it; run `chmod 600 {shown}`, \
+                 and change the PIN if others may have read it",
+                meta.mode() & 0o7777
             ));
         }
         let ours = rustix::process::geteuid().as_raw();
@@ -108,10 +108,6 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf, String> {
             .to_owned()
     })?;
     Ok(Path::new(&directory).join(name))
-}
-
-fn is_credential(path: &Path) -> bool {
-    env::var_os("CREDENTIALS_DIRECTORY").is_some_and(|directory| path.starts_with(directory))
 }
 
 #[cfg(test)]

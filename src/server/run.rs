@@ -36,7 +36,7 @@ use crate::{
 use super::{
     Door, ListenerSettings,
     listener::{Listener, Shared},
-    status,
+    notify, status,
     tls::Tls,
 };
 
@@ -68,8 +68,10 @@ pub async fn run(
     if let Some(path) = &ready_file {
         started.write_ready_file(path)?;
     }
+    let manager = notify::Manager::serving(started.status_address);
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping");
+    manager.stopping();
     tokio::select! {
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
@@ -243,13 +245,20 @@ impl Server {
         self.background.spawn(async move {
             let mut ticks = time::interval(TLS_INTERVAL);
             loop {
-                tokio::select! {
+                let asked = tokio::select! {
                     () = stop.cancelled() => return,
-                    _ = hangup.recv() => tracing::info!("SIGHUP: looking at the TLS files"),
-                    _ = ticks.tick() => {}
+                    _ = hangup.recv() => true,
+                    _ = ticks.tick() => false,
+                };
+                if asked {
+                    tracing::info!("SIGHUP: looking at the TLS files");
+                    notify::reloading();
                 }
                 for one in &tls {
                     one.reload();
+                }
+                if asked {
+                    notify::reloaded();
                 }
             }
         });
@@ -437,6 +446,7 @@ async fn watch_health(broker: Arc<Broker>, reporter: HealthReporter, stop: Cance
             continue;
         }
         tracing::info!(user_keys = health.user_keys, control = health.control, detail = %health.detail, "health");
+        notify::health(&health.detail);
         let status = |good| {
             if good {
                 ServingStatus::Serving

@@ -21,11 +21,10 @@ use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::call::Timestamp;
+use crate::{call::Timestamp, hardening};
 
 use super::{ClientCertificates, TlsSettings};
 
-const READABLE_BY_OTHERS: u32 = 0o077;
 const SECONDS_PER_DAY: i64 = 86_400;
 /// A certificate with less than this left is worth a warning.
 const WARN_DAYS: i64 = 30;
@@ -221,8 +220,8 @@ fn to_array(bytes: &[u8]) -> [u8; 32] {
 fn check_mode(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| format!("cannot read {shown}: {error}"))?;
-    let mode = meta.mode() & 0o777;
-    if mode & READABLE_BY_OTHERS != 0 {
+    if hardening::is_open_to_others(&meta) {
+        let mode = meta.mode() & 0o777;
         return Err(format!(
             "the private key {shown} has mode {mode:03o}: others can read it; run `chmod 600 {shown}`, \
              and replace the key if others may have read it"

@@ -20,6 +20,7 @@ mod pki;
 mod process;
 mod recovery;
 mod rows;
+mod service_manager;
 mod site;
 mod softhsm;
 mod start_refused;

@@ -58,7 +58,8 @@ impl Broker {
         })
     }
 
-    fn start_as(site: Arc<Site>, command: impl FnOnce(&Site) -> Command) -> Self {
+    /// Starts by another command than [`Site::serve`], such as that with more in its environment.
+    pub(crate) fn start_as(site: Arc<Site>, command: impl FnOnce(&Site) -> Command) -> Self {
         let mut child = site.spawn(command(&site));
         let deadline = Instant::now() + PATIENCE;
         let addresses = loop {

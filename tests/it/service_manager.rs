@@ -1,0 +1,150 @@
+//! What the broker tells systemd, read from a real datagram socket as systemd would.
+
+use std::{
+    fs,
+    os::unix::net::UnixDatagram,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+
+use crate::{
+    process::{Broker, PATIENCE, send, until},
+    site::{Options, Site},
+};
+
+/// Short, so that a test sees many pings; far above what a busy machine delays one by.
+const WATCHDOG: Duration = Duration::from_secs(3);
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// The receiving end of `NOTIFY_SOCKET`.
+struct Manager {
+    socket: UnixDatagram,
+    folder: tempfile::TempDir,
+}
+
+impl Manager {
+    fn listen() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        Self { socket, folder }
+    }
+
+    fn address(&self) -> std::path::PathBuf {
+        self.folder.path().join("notify")
+    }
+
+    fn start(&self, site: &Arc<Site>) -> Broker {
+        Broker::start_as(Arc::clone(site), |site| {
+            let mut command = site.serve();
+            command
+                .env("NOTIFY_SOCKET", self.address())
+                .env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string());
+            command
+        })
+    }
+
+    /// The next message, if one comes in time.
+    fn next(&self, patience: Duration) -> Option<String> {
+        let mut buffer = [0; 4_096];
+        self.socket.set_read_timeout(Some(patience)).unwrap();
+        let length = self.socket.recv(&mut buffer).ok()?;
+        Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
+    }
+
+    /// Everything that waits to be read.
+    fn drain(&self) -> Vec<String> {
+        std::iter::from_fn(|| self.next(Duration::from_millis(1))).collect()
+    }
+
+    /// Reads until a message has the line.
+    fn expect(&self, line: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = Vec::new();
+        while Instant::now() < deadline {
+            if let Some(message) = self.next(Duration::from_millis(100)) {
+                if message.lines().any(|one| one == line) {
+                    return message;
+                }
+                seen.push(message);
+            }
+        }
+        panic!("no {line}; there was {seen:?}");
+    }
+}
+
+#[test]
+fn the_manager_hears_of_ready_reload_and_stop() {
+    let manager = Manager::listen();
+    let site = Arc::new(Site::fresh(Options::default()));
+    let broker = manager.start(&site);
+    manager.expect("READY=1");
+    manager.expect("STATUS=serving");
+    // The doors were open before it said so.
+    assert!(site.ready_file().exists());
+    std::net::TcpStream::connect(broker.grpc).unwrap();
+
+    broker.signal(Signal::HUP);
+    let reloading = manager.expect("RELOADING=1");
+    assert!(reloading.contains("\nMONOTONIC_USEC="), "{reloading}");
+    manager.expect("READY=1");
+
+    let (_, status) = broker.stop();
+    assert!(status.success(), "{status}");
+    manager.expect("STOPPING=1");
+    assert!(!manager.drain().iter().any(|m| m.contains("READY=1")));
+}
+
+/// A broker that is stopped by a debugger, a full machine or a deadlock answers no probe; a token that is away is another
+/// matter.
+#[test]
+fn the_watchdog_is_fed_by_the_process_and_not_by_the_token() {
+    let manager = Manager::listen();
+    let site = Arc::new(Site::fresh(Options::default()));
+    let broker = manager.start(&site);
+    for _ in 0..3 {
+        manager.expect("WATCHDOG=1");
+    }
+
+    send(broker.pid(), Signal::STOP);
+    manager.drain();
+    assert_eq!(manager.next(INTERVAL * 2), None);
+    send(broker.pid(), Signal::CONT);
+    manager.expect("WATCHDOG=1");
+
+    let tokens = site.token.directory();
+    let away = tokens.with_extension("away");
+    fs::rename(&tokens, &away).unwrap();
+    until("the broker to notice", || {
+        site.log().contains("token-down").then_some(())
+    });
+    manager.drain();
+    for _ in 0..3 {
+        manager.expect("WATCHDOG=1");
+    }
+    fs::rename(&away, &tokens).unwrap();
+}
+
+/// Nobody listens, or nobody ever did: the broker serves all the same.
+#[test]
+fn a_manager_that_is_gone_stops_nothing() {
+    let manager = Manager::listen();
+    let site = Arc::new(Site::fresh(Options::default()));
+    let broker = manager.start(&site);
+    manager.expect("READY=1");
+    let gone: &Path = &manager.address();
+    fs::remove_file(gone).unwrap();
+    drop(manager);
+    until("a ping that nobody hears", || {
+        site.log()
+            .contains("the service manager was not told")
+            .then_some(())
+    });
+    thread::sleep(INTERVAL);
+    std::net::TcpStream::connect(broker.grpc).unwrap();
+    let (_, status) = broker.stop();
+    assert!(status.success(), "{status}");
+}

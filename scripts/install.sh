@@ -14,6 +14,7 @@ PARTS=(
   "softhsm2-util softhsm2"
   "pkcs11-tool opensc"
   "shellcheck shellcheck"
+  "systemd-analyze systemd"
 )
 
 fail() {

@@ -1,13 +1,14 @@
 //! The gRPC door: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
 use axum::Router;
+use tokio::sync::Semaphore;
 use tonic::{Request, Status, service::Routes};
 
 use crate::{
     broker::Broker,
-    call::Call,
+    call::{Call, CallId},
     error::{Error, Reason},
     principal::{Action, Principal},
     proto::{
@@ -19,9 +20,14 @@ use crate::{
 mod control;
 mod convert;
 mod edge;
+mod ending;
+mod method;
 mod page;
 mod status;
+mod timeout;
 mod user_keys;
+
+pub use edge::Surroundings;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
@@ -35,16 +41,26 @@ pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 #[derive(Clone, Debug)]
 pub struct Caller {
     peer: SocketAddr,
-    principal: Arc<Result<Principal, Error>>,
+    principal: Result<Arc<Principal>, Arc<Error>>,
+    /// Places for the calls of this connection.
+    calls: Arc<Semaphore>,
+    calls_max: usize,
 }
 
 impl Caller {
-    /// A peer, and what authentication said of it.
-    pub fn new(peer: SocketAddr, principal: Result<Principal, Error>) -> Self {
+    /// A peer, what authentication said of it, and how many calls it may have under way.
+    pub fn new(peer: SocketAddr, principal: Result<Principal, Error>, calls_max: usize) -> Self {
         Self {
             peer,
-            principal: Arc::new(principal),
+            principal: principal.map(Arc::new).map_err(Arc::new),
+            calls: Arc::new(Semaphore::new(calls_max)),
+            calls_max,
         }
+    }
+
+    /// Whether no call of the connection is under way.
+    pub fn is_idle(&self) -> bool {
+        self.calls.available_permits() == self.calls_max
     }
 }
 
@@ -59,13 +75,8 @@ pub struct Services {
     pub reflection: bool,
 }
 
-/// The routes of a listener. Every call gets a deadline of at most `call_timeout_max`.
-pub fn routes<H>(
-    broker: &Arc<Broker>,
-    services: Services,
-    health: H,
-    call_timeout_max: Duration,
-) -> Result<Router, String>
+/// The routes of a listener.
+pub fn routes<H>(around: Surroundings, services: Services, health: H) -> Result<Router, String>
 where
     H: tower::Service<
             http::Request<tonic::body::Body>,
@@ -78,6 +89,7 @@ where
         + 'static,
     H::Future: Send + 'static,
 {
+    let broker = &around.broker;
     let mut routes = Routes::new(health);
     if services.user_keys {
         let service = user_keys::UserKeys::new(Arc::clone(broker));
@@ -102,45 +114,24 @@ where
             .map_err(|error| error.to_string())?;
         routes = routes.add_service(v1).add_service(alpha);
     }
-    Ok(edge::wrap(
-        routes.prepare().into_axum_router(),
-        call_timeout_max,
-    ))
+    Ok(edge::wrap(routes.prepare().into_axum_router(), around))
 }
 
-/// An authenticated call under way.
+/// An authenticated call under way. Only the edge makes one, after it has asked who calls.
+#[derive(Clone, Debug)]
 struct Entered {
-    principal: Principal,
+    principal: Arc<Principal>,
     call: Call,
 }
 
 impl Entered {
-    /// Takes a call in: who, since when, until when. The one place where a gRPC call gets its principal.
-    fn new<T>(broker: &Broker, request: &Request<T>) -> Result<Self, Status> {
-        let extensions = request.extensions();
-        let call = extensions.get::<edge::Ticket>().cloned();
-        let caller = extensions.get::<Caller>();
-        let (Some(ticket), Some(caller)) = (call, caller) else {
-            return Err(Status::internal(
-                "a call that did not come through the edge",
-            ));
-        };
-        let call = Call {
-            id: ticket.id,
-            peer: caller.peer.to_string(),
-            deadline: ticket.deadline,
-        };
-        match caller.principal.as_ref() {
-            Ok(principal) => Ok(Self {
-                principal: principal.clone(),
-                call,
-            }),
-            Err(error) => {
-                broker.note_refusal(caller.peer.ip(), Reason::Credential);
-                tracing::info!(call_id = %call.id, peer = %call.peer, %error, "call refused");
-                Err(status::to_status(error, call.id))
-            }
-        }
+    /// What the edge has found out about the caller.
+    fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        let entered = request.extensions().get::<Self>().cloned();
+        entered.ok_or_else(|| {
+            let error = Error::new(Reason::Bug, "a call that did not come through the edge");
+            status::to_status(&error, CallId::fresh())
+        })
     }
 
     /// The parsed request, or its refusal, audited.

@@ -4,11 +4,15 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod descriptors;
+mod handshake;
 mod listener;
 mod notify;
+mod opening;
 mod run;
 mod status;
 mod tls;
+mod watch;
 
 pub use run::run;
 

@@ -35,6 +35,20 @@ pub fn init_logs(json: bool, default_filter: &str) {
     }
 }
 
+/// Logs panics by their place and never by their message, which may hold what a caller has sent.
+pub fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        let thread = std::thread::current();
+        tracing::error!(
+            alarm = "bug",
+            place = place.as_deref().unwrap_or("unknown"),
+            thread = thread.name().unwrap_or("unnamed"),
+            "panic"
+        );
+    }));
+}
+
 /// Installs the recorder that `/metrics` renders.
 pub fn init_metrics() -> Result<PrometheusHandle, String> {
     PrometheusBuilder::new()

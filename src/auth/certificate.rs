@@ -1,12 +1,20 @@
 //! What a verified client certificate says: its names. The chain was checked in the handshake; here it is only read.
 
+use std::{collections::BTreeSet, time::Duration};
+
 use rustls_pki_types::CertificateDer;
 use x509_parser::{extensions::GeneralName, prelude::*};
+
+use crate::call::Timestamp;
+
+const MICROS_PER_SECOND: i64 = 1_000_000;
 
 /// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used: it has no type and no rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
-    sans: Vec<String>,
+    sans: BTreeSet<String>,
+    /// Last moment of its validity.
+    until: Timestamp,
 }
 
 impl PeerCertificate {
@@ -17,7 +25,7 @@ impl PeerCertificate {
         let names = certificate
             .subject_alternative_name()
             .map_err(|error| format!("the client certificate's SAN does not parse: {error}"))?;
-        let sans = names.map_or_else(Vec::new, |names| {
+        let sans = names.map_or_else(BTreeSet::new, |names| {
             names
                 .value
                 .general_names
@@ -29,11 +37,24 @@ impl PeerCertificate {
                 })
                 .collect()
         });
-        Ok(Self { sans })
+        let until = certificate.validity().not_after.timestamp();
+        Ok(Self {
+            sans,
+            until: Timestamp::from_micros(until.saturating_mul(MICROS_PER_SECOND)),
+        })
     }
 
-    /// The names.
-    pub fn sans(&self) -> &[String] {
+    /// The names, each once.
+    pub fn sans(&self) -> &BTreeSet<String> {
         &self.sans
+    }
+
+    /// How long it is valid from now.
+    pub fn remaining(&self) -> Duration {
+        let micros = self
+            .until
+            .micros()
+            .saturating_sub(Timestamp::now().micros());
+        Duration::from_micros(u64::try_from(micros).unwrap_or(0))
     }
 }

@@ -37,7 +37,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::ListWrappingKeysRequest>,
     ) -> Result<Response<proto::ListWrappingKeysResponse>, Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let keys = self
             .broker
             .wrapping_keys(&entered.principal, &entered.call)
@@ -52,7 +52,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::GetWrappingKeyRequest>,
     ) -> Result<Response<proto::GetWrappingKeyResponse>, Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let id = WrappingKeyId::from_slice(&request.get_ref().id)
             .ok_or_else(|| Error::violation("id", "16 bytes"));
         let id = entered
@@ -76,7 +76,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::GetTokenStateRequest>,
     ) -> Result<Response<proto::GetTokenStateResponse>, Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let state = self
             .broker
             .token_state(&entered.principal, &entered.call)
@@ -89,7 +89,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::TailAuditLogRequest>,
     ) -> Result<Response<proto::TailAuditLogResponse>, Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let limit = match request.get_ref().limit {
             0 => Ok(TAIL_DEFAULT),
             limit if limit <= TAIL_MAX => Ok(limit),

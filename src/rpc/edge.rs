@@ -1,63 +1,165 @@
-//! What happens around every call: its id, its deadline, its panics, and the statuses that tonic makes by itself.
+//! What happens around every call: its id, who calls, its deadline, its panics, and the statuses that tonic makes by
+//! itself.
+//!
+//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit entry.
+//! It keeps its place among the calls of its connection until then, so that hanging up buys nobody more work than
+//! waiting does.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
-use std::{panic::AssertUnwindSafe, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
     body::Body,
     extract::Request,
-    http::{HeaderMap, Response},
+    http::Response,
     middleware::{self, Next},
 };
-use futures_util::FutureExt as _;
-use tonic::Code;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Code, Status};
 
 use crate::{
-    call::{CallId, Deadline},
+    broker::Broker,
+    call::{Call, CallId, Deadline},
     error::{Error, Reason},
 };
 
-use super::status;
+use super::{Caller, Entered, ending, method, status, timeout};
 
-const TIMEOUT_HEADER: &str = "grpc-timeout";
 const STATUS_HEADER: &str = "grpc-status";
+const MESSAGE_HEADER: &str = "grpc-message";
 const DETAILS_HEADER: &str = "grpc-status-details-bin";
-/// `grpc-timeout` has at most eight digits (gRPC over HTTP/2).
-const TIMEOUT_DIGITS_MAX: usize = 8;
 
-/// Given to every call before any handler sees it.
+/// What calls need besides their messages.
 #[derive(Clone, Debug)]
-pub(super) struct Ticket {
-    pub(super) id: CallId,
-    pub(super) deadline: Deadline,
+pub struct Surroundings {
+    /// Where every call ends.
+    pub broker: Arc<Broker>,
+    /// Deadline of a call that brings none, and the longest one accepted.
+    pub call_timeout_max: Duration,
+    /// Calls under way, also those whose callers have gone.
+    pub calls: TaskTracker,
+    /// Ends the streams that would never end by themselves.
+    pub stop: CancellationToken,
 }
 
-pub(super) fn wrap(routes: Router, call_timeout_max: Duration) -> Router {
-    routes.layer(middleware::from_fn(move |request, next| {
-        run(request, next, call_timeout_max)
-    }))
+pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
+    let edge = middleware::from_fn(move |request, next| {
+        let around = around.clone();
+        async move { around.run(request, next).await }
+    });
+    // Around one fallback: axum adds a header to the answers of known routes alone, which would tell a stranger what
+    // there is.
+    Router::new().fallback_service(routes).layer(edge)
 }
 
-async fn run(mut request: Request, next: Next, call_timeout_max: Duration) -> Response<Body> {
-    let id = CallId::fresh();
-    let timeout = match timeout(request.headers()) {
-        Ok(wanted) => wanted.map_or(call_timeout_max, |wanted| wanted.min(call_timeout_max)),
-        Err(error) => return answer(&error, id),
-    };
-    let deadline = Deadline::after(timeout);
-    // tonic has a timer of its own, which would answer CANCELLED where the caller must read DEADLINE_EXCEEDED.
-    request.headers_mut().remove(TIMEOUT_HEADER);
-    request.extensions_mut().insert(Ticket { id, deadline });
-    let work = AssertUnwindSafe(next.run(request)).catch_unwind();
-    match tokio::time::timeout_at(deadline.instant().into(), work).await {
-        Ok(Ok(response)) => remap(response, id),
-        Ok(Err(_)) => {
-            tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
-            answer(&Error::new(Reason::Bug, "a handler panicked"), id)
+impl Surroundings {
+    async fn run(self, mut request: Request, next: Next) -> Response<Body> {
+        let id = CallId::fresh();
+        let Some(caller) = request.extensions_mut().remove::<Caller>() else {
+            return answer(&Error::new(Reason::Bug, "a call without a connection"), id);
+        };
+        // Health is for load balancers, which have no principal. Everything else is for callers we know, and nobody
+        // else learns even which methods there are.
+        let principal = match &caller.principal {
+            Ok(principal) => Some(Arc::clone(principal)),
+            Err(_) if method::is_health(request.uri().path()) => None,
+            Err(error) => return self.refuse(&caller, error, id),
+        };
+        let wanted = timeout::take(request.headers_mut());
+        let timeout = wanted.as_ref().ok().copied().flatten();
+        let timeout = timeout.unwrap_or(self.call_timeout_max);
+        let call = Call {
+            id,
+            peer: caller.peer.to_string(),
+            deadline: Deadline::after(timeout.min(self.call_timeout_max)),
+        };
+        let deadline = call.deadline.instant();
+        let entered = principal.map(|principal| Entered { principal, call });
+        if let Err(error) = wanted {
+            let error = self.malformed(entered.as_ref(), request.uri().path(), error);
+            return answer(&error.await, id);
         }
-        Err(_) => answer(&Error::new(Reason::Deadline, "deadline passed"), id),
+        let work = async {
+            // Never closed; a place is free again soon after one deadline.
+            let place = Arc::clone(&caller.calls).acquire_owned().await.ok();
+            let serving = self.clone().serve(request, next, entered, id);
+            let handle = self.calls.spawn(async move {
+                let response = serving.await;
+                drop(place);
+                response
+            });
+            handle.await
+        };
+        match tokio::time::timeout_at(deadline.into(), work).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(_)) => {
+                tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
+                answer(&Error::new(Reason::Bug, "a handler panicked"), id)
+            }
+            Err(_) => answer(&Error::new(Reason::Deadline, "deadline passed"), id),
+        }
+    }
+
+    fn refuse(&self, caller: &Caller, error: &Error, id: CallId) -> Response<Body> {
+        self.broker.note_refusal(caller.peer.ip(), error.reason());
+        tracing::info!(call_id = %id, peer = %caller.peer, %error, "call refused");
+        answer(error, id)
+    }
+
+    async fn serve(
+        self,
+        mut request: Request,
+        next: Next,
+        entered: Option<Entered>,
+        id: CallId,
+    ) -> Response<Body> {
+        let _under_way = UnderWay::new();
+        let path = request.uri().path().to_owned();
+        if let Some(entered) = &entered {
+            request.extensions_mut().insert(entered.clone());
+        }
+        let response = next.run(request).await;
+        if method::is_stream(&path) && !response.headers().contains_key(STATUS_HEADER) {
+            return response.map(|body| ending::until(body, self.stop));
+        }
+        match Own::of(&response) {
+            Own::No => response,
+            Own::NoMethod => {
+                let text = format!("there is no such method here (call {id})");
+                Status::unimplemented(text).into_http()
+            }
+            Own::Malformed(what) => {
+                let error = Error::violation("message", what);
+                answer(&self.malformed(entered.as_ref(), &path, error).await, id)
+            }
+        }
+    }
+
+    /// The refusal of what nobody parsed further, audited when a principal said it.
+    async fn malformed(&self, entered: Option<&Entered>, path: &str, error: Error) -> Error {
+        let (Some(entered), Some(action)) = (entered, method::action(path)) else {
+            return error;
+        };
+        let Entered { principal, call } = entered;
+        self.broker.malformed(principal, call, action, error).await
+    }
+}
+
+/// Calls under way, counted also when one panics.
+struct UnderWay;
+
+impl UnderWay {
+    fn new() -> Self {
+        metrics::gauge!("keybroker_calls_under_way").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        metrics::gauge!("keybroker_calls_under_way").decrement(1.0);
     }
 }
 
@@ -65,72 +167,30 @@ fn answer(error: &Error, id: CallId) -> Response<Body> {
     status::to_status(error, id).into_http()
 }
 
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
-    let Some(value) = headers.get(TIMEOUT_HEADER) else {
-        return Ok(None);
-    };
-    let parsed = value.to_str().ok().and_then(parse_timeout);
-    parsed.map(Some).ok_or_else(|| {
-        Error::violation(
-            "grpc-timeout",
-            "at most eight digits and one of H M S m u n",
-        )
-    })
+/// A status that tonic made before any handler ran. Ours carry details; its own do not.
+enum Own {
+    No,
+    NoMethod,
+    Malformed(&'static str),
 }
 
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let plain = (1..=TIMEOUT_DIGITS_MAX).contains(&digits.len())
-        && digits.bytes().all(|byte| byte.is_ascii_digit());
-    if !plain {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(number * 3_600)),
-        "M" => Some(Duration::from_secs(number * 60)),
-        "S" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_millis(number)),
-        "u" => Some(Duration::from_micros(number)),
-        "n" => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
-}
-
-/// A refusal that tonic made before any handler ran: a message that is too long, or that is no message. Ours carry
-/// details; these do not.
-fn remap(response: Response<Body>, id: CallId) -> Response<Body> {
-    let headers = response.headers();
-    let Some(code) = headers.get(STATUS_HEADER) else {
-        return response;
-    };
-    if headers.contains_key(DETAILS_HEADER) {
-        return response;
-    }
-    let malformed = match Code::from_bytes(code.as_bytes()) {
-        Code::OutOfRange | Code::ResourceExhausted => "at most 64 KiB",
-        Code::Internal | Code::InvalidArgument | Code::Unknown => {
-            "a protobuf message of this method"
+impl Own {
+    fn of(response: &Response<Body>) -> Self {
+        let headers = response.headers();
+        let Some(code) = headers.get(STATUS_HEADER) else {
+            return Self::No;
+        };
+        if headers.contains_key(DETAILS_HEADER) {
+            return Self::No;
         }
-        _ => return response,
-    };
-    answer(&Error::violation("message", malformed), id)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_are_digits_and_a_unit() {
-        assert_eq!(parse_timeout("100m"), Some(Duration::from_millis(100)));
-        assert_eq!(parse_timeout("1H"), Some(Duration::from_hours(1)));
-        assert_eq!(
-            parse_timeout("99999999n"),
-            Some(Duration::from_nanos(99_999_999))
-        );
-        for bad in ["", "m", "100", "100x", "999999999m", "-1S", "1.5S", "1ä"] {
-            assert_eq!(parse_timeout(bad), None, "{bad:?}");
+        match Code::from_bytes(code.as_bytes()) {
+            Code::OutOfRange | Code::ResourceExhausted => Self::Malformed("at most 64 KiB"),
+            Code::Internal | Code::InvalidArgument | Code::Unknown => {
+                Self::Malformed("a protobuf message of this method")
+            }
+            // With a text it is about a compression that we do not speak, and names those that we do.
+            Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
+            _ => Self::No,
         }
     }
 }

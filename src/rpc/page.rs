@@ -1,11 +1,16 @@
-//! Page tokens: opaque to clients, and checked like any other input when they come back.
+//! Pages of records, and their tokens: opaque to clients, and checked like any other input when they come back.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
+use prost::Message as _;
 
 use crate::{
+    broker::ListPage,
     error::Error,
     key::{KeyName, UserId},
+    proto,
 };
+
+use super::convert;
 
 /// Longest page token, in bytes.
 const TOKEN_BYTES_MAX: usize = 1_024;
@@ -13,7 +18,35 @@ const VERSION: char = '1';
 /// Cannot occur in a user: no control characters.
 const SEPARATOR: char = '\u{1f}';
 
-pub(super) fn encode(next: Option<&(UserId, KeyName)>) -> String {
+/// A tag and a length before each field: one byte, and at most three for what fits a message.
+const OVERHEAD: usize = 4;
+
+/// As many records of a page as a message holds; the next page begins after them. The longest record is far shorter than
+/// a message, so that every page moves on.
+pub(super) fn message(mut page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
+    let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
+    let mut user_keys = Vec::with_capacity(page.records.len());
+    for record in &page.records {
+        let user_key = convert::user_key(record);
+        let length = user_key.encoded_len() + OVERHEAD;
+        if length > room {
+            let last = user_keys
+                .len()
+                .checked_sub(1)
+                .and_then(|at| page.records.get(at));
+            page.next = last.map(|last| (last.address.user.clone(), last.address.name.clone()));
+            break;
+        }
+        room -= length;
+        user_keys.push(user_key);
+    }
+    proto::ListUserKeysResponse {
+        user_keys,
+        next_page_token: encode(page.next.as_ref()),
+    }
+}
+
+fn encode(next: Option<&(UserId, KeyName)>) -> String {
     next.map_or_else(String::new, |(user, name)| {
         let text = format!("{VERSION}{}{SEPARATOR}{}", user.as_str(), name.as_str());
         Base64UrlUnpadded::encode_string(text.as_bytes())

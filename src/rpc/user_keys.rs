@@ -15,7 +15,7 @@ use crate::{
     secret::KeyMaterial,
 };
 
-use super::{Entered, convert, page, status};
+use super::{Entered, MESSAGE_BYTES_MAX, convert, page, status};
 
 /// Items of a batch at most.
 const BATCH_MAX: usize = 64;
@@ -38,7 +38,7 @@ impl UserKeys {
         action: Action,
         parse: impl FnOnce(T) -> Result<P, Error>,
     ) -> Result<(Entered, P), Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let parsed = parse(request.into_inner());
         let parsed = entered.parsed(&self.broker, action, parsed).await?;
         Ok((entered, parsed))
@@ -119,7 +119,7 @@ impl UserKeyService for UserKeys {
         &self,
         request: Request<proto::UnwrapUserKeyRequest>,
     ) -> Result<Response<proto::UnwrapUserKeyResponse>, Status> {
-        let entered = Entered::new(&self.broker, &request)?;
+        let entered = Entered::of(&request)?;
         let item = request.into_inner();
         let released = self.unwrap_one(&entered, &item).await;
         released
@@ -207,10 +207,7 @@ impl UserKeyService for UserKeys {
             .list(&entered.principal, &entered.call, list)
             .await
             .map_err(|error| entered.status(&error))?;
-        Ok(Response::new(proto::ListUserKeysResponse {
-            next_page_token: page::encode(page.next.as_ref()),
-            user_keys: page.records.iter().map(convert::user_key).collect(),
-        }))
+        Ok(Response::new(page::message(page, MESSAGE_BYTES_MAX)))
     }
 
     async fn delete_user_key(

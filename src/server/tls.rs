@@ -38,6 +38,8 @@ pub(super) struct Accepting {
     /// SHA-256 of the files: of all of them, and of the client CAs alone.
     files: [u8; 32],
     client_ca: [u8; 32],
+    /// Last second of the certificate, since 1970.
+    until: i64,
 }
 
 /// TLS of a listener, replaceable while it serves.
@@ -46,8 +48,8 @@ pub(super) struct Tls {
     settings: TlsSettings,
     clients: ClientCertificates,
     current: ArcSwap<Accepting>,
-    /// The files of the last reload that failed, so that it is reported once and not each second.
-    refused: Mutex<Option<[u8; 32]>>,
+    /// What the last reload failed with, so that it is reported once and not each second.
+    refused: Mutex<Option<String>>,
 }
 
 struct Files {
@@ -76,28 +78,41 @@ impl Tls {
     /// Takes over changed files. Connections go on; those of clients that an old CA vouched for are asked to leave.
     pub(super) fn reload(&self) {
         let shown = self.settings.certificate_file.display();
-        match self.try_reload() {
-            Ok(true) => tracing::info!(certificate = %shown, "TLS files reloaded"),
-            Ok(false) => {}
+        let outcome = self.try_reload();
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        match outcome {
+            Ok(changed) => {
+                *refused = None;
+                if changed {
+                    tracing::info!(certificate = %shown, "TLS files reloaded");
+                }
+            }
+            Err(error) if refused.as_ref() == Some(&error) => {}
             Err(error) => {
                 metrics::counter!("keybroker_tls_reload_failures_total").increment(1);
                 tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
+                *refused = Some(error);
             }
         }
+    }
+
+    /// Forgets what was reported: whoever asks for a reload wants to hear of it again.
+    pub(super) fn report_again(&self) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Says again how long the certificate in use is valid: time goes on while it serves.
+    pub(super) fn measure(&self) {
+        note_days_left(self.current().until, &self.settings.certificate_file);
     }
 
     fn try_reload(&self) -> Result<bool, String> {
         let current = self.current();
         let files = Files::read(&self.settings, self.clients)?;
-        let digest = files.digest();
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if digest == current.files || *refused == Some(digest) {
+        if files.digest() == current.files {
             return Ok(false);
         }
-        let next = files.build(&self.settings, self.clients).inspect_err(|_| {
-            *refused = Some(digest);
-        })?;
-        *refused = None;
+        let next = files.build(&self.settings, self.clients)?;
         let trust_changed = next.client_ca != current.client_ca;
         self.current.store(Arc::new(next));
         if trust_changed {
@@ -151,7 +166,7 @@ impl Files {
         let leaf = chain
             .first()
             .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
-        check_validity(leaf, &settings.certificate_file)?;
+        let until = check_validity(leaf, &settings.certificate_file)?;
         let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| {
             format!(
                 "{} holds no PEM private key: {error}",
@@ -173,6 +188,7 @@ impl Files {
         Ok(Accepting {
             config: Arc::new(config),
             outdated: CancellationToken::new(),
+            until,
             files: self.digest(),
             client_ca: to_array(digest::digest(&digest::SHA256, &self.client_ca).as_ref()),
         })
@@ -231,7 +247,7 @@ fn check_mode(path: &Path) -> Result<(), String> {
 }
 
 /// Refuses a certificate that is expired or not valid yet, and warns of one that soon will be.
-fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<(), String> {
+fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String> {
     let shown = path.display();
     let (_, certificate) = X509Certificate::from_der(leaf)
         .map_err(|error| format!("{shown} does not parse: {error}"))?;
@@ -253,12 +269,18 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<(), String> 
             date(from)
         ));
     }
-    let days = (until - now) / SECONDS_PER_DAY;
-    let name = path.display().to_string();
-    metrics::gauge!("keybroker_certificate_days_left", "file" => name)
-        .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
+    let days = note_days_left(until, path);
     if days < WARN_DAYS {
         tracing::warn!(certificate = %shown, days, "the certificate expires soon; renew it");
     }
-    Ok(())
+    Ok(until)
+}
+
+fn note_days_left(until: i64, path: &Path) -> i64 {
+    let now = Timestamp::now().micros() / 1_000_000;
+    let days = (until - now).div_euclid(SECONDS_PER_DAY);
+    let name = path.display().to_string();
+    metrics::gauge!("keybroker_certificate_days_left", "file" => name)
+        .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
+    days
 }

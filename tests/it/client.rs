@@ -12,7 +12,7 @@ use keybroker::proto::{
     control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
 };
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_types::StatusExt as _;
@@ -228,6 +228,28 @@ pub(crate) fn refused<T>(result: Result<T, Status>, expected: &str) -> Status {
             status
         }
     }
+}
+
+/// The retry policy that `docs/errors.md` asks of clients.
+pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
+    mut call: impl FnMut() -> F,
+) -> Result<T, Status> {
+    let mut pause = Duration::from_millis(20);
+    for _ in 1..5 {
+        let status = match call().await {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
+        };
+        let from_connection = status.get_details_error_info().is_none();
+        if !from_connection && status.code() != Code::Unavailable {
+            return Err(status);
+        }
+        let asked = status.get_details_retry_info();
+        let asked = asked.and_then(|info| info.retry_delay).unwrap_or_default();
+        tokio::time::sleep(pause.max(asked)).await;
+        pause *= 2;
+    }
+    call().await
 }
 
 /// Repeats a call that may fail for a while, at most for thirty seconds.

@@ -14,6 +14,7 @@ mod bench;
 mod client;
 mod client_commands;
 mod commands;
+mod doors;
 mod end_to_end;
 mod faults;
 mod pki;

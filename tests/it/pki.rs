@@ -25,6 +25,8 @@ pub(crate) const PRINCIPALS: [(&str, &str); 6] = [
 
 /// Certificates that are good but name nobody in the configuration.
 pub(crate) const UNKNOWN: &str = "unknown";
+/// Certificate whose common name is a principal's name and whose SAN is not.
+pub(crate) const COMMON_NAME: &str = "common-name";
 /// A releaser's certificate that has expired.
 pub(crate) const EXPIRED: &str = "expired";
 /// A releaser's certificate made by another CA.
@@ -60,6 +62,11 @@ impl Pki {
             pki.write(client, &client_parameters(client), &pki.authority);
         }
         pki.write(UNKNOWN, &client_parameters(UNKNOWN), &pki.authority);
+        let mut common_name = client_parameters(UNKNOWN);
+        common_name
+            .distinguished_name
+            .push(DnType::CommonName, uri("releaser"));
+        pki.write(COMMON_NAME, &common_name, &pki.authority);
         let mut expired = client_parameters("releaser");
         expired.not_before = date_time_ymd(2020, 1, 1);
         expired.not_after = date_time_ymd(2020, 2, 1);

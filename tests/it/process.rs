@@ -34,6 +34,8 @@ pub(crate) struct Broker {
     pub(crate) site: Arc<Site>,
     /// Address of the gRPC listener.
     pub(crate) grpc: SocketAddr,
+    /// Addresses of all gRPC listeners, in the order of the configuration.
+    pub(crate) listeners: Vec<SocketAddr>,
     /// Address of `/livez`, `/readyz` and `/metrics`.
     pub(crate) status: SocketAddr,
     child: Child,
@@ -74,13 +76,14 @@ impl Broker {
             }
             thread::sleep(Duration::from_millis(10));
         };
-        let [grpc, .., status] = addresses[..] else {
+        let [listeners @ .., status] = &addresses[..] else {
             panic!("the ready file names {addresses:?}")
         };
         Self {
             site,
-            grpc,
-            status,
+            grpc: listeners[0],
+            listeners: listeners.to_vec(),
+            status: *status,
             child,
         }
     }

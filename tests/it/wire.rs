@@ -145,7 +145,8 @@ fn probes_and_metrics_answer_in_plain_http() {
     assert!(metrics.contains("keybroker_token_serving 1"), "{metrics}");
 }
 
-fn get(address: SocketAddr, path: &str) -> String {
+/// What the status listener answers, headers and body.
+pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(10)))

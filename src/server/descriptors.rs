@@ -1,0 +1,55 @@
+//! File descriptors: connections must leave some for store, audit log and token, or strangers could take those away.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Kept for everything but connections of the listeners: database, log, workers, probes.
+const RESERVE: u64 = 128;
+
+/// Raises the limit of descriptors as far as the system allows, and returns how many connections fit below it.
+pub(super) fn connections(wanted: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of file descriptors stays as it is");
+    }
+    let Some(descriptors) = getrlimit(Resource::Nofile).current else {
+        return wanted;
+    };
+    let room = usize::try_from(fitting(descriptors)).unwrap_or(usize::MAX);
+    if room < wanted {
+        tracing::warn!(
+            wanted,
+            possible = room,
+            descriptors,
+            "fewer connections than `connections_max`: raise the limit of file descriptors (LimitNOFILE=, ulimit -n)"
+        );
+    }
+    wanted.min(room)
+}
+
+fn fitting(descriptors: u64) -> u64 {
+    // With next to nothing, a quarter of it.
+    descriptors
+        .saturating_sub(RESERVE)
+        .max(descriptors / 4)
+        .max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_are_always_kept() {
+        assert_eq!(fitting(4_096), 4_096 - RESERVE);
+        assert_eq!(fitting(160), 40);
+        assert_eq!(fitting(2), 1);
+        for descriptors in 64..10_000 {
+            let kept = descriptors - fitting(descriptors);
+            assert!(kept >= RESERVE.min(descriptors * 3 / 4), "{descriptors}");
+        }
+    }
+}

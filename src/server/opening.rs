@@ -1,0 +1,111 @@
+//! What must be there before the doors open: ports, certificates, audit log, token.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::net::TcpListener;
+
+use crate::{
+    audit::{self, AuditLog, OpenIntent},
+    broker::Serving,
+    call::Deadline,
+    cli::exit::{Exit, Failure},
+    config::Config,
+    hsm::{ExpectedKey, Supervisor},
+    key::WrappingKeyState,
+    store::Store,
+};
+
+use super::{ListenerSettings, tls::Tls};
+
+pub(super) struct Bound {
+    pub(super) socket: TcpListener,
+    pub(super) settings: ListenerSettings,
+    pub(super) tls: Arc<Tls>,
+}
+
+/// Opening reads and syncs files, and waits for its own first entry.
+pub(super) async fn open_audit(
+    settings: audit::Settings,
+) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
+    let opened = tokio::task::spawn_blocking(move || settings.open(&settings.instance)).await;
+    let opened = opened.map_err(|panic| Failure::new(Exit::Internal, panic.to_string()))?;
+    Ok(opened?)
+}
+
+pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {
+    let mut bound = Vec::new();
+    for settings in listeners {
+        let tls = Tls::load(settings.tls.clone(), settings.client_certificates)
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        bound.push(Bound {
+            socket: bind(settings.address).await?,
+            settings: settings.clone(),
+            tls: Arc::new(tls),
+        });
+    }
+    Ok(bound)
+}
+
+pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
+        let what = if in_use {
+            format!(
+                "{address} is in use: another keybroker or another program listens there; stop it, or \
+                 choose another address"
+            )
+        } else {
+            format!("cannot listen on {address}: {error}")
+        };
+        let exit = if in_use { Exit::InUse } else { Exit::Configuration };
+        Failure::new(exit, what)
+    })
+}
+
+pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
+    socket
+        .local_addr()
+        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
+}
+
+/// Starts the workers with the keys that the registry names, and waits for the first attempt.
+pub(super) async fn start_token(
+    config: &Config,
+    store: &Arc<dyn Store>,
+    program: PathBuf,
+) -> Result<Arc<Supervisor>, Failure> {
+    let rows = store.registry().await?;
+    let keys: Vec<ExpectedKey> = rows
+        .iter()
+        .filter(|row| row.state != WrappingKeyState::Destroyed)
+        .map(|row| ExpectedKey {
+            id: row.id,
+            fingerprint: row.fingerprint,
+        })
+        .collect();
+    if keys.is_empty() {
+        return Err(Failure::new(
+            Exit::Untrusted,
+            "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
+             generate`",
+        ));
+    }
+    let supervisor = Supervisor::start(config.token.clone(), keys, program);
+    let serving = supervisor.settled().await;
+    if let Some(error) = supervisor.startup_error() {
+        let exit = if error.untrusted {
+            Exit::Untrusted
+        } else {
+            Exit::Token
+        };
+        supervisor
+            .drain_and_stop(Deadline::after(Duration::ZERO))
+            .await;
+        return Err(Failure::new(exit, error.message));
+    }
+    if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
+        // Not an end: a token that is away comes back, and a refused PIN is mended in its file.
+        tracing::error!(%cause, "started without the token; nothing is released until it serves");
+    }
+    Ok(supervisor)
+}

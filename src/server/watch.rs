@@ -1,0 +1,112 @@
+//! What is looked at again and again while the broker serves: health, TLS files, a registry that was not yet verified.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{signal::unix::Signal, time};
+use tokio_util::sync::CancellationToken;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    broker::{Broker, Health, Serving},
+    call::Deadline,
+    error::Reason,
+    hsm::{Supervisor, Token as _},
+    rpc,
+};
+
+use super::{notify, run::REGISTRY_TIMEOUT, tls::Tls};
+
+const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
+const TLS_INTERVAL: Duration = Duration::from_secs(1);
+const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
+
+pub(super) async fn health(broker: Arc<Broker>, reporter: HealthReporter, stop: CancellationToken) {
+    let mut ticks = time::interval(HEALTH_INTERVAL);
+    let mut last = None;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let health = broker.health();
+        if last.as_ref() == Some(&health) {
+            continue;
+        }
+        tracing::info!(user_keys = health.user_keys, control = health.control, detail = %health.detail, "health");
+        notify::health(&health.detail);
+        report(&health, &reporter).await;
+        last = Some(health);
+    }
+}
+
+pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
+    let status = |good| {
+        if good {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        }
+    };
+    for (service, good) in [
+        (rpc::USER_KEY_SERVICE, health.user_keys),
+        (rpc::CONTROL_SERVICE, health.control),
+        ("", health.user_keys && health.control),
+    ] {
+        reporter.set_service_status(service, status(good)).await;
+    }
+}
+
+/// Looks at the TLS files each second and on SIGHUP.
+pub(super) async fn tls_files(tls: Vec<Arc<Tls>>, mut hangup: Signal, stop: CancellationToken) {
+    let mut ticks = time::interval(TLS_INTERVAL);
+    loop {
+        let asked = tokio::select! {
+            () = stop.cancelled() => return,
+            _ = hangup.recv() => true,
+            _ = ticks.tick() => false,
+        };
+        if asked {
+            tracing::info!("SIGHUP: looking at the TLS files");
+            notify::reloading();
+        }
+        for one in &tls {
+            if asked {
+                one.report_again();
+            }
+            one.reload();
+            one.measure();
+        }
+        if asked {
+            notify::reloaded();
+        }
+    }
+}
+
+/// When the token was not up at the start: verifies the registry once it is, again and again until that succeeds.
+pub(super) async fn registry_once_up(
+    broker: Arc<Broker>,
+    supervisor: Arc<Supervisor>,
+    stop: CancellationToken,
+) {
+    let mut ticks = time::interval(REGISTRY_INTERVAL);
+    while !broker.has_registry() {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        if supervisor.state().serving != Serving::Up {
+            continue;
+        }
+        match broker
+            .load_registry(Deadline::after(REGISTRY_TIMEOUT))
+            .await
+        {
+            Ok(()) => return,
+            Err(error) if error.reason() == Reason::TokenUntrusted => {
+                tracing::error!(alarm = "registry", %error, "registry and token disagree; nothing is released");
+                time::sleep(REGISTRY_TIMEOUT).await;
+            }
+            Err(error) => tracing::warn!(%error, "registry not verified yet"),
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The doors: what every caller meets before and after the use case, over real TLS.
+
+mod answers;
+mod life;
+mod methods;
+mod raw;
+mod strangers;
+mod tls;

@@ -1,0 +1,226 @@
+//! Every method, with a request that it takes and one that it refuses.
+
+use keybroker::proto::{
+    BatchUnwrapUserKeysRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
+    GetWrappingKeyRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
+    RestoreUserKeyRevisionRequest, TailAuditLogRequest, UndeleteUserKeyRequest,
+    UnwrapUserKeyRequest,
+};
+use prost::Message;
+use prost_reflect::DescriptorPool;
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use super::raw::{Answer, Raw, frame};
+use crate::{
+    client::{Caller, refused},
+    process::Broker,
+    site::Options,
+};
+
+/// Every method, and a caller who may call it.
+pub(crate) const METHODS: [(&str, &str); 13] = [
+    ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
+    ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
+    (
+        "/keybroker.v1.UserKeyService/BatchUnwrapUserKeys",
+        "releaser",
+    ),
+    ("/keybroker.v1.UserKeyService/ReplaceUserKey", "enroller"),
+    ("/keybroker.v1.UserKeyService/GetUserKey", "releaser"),
+    ("/keybroker.v1.UserKeyService/ListUserKeys", "releaser"),
+    ("/keybroker.v1.UserKeyService/DeleteUserKey", "lifecycle"),
+    ("/keybroker.v1.UserKeyService/UndeleteUserKey", "lifecycle"),
+    (
+        "/keybroker.v1.UserKeyService/RestoreUserKeyRevision",
+        "lifecycle",
+    ),
+    ("/keybroker.v1.ControlService/ListWrappingKeys", "admin"),
+    ("/keybroker.v1.ControlService/GetWrappingKey", "admin"),
+    ("/keybroker.v1.ControlService/GetTokenState", "admin"),
+    ("/keybroker.v1.ControlService/TailAuditLog", "auditor"),
+];
+
+#[test]
+fn the_list_of_methods_is_complete() {
+    let pool = DescriptorPool::decode(keybroker::proto::FILE_DESCRIPTOR_SET).unwrap();
+    let mut declared: Vec<_> = pool
+        .services()
+        .flat_map(|service| {
+            let name = service.full_name().to_owned();
+            let paths = service.methods().map(|m| format!("/{name}/{}", m.name()));
+            paths.collect::<Vec<_>>()
+        })
+        .collect();
+    let mut listed: Vec<_> = METHODS.iter().map(|(path, _)| (*path).to_owned()).collect();
+    declared.sort();
+    listed.sort();
+    assert_eq!(declared, listed);
+}
+
+/// Every method refuses a message that does not parse from one who may call it, and audits it as its own action.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_method_audits_what_it_cannot_read() {
+    let broker = Broker::start(Options::default());
+    for (path, caller) in METHODS {
+        let caller = Raw::connect(&broker.site.pki, Some(caller), broker.grpc).await;
+        let answer = caller.post(path, frame(&[0xff; 9]), &[]).await.unwrap();
+        refused(Err::<(), _>(answer.status()), "REQUEST");
+    }
+    let audit = broker.site.audit();
+    let mut actions: Vec<_> = audit
+        .lines()
+        .filter(|line| line.contains("\"REQUEST\""))
+        .map(|line| {
+            let (_, rest) = line.split_once(r#""action":""#).unwrap();
+            rest.split('"').next().unwrap().to_owned()
+        })
+        .collect();
+    actions.sort();
+    assert_eq!(
+        actions,
+        [
+            "audit.read",
+            "token.read",
+            "user_key.create",
+            "user_key.delete",
+            "user_key.get",
+            "user_key.list",
+            "user_key.replace",
+            "user_key.restore",
+            "user_key.undelete",
+            "user_key.unwrap",
+            "user_key.unwrap",
+            "wrapping_key.read",
+            "wrapping_key.read",
+        ]
+    );
+}
+
+async fn call(broker: &Broker, method: &str, message: Vec<u8>) -> Answer {
+    let is_it = |path: &str| path.rsplit('/').next() == Some(method);
+    let (path, caller) = METHODS.into_iter().find(|(path, _)| is_it(path)).unwrap();
+    let caller = Raw::connect(&broker.site.pki, Some(caller), broker.grpc).await;
+    caller.post(path, frame(&message), &[]).await.unwrap()
+}
+
+/// A method, a message with one field that is wrong, and the name of that field.
+type Wrong = (&'static str, Vec<u8>, &'static str);
+
+fn wrong(method: &'static str, message: &impl Message, field: &'static str) -> Wrong {
+    (method, message.encode_to_vec(), field)
+}
+
+fn wrong_writes() -> Vec<Wrong> {
+    let create = |key_name: &str, request_id: &str| CreateUserKeyRequest {
+        user: "ada".to_owned(),
+        key_name: key_name.to_owned(),
+        key_material: vec![1],
+        request_id: request_id.to_owned(),
+    };
+    let replace = ReplaceUserKeyRequest {
+        user: "ada".to_owned(),
+        key_name: "vault".to_owned(),
+        key_material: vec![1; 191],
+        expected_revision: 1,
+        ..Default::default()
+    };
+    let delete = DeleteUserKeyRequest {
+        user: "ada".to_owned(),
+        key_name: "vault".to_owned(),
+        expected_revision: 0,
+        ..Default::default()
+    };
+    let undelete = UndeleteUserKeyRequest {
+        key_name: "vault".to_owned(),
+        ..Default::default()
+    };
+    let restore = |revision, expected_revision| RestoreUserKeyRevisionRequest {
+        user: "ada".to_owned(),
+        key_name: "vault".to_owned(),
+        revision,
+        expected_revision,
+        ..Default::default()
+    };
+    vec![
+        wrong("CreateUserKey", &create("Vault", ""), "key_name"),
+        wrong("CreateUserKey", &create(&"n".repeat(65), ""), "key_name"),
+        wrong("CreateUserKey", &create("vault", "7"), "request_id"),
+        wrong("ReplaceUserKey", &replace, "key_material"),
+        wrong("DeleteUserKey", &delete, "expected_revision"),
+        wrong("UndeleteUserKey", &undelete, "user"),
+        wrong("RestoreUserKeyRevision", &restore(0, 1), "revision"),
+        wrong(
+            "RestoreUserKeyRevision",
+            &restore(1, u64::MAX),
+            "expected_revision",
+        ),
+    ]
+}
+
+fn wrong_reads() -> Vec<Wrong> {
+    let unwrap = |user: &str, key_name: &str| UnwrapUserKeyRequest {
+        user: user.to_owned(),
+        key_name: key_name.to_owned(),
+    };
+    let batch = |length| BatchUnwrapUserKeysRequest {
+        items: vec![unwrap("ada", "vault"); length],
+    };
+    let get = GetUserKeyRequest {
+        user: "ada".to_owned(),
+        key_name: "ä".to_owned(),
+    };
+    let list = |page_size, page_token: &str, user: &str| ListUserKeysRequest {
+        page_size,
+        page_token: page_token.to_owned(),
+        user: user.to_owned(),
+        show_deleted: false,
+    };
+    vec![
+        wrong("UnwrapUserKey", &unwrap("\u{7}", "vault"), "user"),
+        wrong("BatchUnwrapUserKeys", &batch(0), "items"),
+        wrong("BatchUnwrapUserKeys", &batch(65), "items"),
+        wrong("GetUserKey", &get, "key_name"),
+        wrong("ListUserKeys", &list(1_001, "", ""), "page_size"),
+        wrong("ListUserKeys", &list(10, "no token", ""), "page_token"),
+        wrong(
+            "ListUserKeys",
+            &list(10, &"A".repeat(1_025), ""),
+            "page_token",
+        ),
+        wrong("ListUserKeys", &list(10, "", "\n"), "user"),
+        wrong(
+            "GetWrappingKey",
+            &GetWrappingKeyRequest { id: vec![0; 15] },
+            "id",
+        ),
+        wrong(
+            "TailAuditLog",
+            &TailAuditLogRequest { limit: 1_001 },
+            "limit",
+        ),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_method_names_the_field_that_is_wrong() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", b"material of ada").await.unwrap();
+    for (method, message, field) in [wrong_writes(), wrong_reads()].concat() {
+        let answer = call(&broker, method, message).await;
+        let status = refused(Err::<(), _>(answer.status()), "REQUEST");
+        assert_eq!(status.code(), Code::InvalidArgument, "{field}");
+        let violations = status.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(violations.len(), 1, "{field}");
+        assert_eq!(violations[0].field, field);
+    }
+    // An unknown wrapping key is none, and these take anything.
+    let unknown = GetWrappingKeyRequest { id: vec![0; 16] };
+    let unknown = call(&broker, "GetWrappingKey", unknown.encode_to_vec()).await;
+    refused(Err::<(), _>(unknown.status()), "KEY_NOT_FOUND");
+    for method in ["ListWrappingKeys", "GetTokenState"] {
+        let answer = call(&broker, method, Vec::new()).await;
+        assert_eq!(answer.status().code(), Code::Ok);
+    }
+}

@@ -1,0 +1,185 @@
+//! Connections that say nothing, or not what belongs here.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::raw::{handshake, tls_config};
+use crate::{
+    client::{Caller, eventually, refused},
+    pki,
+    process::{Broker, PATIENCE, until},
+    site::{Options, Site},
+    wire::get,
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+
+async fn with_ada(options: Options) -> Broker {
+    let broker = Broker::start(options);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    broker
+}
+
+async fn served(broker: &Broker) {
+    let releaser = Caller::of(broker, "other-releaser");
+    let key = eventually(|| releaser.unwrap("ada")).await;
+    assert_eq!(key.key_material, MATERIAL);
+}
+
+fn handshakes_failed(broker: &Broker, cause: &str) -> u64 {
+    let name = format!("keybroker_handshakes_failed_total{{cause=\"{cause}\"}} ");
+    let metrics = get(broker.status, "/metrics");
+    let line = metrics.lines().find_map(|line| line.strip_prefix(&name));
+    line.map_or(0, |count| count.trim().parse().unwrap())
+}
+
+/// A handshake is not enough to keep a place: the first bytes of HTTP/2 must follow within the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_silent_after_the_handshake_is_cut() {
+    let options = Options {
+        limits: "connections_max = 8\nhandshake_timeout_ms = 700".to_owned(),
+        ..Options::default()
+    };
+    let broker = with_ada(options).await;
+    let config = tls_config(&broker.site.pki, Some("releaser"), rustls::ALL_VERSIONS);
+    let mut silent = Vec::new();
+    for said in [&b""[..], b"PRI * HTTP/2.0", b""] {
+        let mut stream = handshake(broker.grpc, Arc::clone(&config)).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        silent.push(stream);
+    }
+    for mut stream in silent {
+        let mut heard = Vec::new();
+        let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut heard));
+        // Closed one way or the other; what counts is that it does not stay open.
+        drop(end.await.expect("a silent connection must be cut"));
+    }
+    assert_eq!(handshakes_failed(&broker, "timeout"), 3);
+    served(&broker).await;
+}
+
+/// After a good handshake, something that is not HTTP/2.
+#[tokio::test(flavor = "multi_thread")]
+async fn http_1_inside_tls_is_cut() {
+    let broker = with_ada(Options::default()).await;
+    let config = tls_config(&broker.site.pki, Some("releaser"), rustls::ALL_VERSIONS);
+    let mut stream = handshake(broker.grpc, config).await.unwrap();
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    let end = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer));
+    drop(end.await.expect("cut at once"));
+    assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
+    until("the cause to be counted", || {
+        (handshakes_failed(&broker, "not_http2") == 1).then_some(())
+    });
+    served(&broker).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_handshakes_are_counted_by_cause() {
+    let broker = with_ada(Options::default()).await;
+    for client in [pki::EXPIRED, pki::STRANGER] {
+        Caller::of(&broker, client).unwrap("ada").await.unwrap_err();
+    }
+    let nobody = tls_config(&broker.site.pki, None, rustls::ALL_VERSIONS);
+    // With TLS 1.3 the client learns of its refusal only when it reads.
+    let mut stream = handshake(broker.grpc, nobody).await.unwrap();
+    stream.read_to_end(&mut Vec::new()).await.unwrap_err();
+    let mut plain = TcpStream::connect(broker.grpc).unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    plain.set_read_timeout(Some(PATIENCE)).unwrap();
+    plain.read_to_end(&mut answer).ok();
+    assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
+    drop(TcpStream::connect(broker.grpc).unwrap());
+    for cause in [
+        "expired",
+        "unknown_ca",
+        "no_certificate",
+        "not_tls",
+        "closed",
+    ] {
+        until(cause, || {
+            (handshakes_failed(&broker, cause) >= 1).then_some(())
+        });
+    }
+    served(&broker).await;
+    // Who says nothing has refused nothing: a load balancer's probe leaves no trace in the audit log.
+    let (site, _) = broker.stop();
+    let audit = site.audit();
+    let refused: Vec<_> = audit
+        .lines()
+        .filter(|line| line.contains("connection.refused"))
+        .collect();
+    let credential = refused.iter().find(|line| line.contains("CREDENTIAL"));
+    assert!(credential.unwrap().contains("\"count\":3"), "{refused:?}");
+}
+
+/// With few file descriptors to begin with, the broker takes what the system allows, and strangers cannot use them up.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_cannot_take_the_file_descriptors() {
+    for (line, connections) in [
+        // A low soft limit is raised.
+        ("ulimit -Sn 128; exec \"$0\" \"$@\"", 400),
+        // A low hard limit bounds the connections instead.
+        ("ulimit -n 160; exec \"$0\" \"$@\"", 300),
+    ] {
+        let site = Arc::new(Site::fresh(Options {
+            limits: "handshake_timeout_ms = 2000".to_owned(),
+            ..Options::default()
+        }));
+        let broker = Broker::start_as(site, |site| site.serve_through(line));
+        let enroller = Caller::of(&broker, "enroller");
+        enroller.create("ada", MATERIAL).await.unwrap();
+        let silent: Vec<_> = (0..connections)
+            .map(|_| TcpStream::connect(broker.grpc).unwrap())
+            .collect();
+        // On the connection that is open already: store, audit log and token still have theirs.
+        enroller.create("bob", MATERIAL).await.unwrap();
+        served(&broker).await;
+        assert!(!broker.site.log().contains("Too many open files"), "{line}");
+        drop(silent);
+    }
+}
+
+/// A request that never ends keeps neither the status listener nor its connection.
+#[test]
+fn a_half_sent_probe_is_cut() {
+    let broker = Broker::start(Options::default());
+    let mut half = half_a_request(broker.status);
+    assert!(get(broker.status, "/livez").starts_with("HTTP/1.1 200"));
+    let started = Instant::now();
+    half.read_to_end(&mut Vec::new()).ok();
+    assert!(
+        started.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+pub(super) fn half_a_request(address: SocketAddr) -> TcpStream {
+    let mut half = TcpStream::connect(address).unwrap();
+    half.set_read_timeout(Some(PATIENCE)).unwrap();
+    half.write_all(b"GET /livez HTTP/1.1\r\nHost: loc").unwrap();
+    half
+}
+
+/// An unknown name is refused on each call, and says so the same way whoever asks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_common_name_is_no_name() {
+    let broker = with_ada(Options::default()).await;
+    refused(
+        Caller::of(&broker, pki::COMMON_NAME).unwrap("ada").await,
+        "CREDENTIAL",
+    );
+}

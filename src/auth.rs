@@ -46,6 +46,12 @@ impl Settings {
                 "principal {san:?} has no role, so it could do nothing"
             ));
         }
+        if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
+            return Some(format!(
+                "principal {san:?} has the role `auditor` and a tenant: the audit log is that of all tenants, so \
+                 an auditor has none"
+            ));
+        }
         let conflict = self.roles.iter().find_map(|one| {
             let other = self
                 .roles
@@ -92,6 +98,10 @@ impl Authenticator {
         let Some(peer) = peer else {
             return refuse("no client certificate".to_owned());
         };
+        // Asked once more: what was resumed or kept open was verified when it began.
+        if peer.remaining().is_zero() {
+            return refuse("the client certificate has expired".to_owned());
+        }
         let mut matching = peer.sans().iter().filter_map(|san| self.0.get(san));
         let Some(principal) = matching.next() else {
             return refuse(format!("no principal is named by any of {:?}", peer.sans()));
@@ -120,6 +130,10 @@ mod tests {
     }
 
     fn certificate(sans: &[&str]) -> PeerCertificate {
+        certificate_until(sans, rcgen::date_time_ymd(4096, 1, 1))
+    }
+
+    fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
         use rcgen::{CertificateParams, KeyPair, SanType};
         let mut params = CertificateParams::default();
         // The common name says what no SAN says: it must not count.
@@ -133,8 +147,18 @@ mod tests {
                 (_, name) => SanType::DnsName(name.try_into().unwrap()),
             })
             .collect();
+        params.not_after = until;
         let made = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
         PeerCertificate::read(made.der()).unwrap()
+    }
+
+    #[test]
+    fn an_expired_certificate_is_nobody() {
+        let expired = rcgen::date_time_ymd(2020, 1, 1);
+        let certificate = certificate_until(&["URI:spiffe://example.org/app"], expired);
+        let refused = known().authenticate(Some(&certificate)).unwrap_err();
+        assert_eq!(refused.reason(), Reason::Credential);
+        assert!(refused.to_string().contains("expired"), "{refused}");
     }
 
     fn known() -> Authenticator {
@@ -178,6 +202,10 @@ mod tests {
             principal("URI:x", &[]),
             principal("URI:x", &[Role::Release, Role::Admin]),
             principal("URI:x", &[Role::Auditor, Role::Release]),
+            Settings {
+                tenant: Tenant::parse("other").unwrap(),
+                ..principal("URI:x", &[Role::Auditor])
+            },
         ] {
             assert!(Authenticator::new(&[bad]).is_err());
         }

@@ -135,9 +135,9 @@ impl Broker {
         self.flush_refusals().await;
     }
 
-    /// Records that a request of an authenticated principal did not parse, and hands the error back. An audit log that
-    /// is away takes precedence, as everywhere.
-    pub async fn malformed(
+    /// Records that a call of an authenticated principal went no further than the door, because it did not parse or had
+    /// to wait for too long, and hands the error back. An audit log that is away takes precedence, as everywhere.
+    pub async fn unserved(
         &self,
         principal: &Principal,
         call: &Call,
@@ -152,6 +152,22 @@ impl Broker {
         };
         observe(action, call, started, &Err::<(), _>(error.clone()));
         error
+    }
+
+    /// Whether a principal may do such things at all: for calls of many parts, each of which is asked about again. A refusal
+    /// is recorded.
+    pub async fn admit(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+    ) -> Result<(), Error> {
+        let started = Instant::now();
+        let admitted = self.permit(principal, call, action, None).await.map(drop);
+        if admitted.is_err() {
+            observe(action, call, started, &admitted);
+        }
+        admitted
     }
 
     /// Asks policy, and records a refusal.

@@ -58,6 +58,11 @@ impl Caller {
         }
     }
 
+    /// Whether a principal was found.
+    pub fn is_known(&self) -> bool {
+        self.principal.is_ok()
+    }
+
     /// Whether no call of the connection is under way.
     pub fn is_idle(&self) -> bool {
         self.calls.available_permits() == self.calls_max
@@ -145,7 +150,7 @@ impl Entered {
             Ok(parsed) => Ok(parsed),
             Err(error) => {
                 let error = broker
-                    .malformed(&self.principal, &self.call, action, error)
+                    .unserved(&self.principal, &self.call, action, error)
                     .await;
                 Err(self.status(&error))
             }

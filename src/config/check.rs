@@ -175,6 +175,13 @@ impl Config {
                 self.status.address
             ));
         }
+        let connections_max = self.limits.connections_max;
+        if connections_max <= self.listeners.len() {
+            problems.push(format!(
+                "[limits]: `connections_max` is {connections_max}; it must be more than the number of \
+                 listeners, because each keeps a place for its next connection"
+            ));
+        }
         if self.listeners.is_empty() {
             problems.push("there is no [[listener]], so nobody could call".to_owned());
         }

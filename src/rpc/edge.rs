@@ -16,6 +16,7 @@ use axum::{
     http::Response,
     middleware::{self, Next},
 };
+use http_body_util::BodyExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status};
 
@@ -78,21 +79,22 @@ impl Surroundings {
         let deadline = call.deadline.instant();
         let entered = principal.map(|principal| Entered { principal, call });
         if let Err(error) = wanted {
-            let error = self.malformed(entered.as_ref(), request.uri().path(), error);
+            let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         }
-        let work = async {
-            // Never closed; a place is free again soon after one deadline.
-            let place = Arc::clone(&caller.calls).acquire_owned().await.ok();
-            let serving = self.clone().serve(request, next, entered, id);
-            let handle = self.calls.spawn(async move {
-                let response = serving.await;
-                drop(place);
-                response
-            });
-            handle.await
+        let place = Arc::clone(&caller.calls).acquire_owned();
+        let Ok(place) = tokio::time::timeout_at(deadline.into(), place).await else {
+            let error = Error::new(Reason::Deadline, "no place on the connection in time");
+            let error = self.unserved(entered.as_ref(), request.uri().path(), error);
+            return answer(&error.await, id);
         };
-        match tokio::time::timeout_at(deadline.into(), work).await {
+        let serving = self.clone().serve(request, next, entered, id);
+        let handle = self.calls.spawn(async move {
+            let response = serving.await;
+            // Until the answer is on its way, or a connection that ends could take it for silence.
+            response.map(|body| held(body, place))
+        });
+        match tokio::time::timeout_at(deadline.into(), handle).await {
             Ok(Ok(response)) => response,
             Ok(Err(_)) => {
                 tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
@@ -132,19 +134,27 @@ impl Surroundings {
             }
             Own::Malformed(what) => {
                 let error = Error::violation("message", what);
-                answer(&self.malformed(entered.as_ref(), &path, error).await, id)
+                answer(&self.unserved(entered.as_ref(), &path, error).await, id)
             }
         }
     }
 
-    /// The refusal of what nobody parsed further, audited when a principal said it.
-    async fn malformed(&self, entered: Option<&Entered>, path: &str, error: Error) -> Error {
+    /// The refusal of a call that reached no handler, audited when a principal made it.
+    async fn unserved(&self, entered: Option<&Entered>, path: &str, error: Error) -> Error {
         let (Some(entered), Some(action)) = (entered, method::action(path)) else {
             return error;
         };
         let Entered { principal, call } = entered;
-        self.broker.malformed(principal, call, action, error).await
+        self.broker.unserved(principal, call, action, error).await
     }
+}
+
+/// A body that keeps something until it was sent or given up.
+fn held(body: Body, what: impl Send + 'static) -> Body {
+    Body::new(body.map_frame(move |frame| {
+        let _ = &what;
+        frame
+    }))
 }
 
 /// Calls under way, counted also when one panics.

@@ -31,7 +31,7 @@ impl UserKeys {
         Self { broker }
     }
 
-    /// Authenticates, parses, and says who asks what.
+    /// Who asks, and what: the parsed message or its refusal.
     async fn enter<T, P>(
         &self,
         request: Request<T>,
@@ -54,7 +54,7 @@ impl UserKeys {
             Ok(key) => key,
             Err(error) => {
                 let action = Action::Unwrap;
-                return Err(self.broker.malformed(principal, call, action, error).await);
+                return Err(self.broker.unserved(principal, call, action, error).await);
             }
         };
         let released = self.broker.unwrap(principal, call, &key).await?;
@@ -132,6 +132,11 @@ impl UserKeyService for UserKeys {
         request: Request<proto::BatchUnwrapUserKeysRequest>,
     ) -> Result<Response<proto::BatchUnwrapUserKeysResponse>, Status> {
         let (entered, items) = self.enter(request, Action::Unwrap, check_batch).await?;
+        // Who may unwrap nothing at all is told once, and costs one audit entry.
+        self.broker
+            .admit(&entered.principal, &entered.call, Action::Unwrap)
+            .await
+            .map_err(|error| entered.status(&error))?;
         let one = async |item: &proto::UnwrapUserKeyRequest| {
             let result = match self.unwrap_one(&entered, item).await {
                 Ok(released) => batch_unwrap_result::Result::Released(released),

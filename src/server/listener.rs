@@ -12,7 +12,7 @@ use hyper_util::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, SemaphorePermit, TryAcquireError},
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -51,6 +51,8 @@ pub(super) struct Shared {
     pub(super) broker: Arc<Broker>,
     pub(super) authenticator: Arc<Authenticator>,
     pub(super) connections: Arc<Semaphore>,
+    /// Places among them for peers without a principal: a part, so that they never take all.
+    pub(super) strangers: Arc<Semaphore>,
     pub(super) limits: Arc<Limits>,
     /// Stop accepting and ask every connection to leave.
     pub(super) stop: CancellationToken,
@@ -141,6 +143,10 @@ impl Connection {
         let limits = &self.shared.limits;
         let certificate = self.certificate(&greeted);
         let caller = self.caller(certificate.as_ref());
+        let Ok(_place) = self.stranger_place(&caller) else {
+            metrics::counter!("keybroker_strangers_turned_away_total").increment(1);
+            return;
+        };
         let service = self.routes.clone().layer(Extension(caller.clone()));
         let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         http.timer(TokioTimer::new())
@@ -157,22 +163,41 @@ impl Connection {
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
         // The handshake looked at the certificate's dates once; nobody looks again while the connection lasts.
         let valid = certificate.map_or(age_max, |certificate| certificate.remaining());
+        let handshake = Duration::from_millis(limits.handshake_timeout_ms);
+        let patience_with_strangers = async {
+            if caller.is_known() {
+                std::future::pending::<()>().await;
+            } else {
+                unused(&caller, handshake).await;
+            }
+        };
         tokio::select! {
             ended = connection.as_mut() => return note_end(self.peer, ended),
             () = self.shared.stop.cancelled() => {}
             () = outdated.cancelled() => {}
             () = time::sleep(age_max.min(valid)) => {}
+            () = patience_with_strangers => {}
         }
         // GOAWAY: calls under way end, new ones go to another connection. No call is longer than this.
         connection.as_mut().graceful_shutdown();
         let patience = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
             ended = connection.as_mut() => note_end(self.peer, ended),
-            () = abandoned(&caller) => tracing::debug!(peer = %self.peer, "silent connection cut"),
+            () = unused(&caller, GOODBYE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
             () = time::sleep(patience) => {
                 tracing::debug!(peer = %self.peer, "connection cut after its grace");
             }
         }
+    }
+
+    fn stranger_place(
+        &self,
+        caller: &Caller,
+    ) -> Result<Option<SemaphorePermit<'_>>, TryAcquireError> {
+        if caller.is_known() {
+            return Ok(None);
+        }
+        self.shared.strangers.try_acquire().map(Some)
     }
 
     /// What the handshake verified: read once per connection.
@@ -199,11 +224,11 @@ impl Connection {
     }
 }
 
-/// Waits until a connection has been without calls for a while.
-async fn abandoned(caller: &Caller) {
+/// Waits until a connection was without calls at two looks in a row.
+async fn unused(caller: &Caller, while_looking: Duration) {
     let mut was_idle = false;
     loop {
-        time::sleep(GOODBYE).await;
+        time::sleep(while_looking).await;
         let is_idle = caller.is_idle();
         if was_idle && is_idle {
             return;

@@ -47,6 +47,8 @@ pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the doors: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// One in so many connections may be without a principal: health checks, and whoever knocks.
+const STRANGERS_DIVISOR: usize = 4;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT; a second signal ends it at once.
@@ -184,12 +186,12 @@ impl Server {
         authenticator: Authenticator,
     ) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
+        let connections_max = descriptors::connections(limits.connections_max);
         let shared = Shared {
             broker: Arc::clone(&self.broker),
             authenticator: Arc::new(authenticator),
-            connections: Arc::new(Semaphore::new(descriptors::connections(
-                limits.connections_max,
-            ))),
+            connections: Arc::new(Semaphore::new(connections_max)),
+            strangers: Arc::new(Semaphore::new(connections_max.div_ceil(STRANGERS_DIVISOR))),
             limits: Arc::new(limits),
             stop: self.stop_connections.clone(),
             tasks: self.connections.clone(),

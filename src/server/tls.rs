@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
 use rustls::{
     RootCertStore, ServerConfig,
-    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tokio_util::sync::CancellationToken;
@@ -185,6 +185,9 @@ impl Files {
             )
         })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
+        // No resumption: a resumed session brings the client certificate of the first one, unverified.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         Ok(Accepting {
             config: Arc::new(config),
             outdated: CancellationToken::new(),

@@ -249,6 +249,55 @@ async fn a_caller_that_goes_away_is_audited_all_the_same() {
     });
 }
 
+/// What hangs up keeps its place until it is done; who waits for one for too long is told so, and audited.
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_for_a_place_is_audited_too() {
+    let broker = Broker::start(Options {
+        limits: "streams_per_connection_max = 1".to_owned(),
+        ..Options::default()
+    });
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let raw = Raw::connect(&broker.site.pki, Some("releaser"), broker.grpc).await;
+    let workers = broker.workers();
+    for pid in &workers {
+        send(*pid, Signal::STOP);
+    }
+    let message = frame(&unwrap_of("ada").encode_to_vec());
+    let hanging_up = tokio::time::timeout(
+        Duration::from_millis(200),
+        raw.post(UNWRAP, message.clone(), &[]),
+    );
+    assert!(hanging_up.await.is_err());
+    let waiting = raw.post(UNWRAP, message, &[("grpc-timeout", "200m")]).await;
+    refused(Err::<(), _>(waiting.unwrap().status()), "DEADLINE");
+    let audit = broker.site.audit();
+    let waited = audit.lines().find(|line| line.contains("\"DEADLINE\""));
+    let waited = waited.unwrap_or_else(|| panic!("{audit}"));
+    assert!(
+        waited.contains("user_key.unwrap") && !waited.contains("\"user\""),
+        "{waited}"
+    );
+    for pid in workers {
+        send(pid, Signal::CONT);
+    }
+}
+
+/// One principal without the role costs one entry, however many items it asks for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_batch_is_one_refusal() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    refused(enroller.batch(&["ada"; 64]).await, "POLICY");
+    let (site, _) = broker.stop();
+    assert_eq!(
+        site.audit().matches("\"POLICY\"").count(),
+        1,
+        "{}",
+        site.audit()
+    );
+}
+
 /// Pages keep the limit of every message, however long the names are; nothing is left out or said twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_is_never_longer_than_a_message_may_be() {

@@ -99,6 +99,11 @@ impl Raw {
     }
 
     /// Sends a body as it is, with headers beyond those that gRPC needs.
+    /// Whether another call can be made.
+    pub(crate) async fn ready(&mut self) -> Result<(), hyper::Error> {
+        self.0.ready().await
+    }
+
     pub(crate) async fn post(
         &self,
         path: &str,

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::raw::{handshake, tls_config};
+use super::raw::{Raw, handshake, tls_config};
 use crate::{
     client::{Caller, eventually, refused},
     pki,
@@ -63,6 +63,44 @@ async fn a_client_that_is_silent_after_the_handshake_is_cut() {
     }
     assert_eq!(handshakes_failed(&broker, "timeout"), 3);
     served(&broker).await;
+}
+
+/// Whoever has no principal keeps a place only while a call is under way, and never all places together.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_do_not_keep_the_places() {
+    let options = Options {
+        limits: "connections_max = 16\nhandshake_timeout_ms = 700".to_owned(),
+        ..Options::default()
+    };
+    let broker = with_ada(options).await;
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        let mut stranger = Raw::connect(&broker.site.pki, Some(pki::UNKNOWN), broker.grpc).await;
+        stranger.ready().await.unwrap();
+        idle.push(stranger);
+    }
+    let config = tls_config(&broker.site.pki, Some(pki::UNKNOWN), rustls::ALL_VERSIONS);
+    let mut more = Vec::new();
+    for _ in 0..8 {
+        let stream = handshake(broker.grpc, Arc::clone(&config)).await.unwrap();
+        more.push(Raw::over(stream).await);
+    }
+    let turned_away = "keybroker_strangers_turned_away_total 8";
+    until("strangers to be turned away", || {
+        get(broker.status, "/metrics")
+            .contains(turned_away)
+            .then_some(())
+    });
+    served(&broker).await;
+    for mut stranger in idle {
+        let gone = async {
+            while stranger.ready().await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let gone = tokio::time::timeout(Duration::from_secs(10), gone).await;
+        gone.expect("an idle stranger is asked to leave");
+    }
 }
 
 /// After a good handshake, something that is not HTTP/2.

@@ -3,6 +3,7 @@
 use std::{fs, sync::Arc, time::Duration};
 
 use rustix::process::Signal;
+use rustls::HandshakeKind;
 use tokio::io::AsyncReadExt as _;
 
 use super::raw::{Raw, handshake, tls_config};
@@ -47,6 +48,26 @@ async fn both_versions_of_tls_are_spoken_and_nothing_but_http_2() {
     let mut http_1 = (*config).clone();
     http_1.alpn_protocols = vec![b"http/1.1".to_vec()];
     handshake(broker.grpc, Arc::new(http_1)).await.unwrap_err();
+}
+
+/// A resumed session would bring the certificate of the first one, unverified and whatever has become of it since.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_session_is_resumed() {
+    let broker = Broker::start(Options::default());
+    enrol(&broker).await;
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        // One configuration, so that the second connection could use what the first was given.
+        let config = tls_config(&broker.site.pki, Some("releaser"), &[version]);
+        for _ in 0..2 {
+            let stream = handshake(broker.grpc, Arc::clone(&config)).await.unwrap();
+            assert_eq!(
+                stream.get_ref().1.handshake_kind(),
+                Some(HandshakeKind::Full)
+            );
+            let answer = Raw::over(stream).await.unwrap().call(UNWRAP, &ada()).await;
+            assert_eq!(answer.status().code(), tonic::Code::Ok);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,8 @@ mod key;
 mod manual;
 mod output;
 mod pin;
+mod probe;
+mod progress;
 mod serve;
 mod store;
 #[cfg(test)]
@@ -69,6 +71,8 @@ enum Command {
     Client(client::Arguments),
     /// Measure the bare token and the served broker in one run
     Bench(bench::Arguments),
+    /// Ask the broker beside us how it is: for the health check of a container
+    Probe(probe::Arguments),
     /// Print the completion script of a shell
     Completions(manual::Completions),
     /// Write the manual pages
@@ -175,6 +179,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),
         Command::Man(arguments) => manual::manual(&arguments, context),
         Command::TokenBench(arguments) => bench::run_bare(&arguments, context),

@@ -14,6 +14,7 @@ use super::{
     client::connect::Connection,
     exit::{Exit, Failure},
     output::Field,
+    progress::Progress,
 };
 
 mod bare;
@@ -121,7 +122,8 @@ async fn measure_served(
         front: broker.pid,
         status: broker.status,
     };
-    load::run(&plan).await
+    let progress = Progress::new(context.output, "enrolling users", arguments.users.into());
+    load::run(&plan, progress).await
 }
 
 /// Gives up at a signal, so that a broker started for the measurement is stopped and not left behind.

@@ -137,3 +137,32 @@ fn an_interrupted_measurement_leaves_no_broker_behind() {
         (!is_alive(worker)).then_some(())
     });
 }
+
+/// A person at a terminal sees how far it is; a file gets the remarks alone.
+#[test]
+fn enrolling_shows_its_progress_on_a_terminal_and_nowhere_else() {
+    let site = site();
+    let plain = bench(&site, "releaser", &["--seconds", "1", "--warm-up", "0"]);
+    let line: Vec<String> = [plain.get_program()]
+        .into_iter()
+        .chain(plain.get_args())
+        .map(|word| format!("'{}'", word.to_str().unwrap()))
+        .collect();
+    let mut terminal = Command::new("script");
+    terminal.args(["-qec", &line.join(" "), "/dev/null"]);
+    for (name, value) in plain.get_envs() {
+        terminal.env(name, value.unwrap_or_default());
+    }
+    let shown = Finished::from(terminal.env("TERM", "xterm").output().unwrap());
+    assert_eq!(shown.code, Some(0), "{shown:#?}");
+    assert!(shown.stdout.contains("enrolling users"), "{shown:#?}");
+    assert!(shown.stdout.contains("/5, "), "{shown:#?}");
+
+    let finished = Finished::from(
+        bench(&site, "releaser", &["--seconds", "1", "--warm-up", "0"])
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    assert!(!finished.stderr.contains("enrolling"), "{finished:#?}");
+}

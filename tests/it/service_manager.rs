@@ -148,3 +148,36 @@ fn a_manager_that_is_gone_stops_nothing() {
     let (_, status) = broker.stop();
     assert!(status.success(), "{status}");
 }
+
+/// `keybroker probe` is what a container's health check runs: alive and ready are different questions.
+#[test]
+fn a_probe_tells_alive_from_ready() {
+    let broker = Broker::start(Options::default());
+    let site = &broker.site;
+    let status = broker.status.to_string();
+    let probe = |question: &str| site.run(&["probe", question, "--status", &status]);
+    assert_eq!(
+        site.expect_ok(&["probe", "live", "--status", &status]),
+        "alive\n"
+    );
+    assert_eq!(site.expect_ok(&["probe", "--status", &status]), "ready\n");
+
+    let tokens = site.token.directory();
+    let away = tokens.with_extension("away");
+    fs::rename(&tokens, &away).unwrap();
+    let finished = until("the broker to notice", || {
+        let finished = probe("ready");
+        (finished.code != Some(0)).then_some(finished)
+    });
+    assert_eq!(finished.code, Some(10), "{finished:#?}");
+    assert!(
+        finished.stderr.contains("not ready: token"),
+        "{finished:#?}"
+    );
+    assert_eq!(probe("live").code, Some(0));
+    fs::rename(&away, &tokens).unwrap();
+
+    let site = broker.kill();
+    let finished = site.run(&["probe", "live", "--status", &status, "--timeout-ms", "500"]);
+    assert_eq!(finished.code, Some(11), "{finished:#?}");
+}

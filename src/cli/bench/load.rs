@@ -24,6 +24,7 @@ use crate::{
     cli::{
         client::{connect, refusal},
         exit::{Exit, Failure},
+        progress::Progress,
     },
     proto::{
         CreateUserKeyRequest, UnwrapUserKeyRequest, user_key_service_client::UserKeyServiceClient,
@@ -157,13 +158,13 @@ impl Enrolled {
     }
 }
 
-pub(super) async fn run(plan: &Plan) -> Result<Measured, Failure> {
+pub(super) async fn run(plan: &Plan, progress: Progress) -> Result<Measured, Failure> {
     let mut channels = Vec::new();
     for _ in 0..plan.connections.min(CHANNELS_MAX) {
         channels.push(connect::connect(&plan.endpoint, plan.timeout).await?);
     }
     let users: Arc<[Enrolled]> = (0..plan.users).map(Enrolled::new).collect();
-    enrol(plan, &channels, &users).await?;
+    enrol(plan, &channels, &users, progress).await?;
     let measuring = Arc::new(AtomicBool::new(false));
     let stop = Arc::new(AtomicBool::new(false));
     let mut callers = JoinSet::new();
@@ -216,12 +217,19 @@ pub(super) async fn run(plan: &Plan) -> Result<Measured, Failure> {
 }
 
 /// Creates the users' keys. Those of an earlier run are used again.
-async fn enrol(plan: &Plan, channels: &[Channel], users: &Arc<[Enrolled]>) -> Result<(), Failure> {
+async fn enrol(
+    plan: &Plan,
+    channels: &[Channel],
+    users: &Arc<[Enrolled]>,
+    progress: Progress,
+) -> Result<(), Failure> {
+    let progress = Arc::new(progress);
     let at_once = usize::try_from(ENROL_AT_ONCE.min(plan.users)).unwrap_or(1);
     let mut tasks = JoinSet::new();
     for (number, channel) in (0..at_once).zip(channels.iter().cycle()) {
         let mut client = Client::new(channel.clone());
         let users = Arc::clone(users);
+        let progress = Arc::clone(&progress);
         let timeout = plan.timeout;
         tasks.spawn(async move {
             for enrolled in users.iter().skip(number).step_by(at_once) {
@@ -236,7 +244,7 @@ async fn enrol(plan: &Plan, channels: &[Channel], users: &Arc<[Enrolled]>) -> Re
                     Err(status) if status.code() != Code::AlreadyExists => {
                         return Err(refusal::failure(&status));
                     }
-                    _ => {}
+                    _ => progress.step(),
                 }
             }
             Ok(())

@@ -1,0 +1,80 @@
+//! `keybroker probe`: asks the broker beside us how it is, for containers whose health check is a command. The status
+//! listener is on loopback, where an orchestrator's own probes do not reach it.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use clap::{Args, ValueEnum};
+
+use super::{
+    Context,
+    exit::{Exit, Failure},
+};
+
+/// An answer of the status listener is a line or two.
+const ANSWER_BYTES_MAX: u64 = 16_384;
+
+#[derive(Args, Debug)]
+pub(super) struct Arguments {
+    /// What to ask
+    #[arg(default_value = "ready")]
+    question: Question,
+    /// Address of the status listener, instead of the configuration's
+    #[arg(long, value_name = "ADDRESS")]
+    status: Option<SocketAddr>,
+    /// Longest wait for the answer
+    #[arg(long, default_value_t = 3_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    timeout_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Question {
+    /// Does the process answer? If not, a restart may help
+    Live,
+    /// Does it release keys? If not, send callers elsewhere
+    Ready,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let address = match arguments.status {
+        Some(address) => address,
+        None => context.config()?.status.address,
+    };
+    let path = match arguments.question {
+        Question::Live => "/livez",
+        Question::Ready => "/readyz",
+    };
+    let answer = ask(address, path, Duration::from_millis(arguments.timeout_ms));
+    let answer = answer.map_err(|error| {
+        let what = format!("no answer from http://{address}{path}: {error}");
+        Failure::new(Exit::Unreachable, what)
+            .hint("is `keybroker serve` running, with this [status] address?")
+    })?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    if head.starts_with("HTTP/1.1 200 ") {
+        return context.output.text(body.trim_end());
+    }
+    let body = body.trim();
+    let what = if body.is_empty() {
+        head.lines().next().unwrap_or("an empty answer")
+    } else {
+        body
+    };
+    Err(Failure::new(Exit::Refused, what))
+}
+
+fn ask(address: SocketAddr, path: &str, patience: Duration) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
+    Ok(answer)
+}

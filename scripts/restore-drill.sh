@@ -1,0 +1,207 @@
+#!/usr/bin/env bash
+# Practises the day on which token and database are lost: enrols keys, takes a backup of both while the broker has work,
+# destroys both, restores both, and unwraps every key. Also shows what a backup of one without the other is worth. All in a
+# throwaway folder; ends with "restore: ok".
+#
+# Usage: restore-drill.sh [PROGRAM]      PROGRAM is the keybroker to practise with (built in release by default)
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")/.."
+
+USERS=25
+READY_SECONDS=30
+
+PROGRAM=${1:-}
+WORK=
+BROKER_PID=
+
+step() { printf '== %s\n' "$1"; }
+
+fail() {
+  printf 'restore: %s\n' "$1" >&2
+  [[ -z $WORK || ! -s $WORK/broker.log ]] || tail -n 20 "$WORK/broker.log" >&2
+  exit 1
+}
+
+stop_broker() {
+  [[ -n $BROKER_PID ]] || return 0
+  kill -TERM "$BROKER_PID" 2>/dev/null || true
+  local status=0
+  wait "$BROKER_PID" || status=$?
+  BROKER_PID=
+  return "$status"
+}
+
+clean_up() {
+  local status=$?
+  trap - EXIT INT TERM
+  stop_broker || true
+  [[ -z $WORK ]] || rm -rf "$WORK"
+  exit "$status"
+}
+
+broker() { "$PROGRAM" --config "$WORK/keybroker.toml" "$@"; }
+
+# What it says matters only when it fails.
+quietly() { broker "$@" >"$WORK/said" 2>&1 || fail "keybroker $*: $(cat "$WORK/said")"; }
+
+client() {
+  local role=$1
+  shift
+  "$PROGRAM" client --endpoint "$ENDPOINT" --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/$role.pem" --key "$WORK/pki/$role.key" "$@"
+}
+
+start_broker() {
+  rm -f "$WORK/ready"
+  "$PROGRAM" --config "$WORK/keybroker.toml" serve --ready-file "$WORK/ready" >>"$WORK/broker.log" 2>&1 &
+  BROKER_PID=$!
+  local deadline=$((SECONDS + READY_SECONDS))
+  until [[ -s $WORK/ready ]]; do
+    kill -0 "$BROKER_PID" 2>/dev/null || return 1
+    ((SECONDS < deadline)) || fail "the broker was not ready after $READY_SECONDS s"
+    sleep 0.05
+  done
+  ENDPOINT=https://$(grep -oE '127\.0\.0\.1:[0-9]+' "$WORK/ready" | head -n 1)
+}
+
+site() {
+  local module role
+  for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
+  scripts/dev-ca.sh "$WORK/pki" releaser enroller lifecycle
+  mkdir "$WORK/tokens" "$WORK/data"
+  sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
+  openssl rand -hex 12 >"$WORK/pin"
+  openssl rand -hex 12 >"$WORK/so-pin"
+  {
+    cat <<CONF
+[token]
+module = "$module"
+label = "drill"
+pin_file = "$WORK/pin"
+workers = 1
+allow_oaep_sha1 = true
+[token.environment]
+SOFTHSM2_CONF = "$WORK/softhsm2.conf"
+[store]
+url = "sqlite:$WORK/data/keybroker.db"
+[audit]
+directory = "$WORK/audit"
+[status]
+address = "127.0.0.1:0"
+[[listener]]
+address = "127.0.0.1:0"
+doors = ["grpc"]
+[listener.tls]
+certificate_file = "$WORK/pki/server.pem"
+key_file = "$WORK/pki/server.key"
+client_ca_file = "$WORK/pki/ca.pem"
+CONF
+    for role in releaser:release enroller:enrol lifecycle:lifecycle; do
+      printf '[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\n' "${role%%:*}" "${role##*:}"
+    done
+  } >"$WORK/keybroker.toml"
+  quietly token init --so-pin-file "$WORK/so-pin"
+  quietly store migrate
+  quietly key generate --bits 2048
+}
+
+# A key for each user; the first is replaced once, the second deleted.
+enrol() {
+  local user
+  mkdir "$WORK/users"
+  for user in $(seq -f 'user-%03g' "$USERS"); do
+    client enroller create --user "$user" --key-name vault --generate 32 --out "$WORK/users/$user" >/dev/null
+  done
+  rm "$WORK/users/user-001"
+  client enroller replace --user user-001 --key-name vault --expected-revision 1 --generate 32 --out "$WORK/users/user-001" >/dev/null
+  client lifecycle delete --user user-002 --key-name vault --expected-revision 1 >/dev/null
+}
+
+# The database while the broker serves and writes; then the token, which nobody may use while it is copied.
+backup() {
+  mkdir "$WORK/backup"
+  (
+    local number
+    for number in $(seq 20); do
+      client enroller create --user "later-$number" --key-name vault --generate 32 --out "$WORK/later-$number" >/dev/null || exit 1
+    done
+  ) &
+  local writer=$!
+  sqlite3 -cmd '.timeout 5000' "$WORK/data/keybroker.db" ".backup $WORK/backup/keybroker.db"
+  wait "$writer" || fail 'a key could not be enrolled during the backup'
+  stop_broker || fail 'the broker did not stop cleanly'
+  cp --archive "$WORK/tokens" "$WORK/backup/tokens"
+  [[ $(sqlite3 "$WORK/backup/keybroker.db" 'PRAGMA integrity_check') == ok ]] || fail 'the copy of the database is damaged'
+}
+
+destroy() { rm -rf "$WORK/tokens" "$WORK/data"; }
+
+restore_token() { cp --archive "$WORK/backup/tokens" "$WORK/tokens"; }
+
+# Alone in its folder: a -wal file of the lost database would be replayed into this one.
+restore_database() {
+  mkdir "$WORK/data"
+  install -m 0600 "$WORK/backup/keybroker.db" "$WORK/data/keybroker.db"
+}
+
+# Rows without the token, or with another one that has the same label and PIN, are worth nothing, and the broker says so.
+half_a_restore() {
+  restore_database
+  mkdir "$WORK/tokens"
+  local status=0
+  broker serve >"$WORK/said" 2>&1 || status=$?
+  [[ $status -eq 4 ]] || fail "without the token the broker ended with code $status, not 4: $(cat "$WORK/said")"
+  quietly token init --so-pin-file "$WORK/so-pin"
+  status=0
+  broker serve >"$WORK/said" 2>&1 || status=$?
+  [[ $status -eq 4 || $status -eq 6 ]] || fail "on another token the broker ended with code $status: $(cat "$WORK/said")"
+  destroy
+}
+
+compare() {
+  local user same=0
+  for user in $(seq -f 'user-%03g' "$USERS"); do
+    [[ $user != user-002 ]] || continue
+    client releaser unwrap --user "$user" --key-name vault --out "$WORK/back" >/dev/null || fail "the key of $user is lost"
+    cmp --silent "$WORK/users/$user" "$WORK/back" || fail "the key of $user came back changed"
+    rm "$WORK/back"
+    same=$((same + 1))
+  done
+  client lifecycle undelete --user user-002 --key-name vault >/dev/null || fail 'the deleted record is lost'
+  client releaser unwrap --user user-002 --key-name vault --out "$WORK/back" >/dev/null
+  cmp --silent "$WORK/users/user-002" "$WORK/back" || fail 'the key of user-002 came back changed'
+  printf '   %d keys came back as they were, one of them replaced before, one deleted and undeleted\n' $((same + 1))
+}
+
+main() {
+  trap clean_up EXIT
+  trap 'exit 130' INT TERM
+  if [[ -z $PROGRAM ]]; then
+    scripts/install.sh
+    cargo build --release --locked --quiet
+    PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
+  fi
+  WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-drill.XXXXXX")
+  step 'A site in use'
+  site
+  start_broker || fail 'the broker did not start'
+  enrol
+  step 'Backup of the database under writes, then of the token'
+  backup
+  step 'Token and database are gone'
+  destroy
+  step 'Half a restore: the database without its token'
+  half_a_restore
+  step 'Restore of both'
+  restore_token
+  restore_database
+  broker store status
+  quietly token check
+  start_broker || fail 'the broker did not start on what was restored'
+  compare
+  stop_broker || fail 'the broker did not stop cleanly'
+  broker audit verify
+  printf 'restore: ok\n'
+}
+
+main "$@"

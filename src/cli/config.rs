@@ -22,7 +22,8 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             let mut problems = config.problems();
             problems.extend(config.file_problems());
             if problems.is_empty() {
-                return context.output.text("the configuration is good");
+                let good = "the configuration is good";
+                return context.output.sentence("verdict", good);
             }
             Err(context.bad_config(&problems))
         }

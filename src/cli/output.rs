@@ -96,6 +96,14 @@ impl Output {
         self.json(&Value::Array(parsed))
     }
 
+    /// One sentence; for programs, an object with one field of this name.
+    pub(super) fn sentence(self, name: &'static str, text: &str) -> Result<(), Failure> {
+        if self.is_json() {
+            return self.fields(vec![(name, json!(text))]);
+        }
+        self.text(text)
+    }
+
     /// A text and a line end.
     pub(super) fn text(self, text: &str) -> Result<(), Failure> {
         self.bytes(format!("{text}\n").as_bytes())

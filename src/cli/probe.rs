@@ -55,7 +55,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     })?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     if head.starts_with("HTTP/1.1 200 ") {
-        return context.output.text(body.trim_end());
+        return context.output.sentence("answer", body.trim_end());
     }
     let body = body.trim();
     let what = if body.is_empty() {

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// `keybroker client` with the certificate of that name.
-fn client(broker: &Broker, name: &str, arguments: &[&str]) -> Command {
+pub(crate) fn client(broker: &Broker, name: &str, arguments: &[&str]) -> Command {
     let ca = broker.site.pki.ca_file();
     client_to(broker, broker.grpc.port(), &ca, name, arguments)
 }

@@ -17,6 +17,7 @@ mod commands;
 mod doors;
 mod end_to_end;
 mod faults;
+mod json;
 mod pki;
 mod process;
 mod recovery;

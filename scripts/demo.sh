@@ -2,7 +2,9 @@
 # Shows the broker at work, with real parts: a SoftHSM token, SQLite, TLS, a gRPC client. Everything lives in a throwaway
 # folder and is gone afterwards.
 #
-# Usage: demo.sh [--keep]        --keep leaves the broker running and prints commands to try
+# Usage: demo.sh [--keep]                        --keep leaves the broker running and prints commands to try
+#        demo.sh --against URL PKI USERS         only the client's part, against a broker that runs already: PKI is a folder
+#                                                of dev-ca.sh, USERS one for their keys; a second run finds them enrolled
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -174,7 +176,7 @@ gate() {
 enrol() {
   step "Enrolling the keys of $USERS users over mTLS"
   local user started=$SECONDS
-  mkdir "$WORK/users"
+  mkdir -p "$WORK/users"
   for user in $(seq -f 'user-%03g' "$USERS"); do
     openssl rand 32 >"$WORK/users/$user.key"
     client enroller create --user "$user" --key-name vault --material-file "$WORK/users/$user.key" >/dev/null \
@@ -187,6 +189,7 @@ compare() {
   step "Unwrapping each on the token, and comparing"
   local user started=$SECONDS same=0
   for user in $(seq -f 'user-%03g' "$USERS"); do
+    rm -f "$WORK/users/$user.back"
     client releaser unwrap --user "$user" --key-name vault --out "$WORK/users/$user.back" >/dev/null \
       || fail "the key of $user was not released"
     cmp --silent "$WORK/users/$user.key" "$WORK/users/$user.back" || fail "the key of $user came back changed"
@@ -288,11 +291,28 @@ Log: $folder/broker.log    Stop and remove: kill $pid; rm -r $folder
 TRY
 }
 
+# The client's part alone: what an image, a package or a cluster is proved with.
+against() {
+  [[ $# -eq 3 ]] || fail 'usage: demo.sh --against URL PKI USERS'
+  ENDPOINT=$1
+  WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-demo.XXXXXX")
+  mkdir -p "$3"
+  ln -s "$(realpath "$2")" "$WORK/pki"
+  ln -s "$(realpath "$3")" "$WORK/users"
+  trap clean_up EXIT
+  trap interrupted INT TERM HUP
+  [[ -e $3/user-001.key ]] || enrol
+  compare
+  denied
+  printf '\ndemo: the client part is ok\n'
+}
+
 main() {
   case ${1:-} in
     '') ;;
     --keep) KEEP=yes ;;
-    *) fail "unknown argument $1; usage: demo.sh [--keep]" ;;
+    --against) shift; against "$@"; return ;;
+    *) fail "unknown argument $1; usage: demo.sh [--keep | --against URL PKI USERS]" ;;
   esac
   trap clean_up EXIT
   trap interrupted INT TERM HUP

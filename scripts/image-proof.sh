@@ -1,0 +1,283 @@
+#!/usr/bin/env bash
+# Proves the image for real where there is no image registry and no daemon: base images by debootstrap under the names that
+# the Dockerfile has, the image by buildah, and the broker run from it by runc as a cluster would: not root, no
+# capability, root file system read-only, its own process namespace. A token is made in a volume, the broker serves, the
+# demo's client part runs against it, and again after a restart. Ends with "image: ok".
+#
+# Usage: image-proof.sh          on Debian 12, as root; the first run takes minutes and needs some 6 GB
+#
+#   IMAGE_CACHE    where base images and caches are kept between runs (/var/tmp/keybroker-image)
+#   IMAGE_PROFILE  cargo profile of the build in the image (release)
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")/.."
+
+CACHE=${IMAGE_CACHE:-/var/tmp/keybroker-image}
+PROFILE=${IMAGE_PROFILE:-release}
+MIRROR=http://deb.debian.org/debian
+RELEASE=bookworm
+TAG=localhost/keybroker:proof
+READY_SECONDS=60
+# The user of the image.
+ID=10001
+GRPC=127.0.0.1:18443
+
+WORK=
+MOUNT=
+CONTAINER=
+BROKER_PID=
+NAME=keybroker-proof-$$
+
+# --- how it ends -----------------------------------------------------------------------------------------------------
+
+step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+fail() {
+  printf '\nimage: %s\n' "$1" >&2
+  [[ -z $WORK || ! -s $WORK/broker.log ]] || tail -n 20 "$WORK/broker.log" >&2
+  exit 1
+}
+
+stop_broker() {
+  [[ -n $BROKER_PID ]] || return 0
+  runtime kill "$NAME" TERM 2>/dev/null || kill -TERM "$BROKER_PID" 2>/dev/null || true
+  local status=0
+  wait "$BROKER_PID" || status=$?
+  BROKER_PID=
+  return "$status"
+}
+
+clean_up() {
+  local status=$?
+  trap - EXIT INT TERM
+  stop_broker || true
+  [[ -z $CONTAINER ]] || buildah rm "$CONTAINER" >/dev/null 2>&1 || true
+  [[ -z $WORK ]] || rm -rf "$WORK"
+  exit "$status"
+}
+
+# --- tools and base images -------------------------------------------------------------------------------------------
+
+tools() {
+  local part missing=()
+  for part in buildah debootstrap runc jq; do
+    command -v "$part" >/dev/null || missing+=("$part")
+  done
+  if [[ ${#missing[@]} -gt 0 ]]; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  fi
+  mkdir -p "$CACHE/tmp"
+  # Everything of ours in one folder, and nothing in the machine's own image store.
+  cat >"$CACHE/storage.conf" <<CONF
+[storage]
+driver = "vfs"
+graphroot = "$CACHE/images"
+runroot = "$CACHE/run"
+CONF
+  export CONTAINERS_STORAGE_CONF=$CACHE/storage.conf BUILDAH_ISOLATION=chroot TMPDIR=$CACHE/tmp
+}
+
+has_image() { buildah inspect --type image "$1" >/dev/null 2>&1; }
+
+# Debian's slim image is debootstrap's smallest variant without documentation.
+debian_image() {
+  has_image "$1" && return
+  step "debootstrap: $1"
+  local root=$CACHE/$RELEASE container
+  rm -rf "$root"
+  debootstrap --variant=minbase "$RELEASE" "$root" "$MIRROR" >"$CACHE/debootstrap.log" 2>&1 \
+    || { tail -n 5 "$CACHE/debootstrap.log" >&2; fail 'debootstrap failed'; }
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
+    "$root"/usr/share/{doc,man,locale,info,lintian}/*
+  container=$(buildah from scratch)
+  buildah add --quiet "$container" "$root" / >/dev/null
+  buildah config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --cmd bash "$container"
+  buildah commit --quiet --rm "$container" "$1" >/dev/null
+  rm -rf "$root"
+}
+
+# Rust's slim image is Debian's with a C compiler and the toolchain; here it is this machine's.
+rust_image() {
+  has_image "$1" && return
+  step "toolchain: $1"
+  local container sysroot
+  sysroot=$(rustc --print sysroot)
+  container=$(buildah from --pull-never "$2")
+  buildah run "$container" -- sh -euc 'apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ca-certificates gcc libc6-dev >/dev/null
+    rm -rf /var/lib/apt/lists/*'
+  # This machine may be behind a proxy whose authority it knows.
+  buildah copy --quiet "$container" /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt >/dev/null
+  buildah copy --quiet "$container" "$sysroot/bin" /usr/local/cargo/bin >/dev/null
+  buildah copy --quiet "$container" "$sysroot/lib" /usr/local/cargo/lib >/dev/null
+  buildah config --env CARGO_HOME=/usr/local/cargo --env PATH=/usr/local/cargo/bin:/usr/local/bin:/usr/bin:/bin "$container"
+  buildah commit --quiet --rm "$container" "$1" >/dev/null
+}
+
+image_named() { sed -n "s/^ARG $1=//p" Dockerfile; }
+
+build() {
+  local debian rust
+  debian=$(image_named RUNTIME_IMAGE)
+  rust=$(image_named BUILD_IMAGE)
+  debian_image "$debian"
+  rust_image "$rust" "$debian"
+  step "scripts/image.sh (profile $PROFILE)"
+  scripts/image.sh --tool buildah --tag "$TAG" -- --pull-never \
+    --build-arg SOFTHSM=1 --build-arg PROFILE="$PROFILE" >"$CACHE/build.log" 2>&1 \
+    || { tail -n 30 "$CACHE/build.log" >&2; fail "the image was not built; $CACHE/build.log has it all"; }
+  tail -n 1 "$CACHE/build.log"
+  # What the build stage was, and images of earlier runs: a gigabyte each.
+  buildah rmi --prune >/dev/null 2>&1 || true
+  CONTAINER=$(buildah from --pull-never "$TAG")
+  MOUNT=$(buildah mount "$CONTAINER")
+  printf 'size: %s of files, of which the broker %s\n' \
+    "$(du -sh --apparent-size "$MOUNT" | cut -f1)" "$(du -h --apparent-size "$MOUNT/usr/bin/keybroker" | cut -f1)"
+  [[ $(buildah inspect --format '{{.OCIv1.Config.User}}' "$CONTAINER") == "$ID:$ID" ]] || fail 'the image runs as another user'
+  buildah inspect --format '{{.Docker.Config.Healthcheck}}' "$CONTAINER" | grep -q 'probe live' || fail 'no health check'
+}
+
+# --- running from it -------------------------------------------------------------------------------------------------
+
+runtime() { runc --root "$WORK/runc" "$@"; }
+
+# What a container runtime is told: the image's user, no capability, nothing writable but the two volumes.
+bundle() {
+  local folder=$1
+  shift
+  mkdir -p "$folder"
+  jq --null-input --arg root "$MOUNT" --arg work "$WORK" --argjson id "$ID" '
+    def bind($from; $to; $mode): {destination: $to, source: $from, type: "bind", options: ["rbind", $mode]};
+    {ociVersion: "1.0.2",
+     process: {user: {uid: $id, gid: $id}, args: $ARGS.positional, cwd: "/", env: ["PATH=/usr/bin:/bin"],
+               capabilities: {}, noNewPrivileges: true, rlimits: [{type: "RLIMIT_CORE", soft: 0, hard: 0}]},
+     root: {path: $root, readonly: true},
+     mounts: [{destination: "/proc", type: "proc", source: "proc"},
+              {destination: "/dev", type: "tmpfs", source: "tmpfs", options: ["nosuid", "noexec", "mode=755", "size=64k"]},
+              {destination: "/tmp", type: "tmpfs", source: "tmpfs", options: ["nosuid", "nodev", "noexec", "size=16m"]},
+              bind($work + "/etc/keybroker.toml"; "/etc/keybroker/keybroker.toml"; "ro"),
+              bind($work + "/secrets"; "/run/secrets"; "ro"),
+              bind($work + "/data"; "/var/lib/keybroker"; "rw"),
+              bind($work + "/log"; "/var/log/keybroker"; "rw")],
+     linux: {namespaces: [{type: "pid"}, {type: "ipc"}, {type: "uts"}, {type: "mount"}],
+             maskedPaths: ["/proc/kcore", "/proc/keys", "/proc/timer_list"], readonlyPaths: ["/proc/sys", "/proc/sysrq-trigger"]}}
+    ' --args -- "$@" >"$folder/config.json"
+}
+
+# A one-shot command in a container of its own.
+inside() {
+  bundle "$WORK/once" "$@"
+  runtime run --bundle "$WORK/once" "$NAME-once" </dev/null
+}
+
+start_broker() {
+  bundle "$WORK/serve" keybroker serve
+  runtime run --bundle "$WORK/serve" "$NAME" </dev/null >"$WORK/broker.log" 2>&1 &
+  BROKER_PID=$!
+  local deadline=$((SECONDS + READY_SECONDS))
+  until runtime exec "$NAME" keybroker probe ready >/dev/null 2>&1; do
+    kill -0 "$BROKER_PID" 2>/dev/null || fail 'the broker did not start'
+    ((SECONDS < deadline)) || fail "the broker was not ready after $READY_SECONDS s"
+    sleep 0.2
+  done
+  runtime exec "$NAME" keybroker probe live
+  runtime exec "$NAME" keybroker probe ready
+}
+
+# Secrets as Kubernetes mounts them: root's files, which the group of the container may read.
+secrets() {
+  local name
+  mkdir -p "$WORK"/{etc,secrets,data/tokens,log}
+  openssl rand -hex 12 >"$WORK/secrets/pin"
+  openssl rand -hex 12 >"$WORK/secrets/so-pin"
+  scripts/dev-ca.sh "$WORK/pki" releaser enroller admin auditor
+  for name in server.pem server.key ca.pem; do cp "$WORK/pki/$name" "$WORK/secrets/$name"; done
+  chown -R "0:$ID" "$WORK/secrets" "$WORK/etc"
+  chmod 0750 "$WORK/secrets" "$WORK/etc"
+  chmod 0440 "$WORK"/secrets/*
+  chown -R "$ID:$ID" "$WORK/data" "$WORK/log"
+}
+
+configuration() {
+  cat >"$WORK/etc/keybroker.toml" <<CONF
+[token]
+module = "/usr/lib/softhsm/libsofthsm2.so"
+label = "proof"
+pin_file = "/run/secrets/pin"
+allow_oaep_sha1 = true
+
+[token.environment]
+SOFTHSM2_CONF = "/etc/keybroker/softhsm2.conf"
+
+[store]
+url = "sqlite:/var/lib/keybroker/keybroker.db"
+
+[audit]
+directory = "/var/log/keybroker"
+
+[status]
+address = "127.0.0.1:19464"
+
+[[listener]]
+address = "$GRPC"
+doors = ["grpc", "admin"]
+
+[listener.tls]
+certificate_file = "/run/secrets/server.pem"
+key_file = "/run/secrets/server.key"
+client_ca_file = "/run/secrets/ca.pem"
+CONF
+  local role
+  for role in releaser:release enroller:enrol admin:admin auditor:auditor; do
+    printf '\n[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\n' "${role%%:*}" "${role##*:}" \
+      >>"$WORK/etc/keybroker.toml"
+  done
+  chown "0:$ID" "$WORK/etc/keybroker.toml"
+  chmod 0640 "$WORK/etc/keybroker.toml"
+}
+
+provision() {
+  step 'A token in a volume'
+  secrets
+  configuration
+  inside keybroker token init --label proof --so-pin-file /run/secrets/so-pin
+  inside keybroker store migrate
+  inside keybroker key generate --bits 3072
+  inside keybroker config check
+  ! inside sh -c 'touch /usr/bin/x' 2>/dev/null || fail 'the root file system can be written to'
+  [[ $(inside sh -c 'id -u; grep -c "^CapEff:.0000000000000000$" /proc/self/status') == $'10001\n1' ]] \
+    || fail 'it runs as root or with capabilities'
+}
+
+# The image's own program, run as a client beside the container.
+client_part() {
+  PATH=$WORK/bin:$PATH scripts/demo.sh --against "https://$GRPC" "$WORK/pki" "$WORK/users"
+}
+
+main() {
+  [[ $(id -u) -eq 0 ]] || fail 'debootstrap, buildah and runc need root here'
+  trap clean_up EXIT
+  trap 'exit 130' INT TERM
+  tools
+  build
+  WORK=$(mktemp -d "$CACHE/tmp/proof.XXXXXX")
+  # The container's user passes through, and sees nothing.
+  chmod 0711 "$CACHE" "$CACHE/tmp" "$WORK"
+  provision
+  step 'Serving from the image'
+  start_broker
+  mkdir "$WORK/bin"
+  install -m 0755 "$MOUNT/usr/bin/keybroker" "$WORK/bin/keybroker"
+  client_part
+  step 'Another container on the same volumes'
+  stop_broker || fail 'the broker did not stop cleanly'
+  start_broker
+  client_part
+  stop_broker || fail 'the broker did not stop cleanly'
+  inside keybroker audit verify
+  step 'done'
+  printf 'image: ok\n'
+}
+
+main "$@"

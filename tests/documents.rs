@@ -5,7 +5,9 @@
     reason = "a test that meets a surprise stops there"
 )]
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
+
+use keybroker::error::Reason;
 
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
@@ -45,11 +47,17 @@ fn mitigations_and_code_name_each_other() {
 /// Links between the documents lead somewhere.
 #[test]
 fn links_lead_to_files() {
-    for document in ["README.md", "softhsm/README.md"] {
+    let documents = [
+        "README.md",
+        "softhsm/README.md",
+        "docs/operations.md",
+        "deploy/kubernetes/README.md",
+    ];
+    for document in documents {
         let folder = Path::new(document).parent().unwrap().to_owned();
         for part in read(document).split("](").skip(1) {
-            let target = part.split(')').next().unwrap();
-            if target.starts_with("http") || target.starts_with('#') {
+            let target = part.split([')', '#']).next().unwrap();
+            if target.starts_with("http") || target.is_empty() {
                 continue;
             }
             let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -57,5 +65,48 @@ fn links_lead_to_files() {
                 .join(target);
             assert!(path.exists(), "{document} links to {target}");
         }
+    }
+}
+
+/// Whoever is woken by an alarm finds a section of that name.
+#[test]
+fn the_operations_guide_has_every_alarm_and_no_other() {
+    let mut alarms = BTreeSet::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(path).unwrap();
+            for part in text.split("alarm = \"").skip(1) {
+                alarms.insert(part.split('"').next().unwrap().to_owned());
+            }
+        }
+    }
+    assert!(alarms.len() >= 9, "{alarms:?}");
+    let guide = read("docs/operations.md");
+    let documented: BTreeSet<String> = guide
+        .lines()
+        .filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(documented, alarms);
+}
+
+/// Whoever sees a reason finds what to do about it, here and in the reference.
+#[test]
+fn the_operations_guide_has_every_reason_and_no_other() {
+    let expected: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
+    for page in ["docs/operations.md", "docs/errors.md"] {
+        let text = read(page);
+        let documented: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .filter(|word| word.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
+            .collect();
+        assert_eq!(documented, expected, "{page}");
     }
 }

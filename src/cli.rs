@@ -2,9 +2,11 @@
 
 use std::{
     env,
+    num::NonZero,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{self, ExitCode},
+    thread,
 };
 
 use clap::{Parser, Subcommand};
@@ -197,9 +199,12 @@ fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-/// A runtime for the commands that need one.
+/// A runtime for the commands that need one. It has half of the cores: the workers need theirs, and with fewer threads
+/// fewer of them have to be woken for a call.
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.div_ceil(2))
         .enable_all()
         .build()
         .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;

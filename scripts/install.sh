@@ -6,7 +6,7 @@ set -euo pipefail
 NEXTEST_VERSION=0.9.143
 DENY_VERSION=0.20.2
 
-# A command or file that shows a package is there, and the package.
+# A command, or the path of a file, that shows a package is there, and the package. Of MariaDB the core alone: no service.
 PARTS=(
   "cc build-essential"
   "openssl openssl"
@@ -15,6 +15,9 @@ PARTS=(
   "pkcs11-tool opensc"
   "shellcheck shellcheck"
   "systemd-analyze systemd"
+  "/usr/lib/postgresql/*/bin/initdb postgresql"
+  "/usr/sbin/mariadbd mariadb-server-core"
+  "mariadb mariadb-client-core"
 )
 
 fail() {
@@ -32,15 +35,24 @@ as_root() {
   fi
 }
 
+# The tests start servers of their own. Debian would make a cluster with the package, and start it at every boot.
+no_cluster() {
+  local folder=/etc/postgresql-common
+  as_root mkdir -p "$folder"
+  [[ -e $folder/createcluster.conf ]] \
+    || printf 'create_main_cluster = false\n' | as_root tee "$folder/createcluster.conf" >/dev/null
+}
+
 packages() {
   local part missing=()
   for part in "${PARTS[@]}"; do
-    command -v "${part%% *}" >/dev/null || missing+=("${part##* }")
+    command -v "${part%% *}" >/dev/null || compgen -G "${part%% *}" >/dev/null || missing+=("${part##* }")
   done
   [[ ${#missing[@]} -eq 0 ]] && return
   command -v apt-get >/dev/null \
     || fail "missing: ${missing[*]}. This script knows apt-get only; install them with your package manager"
   printf 'install: %s\n' "${missing[*]}"
+  [[ " ${missing[*]} " == *" postgresql "* ]] && no_cluster
   local log
   log=$(mktemp)
   if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \

@@ -8,10 +8,9 @@
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
-use std::{fmt, fs::File, path::PathBuf, sync::Arc};
+use std::{fmt, fs::File, sync::Arc};
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 
 use crate::{
     call::{CallId, RequestId, Timestamp},
@@ -25,66 +24,77 @@ use crate::{
     },
 };
 
-/// Which database: the `[store]` section of the configuration.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// `sqlite:/absolute/path.db`.
-    pub url: String,
-    /// Run pending migrations at start instead of refusing to start.
-    #[serde(default)]
-    pub migrate_at_start: bool,
-}
-
+mod durability;
+mod engine;
 mod error;
+mod mutations;
+mod mysql;
+mod postgres;
+mod rows;
+mod schema;
+mod server;
+mod session;
+mod settings;
 mod sqlite;
+mod statements;
+mod url;
 
-impl Settings {
-    /// The file of a SQLite URL, the one engine so far.
-    fn sqlite_path(&self) -> Result<PathBuf, Error> {
-        let path = self.url.strip_prefix("sqlite:").map(PathBuf::from);
-        path.filter(|path| path.is_absolute() && path.file_name().is_some())
-            .ok_or_else(|| {
-                Error::Schema(
-                    "`store.url` must be `sqlite:` and the absolute path of a file".to_owned(),
-                )
-            })
-    }
-}
+pub use settings::{Settings, Tls, Url};
+
+use mysql::MySqlOrMariaDb;
+use postgres::PostgreSql;
+use url::Target;
 
 /// Opens a database whose schema is this binary's; with `migrate_at_start`, brings it there first. The caller holds the
 /// lock of [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
-    let path = settings.sqlite_path()?;
-    if settings.migrate_at_start {
-        sqlite::schema::migrate(&path, false).await?;
+    match settings.target()? {
+        Target::Sqlite(path) => {
+            if settings.migrate_at_start {
+                sqlite::file::migrate(&path, false).await?;
+            }
+            sqlite::open(&path, settings).await
+        }
+        Target::Postgres(place) => server::open::<PostgreSql>(settings, &place).await,
+        Target::MySql(place) => server::open::<MySqlOrMariaDb>(settings, &place).await,
     }
-    Ok(sqlite::SqliteStore::open(&path).await?)
 }
 
 /// Brings a database to the newest schema, or with `dry_run` says what that would do.
 pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
-    let path = settings.sqlite_path()?;
-    // A dry run leaves nothing behind, not even a lock file.
-    let _lock = if dry_run { None } else { Some(lock(settings)?) };
-    sqlite::schema::migrate(&path, dry_run).await
+    match settings.target()? {
+        Target::Sqlite(path) => {
+            // A dry run leaves nothing behind, not even a lock file.
+            let _lock = if dry_run { None } else { Some(lock(settings)?) };
+            sqlite::file::migrate(&path, dry_run).await
+        }
+        Target::Postgres(place) => server::migrate::<PostgreSql>(settings, &place, dry_run).await,
+        Target::MySql(place) => server::migrate::<MySqlOrMariaDb>(settings, &place, dry_run).await,
+    }
 }
 
 /// The schema of a database.
 pub async fn status(settings: &Settings) -> Result<SchemaStatus, Error> {
-    sqlite::schema::status(&settings.sqlite_path()?).await
+    match settings.target()? {
+        Target::Sqlite(path) => sqlite::file::status(&path).await,
+        Target::Postgres(place) => server::status::<PostgreSql>(settings, &place).await,
+        Target::MySql(place) => server::status::<MySqlOrMariaDb>(settings, &place).await,
+    }
 }
 
 /// Takes an embedded database for this process alone, until the lock is dropped. [`Error::InUse`] names the process that
-/// has it.
+/// has it. A database on a server is for any number of processes.
 pub fn lock(settings: &Settings) -> Result<StoreLock, Error> {
-    sqlite::schema::lock(&settings.sqlite_path()?)
+    match settings.target()? {
+        Target::Sqlite(path) => sqlite::file::lock(&path),
+        Target::Postgres(_) | Target::MySql(_) => Ok(StoreLock { _file: None }),
+    }
 }
 
 /// Holds an embedded database for one process.
 #[derive(Debug)]
 pub struct StoreLock {
-    _file: File,
+    _file: Option<File>,
 }
 
 /// The schema of a database and of this binary.
@@ -365,6 +375,12 @@ pub enum Error {
     /// The schema is older or newer than this binary.
     #[error("{0}")]
     Schema(String),
+    /// The database may lose what it acknowledges.
+    #[error("{0}")]
+    Durability(String),
+    /// Another transaction won; this one was undone and may be tried again.
+    #[error("the database is busy: {0}")]
+    Contended(Arc<str>),
     /// Another process has the database.
     #[error("{0}")]
     InUse(String),

@@ -1,19 +1,43 @@
 //! The conformance suite of the store: every method and every guarantee, written against the trait. An engine joins by
 //! adding a way to make an empty database to [`Engine`].
+//!
+//! PostgreSQL and MariaDB are real servers of the tests' own. To start one takes seconds, so the parts of the suite share
+//! one, with a database each.
 
 #![allow(
     clippy::unwrap_used,
     reason = "a test that meets a surprise stops there"
 )]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what a failed test leaves behind, and how long the parts took"
+)]
 
 #[path = "store/conformance.rs"]
 mod conformance;
+#[path = "store/contention.rs"]
+mod contention;
+#[path = "store/damage.rs"]
+mod damage;
+#[path = "store/durability.rs"]
+mod durability;
+#[path = "store/network.rs"]
+mod network;
+#[path = "store/outage.rs"]
+mod outage;
+#[path = "store/schema.rs"]
+mod schema;
+#[path = "store/servers.rs"]
+mod servers;
 #[path = "store/sqlite.rs"]
 mod sqlite;
+#[path = "store/suite.rs"]
+mod suite;
 #[path = "store/survival.rs"]
 mod survival;
 
-use std::sync::Arc;
+use std::{process::Command, sync::Arc};
 
 use keybroker::{
     call::{CallId, RequestId, Timestamp},
@@ -22,25 +46,103 @@ use keybroker::{
 };
 use tempfile::TempDir;
 
-/// An empty, migrated database of one engine.
+use servers::{Kind, Server};
+
+/// A database of one engine.
 struct Engine {
-    folder: TempDir,
+    place: Place,
     settings: Settings,
 }
 
+enum Place {
+    /// The folder of the file.
+    Sqlite(TempDir),
+    Server(Arc<Server>, String),
+}
+
 impl Engine {
-    async fn sqlite() -> Self {
+    /// An empty database without a schema.
+    fn bare_sqlite() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let settings = Settings {
-            url: format!("sqlite:{}", folder.path().join("test.db").display()),
-            migrate_at_start: false,
-        };
-        store::migrate(&settings, false).await.unwrap();
-        Self { folder, settings }
+        Self {
+            settings: Settings::new(format!(
+                "sqlite:{}",
+                folder.path().join("test.db").display()
+            )),
+            place: Place::Sqlite(folder),
+        }
+    }
+
+    async fn sqlite() -> Self {
+        Self::bare_sqlite().migrated().await
+    }
+
+    fn bare_on(server: &Arc<Server>) -> Self {
+        let database = server.database();
+        Self {
+            settings: Settings {
+                // A hundred calls at once wait for each other on a machine that does other things, too.
+                acquire_timeout_ms: 20_000,
+                statement_timeout_ms: 20_000,
+                lock_timeout_ms: 10_000,
+                ..server.settings(&database)
+            },
+            place: Place::Server(Arc::clone(server), database),
+        }
+    }
+
+    async fn on(server: &Arc<Server>) -> Self {
+        Self::bare_on(server).migrated().await
+    }
+
+    async fn migrated(self) -> Self {
+        store::migrate(&self.settings, false).await.unwrap();
+        self
     }
 
     async fn open(&self) -> Arc<dyn Store> {
         store::open(&self.settings).await.unwrap()
+    }
+
+    fn kind(&self) -> Option<Kind> {
+        match &self.place {
+            Place::Sqlite(_) => None,
+            Place::Server(server, _) => Some(server.kind),
+        }
+    }
+
+    /// One text for each engine.
+    fn pick<T>(&self, sqlite: T, postgres: T, mysql: T) -> T {
+        match self.kind() {
+            None => sqlite,
+            Some(Kind::PostgreSql) => postgres,
+            Some(Kind::MariaDb) => mysql,
+        }
+    }
+
+    /// Runs SQL with another program than ours: what an administrator, an attacker or a fault does. On SQLite with the CHECKs
+    /// off.
+    fn sql(&self, statements: &str) -> String {
+        match &self.place {
+            Place::Sqlite(folder) => {
+                let text = format!("PRAGMA ignore_check_constraints = ON; {statements}");
+                let file = folder.path().join("test.db");
+                let output = Command::new("sqlite3").arg(file).arg(text).output();
+                let output = output.expect("sqlite3 is not installed; run scripts/install.sh");
+                assert!(output.status.success(), "{statements}: {output:?}");
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            }
+            Place::Server(server, database) => server.sql(database, statements),
+        }
+    }
+}
+
+/// Waits for something that happens soon, and not at once.
+fn eventually(mut happened: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !happened() {
+        assert!(begun.elapsed().as_secs() < 30, "it did not happen");
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }
 

@@ -27,6 +27,7 @@ impl Config {
         self.check_token(&mut problems);
         self.check_paths(&mut problems);
         self.check_limits(&mut problems);
+        problems.extend(self.store.problems());
         problems
     }
 
@@ -112,12 +113,6 @@ impl Config {
             && !path.starts_with("$CREDENTIALS_DIRECTORY")
         {
             absolute("[token] `pin_file`", path);
-        }
-        match self.store.url.strip_prefix("sqlite:") {
-            Some(path) => absolute("[store] `url`", Path::new(path)),
-            None => problems.push(
-                "[store]: `url` must be `sqlite:` and the absolute path of a file".to_owned(),
-            ),
         }
         if KeyName::parse(&self.audit.instance).is_err() {
             problems.push("[audit]: `instance` is 1 to 64 bytes of [a-z0-9._-]".to_owned());

@@ -22,9 +22,10 @@ impl Config {
         if let Some(path) = &self.token.pin_file {
             problems.extend(Pin::from_file(path).err());
         }
-        if let Some(path) = self.store.url.strip_prefix("sqlite:") {
-            problems.extend(check_database(Path::new(path)).err());
+        if let Some(path) = self.store.file() {
+            problems.extend(check_database(&path).err());
         }
+        problems.extend(self.store.file_problems());
         problems.extend(check_audit(&self.audit.directory).err());
         for listener in &self.listeners {
             let address = listener.address;

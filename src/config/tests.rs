@@ -18,7 +18,13 @@ fn with_defaults_in_force() -> String {
 
 fn is_default(text: &str) -> bool {
     let name = text.split(' ').next().unwrap();
-    let alternatives = ["serial", "uri"];
+    let alternatives = [
+        "serial",
+        "uri",
+        "password_file",
+        "password_variable",
+        "ca_file",
+    ];
     text.contains(" = ")
         && name
             .chars()
@@ -94,7 +100,58 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "\"CKA_X\"",
     ),
     ("sqlite:/var", "sqlite:var", "absolute path"),
-    ("sqlite:/var", "mysql:/var", "must be `sqlite:`"),
+    ("sqlite:/var", "oracle:/var", "must be `sqlite:`"),
+    (
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me:hunter2@db/keys",
+        "`password_file`",
+    ),
+    (
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me@db/keys?sslmode=disable",
+        "parameters",
+    ),
+    (
+        "# password_file = ",
+        "password_variable = \"X\"\npassword_file = ",
+        "not both",
+    ),
+    (
+        "# password_file = \"/",
+        "password_file = \"",
+        "absolute path",
+    ),
+    ("# ca_file = \"/", "ca_file = \"", "absolute path"),
+    (
+        "# tls = \"verify\"",
+        "tls = \"plaintext\"\nca_file = \"/ca.pem\"",
+        "verifies nothing",
+    ),
+    (
+        "# connections_max = 10",
+        "connections_max = 0",
+        "`connections_max` is 0",
+    ),
+    (
+        "# acquire_timeout_ms = 800",
+        "acquire_timeout_ms = 1",
+        "50 to 60000",
+    ),
+    (
+        "# statement_timeout_ms = 2000",
+        "statement_timeout_ms = 1",
+        "100 to 600000",
+    ),
+    (
+        "# lock_timeout_ms = 1000",
+        "lock_timeout_ms = 1",
+        "100 to 600000",
+    ),
+    (
+        "# accept_weaker_durability = []",
+        "accept_weaker_durability = [\"fsinc\"]",
+        "\"fsinc\"",
+    ),
     (
         "address = \"127.0.0.1:9464\"",
         "address = \"0.0.0.0:9464\"",
@@ -129,6 +186,23 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ),
     ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
 ];
+
+/// A password that was written where it does not belong is in no message, and in nothing that is shown.
+#[test]
+fn a_password_in_the_url_is_nowhere_repeated() {
+    let text = EXAMPLE.replace(
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me:hunter2@db/keys",
+    );
+    let config = Config::parse(&text).unwrap();
+    let shown = format!(
+        "{config:?} {:?} {} {}",
+        config.problems(),
+        toml::to_string(&config).unwrap(),
+        serde_json::to_string(&config).unwrap()
+    );
+    assert!(!shown.contains("hunter2"), "{shown}");
+}
 
 #[test]
 fn each_mistake_has_its_message() {

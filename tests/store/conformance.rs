@@ -1,50 +1,18 @@
-//! What every engine must do.
+//! What every engine must do, method by method.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc};
 
 use keybroker::{
     call::{CallId, Timestamp},
-    key::{Fingerprint, KeyName, Purpose, Revision, Tenant, UserId, WrappingKeyState},
+    key::{Fingerprint, Purpose, Revision, Tenant, UserId, WrappingKeyState},
     store::{Error, ListQuery, RecordState, RegistryRow, Store},
 };
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
 
-/// Runs the suite's parts on an engine, each on a database of its own.
-macro_rules! on_every_engine {
-    ($($part:ident),* $(,)?) => {
-        mod on_sqlite {
-            $(
-                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-                async fn $part() {
-                    let engine = super::Engine::sqlite().await;
-                    super::$part(engine.open().await).await;
-                }
-            )*
-        }
-    };
-}
-
-on_every_engine!(
-    a_record_is_read_as_it_was_written,
-    create_never_overwrites,
-    of_concurrent_creates_one_wins,
-    of_concurrent_replaces_one_wins,
-    a_deleted_record_keeps_its_name,
-    superseded_revisions_stay_readable,
-    names_are_compared_bytewise,
-    tenants_are_apart,
-    pages_are_ordered_and_complete,
-    pages_are_stable_under_writes,
-    a_request_id_is_taken_once,
-    a_failed_change_leaves_no_request_id,
-    committed_changes_are_known_by_their_call,
-    the_registry_is_compare_and_swap,
-    cancelled_calls_poison_nothing,
-);
-
-async fn a_record_is_read_as_it_was_written(store: Arc<dyn Store>) {
+pub(crate) async fn a_record_is_read_as_it_was_written(engine: &Engine) {
+    let store = engine.open().await;
     let alice = user("alice");
     assert!(store.record(&alice).await.unwrap().is_none());
     let stamp = stamp();
@@ -64,7 +32,8 @@ async fn a_record_is_read_as_it_was_written(store: Arc<dyn Store>) {
     store.ping().await.unwrap();
 }
 
-async fn create_never_overwrites(store: Arc<dyn Store>) {
+pub(crate) async fn create_never_overwrites(engine: &Engine) {
+    let store = engine.open().await;
     let alice = user("alice");
     store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     let again = store.create(revision(&alice, 2, 1), stamp()).await;
@@ -75,7 +44,8 @@ async fn create_never_overwrites(store: Arc<dyn Store>) {
     );
 }
 
-async fn of_concurrent_creates_one_wins(store: Arc<dyn Store>) {
+pub(crate) async fn of_concurrent_creates_one_wins(engine: &Engine) {
+    let store = engine.open().await;
     let mut tasks = JoinSet::new();
     for number in 0..100 {
         let store = Arc::clone(&store);
@@ -101,7 +71,8 @@ async fn of_concurrent_creates_one_wins(store: Arc<dyn Store>) {
     );
 }
 
-async fn of_concurrent_replaces_one_wins(store: Arc<dyn Store>) {
+pub(crate) async fn of_concurrent_replaces_one_wins(engine: &Engine) {
+    let store = engine.open().await;
     store
         .create(revision(&user("alice"), 1, 1), stamp())
         .await
@@ -123,7 +94,8 @@ async fn of_concurrent_replaces_one_wins(store: Arc<dyn Store>) {
     }
 }
 
-async fn a_deleted_record_keeps_its_name(store: Arc<dyn Store>) {
+pub(crate) async fn a_deleted_record_keeps_its_name(engine: &Engine) {
+    let store = engine.open().await;
     let alice = user("alice");
     store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     let wrong = store
@@ -154,7 +126,8 @@ async fn a_deleted_record_keeps_its_name(store: Arc<dyn Store>) {
     assert!(matches!(unknown, Err(Error::NotFound)), "{unknown:?}");
 }
 
-async fn superseded_revisions_stay_readable(store: Arc<dyn Store>) {
+pub(crate) async fn superseded_revisions_stay_readable(engine: &Engine) {
+    let store = engine.open().await;
     let alice = user("alice");
     store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     store
@@ -178,7 +151,8 @@ async fn superseded_revisions_stay_readable(store: Arc<dyn Store>) {
     assert!(none.is_none());
 }
 
-async fn names_are_compared_bytewise(store: Arc<dyn Store>) {
+pub(crate) async fn names_are_compared_bytewise(engine: &Engine) {
+    let store = engine.open().await;
     // Cases, and one letter composed in two ways: equal to people, not to us.
     let names = ["alice", "Alice", "z\u{e9}", "ze\u{301}", "alice "];
     for (number, name) in (0..).zip(names) {
@@ -193,7 +167,8 @@ async fn names_are_compared_bytewise(store: Arc<dyn Store>) {
     }
 }
 
-async fn tenants_are_apart(store: Arc<dyn Store>) {
+pub(crate) async fn tenants_are_apart(engine: &Engine) {
+    let store = engine.open().await;
     let (one, other) = (address("one", "alice", "k"), address("other", "alice", "k"));
     store.create(revision(&one, 1, 1), stamp()).await.unwrap();
     assert!(store.record(&other).await.unwrap().is_none());
@@ -241,7 +216,8 @@ impl From<&keybroker::key::KeyAddress> for KeyAddressText {
     }
 }
 
-async fn pages_are_ordered_and_complete(store: Arc<dyn Store>) {
+pub(crate) async fn pages_are_ordered_and_complete(engine: &Engine) {
+    let store = engine.open().await;
     let users = ["a", "B", "b", "\u{e4}", "ab"];
     let mut expected = BTreeSet::new();
     let mut number = 0;
@@ -277,7 +253,8 @@ async fn pages_are_ordered_and_complete(store: Arc<dyn Store>) {
     assert_eq!(pages(&store, 2, one_user).await.len(), 3);
 }
 
-async fn pages_are_stable_under_writes(store: Arc<dyn Store>) {
+pub(crate) async fn pages_are_stable_under_writes(engine: &Engine) {
+    let store = engine.open().await;
     let name = |number: u8| format!("user-{number:03}");
     for number in (0..100).step_by(2) {
         store
@@ -310,7 +287,8 @@ async fn pages_are_stable_under_writes(store: Arc<dyn Store>) {
 
 const ONE: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
 
-async fn a_request_id_is_taken_once(store: Arc<dyn Store>) {
+pub(crate) async fn a_request_id_is_taken_once(engine: &Engine) {
+    let store = engine.open().await;
     let mine = scope("me", ONE);
     let created = store
         .create(revision(&user("a"), 1, 1), stamp_with(mine.clone()))
@@ -359,7 +337,8 @@ async fn a_request_id_is_taken_once(store: Arc<dyn Store>) {
     assert_eq!(forgotten.unwrap(), 3);
 }
 
-async fn a_failed_change_leaves_no_request_id(store: Arc<dyn Store>) {
+pub(crate) async fn a_failed_change_leaves_no_request_id(engine: &Engine) {
+    let store = engine.open().await;
     store
         .create(revision(&user("a"), 1, 1), stamp())
         .await
@@ -372,7 +351,8 @@ async fn a_failed_change_leaves_no_request_id(store: Arc<dyn Store>) {
     assert!(store.request(&mine).await.unwrap().is_none());
 }
 
-async fn committed_changes_are_known_by_their_call(store: Arc<dyn Store>) {
+pub(crate) async fn committed_changes_are_known_by_their_call(engine: &Engine) {
+    let store = engine.open().await;
     let alice = user("alice");
     let stamps: Vec<_> = (0..4).map(|_| stamp()).collect();
     store
@@ -406,7 +386,8 @@ async fn committed_changes_are_known_by_their_call(store: Arc<dyn Store>) {
     assert!(!store.committed_by(CallId::fresh()).await.unwrap());
 }
 
-async fn the_registry_is_compare_and_swap(store: Arc<dyn Store>) {
+pub(crate) async fn the_registry_is_compare_and_swap(engine: &Engine) {
+    let store = engine.open().await;
     let row = RegistryRow {
         id: KEY,
         fingerprint: Fingerprint([3; 32]),
@@ -433,27 +414,4 @@ async fn the_registry_is_compare_and_swap(store: Arc<dyn Store>) {
     let stale = store.update_registry(&row, &row.mac).await;
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
     assert_eq!(store.registry().await.unwrap(), [next]);
-}
-
-/// Handlers are cancelled when deadlines pass and clients leave. A connection left inside a transaction would break every
-/// later writer.
-async fn cancelled_calls_poison_nothing(store: Arc<dyn Store>) {
-    for number in 0..1_000_u16 {
-        let store = Arc::clone(&store);
-        let name = format!("user-{number}");
-        let task = tokio::spawn(async move {
-            let at = user(&name);
-            store.create(revision(&at, 0, 1), stamp()).await.ok();
-            store.record(&at).await.ok();
-        });
-        tokio::time::sleep(Duration::from_micros(u64::from(number % 37) * 20)).await;
-        task.abort();
-    }
-    let last = address("default", "last", KeyName::parse("k").unwrap().as_str());
-    store
-        .create(revision(&last, 200, 1), stamp())
-        .await
-        .unwrap();
-    store.ping().await.unwrap();
-    assert!(store.record(&last).await.unwrap().is_some());
 }

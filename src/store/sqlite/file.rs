@@ -1,4 +1,4 @@
-//! The database file and its schema: made, checked, migrated, locked.
+//! The database file: made, checked, migrated, locked.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -7,9 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sqlx::{Row as _, SqlitePool, migrate::Migrator};
+use sqlx::{SqlitePool, migrate::Migrator};
 
-use crate::store::{Error, MigrationReport, SchemaStatus, StoreLock};
+use crate::store::{Error, MigrationReport, SchemaStatus, StoreLock, schema};
+
+use super::statements::STATEMENTS;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
 
@@ -17,7 +19,7 @@ static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
 const OPEN_TO_OTHERS: u32 = 0o027;
 
 /// Refuses a file that is not there, or that others can change or read.
-pub(in crate::store) fn check_file(path: &Path) -> Result<(), Error> {
+pub(in crate::store) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::Schema(format!(
@@ -34,62 +36,24 @@ pub(in crate::store) fn check_file(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// The newest schema that this binary knows.
-fn newest() -> i64 {
-    MIGRATOR.iter().map(|m| m.version).max().unwrap_or(0)
-}
-
-/// The schema of a database; 0 when it has none.
 async fn current(pool: &SqlitePool) -> Result<i64, Error> {
-    let table = sqlx::query(
-        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
-    )
-    .fetch_optional(pool)
-    .await?;
-    if table.is_none() {
-        return Ok(0);
-    }
-    let row = sqlx::query("SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success")
-        .fetch_one(pool)
-        .await?;
-    Ok(row.try_get(0)?)
+    schema::current(&mut *pool.acquire().await?, &STATEMENTS).await
 }
 
 pub(super) async fn require_current(pool: &SqlitePool) -> Result<(), Error> {
-    let (current, newest) = (current(pool).await?, newest());
-    match current.cmp(&newest) {
-        std::cmp::Ordering::Equal => Ok(()),
-        std::cmp::Ordering::Less => Err(Error::Schema(format!(
-            "the database has schema {current}, this release needs {newest}; back it up, then run \
-             `keybroker store migrate`"
-        ))),
-        std::cmp::Ordering::Greater => Err(too_new(current, newest)),
-    }
-}
-
-fn too_new(current: i64, newest: i64) -> Error {
-    Error::Schema(format!(
-        "the database has schema {current}, newer than the {newest} that this release knows; run the \
-         release that migrated it"
-    ))
+    schema::require_current(current(pool).await?, &MIGRATOR)
 }
 
 /// What migration would do, or has been done.
 pub(in crate::store) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
     if !path.exists() {
-        return Ok(SchemaStatus {
-            current: 0,
-            newest: newest(),
-        });
+        return Ok(schema::status(0, &MIGRATOR));
     }
-    check_file(path)?;
+    check(path)?;
     let pool = super::writer(path);
     let current = current(&pool).await;
     pool.close().await;
-    Ok(SchemaStatus {
-        current: current?,
-        newest: newest(),
-    })
+    Ok(schema::status(current?, &MIGRATOR))
 }
 
 /// Brings a database to the newest schema, making the file if need be. The caller holds the lock.
@@ -97,16 +61,8 @@ pub(in crate::store) async fn migrate(
     path: &Path,
     dry_run: bool,
 ) -> Result<MigrationReport, Error> {
-    let before = status(path).await?;
-    if before.current > before.newest {
-        return Err(too_new(before.current, before.newest));
-    }
-    let pending: Vec<String> = MIGRATOR
-        .iter()
-        .filter(|m| m.version > before.current && !m.migration_type.is_down_migration())
-        .map(|m| format!("{:04} {}", m.version, m.description))
-        .collect();
-    if !dry_run && !pending.is_empty() {
+    let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
+    if !dry_run && !report.pending.is_empty() {
         make_file(path)?;
         let pool = super::writer(path);
         let run = MIGRATOR.run(&pool).await;
@@ -115,11 +71,7 @@ pub(in crate::store) async fn migrate(
             Error::Schema(format!("migration failed, nothing was changed: {error}"))
         })?;
     }
-    Ok(MigrationReport {
-        before: before.current,
-        newest: before.newest,
-        pending,
-    })
+    Ok(report)
 }
 
 fn make_file(path: &Path) -> Result<(), Error> {
@@ -164,7 +116,7 @@ pub(in crate::store) fn lock(path: &Path) -> Result<StoreLock, Error> {
     }
     note_holder(&mut file)
         .map_err(|error| Error::Down(format!("cannot write {shown}: {error}").into()))?;
-    Ok(StoreLock { _file: file })
+    Ok(StoreLock { _file: Some(file) })
 }
 
 fn note_holder(file: &mut File) -> std::io::Result<()> {

@@ -1,0 +1,158 @@
+//! PostgreSQL 14 and later.
+
+use std::{path::Path, time::Duration};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use sqlx::{
+    PgConnection, Postgres,
+    migrate::Migrator,
+    postgres::{PgConnectOptions, PgSslMode},
+};
+
+use super::{
+    Error, Settings,
+    durability::{Found, Weakness},
+    server::{Limits, Server},
+    session::{Columns as _, Session as _, Value},
+    settings::Tls,
+    statements::Statements,
+    url::{Door, Place},
+};
+
+mod statements;
+
+static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
+
+const PORT: u16 = 5_432;
+/// As `server_version_num` has it.
+const OLDEST: i64 = 140_000;
+/// Sockets are named by their port.
+const SOCKET_NAME: &str = ".s.PGSQL.";
+
+#[derive(Debug)]
+pub(super) enum PostgreSql {}
+
+impl Server for PostgreSql {
+    type Database = Postgres;
+
+    const NAME: &'static str = "PostgreSQL";
+    const SQL: &'static Statements = &statements::STATEMENTS;
+
+    fn migrator() -> &'static Migrator {
+        &MIGRATOR
+    }
+
+    fn options(settings: &Settings, place: &Place) -> Result<PgConnectOptions, Error> {
+        // The driver reads the environment; everything that it found there is set anew.
+        let options = PgConnectOptions::new_without_pgpass()
+            .username(&place.user)
+            .database(&place.database)
+            .application_name("keybroker")
+            .extra_float_digits(None)
+            .password(
+                settings
+                    .password()?
+                    .as_ref()
+                    .map_or("", |password| password.as_str()),
+            );
+        let mut options = match &place.door {
+            Door::Socket(path) => {
+                let (directory, port) = split_socket(path);
+                return Ok(options
+                    .port(port)
+                    .socket(directory)
+                    .ssl_mode(PgSslMode::Disable));
+            }
+            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+        };
+        options = match settings.tls {
+            Tls::Verify => options.ssl_mode(PgSslMode::VerifyFull),
+            Tls::Plaintext => options.ssl_mode(PgSslMode::Disable),
+        };
+        if let Some(path) = &settings.ca_file {
+            options = options.ssl_root_cert(path);
+        }
+        Ok(options)
+    }
+
+    fn prepare<'c>(
+        connection: &'c mut PgConnection,
+        limits: &'c Limits,
+    ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
+        async move {
+            let value = |limit: Duration| Value::Text(limit.as_millis().to_string());
+            connection
+                .rows(
+                    "SELECT set_config('statement_timeout', $1, false), \
+                     set_config('lock_timeout', $2, false), \
+                     set_config('idle_in_transaction_session_timeout', $3, false), \
+                     set_config('default_transaction_isolation', 'read committed', false)",
+                    vec![
+                        value(limits.statement),
+                        value(limits.lock),
+                        value(limits.statement * 2),
+                    ],
+                )
+                .await
+                .map(drop)
+        }
+        .boxed()
+    }
+
+    fn check_server(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let rows = connection
+                .rows(
+                    "SELECT current_setting('server_version_num')::bigint, \
+                     current_setting('server_version'), current_setting('server_encoding')",
+                    Vec::new(),
+                )
+                .await?;
+            let row = rows.first().ok_or(Error::NotFound)?;
+            if row.integer(0)? < OLDEST {
+                let version = row.text(1)?;
+                return Err(Error::Schema(format!(
+                    "the server is PostgreSQL {version}; keybroker needs 14 or later"
+                )));
+            }
+            match row.text(2)? {
+                "UTF8" => Ok(()),
+                other => Err(Error::Schema(format!(
+                    "the database has the encoding {other}, in which not every user name can be written; create it \
+                     anew with ENCODING 'UTF8'"
+                ))),
+            }
+        }
+        .boxed()
+    }
+
+    fn weaknesses(found: &Found) -> Vec<Weakness> {
+        found.postgres()
+    }
+
+    /// The driver holds an advisory lock meanwhile, and runs each migration with its mark in one transaction.
+    fn migrate(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            MIGRATOR
+                .run_direct(None, connection, false)
+                .await
+                .map_err(|error| {
+                    Error::Schema(format!(
+                        "migration failed, and what it began was undone: {error}"
+                    ))
+                })
+        }
+        .boxed()
+    }
+}
+
+/// A socket is named by its directory, or by itself where the port is another one.
+fn split_socket(path: &Path) -> (&Path, u16) {
+    let port = path
+        .file_name()
+        .and_then(|name| name.to_str()?.strip_prefix(SOCKET_NAME)?.parse().ok());
+    match (path.parent(), port) {
+        (Some(directory), Some(port)) => (directory, port),
+        _ => (path, PORT),
+    }
+}

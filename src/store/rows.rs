@@ -1,0 +1,122 @@
+//! Rows into domain types, the same for every engine. A value that does not decode is an error that names its table and
+//! column, never a panic and never a record that is missing.
+
+use crate::{
+    call::Timestamp,
+    key::{
+        Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
+        WrappingKeyId, WrappingKeyState,
+    },
+};
+
+use super::{Error, RecordInfo, RecordState, RegistryRow, session::Columns};
+
+fn corrupt(column: &str) -> Error {
+    Error::Corrupt(column.to_owned())
+}
+
+pub(super) fn bytes(row: &impl Columns, index: usize, column: &str) -> Result<Vec<u8>, Error> {
+    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
+    Ok(bytes.to_vec())
+}
+
+pub(super) fn array<const N: usize>(
+    row: &impl Columns,
+    index: usize,
+    column: &str,
+) -> Result<[u8; N], Error> {
+    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
+    bytes.try_into().map_err(|_| corrupt(column))
+}
+
+fn text<'r>(row: &'r impl Columns, index: usize, column: &str) -> Result<&'r str, Error> {
+    row.text(index).map_err(|_| corrupt(column))
+}
+
+fn time(row: &impl Columns, index: usize, column: &str) -> Result<Timestamp, Error> {
+    row.integer(index)
+        .map(Timestamp::from_micros)
+        .map_err(|_| corrupt(column))
+}
+
+fn optional_time(
+    row: &impl Columns,
+    index: usize,
+    column: &str,
+) -> Result<Option<Timestamp>, Error> {
+    let micros = row.optional_integer(index).map_err(|_| corrupt(column))?;
+    Ok(micros.map(Timestamp::from_micros))
+}
+
+pub(super) fn wrapping_key(row: &impl Columns, index: usize) -> Result<WrappingKeyId, Error> {
+    array(row, index, "wrapping_key_id").map(WrappingKeyId::from_bytes)
+}
+
+fn positive(row: &impl Columns, index: usize, column: &str) -> Result<u64, Error> {
+    let number = row.integer(index).map_err(|_| corrupt(column))?;
+    u64::try_from(number).map_err(|_| corrupt(column))
+}
+
+/// Columns 0 to 6: record id, state, revision, created, updated, deleted, wrapping key.
+pub(super) fn info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
+    let state = text(row, 1, "records.state")?;
+    let revision = positive(row, 2, "records.revision")?;
+    Ok(RecordInfo {
+        address,
+        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
+        state: parse_state(state).ok_or_else(|| corrupt("records.state"))?,
+        revision: Revision::new(revision).ok_or_else(|| corrupt("records.revision"))?,
+        created: time(row, 3, "records.created_us")?,
+        updated: time(row, 4, "records.updated_us")?,
+        deleted: optional_time(row, 5, "records.deleted_us")?,
+        wrapping_key: wrapping_key(row, 6)?,
+    })
+}
+
+/// Columns 7 and 8: user and key name.
+pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, Error> {
+    let user = text(row, 7, "records.user")?;
+    let name = text(row, 8, "records.key_name")?;
+    Ok(KeyAddress {
+        tenant,
+        user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
+        name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
+    })
+}
+
+/// Columns 0 to 9: those of a record, user, key name and tenant.
+pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> {
+    let tenant = text(row, 9, "records.tenant")?;
+    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?;
+    info(row, address(row, tenant)?)
+}
+
+/// All columns of a row of the registry, in the order of the table.
+pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
+    let purpose = text(row, 2, "wrapping_keys.purpose")?;
+    let state = text(row, 3, "wrapping_keys.state")?;
+    Ok(RegistryRow {
+        id: WrappingKeyId::from_bytes(array(row, 0, "wrapping_keys.key_id")?),
+        fingerprint: Fingerprint(array(row, 1, "wrapping_keys.fingerprint")?),
+        purpose: Purpose::parse(purpose).ok_or_else(|| corrupt("wrapping_keys.purpose"))?,
+        state: WrappingKeyState::parse(state).ok_or_else(|| corrupt("wrapping_keys.state"))?,
+        token_serial: text(row, 4, "wrapping_keys.token_serial")?.to_owned(),
+        sequence: positive(row, 5, "wrapping_keys.sequence")?,
+        registered: time(row, 6, "wrapping_keys.registered_us")?,
+        backup_confirmed: optional_time(row, 7, "wrapping_keys.backup_confirmed_us")?,
+        mac: array(row, 8, "wrapping_keys.mac")?,
+    })
+}
+
+pub(super) const fn state_text(state: RecordState) -> &'static str {
+    match state {
+        RecordState::Active => "active",
+        RecordState::Deleted => "deleted",
+    }
+}
+
+fn parse_state(text: &str) -> Option<RecordState> {
+    [RecordState::Active, RecordState::Deleted]
+        .into_iter()
+        .find(|state| state_text(*state) == text)
+}

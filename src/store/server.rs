@@ -1,0 +1,268 @@
+//! Databases on servers, for several instances: connections that are verified, prepared and checked before they carry
+//! anything.
+//!
+//! Mitigation: M17 of `THREAT_MODEL.md`.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use sqlx::{
+    ConnectOptions as _, Connection as _, Database, Pool, migrate::Migrator, pool::PoolOptions,
+};
+
+use super::{
+    Error, MigrationReport, SchemaStatus, Settings, Store,
+    durability::{self, Found, Weakness},
+    engine::{Engine, EngineStore, Purpose},
+    schema,
+    session::{Columns as _, Session},
+    settings::Tls,
+    statements::Statements,
+    url::Place,
+};
+
+/// For the first connection and for migrations, which no caller's deadline waits for.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A connection that lay in the pool for longer is asked whether it is alive before it is lent: the server may have been
+/// restarted meanwhile.
+const TEST_AFTER: Duration = Duration::from_secs(1);
+const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
+/// So that connections move on when a name leads to another server, and certificates and settings are looked at again.
+const LIFETIME_MAX: Duration = Duration::from_mins(30);
+/// Beyond the server's own limit on a statement, for a server that does not answer at all.
+const BEYOND_STATEMENT: Duration = Duration::from_secs(1);
+
+type ConnectionOf<S> = <<S as Server>::Database as Database>::Connection;
+type OptionsOf<S> = <ConnectionOf<S> as sqlx::Connection>::Options;
+
+/// One kind of server.
+pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
+    type Database: Database<Connection: Session>;
+
+    /// For people.
+    const NAME: &'static str;
+    const SQL: &'static Statements;
+
+    fn migrator() -> &'static Migrator;
+
+    /// How to connect: nothing is taken from the process's environment.
+    fn options(settings: &Settings, place: &Place) -> Result<OptionsOf<Self>, Error>
+    where
+        Self: Sized;
+
+    /// Sets the limits of a new session, and whatever the server's administrator may have set otherwise.
+    fn prepare<'c>(
+        connection: &'c mut ConnectionOf<Self>,
+        limits: &'c Limits,
+    ) -> BoxFuture<'c, Result<(), sqlx::Error>>;
+
+    /// Refuses a server that is too old or keeps texts otherwise than bytewise.
+    fn check_server(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
+
+    fn weaknesses(found: &Found) -> Vec<Weakness>;
+
+    /// Brings the schema up to date, one instance at a time.
+    fn migrate(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
+}
+
+/// Limits of a session.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) statement: Duration,
+    pub(super) lock: Duration,
+}
+
+impl Limits {
+    fn of(settings: &Settings) -> Self {
+        Self {
+            statement: settings.statement_timeout(),
+            lock: Duration::from_millis(settings.lock_timeout_ms),
+        }
+    }
+}
+
+/// Opens a database whose schema is this binary's; with `migrate_at_start`, brings it there first.
+pub(super) async fn open<S: Server>(
+    settings: &Settings,
+    place: &Place,
+) -> Result<Arc<dyn Store>, Error> {
+    let options = S::options(settings, place)?;
+    let mut first = connect::<S>(&options, settings, place).await?;
+    if settings.migrate_at_start {
+        run_migrations::<S>(&mut first).await?;
+    }
+    let current = schema::current(&mut first, S::SQL).await?;
+    schema::require_current(current, S::migrator())?;
+    let weaknesses = weaknesses::<S>(&mut first).await?;
+    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
+    durability::announce(&weaknesses);
+    close::<S>(first).await;
+    if settings.tls == Tls::Plaintext && !place.is_local() {
+        tracing::warn!(
+            database = %place.shown(),
+            "the connection to the database is not encrypted; the configuration says so"
+        );
+    }
+    Ok(EngineStore::new(OnServer::<S> {
+        pool: pool::<S>(settings, options),
+        time_limit: settings.statement_timeout() + BEYOND_STATEMENT,
+    }))
+}
+
+pub(super) async fn status<S: Server>(
+    settings: &Settings,
+    place: &Place,
+) -> Result<SchemaStatus, Error> {
+    let options = S::options(settings, place)?;
+    let mut connection = connect::<S>(&options, settings, place).await?;
+    let current = schema::current(&mut connection, S::SQL).await;
+    close::<S>(connection).await;
+    Ok(schema::status(current?, S::migrator()))
+}
+
+pub(super) async fn migrate<S: Server>(
+    settings: &Settings,
+    place: &Place,
+    dry_run: bool,
+) -> Result<MigrationReport, Error> {
+    let options = S::options(settings, place)?;
+    let mut connection = connect::<S>(&options, settings, place).await?;
+    let current = schema::current(&mut connection, S::SQL).await?;
+    let report = schema::plan(current, S::migrator())?;
+    if !dry_run && !report.pending.is_empty() {
+        run_migrations::<S>(&mut connection).await?;
+    }
+    close::<S>(connection).await;
+    Ok(report)
+}
+
+/// With other limits: a migration may take long, and waits for another instance that migrates.
+async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(), Error> {
+    let limits = Limits {
+        statement: Duration::from_hours(1),
+        lock: PATIENCE,
+    };
+    S::prepare(connection, &limits).await?;
+    S::migrate(connection).await
+}
+
+async fn connect<S: Server>(
+    options: &OptionsOf<S>,
+    settings: &Settings,
+    place: &Place,
+) -> Result<ConnectionOf<S>, Error> {
+    let shown = format!("{} database {}", S::NAME, place.shown());
+    let mut connection = match tokio::time::timeout(PATIENCE, options.connect()).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return Err(unreachable(&shown, error)),
+        Err(_) => {
+            let what = format!("{shown} does not answer within {} s", PATIENCE.as_secs());
+            return Err(Error::Down(what.into()));
+        }
+    };
+    S::prepare(&mut connection, &Limits::of(settings)).await?;
+    S::check_server(&mut connection).await?;
+    Ok(connection)
+}
+
+/// What a failed connection means, and what to do.
+fn unreachable(shown: &str, error: sqlx::Error) -> Error {
+    let text = error.to_string();
+    let remedy = if let sqlx::Error::Database(database) = &error {
+        match database.code().as_deref() {
+            Some("3D000" | "42000") => "create it, with a user of its own that owns it",
+            Some("28P01" | "28000") => {
+                "check the user in `store.url`, and `password_file` or `password_variable`"
+            }
+            _ => "see the log of the server",
+        }
+    } else if text.contains("certificate") {
+        "the server's certificate does not verify: name its authority with `store.ca_file`, and the server as its \
+         certificate does"
+    } else if matches!(error, sqlx::Error::Tls(_)) {
+        "switch TLS on at the server; only on a network that nobody else reaches, set `store.tls = \"plaintext\"`"
+    } else {
+        "check `store.url`, and whether the server runs"
+    };
+    let what = format!("cannot use the {shown}: {text}; {remedy}");
+    match Error::from(error) {
+        Error::Corrupt(_) => Error::Corrupt(what),
+        _ => Error::Down(what.into()),
+    }
+}
+
+async fn weaknesses<S: Server>(connection: &mut ConnectionOf<S>) -> Result<Vec<Weakness>, Error> {
+    let rows = connection.rows(S::SQL.durability, Vec::new()).await?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in &rows {
+        found.push((row.text(0)?.to_owned(), row.text(1)?.to_owned()));
+    }
+    Ok(S::weaknesses(&Found(found)))
+}
+
+/// In order, so that the server's log has no complaint.
+async fn close<S: Server>(connection: ConnectionOf<S>) {
+    if let Err(error) = connection.close().await {
+        tracing::debug!(%error, "a connection did not close in order");
+    }
+}
+
+fn pool<S: Server>(settings: &Settings, options: OptionsOf<S>) -> Pool<S::Database> {
+    let limits = Limits::of(settings);
+    let accepted: Arc<[String]> = settings.accept_weaker_durability.clone().into();
+    PoolOptions::new()
+        .max_connections(settings.connections_max)
+        .acquire_timeout(settings.acquire_timeout())
+        .idle_timeout(IDLE_TIMEOUT)
+        .max_lifetime(LIFETIME_MAX)
+        .test_before_acquire(false)
+        .before_acquire(|connection, meta| {
+            Box::pin(async move {
+                if meta.idle_for > TEST_AFTER {
+                    sqlx::Connection::ping(connection).await?;
+                }
+                Ok(true)
+            })
+        })
+        .after_connect(move |connection, _| {
+            let accepted = Arc::clone(&accepted);
+            Box::pin(async move {
+                S::prepare(connection, &limits).await?;
+                let checked = match weaknesses::<S>(connection).await {
+                    Ok(weaknesses) => durability::judge(&weaknesses, &accepted),
+                    Err(error) => Err(error),
+                };
+                checked.map_err(|error| sqlx::Error::Configuration(error.into()))
+            })
+        })
+        .connect_lazy_with(options)
+}
+
+/// A database on a server.
+struct OnServer<S: Server> {
+    pool: Pool<S::Database>,
+    time_limit: Duration,
+}
+
+/// Without the options, which have the password.
+impl<S: Server> fmt::Debug for OnServer<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct(S::NAME)
+            .field("connections", &self.pool.size())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S: Server> Engine for OnServer<S> {
+    type Database = S::Database;
+
+    const SQL: &'static Statements = S::SQL;
+
+    fn pool(&self, _purpose: Purpose) -> &Pool<S::Database> {
+        &self.pool
+    }
+
+    fn time_limit(&self) -> Duration {
+        self.time_limit
+    }
+}

@@ -1,0 +1,365 @@
+//! The `[store]` section of the configuration: which database, how to reach it, and what to expect of it.
+//!
+//! A password never stands in the URL: it is read from a file or from the environment where a connection is made, and it
+//! is in no field that is shown.
+//!
+//! Mitigation: M17 of `THREAT_MODEL.md`.
+
+use std::{
+    env, fmt, fs,
+    ops::RangeInclusive,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize, Serializer};
+use zeroize::Zeroizing;
+
+use super::{Error, durability, url::Target};
+
+/// Which database: the `[store]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`; with `?socket=` and an
+    /// absolute path for a local socket.
+    pub url: Url,
+    /// File with the database user's password.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// Environment variable with the database user's password.
+    #[serde(default)]
+    pub password_variable: Option<String>,
+    /// Whether the server's certificate is verified, or there is no TLS at all.
+    #[serde(default)]
+    pub tls: Tls,
+    /// PEM file with the authorities that may have issued the server's certificate.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// Run pending migrations at start instead of refusing to start.
+    #[serde(default)]
+    pub migrate_at_start: bool,
+    /// Connections to a database server.
+    #[serde(default = "defaults::connections_max")]
+    pub connections_max: u32,
+    /// How long a call waits for a connection.
+    #[serde(default = "defaults::acquire_timeout_ms")]
+    pub acquire_timeout_ms: u64,
+    /// How long a statement may run on a database server.
+    #[serde(default = "defaults::statement_timeout_ms")]
+    pub statement_timeout_ms: u64,
+    /// How long a statement waits for a lock that another transaction holds.
+    #[serde(default = "defaults::lock_timeout_ms")]
+    pub lock_timeout_ms: u64,
+    /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
+    #[serde(default)]
+    pub accept_weaker_durability: Vec<String>,
+}
+
+/// How a connection over the network is protected. A local socket needs nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tls {
+    /// TLS with a verified certificate, or no connection.
+    #[default]
+    Verify,
+    /// No TLS: whoever is on the path reads and changes everything but the envelopes.
+    Plaintext,
+}
+
+mod defaults {
+    pub(super) fn connections_max() -> u32 {
+        10
+    }
+
+    /// Below a second, so that a database that is away is known within one.
+    pub(super) fn acquire_timeout_ms() -> u64 {
+        800
+    }
+
+    pub(super) fn statement_timeout_ms() -> u64 {
+        2_000
+    }
+
+    pub(super) fn lock_timeout_ms() -> u64 {
+        1_000
+    }
+}
+
+/// The URL of a database. Shows itself without a password, should somebody have written one into it.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Url(String);
+
+impl<T: Into<String>> From<T> for Url {
+    fn from(text: T) -> Self {
+        Self(text.into())
+    }
+}
+
+impl Url {
+    /// As written. Not for logs.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((scheme, rest)) = self.0.split_once("://") else {
+            return f.write_str(&self.0);
+        };
+        // The last `@`: a password may have one, too.
+        match rest.rsplit_once('@') {
+            Some((login, place)) if login.contains(':') => {
+                let user = login.split(':').next().unwrap_or("");
+                write!(f, "{scheme}://{user}:[hidden]@{place}")
+            }
+            _ => f.write_str(&self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Url {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Settings {
+    /// The defaults, for a database.
+    pub fn new(url: impl Into<Url>) -> Self {
+        Self {
+            url: url.into(),
+            password_file: None,
+            password_variable: None,
+            tls: Tls::default(),
+            ca_file: None,
+            migrate_at_start: false,
+            connections_max: defaults::connections_max(),
+            acquire_timeout_ms: defaults::acquire_timeout_ms(),
+            statement_timeout_ms: defaults::statement_timeout_ms(),
+            lock_timeout_ms: defaults::lock_timeout_ms(),
+            accept_weaker_durability: Vec::new(),
+        }
+    }
+
+    /// Where the database is.
+    pub(super) fn target(&self) -> Result<Target, Error> {
+        Target::parse(self.url.as_str())
+            .map_err(|what| Error::Schema(format!("`store.url` {what}")))
+    }
+
+    /// The file of an embedded database; a server has none.
+    pub fn file(&self) -> Option<PathBuf> {
+        match Target::parse(self.url.as_str()) {
+            Ok(Target::Sqlite(path)) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Everything that is wrong, each with its remedy.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        match Target::parse(self.url.as_str()) {
+            Ok(_) => {}
+            Err(what) => problems.push(format!("[store]: `url` {what}")),
+        }
+        if self.password_file.is_some() && self.password_variable.is_some() {
+            problems.push(
+                "[store]: set `password_file` or `password_variable`, not both, so that it is clear which counts"
+                    .to_owned(),
+            );
+        }
+        if self.tls == Tls::Plaintext && self.ca_file.is_some() {
+            problems.push(
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; take one of them out"
+                    .to_owned(),
+            );
+        }
+        for (name, path) in [
+            ("password_file", &self.password_file),
+            ("ca_file", &self.ca_file),
+        ] {
+            if let Some(path) = path
+                && !path.is_absolute()
+                && !path.starts_with("$CREDENTIALS_DIRECTORY")
+            {
+                problems.push(format!(
+                    "[store] `{name}` is {:?}: it must be an absolute path, because a service has no folder of its own",
+                    path.display().to_string()
+                ));
+            }
+        }
+        let mut range = |name: &str, value: u64, range: RangeInclusive<u64>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "[store]: `{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        range("connections_max", self.connections_max.into(), 1..=1_000);
+        range("acquire_timeout_ms", self.acquire_timeout_ms, 50..=60_000);
+        range(
+            "statement_timeout_ms",
+            self.statement_timeout_ms,
+            100..=600_000,
+        );
+        range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
+        for name in &self.accept_weaker_durability {
+            if !durability::is_known(name) {
+                problems.push(format!(
+                    "[store]: `accept_weaker_durability` names {name:?}, which is not looked at; there are: {}",
+                    durability::NAMES.join(", ")
+                ));
+            }
+        }
+        problems
+    }
+
+    /// What is wrong with the files that are named, each with its remedy.
+    pub fn file_problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.password_file.is_some() || self.password_variable.is_some() {
+            problems.extend(self.password().err().map(|error| error.to_string()));
+        }
+        if let Some(path) = &self.ca_file
+            && let Err(error) = fs::read(path)
+        {
+            let shown = path.display();
+            problems.push(format!("[store] `ca_file`: cannot read {shown}: {error}"));
+        }
+        problems
+    }
+
+    /// The password, read anew: it is in no field.
+    pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
+        if let Some(path) = &self.password_file {
+            return read_password(&expand(path))
+                .map(Some)
+                .map_err(Error::Schema);
+        }
+        let Some(name) = &self.password_variable else {
+            return Ok(None);
+        };
+        let password = env::var(name).map_err(|_| {
+            Error::Schema(format!(
+                "[store] `password_variable`: there is no environment variable {name}; set it where keybroker is \
+                 started"
+            ))
+        })?;
+        Ok(Some(Zeroizing::new(password)))
+    }
+
+    pub(super) fn acquire_timeout(&self) -> Duration {
+        Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    pub(super) fn statement_timeout(&self) -> Duration {
+        Duration::from_millis(self.statement_timeout_ms)
+    }
+}
+
+/// `$CREDENTIALS_DIRECTORY` is where systemd puts a service's secrets.
+fn expand(path: &Path) -> PathBuf {
+    match (
+        path.strip_prefix("$CREDENTIALS_DIRECTORY"),
+        env::var_os("CREDENTIALS_DIRECTORY"),
+    ) {
+        (Ok(rest), Some(directory)) => PathBuf::from(directory).join(rest),
+        _ => path.to_owned(),
+    }
+}
+
+fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
+    const OPEN_TO_OTHERS: u32 = 0o077;
+    let shown = path.display();
+    let what =
+        |error: std::io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
+    let mode = fs::metadata(path).map_err(what)?.mode() & 0o777;
+    if mode & OPEN_TO_OTHERS != 0 {
+        return Err(format!(
+            "[store] `password_file`: {shown} has mode {mode:03o}: others can read it; run `chmod 600 {shown}`"
+        ));
+    }
+    let mut text = Zeroizing::new(fs::read_to_string(path).map_err(what)?);
+    // Editors end a file with a line break; no password does.
+    let length = text.trim_end_matches(['\r', '\n']).len();
+    text.truncate(length);
+    if text.is_empty() {
+        return Err(format!("[store] `password_file`: {shown} is empty"));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_password_in_the_url_is_never_shown() {
+        let settings = Settings::new("postgres://me:hunter2@pw@db.example.org/keys");
+        let shown = format!(
+            "{settings:?} {} {} {:?}",
+            settings.url,
+            toml::to_string(&settings).unwrap(),
+            settings.problems()
+        );
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("pw@"),
+            "{shown}"
+        );
+        assert!(shown.contains("me:[hidden]@db.example.org"), "{shown}");
+        let refused = settings.target().unwrap_err().to_string();
+        assert!(
+            refused.contains("password_file") && !refused.contains("hunter2"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn a_password_file_that_others_can_read_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("password");
+        fs::write(&path, "hunter2\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let settings = Settings {
+            password_file: Some(path.clone()),
+            ..Settings::new("postgres://me@db/keys")
+        };
+        let refused = settings.password().unwrap_err().to_string();
+        assert!(refused.contains("chmod 600"), "{refused}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(settings.password().unwrap().unwrap().as_str(), "hunter2");
+        fs::write(&path, "\n").unwrap();
+        assert!(
+            settings
+                .password()
+                .unwrap_err()
+                .to_string()
+                .contains("empty")
+        );
+    }
+
+    #[test]
+    fn a_password_variable_that_is_not_set_is_named() {
+        let settings = Settings {
+            password_variable: Some("KEYBROKER_NO_SUCH_VARIABLE".to_owned()),
+            ..Settings::new("mysql://me@db/keys")
+        };
+        let refused = settings.password().unwrap_err().to_string();
+        assert!(refused.contains("KEYBROKER_NO_SUCH_VARIABLE"), "{refused}");
+        assert_eq!(settings.file_problems().len(), 1);
+    }
+}

@@ -1,0 +1,57 @@
+//! What an engine must be able to say. Each engine writes these by hand in its own SQL; the values of each, and the columns
+//! of each answer, are the same for all and in this order.
+
+/// The SQL of one engine.
+#[derive(Debug)]
+pub(super) struct Statements {
+    /// Begins a transaction that sees what was committed before each of its statements.
+    pub(super) begin: &'static str,
+    /// Changes nothing, and fails where nothing can be changed.
+    pub(super) probe: &'static str,
+
+    /// tenant, user, key name: the record's columns, envelope.
+    pub(super) record: &'static str,
+    /// record, revision: wrapping key, envelope.
+    pub(super) revision: &'static str,
+    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit: the record's columns, user, key name.
+    pub(super) page: &'static str,
+    /// tenant, user, after key name, 1 for deleted ones too, limit: as above.
+    pub(super) page_of_user: &'static str,
+    /// tenant, principal, request id, used after: the record's columns, user, key name, content MAC, its key.
+    pub(super) request: &'static str,
+    /// All columns of the registry, by sequence.
+    pub(super) registry: &'static str,
+
+    /// record: holds it until the transaction ends. None where a transaction holds everything.
+    pub(super) lock_record: Option<&'static str>,
+    /// record: the record's columns, user, key name, tenant.
+    pub(super) record_by_id: &'static str,
+    /// call, record, at. Waits for a transaction that inserts the same call.
+    pub(super) insert_change: &'static str,
+    /// record, tenant, user, key name, revision, created, updated. Inserts nothing when the address is taken.
+    pub(super) insert_record: &'static str,
+    /// record, revision, envelope, wrapping key, at.
+    pub(super) insert_revision: &'static str,
+    /// revision, at, record, revision before.
+    pub(super) advance_record: &'static str,
+    /// state, at, deleted, record.
+    pub(super) set_state: &'static str,
+    /// tenant, principal, request id, used until.
+    pub(super) forget_request: &'static str,
+    /// tenant, principal, request id, content MAC, its key, record, user, key name, state, revision, wrapping key, created,
+    /// updated, deleted, at. Inserts nothing when the request id is taken.
+    pub(super) insert_request: &'static str,
+    /// used before.
+    pub(super) forget_requests: &'static str,
+    /// All columns of the registry. Inserts nothing when the key is registered.
+    pub(super) insert_registry: &'static str,
+    /// fingerprint, purpose, state, token serial, sequence, registered, backup confirmed, MAC, key, MAC before.
+    pub(super) update_registry: &'static str,
+
+    /// A row if the table of migrations is there.
+    pub(super) has_migrations: &'static str,
+    /// The newest migration that was completed, or 0.
+    pub(super) newest_migration: &'static str,
+    /// Names and values of the settings that durability rests on, as text.
+    pub(super) durability: &'static str,
+}

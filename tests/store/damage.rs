@@ -1,0 +1,156 @@
+//! Rows that are not as they were written, and rows that must not change.
+
+use keybroker::{
+    key::{Revision, Tenant},
+    store::{Error, ListQuery},
+};
+
+use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
+
+/// What lets an administrator write anything.
+fn without_constraints(engine: &Engine) -> &'static str {
+    engine.pick(
+        "PRAGMA foreign_keys = OFF; ",
+        "ALTER TABLE records DROP CONSTRAINT records_record_id_length, DROP CONSTRAINT records_state_known, \
+         DROP CONSTRAINT records_revision_positive; \
+         ALTER TABLE revisions DROP CONSTRAINT revisions_record_fk; ",
+        "SET foreign_key_checks = 0; SET check_constraint_checks = 0; ",
+    )
+}
+
+pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine) {
+    let x01 = engine.pick("x'01'", "'\\x01'", "x'01'");
+    let undo = [
+        ("records", "record_id", x01.to_owned()),
+        ("records", "state", "'gone'".to_owned()),
+        ("records", "revision", "-1".to_owned()),
+        ("revisions", "wrapping_key_id", x01.to_owned()),
+    ];
+    let store = engine.open().await;
+    for (number, (table, column, value)) in (0..).zip(undo) {
+        let alice = user(&format!("alice-{column}"));
+        store
+            .create(revision(&alice, number, 1), stamp())
+            .await
+            .unwrap();
+        let id = format!("{number:02x}").repeat(16);
+        let id = engine.pick(format!("x'{id}'"), format!("'\\x{id}'"), format!("x'{id}'"));
+        let constraints = if number == 0 || engine.pick(true, false, true) {
+            without_constraints(engine)
+        } else {
+            ""
+        };
+        engine.sql(&format!(
+            "{constraints}UPDATE {table} SET {column} = {value} WHERE record_id = {id}"
+        ));
+        match store.record(&alice).await {
+            Err(Error::Corrupt(what)) => assert!(what.contains(column), "{column}: {what}"),
+            other => panic!("{column}: {other:?}"),
+        }
+        // The list does not leave it out, either.
+        let query = ListQuery {
+            tenant: Tenant::default(),
+            user: Some(alice.user.clone()),
+            deleted: true,
+            after: None,
+            limit: 10,
+        };
+        assert!(
+            matches!(store.list(&query).await, Err(Error::Corrupt(_))),
+            "{column}"
+        );
+    }
+    let bob = user("bob");
+    store.create(revision(&bob, 9, 1), stamp()).await.unwrap();
+    engine.sql(&format!(
+        "{}DELETE FROM revisions",
+        engine.pick(without_constraints(engine), "", without_constraints(engine))
+    ));
+    assert!(
+        matches!(store.record(&bob).await, Err(Error::Corrupt(what)) if what.contains("wrapping_key_id"))
+    );
+}
+
+/// What is in it is for the envelope's own parser to say.
+pub(crate) async fn a_truncated_envelope_is_handed_on_as_it_is(engine: &Engine) {
+    let store = engine.open().await;
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+    let x01 = engine.pick("x'01'", "'\\x01'", "x'01'");
+    engine.sql(&format!("UPDATE revisions SET envelope = {x01}"));
+    assert_eq!(
+        store
+            .record(&user("alice"))
+            .await
+            .unwrap()
+            .unwrap()
+            .envelope,
+        [1]
+    );
+}
+
+pub(crate) async fn reads_change_nothing(engine: &Engine) {
+    const ONE: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
+    let store = engine.open().await;
+    let mine = scope("me", ONE);
+    let written = stamp_with(mine.clone());
+    store
+        .create(revision(&user("alice"), 1, 1), written.clone())
+        .await
+        .unwrap();
+    store
+        .supersede(revision(&user("alice"), 1, 2), stamp())
+        .await
+        .unwrap();
+    // With what changes when a row is written again, even with what it was.
+    let look = || {
+        engine.sql(engine.pick(
+            "SELECT * FROM records; SELECT * FROM revisions; SELECT * FROM changes; SELECT * FROM requests; \
+             PRAGMA data_version",
+            "SELECT ctid, xmin, * FROM records; SELECT ctid, xmin, * FROM revisions; \
+             SELECT ctid, xmin, * FROM changes; SELECT ctid, xmin, * FROM requests",
+            "SELECT * FROM records; SELECT * FROM revisions; SELECT * FROM changes; SELECT * FROM requests; \
+             SHOW GLOBAL STATUS LIKE 'Innodb_rows_updated'; SHOW GLOBAL STATUS LIKE 'Innodb_rows_deleted'",
+        ))
+    };
+    let before = look();
+    for _ in 0..10 {
+        store.record(&user("alice")).await.unwrap();
+        store.record(&user("nobody")).await.unwrap();
+        store.revision(record_id(1), Revision::FIRST).await.unwrap();
+        store.request(&mine).await.unwrap();
+        store.registry().await.unwrap();
+        assert!(store.committed_by(written.call).await.unwrap());
+        let query = ListQuery {
+            tenant: Tenant::default(),
+            user: None,
+            deleted: true,
+            after: None,
+            limit: 10,
+        };
+        store.list(&query).await.unwrap();
+        store.ping().await.unwrap();
+    }
+    assert_eq!(look(), before);
+}
+
+/// The longest that the vocabulary lets through is stored whole, on engines that give their columns a length, too.
+pub(crate) async fn the_longest_values_fit(engine: &Engine) {
+    let store = engine.open().await;
+    let at = address(&"t".repeat(64), &"\u{fc}".repeat(127), &"k".repeat(64));
+    let mut new = revision(&at, 1, 1);
+    new.envelope = vec![0xff; keybroker::envelope::ENVELOPE_BYTES_MAX];
+    let mut scope = scope(&"p".repeat(2_048), "7d444840-9dc0-11d1-b245-5ffdce74fad2");
+    scope.tenant = at.tenant.clone();
+    let created = store
+        .create(new.clone(), stamp_with(scope.clone()))
+        .await
+        .unwrap();
+    let record = store.record(&at).await.unwrap().unwrap();
+    assert_eq!((&record.info, &record.envelope), (&created, &new.envelope));
+    assert_eq!(created.wrapping_key, KEY);
+    let request = store.request(&scope).await.unwrap().unwrap();
+    assert_eq!(request.result, created);
+}

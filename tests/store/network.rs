@@ -1,0 +1,199 @@
+//! The way to a database over the network: verified, or by explicit word not at all.
+
+use std::{fs, path::Path, sync::Arc};
+
+use keybroker::store::{self, Error, Settings, Tls};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+
+use super::{
+    revision,
+    servers::{Kind, Server, give},
+    stamp, user,
+};
+
+const NO_TLS: [&str; 0] = [];
+
+/// An authority and, signed by it, a certificate for `localhost` and for nothing else.
+fn write_certificates(folder: &Path) {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let leaf = leaf.signed_by(&key, &authority).unwrap();
+    fs::write(folder.join("ca.pem"), authority.pem()).unwrap();
+    fs::write(folder.join("server.pem"), leaf.pem()).unwrap();
+    fs::write(folder.join("server.key"), key.serialize_pem()).unwrap();
+    for (file, mode) in [
+        ("ca.pem", 0o644),
+        ("server.pem", 0o644),
+        ("server.key", 0o600),
+    ] {
+        give(&folder.join(file), mode);
+    }
+}
+
+fn tls_arguments(kind: Kind, folder: &Path) -> Vec<String> {
+    write_certificates(folder);
+    let file = |name: &str| folder.join(name).display().to_string();
+    match kind {
+        Kind::PostgreSql => vec![
+            "-c".to_owned(),
+            "ssl=on".to_owned(),
+            "-c".to_owned(),
+            format!("ssl_cert_file={}", file("server.pem")),
+            "-c".to_owned(),
+            format!("ssl_key_file={}", file("server.key")),
+        ],
+        Kind::MariaDb => vec![
+            format!("--ssl-ca={}", file("ca.pem")),
+            format!("--ssl-cert={}", file("server.pem")),
+            format!("--ssl-key={}", file("server.key")),
+        ],
+    }
+}
+
+async fn is_refused(settings: &Settings, words: &str) {
+    let refused = store::status(settings).await.unwrap_err();
+    let Error::Down(what) = &refused else {
+        panic!("{refused:?}")
+    };
+    assert!(what.contains(words), "{what}");
+    assert!(!what.contains("hunter2"), "{what}");
+}
+
+/// The user's sessions that the server says are encrypted, and all of them.
+fn sessions(server: &Server) -> (String, String) {
+    let count = |condition: &str| {
+        let text = server.sql(
+            "",
+            &match server.kind {
+                Kind::PostgreSql => format!(
+                    "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) \
+                     WHERE usename = 'keybroker' {condition};"
+                ),
+                Kind::MariaDb => {
+                    "SELECT count(*) FROM information_schema.processlist WHERE user = 'keybroker'"
+                        .to_owned()
+                }
+            },
+        );
+        text.trim().to_owned()
+    };
+    (count("AND ssl"), count(""))
+}
+
+async fn tls_is_verified(kind: Kind) {
+    let mut server = Server::start_with(kind, |folder| tls_arguments(kind, folder));
+    let database = server.database();
+    let ca = Some(server.folder().join("ca.pem"));
+    let named = |host: &str| Settings {
+        ca_file: ca.clone(),
+        ..server.network_settings(host, &database)
+    };
+    let good = named("localhost");
+    store::migrate(&good, false).await.unwrap();
+    if kind == Kind::MariaDb {
+        // The server itself refuses whoever comes without TLS.
+        server.sql(
+            "",
+            "ALTER USER keybroker@'127.0.0.1', keybroker@localhost REQUIRE SSL",
+        );
+    }
+    let store = store::open(&good).await.unwrap();
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+    let (encrypted, all) = sessions(&server);
+    assert_eq!(encrypted, all);
+    assert_ne!(all, "0");
+    store.close().await;
+
+    // Not for that name; loopback is no exception.
+    is_refused(&named("127.0.0.1"), "ca_file").await;
+    // Not by a known authority.
+    let unknown = Settings {
+        ca_file: None,
+        ..good.clone()
+    };
+    is_refused(&unknown, "ca_file").await;
+    let other = tempfile::tempdir().unwrap();
+    write_certificates(other.path());
+    let other = Settings {
+        ca_file: Some(other.path().join("ca.pem")),
+        ..good.clone()
+    };
+    is_refused(&other, "certificate").await;
+
+    let wrong = server.folder().join("wrong");
+    fs::write(&wrong, "hunter2-but-wrong").unwrap();
+    fs::set_permissions(&wrong, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let wrong = Settings {
+        password_file: Some(wrong),
+        ..good.clone()
+    };
+    is_refused(&wrong, "password_file").await;
+
+    // A server that has no TLS, or behind somebody who says so.
+    server.stop();
+    server.run_with(NO_TLS.map(str::to_owned).to_vec());
+    let good = Settings {
+        ca_file: Some(server.folder().join("ca.pem")),
+        ..server.network_settings("localhost", &database)
+    };
+    is_refused(&good, "store.tls = \"plaintext\"").await;
+    let plain = Settings {
+        tls: Tls::Plaintext,
+        ca_file: None,
+        ..good
+    };
+    let store: Arc<dyn store::Store> = store::open(&plain).await.unwrap();
+    assert!(store.record(&user("alice")).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_to_postgresql_is_verified() {
+    tls_is_verified(Kind::PostgreSql).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_to_mariadb_is_verified() {
+    tls_is_verified(Kind::MariaDb).await;
+}
+
+/// The environment of the process leads no connection elsewhere, and switches nothing off.
+#[test]
+fn the_drivers_variables_do_not_count() {
+    const VARIABLES: [(&str, &str); 5] = [
+        ("PGHOST", "elsewhere.example.org"),
+        ("PGPORT", "1"),
+        ("PGUSER", "somebody"),
+        ("PGDATABASE", "other"),
+        ("PGSSLMODE", "disable"),
+    ];
+    const CHILD: &str = "KEYBROKER_TEST_STORE_SETTINGS";
+    if let Ok(settings) = std::env::var(CHILD) {
+        let settings = serde_json::from_str(&settings).unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(store::migrate(&settings, false)).unwrap();
+        return;
+    }
+    let server = Server::start(Kind::PostgreSql);
+    let settings = server.settings(&server.database());
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "network::the_drivers_variables_do_not_count",
+            "--exact",
+            "--nocapture",
+        ])
+        .env(CHILD, serde_json::to_string(&settings).unwrap())
+        .envs(VARIABLES)
+        .output()
+        .unwrap();
+    assert!(
+        child.status.success(),
+        "{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+}

@@ -1,0 +1,113 @@
+//! Migrations: forwards, backwards, by several at once.
+
+use keybroker::store::{self, Error};
+use tokio::task::JoinSet;
+
+use super::{Engine, Place, revision, stamp, user};
+
+/// The way back leads to an empty database, and from there forwards again.
+pub(crate) async fn a_migration_leads_back(engine: &Engine) {
+    engine.sql(engine.pick(
+        include_str!("../../migrations/sqlite/0001_initial.down.sql"),
+        include_str!("../../migrations/postgres/0001_initial.down.sql"),
+        include_str!("../../migrations/mysql/0001_initial.down.sql"),
+    ));
+    let left = engine.sql(engine.pick(
+        "SELECT name FROM sqlite_master WHERE name NOT LIKE '%sqlx%' AND name NOT LIKE 'sqlite_%'",
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relname NOT LIKE '%sqlx%'",
+        "SELECT table_name FROM information_schema.tables \
+         WHERE table_schema = DATABASE() AND table_name NOT LIKE '%sqlx%'",
+    ));
+    assert_eq!(left.trim(), "");
+    engine.sql("DELETE FROM _sqlx_migrations");
+    let report = store::migrate(&engine.settings, false).await.unwrap();
+    assert_eq!((report.before, report.pending.len()), (0, 1));
+    let store = engine.open().await;
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+}
+
+pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
+    let engine = match &engine.place {
+        Place::Sqlite(_) => Engine::bare_sqlite(),
+        Place::Server(server, _) => Engine::bare_on(server),
+    };
+    let report = store::migrate(&engine.settings, true).await.unwrap();
+    assert_eq!((report.before, report.pending.len()), (0, 1));
+    let status = store::status(&engine.settings).await.unwrap();
+    assert_eq!((status.current, status.newest), (0, report.newest));
+    let refused = store::open(&engine.settings).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Schema(what) if what.contains("store migrate")),
+        "{refused}"
+    );
+    store::migrate(&engine.settings, false).await.unwrap();
+    let again = store::migrate(&engine.settings, false).await.unwrap();
+    assert_eq!((again.before, again.pending.len()), (status.newest, 0));
+}
+
+pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
+    engine.sql(engine.pick(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', 1, x'00', 0)",
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', true, '', 0)",
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', true, '', 0)",
+    ));
+    for result in [
+        store::open(&engine.settings).await.map(drop),
+        store::migrate(&engine.settings, false).await.map(drop),
+    ] {
+        let error = result.unwrap_err();
+        assert!(
+            matches!(&error, Error::Schema(what) if what.contains("newer")),
+            "{error}"
+        );
+    }
+}
+
+/// Each instance migrates at its start when the configuration says so.
+pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &Engine) {
+    let Place::Server(server, _) = &engine.place else {
+        panic!("only a server has several instances")
+    };
+    let engine = Engine::bare_on(server);
+    let mut instances = JoinSet::new();
+    for _ in 0..8 {
+        let settings = store::Settings {
+            migrate_at_start: true,
+            ..engine.settings.clone()
+        };
+        instances.spawn(async move { store::open(&settings).await });
+    }
+    let stores = instances.join_all().await;
+    for (number, store) in (0..).zip(stores) {
+        let name = format!("user-{number}");
+        store
+            .unwrap()
+            .create(revision(&user(&name), number, 1), stamp())
+            .await
+            .unwrap();
+    }
+    let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success");
+    assert_eq!(applied.trim(), "1");
+}
+
+/// An administrator who looks into the database finds what each column means.
+pub(crate) fn every_column_has_prose(engine: &Engine) {
+    let mute = engine.sql(engine.pick(
+        "",
+        "SELECT c.relname, a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid \
+         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 \
+         AND c.relname NOT LIKE '%sqlx%' AND (col_description(c.oid, a.attnum) IS NULL \
+         OR obj_description(c.oid) IS NULL)",
+        "SELECT c.table_name, c.column_name FROM information_schema.columns c \
+         JOIN information_schema.tables t USING (table_schema, table_name) \
+         WHERE table_schema = DATABASE() AND table_name NOT LIKE '%sqlx%' \
+         AND (c.column_comment = '' OR t.table_comment = '')",
+    ));
+    assert_eq!(mute.trim(), "");
+}

@@ -1,0 +1,516 @@
+//! Real database servers, started by the tests: each with a data directory, sockets and a port of its own, and stopped by
+//! its process id. Nothing depends on a service that runs already, and nothing of it is touched.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use keybroker::store::Settings;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// How long a server may take to start or to stop, on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_mins(1);
+const REMEDY: &str = "run scripts/install.sh; the store's tests need real servers and do not skip";
+/// Whom the servers run as when the tests run as root, which neither server likes.
+const NOBODY: u32 = 65_534;
+
+/// Which server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    PostgreSql,
+    MariaDb,
+}
+
+/// A running server.
+pub(crate) struct Server {
+    pub(crate) kind: Kind,
+    folder: TempDir,
+    port: u16,
+    arguments: Vec<String>,
+    child: Option<Child>,
+    databases: AtomicU32,
+}
+
+/// In memory, where there is enough: what the tests take from a server is its process, not its power, and many small
+/// databases are made.
+fn fast_folder() -> PathBuf {
+    const ENOUGH_BYTES: u64 = 2 << 30;
+    let memory = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    if free >= ENOUGH_BYTES {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+fn as_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A program of the server's package, also where Debian keeps several versions.
+fn program(name: &str) -> PathBuf {
+    let mut folders: Vec<PathBuf> = Vec::new();
+    if let Ok(versions) = fs::read_dir("/usr/lib/postgresql") {
+        folders.extend(versions.flatten().map(|version| version.path().join("bin")));
+    }
+    // The newest last, and first to be asked.
+    folders.sort_by_key(|path| {
+        let version = path
+            .parent()
+            .and_then(Path::file_name)
+            .and_then(|name| name.to_str());
+        version.and_then(|version| version.parse::<u32>().ok())
+    });
+    folders.reverse();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    folders.extend(std::env::split_paths(&path));
+    folders.extend(["/usr/sbin", "/usr/local/sbin", "/sbin"].map(PathBuf::from));
+    folders
+        .into_iter()
+        .map(|folder| folder.join(name))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{name} is not installed; {REMEDY}"))
+}
+
+/// A command that ends with this process, and that is not root.
+fn unprivileged(name: &str, end: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    if as_root() {
+        let nobody = NOBODY.to_string();
+        command.args(["--reuid", &nobody, "--regid", &nobody, "--clear-groups"]);
+    }
+    command.args(["--pdeathsig", end, "--"]).arg(program(name));
+    // Where the tests were started may be closed to nobody.
+    command.current_dir("/").env("LC_ALL", "C");
+    command
+}
+
+fn expect_ok(what: &str, output: &Output) {
+    assert!(
+        output.status.success(),
+        "{what}: {}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Gives a file to the user that the servers run as.
+pub(crate) fn give(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    if as_root() {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+}
+
+impl Server {
+    /// Makes a data directory and starts a server on it.
+    pub(crate) fn start(kind: Kind) -> Self {
+        Self::start_with(kind, |_| Vec::new())
+    }
+
+    /// The same, with arguments of the test's own, which may name files in the server's folder.
+    pub(crate) fn start_with(kind: Kind, arguments: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("keybroker-db-")
+            .tempdir_in(fast_folder())
+            .unwrap();
+        give(folder.path(), 0o755);
+        let data = folder.path().join("data");
+        fs::create_dir(&data).unwrap();
+        give(&data, 0o700);
+        let mut server = Self {
+            kind,
+            port: TcpListener::bind("127.0.0.1:0")
+                .unwrap()
+                .local_addr()
+                .unwrap()
+                .port(),
+            arguments: arguments(folder.path()),
+            folder,
+            child: None,
+            databases: AtomicU32::new(0),
+        };
+        server.initialise();
+        server.run();
+        server
+    }
+
+    fn data(&self) -> String {
+        self.folder.path().join("data").display().to_string()
+    }
+
+    fn initialise(&self) {
+        let mut command = match self.kind {
+            Kind::PostgreSql => {
+                let mut command = unprivileged("initdb", "KILL");
+                command.args([
+                    "--no-sync",
+                    "--encoding=UTF8",
+                    "--locale=C",
+                    "--username=admin",
+                ]);
+                command.args([
+                    "--auth-local=trust",
+                    "--auth-host=scram-sha-256",
+                    "-D",
+                    &self.data(),
+                ]);
+                command
+            }
+            Kind::MariaDb => {
+                let mut command = unprivileged("mariadb-install-db", "KILL");
+                command.args(["--no-defaults", "--auth-root-authentication-method=normal"]);
+                command.args(["--skip-test-db", "--skip-name-resolve"]);
+                command
+                    .arg("--innodb-log-file-size=16M")
+                    .arg(format!("--datadir={}", self.data()));
+                command
+            }
+        };
+        let output = command.stdin(Stdio::null()).output();
+        expect_ok("cannot make a database cluster", &output.expect(REMEDY));
+    }
+
+    /// Starts the server on its data directory and waits until it answers.
+    pub(crate) fn run(&mut self) {
+        let folder = self.folder.path().display().to_string();
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_file())
+            .unwrap();
+        let mut command = match self.kind {
+            Kind::PostgreSql => {
+                let mut command = unprivileged("postgres", "INT");
+                command.args([
+                    "-D",
+                    &self.data(),
+                    "-k",
+                    &folder,
+                    "-p",
+                    &self.port.to_string(),
+                ]);
+                command.args([
+                    "-c",
+                    "listen_addresses=127.0.0.1",
+                    "-c",
+                    "shared_buffers=16MB",
+                ]);
+                command
+            }
+            Kind::MariaDb => {
+                let mut command = unprivileged("mariadbd", "TERM");
+                command
+                    .arg("--no-defaults")
+                    .arg(format!("--datadir={}", self.data()));
+                command.arg(format!("--socket={}", self.socket().display()));
+                command
+                    .arg(format!("--pid-file={folder}/pid"))
+                    .arg(format!("--port={}", self.port));
+                command.args(["--bind-address=127.0.0.1", "--innodb-buffer-pool-size=16M"]);
+                command.args(["--innodb-log-file-size=16M", "--performance-schema=OFF"]);
+                command
+            }
+        };
+        command
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.child = Some(command.spawn().expect(REMEDY));
+        let deadline = Instant::now() + PATIENCE;
+        while !self.try_sql("", "SELECT 1").status.success() {
+            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
+            if ended.is_some() || Instant::now() > deadline {
+                let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+                panic!("the server did not start ({ended:?}):\n{log}");
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The same, with other arguments of the test's own.
+    pub(crate) fn run_with(&mut self, arguments: Vec<String>) {
+        self.arguments = arguments;
+        self.run();
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    /// The socket that it listens on.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join(match self.kind {
+            Kind::PostgreSql => format!(".s.PGSQL.{}", self.port),
+            Kind::MariaDb => "socket".to_owned(),
+        })
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(self.child.as_ref().expect("it runs"))
+    }
+
+    /// Sends a signal to the server's main process.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Sends a signal to every process of the server.
+    pub(crate) fn signal_all(&self, signal: Signal) {
+        let children = children_of(self.pid());
+        self.signal(signal);
+        for child in children {
+            // It may have ended meanwhile.
+            let _gone = kill_process(child, signal);
+        }
+    }
+
+    /// Stops it in order, but without waiting for its clients.
+    pub(crate) fn stop(&mut self) {
+        self.end(match self.kind {
+            Kind::PostgreSql => Signal::INT,
+            Kind::MariaDb => Signal::TERM,
+        });
+    }
+
+    /// SIGKILL to every process of the server, as when its machine loses power but for the kernel's own buffers.
+    pub(crate) fn kill(&mut self) {
+        self.signal_all(Signal::KILL);
+        self.wait();
+    }
+
+    fn end(&mut self, signal: Signal) {
+        self.signal(signal);
+        self.wait();
+    }
+
+    fn wait(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let child = self.child.as_mut().unwrap();
+        while child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the server did not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.child = None;
+    }
+
+    fn try_sql(&self, database: &str, statements: &str) -> Output {
+        let mut command = match self.kind {
+            Kind::PostgreSql => {
+                let mut command = Command::new(program("psql"));
+                let database = if database.is_empty() {
+                    "postgres"
+                } else {
+                    database
+                };
+                command.args([
+                    "-X",
+                    "-q",
+                    "-A",
+                    "-t",
+                    "-v",
+                    "ON_ERROR_STOP=1",
+                    "-U",
+                    "admin",
+                ]);
+                command.args(["-h", &self.folder.path().display().to_string()]);
+                command.args(["-p", &self.port.to_string(), "-d", database, "-f", "-"]);
+                command
+            }
+            Kind::MariaDb => {
+                let mut command = Command::new(program("mariadb"));
+                command.args([
+                    "--no-defaults",
+                    "-u",
+                    "root",
+                    "--batch",
+                    "--skip-column-names",
+                    "--binary-as-hex",
+                ]);
+                command
+                    .arg(format!("--socket={}", self.socket().display()))
+                    .arg(database);
+                command
+            }
+        };
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{error}; {REMEDY}"));
+        // It may end at once when the server is not there.
+        let _broken = child.stdin.take().unwrap().write_all(statements.as_bytes());
+        let mut output = Output {
+            status: std::process::ExitStatus::default(),
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+        };
+        child
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_end(&mut output.stdout)
+            .unwrap();
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_end(&mut output.stderr)
+            .unwrap();
+        output.status = child.wait().unwrap();
+        output
+    }
+
+    /// Runs SQL as the administrator, with the server's own client.
+    pub(crate) fn sql(&self, database: &str, statements: &str) -> String {
+        let output = self.try_sql(database, statements);
+        expect_ok(statements, &output);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// A new, empty database. On PostgreSQL with a locale that does not compare bytewise, where the version has one.
+    pub(crate) fn database(&self) -> String {
+        let name = format!("keys{}", self.databases.fetch_add(1, Ordering::Relaxed));
+        match self.kind {
+            Kind::PostgreSql => {
+                let version: u32 = self
+                    .sql("", "SHOW server_version_num")
+                    .trim()
+                    .parse()
+                    .unwrap();
+                let locale = if version >= 150_000 {
+                    "LOCALE_PROVIDER icu ICU_LOCALE 'en-US'"
+                } else {
+                    ""
+                };
+                self.sql(
+                    "",
+                    &format!("CREATE DATABASE {name} TEMPLATE template0 {locale}"),
+                );
+            }
+            Kind::MariaDb => {
+                self.sql("", &format!("CREATE DATABASE {name}"));
+            }
+        }
+        name
+    }
+
+    /// How to reach a database through the socket.
+    pub(crate) fn settings(&self, database: &str) -> Settings {
+        let socket = self.socket();
+        Settings::new(match self.kind {
+            Kind::PostgreSql => format!("postgres://admin@/{database}?socket={}", socket.display()),
+            Kind::MariaDb => format!("mysql://root@/{database}?socket={}", socket.display()),
+        })
+    }
+
+    /// How to reach a database over the network, with the password in a file.
+    pub(crate) fn network_settings(&self, host: &str, database: &str) -> Settings {
+        let password = "hunter2";
+        let scheme = match self.kind {
+            Kind::PostgreSql => {
+                let known = self.sql("", "SELECT 1 FROM pg_roles WHERE rolname = 'keybroker'");
+                if known.is_empty() {
+                    let create = format!("CREATE ROLE keybroker LOGIN PASSWORD '{password}'");
+                    self.sql("", &create);
+                }
+                self.sql("", &format!("ALTER DATABASE {database} OWNER TO keybroker"));
+                "postgres"
+            }
+            Kind::MariaDb => {
+                self.sql(
+                    "",
+                    &format!(
+                        "CREATE OR REPLACE USER keybroker@'127.0.0.1' IDENTIFIED BY '{password}'; \
+                         CREATE OR REPLACE USER keybroker@localhost IDENTIFIED BY '{password}'; \
+                         GRANT ALL ON {database}.* TO keybroker@'127.0.0.1', keybroker@localhost"
+                    ),
+                );
+                "mysql"
+            }
+        };
+        let file = self.folder.path().join("password");
+        fs::write(&file, format!("{password}\n")).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        Settings {
+            password_file: Some(file),
+            ..Settings::new(format!(
+                "{scheme}://keybroker@{host}:{}/{database}",
+                self.port
+            ))
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            // Also when it was stopped by SIGSTOP.
+            self.signal_all(Signal::CONT);
+            self.kill();
+        }
+        if thread::panicking() {
+            let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+            let tail: Vec<_> = log.lines().rev().take(30).collect();
+            eprintln!(
+                "--- end of the {:?} log, newest first ---\n{}",
+                self.kind,
+                tail.join("\n")
+            );
+        }
+    }
+}
+
+fn children_of(parent: Pid) -> Vec<Pid> {
+    let mut children = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // After the name in brackets: state, parent.
+        let found = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1));
+        if found == Some(&parent.as_raw_nonzero().to_string())
+            && let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+        {
+            children.extend(Pid::from_raw(pid));
+        }
+    }
+    children
+}
+
+/// The servers do not run as root even when the tests do.
+#[test]
+fn a_server_runs_unprivileged_and_ends_with_its_test() {
+    for kind in [Kind::PostgreSql, Kind::MariaDb] {
+        let server = Server::start(kind);
+        let pid = server.pid().as_raw_nonzero();
+        let owner = fs::metadata(format!("/proc/{pid}")).unwrap().uid();
+        assert_ne!(owner, 0, "{kind:?}");
+        let folder = server.folder().to_owned();
+        drop(server);
+        assert!(!folder.exists());
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+}

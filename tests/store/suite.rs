@@ -1,0 +1,118 @@
+//! The parts of the suite, and the engines that they run on.
+
+use std::{sync::Arc, time::Instant};
+
+use futures_util::future::BoxFuture;
+
+use super::{
+    Engine,
+    conformance::*,
+    contention::*,
+    damage::*,
+    schema::*,
+    servers::{Kind, Server},
+};
+
+type Part = for<'e> fn(&'e Engine) -> BoxFuture<'e, ()>;
+
+/// On SQLite each part is a test; on a server all share one server, each with a database of its own.
+macro_rules! on_every_engine {
+    ($($part:ident),* $(,)?) => {
+        mod on_sqlite {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $part() {
+                    super::$part(&super::Engine::sqlite().await).await;
+                }
+            )*
+        }
+
+        const PARTS: &[(&str, Part)] = &[$((stringify!($part), |engine| Box::pin($part(engine)))),*];
+    };
+}
+
+on_every_engine!(
+    a_record_is_read_as_it_was_written,
+    create_never_overwrites,
+    of_concurrent_creates_one_wins,
+    of_concurrent_replaces_one_wins,
+    a_deleted_record_keeps_its_name,
+    superseded_revisions_stay_readable,
+    names_are_compared_bytewise,
+    tenants_are_apart,
+    pages_are_ordered_and_complete,
+    pages_are_stable_under_writes,
+    a_request_id_is_taken_once,
+    a_failed_change_leaves_no_request_id,
+    committed_changes_are_known_by_their_call,
+    the_registry_is_compare_and_swap,
+    cancelled_calls_poison_nothing,
+    reads_change_nothing,
+    rows_that_do_not_decode_are_corrupt_by_name,
+    a_truncated_envelope_is_handed_on_as_it_is,
+    the_longest_values_fit,
+    a_migration_leads_back,
+    a_dry_run_changes_no_database,
+    a_schema_that_is_too_new_is_refused,
+);
+
+/// What only several processes or connections can do to each other.
+const PARTS_ON_SERVERS: &[(&str, Part)] = &[
+    (
+        "instances_that_race_to_migrate_end_with_one_schema",
+        |engine| Box::pin(instances_that_race_to_migrate_end_with_one_schema(engine)),
+    ),
+    ("every_column_has_prose", |engine| {
+        Box::pin(async {
+            every_column_has_prose(engine);
+        })
+    }),
+    (
+        "a_lock_that_is_held_is_waited_for_and_tried_again",
+        |engine| Box::pin(a_lock_that_is_held_is_waited_for_and_tried_again(engine)),
+    ),
+    (
+        "a_lock_that_is_never_given_back_ends_in_an_error",
+        |engine| Box::pin(a_lock_that_is_never_given_back_ends_in_an_error(engine)),
+    ),
+    ("a_deadlock_is_tried_again", |engine| {
+        Box::pin(a_deadlock_is_tried_again(engine))
+    }),
+    ("a_call_in_flight_is_not_said_to_have_failed", |engine| {
+        Box::pin(a_call_in_flight_is_not_said_to_have_failed(engine))
+    }),
+    ("two_stores_on_one_database_agree", |engine| {
+        Box::pin(two_stores_on_one_database_agree(engine))
+    }),
+];
+
+async fn run_on(kind: Kind) {
+    let server = Arc::new(Server::start(kind));
+    let only = std::env::var("KEYBROKER_TEST_STORE_PART").unwrap_or_default();
+    let parts = PARTS.iter().chain(PARTS_ON_SERVERS);
+    let parts = parts.filter(|(name, _)| name.contains(&only));
+    let mut failed = Vec::new();
+    for (name, part) in parts {
+        let begun = Instant::now();
+        let engine = Engine::on(&server).await;
+        if tokio::spawn(async move { part(&engine).await })
+            .await
+            .is_err()
+        {
+            eprintln!("--- that was {name} on {kind:?}");
+            failed.push(*name);
+        }
+        println!("{name} on {kind:?}: {} ms", begun.elapsed().as_millis());
+    }
+    assert!(failed.is_empty(), "on {kind:?}: {failed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_postgresql() {
+    run_on(Kind::PostgreSql).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_mariadb() {
+    run_on(Kind::MariaDb).await;
+}

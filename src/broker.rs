@@ -96,6 +96,8 @@ pub struct Broker {
     token: Arc<dyn Token>,
     /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
     registry: ArcSwapOption<Registry>,
+    /// What was wrong with the registry when it was last looked at.
+    registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
     store_up: AtomicBool,
     /// Mutations under way, which outlive their callers.
@@ -112,6 +114,7 @@ impl Broker {
             store: parts.store,
             token: parts.token,
             registry: ArcSwapOption::empty(),
+            registry_complaint: Mutex::default(),
             refusals: Refusals::default(),
             store_up: AtomicBool::new(true),
             mutations: TaskTracker::new(),

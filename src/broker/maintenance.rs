@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::{Entry, EntryKind, OpenIntent, Outcome},
     call::Timestamp,
+    error::Reason,
     hsm::Serving,
     principal::Action,
 };
@@ -80,6 +81,7 @@ impl Broker {
             }
             self.look_at_store().await;
             self.resolve_intents().await;
+            self.follow_registry().await;
             if count.is_multiple_of(TICKS_PER_MINUTE) {
                 self.flush_refusals().await;
             }
@@ -157,6 +159,37 @@ impl Broker {
             tracing::warn!(up, "store");
         }
         metrics::gauge!("keybroker_store_up").set(if up { 1.0 } else { 0.0 });
+    }
+
+    /// Other processes change the registry: commands, beside brokers on a database server.
+    async fn follow_registry(&self) {
+        if !self.store_is_up() || self.token.state().serving != Serving::Up {
+            return;
+        }
+        let complaint = match self.refresh_registry().await {
+            Ok(()) => None,
+            Err(error) if error.reason() == Reason::TokenUntrusted => Some(error.to_string()),
+            Err(error) => return tracing::warn!(%error, "the registry was not looked at"),
+        };
+        metrics::gauge!("keybroker_registry_altered").set(if complaint.is_some() {
+            1.0
+        } else {
+            0.0
+        });
+        let mut last = self
+            .registry_complaint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Once, not every second.
+        if complaint != *last
+            && let Some(error) = &complaint
+        {
+            tracing::error!(
+                alarm = "registry", %error,
+                "the registry was changed to what does not verify; this broker goes on with what did"
+            );
+        }
+        *last = complaint;
     }
 
     async fn forget_requests(&self) {

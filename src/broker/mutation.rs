@@ -10,7 +10,7 @@ use crate::{
     key::{ID_BYTES, KeyAddress, RecordId, Revision, WrappingKeyId},
     principal::{Action, Principal},
     secret::KeyMaterial,
-    store::{self, NewRevision, RecordInfo, RecordState, Stamp},
+    store::{self, NewRevision, RecordInfo, RecordState, RequestStamp, Stamp},
 };
 
 use super::{Broker, UserKeyRef, journal::Draft, observed, policy::Permit, within};
@@ -234,13 +234,41 @@ impl Broker {
                 Some(stamp)
             }
         };
-        let commit = self.plan(permit, mutation, draft).await?;
-        let stamp = Stamp {
-            call: call.id,
-            at: Timestamp::now(),
-            request,
+        match self.plan(permit, mutation, draft).await {
+            Ok(commit) => {
+                let stamp = Stamp {
+                    call: call.id,
+                    at: Timestamp::now(),
+                    request,
+                };
+                Ok(Prepared::Ready(commit, stamp))
+            }
+            Err(error) => {
+                let error = self.unless_done_meanwhile(mutation, request.as_ref(), error);
+                error.await.map(Prepared::Replayed)
+            }
+        }
+    }
+
+    /// A failure, or the answer of another call with the same request id that was committed since this one looked: a client
+    /// that tries again at another broker may overtake its own first attempt.
+    async fn unless_done_meanwhile(
+        &self,
+        mutation: &Mutation,
+        request: Option<&RequestStamp>,
+        error: Error,
+    ) -> Result<RecordInfo, Error> {
+        let Some(stamp) = request.filter(|_| is_of_the_record(error.reason())) else {
+            return Err(error);
         };
-        Ok(Prepared::Ready(commit, stamp))
+        let Mutation {
+            call, key, change, ..
+        } = mutation;
+        match self.earlier_result(call, stamp, key, change).await {
+            Ok(Some(info)) => Ok(info),
+            Err(other) if other.reason() == Reason::RequestIdReused => Err(other),
+            _ => Err(error),
+        }
     }
 
     async fn plan(
@@ -331,7 +359,7 @@ impl Broker {
         let stored = within(call, self.store.revision(info.id, earlier))
             .await?
             .ok_or_else(|| Error::new(Reason::KeyNotFound, "no such revision"))?;
-        let envelope = self.readable_envelope(&stored.envelope)?;
+        let envelope = self.readable_envelope(&stored.envelope).await?;
         let context = |revision| Context::Record {
             address: &info.address,
             record_id: info.id,
@@ -361,6 +389,7 @@ impl Broker {
             at: stamp.at,
         };
         let _durable = self.record_ok(draft.kind(EntryKind::Intent)).await?;
+        let request = stamp.request.clone();
         let result = match commit {
             Commit::Create(new) => self.store.create(new, stamp).await,
             Commit::Supersede(new) => self.store.supersede(new, stamp).await,
@@ -372,7 +401,17 @@ impl Broker {
             self.resolve_later(intent);
             return result.map_err(Error::from);
         }
-        let result = result.map_err(|error| from_commit(error, &mutation.change));
+        let result = match result.map_err(|error| from_commit(error, &mutation.change)) {
+            Err(error) => {
+                let request = request.as_ref();
+                let result = self.unless_done_meanwhile(mutation, request, error).await;
+                if let Ok(info) = &result {
+                    draft.record(info.id, info.revision);
+                }
+                result
+            }
+            result => result,
+        };
         let outcome = self.conclude(draft.kind(EntryKind::Outcome), result).await;
         if let Err(error) = &outcome
             && error.reason() == Reason::AuditDown
@@ -392,6 +431,14 @@ fn from_commit(error: store::Error, change: &Change) -> Error {
         (store::Error::State, _) => Error::new(Reason::KeyNotFound, "the record is deleted"),
         _ => error.into(),
     }
+}
+
+/// Whether a failure may be what a mutation finds that was done already.
+fn is_of_the_record(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::KeyExists | Reason::KeyNotFound | Reason::KeyState | Reason::Revision
+    )
 }
 
 fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {

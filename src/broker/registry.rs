@@ -2,7 +2,7 @@
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     call::Deadline,
@@ -14,10 +14,15 @@ use crate::{
 
 use super::{Broker, START_RETRY};
 
+/// For the verification of a few rows on the token, once a second.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Registry rows that agree with the token.
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
+    /// Keys that were registered since this broker started, so that its workers have not looked for them.
+    unproved: Vec<RegistryRow>,
 }
 
 impl Registry {
@@ -44,6 +49,12 @@ impl Registry {
 
     /// Whether envelopes under the key may be unwrapped or bound anew.
     pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
+        if self.unproved.iter().any(|row| row.id == id) {
+            let detail = format!(
+                "wrapping key {id} was registered after this broker started; restart it, one broker after another"
+            );
+            return Err(Error::new(Reason::TokenDown, detail).retry_after(START_RETRY));
+        }
         let row = self.row(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
             Error::new(Reason::RecordDamaged, detail)
@@ -54,6 +65,25 @@ impl Registry {
             let detail = format!("wrapping key {id} is {}", row.state.as_str());
             Err(Error::new(Reason::KeyState, detail))
         }
+    }
+
+    fn is_made_of(&self, rows: &[RegistryRow]) -> bool {
+        let mine = self.rows.len() + self.unproved.len();
+        let is_mine = |row| {
+            self.rows
+                .iter()
+                .chain(&self.unproved)
+                .any(|known| known == row)
+        };
+        mine == rows.len() && rows.iter().all(is_mine)
+    }
+
+    /// Whether the key is registered, proved or not.
+    pub(super) fn knows(&self, id: WrappingKeyId) -> bool {
+        self.rows
+            .iter()
+            .chain(&self.unproved)
+            .any(|row| row.id == id)
     }
 
     fn row(&self, id: WrappingKeyId) -> Option<&RegistryRow> {
@@ -86,7 +116,50 @@ impl Broker {
                  run `keybroker token backup-confirmed`"
             );
         }
-        self.registry.store(Some(Arc::new(Registry { rows })));
+        self.registry.store(Some(Arc::new(Registry {
+            rows,
+            unproved: Vec::new(),
+        })));
+        Ok(())
+    }
+
+    /// Takes over what another process changed in the registry since it was loaded, once the token has verified it. What
+    /// does not verify, or would undo a later change, has no effect here: what was verified stays in force.
+    pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
+        let Some(known) = self.registry.load_full() else {
+            return Ok(());
+        };
+        let found = self.store.registry().await?;
+        if known.is_made_of(&found) {
+            return Ok(());
+        }
+        let state = self.token.state();
+        let deadline = Deadline::after(REFRESH_TIMEOUT);
+        let (mut rows, mut unproved) = (Vec::new(), Vec::new());
+        for row in found {
+            match known.row(row.id) {
+                Some(before) if *before == row => rows.push(row),
+                Some(before) => {
+                    check_successor(before, &row)?;
+                    self.check_row(&row, &state, deadline).await?;
+                    rows.push(row);
+                }
+                None => unproved.push(row),
+            }
+        }
+        if rows.len() != known.rows.len() {
+            let detail = "a row of the registry was deleted";
+            return Err(Error::new(Reason::TokenUntrusted, detail));
+        }
+        for row in &unproved {
+            tracing::warn!(
+                wrapping_key = %row.id,
+                "a wrapping key was registered; this broker uses it once it is restarted"
+            );
+        }
+        tracing::info!("the registry was changed by another process, and is taken over");
+        self.registry
+            .store(Some(Arc::new(Registry { rows, unproved })));
         Ok(())
     }
 
@@ -145,6 +218,24 @@ impl Broker {
             Serving::Up => down("the registry is not verified yet".to_owned()),
         })
     }
+}
+
+/// An earlier row of the same key verifies, too: a state once left is not come back to by putting that row back.
+fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
+    let went_back = after.sequence < before.sequence;
+    let without_a_number = after.sequence == before.sequence && after.state != before.state;
+    if !went_back && !without_a_number {
+        return Ok(());
+    }
+    let detail = format!(
+        "registry row of wrapping key {}: number {} ({}) came after number {} ({})",
+        after.id,
+        after.sequence,
+        after.state.as_str(),
+        before.sequence,
+        before.state.as_str()
+    );
+    Err(Error::new(Reason::TokenUntrusted, detail))
 }
 
 pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {

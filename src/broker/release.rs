@@ -75,7 +75,7 @@ impl Broker {
         draft: &mut Draft,
     ) -> Result<(KeyMaterial, Revision), Error> {
         let record = self.active_record(permit, call, address, draft).await?;
-        let envelope = self.readable_envelope(&record.envelope)?;
+        let envelope = self.readable_envelope(&record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
         let context = Context::Record {
             address,
@@ -118,14 +118,19 @@ impl Broker {
     }
 
     /// Parses a stored envelope and checks that its wrapping key may be used to read.
-    pub(super) fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
+    pub(super) async fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
         let envelope = Envelope::parse(bytes)
             .map_err(|error| Error::new(Reason::RecordDamaged, error.to_string()))?;
         if envelope.kind() != Kind::Record {
             let detail = "a stored envelope of another kind";
             return Err(Error::new(Reason::RecordDamaged, detail));
         }
-        self.registry()?.check_readable(envelope.wrapping_key())?;
+        let key = envelope.wrapping_key();
+        if !self.registry()?.knows(key) {
+            // Another broker may have wrapped under a key that was registered a moment ago.
+            self.refresh_registry().await?;
+        }
+        self.registry()?.check_readable(key)?;
         Ok(envelope)
     }
 }

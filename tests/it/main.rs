@@ -14,6 +14,7 @@ mod bench;
 mod client;
 mod client_commands;
 mod commands;
+mod databases;
 mod doors;
 mod end_to_end;
 mod faults;
@@ -22,6 +23,9 @@ mod pki;
 mod process;
 mod recovery;
 mod rows;
+#[allow(dead_code, reason = "the tests of the store use the rest")]
+#[path = "../store/servers.rs"]
+mod servers;
 mod service_manager;
 mod site;
 mod softhsm;

@@ -29,6 +29,8 @@ pub(crate) struct Options {
     pub(crate) sessions_per_worker: usize,
     /// Lines for the `[limits]` section.
     pub(crate) limits: String,
+    /// Lines for the `[store]` section, instead of those for a SQLite file.
+    pub(crate) store: Option<String>,
 }
 
 impl Default for Options {
@@ -38,6 +40,7 @@ impl Default for Options {
             workers: 1,
             sessions_per_worker: 2,
             limits: String::new(),
+            store: None,
         }
     }
 }
@@ -100,7 +103,7 @@ allow_oaep_sha1 = true
 SOFTHSM2_CONF = "{softhsm}"
 
 [store]
-url = "sqlite:{database}"
+{store}
 
 [audit]
 directory = "{audit}"
@@ -126,7 +129,10 @@ client_ca_file = "{ca}"
             workers = self.options.workers,
             sessions = self.options.sessions_per_worker,
             softhsm = self.token.configuration().display(),
-            database = self.database().display(),
+            store =
+                self.options.store.clone().unwrap_or_else(|| {
+                    format!("url = \"sqlite:{}\"", self.database().display())
+                }),
             audit = self.audit_directory().display(),
             certificate = self.pki.certificate_file("server").display(),
             key = self.pki.key_file("server").display(),

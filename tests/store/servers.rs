@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpListener,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
+    os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -261,7 +261,8 @@ impl Server {
         self.folder.path()
     }
 
-    fn pid(&self) -> Pid {
+    /// Of the server's main process.
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(self.child.as_ref().expect("it runs"))
     }
 
@@ -498,19 +499,4 @@ fn children_of(parent: Pid) -> Vec<Pid> {
         }
     }
     children
-}
-
-/// The servers do not run as root even when the tests do.
-#[test]
-fn a_server_runs_unprivileged_and_ends_with_its_test() {
-    for kind in [Kind::PostgreSql, Kind::MariaDb] {
-        let server = Server::start(kind);
-        let pid = server.pid().as_raw_nonzero();
-        let owner = fs::metadata(format!("/proc/{pid}")).unwrap().uid();
-        assert_ne!(owner, 0, "{kind:?}");
-        let folder = server.folder().to_owned();
-        drop(server);
-        assert!(!folder.exists());
-        assert!(!Path::new(&format!("/proc/{pid}")).exists());
-    }
 }

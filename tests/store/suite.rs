@@ -1,6 +1,6 @@
 //! The parts of the suite, and the engines that they run on.
 
-use std::{sync::Arc, time::Instant};
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Instant};
 
 use futures_util::future::BoxFuture;
 
@@ -115,4 +115,19 @@ async fn on_postgresql() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_mariadb() {
     run_on(Kind::MariaDb).await;
+}
+
+/// The servers do not run as root even when the tests do.
+#[test]
+fn a_server_runs_unprivileged_and_ends_with_its_test() {
+    for kind in [Kind::PostgreSql, Kind::MariaDb] {
+        let server = Server::start(kind);
+        let pid = server.pid().as_raw_nonzero();
+        let owner = fs::metadata(format!("/proc/{pid}")).unwrap().uid();
+        assert_ne!(owner, 0, "{kind:?}");
+        let folder = server.folder().to_owned();
+        drop(server);
+        assert!(!folder.exists());
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
 }

@@ -1,0 +1,372 @@
+//! Brokers on database servers: one whose database goes away and comes back, and two that share one.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use keybroker::proto::{UnwrapUserKeyResponse, UserKey};
+use tonic::{Code, Status};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_types::StatusExt as _;
+
+use crate::{
+    client::{Caller, channel, reason, retrying},
+    process::{Broker, until},
+    servers::{Kind, Server},
+    site::{Options, Site},
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+/// A second, and what a busy machine adds.
+const KNOWN_WITHIN: Duration = Duration::from_millis(1_300);
+const BACK_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long the database is away. `KEYBROKER_TEST_OUTAGE_SECONDS=30` is what is promised to be survived.
+fn outage() -> Duration {
+    let seconds = std::env::var("KEYBROKER_TEST_OUTAGE_SECONDS").ok();
+    Duration::from_secs(seconds.map_or(2, |text| text.parse().unwrap()))
+}
+
+fn options_on(server: &Server) -> Options {
+    let settings = server.settings(&server.database());
+    Options {
+        store: Some(format!("url = \"{}\"", settings.url)),
+        ..Options::default()
+    }
+}
+
+async fn serving(broker: &Broker, service: &str) -> ServingStatus {
+    let mut health = HealthClient::new(channel(&broker.site.pki, Some("unknown"), broker.grpc));
+    let request = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    health.check(request).await.unwrap().into_inner().status()
+}
+
+const USER_KEYS: &str = "keybroker.v1.UserKeyService";
+const CONTROL: &str = "keybroker.v1.ControlService";
+
+fn assert_away<T: std::fmt::Debug>(result: Result<T, Status>) {
+    let status = result.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::Unavailable, "STORE_DOWN")
+    );
+    let retry = status
+        .get_details_retry_info()
+        .and_then(|info| info.retry_delay);
+    assert!(
+        retry.is_some_and(|delay| delay > Duration::ZERO),
+        "{status:?}"
+    );
+}
+
+async fn an_outage_is_survived(kind: Kind) {
+    let mut server = Server::start(kind);
+    let broker = Broker::start(options_on(&server));
+    let (enroller, releaser) = (
+        Caller::of(&broker, "enroller"),
+        Caller::of(&broker, "releaser"),
+    );
+    enroller.create("ada", MATERIAL).await.unwrap();
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    assert_eq!(serving(&broker, USER_KEYS).await, ServingStatus::Serving);
+
+    server.stop();
+    let stopped = Instant::now();
+    let mut said_so = None;
+    while stopped.elapsed() < outage() {
+        let asked = Instant::now();
+        let (one, other) = tokio::join!(releaser.unwrap("ada"), enroller.create("bob", MATERIAL));
+        assert_away(one);
+        assert_away(other);
+        assert!(asked.elapsed() < KNOWN_WITHIN, "{:?}", asked.elapsed());
+        if serving(&broker, USER_KEYS).await == ServingStatus::NotServing {
+            said_so.get_or_insert(stopped.elapsed());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(said_so.is_some(), "health did not say so");
+    // What needs no database is served.
+    assert_eq!(serving(&broker, CONTROL).await, ServingStatus::Serving);
+
+    server.run();
+    let back = Instant::now();
+    while serving(&broker, USER_KEYS).await != ServingStatus::Serving
+        || releaser.unwrap("ada").await.is_err()
+    {
+        assert!(back.elapsed() < BACK_WITHIN, "{:?}", back.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    enroller.create("carl", MATERIAL).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_of_postgresql_is_answered_and_survived() {
+    an_outage_is_survived(Kind::PostgreSql).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_of_mariadb_is_answered_and_survived() {
+    an_outage_is_survived(Kind::MariaDb).await;
+}
+
+#[test]
+fn a_database_that_may_lose_writes_is_not_served_from() {
+    let server = Server::start(Kind::PostgreSql);
+    let site = Site::fresh(options_on(&server));
+    server.sql("", "ALTER SYSTEM SET fsync = off;");
+    server.sql("", "SELECT pg_reload_conf();");
+    until("the setting", || {
+        server
+            .sql("", "SHOW fsync;")
+            .starts_with("off")
+            .then_some(())
+    });
+    let refused = site.serve_to_its_end();
+    assert_eq!(refused.code, Some(7), "{refused:#?}");
+    assert!(
+        refused
+            .stderr
+            .contains("accept_weaker_durability = [\"fsync\"]"),
+        "{refused:#?}"
+    );
+    site.write_configuration(|text| {
+        *text = text.replacen(
+            "[store]\n",
+            "[store]\naccept_weaker_durability = [\"fsync\"]\n",
+            1,
+        );
+    });
+    drop(Broker::start_on(Arc::new(site)));
+}
+
+#[test]
+fn commands_work_on_a_database_server_beside_a_running_broker() {
+    let server = Server::start(Kind::MariaDb);
+    let site = Arc::new(Site::without_keys(options_on(&server)));
+    let before = site.expect_ok(&["-o", "json", "store", "status"]);
+    assert!(before.contains("\"ready\": false"), "{before}");
+    let dry = site.expect_ok(&["store", "migrate", "--dry-run"]);
+    assert!(dry.contains("0001 initial"), "{dry}");
+    site.expect_ok(&["store", "migrate"]);
+    site.expect_ok(&["key", "generate", "--bits", "2048"]);
+    let broker = Broker::start_on(Arc::clone(&site));
+    site.expect_ok(&["store", "migrate"]);
+    let after = site.expect_ok(&["-o", "json", "store", "status"]);
+    assert!(after.contains("\"ready\": true"), "{after}");
+    assert!(site.expect_ok(&["key", "list"]).contains("active"));
+    drop(broker);
+}
+
+/// One site, two brokers: they share token, database and certificates, and have an audit log each.
+fn start_instance(site: &Arc<Site>, name: &str) -> Broker {
+    site.write_configuration(|text| {
+        *text = text.replacen("[audit]\n", &format!("[audit]\ninstance = \"{name}\"\n"), 1);
+    });
+    Broker::start_on(Arc::clone(site))
+}
+
+fn unique() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_tried_again_at_another_broker_gets_the_first_answer() {
+    let server = Server::start(Kind::PostgreSql);
+    let site = Arc::new(Site::fresh(options_on(&server)));
+    let (one, two) = (start_instance(&site, "one"), start_instance(&site, "two"));
+    let (at_one, at_two) = (Caller::of(&one, "enroller"), Caller::of(&two, "enroller"));
+    // Both at once, as when a client gave up waiting for the first: the answers are the same, whichever was quicker.
+    for number in 0..25 {
+        let (user, id) = (format!("user-{number}"), unique());
+        let (left, right) = tokio::join!(
+            at_one.create_with_id(&user, MATERIAL, &id),
+            at_two.create_with_id(&user, MATERIAL, &id)
+        );
+        assert_eq!(left.unwrap(), right.unwrap());
+        let id = unique();
+        let (left, right) = tokio::join!(
+            at_one.replace(&user, MATERIAL, 1, &id),
+            at_two.replace(&user, MATERIAL, 1, &id)
+        );
+        let (left, right): (UserKey, UserKey) = (left.unwrap(), right.unwrap());
+        assert_eq!(left, right);
+        assert_eq!(left.revision, 2);
+    }
+    // The same id with other content is still refused.
+    let id = unique();
+    at_one.create_with_id("ada", MATERIAL, &id).await.unwrap();
+    let other = at_two
+        .create_with_id("ada", b"something else", &id)
+        .await
+        .unwrap_err();
+    assert_eq!(reason(&other), "REQUEST_ID_REUSED");
+    let released: UnwrapUserKeyResponse = Caller::of(&two, "releaser").unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, MATERIAL);
+}
+
+/// A client with two addresses: the next attempt goes to the other one.
+#[derive(Clone)]
+struct TwoAddresses(Arc<std::sync::Mutex<Vec<(Caller, Caller)>>>);
+
+impl TwoAddresses {
+    fn set(&self, brokers: &[&Broker]) {
+        *self.0.lock().unwrap() = brokers
+            .iter()
+            .map(|broker| {
+                (
+                    Caller::of(broker, "enroller"),
+                    Caller::of(broker, "releaser"),
+                )
+            })
+            .collect();
+    }
+
+    fn pick(&self, attempt: usize) -> (Caller, Caller) {
+        let callers = self.0.lock().unwrap();
+        callers[attempt % callers.len()].clone()
+    }
+
+    /// Enrols, releases and replaces, each with the documented retries.
+    async fn use_one_key(&self, user: &str) -> Result<(), Status> {
+        let attempts = std::sync::atomic::AtomicUsize::new(usize::from(user.as_bytes()[0]));
+        let next = || self.pick(attempts.fetch_add(1, Ordering::Relaxed));
+        let id = unique();
+        retrying(|| {
+            let (enroller, id) = (next().0, id.clone());
+            async move { enroller.create_with_id(user, MATERIAL, &id).await }
+        })
+        .await?;
+        let released = retrying(|| {
+            let releaser = next().1;
+            async move { releaser.unwrap(user).await }
+        })
+        .await?;
+        assert_eq!(released.key_material, MATERIAL);
+        let id = unique();
+        let replaced = retrying(|| {
+            let (enroller, id) = (next().0, id.clone());
+            async move { enroller.replace(user, MATERIAL, 1, &id).await }
+        })
+        .await?;
+        assert_eq!(replaced.revision, 2);
+        Ok(())
+    }
+}
+
+/// Two brokers on one PostgreSQL and one token: each is stopped and started in turn, and then killed, and no client sees an
+/// error.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_is_not_noticed() {
+    let server = Server::start(Kind::PostgreSql);
+    let site = Arc::new(Site::fresh(options_on(&server)));
+    let (mut one, mut two) = (start_instance(&site, "one"), start_instance(&site, "two"));
+    let client = TwoAddresses(Arc::default());
+    client.set(&[&one, &two]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut load = tokio::task::JoinSet::new();
+    for letter in ["a", "b", "c", "d"] {
+        let (client, stop) = (client.clone(), Arc::clone(&stop));
+        load.spawn(async move {
+            let mut done = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let user = format!("{letter}-{done}");
+                client
+                    .use_one_key(&user)
+                    .await
+                    .unwrap_or_else(|status| panic!("{user}: {status:?}"));
+                done += 1;
+            }
+            done
+        });
+    }
+    for kill in [false, true] {
+        for (number, name) in ["one", "two"].into_iter().enumerate() {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let old = if number == 0 { &mut one } else { &mut two };
+            old.signal(if kill {
+                rustix::process::Signal::KILL
+            } else {
+                rustix::process::Signal::TERM
+            });
+            tokio::task::block_in_place(|| {
+                old.wait();
+                *old = start_instance(&site, name);
+            });
+            client.set(&[&one, &two]);
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stop.store(true, Ordering::Relaxed);
+    let done: u32 = load.join_all().await.into_iter().sum();
+    assert!(done > 8, "only {done} keys were used");
+}
+
+/// A command beside a running broker changes the registry; the broker follows it, but not to what does not verify.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_follows_the_registry_and_no_forgery() {
+    let server = Server::start(Kind::PostgreSql);
+    let database = server.database();
+    let settings = server.settings(&database);
+    let site = Arc::new(Site::fresh(Options {
+        store: Some(format!("url = \"{}\"", settings.url)),
+        ..Options::default()
+    }));
+    let (one, two) = (start_instance(&site, "one"), start_instance(&site, "two"));
+    let releaser = Caller::of(&one, "releaser");
+    Caller::of(&one, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    site.expect_ok(&["token", "backup-confirmed"]);
+    until("the brokers to follow", || {
+        (site.log().matches("is taken over").count() == 2).then_some(())
+    });
+    // A key that is registered while they run is used after a restart, and its records are not called damaged meanwhile.
+    site.expect_ok(&["key", "generate", "--bits", "2048"]);
+    until("the brokers to see the key", || {
+        (site
+            .log()
+            .matches("this broker uses it once it is restarted")
+            .count()
+            == 2)
+            .then_some(())
+    });
+    let (_, status) = two.stop();
+    assert!(status.success());
+    let two = start_instance(&site, "two");
+    Caller::of(&two, "enroller")
+        .create("bob", MATERIAL)
+        .await
+        .unwrap();
+    let status = releaser.unwrap("bob").await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::Unavailable, "TOKEN_DOWN")
+    );
+    assert_eq!(
+        Caller::of(&two, "releaser")
+            .unwrap("bob")
+            .await
+            .unwrap()
+            .key_material,
+        MATERIAL
+    );
+
+    server.sql(
+        &database,
+        "UPDATE wrapping_keys SET state = 'compromised', sequence = sequence + 10;",
+    );
+    until("the alarm", || {
+        site.log().contains("what does not verify").then_some(())
+    });
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+}

@@ -7,6 +7,7 @@
 
 use std::{
     env, fmt, fs,
+    io::{self, Read as _},
     ops::RangeInclusive,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -15,6 +16,8 @@ use std::{
 
 use serde::{Deserialize, Serialize, Serializer};
 use zeroize::Zeroizing;
+
+use crate::hardening;
 
 use super::{Error, durability, url::Target};
 
@@ -190,7 +193,7 @@ impl Settings {
         ] {
             if let Some(path) = path
                 && !path.is_absolute()
-                && !path.starts_with("$CREDENTIALS_DIRECTORY")
+                && !(name == "password_file" && path.starts_with("$CREDENTIALS_DIRECTORY"))
             {
                 problems.push(format!(
                     "[store] `{name}` is {:?}: it must be an absolute path, because a service has no folder of its own",
@@ -281,17 +284,19 @@ fn expand(path: &Path) -> PathBuf {
 }
 
 fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
-    const OPEN_TO_OTHERS: u32 = 0o077;
     let shown = path.display();
-    let what =
-        |error: std::io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
-    let mode = fs::metadata(path).map_err(what)?.mode() & 0o777;
-    if mode & OPEN_TO_OTHERS != 0 {
+    let what = |error: io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
+    let mut file = fs::File::open(path).map_err(what)?;
+    let meta = file.metadata().map_err(what)?;
+    if hardening::is_open_to_others(&meta) {
         return Err(format!(
-            "[store] `password_file`: {shown} has mode {mode:03o}: others can read it; run `chmod 600 {shown}`"
+            "[store] `password_file`: {shown} has mode {:04o}: others can read it; run `chmod 600 {shown}`, and change \
+             the password if others may have read it",
+            meta.mode() & 0o7777
         ));
     }
-    let mut text = Zeroizing::new(fs::read_to_string(path).map_err(what)?);
+    let mut text = Zeroizing::new(String::new());
+    file.read_to_string(&mut text).map_err(what)?;
     // Editors end a file with a line break; no password does.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);

@@ -41,7 +41,7 @@ pub(super) struct Statements {
     /// tenant, principal, request id, content MAC, its key, record, user, key name, state, revision, wrapping key, created,
     /// updated, deleted, at. Inserts nothing when the request id is taken.
     pub(super) insert_request: &'static str,
-    /// used before.
+    /// used before, at most so many.
     pub(super) forget_requests: &'static str,
     /// All columns of the registry. Inserts nothing when the key is registered.
     pub(super) insert_registry: &'static str,

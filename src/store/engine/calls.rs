@@ -23,6 +23,9 @@ use super::{End, Engine, EngineStore, Purpose};
 /// no longer has the answer noted.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 
+/// Request ids that one statement forgets.
+const FORGOTTEN_AT_ONCE: u64 = 500;
+
 impl<E: Engine> EngineStore<E> {
     async fn mutate(&self, change: Change, stamp: Stamp) -> Result<RecordInfo, Error> {
         self.transaction(End::Commit, move |session, sql| {
@@ -170,8 +173,16 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
-        self.execute(E::SQL.forget_requests, vec![before.into()])
-            .await
+        // In small portions: no statement takes long, and nobody waits for its locks.
+        let mut forgotten = 0;
+        loop {
+            let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];
+            let portion = self.execute(E::SQL.forget_requests, values).await?;
+            forgotten += portion;
+            if portion < FORGOTTEN_AT_ONCE {
+                return Ok(forgotten);
+            }
+        }
     }
 
     async fn registry(&self) -> Result<Vec<RegistryRow>, Error> {

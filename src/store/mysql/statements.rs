@@ -48,7 +48,7 @@ pub(super) const STATEMENTS: Statements = Statements {
                      record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
                      updated_us, deleted_us, used_us) \
                      VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    forget_requests: "DELETE FROM requests WHERE used_us < ?",
+    forget_requests: "DELETE FROM requests WHERE used_us < ? LIMIT ?",
     insert_registry: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
                       sequence, registered_us, backup_confirmed_us, mac) \
                       VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -49,7 +49,8 @@ pub(super) const STATEMENTS: Statements = Statements {
                        updated_us, deleted_us, used_us)
                        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
                        ON CONFLICT ON CONSTRAINT requests_pk DO NOTHING"#,
-    forget_requests: "DELETE FROM requests WHERE used_us < $1",
+    forget_requests: "DELETE FROM requests WHERE (tenant, principal, request_id) IN (SELECT tenant, \
+                      principal, request_id FROM requests WHERE used_us < $1 LIMIT $2)",
     insert_registry: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
                       sequence, registered_us, backup_confirmed_us, mac) \
                       VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) \

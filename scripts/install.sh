@@ -17,7 +17,7 @@ PARTS=(
   "systemd-analyze systemd"
   "/usr/lib/postgresql/*/bin/initdb postgresql"
   "/usr/sbin/mariadbd mariadb-server-core"
-  "mariadb mariadb-client-core"
+  "mariadb-dump mariadb-client"
 )
 
 fail() {

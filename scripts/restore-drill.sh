@@ -3,7 +3,10 @@
 # destroys both, restores both, and unwraps every key. Also shows what a backup of one without the other is worth. All in a
 # throwaway folder; ends with "restore: ok".
 #
-# Usage: restore-drill.sh [PROGRAM]      PROGRAM is the keybroker to practise with (built in release by default)
+# Usage: restore-drill.sh [--engine sqlite|postgres|mariadb] [PROGRAM]
+#
+#   PROGRAM is the keybroker to practise with (built in release by default). A database server is started for the drill, with data
+#   and socket of its own.
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -11,8 +14,12 @@ cd "$(dirname "$0")/.."
 USERS=25
 READY_SECONDS=30
 
-PROGRAM=${1:-}
+ENGINE=sqlite
+PROGRAM=
 WORK=
+# Data and socket of the database server, whose user passes through no folder of ours.
+SERVER=
+SERVER_PID=
 BROKER_PID=
 
 step() { printf '== %s\n' "$1"; }
@@ -36,9 +43,88 @@ clean_up() {
   local status=$?
   trap - EXIT INT TERM
   stop_broker || true
+  [[ -z $SERVER_PID ]] || { kill -TERM "$SERVER_PID" && wait "$SERVER_PID"; } 2>/dev/null || true
+  [[ -z $SERVER ]] || rm -rf "$SERVER"
   [[ -z $WORK ]] || rm -rf "$WORK"
   exit "$status"
 }
+
+# --- the database, one set of functions for each engine --------------------------------------------------------------
+
+sqlite_start() { mkdir "$WORK/data"; }
+sqlite_url() { printf 'sqlite:%s/data/keybroker.db' "$WORK"; }
+sqlite_backup() {
+  sqlite3 -cmd '.timeout 5000' "$WORK/data/keybroker.db" ".backup $WORK/backup/keybroker.db"
+  [[ $(sqlite3 "$WORK/backup/keybroker.db" 'PRAGMA integrity_check') == ok ]] || fail 'the copy of the database is damaged'
+}
+sqlite_destroy() { rm -rf "$WORK/data"; }
+# Alone in its folder: a -wal file of the lost database would be replayed into this one.
+sqlite_restore() {
+  mkdir "$WORK/data"
+  install -m 0600 "$WORK/backup/keybroker.db" "$WORK/data/keybroker.db"
+}
+
+# Servers refuse to run as root, so they run as the user that their package made, or as nobody.
+as_server() {
+  if [[ $(id -u) -ne 0 ]]; then "$@"; else setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@"; fi
+}
+
+server_folder() {
+  SERVER=$(mktemp -d /tmp/keybroker-drill-server.XXXXXX)
+  [[ $(id -u) -ne 0 ]] || chown "$1:nogroup" "$SERVER" 2>/dev/null || chown nobody:nogroup "$SERVER"
+}
+
+until_it_answers() {
+  local deadline=$((SECONDS + READY_SECONDS))
+  until "$@" >/dev/null 2>&1; do
+    kill -0 "$SERVER_PID" 2>/dev/null || fail "the database server did not start: $(tail -n 5 "$WORK/server.log")"
+    ((SECONDS < deadline)) || fail 'the database server does not answer'
+    sleep 0.1
+  done
+}
+
+postgres_bin() { find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1; }
+postgres_start() {
+  server_folder postgres
+  local bin
+  bin=$(postgres_bin)
+  as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
+  as_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" >>"$WORK/server.log" 2>&1 &
+  SERVER_PID=$!
+  export PGHOST=$SERVER PGUSER=keybroker
+  until_it_answers psql --dbname=postgres --command='SELECT 1'
+  createdb keybroker
+}
+postgres_url() { printf 'postgres://keybroker@/keybroker?socket=%s' "$SERVER"; }
+postgres_backup() { pg_dump --format=custom --file="$WORK/backup/keybroker.dump" keybroker; }
+postgres_destroy() { dropdb --force keybroker; }
+postgres_restore() {
+  createdb keybroker
+  pg_restore --exit-on-error --no-owner --dbname=keybroker "$WORK/backup/keybroker.dump"
+}
+
+mariadb_sql() { mariadb --no-defaults --user=root --socket="$SERVER/socket" "$@"; }
+mariadb_start() {
+  server_folder mysql
+  as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
+    --skip-test-db >"$WORK/server.log" 2>&1
+  as_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" \
+    --pid-file="$SERVER/pid" --skip-networking >>"$WORK/server.log" 2>&1 &
+  SERVER_PID=$!
+  until_it_answers mariadb_sql --execute='SELECT 1'
+  mariadb_sql --execute='CREATE DATABASE keybroker; CREATE USER keybroker@localhost; GRANT ALL ON keybroker.* TO keybroker@localhost'
+}
+mariadb_url() { printf 'mariadb://keybroker@/keybroker?socket=%s/socket' "$SERVER"; }
+mariadb_backup() {
+  mariadb-dump --no-defaults --user=root --socket="$SERVER/socket" --single-transaction --hex-blob keybroker >"$WORK/backup/keybroker.sql"
+}
+mariadb_destroy() { mariadb_sql --execute='DROP DATABASE keybroker'; }
+mariadb_restore() {
+  mariadb_sql --execute='CREATE DATABASE keybroker'
+  mariadb_sql keybroker <"$WORK/backup/keybroker.sql"
+}
+
+# --- the broker ------------------------------------------------------------------------------------------------------
 
 broker() { "$PROGRAM" --config "$WORK/keybroker.toml" "$@"; }
 
@@ -68,7 +154,8 @@ site() {
   local module role
   for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
   scripts/dev-ca.sh "$WORK/pki" releaser enroller lifecycle
-  mkdir "$WORK/tokens" "$WORK/data"
+  mkdir "$WORK/tokens"
+  "${ENGINE}_start"
   sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
   openssl rand -hex 12 >"$WORK/pin"
   openssl rand -hex 12 >"$WORK/so-pin"
@@ -83,7 +170,7 @@ allow_oaep_sha1 = true
 [token.environment]
 SOFTHSM2_CONF = "$WORK/softhsm2.conf"
 [store]
-url = "sqlite:$WORK/data/keybroker.db"
+url = "$("${ENGINE}_url")"
 [audit]
 directory = "$WORK/audit"
 [status]
@@ -127,26 +214,20 @@ backup() {
     done
   ) &
   local writer=$!
-  sqlite3 -cmd '.timeout 5000' "$WORK/data/keybroker.db" ".backup $WORK/backup/keybroker.db"
+  "${ENGINE}_backup"
   wait "$writer" || fail 'a key could not be enrolled during the backup'
   stop_broker || fail 'the broker did not stop cleanly'
   cp --archive "$WORK/tokens" "$WORK/backup/tokens"
-  [[ $(sqlite3 "$WORK/backup/keybroker.db" 'PRAGMA integrity_check') == ok ]] || fail 'the copy of the database is damaged'
 }
 
-destroy() { rm -rf "$WORK/tokens" "$WORK/data"; }
-
-restore_token() { cp --archive "$WORK/backup/tokens" "$WORK/tokens"; }
-
-# Alone in its folder: a -wal file of the lost database would be replayed into this one.
-restore_database() {
-  mkdir "$WORK/data"
-  install -m 0600 "$WORK/backup/keybroker.db" "$WORK/data/keybroker.db"
+destroy() {
+  rm -rf "$WORK/tokens"
+  "${ENGINE}_destroy"
 }
 
 # Rows without the token, or with another one that has the same label and PIN, are worth nothing, and the broker says so.
 half_a_restore() {
-  restore_database
+  "${ENGINE}_restore"
   mkdir "$WORK/tokens"
   local status=0
   broker serve >"$WORK/said" 2>&1 || status=$?
@@ -174,6 +255,13 @@ compare() {
 }
 
 main() {
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --engine) ENGINE=${2:-}; shift 2 ;;
+      *) PROGRAM=$1; shift ;;
+    esac
+  done
+  [[ $ENGINE == @(sqlite|postgres|mariadb) ]] || fail "--engine is sqlite, postgres or mariadb, not $ENGINE"
   trap clean_up EXIT
   trap 'exit 130' INT TERM
   if [[ -z $PROGRAM ]]; then
@@ -182,7 +270,7 @@ main() {
     PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
   fi
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-drill.XXXXXX")
-  step 'A site in use'
+  step "A site in use ($ENGINE)"
   site
   start_broker || fail 'the broker did not start'
   enrol
@@ -193,8 +281,8 @@ main() {
   step 'Half a restore: the database without its token'
   half_a_restore
   step 'Restore of both'
-  restore_token
-  restore_database
+  cp --archive "$WORK/backup/tokens" "$WORK/tokens"
+  "${ENGINE}_restore"
   broker store status
   quietly token check
   start_broker || fail 'the broker did not start on what was restored'

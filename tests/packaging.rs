@@ -14,11 +14,25 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The drill that operators are told to hold, held.
 #[test]
-fn the_restore_drill_ends_well() {
+fn the_restore_drill_ends_well_on_sqlite() {
+    hold_the_drill("sqlite");
+}
+
+#[test]
+fn the_restore_drill_ends_well_on_postgresql() {
+    hold_the_drill("postgres");
+}
+
+#[test]
+fn the_restore_drill_ends_well_on_mariadb() {
+    hold_the_drill("mariadb");
+}
+
+/// The drill that operators are told to hold, held.
+fn hold_the_drill(engine: &str) {
     let output = Command::new(root().join("scripts/restore-drill.sh"))
-        .arg(env!("CARGO_BIN_EXE_keybroker"))
+        .args(["--engine", engine, env!("CARGO_BIN_EXE_keybroker")])
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

@@ -2,18 +2,21 @@
 # Proves the image for real where there is no image registry and no daemon: base images by debootstrap under the names that
 # the Dockerfile has, the image by buildah, and the broker run from it by runc as a cluster would: not root, no
 # capability, root file system read-only, its own process namespace. A token is made in a volume, the broker serves, the
-# demo's client part runs against it, and again after a restart. Ends with "image: ok".
+# demo's client part runs against it, and again after a restart. Then the site of deploy/compose.yaml: two brokers with that very
+# configuration on one PostgreSQL and one token; what one enrols the other releases. Ends with "image: ok".
 #
 # Usage: image-proof.sh          on Debian 12, as root; the first run takes minutes and needs some 6 GB
 #
 #   IMAGE_CACHE    where base images and caches are kept between runs (/var/tmp/keybroker-image)
 #   IMAGE_PROFILE  cargo profile of the build in the image (release)
+#   IMAGE_PROGRAM  a keybroker made on this machine, to try the rest again with the image of the run before
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
 
 CACHE=${IMAGE_CACHE:-/var/tmp/keybroker-image}
 PROFILE=${IMAGE_PROFILE:-release}
+PROGRAM=${IMAGE_PROGRAM:-}
 MIRROR=http://deb.debian.org/debian
 RELEASE=bookworm
 TAG=localhost/keybroker:proof
@@ -25,8 +28,16 @@ GRPC=127.0.0.1:18443
 WORK=
 MOUNT=
 CONTAINER=
-BROKER_PID=
 NAME=keybroker-proof-$$
+# What the next container is given: configuration, secrets, folders of data and log, the database's socket, network namespace.
+CONFIG=
+SECRETS=
+DATA=
+LOG=
+SOCKET=
+NETWORK=
+# Process ids of what runs, by name.
+declare -A RUNNING=()
 
 # --- how it ends -----------------------------------------------------------------------------------------------------
 
@@ -34,23 +45,33 @@ step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 fail() {
   printf '\nimage: %s\n' "$1" >&2
-  [[ -z $WORK || ! -s $WORK/broker.log ]] || tail -n 20 "$WORK/broker.log" >&2
+  [[ -z $WORK ]] || tail -n 20 "$WORK"/*.log >&2 2>/dev/null || true
   exit 1
 }
 
 stop_broker() {
-  [[ -n $BROKER_PID ]] || return 0
-  runtime kill "$NAME" TERM 2>/dev/null || kill -TERM "$BROKER_PID" 2>/dev/null || true
-  local status=0
-  wait "$BROKER_PID" || status=$?
-  BROKER_PID=
+  local name=$1 status=0
+  [[ -n ${RUNNING[$name]:-} ]] || return 0
+  runtime kill "$NAME-$name" TERM 2>/dev/null || true
+  wait "${RUNNING[$name]}" || status=$?
+  unset "RUNNING[$name]"
   return "$status"
+}
+
+stop_database() {
+  [[ -n ${RUNNING[database]:-} ]] || return 0
+  kill -TERM "${RUNNING[database]}" 2>/dev/null || true
+  wait "${RUNNING[database]}" || true
+  unset 'RUNNING[database]'
 }
 
 clean_up() {
   local status=$?
   trap - EXIT INT TERM
-  stop_broker || true
+  local name
+  for name in alone one two; do stop_broker "$name" || true; done
+  stop_database
+  for name in one two; do ip netns delete "$NAME-$name" 2>/dev/null || true; done
   [[ -z $CONTAINER ]] || buildah rm "$CONTAINER" >/dev/null 2>&1 || true
   [[ -z $WORK ]] || rm -rf "$WORK"
   exit "$status"
@@ -63,6 +84,8 @@ tools() {
   for part in buildah debootstrap runc jq; do
     command -v "$part" >/dev/null || missing+=("$part")
   done
+  command -v ip >/dev/null || missing+=(iproute2)
+  [[ -d /usr/lib/postgresql ]] || missing+=(postgresql)
   if [[ ${#missing[@]} -gt 0 ]]; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
@@ -118,6 +141,12 @@ rust_image() {
 image_named() { sed -n "s/^ARG $1=//p" Dockerfile; }
 
 build() {
+  if [[ -n $PROGRAM ]]; then
+    CONTAINER=$(buildah from --pull-never "$TAG")
+    buildah copy --quiet "$CONTAINER" "$PROGRAM" /usr/bin/keybroker >/dev/null
+    MOUNT=$(buildah mount "$CONTAINER")
+    return
+  fi
   local debian rust
   debian=$(image_named RUNTIME_IMAGE)
   rust=$(image_named BUILD_IMAGE)
@@ -147,20 +176,23 @@ bundle() {
   local folder=$1
   shift
   mkdir -p "$folder"
-  jq --null-input --arg root "$MOUNT" --arg work "$WORK" --argjson id "$ID" '
+  jq --null-input --arg root "$MOUNT" --arg config "$CONFIG" --arg secrets "$SECRETS" --arg data "$DATA" --arg log "$LOG" \
+    --arg socket "$SOCKET" --arg network "$NETWORK" --argjson id "$ID" '
     def bind($from; $to; $mode): {destination: $to, source: $from, type: "bind", options: ["rbind", $mode]};
     {ociVersion: "1.0.2",
      process: {user: {uid: $id, gid: $id}, args: $ARGS.positional, cwd: "/", env: ["PATH=/usr/bin:/bin"],
                capabilities: {}, noNewPrivileges: true, rlimits: [{type: "RLIMIT_CORE", soft: 0, hard: 0}]},
      root: {path: $root, readonly: true},
-     mounts: [{destination: "/proc", type: "proc", source: "proc"},
-              {destination: "/dev", type: "tmpfs", source: "tmpfs", options: ["nosuid", "noexec", "mode=755", "size=64k"]},
-              {destination: "/tmp", type: "tmpfs", source: "tmpfs", options: ["nosuid", "nodev", "noexec", "size=16m"]},
-              bind($work + "/etc/keybroker.toml"; "/etc/keybroker/keybroker.toml"; "ro"),
-              bind($work + "/secrets"; "/run/secrets"; "ro"),
-              bind($work + "/data"; "/var/lib/keybroker"; "rw"),
-              bind($work + "/log"; "/var/log/keybroker"; "rw")],
-     linux: {namespaces: [{type: "pid"}, {type: "ipc"}, {type: "uts"}, {type: "mount"}],
+     mounts: ([{destination: "/proc", type: "proc", source: "proc"},
+               {destination: "/dev", type: "tmpfs", source: "tmpfs", options: ["nosuid", "noexec", "mode=755", "size=64k"]},
+               {destination: "/tmp", type: "tmpfs", source: "tmpfs", options: ["nosuid", "nodev", "noexec", "size=16m"]},
+               bind($config; "/etc/keybroker/keybroker.toml"; "ro"),
+               bind($secrets; "/run/secrets"; "ro"),
+               bind($data; "/var/lib/keybroker"; "rw"),
+               bind($log; "/var/log/keybroker"; "rw")]
+              + if $socket == "" then [] else [bind($socket; "/run/postgresql"; "rw")] end),
+     linux: {namespaces: ([{type: "pid"}, {type: "ipc"}, {type: "uts"}, {type: "mount"}]
+                          + if $network == "" then [] else [{type: "network", path: $network}] end),
              maskedPaths: ["/proc/kcore", "/proc/keys", "/proc/timer_list"], readonlyPaths: ["/proc/sys", "/proc/sysrq-trigger"]}}
     ' --args -- "$@" >"$folder/config.json"
 }
@@ -172,17 +204,18 @@ inside() {
 }
 
 start_broker() {
-  bundle "$WORK/serve" keybroker serve
-  runtime run --bundle "$WORK/serve" "$NAME" </dev/null >"$WORK/broker.log" 2>&1 &
-  BROKER_PID=$!
+  local name=$1
+  bundle "$WORK/serve-$name" keybroker serve
+  runtime run --bundle "$WORK/serve-$name" "$NAME-$name" </dev/null >>"$WORK/$name.log" 2>&1 &
+  RUNNING[$name]=$!
   local deadline=$((SECONDS + READY_SECONDS))
-  until runtime exec "$NAME" keybroker probe ready >/dev/null 2>&1; do
-    kill -0 "$BROKER_PID" 2>/dev/null || fail 'the broker did not start'
-    ((SECONDS < deadline)) || fail "the broker was not ready after $READY_SECONDS s"
+  until runtime exec "$NAME-$name" keybroker probe ready >/dev/null 2>&1; do
+    kill -0 "${RUNNING[$name]}" 2>/dev/null || fail "broker $name did not start"
+    ((SECONDS < deadline)) || fail "broker $name was not ready after $READY_SECONDS s"
     sleep 0.2
   done
-  runtime exec "$NAME" keybroker probe live
-  runtime exec "$NAME" keybroker probe ready
+  runtime exec "$NAME-$name" keybroker probe live
+  runtime exec "$NAME-$name" keybroker probe ready
 }
 
 # Secrets as Kubernetes mounts them: root's files, which the group of the container may read.
@@ -197,6 +230,7 @@ secrets() {
   chmod 0750 "$WORK/secrets" "$WORK/etc"
   chmod 0440 "$WORK"/secrets/*
   chown -R "$ID:$ID" "$WORK/data" "$WORK/log"
+  CONFIG=$WORK/etc/keybroker.toml SECRETS=$WORK/secrets DATA=$WORK/data LOG=$WORK/log
 }
 
 configuration() {
@@ -250,9 +284,82 @@ provision() {
     || fail 'it runs as root or with capabilities'
 }
 
-# The image's own program, run as a client beside the container.
+# The image's own program, run as a client beside the container, in a network namespace if one is named.
 client_part() {
-  PATH=$WORK/bin:$PATH scripts/demo.sh --against "https://$GRPC" "$WORK/pki" "$WORK/users"
+  local url=$1 users=$2
+  shift 2
+  PATH=$WORK/bin:$PATH "$@" scripts/demo.sh --against "$url" "$WORK/pki" "$users"
+}
+
+alone() {
+  provision
+  step 'Serving from the image'
+  start_broker alone
+  client_part "https://$GRPC" "$WORK/users"
+  step 'Another container on the same volumes'
+  stop_broker alone || fail 'the broker did not stop cleanly'
+  start_broker alone
+  client_part "https://$GRPC" "$WORK/users"
+  stop_broker alone || fail 'the broker did not stop cleanly'
+  inside keybroker audit verify
+}
+
+# --- the site of deploy/compose.yaml ---------------------------------------------------------------------------------
+
+# As the service `database` there: a socket in a shared folder, passwords, no TCP.
+start_database() {
+  local bin deadline=$((SECONDS + READY_SECONDS))
+  bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
+  install -d -m 0755 -o postgres -g postgres "$WORK/database" "$WORK/socket"
+  install -m 0400 -o postgres "$WORK/secrets-2/database_password" "$WORK/database/password"
+  as_postgres "$bin/initdb" --pgdata="$WORK/database/data" --username=keybroker --pwfile="$WORK/database/password" \
+    --auth-local=scram-sha-256 --auth-host=reject --data-checksums >"$WORK/database.log" 2>&1
+  as_postgres "$bin/postgres" -D "$WORK/database/data" -c listen_addresses= -c unix_socket_directories="$WORK/socket" \
+    >>"$WORK/database.log" 2>&1 &
+  RUNNING[database]=$!
+  until PGPASSWORD=$(<"$WORK/secrets-2/database_password") createdb --host="$WORK/socket" --username=keybroker keybroker 2>/dev/null; do
+    ((SECONDS < deadline)) || fail 'the database did not start'
+    sleep 0.2
+  done
+}
+
+as_postgres() { setpriv --reuid postgres --regid postgres --init-groups -- "$@"; }
+
+# Under the names that the compose file gives them.
+compose_secrets() {
+  local pair
+  install -d -m 0750 -o 0 -g "$ID" "$WORK/secrets-2"
+  openssl rand -hex 12 >"$WORK/secrets-2/database_password"
+  for pair in pin:pin so-pin:so_pin server.pem:server_certificate server.key:server_key ca.pem:client_ca; do
+    cp "$WORK/secrets/${pair%%:*}" "$WORK/secrets-2/${pair##*:}"
+  done
+  chown "0:$ID" "$WORK"/secrets-2/*
+  chmod 0440 "$WORK"/secrets-2/*
+}
+
+two_brokers() {
+  step 'The site of deploy/compose.yaml'
+  compose_secrets
+  start_database
+  local name
+  install -d -m 0700 -o "$ID" -g "$ID" "$WORK"/{data-2,data-2/tokens,log-one,log-two,log-command}
+  install -m 0644 deploy/compose/keybroker.toml "$WORK/compose.toml"
+  CONFIG=$WORK/compose.toml SECRETS=$WORK/secrets-2 DATA=$WORK/data-2 SOCKET=$WORK/socket LOG=$WORK/log-command
+  inside keybroker token init --so-pin-file /run/secrets/so_pin
+  inside keybroker store migrate
+  inside keybroker key generate
+  # Each with a network of its own, as in compose: the same ports, and nothing but loopback.
+  for name in one two; do
+    ip netns add "$NAME-$name"
+    ip -netns "$NAME-$name" link set lo up
+    NETWORK=/run/netns/$NAME-$name LOG=$WORK/log-$name
+    start_broker "$name"
+  done
+  step 'What one enrols, the other releases'
+  client_part https://localhost:8443 "$WORK/users-2" ip netns exec "$NAME-one"
+  stop_broker one || fail 'broker one did not stop cleanly'
+  client_part https://localhost:8443 "$WORK/users-2" ip netns exec "$NAME-two"
+  stop_broker two || fail 'broker two did not stop cleanly'
 }
 
 main() {
@@ -264,18 +371,10 @@ main() {
   WORK=$(mktemp -d "$CACHE/tmp/proof.XXXXXX")
   # The container's user passes through, and sees nothing.
   chmod 0711 "$CACHE" "$CACHE/tmp" "$WORK"
-  provision
-  step 'Serving from the image'
-  start_broker
   mkdir "$WORK/bin"
   install -m 0755 "$MOUNT/usr/bin/keybroker" "$WORK/bin/keybroker"
-  client_part
-  step 'Another container on the same volumes'
-  stop_broker || fail 'the broker did not stop cleanly'
-  start_broker
-  client_part
-  stop_broker || fail 'the broker did not stop cleanly'
-  inside keybroker audit verify
+  alone
+  two_brokers
   step 'done'
   printf 'image: ok\n'
 }

@@ -7,6 +7,8 @@
 
 use std::{path::Path, process::Command};
 
+#[path = "packaging/containers.rs"]
+mod containers;
 #[path = "packaging/systemd.rs"]
 mod systemd;
 

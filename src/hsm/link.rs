@@ -76,7 +76,7 @@ pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, U
         .stdout(Stdio::null())
         // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
         .process_group(0)
-        .kill_on_drop(true)
+        // Never killed for being dropped: it may be inside `C_Login`, where SIGKILL can cost SoftHSM its token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
 }
@@ -249,10 +249,23 @@ impl Link {
 
     /// Ends our half of the socket: the worker finishes what it holds and goes.
     pub(super) fn close(&self) {
-        let shut = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Write);
-        if let Err(error) = shut {
-            tracing::debug!(%error, pid = self.pid, "worker socket was closed already");
-        }
+        close(&self.stream);
+    }
+}
+
+/// Ends our half of a worker's socket.
+pub(super) fn close(stream: &UnixStream) {
+    if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Write) {
+        tracing::debug!(%error, "worker socket was closed already");
+    }
+}
+
+/// Waits for a worker to end by itself, else kills it; either way it is reaped.
+pub(super) async fn reap(mut child: Child, patience: Duration) {
+    if tokio::time::timeout(patience, child.wait()).await.is_err()
+        && let Err(error) = child.kill().await
+    {
+        tracing::error!(%error, "a token worker could not be killed");
     }
 }
 

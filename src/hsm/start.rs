@@ -3,6 +3,7 @@
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
 use tokio::{net::UnixStream, process::Child};
+use tokio_util::sync::CancellationToken;
 
 use crate::{envelope::Algorithm, key::WrappingKeyId};
 
@@ -15,6 +16,8 @@ use super::{
 
 /// How long a worker may take: login, gate and canary on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to end by itself once its socket is closed.
+pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// A worker that is ready.
 pub(super) struct Started {
@@ -54,40 +57,62 @@ impl Failure {
         }
     }
 
-    pub(super) fn stopping() -> Self {
-        Self::new(FailureClass::TokenLost, "the broker is stopping")
+    fn lost(detail: impl Into<String>) -> Self {
+        Self::new(FailureClass::TokenLost, detail)
     }
 }
 
-/// Starts a worker and waits until it is ready. One that does not get there is killed.
+/// Starts a worker and waits until it is ready. One that does not get there, or is not wanted any more because the broker
+/// stops, is told to end, and is gone when this returns. It is not killed before it had time to: it may be in the middle
+/// of its login.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
     expected: &[ExpectedKey],
+    stop: &CancellationToken,
 ) -> Result<Started, Failure> {
-    let lost = |what: String| Failure::new(FailureClass::TokenLost, what);
     let setup = setup(settings, expected)?;
     let (child, stream) = link::spawn(program, settings)
-        .map_err(|error| lost(format!("cannot start {}: {error}", program.display())))?;
+        .map_err(|error| Failure::lost(format!("cannot start {}: {error}", program.display())))?;
     let pid = child.id().unwrap_or(0);
+    let ready = tokio::select! {
+        () = stop.cancelled() => Err(Failure::lost("the broker is stopping")),
+        ready = ready(&stream, setup, expected) => ready,
+    };
+    match ready {
+        Ok(found) => Ok(Started {
+            child,
+            stream,
+            pid,
+            found,
+        }),
+        Err(failure) => {
+            link::close(&stream);
+            link::reap(child, EXIT_TIMEOUT).await;
+            Err(failure)
+        }
+    }
+}
+
+/// Sends the setup and waits for what the worker finds.
+async fn ready(
+    stream: &UnixStream,
+    setup: Setup,
+    expected: &[ExpectedKey],
+) -> Result<Found, Failure> {
     let request = Request {
         id: 0,
         deadline_ns: 0,
         job: Some(request::Job::Setup(setup)),
     };
-    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(&stream, &request))
+    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request))
         .await
-        .map_err(|_| lost("the worker was not ready within 30 s: the module hangs".to_owned()))?
-        .map_err(|error| lost(format!("the worker ended before it was ready: {error}")))?;
+        .map_err(|_| Failure::lost("the worker was not ready within 30 s: the module hangs"))?
+        .map_err(|error| Failure::lost(format!("the worker ended before it was ready: {error}")))?;
     match reply.outcome {
-        Some(Outcome::Ready(ready)) => Ok(Started {
-            child,
-            stream,
-            pid,
-            found: check(ready, expected)?,
-        }),
+        Some(Outcome::Ready(ready)) => check(ready, expected),
         Some(Outcome::Failure(failure)) => Err(Failure::new(failure.class(), failure.detail)),
-        Some(Outcome::Output(_)) | None => Err(lost("the worker answered nonsense".to_owned())),
+        Some(Outcome::Output(_)) | None => Err(Failure::lost("the worker answered nonsense")),
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::{process::Child, sync::watch};
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::call::{Deadline, Timestamp};
@@ -36,8 +36,6 @@ const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Between attempts while a key or an attribute is wrong: only an administrator can mend that.
 const BACKOFF_UNTRUSTED: Duration = Duration::from_secs(10);
-/// How long a worker may take to end by itself once its socket is closed.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The cause that is no alarm.
 const STOPPING: &str = "the broker is stopping";
@@ -162,18 +160,14 @@ impl Supervisor {
         }
     }
 
-    /// Starts one worker and hands it to the queue. Ends early when the broker stops.
+    /// Starts one worker and hands it to the queue. Fails when the broker stops meanwhile.
     async fn start_worker(self: &Arc<Self>) -> Result<(), start::Failure> {
-        let started = tokio::select! {
-            () = self.stop.cancelled() => return Err(start::Failure::stopping()),
-            started = start::worker(&self.program, &self.settings, &self.expected) => started?,
-        };
         let Started {
             child,
             stream,
             pid,
             found,
-        } = started;
+        } = start::worker(&self.program, &self.settings, &self.expected, &self.stop).await?;
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
         tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
@@ -297,15 +291,6 @@ impl Supervisor {
             queue_length: self.queue.len(),
             last_canary: self.last_canary(),
         }
-    }
-}
-
-/// Waits for a worker to end by itself, else kills it; either way it is reaped.
-async fn reap(mut child: Child, patience: Duration) {
-    if tokio::time::timeout(patience, child.wait()).await.is_err()
-        && let Err(error) = child.kill().await
-    {
-        tracing::error!(%error, "a token worker could not be killed");
     }
 }
 

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{RecvTimeoutError, Sender};
 use prost::Message as _;
 use zeroize::Zeroize as _;
 
@@ -37,6 +37,8 @@ use super::{
 /// How long session threads may take to come back when the socket has ended.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
+/// How long the module may take to open the token: longer than the front waits for it.
+const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Body of the hidden command `keybroker token-worker`.
 pub fn run() -> ExitCode {
@@ -62,7 +64,10 @@ fn serve() -> io::Result<()> {
     };
     let output = Arc::new(Mutex::new(stream));
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
-    let (token, shared, workers) = match open(&setup, sessions) {
+    let limit = limit_opening();
+    let opened = open(&setup, sessions);
+    drop(limit);
+    let (token, shared, workers) = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
@@ -100,6 +105,24 @@ fn ignore_signals() -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix
     ];
     drop(guard);
     Ok((runtime, signals))
+}
+
+/// Ends this process when the module hangs while it opens the token. The front does so, too, but it may be gone: then
+/// nobody else would. What is returned ends the watch when it is dropped.
+fn limit_opening() -> Sender<()> {
+    let (opened, is_open) = crossbeam_channel::bounded(0);
+    thread::spawn(move || {
+        if is_open.recv_timeout(OPEN_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            kill_ourselves();
+        }
+    });
+    opened
+}
+
+/// Runs no clean-up: that of most modules crashes while threads are inside.
+fn kill_ourselves() {
+    let ourselves = rustix::process::getpid();
+    let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
 fn open(setup: &Setup, sessions: usize) -> Result<(OpenToken, Arc<Shared>, Vec<Worker>), Fault> {
@@ -257,9 +280,7 @@ fn join(threads: Vec<JoinHandle<()>>) {
     let until = Instant::now() + JOIN_TIMEOUT;
     while threads.iter().any(|thread| !thread.is_finished()) {
         if Instant::now() > until {
-            let ourselves = rustix::process::getpid();
-            let _never_returns =
-                rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
+            kill_ourselves();
         }
         thread::sleep(JOIN_PAUSE);
     }

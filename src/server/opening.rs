@@ -1,13 +1,16 @@
 //! What must be there before the doors open: ports, certificates, audit log, token.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use tokio::net::TcpListener;
 
 use crate::{
     audit::{self, AuditLog, OpenIntent},
     broker::Serving,
-    call::Deadline,
     cli::exit::{Exit, Failure},
     config::Config,
     hsm::{ExpectedKey, Supervisor},
@@ -68,11 +71,13 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
-/// Starts the workers with the keys that the registry names, and waits for the first attempt.
+/// Starts the workers with the keys that the registry names, and waits for the first attempt. Whoever gives this up stops
+/// what is in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,
     program: PathBuf,
+    started: &OnceLock<Arc<Supervisor>>,
 ) -> Result<Arc<Supervisor>, Failure> {
     let rows = store.registry().await?;
     let keys: Vec<ExpectedKey> = rows
@@ -90,7 +95,8 @@ pub(super) async fn start_token(
              generate`",
         ));
     }
-    let supervisor = Supervisor::start(config.token.clone(), keys, program);
+    let supervisor =
+        Arc::clone(started.get_or_init(|| Supervisor::start(config.token.clone(), keys, program)));
     let serving = supervisor.settled().await;
     if let Some(error) = supervisor.startup_error() {
         let exit = if error.untrusted {
@@ -98,9 +104,6 @@ pub(super) async fn start_token(
         } else {
             Exit::Token
         };
-        supervisor
-            .drain_and_stop(Deadline::after(Duration::ZERO))
-            .await;
         return Err(Failure::new(exit, error.message));
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {

@@ -4,7 +4,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -62,16 +62,24 @@ pub async fn run(
     let mut signals = Signals::listen().map_err(no_signals)?;
     // From the first moment: by default it would end the process.
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
+    let token = OnceLock::new();
     let started = tokio::select! {
-        started = Server::start(config, program, hangup) => started?,
+        started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
             tracing::info!(signal = name, "stopped while starting; nothing was served");
-            return Ok(());
+            Ok(None)
         }
     };
-    if let Some(path) = &ready_file {
-        started.write_ready_file(path)?;
-    }
+    let started = match started {
+        Ok(Some(started)) => started,
+        unserved => {
+            // Service managers kill what is left behind: a worker in the middle of its login must be gone before we are.
+            if let Some(token) = token.get() {
+                token.drain_and_stop(Deadline::after(Duration::ZERO)).await;
+            }
+            return unserved.map(drop);
+        }
+    };
     let manager = notify::Manager::serving(started.status_address);
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping");
@@ -131,7 +139,13 @@ struct Server {
 impl Server {
     /// In this order, so that each failure leaves nothing half done: ports, certificates, audit log, database, token,
     /// registry, then the doors open.
-    async fn start(config: Config, program: PathBuf, hangup: Signal) -> Result<Self, Failure> {
+    async fn start(
+        config: Config,
+        program: PathBuf,
+        ready_file: Option<PathBuf>,
+        hangup: Signal,
+        token_started: &OnceLock<Arc<Supervisor>>,
+    ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
         let authenticator = Authenticator::new(&config.principals)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
@@ -141,7 +155,7 @@ impl Server {
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
         let (audit, open_intents) = opening::open_audit(config.audit.clone()).await?;
-        let supervisor = opening::start_token(&config, &store, program).await?;
+        let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
             audit: audit.clone(),
@@ -177,6 +191,9 @@ impl Server {
         server.look_after(&bound, hangup);
         server.serve_status(status_socket, metrics);
         server.open_doors(bound, authenticator)?;
+        if let Some(path) = &ready_file {
+            server.write_ready_file(path)?;
+        }
         Ok(server)
     }
 

@@ -18,6 +18,8 @@ mod databases;
 mod doors;
 mod end_to_end;
 mod faults;
+mod faulty;
+mod faulty_token;
 mod json;
 mod pki;
 mod process;

@@ -11,13 +11,14 @@ use crate::{
     call::Deadline,
     hsm::{
         Error, Serving,
-        link::Link,
+        link::{Link, reap},
         queue::{Job, Work},
+        start::EXIT_TIMEOUT,
         wire::{Canary, FailureClass, Reply, reply::Outcome, request},
     },
 };
 
-use super::{EXIT_TIMEOUT, Supervisor, reap};
+use super::Supervisor;
 
 /// How often the canary is asked; a token that is gone is noticed within twice this time.
 const CANARY_INTERVAL: Duration = Duration::from_secs(1);

@@ -1,0 +1,123 @@
+//! A PKCS#11 module that fails on command, with the real SoftHSM behind it: see `faulty.c`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+/// Environment variable that names the folder of faults.
+pub(crate) const VARIABLE: &str = "KEYBROKER_FAULTS";
+
+/// Return codes of PKCS#11.
+pub(crate) mod code {
+    pub(crate) const GENERAL_ERROR: i64 = 0x05;
+    pub(crate) const FUNCTION_FAILED: i64 = 0x06;
+    pub(crate) const DEVICE_MEMORY: i64 = 0x31;
+    pub(crate) const SESSION_COUNT: i64 = 0xb1;
+    pub(crate) const SESSION_HANDLE_INVALID: i64 = 0xb3;
+    /// None: the real function is called and its failure is hidden.
+    pub(crate) const NEVER_FAILS: i64 = 0;
+    /// None: the real function is called, late.
+    pub(crate) const LATE: i64 = -1;
+}
+
+/// What befalls a function of the module.
+pub(crate) struct Fault {
+    /// Return code, or one of the two that are none.
+    pub(crate) code: i64,
+    /// Calls that pass before it begins.
+    pub(crate) skip: u32,
+    /// Calls that it hits; absent for all.
+    pub(crate) times: Option<u32>,
+    /// Slept before.
+    pub(crate) milliseconds: u32,
+    /// The one process that it hits; 0 for all.
+    pub(crate) pid: u32,
+}
+
+impl Fault {
+    /// Each call, from now on.
+    pub(crate) fn always(code: i64) -> Self {
+        Self {
+            code,
+            skip: 0,
+            times: None,
+            milliseconds: 0,
+            pid: 0,
+        }
+    }
+
+    /// The next calls, this many.
+    pub(crate) fn times(code: i64, times: u32) -> Self {
+        Self {
+            times: Some(times),
+            ..Self::always(code)
+        }
+    }
+}
+
+/// The module, and the folder of its faults.
+pub(crate) struct Faulty {
+    folder: TempDir,
+}
+
+impl Faulty {
+    /// Compiles the module in front of the real one. The C compiler is there: the product's own libraries need it.
+    pub(crate) fn before(real: &Path) -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("keybroker-faulty-")
+            .tempdir()
+            .unwrap();
+        let faulty = Self { folder };
+        let output = Command::new("cc")
+            .args(["-O1", "-shared", "-fPIC", "-o"])
+            .arg(faulty.module())
+            .arg(format!("-DREAL_MODULE=\"{}\"", real.display()))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faulty.c"))
+            .arg("-ldl")
+            .output()
+            .unwrap_or_else(|error| panic!("cc: {error}; run scripts/install.sh"));
+        assert!(output.status.success(), "cc: {output:?}");
+        faulty
+    }
+
+    /// The module's path.
+    pub(crate) fn module(&self) -> PathBuf {
+        self.folder().join("faulty.so")
+    }
+
+    /// What [`VARIABLE`] must be.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// From now on.
+    pub(crate) fn set(&self, function: &str, fault: &Fault) {
+        let times = fault.times.map_or(-1, i64::from);
+        let text = format!(
+            "{} {times} {} {} {}\n",
+            fault.skip, fault.code, fault.milliseconds, fault.pid
+        );
+        // Under another name first: a call never reads half of it.
+        let partial = self.folder().join("partial");
+        fs::write(&partial, text).unwrap();
+        fs::rename(partial, self.folder().join(function)).unwrap();
+    }
+
+    /// As if it had never been.
+    pub(crate) fn clear(&self, function: &str) {
+        fs::remove_file(self.folder().join(function)).unwrap();
+    }
+
+    /// How many calls so far have a line that ends like this: `C_Login begins`, `C_Login ends 0`.
+    pub(crate) fn count(&self, line: &str) -> usize {
+        let calls = fs::read_to_string(self.folder().join("calls")).unwrap_or_default();
+        calls
+            .lines()
+            .filter(|call| call.split_once(' ').is_some_and(|(_, what)| what == line))
+            .count()
+    }
+}

@@ -142,7 +142,9 @@ impl Supervisor {
                 continue;
             }
             let version = PinVersion::of(&self.settings);
-            match self.start_worker().await {
+            let started = self.start_worker().await;
+            let failed = started.is_err();
+            match started {
                 Ok(()) => {
                     backoff = BACKOFF_MIN;
                     next_attempt = Instant::now();
@@ -153,8 +155,9 @@ impl Supervisor {
                     next_attempt = Instant::now() + backoff;
                 }
             }
+            // One worker serves, even when the next does not start: a token may allow fewer than the configuration asks for.
             let full = self.queue.links().len() >= self.settings.workers;
-            if full || self.queue.links().is_empty() {
+            if full || failed {
                 self.settled.send_replace(true);
             }
         }

@@ -88,3 +88,37 @@ fn a_stop_during_a_replacement_lets_the_login_end() {
     assert!(!is_alive(replacement), "it outlived the broker");
     assert_eq!(faulty.count("C_Login ends 0"), 2, "the login was cut");
 }
+
+/// A token that allows one client, with `workers = 2`: the one worker serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_serves_when_the_next_does_not_start() {
+    let (site, faulty) = site(Options {
+        workers: 2,
+        ..Options::default()
+    });
+    faulty.set(
+        "C_Login",
+        &Fault {
+            skip: 1,
+            ..Fault::always(code::SESSION_COUNT)
+        },
+    );
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    let key = Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    assert_eq!(key.key_material, MATERIAL);
+    assert!(broker.site.log().contains("a token worker did not start"));
+    // Once the token allows it, the second one comes without help.
+    faulty.clear("C_Login");
+    until("the second worker", || {
+        (fs::read_to_string(faulty.folder().join("calls"))
+            .unwrap()
+            .matches("C_Login ends 0")
+            .count()
+            == 2)
+            .then_some(())
+    });
+}

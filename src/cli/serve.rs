@@ -6,10 +6,11 @@ use clap::Args;
 
 use crate::server;
 
-use super::{
-    Context, block_on,
-    exit::{Exit, Failure},
-};
+use super::{Context, block_on, exit::Failure};
+
+/// The file that this process runs, for a child that it starts. Not the path it had: after an upgrade another version lies
+/// there, and workers must be of the same.
+const OURSELVES: &str = "/proc/self/exe";
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
@@ -24,7 +25,5 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
     }
-    let program = std::env::current_exe()
-        .map_err(|error| Failure::new(Exit::Internal, format!("no path of our own: {error}")))?;
-    block_on(server::run(config, program, arguments.ready_file))?
+    block_on(server::run(config, OURSELVES.into(), arguments.ready_file))?
 }

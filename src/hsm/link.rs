@@ -69,6 +69,7 @@ pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, U
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let child = Command::new(program)
+        .arg0("keybroker")
         .arg("token-worker")
         .env_clear()
         .envs(&settings.environment)

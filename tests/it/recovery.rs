@@ -1,6 +1,6 @@
 //! The token goes away and comes back: no restart by hand, and nothing wrong is released meanwhile.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, sync::Arc};
 
 use rustix::process::Signal;
 use tonic::Code;
@@ -8,7 +8,7 @@ use tonic::Code;
 use crate::{
     client::{Caller, eventually, reason},
     process::{Broker, send, until},
-    site::Options,
+    site::{Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -46,6 +46,33 @@ async fn a_token_that_leaves_and_returns_serves_again() {
         let key = eventually(|| releaser.unwrap("ada")).await;
         assert_eq!(key.key_material, MATERIAL);
     }
+}
+
+/// An upgrade puts another binary in the place of this one: the workers of a running broker stay of its own version.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replaced_worker_is_the_binary_that_runs() {
+    let site = Arc::new(Site::fresh(Options::default()));
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("keybroker");
+    fs::copy(env!("CARGO_BIN_EXE_keybroker"), &program).unwrap();
+    let broker = Broker::start_as(site, |site| {
+        let plain = site.serve();
+        let mut command = Command::new(&program);
+        command.args(plain.get_args());
+        command
+    });
+    fs::remove_file(&program).unwrap();
+    fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let worker = until("a worker", || broker.workers().first().copied());
+    send(worker, Signal::KILL);
+    let enroller = Caller::of(&broker, "enroller");
+    eventually(|| enroller.create("ada", MATERIAL)).await;
+    let replacement = until("a replacement", || broker.workers().first().copied());
+    assert_ne!(replacement, worker);
+    let ours = fs::read_link(format!("/proc/{}/exe", broker.pid())).unwrap();
+    let theirs = fs::read_link(format!("/proc/{replacement}/exe")).unwrap();
+    assert_eq!(theirs, ours);
 }
 
 /// Ten workers killed one after another: the front never dies, and a caller who tries again gets the right key.

@@ -42,6 +42,7 @@ mod tests;
 mod wire;
 pub mod worker;
 
+pub use module::check_file as check_module;
 pub use pin::Pin;
 pub use supervisor::{StartupError, Supervisor};
 

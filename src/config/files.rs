@@ -2,23 +2,22 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use rustix::fs::{Access, access};
 
-use crate::hsm::Pin;
+use crate::hsm::{self, Pin};
 
 use super::Config;
-
-const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 impl Config {
     /// Everything that is wrong with the files, each with its remedy. Reads them as `serve` would, and changes nothing.
     pub fn file_problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        problems.extend(check_module(&self.token.module).err());
+        let module = hsm::check_module(&self.token.module);
+        problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
         if let Some(path) = &self.token.pin_file {
             problems.extend(Pin::from_file(path).err());
         }
@@ -38,27 +37,6 @@ impl Config {
         }
         problems
     }
-}
-
-/// Whoever can write the module can run code with the PIN.
-fn check_module(path: &Path) -> Result<(), String> {
-    let shown = path.display();
-    let meta = fs::metadata(path).map_err(|error| {
-        format!(
-            "[token] `module`: cannot read {shown}: {error}; install the vendor's PKCS#11 library"
-        )
-    })?;
-    if !meta.is_file() {
-        return Err(format!("[token] `module`: {shown} is not a file"));
-    }
-    let mode = meta.permissions().mode() & 0o7777;
-    if mode & WRITABLE_BY_OTHERS != 0 {
-        return Err(format!(
-            "[token] `module`: {shown} has mode {mode:04o}: others can replace the code that is given the PIN; \
-             run `chmod go-w {shown}`"
-        ));
-    }
-    Ok(())
 }
 
 /// SQLite makes files of its own beside the database, so the folder must be writable, too.
@@ -109,24 +87,9 @@ fn check_writable(name: &str, folder: &Path) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
 
-    #[test]
-    fn a_module_that_others_can_replace_is_reported() {
-        let folder = tempfile::tempdir().unwrap();
-        let module = folder.path().join("module.so");
-        assert!(check_module(&module).unwrap_err().contains("cannot read"));
-        assert!(
-            check_module(folder.path())
-                .unwrap_err()
-                .contains("not a file")
-        );
-        fs::write(&module, "").unwrap();
-        for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
-            fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(check_module(&module).is_ok(), good, "{mode:o}");
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_folder_that_is_missing_is_reported() {

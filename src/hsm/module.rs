@@ -1,6 +1,6 @@
 //! The vendor's module: loaded and initialised once per process.
 
-use std::path::Path;
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use cryptoki::{
     context::{CInitializeArgs, CInitializeFlags, Pkcs11},
@@ -8,6 +8,32 @@ use cryptoki::{
 };
 
 use super::classify::{Class, Fault};
+
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// Refuses a module that is not there, or that others could replace: it is given the PIN.
+pub fn check_file(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let meta = fs::metadata(path).map_err(|error| {
+        format!(
+            "no PKCS#11 module at {shown}: {error}; install the vendor's package (Debian: softhsm2) or mend \
+             `token.module`"
+        )
+    })?;
+    if !meta.is_file() {
+        return Err(format!(
+            "no PKCS#11 module at {shown}: it is not a file; mend `token.module`"
+        ));
+    }
+    let mode = meta.mode() & 0o7777;
+    if mode & WRITABLE_BY_OTHERS != 0 {
+        return Err(format!(
+            "the PKCS#11 module {shown} has mode {mode:04o}: others can replace the code that is given the PIN; \
+             run `chmod go-w {shown}`"
+        ));
+    }
+    Ok(())
+}
 
 /// Loads and initialises the module at a path.
 pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
@@ -19,12 +45,7 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
              which library sees the PIN"
         )));
     }
-    if !path.is_file() {
-        return Err(unfit(format!(
-            "no PKCS#11 module at {shown}: install the vendor's package (Debian: softhsm2) or mend \
-             `token.module`"
-        )));
-    }
+    check_file(path).map_err(unfit)?;
     let module = Pkcs11::new(path).map_err(|error| {
         unfit(format!(
             "{shown} is not a PKCS#11 module that can be loaded: {error}; mend `token.module`"
@@ -39,5 +60,29 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
             "the module {shown} does not initialise: {error}; look at its own configuration (SoftHSM: \
              SOFTHSM2_CONF in `token.environment`)"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_module_that_others_can_replace_is_not_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let module = folder.path().join("module.so");
+        for missing in [module.as_path(), folder.path()] {
+            let problem = check_file(missing).unwrap_err();
+            assert!(problem.contains("no PKCS#11 module at"), "{problem}");
+        }
+        fs::write(&module, "").unwrap();
+        for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
+            fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(check_file(&module).is_ok(), good, "{mode:o}");
+            let fault = load(&module).unwrap_err();
+            assert_eq!(fault.detail.contains("chmod go-w"), !good, "{fault}");
+        }
     }
 }

@@ -162,6 +162,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::TokenWorker => {
             telemetry::init_logs(true, "info");
+            telemetry::install_panic_hook();
             return hsm::worker::run();
         }
         Command::Serve(_) => telemetry::init_logs(true, "info"),

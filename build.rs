@@ -13,6 +13,8 @@ const SECRET: &[&str] = &[
     ".keybroker.v1.CreateUserKeyRequest",
     ".keybroker.v1.ReplaceUserKeyRequest",
     ".keybroker.v1.UnwrapUserKeyResponse",
+    ".keybroker.worker.v1.Mac",
+    ".keybroker.worker.v1.VerifyMac",
     ".keybroker.worker.v1.Reply",
     ".keybroker.worker.v1.Reply.outcome",
 ];

@@ -40,6 +40,7 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 mod wire;
+mod work;
 pub mod worker;
 
 pub use module::check_file as check_module;
@@ -178,7 +179,8 @@ pub enum Serving {
     Up,
     /// No worker is ready; the supervisor keeps trying. With the cause, for the log and administrators.
     Down(String),
-    /// Attributes, canary, keys or PIN are wrong: nothing is tried until the cause is gone. With the cause.
+    /// Attributes, canary, keys or PIN are wrong. Another worker is tried seldom, and after a refused PIN only with another
+    /// PIN file. With the cause.
     Untrusted(String),
 }
 

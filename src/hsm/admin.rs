@@ -35,7 +35,7 @@ impl From<Fault> for AdminError {
     fn from(fault: Fault) -> Self {
         match fault.class {
             Class::Pin => Self::Pin(fault.detail),
-            Class::Untrusted | Class::Input => Self::Untrusted(fault.detail),
+            Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
             _ => Self::Token(fault.detail),
         }
     }
@@ -118,12 +118,12 @@ pub fn init_token(
     let module = module::load(&settings.module)?;
     let slot = match erase_serial {
         None => blank_slot(&module, label)?,
-        Some(serial) => slot_to_erase(&module, serial)?,
+        Some(serial) => slot_to_erase(&module, serial, label)?,
     };
     module
         .init_token(slot, &so_pin.to_auth_pin(), label)
         .map_err(Fault::from)?;
-    // SoftHSM gives the token another slot once it is initialised: find it again by its label.
+    // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,
@@ -167,15 +167,24 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
     })
 }
 
-fn slot_to_erase(module: &Pkcs11, serial: &str) -> Result<Slot, AdminError> {
+fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
+    let mut wanted = None;
     for (slot, info) in select::list(module)? {
-        if info.serial_number().trim_end() == serial {
-            return Ok(slot);
+        let found = info.serial_number().trim_end();
+        if found == serial {
+            wanted = Some(slot);
+        } else if info.label().trim_end() == label {
+            return Err(AdminError::Token(format!(
+                "another token has the label {label:?} already (serial {found}), and the two could not be told \
+                 apart by it; nothing was erased. Choose another label"
+            )));
         }
     }
-    Err(AdminError::Token(format!(
-        "no initialised token has the serial number {serial:?}; nothing was erased"
-    )))
+    wanted.ok_or_else(|| {
+        AdminError::Token(format!(
+            "no initialised token has the serial number {serial:?}; nothing was erased"
+        ))
+    })
 }
 
 /// A token that this command is logged in to.
@@ -270,7 +279,7 @@ impl Admin {
         }
     }
 
-    /// The bare decrypt loop of one thread, until `until`: what the token can do with nothing around it. Returns the number
+    /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
     /// of operations.
     pub fn decrypt_loop(
         &self,
@@ -280,8 +289,9 @@ impl Admin {
     ) -> Result<u64, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
-        let allow_sha1 = self.settings.allow_oaep_sha1;
-        let canary = operation::probe(&self.token.anchor, &pair, &public, allow_sha1)?;
+        let canary = self
+            .token
+            .probe(id, &public, self.settings.allow_oaep_sha1)?;
         let sessions: Vec<KeySession> = (0..threads)
             .map(|_| self.token.session(&[id]))
             .collect::<Result<_, _>>()?;

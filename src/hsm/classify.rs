@@ -25,6 +25,9 @@ pub(super) enum Class {
     Pin,
     /// The configuration or the key does not fit: a retry cannot help.
     Configuration,
+    /// A key that must be there is not found. At first an administrator's matter; once it was there, a token that is away
+    /// or has lost its login looks so. Found by our own search, never a return code.
+    KeyMissing,
     /// Something on the token is not as it must be: found by our own checks, never a return code.
     Untrusted,
 }
@@ -108,6 +111,28 @@ pub(super) fn classify(code: RvError) -> Class {
         // Among them general-error, function-failed, device-error, arguments-bad, and codes that no standard names.
         _ => Class::Ambiguous,
     }
+}
+
+/// Whether `C_Login` says with this code that it did not look at the PIN, so that no wrong try was counted.
+pub(super) fn is_pin_untried(code: RvError) -> bool {
+    use RvError as Rv;
+    matches!(
+        code,
+        Rv::CryptokiNotInitialized
+            | Rv::SlotIdInvalid
+            | Rv::TokenNotPresent
+            | Rv::TokenNotRecognized
+            | Rv::DeviceRemoved
+            | Rv::SessionHandleInvalid
+            | Rv::SessionClosed
+            | Rv::SessionCount
+            | Rv::SessionReadOnlyExists
+            | Rv::HostMemory
+            | Rv::UserAlreadyLoggedIn
+            | Rv::UserAnotherAlreadyLoggedIn
+            | Rv::UserTooManyTypes
+            | Rv::FunctionNotSupported
+    )
 }
 
 #[cfg(test)]

@@ -59,7 +59,7 @@ fn find_one(
     let mut found = session.find_objects(&template)?.into_iter();
     let Some(object) = found.next() else {
         return Err(Fault::new(
-            Class::Untrusted,
+            Class::KeyMissing,
             format!(
                 "the {what} with CKA_ID {id} is not on the token, though the registry names it; is this the \
                  right token, and was it restored whole?"
@@ -135,7 +135,7 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     })
 }
 
-/// All ids under which the token holds an RSA private key, with the label of each.
+/// All ids under which the token holds an RSA private key.
 pub(super) fn list(session: &Session) -> Result<Vec<WrappingKeyId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),

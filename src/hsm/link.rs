@@ -13,20 +13,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message as _;
 use tokio::{
     net::UnixStream,
     process::{Child, Command},
     sync::Notify,
 };
 use tokio_util::sync::CancellationToken;
-use zeroize::{Zeroize as _, Zeroizing};
 
 use super::{
     Settings,
-    frame::{self, FRAME_BYTES_MAX, PREFIX_BYTES},
+    frame::{self, Inbox, Outbox},
     queue::Job,
-    wire::{Reply, Request, request},
+    wire::{Reply, Request},
 };
 
 /// A job that is not back this long after its deadline means that the worker is wedged.
@@ -51,7 +49,7 @@ pub(super) struct Link {
 struct State {
     held: HashMap<u64, Job>,
     /// Bytes that the socket did not take at once.
-    unsent: Vec<u8>,
+    unsent: Outbox,
     cause: Option<String>,
 }
 
@@ -123,7 +121,7 @@ impl Link {
 
     /// Sends a job. The caller of the queue does this itself, without another task in between: the socket has room for
     /// many times what a worker may hold.
-    pub(super) fn assign(&self, job: Job) {
+    pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         if !job.work.is_canary() {
             self.busy.fetch_add(1, Ordering::Relaxed);
@@ -131,24 +129,15 @@ impl Link {
         let deadline_ns = frame::monotonic_ns()
             .saturating_add(u64::try_from(job.deadline.remaining().as_nanos()).unwrap_or(u64::MAX));
         let mut state = self.state();
-        let mut message = Request {
-            id,
-            deadline_ns,
-            job: Some(job.work.to_wire()),
-        };
-        frame::encode(&message, &mut state.unsent);
-        wipe(&mut message);
+        state.unsent.push(job.work.stamped(id, deadline_ns));
         state.held.insert(id, job);
         self.send(&mut state);
     }
 
     fn send(&self, state: &mut State) {
         while !state.unsent.is_empty() {
-            match self.stream.try_write(&state.unsent) {
-                Ok(written) => {
-                    state.unsent[..written].zeroize();
-                    state.unsent.drain(..written);
-                }
+            match self.stream.try_write(state.unsent.rest()) {
+                Ok(count) => state.unsent.sent(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.flush.notify_one();
                     return;
@@ -179,21 +168,25 @@ impl Link {
 
     /// Reads replies and hands each to `take` with its job, until the socket ends or carries garbage; says why.
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
-        let mut buffer = Zeroizing::new(vec![0; FRAME_BYTES_MAX + PREFIX_BYTES]);
-        let mut filled = 0;
+        let mut inbox = Inbox::default();
         loop {
             if let Err(error) = self.stream.readable().await {
                 return format!("its socket failed: {error}");
             }
-            match self.stream.try_read(&mut buffer[filled..]) {
+            match self.stream.try_read(inbox.room()) {
                 Ok(0) => return "it ended".to_owned(),
-                Ok(count) => filled += count,
+                Ok(count) => inbox.came(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("its socket failed: {error}"),
             }
             loop {
-                match self.next_reply(&mut buffer, &mut filled) {
-                    Ok(Some((job, reply))) => take(job, reply),
+                match inbox.next::<Reply>() {
+                    Ok(Some(reply)) => {
+                        let Some(job) = self.take_job(reply.id) else {
+                            return format!("it answered job {} that it does not hold", reply.id);
+                        };
+                        take(job, reply);
+                    }
                     Ok(None) => break,
                     Err(error) => return format!("it sent garbage: {error}"),
                 }
@@ -201,24 +194,12 @@ impl Link {
         }
     }
 
-    fn next_reply(
-        &self,
-        buffer: &mut [u8],
-        filled: &mut usize,
-    ) -> Result<Option<(Job, Reply)>, String> {
-        let Some((reply, used)) = decode(&buffer[..*filled])? else {
-            return Ok(None);
-        };
-        buffer[..used].zeroize();
-        buffer.copy_within(used..*filled, 0);
-        *filled -= used;
-        let Some(job) = self.state().held.remove(&reply.id) else {
-            return Err(format!("a reply to job {} that it does not hold", reply.id));
-        };
+    fn take_job(&self, id: u64) -> Option<Job> {
+        let job = self.state().held.remove(&id)?;
         if !job.work.is_canary() {
             self.busy.fetch_sub(1, Ordering::Relaxed);
         }
-        Ok(Some((job, reply)))
+        Some(job)
     }
 
     /// Marks the worker as lost; whoever runs it ends it.
@@ -270,54 +251,28 @@ pub(super) async fn reap(mut child: Child, patience: Duration) {
     }
 }
 
-/// One frame from the front of the bytes, and how many it took.
-fn decode(bytes: &[u8]) -> Result<Option<(Reply, usize)>, String> {
-    let Some((prefix, rest)) = bytes.split_first_chunk::<PREFIX_BYTES>() else {
-        return Ok(None);
-    };
-    let length = frame::length(*prefix).map_err(|error| error.to_string())?;
-    let Some(body) = rest.get(..length) else {
-        return Ok(None);
-    };
-    let reply = Reply::decode(body).map_err(|error| error.to_string())?;
-    Ok(Some((reply, PREFIX_BYTES + length)))
-}
-
-/// Overwrites a message that may hold key material: the content of a request id's MAC.
-fn wipe(request: &mut Request) {
-    match &mut request.job {
-        Some(request::Job::Mac(job)) => job.message.zeroize(),
-        Some(request::Job::VerifyMac(job)) => job.message.zeroize(),
-        _ => {}
-    }
-}
-
 /// Sends one message and reads one reply, before the worker serves: the setup.
 pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Result<Reply> {
-    let mut bytes = Vec::new();
-    frame::encode(request, &mut bytes);
-    let mut rest = bytes.as_slice();
-    while !rest.is_empty() {
+    let mut outbox = Outbox::default();
+    outbox.push(request);
+    while !outbox.is_empty() {
         stream.writable().await?;
-        match stream.try_write(rest) {
-            Ok(written) => rest = &rest[written..],
+        match stream.try_write(outbox.rest()) {
+            Ok(count) => outbox.sent(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
-    let mut buffer = vec![0; FRAME_BYTES_MAX + PREFIX_BYTES];
-    let mut filled = 0;
+    let mut inbox = Inbox::default();
     loop {
         stream.readable().await?;
-        match stream.try_read(&mut buffer[filled..]) {
+        match stream.try_read(inbox.room()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => filled += count,
+            Ok(count) => inbox.came(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        let decoded = decode(&buffer[..filled])
-            .map_err(|what| io::Error::new(io::ErrorKind::InvalidData, what))?;
-        if let Some((reply, _)) = decoded {
+        if let Some(reply) = inbox.next()? {
             return Ok(reply);
         }
     }

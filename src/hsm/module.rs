@@ -1,4 +1,6 @@
 //! The vendor's module: loaded and initialised once per process.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 

@@ -1,8 +1,11 @@
 //! Opening a token: module, selection, login once, keys found, gated and proved. The same road for a worker and for the
 //! one-shot commands.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use cryptoki::{
     context::Pkcs11,
+    error::Error,
     session::{Session, UserType},
     slot::Slot,
 };
@@ -11,7 +14,7 @@ use crate::key::WrappingKeyId;
 
 use super::{
     ExpectedKey, Pin, Settings, TokenInfo,
-    classify::{Class, Fault},
+    classify::{Class, Fault, is_pin_untried},
     keys::{self, KeyPair, PublicSide},
     module,
     operation::{self, Canary},
@@ -51,18 +54,7 @@ impl OpenToken {
         };
         anchor
             .login(UserType::User, Some(&pin.to_auth_pin()))
-            .map_err(|error| {
-                let fault = Fault::from(error);
-                let hint = "the PIN is not tried again until its file changes, because a token may lock \
-                            after a few wrong ones";
-                match fault.class {
-                    Class::Pin => Fault::new(
-                        Class::Pin,
-                        format!("the token {:?} refused the PIN ({fault}); {hint}", info.label),
-                    ),
-                    _ => fault,
-                }
-            })?;
+            .map_err(|error| refused_login(error, &module, slot, &info))?;
         Ok(Self {
             module,
             slot,
@@ -90,7 +82,7 @@ impl OpenToken {
                 ),
             ));
         }
-        let canary = operation::probe(&self.anchor, &pair, &public, settings.allow_oaep_sha1)?;
+        let canary = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
@@ -98,10 +90,40 @@ impl OpenToken {
         })
     }
 
+    pub(super) fn probe(
+        &self,
+        id: WrappingKeyId,
+        public: &PublicSide,
+        allow_oaep_sha1: bool,
+    ) -> Result<Canary, Fault> {
+        operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
+    }
+
     /// Another session of the same login, with the handles of the keys.
     pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, ids)
     }
+}
+
+/// A login that failed counts as a wrong try unless the code says otherwise, or the token is gone: tokens have answers of
+/// their own to a wrong PIN, and lock after a few. So the PIN is not tried again.
+fn refused_login(error: Error, module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Fault {
+    let untried = matches!(error, Error::Pkcs11(code, _) if is_pin_untried(code));
+    let fault = Fault::from(error);
+    if untried {
+        return fault;
+    }
+    if fault.class != Class::Pin && module.get_token_info(slot).is_err() {
+        return Fault::new(Class::TokenLost, fault.detail);
+    }
+    Fault::new(
+        Class::Pin,
+        format!(
+            "the token {:?} refused the login ({fault}); the PIN is not tried again until its file changes \
+             (`touch` is a change), because a token may lock after a few wrong ones",
+            info.label
+        ),
+    )
 }
 
 fn refuse_last_try(module: &Pkcs11, slot: Slot) -> Result<(), Fault> {

@@ -1,6 +1,6 @@
 //! The four operations on the token, and the known-answer canary made of them.
 //!
-//! Mitigation: M9 of `THREAT_MODEL.md`.
+//! Mitigations: M9, M10 of `THREAT_MODEL.md`.
 
 use cryptoki::{
     mechanism::{
@@ -12,12 +12,16 @@ use cryptoki::{
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
-use crate::envelope::{Algorithm, MAC_BYTES, Mac};
+use crate::{
+    envelope::{Algorithm, MAC_BYTES, Mac},
+    key::WrappingKeyId,
+};
 
 use super::{
     classify::{Class, Fault},
     keys::{KeyPair, PublicSide},
     oaep::WrapKey,
+    open::KeySession,
 };
 
 /// Length of the canary's plaintext, in bytes.
@@ -116,25 +120,72 @@ impl Canary {
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
     }
+
+    /// A token that takes any MAC for right would make every row of the database right.
+    fn refuses_forgery(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let mut forged = mac(session, pair, &self.plaintext)?;
+        forged[0] ^= 1;
+        match verify(session, pair, &self.plaintext, &forged) {
+            Err(fault) if matches!(fault.class, Class::Input | Class::Ambiguous) => Ok(()),
+            Err(fault) => Err(fault),
+            Ok(()) => Err(Fault::new(
+                Class::Untrusted,
+                format!(
+                    "the token takes a wrong MAC of binding key {} for right: it protects nothing, and must \
+                     not be used",
+                    pair.id
+                ),
+            )),
+        }
+    }
 }
 
-/// What the token can do, found out by doing it: OAEP with SHA-256, else with SHA-1 where the operator allows it.
+/// What the token can do with a key, found out by doing it: OAEP with SHA-256, else with SHA-1 where the operator allows it;
+/// and that it refuses a wrong MAC. `open` gives a session for each try, because some tokens leave a failed operation stuck
+/// in theirs.
 pub(super) fn probe(
-    session: &Session,
-    pair: &KeyPair,
+    open: impl Fn() -> Result<KeySession, Fault>,
+    id: WrappingKeyId,
     public: &PublicSide,
     allow_oaep_sha1: bool,
 ) -> Result<Canary, Fault> {
-    let sha256 = Canary::new(public, Algorithm::RsaOaepSha256)?;
-    let refusal = match sha256.check(session, pair) {
-        Ok(()) => return Ok(sha256),
-        Err(fault) if fault.class == Class::Untrusted => return Err(fault),
-        Err(fault) => fault,
+    let on_session = |work: &dyn Fn(&Session, &KeyPair) -> Result<(), Fault>| {
+        let session = open()?;
+        let pair = session.pair(id).expect("it was opened with this key");
+        work(&session.session, pair)
     };
-    let sha1 = Canary::new(public, Algorithm::RsaOaepSha1)?;
-    match sha1.check(session, pair) {
-        Ok(()) if allow_oaep_sha1 => Ok(sha1),
-        Ok(()) => Err(Fault::new(
+    let attempt = |algorithm| {
+        let canary = Canary::new(public, algorithm)?;
+        on_session(&|session, pair| canary.check(session, pair))?;
+        Ok(canary)
+    };
+    let canary = choose(attempt, allow_oaep_sha1)?;
+    on_session(&|session, pair| canary.refuses_forgery(session, pair))?;
+    Ok(canary)
+}
+
+/// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a moment's trouble must not
+/// choose the weaker one.
+fn choose<T>(
+    attempt: impl Fn(Algorithm) -> Result<T, Fault>,
+    allow_oaep_sha1: bool,
+) -> Result<T, Fault> {
+    let cannot = |fault: &Fault| {
+        matches!(
+            fault.class,
+            Class::Input | Class::Ambiguous | Class::Configuration
+        )
+    };
+    let sha256 = || attempt(Algorithm::RsaOaepSha256);
+    let refusal = match sha256().or_else(|fault| if cannot(&fault) { sha256() } else { Err(fault) })
+    {
+        Ok(works) => return Ok(works),
+        Err(fault) if cannot(&fault) => fault,
+        Err(fault) => return Err(fault),
+    };
+    match attempt(Algorithm::RsaOaepSha1) {
+        Ok(works) if allow_oaep_sha1 => Ok(works),
+        Ok(_) => Err(Fault::new(
             Class::Configuration,
             format!(
                 "the token cannot do RSA-OAEP with SHA-256 ({refusal}), only with SHA-1; if that is what \
@@ -147,5 +198,36 @@ pub(super) fn probe(
                 "the token does RSA-OAEP neither with SHA-256 ({refusal}) nor with SHA-1 ({fault})"
             ),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// What is chosen when SHA-256 fails so many times with that class.
+    fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
+        let left = Cell::new(failures);
+        let attempt = |algorithm| {
+            if algorithm == Algorithm::RsaOaepSha256 && left.get() > 0 {
+                left.set(left.get() - 1);
+                return Err(Fault::new(class, "refused"));
+            }
+            Ok(algorithm)
+        };
+        choose(attempt, true).map_err(|fault| fault.class)
+    }
+
+    #[test]
+    fn only_a_token_that_cannot_do_sha256_gets_sha1() {
+        for class in [Class::Input, Class::Ambiguous, Class::Configuration] {
+            assert_eq!(chosen(1, class), Ok(Algorithm::RsaOaepSha256));
+            assert_eq!(chosen(2, class), Ok(Algorithm::RsaOaepSha1));
+        }
+        for class in [Class::SessionLost, Class::TokenLost, Class::BackOff] {
+            assert_eq!(chosen(1, class), Err(class));
+        }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{
     env, fmt, fs,
-    io::Read as _,
+    io::Read,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -14,6 +14,8 @@ use cryptoki::types::AuthPin;
 use zeroize::Zeroizing;
 
 use crate::hardening;
+
+use super::latch::PinVersion;
 
 /// Longest PIN, in bytes.
 const PIN_BYTES_MAX: usize = 255;
@@ -47,10 +49,11 @@ impl Pin {
 
     /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
     pub fn from_file(path: &Path) -> Result<Self, String> {
-        let path = resolve(path)?;
+        read(path).0
+    }
+
+    fn from_open_file(file: &fs::File, path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let file = fs::File::open(&path)
-            .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
         let meta = file
             .metadata()
             .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
@@ -68,21 +71,22 @@ impl Pin {
                 meta.uid()
             ));
         }
-        Self::read(file).map_err(|what| format!("the PIN file {shown}: {what}"))
+        Self::from_reader(file).map_err(|what| format!("the PIN file {shown}: {what}"))
     }
 
     /// From an open descriptor of this process.
     pub fn from_descriptor(number: u32) -> Result<Self, String> {
         let file = fs::File::open(format!("/proc/self/fd/{number}"))
             .map_err(|error| format!("cannot read descriptor {number}: {error}"))?;
-        Self::read(file).map_err(|what| format!("descriptor {number}: {what}"))
+        Self::from_reader(file).map_err(|what| format!("descriptor {number}: {what}"))
     }
 
-    fn read(file: fs::File) -> Result<Self, String> {
+    fn from_reader(reader: impl Read) -> Result<Self, String> {
         // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
-        file.take(limit)
+        reader
+            .take(limit)
             .read_to_string(&mut text)
             .map_err(|error| error.to_string())?;
         Self::from_text(std::mem::take(&mut text))
@@ -91,6 +95,24 @@ impl Pin {
     /// For the module.
     pub(super) fn to_auth_pin(&self) -> AuthPin {
         AuthPin::new(self.0.as_str().into())
+    }
+}
+
+/// The PIN in a file, and which file that was. It is asked after the PIN was read: of a file that changes meanwhile, a
+/// refused PIN is then never tried again, though a good one may have to wait for the next change.
+pub(super) fn read(path: &Path) -> (Result<Pin, String>, PinVersion) {
+    let opened = resolve(path).and_then(|path| {
+        let file = fs::File::open(&path)
+            .map_err(|error| format!("cannot read the PIN file {}: {error}", path.display()))?;
+        Ok((file, path))
+    });
+    match opened {
+        Ok((file, path)) => {
+            let pin = Pin::from_open_file(&file, &path);
+            let version = file.metadata().map(|meta| PinVersion::from_metadata(&meta));
+            (pin, version.unwrap_or_default())
+        }
+        Err(what) => (Err(what), PinVersion::default()),
     }
 }
 

@@ -10,48 +10,19 @@ use std::{
 };
 
 use tokio::sync::oneshot;
-use zeroize::{Zeroize as _, Zeroizing};
+use zeroize::Zeroizing;
 
 use crate::call::Deadline;
 
-use super::{Error, link::Link, wire};
+use super::{Error, link::Link, work::Work};
 
 /// Bytes from the token: a MAC, key material, or nothing.
 pub(super) type Output = Zeroizing<Vec<u8>>;
 
 /// Retry hint when the queue is full and nothing is known of the token's speed yet.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// Weight of the past in the average of service time: 15 parts of 16.
-const AVERAGE_WEIGHT: u32 = 16;
-
-/// What a token is asked. Overwritten when dropped: the message of a MAC may hold key material.
-#[derive(Debug)]
-pub(super) struct Work(wire::request::Job);
-
-impl Work {
-    pub(super) fn new(work: wire::request::Job) -> Self {
-        Self(work)
-    }
-
-    pub(super) fn is_canary(&self) -> bool {
-        matches!(self.0, wire::request::Job::Canary(_))
-    }
-
-    /// A copy for the frame; whoever takes it overwrites it.
-    pub(super) fn to_wire(&self) -> wire::request::Job {
-        self.0.clone()
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        match &mut self.0 {
-            wire::request::Job::Mac(job) => job.message.zeroize(),
-            wire::request::Job::VerifyMac(job) => job.message.zeroize(),
-            _ => {}
-        }
-    }
-}
+/// One job is this part of the average of service time, and the past is the rest.
+const AVERAGE_PARTS: u32 = 16;
 
 /// A job on its way to a token and back.
 #[derive(Debug)]
@@ -123,7 +94,7 @@ impl Queue {
     /// Takes note of a job's time in the module.
     pub(super) fn served(&self, spent: Duration) {
         let mut state = self.state();
-        state.service = (state.service * (AVERAGE_WEIGHT - 1) + spent) / AVERAGE_WEIGHT;
+        state.service = (state.service * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;
     }
 
     pub(super) fn add(&self, link: Arc<Link>) {
@@ -132,10 +103,12 @@ impl Queue {
         state.dispatch();
     }
 
-    pub(super) fn remove(&self, generation: u64) {
-        self.state()
-            .links
-            .retain(|link| link.generation() != generation);
+    /// Whether it was there.
+    pub(super) fn remove(&self, generation: u64) -> bool {
+        let links = &mut self.state().links;
+        let before = links.len();
+        links.retain(|link| link.generation() != generation);
+        links.len() < before
     }
 
     pub(super) fn links(&self) -> Vec<Arc<Link>> {

@@ -3,7 +3,10 @@
 //! Mitigations: M8, M10 of `THREAT_MODEL.md`.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -18,7 +21,8 @@ use super::{
     keys::KeyPair,
     open::{KeySession, ProvedKey},
     operation,
-    wire::{self, FailureClass, Request, request::Job},
+    wire::{self, FailureClass, request::Job},
+    work::Work,
 };
 
 /// What every session thread of a worker shares.
@@ -27,6 +31,8 @@ pub(super) struct Shared {
     pub(super) module: Pkcs11,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
+    /// Whose canary is next, counted over all threads.
+    pub(super) turn: AtomicUsize,
 }
 
 impl Shared {
@@ -54,7 +60,10 @@ enum Stop {
     /// The job's own end.
     Failed(wire::Failure),
     /// The session is gone, and nothing was done: one more attempt on another.
-    Again(Fault),
+    SessionLost(Fault),
+    /// The token refused, though its canary passes. It may have been busy for a moment: one more attempt, and only if it
+    /// refuses again is this the job's end.
+    Doubted(wire::Failure),
 }
 
 impl Worker {
@@ -66,31 +75,45 @@ impl Worker {
     }
 
     /// Runs a job; says how long the module had it.
-    pub(super) fn run(&mut self, request: Request) -> (Outcome, Duration) {
+    pub(super) fn run(&mut self, work: &Work) -> (Outcome, Duration) {
         let started = Instant::now();
-        let deadline = request.deadline_ns;
-        let Some(job) = request.job else {
-            let outcome = Err(failure(
+        let outcome = match work.job() {
+            Some(job) => self.run_job(job, work.deadline_ns()),
+            None => Err(failure(
                 FailureClass::Unspecified,
                 "a request without a job",
-            ));
-            return (outcome, Duration::ZERO);
-        };
-        let outcome = match self.attempt(&job, deadline) {
-            Ok(bytes) => Ok(bytes),
-            Err(Stop::Failed(failure)) => Err(failure),
-            Err(Stop::Again(_)) => match self.attempt(&job, deadline) {
-                Ok(bytes) => Ok(bytes),
-                Err(Stop::Failed(failure)) => Err(failure),
-                Err(Stop::Again(fault)) => {
-                    Err(failure(FailureClass::SessionLost, fault.to_string()))
-                }
-            },
+            )),
         };
         (outcome, started.elapsed())
     }
 
+    /// At most one more attempt for each of the two causes.
+    fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
+        let (mut lost, mut doubted) = (false, None);
+        loop {
+            match self.attempt(job, deadline) {
+                Ok(bytes) => return Ok(bytes),
+                Err(Stop::Failed(failure)) => return Err(failure),
+                Err(Stop::SessionLost(fault)) if lost => {
+                    return Err(failure(FailureClass::SessionLost, fault.to_string()));
+                }
+                Err(Stop::SessionLost(_)) => lost = true,
+                Err(Stop::Doubted(refusal)) => match doubted.replace(refusal.class) {
+                    None => {}
+                    Some(before) if before == refusal.class => return Err(refusal),
+                    Some(_) => {
+                        let what =
+                            format!("the token refuses now this, now that: {}", refusal.detail);
+                        return Err(failure(FailureClass::BackOff, what));
+                    }
+                },
+            }
+        }
+    }
+
     fn attempt(&mut self, job: &Job, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
+        // Opening a session is a token call, too.
+        check_deadline(deadline)?;
         if self.current.is_none() {
             let session = self
                 .shared
@@ -128,7 +151,8 @@ impl Worker {
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
         made.map(|mac| Zeroizing::new(mac.to_vec()))
-            .map_err(|fault| self.stop(fault, None))
+            // Nothing of the caller's can make a MAC fail: the token is busy with something.
+            .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
 
     fn verify(
@@ -141,7 +165,7 @@ impl Worker {
         check_deadline(deadline)?;
         let (session, pair) = self.session(key)?;
         let verified = operation::verify(&session.session, pair, message, mac);
-        verified.map_err(|fault| self.stop(fault, Some(FailureClass::MacRefused)))
+        verified.map_err(|fault| self.stop(fault, key, deadline, FailureClass::MacRefused))
     }
 
     fn decrypt(&mut self, job: &wire::Unwrap, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
@@ -153,14 +177,13 @@ impl Worker {
         let (session, pair) = self.session(&job.key_id)?;
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
         // After a good MAC this is never the caller's fault: the canary tells a damaged row from a sick token.
-        decrypted.map_err(|fault| self.stop(fault, Some(FailureClass::Damaged)))
+        decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
     fn session(&self, key: &[u8]) -> Result<(&KeySession, &KeyPair), Stop> {
-        let session = self
-            .current
-            .as_ref()
-            .ok_or_else(|| Stop::Again(Fault::new(Class::SessionLost, "the session was lost")))?;
+        let session = self.current.as_ref().ok_or_else(|| {
+            Stop::SessionLost(Fault::new(Class::SessionLost, "the session was lost"))
+        })?;
         let pair = WrappingKeyId::from_slice(key)
             .and_then(|id| session.pair(id))
             .ok_or_else(|| {
@@ -169,69 +192,82 @@ impl Worker {
         Ok((session, pair))
     }
 
-    /// What a fault means for the job. `input` is what the job's own input being at fault would be called.
-    fn stop(&mut self, fault: Fault, input: Option<FailureClass>) -> Stop {
-        if fault.class == Class::Input
-            && let Some(class @ FailureClass::MacRefused) = input
-        {
-            return Stop::failed(class, fault.to_string());
+    /// What a fault means for the job with that key. `refusal` is what it is called when the token refuses though it is well.
+    fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
+        if fault.class == Class::Input && refusal == FailureClass::MacRefused {
+            // These codes mean nothing else.
+            return Stop::failed(refusal, fault.to_string());
         }
         self.current = None;
         match fault.class {
-            Class::SessionLost => Stop::Again(fault),
-            Class::TokenLost => Stop::failed(FailureClass::TokenLost, fault.to_string()),
+            Class::SessionLost => Stop::SessionLost(fault),
+            Class::TokenLost | Class::KeyMissing => {
+                Stop::failed(FailureClass::TokenLost, fault.to_string())
+            }
             Class::BackOff => Stop::failed(FailureClass::BackOff, fault.to_string()),
             Class::Pin | Class::Untrusted => {
                 Stop::failed(FailureClass::Untrusted, fault.to_string())
             }
             Class::Input | Class::Ambiguous | Class::Configuration => {
-                match (self.revive(), input) {
-                    (Ok(()), Some(class)) => Stop::failed(class, fault.to_string()),
-                    (Ok(()), None) => Stop::failed(FailureClass::BackOff, fault.to_string()),
-                    (Err(canary), _) => Stop::failed(
-                        FailureClass::TokenLost,
-                        format!("{fault}; then the canary failed: {canary}"),
-                    ),
+                match self.revive(key, deadline) {
+                    Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
+                    Err(Stop::Failed(mut canary)) => {
+                        canary.detail = format!("{fault}; then {}", canary.detail);
+                        Stop::Failed(canary)
+                    }
+                    Err(other) => other,
                 }
             }
         }
     }
 
-    /// A new session whose canary passes, or why there is none.
-    fn revive(&mut self) -> Result<(), Fault> {
-        let session = self.shared.open()?;
-        check_all(&self.shared, &session)?;
+    /// A new session on which the canary of that key passes.
+    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
+        check_deadline(deadline)?;
+        let session = self
+            .shared
+            .open()
+            .map_err(|fault| Stop::from_open(&fault))?;
+        check_deadline(deadline)?;
+        let proved = self
+            .shared
+            .keys
+            .iter()
+            .find(|known| known.id.as_bytes() == key);
+        if let Some(proved) = proved {
+            check(proved, &session).map_err(|fault| Stop::from_canary(&fault))?;
+        }
         self.current = Some(session);
         Ok(())
     }
 
+    /// One key at each asking, in turn, so that a token with many keys is not slower to answer for its health than one with
+    /// few.
     fn canary(&mut self, deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
-        let Some(session) = &self.current else {
+        let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
+        let keys = &self.shared.keys;
+        let proved = turn.checked_rem(keys.len()).and_then(|turn| keys.get(turn));
+        let (Some(session), Some(proved)) = (&self.current, proved) else {
             return Ok(());
         };
-        check_all(&self.shared, session).map_err(|fault| match fault.class {
-            // A wrong answer is worse than none: this token must not be used.
-            Class::Untrusted => Stop::failed(FailureClass::Untrusted, fault.to_string()),
-            Class::SessionLost => {
-                self.current = None;
-                Stop::Again(fault)
-            }
-            Class::BackOff => Stop::failed(FailureClass::BackOff, fault.to_string()),
-            _ => Stop::failed(FailureClass::TokenLost, fault.to_string()),
-        })
+        let Err(fault) = check(proved, session) else {
+            return Ok(());
+        };
+        self.current = None;
+        match fault.class {
+            Class::SessionLost => Err(Stop::SessionLost(fault)),
+            _ => Err(Stop::from_canary(&fault)),
+        }
     }
 }
 
-fn check_all(shared: &Shared, session: &KeySession) -> Result<(), Fault> {
-    for key in &shared.keys {
-        let Some(pair) = session.pair(key.id) else {
-            let detail = format!("key {} is gone", key.id);
-            return Err(Fault::new(Class::TokenLost, detail));
-        };
-        key.canary.check(&session.session, pair)?;
-    }
-    Ok(())
+fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
+    let Some(pair) = session.pair(key.id) else {
+        let detail = format!("key {} is gone", key.id);
+        return Err(Fault::new(Class::TokenLost, detail));
+    };
+    key.canary.check(&session.session, pair)
 }
 
 fn check_deadline(deadline: u64) -> Result<(), Stop> {
@@ -250,8 +286,8 @@ impl Stop {
         Self::Failed(failure(class, detail))
     }
 
-    /// A session that cannot be opened, or whose keys are not found, means that the token is gone: the module shows a
-    /// token that went away as one that is empty.
+    /// A session that cannot be opened, or in which a key is not found, means that the token is gone: the module shows a
+    /// token that went away, and one that dropped the login, as one without keys.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -260,11 +296,22 @@ impl Stop {
         };
         Self::failed(class, fault.to_string())
     }
+
+    /// A wrong answer is worse than none: such a token must not be used.
+    fn from_canary(fault: &Fault) -> Self {
+        let class = match fault.class {
+            Class::BackOff => FailureClass::BackOff,
+            Class::Untrusted => FailureClass::Untrusted,
+            _ => FailureClass::TokenLost,
+        };
+        Self::failed(class, format!("the canary failed: {fault}"))
+    }
 }
 
 pub(super) fn failure(class: FailureClass, detail: impl Into<String>) -> wire::Failure {
     wire::Failure {
         class: class.into(),
         detail: detail.into(),
+        pin_version: String::new(),
     }
 }

@@ -8,7 +8,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{envelope::Algorithm, key::WrappingKeyId};
 
 use super::{
-    ExpectedKey, Settings, TokenInfo, TokenKey, link, oaep,
+    ExpectedKey, Settings, TokenInfo, TokenKey,
+    latch::PinVersion,
+    link, oaep,
     oaep::WrapKey,
     pin,
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
@@ -47,6 +49,8 @@ impl Found {
 pub(super) struct Failure {
     pub(super) class: FailureClass,
     pub(super) detail: String,
+    /// Of the PIN file that the worker read.
+    pub(super) pin_version: PinVersion,
 }
 
 impl Failure {
@@ -54,6 +58,7 @@ impl Failure {
         Self {
             class,
             detail: detail.into(),
+            pin_version: PinVersion::default(),
         }
     }
 
@@ -111,7 +116,11 @@ async fn ready(
         .map_err(|error| Failure::lost(format!("the worker ended before it was ready: {error}")))?;
     match reply.outcome {
         Some(Outcome::Ready(ready)) => check(ready, expected),
-        Some(Outcome::Failure(failure)) => Err(Failure::new(failure.class(), failure.detail)),
+        Some(Outcome::Failure(failure)) => Err(Failure {
+            class: failure.class(),
+            pin_version: PinVersion::from_wire(failure.pin_version),
+            detail: failure.detail,
+        }),
         Some(Outcome::Output(_)) | None => Err(Failure::lost("the worker answered nonsense")),
     }
 }

@@ -6,7 +6,7 @@
 use std::{
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -20,7 +20,7 @@ use crate::call::{Deadline, Timestamp};
 
 use super::{
     Error, ExpectedKey, Serving, Settings, TokenInfo, TokenState, WorkerInfo,
-    latch::{PinLatch, PinVersion},
+    latch::PinLatch,
     link::Link,
     queue::Queue,
     start::{self, Started},
@@ -28,6 +28,8 @@ use super::{
 };
 
 mod minder;
+#[cfg(test)]
+mod tests;
 mod token;
 
 const TICK: Duration = Duration::from_millis(250);
@@ -59,6 +61,8 @@ pub struct Supervisor {
     /// Keys and token as the last worker found them.
     found: ArcSwap<start::Found>,
     serving: watch::Sender<Serving>,
+    /// Held while the workers in the queue, or `serving`, change: the one follows from the other.
+    changing: Mutex<()>,
     settled: watch::Sender<bool>,
     startup_error: Mutex<Option<StartupError>>,
     last_canary_us: AtomicU64,
@@ -71,11 +75,19 @@ pub struct Supervisor {
 impl Supervisor {
     /// Starts in the background, on the current runtime, and returns at once. The keys are those that must be on the token.
     pub fn start(settings: Settings, keys: Vec<ExpectedKey>, program: PathBuf) -> Arc<Self> {
-        let supervisor = Arc::new(Self {
+        let supervisor = Self::idle(settings, keys, program);
+        let run = Arc::clone(&supervisor).run();
+        supervisor.tasks.spawn(run);
+        supervisor
+    }
+
+    fn idle(settings: Settings, keys: Vec<ExpectedKey>, program: PathBuf) -> Arc<Self> {
+        Arc::new(Self {
             queue: Queue::new(settings.queue_length_max),
             latch: PinLatch::default(),
             found: ArcSwap::default(),
             serving: watch::Sender::new(Serving::Down("the workers are starting".to_owned())),
+            changing: Mutex::default(),
             settled: watch::Sender::new(false),
             startup_error: Mutex::default(),
             last_canary_us: AtomicU64::new(0),
@@ -85,10 +97,7 @@ impl Supervisor {
             settings,
             expected: keys,
             program,
-        });
-        let run = Arc::clone(&supervisor).run();
-        supervisor.tasks.spawn(run);
-        supervisor
+        })
     }
 
     /// Resolves when the first attempt has ended, with what it ended in.
@@ -110,7 +119,7 @@ impl Supervisor {
 
     /// Takes no more jobs, lets those under way end, closes the sockets and waits for the workers.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
-        self.set_serving(&Serving::Down(STOPPING.to_owned()));
+        self.set_serving(&self.changing(), &Serving::Down(STOPPING.to_owned()));
         let idle = async {
             while self.queue.len() > 0 || self.queue.links().iter().any(|l| l.in_flight() > 0) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -141,7 +150,6 @@ impl Supervisor {
             if !missing || Instant::now() < next_attempt || !self.latch.may_try(&self.settings) {
                 continue;
             }
-            let version = PinVersion::of(&self.settings);
             let started = self.start_worker().await;
             let failed = started.is_err();
             match started {
@@ -151,7 +159,7 @@ impl Supervisor {
                     ticks.reset_immediately();
                 }
                 Err(failure) => {
-                    backoff = self.note_failed_start(&failure, version, backoff);
+                    backoff = self.note_failed_start(&failure, backoff);
                     next_attempt = Instant::now() + backoff;
                 }
             }
@@ -175,41 +183,40 @@ impl Supervisor {
         let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
         tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
         self.found.store(Arc::new(found));
-        self.queue.add(Arc::clone(&link));
         self.note_canary();
-        self.set_serving(&Serving::Up);
+        self.welcome(&link);
         self.tasks.spawn(Arc::clone(self).mind(link, child));
         Ok(())
     }
 
-    fn note_failed_start(
-        &self,
-        failure: &start::Failure,
-        version: PinVersion,
-        backoff: Duration,
-    ) -> Duration {
+    fn note_failed_start(&self, failure: &start::Failure, backoff: Duration) -> Duration {
         let first = !*self.settled.borrow() && self.generation.load(Ordering::Relaxed) == 0;
         let detail = failure.detail.clone();
         match failure.class {
             FailureClass::Pin => {
-                self.latch.set(version);
+                self.latch.set(failure.pin_version.clone());
                 tracing::error!(alarm = "pin-latched", cause = %detail, "no login is tried until the PIN file changes");
                 self.set_serving_unless_up(&Serving::Untrusted(detail));
                 return BACKOFF_MAX;
             }
-            FailureClass::Untrusted | FailureClass::Configuration if first => {
+            FailureClass::Untrusted | FailureClass::KeyMissing | FailureClass::Configuration
+                if first =>
+            {
                 *self
                     .startup_error
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner) = Some(StartupError {
                     message: detail.clone(),
-                    untrusted: failure.class == FailureClass::Untrusted,
+                    untrusted: failure.class != FailureClass::Configuration,
                 });
             }
             _ => {}
         }
         tracing::warn!(cause = %detail, "a token worker did not start");
-        if failure.class == FailureClass::Untrusted {
+        // A key that was there once is away with its token, and comes back with it.
+        let untrusted = failure.class == FailureClass::Untrusted
+            || first && failure.class == FailureClass::KeyMissing;
+        if untrusted {
             self.set_serving_unless_up(&Serving::Untrusted(detail));
             BACKOFF_UNTRUSTED
         } else {
@@ -218,16 +225,41 @@ impl Supervisor {
         }
     }
 
-    fn set_serving_unless_up(&self, serving: &Serving) {
-        if !self.queue.has_links() {
-            self.set_serving(serving);
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in a worker that is ready.
+    fn welcome(&self, link: &Arc<Link>) {
+        let changing = self.changing();
+        self.queue.add(Arc::clone(link));
+        self.set_serving(&changing, &Serving::Up);
+    }
+
+    /// Gives a worker no more jobs. When it was the last one, nothing serves, with this cause; if it was let go before, the
+    /// cause was said then.
+    fn dismiss(&self, link: &Link, cause: &Serving) {
+        let changing = self.changing();
+        if self.queue.remove(link.generation()) && !self.queue.has_links() {
+            self.set_serving(&changing, cause);
         }
     }
 
-    fn set_serving(&self, serving: &Serving) {
+    fn set_serving_unless_up(&self, serving: &Serving) {
+        let changing = self.changing();
+        if !self.queue.has_links() {
+            self.set_serving(&changing, serving);
+        }
+    }
+
+    /// The guard is that of `changing`. Once it stops it does nothing else.
+    fn set_serving(&self, _changing: &MutexGuard<'_, ()>, serving: &Serving) {
         let changed = self.serving.send_if_modified(|current| {
-            let changed = current != serving;
-            current.clone_from(serving);
+            let stopping = matches!(current, Serving::Down(cause) if cause == STOPPING);
+            let changed = current != serving && !stopping;
+            if changed {
+                current.clone_from(serving);
+            }
             changed
         });
         if !changed {

@@ -15,6 +15,20 @@ use std::fmt;
 
 include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
 
+impl fmt::Debug for Mac {
+    /// Without the message: with a request id it holds key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mac").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for VerifyMac {
+    /// Without the message: with a request id it holds key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifyMac").finish_non_exhaustive()
+    }
+}
+
 impl fmt::Debug for Reply {
     /// Without the outcome: it may be key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

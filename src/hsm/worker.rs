@@ -10,17 +10,16 @@
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
-    io::{self, BufReader},
+    io::{self, Write as _},
     os::{fd::AsFd as _, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use crossbeam_channel::{RecvTimeoutError, Sender};
-use prost::Message as _;
 use zeroize::Zeroize as _;
 
 use crate::key::{Fingerprint, WrappingKeyId};
@@ -28,10 +27,14 @@ use crate::key::{Fingerprint, WrappingKeyId};
 use super::{
     ExpectedKey, Pin, Settings,
     classify::{Class, Fault},
-    frame,
+    frame::{Inbox, Outbox},
     open::OpenToken,
+    pin,
     session::{self, Shared, Worker},
-    wire::{FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job},
+    wire::{
+        self, FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job,
+    },
+    work::Work,
 };
 
 /// How long session threads may take to come back when the socket has ended.
@@ -54,33 +57,38 @@ pub fn run() -> ExitCode {
 fn serve() -> io::Result<()> {
     let _signals = ignore_signals()?;
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut input = BufReader::with_capacity(frame::FRAME_BYTES_MAX, stream.try_clone()?);
-    let mut buffer = Vec::new();
-    if !frame::read(&mut input, &mut buffer)? {
+    let mut input = Input {
+        stream: stream.try_clone()?,
+        inbox: Inbox::default(),
+    };
+    let Some(first) = input.receive()? else {
         return Ok(());
-    }
-    let Some(Job::Setup(setup)) = Request::decode(buffer.as_slice())?.job else {
+    };
+    let Some(Job::Setup(setup)) = first.job else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no setup"));
     };
     let output = Arc::new(Mutex::new(stream));
+    let mut first_reply = Replies::to(&output);
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
+    let settings = settings(&setup);
+    let (pin, pin_version) = pin::read(Path::new(&setup.pin_file));
     let limit = limit_opening();
-    let opened = open(&setup, sessions);
+    let opened = pin
+        .map_err(|what| Fault::new(Class::Pin, what))
+        .and_then(|pin| open(&setup, &settings, &pin, sessions));
     drop(limit);
     let (token, shared, workers) = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
-            let failure = session::failure(class, fault.to_string());
-            return reply(&output, 0, Outcome::Failure(failure), Duration::ZERO);
+            let failure = wire::Failure {
+                pin_version: pin_version.into_wire(),
+                ..session::failure(class, fault.to_string())
+            };
+            return first_reply.send(0, Outcome::Failure(failure), Duration::ZERO);
         }
     };
-    reply(
-        &output,
-        0,
-        Outcome::Ready(ready(&token, &shared)),
-        Duration::ZERO,
-    )?;
+    first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     let threads = start(workers, &input, &output, &ended)?;
@@ -125,24 +133,23 @@ fn kill_ourselves() {
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-fn open(setup: &Setup, sessions: usize) -> Result<(OpenToken, Arc<Shared>, Vec<Worker>), Fault> {
-    let settings = settings(setup);
-    let pin_file = settings
-        .pin_file
-        .as_deref()
-        .ok_or_else(|| Fault::new(Class::Configuration, "no PIN file: set `token.pin_file`"))?;
-    let pin = Pin::from_file(pin_file).map_err(|what| Fault::new(Class::Pin, what))?;
-    let token = OpenToken::login(&settings, &pin, false)?;
-    drop(pin);
+fn open(
+    setup: &Setup,
+    settings: &Settings,
+    pin: &Pin,
+    sessions: usize,
+) -> Result<(OpenToken, Arc<Shared>, Vec<Worker>), Fault> {
+    let token = OpenToken::login(settings, pin, false)?;
     let mut keys = Vec::new();
     for key in &setup.keys {
-        keys.push(token.prove(&settings, &expected(key)?)?);
+        keys.push(token.prove(settings, &expected(key)?)?);
     }
     let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
     let shared = Arc::new(Shared {
         module: token.module.clone(),
         slot: token.slot,
         keys,
+        turn: AtomicUsize::new(0),
     });
     // One after another: a token that refuses the second session says so before the third is asked for.
     let mut workers = Vec::with_capacity(sessions);
@@ -159,7 +166,7 @@ fn settings(setup: &Setup) -> Settings {
         label: given(&setup.label),
         serial: given(&setup.serial),
         uri: given(&setup.uri),
-        pin_file: given(&setup.pin_file).map(PathBuf::from),
+        pin_file: None,
         workers: 1,
         sessions_per_worker: 1,
         queue_length_max: 1,
@@ -169,7 +176,7 @@ fn settings(setup: &Setup) -> Settings {
     }
 }
 
-fn expected(key: &super::wire::setup::Key) -> Result<ExpectedKey, Fault> {
+fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     let id = WrappingKeyId::from_slice(&key.id);
     let fingerprint: Option<[u8; 32]> = key.fingerprint.as_slice().try_into().ok();
     match (id, fingerprint) {
@@ -184,11 +191,12 @@ fn expected(key: &super::wire::setup::Key) -> Result<ExpectedKey, Fault> {
     }
 }
 
-/// The class that the front acts on. A key that is missing at start is not a token that is lost.
+/// The class that the front acts on.
 fn startup_class(class: Class) -> FailureClass {
     match class {
         Class::Pin => FailureClass::Pin,
         Class::Untrusted | Class::Input => FailureClass::Untrusted,
+        Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
         Class::SessionLost | Class::TokenLost | Class::Ambiguous => FailureClass::TokenLost,
@@ -212,11 +220,21 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
     }
 }
 
-type Input = Mutex<BufReader<UnixStream>>;
+/// The socket, and what came of it beyond the message that was read last.
+struct Input {
+    stream: UnixStream,
+    inbox: Inbox,
+}
+
+impl Input {
+    fn receive(&mut self) -> io::Result<Option<Request>> {
+        self.inbox.receive(&mut self.stream)
+    }
+}
 
 fn start(
     workers: Vec<Worker>,
-    input: &Arc<Input>,
+    input: &Arc<Mutex<Input>>,
     output: &Arc<Mutex<UnixStream>>,
     ended: &Sender<io::Result<()>>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
@@ -224,11 +242,12 @@ fn start(
         .into_iter()
         .enumerate()
         .map(|(number, mut worker)| {
-            let (input, output, ended) = (Arc::clone(input), Arc::clone(output), ended.clone());
+            let (input, ended) = (Arc::clone(input), ended.clone());
+            let mut replies = Replies::to(output);
             thread::Builder::new()
                 .name(format!("session-{number}"))
                 .spawn(move || {
-                    let result = work(&mut worker, &input, &output);
+                    let result = work(&mut worker, &input, &mut replies);
                     // The first to end is heard; there is room for each.
                     let _heard = ended.send(result);
                 })
@@ -238,41 +257,57 @@ fn start(
 
 /// Takes the next job from the socket by turns with the other session threads: none stands between the socket and the
 /// session that does the work.
-fn work(worker: &mut Worker, input: &Input, output: &Mutex<UnixStream>) -> io::Result<()> {
-    let mut buffer = Vec::new();
+fn work(worker: &mut Worker, input: &Mutex<Input>, replies: &mut Replies) -> io::Result<()> {
     loop {
-        let more = {
-            let mut input = input.lock().unwrap_or_else(PoisonError::into_inner);
-            frame::read(&mut *input, &mut buffer)?
-        };
-        if !more {
+        let received = input
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .receive()?;
+        let Some(request) = received else {
             return Ok(());
-        }
-        let request = Request::decode(buffer.as_slice());
-        buffer.zeroize();
-        let request = request?;
-        let id = request.id;
-        let (outcome, spent) = worker.run(request);
+        };
+        let work = Work::from_wire(request);
+        let id = work.id();
+        let (outcome, spent) = worker.run(&work);
+        drop(work);
         let outcome = match outcome {
             Ok(mut bytes) => Outcome::Output(std::mem::take(&mut *bytes)),
             Err(failure) => Outcome::Failure(failure),
         };
-        reply(output, id, outcome, spent)?;
+        replies.send(id, outcome, spent)?;
     }
 }
 
-fn reply(output: &Mutex<UnixStream>, id: u64, outcome: Outcome, spent: Duration) -> io::Result<()> {
-    let mut message = Reply {
-        id,
-        outcome: Some(outcome),
-        token_ns: u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX),
-    };
-    let mut stream = output.lock().unwrap_or_else(PoisonError::into_inner);
-    let written = frame::write(&mut *stream, &message);
-    if let Some(Outcome::Output(bytes)) = &mut message.outcome {
-        bytes.zeroize();
+/// The way back to the front, shared by the session threads; each makes its frames ready in a buffer of its own.
+struct Replies {
+    stream: Arc<Mutex<UnixStream>>,
+    outbox: Outbox,
+}
+
+impl Replies {
+    fn to(stream: &Arc<Mutex<UnixStream>>) -> Self {
+        Self {
+            stream: Arc::clone(stream),
+            outbox: Outbox::default(),
+        }
     }
-    written
+
+    fn send(&mut self, id: u64, outcome: Outcome, spent: Duration) -> io::Result<()> {
+        let mut message = Reply {
+            id,
+            outcome: Some(outcome),
+            token_ns: u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX),
+        };
+        self.outbox.push(&message);
+        if let Some(Outcome::Output(bytes)) = &mut message.outcome {
+            bytes.zeroize();
+        }
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = stream.write_all(self.outbox.rest());
+        drop(stream);
+        self.outbox.sent(self.outbox.rest().len());
+        written
+    }
 }
 
 /// Waits for the session threads; a process that must not wait any longer kills itself.

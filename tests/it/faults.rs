@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::Arc,
     time::{Duration, Instant},
@@ -43,9 +43,16 @@ async fn a_token_directory_that_vanishes_under_live_workers_is_noticed() {
     let away = directory.with_extension("away");
     let moved = Instant::now();
     fs::rename(&directory, &away).unwrap();
-    until("the broker to notice", || {
-        broker.site.log().contains("token-down").then_some(())
-    });
+    // Whatever it is asked meanwhile, it is never said to be forged or foreign: it is away.
+    while !broker.site.log().contains("token-down") {
+        let answered = releaser.unwrap("ada").await;
+        let said = answered.err().map(|status| reason(&status));
+        assert!(
+            matches!(said.as_deref(), None | Some("TOKEN_DOWN")),
+            "{said:?}"
+        );
+        assert!(moved.elapsed() < Duration::from_secs(10));
+    }
     assert!(
         moved.elapsed() < Duration::from_secs(10),
         "{:?}",
@@ -58,9 +65,49 @@ async fn a_token_directory_that_vanishes_under_live_workers_is_noticed() {
         (status.code(), reason(&status).as_str()),
         (Code::Unavailable, "TOKEN_DOWN")
     );
-    fs::rename(&away, &directory).unwrap();
+    // It comes back file by file: for a while it is there, and its keys are not.
+    let whole = directory.with_extension("whole");
+    fs::rename(&away, &whole).unwrap();
+    copy(&whole, &directory);
+    let keys = without_objects(&directory);
+    until("a worker that misses its keys", || {
+        broker
+            .site
+            .log()
+            .contains("is not on the token")
+            .then_some(())
+    });
+    for key in &keys {
+        let file = key.strip_prefix(&directory).unwrap();
+        copy(&whole.join(file), key);
+    }
+    let returned = Instant::now();
     let key = eventually(|| releaser.unwrap("ada")).await;
     assert_eq!(key.key_material, MATERIAL);
+    assert!(
+        returned.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        returned.elapsed()
+    );
+    assert!(!broker.site.log().contains("token-untrusted"));
+}
+
+/// Removes the objects of a token and leaves the token; says which files they were.
+fn without_objects(directory: &Path) -> Vec<PathBuf> {
+    let mut removed = Vec::new();
+    for token in fs::read_dir(directory).unwrap() {
+        for entry in fs::read_dir(token.unwrap().path()).unwrap() {
+            let path = entry.unwrap().path();
+            let is_object = path.extension().is_some_and(|end| end == "object")
+                && path.file_stem().is_some_and(|name| name != "token");
+            if is_object {
+                fs::remove_file(&path).unwrap();
+                removed.push(path);
+            }
+        }
+    }
+    assert!(!removed.is_empty());
+    removed
 }
 
 /// A worker that hangs inside the module: its callers are answered at their deadlines, and it is replaced.

@@ -6,8 +6,6 @@ use std::{
     process::Command,
 };
 
-use tempfile::TempDir;
-
 /// Environment variable that names the folder of faults.
 pub(crate) const VARIABLE: &str = "KEYBROKER_FAULTS";
 
@@ -16,6 +14,7 @@ pub(crate) mod code {
     pub(crate) const GENERAL_ERROR: i64 = 0x05;
     pub(crate) const FUNCTION_FAILED: i64 = 0x06;
     pub(crate) const DEVICE_MEMORY: i64 = 0x31;
+    pub(crate) const VENDOR_DEFINED: i64 = 0x8000_0001;
     pub(crate) const SESSION_COUNT: i64 = 0xb1;
     pub(crate) const SESSION_HANDLE_INVALID: i64 = 0xb3;
     /// None: the real function is called and its failure is hidden.
@@ -61,16 +60,13 @@ impl Fault {
 
 /// The module, and the folder of its faults.
 pub(crate) struct Faulty {
-    folder: TempDir,
+    folder: PathBuf,
 }
 
 impl Faulty {
-    /// Compiles the module in front of the real one. The C compiler is there: the product's own libraries need it.
-    pub(crate) fn before(real: &Path) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("keybroker-faulty-")
-            .tempdir()
-            .unwrap();
+    /// Compiles the module in front of the real one, into a folder that goes away with the test. The C compiler is there: the product's own libraries need it.
+    pub(crate) fn in_folder(folder: PathBuf, real: &Path) -> Self {
+        fs::create_dir_all(&folder).unwrap();
         let faulty = Self { folder };
         let output = Command::new("cc")
             .args(["-O1", "-shared", "-fPIC", "-o"])
@@ -91,7 +87,7 @@ impl Faulty {
 
     /// What [`VARIABLE`] must be.
     pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
+        &self.folder
     }
 
     /// From now on.

@@ -1,7 +1,6 @@
 //! A token that misbehaves: it refuses, hesitates, is busy or lies. The real SoftHSM with faults on command before it.
 
 use std::{
-    fs,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,11 +8,11 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    client::Caller,
+    client::{Caller, reason},
     faulty::{Fault, Faulty, VARIABLE, code},
     process::{Broker, is_alive, send, until},
     site::{Options, Site},
-    softhsm,
+    softhsm::{self, write_private},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -23,7 +22,7 @@ const SLOW_LOGIN_MS: u32 = 1_500;
 /// A site whose `serve` uses the faulty module; the commands have made its key with the real one.
 fn site(options: Options) -> (Arc<Site>, Faulty) {
     let site = Site::fresh(options);
-    let faulty = Faulty::before(&softhsm::module());
+    let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
     site.write_configuration(|text| {
         let real = softhsm::module().display().to_string();
         *text = text
@@ -114,11 +113,103 @@ async fn one_worker_serves_when_the_next_does_not_start() {
     // Once the token allows it, the second one comes without help.
     faulty.clear("C_Login");
     until("the second worker", || {
-        (fs::read_to_string(faulty.folder().join("calls"))
-            .unwrap()
-            .matches("C_Login ends 0")
-            .count()
-            == 2)
-            .then_some(())
+        (faulty.count("C_Login ends 0") == 2).then_some(())
+    });
+}
+
+/// A busy token says so with a code that also means damage.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moment_of_trouble_is_not_answered_with_data_loss() {
+    let (site, faulty) = site(Options::default());
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let releaser = Caller::of(&broker, "releaser");
+    for function in ["C_Verify", "C_Decrypt"] {
+        for code in [code::FUNCTION_FAILED, code::GENERAL_ERROR] {
+            faulty.set(function, &Fault::times(code, 1));
+            let key = releaser.unwrap("ada").await.unwrap();
+            assert_eq!(key.key_material, MATERIAL);
+        }
+    }
+    let log = broker.site.log();
+    assert!(!log.contains("record-damaged"), "{log}");
+}
+
+/// A session that the device has dropped is replaced, and the caller does not notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_session_is_replaced_unseen() {
+    let (site, faulty) = site(Options::default());
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let workers = broker.workers();
+    for function in ["C_Verify", "C_Decrypt"] {
+        faulty.set(function, &Fault::times(code::SESSION_HANDLE_INVALID, 1));
+        let key = Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+        assert_eq!(key.key_material, MATERIAL);
+    }
+    assert_eq!(broker.workers(), workers);
+}
+
+/// Nothing in the database would be authentic.
+#[test]
+fn a_token_that_takes_any_mac_serves_nothing() {
+    let (site, faulty) = site(Options::default());
+    faulty.set("C_Verify", &Fault::always(code::NEVER_FAILS));
+    let ended = site.serve_to_its_end();
+    assert_eq!(ended.code, Some(6), "{ended:?}");
+    assert!(ended.stderr.contains("takes a wrong MAC"), "{ended:?}");
+}
+
+/// Its canary is its own: no other worker may answer it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_stays_busy_is_replaced() {
+    let (site, faulty) = site(Options {
+        workers: 2,
+        ..Options::default()
+    });
+    let broker = Broker::start_on(site);
+    let sick = until("two workers", || {
+        let workers = broker.workers();
+        (workers.len() == 2).then(|| workers[0])
+    });
+    faulty.set(
+        "C_DecryptInit",
+        &Fault {
+            pid: sick,
+            ..Fault::always(code::DEVICE_MEMORY)
+        },
+    );
+    until("the sick worker to be replaced", || {
+        let workers = broker.workers();
+        (workers.len() == 2 && !workers.contains(&sick)).then_some(())
+    });
+}
+
+/// A token with three tries would be locked within seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_refused_with_a_code_of_the_vendor_is_tried_once() {
+    let (site, faulty) = site(Options {
+        workers: 2,
+        ..Options::default()
+    });
+    faulty.set("C_Login", &Fault::always(code::VENDOR_DEFINED));
+    let broker = Broker::start_on(site);
+    until("the alarm", || {
+        broker.site.log().contains("pin-latched").then_some(())
+    });
+    let enroller = Caller::of(&broker, "enroller");
+    let status = enroller.create("ada", MATERIAL).await.unwrap_err();
+    assert_eq!(reason(&status), "TOKEN_UNTRUSTED");
+    // Several times as long as between two attempts.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(faulty.count("C_Login begins"), 1);
+    // Whoever has found out why says so by touching the file.
+    faulty.clear("C_Login");
+    let pin_file = broker.site.token.pin_file();
+    write_private(&pin_file, &format!("{}\n", broker.site.token.pin()));
+    until("a login", || {
+        (faulty.count("C_Login ends 0") > 0).then_some(())
     });
 }

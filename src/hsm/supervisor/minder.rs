@@ -12,9 +12,10 @@ use crate::{
     hsm::{
         Error, Serving,
         link::{Link, reap},
-        queue::{Job, Work},
+        queue::Job,
         start::EXIT_TIMEOUT,
         wire::{Canary, FailureClass, Reply, reply::Outcome, request},
+        work::Work,
     },
 };
 
@@ -24,6 +25,8 @@ use super::Supervisor;
 const CANARY_INTERVAL: Duration = Duration::from_secs(1);
 /// A canary that is not back by then has failed.
 const CANARY_TIMEOUT: Duration = Duration::from_secs(2);
+/// A worker whose canary does not pass so many times in a row is replaced.
+const CANARY_FAILURES_MAX: u32 = 3;
 /// How long a token that said it is busy is left alone.
 const BACK_OFF: Duration = Duration::from_millis(5);
 
@@ -38,11 +41,12 @@ impl Supervisor {
             () = link.keep_flushing() => Some("its socket failed".to_owned()),
             () = self.stop.cancelled() => None,
         };
-        self.queue.remove(link.generation());
         let Some(cause) = cause else {
+            self.queue.remove(link.generation());
             link.close();
             return reap(child, EXIT_TIMEOUT).await;
         };
+        self.dismiss(&link, &Serving::Down(cause.clone()));
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
         metrics::counter!("keybroker_token_worker_restarts_total").increment(1);
         // Not tried again on another worker: the job may be what killed this one.
@@ -50,7 +54,6 @@ impl Supervisor {
         for job in link.take_jobs() {
             let _gone = job.done.send(Err(error.clone()));
         }
-        self.set_serving_unless_up(&Serving::Down(cause));
         link.close();
         reap(child, Duration::ZERO).await;
     }
@@ -61,7 +64,9 @@ impl Supervisor {
             Some(Outcome::Output(bytes)) => Ok(bytes.into()),
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
-                if class == FailureClass::BackOff && !job.deadline.remaining().is_zero() {
+                let in_time = !job.deadline.remaining().is_zero();
+                // Never a canary: another worker would answer for this one.
+                if class == FailureClass::BackOff && in_time && !job.work.is_canary() {
                     self.try_later(job);
                     return self.queue.dispatch();
                 }
@@ -96,14 +101,14 @@ impl Supervisor {
             FailureClass::BackOff => Error::Down(format!("the token is busy: {detail}")),
             FailureClass::Untrusted | FailureClass::Pin => {
                 link.give_up(detail.clone());
-                self.queue.remove(link.generation());
-                self.set_serving_unless_up(&Serving::Untrusted(detail.clone()));
+                self.dismiss(link, &Serving::Untrusted(detail.clone()));
                 Error::Untrusted(detail)
             }
             FailureClass::UnknownKey => Error::Untrusted(detail),
             FailureClass::Unspecified
             | FailureClass::SessionLost
             | FailureClass::TokenLost
+            | FailureClass::KeyMissing
             | FailureClass::Configuration => {
                 link.give_up(detail.clone());
                 Error::Down(detail)
@@ -121,6 +126,7 @@ impl Supervisor {
 
     /// Asks for a canary each second, past the queue: a queue that is full says nothing of the token.
     async fn ask_canaries(&self, link: &Link) {
+        let mut failures = 0;
         loop {
             tokio::time::sleep(CANARY_INTERVAL).await;
             if link.is_wedged() {
@@ -136,9 +142,18 @@ impl Supervisor {
                 retried: true,
             });
             match tokio::time::timeout(CANARY_TIMEOUT, answer).await {
-                Ok(Ok(Ok(_))) => self.note_canary(),
-                // `error_of` has decided already what becomes of the worker.
-                Ok(Ok(Err(error))) => tracing::warn!(%error, pid = link.pid(), "canary"),
+                Ok(Ok(Ok(_))) => {
+                    failures = 0;
+                    self.note_canary();
+                }
+                // Most causes have ended the worker already, in `error_of`.
+                Ok(Ok(Err(error))) => {
+                    tracing::warn!(%error, pid = link.pid(), "canary");
+                    failures += 1;
+                    if failures >= CANARY_FAILURES_MAX {
+                        link.give_up(format!("its canary did not pass {failures} times: {error}"));
+                    }
+                }
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
                     link.give_up("its canary did not come back in time");

@@ -10,8 +10,9 @@ use crate::{
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{
         Error, Serving, Token, TokenState,
-        queue::{Job, Output, Work},
+        queue::{Job, Output},
         wire::{self, request},
+        work::Work,
     },
     key::WrappingKeyId,
     secret::KeyMaterial,

@@ -12,7 +12,7 @@ use keybroker::proto::{
     control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
 };
 use tonic::{
-    Code, Request, Status,
+    Request, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_types::StatusExt as _;
@@ -240,8 +240,7 @@ pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
             Ok(answer) => return Ok(answer),
             Err(status) => status,
         };
-        let from_connection = status.get_details_error_info().is_none();
-        if !from_connection && status.code() != Code::Unavailable {
+        if !is_worth_another_try(&status) {
             return Err(status);
         }
         let asked = status.get_details_retry_info();
@@ -250,6 +249,18 @@ pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
         pause *= 2;
     }
     call().await
+}
+
+/// Without a reason it comes from the connection and not from the broker.
+fn is_worth_another_try(status: &Status) -> bool {
+    let passing = [
+        "QUEUE_FULL",
+        "TOKEN_DOWN",
+        "STORE_DOWN",
+        "AUDIT_DOWN",
+        "DEADLINE",
+    ];
+    status.get_details_error_info().is_none() || passing.contains(&reason(status).as_str())
 }
 
 /// Repeats a call that may fail for a while, at most for thirty seconds.

@@ -1,10 +1,7 @@
 //! Brokers on database servers: one whose database goes away and comes back, and two that share one.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,7 +13,7 @@ use tonic_health::pb::{
 use tonic_types::StatusExt as _;
 
 use crate::{
-    client::{Caller, channel, reason, retrying},
+    client::{Caller, channel, reason},
     process::{Broker, until},
     servers::{Kind, Server},
     site::{Options, Site},
@@ -167,14 +164,14 @@ fn commands_work_on_a_database_server_beside_a_running_broker() {
 }
 
 /// One site, two brokers: they share token, database and certificates, and have an audit log each.
-fn start_instance(site: &Arc<Site>, name: &str) -> Broker {
+pub(crate) fn start_instance(site: &Arc<Site>, name: &str) -> Broker {
     site.write_configuration(|text| {
         *text = text.replacen("[audit]\n", &format!("[audit]\ninstance = \"{name}\"\n"), 1);
     });
     Broker::start_on(Arc::clone(site))
 }
 
-fn unique() -> String {
+pub(crate) fn unique() -> String {
     uuid::Uuid::new_v4().to_string()
 }
 
@@ -211,103 +208,6 @@ async fn a_request_that_is_tried_again_at_another_broker_gets_the_first_answer()
     assert_eq!(reason(&other), "REQUEST_ID_REUSED");
     let released: UnwrapUserKeyResponse = Caller::of(&two, "releaser").unwrap("ada").await.unwrap();
     assert_eq!(released.key_material, MATERIAL);
-}
-
-/// A client with two addresses: the next attempt goes to the other one.
-#[derive(Clone)]
-struct TwoAddresses(Arc<std::sync::Mutex<Vec<(Caller, Caller)>>>);
-
-impl TwoAddresses {
-    fn set(&self, brokers: &[&Broker]) {
-        *self.0.lock().unwrap() = brokers
-            .iter()
-            .map(|broker| {
-                (
-                    Caller::of(broker, "enroller"),
-                    Caller::of(broker, "releaser"),
-                )
-            })
-            .collect();
-    }
-
-    fn pick(&self, attempt: usize) -> (Caller, Caller) {
-        let callers = self.0.lock().unwrap();
-        callers[attempt % callers.len()].clone()
-    }
-
-    /// Enrols, releases and replaces, each with the documented retries.
-    async fn use_one_key(&self, user: &str) -> Result<(), Status> {
-        let attempts = std::sync::atomic::AtomicUsize::new(usize::from(user.as_bytes()[0]));
-        let next = || self.pick(attempts.fetch_add(1, Ordering::Relaxed));
-        let id = unique();
-        retrying(|| {
-            let (enroller, id) = (next().0, id.clone());
-            async move { enroller.create_with_id(user, MATERIAL, &id).await }
-        })
-        .await?;
-        let released = retrying(|| {
-            let releaser = next().1;
-            async move { releaser.unwrap(user).await }
-        })
-        .await?;
-        assert_eq!(released.key_material, MATERIAL);
-        let id = unique();
-        let replaced = retrying(|| {
-            let (enroller, id) = (next().0, id.clone());
-            async move { enroller.replace(user, MATERIAL, 1, &id).await }
-        })
-        .await?;
-        assert_eq!(replaced.revision, 2);
-        Ok(())
-    }
-}
-
-/// Two brokers on one PostgreSQL and one token: each is stopped and started in turn, and then killed, and no client sees an
-/// error.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rolling_restart_is_not_noticed() {
-    let server = Server::start(Kind::PostgreSql);
-    let site = Arc::new(Site::fresh(options_on(&server)));
-    let (mut one, mut two) = (start_instance(&site, "one"), start_instance(&site, "two"));
-    let client = TwoAddresses(Arc::default());
-    client.set(&[&one, &two]);
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut load = tokio::task::JoinSet::new();
-    for letter in ["a", "b", "c", "d"] {
-        let (client, stop) = (client.clone(), Arc::clone(&stop));
-        load.spawn(async move {
-            let mut done = 0;
-            while !stop.load(Ordering::Relaxed) {
-                let user = format!("{letter}-{done}");
-                client
-                    .use_one_key(&user)
-                    .await
-                    .unwrap_or_else(|status| panic!("{user}: {status:?}"));
-                done += 1;
-            }
-            done
-        });
-    }
-    for kill in [false, true] {
-        for (number, name) in ["one", "two"].into_iter().enumerate() {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            let old = if number == 0 { &mut one } else { &mut two };
-            old.signal(if kill {
-                rustix::process::Signal::KILL
-            } else {
-                rustix::process::Signal::TERM
-            });
-            tokio::task::block_in_place(|| {
-                old.wait();
-                *old = start_instance(&site, name);
-            });
-            client.set(&[&one, &two]);
-        }
-    }
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    stop.store(true, Ordering::Relaxed);
-    let done: u32 = load.join_all().await.into_iter().sum();
-    assert!(done > 8, "only {done} keys were used");
 }
 
 /// A command beside a running broker changes the registry; the broker follows it, but not to what does not verify.

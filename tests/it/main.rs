@@ -24,6 +24,7 @@ mod json;
 mod pki;
 mod process;
 mod recovery;
+mod rolling_restart;
 mod rows;
 #[allow(dead_code, reason = "the tests of the store use the rest")]
 #[path = "../store/servers.rs"]

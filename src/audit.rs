@@ -5,7 +5,7 @@
 //! groups by one thread. An entry that cannot be made durable within [`APPEND_TIMEOUT`] is an error, and its caller must
 //! refuse the request (fail closed).
 
-use std::{path::PathBuf, time::Duration};
+use std::{borrow::Cow, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,15 +17,22 @@ use crate::{
 
 mod line;
 mod log;
+mod recovery;
 mod segment;
+mod state;
+mod tail;
 mod verify;
 mod writer;
 
-pub use log::{AuditLog, tail};
+pub use log::AuditLog;
+pub use recovery::open_intents;
+pub use tail::tail;
 pub use verify::{Report, verify};
 
 /// Longest wait for an entry to become durable.
 pub const APPEND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest wait for the last entries and the end of the writer.
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Where the log lives.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,9 +74,9 @@ pub enum EntryKind {
     Intent,
     /// What became of an intent with the same call id.
     Outcome,
-    /// What became of an intent whose outcome a crash prevented, found at the next start.
+    /// What became of an intent whose outcome could not be written in its time: a crash, a log or a store that was away.
     Recovered,
-    /// About the log or the broker itself: opened, torn tail set aside, refusals counted, closed.
+    /// About the log itself: opened, torn tail set aside, closed.
     System,
 }
 
@@ -83,15 +90,17 @@ pub enum Outcome {
     Denied,
     /// It failed; nothing was released or changed.
     Failed,
+    /// Of a recovered intent alone: it may have been done, and nothing that the log's owner can ask still tells.
+    Unknown,
 }
 
 /// One entry, before the log adds `log_id`, sequence and time. Absent fields are left out of the line.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// What it is about.
     pub kind: EntryKind,
     /// Action name, see [`crate::principal::Action`], or a name of the log's own.
-    pub action: &'static str,
+    pub action: Cow<'static, str>,
     /// How it ended.
     pub outcome: Outcome,
     /// Why not, when it did not end well.
@@ -111,7 +120,7 @@ pub struct Entry {
     /// The wrapping key used.
     pub wrapping_key: Option<WrappingKeyId>,
     /// The policy that decided.
-    pub policy: Option<&'static str>,
+    pub policy: Option<Cow<'static, str>>,
     /// The call.
     pub call_id: Option<CallId>,
     /// The client's request id.
@@ -120,14 +129,16 @@ pub struct Entry {
     pub peer: Option<String>,
     /// How many events this entry stands for, when more than one.
     pub count: Option<u64>,
+    /// How many bytes of the log's own files it is about.
+    pub bytes: Option<u64>,
 }
 
 impl Entry {
     /// An entry with nothing but what every entry has.
-    pub fn new(kind: EntryKind, action: &'static str, outcome: Outcome) -> Self {
+    pub fn new(kind: EntryKind, action: impl Into<Cow<'static, str>>, outcome: Outcome) -> Self {
         Self {
             kind,
-            action,
+            action: action.into(),
             outcome,
             reason: None,
             principal: None,
@@ -142,19 +153,31 @@ impl Entry {
             request_id: None,
             peer: None,
             count: None,
+            bytes: None,
         }
     }
 }
 
-/// An intent without an outcome, found when the log was opened.
+/// An intent without an outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenIntent {
     /// The call whose mutation was cut short.
     pub call: CallId,
-    /// Its action name.
-    pub action: String,
     /// When the intent was written.
     pub at: Timestamp,
+    /// The intent: who wanted what of which record.
+    pub intent: Entry,
+}
+
+impl OpenIntent {
+    /// The entry that closes it: of the same principal, action and record.
+    pub fn recovered(&self, outcome: Outcome) -> Entry {
+        Entry {
+            kind: EntryKind::Recovered,
+            outcome,
+            ..self.intent.clone()
+        }
+    }
 }
 
 /// Why the log is not writable.
@@ -162,20 +185,32 @@ pub struct OpenIntent {
 #[error("audit log: {text}")]
 pub struct Error {
     text: String,
-    in_use: bool,
+    class: Class,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    Down,
+    InUse,
+    Slow,
 }
 
 impl Error {
     fn new(text: impl Into<String>) -> Self {
         Self {
             text: text.into(),
-            in_use: false,
+            class: Class::Down,
         }
     }
 
     /// Whether another process writes this log.
     pub fn in_use(&self) -> bool {
-        self.in_use
+        self.class == Class::InUse
+    }
+
+    /// Whether the entry may still become durable, though its caller has been refused.
+    pub fn may_appear(&self) -> bool {
+        self.class == Class::Slow
     }
 }
 

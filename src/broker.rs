@@ -38,6 +38,7 @@ mod control;
 mod journal;
 mod maintenance;
 mod mutation;
+mod plan;
 pub mod policy;
 mod reading;
 mod refusals;

@@ -6,12 +6,12 @@ use std::io::Write as _;
 use serde_json::Value;
 
 use crate::{
-    call::Timestamp,
+    call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{KeyName, Revision, Tenant, UserId},
+    key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
-use super::{Entry, EntryKind, Outcome};
+use super::{Entry, EntryKind, OpenIntent, Outcome};
 
 /// What the log adds to an entry.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,8 @@ pub(super) struct Place<'a> {
 /// Appends the line, LF-ended. Fields are written in the order of their names, which is the canonical one.
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
-    object.text("action", Some(entry.action));
+    object.text("action", Some(&entry.action));
+    object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.number("count", entry.count);
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
@@ -32,7 +33,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("log_id", Some(place.log_id));
     object.text("outcome", Some(outcome_name(entry.outcome)));
     object.text("peer", entry.peer.as_deref());
-    object.text("policy", entry.policy);
+    object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
@@ -96,35 +97,77 @@ impl<'a> Object<'a> {
     }
 }
 
-/// What is read back of a line: enough to check the log and to find open intents.
+/// Integers up to this are the same for every reader of JSON (RFC 8785 section 3.2.2.3).
+const INTEGER_MAX: u64 = (1 << 53) - 1;
+
+/// A line read back: what checks the log and finds open intents.
 #[derive(Clone, Debug)]
 pub(super) struct Parsed {
     pub(super) log_id: String,
     pub(super) sequence: u64,
     pub(super) kind: String,
     pub(super) action: String,
-    pub(super) call_id: Option<String>,
+    pub(super) call_id: Option<CallId>,
     pub(super) count: Option<u64>,
-    pub(super) time_us: i64,
+    time_us: i64,
+    fields: Value,
 }
 
 /// Reads a line without its LF. `None` unless it is canonical, byte for byte.
 pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
-    let value: Value = serde_json::from_slice(line).ok()?;
+    let fields: Value = serde_json::from_slice(line).ok()?;
     // A duplicate key, a space or another escape would survive parsing, but not writing again.
-    if value.to_string().as_bytes() != line {
+    if fields.to_string().as_bytes() != line {
         return None;
     }
-    let text = |name: &str| value.get(name)?.as_str().map(str::to_owned);
+    let text = |name: &str| fields.get(name)?.as_str().map(str::to_owned);
+    let number = |name: &str| fields.get(name)?.as_u64().filter(|n| *n <= INTEGER_MAX);
     Some(Parsed {
         log_id: text("log_id")?,
-        sequence: value.get("sequence")?.as_u64()?,
+        sequence: number("sequence")?,
         kind: text("kind")?,
         action: text("action")?,
-        call_id: text("call_id"),
-        count: value.get("count").and_then(Value::as_u64),
-        time_us: value.get("time_us")?.as_i64()?,
+        call_id: text("call_id").and_then(|id| CallId::parse(&id)),
+        count: number("count"),
+        time_us: i64::try_from(number("time_us")?).ok()?,
+        fields,
     })
+}
+
+impl Parsed {
+    /// The intent that this line is; `None` for a line of another kind.
+    pub(super) fn intent(&self) -> Option<OpenIntent> {
+        if self.kind != kind_name(EntryKind::Intent) {
+            return None;
+        }
+        let text = |name: &str| self.fields.get(name).and_then(Value::as_str);
+        let mut intent = Entry::new(EntryKind::Intent, self.action.clone(), Outcome::Ok);
+        intent.principal = text("principal").map(str::to_owned);
+        intent.tenant = text("tenant").and_then(|text| Tenant::parse(text).ok());
+        intent.user = text("user").and_then(|text| UserId::parse(text).ok());
+        intent.key_name = text("key_name").and_then(|text| KeyName::parse(text).ok());
+        intent.record_id = text("record_id").and_then(RecordId::from_hex);
+        let revision = self.fields.get("revision").and_then(Value::as_u64);
+        intent.revision = revision.and_then(Revision::new);
+        intent.wrapping_key = text("wrapping_key").and_then(WrappingKeyId::from_hex);
+        intent.policy = text("policy").map(|policy| policy.to_owned().into());
+        intent.request_id =
+            text("request_id").and_then(|text| RequestId::parse(text).ok().flatten());
+        intent.peer = text("peer").map(str::to_owned);
+        intent.call_id = self.call_id;
+        Some(OpenIntent {
+            call: self.call_id?,
+            at: Timestamp::from_micros(self.time_us),
+            intent,
+        })
+    }
+
+    /// Whether this line closes the intent with its call id.
+    pub(super) fn closes_intent(&self) -> bool {
+        [EntryKind::Outcome, EntryKind::Recovered]
+            .map(kind_name)
+            .contains(&self.kind.as_str())
+    }
 }
 
 pub(super) const fn kind_name(kind: EntryKind) -> &'static str {
@@ -142,6 +185,7 @@ const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Ok => "ok",
         Outcome::Denied => "denied",
         Outcome::Failed => "failed",
+        Outcome::Unknown => "unknown",
     }
 }
 

@@ -1,14 +1,14 @@
 //! The files of a log: how they are named, opened, checked and read back.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{Read as _, Write as _},
+    fs::{self, DirBuilder, File, Metadata, OpenOptions},
+    io::{BufRead, BufReader, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use super::{
-    Error,
+    Class, Error,
     line::{self, Parsed},
 };
 
@@ -54,7 +54,7 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error {
-            in_use: true,
+            class: Class::InUse,
             text: format!(
                 "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
              one another `audit.instance`",
@@ -103,7 +103,8 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         .map_err(|error| fail("cannot write", path, error, "check the disk"))
 }
 
-fn create(path: &Path) -> Result<File, Error> {
+/// Makes a file that does not exist yet. The caller syncs the directory.
+pub(super) fn create(path: &Path) -> Result<File, Error> {
     OpenOptions::new()
         .append(true)
         .create_new(true)
@@ -112,11 +113,17 @@ fn create(path: &Path) -> Result<File, Error> {
         .map_err(|error| fail("cannot make", path, error, "check owner, mode and disk"))
 }
 
-/// Makes a segment that does not exist yet.
-pub(super) fn create_segment(directory: &Path, number: u64) -> Result<File, Error> {
-    let file = create(&segment_path(directory, number))?;
-    sync_directory(directory)?;
-    Ok(file)
+/// Cuts a segment back to its first `bytes`.
+pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
+    let cut = || -> std::io::Result<()> {
+        let file = OpenOptions::new().write(true).open(path)?;
+        if file.metadata()?.len() > bytes {
+            file.set_len(bytes)?;
+            file.sync_all()?;
+        }
+        Ok(())
+    };
+    cut().map_err(|error| fail("cannot cut back", path, error, "check the disk"))
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), Error> {
@@ -130,8 +137,14 @@ pub(super) fn sync_directory(path: &Path) -> Result<(), Error> {
         .map_err(|error| fail("cannot sync", path, error, "check the disk"))
 }
 
+const NUMBER_MAX: u64 = 999_999_999_999;
+
+fn segment_name(number: u64) -> String {
+    format!("{number:08}.jsonl")
+}
+
 pub(super) fn segment_path(directory: &Path, number: u64) -> PathBuf {
-    directory.join(format!("{number:08}.jsonl"))
+    directory.join(segment_name(number))
 }
 
 /// Numbers of the segments, ascending.
@@ -142,47 +155,84 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(Result::ok)
         .filter_map(|entry| {
             let name = entry.file_name();
-            name.to_str()?.strip_suffix(".jsonl")?.parse().ok()
+            let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
+            // Another spelling of a number, or one that no log reaches, is no segment.
+            let ours = number <= NUMBER_MAX && name == *segment_name(number);
+            ours.then_some(number)
         })
         .collect();
     numbers.sort_unstable();
     Ok(numbers)
 }
 
-/// Whether the path still leads to the open file: a log that was unlinked or replaced takes writes that nobody can read.
-pub(super) fn still_there(file: &File, path: &Path) -> bool {
-    match (file.metadata(), fs::symlink_metadata(path)) {
-        (Ok(open), Ok(named)) => open.ino() == named.ino() && open.dev() == named.dev(),
-        _ => false,
+/// Which file it is, whatever path leads to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// Of the file that a path leads to now; absent when there is none.
+    pub(super) fn at(path: &Path) -> Option<Self> {
+        fs::symlink_metadata(path).ok().map(|meta| Self::of(&meta))
+    }
+
+    pub(super) fn of(meta: &Metadata) -> Self {
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+        }
     }
 }
 
-/// A segment read back: its good lines, and what follows the last of them.
+/// Longer lines are damage: what the log writes is far shorter.
+pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
+
+/// A line of a segment, or what stands where one should be.
 #[derive(Debug)]
-pub(super) struct Read {
-    pub(super) lines: Vec<Parsed>,
-    /// Bytes up to the end of the last good line.
-    pub(super) good_bytes: u64,
-    /// What follows: empty, or a torn tail.
-    pub(super) tail: Vec<u8>,
+pub(super) struct Line {
+    /// Where it begins.
+    pub(super) at: u64,
+    /// Its length, with the LF.
+    pub(super) bytes: u64,
+    /// Absent unless it is canonical and whole.
+    pub(super) entry: Option<Parsed>,
 }
 
-/// Reads a segment up to the first line that is not canonical.
-pub(super) fn read(path: &Path) -> Result<Read, Error> {
-    let bytes =
-        fs::read(path).map_err(|error| fail("cannot read", path, error, "check owner and mode"))?;
-    let mut lines = Vec::new();
-    let mut good = 0;
-    while let Some(length) = bytes[good..].iter().position(|byte| *byte == b'\n') {
-        let Some(parsed) = line::parse(&bytes[good..good + length]) else {
-            break;
-        };
-        lines.push(parsed);
-        good += length + 1;
+/// Reads a segment line by line.
+pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Error> {
+    let mut reader = BufReader::new(open(path)?);
+    let mut at = 0;
+    while let Some(line) = next_line(&mut reader, path, at)? {
+        at += line.bytes;
+        visit(line);
     }
-    Ok(Read {
-        lines,
-        good_bytes: u64::try_from(good).expect("a file's length fits in 64 bits"),
-        tail: bytes[good..].to_vec(),
-    })
+    Ok(())
+}
+
+/// The first entry of a segment.
+pub(super) fn first_line(path: &Path) -> Result<Option<Parsed>, Error> {
+    let line = next_line(&mut BufReader::new(open(path)?), path, 0)?;
+    Ok(line.and_then(|line| line.entry))
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(|error| fail("cannot read", path, error, "check owner and mode"))
+}
+
+fn next_line(reader: &mut impl BufRead, path: &Path, at: u64) -> Result<Option<Line>, Error> {
+    let mut line = Vec::new();
+    reader
+        .take(LINE_BYTES_MAX)
+        .read_until(b'\n', &mut line)
+        .map_err(|error| fail("cannot read", path, error, "check the disk"))?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Line {
+        at,
+        bytes: u64::try_from(line.len()).expect("the length of a line is at most its maximum"),
+        entry: line.strip_suffix(b"\n").and_then(line::parse),
+    }))
 }

@@ -3,9 +3,18 @@
 //! What this does not find: lines cut off the end of the newest segment, and a log rewritten as a whole by somebody who
 //! can write its files. The tree and its signed checkpoints, which would show both, are not there yet.
 
-use std::path::Path;
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
-use super::{Error, segment};
+use crate::call::CallId;
+
+use super::{
+    Error,
+    line::Parsed,
+    segment::{self, Line},
+};
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +25,10 @@ pub struct Report {
     pub entries: u64,
     /// Sequence number of the last entry.
     pub last_sequence: u64,
+    /// Intents without an outcome: changes under way, or cut short and not resolved yet.
+    pub open_intents: u64,
+    /// How often a tail was set aside that a crash had torn.
+    pub torn_tails: u64,
     /// What is wrong; empty for a good log.
     pub problems: Vec<String>,
 }
@@ -31,43 +44,71 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
             directory.display()
         ))
     })?;
-    let mut report = Report::default();
-    let mut problem = |text: String| {
-        if report.problems.len() < PROBLEMS_MAX {
-            report.problems.push(text);
-        }
+    let mut check = Check {
+        log_id: log_id.trim(),
+        path: PathBuf::new(),
+        open: HashSet::new(),
+        report: Report::default(),
     };
-    let mut expected = 1;
     for number in segment::segments(directory)? {
         let path = segment::segment_path(directory, number);
-        let read = segment::read(&path)?;
-        report.segments += 1;
-        for line in &read.lines {
-            if line.log_id != log_id.trim() {
-                problem(format!(
-                    "{}: entry {} is of another log",
-                    path.display(),
-                    line.sequence
-                ));
+        check.path.clone_from(&path);
+        check.report.segments += 1;
+        let mut readable = true;
+        segment::lines(&path, |line: Line| match &line.entry {
+            Some(entry) => {
+                readable = true;
+                check.entry(entry);
             }
-            if line.sequence != expected {
-                problem(format!(
-                    "{}: sequence {} where {expected} is due",
-                    path.display(),
-                    line.sequence
-                ));
+            // One problem for all that follows, until there is a line again.
+            None if readable => {
+                readable = false;
+                let what = format!("byte {} begins what is not a canonical entry", line.at);
+                check.problem(&what);
             }
-            expected = line.sequence + 1;
-            report.entries += 1;
-            report.last_sequence = line.sequence;
+            None => {}
+        })?;
+    }
+    check.report.open_intents = u64::try_from(check.open.len()).expect("a count fits in 64 bits");
+    Ok(check.report)
+}
+
+struct Check<'a> {
+    log_id: &'a str,
+    path: PathBuf,
+    open: HashSet<CallId>,
+    report: Report,
+}
+
+impl Check<'_> {
+    fn entry(&mut self, line: &Parsed) {
+        let Parsed { sequence, .. } = line;
+        if line.log_id != self.log_id {
+            self.problem(&format!("entry {sequence} is of another log"));
         }
-        if !read.tail.is_empty() {
-            problem(format!(
-                "{}: byte {} begins a line that is not a canonical entry",
-                path.display(),
-                read.good_bytes
-            ));
+        // No canonical line has a number that cannot be followed by another.
+        let expected = self.report.last_sequence + 1;
+        if *sequence != expected {
+            self.problem(&format!("sequence {sequence} where {expected} is due"));
+        }
+        self.report.entries += 1;
+        self.report.last_sequence = *sequence;
+        if line.action == "log.torn_tail_set_aside" {
+            self.report.torn_tails += 1;
+        }
+        if let Some(intent) = line.intent() {
+            self.open.insert(intent.call);
+        } else if line.closes_intent()
+            && let Some(call) = &line.call_id
+        {
+            self.open.remove(call);
         }
     }
-    Ok(report)
+
+    fn problem(&mut self, what: &str) {
+        if self.report.problems.len() < PROBLEMS_MAX {
+            let problem = format!("{}: {what}", self.path.display());
+            self.report.problems.push(problem);
+        }
+    }
 }

@@ -3,8 +3,8 @@
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
 use crate::{
-    audit::{Entry, EntryKind, Outcome},
-    call::{Call, RequestId},
+    audit::{Entry, EntryKind, OpenIntent, Outcome},
+    call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
     key::{RecordId, Revision, UserId, WrappingKeyId},
     principal::{Action, Principal},
@@ -38,7 +38,7 @@ impl Draft {
     }
 
     pub(super) fn policy(&mut self, policy: &'static str) {
-        self.0.policy = Some(policy);
+        self.0.policy = Some(policy.into());
     }
 
     pub(super) fn user(&mut self, user: Option<UserId>) {
@@ -70,6 +70,31 @@ impl Broker {
     pub(super) async fn record_ok(&self, draft: Draft) -> Result<Durable, Error> {
         self.audit.append(draft.0).await?;
         Ok(Durable(()))
+    }
+
+    /// Makes the intent of a mutation durable. One that was too slow may appear after its caller was refused: `maintain`
+    /// closes it.
+    pub(super) async fn record_intent(
+        &self,
+        draft: &Draft,
+        at: Timestamp,
+    ) -> Result<OpenIntent, Error> {
+        let Draft(entry) = draft.kind(EntryKind::Intent);
+        let call = entry.call_id.expect("a draft is of a call");
+        let intent = OpenIntent {
+            call,
+            at,
+            intent: entry.clone(),
+        };
+        match self.audit.append(entry).await {
+            Ok(_) => Ok(intent),
+            Err(error) => {
+                if error.may_appear() {
+                    self.resolve_later(intent);
+                }
+                Err(error.into())
+            }
+        }
     }
 
     /// Makes the entry of a refusal or failure durable.

@@ -2,18 +2,17 @@
 //! refusals, forgets old request ids. And what it says of its health.
 
 use std::{
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    audit::{Entry, EntryKind, OpenIntent, Outcome},
+    audit::{OpenIntent, Outcome},
     call::Timestamp,
     error::Reason,
     hsm::Serving,
-    principal::Action,
 };
 
 use super::Broker;
@@ -102,51 +101,46 @@ impl Broker {
 
     /// Leaves an intent to the next tick: whether it was committed could not be learned or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
-        self.unresolved
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(intent);
+        self.unresolved().push(intent);
     }
 
     async fn resolve_intents(&self) {
-        let open = std::mem::take(
-            &mut *self
-                .unresolved
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for intent in open {
-            if !self.resolve(&intent).await {
-                self.resolve_later(intent);
+        let open = std::mem::take(&mut *self.unresolved());
+        for (position, intent) in open.iter().enumerate() {
+            if !self.resolve(intent).await {
+                // The store or the log is away, for the others as well: each would only wait for it anew.
+                self.unresolved().extend_from_slice(&open[position..]);
+                return;
             }
         }
     }
 
+    fn unresolved(&self) -> MutexGuard<'_, Vec<OpenIntent>> {
+        self.unresolved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks the store what became of an intent and records it. Says whether that worked.
-    async fn resolve(&self, intent: &OpenIntent) -> bool {
-        let committed = match self.store.committed_by(intent.call).await {
+    async fn resolve(&self, open: &OpenIntent) -> bool {
+        let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
-                tracing::warn!(call_id = %intent.call, %error, "open intent not resolved yet");
+                tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
                 return false;
             }
         };
-        let action = Action::ALL
-            .into_iter()
-            .find(|action| action.as_str() == intent.action)
-            .map_or("unknown", Action::as_str);
         let outcome = if committed {
             Outcome::Ok
         } else {
             Outcome::Failed
         };
-        let mut entry = Entry::new(EntryKind::Recovered, action, outcome);
-        entry.call_id = Some(intent.call);
-        let recorded = self.audit.append(entry).await.is_ok();
-        if recorded {
-            tracing::info!(call_id = %intent.call, action, committed, "open intent resolved");
+        if let Err(error) = self.audit.append(open.recovered(outcome)).await {
+            tracing::warn!(call_id = %open.call, %error, "what became of an open intent is not recorded yet");
+            return false;
         }
-        recorded
+        tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
+        true
     }
 
     async fn look_at_store(&self) {

@@ -3,17 +3,16 @@
 use std::sync::Arc;
 
 use crate::{
-    audit::{EntryKind, OpenIntent},
+    audit::EntryKind,
     call::{Call, RequestId, Timestamp},
-    envelope::{Context, Envelope},
     error::{Error, Reason},
-    key::{ID_BYTES, KeyAddress, RecordId, Revision, WrappingKeyId},
+    key::{KeyAddress, Revision},
     principal::{Action, Principal},
     secret::KeyMaterial,
-    store::{self, NewRevision, RecordInfo, RecordState, RequestStamp, Stamp},
+    store::{self, RecordInfo, RequestStamp, Stamp},
 };
 
-use super::{Broker, UserKeyRef, journal::Draft, observed, policy::Permit, within};
+use super::{Broker, UserKeyRef, journal::Draft, observed, plan::Commit, policy::Permit};
 
 /// What a caller wants changed.
 #[derive(Debug)]
@@ -47,28 +46,6 @@ impl Change {
     }
 }
 
-/// What the store is asked to commit.
-enum Commit {
-    Create(NewRevision),
-    Supersede(NewRevision),
-    Delete(RecordId, Revision),
-    Undelete(RecordId, Revision),
-}
-
-impl Commit {
-    fn describe(&self, draft: &mut Draft) {
-        match self {
-            Self::Create(new) | Self::Supersede(new) => {
-                draft.record(new.record, new.revision);
-                draft.wrapping_key(new.wrapping_key);
-            }
-            Self::Delete(record, revision) | Self::Undelete(record, revision) => {
-                draft.record(*record, *revision);
-            }
-        }
-    }
-}
-
 /// A change that is ready, or the answer that an earlier call with the same request id got.
 enum Prepared {
     Ready(Commit, Stamp),
@@ -76,12 +53,12 @@ enum Prepared {
 }
 
 /// One mutation under way; owns all it needs, because it may outlive its caller.
-struct Mutation {
+pub(super) struct Mutation {
     principal: Principal,
-    call: Call,
+    pub(super) call: Call,
     key: UserKeyRef,
-    address: KeyAddress,
-    change: Change,
+    pub(super) address: KeyAddress,
+    pub(super) change: Change,
     request: Option<RequestId>,
 }
 
@@ -197,10 +174,7 @@ impl Broker {
             Ok(Prepared::Ready(commit, stamp)) => {
                 self.commit(&mutation, draft, commit, stamp).await
             }
-            Ok(Prepared::Replayed(info)) => {
-                draft.record(info.id, info.revision);
-                self.conclude(draft, Ok(info)).await.map(|(info, _)| info)
-            }
+            Ok(Prepared::Replayed(info)) => self.replay(draft, info).await,
             Err(error) => {
                 self.record_failure(draft, &error).await?;
                 Err(error)
@@ -234,143 +208,21 @@ impl Broker {
                 Some(stamp)
             }
         };
-        match self.plan(permit, mutation, draft).await {
-            Ok(commit) => {
-                let stamp = Stamp {
-                    call: call.id,
-                    at: Timestamp::now(),
-                    request,
-                };
-                Ok(Prepared::Ready(commit, stamp))
-            }
+        let commit = match self.plan(permit, mutation, draft).await {
+            Ok(commit) => commit,
             Err(error) => {
-                let error = self.unless_done_meanwhile(mutation, request.as_ref(), error);
-                error.await.map(Prepared::Replayed)
-            }
-        }
-    }
-
-    /// A failure, or the answer of another call with the same request id that was committed since this one looked: a client
-    /// that tries again at another broker may overtake its own first attempt.
-    async fn unless_done_meanwhile(
-        &self,
-        mutation: &Mutation,
-        request: Option<&RequestStamp>,
-        error: Error,
-    ) -> Result<RecordInfo, Error> {
-        let Some(stamp) = request.filter(|_| is_of_the_record(error.reason())) else {
-            return Err(error);
-        };
-        let Mutation {
-            call, key, change, ..
-        } = mutation;
-        match self.earlier_result(call, stamp, key, change).await {
-            Ok(Some(info)) => Ok(info),
-            Err(other) if other.reason() == Reason::RequestIdReused => Err(other),
-            _ => Err(error),
-        }
-    }
-
-    async fn plan(
-        &self,
-        permit: &Permit,
-        mutation: &Mutation,
-        draft: &mut Draft,
-    ) -> Result<Commit, Error> {
-        let Mutation { call, address, .. } = mutation;
-        match &mutation.change {
-            Change::Create { material } => {
-                if within(call, self.store.record(address)).await?.is_some() {
-                    return Err(Error::new(Reason::KeyExists, "the address is taken"));
-                }
-                let new = self
-                    .wrap(call, address, fresh_record_id()?, Revision::FIRST, material)
+                let earlier = self
+                    .earlier_after(mutation, request.as_ref(), &error)
                     .await?;
-                Ok(Commit::Create(new))
+                return earlier.map(Prepared::Replayed).ok_or(error);
             }
-            Change::Replace { material, expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
-                check_revision(&record.info, *expected)?;
-                let new = self
-                    .wrap(call, address, record.info.id, expected.next(), material)
-                    .await?;
-                Ok(Commit::Supersede(new))
-            }
-            Change::Restore { revision, expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
-                check_revision(&record.info, *expected)?;
-                let new = self.rebind(call, &record.info, *revision).await?;
-                Ok(Commit::Supersede(new))
-            }
-            Change::Delete { expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
-                check_revision(&record.info, *expected)?;
-                Ok(Commit::Delete(record.info.id, *expected))
-            }
-            Change::Undelete => {
-                let record = self.existing_record(permit, call, address, draft).await?;
-                match record.info.state {
-                    RecordState::Deleted => {
-                        Ok(Commit::Undelete(record.info.id, record.info.revision))
-                    }
-                    RecordState::Active => {
-                        Err(Error::new(Reason::KeyExists, "the record is active"))
-                    }
-                }
-            }
-        }
-    }
-
-    async fn wrap(
-        &self,
-        call: &Call,
-        address: &KeyAddress,
-        record: RecordId,
-        revision: Revision,
-        material: &KeyMaterial,
-    ) -> Result<NewRevision, Error> {
-        let wrapping_key = self.registry()?.wrapping_key()?;
-        let context = Context::Record {
-            address,
-            record_id: record,
-            revision,
         };
-        let job = self
-            .token
-            .wrap(wrapping_key, context, material, call.deadline);
-        let envelope = within(call, job).await?;
-        Ok(new_revision(address, record, revision, &envelope))
-    }
-
-    /// Binds an earlier revision's wrapped bytes to the revision after the current one. The token verifies the old MAC
-    /// before it makes the new one; the RSA key is not used.
-    async fn rebind(
-        &self,
-        call: &Call,
-        info: &RecordInfo,
-        earlier: Revision,
-    ) -> Result<NewRevision, Error> {
-        if earlier >= info.revision {
-            return Err(Error::violation(
-                "revision",
-                "a revision earlier than expected_revision",
-            ));
-        }
-        let stored = within(call, self.store.revision(info.id, earlier))
-            .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no such revision"))?;
-        let envelope = self.readable_envelope(&stored.envelope).await?;
-        let context = |revision| Context::Record {
-            address: &info.address,
-            record_id: info.id,
-            revision,
+        let stamp = Stamp {
+            call: call.id,
+            at: Timestamp::now(),
+            request,
         };
-        let next = info.revision.next();
-        let job = self
-            .token
-            .rebind(&envelope, context(earlier), context(next), call.deadline);
-        let envelope = within(call, job).await?;
-        Ok(new_revision(&info.address, info.id, next, &envelope))
+        Ok(Prepared::Ready(commit, stamp))
     }
 
     /// From here on nothing stops at the caller's deadline: what is begun gets its outcome.
@@ -381,15 +233,13 @@ impl Broker {
         commit: Commit,
         stamp: Stamp,
     ) -> Result<RecordInfo, Error> {
-        mutation.call.deadline.check()?;
         commit.describe(&mut draft);
-        let intent = OpenIntent {
-            call: stamp.call,
-            action: mutation.change.action().as_str().to_owned(),
-            at: stamp.at,
-        };
-        let _durable = self.record_ok(draft.kind(EntryKind::Intent)).await?;
+        if let Err(error) = mutation.call.deadline.check() {
+            self.record_failure(draft, &error).await?;
+            return Err(error);
+        }
         let request = stamp.request.clone();
+        let intent = self.record_intent(&draft, stamp.at).await?;
         let result = match commit {
             Commit::Create(new) => self.store.create(new, stamp).await,
             Commit::Supersede(new) => self.store.supersede(new, stamp).await,
@@ -401,24 +251,52 @@ impl Broker {
             self.resolve_later(intent);
             return result.map_err(Error::from);
         }
-        let result = match result.map_err(|error| from_commit(error, &mutation.change)) {
+        let (result, earlier) = match result {
+            Ok(info) => (Ok(info), None),
             Err(error) => {
-                let request = request.as_ref();
-                let result = self.unless_done_meanwhile(mutation, request, error).await;
-                if let Ok(info) = &result {
-                    draft.record(info.id, info.revision);
+                let error = from_commit(error, &mutation.change);
+                match self.earlier_after(mutation, request.as_ref(), &error).await {
+                    Ok(earlier) => (Err(error), earlier),
+                    Err(other) => (Err(other), None),
                 }
-                result
             }
-            result => result,
         };
         let outcome = self.conclude(draft.kind(EntryKind::Outcome), result).await;
-        if let Err(error) = &outcome
-            && error.reason() == Reason::AuditDown
-        {
-            self.resolve_later(intent);
+        match (outcome, earlier) {
+            (Err(error), _) if error.reason() == Reason::AuditDown => {
+                self.resolve_later(intent);
+                Err(error)
+            }
+            (_, Some(info)) => self.replay(draft, info).await,
+            (outcome, None) => outcome.map(|(info, _)| info),
         }
-        outcome.map(|(info, _)| info)
+    }
+
+    /// After an error that a change of the same record causes: what a call with the same request id was answered that
+    /// was committed since this one looked for it. Then this one is its retry, and no rival.
+    async fn earlier_after(
+        &self,
+        mutation: &Mutation,
+        request: Option<&RequestStamp>,
+        error: &Error,
+    ) -> Result<Option<RecordInfo>, Error> {
+        let rivals = [Reason::KeyExists, Reason::KeyNotFound, Reason::Revision];
+        match request {
+            Some(stamp) if rivals.contains(&error.reason()) => {
+                let Mutation {
+                    call, key, change, ..
+                } = mutation;
+                self.earlier_result(call, stamp, key, change).await
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Answers what an earlier call with the same request id was answered.
+    async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
+        draft.record(info.id, info.revision);
+        draft.wrapping_key(info.wrapping_key);
+        self.conclude(draft, Ok(info)).await.map(|(info, _)| info)
     }
 }
 
@@ -431,44 +309,4 @@ fn from_commit(error: store::Error, change: &Change) -> Error {
         (store::Error::State, _) => Error::new(Reason::KeyNotFound, "the record is deleted"),
         _ => error.into(),
     }
-}
-
-/// Whether a failure may be what a mutation finds that was done already.
-fn is_of_the_record(reason: Reason) -> bool {
-    matches!(
-        reason,
-        Reason::KeyExists | Reason::KeyNotFound | Reason::KeyState | Reason::Revision
-    )
-}
-
-fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {
-    if info.revision == expected {
-        Ok(())
-    } else {
-        let detail = format!("expected {expected}, current is {}", info.revision);
-        Err(Error::new(Reason::Revision, detail))
-    }
-}
-
-fn new_revision(
-    address: &KeyAddress,
-    record: RecordId,
-    revision: Revision,
-    envelope: &Envelope,
-) -> NewRevision {
-    let wrapping_key: WrappingKeyId = envelope.wrapping_key();
-    NewRevision {
-        address: address.clone(),
-        record,
-        revision,
-        envelope: envelope.to_bytes(),
-        wrapping_key,
-    }
-}
-
-fn fresh_record_id() -> Result<RecordId, Error> {
-    let mut bytes = [0; ID_BYTES];
-    aws_lc_rs::rand::fill(&mut bytes)
-        .map_err(|_| Error::new(Reason::Bug, "the random generator failed"))?;
-    Ok(RecordId::from_bytes(bytes))
 }

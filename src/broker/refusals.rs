@@ -9,6 +9,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use futures_util::future::join_all;
+
 use crate::{
     audit::{Entry, EntryKind, Outcome},
     error::Reason,
@@ -43,9 +45,11 @@ impl Broker {
         self.refusals.add(Some(peer), reason, 1);
     }
 
-    /// Writes one entry per peer and reason. What cannot be written is counted on.
+    /// Writes one entry per peer and reason. What cannot be written is counted on. All are asked for at once, so that a disk
+    /// that hangs costs one wait and not one for each.
     pub(super) async fn flush_refusals(&self) {
-        for ((peer, reason), count) in self.refusals.take() {
+        let counted = self.refusals.take().into_iter();
+        join_all(counted.map(async |((peer, reason), count)| {
             let mut entry = Entry::new(EntryKind::Decision, "connection.refused", Outcome::Denied);
             entry.reason = Some(reason);
             entry.peer = Some(peer.map_or_else(|| "others".to_owned(), |peer| peer.to_string()));
@@ -53,7 +57,8 @@ impl Broker {
             if self.audit.append(entry).await.is_err() {
                 self.refusals.add(peer, reason, count);
             }
-        }
+        }))
+        .await;
     }
 }
 

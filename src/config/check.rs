@@ -158,7 +158,7 @@ impl Config {
         range(
             "[audit] segment_bytes_max",
             segment,
-            1_048_576..=17_179_869_184,
+            1_048_576..=268_435_456,
         );
     }
 

@@ -1,0 +1,72 @@
+//! The last lines of a log, read from its end: as much of it as they need, however long it is.
+
+use std::{fs::File, os::unix::fs::FileExt as _, path::Path};
+
+use super::{
+    Error,
+    segment::{self, LINE_BYTES_MAX},
+    state::Durable,
+};
+
+const BLOCK_BYTES: u64 = 64 * 1024;
+
+/// The last lines of the log in a directory, oldest first, without their LF. A line that is being written is left out.
+pub fn tail(directory: &Path, limit: usize) -> Result<Vec<String>, Error> {
+    last_lines(directory, limit, None)
+}
+
+/// The last lines up to `durable`: what follows may still be taken back.
+pub(super) fn last_lines(
+    directory: &Path,
+    limit: usize,
+    durable: Option<Durable>,
+) -> Result<Vec<String>, Error> {
+    let mut lines = Vec::new();
+    for number in segment::segments(directory)?.into_iter().rev() {
+        if lines.len() >= limit {
+            break;
+        }
+        let end = match durable {
+            Some(durable) if number > durable.segment => continue,
+            Some(durable) if number == durable.segment => Some(durable.bytes),
+            _ => None,
+        };
+        let path = segment::segment_path(directory, number);
+        let mut earlier = of_segment(&path, limit - lines.len(), end)
+            .map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))?;
+        earlier.append(&mut lines);
+        lines = earlier;
+    }
+    Ok(lines)
+}
+
+fn of_segment(path: &Path, limit: usize, end: Option<u64>) -> std::io::Result<Vec<String>> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let end = end.map_or(length, |end| end.min(length));
+    // A damaged file may have no line at all.
+    let wanted = u64::try_from(limit).unwrap_or(u64::MAX);
+    let least = end.saturating_sub(LINE_BYTES_MAX.saturating_mul(wanted.saturating_add(1)));
+    let (mut blocks, mut start, mut found) = (Vec::new(), end, 0);
+    // One LF more than lines wanted: the one before the first of them.
+    while start > least && found <= limit {
+        let bytes = BLOCK_BYTES.min(start);
+        start -= bytes;
+        let mut block = vec![0; usize::try_from(bytes).expect("a block fits in memory")];
+        file.read_exact_at(&mut block, start)?;
+        found += block.split(|byte| *byte == b'\n').count() - 1;
+        blocks.push(block);
+    }
+    blocks.reverse();
+    let bytes = blocks.concat();
+    let Some(last) = bytes.iter().rposition(|byte| *byte == b'\n') else {
+        return Ok(Vec::new());
+    };
+    let lines: Vec<&[u8]> = bytes[..last].split(|byte| *byte == b'\n').collect();
+    let cut_off = usize::from(start > 0);
+    let first = lines.len().saturating_sub(limit).max(cut_off);
+    Ok(lines[first.min(lines.len())..]
+        .iter()
+        .map(|line| String::from_utf8_lossy(line).into_owned())
+        .collect())
+}

@@ -45,6 +45,8 @@ mod refusals;
 mod registry;
 mod release;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use crate::{
     hsm::{Serving, TokenInfo, TokenState, WorkerInfo},

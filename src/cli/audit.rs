@@ -37,6 +37,8 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
                 ("segments", json!(report.segments)),
                 ("entries", json!(report.entries)),
                 ("last_sequence", json!(report.last_sequence)),
+                ("open_intents", json!(report.open_intents)),
+                ("torn_tails", json!(report.torn_tails)),
                 ("problems", json!(report.problems.len())),
             ])?;
             if report.problems.is_empty() {

@@ -14,17 +14,19 @@ mod bench;
 mod client;
 mod client_commands;
 mod commands;
+mod cut_short;
 mod databases;
 mod doors;
 mod end_to_end;
 mod faults;
 mod faulty;
 mod faulty_token;
+mod hang;
 mod json;
 mod pki;
 mod process;
 mod recovery;
-mod rolling_restart;
+mod retries;
 mod rows;
 #[allow(dead_code, reason = "the tests of the store use the rest")]
 #[path = "../store/servers.rs"]

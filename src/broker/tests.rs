@@ -1,0 +1,167 @@
+//! Moments that no real token can be made to hit: a token that answers exactly when the time is up.
+
+use std::{collections::BTreeSet, thread, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::{
+    envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
+    hsm::{self, TokenInfo, TokenKey},
+    key::{Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
+    principal::Role,
+    secret::KeyMaterial,
+    store::{self, RegistryRow},
+};
+
+use super::*;
+
+const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
+const SERIAL: &str = "0001";
+
+/// Answers every call, and the wrap only when its deadline has passed.
+#[derive(Debug)]
+struct LateToken;
+
+#[async_trait]
+impl Token for LateToken {
+    async fn wrap(
+        &self,
+        key: WrappingKeyId,
+        context: Context<'_>,
+        _material: &KeyMaterial,
+        deadline: Deadline,
+    ) -> Result<Envelope, hsm::Error> {
+        // Not on the runtime's clock: that one would see the deadline first.
+        thread::sleep(deadline.remaining() + Duration::from_millis(1));
+        let unsealed = Unsealed::new(Algorithm::RsaOaepSha256, key, vec![1; 256]).unwrap();
+        Ok(unsealed.seal(&context, [0; 32]))
+    }
+
+    async fn unwrap(
+        &self,
+        _envelope: &Envelope,
+        _context: Context<'_>,
+        _deadline: Deadline,
+    ) -> Result<KeyMaterial, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
+    async fn rebind(
+        &self,
+        _envelope: &Envelope,
+        _old: Context<'_>,
+        _new: Context<'_>,
+        _deadline: Deadline,
+    ) -> Result<Envelope, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
+    async fn mac(
+        &self,
+        _key: WrappingKeyId,
+        _message: &MacMessage,
+        _deadline: Deadline,
+    ) -> Result<Mac, hsm::Error> {
+        Ok([0; 32])
+    }
+
+    async fn verify_mac(
+        &self,
+        _key: WrappingKeyId,
+        _message: &MacMessage,
+        _mac: &Mac,
+        _deadline: Deadline,
+    ) -> Result<(), hsm::Error> {
+        Ok(())
+    }
+
+    fn state(&self) -> TokenState {
+        TokenState {
+            serving: Serving::Up,
+            info: Some(TokenInfo {
+                label: "late".to_owned(),
+                serial: SERIAL.to_owned(),
+                model: String::new(),
+            }),
+            keys: Arc::new([TokenKey {
+                id: KEY,
+                fingerprint: Fingerprint([1; 32]),
+                spki: Vec::new(),
+                modulus_bits: 2_048,
+                algorithm: Algorithm::RsaOaepSha256,
+            }]),
+            workers: Vec::new(),
+            queue_length: 0,
+            last_canary: None,
+        }
+    }
+}
+
+async fn broker(folder: &std::path::Path) -> Arc<Broker> {
+    let settings = store::Settings {
+        url: format!("sqlite:{}", folder.join("keybroker.db").display()),
+        migrate_at_start: false,
+    };
+    store::migrate(&settings, false).await.unwrap();
+    let store = store::open(&settings).await.unwrap();
+    let row = RegistryRow {
+        id: KEY,
+        fingerprint: Fingerprint([1; 32]),
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::Active,
+        token_serial: SERIAL.to_owned(),
+        sequence: 1,
+        registered: crate::call::Timestamp::now(),
+        backup_confirmed: None,
+        mac: [0; 32],
+    };
+    store.register(&row).await.unwrap();
+    let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
+    let token = Arc::new(LateToken);
+    let broker = Broker::new(Parts {
+        audit,
+        store,
+        token,
+    });
+    broker
+        .load_registry(Deadline::after(Duration::from_secs(1)))
+        .await
+        .unwrap();
+    broker
+}
+
+/// A mutation that has done its work on the token and runs out of time before its intent leaves an entry, as every
+/// failure does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mutation_that_is_too_late_for_its_intent_is_audited() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let roles = BTreeSet::from([Role::Enrol]);
+    let principal = Principal::authenticated("URI:ada".to_owned(), Tenant::default(), roles);
+    let call = Call::start("127.0.0.1:1", Deadline::after(Duration::from_millis(200)));
+    let key = UserKeyRef {
+        user: UserId::parse("ada").unwrap(),
+        name: KeyName::parse("vault").unwrap(),
+    };
+    let material = KeyMaterial::new(vec![1; 32]).unwrap();
+    let error = broker
+        .create(&principal, &call, &key, material, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), Reason::Deadline);
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    let call_id = format!("\"call_id\":\"{}\"", call.id);
+    for field in [
+        call_id.as_str(),
+        r#""action":"user_key.create""#,
+        r#""kind":"decision""#,
+        r#""outcome":"failed""#,
+        r#""reason":"DEADLINE""#,
+        r#""user":"ada""#,
+        r#""wrapping_key":"07070707070707070707070707070707""#,
+    ] {
+        assert!(line.contains(field), "{field}: {line}");
+    }
+    let address = key.address(&principal);
+    assert_eq!(broker.store.record(&address).await.unwrap(), None);
+}

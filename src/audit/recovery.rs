@@ -2,6 +2,8 @@
 //!
 //! A crash tears what was being written: at most one group, at the very end. Anything else that does not read is damage, and
 //! a damaged log is not written on: that would hide the damage, since what is set aside leaves the sequence without a gap.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
 
 use std::{
     collections::HashMap,

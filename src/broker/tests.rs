@@ -98,10 +98,8 @@ impl Token for LateToken {
 }
 
 async fn broker(folder: &std::path::Path) -> Arc<Broker> {
-    let settings = store::Settings {
-        url: format!("sqlite:{}", folder.join("keybroker.db").display()),
-        migrate_at_start: false,
-    };
+    let url = format!("sqlite:{}", folder.join("keybroker.db").display());
+    let settings = serde_json::from_value(serde_json::json!({ "url": url })).unwrap();
     store::migrate(&settings, false).await.unwrap();
     let store = store::open(&settings).await.unwrap();
     let row = RegistryRow {

@@ -1,22 +1,29 @@
 //! Changes made by a command: audited like those of the broker, in a log of the command's own.
 
+use std::fs;
+
 use crate::{
-    audit::{AuditLog, Entry, EntryKind, Outcome},
+    audit::{self, AuditLog, Entry, EntryKind, OpenIntent, Outcome},
     call::CallId,
     config::Config,
 };
 
-use super::exit::Failure;
+use super::{Context, exit::Failure};
+
+/// The log of one command is named after its call.
+const LOG_PREFIX: &str = "cli-";
 
 /// Writes an intent, does the work, writes its outcome. Without a durable intent nothing is done.
 pub(super) fn audited<T>(
+    context: &Context,
     config: &Config,
     action: &'static str,
     describe: impl Fn(&mut Entry),
     work: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    close_what_was_cut_short(context, &config.audit);
     let call = CallId::fresh();
-    let (log, _) = config.audit.open(&format!("cli-{call}"))?;
+    let (log, _) = config.audit.open(&format!("{LOG_PREFIX}{call}"))?;
     let entry = |kind, outcome| {
         let mut entry = Entry::new(kind, action, outcome);
         entry.principal = Some(local_operator());
@@ -36,6 +43,55 @@ pub(super) fn audited<T>(
     log.close();
     let value = result?;
     recorded.map(|()| value)
+}
+
+/// Closes the intents of commands that were killed before their outcome: nobody else opens their logs again. Whether they
+/// were done only token and registry tell.
+fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
+    for name in logs_of_commands(settings) {
+        match cut_short(settings, &name) {
+            Ok(closed) => {
+                for intent in closed {
+                    context.output.note(&format!(
+                        "note: an earlier `{}` was cut short (audit log {name}); `keybroker token check` shows what \
+                         it left",
+                        intent.intent.action
+                    ));
+                }
+            }
+            Err(error) => context.output.note(&format!("warning: {error}")),
+        }
+    }
+}
+
+fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
+    // An instance may have a name like one.
+    let ours = |name: &String| {
+        let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
+        call.is_some() && *name != settings.instance
+    };
+    // Before the first command there is no directory.
+    let entries = fs::read_dir(&settings.directory).into_iter().flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(ours).collect()
+}
+
+fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, audit::Error> {
+    // First without a lock: opening leaves entries of its own.
+    if audit::open_intents(&settings.directory.join(name))?.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (log, open) = match settings.open(name) {
+        Ok(opened) => opened,
+        // It is running.
+        Err(error) if error.in_use() => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    for intent in &open {
+        log.append_blocking(intent.recovered(Outcome::Unknown))?;
+    }
+    log.close();
+    Ok(open)
 }
 
 fn append(log: &AuditLog, entry: Entry) -> Result<(), Failure> {

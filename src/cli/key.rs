@@ -98,6 +98,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let pin = arguments.pin.get(&config.token)?;
     let admin = Admin::open(&config.token, &pin, true)?;
     let row = change::audited(
+        context,
         &config,
         "wrapping_key.generate",
         |_: &mut Entry| {},
@@ -139,14 +140,14 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     let row = match rows.iter().find(|row| row.id == id) {
-        None => change::audited(&config, "wrapping_key.register", describe, || {
+        None => change::audited(context, &config, "wrapping_key.register", describe, || {
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row)?;
             Ok(row)
         })?,
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
-            change::audited(&config, "wrapping_key.move", describe, || {
+            change::audited(context, &config, "wrapping_key.move", describe, || {
                 block_on(async {
                     let store = store::open(&config.store).await?;
                     let updated = store.update_registry(&moved, &old.mac).await;

@@ -29,7 +29,13 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             let report = if *dry_run {
                 migrate()?
             } else {
-                change::audited(&config, "store.migrate", |_: &mut Entry| {}, migrate)?
+                change::audited(
+                    context,
+                    &config,
+                    "store.migrate",
+                    |_: &mut Entry| {},
+                    migrate,
+                )?
             };
             context.output.fields(vec![
                 ("schema_before", json!(report.before)),

@@ -93,6 +93,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     let user_pin = arguments.user_pin.get(&config.token)?;
     let erase = arguments.erase_serial.as_deref();
     let info = change::audited(
+        context,
         &config,
         "token.init",
         |_: &mut Entry| {},
@@ -246,7 +247,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         };
         new.mac = admin.mac(new.id, &new.mac_message())?;
         let describe = |entry: &mut Entry| entry.wrapping_key = Some(new.id);
-        change::audited(&config, "token.backup_confirm", describe, || {
+        change::audited(context, &config, "token.backup_confirm", describe, || {
             block_on(async {
                 let store = store::open(&config.store).await?;
                 let updated = store.update_registry(&new, &row.mac).await;

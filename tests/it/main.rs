@@ -16,6 +16,7 @@ mod client_commands;
 mod commands;
 mod cut_short;
 mod databases;
+mod cut_short;
 mod doors;
 mod end_to_end;
 mod faults;

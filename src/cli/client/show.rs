@@ -46,7 +46,22 @@ pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
 
 pub(super) fn time(at: Option<&WireTimestamp>) -> Value {
     at.map_or(Value::Null, |at| {
-        let micros = at.seconds * 1_000_000 + i64::from(at.nanos) / 1_000;
+        // A hostile server may say any number.
+        let micros = at.seconds.saturating_mul(1_000_000);
+        let micros = micros.saturating_add(i64::from(at.nanos) / 1_000);
         json!(Timestamp::from_micros(micros).to_string())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_time_of_a_server_is_too_much() {
+        let shown = |seconds, nanos| time(Some(&WireTimestamp { seconds, nanos }));
+        assert_eq!(shown(1, 500_000_000), "1970-01-01T00:00:01.5Z");
+        assert_eq!(shown(i64::MAX, i32::MAX), format!("{} us", i64::MAX));
+        assert_eq!(shown(i64::MIN, i32::MIN), format!("{} us", i64::MIN));
+    }
 }

@@ -1,0 +1,80 @@
+//! A command that is killed between its intent and its outcome: the next one closes what it left.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use serde_json::Value;
+
+use crate::{
+    process::until,
+    site::{Options, Site},
+};
+
+fn logs(site: &Site) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(site.audit_directory()) else {
+        return Vec::new();
+    };
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+fn verified(site: &Site, log: &Path) -> Value {
+    let log = log.to_str().unwrap();
+    serde_json::from_str(&site.expect_ok(&["audit", "verify", log, "-o", "json"])).unwrap()
+}
+
+#[test]
+fn a_killed_command_is_closed_by_the_next() {
+    let site = Site::without_keys(Options::default());
+    site.expect_ok(&["store", "migrate"]);
+    let before = logs(&site);
+    // Long enough to be met in the middle.
+    let mut killed = site
+        .command(&["key", "generate", "--bits", "4096"])
+        .env("SOFTHSM2_CONF", site.token.configuration())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the intent", || {
+        assert_eq!(killed.try_wait().unwrap(), None, "it was too quick");
+        site.audit().contains("wrapping_key.generate").then_some(())
+    });
+    // While it runs it is not cut short.
+    let beside = site.run(&["token", "backup-confirmed"]);
+    assert!(!beside.stderr.contains("was cut short"), "{beside:#?}");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let left = logs(&site)
+        .into_iter()
+        .find(|log| !before.contains(log) && verified(&site, log)["open_intents"] == 1);
+    let left = left.expect("the command was killed before its outcome");
+
+    let next = site.run(&["key", "generate", "--bits", "2048"]);
+    assert_eq!(next.code, Some(0), "{next:#?}");
+    for words in [
+        "wrapping_key.generate",
+        "was cut short",
+        left.file_name().unwrap().to_str().unwrap(),
+    ] {
+        assert!(next.stderr.contains(words), "{words}: {next:#?}");
+    }
+    let report = verified(&site, &left);
+    assert_eq!(
+        (&report["open_intents"], &report["problems"]),
+        (&0.into(), &0.into())
+    );
+    let shown = site.expect_ok(&["audit", "show", left.to_str().unwrap(), "-o", "json"]);
+    let entries: Vec<Value> = serde_json::from_str(&shown).unwrap();
+    let find = |kind: &str| entries.iter().find(|entry| entry["kind"] == kind).unwrap();
+    let (intent, recovered) = (find("intent"), find("recovered"));
+    assert_eq!(recovered["outcome"], "unknown");
+    for field in ["call_id", "principal", "action"] {
+        assert_eq!(recovered[field], intent[field], "{field}");
+    }
+    // Once is enough.
+    let after = site.run(&["key", "generate", "--bits", "2048"]);
+    assert!(!after.stderr.contains("was cut short"), "{after:#?}");
+}

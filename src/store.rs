@@ -45,16 +45,10 @@ use mysql::MySqlOrMariaDb;
 use postgres::PostgreSql;
 use url::Target;
 
-/// Opens a database whose schema is this binary's; with `migrate_at_start`, brings it there first. The caller holds the
-/// lock of [`lock`].
+/// Opens a database whose schema is this binary's. Whoever changes anything in it holds the lock of [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     match settings.target()? {
-        Target::Sqlite(path) => {
-            if settings.migrate_at_start {
-                sqlite::file::migrate(&path, false).await?;
-            }
-            sqlite::open(&path, settings).await
-        }
+        Target::Sqlite(path) => sqlite::open(&path, settings).await,
         Target::Postgres(place) => server::open::<PostgreSql>(settings, &place).await,
         Target::MySql(place) => server::open::<MySqlOrMariaDb>(settings, &place).await,
     }

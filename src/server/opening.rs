@@ -1,4 +1,4 @@
-//! What must be there before the doors open: ports, certificates, audit log, token.
+//! What must be there before the doors open: ports, certificates, audit log, schema, token.
 
 use std::{
     net::SocketAddr,
@@ -9,13 +9,14 @@ use std::{
 use tokio::net::TcpListener;
 
 use crate::{
-    audit::{self, AuditLog, OpenIntent},
+    audit::{self, AuditLog, Entry, EntryKind, OpenIntent, Outcome},
     broker::Serving,
+    call::CallId,
     cli::exit::{Exit, Failure},
     config::Config,
     hsm::{ExpectedKey, Supervisor},
     key::WrappingKeyState,
-    store::Store,
+    store::{self, Store},
 };
 
 use super::{ListenerSettings, tls::Tls};
@@ -33,6 +34,55 @@ pub(super) async fn open_audit(
     let opened = tokio::task::spawn_blocking(move || settings.open(&settings.instance)).await;
     let opened = opened.map_err(|panic| Failure::new(Exit::Internal, panic.to_string()))?;
     Ok(opened?)
+}
+
+const MIGRATE: &str = "store.migrate";
+
+/// Brings the database to the schema of this release, if the configuration says so: a change like any other, with an intent
+/// before and an outcome after. Takes the lock of the database for as long as that. Before that it closes the intent of a
+/// start that was cut short here.
+pub(super) async fn migrate(
+    settings: &store::Settings,
+    audit: &AuditLog,
+    open: &mut Vec<OpenIntent>,
+) -> Result<(), Failure> {
+    let cut_short: Vec<OpenIntent> = open
+        .extract_if(.., |intent| intent.intent.action == MIGRATE)
+        .collect();
+    if !settings.migrate_at_start && cut_short.is_empty() {
+        return Ok(());
+    }
+    let pending = !store::migrate(settings, true).await?.pending.is_empty();
+    for intent in cut_short {
+        let outcome = if pending {
+            Outcome::Failed
+        } else {
+            Outcome::Ok
+        };
+        audit.append(intent.recovered(outcome)).await?;
+    }
+    if !settings.migrate_at_start || !pending {
+        return Ok(());
+    }
+    let call = CallId::fresh();
+    let entry = |kind, outcome| {
+        let mut entry = Entry::new(kind, MIGRATE, outcome);
+        entry.principal = Some(format!("local-uid:{}", rustix::process::getuid().as_raw()));
+        entry.peer = Some("local".to_owned());
+        entry.call_id = Some(call);
+        entry
+    };
+    audit.append(entry(EntryKind::Intent, Outcome::Ok)).await?;
+    let migrated = store::migrate(settings, false).await;
+    let outcome = if migrated.is_ok() {
+        Outcome::Ok
+    } else {
+        Outcome::Failed
+    };
+    let recorded = audit.append(entry(EntryKind::Outcome, outcome)).await;
+    migrated?;
+    recorded?;
+    Ok(())
 }
 
 pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {

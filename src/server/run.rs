@@ -152,9 +152,10 @@ impl Server {
         let bound = opening::bind_all(&config.listeners).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
+        let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
+        opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
-        let (audit, open_intents) = opening::open_audit(config.audit.clone()).await?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {

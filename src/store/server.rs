@@ -81,16 +81,13 @@ impl Limits {
     }
 }
 
-/// Opens a database whose schema is this binary's; with `migrate_at_start`, brings it there first.
+/// Opens a database whose schema is this binary's.
 pub(super) async fn open<S: Server>(
     settings: &Settings,
     place: &Place,
 ) -> Result<Arc<dyn Store>, Error> {
     let options = S::options(settings, place)?;
     let mut first = connect::<S>(&options, settings, place).await?;
-    if settings.migrate_at_start {
-        run_migrations::<S>(&mut first).await?;
-    }
     let current = schema::current(&mut first, S::SQL).await?;
     schema::require_current(current, S::migrator())?;
     let weaknesses = weaknesses::<S>(&mut first).await?;

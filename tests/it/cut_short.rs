@@ -78,3 +78,45 @@ fn a_killed_command_is_closed_by_the_next() {
     let after = site.run(&["key", "generate", "--bits", "2048"]);
     assert!(!after.stderr.contains("was cut short"), "{after:#?}");
 }
+
+/// Only `serve` migrates by itself, and audits it: a command that reads leaves the schema to the running release.
+#[test]
+fn serve_migrates_in_its_audit_log_and_no_reader_does() {
+    let site = Site::without_keys(Options::default());
+    site.write_configuration(|text| {
+        *text = text.replace("[store]\n", "[store]\nmigrate_at_start = true\n");
+    });
+    let listed = site.run(&["key", "list"]);
+    assert_eq!(listed.code, Some(7), "{listed:#?}");
+    assert!(listed.stderr.contains("store migrate"), "{listed:#?}");
+    site.expect_ok(&["token", "check"]);
+    assert!(!site.database().exists());
+
+    let migrations = || {
+        let entries = site.audit();
+        // The folder also holds the lock, with the name of its last holder.
+        let entries = entries
+            .lines()
+            .filter(|line| line.starts_with('{'))
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let entries = entries.filter(|entry| entry["action"] == "store.migrate");
+        entries.collect::<Vec<_>>()
+    };
+    for _ in 0..2 {
+        // No key is registered, so it gives up after that.
+        let served = site.serve_to_its_end();
+        assert_eq!(served.code, Some(6), "{served:#?}");
+        let [intent, outcome] = &migrations()[..] else {
+            panic!("{:?}", migrations())
+        };
+        assert_eq!(
+            (&intent["kind"], &outcome["kind"]),
+            (&"intent".into(), &"outcome".into())
+        );
+        assert_eq!(outcome["outcome"], "ok");
+        assert_eq!(intent["call_id"], outcome["call_id"]);
+    }
+    let status = site.expect_ok(&["store", "status", "-o", "json"]);
+    let status: Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["ready"], true, "{status}");
+}

@@ -16,7 +16,6 @@ mod client_commands;
 mod commands;
 mod cut_short;
 mod databases;
-mod cut_short;
 mod doors;
 mod end_to_end;
 mod faults;
@@ -28,6 +27,7 @@ mod pki;
 mod process;
 mod recovery;
 mod retries;
+mod rolling_restart;
 mod rows;
 #[allow(dead_code, reason = "the tests of the store use the rest")]
 #[path = "../store/servers.rs"]

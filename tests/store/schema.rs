@@ -77,11 +77,11 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
     let engine = Engine::bare_on(server);
     let mut instances = JoinSet::new();
     for _ in 0..8 {
-        let settings = store::Settings {
-            migrate_at_start: true,
-            ..engine.settings.clone()
-        };
-        instances.spawn(async move { store::open(&settings).await });
+        let settings = engine.settings.clone();
+        instances.spawn(async move {
+            store::migrate(&settings, false).await?;
+            store::open(&settings).await
+        });
     }
     let stores = instances.join_all().await;
     for (number, store) in (0..).zip(stores) {

@@ -53,37 +53,40 @@ impl Client {
         *self.brokers.lock().unwrap() = brokers.iter().map(callers).collect();
     }
 
-    /// Enroller and releaser at whichever broker is next.
-    fn next(&self) -> (Caller, Caller) {
-        let number = self.attempts.fetch_add(1, Ordering::Relaxed);
-        let brokers = self.brokers.lock().unwrap();
-        brokers[number % brokers.len()].clone()
+    /// The way of one call: each of its attempts asks for enroller and releaser at the next broker.
+    fn call(&self) -> impl FnMut() -> (Caller, Caller) {
+        let client = self.clone();
+        let mut turn = self.calls.fetch_add(1, Ordering::Relaxed);
+        move || {
+            client.attempts.fetch_add(1, Ordering::Relaxed);
+            turn += 1;
+            let brokers = client.brokers.lock().unwrap();
+            brokers[turn % brokers.len()].clone()
+        }
     }
 
     async fn create(&self, user: &str) -> Result<u64, Status> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        let id = unique();
+        let (mut next, id) = (self.call(), unique());
         let created = retrying(|| {
-            let (enroller, id) = (self.next().0, id.clone());
+            let (enroller, id) = (next().0, id.clone());
             async move { enroller.create_with_id(user, FIRST, &id).await }
         });
         Ok(created.await?.revision)
     }
 
     async fn replace(&self, user: &str) -> Result<u64, Status> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        let id = unique();
+        let (mut next, id) = (self.call(), unique());
         let replaced = retrying(|| {
-            let (enroller, id) = (self.next().0, id.clone());
+            let (enroller, id) = (next().0, id.clone());
             async move { enroller.replace(user, SECOND, 1, &id).await }
         });
         Ok(replaced.await?.revision)
     }
 
     async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
+        let mut next = self.call();
         let released = retrying(|| {
-            let releaser = self.next().1;
+            let releaser = next().1;
             async move { releaser.unwrap(user).await }
         });
         Ok(released.await?.key_material)

@@ -30,23 +30,36 @@ mod error;
 mod mutations;
 mod mysql;
 mod postgres;
+pub mod purge;
 mod rows;
+pub mod scan;
 mod schema;
 mod server;
 mod session;
 mod settings;
 mod sqlite;
 mod statements;
+pub mod tables;
 mod url;
 
 pub use settings::{Settings, Tls, Url};
 
 use mysql::MySqlOrMariaDb;
 use postgres::PostgreSql;
+use tables::Tables;
 use url::Target;
 
 /// Opens a database whose schema is this binary's. Whoever changes anything in it holds the lock of [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
+    Ok(open_whole(settings).await?)
+}
+
+/// The same, for a command that goes through whole tables. Nobody's deadline waits for it, so it waits longer itself.
+pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
+    open_whole(&settings.patient()).await
+}
+
+async fn open_whole(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     match settings.target()? {
         Target::Sqlite(path) => sqlite::open(&path, settings).await,
         Target::Postgres(place) => server::open::<PostgreSql>(settings, &place).await,

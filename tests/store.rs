@@ -26,6 +26,8 @@ mod durability;
 mod network;
 #[path = "store/outage.rs"]
 mod outage;
+#[path = "store/purge.rs"]
+mod purge;
 #[path = "store/schema.rs"]
 mod schema;
 #[path = "store/servers.rs"]
@@ -42,7 +44,9 @@ use std::{process::Command, sync::Arc};
 use keybroker::{
     call::{CallId, RequestId, Timestamp},
     key::{KeyAddress, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
-    store::{self, NewRevision, RequestScope, RequestStamp, Settings, Stamp, Store},
+    store::{
+        self, NewRevision, RequestScope, RequestStamp, Settings, Stamp, Store, tables::Tables,
+    },
 };
 use tempfile::TempDir;
 
@@ -98,6 +102,10 @@ impl Engine {
     async fn migrated(self) -> Self {
         store::migrate(&self.settings, false).await.unwrap();
         self
+    }
+
+    async fn tables(&self) -> Arc<dyn Tables> {
+        store::open_tables(&self.settings).await.unwrap()
     }
 
     async fn open(&self) -> Arc<dyn Store> {

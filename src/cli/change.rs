@@ -21,19 +21,27 @@ pub(super) fn audited<T>(
     describe: impl Fn(&mut Entry),
     work: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    audited_in_parts(context, config, action, describe, |_| work())
+}
+
+/// The same for work whose parts have entries of their own.
+pub(super) fn audited_in_parts<T>(
+    context: &Context,
+    config: &Config,
+    action: &'static str,
+    describe: impl Fn(&mut Entry),
+    work: impl FnOnce(&AuditLog) -> Result<T, Failure>,
+) -> Result<T, Failure> {
     close_what_was_cut_short(context, &config.audit);
     let call = CallId::fresh();
     let (log, _) = config.audit.open(&format!("{LOG_PREFIX}{call}"))?;
     let entry = |kind, outcome| {
-        let mut entry = Entry::new(kind, action, outcome);
-        entry.principal = Some(local_operator());
-        entry.peer = Some("local".to_owned());
-        entry.call_id = Some(call);
+        let mut entry = local_entry(kind, action, outcome, call);
         describe(&mut entry);
         entry
     };
     append(&log, entry(EntryKind::Intent, Outcome::Ok))?;
-    let result = work();
+    let result = work(&log);
     let outcome = if result.is_ok() {
         Outcome::Ok
     } else {
@@ -52,10 +60,15 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
         match cut_short(settings, &name) {
             Ok(closed) => {
                 for intent in closed {
+                    let action = intent.intent.action;
+                    let next = match &*action {
+                        // One of many parts of a purge.
+                        "user_key.purge" => continue,
+                        "store.purge" => "what it had removed is gone; run it again for the rest",
+                        _ => "`keybroker token check` shows what it left",
+                    };
                     context.output.note(&format!(
-                        "note: an earlier `{}` was cut short (audit log {name}); `keybroker token check` shows what \
-                         it left",
-                        intent.intent.action
+                        "note: an earlier `{action}` was cut short (audit log {name}); {next}"
                     ));
                 }
             }
@@ -92,6 +105,20 @@ fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, 
     }
     log.close();
     Ok(open)
+}
+
+/// An entry about what whoever runs the command does.
+pub(super) fn local_entry(
+    kind: EntryKind,
+    action: &'static str,
+    outcome: Outcome,
+    call: CallId,
+) -> Entry {
+    let mut entry = Entry::new(kind, action, outcome);
+    entry.principal = Some(local_operator());
+    entry.peer = Some("local".to_owned());
+    entry.call_id = Some(call);
+    entry
 }
 
 fn append(log: &AuditLog, entry: Entry) -> Result<(), Failure> {

@@ -28,7 +28,12 @@ impl Progress {
 
     /// One more is done.
     pub(super) fn step(&self) {
-        self.0.inc(1);
+        self.advance(1);
+    }
+
+    /// So many more are done.
+    pub(super) fn advance(&self, count: u64) {
+        self.0.inc(count);
     }
 }
 

@@ -3,9 +3,17 @@
 use clap::Subcommand;
 use serde_json::json;
 
-use crate::{audit::Entry, store};
+use crate::{
+    audit::Entry,
+    store::{self, StoreLock},
+};
 
-use super::{Context, block_on, change, exit::Failure};
+use super::{
+    Context, block_on, change,
+    exit::{Exit, Failure},
+};
+
+mod purge;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -17,6 +25,8 @@ pub(super) enum Command {
     },
     /// Show the schema of the database
     Status,
+    /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
+    Purge(purge::Arguments),
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
@@ -53,6 +63,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
                 ),
             ])
         }
+        Command::Purge(arguments) => purge::run(arguments, context, &config),
         Command::Status => {
             let status = block_on(store::status(&config.store))??;
             context.output.fields(vec![
@@ -62,4 +73,18 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             ])
         }
     }
+}
+
+/// The database for this process alone, where it is a file.
+fn lock(settings: &store::Settings) -> Result<StoreLock, Failure> {
+    store::lock(settings).map_err(|error| {
+        let failure = Failure::from(error);
+        if failure.exit != Exit::InUse {
+            return failure;
+        }
+        failure.hint(
+            "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
+             and MySQL this command runs beside brokers",
+        )
+    })
 }

@@ -19,10 +19,11 @@ use tokio_util::task::TaskTracker;
 use super::{
     Error,
     session::{Session, Value},
-    statements::Statements,
+    statements::{Statements, TableStatements},
 };
 
 mod calls;
+mod tables;
 
 /// A transaction that lost to another is tried so many times in all.
 const ATTEMPTS_MAX: u32 = 8;
@@ -36,6 +37,7 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
     const SQL: &'static Statements;
+    const TABLES: &'static TableStatements;
 
     /// The connections for a purpose.
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;

@@ -12,7 +12,7 @@ use crate::{
 use super::{
     Error, NewRevision, RecordInfo, RecordState, RequestStamp, Stamp, rows,
     session::{Session, Value},
-    statements::Statements,
+    statements::{Statements, TableStatements},
 };
 
 /// How long a request id is remembered, in microseconds: 24 hours.
@@ -244,6 +244,31 @@ async fn insert_request(
     } else {
         Err(Error::RequestIdTaken)
     }
+}
+
+/// Removes a record that is still deleted and was so before then, with all of its revisions. Says whether it was one.
+pub(super) async fn purge(
+    session: &mut impl Session,
+    sql: &Statements,
+    tables: &TableStatements,
+    record: RecordId,
+    deleted_before: Timestamp,
+) -> Result<bool, Error> {
+    // Somebody may have made it active since it was looked for.
+    match locked(session, sql, record).await {
+        Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => {}
+        Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    session
+        .execute(tables.delete_revisions, vec![record.into()])
+        .await?;
+    expect_one(
+        session
+            .execute(tables.delete_record, vec![record.into()])
+            .await?,
+    )?;
+    Ok(true)
 }
 
 /// Whether a call's mutation was committed, for certain: a transaction that has inserted the mark is waited for, and one

@@ -15,11 +15,12 @@ use super::{
     server::{Limits, Server},
     session::{Columns as _, Session as _},
     settings::Tls,
-    statements::Statements,
+    statements::{Statements, TableStatements},
     url::{Door, Place},
 };
 
 mod statements;
+mod tables;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/mysql");
 
@@ -36,6 +37,7 @@ impl Server for MySqlOrMariaDb {
 
     const NAME: &'static str = "MySQL";
     const SQL: &'static Statements = &statements::STATEMENTS;
+    const TABLES: &'static TableStatements = &tables::TABLES;
 
     fn migrator() -> &'static Migrator {
         &MIGRATOR

@@ -15,11 +15,12 @@ use super::{
     server::{Limits, Server},
     session::{Columns as _, Session as _, Value},
     settings::Tls,
-    statements::Statements,
+    statements::{Statements, TableStatements},
     url::{Door, Place},
 };
 
 mod statements;
+mod tables;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
 
@@ -37,6 +38,7 @@ impl Server for PostgreSql {
 
     const NAME: &'static str = "PostgreSQL";
     const SQL: &'static Statements = &statements::STATEMENTS;
+    const TABLES: &'static TableStatements = &tables::TABLES;
 
     fn migrator() -> &'static Migrator {
         &MIGRATOR

@@ -2,14 +2,18 @@
 //! column, never a panic and never a record that is missing.
 
 use crate::{
-    call::Timestamp,
+    call::{CallId, Timestamp},
     key::{
         Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
     },
 };
 
-use super::{Error, RecordInfo, RecordState, RegistryRow, session::Columns};
+use super::{
+    Error, RecordInfo, RecordState, RegistryRow,
+    session::Columns,
+    tables::{Head, RevisionRow},
+};
 
 fn corrupt(column: &str) -> Error {
     Error::Corrupt(column.to_owned())
@@ -57,15 +61,18 @@ fn positive(row: &impl Columns, index: usize, column: &str) -> Result<u64, Error
     u64::try_from(number).map_err(|_| corrupt(column))
 }
 
+fn revision_number(row: &impl Columns, index: usize, column: &str) -> Result<Revision, Error> {
+    Revision::new(positive(row, index, column)?).ok_or_else(|| corrupt(column))
+}
+
 /// Columns 0 to 6: record id, state, revision, created, updated, deleted, wrapping key.
 pub(super) fn info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let state = text(row, 1, "records.state")?;
-    let revision = positive(row, 2, "records.revision")?;
     Ok(RecordInfo {
         address,
         id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
         state: parse_state(state).ok_or_else(|| corrupt("records.state"))?,
-        revision: Revision::new(revision).ok_or_else(|| corrupt("records.revision"))?,
+        revision: revision_number(row, 2, "records.revision")?,
         created: time(row, 3, "records.created_us")?,
         updated: time(row, 4, "records.updated_us")?,
         deleted: optional_time(row, 5, "records.deleted_us")?,
@@ -89,6 +96,50 @@ pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> 
     let tenant = text(row, 9, "records.tenant")?;
     let tenant = Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?;
     info(row, address(row, tenant)?)
+}
+
+/// All columns of a row of the records, in the order of the table.
+pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
+    let tenant = text(row, 1, "records.tenant")?;
+    let user = text(row, 2, "records.user")?;
+    let name = text(row, 3, "records.key_name")?;
+    let state = text(row, 4, "records.state")?;
+    let state = parse_state(state).ok_or_else(|| corrupt("records.state"))?;
+    time(row, 6, "records.created_us")?;
+    time(row, 7, "records.updated_us")?;
+    let deleted = optional_time(row, 8, "records.deleted_us")?;
+    if deleted.is_some() != (state == RecordState::Deleted) {
+        return Err(corrupt("records.deleted_us"));
+    }
+    Ok(Head {
+        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
+        address: KeyAddress {
+            tenant: Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?,
+            user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
+            name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
+        },
+        state,
+        revision: revision_number(row, 5, "records.revision")?,
+        deleted,
+    })
+}
+
+/// All columns of a row of the revisions, in the order of the table.
+pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
+    Ok(RevisionRow {
+        record: RecordId::from_bytes(array(row, 0, "revisions.record_id")?),
+        revision: revision_number(row, 1, "revisions.revision")?,
+        envelope: bytes(row, 2, "revisions.envelope")?,
+        wrapping_key: wrapping_key(row, 3)?,
+        created: time(row, 4, "revisions.created_us")?,
+    })
+}
+
+/// The call and the time of a row of the changes.
+pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
+    let call = array::<16>(row, 0, "changes.call_id")?;
+    let call = CallId::from_slice(&call).ok_or_else(|| corrupt("changes.call_id"))?;
+    Ok((call, time(row, 2, "changes.changed_us")?))
 }
 
 /// All columns of a row of the registry, in the order of the table.

@@ -11,13 +11,14 @@ use sqlx::{
 };
 
 use super::{
-    Error, MigrationReport, SchemaStatus, Settings, Store,
+    Error, MigrationReport, SchemaStatus, Settings,
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
     schema,
     session::{Columns as _, Session},
     settings::Tls,
-    statements::Statements,
+    statements::{Statements, TableStatements},
+    tables::Tables,
     url::Place,
 };
 
@@ -42,6 +43,7 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
     /// For people.
     const NAME: &'static str;
     const SQL: &'static Statements;
+    const TABLES: &'static TableStatements;
 
     fn migrator() -> &'static Migrator;
 
@@ -85,7 +87,7 @@ impl Limits {
 pub(super) async fn open<S: Server>(
     settings: &Settings,
     place: &Place,
-) -> Result<Arc<dyn Store>, Error> {
+) -> Result<Arc<dyn Tables>, Error> {
     let options = S::options(settings, place)?;
     let mut first = connect::<S>(&options, settings, place).await?;
     let current = schema::current(&mut first, S::SQL).await?;
@@ -254,6 +256,7 @@ impl<S: Server> Engine for OnServer<S> {
     type Database = S::Database;
 
     const SQL: &'static Statements = S::SQL;
+    const TABLES: &'static TableStatements = S::TABLES;
 
     fn pool(&self, _purpose: Purpose) -> &Pool<S::Database> {
         &self.pool

@@ -1,6 +1,8 @@
 //! One connection, of whichever engine: statements with their values, and rows read by position. What the engines' drivers
 //! have in common but give no common name to.
 
+use std::fmt;
+
 use sqlx::{
     MySqlConnection, PgConnection, Row as _, SqliteConnection, mysql::MySqlRow, postgres::PgRow,
     sqlite::SqliteRow,
@@ -13,12 +15,19 @@ use crate::{
 };
 
 /// A value for a statement. Owned, because statements outlive the callers that ask for them.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Value {
     Bytes(Vec<u8>),
     Text(String),
     Integer(i64),
     OptionalInteger(Option<i64>),
+}
+
+/// Without what it is: envelopes and names are for no log.
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Value")
+    }
 }
 
 /// A connection that runs statements. Placeholders are the engine's own; values come in the order in which the statement

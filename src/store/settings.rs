@@ -55,6 +55,9 @@ pub struct Settings {
     /// How long a statement waits for a lock that another transaction holds.
     #[serde(default = "defaults::lock_timeout_ms")]
     pub lock_timeout_ms: u64,
+    /// For how many days a superseded revision or a deleted record can be restored; `store purge` takes nothing younger.
+    #[serde(default = "defaults::retention_days")]
+    pub retention_days: u32,
     /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
     #[serde(default)]
     pub accept_weaker_durability: Vec<String>,
@@ -87,6 +90,10 @@ mod defaults {
 
     pub(super) fn lock_timeout_ms() -> u64 {
         1_000
+    }
+
+    pub(super) fn retention_days() -> u32 {
+        30
     }
 }
 
@@ -150,6 +157,7 @@ impl Settings {
             acquire_timeout_ms: defaults::acquire_timeout_ms(),
             statement_timeout_ms: defaults::statement_timeout_ms(),
             lock_timeout_ms: defaults::lock_timeout_ms(),
+            retention_days: defaults::retention_days(),
             accept_weaker_durability: Vec::new(),
         }
     }
@@ -218,6 +226,7 @@ impl Settings {
             100..=600_000,
         );
         range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
+        range("retention_days", self.retention_days.into(), 1..=36_500);
         for name in &self.accept_weaker_durability {
             if !durability::is_known(name) {
                 problems.push(format!(
@@ -261,6 +270,17 @@ impl Settings {
             ))
         })?;
         Ok(Some(Zeroizing::new(password)))
+    }
+
+    /// The same database for a command that no caller waits for.
+    pub(super) fn patient(&self) -> Self {
+        const STATEMENT_MS: u64 = 60_000;
+        const CONNECTION_MS: u64 = 10_000;
+        Self {
+            statement_timeout_ms: self.statement_timeout_ms.max(STATEMENT_MS),
+            acquire_timeout_ms: self.acquire_timeout_ms.max(CONNECTION_MS),
+            ..self.clone()
+        }
     }
 
     pub(super) fn acquire_timeout(&self) -> Duration {

@@ -11,15 +11,17 @@ use sqlx::{
 };
 
 use super::{
-    Error, Settings, Store,
+    Error, Settings,
     durability::{self, Found},
     engine::{Engine, EngineStore, Purpose},
     session::{Columns as _, Session as _},
-    statements::Statements,
+    statements::{Statements, TableStatements},
+    tables::Tables,
 };
 
 pub(super) mod file;
 mod statements;
+mod tables;
 
 const READERS: u32 = 4;
 /// Shorter than any call's deadline, so that a store that hangs is an error and not a pile of waiting calls.
@@ -58,7 +60,7 @@ fn writer(path: &Path) -> SqlitePool {
 }
 
 /// Opens a database whose schema is this binary's.
-pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Store>, Error> {
+pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     file::check(path)?;
     let writer = writer(path);
     file::require_current(&writer).await?;
@@ -88,6 +90,7 @@ impl Engine for SqliteFile {
     type Database = Sqlite;
 
     const SQL: &'static Statements = &statements::STATEMENTS;
+    const TABLES: &'static TableStatements = &tables::TABLES;
 
     fn pool(&self, purpose: Purpose) -> &SqlitePool {
         match purpose {

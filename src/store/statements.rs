@@ -1,6 +1,8 @@
 //! What an engine must be able to say. Each engine writes these by hand in its own SQL; the values of each, and the columns
 //! of each answer, are the same for all and in this order.
 
+use super::tables::Table;
+
 /// The SQL of one engine.
 #[derive(Debug)]
 pub(super) struct Statements {
@@ -54,4 +56,45 @@ pub(super) struct Statements {
     pub(super) newest_migration: &'static str,
     /// Names and values of the settings that durability rests on, as text.
     pub(super) durability: &'static str,
+}
+
+/// What an engine must be able to say of whole tables: see `tables.rs`.
+#[derive(Debug)]
+pub(super) struct TableStatements {
+    pub(super) wrapping_keys: OfTable,
+    pub(super) records: OfTable,
+    pub(super) revisions: OfTable,
+    pub(super) changes: OfTable,
+    pub(super) requests: OfTable,
+    /// record, revision. Deletes nothing that is current.
+    pub(super) delete_superseded: &'static str,
+    /// record.
+    pub(super) delete_revisions: &'static str,
+    /// record.
+    pub(super) delete_record: &'static str,
+    /// call.
+    pub(super) delete_change: &'static str,
+}
+
+/// All columns are those of [`Table::columns`], in that order.
+#[derive(Debug)]
+pub(super) struct OfTable {
+    /// How many rows.
+    pub(super) count: &'static str,
+    /// After the key, whose first column comes twice if there are several; limit: all columns.
+    pub(super) page: &'static str,
+    /// All columns. Inserts nothing when the place is taken.
+    pub(super) insert: &'static str,
+}
+
+impl TableStatements {
+    pub(super) const fn of(&self, table: Table) -> &OfTable {
+        match table {
+            Table::WrappingKeys => &self.wrapping_keys,
+            Table::Records => &self.records,
+            Table::Revisions => &self.revisions,
+            Table::Changes => &self.changes,
+            Table::Requests => &self.requests,
+        }
+    }
 }

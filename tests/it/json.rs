@@ -62,6 +62,7 @@ fn one_shot_commands_give_the_promised_fields() {
     run("token list", &[]);
     run("store migrate", &[]);
     run("store status", &[]);
+    run("store purge", &[]);
     let made = run("key generate", &["--bits", "2048"]);
     let id = made["id"].as_str().unwrap();
     assert_eq!(run("key show", &[id]), made);

@@ -25,6 +25,7 @@ mod hang;
 mod json;
 mod pki;
 mod process;
+mod purge;
 mod recovery;
 mod retries;
 mod rolling_restart;

@@ -1,0 +1,56 @@
+//! The SQL of PostgreSQL for whole tables.
+
+use crate::store::statements::{OfTable, TableStatements};
+
+pub(super) const TABLES: TableStatements = TableStatements {
+    wrapping_keys: OfTable {
+        count: "SELECT count(*) FROM wrapping_keys",
+        page: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
+               backup_confirmed_us, mac FROM wrapping_keys WHERE key_id > $1 ORDER BY key_id \
+               LIMIT $2",
+        insert: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
+                 sequence, registered_us, backup_confirmed_us, mac) VALUES ($1, $2, $3, $4, $5, \
+                 $6, $7, $8, $9) ON CONFLICT DO NOTHING",
+    },
+    records: OfTable {
+        count: "SELECT count(*) FROM records",
+        page: r#"SELECT record_id, tenant, "user", key_name, state, revision, created_us,
+                 updated_us, deleted_us FROM records WHERE record_id > $1 ORDER BY record_id LIMIT
+                 $2"#,
+        insert: r#"INSERT INTO records (record_id, tenant, "user", key_name, state, revision,
+                   created_us, updated_us, deleted_us) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                   ON CONFLICT DO NOTHING"#,
+    },
+    revisions: OfTable {
+        count: "SELECT count(*) FROM revisions",
+        page: "SELECT record_id, revision, envelope, wrapping_key_id, created_us FROM revisions \
+               WHERE record_id >= $1 AND (record_id, revision) > ($2, $3) ORDER BY record_id, \
+               revision LIMIT $4",
+        insert: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, \
+                 created_us) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+    },
+    changes: OfTable {
+        count: "SELECT count(*) FROM changes",
+        page: "SELECT call_id, record_id, changed_us FROM changes WHERE call_id > $1 ORDER BY \
+               call_id LIMIT $2",
+        insert: "INSERT INTO changes (call_id, record_id, changed_us) VALUES ($1, $2, $3) ON \
+                 CONFLICT DO NOTHING",
+    },
+    requests: OfTable {
+        count: "SELECT count(*) FROM requests",
+        page: r#"SELECT tenant, principal, request_id, content_mac, key_id, record_id, "user",
+                 key_name, state, revision, wrapping_key_id, created_us, updated_us, deleted_us,
+                 used_us FROM requests WHERE tenant >= $1 AND (tenant, principal, request_id) >
+                 ($2, $3, $4) ORDER BY tenant, principal, request_id LIMIT $5"#,
+        insert: r#"INSERT INTO requests (tenant, principal, request_id, content_mac, key_id,
+                   record_id, "user", key_name, state, revision, wrapping_key_id, created_us,
+                   updated_us, deleted_us, used_us) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
+                   $10, $11, $12, $13, $14, $15) ON CONFLICT DO NOTHING"#,
+    },
+    delete_superseded: "DELETE FROM revisions WHERE record_id = $1 AND revision = $2 AND revision \
+                        < (SELECT r.revision FROM records r WHERE r.record_id = \
+                        revisions.record_id)",
+    delete_revisions: "DELETE FROM revisions WHERE record_id = $1",
+    delete_record: "DELETE FROM records WHERE record_id = $1",
+    delete_change: "DELETE FROM changes WHERE call_id = $1",
+};

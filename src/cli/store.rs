@@ -11,8 +11,11 @@ use crate::{
 use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
+    pin::UserPin,
 };
 
+mod check;
+mod judge;
 mod purge;
 
 #[derive(Debug, Subcommand)]
@@ -25,54 +28,50 @@ pub(super) enum Command {
     },
     /// Show the schema of the database
     Status,
+    /// Look at every record and revision, and let the token verify each
+    Check(UserPin),
     /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
     Purge(purge::Arguments),
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
-    let config = context.config()?;
     match command {
-        Command::Migrate { dry_run } => {
-            let migrate = || -> Result<_, Failure> {
-                Ok(block_on(store::migrate(&config.store, *dry_run))??)
-            };
-            let report = if *dry_run {
-                migrate()?
-            } else {
-                change::audited(
-                    context,
-                    &config,
-                    "store.migrate",
-                    |_: &mut Entry| {},
-                    migrate,
-                )?
-            };
-            context.output.fields(vec![
-                ("schema_before", json!(report.before)),
-                (
-                    "schema",
-                    json!(if *dry_run {
-                        report.before
-                    } else {
-                        report.newest
-                    }),
-                ),
-                (
-                    if *dry_run { "pending" } else { "applied" },
-                    json!(report.pending.join(", ")),
-                ),
-            ])
-        }
-        Command::Purge(arguments) => purge::run(arguments, context, &config),
-        Command::Status => {
-            let status = block_on(store::status(&config.store))??;
-            context.output.fields(vec![
-                ("schema", json!(status.current)),
-                ("schema_of_this_release", json!(status.newest)),
-                ("ready", json!(status.current == status.newest)),
-            ])
-        }
+        Command::Migrate { dry_run } => migrate(*dry_run, context),
+        Command::Status => status(context),
+        Command::Check(pin) => check::run(pin, context),
+        Command::Purge(arguments) => purge::run(arguments, context),
     }
+}
+
+fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
+    let config = context.config()?;
+    let migrate =
+        || -> Result<_, Failure> { Ok(block_on(store::migrate(&config.store, dry_run))??) };
+    let report = if dry_run {
+        migrate()?
+    } else {
+        let nothing_more = |_: &mut Entry| {};
+        change::audited(context, &config, "store.migrate", nothing_more, migrate)?
+    };
+    let (schema, list) = if dry_run {
+        (report.before, "pending")
+    } else {
+        (report.newest, "applied")
+    };
+    context.output.fields(vec![
+        ("schema_before", json!(report.before)),
+        ("schema", json!(schema)),
+        (list, json!(report.pending.join(", "))),
+    ])
+}
+
+fn status(context: &Context) -> Result<(), Failure> {
+    let status = block_on(store::status(&context.config()?.store))??;
+    context.output.fields(vec![
+        ("schema", json!(status.current)),
+        ("schema_of_this_release", json!(status.newest)),
+        ("ready", json!(status.current == status.newest)),
+    ])
 }
 
 /// The database for this process alone, where it is a file.

@@ -184,7 +184,11 @@ fn verdict(object: &str, key: &CheckedKey, findings: &[Finding]) -> Vec<Vec<supe
 }
 
 /// What the registry says against what the token says.
-fn compare(admin: &Admin, row: &RegistryRow, key: &CheckedKey) -> Result<Vec<String>, Failure> {
+pub(super) fn compare(
+    admin: &Admin,
+    row: &RegistryRow,
+    key: &CheckedKey,
+) -> Result<Vec<String>, Failure> {
     let mut problems = Vec::new();
     if row.fingerprint != key.fingerprint {
         problems.push(format!(

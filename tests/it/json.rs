@@ -63,6 +63,7 @@ fn one_shot_commands_give_the_promised_fields() {
     run("store migrate", &[]);
     run("store status", &[]);
     run("store purge", &[]);
+    run("store check", &[]);
     let made = run("key generate", &["--bits", "2048"]);
     let id = made["id"].as_str().unwrap();
     assert_eq!(run("key show", &[id]), made);

@@ -38,5 +38,6 @@ mod site;
 mod softhsm;
 mod start_refused;
 mod stopping;
+mod store_check;
 mod tls;
 mod wire;

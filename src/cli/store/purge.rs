@@ -42,11 +42,8 @@ struct Totals {
     changes: u64,
 }
 
-pub(super) fn run(
-    arguments: &Arguments,
-    context: &Context,
-    config: &Config,
-) -> Result<(), Failure> {
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let config = &context.config()?;
     let days = days(arguments, &config.store)?;
     let before = Timestamp::from_micros(Timestamp::now().micros() - i64::from(days) * DAY_US);
     let totals = if arguments.dry_run {

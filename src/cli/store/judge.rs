@@ -1,0 +1,236 @@
+//! What is wrong with a row, if anything: the same that a broker would find when somebody wants the key, and more.
+
+use crate::{
+    envelope::{Context, Envelope, Kind},
+    hsm::admin::Verifier,
+    key::{RecordId, Revision, WrappingKeyState},
+    store::{
+        RegistryRow,
+        scan::Found,
+        tables::{Head, RevisionRow},
+    },
+};
+
+use crate::cli::exit::Failure;
+
+/// Class of a bad row. The names are stable: `docs/store.md` has what each means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Problem {
+    RecordUnreadable,
+    RevisionUnreadable,
+    CurrentRevisionMissing,
+    RevisionWithoutRecord,
+    RevisionBeyondCurrent,
+    EnvelopeUnreadable,
+    EnvelopeOfAnotherKind,
+    WrappingKeyDiffers,
+    WrappingKeyUnknown,
+    WrappingKeyDestroyed,
+    MacRefused,
+}
+
+impl Problem {
+    /// As shown.
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::RecordUnreadable => "record-unreadable",
+            Self::RevisionUnreadable => "revision-unreadable",
+            Self::CurrentRevisionMissing => "current-revision-missing",
+            Self::RevisionWithoutRecord => "revision-without-record",
+            Self::RevisionBeyondCurrent => "revision-beyond-current",
+            Self::EnvelopeUnreadable => "envelope-unreadable",
+            Self::EnvelopeOfAnotherKind => "envelope-of-another-kind",
+            Self::WrappingKeyDiffers => "wrapping-key-differs",
+            Self::WrappingKeyUnknown => "wrapping-key-unknown",
+            Self::WrappingKeyDestroyed => "wrapping-key-destroyed",
+            Self::MacRefused => "mac-refused",
+        }
+    }
+}
+
+/// A row that is not as it must be.
+#[derive(Clone, Debug)]
+pub(super) struct Finding {
+    pub(super) problem: Problem,
+    /// What the class does not say. Never bytes of a row.
+    pub(super) detail: String,
+    pub(super) record: Option<RecordId>,
+    pub(super) head: Option<Head>,
+    pub(super) revision: Option<Revision>,
+}
+
+impl Finding {
+    fn of_revision(
+        problem: Problem,
+        detail: impl Into<String>,
+        head: Option<&Head>,
+        row: &RevisionRow,
+    ) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: Some(row.record),
+            head: head.cloned(),
+            revision: Some(row.revision),
+        }
+    }
+
+    fn current_missing(head: Head) -> Self {
+        Self {
+            problem: Problem::CurrentRevisionMissing,
+            detail: String::new(),
+            record: Some(head.id),
+            revision: Some(head.revision),
+            head: Some(head),
+        }
+    }
+
+    /// Whether it may be nothing but a change that was made while we looked.
+    pub(super) fn may_be_a_change(&self) -> bool {
+        matches!(
+            self.problem,
+            Problem::CurrentRevisionMissing
+                | Problem::RevisionWithoutRecord
+                | Problem::RevisionBeyondCurrent
+        )
+    }
+}
+
+/// Goes with a scan from its beginning to its end.
+#[derive(Debug)]
+pub(super) struct Judge<'a> {
+    verifier: Verifier<'a>,
+    registry: &'a [RegistryRow],
+    /// The record under way, until its current revision is seen.
+    awaited: Option<Head>,
+}
+
+impl<'a> Judge<'a> {
+    /// The verifier has the keys of the registry that are not destroyed.
+    pub(super) fn new(verifier: Verifier<'a>, registry: &'a [RegistryRow]) -> Self {
+        Self {
+            verifier,
+            registry,
+            awaited: None,
+        }
+    }
+
+    /// What is wrong with what a scan found, and with the record that it has left.
+    pub(super) fn judge(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
+        let mut findings = Vec::new();
+        if found.is_first {
+            findings.extend(self.end());
+            self.awaited = found.good_head().cloned();
+            if let Some(Err(error)) = found.head.as_deref() {
+                findings.push(Finding {
+                    problem: Problem::RecordUnreadable,
+                    detail: error.to_string(),
+                    record: found.good_revision().map(|row| row.record),
+                    head: None,
+                    revision: None,
+                });
+            }
+        }
+        match &found.revision {
+            None => {}
+            Some(Err(error)) => findings.push(Finding {
+                problem: Problem::RevisionUnreadable,
+                detail: error.to_string(),
+                record: found.good_head().map(|head| head.id),
+                head: found.good_head().cloned(),
+                revision: None,
+            }),
+            Some(Ok(row)) => findings.extend(self.revision(found, row)?),
+        }
+        Ok(findings)
+    }
+
+    /// What is wrong with the last record.
+    pub(super) fn end(&mut self) -> Option<Finding> {
+        self.awaited.take().map(Finding::current_missing)
+    }
+
+    fn revision(&mut self, found: &Found, row: &RevisionRow) -> Result<Option<Finding>, Failure> {
+        let bad = |problem, detail: String| {
+            Ok(Some(Finding::of_revision(
+                problem,
+                detail,
+                found.good_head(),
+                row,
+            )))
+        };
+        let head = match found.head.as_deref() {
+            None => return bad(Problem::RevisionWithoutRecord, String::new()),
+            // Said once, for the record; without its address no MAC can be verified.
+            Some(Err(_)) => return Ok(None),
+            Some(Ok(head)) => head,
+        };
+        if row.revision == head.revision {
+            self.awaited = None;
+        }
+        if row.revision > head.revision {
+            let detail = format!("the current revision is {}", head.revision);
+            return bad(Problem::RevisionBeyondCurrent, detail);
+        }
+        let envelope = match Envelope::parse(&row.envelope) {
+            Ok(envelope) => envelope,
+            Err(error) => return bad(Problem::EnvelopeUnreadable, error.to_string()),
+        };
+        if envelope.kind() != Kind::Record {
+            return bad(Problem::EnvelopeOfAnotherKind, String::new());
+        }
+        let key = envelope.wrapping_key();
+        if key != row.wrapping_key {
+            let detail = format!("{key} in the envelope, {} beside it", row.wrapping_key);
+            return bad(Problem::WrappingKeyDiffers, detail);
+        }
+        match self.registry.iter().find(|known| known.id == key) {
+            None => return bad(Problem::WrappingKeyUnknown, key.to_string()),
+            Some(known) if known.state == WrappingKeyState::Destroyed => {
+                return bad(Problem::WrappingKeyDestroyed, key.to_string());
+            }
+            Some(_) => {}
+        }
+        let context = Context::Record {
+            address: &head.address,
+            record_id: row.record,
+            revision: row.revision,
+        };
+        let message = envelope.mac_message(&context);
+        if self.verifier.verify(key, &message, envelope.mac())? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused, String::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever reads the name of a problem finds what it means.
+    #[test]
+    fn the_documentation_has_every_problem() {
+        let page = include_str!("../../../docs/store.md");
+        let (_, section) = page.split_once("| Problem |").unwrap();
+        let (table, _) = section.split_once("\n\n").unwrap();
+        let documented: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .collect();
+        let problems = [
+            Problem::RecordUnreadable,
+            Problem::RevisionUnreadable,
+            Problem::CurrentRevisionMissing,
+            Problem::RevisionWithoutRecord,
+            Problem::RevisionBeyondCurrent,
+            Problem::EnvelopeUnreadable,
+            Problem::EnvelopeOfAnotherKind,
+            Problem::WrappingKeyDiffers,
+            Problem::WrappingKeyUnknown,
+            Problem::WrappingKeyDestroyed,
+            Problem::MacRefused,
+        ];
+        assert_eq!(documented, problems.map(Problem::as_str));
+    }
+}

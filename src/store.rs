@@ -24,6 +24,7 @@ use crate::{
     },
 };
 
+pub mod copy;
 mod durability;
 mod engine;
 mod error;

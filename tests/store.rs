@@ -18,6 +18,8 @@
 mod conformance;
 #[path = "store/contention.rs"]
 mod contention;
+#[path = "store/copy.rs"]
+mod copy;
 #[path = "store/damage.rs"]
 mod damage;
 #[path = "store/durability.rs"]

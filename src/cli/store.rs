@@ -15,6 +15,7 @@ use super::{
 };
 
 mod check;
+mod copy;
 mod judge;
 mod purge;
 
@@ -30,6 +31,8 @@ pub(super) enum Command {
     Status,
     /// Look at every record and revision, and let the token verify each
     Check(UserPin),
+    /// Copy everything into another database, of whichever engine, and verify the copy
+    Copy(copy::Arguments),
     /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
     Purge(purge::Arguments),
 }
@@ -39,6 +42,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         Command::Migrate { dry_run } => migrate(*dry_run, context),
         Command::Status => status(context),
         Command::Check(pin) => check::run(pin, context),
+        Command::Copy(arguments) => copy::run(arguments, context),
         Command::Purge(arguments) => purge::run(arguments, context),
     }
 }
@@ -74,16 +78,13 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// The database for this process alone, where it is a file.
-fn lock(settings: &store::Settings) -> Result<StoreLock, Failure> {
+/// The database for this process alone, where it is a file. The hint is for when another has it.
+fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);
-        if failure.exit != Exit::InUse {
-            return failure;
+        match failure.exit {
+            Exit::InUse => failure.hint(hint),
+            _ => failure,
         }
-        failure.hint(
-            "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
-             and MySQL this command runs beside brokers",
-        )
     })
 }

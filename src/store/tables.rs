@@ -19,7 +19,8 @@ use super::{
 /// Rows per page.
 pub const PAGE_ROWS: usize = 500;
 
-/// The tables, each after those that its rows refer to.
+/// The tables. A copy is filled in the order of [`Table::ALL`]: each after those that its rows refer to, and the registry last,
+/// because nobody serves from a database without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
     /// The registry of wrapping keys.
@@ -46,11 +47,11 @@ pub(super) enum Kind {
 impl Table {
     /// All of them, in the order in which rows can be added.
     pub const ALL: [Self; 5] = [
-        Self::WrappingKeys,
         Self::Records,
         Self::Revisions,
         Self::Changes,
         Self::Requests,
+        Self::WrappingKeys,
     ];
 
     /// As the database names it.
@@ -153,6 +154,21 @@ impl Row {
     /// What orders the rows of a table, the same on every engine: bytewise.
     pub(super) fn key(&self) -> &[Option<Value>] {
         &self.values[..self.key_columns]
+    }
+
+    /// Which row it is, for people: its table and its key.
+    pub(super) fn place(&self, table: Table) -> String {
+        let mut text = table.name().to_owned();
+        for value in self.key() {
+            text.push(' ');
+            match value {
+                Some(Value::Bytes(bytes)) => text += &hex::encode(bytes),
+                Some(Value::Text(name)) => text += name,
+                Some(Value::Integer(number)) => text += &number.to_string(),
+                Some(Value::OptionalInteger(_)) | None => text.push('?'),
+            }
+        }
+        text
     }
 
     /// All values, for writing. An error when one of them could not be read.

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::{
     client_commands::client,
+    copy,
     process::Broker,
     site::{Finished, Options, Site},
 };
@@ -64,6 +65,7 @@ fn one_shot_commands_give_the_promised_fields() {
     run("store status", &[]);
     run("store purge", &[]);
     run("store check", &[]);
+    run("store copy", &["--to", &copy::another(&site).1]);
     let made = run("key generate", &["--bits", "2048"]);
     let id = made["id"].as_str().unwrap();
     assert_eq!(run("key show", &[id]), made);

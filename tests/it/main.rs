@@ -14,6 +14,7 @@ mod bench;
 mod client;
 mod client_commands;
 mod commands;
+mod copy;
 mod cut_short;
 mod databases;
 mod doors;

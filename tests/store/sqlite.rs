@@ -18,7 +18,7 @@ impl Engine {
         }
     }
 
-    fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.folder().join("test.db")
     }
 }

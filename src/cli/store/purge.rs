@@ -49,7 +49,11 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let totals = if arguments.dry_run {
         block_on(purge(context, config, before, None))??
     } else {
-        let _lock = super::lock(&config.store)?;
+        let _lock = super::lock(
+            &config.store,
+            "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
+             and MySQL this command runs beside brokers",
+        )?;
         let purged = Cell::new(None);
         let describe = |entry: &mut Entry| entry.count = purged.get();
         change::audited_in_parts(context, config, "store.purge", describe, |log| {

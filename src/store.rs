@@ -148,6 +148,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Inserts a record at [`Revision::FIRST`]. [`Error::Exists`] when the address is taken, also by a deleted record.
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
+    /// Inserts many records in one transaction: all of them or, when an address is taken ([`Error::Exists`]), none. They
+    /// have no mark of a call: this is for whoever fills a database, and not for a mutation with an intent.
+    async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
+
     /// Makes `new` the current revision of an active record: a replace, or the restore of an earlier revision.
     /// [`Error::Revision`] unless `new.revision` is the successor of the current one.
     async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;

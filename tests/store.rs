@@ -24,6 +24,8 @@ mod copy;
 mod damage;
 #[path = "store/durability.rs"]
 mod durability;
+#[path = "store/filling.rs"]
+mod filling;
 #[path = "store/network.rs"]
 mod network;
 #[path = "store/outage.rs"]

@@ -14,20 +14,22 @@ use super::{
     client::connect::Connection,
     exit::{Exit, Failure},
     output::Field,
-    progress::Progress,
 };
 
 mod bare;
 mod cpu;
 mod load;
 mod metrics;
+mod seed;
 mod served;
+mod users;
 
 pub(super) use bare::{Arguments as BareArguments, run as run_bare};
 
 use bare::Bare;
 use load::Measured;
 use served::Served;
+use users::Users;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
@@ -48,6 +50,13 @@ pub(super) struct Arguments {
     /// Users to enrol and release keys of; those of an earlier run are used again
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     users: u32,
+    /// So many users instead, with records that are written to the database in large transactions and not through the
+    /// broker: for a database of a million
+    #[arg(
+        long, value_name = "RECORDS", conflicts_with = "users",
+        value_parser = clap::value_parser!(u32).range(1..=10_000_000)
+    )]
+    seed: Option<u32>,
     /// Calls a second at most, all callers together [default: as many as are answered]
     #[arg(long, value_name = "CALLS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: Option<u32>,
@@ -63,6 +72,10 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let (key, rsa_bits) = bare::wrapping_key(&config)?;
     let threads = arguments.token_threads.unwrap_or_else(processors);
+    if let Some(count) = arguments.seed {
+        let tenant = seed::tenant(&arguments.connection, &config)?;
+        seed::seed(context, &config, tenant, Users::new(count))?;
+    }
     // One half of the bare loop before the broker and one after it: what else the machine does falls on both alike.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         context.output.note("measuring the bare token");
@@ -81,6 +94,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let mut fields = vec![
         ("rsa_bits", json!(rsa_bits)),
         ("connections", json!(arguments.connections)),
+        ("users", json!(arguments.seed.unwrap_or(arguments.users))),
         ("rate", json!(arguments.rate)),
         ("tls_connections", json!(load.channels)),
         ("token_threads", json!(threads)),
@@ -115,15 +129,15 @@ async fn measure_served(
         endpoint: arguments.connection.endpoint(&broker.endpoint)?,
         timeout: arguments.connection.timeout(),
         connections: arguments.connections,
-        users: arguments.users,
+        users: Users::new(arguments.seed.unwrap_or(arguments.users)),
+        enrolled: arguments.seed.is_some(),
         rate: arguments.rate,
         warm_up: Duration::from_secs(arguments.warm_up),
         duration: Duration::from_secs(arguments.seconds),
         front: broker.pid,
         status: broker.status,
     };
-    let progress = Progress::new(context.output, "enrolling users", arguments.users.into());
-    load::run(&plan, progress).await
+    load::run(&plan, context.output).await
 }
 
 /// Gives up at a signal, so that a broker started for the measurement is stopped and not left behind.

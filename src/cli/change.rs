@@ -65,6 +65,7 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
                         // One of many parts of a purge.
                         "user_key.purge" => continue,
                         "store.copy" => "the same command goes on with it",
+                        "bench.seed" => "what it had written stays; run it again for the rest",
                         "store.purge" => "what it had removed is gone; run it again for the rest",
                         _ => "`keybroker token check` shows what it left",
                     };

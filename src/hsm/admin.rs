@@ -22,6 +22,10 @@ use super::{
     operation, select,
 };
 
+mod wrapper;
+
+pub use wrapper::Wrapper;
+
 /// Class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AdminError {

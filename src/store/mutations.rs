@@ -59,6 +59,19 @@ pub(super) async fn apply(
     Ok(info)
 }
 
+/// Creates all of them, without marks.
+pub(super) async fn create_many(
+    session: &mut impl Session,
+    sql: &Statements,
+    new: &[NewRevision],
+    at: Timestamp,
+) -> Result<(), Error> {
+    for new in new {
+        create(session, sql, new, at).await?;
+    }
+    Ok(())
+}
+
 async fn create(
     session: &mut impl Session,
     sql: &Statements,

@@ -8,12 +8,17 @@ use serde_json::Value;
 use crate::{
     pki,
     process::{children_of, is_alive, send, until},
+    servers::{Kind, Server},
     site::{Finished, Options, Site},
 };
 
 /// A site whose releaser may enrol as well.
 fn site() -> Site {
-    let site = Site::fresh(Options::default());
+    site_with(Options::default())
+}
+
+fn site_with(options: Options) -> Site {
+    let site = Site::fresh(options);
     let releaser = format!("san = \"URI:{}\"\nroles = [", pki::uri("releaser"));
     site.write_configuration(|text| {
         assert!(text.contains(&releaser));
@@ -23,7 +28,10 @@ fn site() -> Site {
 }
 
 fn bench(site: &Site, name: &str, arguments: &[&str]) -> Command {
-    let mut command = site.command(&["bench", "--users", "5", "--connections", "3"]);
+    let mut command = site.command(&["bench", "--connections", "3"]);
+    if !arguments.contains(&"--seed") {
+        command.args(["--users", "5"]);
+    }
     command
         .arg("--ca")
         .arg(site.pki.ca_file())
@@ -165,4 +173,52 @@ fn enrolling_shows_its_progress_on_a_terminal_and_nowhere_else() {
     );
     assert_eq!(finished.code, Some(0), "{finished:#?}");
     assert!(!finished.stderr.contains("enrolling"), "{finished:#?}");
+}
+
+/// Records that are written past the broker unwrap like any other, and are written once.
+fn records_are_seeded(site: &Site, sql: impl Fn(&str) -> String) {
+    // Neither is a multiple of a transaction's records; the second run has a part of them already.
+    for count in ["700", "1234", "1234"] {
+        let seed = ["--seed", count, "--seconds", "1", "--warm-up", "0"];
+        let mut command = bench(site, "releaser", &seed);
+        let finished = Finished::from(command.args(["-o", "json"]).output().unwrap());
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        let figures: Value = serde_json::from_str(&finished.stdout).unwrap();
+        assert_eq!(figures["users"].to_string(), count);
+        assert_eq!(figures["errors"], 0);
+        assert!(figures["operations"].as_u64().unwrap() > 0, "{figures:#}");
+        for table in ["records", "revisions"] {
+            let rows = sql(&format!("SELECT count(*) FROM {table};"));
+            assert_eq!(rows.trim(), count, "{table}");
+        }
+    }
+    let audit = site.audit();
+    assert!(audit.contains("bench.seed"));
+    assert!(!audit.contains("user_key.create"));
+}
+
+fn records_are_seeded_on(kind: Kind) {
+    let server = Server::start(kind);
+    let database = server.database();
+    let site = site_with(Options {
+        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        ..Options::default()
+    });
+    records_are_seeded(&site, |query| server.sql(&database, query));
+}
+
+#[test]
+fn records_are_seeded_on_sqlite() {
+    let site = site();
+    records_are_seeded(&site, |query| site.sql(query));
+}
+
+#[test]
+fn records_are_seeded_on_postgresql() {
+    records_are_seeded_on(Kind::PostgreSql);
+}
+
+#[test]
+fn records_are_seeded_on_mariadb() {
+    records_are_seeded_on(Kind::MariaDb);
 }

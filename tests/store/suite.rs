@@ -10,6 +10,7 @@ use super::{
     contention::*,
     copy::*,
     damage::*,
+    filling::*,
     purge::*,
     schema::*,
     servers::{Kind, Server},
@@ -35,6 +36,7 @@ macro_rules! on_every_engine {
 
 on_every_engine!(
     a_record_is_read_as_it_was_written,
+    many_are_created_at_once_or_none,
     create_never_overwrites,
     of_concurrent_creates_one_wins,
     of_concurrent_replaces_one_wins,

@@ -17,9 +17,9 @@ use crate::{
         exit::{Exit, Failure},
     },
     config::Config,
-    hsm::{Pin, admin::Admin},
+    hsm::{ExpectedKey, Pin, admin::Admin},
     key::WrappingKeyId,
-    store,
+    store::{self, RegistryRow},
 };
 
 use super::cpu::CpuTime;
@@ -134,6 +134,12 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(WrappingKeyId, usize), Fa
         store.close().await;
         rows
     })??;
+    let id = active(&rows)?.id;
+    Ok((id, open(config)?.check(id)?.modulus_bits))
+}
+
+/// The key that wraps now.
+pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     let row = rows
         .iter()
         .filter(|row| row.state.may_wrap())
@@ -142,10 +148,13 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(WrappingKeyId, usize), Fa
             Failure::new(Exit::Untrusted, "no wrapping key is active")
                 .hint("make one with `keybroker key generate`")
         })?;
-    Ok((row.id, open(config)?.check(row.id)?.modulus_bits))
+    Ok(ExpectedKey {
+        id: row.id,
+        fingerprint: row.fingerprint,
+    })
 }
 
-fn open(config: &Config) -> Result<Admin, Failure> {
+pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
     let path = config.token.pin_file.as_deref().ok_or_else(|| {
         Failure::new(
             Exit::Pin,

@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aws_lc_rs::hmac;
 use hdrhistogram::Histogram;
 use tokio::{
     task::JoinSet,
@@ -24,6 +23,7 @@ use crate::{
     cli::{
         client::{connect, refusal},
         exit::{Exit, Failure},
+        output::Output,
         progress::Progress,
     },
     proto::{
@@ -31,14 +31,17 @@ use crate::{
     },
 };
 
-use super::{cpu::CpuTime, metrics::Times};
+use super::{
+    cpu::CpuTime,
+    metrics::Times,
+    users::{KEY_NAME, User, Users},
+};
 
-/// The key name that belongs to this command.
-const KEY_NAME: &str = "bench";
 /// TLS connections at most; more callers share them. Far below what a listener takes by default.
 const CHANNELS_MAX: u32 = 256;
 /// Calls under way while users are enrolled.
 const ENROL_AT_ONCE: u32 = 16;
+const ENROL_STEP: usize = 16;
 /// Longest latency that the histogram tells apart, in microseconds.
 const LATENCY_US_MAX: u64 = 600_000_000;
 
@@ -50,7 +53,9 @@ pub(super) struct Plan {
     pub(super) endpoint: Endpoint,
     pub(super) timeout: Duration,
     pub(super) connections: u32,
-    pub(super) users: u32,
+    pub(super) users: Users,
+    /// Whether they have their keys already.
+    pub(super) enrolled: bool,
     /// Calls a second at most, all callers together.
     pub(super) rate: Option<u32>,
     pub(super) warm_up: Duration,
@@ -142,29 +147,15 @@ impl Moment {
     }
 }
 
-/// A user and their key, made once: the loop itself should cost as little as it can.
-struct Enrolled {
-    user: String,
-    material: Vec<u8>,
-}
-
-impl Enrolled {
-    /// The key is known to whoever knows the number, so that nothing has to be remembered between runs. 32 bytes.
-    fn new(number: u32) -> Self {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench");
-        let user = format!("bench-{number:07}");
-        let material = hmac::sign(&key, user.as_bytes()).as_ref().to_vec();
-        Self { user, material }
-    }
-}
-
-pub(super) async fn run(plan: &Plan, progress: Progress) -> Result<Measured, Failure> {
+pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure> {
     let mut channels = Vec::new();
     for _ in 0..plan.connections.min(CHANNELS_MAX) {
         channels.push(connect::connect(&plan.endpoint, plan.timeout).await?);
     }
-    let users: Arc<[Enrolled]> = (0..plan.users).map(Enrolled::new).collect();
-    enrol(plan, &channels, &users, progress).await?;
+    if !plan.enrolled {
+        let progress = Progress::new(output, "enrolling users", plan.users.count().into());
+        enrol(plan, &channels, progress).await?;
+    }
     let measuring = Arc::new(AtomicBool::new(false));
     let stop = Arc::new(AtomicBool::new(false));
     let mut callers = JoinSet::new();
@@ -172,12 +163,7 @@ pub(super) async fn run(plan: &Plan, progress: Progress) -> Result<Measured, Fai
         callers.spawn(
             Caller {
                 client: Client::new(channel.clone()),
-                // Each begins elsewhere and takes every user in turn.
-                next: usize::try_from(
-                    u64::from(number) * u64::from(plan.users) / u64::from(plan.connections),
-                )
-                .unwrap_or(0),
-                users: Arc::clone(&users),
+                users: plan.users.clone(),
                 timeout: plan.timeout,
                 pace: plan.pace(number),
                 measuring: Arc::clone(&measuring),
@@ -217,26 +203,21 @@ pub(super) async fn run(plan: &Plan, progress: Progress) -> Result<Measured, Fai
 }
 
 /// Creates the users' keys. Those of an earlier run are used again.
-async fn enrol(
-    plan: &Plan,
-    channels: &[Channel],
-    users: &Arc<[Enrolled]>,
-    progress: Progress,
-) -> Result<(), Failure> {
+async fn enrol(plan: &Plan, channels: &[Channel], progress: Progress) -> Result<(), Failure> {
     let progress = Arc::new(progress);
-    let at_once = usize::try_from(ENROL_AT_ONCE.min(plan.users)).unwrap_or(1);
     let mut tasks = JoinSet::new();
-    for (number, channel) in (0..at_once).zip(channels.iter().cycle()) {
+    for (first, channel) in (0..ENROL_AT_ONCE).zip(channels.iter().cycle()) {
         let mut client = Client::new(channel.clone());
-        let users = Arc::clone(users);
+        let users = plan.users.clone();
         let progress = Arc::clone(&progress);
         let timeout = plan.timeout;
         tasks.spawn(async move {
-            for enrolled in users.iter().skip(number).step_by(at_once) {
+            for number in (first..users.count()).step_by(ENROL_STEP) {
+                let user = users.user(number);
                 let mut request = Request::new(CreateUserKeyRequest {
-                    user: enrolled.user.clone(),
+                    user: user.name,
                     key_name: KEY_NAME.to_owned(),
-                    key_material: enrolled.material.clone(),
+                    key_material: user.material,
                     request_id: String::new(),
                 });
                 request.set_timeout(timeout);
@@ -258,8 +239,7 @@ async fn enrol(
 
 struct Caller {
     client: Client,
-    next: usize,
-    users: Arc<[Enrolled]>,
+    users: Users,
     timeout: Duration,
     /// When to begin, and the time from one call to the next.
     pace: Option<(tokio::time::Instant, Duration)>,
@@ -279,10 +259,10 @@ impl Caller {
             if let Some(ticks) = &mut ticks {
                 ticks.tick().await;
             }
-            self.next = (self.next + 1) % self.users.len();
+            let user = self.users.any();
             let began = Instant::now();
             let counted = self.measuring.load(Ordering::Relaxed);
-            let result = self.call().await;
+            let result = self.call(user).await;
             if !counted {
                 continue;
             }
@@ -301,15 +281,14 @@ impl Caller {
         Ok(seen)
     }
 
-    async fn call(&mut self) -> Result<(), String> {
-        let Enrolled { user, material } = &self.users[self.next];
+    async fn call(&mut self, user: User) -> Result<(), String> {
         let mut request = Request::new(UnwrapUserKeyRequest {
-            user: user.clone(),
+            user: user.name,
             key_name: KEY_NAME.to_owned(),
         });
         request.set_timeout(self.timeout);
         match self.client.unwrap_user_key(request).await {
-            Ok(answer) if answer.get_ref().key_material == *material => Ok(()),
+            Ok(answer) if answer.get_ref().key_material == user.material => Ok(()),
             Ok(_) => Err("a released key is not the one that was enrolled".to_owned()),
             Err(status) => Err(refusal::failure(&status).message),
         }

@@ -7,10 +7,14 @@ use std::{
 };
 
 use clap::Args;
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use zeroize::Zeroizing;
 
-use crate::cli::exit::{Exit, Failure};
+use crate::{
+    auth::PeerCertificate,
+    cli::exit::{Exit, Failure},
+};
 
 /// Which broker, and who we are to it.
 #[derive(Args, Clone, Debug)]
@@ -42,6 +46,14 @@ impl Connection {
             Failure::new(Exit::Usage, "it is not said which broker to call")
                 .hint("name it with --endpoint https://host:port or KEYBROKER_ENDPOINT")
         })
+    }
+
+    /// What our certificate says of us.
+    pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
+        let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
+        let leaf = CertificateDer::from_pem_slice(&read("--cert", &self.cert)?)
+            .map_err(|error| unusable(error.to_string()))?;
+        PeerCertificate::read(&leaf).map_err(unusable)
     }
 
     /// Longest wait for an answer.

@@ -1,6 +1,6 @@
 //! The calls of [`Store`], for any engine.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -85,6 +85,15 @@ impl<E: Engine> Store for EngineStore<E> {
 
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error> {
         self.mutate(Change::Create(new), stamp).await
+    }
+
+    async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error> {
+        let new: Arc<[NewRevision]> = new.into();
+        self.transaction(End::Commit, move |session, sql| {
+            let new = Arc::clone(&new);
+            Box::pin(async move { mutations::create_many(session, sql, &new, at).await })
+        })
+        .await
     }
 
     async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error> {

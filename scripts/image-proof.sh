@@ -314,7 +314,8 @@ start_database() {
   install -m 0400 -o postgres "$WORK/secrets-2/database_password" "$WORK/database/password"
   as_postgres "$bin/initdb" --pgdata="$WORK/database/data" --username=keybroker --pwfile="$WORK/database/password" \
     --auth-local=scram-sha-256 --auth-host=reject --data-checksums >"$WORK/database.log" 2>&1
-  as_postgres "$bin/postgres" -D "$WORK/database/data" -c listen_addresses= -c unix_socket_directories="$WORK/socket" \
+  # Not by the function: the process id would be that of a shell around it, and its end would leave the server behind.
+  setpriv --reuid postgres --regid postgres --init-groups -- "$bin/postgres" -D "$WORK/database/data" -c listen_addresses= -c unix_socket_directories="$WORK/socket" \
     >>"$WORK/database.log" 2>&1 &
   RUNNING[database]=$!
   until PGPASSWORD=$(<"$WORK/secrets-2/database_password") createdb --host="$WORK/socket" --username=keybroker keybroker 2>/dev/null; do

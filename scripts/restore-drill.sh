@@ -69,6 +69,14 @@ as_server() {
   if [[ $(id -u) -ne 0 ]]; then "$@"; else setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@"; fi
 }
 
+# In the background, with its own process id and not that of a shell around it: whoever ends that leaves the server behind.
+start_server() {
+  local command=("$@")
+  [[ $(id -u) -ne 0 ]] || command=(setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@")
+  "${command[@]}" >>"$WORK/server.log" 2>&1 &
+  SERVER_PID=$!
+}
+
 server_folder() {
   SERVER=$(mktemp -d /tmp/keybroker-drill-server.XXXXXX)
   [[ $(id -u) -ne 0 ]] || chown "$1:nogroup" "$SERVER" 2>/dev/null || chown nobody:nogroup "$SERVER"
@@ -89,8 +97,7 @@ postgres_start() {
   local bin
   bin=$(postgres_bin)
   as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
-  as_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" >>"$WORK/server.log" 2>&1 &
-  SERVER_PID=$!
+  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER"
   export PGHOST=$SERVER PGUSER=keybroker
   until_it_answers psql --dbname=postgres --command='SELECT 1'
   createdb keybroker
@@ -108,9 +115,8 @@ mariadb_start() {
   server_folder mysql
   as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
     --skip-test-db >"$WORK/server.log" 2>&1
-  as_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" \
-    --pid-file="$SERVER/pid" --skip-networking >>"$WORK/server.log" 2>&1 &
-  SERVER_PID=$!
+  start_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" \
+    --pid-file="$SERVER/pid" --skip-networking
   until_it_answers mariadb_sql --execute='SELECT 1'
   mariadb_sql --execute='CREATE DATABASE keybroker; CREATE USER keybroker@localhost; GRANT ALL ON keybroker.* TO keybroker@localhost'
 }

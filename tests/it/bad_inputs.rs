@@ -331,7 +331,7 @@ fn a_read_only_database_is_refused_at_start() {
 }
 
 /// Sets the soft limit of the front's file sizes: a full disk that needs no root and no mount.
-fn limit_files(broker: &Broker, bytes: u64) {
+pub(crate) fn limit_files(broker: &Broker, bytes: u64) {
     prlimit(broker, &format!("--fsize={bytes}:"));
 }
 

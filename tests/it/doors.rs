@@ -4,5 +4,6 @@ mod answers;
 mod life;
 mod methods;
 mod raw;
+mod reasons;
 mod strangers;
 mod tls;

@@ -23,6 +23,7 @@ use super::{
 };
 
 mod calls;
+mod lookups;
 mod tables;
 
 /// A transaction that lost to another is tried so many times in all.
@@ -61,6 +62,7 @@ type Row<E> = <Connection<E> as Session>::Row;
 pub(super) struct EngineStore<E> {
     engine: Arc<E>,
     probe: Arc<Probe>,
+    lookups: Arc<lookups::Lookups>,
     /// What is under way, which outlives its callers.
     tasks: TaskTracker,
 }
@@ -93,6 +95,7 @@ impl<E: Engine> EngineStore<E> {
         Arc::new(Self {
             engine: Arc::new(engine),
             probe: Arc::default(),
+            lookups: Arc::default(),
             tasks: TaskTracker::new(),
         })
     }
@@ -118,18 +121,8 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<Vec<Row<E>>, Error> {
         self.probe.check()?;
         let engine = Arc::clone(&self.engine);
-        self.spawn(async move {
-            let lease = Lease::take(&*engine, Purpose::Read).await?;
-            match lease.query(statement, values.clone()).await {
-                // The connection may have died while it lay in the pool, and a query can be asked again.
-                Err(Error::Down(_)) => {
-                    let lease = Lease::take(&*engine, Purpose::Read).await?;
-                    lease.query(statement, values).await
-                }
-                result => result,
-            }
-        })
-        .await
+        self.spawn(async move { query(&*engine, statement, values).await })
+            .await
     }
 
     /// Runs one statement that changes rows, and says how many.
@@ -177,6 +170,22 @@ impl<E: Engine> EngineStore<E> {
             }
         })
         .await
+    }
+}
+
+async fn query<E: Engine>(
+    engine: &E,
+    statement: &'static str,
+    values: Vec<Value>,
+) -> Result<Vec<Row<E>>, Error> {
+    let lease = Lease::take(engine, Purpose::Read).await?;
+    match lease.query(statement, values.clone()).await {
+        // The connection may have died while it lay in the pool, and a query can be asked again.
+        Err(Error::Down(_)) => {
+            let lease = Lease::take(engine, Purpose::Read).await?;
+            lease.query(statement, values).await
+        }
+        result => result,
     }
 }
 

@@ -1,9 +1,12 @@
 //! Rows that are not as they were written, and rows that must not change.
 
+use std::sync::Arc;
+
 use keybroker::{
     key::{Revision, Tenant},
     store::{Error, ListQuery},
 };
+use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
 
@@ -72,6 +75,52 @@ pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine)
 }
 
 /// What is in it is for the envelope's own parser to say.
+/// Lookups under way at the same time may share a statement. Each gets its own record: beside one that is damaged, beside
+/// some that are not there, and beside callers that leave.
+pub(crate) async fn lookups_at_once_each_get_their_own(engine: &Engine) {
+    const USERS: u8 = 60;
+    const DAMAGED: u8 = 7;
+    let store = engine.open().await;
+    for number in 0..USERS {
+        let at = user(&format!("user-{number}"));
+        let new = revision(&at, number, 1);
+        store.create(new, stamp()).await.unwrap();
+    }
+    engine.sql(&format!(
+        "{}UPDATE records SET state = 'gone' WHERE {} = 'user-{DAMAGED}'",
+        without_constraints(engine),
+        engine.pick("user", "\"user\"", "user")
+    ));
+    for round in 0..20_u8 {
+        let mut lookups = JoinSet::new();
+        // Each third one is not there, and some of the callers leave.
+        for number in 0..USERS + USERS / 2 {
+            let store = Arc::clone(&store);
+            let lookup = lookups.spawn(async move {
+                let at = user(&format!("user-{number}"));
+                (number, store.record(&at).await)
+            });
+            if number % 10 == round % 10 {
+                lookup.abort();
+            }
+        }
+        let mut answers = 0;
+        while let Some(answer) = lookups.join_next().await {
+            let Ok((number, found)) = answer else {
+                continue;
+            };
+            answers += 1;
+            match found {
+                Err(Error::Corrupt(what)) => assert_eq!(number, DAMAGED, "{what}"),
+                Ok(None) => assert!(number >= USERS, "{number}"),
+                Ok(Some(record)) => assert_eq!(record.info.id, record_id(number)),
+                Err(error) => panic!("{number}: {error}"),
+            }
+        }
+        assert!(answers >= u32::from(USERS), "{answers}");
+    }
+}
+
 pub(crate) async fn a_truncated_envelope_is_handed_on_as_it_is(engine: &Engine) {
     let store = engine.open().await;
     store

@@ -53,6 +53,7 @@ on_every_engine!(
     cancelled_calls_poison_nothing,
     reads_change_nothing,
     rows_that_do_not_decode_are_corrupt_by_name,
+    lookups_at_once_each_get_their_own,
     a_truncated_envelope_is_handed_on_as_it_is,
     the_longest_values_fit,
     what_is_old_is_purged_and_nothing_else,

@@ -7,7 +7,10 @@
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -83,8 +86,10 @@ impl Surroundings {
             return answer(&error.await, id);
         }
         let place = Arc::clone(&caller.calls).acquire_owned();
-        let Ok(place) = tokio::time::timeout_at(deadline.into(), place).await else {
-            let error = Error::new(Reason::Deadline, "no place on the connection in time");
+        let place = tokio::time::timeout_at(deadline.into(), place).await;
+        // What is due already is not begun, also where the place was free at once.
+        let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
+            let error = Error::new(Reason::Deadline, "no time left for a call that just begins");
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         };

@@ -8,7 +8,7 @@
 use std::{
     fmt,
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -67,20 +67,29 @@ pub(super) struct EngineStore<E> {
     tasks: TaskTracker,
 }
 
-/// What the last probe said.
+/// What the last probes said.
 #[derive(Debug, Default)]
 struct Probe {
-    failed: Mutex<Option<Instant>>,
+    reads_failed: Mutex<Option<Instant>>,
+    writes_failed: Mutex<Option<Instant>>,
 }
 
 impl Probe {
-    fn note(&self, failed: bool) {
-        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = failed.then(Instant::now);
+    fn failed(&self, purpose: Purpose) -> MutexGuard<'_, Option<Instant>> {
+        let failed = match purpose {
+            Purpose::Read => &self.reads_failed,
+            Purpose::Write => &self.writes_failed,
+        };
+        failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, purpose: Purpose, failed: bool) {
+        *self.failed(purpose) = failed.then(Instant::now);
     }
 
     /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line.
-    fn check(&self) -> Result<(), Error> {
-        let failed = *self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+    fn check(&self, purpose: Purpose) -> Result<(), Error> {
+        let failed = *self.failed(purpose);
         if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) {
             return Err(Error::Down(
                 "the database did not answer the last probe".into(),
@@ -119,7 +128,15 @@ impl<E: Engine> EngineStore<E> {
         statement: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
-        self.probe.check()?;
+        self.probe.check(Purpose::Read)?;
+        self.query_unprobed(statement, values).await
+    }
+
+    async fn query_unprobed(
+        &self,
+        statement: &'static str,
+        values: Vec<Value>,
+    ) -> Result<Vec<Row<E>>, Error> {
         let engine = Arc::clone(&self.engine);
         self.spawn(async move { query(&*engine, statement, values).await })
             .await
@@ -141,7 +158,7 @@ impl<E: Engine> EngineStore<E> {
         T: Send + 'static,
         W: Work<E, T>,
     {
-        self.probe.check()?;
+        self.probe.check(Purpose::Write)?;
         self.transaction_unprobed(end, work).await
     }
 

@@ -10,6 +10,8 @@ pub(super) struct Statements {
     pub(super) begin: &'static str,
     /// Changes nothing, and fails where nothing can be changed.
     pub(super) probe: &'static str,
+    /// Reads a row at most.
+    pub(super) probe_read: &'static str,
 
     /// tenant, user, key name: the record's columns, envelope.
     pub(super) record: &'static str,

@@ -39,15 +39,15 @@ impl<E: Engine> EngineStore<E> {
 #[async_trait]
 impl<E: Engine> Store for EngineStore<E> {
     async fn ping(&self) -> Result<(), Error> {
-        let probe = self.transaction_unprobed(End::Rollback, |session, sql| {
+        let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
             Box::pin(async move { Ok(session.execute(sql.probe, Vec::new()).await.map(drop)?) })
         });
-        let result = match tokio::time::timeout(PROBE_TIMEOUT, probe).await {
-            Ok(result) => result,
-            Err(_) => Err(Error::Down("the database does not answer".into())),
-        };
-        self.probe.note(result.is_err());
-        result
+        let reading = self.query_unprobed(E::SQL.probe_read, Vec::new());
+        let (written, read) = tokio::join!(in_time(writing), in_time(reading));
+        self.probe.note(Purpose::Write, written.is_err());
+        self.probe.note(Purpose::Read, read.is_err());
+        // Keys are released as long as records can be read, but a store that takes no new ones is not well.
+        written.and(read.map(drop))
     }
 
     async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error> {
@@ -236,5 +236,12 @@ impl<E: Engine> Store for EngineStore<E> {
         self.tasks.wait().await;
         self.engine.pool(Purpose::Read).close().await;
         self.engine.pool(Purpose::Write).close().await;
+    }
+}
+
+async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(PROBE_TIMEOUT, probe).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::Down("the database does not answer".into())),
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-use super::{Engine, EngineStore, query};
+use super::{Engine, EngineStore, Purpose, query};
 
 /// Addresses in one question; the statement of an engine has as many.
 const TOGETHER: usize = 16;
@@ -98,7 +98,7 @@ impl<E: Engine> EngineStore<E> {
             let rows = self.query(E::SQL.record, key(address).into()).await?;
             return rows.first().map(|row| record(row, address)).transpose();
         };
-        self.probe.check()?;
+        self.probe.check(Purpose::Read)?;
         let (done, answer) = oneshot::channel();
         let asking = {
             let mut state = self.lookups.state();

@@ -10,6 +10,8 @@ pub(super) const STATEMENTS: Statements = Statements {
     begin: "START TRANSACTION READ WRITE",
     probe: "DELETE FROM changes WHERE call_id = ''",
 
+    probe_read: "SELECT sequence FROM wrapping_keys LIMIT 1",
+
     record: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
              v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
              ON v.record_id = r.record_id AND v.revision = r.revision \

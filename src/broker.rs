@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     audit::{AuditLog, OpenIntent},
-    call::{Call, Deadline},
+    call::{Call, Deadline, away},
     error::{Error, Reason},
     hsm::Token,
     key::{KeyAddress, KeyName, UserId},
@@ -156,7 +156,12 @@ impl Broker {
             Ok(_) => error,
             Err(audit) => audit,
         };
-        observe(action, call, started, &Err::<(), _>(error.clone()));
+        observe(
+            action,
+            call,
+            started.elapsed(),
+            &Err::<(), _>(error.clone()),
+        );
         error
     }
 
@@ -171,7 +176,7 @@ impl Broker {
         let started = Instant::now();
         let admitted = self.permit(principal, call, action, None).await.map(drop);
         if admitted.is_err() {
-            observe(action, call, started, &admitted);
+            observe(action, call, started.elapsed(), &admitted);
         }
         admitted
     }
@@ -207,20 +212,24 @@ async fn observed<T>(
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
     let started = Instant::now();
-    let result = work.await;
-    observe(action, call, started, &result);
+    let (result, away) = away::measured(work).await;
+    let total = started.elapsed();
+    if action == Action::Unwrap && result.is_ok() {
+        // One job on the token: what is left is the broker's own.
+        metrics::histogram!("keybroker_added_seconds").record(total.saturating_sub(away));
+    }
+    observe(action, call, total, &result);
     result
 }
 
-fn observe<T>(action: Action, call: &Call, started: Instant, result: &Result<T, Error>) {
+fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, Error>) {
     let reason = match result {
         Ok(_) => "OK",
         Err(error) => error.reason().as_str(),
     };
     metrics::counter!("keybroker_calls_total", "action" => action.as_str(), "reason" => reason)
         .increment(1);
-    metrics::histogram!("keybroker_call_seconds", "action" => action.as_str())
-        .record(started.elapsed());
+    metrics::histogram!("keybroker_call_seconds", "action" => action.as_str()).record(total);
     let Err(error) = result else { return };
     match error.reason() {
         Reason::RecordDamaged => {

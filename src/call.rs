@@ -9,6 +9,8 @@ use uuid::Uuid;
 
 use crate::error::{Error, Reason};
 
+pub mod away;
+
 /// Made by the server for every call; in logs, audit and errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);

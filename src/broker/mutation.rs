@@ -148,7 +148,8 @@ impl Broker {
         };
         let work = async move {
             let (action, call) = (mutation.change.action(), mutation.call.clone());
-            observed(action, &call, broker.mutate_to_the_end(mutation)).await
+            let work = Box::pin(broker.mutate_to_the_end(mutation));
+            observed(action, &call, work).await
         };
         match self.mutations.spawn(work).await {
             Ok(result) => result,

@@ -28,6 +28,7 @@ pub(super) use bare::{Arguments as BareArguments, run as run_bare};
 
 use bare::Bare;
 use load::Measured;
+use metrics::Added;
 use served::Served;
 use users::Users;
 
@@ -181,6 +182,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         let micros = u32::try_from(load.latency_us.value_at_quantile(quantile)).unwrap_or(u32::MAX);
         f64::from(micros) / 1_000.0
     };
+    let added = |figure: fn(&Added) -> Option<f64>| load.added.as_ref().and_then(figure);
     [
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
@@ -194,7 +196,9 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("p50_ms", Some(ms(0.5))),
         ("p99_ms", Some(ms(0.99))),
         ("p999_ms", Some(ms(0.999))),
-        ("added_mean_ms", load.added_mean_ms),
+        ("added_mean_ms", added(Added::mean_ms)),
+        ("added_p50_ms", added(|added| added.quantile_ms(0.5))),
+        ("added_p99_ms", added(|added| added.quantile_ms(0.99))),
         ("token_cpu_ms_per_op", Some(token_cpu)),
         ("front_cpu_ms_per_op", Some(front_cpu)),
         ("worker_cpu_ms_per_op", Some(worker_cpu)),
@@ -239,7 +243,7 @@ mod tests {
             front_cpu_ms: 100.0,
             worker_cpu_ms: 400.0,
             load_cpu_ms: 80.0,
-            added_mean_ms: None,
+            added: None,
         };
         let figures: Map<_, _> = figures(&single, &bare, &load)
             .into_iter()
@@ -266,6 +270,8 @@ mod tests {
             "errors",
             "operations",
             "added_mean_ms",
+            "added_p50_ms",
+            "added_p99_ms",
         ] {
             assert!(figures.contains_key(name), "{name}");
         }

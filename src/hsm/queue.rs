@@ -29,10 +29,28 @@ const AVERAGE_PARTS: u32 = 16;
 pub(super) struct Job {
     pub(super) work: Work,
     pub(super) deadline: Deadline,
-    pub(super) done: oneshot::Sender<Result<Output, Error>>,
+    pub(super) done: oneshot::Sender<Answer>,
     pub(super) queued: Instant,
+    /// How long it waited for a session.
+    pub(super) waited: Duration,
     /// Whether a lost session has sent it back once already.
     pub(super) retried: bool,
+}
+
+impl Job {
+    /// Answers whoever asked for it, unless they have gone away. `on_token` is the time of the module.
+    pub(super) fn answer(self, result: Result<Output, Error>, on_token: Duration) {
+        let away = self.waited + on_token;
+        let _gone = self.done.send(Answer { result, away });
+    }
+}
+
+/// What became of a job.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) result: Result<Output, Error>,
+    /// Time in the queue and in the module.
+    pub(super) away: Duration,
 }
 
 /// The queue, and the workers it feeds.
@@ -126,7 +144,7 @@ impl Queue {
     /// Answers every waiting job with the same error.
     pub(super) fn fail_all(&self, error: &Error) {
         for job in std::mem::take(&mut self.state().waiting) {
-            let _gone = job.done.send(Err(error.clone()));
+            job.answer(Err(error.clone()), Duration::ZERO);
         }
     }
 }
@@ -143,17 +161,18 @@ impl State {
             else {
                 break;
             };
-            let Some(job) = self.waiting.pop_front() else {
+            let Some(mut job) = self.waiting.pop_front() else {
                 break;
             };
             if job.done.is_closed() {
                 continue;
             }
             if job.deadline.remaining().is_zero() {
-                let _gone = job.done.send(Err(Error::Deadline));
+                job.answer(Err(Error::Deadline), Duration::ZERO);
                 continue;
             }
-            metrics::histogram!("keybroker_token_queue_seconds").record(job.queued.elapsed());
+            job.waited = job.queued.elapsed();
+            metrics::histogram!("keybroker_token_queue_seconds").record(job.waited);
             link.assign(job);
         }
     }

@@ -74,6 +74,7 @@ fn both_measurements_are_made_and_put_side_by_side() {
         "p99_ms",
         "p999_ms",
         "added_mean_ms",
+        "added_p50_ms",
         "front_cpu_ms_per_op",
         "worker_cpu_ms_per_op",
         "load_cpu_ms_per_op",

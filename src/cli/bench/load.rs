@@ -33,7 +33,7 @@ use crate::{
 
 use super::{
     cpu::CpuTime,
-    metrics::Times,
+    metrics::Added,
     users::{KEY_NAME, User, Users},
 };
 
@@ -88,7 +88,8 @@ pub(super) struct Measured {
     pub(super) front_cpu_ms: f64,
     pub(super) worker_cpu_ms: f64,
     pub(super) load_cpu_ms: f64,
-    pub(super) added_mean_ms: Option<f64>,
+    /// What the broker added to each call.
+    pub(super) added: Option<Added>,
 }
 
 impl Measured {
@@ -132,13 +133,13 @@ struct Moment {
     front: CpuTime,
     workers: CpuTime,
     load: CpuTime,
-    times: Option<Times>,
+    added: Option<Added>,
 }
 
 impl Moment {
     fn now(plan: &Plan) -> Result<Self, Failure> {
         Ok(Self {
-            times: Times::read(plan.status),
+            added: Added::read(plan.status),
             at: Instant::now(),
             front: CpuTime::of(plan.front)?,
             workers: CpuTime::of_children(plan.front)?,
@@ -187,7 +188,7 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
         let what = "a token worker was replaced during the measurement, so its CPU time is unknown";
         return Err(Failure::new(Exit::Verification, what).hint("look at the broker's log"));
     }
-    let times = after.times.zip(before.times);
+    let added = after.added.zip(before.added);
     Ok(Measured {
         channels: channels.len(),
         operations: all.operations,
@@ -198,7 +199,7 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
         front_cpu_ms: after.front.since_ms(&before.front),
         worker_cpu_ms: after.workers.since_ms(&before.workers),
         load_cpu_ms: after.load.since_ms(&before.load),
-        added_mean_ms: times.and_then(|(after, before)| after.added_mean_ms(before)),
+        added: added.map(|(after, before)| after.since(&before)),
     })
 }
 

@@ -1,4 +1,4 @@
-//! What the broker says of its own time, from `/metrics`: total, queue and token, as sums and counts of histograms.
+//! What the broker says of its own time, from `/metrics`: the histogram of what it adds to an unwrap beyond queue and token.
 
 use std::{
     io::{Read as _, Write as _},
@@ -9,32 +9,18 @@ use std::{
 const TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// Label of the calls that are measured.
-const UNWRAP: &str = "action=\"user_key.unwrap\"";
+const ADDED: &str = "keybroker_added_seconds";
 
-/// Seconds and number of what a histogram has seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Spent {
+/// The histogram at one moment, or between two.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Added {
     seconds: f64,
     count: f64,
+    /// Upper bound in seconds, and how many were not above it. Without the last bucket, which has no bound.
+    buckets: Vec<(f64, f64)>,
 }
 
-impl Spent {
-    fn mean_since(self, before: Self) -> Option<f64> {
-        let count = self.count - before.count;
-        (count > 0.0).then(|| (self.seconds - before.seconds) / count)
-    }
-}
-
-/// The three histograms at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Times {
-    total: Spent,
-    queue: Spent,
-    token: Spent,
-}
-
-impl Times {
+impl Added {
     /// Asks the status listener. Nothing when it does not answer: the other figures do not need it.
     pub(super) fn read(status: SocketAddr) -> Option<Self> {
         let mut stream = TcpStream::connect_timeout(&status, TIMEOUT).ok()?;
@@ -50,34 +36,60 @@ impl Times {
     }
 
     fn parse(text: &str) -> Self {
-        let mut times = Self::default();
-        for line in text.lines().filter(|line| !line.starts_with('#')) {
-            let Some((series, value)) = line.rsplit_once(' ') else {
+        let mut added = Self::default();
+        for line in text.lines() {
+            let Some((series, value)) = line
+                .strip_prefix(ADDED)
+                .and_then(|rest| rest.rsplit_once(' '))
+            else {
                 continue;
             };
-            let name = series.split('{').next().unwrap_or_default();
-            let spent = match name.rsplit_once('_').map(|(metric, _)| metric) {
-                Some("keybroker_call_seconds") if series.contains(UNWRAP) => &mut times.total,
-                Some("keybroker_token_queue_seconds") => &mut times.queue,
-                Some("keybroker_token_seconds") => &mut times.token,
-                _ => continue,
-            };
-            let value: f64 = value.parse().unwrap_or(0.0);
-            if name.ends_with("_sum") {
-                spent.seconds += value;
-            } else if name.ends_with("_count") {
-                spent.count += value;
+            let value = value.parse().unwrap_or(0.0);
+            let bound = series
+                .strip_prefix("_bucket{le=\"")
+                .and_then(|rest| rest.strip_suffix("\"}"))
+                .and_then(|bound| bound.parse::<f64>().ok());
+            match (series, bound) {
+                ("_sum", _) => added.seconds = value,
+                ("_count", _) => added.count = value,
+                (_, Some(bound)) if bound.is_finite() => added.buckets.push((bound, value)),
+                _ => {}
             }
         }
-        times
+        added
     }
 
-    /// Mean time that an unwrap spent neither in the queue nor on the token.
-    pub(super) fn added_mean_ms(self, before: Self) -> Option<f64> {
-        let total = self.total.mean_since(before.total)?;
-        let queue = self.queue.mean_since(before.queue)?;
-        let token = self.token.mean_since(before.token)?;
-        Some((total - queue - token) * 1_000.0)
+    pub(super) fn since(self, before: &Self) -> Self {
+        let then = before.buckets.iter().map(|(_, count)| *count);
+        // A histogram without calls has no buckets yet.
+        let then = then.chain(std::iter::repeat(0.0));
+        let buckets = self.buckets.into_iter().zip(then);
+        Self {
+            seconds: self.seconds - before.seconds,
+            count: self.count - before.count,
+            buckets: buckets
+                .map(|((bound, now), then)| (bound, now - then))
+                .collect(),
+        }
+    }
+
+    /// Milliseconds.
+    pub(super) fn mean_ms(&self) -> Option<f64> {
+        (self.count > 0.0).then(|| self.seconds / self.count * 1_000.0)
+    }
+
+    /// Milliseconds, as if the values lay evenly in their bucket. None when it lies above the last bound.
+    pub(super) fn quantile_ms(&self, quantile: f64) -> Option<f64> {
+        let rank = quantile * self.count;
+        let mut below = (0.0, 0.0);
+        for &(bound, count) in &self.buckets {
+            if count >= rank && count > below.1 {
+                let part = (rank - below.1) / (count - below.1);
+                return Some((below.0 + (bound - below.0) * part) * 1_000.0);
+            }
+            below = (bound, count);
+        }
+        None
     }
 }
 
@@ -85,26 +97,34 @@ impl Times {
 mod tests {
     use super::*;
 
-    const PAGE: &str = "HTTP/1.0 200 OK\r\n\r\n# TYPE keybroker_call_seconds histogram\n\
-        keybroker_call_seconds_bucket{action=\"user_key.unwrap\",le=\"0.1\"} 10\n\
-        keybroker_call_seconds_sum{action=\"user_key.unwrap\"} 0.5\n\
-        keybroker_call_seconds_count{action=\"user_key.unwrap\"} 10\n\
-        keybroker_call_seconds_sum{action=\"user_key.get\"} 7\n\
-        keybroker_call_seconds_count{action=\"user_key.get\"} 1\n\
-        keybroker_token_queue_seconds_sum 0.1\n\
-        keybroker_token_queue_seconds_count 10\n\
-        keybroker_token_seconds_sum 0.36\n\
-        keybroker_token_seconds_count 12\n";
+    const PAGE: &str = "HTTP/1.0 200 OK\r\n\r\n# TYPE keybroker_added_seconds histogram\n\
+        keybroker_added_seconds_bucket{le=\"0.001\"} 50\n\
+        keybroker_added_seconds_bucket{le=\"0.002\"} 90\n\
+        keybroker_added_seconds_bucket{le=\"0.01\"} 98\n\
+        keybroker_added_seconds_bucket{le=\"+Inf\"} 100\n\
+        keybroker_added_seconds_sum 0.25\n\
+        keybroker_added_seconds_count 100\n\
+        keybroker_call_seconds_sum{action=\"user_key.get\"} 7\n";
+
+    fn close(figure: Option<f64>, expected: f64) -> bool {
+        figure.is_some_and(|figure| (figure - expected).abs() < 1e-9)
+    }
 
     #[test]
-    fn what_the_broker_adds_is_total_less_queue_less_token() {
-        let added = Times::parse(PAGE).added_mean_ms(Times::default()).unwrap();
-        assert!((added - 10.0).abs() < 1e-9, "{added}");
+    fn quantiles_lie_inside_their_bucket() {
+        let added = Added::parse(PAGE).since(&Added::default());
+        assert!(close(added.mean_ms(), 2.5), "{added:?}");
+        assert!(close(added.quantile_ms(0.5), 1.0), "{added:?}");
+        assert!(close(added.quantile_ms(0.7), 1.5), "{added:?}");
+        assert!(close(added.quantile_ms(0.98), 10.0), "{added:?}");
+        assert_eq!(added.quantile_ms(0.99), None);
     }
 
     #[test]
     fn without_calls_there_is_no_figure() {
-        let times = Times::parse(PAGE);
-        assert_eq!(times.added_mean_ms(times), None);
+        let added = Added::parse(PAGE);
+        let none = added.clone().since(&added);
+        assert_eq!(none.mean_ms(), None);
+        assert_eq!(none.quantile_ms(0.5), None);
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     hsm::{
         Error, Serving,
         link::{Link, reap},
-        queue::Job,
+        queue::{Answer, Job},
         start::EXIT_TIMEOUT,
         wire::{Canary, FailureClass, Reply, reply::Outcome, request},
         work::Work,
@@ -52,7 +52,7 @@ impl Supervisor {
         // Not tried again on another worker: the job may be what killed this one.
         let error = Error::Down(format!("the worker was lost: {cause}"));
         for job in link.take_jobs() {
-            let _gone = job.done.send(Err(error.clone()));
+            job.answer(Err(error.clone()), Duration::ZERO);
         }
         link.close();
         reap(child, Duration::ZERO).await;
@@ -88,7 +88,7 @@ impl Supervisor {
             metrics::histogram!("keybroker_token_seconds").record(spent);
             self.queue.served(spent);
         }
-        let _gone = job.done.send(result);
+        job.answer(result, spent);
         self.queue.dispatch();
     }
 
@@ -139,15 +139,18 @@ impl Supervisor {
                 deadline: Deadline::after(CANARY_TIMEOUT),
                 done,
                 queued: Instant::now(),
+                waited: Duration::ZERO,
                 retried: true,
             });
             match tokio::time::timeout(CANARY_TIMEOUT, answer).await {
-                Ok(Ok(Ok(_))) => {
+                Ok(Ok(Answer { result: Ok(_), .. })) => {
                     failures = 0;
                     self.note_canary();
                 }
                 // Most causes have ended the worker already, in `error_of`.
-                Ok(Ok(Err(error))) => {
+                Ok(Ok(Answer {
+                    result: Err(error), ..
+                })) => {
                     tracing::warn!(%error, pid = link.pid(), "canary");
                     failures += 1;
                     if failures >= CANARY_FAILURES_MAX {

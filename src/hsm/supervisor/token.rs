@@ -1,12 +1,15 @@
 //! The supervisor as the broker's [`Token`].
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
 
 use crate::{
-    call::Deadline,
+    call::{Deadline, away},
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{
         Error, Serving, Token, TokenState,
@@ -34,10 +37,14 @@ impl Supervisor {
             deadline,
             done,
             queued: Instant::now(),
+            waited: Duration::ZERO,
             retried: false,
         })?;
         match tokio::time::timeout_at(deadline.instant().into(), answer).await {
-            Ok(Ok(result)) => result,
+            Ok(Ok(answer)) => {
+                away::note(answer.away);
+                answer.result
+            }
             Ok(Err(_)) => Err(Error::Down("the job was dropped".to_owned())),
             Err(_) => Err(Error::Deadline),
         }

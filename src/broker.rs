@@ -47,6 +47,7 @@ mod release;
 mod request;
 #[cfg(test)]
 mod tests;
+mod uses;
 
 pub use crate::{
     hsm::{Serving, TokenInfo, TokenState, WorkerInfo},
@@ -54,12 +55,13 @@ pub use crate::{
 };
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use maintenance::Health;
-pub use reading::{ListPage, ListRequest};
+pub use reading::{ListPage, ListRequest, RecordView};
 pub use release::Released;
 
 use policy::Permit;
 use refusals::Refusals;
 use registry::Registry;
+use uses::Uses;
 
 /// Which of whose keys, within the principal's tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +104,7 @@ pub struct Broker {
     /// What was wrong with the registry when it was last looked at.
     registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
+    uses: Uses,
     store_up: AtomicBool,
     /// Mutations under way, which outlive their callers.
     mutations: TaskTracker,
@@ -119,13 +122,15 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_complaint: Mutex::default(),
             refusals: Refusals::default(),
+            uses: Uses::default(),
             store_up: AtomicBool::new(true),
             mutations: TaskTracker::new(),
             unresolved: Mutex::default(),
         })
     }
 
-    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted. Called once
+    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what was
+    /// used. Called once
     /// the doors are shut.
     pub async fn finish(&self, deadline: Deadline) {
         self.mutations.close();
@@ -139,6 +144,13 @@ impl Broker {
             );
         }
         self.flush_refusals().await;
+        let uses = self.flush_uses(usize::MAX);
+        if tokio::time::timeout(deadline.remaining(), uses)
+            .await
+            .is_err()
+        {
+            tracing::warn!("the last uses of some records were not written");
+        }
     }
 
     /// Records that a call of an authenticated principal went no further than the door, because it did not parse or had

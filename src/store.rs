@@ -8,7 +8,7 @@
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
-use std::{fmt, fs::File, sync::Arc};
+use std::{collections::HashMap, fmt, fs::File, sync::Arc};
 
 use async_trait::async_trait;
 
@@ -179,6 +179,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// Forgets request ids older than 24 hours; returns how many.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
+
+    /// Notes when records were last released: apart from their rows, which no read rewrites. A later time that is known stays.
+    async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error>;
+
+    /// When records were last released, of those of which it is known.
+    async fn last_uses(&self, records: &[RecordId]) -> Result<HashMap<RecordId, Timestamp>, Error>;
 
     /// All registry rows, by sequence.
     async fn registry(&self) -> Result<Vec<RegistryRow>, Error>;

@@ -70,6 +70,10 @@ impl Broker {
 
     /// Runs until `stop`; one per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        tokio::join!(self.look_after(&stop), self.write_uses(&stop));
+    }
+
+    async fn look_after(&self, stop: &CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut count: u64 = 0;

@@ -1,9 +1,11 @@
 //! Metadata of records: one, or a page of many. No key material is touched.
 
+use std::collections::HashMap;
+
 use crate::{
-    call::Call,
+    call::{Call, Timestamp},
     error::Error,
-    key::{KeyName, UserId},
+    key::{KeyName, RecordId, UserId},
     principal::{Action, Principal},
     store::{ListQuery, PAGE_SIZE_MAX, RecordInfo},
 };
@@ -23,11 +25,20 @@ pub struct ListRequest {
     pub limit: u32,
 }
 
+/// A record and when its key was last released.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordView {
+    /// What the record says.
+    pub info: RecordInfo,
+    /// When its key was last released, as far as was written down.
+    pub used: Option<Timestamp>,
+}
+
 /// One page of records, ordered by user, then key name, bytewise.
 #[derive(Clone, Debug)]
 pub struct ListPage {
     /// The records.
-    pub records: Vec<RecordInfo>,
+    pub records: Vec<RecordView>,
     /// Where the next page begins after; absent at the end.
     pub next: Option<(UserId, KeyName)>,
 }
@@ -39,7 +50,7 @@ impl Broker {
         principal: &Principal,
         call: &Call,
         key: &UserKeyRef,
-    ) -> Result<RecordInfo, Error> {
+    ) -> Result<RecordView, Error> {
         observed(Action::Get, call, async {
             let permit = self.permit(principal, call, Action::Get, Some(key)).await?;
             let mut draft = Draft::new(principal, call, Action::Get, Some(key));
@@ -49,7 +60,8 @@ impl Broker {
                 .existing_record(&permit, call, &address, &mut draft)
                 .await;
             let (record, _) = self.conclude(draft, record).await?;
-            Ok(record.info)
+            let mut views = self.with_uses(call, vec![record.info]).await;
+            Ok(views.remove(0))
         })
         .await
     }
@@ -95,6 +107,24 @@ impl Broker {
             .last()
             .filter(|_| full)
             .map(|last| (last.address.user.clone(), last.address.name.clone()));
+        let records = self.with_uses(call, records).await;
         Ok(ListPage { records, next })
+    }
+
+    /// Adds when each was last released. Without it everything else is still told.
+    async fn with_uses(&self, call: &Call, records: Vec<RecordInfo>) -> Vec<RecordView> {
+        let ids: Vec<RecordId> = records.iter().map(|info| info.id).collect();
+        let uses = match within(call, self.store.last_uses(&ids)).await {
+            Ok(uses) => uses,
+            Err(error) => {
+                tracing::warn!(call_id = %call.id, %error, "last uses not read");
+                HashMap::new()
+            }
+        };
+        let view = |info: RecordInfo| RecordView {
+            used: uses.get(&info.id).copied(),
+            info,
+        };
+        records.into_iter().map(view).collect()
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     call::Call,
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
-    key::{KeyAddress, Revision},
+    key::{KeyAddress, RecordId, Revision},
     principal::{Action, Principal},
     secret::KeyMaterial,
     store::{Record, RecordState},
@@ -61,7 +61,8 @@ impl Broker {
             let unwrapped = self
                 .unwrap_record(&permit, call, &address, &mut draft)
                 .await;
-            let (material, entry) = self.conclude(draft, unwrapped).await?;
+            let ((record, material), entry) = self.conclude(draft, unwrapped).await?;
+            self.uses.note(record);
             Ok(Released::new(material, entry))
         })
         .await
@@ -73,7 +74,7 @@ impl Broker {
         call: &Call,
         address: &KeyAddress,
         draft: &mut Draft,
-    ) -> Result<(KeyMaterial, Revision), Error> {
+    ) -> Result<(RecordId, (KeyMaterial, Revision)), Error> {
         let record = self.active_record(permit, call, address, draft).await?;
         let envelope = self.readable_envelope(&record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
@@ -84,7 +85,7 @@ impl Broker {
         };
         let job = self.token.unwrap(&envelope, context, call.deadline);
         let material = within(call, job).await?;
-        Ok((material, record.info.revision))
+        Ok((record.info.id, (material, record.info.revision)))
     }
 
     /// The record at an address, if it is active. Needs the proof that policy was asked.

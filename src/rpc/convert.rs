@@ -3,7 +3,7 @@
 use prost_types::Timestamp as WireTimestamp;
 
 use crate::{
-    broker::{RecordInfo, RecordState, UserKeyRef},
+    broker::{RecordInfo, RecordState, RecordView, UserKeyRef},
     call::Timestamp,
     error::Error,
     key::{KeyName, Purpose, Revision, UserId, WrappingKeyState},
@@ -47,6 +47,14 @@ pub(super) fn user_key(info: &RecordInfo) -> proto::UserKey {
         create_time: Some(timestamp(info.created)),
         update_time: Some(timestamp(info.updated)),
         delete_time: info.deleted.map(timestamp),
+        last_use_time: None,
+    }
+}
+
+pub(super) fn user_key_view(view: &RecordView) -> proto::UserKey {
+    proto::UserKey {
+        last_use_time: view.used.map(timestamp),
+        ..user_key(&view.info)
     }
 }
 

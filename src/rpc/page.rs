@@ -27,14 +27,19 @@ pub(super) fn message(mut page: ListPage, bytes_max: usize) -> proto::ListUserKe
     let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
     let mut user_keys = Vec::with_capacity(page.records.len());
     for record in &page.records {
-        let user_key = convert::user_key(record);
+        let user_key = convert::user_key_view(record);
         let length = user_key.encoded_len() + OVERHEAD;
         if length > room {
             let last = user_keys
                 .len()
                 .checked_sub(1)
                 .and_then(|at| page.records.get(at));
-            page.next = last.map(|last| (last.address.user.clone(), last.address.name.clone()));
+            page.next = last.map(|last| {
+                (
+                    last.info.address.user.clone(),
+                    last.info.address.name.clone(),
+                )
+            });
             break;
         }
         room -= length;

@@ -197,7 +197,7 @@ impl UserKeyService for UserKeys {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::GetUserKeyResponse {
-            user_key: Some(convert::user_key(&found)),
+            user_key: Some(convert::user_key_view(&found)),
         }))
     }
 

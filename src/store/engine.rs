@@ -25,6 +25,7 @@ use super::{
 mod calls;
 mod lookups;
 mod tables;
+mod uses;
 
 /// A transaction that lost to another is tried so many times in all.
 const ATTEMPTS_MAX: u32 = 8;

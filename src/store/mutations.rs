@@ -273,9 +273,9 @@ pub(super) async fn purge(
         Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
         Err(error) => return Err(error),
     }
-    session
-        .execute(tables.delete_revisions, vec![record.into()])
-        .await?;
+    for statement in [tables.delete_use, tables.delete_revisions] {
+        session.execute(statement, vec![record.into()]).await?;
+    }
     expect_one(
         session
             .execute(tables.delete_record, vec![record.into()])

@@ -142,6 +142,12 @@ pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     Ok((call, time(row, 2, "changes.changed_us")?))
 }
 
+/// All columns of a row of the last uses.
+pub(super) fn last_use(row: &impl Columns) -> Result<(RecordId, Timestamp), Error> {
+    let record = array(row, 0, "last_uses.record_id").map(RecordId::from_bytes)?;
+    Ok((record, time(row, 1, "last_uses.used_us")?))
+}
+
 /// All columns of a row of the registry, in the order of the table.
 pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
     let purpose = text(row, 2, "wrapping_keys.purpose")?;

@@ -63,6 +63,9 @@ pub(super) struct Statements {
     pub(super) durability: &'static str,
 }
 
+/// How many records one statement asks for.
+pub(super) const RECORDS_AT_ONCE: usize = 50;
+
 /// What an engine must be able to say of whole tables: see `tables.rs`.
 #[derive(Debug)]
 pub(super) struct TableStatements {
@@ -71,6 +74,7 @@ pub(super) struct TableStatements {
     pub(super) revisions: OfTable,
     pub(super) changes: OfTable,
     pub(super) requests: OfTable,
+    pub(super) last_uses: OfTable,
     /// record, revision. Deletes nothing that is current.
     pub(super) delete_superseded: &'static str,
     /// record.
@@ -79,6 +83,12 @@ pub(super) struct TableStatements {
     pub(super) delete_record: &'static str,
     /// call.
     pub(super) delete_change: &'static str,
+    /// record.
+    pub(super) delete_use: &'static str,
+    /// record, at. Changes nothing when a later use is known.
+    pub(super) note_use: &'static str,
+    /// Records, as many as [`RECORDS_AT_ONCE`]: record, at of those of which it is known.
+    pub(super) uses: &'static str,
 }
 
 /// All columns are those of [`Table::columns`], in that order.
@@ -100,6 +110,7 @@ impl TableStatements {
             Table::Revisions => &self.revisions,
             Table::Changes => &self.changes,
             Table::Requests => &self.requests,
+            Table::LastUses => &self.last_uses,
         }
     }
 }

@@ -33,6 +33,8 @@ pub enum Table {
     Changes,
     /// Request ids.
     Requests,
+    /// When records were last released.
+    LastUses,
 }
 
 /// What a column holds.
@@ -46,11 +48,12 @@ pub(super) enum Kind {
 
 impl Table {
     /// All of them, in the order in which rows can be added.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Records,
         Self::Revisions,
         Self::Changes,
         Self::Requests,
+        Self::LastUses,
         Self::WrappingKeys,
     ];
 
@@ -62,13 +65,14 @@ impl Table {
             Self::Revisions => "revisions",
             Self::Changes => "changes",
             Self::Requests => "requests",
+            Self::LastUses => "last_uses",
         }
     }
 
     /// How many columns, of the first ones, are the key.
     pub(super) const fn key_columns(self) -> usize {
         match self {
-            Self::WrappingKeys | Self::Records | Self::Changes => 1,
+            Self::WrappingKeys | Self::Records | Self::Changes | Self::LastUses => 1,
             Self::Revisions => 2,
             Self::Requests => 3,
         }
@@ -102,6 +106,7 @@ impl Table {
             ],
             Self::Revisions => &[Bytes, Integer, Bytes, Bytes, Integer],
             Self::Changes => &[Bytes, Bytes, Integer],
+            Self::LastUses => &[Bytes, Integer],
             Self::Requests => &[
                 Text,
                 Text,

@@ -24,6 +24,7 @@ mod faulty;
 mod faulty_token;
 mod hang;
 mod json;
+mod last_uses;
 mod pki;
 mod process;
 mod purge;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use keybroker::{
-    key::{Revision, Tenant},
+    call::Timestamp,
+    key::{RecordId, Revision, Tenant},
     store::{Error, ListQuery},
 };
 use tokio::task::JoinSet;
@@ -183,6 +184,56 @@ pub(crate) async fn reads_change_nothing(engine: &Engine) {
         store.ping().await.unwrap();
     }
     assert_eq!(look(), before);
+}
+
+/// What is noted of a release touches no row of a record, and its loss loses nothing else.
+pub(crate) async fn last_uses_are_apart_from_the_records(engine: &Engine) {
+    let store = engine.open().await;
+    // More than one statement asks for, and more than one transaction's worth for nobody.
+    let ids: Vec<RecordId> = (0..120).map(record_id).collect();
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+    let look = || {
+        engine.sql(engine.pick(
+            "SELECT * FROM records; SELECT * FROM revisions",
+            "SELECT ctid, xmin, * FROM records; SELECT ctid, xmin, * FROM revisions",
+            "SELECT * FROM records; SELECT * FROM revisions",
+        ))
+    };
+    let before = look();
+    let at = |micros: i64| Timestamp::from_micros(micros);
+    let uses: Vec<_> = ids.iter().map(|id| (*id, at(100))).collect();
+    store.note_uses(&uses).await.unwrap();
+    // A later one counts; an earlier one, of a broker that writes late, does not.
+    store
+        .note_uses(&[(ids[0], at(50)), (ids[1], at(150))])
+        .await
+        .unwrap();
+    assert!(store.last_uses(&[]).await.unwrap().is_empty());
+    let mut asked = ids.clone();
+    asked.push(record_id(200));
+    let known = store.last_uses(&asked).await.unwrap();
+    assert_eq!(
+        (
+            known.len(),
+            known[&ids[0]],
+            known[&ids[1]],
+            known[&ids[119]]
+        ),
+        (120, at(100), at(150), at(100))
+    );
+    assert_eq!(look(), before);
+
+    engine.sql("DROP TABLE last_uses");
+    store.note_uses(&uses).await.unwrap_err();
+    store.last_uses(&ids).await.unwrap_err();
+    assert!(store.record(&user("alice")).await.unwrap().is_some());
+    store
+        .supersede(revision(&user("alice"), 1, 2), stamp())
+        .await
+        .unwrap();
 }
 
 /// The longest that the vocabulary lets through is stored whole, on engines that give their columns a length, too.

@@ -68,7 +68,10 @@ pub(crate) async fn what_is_old_is_purged_and_nothing_else(engine: &Engine) {
     }
     store.undelete(record_id(4), stamp_of(35)).await.unwrap();
 
+    let used: Vec<_> = (1..=4).map(|id| (record_id(id), days_ago(45))).collect();
+    store.note_uses(&used).await.unwrap();
     assert_eq!(purge(&store, 30).await, (1, 1));
+    assert_eq!(store.count(Table::LastUses).await.unwrap(), 3);
     let left = |id, revision| store.revision(record_id(id), number(revision));
     assert!(left(1, 1).await.unwrap().is_none());
     assert!(left(1, 2).await.unwrap().is_some());

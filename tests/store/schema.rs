@@ -8,6 +8,11 @@ use super::{Engine, Place, revision, stamp, user};
 /// The way back leads to an empty database, and from there forwards again.
 pub(crate) async fn a_migration_leads_back(engine: &Engine) {
     engine.sql(engine.pick(
+        include_str!("../../migrations/sqlite/0002_last_uses.down.sql"),
+        include_str!("../../migrations/postgres/0002_last_uses.down.sql"),
+        include_str!("../../migrations/mysql/0002_last_uses.down.sql"),
+    ));
+    engine.sql(engine.pick(
         include_str!("../../migrations/sqlite/0001_initial.down.sql"),
         include_str!("../../migrations/postgres/0001_initial.down.sql"),
         include_str!("../../migrations/mysql/0001_initial.down.sql"),
@@ -21,12 +26,40 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
     assert_eq!(left.trim(), "");
     engine.sql("DELETE FROM _sqlx_migrations");
     let report = store::migrate(&engine.settings, false).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 1));
+    assert_eq!((report.before, report.pending.len()), (0, 2));
     let store = engine.open().await;
     store
         .create(revision(&user("alice"), 1, 1), stamp())
         .await
         .unwrap();
+}
+
+/// One step back and forth again, with records there: what the step did not make is left alone.
+pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
+    let store = engine.open().await;
+    let alice = user("alice");
+    let created = store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    store
+        .note_uses(&[(created.id, created.created)])
+        .await
+        .unwrap();
+    store.close().await;
+    engine.sql(engine.pick(
+        include_str!("../../migrations/sqlite/0002_last_uses.down.sql"),
+        include_str!("../../migrations/postgres/0002_last_uses.down.sql"),
+        include_str!("../../migrations/mysql/0002_last_uses.down.sql"),
+    ));
+    engine.sql("DELETE FROM _sqlx_migrations WHERE version = 2");
+    let older = store::open(&engine.settings).await.unwrap_err();
+    assert!(matches!(&older, Error::Schema(what) if what.contains("store migrate")));
+    let report = store::migrate(&engine.settings, false).await.unwrap();
+    assert_eq!(
+        (report.before, report.pending),
+        (1, vec!["0002 last uses".to_owned()])
+    );
+    let store = engine.open().await;
+    assert_eq!(store.record(&alice).await.unwrap().unwrap().info, created);
+    assert!(store.last_uses(&[created.id]).await.unwrap().is_empty());
 }
 
 pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
@@ -35,7 +68,7 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
         Place::Server(server, _) => Engine::bare_on(server),
     };
     let report = store::migrate(&engine.settings, true).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 1));
+    assert_eq!((report.before, report.pending.len()), (0, 2));
     let status = store::status(&engine.settings).await.unwrap();
     assert_eq!((status.current, status.newest), (0, report.newest));
     let refused = store::open(&engine.settings).await.unwrap_err();
@@ -92,8 +125,8 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
             .await
             .unwrap();
     }
-    let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success");
-    assert_eq!(applied.trim(), "1");
+    let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version");
+    assert_eq!(applied.trim(), "1\n2");
 }
 
 /// An administrator who looks into the database finds what each column means.

@@ -56,6 +56,7 @@ on_every_engine!(
     lookups_at_once_each_get_their_own,
     a_truncated_envelope_is_handed_on_as_it_is,
     the_longest_values_fit,
+    last_uses_are_apart_from_the_records,
     what_is_old_is_purged_and_nothing_else,
     a_purge_can_be_stopped_and_begun_again,
     a_record_that_is_wanted_back_meanwhile_is_not_purged,
@@ -66,6 +67,7 @@ on_every_engine!(
     a_target_with_anything_else_is_refused,
     a_change_during_a_copy_is_found,
     a_migration_leads_back,
+    a_step_back_keeps_the_records,
     a_dry_run_changes_no_database,
     a_schema_that_is_too_new_is_refused,
 );

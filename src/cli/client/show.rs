@@ -21,6 +21,7 @@ pub(super) fn record(record: &proto::UserKey) -> Vec<Field> {
         ("created", time(record.create_time.as_ref())),
         ("updated", time(record.update_time.as_ref())),
         ("deleted", time(record.delete_time.as_ref())),
+        ("last_used", time(record.last_use_time.as_ref())),
     ]
 }
 

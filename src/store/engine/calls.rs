@@ -1,6 +1,6 @@
 //! The calls of [`Store`], for any engine.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -180,6 +180,14 @@ impl<E: Engine> Store for EngineStore<E> {
                 return Ok(forgotten);
             }
         }
+    }
+
+    async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error> {
+        self.write_uses(uses).await
+    }
+
+    async fn last_uses(&self, records: &[RecordId]) -> Result<HashMap<RecordId, Timestamp>, Error> {
+        self.read_uses(records).await
     }
 
     async fn registry(&self) -> Result<Vec<RegistryRow>, Error> {

@@ -44,10 +44,22 @@ pub(super) const TABLES: TableStatements = TableStatements {
                  updated_us, deleted_us, used_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
                  ?, ?)",
     },
+    last_uses: OfTable {
+        count: "SELECT count(*) FROM last_uses",
+        page: "SELECT record_id, used_us FROM last_uses WHERE record_id > ? ORDER BY record_id \
+               LIMIT ?",
+        insert: "INSERT INTO last_uses (record_id, used_us) VALUES (?, ?)",
+    },
     delete_superseded: "DELETE FROM revisions WHERE record_id = ? AND revision = ? AND revision < \
                         (SELECT r.revision FROM records r WHERE r.record_id = \
                         revisions.record_id)",
     delete_revisions: "DELETE FROM revisions WHERE record_id = ?",
     delete_record: "DELETE FROM records WHERE record_id = ?",
     delete_change: "DELETE FROM changes WHERE call_id = ?",
+    delete_use: "DELETE FROM last_uses WHERE record_id = ?",
+    note_use: "INSERT INTO last_uses (record_id, used_us) VALUES (?, ?) \
+               ON DUPLICATE KEY UPDATE used_us = GREATEST(used_us, VALUES(used_us))",
+    uses: "SELECT record_id, used_us FROM last_uses WHERE record_id IN (?, ?, ?, ?, ?, ?, ?, ?, \
+           ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
+           ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 };

@@ -46,10 +46,23 @@ pub(super) const TABLES: TableStatements = TableStatements {
                  updated_us, deleted_us, used_us) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, \
                  ?10, ?11, ?12, ?13, ?14, ?15) ON CONFLICT DO NOTHING",
     },
+    last_uses: OfTable {
+        count: "SELECT count(*) FROM last_uses",
+        page: "SELECT record_id, used_us FROM last_uses WHERE record_id > ?1 ORDER BY record_id \
+               LIMIT ?2",
+        insert: "INSERT INTO last_uses (record_id, used_us) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+    },
     delete_superseded: "DELETE FROM revisions WHERE record_id = ?1 AND revision = ?2 AND revision \
                         < (SELECT r.revision FROM records r WHERE r.record_id = \
                         revisions.record_id)",
     delete_revisions: "DELETE FROM revisions WHERE record_id = ?1",
     delete_record: "DELETE FROM records WHERE record_id = ?1",
     delete_change: "DELETE FROM changes WHERE call_id = ?1",
+    delete_use: "DELETE FROM last_uses WHERE record_id = ?1",
+    note_use: "INSERT INTO last_uses (record_id, used_us) VALUES (?1, ?2) ON CONFLICT (record_id) \
+               DO UPDATE SET used_us = excluded.used_us WHERE excluded.used_us > last_uses.used_us",
+    uses: "SELECT record_id, used_us FROM last_uses WHERE record_id IN (?1, ?2, ?3, ?4, ?5, ?6, \
+           ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, \
+           ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38, ?39, ?40, \
+           ?41, ?42, ?43, ?44, ?45, ?46, ?47, ?48, ?49, ?50)",
 };

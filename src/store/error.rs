@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use sqlx::{
-    error::DatabaseError, mysql::MySqlDatabaseError, postgres::PgDatabaseError, sqlite::SqliteError,
+    error::{DatabaseError, ErrorKind},
+    mysql::MySqlDatabaseError,
+    postgres::PgDatabaseError,
+    sqlite::SqliteError,
 };
 
 use crate::error::{self, Reason};
@@ -72,6 +75,12 @@ impl From<sqlx::Error> for Error {
 
 /// Each engine has its own numbers, and the same number means something else on another.
 fn from_database(database: &(dyn DatabaseError + 'static)) -> Error {
+    // No call breaks a constraint of its own, so the rows that it met are not as they were left: to try again is no help.
+    if !matches!(database.kind(), ErrorKind::Other) {
+        return Error::Corrupt(format!(
+            "rows that contradict each other: {database}; compare with a backup"
+        ));
+    }
     if let Some(error) = database.try_downcast_ref::<PgDatabaseError>() {
         from_postgres(error)
     } else if let Some(error) = database.try_downcast_ref::<MySqlDatabaseError>() {

@@ -122,6 +122,27 @@ pub(crate) async fn lookups_at_once_each_get_their_own(engine: &Engine) {
     }
 }
 
+/// Somebody set a record back to an earlier revision: what the next change would write is there already. To be told to try
+/// again would be no help.
+pub(crate) async fn a_record_that_was_set_back_is_damaged(engine: &Engine) {
+    let store = engine.open().await;
+    let alice = user("alice");
+    store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    store
+        .supersede(revision(&alice, 1, 2), stamp())
+        .await
+        .unwrap();
+    engine.sql("UPDATE records SET revision = 1");
+    match store.supersede(revision(&alice, 1, 2), stamp()).await {
+        Err(Error::Corrupt(what)) => assert!(what.contains("contradict"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    // Nothing of it was done.
+    let written = engine.sql("SELECT revision FROM records");
+    assert_eq!(written.trim(), "1");
+    store.ping().await.unwrap();
+}
+
 pub(crate) async fn a_truncated_envelope_is_handed_on_as_it_is(engine: &Engine) {
     let store = engine.open().await;
     store

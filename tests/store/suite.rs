@@ -54,6 +54,7 @@ on_every_engine!(
     reads_change_nothing,
     rows_that_do_not_decode_are_corrupt_by_name,
     lookups_at_once_each_get_their_own,
+    a_record_that_was_set_back_is_damaged,
     a_truncated_envelope_is_handed_on_as_it_is,
     the_longest_values_fit,
     last_uses_are_apart_from_the_records,

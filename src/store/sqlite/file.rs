@@ -18,6 +18,8 @@ static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
 /// Group may read (backups); nobody else may do anything.
 const OPEN_TO_OTHERS: u32 = 0o027;
 
+const ROOT: u32 = 0;
+
 /// Refuses a file that is not there, or that others can change or read.
 pub(in crate::store) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
@@ -33,7 +35,19 @@ pub(in crate::store) fn check(path: &Path) -> Result<(), Error> {
             format!("{shown} has mode {mode:03o}: others can use it; run `chmod 600 {shown}`");
         return Err(Error::Down(what.into()));
     }
+    let (owner, ours) = (meta.uid(), rustix::process::geteuid().as_raw());
+    if is_foreign(owner, ours) {
+        let what = format!(
+            "{shown} belongs to user {owner}, who can change it behind the broker's back; run `chown {ours} {shown}`"
+        );
+        return Err(Error::Down(what.into()));
+    }
     Ok(())
+}
+
+/// Root may do anything to any file, whoever it belongs to.
+fn is_foreign(owner: u32, ours: u32) -> bool {
+    ours != ROOT && owner != ROOT && owner != ours
 }
 
 async fn current(pool: &SqlitePool) -> Result<i64, Error> {
@@ -122,4 +136,19 @@ pub(in crate::store) fn lock(path: &Path) -> Result<StoreLock, Error> {
 fn note_holder(file: &mut File) -> std::io::Result<()> {
     file.set_len(0)?;
     file.write_all(std::process::id().to_string().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_ours_or_roots() {
+        const BROKER: u32 = 990;
+        const SOMEBODY: u32 = 1_000;
+        assert!(is_foreign(SOMEBODY, BROKER));
+        for (owner, ours) in [(BROKER, BROKER), (ROOT, BROKER), (SOMEBODY, ROOT)] {
+            assert!(!is_foreign(owner, ours), "{owner} {ours}");
+        }
+    }
 }

@@ -291,6 +291,7 @@ main() {
   "${ENGINE}_restore"
   broker store status
   quietly token check
+  broker store check
   start_broker || fail 'the broker did not start on what was restored'
   compare
   stop_broker || fail 'the broker did not stop cleanly'

@@ -43,6 +43,7 @@ mod statements;
 pub mod tables;
 mod url;
 
+pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
 
 use mysql::MySqlOrMariaDb;
@@ -103,26 +104,6 @@ pub fn lock(settings: &Settings) -> Result<StoreLock, Error> {
 #[derive(Debug)]
 pub struct StoreLock {
     _file: Option<File>,
-}
-
-/// The schema of a database and of this binary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SchemaStatus {
-    /// Version of the database; 0 when it has none.
-    pub current: i64,
-    /// Newest version that this binary knows.
-    pub newest: i64,
-}
-
-/// What a migration did, or would do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MigrationReport {
-    /// Version before.
-    pub before: i64,
-    /// Version after.
-    pub newest: i64,
-    /// The migrations between, in order.
-    pub pending: Vec<String>,
 }
 
 /// Records per page at most.

@@ -3,10 +3,30 @@
 use sqlx::migrate::Migrator;
 
 use super::{
-    Error, MigrationReport, SchemaStatus,
+    Error,
     session::{Columns as _, Session},
     statements::Statements,
 };
+
+/// The schema of a database and of this binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchemaStatus {
+    /// Version of the database; 0 when it has none.
+    pub current: i64,
+    /// Newest version that this binary knows.
+    pub newest: i64,
+}
+
+/// What a migration did, or would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationReport {
+    /// Version before.
+    pub before: i64,
+    /// Version after.
+    pub newest: i64,
+    /// The migrations between, in order.
+    pub pending: Vec<String>,
+}
 
 /// The newest schema that this binary knows.
 pub(super) fn newest(migrator: &Migrator) -> i64 {

@@ -188,8 +188,8 @@ fn a_copy_that_was_killed_goes_on() {
     let site = Arc::new(Site::fresh(Options::default()));
     site.sql(&format!(
         "BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {RECORDS})
-         INSERT INTO records SELECT CAST(printf('%016d', i) AS BLOB), 'default', 'user-' || i, 'vault', 'active', 1, 1, 1, \
-         NULL FROM n;
+         INSERT INTO records SELECT CAST(printf('%016d', i) AS BLOB), 'default', 'user-' || i, 'vault', \
+         'active', 1, 1, 1, NULL FROM n;
          INSERT INTO revisions SELECT record_id, 1, x'01', zeroblob(16), 1 FROM records; COMMIT"
     ));
     let (file, url) = another(&site);

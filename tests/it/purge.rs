@@ -21,7 +21,8 @@ fn json(text: &str) -> Value {
 fn age(site: &Site, days: u64) {
     let by = days * DAY_US;
     site.sql(&format!(
-        "UPDATE records SET created_us = created_us - {by}, updated_us = updated_us - {by}, deleted_us = deleted_us - {by}; \
+        "UPDATE records SET created_us = created_us - {by}, updated_us = updated_us - {by}, \
+             deleted_us = deleted_us - {by}; \
          UPDATE revisions SET created_us = created_us - {by}; UPDATE changes SET changed_us = changed_us - {by}"
     ));
 }
@@ -164,7 +165,8 @@ async fn on_a_server_it_runs_beside_a_broker() {
         server.sql(
             &database,
             &format!(
-                "UPDATE records SET deleted_us = deleted_us - {by}; UPDATE revisions SET created_us = created_us - {by};"
+                "UPDATE records SET deleted_us = deleted_us - {by}; \
+                 UPDATE revisions SET created_us = created_us - {by};"
             ),
         );
         let purged = json(&site.expect_ok(&["-o", "json", "store", "purge"]));

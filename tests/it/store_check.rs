@@ -129,7 +129,8 @@ async fn every_bad_row_is_named_and_nothing_is_changed() {
         site.sql(&format!("PRAGMA ignore_check_constraints = ON; {damage}"));
     }
     site.sql(
-        "DELETE FROM revisions WHERE revision = 1 AND record_id = (SELECT record_id FROM records WHERE user = 'orphan'); \
+        "DELETE FROM revisions WHERE revision = 1 AND record_id = \
+             (SELECT record_id FROM records WHERE user = 'orphan'); \
          DELETE FROM records WHERE user = 'orphan'",
     );
 

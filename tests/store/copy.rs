@@ -23,8 +23,8 @@ async fn source() -> Engine {
     let engine = Engine::sqlite().await;
     engine.sql(&format!(
         "BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {MANY})
-         INSERT INTO records SELECT CAST(printf('%016d', i) AS BLOB), 'default', 'user-' || i, 'vault', 'active', 1, i, i, \
-         NULL FROM n;
+         INSERT INTO records SELECT CAST(printf('%016d', i) AS BLOB), 'default', 'user-' || i, 'vault', \
+         'active', 1, i, i, NULL FROM n;
          INSERT INTO revisions SELECT record_id, 1, randomblob(300), zeroblob(16), created_us FROM records; COMMIT"
     ));
     let store = engine.tables().await;

@@ -274,10 +274,20 @@ impl std::convert::From<CopyError> for Failure {
     fn from(error: CopyError) -> Self {
         let what = error.to_string();
         match error {
-            CopyError::Source(error) | CopyError::Target(error) => Self {
-                message: what,
-                ..Self::from(error)
-            },
+            CopyError::Source(error) | CopyError::Target(error) => {
+                let began = !matches!(error, store::Error::Schema(_) | store::Error::Durability(_));
+                let failure = Self {
+                    message: what,
+                    ..Self::from(error)
+                };
+                if !began {
+                    return failure;
+                }
+                failure.hint(
+                    "the same command goes on where this one stopped; a row that is refused is named by `keybroker \
+                     store check` on the database to copy from",
+                )
+            }
             CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
                 Self::new(Exit::Verification, what).hint(
                     "nothing of it was changed. It is no earlier part of this copy: choose an empty database, or find \

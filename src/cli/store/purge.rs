@@ -78,8 +78,8 @@ fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failur
         Some(days) if days < promised => Err(Failure::new(
             Exit::Usage,
             format!(
-                "--older-than {days} is less than `store.retention_days`, which is {promised}: what is younger can still be \
-                 wanted back; nothing was removed"
+                "--older-than {days} is less than `store.retention_days`, which is {promised}: what is younger can \
+                 still be wanted back; nothing was removed"
             ),
         )
         .hint("if it is to be kept for a shorter time, change the configuration first")),

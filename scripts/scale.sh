@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+# Measures what a large database costs: `keybroker bench` on a database of a thousand records and on one of a million, in
+# turn, with SoftHSM, each engine on a server of its own. Everything lives in a throwaway folder. Ends with a table: the
+# medians of the rounds, and the median of the rounds' ratios.
+#
+# Usage: scale.sh [--engine sqlite|postgres|mariadb]… [--records COUNT] [--rounds COUNT] [--seconds COUNT] [PROGRAM]
+#
+#   scale.sh                                        all three engines, a million records: about an hour, 4 GB
+#   scale.sh --engine sqlite --records 10000 --rounds 1 --seconds 2
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")/.."
+
+ENGINES=()
+FEW=1000
+MANY=1000000
+ROUNDS=9
+SECONDS_EACH=6
+CONNECTIONS=32
+READY_SECONDS=60
+# The server's own memory for pages. MariaDB reads past the kernel's, so less than the database costs a read from the disk
+# for most calls.
+PAGES=2G
+
+PROGRAM=
+WORK=
+SERVER=
+SERVER_PID=
+
+step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+fail() {
+  printf 'scale: %s\n' "$1" >&2
+  exit 1
+}
+
+stop_server() {
+  [[ -z $SERVER_PID ]] || { kill -TERM "$SERVER_PID" && wait "$SERVER_PID"; } 2>/dev/null || true
+  [[ -z $SERVER ]] || rm -rf "$SERVER"
+  SERVER_PID='' SERVER=''
+}
+
+clean_up() {
+  local status=$?
+  trap - EXIT INT TERM
+  stop_server
+  [[ -z $WORK ]] || rm -rf "$WORK"
+  exit "$status"
+}
+
+# --- the databases ---------------------------------------------------------------------------------------------------
+
+# Servers refuse to run as root, so they run as the user that their package made, or as nobody.
+as_server() {
+  if [[ $(id -u) -ne 0 ]]; then "$@"; else setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@"; fi
+}
+
+# In the background, with its own process id and not that of a shell around it: whoever ends that leaves the server behind.
+start_server() {
+  local command=("$@")
+  [[ $(id -u) -ne 0 ]] || command=(setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@")
+  "${command[@]}" >>"$WORK/server.log" 2>&1 &
+  SERVER_PID=$!
+}
+
+server_folder() {
+  SERVER=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-scale-server.XXXXXX")
+  [[ $(id -u) -ne 0 ]] || chown "$1:nogroup" "$SERVER" 2>/dev/null || chown nobody:nogroup "$SERVER"
+}
+
+until_it_answers() {
+  local deadline=$((SECONDS + READY_SECONDS))
+  until "$@" >/dev/null 2>&1; do
+    kill -0 "$SERVER_PID" 2>/dev/null || fail "the database server did not start: $(tail -n 5 "$WORK/server.log")"
+    ((SECONDS < deadline)) || fail 'the database server does not answer'
+    sleep 0.1
+  done
+}
+
+sqlite_start() { :; }
+sqlite_url() { printf 'sqlite:%s/%s/keybroker.db' "$WORK" "$1"; }
+sqlite_settle() { sqlite3 "$WORK/$1/keybroker.db" 'PRAGMA wal_checkpoint(TRUNCATE)' >/dev/null; }
+
+postgres_start() {
+  server_folder postgres
+  local bin name
+  bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
+  as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
+  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" \
+    -c shared_buffers="${PAGES}B" -c max_wal_size=4GB
+  export PGHOST=$SERVER PGUSER=keybroker
+  until_it_answers psql --dbname=postgres --command='SELECT 1'
+  for name in few many; do createdb "$name"; done
+}
+postgres_url() { printf 'postgres://keybroker@/%s?socket=%s' "$1" "$SERVER"; }
+# What the server would do in the background, during the measurement.
+postgres_settle() { psql --quiet --dbname="$1" --command='VACUUM ANALYZE' --command='CHECKPOINT'; }
+
+mariadb_sql() { mariadb --no-defaults --user=root --socket="$SERVER/socket" "$@"; }
+mariadb_start() {
+  server_folder mysql
+  local name
+  as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
+    --skip-test-db >"$WORK/server.log" 2>&1
+  start_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" --pid-file="$SERVER/pid" \
+    --skip-networking --innodb-buffer-pool-size="$PAGES"
+  until_it_answers mariadb_sql --execute='SELECT 1'
+  mariadb_sql --execute='CREATE USER keybroker@localhost'
+  for name in few many; do mariadb_sql --execute="CREATE DATABASE $name; GRANT ALL ON $name.* TO keybroker@localhost"; done
+}
+mariadb_url() { printf 'mariadb://keybroker@/%s?socket=%s/socket' "$1" "$SERVER"; }
+mariadb_settle() { mariadb_sql "$1" --execute='ANALYZE TABLE records, revisions' >/dev/null; }
+
+# --- the broker ------------------------------------------------------------------------------------------------------
+
+broker() {
+  "$PROGRAM" --config "$WORK/$1/keybroker.toml" "${@:2}" >"$WORK/said" 2>&1 || fail "keybroker ${*:2}: $(cat "$WORK/said")"
+}
+
+token() {
+  local module
+  for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
+  MODULE=$module
+  scripts/dev-ca.sh "$WORK/pki" load
+  mkdir "$WORK/tokens"
+  sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
+  openssl rand -hex 12 >"$WORK/pin"
+  openssl rand -hex 12 >"$WORK/so-pin"
+}
+
+# A configuration, a token and a wrapping key for one database.
+site() {
+  local engine=$1 name=$2
+  rm -rf "${WORK:?}/$name"
+  mkdir "$WORK/$name"
+  cat >"$WORK/$name/keybroker.toml" <<CONF
+[token]
+module = "$MODULE"
+label = "$engine-$name"
+pin_file = "$WORK/pin"
+allow_oaep_sha1 = true
+[token.environment]
+SOFTHSM2_CONF = "$WORK/softhsm2.conf"
+[store]
+url = "$("${engine}_url" "$name")"
+[audit]
+directory = "$WORK/$name/audit"
+[status]
+address = "127.0.0.1:0"
+[[listener]]
+address = "127.0.0.1:0"
+doors = ["grpc"]
+[listener.tls]
+certificate_file = "$WORK/pki/server.pem"
+key_file = "$WORK/pki/server.key"
+client_ca_file = "$WORK/pki/ca.pem"
+[[principal]]
+san = "URI:spiffe://dev.example/load"
+roles = ["enrol", "release"]
+CONF
+  broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
+  broker "$name" store migrate
+  broker "$name" key generate --bits 2048
+}
+
+# One run; its figures into a file of their own.
+measure() {
+  local name=$1 count=$2 seconds=$3 file=$4
+  broker "$name" bench --seed "$count" --seconds "$seconds" --warm-up 3 --connections "$CONNECTIONS" --json "$file" \
+    --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key"
+  rm -rf "${WORK:?}/$name/audit"
+}
+
+MEDIAN='def median: sort | (.[((length - 1) / 2 | floor)] + .[(length / 2 | floor)]) / 2;'
+
+median() { jq --slurp "$MEDIAN map(.$1) | median" "$WORK"/figures/"$2"-"$3"-*.json; }
+
+# Of the rounds' own ratios: the two runs of a round are neighbours, and what else the machine does falls on both.
+ratio() {
+  jq --null-input "$MEDIAN"' [$few, $many | map(.[$field])] | transpose | map(.[1] / .[0]) | median' --arg field "$1" \
+    --slurpfile few <(cat "$WORK"/figures/"$2"-few-*.json) --slurpfile many <(cat "$WORK"/figures/"$2"-many-*.json)
+}
+
+engine() {
+  local engine=$1 round began name order
+  step "$engine: writing $FEW and $MANY records"
+  "${engine}_start"
+  site "$engine" few
+  site "$engine" many
+  measure few "$FEW" 1 "$WORK/said.json"
+  began=$SECONDS
+  measure many "$MANY" 1 "$WORK/said.json"
+  printf '%d records after %d s\n' "$MANY" $((SECONDS - began))
+  for name in few many; do "${engine}_settle" "$name"; done
+  for round in $(seq "$ROUNDS"); do
+    # Whichever comes first is first in the next round as the other one was in this.
+    if ((round % 2)); then order=(few many); else order=(many few); fi
+    for name in "${order[@]}"; do
+      local -n count=${name^^}
+      measure "$name" "$count" "$SECONDS_EACH" "$WORK/figures/$engine-$name-$(printf %03d "$round").json"
+    done
+    printf 'round %d: %s /s and %s /s\n' "$round" "$(jq .broker_ops_per_s "$WORK/figures/$engine-few-$(printf %03d "$round").json")" \
+      "$(jq .broker_ops_per_s "$WORK/figures/$engine-many-$(printf %03d "$round").json")"
+  done
+  stop_server
+}
+
+table() {
+  local engine field few many
+  printf '\n%-10s %-22s %12s %12s %8s\n' engine figure "$FEW" "$MANY" ratio
+  for engine in "${ENGINES[@]}"; do
+    for field in broker_ops_per_s share front_cpu_ms_per_op p50_ms p99_ms; do
+      few=$(median "$field" "$engine" few)
+      many=$(median "$field" "$engine" many)
+      printf '%-10s %-22s %12.3f %12.3f %8.3f\n' "$engine" "$field" "$few" "$many" "$(ratio "$field" "$engine")"
+    done
+  done
+}
+
+main() {
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --engine) ENGINES+=("${2:-}"); shift 2 ;;
+      --records) MANY=${2:-}; shift 2 ;;
+      --rounds) ROUNDS=${2:-}; shift 2 ;;
+      --seconds) SECONDS_EACH=${2:-}; shift 2 ;;
+      *) PROGRAM=$1; shift ;;
+    esac
+  done
+  [[ ${#ENGINES[@]} -gt 0 ]] || ENGINES=(sqlite postgres mariadb)
+  local engine
+  for engine in "${ENGINES[@]}"; do
+    [[ $engine == @(sqlite|postgres|mariadb) ]] || fail "--engine is sqlite, postgres or mariadb, not $engine"
+  done
+  command -v jq >/dev/null || fail 'jq is not installed: apt-get install jq'
+  trap clean_up EXIT
+  trap 'exit 130' INT TERM
+  if [[ -z $PROGRAM ]]; then
+    scripts/install.sh
+    cargo build --release --locked --quiet
+    PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
+  fi
+  WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-scale.XXXXXX")
+  mkdir "$WORK/figures"
+  token
+  for engine in "${ENGINES[@]}"; do engine "$engine"; done
+  table
+  printf 'scale: ok\n'
+}
+
+main "$@"

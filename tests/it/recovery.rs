@@ -1,8 +1,18 @@
 //! The token goes away and comes back: no restart by hand, and nothing wrong is released meanwhile.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, sync::Arc};
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt as _,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use rustix::process::Signal;
+use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::{
@@ -12,6 +22,8 @@ use crate::{
 };
 
 const MATERIAL: &[u8] = b"material of this user";
+/// From one killed worker to the next.
+const BETWEEN: Duration = Duration::from_millis(200);
 
 /// The token directory is moved away while the workers die: no token is found until it is moved back.
 #[tokio::test(flavor = "multi_thread")]
@@ -75,11 +87,18 @@ async fn a_replaced_worker_is_the_binary_that_runs() {
     assert_eq!(theirs, ours);
 }
 
-/// Ten workers killed one after another: the front never dies, and a caller who tries again gets the right key.
+/// Workers killed one after another under load. What a killed worker had in its hands is lost, because it may be what killed
+/// it; nothing else is, whoever calls, and the front never dies.
+///
+/// `KEYBROKER_TEST_WORKER_KILLS=100` kills so many; the suite makes do with ten.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_killed_workers_never_end_the_front() {
+async fn a_killed_worker_costs_the_calls_in_its_hands_and_no_more() {
+    const CALLERS: usize = 16;
+    const SESSIONS: usize = 4;
+    let kills = env::var("KEYBROKER_TEST_WORKER_KILLS").map_or(10, |text| text.parse().unwrap());
     let broker = Broker::start(Options {
         workers: 2,
+        sessions_per_worker: SESSIONS,
         ..Options::default()
     });
     let front = broker.pid();
@@ -87,21 +106,56 @@ async fn many_killed_workers_never_end_the_front() {
         .create("ada", MATERIAL)
         .await
         .unwrap();
-    let releaser = Caller::of(&broker, "releaser");
-    for _ in 0..10 {
-        let pid = until("a worker", || broker.workers().first().copied());
-        send(pid, Signal::KILL);
-        for _ in 0..5 {
-            let key = eventually(|| releaser.unwrap("ada")).await;
-            assert_eq!(key.key_material, MATERIAL);
-        }
-        until("a replacement", || {
-            let workers = broker.workers();
-            (workers.len() == 2 && !workers.contains(&pid)).then_some(())
-        });
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut load = JoinSet::new();
+    for _ in 0..CALLERS {
+        load.spawn(unwrap_until(
+            Caller::of(&broker, "releaser"),
+            Arc::clone(&stop),
+        ));
     }
+    let mut slowest = Duration::ZERO;
+    for kill in 0..kills {
+        let pid = until("a worker", || broker.workers().first().copied());
+        let killed = Instant::now();
+        send(pid, Signal::KILL);
+        until("a replacement that serves", || {
+            let ready = broker.site.log().matches("token worker ready").count();
+            (ready == 2 + kill + 1).then_some(())
+        });
+        slowest = slowest.max(killed.elapsed());
+        tokio::time::sleep(BETWEEN).await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut calls, mut failures) = (0, 0);
+    while let Some(seen) = load.join_next().await {
+        let (called, failed) = seen.unwrap();
+        calls += called;
+        failures += failed;
+    }
+    println!(
+        "{kills} workers killed: {failures} of {calls} calls failed; replaced within {slowest:?}"
+    );
+    assert!(calls > kills * CALLERS, "{calls}");
+    assert!(failures <= kills * SESSIONS, "{failures}");
     assert_eq!(broker.pid(), front);
     let (site, status) = broker.stop();
     assert!(status.success(), "{status}");
     assert_eq!(site.log().matches("\"alarm\":\"bug\"").count(), 0);
+}
+
+/// One call after another without a second try; returns how many, and how many of them failed.
+async fn unwrap_until(releaser: Caller, stop: Arc<AtomicBool>) -> (usize, usize) {
+    let (mut calls, mut failures) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        calls += 1;
+        match releaser.unwrap("ada").await {
+            Ok(key) => assert_eq!(key.key_material, MATERIAL),
+            Err(status) => {
+                assert_eq!(reason(&status), "TOKEN_DOWN", "{status:?}");
+                failures += 1;
+            }
+        }
+    }
+    (calls, failures)
 }

@@ -23,7 +23,6 @@ use super::{
 };
 
 mod calls;
-mod lookups;
 mod tables;
 mod uses;
 
@@ -63,7 +62,6 @@ type Row<E> = <Connection<E> as Session>::Row;
 pub(super) struct EngineStore<E> {
     engine: Arc<E>,
     probe: Arc<Probe>,
-    lookups: Arc<lookups::Lookups>,
     /// What is under way, which outlives its callers.
     tasks: TaskTracker,
 }
@@ -105,7 +103,6 @@ impl<E: Engine> EngineStore<E> {
         Arc::new(Self {
             engine: Arc::new(engine),
             probe: Arc::default(),
-            lookups: Arc::default(),
             tasks: TaskTracker::new(),
         })
     }
@@ -139,8 +136,18 @@ impl<E: Engine> EngineStore<E> {
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
         let engine = Arc::clone(&self.engine);
-        self.spawn(async move { query(&*engine, statement, values).await })
-            .await
+        self.spawn(async move {
+            let lease = Lease::take(&*engine, Purpose::Read).await?;
+            match lease.query(statement, values.clone()).await {
+                // The connection may have died while it lay in the pool, and a query can be asked again.
+                Err(Error::Down(_)) => {
+                    let lease = Lease::take(&*engine, Purpose::Read).await?;
+                    lease.query(statement, values).await
+                }
+                result => result,
+            }
+        })
+        .await
     }
 
     /// Runs one statement that changes rows, and says how many.
@@ -188,22 +195,6 @@ impl<E: Engine> EngineStore<E> {
             }
         })
         .await
-    }
-}
-
-async fn query<E: Engine>(
-    engine: &E,
-    statement: &'static str,
-    values: Vec<Value>,
-) -> Result<Vec<Row<E>>, Error> {
-    let lease = Lease::take(engine, Purpose::Read).await?;
-    match lease.query(statement, values.clone()).await {
-        // The connection may have died while it lay in the pool, and a query can be asked again.
-        Err(Error::Down(_)) => {
-            let lease = Lease::take(engine, Purpose::Read).await?;
-            lease.query(statement, values).await
-        }
-        result => result,
     }
 }
 

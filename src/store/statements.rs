@@ -15,9 +15,6 @@ pub(super) struct Statements {
 
     /// tenant, user, key name: the record's columns, envelope.
     pub(super) record: &'static str,
-    /// Sixteen times tenant, user, key name, and how many of them are meant: the record's columns, envelope, which of the
-    /// sixteen, from 0. None where what it costs to ask is little beside the database's own work.
-    pub(super) records: Option<&'static str>,
     /// record, revision: wrapping key, envelope.
     pub(super) revision: &'static str,
     /// tenant, after user, after user, after key name, 1 for deleted ones too, limit: the record's columns, user, key name.

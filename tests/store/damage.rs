@@ -75,8 +75,7 @@ pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine)
     );
 }
 
-/// What is in it is for the envelope's own parser to say.
-/// Lookups under way at the same time may share a statement. Each gets its own record: beside one that is damaged, beside
+/// Lookups under way at the same time share connections. Each gets its own record: beside one that is damaged, beside
 /// some that are not there, and beside callers that leave.
 pub(crate) async fn lookups_at_once_each_get_their_own(engine: &Engine) {
     const USERS: u8 = 60;
@@ -143,6 +142,7 @@ pub(crate) async fn a_record_that_was_set_back_is_damaged(engine: &Engine) {
     store.ping().await.unwrap();
 }
 
+/// What is in it is for the envelope's own parser to say.
 pub(crate) async fn a_truncated_envelope_is_handed_on_as_it_is(engine: &Engine) {
     let store = engine.open().await;
     store

@@ -51,7 +51,19 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error> {
-        self.look_up(address).await
+        let values = vec![
+            address.tenant.as_str().into(),
+            address.user.as_str().into(),
+            address.name.as_str().into(),
+        ];
+        let found = self.query(E::SQL.record, values).await?;
+        let decode = |row| {
+            Ok(Record {
+                info: rows::info(row, address.clone())?,
+                envelope: rows::bytes(row, 7, "revisions.envelope")?,
+            })
+        };
+        found.first().map(decode).transpose()
     }
 
     async fn revision(

@@ -16,7 +16,6 @@ pub(super) const STATEMENTS: Statements = Statements {
              v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
              ON v.record_id = r.record_id AND v.revision = r.revision \
              WHERE r.tenant = ? AND r.user = ? AND r.key_name = ?",
-    records: None,
     revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ? AND revision = ?",
     page: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
            v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \

@@ -14,7 +14,6 @@ pub(super) const STATEMENTS: Statements = Statements {
                v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v
                ON v.record_id = r.record_id AND v.revision = r.revision
                WHERE r.tenant = $1 AND r."user" = $2 AND r.key_name = $3"#,
-    records: None,
     revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = $1 AND revision = $2",
     page: r#"SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us,
              v.wrapping_key_id, r."user", r.key_name FROM records r LEFT JOIN revisions v

@@ -14,18 +14,6 @@ pub(super) const STATEMENTS: Statements = Statements {
              v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
              ON v.record_id = r.record_id AND v.revision = r.revision \
              WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name = ?3",
-    // A cross join keeps its order: through what is wanted, not through the table.
-    records: Some(
-        "WITH wanted (position, tenant, user, key_name) AS (VALUES \
-              (0, ?1, ?2, ?3), (1, ?4, ?5, ?6), (2, ?7, ?8, ?9), (3, ?10, ?11, ?12), (4, ?13, ?14, \
-              ?15), (5, ?16, ?17, ?18), (6, ?19, ?20, ?21), (7, ?22, ?23, ?24), (8, ?25, ?26, ?27), \
-              (9, ?28, ?29, ?30), (10, ?31, ?32, ?33), (11, ?34, ?35, ?36), (12, ?37, ?38, ?39), (13, \
-              ?40, ?41, ?42), (14, ?43, ?44, ?45), (15, ?46, ?47, ?48)) \
-         SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-         v.wrapping_key_id, v.envelope, w.position FROM wanted w CROSS JOIN records r \
-         ON w.position < ?49 AND r.tenant = w.tenant AND r.user = w.user AND r.key_name = w.key_name \
-         LEFT JOIN revisions v ON v.record_id = r.record_id AND v.revision = r.revision",
-    ),
     revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ?1 AND revision = ?2",
     page: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
            v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \

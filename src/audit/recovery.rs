@@ -1,7 +1,9 @@
 //! What an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
 //!
 //! A crash tears what was being written: at most one group, at the very end. Anything else that does not read is damage, and
-//! a damaged log is not written on: that would hide the damage, since what is set aside leaves the sequence without a gap.
+//! a damaged log is not written on: that would hide the damage, since what is set aside leaves the sequence without a gap. A
+//! machine that loses its power may leave a hole inside that last group, which nobody can tell from a change by hand: that is
+//! damage, too, and a person decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -81,8 +83,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, and not as a crash would leave it; keep the log for the auditors and \
-                 start another one with another `audit.instance`",
+                "{} is damaged at byte {good}, and not as a crash of the broker would leave it: somebody changed it, or the \
+                 machine lost its power while the disk wrote in another order; keep the log for the auditors and start \
+                 another one with another `audit.instance`",
                 path.display()
             )));
         }

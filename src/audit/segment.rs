@@ -75,6 +75,11 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     let path = directory.join("log-id");
     match fs::read_to_string(&path) {
         Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),
+        // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
+        Ok(text) if text.is_empty() && segments(directory)?.is_empty() => {
+            fs::remove_file(&path)
+                .map_err(|error| fail("cannot remove", &path, error, "check owner and mode"))?;
+        }
         Ok(_) => {
             let remedy = "the log was tampered with; keep it for the auditors and start another";
             return Err(fail("not a log id in", &path, "wrong length", remedy));
@@ -95,12 +100,15 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     Ok(id)
 }
 
-/// Writes a file that does not exist yet, and syncs it.
+/// Writes a file that does not exist yet, and syncs it. One that cannot be written whole is removed again.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = create(path)?;
     file.write_all(bytes)
         .and_then(|()| file.sync_all())
-        .map_err(|error| fail("cannot write", path, error, "check the disk"))
+        .map_err(|error| {
+            fs::remove_file(path).ok();
+            fail("cannot write", path, error, "check the disk")
+        })
 }
 
 /// Makes a file that does not exist yet. The caller syncs the directory.

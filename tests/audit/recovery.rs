@@ -1,12 +1,32 @@
 //! Intents without an outcome: found at the next start, with all that the closing entry must say.
 
+use std::fs;
+
 use keybroker::{
     audit::{AuditLog, Entry, EntryKind, Outcome, open_intents, verify},
     call::{CallId, RequestId},
     key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
-use crate::{SEGMENT, assert_whole, entry, folder, open};
+use crate::{SEGMENT, assert_whole, decision, entry, folder, open, segments};
+
+/// The disk was full, or the machine went down, between the making of the log's id and its writing.
+#[tokio::test]
+async fn a_log_that_was_never_begun_is_begun() {
+    let (_folder, path) = folder();
+    open(&path).close();
+    for segment in segments(&path) {
+        fs::remove_file(segment).unwrap();
+    }
+    fs::write(path.join("log-id"), "").unwrap();
+    let log = open(&path);
+    log.append(decision()).await.unwrap();
+    log.close();
+    assert_whole(&path);
+    // An id that is gone from a log with entries is no such moment.
+    fs::write(path.join("log-id"), "").unwrap();
+    assert!(AuditLog::open(&path, SEGMENT).is_err());
+}
 
 #[tokio::test]
 async fn intents_without_an_outcome_are_found() {
@@ -138,7 +158,7 @@ async fn an_intent_is_found_across_segments() {
             .unwrap();
     }
     log.close();
-    assert!(crate::segments(&path).len() > 5);
+    assert!(segments(&path).len() > 5);
     let (log, open) = AuditLog::open(&path, 1).unwrap();
     assert_eq!(open.len(), 1);
     log.append(open[0].recovered(Outcome::Ok)).await.unwrap();

@@ -101,6 +101,8 @@ pub struct Broker {
     token: Arc<dyn Token>,
     /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
     registry: ArcSwapOption<Registry>,
+    /// Held by whoever brings it up to date.
+    registry_refresh: tokio::sync::Mutex<()>,
     /// What was wrong with the registry when it was last looked at.
     registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
@@ -120,6 +122,7 @@ impl Broker {
             store: parts.store,
             token: parts.token,
             registry: ArcSwapOption::empty(),
+            registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
             refusals: Refusals::default(),
             uses: Uses::default(),

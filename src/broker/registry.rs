@@ -126,6 +126,8 @@ impl Broker {
     /// Takes over what another process changed in the registry since it was loaded, once the token has verified it. What
     /// does not verify, or would undo a later change, has no effect here: what was verified stays in force.
     pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
+        // One after another: what was read earlier must not replace what was read later.
+        let _turn = self.registry_refresh.lock().await;
         let Some(known) = self.registry.load_full() else {
             return Ok(());
         };
@@ -169,8 +171,10 @@ impl Broker {
         state: &TokenState,
         deadline: Deadline,
     ) -> Result<(), Error> {
-        if row.state == WrappingKeyState::Destroyed {
-            // Its binding key is gone as well, so nothing can verify the row; such a key is never used.
+        let found = token_key(&state.keys, row.id);
+        if row.state == WrappingKeyState::Destroyed && found.is_none() {
+            // Its binding key is gone as well, so nothing can verify the row; such a key is never used. While the key is there,
+            // such a row is proved like any other: nobody takes a key away with SQL alone.
             return Ok(());
         }
         let untrusted = |what: String| {
@@ -184,8 +188,7 @@ impl Broker {
                 row.token_serial
             )));
         }
-        let key = token_key(&state.keys, row.id)
-            .ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
+        let key = found.ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
         if key.fingerprint != row.fingerprint {
             return Err(untrusted(format!(
                 "public key {} on the token, {} in the registry",

@@ -17,6 +17,7 @@ use crate::{
     process::{Broker, until},
     servers::{Kind, Server},
     site::{Options, Site},
+    wire::get,
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -261,12 +262,26 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
         MATERIAL
     );
 
-    server.sql(
-        &database,
-        "UPDATE wrapping_keys SET state = 'compromised', sequence = sequence + 10;",
-    );
-    until("the alarm", || {
-        site.log().contains("what does not verify").then_some(())
-    });
-    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    for (forgeries, state) in (1..).zip(["compromised", "destroyed"]) {
+        server.sql(
+            &database,
+            &format!("UPDATE wrapping_keys SET state = '{state}', sequence = sequence + 10;"),
+        );
+        until("the alarm of both brokers", || {
+            (site.log().matches("what does not verify").count() == 2 * forgeries).then_some(())
+        });
+        assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+        // Put back as it was, everything is well again.
+        server.sql(
+            &database,
+            "UPDATE wrapping_keys SET state = 'active', sequence = sequence - 10;",
+        );
+        for broker in [&one, &two] {
+            until("the end of the alarm", || {
+                get(broker.status, "/metrics")
+                    .contains("keybroker_registry_altered 0")
+                    .then_some(())
+            });
+        }
+    }
 }

@@ -39,6 +39,8 @@ use super::{
 
 /// How long session threads may take to come back when the socket has ended.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether the front is there.
+const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
 /// How long the module may take to open the token: longer than the front waits for it.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
@@ -92,6 +94,7 @@ fn serve() -> io::Result<()> {
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     let threads = start(workers, &input, &output, &ended)?;
+    outlive_nobody();
     // The first session thread that finds the socket at its end says so; the others follow.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
@@ -131,6 +134,19 @@ fn limit_opening() -> Sender<()> {
 fn kill_ourselves() {
     let ourselves = rustix::process::getpid();
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
+}
+
+/// Ends this process when the front is gone and the module does not let the session threads see it: what hangs would keep the
+/// token's sessions from the next front.
+fn outlive_nobody() {
+    let front = rustix::process::getppid();
+    thread::spawn(move || {
+        while rustix::process::getppid() == front {
+            thread::sleep(FRONT_INTERVAL);
+        }
+        thread::sleep(JOIN_TIMEOUT);
+        kill_ourselves();
+    });
 }
 
 fn open(

@@ -88,6 +88,36 @@ fn a_stop_during_a_replacement_lets_the_login_end() {
     assert_eq!(faulty.count("C_Login ends 0"), 2, "the login was cut");
 }
 
+/// All sessions hang inside the module when the front dies: the worker must not keep the token from the next one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_hangs_does_not_outlive_its_front() {
+    let (site, faulty) = site(Options::default());
+    let mut broker = Broker::start_on(site);
+    Caller::of(&broker, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    faulty.set(
+        "C_Decrypt",
+        &Fault {
+            milliseconds: 120_000,
+            ..Fault::always(code::LATE)
+        },
+    );
+    let worker = until("a worker", || broker.workers().first().copied());
+    for _ in 0..Options::default().sessions_per_worker {
+        let releaser = Caller::of(&broker, "releaser");
+        tokio::spawn(async move { releaser.unwrap("ada").await });
+    }
+    until("each session to hang", || {
+        let begun = faulty.count("C_Decrypt begins") - faulty.count("C_Decrypt ends 0");
+        (begun == Options::default().sessions_per_worker).then_some(())
+    });
+    broker.signal(Signal::KILL);
+    broker.wait();
+    until("its worker to end", || (!is_alive(worker)).then_some(()));
+}
+
 /// A token that allows one client, with `workers = 2`: the one worker serves.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_worker_serves_when_the_next_does_not_start() {

@@ -26,6 +26,8 @@ use super::Supervisor;
 impl Supervisor {
     /// Runs a job on some worker, or fails at the deadline whatever the worker does.
     async fn run_job(&self, work: request::Job, deadline: Deadline) -> Result<Output, Error> {
+        // First of all: it may hold key material, and is wiped wherever this ends.
+        let work = Work::new(work);
         match &*self.serving.borrow() {
             Serving::Up => {}
             Serving::Down(cause) => return Err(Error::Down(cause.clone())),
@@ -33,7 +35,7 @@ impl Supervisor {
         }
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
-            work: Work::new(work),
+            work,
             deadline,
             done,
             queued: Instant::now(),

@@ -314,10 +314,16 @@ impl Server {
     /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
     /// audit log gets its last entry.
     async fn stop(self) {
-        // First the one who would say otherwise.
+        // First the one who would say otherwise. It ends at once; whoever is in the middle of a question to the database may
+        // take longer, and nobody waits for that.
         self.stop_background.cancel();
         self.background.close();
-        self.background.wait().await;
+        if time::timeout(LAME_DUCK, self.background.wait())
+            .await
+            .is_err()
+        {
+            tracing::debug!("background work has not ended yet");
+        }
         for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE, ""] {
             self.health
                 .set_service_status(service, ServingStatus::NotServing)
@@ -340,7 +346,12 @@ impl Server {
         self.supervisor
             .drain_and_stop(Deadline::after(STOP_TIMEOUT))
             .await;
-        self.store.close().await;
+        if time::timeout(STOP_TIMEOUT, self.store.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database does not answer; its connections are cut");
+        }
         let audit = self.audit;
         if tokio::task::spawn_blocking(move || audit.close())
             .await

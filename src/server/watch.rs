@@ -104,7 +104,10 @@ pub(super) async fn registry_once_up(
             Ok(()) => return,
             Err(error) if error.reason() == Reason::TokenUntrusted => {
                 tracing::error!(alarm = "registry", %error, "registry and token disagree; nothing is released");
-                time::sleep(REGISTRY_TIMEOUT).await;
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = time::sleep(REGISTRY_TIMEOUT) => {}
+                }
             }
             Err(error) => tracing::warn!(%error, "registry not verified yet"),
         }

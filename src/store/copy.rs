@@ -2,7 +2,8 @@
 //!
 //! Both are read side by side in the order of their keys, which is the same on every engine. So a copy that was cut short
 //! goes on where it was, a target that holds anything else is found out, and the same reading shows in the end that both are
-//! equal: that the source was not changed meanwhile, either.
+//! equal: that the source was not changed meanwhile, either. What was read early in that last reading may change while the
+//! rest is read; every change leaves a mark, so the marks are read once more ([`Copy::look_again`]).
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -111,6 +112,15 @@ impl Copy {
             return Err(extra(table, left));
         }
         Ok(walked)
+    }
+
+    /// Refuses a source that was changed since its tables were compared: every mutation leaves a mark, and commands change
+    /// the registry.
+    pub async fn look_again(&self) -> Result<(), CopyError> {
+        for table in [Table::Changes, Table::WrappingKeys] {
+            self.walk(table, Lacking::Refuse, || {}).await?;
+        }
+        Ok(())
     }
 
     async fn add(&self, table: Table, waiting: &mut Vec<Row>) -> Result<(), CopyError> {

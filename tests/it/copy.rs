@@ -13,7 +13,9 @@ use serde_json::Value;
 
 use crate::{
     client::{Caller, refused},
-    process::Broker,
+    faulty::{Fault, code},
+    faulty_token,
+    process::{Broker, until},
     servers::{Kind, Server},
     site::{Finished, Options, Site},
 };
@@ -179,6 +181,44 @@ async fn what_cannot_be_copied_is_refused_and_nothing_is_changed() {
     assert_eq!(refused.code, Some(12), "{refused:#?}");
     assert!(refused.stderr.contains("wrapping_keys"), "{refused:#?}");
     assert_eq!(other.sql(".dump"), before);
+}
+
+/// A broker that was forgotten writes while the token looks at the copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_while_the_token_verifies_is_found() {
+    let (site, faulty) = faulty_token::site(Options::default());
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", b"material").await.unwrap();
+    let (site, _) = broker.stop();
+    let (file, url) = another(&site);
+    faulty.set(
+        "C_Verify",
+        &Fault {
+            milliseconds: 500,
+            ..Fault::always(code::LATE)
+        },
+    );
+    let copying = {
+        let site = Arc::clone(&site);
+        thread::spawn(move || site.run(&["store", "copy", "--to", &url]))
+    };
+    // The registry is copied last.
+    until("the copy", || {
+        let output = std::process::Command::new("sqlite3")
+            .arg(&file)
+            .arg("SELECT count(*) FROM wrapping_keys")
+            .output();
+        (output.unwrap().stdout == b"1\n").then_some(())
+    });
+    let before = faulty.count("C_Verify begins");
+    until("the token at work", || {
+        (faulty.count("C_Verify begins") > before).then_some(())
+    });
+    site.sql("UPDATE records SET updated_us = updated_us + 1");
+    let refused = tokio::task::block_in_place(|| copying.join().unwrap());
+    assert_eq!(refused.code, Some(12), "{refused:#?}");
+    assert!(refused.stderr.contains("stop every broker"), "{refused:#?}");
 }
 
 /// Killed in the middle, a copy serves nobody; run again, it is whole.

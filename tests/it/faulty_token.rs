@@ -20,7 +20,7 @@ const MATERIAL: &[u8] = b"material of this user";
 const SLOW_LOGIN_MS: u32 = 1_500;
 
 /// A site whose `serve` uses the faulty module; the commands have made its key with the real one.
-fn site(options: Options) -> (Arc<Site>, Faulty) {
+pub(crate) fn site(options: Options) -> (Arc<Site>, Faulty) {
     let site = Site::fresh(options);
     let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
     site.write_configuration(|text| {

@@ -182,3 +182,23 @@ pub(crate) async fn a_change_during_a_copy_is_found(engine: &Engine) {
     let again = walk(&copy, Lacking::Add).await.unwrap_err();
     assert!(matches!(again, CopyError::Differs(_)), "{again}");
 }
+
+/// As when it still writes while both are compared: the record was compared before.
+pub(crate) async fn a_change_during_the_comparison_is_found(engine: &Engine) {
+    let other = Engine::sqlite().await;
+    let copy = between(engine, &other).await;
+    let from: Arc<dyn Tables> = Arc::clone(&copy.from);
+    let alice = user("alice");
+    from.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    walk(&copy, Lacking::Add).await.unwrap();
+    walk(&copy, Lacking::Refuse).await.unwrap();
+    copy.look_again().await.unwrap();
+    from.supersede(revision(&alice, 1, 2), stamp())
+        .await
+        .unwrap();
+    let refused = copy.look_again().await.unwrap_err();
+    assert!(
+        matches!(&refused, CopyError::Missing(what) if what.starts_with("changes")),
+        "{refused}"
+    );
+}

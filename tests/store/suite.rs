@@ -67,6 +67,7 @@ on_every_engine!(
     a_copy_goes_on_where_it_was_cut_short,
     a_target_with_anything_else_is_refused,
     a_change_during_a_copy_is_found,
+    a_change_during_the_comparison_is_found,
     a_migration_leads_back,
     a_step_back_keeps_the_records,
     a_dry_run_changes_no_database,

@@ -160,8 +160,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         )
     })?;
     context.output.note(
-        "both databases are equal, and the token verified every row of the copy. Put the new URL into `store.url`, and \
-         let no broker use the old database again.",
+        "both databases are equal, and the token verified every revision and the registry of the copy. Put the new URL into \
+         `store.url`, and let no broker use the old database again: what it wrote since the comparison ended is not in the copy.",
     );
     Ok(())
 }
@@ -233,20 +233,26 @@ async fn copy_between(
         walk_all(context, &copy, "comparing what is there", Lacking::Ignore).await?;
     }
     let (_, added) = walk_all(context, &copy, "copying rows", Lacking::Add).await?;
-    let (rows, _) = walk_all(context, &copy, "comparing rows", Lacking::Refuse)
-        .await
-        .map_err(|failure| {
-            failure.hint(
-                "the database to copy from was changed during the copy: stop every broker that uses it, empty the \
-                 other one, and copy again",
-            )
-        })?;
+    // The token takes its time, and what is written meanwhile would be lost: so both are compared after it.
     let checked = check::scan(context, target, admin).await?;
+    let rows = compare(context, &copy).await.map_err(|failure| {
+        failure.hint(
+            "the database to copy from was changed during the copy: stop every broker that uses it, empty the other one, \
+             and copy again",
+        )
+    })?;
     Ok(Outcome {
         rows,
         added,
         checked,
     })
+}
+
+/// Rows of the source by table, which the target has as well, and nothing else.
+async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
+    let (rows, _) = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
+    copy.look_again().await?;
+    Ok(rows)
 }
 
 /// All tables, one after another: the rows of each, and how many the target lacked.

@@ -90,7 +90,8 @@ pub enum Outcome {
     Denied,
     /// It failed; nothing was released or changed.
     Failed,
-    /// Of a recovered intent alone: it may have been done, and nothing that the log's owner can ask still tells.
+    /// It may have been done, in part or as a whole. Of a recovered intent: nothing that the log's owner can ask still tells. Of a
+    /// command that failed in the middle: the count says how much was done at least.
     Unknown,
 }
 

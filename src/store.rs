@@ -41,6 +41,7 @@ mod settings;
 mod sqlite;
 mod statements;
 pub mod tables;
+pub mod tally;
 mod url;
 
 pub use schema::{MigrationReport, SchemaStatus};

@@ -13,7 +13,8 @@ use super::{Context, exit::Failure};
 /// The log of one command is named after its call.
 const LOG_PREFIX: &str = "cli-";
 
-/// Writes an intent, does the work, writes its outcome. Without a durable intent nothing is done.
+/// Writes an intent, does the work, writes its outcome. Without a durable intent nothing is done. Of work that may have changed
+/// rows before it failed `describe` gives the entry a count.
 pub(super) fn audited<T>(
     context: &Context,
     config: &Config,
@@ -42,12 +43,15 @@ pub(super) fn audited_in_parts<T>(
     };
     append(&log, entry(EntryKind::Intent, Outcome::Ok))?;
     let result = work(&log);
-    let outcome = if result.is_ok() {
-        Outcome::Ok
-    } else {
-        Outcome::Failed
-    };
-    let recorded = append(&log, entry(EntryKind::Outcome, outcome));
+    let mut last = entry(EntryKind::Outcome, Outcome::Ok);
+    if result.is_err() {
+        last.outcome = match last.count {
+            // So many at least: what was under way may have been done or not.
+            Some(_) => Outcome::Unknown,
+            None => Outcome::Failed,
+        };
+    }
+    let recorded = append(&log, last);
     log.close();
     let value = result?;
     recorded.map(|()| value)
@@ -63,7 +67,7 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
                     let action = intent.intent.action;
                     let next = match &*action {
                         // One of many parts of a purge.
-                        "user_key.purge" => continue,
+                        "user_key.purge" | "user_key.purge_revision" => continue,
                         "store.copy" => "the same command goes on with it",
                         "bench.seed" => "what it had written stays; run it again for the rest",
                         "store.purge" => "what it had removed is gone; run it again for the rest",

@@ -10,6 +10,7 @@ use std::{cmp::Ordering, sync::Arc};
 use super::{
     Error,
     tables::{Cursor, PAGE_ROWS, Row, Table, Tables},
+    tally::Tally,
 };
 
 /// Why a copy stopped.
@@ -50,6 +51,8 @@ pub struct Copy {
     pub from: Arc<dyn Tables>,
     /// Where they go to.
     pub to: Arc<dyn Tables>,
+    /// Rows that were added.
+    pub added: Arc<Tally>,
 }
 
 /// What was found in one table.
@@ -127,7 +130,11 @@ impl Copy {
         if waiting.is_empty() {
             return Ok(());
         }
+        self.added.begin();
         let added = self.to.insert(table, waiting).await;
+        if added.is_ok() {
+            self.added.add(waiting.len());
+        }
         waiting.clear();
         added.map_err(|error| match error {
             // Not by its key, or it would have been seen: something else that is unique.

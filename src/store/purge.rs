@@ -13,7 +13,7 @@ use crate::{
 
 use super::{
     Error, rows,
-    scan::Scan,
+    scan::{Scan, Superseded},
     tables::{Cursor, Head, PAGE_ROWS, Table, Tables},
 };
 
@@ -28,24 +28,15 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// What one transaction purges.
+/// What is purged at once: its records in one transaction, its revisions in another.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.
     pub records: Vec<Head>,
     /// Superseded revisions of other records.
-    pub revisions: Vec<(RecordId, Revision)>,
+    pub revisions: Vec<Superseded>,
     /// How many rows were looked at to find them.
     pub seen: u64,
-}
-
-/// What became of a portion.
-#[derive(Clone, Debug, Default)]
-pub struct Purged {
-    /// Records that are gone. One that was made active meanwhile is not among them.
-    pub records: HashSet<RecordId>,
-    /// How many superseded revisions are gone.
-    pub revisions: u64,
 }
 
 impl Purge {
@@ -86,18 +77,32 @@ impl Purge {
         Ok((seen > 0).then_some(portion))
     }
 
-    /// Purges a portion, unless something of it has changed meanwhile.
-    pub async fn carry_out(&self, portion: &Portion) -> Result<Purged, Error> {
-        let mut purged = Purged::default();
-        if !portion.revisions.is_empty() {
-            purged.revisions = self.store.purge_revisions(&portion.revisions).await?;
+    /// Purges a portion's revisions, and says which are gone.
+    pub async fn revisions(
+        &self,
+        portion: &Portion,
+    ) -> Result<HashSet<(RecordId, Revision)>, Error> {
+        if portion.revisions.is_empty() {
+            return Ok(HashSet::new());
         }
-        if !portion.records.is_empty() {
-            let ids: Vec<RecordId> = portion.records.iter().map(|head| head.id).collect();
-            let gone = self.store.purge_records(&ids, self.before).await?;
-            purged.records.extend(gone);
+        let chosen = portion.revisions.iter();
+        let chosen: Vec<_> = chosen.map(|old| (old.record, old.revision)).collect();
+        Ok(self
+            .store
+            .purge_revisions(&chosen)
+            .await?
+            .into_iter()
+            .collect())
+    }
+
+    /// Purges a portion's records, and says which are gone. One that was made active meanwhile is not among them.
+    pub async fn records(&self, portion: &Portion) -> Result<HashSet<RecordId>, Error> {
+        if portion.records.is_empty() {
+            return Ok(HashSet::new());
         }
-        Ok(purged)
+        let ids: Vec<RecordId> = portion.records.iter().map(|head| head.id).collect();
+        let gone = self.store.purge_records(&ids, self.before).await?;
+        Ok(gone.into_iter().collect())
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     call::Timestamp,
-    key::{RecordId, Revision},
+    key::{KeyAddress, RecordId, Revision},
 };
 
 use super::{
@@ -38,11 +38,26 @@ impl Found {
     }
 
     /// Which revision of which record, when it is superseded since before then.
-    pub fn superseded_before(&self, before: Timestamp) -> Option<(RecordId, Revision)> {
+    pub fn superseded_before(&self, before: Timestamp) -> Option<Superseded> {
         let (head, row) = (self.good_head()?, self.good_revision()?);
         let is_old = row.revision < head.revision && self.superseded? < before;
-        is_old.then_some((row.record, row.revision))
+        is_old.then(|| Superseded {
+            record: row.record,
+            address: head.address.clone(),
+            revision: row.revision,
+        })
     }
+}
+
+/// A revision that is not current any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superseded {
+    /// Of which record.
+    pub record: RecordId,
+    /// Where that lives.
+    pub address: KeyAddress,
+    /// Which.
+    pub revision: Revision,
 }
 
 /// Goes through records and revisions side by side, in the order of the record ids. Beside a running broker a record that

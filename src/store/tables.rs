@@ -286,8 +286,11 @@ pub trait Tables: Store {
     /// What is known of a record, by its identity.
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error>;
 
-    /// Removes superseded revisions. Returns how many there were; one that is current is left alone.
-    async fn purge_revisions(&self, revisions: &[(RecordId, Revision)]) -> Result<u64, Error>;
+    /// Removes superseded revisions. Returns those that were removed; one that is current is left alone.
+    async fn purge_revisions(
+        &self,
+        revisions: &[(RecordId, Revision)],
+    ) -> Result<Vec<(RecordId, Revision)>, Error>;
 
     /// Removes records that are still deleted, and were before then, with all of their revisions. Returns those that were
     /// removed.

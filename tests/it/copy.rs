@@ -235,6 +235,7 @@ fn a_copy_that_was_killed_goes_on() {
     let (file, url) = another(&site);
     let sql = |file: &Path, text: &str| {
         let output = std::process::Command::new("sqlite3")
+            .args(["-cmd", ".timeout 10000"])
             .arg(file)
             .arg(text)
             .output()

@@ -105,6 +105,51 @@ async fn only_an_old_deletion_is_final_and_the_audit_log_names_it() {
     );
 }
 
+/// A database that fails in the middle: the log says what is gone, and not that nothing is.
+#[test]
+fn a_purge_that_fails_says_how_much_is_gone() {
+    const RECORDS: u64 = 400;
+    let site = Site::without_keys(Options::default());
+    site.expect_ok(&["store", "migrate"]);
+    site.sql(&format!(
+        "BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {RECORDS})
+         INSERT INTO records SELECT CAST(printf('%016d', i) AS BLOB), 'default', 'user-' || i, 'vault',
+             'active', 2, 1, 1, NULL FROM n;
+         INSERT INTO revisions SELECT record_id, 1, x'01', zeroblob(16), 1 FROM records;
+         INSERT INTO revisions SELECT record_id, 2, x'01', zeroblob(16), 1 FROM records;
+         CREATE TRIGGER broken BEFORE DELETE ON revisions
+             WHEN OLD.record_id = (SELECT record_id FROM records WHERE user = 'user-350')
+             BEGIN SELECT RAISE(ABORT, 'the disk is broken'); END;
+         COMMIT"
+    ));
+    let failed = site.run(&["store", "purge"]);
+    assert_ne!(failed.code, Some(0), "{failed:#?}");
+    let left = site.sql("SELECT count(*) FROM revisions");
+    let gone = 2 * RECORDS - left.trim().parse::<u64>().unwrap();
+    assert!(gone >= 100, "{gone}");
+    let audit = site.audit();
+    let lines = audit.lines();
+    let entries: Vec<Value> = lines
+        .filter_map(|line| Some(json(&line[line.find('{')?..])))
+        .collect();
+    let of = |action: &'static str| {
+        let outcomes = entries.iter().filter(|entry| entry["kind"] == "outcome");
+        outcomes.filter(move |entry| entry["action"] == action)
+    };
+    let revisions: Vec<&Value> = of("user_key.purge_revision").collect();
+    assert_eq!(u64::try_from(revisions.len()).unwrap(), gone);
+    for entry in revisions {
+        assert_eq!(entry["outcome"], "ok", "{entry}");
+        assert_eq!(entry["revision"], 1, "{entry}");
+        assert!(entry["user"].is_string(), "{entry}");
+    }
+    let whole = of("store.purge").next().unwrap();
+    assert_eq!(
+        (&whole["outcome"], &whole["count"]),
+        (&"unknown".into(), &gone.into())
+    );
+}
+
 /// Killed at any moment and run again, it ends where an uninterrupted one does.
 #[test]
 fn a_purge_that_was_killed_is_run_again() {

@@ -83,6 +83,7 @@ async fn between(from: &Engine, to: &Engine) -> Copy {
     Copy {
         from: from.tables().await,
         to: to.tables().await,
+        added: Arc::default(),
     }
 }
 

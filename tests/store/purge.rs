@@ -8,6 +8,7 @@ use keybroker::{
     store::{
         Stamp,
         purge::{Portion, Purge, forget_changes},
+        scan::Superseded,
         tables::{Table, Tables},
     },
 };
@@ -32,13 +33,12 @@ fn number(revision: u64) -> Revision {
 }
 
 /// Records that are gone, and superseded revisions.
-async fn purge(store: &Arc<dyn Tables>, days: i64) -> (usize, u64) {
+async fn purge(store: &Arc<dyn Tables>, days: i64) -> (usize, usize) {
     let mut work = Purge::new(Arc::clone(store), days_ago(days));
     let mut gone = (0, 0);
     while let Some(portion) = work.next().await.unwrap() {
-        let purged = work.carry_out(&portion).await.unwrap();
-        gone.0 += purged.records.len();
-        gone.1 += purged.revisions;
+        gone.0 += work.records(&portion).await.unwrap().len();
+        gone.1 += work.revisions(&portion).await.unwrap().len();
     }
     gone
 }
@@ -116,7 +116,7 @@ pub(crate) async fn a_purge_can_be_stopped_and_begun_again(engine: &Engine) {
     }
     let mut work = Purge::new(Arc::clone(&store), days_ago(30));
     let portion = work.next().await.unwrap().unwrap();
-    let first = work.carry_out(&portion).await.unwrap().records.len();
+    let first = work.records(&portion).await.unwrap().len();
     // A second portion is found and not carried out: its process was killed.
     assert!(!work.next().await.unwrap().unwrap().records.is_empty());
     drop(work);
@@ -142,17 +142,21 @@ pub(crate) async fn a_record_that_is_wanted_back_meanwhile_is_not_purged(engine:
     let portion = work.next().await.unwrap().unwrap();
     assert_eq!(portion.records.len(), 1);
     store.undelete(record_id(1), stamp()).await.unwrap();
-    assert!(work.carry_out(&portion).await.unwrap().records.is_empty());
+    assert!(work.records(&portion).await.unwrap().is_empty());
     assert_eq!(
         store.record(&alice).await.unwrap().unwrap().envelope,
         b"alice 1"
     );
     // Nor does a wrong portion remove what is current.
     let wrong = Portion {
-        revisions: vec![(record_id(1), Revision::FIRST)],
+        revisions: vec![Superseded {
+            record: record_id(1),
+            address: alice.clone(),
+            revision: Revision::FIRST,
+        }],
         ..Portion::default()
     };
-    assert_eq!(work.carry_out(&wrong).await.unwrap().revisions, 0);
+    assert!(work.revisions(&wrong).await.unwrap().is_empty());
     assert!(store.record(&alice).await.unwrap().is_some());
 }
 

@@ -27,7 +27,7 @@ use crate::{
     hsm::admin::Wrapper,
     key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
     secret::KeyMaterial,
-    store::{self, NewRevision, Store},
+    store::{self, NewRevision, Store, tally::Tally},
 };
 
 use super::{
@@ -55,11 +55,12 @@ pub(super) fn seed(
 ) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let progress = Progress::new(context.output, "writing records", users.count().into());
+    let added = Arc::new(Tally::default());
     change::audited(
         context,
         config,
         "bench.seed",
-        |_: &mut Entry| {},
+        |entry: &mut Entry| entry.count = added.rows_if_begun(),
         || {
             block_on(async {
                 let store = store::open(&config.store).await?;
@@ -69,6 +70,7 @@ pub(super) fn seed(
                     users,
                     next: AtomicU32::new(0),
                     progress,
+                    added: Arc::clone(&added),
                 };
                 let written = seed.run(config).await;
                 store.close().await;
@@ -85,6 +87,7 @@ struct Seed {
     /// The first user that no thread has taken.
     next: AtomicU32,
     progress: Progress,
+    added: Arc<Tally>,
 }
 
 impl Seed {
@@ -138,7 +141,7 @@ impl Seed {
             numbers.map(|number| self.record(wrapper, number)).collect()
         };
         let all = records(&mut numbers.clone())?;
-        match self.store.create_many(all, Timestamp::now()).await {
+        match self.create(all).await {
             Err(store::Error::Exists) => {}
             written => return Ok(written?),
         }
@@ -149,7 +152,15 @@ impl Seed {
             }
         }
         let missing = records(&mut missing.into_iter())?;
-        Ok(self.store.create_many(missing, Timestamp::now()).await?)
+        Ok(self.create(missing).await?)
+    }
+
+    async fn create(&self, records: Vec<NewRevision>) -> Result<(), store::Error> {
+        let count = records.len();
+        self.added.begin();
+        self.store.create_many(records, Timestamp::now()).await?;
+        self.added.add(count);
+        Ok(())
     }
 
     async fn is_there(&self, number: u32) -> Result<bool, Failure> {

@@ -1,7 +1,6 @@
 //! `keybroker store copy`: a database moved to another engine.
 
 use std::{
-    cell::Cell,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,7 +23,8 @@ use crate::{
     store::{
         self, Settings, Tls,
         copy::{Copy, CopyError, Lacking},
-        tables::{Table, Tables},
+        tables::Table,
+        tally::Tally,
     },
 };
 
@@ -125,10 +125,9 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
 }
 
-/// Rows of the source by table, rows added by this run, and what the token says of the copy.
+/// Rows of the source by table, and what the token says of the copy.
 struct Outcome {
     rows: Vec<(Table, u64)>,
-    added: u64,
     checked: Report,
 }
 
@@ -139,19 +138,17 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let admin = Admin::open(&config.token, &arguments.pin.get(&config.token)?, false)?;
     let hint = "stop the broker: what it writes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
-    let added = Cell::new(None);
-    let describe = |entry: &mut Entry| entry.count = added.get();
+    let added = Arc::new(Tally::default());
+    let describe = |entry: &mut Entry| entry.count = added.rows_if_begun();
     let outcome = change::audited(context, &config, "store.copy", describe, || {
-        let outcome = block_on(copy(context, &from, &to, &admin))??;
-        added.set(Some(outcome.added));
-        Ok(outcome)
+        block_on(copy(context, &from, &to, &admin, &added))?
     })?;
     let mut fields: Vec<Field> = outcome
         .rows
         .iter()
         .map(|(table, rows)| (table.name(), json!(rows)))
         .collect();
-    fields.push(("added", json!(outcome.added)));
+    fields.push(("added", json!(added.rows())));
     fields.push(("bad", json!(outcome.checked.bad)));
     context.output.fields(fields)?;
     outcome.checked.verdict().map_err(|failure| {
@@ -199,6 +196,7 @@ async fn copy(
     from: &Settings,
     to: &Settings,
     admin: &Admin,
+    added: &Arc<Tally>,
 ) -> Result<Outcome, Failure> {
     let source = store::open_tables(from).await.map_err(CopyError::Source)?;
     let target = store::open_tables(to).await.map_err(|error| {
@@ -213,67 +211,58 @@ async fn copy(
             failure
         }
     })?;
-    let result = copy_between(context, &source, &target, admin).await;
-    source.close().await;
-    target.close().await;
+    let copy = Copy {
+        from: source,
+        to: target,
+        added: Arc::clone(added),
+    };
+    let result = carry_out(context, &copy, admin).await;
+    copy.from.close().await;
+    copy.to.close().await;
     result
 }
 
-async fn copy_between(
-    context: &Context,
-    source: &Arc<dyn Tables>,
-    target: &Arc<dyn Tables>,
-    admin: &Admin,
-) -> Result<Outcome, Failure> {
-    let copy = Copy {
-        from: Arc::clone(source),
-        to: Arc::clone(target),
-    };
+async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outcome, Failure> {
     if !copy.is_target_empty().await? {
-        walk_all(context, &copy, "comparing what is there", Lacking::Ignore).await?;
+        walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
-    let (_, added) = walk_all(context, &copy, "copying rows", Lacking::Add).await?;
+    walk_all(context, copy, "copying rows", Lacking::Add).await?;
     // The token takes its time, and what is written meanwhile would be lost: so both are compared after it.
-    let checked = check::scan(context, target, admin).await?;
-    let rows = compare(context, &copy).await.map_err(|failure| {
+    let checked = check::scan(context, &copy.to, admin).await?;
+    let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
             "the database to copy from was changed during the copy: stop every broker that uses it, empty the other one, \
              and copy again",
         )
     })?;
-    Ok(Outcome {
-        rows,
-        added,
-        checked,
-    })
+    Ok(Outcome { rows, checked })
 }
 
 /// Rows of the source by table, which the target has as well, and nothing else.
 async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
-    let (rows, _) = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
+    let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
     copy.look_again().await?;
     Ok(rows)
 }
 
-/// All tables, one after another: the rows of each, and how many the target lacked.
+/// All tables, one after another: the rows of each.
 async fn walk_all(
     context: &Context,
     copy: &Copy,
     what: &'static str,
     lacking: Lacking,
-) -> Result<(Vec<(Table, u64)>, u64), Failure> {
+) -> Result<Vec<(Table, u64)>, Failure> {
     let mut total = 0;
     for table in Table::ALL {
         total += copy.from.count(table).await.map_err(CopyError::Source)?;
     }
     let progress = Progress::new(context.output, what, total);
-    let (mut rows, mut lacked) = (Vec::new(), 0);
+    let mut rows = Vec::new();
     for table in Table::ALL {
         let walked = copy.walk(table, lacking, || progress.step()).await?;
         rows.push((table, walked.rows));
-        lacked += walked.lacking;
     }
-    Ok((rows, lacked))
+    Ok(rows)
 }
 
 impl std::convert::From<CopyError> for Failure {

@@ -1,6 +1,6 @@
 //! `keybroker store purge`.
 
-use std::{cell::Cell, sync::Arc};
+use std::{collections::HashSet, sync::Arc};
 
 use clap::Args;
 use futures_util::future::try_join_all;
@@ -15,10 +15,13 @@ use crate::{
         progress::Progress,
     },
     config::Config,
+    key::{KeyAddress, RecordId, Revision},
     store::{
         self,
         purge::{self, Portion, Purge},
+        scan::Superseded,
         tables::{Head, Table, Tables},
+        tally::Tally,
     },
 };
 
@@ -54,12 +57,10 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
             "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
              and MySQL this command runs beside brokers",
         )?;
-        let purged = Cell::new(None);
-        let describe = |entry: &mut Entry| entry.count = purged.get();
+        let gone = Tally::default();
+        let describe = |entry: &mut Entry| entry.count = gone.rows_if_begun();
         change::audited_in_parts(context, config, "store.purge", describe, |log| {
-            let totals = block_on(purge(context, config, before, Some(log)))??;
-            purged.set(Some(totals.records + totals.revisions));
-            Ok(totals)
+            block_on(purge(context, config, before, Some((log, &gone))))?
         })?
     };
     context.output.fields(vec![
@@ -93,7 +94,7 @@ async fn purge(
     context: &Context,
     config: &Config,
     before: Timestamp,
-    log: Option<&AuditLog>,
+    log: Option<(&AuditLog, &Tally)>,
 ) -> Result<Totals, Failure> {
     let store = store::open_tables(&config.store).await?;
     let result = purge_in(context, &store, before, log).await;
@@ -105,7 +106,7 @@ async fn purge_in(
     context: &Context,
     store: &Arc<dyn Tables>,
     before: Timestamp,
-    log: Option<&AuditLog>,
+    log: Option<(&AuditLog, &Tally)>,
 ) -> Result<Totals, Failure> {
     let rows = store.count(Table::Revisions).await?;
     let progress = Progress::new(context.output, "looking through revisions", rows);
@@ -113,54 +114,109 @@ async fn purge_in(
     let mut totals = Totals::default();
     while let Some(portion) = work.next().await? {
         let (records, revisions) = match log {
-            None => (portion.records.len(), count(portion.revisions.len())),
-            Some(log) => carry_out(&work, &portion, log).await?,
+            None => (portion.records.len(), portion.revisions.len()),
+            Some((log, gone)) => carry_out(&work, &portion, log, gone).await?,
         };
         totals.records += count(records);
-        totals.revisions += revisions;
+        totals.revisions += count(revisions);
         progress.advance(portion.seen);
+    }
+    if let Some((_, gone)) = log {
+        gone.begin();
     }
     totals.changes = purge::forget_changes(&**store, before, log.is_none()).await?;
     Ok(totals)
 }
 
-/// A record that is gone can never be had back, so each has its own intent and outcome. When the database fails between the
-/// two, intents stay without an outcome: what became of them is not known.
+/// Revisions and records that go.
 async fn carry_out(
     work: &Purge,
     portion: &Portion,
     log: &AuditLog,
-) -> Result<(usize, u64), Failure> {
-    let calls: Vec<(CallId, &Head)> = portion
-        .records
-        .iter()
-        .map(|head| (CallId::fresh(), head))
-        .collect();
-    let intents = calls
-        .iter()
-        .map(|(call, head)| log.append(entry(EntryKind::Intent, Outcome::Ok, *call, head)));
+    gone: &Tally,
+) -> Result<(usize, usize), Failure> {
+    let revisions = portion.revisions.iter().map(Part::of_revision).collect();
+    let purged = async { work.revisions(portion).await };
+    let revisions = recorded(log, revisions, gone, purged).await?;
+    let records = portion.records.iter().map(Part::of_record).collect();
+    let purged = async {
+        let ids = work.records(portion).await?;
+        let heads = portion.records.iter();
+        let purged = heads.filter(|head| ids.contains(&head.id));
+        Ok(purged.map(|head| (head.id, head.revision)).collect())
+    };
+    let records = recorded(log, records, gone, purged).await?;
+    Ok((records, revisions))
+}
+
+/// A record or a revision that is to go.
+struct Part<'a> {
+    call: CallId,
+    action: &'static str,
+    record: RecordId,
+    address: &'a KeyAddress,
+    revision: Revision,
+}
+
+impl<'a> Part<'a> {
+    fn of_record(head: &'a Head) -> Self {
+        Self {
+            call: CallId::fresh(),
+            action: "user_key.purge",
+            record: head.id,
+            address: &head.address,
+            revision: head.revision,
+        }
+    }
+
+    fn of_revision(old: &'a Superseded) -> Self {
+        Self {
+            call: CallId::fresh(),
+            action: "user_key.purge_revision",
+            record: old.record,
+            address: &old.address,
+            revision: old.revision,
+        }
+    }
+
+    fn entry(&self, kind: EntryKind, outcome: Outcome) -> Entry {
+        let mut entry = change::local_entry(kind, self.action, outcome, self.call);
+        entry.tenant = Some(self.address.tenant.clone());
+        entry.user = Some(self.address.user.clone());
+        entry.key_name = Some(self.address.name.clone());
+        entry.record_id = Some(self.record);
+        entry.revision = Some(self.revision);
+        entry
+    }
+}
+
+/// What is gone can never be had back, so each part has its own intent and outcome. When the database fails between the two,
+/// intents stay without an outcome: what became of them is not known. Returns how many are gone.
+async fn recorded(
+    log: &AuditLog,
+    parts: Vec<Part<'_>>,
+    gone: &Tally,
+    work: impl Future<Output = Result<HashSet<(RecordId, Revision)>, store::Error>>,
+) -> Result<usize, Failure> {
+    if parts.is_empty() {
+        return Ok(0);
+    }
+    let intents = parts.iter();
+    let intents = intents.map(|part| log.append(part.entry(EntryKind::Intent, Outcome::Ok)));
     try_join_all(intents).await?;
-    let purged = work.carry_out(portion).await?;
-    let outcomes = calls.iter().map(|(call, head)| {
-        let outcome = if purged.records.contains(&head.id) {
+    gone.begin();
+    let purged = work.await?;
+    gone.add(purged.len());
+    let outcomes = parts.iter().map(|part| {
+        let outcome = if purged.contains(&(part.record, part.revision)) {
             Outcome::Ok
         } else {
             Outcome::Failed
         };
-        log.append(entry(EntryKind::Outcome, outcome, *call, head))
+        log.append(part.entry(EntryKind::Outcome, outcome))
     });
     try_join_all(outcomes).await?;
-    Ok((purged.records.len(), purged.revisions))
-}
-
-fn entry(kind: EntryKind, outcome: Outcome, call: CallId, head: &Head) -> Entry {
-    let mut entry = change::local_entry(kind, "user_key.purge", outcome, call);
-    entry.tenant = Some(head.address.tenant.clone());
-    entry.user = Some(head.address.user.clone());
-    entry.key_name = Some(head.address.name.clone());
-    entry.record_id = Some(head.id);
-    entry.revision = Some(head.revision);
-    entry
+    Ok(purged.len())
 }
 
 fn count(rows: usize) -> u64 {

@@ -78,15 +78,20 @@ impl<E: Engine> Tables for EngineStore<E> {
         found.first().map(rows::info_with_tenant).transpose()
     }
 
-    async fn purge_revisions(&self, revisions: &[(RecordId, Revision)]) -> Result<u64, Error> {
+    async fn purge_revisions(
+        &self,
+        revisions: &[(RecordId, Revision)],
+    ) -> Result<Vec<(RecordId, Revision)>, Error> {
         let revisions = revisions.to_vec();
         self.transaction(End::Commit, move |session, _| {
             let revisions = revisions.clone();
             Box::pin(async move {
-                let mut purged = 0;
+                let mut purged = Vec::new();
                 for (record, revision) in revisions {
                     let values = vec![record.into(), revision.into()];
-                    purged += session.execute(E::TABLES.delete_superseded, values).await?;
+                    if session.execute(E::TABLES.delete_superseded, values).await? > 0 {
+                        purged.push((record, revision));
+                    }
                 }
                 Ok(purged)
             })

@@ -1,6 +1,6 @@
 //! PostgreSQL 14 and later.
 
-use std::{path::Path, time::Duration};
+use std::{env, path::Path, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
@@ -30,6 +30,22 @@ const OLDEST: i64 = 140_000;
 /// Sockets are named by their port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
 
+/// What the driver takes from the environment and nobody can set anew: other authorities for the server's certificate, a
+/// certificate of ours, settings of the session.
+const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
+
+/// What of the environment would count.
+pub(super) fn environment_problems() -> Vec<String> {
+    let is_set = |name: &&str| env::var_os(name).is_some();
+    let complain = |name: &str| {
+        format!(
+            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; take it out of \
+             keybroker's environment (in a unit: `UnsetEnvironment={name}`); an authority belongs into `ca_file`"
+        )
+    };
+    VARIABLES.into_iter().filter(is_set).map(complain).collect()
+}
+
 #[derive(Debug)]
 pub(super) enum PostgreSql {}
 
@@ -45,7 +61,11 @@ impl Server for PostgreSql {
     }
 
     fn options(settings: &Settings, place: &Place) -> Result<PgConnectOptions, Error> {
-        // The driver reads the environment; everything that it found there is set anew.
+        // The driver reads the environment: what it finds there is set anew or refused.
+        let problems = environment_problems();
+        if !problems.is_empty() {
+            return Err(Error::Schema(problems.join("; ")));
+        }
         let options = PgConnectOptions::new_without_pgpass()
             .username(&place.user)
             .database(&place.database)

@@ -47,7 +47,7 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     fn migrator() -> &'static Migrator;
 
-    /// How to connect: nothing is taken from the process's environment.
+    /// How to connect: nothing is taken from the process's environment. Where the driver would, it is an error.
     fn options(settings: &Settings, place: &Place) -> Result<OptionsOf<Self>, Error>
     where
         Self: Sized;

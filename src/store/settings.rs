@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use crate::hardening;
 
-use super::{Error, durability, url::Target};
+use super::{Error, durability, postgres, url::Target};
 
 /// Which database: the `[store]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -238,9 +238,12 @@ impl Settings {
         problems
     }
 
-    /// What is wrong with the files that are named, each with its remedy.
+    /// What is wrong with the files that are named and with the environment, each with its remedy.
     pub fn file_problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut problems = match Target::parse(self.url.as_str()) {
+            Ok(Target::Postgres(_)) => postgres::environment_problems(),
+            _ => Vec::new(),
+        };
         if self.password_file.is_some() || self.password_variable.is_some() {
             problems.extend(self.password().err().map(|error| error.to_string()));
         }

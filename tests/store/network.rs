@@ -1,6 +1,11 @@
 //! The way to a database over the network: verified, or by explicit word not at all.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    env, fs,
+    path::Path,
+    process::{Command, Output},
+    sync::Arc,
+};
 
 use keybroker::store::{self, Error, Settings, Tls};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -12,6 +17,8 @@ use super::{
 };
 
 const NO_TLS: [&str; 0] = [];
+/// In the environment of a process that a test starts of itself: the database.
+const CHILD: &str = "KEYBROKER_TEST_STORE_SETTINGS";
 
 /// An authority and, signed by it, a certificate for `localhost` and for nothing else.
 fn write_certificates(folder: &Path) {
@@ -162,6 +169,22 @@ async fn tls_to_mariadb_is_verified() {
     tls_is_verified(Kind::MariaDb).await;
 }
 
+/// Runs a test of this file in a process of its own, with a database and with variables.
+fn in_environment(test: &str, settings: &Settings, variables: &[(&str, &str)]) -> Output {
+    Command::new(env::current_exe().unwrap())
+        .args([&format!("network::{test}"), "--exact", "--nocapture"])
+        .env(CHILD, serde_json::to_string(settings).unwrap())
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap()
+}
+
+/// The database, in the process that is to use it.
+fn in_child() -> Option<Settings> {
+    let settings = env::var(CHILD).ok()?;
+    Some(serde_json::from_str(&settings).unwrap())
+}
+
 /// The environment of the process leads no connection elsewhere, and switches nothing off.
 #[test]
 fn the_drivers_variables_do_not_count() {
@@ -172,28 +195,41 @@ fn the_drivers_variables_do_not_count() {
         ("PGDATABASE", "other"),
         ("PGSSLMODE", "disable"),
     ];
-    const CHILD: &str = "KEYBROKER_TEST_STORE_SETTINGS";
-    if let Ok(settings) = std::env::var(CHILD) {
-        let settings = serde_json::from_str(&settings).unwrap();
+    if let Some(settings) = in_child() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(store::migrate(&settings, false)).unwrap();
         return;
     }
     let server = Server::start(Kind::PostgreSql);
     let settings = server.settings(&server.database());
-    let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "network::the_drivers_variables_do_not_count",
-            "--exact",
-            "--nocapture",
-        ])
-        .env(CHILD, serde_json::to_string(&settings).unwrap())
-        .envs(VARIABLES)
-        .output()
-        .unwrap();
+    let child = in_environment("the_drivers_variables_do_not_count", &settings, &VARIABLES);
     assert!(
         child.status.success(),
         "{}",
         String::from_utf8_lossy(&child.stderr)
     );
+}
+
+/// Nothing can undo them: other authorities, a certificate of ours, settings of the session.
+#[test]
+fn variables_that_would_count_are_refused() {
+    if let Some(settings) = in_child() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let refused = runtime.block_on(store::status(&settings)).unwrap_err();
+        println!("refused: {refused}; {}", settings.file_problems().join(" "));
+        return;
+    }
+    // Nobody listens: it does not come so far.
+    let settings = Settings::new("postgres://me@127.0.0.1:1/keys");
+    for name in ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"] {
+        let child = in_environment(
+            "variables_that_would_count_are_refused",
+            &settings,
+            &[(name, "/etc/hostname")],
+        );
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success(), "{said}");
+        let complaint = format!("environment variable {name} is set");
+        assert_eq!(said.matches(&complaint).count(), 2, "{name}: {said}");
+    }
 }

@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,7 +25,11 @@ const TRANSACTIONS_MAX: usize = 5;
 const INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
-pub(super) struct Uses(Mutex<HashMap<RecordId, Timestamp>>);
+pub(super) struct Uses {
+    noted: Mutex<HashMap<RecordId, Timestamp>>,
+    /// Whether they could not be written the last time.
+    failing: AtomicBool,
+}
 
 impl Uses {
     /// Notes that a record was released just now.
@@ -31,7 +38,7 @@ impl Uses {
     }
 
     fn put(&self, record: RecordId, at: Timestamp) {
-        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         if noted.len() >= NOTED_MAX && !noted.contains_key(&record) {
             drop(noted);
             metrics::counter!("keybroker_last_uses_dropped_total").increment(1);
@@ -43,7 +50,8 @@ impl Uses {
 
     /// All that is noted, in the order in which every broker writes it: so none waits for another in a circle.
     fn take(&self) -> Vec<(RecordId, Timestamp)> {
-        let noted = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = std::mem::take(&mut *noted);
         let mut uses: Vec<_> = noted.into_iter().collect();
         uses.sort_unstable();
         uses
@@ -73,10 +81,16 @@ impl Broker {
         let mut written = 0;
         for portion in portions.by_ref().take(transactions_max) {
             if let Err(error) = self.store.note_uses(portion).await {
-                tracing::debug!(%error, "last uses not written yet");
+                // Once, not every few seconds.
+                if !self.uses.failing.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%error, "last uses not written yet; they are tried again");
+                }
                 break;
             }
             written += portion.len();
+            if self.uses.failing.swap(false, Ordering::Relaxed) {
+                tracing::info!("last uses are written again");
+            }
         }
         for (record, at) in uses.into_iter().skip(written) {
             self.uses.put(record, at);

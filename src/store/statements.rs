@@ -60,7 +60,7 @@ pub(super) struct Statements {
     pub(super) durability: &'static str,
 }
 
-/// How many records one statement asks for.
+/// How many records one statement asks for, or notes uses of.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
 /// What an engine must be able to say of whole tables: see `tables.rs`.
@@ -82,8 +82,9 @@ pub(super) struct TableStatements {
     pub(super) delete_change: &'static str,
     /// record.
     pub(super) delete_use: &'static str,
-    /// record, at. Changes nothing when a later use is known.
-    pub(super) note_use: &'static str,
+    /// record, at, as many pairs as [`RECORDS_AT_ONCE`], of which one may come several times. Changes nothing where a later use is
+    /// known.
+    pub(super) note_uses: &'static str,
     /// Records, as many as [`RECORDS_AT_ONCE`]: record, at of those of which it is known.
     pub(super) uses: &'static str,
 }

@@ -5,10 +5,22 @@ use std::{
     path::Path,
     process::{Command, Output},
     sync::Arc,
+    time::Duration,
 };
 
-use keybroker::store::{self, Error, Settings, Tls};
+use keybroker::{
+    call::Timestamp,
+    key::RecordId,
+    store::{self, Error, Settings, Tls, tables::Table},
+};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
 
 use super::{
     revision,
@@ -232,4 +244,65 @@ fn variables_that_would_count_are_refused() {
         let complaint = format!("environment variable {name} is set");
         assert_eq!(said.matches(&complaint).count(), 2, "{name}: {said}");
     }
+}
+
+/// Hands everything on to a port, later: a server in another zone.
+async fn far_away(port: u16, delay: Duration) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let (client, server) = (client.into_split(), server.into_split());
+            tokio::spawn(hand_on(client.0, server.1, delay));
+            tokio::spawn(hand_on(server.0, client.1, Duration::ZERO));
+        }
+    });
+    near
+}
+
+async fn hand_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, delay: Duration) {
+    let mut bytes = vec![0; 65_536];
+    while let Ok(count @ 1..) = from.read(&mut bytes).await {
+        tokio::time::sleep(delay).await;
+        if to.write_all(&bytes[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What is written every few seconds must be written in time there, too.
+async fn last_uses_are_written_from_far_away(kind: Kind) {
+    let server = Server::start(kind);
+    let database = server.database();
+    let here = Settings {
+        tls: Tls::Plaintext,
+        ..server.network_settings("127.0.0.1", &database)
+    };
+    store::migrate(&here, false).await.unwrap();
+    let (start, rest) = here.url.as_str().split_once("127.0.0.1:").unwrap();
+    let (port, end) = rest.split_once('/').unwrap();
+    let near = far_away(port.parse().unwrap(), Duration::from_millis(30)).await;
+    let there = Settings {
+        url: format!("{start}127.0.0.1:{near}/{end}").into(),
+        ..here.clone()
+    };
+    let store = store::open_tables(&there).await.unwrap();
+    // As many as the broker writes at once, and a portion that is not full.
+    let at = Timestamp::now();
+    let uses: Vec<_> = (0..499_u128)
+        .map(|number| (RecordId::from_bytes(number.to_be_bytes()), at))
+        .collect();
+    store.note_uses(&uses).await.unwrap();
+    assert_eq!(store.count(Table::LastUses).await.unwrap(), 499);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn last_uses_reach_a_postgresql_that_is_far_away() {
+    last_uses_are_written_from_far_away(Kind::PostgreSql).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn last_uses_reach_a_mariadb_that_is_far_away() {
+    last_uses_are_written_from_far_away(Kind::MariaDb).await;
 }

@@ -16,13 +16,19 @@ use super::{End, Engine, EngineStore};
 
 impl<E: Engine> EngineStore<E> {
     pub(super) async fn write_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error> {
-        let uses = uses.to_vec();
+        // Few statements: on the way to a server each costs as long as the way.
+        let portions: Vec<Vec<Value>> = uses
+            .chunks(RECORDS_AT_ONCE)
+            .map(|portion| {
+                let pairs = filled(portion).map(|(record, at)| [(*record).into(), (*at).into()]);
+                pairs.flatten().collect()
+            })
+            .collect();
         self.transaction(End::Commit, move |session, _| {
-            let uses = uses.clone();
+            let portions = portions.clone();
             Box::pin(async move {
-                for (record, at) in uses {
-                    let values = vec![record.into(), at.into()];
-                    session.execute(E::TABLES.note_use, values).await?;
+                for values in portions {
+                    session.execute(E::TABLES.note_uses, values).await?;
                 }
                 Ok(())
             })
@@ -36,10 +42,7 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<HashMap<RecordId, Timestamp>, Error> {
         let mut uses = HashMap::new();
         for portion in records.chunks(RECORDS_AT_ONCE) {
-            // The statement has a fixed number of places: the last record fills those that are left.
-            let fill = portion.last().into_iter().cycle();
-            let ids = portion.iter().chain(fill).take(RECORDS_AT_ONCE);
-            let values: Vec<Value> = ids.map(|record| (*record).into()).collect();
+            let values: Vec<Value> = filled(portion).map(|record| (*record).into()).collect();
             for row in &self.query(E::TABLES.uses, values).await? {
                 let (record, at) = rows::last_use(row)?;
                 uses.insert(record, at);
@@ -47,4 +50,10 @@ impl<E: Engine> EngineStore<E> {
         }
         Ok(uses)
     }
+}
+
+/// A statement has a fixed number of places: the last of a portion fills those that are left.
+fn filled<T>(portion: &[T]) -> impl Iterator<Item = &T> {
+    let fill = portion.last().into_iter().cycle();
+    portion.iter().chain(fill).take(RECORDS_AT_ONCE)
 }

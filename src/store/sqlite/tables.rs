@@ -59,8 +59,16 @@ pub(super) const TABLES: TableStatements = TableStatements {
     delete_record: "DELETE FROM records WHERE record_id = ?1",
     delete_change: "DELETE FROM changes WHERE call_id = ?1",
     delete_use: "DELETE FROM last_uses WHERE record_id = ?1",
-    note_use: "INSERT INTO last_uses (record_id, used_us) VALUES (?1, ?2) ON CONFLICT (record_id) \
-               DO UPDATE SET used_us = excluded.used_us WHERE excluded.used_us > last_uses.used_us",
+    note_uses: "INSERT INTO last_uses (record_id, used_us) VALUES (?1, ?2), (?3, ?4), (?5, ?6), \
+                (?7, ?8), (?9, ?10), (?11, ?12), (?13, ?14), (?15, ?16), (?17, ?18), (?19, ?20), \
+                (?21, ?22), (?23, ?24), (?25, ?26), (?27, ?28), (?29, ?30), (?31, ?32), (?33, \
+                ?34), (?35, ?36), (?37, ?38), (?39, ?40), (?41, ?42), (?43, ?44), (?45, ?46), \
+                (?47, ?48), (?49, ?50), (?51, ?52), (?53, ?54), (?55, ?56), (?57, ?58), (?59, \
+                ?60), (?61, ?62), (?63, ?64), (?65, ?66), (?67, ?68), (?69, ?70), (?71, ?72), \
+                (?73, ?74), (?75, ?76), (?77, ?78), (?79, ?80), (?81, ?82), (?83, ?84), (?85, \
+                ?86), (?87, ?88), (?89, ?90), (?91, ?92), (?93, ?94), (?95, ?96), (?97, ?98), \
+                (?99, ?100) ON CONFLICT (record_id) DO UPDATE SET used_us = excluded.used_us \
+                WHERE excluded.used_us > last_uses.used_us",
     uses: "SELECT record_id, used_us FROM last_uses WHERE record_id IN (?1, ?2, ?3, ?4, ?5, ?6, \
            ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, \
            ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38, ?39, ?40, \

@@ -4,6 +4,7 @@ use std::{
     env,
     num::NonZero,
     os::unix::process::CommandExt as _,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{self, ExitCode},
     thread,
@@ -159,17 +160,23 @@ pub fn main() -> ExitCode {
     }
     // Two providers in one process would make rustls panic at its first use; this one is ours.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    match cli.command {
-        Command::TokenWorker => {
-            telemetry::init_logs(true, "info");
-            telemetry::install_panic_hook();
-            return hsm::worker::run();
-        }
-        Command::Serve(_) => telemetry::init_logs(true, "info"),
-        _ => telemetry::init_logs(false, "error"),
+    let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
+    telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
+    telemetry::install_panic_hook();
+    if matches!(cli.command, Command::TokenWorker) {
+        return hsm::worker::run();
     }
-    let result = run(cli.command, &context);
+    let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)
+}
+
+/// A panic ends a command with the code of the table, and with the place that the hook has logged instead of its message.
+fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let what = "a fault of keybroker itself; the line above names its place";
+        Err(Failure::new(Exit::Internal, what)
+            .hint("report it with that line and `keybroker --version`"))
+    })
 }
 
 fn run(command: Command, context: &Context) -> Result<(), Failure> {

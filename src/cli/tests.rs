@@ -192,3 +192,11 @@ fn bash_offers_each_command_of_each_group() {
         }
     }
 }
+
+#[test]
+fn a_panic_has_an_exit_code_of_the_table() {
+    let failure = without_panic(|| panic!("secret")).unwrap_err();
+    assert_eq!(failure.exit, Exit::Internal);
+    assert!(!format!("{failure:?}").contains("secret"), "{failure:?}");
+    assert!(without_panic(|| Ok(())).is_ok());
+}

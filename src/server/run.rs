@@ -57,7 +57,6 @@ pub async fn run(
     program: PathBuf,
     ready_file: Option<PathBuf>,
 ) -> Result<(), Failure> {
-    telemetry::install_panic_hook();
     let no_signals = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
     let mut signals = Signals::listen().map_err(no_signals)?;
     // From the first moment: by default it would end the process.

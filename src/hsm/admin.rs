@@ -1,10 +1,6 @@
 //! The token for one-shot commands: the module in this process, used by one thread, gone with the command.
 
-use cryptoki::{
-    context::Pkcs11,
-    session::{Session, UserType},
-    slot::Slot,
-};
+use cryptoki::{context::Pkcs11, session::UserType, slot::Slot};
 
 use crate::{
     call::Timestamp,
@@ -16,14 +12,15 @@ use super::{
     ExpectedKey, Pin, Settings, TokenInfo,
     classify::{Class, Fault},
     gate::Finding,
-    keys::{self, KeyPair},
-    module,
+    keys, module,
     open::{KeySession, OpenToken},
     operation, select,
 };
 
+mod verifier;
 mod wrapper;
 
+pub use verifier::Verifier;
 pub use wrapper::Wrapper;
 
 /// Class of an administrative failure, with its message.
@@ -280,16 +277,12 @@ impl Admin {
         message: &MacMessage,
         mac: &Mac,
     ) -> Result<bool, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
-        verifies(&self.token.anchor, &pair, message, mac)
+        self.verifier(&[id])?.verify(id, message, mac)
     }
 
     /// For many MACs one after another, by the binding keys of these ids.
     pub fn verifier(&self, ids: &[WrappingKeyId]) -> Result<Verifier<'_>, AdminError> {
-        Ok(Verifier {
-            session: self.token.session(ids)?,
-            _admin: self,
-        })
+        Verifier::new(self, ids)
     }
 
     /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
@@ -330,41 +323,5 @@ impl Admin {
                 .sum::<Result<u64, Fault>>()
         })?;
         Ok(counts)
-    }
-}
-
-/// Verifies MACs without looking for the key each time.
-#[derive(Debug)]
-pub struct Verifier<'a> {
-    session: KeySession,
-    /// Has the login.
-    _admin: &'a Admin,
-}
-
-impl Verifier<'_> {
-    /// Whether a MAC verifies. The key is one of those that this was made for.
-    pub fn verify(
-        &self,
-        id: WrappingKeyId,
-        message: &MacMessage,
-        mac: &Mac,
-    ) -> Result<bool, AdminError> {
-        let pair = self.session.pair(id).ok_or_else(|| {
-            AdminError::Untrusted(format!("binding key {id} was not looked for on the token"))
-        })?;
-        verifies(&self.session.session, pair, message, mac)
-    }
-}
-
-fn verifies(
-    session: &Session,
-    pair: &KeyPair,
-    message: &MacMessage,
-    mac: &Mac,
-) -> Result<bool, AdminError> {
-    match operation::verify(session, pair, message.as_bytes(), mac) {
-        Ok(()) => Ok(true),
-        Err(fault) if fault.class == Class::Input => Ok(false),
-        Err(fault) => Err(fault.into()),
     }
 }

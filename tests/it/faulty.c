@@ -4,7 +4,7 @@
  *   SKIP          calls that pass before the fault begins
  *   TIMES         calls that it hits; -1 for all
  *   CODE          what is returned instead of calling the real function; 0: it is called, and its failure hidden;
- *                 -1: it is called, and its result kept
+ *                 -1: it is called, and its result kept; below: it is called, and its failure becomes -CODE
  *   MILLISECONDS  slept before anything else
  *   PID           the one process that is hit; 0 for all
  *
@@ -93,6 +93,7 @@ static void sleep_for(long milliseconds) {
     } else {                                                             \
       code = ((ulong_t(*) parameters)real->functions[index])arguments;   \
       if (hit && plan.code == 0) code = 0;                               \
+      if (hit && plan.code < -1 && code) code = (ulong_t)-plan.code;     \
     }                                                                    \
     note(#name, "ends", (long)code);                                     \
     return code;                                                         \

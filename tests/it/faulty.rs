@@ -21,11 +21,16 @@ pub(crate) mod code {
     pub(crate) const NEVER_FAILS: i64 = 0;
     /// None: the real function is called, late.
     pub(crate) const LATE: i64 = -1;
+
+    /// The real function is called, and whatever it fails with is called by this code.
+    pub(crate) const fn instead(code: i64) -> i64 {
+        -code
+    }
 }
 
 /// What befalls a function of the module.
 pub(crate) struct Fault {
-    /// Return code, or one of the two that are none.
+    /// Return code, or one of those that are none.
     pub(crate) code: i64,
     /// Calls that pass before it begins.
     pub(crate) skip: u32,

@@ -12,6 +12,8 @@ use serde_json::Value;
 
 use crate::{
     client::Caller,
+    faulty::{Fault, code},
+    faulty_token,
     process::Broker,
     servers::{Kind, Server},
     site::{Finished, Options, Site},
@@ -219,4 +221,26 @@ async fn writes_beside_a_check_are_not_called_bad() {
         stop.store(true, Ordering::Relaxed);
         writer.await.unwrap();
     }
+}
+
+/// A token that has no code of its own for a wrong MAC: one altered row is one finding, and every other row is verified.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_refuses_ambiguously_names_the_altered_row() {
+    let (site, faulty) = faulty_token::site(Options::default());
+    faulty.set(
+        "C_Verify",
+        &Fault::always(code::instead(code::FUNCTION_FAILED)),
+    );
+    let broker = enrolled(site, &["ada", "bob", "carl"]).await;
+    let (site, _) = broker.stop();
+    site.sql(
+        "UPDATE revisions SET envelope = CAST(substr(envelope, 1, 300) || x'00000000' || substr(envelope, 305) AS BLOB) \
+         WHERE revision = 2 AND record_id = (SELECT record_id FROM records WHERE user = 'bob')",
+    );
+    let (finished, report) = check(&site);
+    assert_eq!(finished.code, Some(12), "{finished:#?}");
+    let findings = report["findings"].as_array().unwrap();
+    assert_eq!(findings.len(), 1, "{report}");
+    assert_eq!(findings[0]["problem"], "mac-refused", "{report}");
+    assert_eq!(findings[0]["user"], "bob", "{report}");
 }

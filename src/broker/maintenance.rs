@@ -13,6 +13,7 @@ use crate::{
     call::Timestamp,
     error::Reason,
     hsm::Serving,
+    store,
 };
 
 use super::Broker;
@@ -34,6 +35,15 @@ pub struct Health {
     pub control: bool,
     /// What is wrong, for the log and for administrators; empty when nothing is.
     pub detail: String,
+}
+
+/// What came of asking for an intent.
+enum Resolved {
+    Yes,
+    /// Somebody still holds it: a transaction that has not ended.
+    UnderWay,
+    /// The store or the log is away, for the others as well: each would only wait for it anew.
+    Away,
 }
 
 impl Broker {
@@ -70,7 +80,27 @@ impl Broker {
 
     /// Runs until `stop`; one per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
-        tokio::join!(self.look_after(&stop), self.write_uses(&stop));
+        tokio::join!(
+            self.look_after(&stop),
+            self.resolve_by_and_by(&stop),
+            self.write_uses(&stop)
+        );
+    }
+
+    /// Beside everything else: to wait for a transaction that may still be under way takes seconds.
+    async fn resolve_by_and_by(&self, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.resolve_intents() => {}
+            }
+        }
     }
 
     async fn look_after(&self, stop: &CancellationToken) {
@@ -83,7 +113,6 @@ impl Broker {
                 _ = ticks.tick() => {}
             }
             self.look_at_store().await;
-            self.resolve_intents().await;
             self.follow_registry().await;
             if count.is_multiple_of(TICKS_PER_MINUTE) {
                 self.flush_refusals().await;
@@ -109,12 +138,24 @@ impl Broker {
     }
 
     async fn resolve_intents(&self) {
-        let open = std::mem::take(&mut *self.unresolved());
-        for (position, intent) in open.iter().enumerate() {
-            if !self.resolve(intent).await {
-                // The store or the log is away, for the others as well: each would only wait for it anew.
-                self.unresolved().extend_from_slice(&open[position..]);
+        let count = self.unresolved().len();
+        for _ in 0..count {
+            // It stays in the list until it is resolved: this may be given up at any moment.
+            let Some(intent) = self.unresolved().first().cloned() else {
                 return;
+            };
+            let resolved = self.resolve(&intent).await;
+            let mut unresolved = self.unresolved();
+            // Others are only added meanwhile, at the end.
+            let intent = unresolved.remove(0);
+            match resolved {
+                Resolved::Yes => {}
+                // What became of the others may be known.
+                Resolved::UnderWay => unresolved.push(intent),
+                Resolved::Away => {
+                    unresolved.insert(0, intent);
+                    return;
+                }
             }
         }
     }
@@ -125,13 +166,16 @@ impl Broker {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the store what became of an intent and records it. Says whether that worked.
-    async fn resolve(&self, open: &OpenIntent) -> bool {
+    /// Asks the store what became of an intent and records it.
+    async fn resolve(&self, open: &OpenIntent) -> Resolved {
         let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
                 tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
-                return false;
+                return match error {
+                    store::Error::Down(_) => Resolved::Away,
+                    _ => Resolved::UnderWay,
+                };
             }
         };
         let outcome = if committed {
@@ -141,10 +185,10 @@ impl Broker {
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
             tracing::warn!(call_id = %open.call, %error, "what became of an open intent is not recorded yet");
-            return false;
+            return Resolved::Away;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
-        true
+        Resolved::Yes
     }
 
     async fn look_at_store(&self) {

@@ -29,6 +29,9 @@ const PORT: u16 = 3_306;
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
+/// A quiet broker keeps its connections by asking once a second; below this they would come and go.
+const IDLE_MIN_S: f64 = 10.0;
+
 #[derive(Debug)]
 pub(super) enum MySqlOrMariaDb {}
 
@@ -73,25 +76,12 @@ impl Server for MySqlOrMariaDb {
         limits: &'c Limits,
     ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
         async move {
-            // Whole seconds, and at least one.
-            let lock = limits.lock.as_secs_f64().ceil().max(1.0);
-            let statement = limits.statement;
-            let statement_limit = if version(connection).await?.is_mariadb {
-                format!(
-                    "max_statement_time = {}, SESSION idle_transaction_timeout = {}",
-                    statement.as_secs_f64(),
-                    (statement * 2).max(Duration::from_secs(1)).as_secs()
-                )
-            } else {
-                format!("max_execution_time = {}", statement.as_millis())
-            };
+            let is_mariadb = version(connection).await?.is_mariadb;
             // Numbers of ours, which `SET` takes in no other way.
-            let set = format!(
-                "SET SESSION autocommit = 1, SESSION foreign_key_checks = 1, SESSION unique_checks = 1, \
-                 SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
-                 SESSION innodb_lock_wait_timeout = {lock}, SESSION {statement_limit}"
-            );
-            sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *connection).await?;
+            let set = session_settings(limits, is_mariadb);
+            sqlx::raw_sql(AssertSqlSafe(set))
+                .execute(&mut *connection)
+                .await?;
             connection
                 .control("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE")
                 .await
@@ -179,6 +169,28 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     })
 }
 
+/// What a session is set to. A transaction whose client is gone without a word, with its machine or its network, is ended by a
+/// limit on idleness, or its locks would be held until TCP gives up, hours later. MySQL has one for whole connections alone;
+/// one that was closed in the pool is found out before it is lent.
+fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
+    // Whole seconds, and at least one.
+    let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
+    let lock = seconds(limits.lock);
+    let idle = seconds(limits.statement * 2);
+    let statement = if is_mariadb {
+        let statement = limits.statement.as_secs_f64();
+        format!("max_statement_time = {statement}, SESSION idle_transaction_timeout = {idle}")
+    } else {
+        let (statement, idle) = (limits.statement.as_millis(), idle.max(IDLE_MIN_S));
+        format!("max_execution_time = {statement}, SESSION wait_timeout = {idle}")
+    };
+    format!(
+        "SET SESSION autocommit = 1, SESSION foreign_key_checks = 1, SESSION unique_checks = 1, \
+         SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
+         SESSION innodb_lock_wait_timeout = {lock}, SESSION {statement}"
+    )
+}
+
 struct Version {
     text: String,
     numbers: [u32; 3],
@@ -201,4 +213,32 @@ async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Erro
         is_mariadb: text.contains("MariaDB"),
         text,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The suite has no MySQL: what it is told is at least looked at.
+    #[test]
+    fn a_transaction_whose_client_is_gone_ends_on_both() {
+        let limits = Limits {
+            statement: Duration::from_millis(2_500),
+            lock: Duration::from_millis(100),
+        };
+        let (mysql, mariadb) = (
+            session_settings(&limits, false),
+            session_settings(&limits, true),
+        );
+        assert!(mysql.contains("max_execution_time = 2500, SESSION wait_timeout = 10"));
+        assert!(mariadb.contains("max_statement_time = 2.5, SESSION idle_transaction_timeout = 5"));
+        for set in [mysql, mariadb] {
+            assert!(set.contains("innodb_lock_wait_timeout = 1,"), "{set}");
+        }
+        let long = Limits {
+            statement: Duration::from_mins(1),
+            ..limits
+        };
+        assert!(session_settings(&long, false).ends_with("wait_timeout = 120"));
+    }
 }

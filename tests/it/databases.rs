@@ -5,7 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::proto::{UnwrapUserKeyResponse, UserKey};
+use keybroker::{
+    audit::{AuditLog, Entry, EntryKind, Outcome},
+    call::CallId,
+    proto::{UnwrapUserKeyResponse, UserKey},
+};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, postgres::PgConnectOptions};
 use tonic::{Code, Status};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -284,4 +289,55 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             });
         }
     }
+}
+
+/// The machine of another broker is gone, its transaction is not: of the intents of this one the rest is known.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intent_that_is_still_held_keeps_no_other_open() {
+    let server = Server::start(Kind::PostgreSql);
+    let database = server.database();
+    let site = Arc::new(Site::fresh(Options {
+        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        ..Options::default()
+    }));
+    // What a crash leaves.
+    let [held, other] = [(); 2].map(|()| CallId::fresh());
+    let (log, _) = AuditLog::open(&site.audit_directory().join("serve"), 1 << 20).unwrap();
+    for call in [held, other] {
+        let mut intent = Entry::new(EntryKind::Intent, "user_key.create", Outcome::Ok);
+        intent.call_id = Some(call);
+        log.append(intent).await.unwrap();
+    }
+    log.close();
+    let socket = server.socket();
+    let port = socket.extension().unwrap().to_str().unwrap();
+    let options = PgConnectOptions::new_without_pgpass()
+        .username("admin")
+        .database(&database)
+        .port(port.parse().unwrap())
+        .socket(server.folder());
+    let mut holder = PgConnection::connect_with(&options).await.unwrap();
+    let mark = hex::encode(held.as_bytes());
+    let hold = format!(
+        "BEGIN; INSERT INTO changes (call_id, record_id, changed_us) VALUES ('\\x{mark}', '\\x{mark}', 1)"
+    );
+    sqlx::raw_sql(AssertSqlSafe(hold))
+        .execute(&mut holder)
+        .await
+        .unwrap();
+
+    let broker = Broker::start_on(site);
+    let recovered = |call: CallId| {
+        let audit = broker.site.audit();
+        let mut lines = audit.lines();
+        lines
+            .any(|line| line.contains("\"kind\":\"recovered\"") && line.contains(&call.to_string()))
+    };
+    until("the other", || recovered(other).then_some(()));
+    assert!(!recovered(held));
+    sqlx::raw_sql("ROLLBACK")
+        .execute(&mut holder)
+        .await
+        .unwrap();
+    until("the one that was held", || recovered(held).then_some(()));
 }

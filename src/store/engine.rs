@@ -8,7 +8,7 @@
 use std::{
     fmt,
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -23,6 +23,7 @@ use super::{
 };
 
 mod calls;
+mod probe;
 mod tables;
 mod uses;
 
@@ -30,8 +31,6 @@ mod uses;
 const ATTEMPTS_MAX: u32 = 8;
 /// The wait before the second attempt; it doubles, and has a random part so that the losers do not meet again.
 const BACKOFF: Duration = Duration::from_millis(4);
-/// How long a failed probe speaks for the database. Whoever probes does so every second.
-const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 
 /// What differs between engines beside their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
@@ -61,41 +60,9 @@ type Row<E> = <Connection<E> as Session>::Row;
 #[derive(Debug)]
 pub(super) struct EngineStore<E> {
     engine: Arc<E>,
-    probe: Arc<Probe>,
+    probe: Arc<probe::Probe>,
     /// What is under way, which outlives its callers.
     tasks: TaskTracker,
-}
-
-/// What the last probes said.
-#[derive(Debug, Default)]
-struct Probe {
-    reads_failed: Mutex<Option<Instant>>,
-    writes_failed: Mutex<Option<Instant>>,
-}
-
-impl Probe {
-    fn failed(&self, purpose: Purpose) -> MutexGuard<'_, Option<Instant>> {
-        let failed = match purpose {
-            Purpose::Read => &self.reads_failed,
-            Purpose::Write => &self.writes_failed,
-        };
-        failed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn note(&self, purpose: Purpose, failed: bool) {
-        *self.failed(purpose) = failed.then(Instant::now);
-    }
-
-    /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line.
-    fn check(&self, purpose: Purpose) -> Result<(), Error> {
-        let failed = *self.failed(purpose);
-        if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) {
-            return Err(Error::Down(
-                "the database did not answer the last probe".into(),
-            ));
-        }
-        Ok(())
-    }
 }
 
 impl<E: Engine> EngineStore<E> {
@@ -135,17 +102,19 @@ impl<E: Engine> EngineStore<E> {
         statement: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
-        let engine = Arc::clone(&self.engine);
+        let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
         self.spawn(async move {
             let lease = Lease::take(&*engine, Purpose::Read).await?;
-            match lease.query(statement, values.clone()).await {
+            let rows = match lease.query(statement, values.clone()).await {
                 // The connection may have died while it lay in the pool, and a query can be asked again.
                 Err(Error::Down(_)) => {
                     let lease = Lease::take(&*engine, Purpose::Read).await?;
                     lease.query(statement, values).await
                 }
                 result => result,
-            }
+            }?;
+            probe.answered(Purpose::Read);
+            Ok(rows)
         })
         .await
     }
@@ -175,7 +144,7 @@ impl<E: Engine> EngineStore<E> {
         T: Send + 'static,
         W: Work<E, T>,
     {
-        let engine = Arc::clone(&self.engine);
+        let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
         self.spawn(async move {
             let begun = Instant::now();
             let mut attempt = 1;
@@ -183,6 +152,10 @@ impl<E: Engine> EngineStore<E> {
                 let lease = Lease::take(&*engine, Purpose::Write).await?;
                 let result = lease.transaction(end, &work).await;
                 let Err(Error::Contended(what)) = &result else {
+                    // Also when it was not what the caller wanted.
+                    if !matches!(result, Err(Error::Down(_))) {
+                        probe.answered(Purpose::Write);
+                    }
                     return result;
                 };
                 if attempt == ATTEMPTS_MAX || begun.elapsed() > engine.time_limit() {

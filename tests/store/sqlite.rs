@@ -4,9 +4,12 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use keybroker::store::{self, Error, Settings};
+use tokio::task::JoinSet;
 
 use super::{Engine, Place, revision, stamp, user};
 
@@ -109,4 +112,48 @@ async fn a_database_that_cannot_grow_loses_nothing() {
         matches!(&error, Error::Corrupt(what) if what.contains("backup")),
         "{error}"
     );
+}
+
+/// One client enrols many users on a slow disk: whoever else waits in that line gets a turn, and is not told that the database
+/// is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_of_writers_is_not_an_outage() {
+    /// Longer than a probe waits, shorter than a caller does.
+    const LINE: Duration = Duration::from_millis(1_400);
+    let engine = Engine::sqlite().await;
+    engine.sql(
+        "CREATE TABLE numbers (i INTEGER); WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) \
+         INSERT INTO numbers SELECT i FROM n; \
+         CREATE TRIGGER slow AFTER INSERT ON changes BEGIN SELECT count(*) FROM numbers a, numbers b WHERE a.i + b.i < 0; END",
+    );
+    let store = engine.open().await;
+    let create = |number: u8| {
+        let store = Arc::clone(&store);
+        async move {
+            let new = revision(&user(&format!("user-{number}")), number, 1);
+            store.create(new, stamp()).await
+        }
+    };
+    let begun = Instant::now();
+    create(0).await.unwrap();
+    let count = u8::try_from(LINE.as_micros() / begun.elapsed().as_micros()).unwrap();
+    let mut line = JoinSet::new();
+    for number in 1..=count {
+        line.spawn(create(number));
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let begun = Instant::now();
+    store.ping().await.unwrap();
+    assert!(
+        begun.elapsed() > Duration::from_millis(800),
+        "the line was too short: {:?}",
+        begun.elapsed()
+    );
+    create(count + 1).await.unwrap();
+    for created in line.join_all().await {
+        // On a busy machine the last ones may have waited for too long.
+        if let Err(error) = created {
+            assert!(!error.to_string().contains("probe"), "{error}");
+        }
+    }
 }

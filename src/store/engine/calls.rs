@@ -1,6 +1,10 @@
 //! The calls of [`Store`], for any engine.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 
@@ -39,15 +43,16 @@ impl<E: Engine> EngineStore<E> {
 #[async_trait]
 impl<E: Engine> Store for EngineStore<E> {
     async fn ping(&self) -> Result<(), Error> {
+        let begun = Instant::now();
         let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
             Box::pin(async move { Ok(session.execute(sql.probe, Vec::new()).await.map(drop)?) })
         });
         let reading = self.query_unprobed(E::SQL.probe_read, Vec::new());
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
-        self.probe.note(Purpose::Write, written.is_err());
-        self.probe.note(Purpose::Read, read.is_err());
+        let written = self.probe.judge(Purpose::Write, begun, written);
+        let read = self.probe.judge(Purpose::Read, begun, read);
         // Keys are released as long as records can be read, but a store that takes no new ones is not well.
-        written.and(read.map(drop))
+        written.and(read)
     }
 
     async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error> {

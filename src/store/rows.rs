@@ -15,6 +15,9 @@ use super::{
     tables::{Head, RevisionRow},
 };
 
+/// A serial number has 16 bytes in PKCS#11, each at most three in a text. A longer one no token has, and no MAC covers.
+const TOKEN_SERIAL_BYTES_MAX: usize = 48;
+
 fn corrupt(column: &str) -> Error {
     Error::Corrupt(column.to_owned())
 }
@@ -152,12 +155,16 @@ pub(super) fn last_use(row: &impl Columns) -> Result<(RecordId, Timestamp), Erro
 pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
     let purpose = text(row, 2, "wrapping_keys.purpose")?;
     let state = text(row, 3, "wrapping_keys.state")?;
+    let token_serial = text(row, 4, "wrapping_keys.token_serial")?;
+    if token_serial.len() > TOKEN_SERIAL_BYTES_MAX {
+        return Err(corrupt("wrapping_keys.token_serial"));
+    }
     Ok(RegistryRow {
         id: WrappingKeyId::from_bytes(array(row, 0, "wrapping_keys.key_id")?),
         fingerprint: Fingerprint(array(row, 1, "wrapping_keys.fingerprint")?),
         purpose: Purpose::parse(purpose).ok_or_else(|| corrupt("wrapping_keys.purpose"))?,
         state: WrappingKeyState::parse(state).ok_or_else(|| corrupt("wrapping_keys.state"))?,
-        token_serial: text(row, 4, "wrapping_keys.token_serial")?.to_owned(),
+        token_serial: token_serial.to_owned(),
         sequence: positive(row, 5, "wrapping_keys.sequence")?,
         registered: time(row, 6, "wrapping_keys.registered_us")?,
         backup_confirmed: optional_time(row, 7, "wrapping_keys.backup_confirmed_us")?,

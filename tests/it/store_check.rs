@@ -244,3 +244,18 @@ async fn a_token_that_refuses_ambiguously_names_the_altered_row() {
     assert_eq!(findings[0]["problem"], "mac-refused", "{report}");
     assert_eq!(findings[0]["user"], "bob", "{report}");
 }
+
+/// Whoever writes to the database ends no command with a panic.
+#[test]
+fn a_serial_number_that_no_token_has_is_an_error() {
+    let site = Site::fresh(Options::default());
+    site.sql("UPDATE wrapping_keys SET token_serial = printf('%.*c', 3000, 'x')");
+    for command in [["token", "check"], ["store", "check"]] {
+        let finished = site.run(&command);
+        assert_eq!(finished.code, Some(7), "{finished:#?}");
+        assert!(
+            finished.stderr.contains("wrapping_keys.token_serial"),
+            "{finished:#?}"
+        );
+    }
+}

@@ -21,6 +21,9 @@ use crate::hardening;
 
 use super::{Error, durability, postgres, url::Target};
 
+/// Longest content of a password file.
+const PASSWORD_BYTES_MAX: usize = 4_096;
+
 /// Which database: the `[store]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -309,7 +312,7 @@ fn expand(path: &Path) -> PathBuf {
 fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
     let shown = path.display();
     let what = |error: io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
-    let mut file = fs::File::open(path).map_err(what)?;
+    let file = fs::File::open(path).map_err(what)?;
     let meta = file.metadata().map_err(what)?;
     if hardening::is_open_to_others(&meta) {
         return Err(format!(
@@ -318,8 +321,22 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
             meta.mode() & 0o7777
         ));
     }
-    let mut text = Zeroizing::new(String::new());
-    file.read_to_string(&mut text).map_err(what)?;
+    let ours = rustix::process::geteuid().as_raw();
+    if meta.uid() != ours && meta.uid() != 0 {
+        return Err(format!(
+            "[store] `password_file`: {shown} belongs to user {}; it must belong to user {ours} or root",
+            meta.uid()
+        ));
+    }
+    // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
+    let mut text = Zeroizing::new(String::with_capacity(PASSWORD_BYTES_MAX + 1));
+    let limit = u64::try_from(PASSWORD_BYTES_MAX + 1).expect("a small number");
+    file.take(limit).read_to_string(&mut text).map_err(what)?;
+    if text.len() > PASSWORD_BYTES_MAX {
+        return Err(format!(
+            "[store] `password_file`: {shown} has more than {PASSWORD_BYTES_MAX} bytes: that is no password"
+        ));
+    }
     // Editors end a file with a line break; no password does.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
@@ -370,14 +387,11 @@ mod tests {
         assert!(refused.contains("chmod 600"), "{refused}");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(settings.password().unwrap().unwrap().as_str(), "hunter2");
-        fs::write(&path, "\n").unwrap();
-        assert!(
-            settings
-                .password()
-                .unwrap_err()
-                .to_string()
-                .contains("empty")
-        );
+        for (content, words) in [("\n".to_owned(), "empty"), ("x".repeat(5_000), "bytes")] {
+            fs::write(&path, content).unwrap();
+            let refused = settings.password().unwrap_err().to_string();
+            assert!(refused.contains(words), "{refused}");
+        }
     }
 
     #[test]

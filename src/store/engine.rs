@@ -32,6 +32,9 @@ const ATTEMPTS_MAX: u32 = 8;
 /// The wait before the second attempt; it doubles, and has a random part so that the losers do not meet again.
 const BACKOFF: Duration = Duration::from_millis(4);
 
+/// A query that failed later than this is not asked again.
+const AT_ONCE: Duration = Duration::from_millis(250);
+
 /// What differs between engines beside their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
@@ -104,10 +107,12 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<Vec<Row<E>>, Error> {
         let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
         self.spawn(async move {
+            let begun = Instant::now();
             let lease = Lease::take(&*engine, Purpose::Read).await?;
             let rows = match lease.query(statement, values.clone()).await {
-                // The connection may have died while it lay in the pool, and a query can be asked again.
-                Err(Error::Down(_)) => {
+                // The connection may have died while it lay in the pool, and a query can be asked again. A dead one says so at
+                // once: what took longer failed otherwise, and would only take as long again.
+                Err(Error::Down(_)) if begun.elapsed() < AT_ONCE => {
                     let lease = Lease::take(&*engine, Purpose::Read).await?;
                     lease.query(statement, values).await
                 }

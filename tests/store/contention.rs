@@ -158,6 +158,29 @@ pub(crate) async fn a_lock_that_is_held_is_waited_for_and_tried_again(engine: &E
     assert_eq!(replaced.revision.get(), 2);
 }
 
+/// What the server gave up after its limit is not asked for again: it would only take as long once more.
+pub(crate) async fn a_query_that_was_cut_off_is_not_repeated(engine: &Engine) {
+    const LIMIT: Duration = Duration::from_secs(1);
+    let store = store_with(engine, |settings| {
+        settings.statement_timeout_ms = 1_000;
+    })
+    .await;
+    let mut intruder = Intruder::connect(engine).await;
+    let lock = engine.pick(
+        "",
+        "BEGIN; LOCK TABLE records IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLES records WRITE",
+    );
+    intruder.run(lock).await;
+    let begun = Instant::now();
+    let refused = store.record(&user("alice")).await.unwrap_err();
+    assert!(matches!(refused, Error::Down(_)), "{refused:?}");
+    assert!(begun.elapsed() >= LIMIT, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < LIMIT * 19 / 10, "{:?}", begun.elapsed());
+    let unlock = engine.pick("", "COMMIT", "UNLOCK TABLES");
+    intruder.run(unlock).await;
+}
+
 pub(crate) async fn a_lock_that_is_never_given_back_ends_in_an_error(engine: &Engine) {
     let store = store_with(engine, |settings| {
         settings.lock_timeout_ms = 100;

@@ -89,6 +89,9 @@ const PARTS_ON_SERVERS: &[(&str, Part)] = &[
         "a_lock_that_is_held_is_waited_for_and_tried_again",
         |engine| Box::pin(a_lock_that_is_held_is_waited_for_and_tried_again(engine)),
     ),
+    ("a_query_that_was_cut_off_is_not_repeated", |engine| {
+        Box::pin(a_query_that_was_cut_off_is_not_repeated(engine))
+    }),
     (
         "a_lock_that_is_never_given_back_ends_in_an_error",
         |engine| Box::pin(a_lock_that_is_never_given_back_ends_in_an_error(engine)),

@@ -14,7 +14,7 @@ use crate::{
     client::Caller,
     faulty::{Fault, code},
     faulty_token,
-    process::Broker,
+    process::{Broker, until},
     servers::{Kind, Server},
     site::{Finished, Options, Site},
 };
@@ -258,4 +258,41 @@ fn a_serial_number_that_no_token_has_is_an_error() {
             "{finished:#?}"
         );
     }
+}
+
+/// A key that is registered and used while a check goes on makes no bad row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_registered_meanwhile_is_known() {
+    let (site, faulty) = faulty_token::site(Options::default());
+    let (site, _) = enrolled(site, &["ada"]).await.stop();
+    site.expect_ok(&["key", "generate", "--bits", "2048"]);
+    let (site, _) = enrolled(site, &["bob"]).await.stop();
+    // The newest key is not there yet.
+    site.sql(
+        "CREATE TABLE kept AS SELECT * FROM wrapping_keys ORDER BY registered_us DESC LIMIT 1; \
+         DELETE FROM wrapping_keys WHERE key_id IN (SELECT key_id FROM kept)",
+    );
+    let (_, report) = check(&site);
+    assert_eq!(report["bad"], 2, "{report}");
+    assert_eq!(report["findings"][0]["problem"], "wrapping-key-unknown");
+    faulty.set(
+        "C_Verify",
+        &Fault {
+            milliseconds: 500,
+            ..Fault::always(code::LATE)
+        },
+    );
+    let before = faulty.count("C_Verify begins");
+    let checking = {
+        let site = Arc::clone(&site);
+        std::thread::spawn(move || check(&site))
+    };
+    // The registry was read.
+    until("the token at work", || {
+        (faulty.count("C_Verify begins") > before).then_some(())
+    });
+    site.sql("INSERT INTO wrapping_keys SELECT * FROM kept");
+    let (finished, report) = tokio::task::block_in_place(|| checking.join().unwrap());
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    assert_eq!(report["revisions"], 4, "{report}");
 }

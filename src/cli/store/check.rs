@@ -64,7 +64,7 @@ pub(super) async fn scan(
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
     let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-    let mut judge = Judge::new(verifier, &registry);
+    let mut judge = Judge::new(verifier, registry);
     let rows = store.count(Table::Revisions).await?;
     let progress = Progress::new(context.output, "checking revisions", rows);
     let mut scan = Scan::new(Arc::clone(store));
@@ -74,6 +74,14 @@ pub(super) async fn scan(
         if found.revision.is_some() {
             report.revisions += 1;
             progress.step();
+        }
+        if judge.lacks_key_of(&found) {
+            // A running broker may use a key that was registered since we began.
+            let registry = store.registry().await?;
+            if !judge.knows(&registry) {
+                let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
+                judge.renew(verifier, registry);
+            }
         }
         for finding in judge.judge(&found)? {
             report.add(&**store, finding).await?;

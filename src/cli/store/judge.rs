@@ -100,19 +100,36 @@ impl Finding {
 #[derive(Debug)]
 pub(super) struct Judge<'a> {
     verifier: Verifier<'a>,
-    registry: &'a [RegistryRow],
+    registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
 impl<'a> Judge<'a> {
     /// The verifier has the keys of the registry that are not destroyed.
-    pub(super) fn new(verifier: Verifier<'a>, registry: &'a [RegistryRow]) -> Self {
+    pub(super) fn new(verifier: Verifier<'a>, registry: Vec<RegistryRow>) -> Self {
         Self {
             verifier,
             registry,
             awaited: None,
         }
+    }
+
+    /// Whether a row names a wrapping key that the registry did not have when it was read.
+    pub(super) fn lacks_key_of(&self, found: &Found) -> bool {
+        let key = found.good_revision().map(|row| row.wrapping_key);
+        key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
+    }
+
+    /// Whether the registry is as it was when it was read.
+    pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
+        self.registry == registry
+    }
+
+    /// Goes on with the registry as it is now.
+    pub(super) fn renew(&mut self, verifier: Verifier<'a>, registry: Vec<RegistryRow>) {
+        self.verifier = verifier;
+        self.registry = registry;
     }
 
     /// What is wrong with what a scan found, and with the record that it has left.

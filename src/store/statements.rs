@@ -72,6 +72,8 @@ pub(super) struct TableStatements {
     pub(super) changes: OfTable,
     pub(super) requests: OfTable,
     pub(super) last_uses: OfTable,
+    /// The server's time in microseconds since 1970. A file has none.
+    pub(super) clock: Option<&'static str>,
     /// record, revision. Deletes nothing that is current.
     pub(super) delete_superseded: &'static str,
     /// record.

@@ -274,6 +274,9 @@ impl RevisionRow {
 /// What the commands that look after a whole database need beside [`Store`].
 #[async_trait]
 pub trait Tables: Store {
+    /// What time it is at the server; nothing for a file.
+    async fn clock(&self) -> Result<Option<Timestamp>, Error>;
+
     /// How many rows a table has.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 

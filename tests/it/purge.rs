@@ -1,6 +1,11 @@
 //! `store purge`: what is older than the retention goes for good, is named in the audit log, and never comes back.
 
-use std::{process::Stdio, sync::Arc, thread, time::Duration};
+use std::{
+    process::{Command, Stdio},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use serde_json::Value;
 
@@ -187,6 +192,40 @@ fn a_purge_that_was_killed_is_run_again() {
     assert_eq!(deleted(), 0);
     let left = site.sql("SELECT count(*) FROM records; SELECT count(*) FROM revisions");
     assert_eq!(left, format!("{0}\n{0}\n", RECORDS / 2));
+}
+
+/// A machine that was resumed with a wrong date: everything would be old.
+#[test]
+fn a_clock_that_is_ahead_purges_nothing() {
+    for kind in [Kind::PostgreSql, Kind::MariaDb] {
+        let server = Server::start(kind);
+        let site = Site::without_keys(Options {
+            store: Some(format!(
+                "url = \"{}\"",
+                server.settings(&server.database()).url
+            )),
+            ..Options::default()
+        });
+        site.expect_ok(&["store", "migrate"]);
+        let library = site.folder().join("clock.so");
+        let made = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .arg(&library)
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/clock.c"))
+            .status()
+            .unwrap();
+        assert!(made.success());
+        for (ahead, code) in [("0", 0), ("4000000", 7), ("-4000000", 7)] {
+            let mut command = site.command(&["store", "purge"]);
+            command
+                .env("LD_PRELOAD", &library)
+                .env("KEYBROKER_TEST_CLOCK", ahead);
+            let output = command.output().unwrap();
+            assert_eq!(output.status.code(), Some(code), "{ahead}: {output:?}");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(said.contains("set the clocks"), code != 0, "{said}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

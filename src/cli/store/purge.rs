@@ -25,6 +25,8 @@ use crate::{
     },
 };
 
+/// So far may the clocks here and at the server be apart, in microseconds: a minute.
+const CLOCKS_APART_US: u64 = 60 * 1_000_000;
 const DAY_US: i64 = 24 * 3_600 * 1_000_000;
 
 #[derive(Args, Debug)]
@@ -97,9 +99,28 @@ async fn purge(
     log: Option<(&AuditLog, &Tally)>,
 ) -> Result<Totals, Failure> {
     let store = store::open_tables(&config.store).await?;
-    let result = purge_in(context, &store, before, log).await;
+    let result = match compare_clocks(&store).await {
+        Ok(()) => purge_in(context, &store, before, log).await,
+        Err(failure) => Err(failure),
+    };
     store.close().await;
     result
+}
+
+/// A clock that is ahead makes everything old, and what is purged is gone for good.
+async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
+    let Some(theirs) = store.clock().await? else {
+        return Ok(());
+    };
+    let ours = Timestamp::now();
+    if ours.micros().abs_diff(theirs.micros()) <= CLOCKS_APART_US {
+        return Ok(());
+    }
+    let what = format!(
+        "it is {ours} here and {theirs} at the database: whichever is wrong, what is old cannot be told; nothing was \
+         removed"
+    );
+    Err(Failure::new(Exit::Store, what).hint("set the clocks, then run this again"))
 }
 
 async fn purge_in(

@@ -38,6 +38,15 @@ fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
 
 #[async_trait]
 impl<E: Engine> Tables for EngineStore<E> {
+    async fn clock(&self) -> Result<Option<Timestamp>, Error> {
+        let Some(statement) = E::TABLES.clock else {
+            return Ok(None);
+        };
+        let found = self.query(statement, Vec::new()).await?;
+        let micros = found.first().map(|row| row.integer(0)).transpose()?;
+        Ok(micros.map(Timestamp::from_micros))
+    }
+
     async fn count(&self, table: Table) -> Result<u64, Error> {
         let found = self.query(E::TABLES.of(table).count, Vec::new()).await?;
         let count = found.first().map_or(Ok(0), |row| row.integer(0))?;

@@ -50,6 +50,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
                LIMIT ?",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES (?, ?)",
     },
+    clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)"),
     delete_superseded: "DELETE FROM revisions WHERE record_id = ? AND revision = ? AND revision < \
                         (SELECT r.revision FROM records r WHERE r.record_id = \
                         revisions.record_id)",

@@ -53,6 +53,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
                LIMIT $2",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     },
+    clock: Some("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"),
     delete_superseded: "DELETE FROM revisions WHERE record_id = $1 AND revision = $2 AND revision \
                         < (SELECT r.revision FROM records r WHERE r.record_id = \
                         revisions.record_id)",

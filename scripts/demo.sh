@@ -150,6 +150,7 @@ start_broker() {
     sleep 0.05
   done
   ENDPOINT=https://$(grep -oE '127\.0\.0\.1:[0-9]+' "$WORK/ready" | head -n 1)
+  STATUS=$(grep -oE '"status":"[0-9.:]+"' "$WORK/ready" | cut -d '"' -f 4)
 }
 
 # --- what it shows ---------------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ bench() {
   step 'Five seconds of load'
   command_line "keybroker bench --seconds $BENCH_SECONDS"
   broker bench --seconds "$BENCH_SECONDS" --warm-up 1 --users 50 --connections 16 \
-    --attach "$BROKER_PID" --endpoint "$ENDPOINT" --ca "$WORK/pki/ca.pem" \
+    --attach "$BROKER_PID" --endpoint "$ENDPOINT" --status "$STATUS" --ca "$WORK/pki/ca.pem" \
     --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" 2>&1 | indented
 }
 

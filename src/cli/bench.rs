@@ -1,7 +1,7 @@
 //! `keybroker bench`: the bare token and the served broker, measured in one run on one machine, so that their ratio holds
 //! whatever else the machine does.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
 use serde_json::{Map, json};
@@ -39,6 +39,9 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure, with --endpoint; without it one is started for the measurement
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
+    /// Its status listener, where the configuration leaves the port to chance
+    #[arg(long, value_name = "ADDRESS", requires = "attach")]
+    status: Option<SocketAddr>,
     /// Callers, each with one call under way at a time, on a TLS connection of its own (above 256 they share)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,

@@ -59,7 +59,7 @@ impl Served {
             return Ok(Self {
                 pid,
                 endpoint: endpoint.clone(),
-                status: config.status.address,
+                status: arguments.status.unwrap_or(config.status.address),
                 _started: None,
             });
         }

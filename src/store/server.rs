@@ -3,7 +3,11 @@
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::future::BoxFuture;
 use sqlx::{
@@ -102,10 +106,25 @@ pub(super) async fn open<S: Server>(
             "the connection to the database is not encrypted; the configuration says so"
         );
     }
+    let pool = pool::<S>(settings, options);
+    fill(&pool).await?;
     Ok(EngineStore::new(OnServer::<S> {
-        pool: pool::<S>(settings, options),
+        pool,
         time_limit: settings.statement_timeout() + BEYOND_STATEMENT,
     }))
+}
+
+/// Waits for the pool's first connection: the pool itself has the patience of callers with deadlines, and a server may be slow
+/// when everything starts at once.
+async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match pool.acquire().await {
+            Err(sqlx::Error::PoolTimedOut) if Instant::now() < until => {}
+            Err(error) => return Err(error.into()),
+            Ok(_given_back) => return Ok(()),
+        }
+    }
 }
 
 pub(super) async fn status<S: Server>(

@@ -10,6 +10,8 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/database-servers.sh
+. scripts/database-servers.sh
 
 USERS=25
 READY_SECONDS=30
@@ -17,9 +19,6 @@ READY_SECONDS=30
 ENGINE=sqlite
 PROGRAM=
 WORK=
-# Data and socket of the database server, whose user passes through no folder of ours.
-SERVER=
-SERVER_PID=
 BROKER_PID=
 
 step() { printf '== %s\n' "$1"; }
@@ -43,8 +42,7 @@ clean_up() {
   local status=$?
   trap - EXIT INT TERM
   stop_broker || true
-  [[ -z $SERVER_PID ]] || { kill -TERM "$SERVER_PID" && wait "$SERVER_PID"; } 2>/dev/null || true
-  [[ -z $SERVER ]] || rm -rf "$SERVER"
+  stop_server
   [[ -z $WORK ]] || rm -rf "$WORK"
   exit "$status"
 }
@@ -64,42 +62,9 @@ sqlite_restore() {
   install -m 0600 "$WORK/backup/keybroker.db" "$WORK/data/keybroker.db"
 }
 
-# Servers refuse to run as root, so they run as the user that their package made, or as nobody.
-as_server() {
-  if [[ $(id -u) -ne 0 ]]; then "$@"; else setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@"; fi
-}
-
-# In the background, with its own process id and not that of a shell around it: whoever ends that leaves the server behind.
-start_server() {
-  local command=("$@")
-  [[ $(id -u) -ne 0 ]] || command=(setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@")
-  "${command[@]}" >>"$WORK/server.log" 2>&1 &
-  SERVER_PID=$!
-}
-
-server_folder() {
-  SERVER=$(mktemp -d /tmp/keybroker-drill-server.XXXXXX)
-  [[ $(id -u) -ne 0 ]] || chown "$1:nogroup" "$SERVER" 2>/dev/null || chown nobody:nogroup "$SERVER"
-}
-
-until_it_answers() {
-  local deadline=$((SECONDS + READY_SECONDS))
-  until "$@" >/dev/null 2>&1; do
-    kill -0 "$SERVER_PID" 2>/dev/null || fail "the database server did not start: $(tail -n 5 "$WORK/server.log")"
-    ((SECONDS < deadline)) || fail 'the database server does not answer'
-    sleep 0.1
-  done
-}
-
-postgres_bin() { find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1; }
 postgres_start() {
-  server_folder postgres
-  local bin
-  bin=$(postgres_bin)
-  as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
-  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER"
-  export PGHOST=$SERVER PGUSER=keybroker
-  until_it_answers psql --dbname=postgres --command='SELECT 1'
+  # shellcheck disable=SC2119  # A throwaway server is all that it needs.
+  postgres_server
   createdb keybroker
 }
 postgres_url() { printf 'postgres://keybroker@/keybroker?socket=%s' "$SERVER"; }
@@ -110,15 +75,10 @@ postgres_restore() {
   pg_restore --exit-on-error --no-owner --dbname=keybroker "$WORK/backup/keybroker.dump"
 }
 
-mariadb_sql() { mariadb --no-defaults --user=root --socket="$SERVER/socket" "$@"; }
 mariadb_start() {
-  server_folder mysql
-  as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
-    --skip-test-db >"$WORK/server.log" 2>&1
-  start_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" \
-    --pid-file="$SERVER/pid" --skip-networking
-  until_it_answers mariadb_sql --execute='SELECT 1'
-  mariadb_sql --execute='CREATE DATABASE keybroker; CREATE USER keybroker@localhost; GRANT ALL ON keybroker.* TO keybroker@localhost'
+  # shellcheck disable=SC2119  # A throwaway server is all that it needs.
+  mariadb_server
+  mariadb_sql --execute='CREATE DATABASE keybroker; GRANT ALL ON keybroker.* TO keybroker@localhost'
 }
 mariadb_url() { printf 'mariadb://keybroker@/keybroker?socket=%s/socket' "$SERVER"; }
 mariadb_backup() {

@@ -10,6 +10,8 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/database-servers.sh
+. scripts/database-servers.sh
 
 ENGINES=()
 FEW=1000
@@ -24,20 +26,12 @@ PAGES=2G
 
 PROGRAM=
 WORK=
-SERVER=
-SERVER_PID=
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 fail() {
   printf 'scale: %s\n' "$1" >&2
   exit 1
-}
-
-stop_server() {
-  [[ -z $SERVER_PID ]] || { kill -TERM "$SERVER_PID" && wait "$SERVER_PID"; } 2>/dev/null || true
-  [[ -z $SERVER ]] || rm -rf "$SERVER"
-  SERVER_PID='' SERVER=''
 }
 
 clean_up() {
@@ -50,62 +44,22 @@ clean_up() {
 
 # --- the databases ---------------------------------------------------------------------------------------------------
 
-# Servers refuse to run as root, so they run as the user that their package made, or as nobody.
-as_server() {
-  if [[ $(id -u) -ne 0 ]]; then "$@"; else setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@"; fi
-}
-
-# In the background, with its own process id and not that of a shell around it: whoever ends that leaves the server behind.
-start_server() {
-  local command=("$@")
-  [[ $(id -u) -ne 0 ]] || command=(setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@")
-  "${command[@]}" >>"$WORK/server.log" 2>&1 &
-  SERVER_PID=$!
-}
-
-server_folder() {
-  SERVER=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-scale-server.XXXXXX")
-  [[ $(id -u) -ne 0 ]] || chown "$1:nogroup" "$SERVER" 2>/dev/null || chown nobody:nogroup "$SERVER"
-}
-
-until_it_answers() {
-  local deadline=$((SECONDS + READY_SECONDS))
-  until "$@" >/dev/null 2>&1; do
-    kill -0 "$SERVER_PID" 2>/dev/null || fail "the database server did not start: $(tail -n 5 "$WORK/server.log")"
-    ((SECONDS < deadline)) || fail 'the database server does not answer'
-    sleep 0.1
-  done
-}
-
 sqlite_start() { :; }
 sqlite_url() { printf 'sqlite:%s/%s/keybroker.db' "$WORK" "$1"; }
 sqlite_settle() { sqlite3 "$WORK/$1/keybroker.db" 'PRAGMA wal_checkpoint(TRUNCATE)' >/dev/null; }
 
 postgres_start() {
-  server_folder postgres
-  local bin name
-  bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
-  as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
-  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" \
-    -c shared_buffers="${PAGES}B" -c max_wal_size=4GB
-  export PGHOST=$SERVER PGUSER=keybroker
-  until_it_answers psql --dbname=postgres --command='SELECT 1'
+  local name
+  postgres_server -c shared_buffers="${PAGES}B" -c max_wal_size=4GB
   for name in few many; do createdb "$name"; done
 }
 postgres_url() { printf 'postgres://keybroker@/%s?socket=%s' "$1" "$SERVER"; }
 # What the server would do in the background, during the measurement.
 postgres_settle() { psql --quiet --dbname="$1" --command='VACUUM ANALYZE' --command='CHECKPOINT'; }
 
-mariadb_sql() { mariadb --no-defaults --user=root --socket="$SERVER/socket" "$@"; }
 mariadb_start() {
-  server_folder mysql
   local name
-  as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
-    --skip-test-db >"$WORK/server.log" 2>&1
-  start_server /usr/sbin/mariadbd --no-defaults --datadir="$SERVER/data" --socket="$SERVER/socket" --pid-file="$SERVER/pid" \
-    --skip-networking --innodb-buffer-pool-size="$PAGES"
-  until_it_answers mariadb_sql --execute='SELECT 1'
-  mariadb_sql --execute='CREATE USER keybroker@localhost'
+  mariadb_server --innodb-buffer-pool-size="$PAGES"
   for name in few many; do mariadb_sql --execute="CREATE DATABASE $name; GRANT ALL ON $name.* TO keybroker@localhost"; done
 }
 mariadb_url() { printf 'mariadb://keybroker@/%s?socket=%s/socket' "$1" "$SERVER"; }

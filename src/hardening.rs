@@ -3,7 +3,7 @@
 //!
 //! Mitigation: M7, M15 of `THREAT_MODEL.md`.
 
-use std::{fs::Metadata, os::unix::fs::MetadataExt as _};
+use std::{fs::Metadata, os::unix::fs::MetadataExt as _, path::Path};
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
@@ -28,6 +28,26 @@ const OPEN_BEYOND_GROUP: u32 = 0o037;
 pub fn is_open_to_others(meta: &Metadata) -> bool {
     let ours = rustix::process::geteuid().as_raw();
     meta.mode() & forbidden(meta.uid(), ours) != 0
+}
+
+/// Refuses a file that others can read, or that belongs to neither this user nor root. `secret` is what it holds.
+pub fn check_secret_file(meta: &Metadata, path: &Path, secret: &str) -> Result<(), String> {
+    let shown = path.display();
+    if is_open_to_others(meta) {
+        return Err(format!(
+            "{shown} has mode {:04o}: others can read it; run `chmod 600 {shown}`, and change the {secret} if others may \
+             have read it",
+            meta.mode() & 0o7777
+        ));
+    }
+    let ours = rustix::process::geteuid().as_raw();
+    if meta.uid() != ours && meta.uid() != 0 {
+        return Err(format!(
+            "{shown} belongs to user {}; it must belong to user {ours} or root",
+            meta.uid()
+        ));
+    }
+    Ok(())
 }
 
 const fn forbidden(owner: u32, ours: u32) -> u32 {

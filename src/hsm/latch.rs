@@ -77,16 +77,20 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
     }
 
+    fn settings(pin_file: &std::path::Path) -> Settings {
+        toml::from_str(&format!(
+            "module = \"/none.so\"\npin_file = {:?}\n",
+            pin_file.display().to_string()
+        ))
+        .unwrap()
+    }
+
     /// The file is replaced after the front looked and before the worker reads: what was refused is the new one.
     #[test]
     fn the_file_that_was_read_is_the_one_that_is_latched() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pin");
-        let settings: Settings = toml::from_str(&format!(
-            "module = \"/none.so\"\npin_file = {:?}\n",
-            path.display().to_string()
-        ))
-        .unwrap();
+        let settings = settings(&path);
         let latch = PinLatch::default();
         write(&path, "1234");
         assert!(latch.may_try(&settings));
@@ -108,11 +112,7 @@ mod tests {
     fn a_missing_file_is_latched_until_it_is_there() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pin");
-        let settings: Settings = toml::from_str(&format!(
-            "module = \"/none.so\"\npin_file = {:?}\n",
-            path.display().to_string()
-        ))
-        .unwrap();
+        let settings = settings(&path);
         let latch = PinLatch::default();
         let (pin, read) = pin::read(&path);
         assert!(pin.is_err());

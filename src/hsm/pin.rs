@@ -6,7 +6,6 @@
 use std::{
     env, fmt, fs,
     io::Read,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -57,20 +56,8 @@ impl Pin {
         let meta = file
             .metadata()
             .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
-        if hardening::is_open_to_others(&meta) {
-            return Err(format!(
-                "the PIN file {shown} has mode {:04o}: others can read it; run `chmod 600 {shown}`, \
-                 and change the PIN if others may have read it",
-                meta.mode() & 0o7777
-            ));
-        }
-        let ours = rustix::process::geteuid().as_raw();
-        if meta.uid() != ours && meta.uid() != 0 {
-            return Err(format!(
-                "the PIN file {shown} belongs to user {}; it must belong to user {ours} or root",
-                meta.uid()
-            ));
-        }
+        hardening::check_secret_file(&meta, path, "PIN")
+            .map_err(|what| format!("the PIN file {what}"))?;
         Self::from_reader(file).map_err(|what| format!("the PIN file {shown}: {what}"))
     }
 

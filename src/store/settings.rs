@@ -9,7 +9,6 @@ use std::{
     env, fmt, fs,
     io::{self, Read as _},
     ops::RangeInclusive,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -314,20 +313,8 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
     let what = |error: io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
     let file = fs::File::open(path).map_err(what)?;
     let meta = file.metadata().map_err(what)?;
-    if hardening::is_open_to_others(&meta) {
-        return Err(format!(
-            "[store] `password_file`: {shown} has mode {:04o}: others can read it; run `chmod 600 {shown}`, and change \
-             the password if others may have read it",
-            meta.mode() & 0o7777
-        ));
-    }
-    let ours = rustix::process::geteuid().as_raw();
-    if meta.uid() != ours && meta.uid() != 0 {
-        return Err(format!(
-            "[store] `password_file`: {shown} belongs to user {}; it must belong to user {ours} or root",
-            meta.uid()
-        ));
-    }
+    hardening::check_secret_file(&meta, path, "password")
+        .map_err(|what| format!("[store] `password_file`: {what}"))?;
     // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
     let mut text = Zeroizing::new(String::with_capacity(PASSWORD_BYTES_MAX + 1));
     let limit = u64::try_from(PASSWORD_BYTES_MAX + 1).expect("a small number");

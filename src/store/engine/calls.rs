@@ -213,17 +213,8 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn register(&self, row: &RegistryRow) -> Result<(), Error> {
-        let values = vec![
-            row.id.into(),
-            row.fingerprint.0.as_slice().into(),
-            row.purpose.as_str().into(),
-            row.state.as_str().into(),
-            row.token_serial.as_str().into(),
-            row.sequence.into(),
-            row.registered.into(),
-            row.backup_confirmed.into(),
-            (&row.mac).into(),
-        ];
+        let mut values = vec![row.id.into()];
+        values.extend(said_of_key(row));
         let inserted = self
             .transaction(End::Commit, move |session, sql| {
                 let values = values.clone();
@@ -238,18 +229,8 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error> {
-        let values = vec![
-            row.fingerprint.0.as_slice().into(),
-            row.purpose.as_str().into(),
-            row.state.as_str().into(),
-            row.token_serial.as_str().into(),
-            row.sequence.into(),
-            row.registered.into(),
-            row.backup_confirmed.into(),
-            (&row.mac).into(),
-            row.id.into(),
-            expected.into(),
-        ];
+        let mut values = Vec::from(said_of_key(row));
+        values.extend([row.id.into(), expected.into()]);
         match self.execute(E::SQL.update_registry, values).await? {
             1 => Ok(()),
             _ => Err(Error::Conflict),
@@ -262,6 +243,20 @@ impl<E: Engine> Store for EngineStore<E> {
         self.engine.pool(Purpose::Read).close().await;
         self.engine.pool(Purpose::Write).close().await;
     }
+}
+
+/// A registry row's values but for the key's id, in the order of the statements.
+fn said_of_key(row: &RegistryRow) -> [Value; 8] {
+    [
+        row.fingerprint.0.as_slice().into(),
+        row.purpose.as_str().into(),
+        row.state.as_str().into(),
+        row.token_serial.as_str().into(),
+        row.sequence.into(),
+        row.registered.into(),
+        row.backup_confirmed.into(),
+        (&row.mac).into(),
+    ]
 }
 
 async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

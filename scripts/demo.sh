@@ -124,7 +124,7 @@ client_ca_file = "$WORK/pki/ca.pem"
 CONF
   local role
   for role in releaser:release enroller:enrol lifecycle:lifecycle admin:admin auditor:auditor 'load:release", "enrol'; do
-    printf '[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\n\n' "${role%%:*}" "${role##*:}" \
+    printf '[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\nkey_names = ["*"]\n\n' "${role%%:*}" "${role##*:}" \
       >>"$WORK/keybroker.toml"
   done
 }

@@ -264,7 +264,7 @@ client_ca_file = "/run/secrets/ca.pem"
 CONF
   local role
   for role in releaser:release enroller:enrol admin:admin auditor:auditor; do
-    printf '\n[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\n' "${role%%:*}" "${role##*:}" \
+    printf '\n[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\nkey_names = ["*"]\n' "${role%%:*}" "${role##*:}" \
       >>"$WORK/etc/keybroker.toml"
   done
   chown "0:$ID" "$WORK/etc/keybroker.toml"

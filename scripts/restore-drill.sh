@@ -150,7 +150,7 @@ key_file = "$WORK/pki/server.key"
 client_ca_file = "$WORK/pki/ca.pem"
 CONF
     for role in releaser:release enroller:enrol lifecycle:lifecycle; do
-      printf '[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\n' "${role%%:*}" "${role##*:}"
+      printf '[[principal]]\nsan = "URI:spiffe://dev.example/%s"\nroles = ["%s"]\nkey_names = ["*"]\n' "${role%%:*}" "${role##*:}"
     done
   } >"$WORK/keybroker.toml"
   quietly token init --so-pin-file "$WORK/so-pin"

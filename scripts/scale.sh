@@ -111,6 +111,7 @@ client_ca_file = "$WORK/pki/ca.pem"
 [[principal]]
 san = "URI:spiffe://dev.example/load"
 roles = ["enrol", "release"]
+key_names = ["*"]
 CONF
   broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
   broker "$name" store migrate

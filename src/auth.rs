@@ -5,14 +5,16 @@
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Reason},
-    key::Tenant,
-    principal::{Principal, Role},
+    key::{KeyName, Tenant, UserId},
+    principal::{
+        Claims, Credential, Grant, Identity, Kind, NAME_BYTES_MAX, Principal, Reach, Role,
+    },
 };
 
 mod certificate;
@@ -30,6 +32,12 @@ pub struct Settings {
     pub tenant: Tenant,
     /// What it may do.
     pub roles: BTreeSet<Role>,
+    /// With the role `release`: whose keys it may release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<Reach<UserId>>,
+    /// With the role `release`: which of their keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_names: Option<Reach<KeyName>>,
 }
 
 impl Settings {
@@ -41,32 +49,41 @@ impl Settings {
                 "principal {san:?}: `san` must be `URI:…` or `DNS:…`, as in the certificate"
             ));
         }
-        if self.roles.is_empty() {
+        if san.len() > NAME_BYTES_MAX {
             return Some(format!(
-                "principal {san:?} has no role, so it could do nothing"
+                "a principal's `san` has more than {NAME_BYTES_MAX} bytes"
             ));
         }
-        if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
-            return Some(format!(
-                "principal {san:?} has the role `auditor` and a tenant: the audit log is that of all tenants, so \
-                 an auditor has none"
-            ));
+        let problem = self.grant().problem()?;
+        Some(format!("principal {san:?} {problem}"))
+    }
+
+    fn grant(&self) -> Grant {
+        Grant {
+            tenant: self.tenant.clone(),
+            roles: self.roles.clone(),
+            users: self.users.clone(),
+            key_names: self.key_names.clone(),
         }
-        let conflict = self.roles.iter().find_map(|one| {
-            let other = self
-                .roles
-                .iter()
-                .find(|other| one.conflicts_with(**other))?;
-            Some((one, other))
-        });
-        conflict.map(|(one, other)| {
-            format!(
-                "principal {san:?} has the roles `{}` and `{}`: whoever administers or audits the \
-                 broker must not be able to obtain keys",
-                one.as_str(),
-                other.as_str()
-            )
-        })
+    }
+
+    fn identity(&self, peer: &PeerCertificate) -> Identity {
+        let grant = self.grant();
+        Identity {
+            name: self.san.clone(),
+            credential: Credential::Certificate,
+            kind: Kind::Service,
+            users: grant.users(),
+            key_names: grant.key_names(),
+            tenant: grant.tenant,
+            roles: grant.roles,
+            subject: None,
+            claims: Claims {
+                attributes: BTreeMap::from([("san".to_owned(), peer.sans().clone())]),
+                expires: Some(peer.until()),
+                ..Claims::default()
+            },
+        }
     }
 }
 
@@ -109,11 +126,7 @@ impl Authenticator {
         if matching.next().is_some() {
             return refuse(format!("several principals are named by {:?}", peer.sans()));
         }
-        Ok(Principal::authenticated(
-            principal.san.clone(),
-            principal.tenant.clone(),
-            principal.roles.clone(),
-        ))
+        Ok(Principal::authenticated(principal.identity(peer)))
     }
 }
 
@@ -126,6 +139,8 @@ mod tests {
             san: san.to_owned(),
             tenant: Tenant::default(),
             roles: roles.iter().copied().collect(),
+            users: roles.contains(&Role::Release).then_some(Reach::All),
+            key_names: None,
         }
     }
 
@@ -205,6 +220,10 @@ mod tests {
             Settings {
                 tenant: Tenant::parse("other").unwrap(),
                 ..principal("URI:x", &[Role::Auditor])
+            },
+            Settings {
+                users: None,
+                ..principal("URI:x", &[Role::Release])
             },
         ] {
             assert!(Authenticator::new(&[bad]).is_err());

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::error::{Error, Reason};
 
 pub mod away;
+pub mod caller;
 
 /// Made by the server for every call; in logs, audit and errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,6 +1,6 @@
 //! Names of the things the broker keeps. Each is parsed once, at a door or at a row, and is valid from then on.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -104,8 +104,22 @@ impl UserId {
     }
 }
 
-macro_rules! display_as_str {
+macro_rules! as_text {
     ($($name:ty),*) => {$(
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self, Error> {
+                Self::parse(text)
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.0)
@@ -113,7 +127,7 @@ macro_rules! display_as_str {
         }
     )*};
 }
-display_as_str!(Tenant, KeyName, UserId);
+as_text!(Tenant, KeyName, UserId);
 
 /// Where a record lives: the unique name of one user key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

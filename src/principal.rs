@@ -1,10 +1,18 @@
 //! Who calls, and what they may ask for.
 
-use std::{collections::BTreeSet, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    str::FromStr,
+};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use crate::key::Tenant;
+use crate::{
+    call::Timestamp,
+    error::Error,
+    key::{KeyName, Tenant, UserId},
+};
 
 /// What a principal may do at most. Roles that release and roles that administer exclude each other: see
 /// [`Role::conflicts_with`].
@@ -52,43 +60,256 @@ impl Role {
     }
 }
 
-/// An authenticated caller. Only `auth/` makes one from a credential; the command line makes the local operator.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Principal {
-    name: String,
-    tenant: Tenant,
-    roles: BTreeSet<Role>,
+/// What kind of caller a principal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A person: has no role, and reaches its own keys alone.
+    User,
+    /// A program or an operator: reaches what its roles allow.
+    Service,
 }
+
+/// How a principal showed who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Credential {
+    /// The client certificate of the connection.
+    Certificate,
+    /// A bearer token of an OpenID provider.
+    Token,
+    /// The secret of an API client.
+    ClientSecret,
+}
+
+impl Credential {
+    /// Name in policy and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Certificate => "certificate",
+            Self::Token => "token",
+            Self::ClientSecret => "client-secret",
+        }
+    }
+}
+
+/// Which of many a service may release: all, or those that are named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reach<T: Ord> {
+    /// Any; in the configuration `["*"]`.
+    All,
+    /// Those, and no other.
+    Only(BTreeSet<T>),
+}
+
+impl<T: Ord> Reach<T> {
+    /// Whether one is within reach.
+    pub fn contains(&self, one: &T) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(named) => named.contains(one),
+        }
+    }
+}
+
+/// All of them, as text.
+const ALL: &str = "*";
+
+impl<T: Ord + AsRef<str>> Serialize for Reach<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::All => serializer.collect_seq([ALL]),
+            Self::Only(named) => serializer.collect_seq(named.iter().map(AsRef::as_ref)),
+        }
+    }
+}
+
+impl<'de, T: Ord + FromStr<Err = Error>> Deserialize<'de> for Reach<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let texts = BTreeSet::<String>::deserialize(deserializer)?;
+        if texts.contains(ALL) {
+            if texts.len() > 1 {
+                return Err(de::Error::custom("\"*\" is all: it stands alone"));
+            }
+            return Ok(Self::All);
+        }
+        let parsed = texts.iter().map(|text| text.parse());
+        parsed
+            .collect::<Result<_, Error>>()
+            .map(Self::Only)
+            .map_err(|error| de::Error::custom(error.detail()))
+    }
+}
+
+/// What a service is given by whoever makes it known: in the configuration, or as an API client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Whose records it can reach.
+    pub tenant: Tenant,
+    /// What it may do at most.
+    pub roles: BTreeSet<Role>,
+    /// Whose keys it may release; absent where that is not said.
+    pub users: Option<Reach<UserId>>,
+    /// Which of their keys; absent where that is not said.
+    pub key_names: Option<Reach<KeyName>>,
+}
+
+impl Grant {
+    /// What is wrong with it: the sentence goes after the name of whoever it is for.
+    pub fn problem(&self) -> Option<String> {
+        if self.roles.is_empty() {
+            return Some("has no role, so it could do nothing".to_owned());
+        }
+        if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
+            return Some(
+                "has the role `auditor` and a tenant: the audit log is that of all tenants, so an auditor has none"
+                    .to_owned(),
+            );
+        }
+        if let Some((one, other)) = conflict(&self.roles) {
+            return Some(format!(
+                "has the roles `{}` and `{}`: whoever administers or audits the broker must not be able to obtain keys",
+                one.as_str(),
+                other.as_str()
+            ));
+        }
+        let is_limited = self.users.is_some() || self.key_names.is_some();
+        if self.roles.contains(&Role::Release) && !is_limited {
+            return Some(
+                "has the role `release`: name the `users` or the `key_names` that it may release, or say [\"*\"] for all"
+                    .to_owned(),
+            );
+        }
+        None
+    }
+
+    /// Whose keys it may release: all where only key names were named.
+    pub fn users(&self) -> Reach<UserId> {
+        self.users.clone().unwrap_or(Reach::All)
+    }
+
+    /// Which of their keys: all where only users were named.
+    pub fn key_names(&self) -> Reach<KeyName> {
+        self.key_names.clone().unwrap_or(Reach::All)
+    }
+}
+
+/// Two roles that exclude each other.
+pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
+    roles.iter().find_map(|one| {
+        let other = roles.iter().find(|other| one.conflicts_with(**other))?;
+        Some((*one, *other))
+    })
+}
+
+/// What a credential says of its holder beyond the name: for policies of operators.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// How the user authenticated (RFC 8176, or the provider's own words).
+    pub amr: BTreeSet<String>,
+    /// Class of that authentication.
+    pub acr: Option<String>,
+    /// When the user authenticated.
+    pub authenticated: Option<Timestamp>,
+    /// The device that the credential is for.
+    pub device: Option<String>,
+    /// Organisations of the user.
+    pub organisations: BTreeSet<String>,
+    /// Other claims by the names that the configuration gives them.
+    pub attributes: BTreeMap<String, BTreeSet<String>>,
+    /// When the credential ends.
+    pub expires: Option<Timestamp>,
+}
+
+/// All that a verified credential says of its holder. Only `auth/` fills one in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Stable, and different for each holder of any credential: `URI:spiffe://…`, `DNS:…`, `token:<issuer>:<subject>`,
+    /// `client:<id>`. At most [`NAME_BYTES_MAX`] bytes.
+    pub name: String,
+    /// How the holder showed it.
+    pub credential: Credential,
+    /// What kind of caller it is.
+    pub kind: Kind,
+    /// Whose records it can reach.
+    pub tenant: Tenant,
+    /// What it may do at most.
+    pub roles: BTreeSet<Role>,
+    /// Whose keys a service with [`Role::Release`] may release.
+    pub users: Reach<UserId>,
+    /// Which of their keys.
+    pub key_names: Reach<KeyName>,
+    /// Of a user: whose keys are its own.
+    pub subject: Option<UserId>,
+    /// For policies of operators.
+    pub claims: Claims,
+}
+
+/// Longest name of a principal, in bytes.
+pub const NAME_BYTES_MAX: usize = 2_048;
+
+/// An authenticated caller. Only `auth/` makes one, from a credential.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Principal(Identity);
 
 impl Principal {
     /// For `auth/` alone, after a credential was verified. `scripts/check.sh` refuses any other caller.
-    pub(crate) fn authenticated(name: String, tenant: Tenant, roles: BTreeSet<Role>) -> Self {
-        Self {
-            name,
-            tenant,
-            roles,
-        }
+    pub(crate) fn authenticated(identity: Identity) -> Self {
+        debug_assert!(identity.name.len() <= NAME_BYTES_MAX);
+        Self(identity)
+    }
+
+    /// All that is known of it.
+    pub fn identity(&self) -> &Identity {
+        &self.0
     }
 
     /// Stable name: the identity in the credential, such as a SPIFFE id.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.0.name
+    }
+
+    /// What kind of caller it is.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
     }
 
     /// Whose records it can reach.
     pub fn tenant(&self) -> &Tenant {
-        &self.tenant
+        &self.0.tenant
     }
 
     /// Whether it has the role.
     pub fn has(&self, role: Role) -> bool {
-        self.roles.contains(&role)
+        self.0.roles.contains(&role)
+    }
+
+    /// Of a user: whose keys are its own.
+    pub fn subject(&self) -> Option<&UserId> {
+        self.0.subject.as_ref()
+    }
+}
+
+#[cfg(test)]
+impl Principal {
+    /// A service of the default tenant that reaches all keys its roles let it reach.
+    pub(crate) fn service(name: &str, roles: &[Role]) -> Self {
+        Self(Identity {
+            name: name.to_owned(),
+            credential: Credential::Certificate,
+            kind: Kind::Service,
+            tenant: Tenant::default(),
+            roles: roles.iter().copied().collect(),
+            users: Reach::All,
+            key_names: Reach::All,
+            subject: None,
+            claims: Claims::default(),
+        })
     }
 }
 
 impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)
+        f.write_str(self.name())
     }
 }
 

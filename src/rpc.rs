@@ -1,9 +1,8 @@
 //! The gRPC door: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::Router;
-use tokio::sync::Semaphore;
 use tonic::{Request, Status, service::Routes};
 
 use crate::{
@@ -36,38 +35,6 @@ const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
 /// Name of the control-plane service.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
-
-/// Who is at the other end of a connection.
-#[derive(Clone, Debug)]
-pub struct Caller {
-    peer: SocketAddr,
-    principal: Result<Arc<Principal>, Arc<Error>>,
-    /// Places for the calls of this connection.
-    calls: Arc<Semaphore>,
-    calls_max: usize,
-}
-
-impl Caller {
-    /// A peer, what authentication said of it, and how many calls it may have under way.
-    pub fn new(peer: SocketAddr, principal: Result<Principal, Error>, calls_max: usize) -> Self {
-        Self {
-            peer,
-            principal: principal.map(Arc::new).map_err(Arc::new),
-            calls: Arc::new(Semaphore::new(calls_max)),
-            calls_max,
-        }
-    }
-
-    /// Whether a principal was found.
-    pub fn is_known(&self) -> bool {
-        self.principal.is_ok()
-    }
-
-    /// Whether no call of the connection is under way.
-    pub fn is_idle(&self) -> bool {
-        self.calls.available_permits() == self.calls_max
-    }
-}
 
 /// What a listener lets in.
 #[derive(Clone, Copy, Debug)]

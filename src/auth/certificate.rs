@@ -49,6 +49,11 @@ impl PeerCertificate {
         &self.sans
     }
 
+    /// Last moment of its validity.
+    pub fn until(&self) -> Timestamp {
+        self.until
+    }
+
     /// How long it is valid from now.
     pub fn remaining(&self) -> Duration {
         let micros = self

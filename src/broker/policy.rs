@@ -11,7 +11,7 @@
 //!
 //! Mitigation: M4 of `THREAT_MODEL.md`.
 
-use crate::principal::{Action, Principal, Role};
+use crate::principal::{Action, Principal, Role, conflict};
 
 /// Proof that policy allowed an action. Only [`decide`] makes one.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Denied {
 /// Decides. A principal whose roles conflict may do nothing at all: the configuration refuses one, and if another way to
 /// make principals forgets to, the separation of duties still holds here.
 pub fn decide(principal: &Principal, action: Action) -> Result<Permit, Denied> {
-    if has_conflict(principal) {
+    if conflict(&principal.identity().roles).is_some() {
         return Err(Denied {
             policy: "separation-of-duties",
         });
@@ -63,22 +63,12 @@ fn rule(action: Action) -> (&'static str, &'static [Role]) {
     }
 }
 
-fn has_conflict(principal: &Principal) -> bool {
-    let held = || Role::ALL.into_iter().filter(|role| principal.has(*role));
-    held().any(|one| held().any(|other| one.conflicts_with(other)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::Tenant;
 
     fn with(roles: &[Role]) -> Principal {
-        Principal::authenticated(
-            "test".to_owned(),
-            Tenant::default(),
-            roles.iter().copied().collect(),
-        )
+        Principal::service("test", roles)
     }
 
     /// Every cell of roles times actions, spelled out: a change of policy must change this table.

@@ -1,13 +1,13 @@
 //! Moments that no real token can be made to hit: a token that answers exactly when the time is up.
 
-use std::{collections::BTreeSet, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use async_trait::async_trait;
 
 use crate::{
     envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{self, TokenInfo, TokenKey},
-    key::{Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
+    key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
     principal::Role,
     secret::KeyMaterial,
     store::{self, RegistryRow},
@@ -134,8 +134,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
 async fn a_mutation_that_is_too_late_for_its_intent_is_audited() {
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(folder.path()).await;
-    let roles = BTreeSet::from([Role::Enrol]);
-    let principal = Principal::authenticated("URI:ada".to_owned(), Tenant::default(), roles);
+    let principal = Principal::service("URI:ada", &[Role::Enrol]);
     let call = Call::start("127.0.0.1:1", Deadline::after(Duration::from_millis(200)));
     let key = UserKeyRef {
         user: UserId::parse("ada").unwrap(),

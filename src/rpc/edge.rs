@@ -25,11 +25,11 @@ use tonic::{Code, Status};
 
 use crate::{
     broker::Broker,
-    call::{Call, CallId, Deadline},
+    call::{Call, CallId, Deadline, caller::Caller},
     error::{Error, Reason},
 };
 
-use super::{Caller, Entered, ending, method, status, timeout};
+use super::{Entered, ending, method, status, timeout};
 
 const STATUS_HEADER: &str = "grpc-status";
 const MESSAGE_HEADER: &str = "grpc-message";
@@ -66,7 +66,7 @@ impl Surroundings {
         };
         // Health is for load balancers, which have no principal. Everything else is for callers we know, and nobody
         // else learns even which methods there are.
-        let principal = match &caller.principal {
+        let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,
             Err(error) => return self.refuse(&caller, error, id),
@@ -76,7 +76,7 @@ impl Surroundings {
         let timeout = timeout.unwrap_or(self.call_timeout_max);
         let call = Call {
             id,
-            peer: caller.peer.to_string(),
+            peer: caller.peer().to_string(),
             deadline: Deadline::after(timeout.min(self.call_timeout_max)),
         };
         let deadline = call.deadline.instant();
@@ -85,7 +85,7 @@ impl Surroundings {
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         }
-        let place = Arc::clone(&caller.calls).acquire_owned();
+        let place = Arc::clone(caller.calls()).acquire_owned();
         let place = tokio::time::timeout_at(deadline.into(), place).await;
         // What is due already is not begun, also where the place was free at once.
         let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
@@ -110,8 +110,8 @@ impl Surroundings {
     }
 
     fn refuse(&self, caller: &Caller, error: &Error, id: CallId) -> Response<Body> {
-        self.broker.note_refusal(caller.peer.ip(), error.reason());
-        tracing::info!(call_id = %id, peer = %caller.peer, %error, "call refused");
+        self.broker.note_refusal(caller.peer().ip(), error.reason());
+        tracing::info!(call_id = %id, peer = %caller.peer(), %error, "call refused");
         answer(error, id)
     }
 

@@ -20,7 +20,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     auth::{Authenticator, PeerCertificate},
     broker::Broker,
-    rpc::Caller,
+    call::caller::Caller,
 };
 
 use super::{
@@ -218,7 +218,7 @@ impl Connection {
         let calls_max = usize::try_from(self.shared.limits.streams_per_connection_max);
         Caller::new(
             self.peer,
-            principal,
+            principal.map(Arc::new),
             calls_max.unwrap_or(Semaphore::MAX_PERMITS),
         )
     }

@@ -9,12 +9,11 @@ use std::{
 };
 
 use keybroker::proto::UnwrapUserKeyRequest;
-use rustix::process::Signal;
 use tonic::{Code, Request};
 
 use crate::{
     client::{Caller, NAME, eventually, reason},
-    process::{Broker, send, until},
+    process::{Broker, freeze, until},
     site::{Options, Site},
 };
 
@@ -122,7 +121,7 @@ async fn a_hung_worker_is_replaced_and_deadlines_hold() {
     })
     .await;
     let hung = until("a worker", || broker.workers().first().copied());
-    send(hung, Signal::STOP);
+    freeze(hung);
     let request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),

@@ -142,6 +142,21 @@ pub(crate) fn send(pid: u32, signal: Signal) {
     kill_process(pid, signal).unwrap();
 }
 
+/// Stops a process, and waits until each of its threads stands still: the signal alone does not wait for them.
+pub(crate) fn freeze(pid: u32) {
+    send(pid, Signal::STOP);
+    until("the process to stand still", || {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads
+            .map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap())
+            .all(|stat| {
+                let (_, rest) = stat.rsplit_once(')').unwrap();
+                rest.starts_with(" T")
+            })
+            .then_some(())
+    });
+}
+
 /// Whether a process is alive: there, and not a zombie.
 pub(crate) fn is_alive(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))

@@ -12,7 +12,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    process::{Broker, PATIENCE, send, until},
+    process::{Broker, PATIENCE, freeze, send, until},
     site::{Options, Site},
 };
 
@@ -109,7 +109,7 @@ fn the_watchdog_is_fed_by_the_process_and_not_by_the_token() {
         manager.expect("WATCHDOG=1");
     }
 
-    send(broker.pid(), Signal::STOP);
+    freeze(broker.pid());
     manager.drain();
     assert_eq!(manager.next(INTERVAL * 2), None);
     send(broker.pid(), Signal::CONT);

@@ -142,7 +142,7 @@ client_ca_file = "{ca}"
         for (client, role) in pki::PRINCIPALS {
             write!(
                 text,
-                "\n[[principal]]\nsan = \"URI:{}\"\nroles = [\"{role}\"]\n",
+                "\n[[principal]]\nsan = \"URI:{}\"\nroles = [\"{role}\"]\nkey_names = [\"*\"]\n",
                 pki::uri(client)
             )
             .unwrap();

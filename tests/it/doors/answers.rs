@@ -21,7 +21,7 @@ use super::{
 use crate::{
     client::{Caller, NAME, refused},
     pki,
-    process::{Broker, send, until},
+    process::{Broker, freeze, send, until},
     site::{Options, Site},
     wire::get,
 };
@@ -168,7 +168,7 @@ async fn a_passed_deadline_is_answered_and_audited() {
     let raw = Raw::connect(&broker.site.pki, Some("releaser"), broker.grpc).await;
     let message = frame(&unwrap_of("ada").encode_to_vec());
     for pid in broker.workers() {
-        send(pid, Signal::STOP);
+        freeze(pid);
     }
     // The caller's own limit, none, and one beyond the broker's.
     for (header, at_least, at_most) in [
@@ -225,7 +225,7 @@ async fn a_caller_that_goes_away_is_audited_all_the_same() {
     // The connection is there, so that the call is the next thing that arrives.
     refused(releaser.unwrap("nobody").await, "KEY_NOT_FOUND");
     for pid in broker.workers() {
-        send(pid, Signal::STOP);
+        freeze(pid);
     }
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     until("the call to reach the token", || {
@@ -261,7 +261,7 @@ async fn waiting_for_a_place_is_audited_too() {
     let raw = Raw::connect(&broker.site.pki, Some("releaser"), broker.grpc).await;
     let workers = broker.workers();
     for pid in &workers {
-        send(*pid, Signal::STOP);
+        freeze(*pid);
     }
     let message = frame(&unwrap_of("ada").encode_to_vec());
     let hanging_up = tokio::time::timeout(

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     client::{Caller, channel, eventually, retrying},
-    process::{Broker, is_alive, send, until},
+    process::{Broker, freeze, is_alive, send, until},
     site::{Options, Site},
     wire::get,
 };
@@ -168,7 +168,7 @@ async fn a_stop_waits_for_the_call_under_way() {
     let releaser = Caller::of(&broker, "releaser");
     assert!(releaser.unwrap("nobody").await.is_err());
     for pid in &workers {
-        send(*pid, Signal::STOP);
+        freeze(*pid);
     }
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     until("the call to arrive", || {
@@ -203,7 +203,7 @@ async fn a_second_signal_stops_at_once() {
     let releaser = Caller::of(&broker, "releaser");
     assert!(releaser.unwrap("nobody").await.is_err());
     for pid in &workers {
-        send(*pid, Signal::STOP);
+        freeze(*pid);
     }
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     until("the call to arrive", || {

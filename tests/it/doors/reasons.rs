@@ -26,7 +26,7 @@ use super::{
 use crate::{
     bad_inputs::limit_files,
     client::{Caller, NAME, reason},
-    process::{Broker, send, until},
+    process::{Broker, freeze, send, until},
     site::{Options, Site},
     wire::get,
 };
@@ -331,7 +331,7 @@ async fn while_the_queue_is_full() {
     let asked = Asked::enrolled(&broker, "user").await;
     let workers = broker.workers();
     for pid in &workers {
-        send(*pid, Signal::STOP);
+        freeze(*pid);
     }
     // One on the token, one in the queue.
     let releaser = Caller::of(&broker, "releaser");

@@ -1,0 +1,67 @@
+//! Who is at the other end of a connection: what the server knows of a call before any door looks at it.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::sync::Semaphore;
+
+use crate::{error::Error, principal::Principal};
+
+/// A peer, and what authentication said of it. Doors find it among the extensions of each request.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    peer: SocketAddr,
+    principal: Result<Arc<Principal>, Arc<Error>>,
+    /// Places for the calls of this connection.
+    calls: Arc<Semaphore>,
+    calls_max: usize,
+}
+
+impl Caller {
+    /// A peer, what authentication said of it, and how many calls it may have under way.
+    pub fn new(
+        peer: SocketAddr,
+        principal: Result<Arc<Principal>, Error>,
+        calls_max: usize,
+    ) -> Self {
+        Self {
+            peer,
+            principal: principal.map_err(Arc::new),
+            calls: Arc::new(Semaphore::new(calls_max)),
+            calls_max,
+        }
+    }
+
+    /// The same connection, on which a call brought a credential of its own.
+    #[must_use]
+    pub fn with_principal(&self, principal: Result<Arc<Principal>, Error>) -> Self {
+        Self {
+            principal: principal.map_err(Arc::new),
+            ..self.clone()
+        }
+    }
+
+    /// Where the connection comes from.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// Who asks, or why that is not known.
+    pub fn principal(&self) -> Result<&Arc<Principal>, &Arc<Error>> {
+        self.principal.as_ref()
+    }
+
+    /// Places for the calls of the connection.
+    pub fn calls(&self) -> &Arc<Semaphore> {
+        &self.calls
+    }
+
+    /// Whether a principal was found.
+    pub fn is_known(&self) -> bool {
+        self.principal.is_ok()
+    }
+
+    /// Whether no call of the connection is under way.
+    pub fn is_idle(&self) -> bool {
+        self.calls.available_permits() == self.calls_max
+    }
+}

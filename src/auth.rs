@@ -1,11 +1,15 @@
 //! Who is calling. The one place that turns a verified credential into a [`Principal`].
 //!
-//! The credential is the client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in
-//! the configured principals. Exactly one principal must match; none and several are refused alike.
+//! A client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in the configured principals.
+//! Exactly one principal must match; none and several are refused alike. Or what a call brings in its `authorization` header,
+//! which then stands in the place of the certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +22,11 @@ use crate::{
 };
 
 mod certificate;
+mod header;
 
 pub use certificate::PeerCertificate;
+
+use header::Presented;
 
 /// One `[[principal]]` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -87,47 +94,78 @@ impl Settings {
     }
 }
 
-/// Knows the principals.
+/// Knows the credentials.
 #[derive(Debug)]
-pub struct Authenticator(HashMap<String, Settings>);
+pub struct Authenticator {
+    /// By SAN.
+    certificates: HashMap<String, Settings>,
+}
 
 impl Authenticator {
     /// From principals whose names differ and whose roles do not conflict.
     pub fn new(principals: &[Settings]) -> Result<Self, String> {
-        let mut known = HashMap::new();
+        let mut certificates = HashMap::new();
         for principal in principals {
             if let Some(problem) = principal.problem() {
                 return Err(problem);
             }
-            if known
+            if certificates
                 .insert(principal.san.clone(), principal.clone())
                 .is_some()
             {
                 return Err(format!("principal {:?} is there twice", principal.san));
             }
         }
-        Ok(Self(known))
+        Ok(Self { certificates })
     }
 
-    /// The one principal that the certificate names.
-    pub fn authenticate(&self, peer: Option<&PeerCertificate>) -> Result<Principal, Error> {
-        let refuse = |detail: String| Err(Error::new(Reason::Credential, detail));
+    /// The one principal that a verified client certificate names.
+    pub fn certificate(&self, peer: Option<&PeerCertificate>) -> Result<Arc<Principal>, Error> {
         let Some(peer) = peer else {
-            return refuse("no client certificate".to_owned());
+            return refuse(
+                "no credential: neither a client certificate nor an `authorization` header",
+            );
         };
         // Asked once more: what was resumed or kept open was verified when it began.
         if peer.remaining().is_zero() {
-            return refuse("the client certificate has expired".to_owned());
+            return refuse("the client certificate has expired");
         }
-        let mut matching = peer.sans().iter().filter_map(|san| self.0.get(san));
+        let sans = peer.sans().iter();
+        let mut matching = sans.filter_map(|san| self.certificates.get(san));
         let Some(principal) = matching.next() else {
             return refuse(format!("no principal is named by any of {:?}", peer.sans()));
         };
         if matching.next().is_some() {
             return refuse(format!("several principals are named by {:?}", peer.sans()));
         }
-        Ok(Principal::authenticated(principal.identity(peer)))
+        let identity = principal.identity(peer);
+        Ok(Arc::new(Principal::authenticated(identity)))
     }
+
+    /// The principal whose credential the `authorization` headers of a call are; called only when there are any. With an error
+    /// as `budget`, nothing is tried that costs much: that error is the answer then.
+    #[expect(
+        clippy::unused_async,
+        reason = "tokens and client secrets are joined next"
+    )]
+    pub async fn authenticate(
+        &self,
+        headers: &[&[u8]],
+        budget: Result<(), Error>,
+    ) -> Result<Arc<Principal>, Error> {
+        match header::read(headers) {
+            Ok(Presented::Bearer(_)) => refuse("a token, and there is no [[issuer]]"),
+            Ok(Presented::Basic { .. }) => {
+                budget?;
+                refuse("an API client, and there are none")
+            }
+            Err(malformed) => refuse(malformed),
+        }
+    }
+}
+
+fn refuse<T>(detail: impl Into<String>) -> Result<T, Error> {
+    Err(Error::new(Reason::Credential, detail))
 }
 
 #[cfg(test)]
@@ -171,7 +209,7 @@ mod tests {
     fn an_expired_certificate_is_nobody() {
         let expired = rcgen::date_time_ymd(2020, 1, 1);
         let certificate = certificate_until(&["URI:spiffe://example.org/app"], expired);
-        let refused = known().authenticate(Some(&certificate)).unwrap_err();
+        let refused = known().certificate(Some(&certificate)).unwrap_err();
         assert_eq!(refused.reason(), Reason::Credential);
         assert!(refused.to_string().contains("expired"), "{refused}");
     }
@@ -187,7 +225,7 @@ mod tests {
     #[test]
     fn a_san_names_its_principal() {
         let peer = certificate(&["URI:spiffe://example.org/app", "DNS:other.example.org"]);
-        let principal = known().authenticate(Some(&peer)).unwrap();
+        let principal = known().certificate(Some(&peer)).unwrap();
         assert_eq!(principal.name(), "URI:spiffe://example.org/app");
         assert!(principal.has(Role::Release) && !principal.has(Role::Enrol));
     }
@@ -205,7 +243,7 @@ mod tests {
             None,
         ];
         for peer in cases {
-            let error = known().authenticate(peer.as_ref()).unwrap_err();
+            let error = known().certificate(peer.as_ref()).unwrap_err();
             assert_eq!(error.reason(), Reason::Credential, "{peer:?}");
         }
     }

@@ -30,6 +30,7 @@ use crate::{
     error::{Error, Reason},
     hsm::Token,
     key::{KeyAddress, KeyName, UserId},
+    limits::Limits,
     principal::{Action, Principal},
     store::Store,
 };
@@ -91,6 +92,8 @@ pub struct Parts {
     pub store: Arc<dyn Store>,
     /// Where keys are unwrapped.
     pub token: Arc<dyn Token>,
+    /// What callers have left of their limits.
+    pub limits: Arc<Limits>,
 }
 
 /// The use cases over one store, one token and one audit log.
@@ -99,6 +102,7 @@ pub struct Broker {
     audit: AuditLog,
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
+    limits: Arc<Limits>,
     /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
     registry: ArcSwapOption<Registry>,
     /// Held by whoever brings it up to date.
@@ -121,6 +125,7 @@ impl Broker {
             audit: parts.audit,
             store: parts.store,
             token: parts.token,
+            limits: parts.limits,
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{audit, auth, hsm, server, store};
+use crate::{audit, auth, hsm, limits, server, store};
 
 mod check;
 mod files;
@@ -26,6 +26,9 @@ pub struct Config {
     /// `[limits]`.
     #[serde(default)]
     pub limits: server::Limits,
+    /// `[rates]`.
+    #[serde(default)]
+    pub rates: limits::Settings,
     /// `[[listener]]`.
     #[serde(rename = "listener", default)]
     pub listeners: Vec<server::ListenerSettings>,

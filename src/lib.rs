@@ -23,6 +23,7 @@ pub mod error;
 pub mod hardening;
 pub mod hsm;
 pub mod key;
+pub mod limits;
 pub mod principal;
 pub mod proto;
 pub mod rpc;

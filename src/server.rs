@@ -4,8 +4,10 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod connection;
 mod descriptors;
 mod handshake;
+mod identify;
 mod listener;
 mod notify;
 mod opening;
@@ -24,6 +26,8 @@ pub enum Door {
     Grpc,
     /// The control plane over gRPC.
     Admin,
+    /// User keys over REST, for Bitwarden clients.
+    Rest,
 }
 
 /// Whether a listener asks for client certificates.
@@ -35,8 +39,18 @@ pub enum ClientCertificates {
     Required,
     /// Accepted when sent; a call without one is `CREDENTIAL`.
     Optional,
-    /// Never asked for; every call is `CREDENTIAL` until another kind of credential exists.
+    /// Never asked for; every call brings its credential in a header.
     None,
+}
+
+/// From where a listener without TLS may be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Plaintext {
+    /// This machine.
+    Loopback,
+    /// Anywhere: whoever is on the path reads keys and tokens.
+    Any,
 }
 
 /// TLS of a listener. All files are PEM and are read again on SIGHUP and when their content changes.
@@ -59,8 +73,11 @@ pub struct ListenerSettings {
     pub address: SocketAddr,
     /// What it lets in.
     pub doors: Vec<Door>,
-    /// TLS; there is no listener without.
-    pub tls: TlsSettings,
+    /// TLS; required unless `plaintext` says otherwise.
+    pub tls: Option<TlsSettings>,
+    /// HTTP without TLS, for a proxy that ends TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plaintext: Option<Plaintext>,
     /// Whether client certificates are asked for.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
@@ -69,7 +86,15 @@ pub struct ListenerSettings {
 impl ListenerSettings {
     /// Reads the TLS files as `serve` would; the error names the file and the remedy.
     pub fn check_tls(&self) -> Result<(), String> {
-        tls::Tls::load(self.tls.clone(), self.client_certificates).map(drop)
+        self.load_tls().map(drop)
+    }
+
+    fn load_tls(&self) -> Result<Option<tls::Tls>, String> {
+        let Some(files) = &self.tls else {
+            return Ok(None);
+        };
+        let speaks_http1 = self.doors.contains(&Door::Rest);
+        tls::Tls::load(files.clone(), self.client_certificates, speaks_http1).map(Some)
     }
 }
 

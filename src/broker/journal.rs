@@ -97,12 +97,37 @@ impl Broker {
         }
     }
 
+    /// Makes the entry of an alarm about a principal durable.
+    pub(super) async fn record_alarm(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        alarm: &'static str,
+    ) -> Result<Durable, Error> {
+        let mut entry = Entry::new(EntryKind::Decision, alarm, Outcome::Ok);
+        entry.principal = Some(principal.name().to_owned());
+        entry.tenant = Some(principal.tenant().clone());
+        entry.call_id = Some(call.id);
+        entry.peer = Some(call.peer.clone());
+        self.audit.append(entry).await?;
+        Ok(Durable(()))
+    }
+
     /// Makes the entry of a refusal or failure durable.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
         error: &Error,
     ) -> Result<Durable, Error> {
+        if error.reason() == Reason::EnvelopeRejected
+            && let Some(principal) = &draft.0.principal
+            && self.limits.fail_envelope(principal).is_err()
+        {
+            tracing::warn!(
+                principal,
+                "too many refused envelopes: its calls are refused for a while"
+            );
+        }
         draft.0.outcome = if error.reason() == Reason::Policy {
             Outcome::Denied
         } else {

@@ -63,9 +63,28 @@ impl Broker {
                 .await;
             let ((record, material), entry) = self.conclude(draft, unwrapped).await?;
             self.uses.note(record);
+            if self.limits.note_release(principal, key.user.as_str()) {
+                self.alarm_of_bulk_release(principal, call).await;
+            }
             Ok(Released::new(material, entry))
         })
         .await
+    }
+
+    /// A service that releases the keys of unusually many users may be one that somebody has taken over. Said once an hour, in
+    /// the audit log too; the release itself was permitted, and has its own entry.
+    async fn alarm_of_bulk_release(&self, principal: &Principal, call: &Call) {
+        metrics::counter!("keybroker_bulk_releases_total").increment(1);
+        tracing::error!(
+            alarm = "bulk-release", call_id = %call.id, %principal,
+            "keys of more users than `released_users_per_hour` were released within an hour"
+        );
+        if let Err(error) = self
+            .record_alarm(principal, call, "alarm.bulk_release")
+            .await
+        {
+            tracing::error!(%error, "the alarm has no audit entry");
+        }
     }
 
     async fn unwrap_record(

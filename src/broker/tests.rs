@@ -8,6 +8,7 @@ use crate::{
     envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{self, TokenInfo, TokenKey},
     key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    limits::{self, Limits},
     principal::Role,
     secret::KeyMaterial,
     store::{self, RegistryRow},
@@ -120,6 +121,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         audit,
         store,
         token,
+        limits: Limits::new(&limits::Settings::default()),
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

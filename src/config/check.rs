@@ -5,7 +5,8 @@ use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 use crate::{
     hsm::gate,
     key::KeyName,
-    server::{ClientCertificates, ListenerSettings},
+    limits::{RATE_MAX, RELEASED_USERS_MAX},
+    server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSettings},
 };
 
 use super::Config;
@@ -154,6 +155,27 @@ impl Config {
             limits.drain_timeout_ms,
             100..=600_000,
         );
+        let rates = &self.rates;
+        for (name, value, max) in [
+            (
+                "user_calls_per_minute",
+                rates.user_calls_per_minute,
+                RATE_MAX,
+            ),
+            (
+                "service_calls_per_minute",
+                rates.service_calls_per_minute,
+                RATE_MAX,
+            ),
+            ("failures_per_minute", rates.failures_per_minute, RATE_MAX),
+            (
+                "released_users_per_hour",
+                rates.released_users_per_hour,
+                RELEASED_USERS_MAX,
+            ),
+        ] {
+            range(&format!("[rates] {name}"), value.into(), 1..=max.into());
+        }
         let segment = self.audit.segment_bytes_max;
         range(
             "[audit] segment_bytes_max",
@@ -213,18 +235,53 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: `doors` is empty, so it lets nothing in"
         ));
     }
-    if listener.client_certificates != ClientCertificates::None
-        && listener.tls.client_ca_file.is_none()
-    {
+    match (&listener.tls, listener.plaintext) {
+        (Some(_), Some(_)) => problems.push(format!(
+            "[[listener]] {address}: `plaintext` and [listener.tls] exclude each other"
+        )),
+        (None, None) => problems.push(format!(
+            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the door `rest` \
+             alone, say `plaintext = \"loopback\"` instead"
+        )),
+        (Some(tls), None) => check_listener_tls(listener, tls, problems),
+        (None, Some(reach)) => check_plaintext(listener, reach, problems),
+    }
+}
+
+/// Whoever can connect to a listener without TLS can be anybody, and so can whoever is on the path.
+fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.doors != [Door::Rest] {
+        problems.push(format!(
+            "[[listener]] {address}: `plaintext` is for the door `rest` alone; the others need [listener.tls]"
+        ));
+    }
+    if listener.client_certificates != ClientCertificates::None {
+        problems.push(format!(
+            "[[listener]] {address}: without TLS there are no client certificates; say `client_certificates = \"none\"`, so \
+             that it is clear that only tokens and client secrets count here"
+        ));
+    }
+    if reach == Plaintext::Loopback && !address.ip().is_loopback() {
+        problems.push(format!(
+            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\" whoever is on the path \
+             reads keys and tokens"
+        ));
+    }
+}
+
+fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.client_certificates != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
             "[[listener]] {address}: client certificates are asked for, but `client_ca_file` is not set; \
              without it nobody could be recognised"
         ));
     }
     let files = [
-        Some(&listener.tls.certificate_file),
-        Some(&listener.tls.key_file),
-        listener.tls.client_ca_file.as_ref(),
+        Some(&tls.certificate_file),
+        Some(&tls.key_file),
+        tls.client_ca_file.as_ref(),
     ];
     for path in files.into_iter().flatten() {
         if !path.is_absolute() {

@@ -24,6 +24,7 @@ fn is_default(text: &str) -> bool {
         "password_file",
         "password_variable",
         "ca_file",
+        "plaintext",
     ];
     text.contains(" = ")
         && name

@@ -1,5 +1,6 @@
 //! What must happen on a connection before the first call: TLS, then the first bytes of HTTP/2. Both within one timeout,
-//! so that neither silence before TLS nor silence after it keeps a place.
+//! so that neither silence before TLS nor silence after it keeps a place. The head of a request on HTTP/1.1 has a timeout of
+//! its own.
 
 use std::{
     io,
@@ -10,6 +11,7 @@ use std::{
 };
 
 use rustls::{CertificateError, ServerConfig};
+use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -88,42 +90,64 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
     }
 }
 
-/// Makes a connection ready for HTTP/2.
+/// What HTTP/1.1 is called in the handshake (RFC 7301).
+pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
+
+/// Makes a connection ready for the first request: for HTTP/1.1 where the client asks for that and the listener speaks it, else
+/// for HTTP/2.
 pub(super) async fn greet(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     timeout: Duration,
 ) -> Result<Greeted, Refused> {
     let greeting = async {
+        let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
         let accepted = TlsAcceptor::from(config).accept(stream).await;
         let mut tls = accepted.map_err(Refused::Tls)?;
+        // A client that names no protocol means the old one.
+        let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
+        if speaks_http1 && wanted == ALPN_HTTP1 {
+            return Ok(Greeted::Http1(Box::new(tls)));
+        }
         let mut preface = [0; PREFACE.len()];
         let read = tls.read_exact(&mut preface).await;
         read.map_err(|_| Refused::Closed)?;
         if preface != *PREFACE {
             return Err(Refused::NotHttp2);
         }
-        Ok(Greeted { said: 0, tls })
+        Ok(Greeted::Http2(Box::new(Prefaced { said: 0, tls })))
     };
     time::timeout(timeout, greeting)
         .await
         .unwrap_or(Err(Refused::Timeout))
 }
 
+/// A connection on which the first request can come.
+#[derive(Debug)]
+pub(super) enum Greeted {
+    Http1(Box<TlsStream<TcpStream>>),
+    Http2(Box<Prefaced>),
+}
+
+impl Greeted {
+    /// The client's certificate, which the handshake verified.
+    pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {
+        let tls = match self {
+            Self::Http1(tls) => tls,
+            Self::Http2(prefaced) => &prefaced.tls,
+        };
+        tls.get_ref().1.peer_certificates()?.first()
+    }
+}
+
 /// A connection whose preface was read; the HTTP/2 library reads it once more.
 #[derive(Debug)]
-pub(super) struct Greeted {
+pub(super) struct Prefaced {
     said: usize,
     tls: TlsStream<TcpStream>,
 }
 
-impl Greeted {
-    pub(super) fn tls(&self) -> &TlsStream<TcpStream> {
-        &self.tls
-    }
-}
-
-impl AsyncRead for Greeted {
+impl AsyncRead for Prefaced {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -140,7 +164,7 @@ impl AsyncRead for Greeted {
     }
 }
 
-impl AsyncWrite for Greeted {
+impl AsyncWrite for Prefaced {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

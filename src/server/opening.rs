@@ -24,7 +24,7 @@ use super::{ListenerSettings, tls::Tls};
 pub(super) struct Bound {
     pub(super) socket: TcpListener,
     pub(super) settings: ListenerSettings,
-    pub(super) tls: Arc<Tls>,
+    pub(super) tls: Option<Arc<Tls>>,
 }
 
 /// Opening reads and syncs files, and waits for its own first entry.
@@ -88,12 +88,13 @@ pub(super) async fn migrate(
 pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {
     let mut bound = Vec::new();
     for settings in listeners {
-        let tls = Tls::load(settings.tls.clone(), settings.client_certificates)
+        let tls = settings
+            .load_tls()
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
         bound.push(Bound {
             socket: bind(settings.address).await?,
             settings: settings.clone(),
-            tls: Arc::new(tls),
+            tls: tls.map(Arc::new),
         });
     }
     Ok(bound)

@@ -26,6 +26,7 @@ use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
     hsm::{Supervisor, Token},
+    limits::Limits,
     rpc, store,
     store::{Store, StoreLock},
     telemetry,
@@ -33,6 +34,7 @@ use crate::{
 
 use super::{
     Door, descriptors,
+    identify::Identifier,
     listener::{Listener, Shared},
     notify,
     opening::{self, Bound},
@@ -148,6 +150,11 @@ impl Server {
         let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
         let authenticator = Authenticator::new(&config.principals)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        let limits = Limits::new(&config.rates);
+        let identifier = Identifier {
+            authenticator: Arc::new(authenticator),
+            limits: Arc::clone(&limits),
+        };
         let bound = opening::bind_all(&config.listeners).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
@@ -161,6 +168,7 @@ impl Server {
             audit: audit.clone(),
             store: Arc::clone(&store),
             token,
+            limits,
         });
         broker.recover(open_intents).await;
         if supervisor.settled().await == Serving::Up {
@@ -190,23 +198,19 @@ impl Server {
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, hangup);
         server.serve_status(status_socket, metrics);
-        server.open_doors(bound, authenticator)?;
+        server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {
             server.write_ready_file(path)?;
         }
         Ok(server)
     }
 
-    fn open_doors(
-        &mut self,
-        bound: Vec<Bound>,
-        authenticator: Authenticator,
-    ) -> Result<(), Failure> {
+    fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
         let shared = Shared {
             broker: Arc::clone(&self.broker),
-            authenticator: Arc::new(authenticator),
+            authenticator: Arc::clone(&identifier.authenticator),
             connections: Arc::new(Semaphore::new(connections_max)),
             strangers: Arc::new(Semaphore::new(connections_max.div_ceil(STRANGERS_DIVISOR))),
             limits: Arc::new(limits),
@@ -235,6 +239,7 @@ impl Server {
             };
             let routes = rpc::routes(around, services, health)
                 .map_err(|what| Failure::new(Exit::Internal, what))?;
+            let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
             tracing::info!(%address, doors = ?settings.doors, "listening");
             self.addresses.push(address);
@@ -262,7 +267,7 @@ impl Server {
 
     /// Starts what runs beside the doors.
     fn look_after(&self, bound: &[Bound], hangup: Signal) {
-        let tls: Vec<Arc<Tls>> = bound.iter().map(|one| Arc::clone(&one.tls)).collect();
+        let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
         self.background
             .spawn(watch::tls_files(tls, hangup, self.stop_background.clone()));
         self.background

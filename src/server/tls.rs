@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 use crate::{call::Timestamp, hardening};
 
-use super::{ClientCertificates, TlsSettings};
+use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
 const SECONDS_PER_DAY: i64 = 86_400;
 /// A certificate with less than this left is worth a warning.
@@ -47,6 +47,8 @@ pub(super) struct Accepting {
 pub(super) struct Tls {
     settings: TlsSettings,
     clients: ClientCertificates,
+    /// What clients can speak here (RFC 7301).
+    protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
     /// What the last reload failed with, so that it is reported once and not each second.
     refused: Mutex<Option<String>>,
@@ -60,12 +62,21 @@ struct Files {
 
 impl Tls {
     /// Loads the files; any problem stops the start.
-    pub(super) fn load(settings: TlsSettings, clients: ClientCertificates) -> Result<Self, String> {
+    pub(super) fn load(
+        settings: TlsSettings,
+        clients: ClientCertificates,
+        speaks_http1: bool,
+    ) -> Result<Self, String> {
+        let mut protocols = vec![b"h2".to_vec()];
+        if speaks_http1 {
+            protocols.push(ALPN_HTTP1.to_vec());
+        }
         let files = Files::read(&settings, clients)?;
-        let accepting = files.build(&settings, clients)?;
+        let accepting = files.build(&settings, clients, &protocols)?;
         Ok(Self {
             settings,
             clients,
+            protocols,
             current: ArcSwap::from_pointee(accepting),
             refused: Mutex::default(),
         })
@@ -112,7 +123,7 @@ impl Tls {
         if files.digest() == current.files {
             return Ok(false);
         }
-        let next = files.build(&self.settings, self.clients)?;
+        let next = files.build(&self.settings, self.clients, &self.protocols)?;
         let trust_changed = next.client_ca != current.client_ca;
         self.current.store(Arc::new(next));
         if trust_changed {
@@ -156,6 +167,7 @@ impl Files {
         &self,
         settings: &TlsSettings,
         clients: ClientCertificates,
+        protocols: &[Vec<u8>],
     ) -> Result<Accepting, String> {
         let certificate_file = settings.certificate_file.display();
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.chain)
@@ -184,7 +196,7 @@ impl Files {
                 settings.key_file.display()
             )
         })?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = protocols.to_vec();
         // No resumption: a resumed session brings the client certificate of the first one, unverified.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;

@@ -65,8 +65,9 @@ fn paths(path: &str) -> Vec<String> {
     paths.extend(config.store.password_file);
     paths.extend(config.store.ca_file);
     for listener in config.listeners {
-        paths.extend([listener.tls.certificate_file, listener.tls.key_file]);
-        paths.extend(listener.tls.client_ca_file);
+        let tls = listener.tls.unwrap();
+        paths.extend([tls.certificate_file, tls.key_file]);
+        paths.extend(tls.client_ca_file);
     }
     paths
         .into_iter()

@@ -42,7 +42,7 @@ const BATCH: u32 = 500;
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
     let known = Authenticator::new(&config.principals)
         .map_err(|what| Failure::new(Exit::Configuration, what))?;
-    let principal = known.authenticate(Some(&connection.certificate()?))?;
+    let principal = known.certificate(Some(&connection.certificate()?))?;
     Ok(principal.tenant().clone())
 }
 

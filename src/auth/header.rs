@@ -1,0 +1,110 @@
+//! The `authorization` header of a call (RFC 9110 section 11.6.2).
+
+use base64ct::{Base64, Encoding as _};
+use zeroize::Zeroizing;
+
+/// Longest header that is looked at, in bytes: the longest token, and its scheme.
+const HEADER_BYTES_MAX: usize = 8 * 1024 + "Bearer ".len();
+/// Longest `id:secret` in base64, in bytes.
+const BASIC_BYTES_MAX: usize = 512;
+
+/// What a call presents.
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "tokens and client secrets are joined next")
+)]
+pub(super) enum Presented<'a> {
+    /// A token (RFC 6750).
+    Bearer(&'a [u8]),
+    /// Id and secret of an API client (RFC 7617).
+    Basic {
+        id: Zeroizing<String>,
+        secret: Zeroizing<Vec<u8>>,
+    },
+}
+
+/// Reads what a call presents. Exactly one header: with two, whoever stands between might have looked at the other one.
+pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static str> {
+    let [value] = values else {
+        return Err("several `authorization` headers");
+    };
+    let value = value.trim_ascii();
+    if value.is_empty() {
+        return Err("an empty `authorization` header");
+    }
+    if value.len() > HEADER_BYTES_MAX {
+        return Err("an `authorization` header of more than 8 KiB");
+    }
+    let space = value.iter().position(|byte| *byte == b' ');
+    let Some((scheme, rest)) = space.map(|at| value.split_at(at)) else {
+        return Err("an `authorization` header with a scheme alone");
+    };
+    let rest = rest.trim_ascii();
+    if scheme.eq_ignore_ascii_case(b"bearer") {
+        Ok(Presented::Bearer(rest))
+    } else if scheme.eq_ignore_ascii_case(b"basic") {
+        basic(rest)
+    } else {
+        Err("an `authorization` header of another scheme than Bearer and Basic")
+    }
+}
+
+fn basic<'a>(encoded: &[u8]) -> Result<Presented<'a>, &'static str> {
+    const MALFORMED: &str = "a Basic `authorization` header that is not base64 of `id:secret`";
+    if encoded.len() > BASIC_BYTES_MAX {
+        return Err(MALFORMED);
+    }
+    let mut buffer = Zeroizing::new([0; BASIC_BYTES_MAX]);
+    let decoded = Base64::decode(encoded, &mut buffer[..]).map_err(|_| MALFORMED)?;
+    let colon = decoded.iter().position(|byte| *byte == b':');
+    let (id, secret) = decoded.split_at(colon.ok_or(MALFORMED)?);
+    let id = str::from_utf8(id).map_err(|_| MALFORMED)?;
+    Ok(Presented::Basic {
+        id: Zeroizing::new(id.to_owned()),
+        secret: Zeroizing::new(secret[1..].to_vec()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_header_of_a_known_scheme_is_read() {
+        for header in ["Bearer abc", "bearer  abc", "BEARER abc "] {
+            let read = read(&[header.as_bytes()]);
+            assert!(matches!(read, Ok(Presented::Bearer(b"abc"))), "{header}");
+        }
+        // The example of RFC 7617, and a secret with a colon.
+        for (header, expected) in [
+            ("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==", "open sesame"),
+            ("basic QWxhZGRpbjpvcGVuOnNlc2FtZQ==", "open:sesame"),
+        ] {
+            let Ok(Presented::Basic { id, secret }) = read(&[header.as_bytes()]) else {
+                panic!("{header}");
+            };
+            assert_eq!((id.as_str(), &secret[..]), ("Aladdin", expected.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        let long = format!("Bearer {}", "x".repeat(9_000));
+        let long_basic = format!("Basic {}", "QUFB".repeat(200));
+        for header in [
+            "",
+            " ",
+            "Bearer",
+            "Basic",
+            "Digest abc",
+            "Basic abc",
+            "Basic QWxhZGRpbg==",
+            "Basic /zph",
+            &long,
+            &long_basic,
+        ] {
+            assert!(read(&[header.as_bytes()]).is_err(), "{header}");
+        }
+        assert!(read(&[b"Bearer a", b"Bearer a"]).is_err());
+    }
+}

@@ -70,8 +70,8 @@ rules() {
 ^src/store[./] # crate::(hsm|auth|audit|broker|rpc|rest|cli|config|server|proto) # store/ knows the vocabulary alone
 ^src/auth[./] # crate::(hsm|store|audit|broker|rpc|rest|cli|config|server|proto) # auth/ knows the vocabulary alone
 ^src/audit[./] # crate::(hsm|store|auth|broker|rpc|rest|cli|config|server|proto) # audit/ knows the vocabulary alone
-^src/(key|principal|secret|envelope|error|call)[./] # $OURS_BUT_VOCABULARY # the vocabulary knows nothing else of ours
-^src/(key|principal|secret|envelope|error|call)[./] # $FOREIGN_CRATES # the vocabulary knows no foreign type
+^src/(key|principal|secret|envelope|error|call|bitwarden)[./] # $OURS_BUT_VOCABULARY # the vocabulary knows nothing else of ours
+^src/(key|principal|secret|envelope|error|call|bitwarden)[./] # $FOREIGN_CRATES # the vocabulary knows no foreign type
 ^src/(main|config|server|telemetry)[./] # crate::secret # wiring never sees key material
 RULES
 }

@@ -9,11 +9,12 @@
 //! | doors | [`rpc`] |
 //! | use cases | [`broker`] |
 //! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
-//! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`] |
+//! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`], [`bitwarden`] |
 //! | wiring | [`cli`], [`config`], [`server`], [`telemetry`] |
 
 pub mod audit;
 pub mod auth;
+pub mod bitwarden;
 pub mod broker;
 pub mod call;
 pub mod cli;

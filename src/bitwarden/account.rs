@@ -1,0 +1,62 @@
+//! What a person types: e-mail address and password.
+
+use std::fmt;
+
+use zeroize::Zeroizing;
+
+use super::Error;
+
+/// Longest e-mail address, in bytes: what the server's column holds.
+const EMAIL_BYTES_MAX: usize = 256;
+/// Longest password, in bytes. Clients know no maximum; this one keeps a wrong file from being taken for a password.
+pub const PASSWORD_BYTES_MAX: usize = 4_096;
+/// JavaScript's `trim` takes it away, Rust's does not.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+/// Rust's `trim` takes it away, JavaScript's does not.
+const NEXT_LINE: char = '\u{85}';
+
+/// An e-mail address as the salt of a master key: trimmed and in lower case, as every client does it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Email(String);
+
+impl Email {
+    /// Normalises an address. What is left of it must be something.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let is_space = |c: char| (c.is_whitespace() && c != NEXT_LINE) || c == BYTE_ORDER_MARK;
+        let email = text.trim_matches(is_space).to_lowercase();
+        let is_odd = email.chars().any(char::is_control);
+        if email.is_empty() || email.len() > EMAIL_BYTES_MAX || is_odd {
+            return Err(Error::Email);
+        }
+        Ok(Self(email))
+    }
+
+    /// The normalised address.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A master password.
+pub struct Password(Zeroizing<String>);
+
+impl Password {
+    /// Takes the text over as it is: no trimming, no normalisation.
+    pub fn new(text: Zeroizing<String>) -> Result<Self, Error> {
+        if (1..=PASSWORD_BYTES_MAX).contains(&text.len()) {
+            Ok(Self(text))
+        } else {
+            Err(Error::Password)
+        }
+    }
+
+    pub(super) fn expose(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Password(redacted)")
+    }
+}

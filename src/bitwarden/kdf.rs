@@ -1,0 +1,130 @@
+//! The two ways from a password to a master key.
+
+use std::num::NonZeroU32;
+
+use argon2::{Algorithm, ParamsBuilder, Version};
+use aws_lc_rs::{digest, pbkdf2};
+use zeroize::Zeroizing;
+
+use super::{Email, Error, MasterKey, Password, keys::MASTER_KEY_BYTES};
+
+/// How a master key is made, with the parameters that the server keeps for an account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kdf {
+    /// `kdf` 0: PBKDF2-HMAC-SHA256.
+    Pbkdf2 {
+        /// `kdfIterations`.
+        iterations: u32,
+    },
+    /// `kdf` 1: Argon2id, version 1.3.
+    Argon2id {
+        /// `kdfIterations`.
+        iterations: u32,
+        /// `kdfMemory`, in MiB.
+        memory_mib: u32,
+        /// `kdfParallelism`.
+        parallelism: u32,
+    },
+}
+
+impl Kdf {
+    /// What new accounts had until 2026, and what OWASP recommends as the least.
+    pub const PBKDF2_RECOMMENDED: Self = Self::Pbkdf2 {
+        iterations: 600_000,
+    };
+    /// The documented default of Argon2id.
+    pub const ARGON2ID_RECOMMENDED: Self = Self::Argon2id {
+        iterations: 3,
+        memory_mib: 64,
+        parallelism: 4,
+    };
+
+    /// Refuses what clients refuse: a server that names less work than this wants to guess the password.
+    pub fn check(self) -> Result<(), Error> {
+        let range = |name, value, min, max| {
+            if (min..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::Kdf {
+                    name,
+                    value,
+                    min,
+                    max,
+                })
+            }
+        };
+        match self {
+            Self::Pbkdf2 { iterations } => {
+                range("the number of iterations", iterations, 5_000, 2_000_000)
+            }
+            Self::Argon2id {
+                iterations,
+                memory_mib,
+                parallelism,
+            } => {
+                range("the number of iterations", iterations, 2, 10)?;
+                range("the memory in MiB", memory_mib, 16, 1_024)?;
+                range("the parallelism", parallelism, 1, 16)
+            }
+        }
+    }
+
+    /// What to say of an account whose password is cheaper to guess than it should be; `None` when all is well. The default
+    /// of 2026, 32 MiB and 6 passes, is as much work as 64 MiB and 3.
+    pub fn warning(self) -> Option<&'static str> {
+        match self {
+            Self::Pbkdf2 { iterations } => (iterations < 600_000)
+                .then_some("fewer than the 600,000 iterations of PBKDF2 that are recommended"),
+            Self::Argon2id {
+                iterations,
+                memory_mib,
+                parallelism,
+            } => {
+                let enough =
+                    (memory_mib >= 64 && iterations >= 3) || (memory_mib >= 32 && iterations >= 6);
+                (!enough || parallelism < 4).then_some(
+                    "less than the 64 MiB, 3 iterations and parallelism 4 of Argon2id that are recommended",
+                )
+            }
+        }
+    }
+
+    /// The master key of an account.
+    pub fn master_key(self, password: &Password, email: &Email) -> Result<MasterKey, Error> {
+        self.check()?;
+        let mut key = Zeroizing::new(vec![0; MASTER_KEY_BYTES]);
+        match self {
+            Self::Pbkdf2 { iterations } => {
+                let salt = email.as_str().as_bytes();
+                pbkdf2_sha256(iterations, salt, password.expose(), &mut key);
+            }
+            Self::Argon2id {
+                iterations,
+                memory_mib,
+                parallelism,
+            } => {
+                // The address may be shorter than the least salt of Argon2: its hash never is.
+                let salt = digest::digest(&digest::SHA256, email.as_str().as_bytes());
+                let mut params = ParamsBuilder::new();
+                params
+                    .m_cost(memory_mib * 1_024)
+                    .t_cost(iterations)
+                    .p_cost(parallelism)
+                    .output_len(MASTER_KEY_BYTES);
+                let argon2 = params
+                    .context(Algorithm::Argon2id, Version::V0x13)
+                    .expect("checked against limits that are stricter than those of Argon2");
+                argon2
+                    .hash_password_into(password.expose(), salt.as_ref(), &mut key)
+                    .map_err(|_| Error::System("memory"))?;
+            }
+        }
+        MasterKey::from_bytes(key)
+    }
+}
+
+/// PBKDF2-HMAC-SHA256 (RFC 8018), filling `out`.
+pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &mut [u8]) {
+    let iterations = NonZeroU32::new(iterations).expect("callers name more than none");
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
+}

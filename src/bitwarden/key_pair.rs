@@ -1,0 +1,77 @@
+//! RSA-2048 with OAEP and SHA-1: how a user key reaches a trusted device, or an organisation. SHA-1 inside OAEP needs no
+//! resistance against collisions, and it is what every client writes.
+
+use std::fmt;
+
+use aws_lc_rs::rsa::{
+    OAEP_SHA1_MGF1SHA1, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PrivateDecryptingKey,
+    PublicEncryptingKey,
+};
+use zeroize::Zeroizing;
+
+use super::{EncString, Error};
+
+/// Length of the modulus, and so of every text of type 4, in bytes.
+pub(super) const RSA_BYTES: usize = 256;
+
+/// The private half, as a device keeps it.
+pub struct PrivateKey(OaepPrivateDecryptingKey);
+
+impl PrivateKey {
+    /// From PKCS#8 in DER.
+    pub fn from_pkcs8(der: &[u8]) -> Result<Self, Error> {
+        let key = PrivateDecryptingKey::from_pkcs8(der).map_err(|_| Error::KeyPair)?;
+        if key.key_size_bytes() != RSA_BYTES {
+            return Err(Error::KeyPair);
+        }
+        let key = OaepPrivateDecryptingKey::new(key).map_err(|_| Error::KeyPair)?;
+        Ok(Self(key))
+    }
+
+    /// The plain text of type 4.
+    pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
+        let EncString::RsaOaepSha1 { ciphertext } = encrypted else {
+            return Err(Error::KeyKind(encrypted.number()));
+        };
+        let mut buffer = Zeroizing::new(vec![0; self.0.min_output_size()]);
+        let algorithm = &OAEP_SHA1_MGF1SHA1;
+        let length = self
+            .0
+            .decrypt(algorithm, ciphertext, &mut buffer, None)
+            .map_err(|_| Error::Decrypt)?
+            .len();
+        buffer.truncate(length);
+        Ok(buffer)
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(redacted)")
+    }
+}
+
+/// The public half.
+#[derive(Debug)]
+pub struct PublicKey(OaepPublicEncryptingKey);
+
+impl PublicKey {
+    /// From a `SubjectPublicKeyInfo` in DER.
+    pub fn from_spki(der: &[u8]) -> Result<Self, Error> {
+        let key = PublicEncryptingKey::from_der(der).map_err(|_| Error::KeyPair)?;
+        if key.key_size_bytes() != RSA_BYTES {
+            return Err(Error::KeyPair);
+        }
+        let key = OaepPublicEncryptingKey::new(key).map_err(|_| Error::KeyPair)?;
+        Ok(Self(key))
+    }
+
+    /// Encrypts as type 4; at most 214 bytes fit.
+    pub fn encrypt(&self, plain: &[u8]) -> Result<EncString, Error> {
+        let mut ciphertext = vec![0; RSA_BYTES];
+        self.0
+            .encrypt(&OAEP_SHA1_MGF1SHA1, plain, &mut ciphertext, None)
+            .map_err(|_| Error::TooLong)?;
+        Ok(EncString::RsaOaepSha1 { ciphertext })
+    }
+}

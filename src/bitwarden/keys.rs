@@ -1,0 +1,176 @@
+//! Master keys, and the symmetric keys that they wrap.
+
+use std::fmt;
+
+use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Prk};
+use base64ct::{Base64, Encoding as _};
+use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
+
+use super::{EncString, Error, Password, cipher, kdf::pbkdf2_sha256};
+
+/// Length of a master key, and of what a Key Connector keeps, in bytes.
+pub const MASTER_KEY_BYTES: usize = 32;
+/// AES-256 and HMAC-SHA256, 32 bytes each.
+const SYMMETRIC_KEY_BYTES: usize = 64;
+const HALF: usize = SYMMETRIC_KEY_BYTES / 2;
+/// What logs in.
+const AUTHENTICATION_ITERATIONS: u32 = 1;
+/// What a client keeps to check a password without the server.
+const LOCAL_ITERATIONS: u32 = 2;
+
+/// The key that wraps a user key: made from a password, or at random for a user who never had one. This is what a Key
+/// Connector keeps, and hands back to the user.
+pub struct MasterKey(Zeroizing<Vec<u8>>);
+
+impl MasterKey {
+    /// Exactly 32 bytes.
+    pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
+        if bytes.len() == MASTER_KEY_BYTES {
+            return Ok(Self(bytes));
+        }
+        Err(Error::Length {
+            what: "the master key",
+            found: bytes.len(),
+            expected: "32",
+        })
+    }
+
+    /// The 32 bytes.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Whether both are the same key, in constant time.
+    pub fn is(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+
+    /// What a client sends to log in, in base64. Whoever has it can log in where no second factor stops them.
+    pub fn authentication_hash(&self, password: &Password) -> Zeroizing<String> {
+        self.hash(password, AUTHENTICATION_ITERATIONS)
+    }
+
+    /// What a client keeps to recognise the password, in base64.
+    pub fn local_hash(&self, password: &Password) -> Zeroizing<String> {
+        self.hash(password, LOCAL_ITERATIONS)
+    }
+
+    fn hash(&self, password: &Password, iterations: u32) -> Zeroizing<String> {
+        let mut hash = Zeroizing::new([0; MASTER_KEY_BYTES]);
+        pbkdf2_sha256(iterations, password.expose(), &self.0, hash.as_mut());
+        Zeroizing::new(Base64::encode_string(hash.as_ref()))
+    }
+
+    /// 64 bytes by HKDF-Expand, without the Extract step: the key is uniform already (RFC 5869 section 3.3).
+    pub fn stretch(&self) -> Result<SymmetricKey, Error> {
+        let prk = Prk::new_less_safe(HKDF_SHA256, &self.0);
+        let mut stretched = Zeroizing::new(vec![0; SYMMETRIC_KEY_BYTES]);
+        let (encryption, mac) = stretched.split_at_mut(HALF);
+        expand(&prk, b"enc", encryption)?;
+        expand(&prk, b"mac", mac)?;
+        SymmetricKey::from_bytes(stretched)
+    }
+
+    /// The user key inside its wrapping, as bytes: with a new account it is one that [`SymmetricKey`] does not read. Type 0,
+    /// of old accounts, is under the master key itself.
+    pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
+        match protected {
+            EncString::Aes256Cbc { .. } => {
+                SymmetricKey::from_bytes(self.0.clone())?.decrypt(protected)
+            }
+            _ => self.stretch()?.decrypt(protected),
+        }
+    }
+
+    /// Wraps a user key, always as type 2.
+    pub fn protect(&self, user_key: &[u8]) -> Result<EncString, Error> {
+        self.stretch()?.encrypt(user_key)
+    }
+}
+
+impl fmt::Debug for MasterKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MasterKey(redacted)")
+    }
+}
+
+struct OutputLength(usize);
+
+impl KeyType for OutputLength {
+    fn len(&self) -> usize {
+        self.0
+    }
+}
+
+pub(super) fn expand(prk: &Prk, info: &[u8], out: &mut [u8]) -> Result<(), Error> {
+    let info = [info];
+    prk.expand(&info, OutputLength(out.len()))
+        .and_then(|okm| okm.fill(out))
+        .map_err(|_| Error::TooLong)
+}
+
+/// A user key, an organisation's key, a device's key: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes of an account
+/// from before there were MACs.
+pub struct SymmetricKey(Zeroizing<Vec<u8>>);
+
+impl SymmetricKey {
+    /// 64 bytes, or 32.
+    pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
+        match bytes.len() {
+            SYMMETRIC_KEY_BYTES | HALF => Ok(Self(bytes)),
+            found => Err(Error::Length {
+                what: "the symmetric key",
+                found,
+                expected: "64, or 32 in an old account (more is a COSE key, which is not read here)",
+            }),
+        }
+    }
+
+    /// The bytes.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The plain text of a type that belongs to this kind of key: an authenticated one is never read without its MAC.
+    pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
+        match (encrypted, self.halves()) {
+            (EncString::Aes256Cbc { iv, ciphertext }, None) => {
+                cipher::decrypt(&self.0, iv, ciphertext)
+            }
+            (
+                EncString::Aes256CbcHmac {
+                    iv,
+                    ciphertext,
+                    mac,
+                },
+                Some((encryption, authentication)),
+            ) => {
+                cipher::verify(authentication, iv, ciphertext, mac)?;
+                cipher::decrypt(encryption, iv, ciphertext)
+            }
+            _ => Err(Error::KeyKind(encrypted.number())),
+        }
+    }
+
+    /// Encrypts as type 2, which needs a key of 64 bytes.
+    pub fn encrypt(&self, plain: &[u8]) -> Result<EncString, Error> {
+        let Some((encryption, authentication)) = self.halves() else {
+            return Err(Error::KeyKind(2));
+        };
+        let (iv, ciphertext) = cipher::encrypt(encryption, plain)?;
+        let mac = cipher::mac(authentication, &iv, &ciphertext);
+        EncString::authenticated(iv, ciphertext, mac)
+    }
+
+    /// The keys for encryption and for the MAC.
+    fn halves(&self) -> Option<(&[u8], &[u8])> {
+        (self.0.len() == SYMMETRIC_KEY_BYTES).then(|| self.0.split_at(HALF))
+    }
+}
+
+impl fmt::Debug for SymmetricKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SymmetricKey(redacted)")
+    }
+}

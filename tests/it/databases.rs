@@ -10,6 +10,7 @@ use keybroker::{
     call::CallId,
     proto::{UnwrapUserKeyResponse, UserKey},
 };
+use rustix::process::Signal;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, postgres::PgConnectOptions};
 use tonic::{Code, Status};
 use tonic_health::pb::{
@@ -119,6 +120,41 @@ async fn an_outage_of_postgresql_is_answered_and_survived() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_of_mariadb_is_answered_and_survived() {
     an_outage_is_survived(Kind::MariaDb).await;
+}
+
+/// A database that takes connections and answers nothing keeps no broker from ending.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_no_database_that_hangs() {
+    let server = Server::start(Kind::PostgreSql);
+    let mut options = options_on(&server);
+    options.limits = "drain_timeout_ms = 2000".to_owned();
+    let broker = Broker::start(options);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    server.signal_all(Signal::STOP);
+    let under_way = tokio::spawn(async move { enroller.create("bob", MATERIAL).await });
+    let started = Instant::now();
+    let stopped = tokio::task::spawn_blocking(move || broker.stop()).await;
+    let (site, status) = stopped.unwrap();
+    // What the drain, the mutations, the workers and the connections to the database may take, one after the other.
+    assert!(
+        started.elapsed() < Duration::from_secs(18),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(status.success(), "{status}");
+    assert!(under_way.await.unwrap().is_err());
+    server.signal_all(Signal::CONT);
+    // Whether the change was made is found out by the next start.
+    let again = Broker::start_on(site);
+    Caller::of(&again, "releaser").unwrap("ada").await.unwrap();
+    until("the open intents to be closed", || {
+        let audit = again.site.audit();
+        let count = |kind: &str| audit.lines().filter(|line| line.contains(kind)).count();
+        (count("\"kind\":\"intent\"")
+            == count("\"kind\":\"outcome\"") + count("\"kind\":\"recovered\""))
+        .then_some(())
+    });
 }
 
 #[test]

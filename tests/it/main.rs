@@ -28,6 +28,7 @@ mod last_uses;
 mod pki;
 mod process;
 mod purge;
+mod rates;
 mod recovery;
 mod retries;
 mod rolling_restart;

@@ -29,7 +29,7 @@ pub use key_pair::{PrivateKey, PublicKey};
 pub use keys::{MASTER_KEY_BYTES, MasterKey, SymmetricKey};
 
 /// Why something of a Bitwarden account cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// An e-mail address that is none.
     #[error("the e-mail address is empty, longer than 256 bytes, or has control characters")]

@@ -16,6 +16,7 @@ use crate::{config::Config, hardening, hsm, telemetry};
 
 mod audit;
 mod bench;
+mod bitwarden;
 mod change;
 mod client;
 mod config;
@@ -72,6 +73,9 @@ enum Command {
     Audit(audit::Command),
     /// Call a running broker
     Client(client::Arguments),
+    /// Do what a Bitwarden client does with its keys: to rehearse replacing a Key Connector
+    #[command(subcommand)]
+    Bitwarden(bitwarden::Command),
     /// Measure the bare token and the served broker in one run
     Bench(bench::Arguments),
     /// Ask the broker beside us how it is: for the health check of a container
@@ -188,6 +192,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Config(command) => config::run(&command, context),
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
+        Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
         Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),

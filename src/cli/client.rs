@@ -8,7 +8,7 @@ use super::{Context, block_on, exit::Failure, output::Output};
 pub(super) mod connect;
 mod control;
 mod keys;
-mod material;
+pub(super) mod material;
 pub(super) mod refusal;
 mod release;
 mod show;

@@ -87,7 +87,7 @@ fn unreadable(shown: &str, error: &io::Error) -> Failure {
 }
 
 /// Refuses to show key material on a terminal, where scroll-back and recordings keep it, unless asked to.
-pub(super) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
+pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     if force || !io::stdout().is_terminal() {
         return Ok(());
     }
@@ -96,7 +96,7 @@ pub(super) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
 }
 
 /// Refuses early what [`write_secret`] would refuse after the key was released.
-pub(super) fn check_new(path: &Path) -> Result<(), Failure> {
+pub(in crate::cli) fn check_new(path: &Path) -> Result<(), Failure> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));
     }
@@ -104,7 +104,7 @@ pub(super) fn check_new(path: &Path) -> Result<(), Failure> {
 }
 
 /// Writes a new file that only its owner can read. An existing one is never overwritten.
-pub(super) fn write_secret(path: &Path, material: &[u8]) -> Result<(), Failure> {
+pub(in crate::cli) fn write_secret(path: &Path, material: &[u8]) -> Result<(), Failure> {
     let file = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -120,6 +120,58 @@ pub(super) fn write_secret(path: &Path, material: &[u8]) -> Result<(), Failure> 
                 format!("cannot write {}: {error}", path.display()),
             )
         })
+}
+
+/// Where a secret goes when not to standard output.
+pub(in crate::cli) enum Destination<'a> {
+    /// A file that is not there yet.
+    NewFile(&'a Path),
+    /// An open descriptor.
+    Descriptor(u32),
+}
+
+impl<'a> Destination<'a> {
+    /// What options name, checked before there is a secret to write.
+    pub(in crate::cli) fn of(
+        file: Option<&'a Path>,
+        descriptor: Option<u32>,
+    ) -> Result<Option<Self>, Failure> {
+        match (descriptor, file) {
+            (Some(number), _) => {
+                open_descriptor(number)?;
+                Ok(Some(Self::Descriptor(number)))
+            }
+            (None, Some(path)) => check_new(path).map(|()| Some(Self::NewFile(path))),
+            (None, None) => Ok(None),
+        }
+    }
+
+    pub(in crate::cli) fn write(&self, secret: &[u8]) -> Result<(), Failure> {
+        match self {
+            Self::NewFile(path) => write_secret(path, secret),
+            Self::Descriptor(number) => open_descriptor(*number)?
+                .write_all(secret)
+                .map_err(|error| unwritable(*number, &error.to_string())),
+        }
+    }
+}
+
+fn open_descriptor(number: u32) -> Result<File, Failure> {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/self/fd/{number}"))
+        .map_err(|error| unwritable(number, &error.to_string()))?;
+    if file.is_terminal() {
+        return Err(unwritable(number, "it is a terminal"));
+    }
+    Ok(file)
+}
+
+fn unwritable(number: u32, why: &str) -> Failure {
+    Failure::new(
+        Exit::Usage,
+        format!("cannot write to descriptor {number}: {why}"),
+    )
 }
 
 fn exists(path: &Path) -> Failure {

@@ -1,0 +1,41 @@
+//! `keybroker bitwarden`: what a Bitwarden client does with its keys and with a Key Connector, step by step, so that a
+//! migration can be rehearsed and supported.
+
+use clap::Subcommand;
+
+use super::{Context, block_on, exit::Failure, output::Field};
+
+mod account;
+mod connector;
+mod derive;
+mod keys;
+mod secrets;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Make the master key of an account from its password
+    Derive(derive::Derive),
+    /// Give the broker a user's master key, as a client does when it migrates
+    Enrol(keys::Enrol),
+    /// Ask the broker for the key of the token's user
+    Fetch(keys::Fetch),
+    /// Open a protected user key, and then an item, with the key that the broker keeps
+    Unlock(keys::Unlock),
+    /// Protect a user key by the master key of another KDF, without changing it
+    ChangeKdf(derive::ChangeKdf),
+}
+
+pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
+    let output = context.output;
+    match command {
+        Command::Derive(derive) => derive.run(output),
+        Command::ChangeKdf(change) => change.run(output),
+        Command::Enrol(enrol) => block_on(enrol.run(output))?,
+        Command::Fetch(fetch) => block_on(fetch.run(output))?,
+        Command::Unlock(unlock) => block_on(unlock.run(output))?,
+    }
+}
+
+fn field(name: &'static str, value: impl Into<serde_json::Value>) -> Field {
+    (name, value.into())
+}

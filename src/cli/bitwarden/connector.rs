@@ -1,0 +1,391 @@
+//! A Key Connector as clients see it: `/user-keys` over HTTP/1.1 with a bearer token, and exactly 200 for success.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use base64ct::{Base64, Base64Unpadded, Encoding as _};
+use clap::Args;
+use reqwest::{
+    Certificate, Client, Response, StatusCode, Url,
+    header::{ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, PRAGMA},
+    redirect,
+};
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::{
+    bitwarden::MasterKey,
+    cli::exit::{Exit, Failure},
+};
+
+use super::secrets;
+
+const JSON: &str = "application/json";
+/// As the clients in TypeScript send it.
+const JSON_UTF8: &str = "application/json; charset=utf-8";
+/// Longest answer that is read, in bytes.
+const ANSWER_BYTES_MAX: usize = 16 * 1_024;
+
+/// Which broker, and with whose token.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Connector {
+    /// The broker as Bitwarden is told it, such as <https://keys.example.org>, with its prefix if it has one
+    #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
+    url: Option<String>,
+    /// File with the user's access token, readable by its owner alone
+    #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
+    token_file: Option<PathBuf>,
+    /// Open descriptor to read the user's access token from
+    #[arg(long, value_name = "N")]
+    token_fd: Option<u32>,
+    /// PEM file with the CA of the broker's certificate [default: the CAs of the system]
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    /// Speak plain HTTP, to an address of this machine alone
+    #[arg(long)]
+    allow_http: bool,
+    /// Longest wait for an answer
+    #[arg(
+        long, default_value_t = 30_000, value_name = "MILLISECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=600_000)
+    )]
+    timeout_ms: u64,
+}
+
+impl Connector {
+    /// Everything read and ready for requests.
+    pub(super) fn open(&self) -> Result<Broker, Failure> {
+        let Some(url) = &self.url else {
+            return Err(
+                Failure::new(Exit::Usage, "it is not said which broker to call")
+                    .hint("name it with --url https://host or KEYBROKER_CONNECTOR_URL"),
+            );
+        };
+        self.check(url)?;
+        let source = secrets::Source {
+            what: "the access token",
+            file: self.token_file.as_deref(),
+            descriptor: self.token_fd,
+        };
+        if source.is_none() {
+            let what = "there is no access token";
+            return Err(Failure::new(Exit::Usage, what)
+                .hint("name a file with --token-file or a descriptor with --token-fd"));
+        }
+        let bearer = Zeroizing::new(format!("Bearer {}", source.line()?.trim()));
+        let mut bearer = HeaderValue::from_str(&bearer)
+            .map_err(|_| Failure::new(Exit::Usage, "the access token is not a token"))?;
+        bearer.set_sensitive(true);
+        Ok(Broker {
+            client: self.client()?,
+            // As clients join them, which makes a double slash of one at the end.
+            user_keys: format!("{url}/user-keys"),
+            bearer,
+        })
+    }
+
+    fn check(&self, url: &str) -> Result<(), Failure> {
+        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?} {why}"));
+        let parsed = Url::parse(url).map_err(|error| refuse(&format!("is no URL: {error}")))?;
+        if parsed.query().is_some() || parsed.fragment().is_some() {
+            return Err(refuse(
+                "has a query or a fragment, which clients would not keep",
+            ));
+        }
+        if !parsed.username().is_empty() || parsed.password().is_some() {
+            return Err(refuse("has a user name: the token says who asks"));
+        }
+        match parsed.scheme() {
+            "https" => Ok(()),
+            "http" if !self.allow_http => {
+                Err(refuse("is not https, which Bitwarden clients refuse")
+                    .hint("for a rehearsal on this machine there is --allow-http"))
+            }
+            "http" if is_loopback(&parsed) => Ok(()),
+            "http" => Err(refuse(
+                "is not on this machine: over plain HTTP the key and the token would be anybody's",
+            )),
+            _ => Err(refuse("is not https")),
+        }
+    }
+
+    fn client(&self) -> Result<Client, Failure> {
+        let mut builder = Client::builder()
+            .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
+            .timeout(Duration::from_millis(self.timeout_ms))
+            .https_only(!self.allow_http)
+            // The token is for the broker that was named: no redirect and no proxy gets it.
+            .redirect(redirect::Policy::none())
+            .no_proxy();
+        if let Some(path) = &self.ca_file {
+            let unusable = |why: String| {
+                Failure::new(Exit::Usage, format!("--ca-file {}: {why}", path.display()))
+            };
+            let pem = fs::read(path).map_err(|error| unusable(error.to_string()))?;
+            let roots =
+                Certificate::from_pem_bundle(&pem).map_err(|error| unusable(root_cause(&error)))?;
+            if roots.is_empty() {
+                return Err(unusable("no certificate in it".to_owned()));
+            }
+            builder = builder.tls_certs_only(roots);
+        }
+        builder
+            .build()
+            .map_err(|error| Failure::new(Exit::Internal, root_cause(&error)))
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse()
+            .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+}
+
+/// How a key is stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Method {
+    /// Never over a key that is there.
+    Post,
+    /// Also over one.
+    Put,
+}
+
+impl Method {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Post => "POST",
+            Self::Put => "PUT",
+        }
+    }
+}
+
+/// The body of requests and answers.
+#[derive(Serialize, Deserialize)]
+struct Body {
+    #[serde(alias = "Key")]
+    key: String,
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.key.zeroize();
+    }
+}
+
+/// What the broker says of a refusal, when it is one of ours.
+#[derive(Default, Deserialize)]
+struct Refusal {
+    reason: Option<String>,
+    message: Option<String>,
+    call_id: Option<String>,
+}
+
+/// A broker, asked with one user's token.
+pub(super) struct Broker {
+    client: Client,
+    user_keys: String,
+    bearer: HeaderValue,
+}
+
+impl Broker {
+    pub(super) fn url(&self) -> &str {
+        &self.user_keys
+    }
+
+    /// The key of the token's user.
+    pub(super) async fn fetch(&self) -> Result<MasterKey, Failure> {
+        let request = self
+            .client
+            .get(&self.user_keys)
+            .header(CACHE_CONTROL, "no-store")
+            .header(PRAGMA, "no-cache");
+        let answer = self.send(request).await?;
+        let odd = |why: &str| {
+            let what = format!("{} answers 200, but {why}", self.user_keys);
+            Failure::new(Exit::Verification, what).hint("is it a Key Connector that listens there?")
+        };
+        let body: Body =
+            serde_json::from_slice(&answer).map_err(|_| odd("not with `{\"key\": …}`"))?;
+        let key = Base64::decode_vec(&body.key).or_else(|_| Base64Unpadded::decode_vec(&body.key));
+        let key = Zeroizing::new(key.map_err(|_| odd("the key is not base64"))?);
+        MasterKey::from_bytes(key).map_err(|error| odd(&error.to_string()))
+    }
+
+    /// Stores the key of the token's user.
+    pub(super) async fn store(&self, method: Method, key: &MasterKey) -> Result<(), Failure> {
+        let body = Body {
+            key: Base64::encode_string(key.expose()),
+        };
+        let text = serde_json::to_vec(&body)
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let request = match method {
+            Method::Post => self.client.post(&self.user_keys),
+            Method::Put => self.client.put(&self.user_keys),
+        };
+        let request = request.header(CONTENT_TYPE, JSON_UTF8).body(text);
+        self.send(request).await.map(drop)
+    }
+
+    /// The body of an answer with status 200.
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let request = request
+            .header(ACCEPT, JSON)
+            .header(AUTHORIZATION, self.bearer.clone());
+        let mut answer = request
+            .send()
+            .await
+            .map_err(|error| self.unreachable(&error))?;
+        let body = self.read(&mut answer).await?;
+        match answer.status() {
+            StatusCode::OK => Ok(body),
+            status => Err(refused(status, retry_after(&answer), &body)),
+        }
+    }
+
+    async fn read(&self, answer: &mut Response) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let mut body = Zeroizing::new(Vec::with_capacity(ANSWER_BYTES_MAX));
+        loop {
+            let chunk = answer
+                .chunk()
+                .await
+                .map_err(|error| self.unreachable(&error))?;
+            let Some(chunk) = chunk else { return Ok(body) };
+            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
+                let what = format!("{} answers with more than a key", self.user_keys);
+                return Err(Failure::new(Exit::Verification, what)
+                    .hint("is it a Key Connector that listens there?"));
+            }
+            body.extend_from_slice(&chunk);
+        }
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> Failure {
+        let cause = root_cause(error);
+        let what = if error.is_timeout() {
+            format!("no answer from {} within --timeout-ms", self.user_keys)
+        } else {
+            format!("cannot reach {}: {cause}", self.user_keys)
+        };
+        Failure::new(Exit::Unreachable, what).hint(if cause.contains("UnknownIssuer") {
+            "the broker's certificate is not signed by the CA in --ca-file; clients need that CA in the system's trust store"
+        } else if cause.contains("certificate") {
+            "look at the names and the dates of the broker's certificate"
+        } else {
+            "look at the URL, and whether the broker has a [[listener]] with the door \"rest\" there"
+        })
+    }
+}
+
+fn retry_after(answer: &Response) -> Option<String> {
+    let value = answer.headers().get(reqwest::header::RETRY_AFTER)?;
+    value.to_str().ok().map(str::to_owned)
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Failure {
+    let said: Refusal = serde_json::from_slice(body).unwrap_or_default();
+    let mut message = format!("the broker answers {status}");
+    for part in [&said.reason, &said.message].into_iter().flatten() {
+        // From the other side of a network: no control characters on a terminal.
+        message = format!("{message}: {}", part.escape_debug());
+    }
+    if let Some(call) = &said.call_id {
+        message = format!("{message} (call {})", call.escape_debug());
+    }
+    if let Some(seconds) = retry_after {
+        message = format!("{message}; retry after {} s", seconds.escape_debug());
+    }
+    Failure {
+        reason: said.reason.clone(),
+        ..Failure::new(Exit::Refused, message).hint(hint(status, said.reason.as_deref()))
+    }
+}
+
+fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
+    match (status.as_u16(), reason) {
+        (400, Some("KEY_EXISTS")) => {
+            "the user has a key already, perhaps a deleted one; POST never overwrites: fetch it and see whether it opens \
+             the account"
+        }
+        (400, _) => "the broker takes `{\"key\": \"<base64 of 32 bytes>\"}`",
+        (401, _) => {
+            "the token is expired, of another issuer, or not for this API: the broker's log has the exact reason"
+        }
+        (403, _) => "no policy lets this user do that: `keybroker policy explain` says why",
+        (404, Some("KEY_NOT_FOUND")) => {
+            "this user has no key here: it was not enrolled yet, or was deleted"
+        }
+        (404, _) => "no Key Connector has this path: look at the prefix in --url",
+        (429, _) => "wait for that long, then try again",
+        (503, _) => {
+            "token, database or audit log are away: the operator sees it in the broker's log"
+        }
+        (200..=299, _) => "clients take anything but 200 for an error",
+        (300..=399, _) => {
+            "clients follow no redirect here: name the address that it points to in --url"
+        }
+        _ => "the operator finds the call in the broker's log",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connector(url: &str, allow_http: bool) -> Connector {
+        Connector {
+            url: Some(url.to_owned()),
+            token_file: None,
+            token_fd: None,
+            ca_file: None,
+            allow_http,
+            timeout_ms: 1_000,
+        }
+    }
+
+    #[test]
+    fn only_loopback_may_be_spoken_to_in_plain() {
+        for (url, allow_http, accepted) in [
+            ("https://keys.example.org", false, true),
+            ("https://keys.example.org/prefix/", true, true),
+            ("http://keys.example.org", false, false),
+            ("http://keys.example.org", true, false),
+            ("http://127.0.0.1:80", false, false),
+            ("http://127.0.0.1:80", true, true),
+            ("http://[::1]:80/x", true, true),
+            ("http://localhost", true, true),
+            ("http://localhost.example.org", true, false),
+            ("http://127.0.0.1.example.org", true, false),
+            ("ftp://127.0.0.1", true, false),
+            ("keys.example.org", true, false),
+            ("https://ada@keys.example.org", true, false),
+            ("https://keys.example.org?x=1", true, false),
+        ] {
+            let checked = connector(url, allow_http).check(url);
+            assert_eq!(checked.is_ok(), accepted, "{url} {allow_http}");
+        }
+    }
+
+    #[test]
+    fn refusals_name_reason_call_and_delay() {
+        let body = br#"{"reason":"KEY_EXISTS","message":"there","call_id":"7\u001b"}"#;
+        let failure = refused(StatusCode::BAD_REQUEST, Some("2".to_owned()), body);
+        assert_eq!(failure.exit, Exit::Refused);
+        assert_eq!(failure.reason.as_deref(), Some("KEY_EXISTS"));
+        assert_eq!(
+            failure.message,
+            "the broker answers 400 Bad Request: KEY_EXISTS: there (call 7\\u{1b}); retry after 2 s"
+        );
+        let failure = refused(StatusCode::CREATED, None, b"not JSON");
+        assert!(failure.hint.unwrap().contains("anything but 200"));
+    }
+}

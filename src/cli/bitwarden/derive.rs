@@ -1,0 +1,108 @@
+//! Commands that need no broker: master keys from passwords.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use subtle::ConstantTimeEq as _;
+
+use crate::cli::{
+    client::material::{self, Destination},
+    exit::{Exit, Failure},
+    output::Output,
+};
+
+use super::{
+    account::{self, Account, Function, unusable},
+    field, secrets,
+};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Derive {
+    #[command(flatten)]
+    account: Account,
+    /// New file for the master key, mode 0600; without it the key is not shown
+    #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
+    out: Option<PathBuf>,
+    /// Open descriptor to write the master key to
+    #[arg(long, value_name = "N")]
+    out_fd: Option<u32>,
+}
+
+impl Derive {
+    pub(super) fn run(&self, output: Output) -> Result<(), Failure> {
+        let destination = Destination::of(self.out.as_deref(), self.out_fd)?;
+        let account = self.account.open()?;
+        account::warn(output, account.kdf);
+        let key = account.master_key()?;
+        if let Some(destination) = destination {
+            destination.write(key.expose())?;
+        }
+        let hash = key.authentication_hash(&account.password);
+        let mut fields = vec![field("email", account.email.as_str())];
+        fields.extend(account::kdf_fields(account.kdf));
+        fields.push(field("authentication_hash", hash.as_str()));
+        output.fields(fields)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct ChangeKdf {
+    #[command(flatten)]
+    account: Account,
+    /// File with the user key as the account has it now: `2.…|…|…`
+    #[arg(long, value_name = "FILE")]
+    protected_key_file: PathBuf,
+    /// Key derivation function that the account is to have
+    #[arg(long, value_enum)]
+    new_kdf: Function,
+    /// Its iterations [default: 600000 for PBKDF2, 3 for Argon2id]
+    #[arg(long, value_name = "COUNT")]
+    new_iterations: Option<u32>,
+    /// Its memory, of Argon2id [default: 64]
+    #[arg(long, value_name = "MIB")]
+    new_memory_mib: Option<u32>,
+    /// Its parallelism, of Argon2id [default: 4]
+    #[arg(long, value_name = "COUNT")]
+    new_parallelism: Option<u32>,
+    /// New file for the protected key; it is shown, too
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+impl ChangeKdf {
+    pub(super) fn run(&self, output: Output) -> Result<(), Failure> {
+        let parameters = [
+            self.new_iterations,
+            self.new_memory_mib,
+            self.new_parallelism,
+        ];
+        let new_kdf = account::kdf(self.new_kdf, parameters)?;
+        if let Some(path) = &self.out {
+            material::check_new(path)?;
+        }
+        let protected = secrets::enc_string("--protected-key-file", &self.protected_key_file)?;
+        let account = self.account.open()?;
+        account::warn(output, new_kdf);
+        let old = account.master_key()?;
+        let user_key = old.unprotect(&protected).map_err(unusable)?;
+        let new = account.master_key_of(new_kdf)?;
+        let protected = new.protect(&user_key).map_err(unusable)?;
+        // Before anybody stores it: what was written opens with the new key, and is the same key.
+        let again = new.unprotect(&protected).map_err(unusable)?;
+        if !bool::from(again.ct_eq(&user_key)) {
+            let what = "the newly protected key is not the one that was protected";
+            return Err(Failure::new(Exit::Internal, what));
+        }
+        if let Some(path) = &self.out {
+            material::write_secret(path, format!("{protected}\n").as_bytes())?;
+        }
+        let hash = old.authentication_hash(&account.password);
+        let new_hash = new.authentication_hash(&account.password);
+        let mut fields = vec![field("email", account.email.as_str())];
+        fields.extend(account::kdf_fields(new_kdf));
+        fields.push(field("authentication_hash", hash.as_str()));
+        fields.push(field("new_authentication_hash", new_hash.as_str()));
+        fields.push(field("protected_key", protected.to_string()));
+        output.fields(fields)
+    }
+}

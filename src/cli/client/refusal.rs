@@ -83,7 +83,9 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::Credential => {
             "no [[principal]] of the broker's configuration names a SAN of this certificate"
         }
-        Reason::Policy => "the roles of this principal do not allow it",
+        Reason::Policy => {
+            "no policy permits this to this principal; the operator asks `keybroker policy explain`"
+        }
         Reason::KeyNotFound => {
             "`client list` shows what there is; a deleted record can be undeleted"
         }
@@ -98,8 +100,12 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::KeyState => {
             "`get` shows the state of the record, `client wrapping-keys` those of the keys"
         }
-        Reason::QueueFull | Reason::Rate | Reason::FailureBudget => {
+        Reason::QueueFull => {
             "wait for that long, then try again; more callers at once will not be faster"
+        }
+        Reason::Rate => "wait for that long; this principal asks more than its rate allows",
+        Reason::FailureBudget => {
+            "wait for that long, and use another credential: this address has shown too many that were refused"
         }
         Reason::TokenDown | Reason::StoreDown | Reason::AuditDown => {
             "it comes back by itself when its cause is gone; the operator sees it in the broker's log"

@@ -189,6 +189,10 @@ id!(
     RecordId
 );
 id!(
+    /// Identity of an API client: what it shows beside its secret.
+    ClientId
+);
+id!(
     /// `CKA_ID` of a wrapping key and of its binding key.
     WrappingKeyId
 );

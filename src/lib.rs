@@ -18,6 +18,7 @@ pub mod bitwarden;
 pub mod broker;
 pub mod call;
 pub mod cli;
+pub mod client_credential;
 pub mod config;
 pub mod envelope;
 pub mod error;

@@ -8,12 +8,13 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
-use crate::key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
+use crate::key::{ClientId, Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
 
 use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
+const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
 /// Longest message, in bytes: an envelope with the longest context fits with room to spare.
@@ -78,6 +79,16 @@ impl MacMessage {
         message.fixed(&row.sequence.to_be_bytes());
         message.fixed(&row.registered_us.to_be_bytes());
         message.fixed(&row.backup_confirmed_us.unwrap_or(0).to_be_bytes());
+        message.finish()
+    }
+
+    /// What the MAC of an API client covers: its id, the revision of its document, and the document's SHA-256, because a
+    /// document may be longer than what a token takes at once.
+    pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
+        let mut message = Message::new(CLIENT_CREDENTIAL_DOMAIN);
+        message.fixed(id.as_bytes());
+        message.fixed(&revision.to_be_bytes());
+        message.fixed(document);
         message.finish()
     }
 

@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod certificate;
+pub mod client_secret;
 mod header;
 
 pub use certificate::PeerCertificate;

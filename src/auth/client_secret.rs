@@ -1,0 +1,341 @@
+//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a limit of its own, because it costs memory and
+//! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
+//!
+//! What was verified is remembered for a short while under a keyed hash, so that Argon2 is not paid on every call. A change of
+//! any client through this broker empties that memory; one that was made through another broker is seen when it runs out.
+//!
+//! Not promised: that hashes made with older parameters take as long as today's.
+//!
+//! Mitigation: M20 of `THREAT_MODEL.md`.
+
+use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
+
+use argon2::{Argon2, PasswordHash, PasswordHasher as _, PasswordVerifier as _};
+use async_trait::async_trait;
+use aws_lc_rs::{hmac, rand::SystemRandom};
+use moka::sync::Cache;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use zeroize::Zeroizing;
+
+use crate::{
+    call::Timestamp,
+    client_credential::{ClientCredential, LIVE_SECRETS_MAX},
+    error::{Error, Reason},
+    key::ClientId,
+    principal::{Claims, Credential, Identity, Kind, Principal, Role},
+};
+
+use super::refuse;
+
+/// How long a verified secret is remembered.
+const REMEMBERED: Duration = Duration::from_mins(1);
+/// Verified secrets that are remembered.
+const REMEMBERED_MAX: u64 = 10_000;
+/// How long a call waits for its turn to be verified.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What a caller is told that waited for too long.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The `[client_credentials]` section.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Roles that an administrator may give to an API client.
+    pub grantable_roles: BTreeSet<Role>,
+    /// Memory of Argon2id, in KiB.
+    pub argon2_memory_kib: u32,
+    /// Passes over it.
+    pub argon2_iterations: u32,
+    /// Lanes.
+    pub argon2_parallelism: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            grantable_roles: BTreeSet::from([Role::Enrol, Role::Lifecycle, Role::Auditor]),
+            argon2_memory_kib: 19_456,
+            argon2_iterations: 2,
+            argon2_parallelism: 1,
+        }
+    }
+}
+
+/// OWASP's least parameters of Argon2id (Password Storage Cheat Sheet): memory in KiB, and passes. Each is as good as the others.
+const FLOOR: [(u32, u32); 5] = [
+    (47_104, 1),
+    (19_456, 2),
+    (12_288, 3),
+    (9_216, 4),
+    (7_168, 5),
+];
+const MEMORY_KIB_MAX: u32 = 1_048_576;
+const ITERATIONS_MAX: u32 = 16;
+const PARALLELISM_MAX: u32 = 16;
+
+impl Settings {
+    /// What is wrong with the parameters.
+    pub fn problem(&self) -> Option<String> {
+        let (memory, iterations) = (self.argon2_memory_kib, self.argon2_iterations);
+        if !FLOOR
+            .iter()
+            .any(|(kib, passes)| memory >= *kib && iterations >= *passes)
+        {
+            return Some(format!(
+                "[client_credentials]: {memory} KiB and {iterations} iterations are below the least that OWASP recommends; \
+                 19456 KiB and 2 are enough"
+            ));
+        }
+        let is_too_much = memory > MEMORY_KIB_MAX
+            || iterations > ITERATIONS_MAX
+            || !(1..=PARALLELISM_MAX).contains(&self.argon2_parallelism);
+        is_too_much.then(|| {
+            format!(
+                "[client_credentials]: at most {MEMORY_KIB_MAX} KiB, {ITERATIONS_MAX} iterations, and a parallelism of 1 to \
+                 {PARALLELISM_MAX}: each login pays for it"
+            )
+        })
+    }
+
+    /// The hash of a secret with these parameters, as a PHC string.
+    pub fn hash(&self, secret: &[u8]) -> Result<String, Error> {
+        let broken =
+            |error: &dyn fmt::Display| Error::new(Reason::Bug, format!("Argon2id: {error}"));
+        let hashed = self.argon2().hash_password(secret);
+        hashed
+            .map(|hash| hash.to_string())
+            .map_err(|error| broken(&error))
+    }
+
+    fn params(&self) -> argon2::Params {
+        argon2::Params::new(
+            self.argon2_memory_kib,
+            self.argon2_iterations,
+            self.argon2_parallelism,
+            None,
+        )
+        .expect("the configuration was checked")
+    }
+
+    fn argon2(&self) -> Argon2<'static> {
+        Argon2::from(self.params())
+    }
+
+    /// Whether a hash was made with less than is asked for now.
+    fn is_weaker(&self, hash: &PasswordHash) -> bool {
+        argon2::Params::try_from(hash).is_ok_and(|made| {
+            made.m_cost() < self.argon2_memory_kib || made.t_cost() < self.argon2_iterations
+        })
+    }
+}
+
+/// Where API clients are known. The broker's side: their documents are verified on the token before they are handed out.
+#[async_trait]
+pub trait Directory: Send + Sync + fmt::Debug + 'static {
+    /// A client, if there is one.
+    async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error>;
+
+    /// Another number after each change of any client through this broker.
+    fn generation(&self) -> u64;
+
+    /// A secret was good.
+    fn note_use(&self, id: ClientId, secret: u32);
+
+    /// A secret was good, and its hash is weaker than it should be: here is a better one.
+    fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
+}
+
+/// Knows the secrets of API clients.
+pub struct Secrets {
+    settings: Settings,
+    directory: Arc<dyn Directory>,
+    /// Under a key of this process, so that a look into its memory gives no hash to guess against.
+    remembered: Cache<[u8; 32], Known>,
+    key: hmac::Key,
+    turns: Arc<Semaphore>,
+    /// A hash that no secret fits.
+    dummy: Arc<str>,
+}
+
+#[derive(Clone)]
+struct Known {
+    principal: Arc<Principal>,
+    id: ClientId,
+    secret: u32,
+    expires: Option<Timestamp>,
+    generation: u64,
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secrets")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Which of a client's secrets was shown.
+struct Match {
+    number: u32,
+    better: Option<String>,
+}
+
+impl Secrets {
+    /// With nothing remembered.
+    pub fn new(settings: Settings, directory: Arc<dyn Directory>) -> Result<Self, Error> {
+        let broken = |_| Error::new(Reason::Bug, "no random bytes");
+        let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).map_err(broken)?;
+        let nobodys = crate::client_credential::PlainSecret::fresh();
+        let nobodys = nobodys.ok_or_else(|| Error::new(Reason::Bug, "no random bytes"))?;
+        let dummy = settings.hash(nobodys.expose().as_bytes())?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            settings,
+            directory,
+            remembered: Cache::builder()
+                .max_capacity(REMEMBERED_MAX)
+                .time_to_live(REMEMBERED)
+                .build(),
+            key,
+            // Half of the cores: calls that have nothing to do with it go on.
+            turns: Arc::new(Semaphore::new(cores.div_ceil(2))),
+            dummy: dummy.into(),
+        })
+    }
+
+    /// Whose secret it is. With an error as `budget`, only what is remembered counts, and that error is the answer otherwise.
+    pub async fn verify(
+        &self,
+        id: &str,
+        secret: Zeroizing<Vec<u8>>,
+        budget: Result<(), Error>,
+    ) -> Result<Arc<Principal>, Error> {
+        let remembered_as = self.tag(id, &secret);
+        let generation = self.directory.generation();
+        let now = Timestamp::now();
+        if let Some(known) = self.remembered.get(&remembered_as)
+            && known.generation == generation
+            && known.expires.is_none_or(|expires| now < expires)
+        {
+            self.directory.note_use(known.id, known.secret);
+            return Ok(known.principal);
+        }
+        budget?;
+        let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turns).acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else {
+            metrics::counter!("keybroker_client_secrets_turned_away_total").increment(1);
+            let detail = "too many client secrets are being verified";
+            return Err(Error::new(Reason::Rate, detail).retry_after(RETRY));
+        };
+        let credential = match ClientId::from_hex(id) {
+            Some(id) => self.directory.client(id).await?,
+            None => None,
+        };
+        let hashes = Hashes::of(credential.as_ref(), now, &self.dummy);
+        let settings = self.settings.clone();
+        let verifying = tokio::task::spawn_blocking(move || {
+            let matched = hashes.matching(&secret, &settings);
+            drop(turn);
+            matched
+        });
+        let panicked = |panic| Error::new(Reason::Bug, format!("Argon2id: {panic}"));
+        let matched = verifying.await.map_err(panicked)?;
+        let (Some(credential), Some(matched)) = (credential, matched) else {
+            return refuse("an unknown API client, or not its secret");
+        };
+        Ok(self.welcome(credential, matched, remembered_as, generation))
+    }
+
+    fn welcome(
+        &self,
+        credential: ClientCredential,
+        matched: Match,
+        remembered_as: [u8; 32],
+        generation: u64,
+    ) -> Arc<Principal> {
+        let principal = Arc::new(Principal::authenticated(identity(&credential)));
+        let number = matched.number;
+        let secrets = &credential.document.secrets;
+        let secret = secrets.iter().find(|secret| secret.number == number);
+        self.remembered.insert(
+            remembered_as,
+            Known {
+                principal: Arc::clone(&principal),
+                id: credential.id,
+                secret: number,
+                expires: secret.and_then(|secret| secret.expires),
+                generation,
+            },
+        );
+        self.directory.note_use(credential.id, number);
+        if let Some(phc) = matched.better {
+            self.directory.improve(credential, number, phc);
+        }
+        principal
+    }
+
+    fn tag(&self, id: &str, secret: &[u8]) -> [u8; 32] {
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(&u64::try_from(id.len()).unwrap_or(u64::MAX).to_be_bytes());
+        context.update(id.as_bytes());
+        context.update(secret);
+        let tag = context.sign();
+        tag.as_ref().try_into().expect("HMAC-SHA256 gives 32 bytes")
+    }
+}
+
+/// What a secret is compared with: always as many hashes, whoever is asked for.
+struct Hashes(Vec<(Option<u32>, String)>);
+
+impl Hashes {
+    fn of(credential: Option<&ClientCredential>, now: Timestamp, dummy: &str) -> Self {
+        let live = credential
+            .into_iter()
+            .flat_map(|it| it.document.live_secrets(now));
+        let mut hashes: Vec<_> = live
+            .take(LIVE_SECRETS_MAX)
+            .map(|secret| (Some(secret.number), secret.phc.clone()))
+            .collect();
+        hashes.resize_with(LIVE_SECRETS_MAX, || (None, dummy.to_owned()));
+        Self(hashes)
+    }
+
+    fn matching(self, secret: &[u8], settings: &Settings) -> Option<Match> {
+        let mut matched = None;
+        for (number, phc) in self.0 {
+            let Ok(hash) = PasswordHash::new(&phc) else {
+                continue;
+            };
+            // The parameters are those of the hash.
+            let is_good = Argon2::default().verify_password(secret, &hash).is_ok();
+            if let (true, Some(number)) = (is_good, number) {
+                let is_weak = settings.is_weaker(&hash);
+                matched = Some((number, is_weak));
+            }
+        }
+        let (number, is_weak) = matched?;
+        Some(Match {
+            number,
+            better: is_weak.then(|| settings.hash(secret).ok()).flatten(),
+        })
+    }
+}
+
+fn identity(credential: &ClientCredential) -> Identity {
+    let grant = credential.document.grant();
+    Identity {
+        name: format!("client:{}", credential.id),
+        credential: Credential::ClientSecret,
+        kind: Kind::Service,
+        users: grant.users(),
+        key_names: grant.key_names(),
+        tenant: grant.tenant,
+        roles: grant.roles,
+        subject: None,
+        claims: Claims::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

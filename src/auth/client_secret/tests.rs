@@ -1,0 +1,262 @@
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use super::*;
+use crate::{client_credential::Document, key::Tenant};
+
+/// A directory in memory, which counts what it is asked.
+#[derive(Debug, Default)]
+struct Known {
+    clients: Mutex<HashMap<ClientId, ClientCredential>>,
+    generation: AtomicU64,
+    asked: AtomicU64,
+    used: Mutex<Vec<u32>>,
+}
+
+#[async_trait]
+impl Directory for Known {
+    async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        Ok(self.clients.lock().unwrap().get(&id).cloned())
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    fn note_use(&self, _: ClientId, secret: u32) {
+        self.used.lock().unwrap().push(secret);
+    }
+
+    fn improve(&self, mut credential: ClientCredential, secret: u32, phc: String) {
+        let secrets = &mut credential.document.secrets;
+        secrets
+            .iter_mut()
+            .find(|it| it.number == secret)
+            .unwrap()
+            .phc = phc;
+        self.clients
+            .lock()
+            .unwrap()
+            .insert(credential.id, credential);
+    }
+}
+
+const ID: &str = "00112233445566778899aabbccddeeff";
+
+struct Setup {
+    known: Arc<Known>,
+    secrets: Secrets,
+}
+
+/// Parameters that take no time: they are never read from a configuration.
+fn quick() -> Settings {
+    Settings {
+        argon2_memory_kib: 64,
+        argon2_iterations: 2,
+        ..Settings::default()
+    }
+}
+
+fn setup(secrets: &[&str], edit: impl FnOnce(&mut Document)) -> Setup {
+    let mut document = Document {
+        label: "test".to_owned(),
+        tenant: Tenant::default(),
+        roles: BTreeSet::from([Role::Enrol]),
+        users: None,
+        key_names: None,
+        created: Timestamp::now(),
+        revoked: None,
+        secrets: Vec::new(),
+    };
+    for secret in secrets {
+        let phc = quick().hash(secret.as_bytes()).unwrap();
+        document.add_secret(phc, Timestamp::now(), None);
+    }
+    edit(&mut document);
+    let known = Arc::new(Known::default());
+    let credential = ClientCredential {
+        id: ClientId::from_hex(ID).unwrap(),
+        revision: 1,
+        document,
+    };
+    known
+        .clients
+        .lock()
+        .unwrap()
+        .insert(credential.id, credential);
+    let directory: Arc<dyn Directory> = Arc::<Known>::clone(&known);
+    Setup {
+        secrets: Secrets::new(quick(), directory).unwrap(),
+        known,
+    }
+}
+
+impl Setup {
+    async fn show(&self, id: &str, secret: &str) -> Result<Arc<Principal>, Error> {
+        let secret = Zeroizing::new(secret.as_bytes().to_vec());
+        self.secrets.verify(id, secret, Ok(())).await
+    }
+
+    fn asked(&self) -> u64 {
+        self.known.asked.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test]
+async fn each_live_secret_is_its_client_and_remembered() {
+    let setup = setup(&["old", "new"], |_| {});
+    for secret in ["old", "new", "old", "new"] {
+        let principal = setup.show(ID, secret).await.unwrap();
+        assert_eq!(principal.name(), format!("client:{ID}"));
+        assert!(principal.has(Role::Enrol) && principal.kind() == Kind::Service);
+    }
+    assert_eq!(setup.asked(), 2);
+    assert_eq!(*setup.known.used.lock().unwrap(), [1, 2, 1, 2]);
+    // A change of any client is looked at again.
+    setup.known.generation.store(1, Ordering::Relaxed);
+    setup.show(ID, "old").await.unwrap();
+    assert_eq!(setup.asked(), 3);
+}
+
+#[tokio::test]
+async fn all_that_is_wrong_is_refused_alike() {
+    let setup = setup(&["revoked", "expired", "good"], |document| {
+        let past = Timestamp::from_micros(1);
+        document.secrets[0].revoked = Some(past);
+        document.secrets[1].expires = Some(past);
+    });
+    let unknown = ID.replace('0', "1");
+    let mut details = BTreeSet::new();
+    for (id, secret) in [
+        (ID, "wrong"),
+        (ID, ""),
+        (ID, "revoked"),
+        (ID, "expired"),
+        (unknown.as_str(), "good"),
+        ("no id at all", "good"),
+        ("", ""),
+    ] {
+        let error = setup.show(id, secret).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Credential, "{id} {secret}");
+        details.insert(error.to_string());
+    }
+    assert_eq!(details.len(), 1, "{details:?}");
+    setup.show(ID, "good").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_revoked_client_has_no_secret() {
+    let setup = setup(&["good"], |document| {
+        document.revoked = Some(Timestamp::now());
+    });
+    setup.show(ID, "good").await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_secret_that_expires_while_it_is_remembered_is_refused() {
+    let soon = Timestamp::from_micros(Timestamp::now().micros() + 300_000);
+    let setup = setup(&["good"], |document| {
+        document.secrets[0].expires = Some(soon);
+    });
+    setup.show(ID, "good").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(350)).await;
+    setup.show(ID, "good").await.unwrap_err();
+}
+
+#[tokio::test]
+async fn without_a_budget_only_what_is_remembered_counts() {
+    let setup = setup(&["good", "other"], |_| {});
+    setup.show(ID, "good").await.unwrap();
+    let spent = || Err(Error::new(Reason::FailureBudget, "spent"));
+    let show = |secret: &str| Zeroizing::new(secret.as_bytes().to_vec());
+    setup
+        .secrets
+        .verify(ID, show("good"), spent())
+        .await
+        .unwrap();
+    let asked = setup.asked();
+    for secret in ["other", "wrong"] {
+        let refused = setup.secrets.verify(ID, show(secret), spent()).await;
+        assert_eq!(refused.unwrap_err().reason(), Reason::FailureBudget);
+    }
+    assert_eq!(setup.asked(), asked);
+}
+
+#[tokio::test]
+async fn a_weak_hash_is_replaced_at_the_next_login() {
+    let mut setup = setup(&["good"], |_| {});
+    setup.secrets.settings.argon2_iterations = 3;
+    setup.show(ID, "good").await.unwrap();
+    let better = setup.known.clients.lock().unwrap()[&ClientId::from_hex(ID).unwrap()].clone();
+    let phc = &better.document.secrets[0].phc;
+    assert!(phc.starts_with("$argon2id$v=19$m=64,t=3,p=1$"), "{phc}");
+    setup.known.generation.store(1, Ordering::Relaxed);
+    setup.show(ID, "good").await.unwrap();
+}
+
+/// Two hashes for whoever is asked for: the figures are compared with each other, and generously.
+#[tokio::test]
+async fn an_unknown_id_costs_as_much_as_a_known_one() {
+    let mut setup = setup(&["good"], |_| {});
+    let costly = Settings::default();
+    setup.secrets = Secrets::new(costly.clone(), Arc::<Known>::clone(&setup.known)).unwrap();
+    let phc = costly.hash(b"good").unwrap();
+    setup
+        .known
+        .clients
+        .lock()
+        .unwrap()
+        .values_mut()
+        .next()
+        .unwrap()
+        .document
+        .secrets[0]
+        .phc = phc;
+    let mut spent = [Duration::ZERO; 2];
+    for number in 0..5 {
+        for (spent, id) in spent.iter_mut().zip([ID, "unknown"]) {
+            let begun = Instant::now();
+            setup
+                .show(id, &format!("wrong {number}"))
+                .await
+                .unwrap_err();
+            *spent += begun.elapsed();
+        }
+    }
+    let ratio = spent[0].as_secs_f64() / spent[1].as_secs_f64();
+    assert!((0.4..2.5).contains(&ratio), "{spent:?}");
+}
+
+#[test]
+fn parameters_below_the_floor_are_refused() {
+    let with = |memory, iterations, parallelism| Settings {
+        argon2_memory_kib: memory,
+        argon2_iterations: iterations,
+        argon2_parallelism: parallelism,
+        ..Settings::default()
+    };
+    for good in [
+        (19_456, 2, 1),
+        (47_104, 1, 1),
+        (7_168, 5, 1),
+        (65_536, 3, 4),
+    ] {
+        assert_eq!(with(good.0, good.1, good.2).problem(), None, "{good:?}");
+    }
+    for bad in [
+        (19_455, 2, 1),
+        (19_456, 1, 1),
+        (7_167, 16, 1),
+        (19_456, 2, 0),
+        (2_000_000, 2, 1),
+    ] {
+        assert!(with(bad.0, bad.1, bad.2).problem().is_some(), "{bad:?}");
+    }
+}

@@ -24,6 +24,9 @@ use crate::{
 mod certificate;
 pub mod client_secret;
 mod header;
+pub mod issuer;
+mod jwks;
+pub mod token;
 
 pub use certificate::PeerCertificate;
 

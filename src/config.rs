@@ -35,6 +35,9 @@ pub struct Config {
     /// `[[principal]]`.
     #[serde(rename = "principal", default)]
     pub principals: Vec<auth::Settings>,
+    /// `[[issuer]]`.
+    #[serde(rename = "issuer", default)]
+    pub issuers: Vec<auth::issuer::Settings>,
 }
 
 impl Config {

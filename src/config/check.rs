@@ -3,6 +3,7 @@
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
 use crate::{
+    auth::issuer,
     hsm::gate,
     key::KeyName,
     limits::{RATE_MAX, RELEASED_USERS_MAX},
@@ -215,9 +216,13 @@ impl Config {
     }
 
     fn check_principals(&self, problems: &mut Vec<String>) {
-        if self.principals.is_empty() {
-            problems.push("there is no [[principal]], so every call would be refused".to_owned());
+        if self.principals.is_empty() && self.issuers.is_empty() {
+            problems.push(
+                "there is no [[principal]] and no [[issuer]], so every call would be refused"
+                    .to_owned(),
+            );
         }
+        problems.extend(issuer::problems(&self.issuers));
         let mut seen = HashSet::new();
         for principal in &self.principals {
             problems.extend(principal.problem());

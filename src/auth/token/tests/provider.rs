@@ -1,0 +1,253 @@
+//! Where keys come from: providers that change their keys, go down or answer badly, and files.
+
+use super::*;
+
+#[tokio::test]
+async fn a_pem_file_is_read_again_when_it_changes() {
+    let service = Identity::start(Options::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("key.pem");
+    std::fs::write(&path, service.pem()).unwrap();
+    let running = Running::ready(&service, &format!("pem_file = {path:?}")).await;
+    let old = service.user_token(ADA);
+    running.accepted(&old).await;
+    // The name of the key means nothing where keys have none.
+    running
+        .accepted(&service.mint(user(ADA), json!({"kid": null})))
+        .await;
+
+    let before = service.pem();
+    service.rotate_key();
+    let new = service.user_token(ADA);
+    running.refused(&new, "signature does not verify").await;
+    // Both, so that none is refused while the provider changes over.
+    std::fs::write(&path, format!("{before}{}", service.pem())).unwrap();
+    let verifies = async |token: &str| running.tokens.verify(token.as_bytes()).await.is_ok();
+    for _ in 0..500 {
+        if verifies(&new).await {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    running.accepted(&new).await;
+    running.accepted(&old).await;
+
+    // A bad file leaves the old keys in use.
+    std::fs::write(&path, "nothing").unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    running.accepted(&service.user_token(ADA)).await;
+    assert_eq!(service.fetches(JWKS) + service.fetches(DISCOVERY), 0);
+}
+
+#[tokio::test]
+async fn a_bad_key_file_stops_the_start() {
+    let service = Identity::start(Options::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("keys");
+    let private = rcgen::KeyPair::generate().unwrap().serialize_pem();
+    let long = " ".repeat(70_000);
+    for (text, line, words) in [
+        (None, "pem_file", "cannot read"),
+        (Some(private.as_str()), "pem_file", "private key"),
+        (Some("x"), "pem_file", "no public key"),
+        (Some(""), "jwks_file", "not a JSON Web Key Set"),
+        (Some("{\"keys\": []}"), "jwks_file", "no public key"),
+        (
+            Some("{\"keys\": [{\"kty\": \"oct\", \"k\": \"AA\"}]}"),
+            "jwks_file",
+            "its type is",
+        ),
+        (
+            Some("{\"keys\": [{\"kty\": \"RSA\", \"n\": \"AQAB\", \"e\": \"AQAB\"}]}"),
+            "jwks_file",
+            "2048",
+        ),
+        (Some(long.as_str()), "jwks_file", "longer than"),
+    ] {
+        if let Some(text) = text {
+            std::fs::write(&path, text).unwrap();
+        }
+        let bad = settings(&service, &format!("{line} = {path:?}"));
+        let problem = Tokens::new(&[bad]).unwrap_err();
+        assert!(problem.contains(words), "{words}: {problem}");
+    }
+}
+
+#[tokio::test]
+async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    let old = service.user_token(ADA);
+    running.accepted(&old).await;
+    assert_eq!(service.fetches(JWKS), 1);
+
+    service.rotate_key();
+    let new: Vec<String> = (0..20).map(|_| service.user_token(ADA)).collect();
+    let verifying = new.iter().map(|token| running.accepted(token));
+    futures_util::future::join_all(verifying).await;
+    assert_eq!(
+        service.fetches(JWKS),
+        2,
+        "calls at the same time share one fetch"
+    );
+    // The old key was withdrawn: what was verified with it is not remembered either.
+    running.refused(&old, "none of").await;
+
+    for n in 0..50 {
+        let token = service.mint(user(ADA), json!({"kid": format!("random-{n}")}));
+        running.refused(&token, "none of").await;
+    }
+    assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
+}
+
+#[tokio::test]
+async fn a_caller_that_hangs_up_does_not_take_the_fetch_with_it() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    service.rotate_key();
+    let token = service.user_token(ADA);
+    let first = running.tokens.verify(token.as_bytes());
+    // Polled once and dropped: the fetch has begun.
+    tokio::select! {
+        biased;
+        _ = first => panic!("it cannot be done at once"),
+        () = std::future::ready(()) => {}
+    }
+    running.until(|_| service.fetches(JWKS) == 2).await;
+    running.accepted(&token).await;
+    assert_eq!(service.fetches(JWKS), 2);
+}
+
+#[tokio::test]
+async fn a_provider_that_is_down_at_the_start_is_asked_again() {
+    let mut service = Identity::start(Options::default());
+    service.stop();
+    let running = Running::with(&[settings(&service, "")], quick);
+    let token = service.user_token(ADA);
+    running.refused(&token, "no key set is known").await;
+    service.resume();
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    running.accepted(&token).await;
+}
+
+#[tokio::test]
+async fn the_last_good_set_is_used_while_the_provider_is_down_but_not_for_ever() {
+    let mut service = Identity::start(Options::default());
+    let pace = |settings: &Settings| Pace {
+        refresh: Duration::from_millis(50),
+        keep: Duration::from_secs(1),
+        ..quick(settings)
+    };
+    let running = Running::with(&[settings(&service, "")], pace);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    service.stop();
+    let token = service.user_token(ADA);
+    running.accepted(&token).await;
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_err())
+        .await;
+    // Nor what was verified while it was good.
+    running.refused(&token, "older than `keep_hours`").await;
+    service.resume();
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    running.accepted(&token).await;
+}
+
+#[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table")]
+async fn a_bad_answer_leaves_the_last_good_set() {
+    let service = Identity::start(Options::default());
+    let pace = |settings: &Settings| Pace {
+        refresh: Duration::from_millis(20),
+        ..quick(settings)
+    };
+    let running = Running::with(&[settings(&service, "")], pace);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    let elsewhere = Identity::start(Options::default());
+    let body = |body: Value| Answer {
+        body: body.to_string(),
+        ..Answer::default()
+    };
+    let bad = [
+        (
+            DISCOVERY,
+            body(
+                json!({"issuer": "http://other", "jwks_uri": format!("{}{JWKS}", elsewhere.url())}),
+            ),
+            "byte for byte",
+        ),
+        (
+            DISCOVERY,
+            body(json!({"issuer": service.issuer(), "jwks_uri": "file:///etc/passwd"})),
+            "neither https nor http",
+        ),
+        (
+            DISCOVERY,
+            body(json!({"issuer": service.issuer()})),
+            "not a discovery document",
+        ),
+        (JWKS, body(json!({"keys": []})), "no public key"),
+        (JWKS, body(json!([1, 2])), "not a JSON Web Key Set"),
+        (
+            JWKS,
+            Answer {
+                body: "x".repeat(70_000),
+                ..Answer::default()
+            },
+            "longer than 65536",
+        ),
+        (
+            JWKS,
+            Answer {
+                status: 500,
+                ..Answer::default()
+            },
+            "500",
+        ),
+        (
+            JWKS,
+            Answer {
+                status: 302,
+                location: Some(format!("{}{JWKS}", elsewhere.url())),
+                ..Answer::default()
+            },
+            "redirects are not followed",
+        ),
+    ];
+    for (path, answer, words) in bad {
+        service.answer(path, Some(answer));
+        running
+            .until(|tokens| {
+                tokens.issuers[0]
+                    .keys
+                    .problem()
+                    .is_some_and(|p| p.contains(words))
+            })
+            .await;
+        running.accepted(&service.user_token(ADA)).await;
+        service.answer(path, None);
+        running
+            .until(|tokens| tokens.issuers[0].keys.problem().is_none())
+            .await;
+    }
+    assert_eq!(elsewhere.fetches(JWKS), 0, "no redirect is followed");
+}
+
+#[tokio::test]
+async fn http_needs_its_word() {
+    let service = Identity::start(Options::default());
+    let without = Settings {
+        allow_http: false,
+        ..settings(&service, "")
+    };
+    let problem = Tokens::new(&[without]).unwrap_err();
+    assert!(problem.contains("allow_http"), "{problem}");
+}

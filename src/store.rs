@@ -19,11 +19,12 @@ use crate::{
         mac::{MacMessage, RegistryFields},
     },
     key::{
-        Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
+        ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
     },
 };
 
+mod client;
 pub mod copy;
 mod durability;
 mod engine;
@@ -44,6 +45,8 @@ pub mod tables;
 pub mod tally;
 mod url;
 
+pub use client::ClientRow;
+pub use error::Error;
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
 
@@ -176,6 +179,26 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// Replaces a registry row if its MAC is still `expected`. [`Error::Conflict`] otherwise.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
+
+    /// An API client.
+    async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error>;
+
+    /// API clients after an id, or the first ones, by id, bytewise; at most `limit`, which is 1 to [`PAGE_SIZE_MAX`].
+    async fn clients(&self, after: Option<ClientId>, limit: u32) -> Result<Vec<ClientRow>, Error>;
+
+    /// Adds an API client, with the mark of the call. [`Error::Exists`] when the id is taken.
+    async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error>;
+
+    /// Replaces the document of an API client, with the mark of the call if there is one; what is stored of its creation
+    /// stays. [`Error::Conflict`] unless the stored revision is the one before `row.revision`.
+    async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error>;
+
+    /// Notes when secrets of clients were last accepted, by their numbers: apart from the documents, which no read rewrites.
+    /// A later time that is known stays.
+    async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error>;
+
+    /// When each secret of a client was last accepted, by number, of those of which it is known.
+    async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error>;
 
     /// Closes every connection; later calls fail.
     async fn close(&self);
@@ -343,48 +366,4 @@ impl RegistryRow {
             backup_confirmed_us: self.backup_confirmed.map(Timestamp::micros),
         })
     }
-}
-
-/// Class of a store failure.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum Error {
-    /// The address or the id is taken.
-    #[error("exists already")]
-    Exists,
-    /// There is no such record.
-    #[error("not found")]
-    NotFound,
-    /// The current revision is another one.
-    #[error("the current revision is {current}")]
-    Revision {
-        /// What it is.
-        current: Revision,
-    },
-    /// The record is deleted, or for undelete is active.
-    #[error("the record's state forbids this")]
-    State,
-    /// The registry row is not what it was read as.
-    #[error("the registry changed meanwhile")]
-    Conflict,
-    /// The request id was used meanwhile, by a concurrent call.
-    #[error("the request id is in use")]
-    RequestIdTaken,
-    /// A row does not decode. Names table and column, never bytes.
-    #[error("a stored row does not decode: {0}")]
-    Corrupt(String),
-    /// The schema is older or newer than this binary.
-    #[error("{0}")]
-    Schema(String),
-    /// The database may lose what it acknowledges.
-    #[error("{0}")]
-    Durability(String),
-    /// Another transaction won; this one was undone and may be tried again.
-    #[error("the database is busy: {0}")]
-    Contended(Arc<str>),
-    /// Another process has the database.
-    #[error("{0}")]
-    InUse(String),
-    /// The database is away, full, read-only or slow.
-    #[error("store away: {0}")]
-    Down(Arc<str>),
 }

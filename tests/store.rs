@@ -14,6 +14,8 @@
     reason = "what a failed test leaves behind, and how long the parts took"
 )]
 
+#[path = "store/clients.rs"]
+mod clients;
 #[path = "store/conformance.rs"]
 mod conformance;
 #[path = "store/contention.rs"]

@@ -117,10 +117,10 @@ impl Copy {
         Ok(walked)
     }
 
-    /// Refuses a source that was changed since its tables were compared: every mutation leaves a mark, and commands change
-    /// the registry.
+    /// Refuses a source that was changed since its tables were compared: every mutation of a record leaves a mark; the registry and
+    /// the API clients can change without one.
     pub async fn look_again(&self) -> Result<(), CopyError> {
-        for table in [Table::Changes, Table::WrappingKeys] {
+        for table in [Table::Changes, Table::Clients, Table::WrappingKeys] {
             self.walk(table, Lacking::Refuse, || {}).await?;
         }
         Ok(())

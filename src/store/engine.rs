@@ -23,6 +23,7 @@ use super::{
 };
 
 mod calls;
+mod clients;
 mod probe;
 mod tables;
 mod uses;

@@ -1,6 +1,6 @@
 //! Where the store's errors come from and what they become.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sqlx::{
     error::{DatabaseError, ErrorKind},
@@ -9,9 +9,10 @@ use sqlx::{
     sqlite::SqliteError,
 };
 
-use crate::error::{self, Reason};
-
-use super::Error;
+use crate::{
+    error::{self, Reason},
+    key::Revision,
+};
 
 /// How long a caller should wait for a store that is away.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -36,6 +37,50 @@ const MYSQL_FULL: [u16; 2] = [1_021, 1_114];
 const READONLY_SERVER: &str =
     "this server is a standby or was set to read only; name the primary in `store.url`";
 const FULL_SERVER: &str = "free the database server's disk";
+
+/// Class of a store failure.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The address or the id is taken.
+    #[error("exists already")]
+    Exists,
+    /// There is no such record.
+    #[error("not found")]
+    NotFound,
+    /// The current revision is another one.
+    #[error("the current revision is {current}")]
+    Revision {
+        /// What it is.
+        current: Revision,
+    },
+    /// The record is deleted, or for undelete is active.
+    #[error("the record's state forbids this")]
+    State,
+    /// The registry row or the API client is not what it was read as.
+    #[error("the row changed meanwhile")]
+    Conflict,
+    /// The request id was used meanwhile, by a concurrent call.
+    #[error("the request id is in use")]
+    RequestIdTaken,
+    /// A row does not decode. Names table and column, never bytes.
+    #[error("a stored row does not decode: {0}")]
+    Corrupt(String),
+    /// The schema is older or newer than this binary.
+    #[error("{0}")]
+    Schema(String),
+    /// The database may lose what it acknowledges.
+    #[error("{0}")]
+    Durability(String),
+    /// Another transaction won; this one was undone and may be tried again.
+    #[error("the database is busy: {0}")]
+    Contended(Arc<str>),
+    /// Another process has the database.
+    #[error("{0}")]
+    InUse(String),
+    /// The database is away, full, read-only or slow.
+    #[error("store away: {0}")]
+    Down(Arc<str>),
+}
 
 impl From<Error> for error::Error {
     fn from(error: Error) -> Self {

@@ -325,7 +325,7 @@ fn is_taken(error: &sqlx::Error) -> bool {
 
 /// A statement that must have changed one row and did not found the database other than it was a moment ago, under a lock:
 /// it is damaged.
-fn expect_one(affected: u64) -> Result<(), Error> {
+pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
     if affected == 1 {
         Ok(())
     } else {

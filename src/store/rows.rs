@@ -3,14 +3,15 @@
 
 use crate::{
     call::{CallId, Timestamp},
+    client_credential::DOCUMENT_BYTES_MAX,
     key::{
-        Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
+        ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
     },
 };
 
 use super::{
-    Error, RecordInfo, RecordState, RegistryRow,
+    ClientRow, Error, RecordInfo, RecordState, RegistryRow,
     session::Columns,
     tables::{Head, RevisionRow},
 };
@@ -170,6 +171,30 @@ pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
         backup_confirmed: optional_time(row, 7, "wrapping_keys.backup_confirmed_us")?,
         mac: array(row, 8, "wrapping_keys.mac")?,
     })
+}
+
+/// All columns of a row of the clients, in the order of the table. What is in the document is for its own parser to say.
+pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
+    let document = bytes(row, 2, "clients.document")?;
+    if document.len() > DOCUMENT_BYTES_MAX {
+        return Err(corrupt("clients.document"));
+    }
+    Ok(ClientRow {
+        id: ClientId::from_bytes(array(row, 0, "clients.client_id")?),
+        revision: revision_number(row, 1, "clients.revision")?.get(),
+        document,
+        mac: array(row, 3, "clients.mac")?,
+        key: WrappingKeyId::from_bytes(array(row, 4, "clients.key_id")?),
+        created: time(row, 5, "clients.created_us")?,
+        updated: time(row, 6, "clients.updated_us")?,
+    })
+}
+
+/// Number of a secret, and when it was last accepted.
+pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
+    let number = positive(row, 0, "client_uses.secret_number")?;
+    let number = u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
+    Ok((number, time(row, 1, "client_uses.used_us")?))
 }
 
 pub(super) const fn state_text(state: RecordState) -> &'static str {

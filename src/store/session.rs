@@ -11,7 +11,7 @@ use sqlx::{
 use crate::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
-    key::{RecordId, Revision, WrappingKeyId},
+    key::{ClientId, RecordId, Revision, WrappingKeyId},
 };
 
 /// A value for a statement. Owned, because statements outlive the callers that ask for them.
@@ -159,6 +159,12 @@ impl From<i64> for Value {
     }
 }
 
+impl From<u32> for Value {
+    fn from(number: u32) -> Self {
+        Self::Integer(number.into())
+    }
+}
+
 /// Numbers are far below 2^63 by construction.
 impl From<u64> for Value {
     fn from(number: u64) -> Self {
@@ -199,4 +205,4 @@ macro_rules! by_its_bytes {
         }
     )*};
 }
-by_its_bytes!(RecordId, WrappingKeyId, CallId, RequestId);
+by_its_bytes!(RecordId, ClientId, WrappingKeyId, CallId, RequestId);

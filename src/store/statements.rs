@@ -52,6 +52,11 @@ pub(super) struct Statements {
     /// fingerprint, purpose, state, token serial, sequence, registered, backup confirmed, MAC, key, MAC before.
     pub(super) update_registry: &'static str,
 
+    /// client: all columns of the clients.
+    pub(super) client: &'static str,
+    /// revision, document, MAC, key, updated, client, revision before.
+    pub(super) update_client: &'static str,
+
     /// A row if the table of migrations is there.
     pub(super) has_migrations: &'static str,
     /// The newest migration that was completed, or 0.
@@ -63,6 +68,9 @@ pub(super) struct Statements {
 /// How many records one statement asks for, or notes uses of.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
+/// How many uses of secrets of API clients one statement notes.
+pub(super) const CLIENT_USES_AT_ONCE: usize = 20;
+
 /// What an engine must be able to say of whole tables: see `tables.rs`.
 #[derive(Debug)]
 pub(super) struct TableStatements {
@@ -72,6 +80,8 @@ pub(super) struct TableStatements {
     pub(super) changes: OfTable,
     pub(super) requests: OfTable,
     pub(super) last_uses: OfTable,
+    pub(super) clients: OfTable,
+    pub(super) client_uses: OfTable,
     /// The server's time in microseconds since 1970. A file has none.
     pub(super) clock: Option<&'static str>,
     /// record, revision. Deletes nothing that is current.
@@ -89,6 +99,11 @@ pub(super) struct TableStatements {
     pub(super) note_uses: &'static str,
     /// Records, as many as [`RECORDS_AT_ONCE`]: record, at of those of which it is known.
     pub(super) uses: &'static str,
+    /// client, number of the secret, at, as many as [`CLIENT_USES_AT_ONCE`], of which one may come several times. Changes
+    /// nothing where a later use is known.
+    pub(super) note_client_uses: &'static str,
+    /// client: number of the secret, at, by number.
+    pub(super) uses_of_client: &'static str,
 }
 
 /// All columns are those of [`Table::columns`], in that order.
@@ -111,6 +126,8 @@ impl TableStatements {
             Table::Changes => &self.changes,
             Table::Requests => &self.requests,
             Table::LastUses => &self.last_uses,
+            Table::Clients => &self.clients,
+            Table::ClientUses => &self.client_uses,
         }
     }
 }

@@ -35,6 +35,10 @@ pub enum Table {
     Requests,
     /// When records were last released.
     LastUses,
+    /// API clients.
+    Clients,
+    /// When their secrets were last accepted.
+    ClientUses,
 }
 
 /// What a column holds.
@@ -48,12 +52,14 @@ pub(super) enum Kind {
 
 impl Table {
     /// All of them, in the order in which rows can be added.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Records,
         Self::Revisions,
         Self::Changes,
         Self::Requests,
         Self::LastUses,
+        Self::Clients,
+        Self::ClientUses,
         Self::WrappingKeys,
     ];
 
@@ -66,14 +72,18 @@ impl Table {
             Self::Changes => "changes",
             Self::Requests => "requests",
             Self::LastUses => "last_uses",
+            Self::Clients => "clients",
+            Self::ClientUses => "client_uses",
         }
     }
 
     /// How many columns, of the first ones, are the key.
     pub(super) const fn key_columns(self) -> usize {
         match self {
-            Self::WrappingKeys | Self::Records | Self::Changes | Self::LastUses => 1,
-            Self::Revisions => 2,
+            Self::WrappingKeys | Self::Records | Self::Changes | Self::LastUses | Self::Clients => {
+                1
+            }
+            Self::Revisions | Self::ClientUses => 2,
             Self::Requests => 3,
         }
     }
@@ -107,6 +117,8 @@ impl Table {
             Self::Revisions => &[Bytes, Integer, Bytes, Bytes, Integer],
             Self::Changes => &[Bytes, Bytes, Integer],
             Self::LastUses => &[Bytes, Integer],
+            Self::Clients => &[Bytes, Integer, Bytes, Bytes, Bytes, Integer, Integer],
+            Self::ClientUses => &[Bytes, Integer, Integer],
             Self::Requests => &[
                 Text,
                 Text,

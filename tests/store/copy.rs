@@ -3,7 +3,7 @@
 use std::{process::Command, sync::Arc};
 
 use keybroker::{
-    call::Timestamp,
+    call::{CallId, Timestamp},
     key::{Fingerprint, Purpose, Revision, WrappingKeyState},
     store::{
         RegistryRow,
@@ -12,7 +12,11 @@ use keybroker::{
     },
 };
 
-use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
+use super::{
+    Engine, KEY, address,
+    clients::{client, client_id},
+    record_id, revision, scope, stamp, stamp_with, user,
+};
 
 const ONE: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
 /// More than two pages.
@@ -58,6 +62,15 @@ async fn source() -> Engine {
         .note_uses(&[(record_id(1), Timestamp::now())])
         .await
         .unwrap();
+    for number in [1, 0xff] {
+        store
+            .insert_client(&client(number, 1), CallId::fresh())
+            .await
+            .unwrap();
+    }
+    store.update_client(&client(1, 2), None).await.unwrap();
+    let uses = [1, 2, u32::MAX].map(|secret| (client_id(1), secret, Timestamp::now()));
+    store.note_client_uses(&uses).await.unwrap();
     store.close().await;
     engine
 }
@@ -105,7 +118,7 @@ pub(crate) async fn a_copy_there_and_back_is_the_same(engine: &Engine) {
     let added = walk(&there, Lacking::Add).await.unwrap();
     assert_eq!(
         (added.lacking, added.rows),
-        (added.rows, 2 * (MANY + 3) + 3 + 7 + 3 + 1 + 1)
+        (added.rows, 2 * (MANY + 3) + 3 + 9 + 3 + 1 + 1 + 2 + 3)
     );
     assert!(!there.is_target_empty().await.unwrap());
     let equal = walk(&there, Lacking::Refuse).await.unwrap();
@@ -118,6 +131,11 @@ pub(crate) async fn a_copy_there_and_back_is_the_same(engine: &Engine) {
     assert_eq!(copies, dump(&first));
     // And it works as a store: the record that was deleted comes back.
     let store = engine.open().await;
+    assert_eq!(
+        store.clients(None, 10).await.unwrap(),
+        [client(1, 2), client(0xff, 1)]
+    );
+    assert_eq!(store.client_uses(client_id(1)).await.unwrap().len(), 3);
     store.undelete(record_id(1), stamp()).await.unwrap();
     let alice = store.record(&user("alice")).await.unwrap().unwrap();
     assert_eq!(alice.envelope, b"alice 2");
@@ -200,6 +218,25 @@ pub(crate) async fn a_change_during_the_comparison_is_found(engine: &Engine) {
     let refused = copy.look_again().await.unwrap_err();
     assert!(
         matches!(&refused, CopyError::Missing(what) if what.starts_with("changes")),
+        "{refused}"
+    );
+}
+
+/// A client may be changed without a mark.
+pub(crate) async fn a_client_that_changes_during_the_comparison_is_found(engine: &Engine) {
+    let other = Engine::sqlite().await;
+    let copy = between(engine, &other).await;
+    let from: Arc<dyn Tables> = Arc::clone(&copy.from);
+    from.insert_client(&client(1, 1), CallId::fresh())
+        .await
+        .unwrap();
+    walk(&copy, Lacking::Add).await.unwrap();
+    walk(&copy, Lacking::Refuse).await.unwrap();
+    copy.look_again().await.unwrap();
+    from.update_client(&client(1, 2), None).await.unwrap();
+    let refused = copy.look_again().await.unwrap_err();
+    assert!(
+        matches!(&refused, CopyError::Differs(what) if *what == format!("clients {}", client_id(1))),
         "{refused}"
     );
 }

@@ -1,22 +1,57 @@
 //! Migrations: forwards, backwards, by several at once.
 
-use keybroker::store::{self, Error};
+use keybroker::{
+    call::CallId,
+    store::{self, Error},
+};
 use tokio::task::JoinSet;
 
-use super::{Engine, Place, revision, stamp, user};
+use super::{Engine, Place, clients::client, revision, stamp, user};
+
+/// The ways back, newest first: version, name, and what each engine runs.
+const STEPS_BACK: [(u8, &str, [&str; 3]); 3] = [
+    (
+        3,
+        "clients",
+        [
+            include_str!("../../migrations/sqlite/0003_clients.down.sql"),
+            include_str!("../../migrations/postgres/0003_clients.down.sql"),
+            include_str!("../../migrations/mysql/0003_clients.down.sql"),
+        ],
+    ),
+    (
+        2,
+        "last uses",
+        [
+            include_str!("../../migrations/sqlite/0002_last_uses.down.sql"),
+            include_str!("../../migrations/postgres/0002_last_uses.down.sql"),
+            include_str!("../../migrations/mysql/0002_last_uses.down.sql"),
+        ],
+    ),
+    (
+        1,
+        "initial",
+        [
+            include_str!("../../migrations/sqlite/0001_initial.down.sql"),
+            include_str!("../../migrations/postgres/0001_initial.down.sql"),
+            include_str!("../../migrations/mysql/0001_initial.down.sql"),
+        ],
+    ),
+];
+
+fn step_back(engine: &Engine, version: u8, statements: [&str; 3]) {
+    let [sqlite, postgres, mysql] = statements;
+    engine.sql(engine.pick(sqlite, postgres, mysql));
+    engine.sql(&format!(
+        "DELETE FROM _sqlx_migrations WHERE version = {version}"
+    ));
+}
 
 /// The way back leads to an empty database, and from there forwards again.
 pub(crate) async fn a_migration_leads_back(engine: &Engine) {
-    engine.sql(engine.pick(
-        include_str!("../../migrations/sqlite/0002_last_uses.down.sql"),
-        include_str!("../../migrations/postgres/0002_last_uses.down.sql"),
-        include_str!("../../migrations/mysql/0002_last_uses.down.sql"),
-    ));
-    engine.sql(engine.pick(
-        include_str!("../../migrations/sqlite/0001_initial.down.sql"),
-        include_str!("../../migrations/postgres/0001_initial.down.sql"),
-        include_str!("../../migrations/mysql/0001_initial.down.sql"),
-    ));
+    for (version, _, statements) in STEPS_BACK {
+        step_back(engine, version, statements);
+    }
     let left = engine.sql(engine.pick(
         "SELECT name FROM sqlite_master WHERE name NOT LIKE '%sqlx%' AND name NOT LIKE 'sqlite_%'",
         "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relname NOT LIKE '%sqlx%'",
@@ -24,42 +59,51 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
          WHERE table_schema = DATABASE() AND table_name NOT LIKE '%sqlx%'",
     ));
     assert_eq!(left.trim(), "");
-    engine.sql("DELETE FROM _sqlx_migrations");
     let report = store::migrate(&engine.settings, false).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 2));
+    assert_eq!((report.before, report.pending.len()), (0, 3));
     let store = engine.open().await;
     store
         .create(revision(&user("alice"), 1, 1), stamp())
         .await
         .unwrap();
-}
-
-/// One step back and forth again, with records there: what the step did not make is left alone.
-pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
-    let store = engine.open().await;
-    let alice = user("alice");
-    let created = store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     store
-        .note_uses(&[(created.id, created.created)])
+        .insert_client(&client(1, 1), CallId::fresh())
         .await
         .unwrap();
-    store.close().await;
-    engine.sql(engine.pick(
-        include_str!("../../migrations/sqlite/0002_last_uses.down.sql"),
-        include_str!("../../migrations/postgres/0002_last_uses.down.sql"),
-        include_str!("../../migrations/mysql/0002_last_uses.down.sql"),
-    ));
-    engine.sql("DELETE FROM _sqlx_migrations WHERE version = 2");
-    let older = store::open(&engine.settings).await.unwrap_err();
-    assert!(matches!(&older, Error::Schema(what) if what.contains("store migrate")));
-    let report = store::migrate(&engine.settings, false).await.unwrap();
-    assert_eq!(
-        (report.before, report.pending),
-        (1, vec!["0002 last uses".to_owned()])
-    );
+}
+
+/// One step back and forth again, with records there, then two: what the steps did not make is left alone.
+pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
+    let alice = user("alice");
     let store = engine.open().await;
-    assert_eq!(store.record(&alice).await.unwrap().unwrap().info, created);
-    assert!(store.last_uses(&[created.id]).await.unwrap().is_empty());
+    let created = store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
+    store.close().await;
+    for steps in 1..=2 {
+        let store = engine.open().await;
+        let row = client(1, 1);
+        store.insert_client(&row, CallId::fresh()).await.unwrap();
+        let used = created.created;
+        store.note_client_uses(&[(row.id, 1, used)]).await.unwrap();
+        store.note_uses(&[(created.id, used)]).await.unwrap();
+        store.close().await;
+        let mut undone = Vec::new();
+        for (version, name, statements) in STEPS_BACK.into_iter().take(steps) {
+            step_back(engine, version, statements);
+            undone.insert(0, format!("{version:04} {name}"));
+        }
+        let older = store::open(&engine.settings).await.unwrap_err();
+        assert!(matches!(&older, Error::Schema(what) if what.contains("store migrate")));
+        let report = store::migrate(&engine.settings, false).await.unwrap();
+        let before = 3 - i64::try_from(steps).unwrap();
+        assert_eq!((report.before, report.pending), (before, undone));
+        let store = engine.open().await;
+        assert_eq!(store.record(&alice).await.unwrap().unwrap().info, created);
+        let uses = store.last_uses(&[created.id]).await.unwrap();
+        assert_eq!(uses.is_empty(), steps == 2);
+        assert!(store.client(row.id).await.unwrap().is_none());
+        assert!(store.client_uses(row.id).await.unwrap().is_empty());
+        store.close().await;
+    }
 }
 
 pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
@@ -68,7 +112,7 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
         Place::Server(server, _) => Engine::bare_on(server),
     };
     let report = store::migrate(&engine.settings, true).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 2));
+    assert_eq!((report.before, report.pending.len()), (0, 3));
     let status = store::status(&engine.settings).await.unwrap();
     assert_eq!((status.current, status.newest), (0, report.newest));
     let refused = store::open(&engine.settings).await.unwrap_err();
@@ -126,7 +170,7 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
             .unwrap();
     }
     let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version");
-    assert_eq!(applied.trim(), "1\n2");
+    assert_eq!(applied.trim(), "1\n2\n3");
 }
 
 /// An administrator who looks into the database finds what each column means.

@@ -6,6 +6,7 @@ use futures_util::future::BoxFuture;
 
 use super::{
     Engine,
+    clients::*,
     conformance::*,
     contention::*,
     copy::*,
@@ -58,6 +59,11 @@ on_every_engine!(
     a_truncated_envelope_is_handed_on_as_it_is,
     the_longest_values_fit,
     last_uses_are_apart_from_the_records,
+    a_client_is_read_as_it_was_written,
+    of_concurrent_changes_of_a_client_one_wins,
+    pages_of_clients_are_ordered_and_complete,
+    uses_of_secrets_are_apart_from_the_documents,
+    clients_that_do_not_decode_are_corrupt_by_name,
     what_is_old_is_purged_and_nothing_else,
     a_purge_can_be_stopped_and_begun_again,
     a_record_that_is_wanted_back_meanwhile_is_not_purged,
@@ -68,6 +74,7 @@ on_every_engine!(
     a_target_with_anything_else_is_refused,
     a_change_during_a_copy_is_found,
     a_change_during_the_comparison_is_found,
+    a_client_that_changes_during_the_comparison_is_found,
     a_migration_leads_back,
     a_step_back_keeps_the_records,
     a_dry_run_changes_no_database,

@@ -11,9 +11,9 @@ use async_trait::async_trait;
 use crate::{
     call::{CallId, Timestamp},
     envelope::Mac,
-    key::{KeyAddress, RecordId, Revision},
+    key::{ClientId, KeyAddress, RecordId, Revision},
     store::{
-        Error, ListQuery, NewRevision, Record, RecordInfo, RegistryRow, RequestRecord,
+        ClientRow, Error, ListQuery, NewRevision, Record, RecordInfo, RegistryRow, RequestRecord,
         RequestScope, Stamp, Store, StoredRevision,
         mutations::{self, Change, REQUEST_KEPT_US},
         rows,
@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-use super::{End, Engine, EngineStore, Purpose};
+use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
 
 /// A database that answers a probe later than this is away. Below a second, so that whoever probes once a second and waits
 /// no longer has the answer noted.
@@ -235,6 +235,35 @@ impl<E: Engine> Store for EngineStore<E> {
             1 => Ok(()),
             _ => Err(Error::Conflict),
         }
+    }
+
+    async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error> {
+        let found = self.query(E::SQL.client, vec![id.into()]).await?;
+        found.first().map(rows::client).transpose()
+    }
+
+    async fn clients(&self, after: Option<ClientId>, limit: u32) -> Result<Vec<ClientRow>, Error> {
+        self.page_of_clients(after, limit).await
+    }
+
+    async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error> {
+        self.change_client(ClientChange::Insert, row, Some(call))
+            .await
+    }
+
+    async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error> {
+        self.change_client(ClientChange::Update, row, call).await
+    }
+
+    async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error> {
+        self.write_client_uses(uses).await
+    }
+
+    async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error> {
+        let found = self
+            .query(E::TABLES.uses_of_client, vec![id.into()])
+            .await?;
+        found.iter().map(rows::client_use).collect()
     }
 
     async fn close(&self) {

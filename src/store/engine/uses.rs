@@ -20,7 +20,8 @@ impl<E: Engine> EngineStore<E> {
         let portions: Vec<Vec<Value>> = uses
             .chunks(RECORDS_AT_ONCE)
             .map(|portion| {
-                let pairs = filled(portion).map(|(record, at)| [(*record).into(), (*at).into()]);
+                let pairs = filled(portion, RECORDS_AT_ONCE)
+                    .map(|(record, at)| [(*record).into(), (*at).into()]);
                 pairs.flatten().collect()
             })
             .collect();
@@ -42,7 +43,9 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<HashMap<RecordId, Timestamp>, Error> {
         let mut uses = HashMap::new();
         for portion in records.chunks(RECORDS_AT_ONCE) {
-            let values: Vec<Value> = filled(portion).map(|record| (*record).into()).collect();
+            let values: Vec<Value> = filled(portion, RECORDS_AT_ONCE)
+                .map(|record| (*record).into())
+                .collect();
             for row in &self.query(E::TABLES.uses, values).await? {
                 let (record, at) = rows::last_use(row)?;
                 uses.insert(record, at);
@@ -53,7 +56,7 @@ impl<E: Engine> EngineStore<E> {
 }
 
 /// A statement has a fixed number of places: the last of a portion fills those that are left.
-fn filled<T>(portion: &[T]) -> impl Iterator<Item = &T> {
+pub(super) fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
     let fill = portion.last().into_iter().cycle();
-    portion.iter().chain(fill).take(RECORDS_AT_ONCE)
+    portion.iter().chain(fill).take(places)
 }

@@ -58,6 +58,11 @@ pub(super) const STATEMENTS: Statements = Statements {
                       token_serial = ?, sequence = ?, registered_us = ?, backup_confirmed_us = ?, \
                       mac = ? WHERE key_id = ? AND mac = ?",
 
+    client: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
+             clients WHERE client_id = ?",
+    update_client: "UPDATE clients SET revision = ?, document = ?, mac = ?, key_id = ?, \
+                    updated_us = ? WHERE client_id = ? AND revision = ?",
+
     has_migrations: "SELECT 1 FROM information_schema.tables \
                      WHERE table_schema = DATABASE() AND table_name = '_sqlx_migrations'",
     newest_migration: "SELECT CAST(COALESCE(MAX(version), 0) AS SIGNED) FROM _sqlx_migrations WHERE success",

@@ -50,6 +50,19 @@ pub(super) const TABLES: TableStatements = TableStatements {
                LIMIT ?",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES (?, ?)",
     },
+    clients: OfTable {
+        count: "SELECT count(*) FROM clients",
+        page: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
+               clients WHERE client_id > ? ORDER BY client_id LIMIT ?",
+        insert: "INSERT INTO clients (client_id, revision, document, mac, key_id, created_us, \
+                 updated_us) VALUES (?, ?, ?, ?, ?, ?, ?)",
+    },
+    client_uses: OfTable {
+        count: "SELECT count(*) FROM client_uses",
+        page: "SELECT client_id, secret_number, used_us FROM client_uses WHERE client_id >= ? \
+               AND (client_id, secret_number) > (?, ?) ORDER BY client_id, secret_number LIMIT ?",
+        insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES (?, ?, ?)",
+    },
     clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)"),
     delete_superseded: "DELETE FROM revisions WHERE record_id = ? AND revision = ? AND revision < \
                         (SELECT r.revision FROM records r WHERE r.record_id = \
@@ -68,4 +81,11 @@ pub(super) const TABLES: TableStatements = TableStatements {
     uses: "SELECT record_id, used_us FROM last_uses WHERE record_id IN (?, ?, ?, ?, ?, ?, ?, ?, \
            ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
            ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    note_client_uses: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES (?, ?, \
+                       ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, \
+                       ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), \
+                       (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?), (?, ?, ?) ON \
+                       DUPLICATE KEY UPDATE used_us = GREATEST(used_us, VALUES(used_us))",
+    uses_of_client: "SELECT secret_number, used_us FROM client_uses WHERE client_id = ? ORDER BY \
+                     secret_number",
 };

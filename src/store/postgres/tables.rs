@@ -53,6 +53,21 @@ pub(super) const TABLES: TableStatements = TableStatements {
                LIMIT $2",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     },
+    clients: OfTable {
+        count: "SELECT count(*) FROM clients",
+        page: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
+               clients WHERE client_id > $1 ORDER BY client_id LIMIT $2",
+        insert: "INSERT INTO clients (client_id, revision, document, mac, key_id, created_us, \
+                 updated_us) VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
+    },
+    client_uses: OfTable {
+        count: "SELECT count(*) FROM client_uses",
+        page: "SELECT client_id, secret_number, used_us FROM client_uses WHERE client_id >= $1 \
+               AND (client_id, secret_number) > ($2, $3) ORDER BY client_id, secret_number LIMIT \
+               $4",
+        insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES ($1, $2, $3) \
+                 ON CONFLICT DO NOTHING",
+    },
     clock: Some("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"),
     delete_superseded: "DELETE FROM revisions WHERE record_id = $1 AND revision = $2 AND revision \
                         < (SELECT r.revision FROM records r WHERE r.record_id = \
@@ -76,4 +91,16 @@ pub(super) const TABLES: TableStatements = TableStatements {
            $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, \
            $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34, $35, $36, $37, $38, $39, $40, \
            $41, $42, $43, $44, $45, $46, $47, $48, $49, $50)",
+    note_client_uses: "INSERT INTO client_uses (client_id, secret_number, used_us) SELECT \
+                       DISTINCT client_id, secret_number, used_us FROM (VALUES ($1::bytea, \
+                       $2::bigint, $3::bigint), ($4, $5, $6), ($7, $8, $9), ($10, $11, $12), \
+                       ($13, $14, $15), ($16, $17, $18), ($19, $20, $21), ($22, $23, $24), ($25, \
+                       $26, $27), ($28, $29, $30), ($31, $32, $33), ($34, $35, $36), ($37, $38, \
+                       $39), ($40, $41, $42), ($43, $44, $45), ($46, $47, $48), ($49, $50, $51), \
+                       ($52, $53, $54), ($55, $56, $57), ($58, $59, $60)) AS noted (client_id, \
+                       secret_number, used_us) ORDER BY client_id, secret_number ON CONFLICT \
+                       (client_id, secret_number) DO UPDATE SET used_us = excluded.used_us WHERE \
+                       excluded.used_us > client_uses.used_us",
+    uses_of_client: "SELECT secret_number, used_us FROM client_uses WHERE client_id = $1 ORDER \
+                     BY secret_number",
 };

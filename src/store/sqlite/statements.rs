@@ -60,6 +60,11 @@ pub(super) const STATEMENTS: Statements = Statements {
                       token_serial = ?4, sequence = ?5, registered_us = ?6, backup_confirmed_us = ?7, \
                       mac = ?8 WHERE key_id = ?9 AND mac = ?10",
 
+    client: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
+             clients WHERE client_id = ?1",
+    update_client: "UPDATE clients SET revision = ?1, document = ?2, mac = ?3, key_id = ?4, \
+                    updated_us = ?5 WHERE client_id = ?6 AND revision = ?7",
+
     has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
     newest_migration: "SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success",
     durability: "SELECT 'synchronous', CAST(synchronous AS TEXT) FROM pragma_synchronous",

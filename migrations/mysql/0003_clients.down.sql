@@ -1,0 +1,3 @@
+-- Forgets every API client, with its secrets: none of them gets in any more. Nothing else is lost.
+DROP TABLE IF EXISTS client_uses;
+DROP TABLE IF EXISTS clients;

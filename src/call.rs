@@ -12,6 +12,7 @@ use crate::error::{Error, Reason};
 
 pub mod away;
 pub mod caller;
+pub mod under_way;
 
 /// Made by the server for every call; in logs, audit and errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{audit, auth, hsm, limits, server, store};
+use crate::{audit, auth, hsm, limits, rest, server, store};
 
 mod check;
 mod files;
@@ -29,6 +29,9 @@ pub struct Config {
     /// `[rates]`.
     #[serde(default)]
     pub rates: limits::Settings,
+    /// `[rest]`.
+    #[serde(default)]
+    pub rest: rest::Settings,
     /// `[[listener]]`.
     #[serde(rename = "listener", default)]
     pub listeners: Vec<server::ListenerSettings>,

@@ -6,7 +6,7 @@
 //!
 //! | Layer | Modules |
 //! |---|---|
-//! | doors | [`rpc`] |
+//! | doors | [`rpc`], [`rest`] |
 //! | use cases | [`broker`] |
 //! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
 //! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`], [`bitwarden`] |
@@ -28,6 +28,7 @@ pub mod key;
 pub mod limits;
 pub mod principal;
 pub mod proto;
+pub mod rest;
 pub mod rpc;
 pub mod secret;
 pub mod server;

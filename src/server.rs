@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 mod connection;
 mod descriptors;
+mod doors;
 mod handshake;
 mod identify;
 mod listener;

@@ -30,6 +30,7 @@ impl Config {
         self.check_paths(&mut problems);
         self.check_limits(&mut problems);
         problems.extend(self.store.problems());
+        problems.extend(self.rest.problems());
         problems
     }
 

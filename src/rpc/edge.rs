@@ -25,7 +25,7 @@ use tonic::{Code, Status};
 
 use crate::{
     broker::Broker,
-    call::{Call, CallId, Deadline, caller::Caller},
+    call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
     error::{Error, Reason},
 };
 
@@ -160,22 +160,6 @@ fn held(body: Body, what: impl Send + 'static) -> Body {
         let _ = &what;
         frame
     }))
-}
-
-/// Calls under way, counted also when one panics.
-struct UnderWay;
-
-impl UnderWay {
-    fn new() -> Self {
-        metrics::gauge!("keybroker_calls_under_way").increment(1.0);
-        Self
-    }
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        metrics::gauge!("keybroker_calls_under_way").decrement(1.0);
-    }
 }
 
 fn answer(error: &Error, id: CallId) -> Response<Body> {

@@ -33,7 +33,8 @@ use crate::{
 };
 
 use super::{
-    Door, descriptors,
+    descriptors,
+    doors::Doors,
     identify::Identifier,
     listener::{Listener, Shared},
     notify,
@@ -217,28 +218,20 @@ impl Server {
             stop: self.stop_connections.clone(),
             tasks: self.connections.clone(),
         };
+        let doors = Doors {
+            config: &self.config,
+            broker: &self.broker,
+            health: &self.health,
+            calls: &self.connections,
+            stop: &self.stop_connections,
+        };
         for Bound {
             socket,
             settings,
             tls,
         } in bound
         {
-            let services = rpc::Services {
-                user_keys: settings.doors.contains(&Door::Grpc),
-                control: settings.doors.contains(&Door::Admin),
-                reflection: self.config.limits.reflection,
-            };
-            let health = tonic_health::pb::health_server::HealthServer::new(
-                tonic_health::server::HealthService::from_health_reporter(self.health.clone()),
-            );
-            let around = rpc::Surroundings {
-                broker: Arc::clone(&self.broker),
-                call_timeout_max: Duration::from_millis(self.config.limits.call_timeout_max_ms),
-                calls: self.connections.clone(),
-                stop: self.stop_connections.clone(),
-            };
-            let routes = rpc::routes(around, services, health)
-                .map_err(|what| Failure::new(Exit::Internal, what))?;
+            let routes = doors.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
             tracing::info!(%address, doors = ?settings.doors, "listening");

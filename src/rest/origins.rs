@@ -1,0 +1,104 @@
+//! Pages of which origins may ask: those that are configured, compared as text, and no other. Nothing here guards a key, for
+//! which a token is needed; it keeps pages of strangers from asking with the browser of somebody who has one.
+
+use std::time::Duration;
+
+use axum::http::{HeaderName, HeaderValue, Method, header, uri::Uri};
+use tower_http::cors::CorsLayer;
+
+/// For how long a browser need not ask again.
+const PREFLIGHT_KEPT: Duration = Duration::from_hours(1);
+
+/// What clients send: those in TypeScript, and those on the SDK.
+const REQUEST_HEADERS: [HeaderName; 12] = [
+    header::AUTHORIZATION,
+    header::CONTENT_TYPE,
+    header::ACCEPT,
+    header::CACHE_CONTROL,
+    header::PRAGMA,
+    header::USER_AGENT,
+    HeaderName::from_static("device-type"),
+    HeaderName::from_static("device-identifier"),
+    HeaderName::from_static("bitwarden-client-name"),
+    HeaderName::from_static("bitwarden-client-version"),
+    HeaderName::from_static("bitwarden-package-type"),
+    HeaderName::from_static("is-prerelease"),
+];
+
+/// Answers preflights and marks answers; `None` where no page may ask.
+pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
+    let origins: Vec<HeaderValue> = allowed
+        .iter()
+        .filter_map(|origin| HeaderValue::from_str(origin).ok())
+        .collect();
+    if origins.is_empty() {
+        return None;
+    }
+    let layer = CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods([Method::GET, Method::POST, Method::PUT])
+        .allow_headers(REQUEST_HEADERS)
+        .expose_headers([header::RETRY_AFTER])
+        .max_age(PREFLIGHT_KEPT);
+    Some(layer)
+}
+
+/// Whether a browser could send this as `origin`. Apps have schemes of their own.
+pub(super) fn is_origin(text: &str) -> bool {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return false;
+    };
+    let is_scheme = scheme.starts_with(|c: char| c.is_ascii_lowercase())
+        && scheme.bytes().all(|b| {
+            b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'+' | b'-' | b'.')
+        });
+    let is_lower = rest
+        .bytes()
+        .all(|b| b.is_ascii_graphic() && !b.is_ascii_uppercase());
+    // A stand-in scheme: the URI type knows few others.
+    let parsed = format!("https://{rest}").parse::<Uri>().ok();
+    let authority = parsed.as_ref().and_then(Uri::authority);
+    is_scheme
+        && is_lower
+        && !rest.contains(['*', '@'])
+        && authority.is_some_and(|authority| {
+            let has_good_port = authority.host() == rest || authority.port_u16().is_some();
+            authority.as_str() == rest && has_good_port
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_scheme_host_and_port() {
+        for good in [
+            "https://vault.example.org",
+            "https://vault.example.org:8443",
+            "http://localhost:8080",
+            "https://[::1]:8443",
+            "chrome-extension://nngceckbapebfimnlniiiahkandclblb",
+        ] {
+            assert!(is_origin(good), "{good}");
+        }
+        for bad in [
+            "",
+            "*",
+            "null",
+            "vault.example.org",
+            "https://",
+            "https://*.example.org",
+            "https://vault.example.org/",
+            "https://vault.example.org/x",
+            "https://vault.example.org?x",
+            "https://Vault.example.org",
+            "https://ada@vault.example.org",
+            "https://vault.example.org:x",
+            "https://vault.example .org",
+            "HTTPS://vault.example.org",
+        ] {
+            assert!(!is_origin(bad), "{bad}");
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Every door ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that no
-//! path can leave a step out: the record is read with a [`Permit`], which only [`policy`] makes; a [`Released`] key is made
+//! path can leave a step out: the record is read with a [`Permit`], which only [`crate::policy`] makes; a [`Released`] key is made
 //! with a `Durable` entry, which only `journal` makes once the audit log has synced it.
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it runs in a
@@ -31,6 +31,7 @@ use crate::{
     hsm::Token,
     key::{KeyAddress, KeyName, UserId},
     limits::Limits,
+    policy::{Denied, Permit, Policy, Question, Resource},
     principal::{Action, Principal},
     store::Store,
 };
@@ -40,7 +41,7 @@ mod journal;
 mod maintenance;
 mod mutation;
 mod plan;
-pub mod policy;
+
 mod reading;
 mod refusals;
 mod registry;
@@ -59,7 +60,6 @@ pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, RecordView};
 pub use release::Released;
 
-use policy::Permit;
 use refusals::Refusals;
 use registry::Registry;
 use uses::Uses;
@@ -81,11 +81,21 @@ impl UserKeyRef {
             name: self.name.clone(),
         }
     }
+
+    fn resource<'a>(&'a self, principal: &'a Principal) -> Resource<'a> {
+        Resource::UserKey {
+            tenant: principal.tenant(),
+            user: &self.user,
+            name: &self.name,
+        }
+    }
 }
 
 /// What a broker is made of.
 #[derive(Debug)]
 pub struct Parts {
+    /// What decides.
+    pub policy: Arc<Policy>,
     /// Where decisions are recorded.
     pub audit: AuditLog,
     /// Where wrapped keys are kept.
@@ -99,6 +109,7 @@ pub struct Parts {
 /// The use cases over one store, one token and one audit log.
 #[derive(Debug)]
 pub struct Broker {
+    policy: Arc<Policy>,
     audit: AuditLog,
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
@@ -122,6 +133,7 @@ impl Broker {
     /// A broker that refuses every release until [`Broker::load_registry`] has succeeded.
     pub fn new(parts: Parts) -> Arc<Self> {
         Arc::new(Self {
+            policy: parts.policy,
             audit: parts.audit,
             store: parts.store,
             token: parts.token,
@@ -185,20 +197,29 @@ impl Broker {
         error
     }
 
-    /// Whether a principal may do such things at all: for calls of many parts, each of which is asked about again. A refusal
-    /// is recorded.
+    /// Whether a principal may do so with any of the keys: for calls of many parts, each of which is asked about again. Who may
+    /// with none is told once, and costs one entry.
     pub async fn admit(
         &self,
         principal: &Principal,
         call: &Call,
         action: Action,
+        keys: &[UserKeyRef],
     ) -> Result<(), Error> {
         let started = Instant::now();
-        let admitted = self.permit(principal, call, action, None).await.map(drop);
-        if admitted.is_err() {
-            observe(action, call, started.elapsed(), &admitted);
+        let mut refusal = None;
+        for key in keys {
+            match self.ask(principal, call, action, key.resource(principal)) {
+                Ok(_) => return Ok(()),
+                Err(denied) => refusal = refusal.or(Some(denied)),
+            }
         }
-        admitted
+        // Without a key there is nothing to decide, and nothing to release either.
+        let Some(denied) = refusal else { return Ok(()) };
+        let draft = journal::Draft::new(principal, call, action, None);
+        let refused = Err(self.refuse(draft, &denied).await);
+        observe(action, call, started.elapsed(), &refused);
+        refused
     }
 
     /// Asks policy, and records a refusal.
@@ -207,17 +228,40 @@ impl Broker {
         principal: &Principal,
         call: &Call,
         action: Action,
-        key: Option<&UserKeyRef>,
+        resource: Resource<'_>,
     ) -> Result<Permit, Error> {
-        let denied = match policy::decide(principal, action) {
-            Ok(permit) => return Ok(permit),
-            Err(denied) => denied,
-        };
-        let mut draft = journal::Draft::new(principal, call, action, key);
-        draft.policy(denied.policy);
-        let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy));
-        self.record_failure(draft, &error).await?;
-        Err(error)
+        match self.ask(principal, call, action, resource) {
+            Ok(permit) => Ok(permit),
+            Err(denied) => {
+                let draft = journal::Draft::of(principal, call, action, resource);
+                Err(self.refuse(draft, &denied).await)
+            }
+        }
+    }
+
+    fn ask(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        resource: Resource<'_>,
+    ) -> Result<Permit, Denied> {
+        self.policy.decide(&Question {
+            principal,
+            action,
+            resource,
+            call,
+        })
+    }
+
+    /// Records a refusal; an audit log that is away takes precedence.
+    async fn refuse(&self, mut draft: journal::Draft, denied: &Denied) -> Error {
+        draft.policy(denied.policy());
+        let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy()));
+        match self.record_failure(draft, &error).await {
+            Ok(_) => error,
+            Err(audit) => audit,
+        }
     }
 
     fn store_is_up(&self) -> bool {

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{audit, auth, hsm, limits, rest, server, store};
+use crate::{audit, auth, hsm, limits, policy, rest, server, store};
 
 mod check;
 mod files;
@@ -23,6 +23,9 @@ pub struct Config {
     pub audit: audit::Settings,
     /// `[status]`.
     pub status: server::StatusSettings,
+    /// `[policy]`.
+    #[serde(default)]
+    pub policy: policy::Settings,
     /// `[limits]`.
     #[serde(default)]
     pub limits: server::Limits,

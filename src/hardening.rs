@@ -23,11 +23,19 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 /// What nobody may do with such a file of root's. Its group may read it, because root chose who is in it: that is how
 /// systemd's credentials and Kubernetes' secrets reach a user who is not root.
 const OPEN_BEYOND_GROUP: u32 = 0o037;
+/// What nobody else may do with a file that decides something, but may be read by all.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 /// Whether others than its owner, and those whom root lets, can read or change a file that holds a secret.
 pub fn is_open_to_others(meta: &Metadata) -> bool {
     let ours = rustix::process::geteuid().as_raw();
     meta.mode() & forbidden(meta.uid(), ours) != 0
+}
+
+/// Whether others than this user and root can change a file that decides something.
+pub fn is_writable_by_others(meta: &Metadata) -> bool {
+    let ours = rustix::process::geteuid().as_raw();
+    meta.mode() & WRITABLE_BY_OTHERS != 0 || (meta.uid() != ours && meta.uid() != 0)
 }
 
 /// Refuses a file that others can read, or that belongs to neither this user nor root. `secret` is what it holds.

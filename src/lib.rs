@@ -8,6 +8,7 @@
 //! |---|---|
 //! | doors | [`rpc`], [`rest`] |
 //! | use cases | [`broker`] |
+//! | decisions | [`policy`] |
 //! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
 //! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`], [`bitwarden`] |
 //! | wiring | [`cli`], [`config`], [`server`], [`telemetry`] |
@@ -26,6 +27,7 @@ pub mod hardening;
 pub mod hsm;
 pub mod key;
 pub mod limits;
+pub mod policy;
 pub mod principal;
 pub mod proto;
 pub mod rest;

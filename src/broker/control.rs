@@ -6,6 +6,7 @@ use crate::{
     error::{Error, Reason},
     hsm::TokenState,
     key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    policy::Resource,
     principal::{Action, Principal},
 };
 
@@ -124,7 +125,9 @@ impl Broker {
         look: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
         observed(action, call, async {
-            let permit = self.permit(principal, call, action, None).await?;
+            let permit = self
+                .permit(principal, call, action, Resource::Broker)
+                .await?;
             let mut draft = Draft::new(principal, call, action, None);
             draft.policy(permit.policy());
             let found = look.await;

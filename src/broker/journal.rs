@@ -7,6 +7,7 @@ use crate::{
     call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
     key::{RecordId, Revision, UserId, WrappingKeyId},
+    policy::Resource,
     principal::{Action, Principal},
 };
 
@@ -37,8 +38,27 @@ impl Draft {
         Self(entry)
     }
 
-    pub(super) fn policy(&mut self, policy: &'static str) {
-        self.0.policy = Some(policy.into());
+    /// An entry about what policy was asked about.
+    pub(super) fn of(
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        resource: Resource<'_>,
+    ) -> Self {
+        let mut draft = Self::new(principal, call, action, None);
+        match resource {
+            Resource::UserKey { user, name, .. } => {
+                draft.0.user = Some(user.clone());
+                draft.0.key_name = Some(name.clone());
+            }
+            Resource::UserKeys { user, .. } => draft.user(user.cloned()),
+            Resource::Broker => {}
+        }
+        draft
+    }
+
+    pub(super) fn policy(&mut self, policy: &str) {
+        self.0.policy = Some(policy.to_owned().into());
     }
 
     pub(super) fn user(&mut self, user: Option<UserId>) {

@@ -7,12 +7,13 @@ use crate::{
     call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
     key::{KeyAddress, Revision},
+    policy::Permit,
     principal::{Action, Principal},
     secret::KeyMaterial,
     store::{self, RecordInfo, RequestStamp, Stamp},
 };
 
-use super::{Broker, UserKeyRef, journal::Draft, observed, plan::Commit, policy::Permit};
+use super::{Broker, UserKeyRef, journal::Draft, observed, plan::Commit};
 
 /// What a caller wants changed.
 #[derive(Debug)]
@@ -167,7 +168,9 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
-        let permit = self.permit(principal, call, action, Some(key)).await?;
+        let permit = self
+            .permit(principal, call, action, key.resource(principal))
+            .await?;
         let mut draft = Draft::new(principal, call, action, Some(key));
         draft.policy(permit.policy());
         draft.request(*request);

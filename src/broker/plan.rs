@@ -5,6 +5,7 @@ use crate::{
     envelope::{Context, Envelope},
     error::{Error, Reason},
     key::{ID_BYTES, KeyAddress, RecordId, Revision},
+    policy::Permit,
     secret::KeyMaterial,
     store::{NewRevision, RecordInfo, RecordState},
 };
@@ -13,7 +14,6 @@ use super::{
     Broker,
     journal::Draft,
     mutation::{Change, Mutation},
-    policy::Permit,
     within,
 };
 

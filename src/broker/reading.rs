@@ -6,6 +6,7 @@ use crate::{
     call::{Call, Timestamp},
     error::Error,
     key::{KeyName, RecordId, UserId},
+    policy::Resource,
     principal::{Action, Principal},
     store::{ListQuery, PAGE_SIZE_MAX, RecordInfo},
 };
@@ -52,7 +53,9 @@ impl Broker {
         key: &UserKeyRef,
     ) -> Result<RecordView, Error> {
         observed(Action::Get, call, async {
-            let permit = self.permit(principal, call, Action::Get, Some(key)).await?;
+            let permit = self
+                .permit(principal, call, Action::Get, key.resource(principal))
+                .await?;
             let mut draft = Draft::new(principal, call, Action::Get, Some(key));
             draft.policy(permit.policy());
             let address = key.address(principal);
@@ -74,7 +77,11 @@ impl Broker {
         request: ListRequest,
     ) -> Result<ListPage, Error> {
         observed(Action::List, call, async {
-            let permit = self.permit(principal, call, Action::List, None).await?;
+            let resource = Resource::UserKeys {
+                tenant: principal.tenant(),
+                user: request.user.as_ref(),
+            };
+            let permit = self.permit(principal, call, Action::List, resource).await?;
             let mut draft = Draft::new(principal, call, Action::List, None);
             draft.policy(permit.policy());
             draft.user(request.user.clone());

@@ -7,6 +7,7 @@ use crate::{
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
     key::{KeyAddress, RecordId, Revision},
+    policy::Permit,
     principal::{Action, Principal},
     secret::KeyMaterial,
     store::{Record, RecordState},
@@ -15,9 +16,7 @@ use crate::{
 use super::{
     Broker, UserKeyRef,
     journal::{Draft, Durable},
-    observed,
-    policy::Permit,
-    within,
+    observed, within,
 };
 
 /// A user key that may leave the broker: its audit entry is on disk.
@@ -53,7 +52,7 @@ impl Broker {
     ) -> Result<Released, Error> {
         observed(Action::Unwrap, call, async {
             let permit = self
-                .permit(principal, call, Action::Unwrap, Some(key))
+                .permit(principal, call, Action::Unwrap, key.resource(principal))
                 .await?;
             let mut draft = Draft::new(principal, call, Action::Unwrap, Some(key));
             draft.policy(permit.policy());

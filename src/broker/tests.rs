@@ -118,6 +118,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
     let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
     let token = Arc::new(LateToken);
     let broker = Broker::new(Parts {
+        policy: Policy::load(&crate::policy::Settings::default()).unwrap(),
         audit,
         store,
         token,

@@ -8,7 +8,10 @@ use std::{
 
 use rustix::fs::{Access, access};
 
-use crate::hsm::{self, Pin};
+use crate::{
+    hsm::{self, Pin},
+    policy::Problems,
+};
 
 use super::Config;
 
@@ -26,6 +29,9 @@ impl Config {
         }
         problems.extend(self.store.file_problems());
         problems.extend(check_audit(&self.audit.directory).err());
+        if let Err(Problems(more)) = self.policy.check() {
+            problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
+        }
         for listener in &self.listeners {
             let address = listener.address;
             let checked = listener.check_tls();

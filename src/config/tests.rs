@@ -38,6 +38,7 @@ fn is_default(text: &str) -> bool {
         "jwks_file",
         "pem_file",
         "device_claim",
+        "directory",
     ];
     name.chars()
         .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')
@@ -170,6 +171,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "address = \"127.0.0.1:9464\"",
         "address = \"0.0.0.0:9464\"",
         "loopback",
+    ),
+    (
+        "# defaults = true",
+        "defaults = false",
+        "everything would be denied",
+    ),
+    (
+        "# directory = \"/etc/keybroker/policies",
+        "directory = \"policies",
+        "[policy] `directory`",
     ),
     ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
     (

@@ -132,9 +132,13 @@ impl UserKeyService for UserKeys {
         request: Request<proto::BatchUnwrapUserKeysRequest>,
     ) -> Result<Response<proto::BatchUnwrapUserKeysResponse>, Status> {
         let (entered, items) = self.enter(request, Action::Unwrap, check_batch).await?;
-        // Who may unwrap nothing at all is told once, and costs one audit entry.
+        let keys = items
+            .iter()
+            .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
+        let keys: Vec<_> = keys.collect();
+        // Who may unwrap none of them is told once, and costs one audit entry.
         self.broker
-            .admit(&entered.principal, &entered.call, Action::Unwrap)
+            .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await
             .map_err(|error| entered.status(&error))?;
         let one = async |item: &proto::UnwrapUserKeyRequest| {

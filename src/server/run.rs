@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     hsm::{Supervisor, Token},
     limits::Limits,
+    policy::Policy,
     rpc, store,
     store::{Store, StoreLock},
     telemetry,
@@ -139,7 +140,7 @@ struct Server {
 }
 
 impl Server {
-    /// In this order, so that each failure leaves nothing half done: ports, certificates, audit log, database, token,
+    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log, database, token,
     /// registry, then the doors open.
     async fn start(
         config: Config,
@@ -156,6 +157,8 @@ impl Server {
             authenticator: Arc::new(authenticator),
             limits: Arc::clone(&limits),
         };
+        let policy = Policy::load(&config.policy)
+            .map_err(|what| Failure::new(Exit::Configuration, what.to_string()))?;
         let bound = opening::bind_all(&config.listeners).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
@@ -166,6 +169,7 @@ impl Server {
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
+            policy: Arc::clone(&policy),
             audit: audit.clone(),
             store: Arc::clone(&store),
             token,
@@ -197,7 +201,7 @@ impl Server {
         };
         // Nobody is told that it serves before somebody has looked.
         watch::report(&server.broker.health(), &server.health).await;
-        server.look_after(&bound, hangup);
+        server.look_after(&bound, policy, hangup);
         server.serve_status(status_socket, metrics);
         server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {
@@ -259,10 +263,11 @@ impl Server {
     }
 
     /// Starts what runs beside the doors.
-    fn look_after(&self, bound: &[Bound], hangup: Signal) {
+    fn look_after(&self, bound: &[Bound], policy: Arc<Policy>, hangup: Signal) {
         let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
+        let stop = self.stop_background.clone();
         self.background
-            .spawn(watch::tls_files(tls, hangup, self.stop_background.clone()));
+            .spawn(watch::files(tls, policy, hangup, stop));
         self.background
             .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
         self.background.spawn(watch::health(

@@ -1,4 +1,4 @@
-//! What is looked at again and again while the broker serves: health, TLS files, a registry that was not yet verified.
+//! What is looked at again and again while the broker serves: health, TLS files, policies, a registry that was not yet verified.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,13 +11,14 @@ use crate::{
     call::Deadline,
     error::Reason,
     hsm::{Supervisor, Token as _},
+    policy::Policy,
     rpc,
 };
 
 use super::{notify, run::REGISTRY_TIMEOUT, tls::Tls};
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
-const TLS_INTERVAL: Duration = Duration::from_secs(1);
+const FILES_INTERVAL: Duration = Duration::from_secs(1);
 const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) async fn health(broker: Arc<Broker>, reporter: HealthReporter, stop: CancellationToken) {
@@ -56,9 +57,14 @@ pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
     }
 }
 
-/// Looks at the TLS files each second and on SIGHUP.
-pub(super) async fn tls_files(tls: Vec<Arc<Tls>>, mut hangup: Signal, stop: CancellationToken) {
-    let mut ticks = time::interval(TLS_INTERVAL);
+/// Looks at the TLS files and the policies each second and on SIGHUP.
+pub(super) async fn files(
+    tls: Vec<Arc<Tls>>,
+    policy: Arc<Policy>,
+    mut hangup: Signal,
+    stop: CancellationToken,
+) {
+    let mut ticks = time::interval(FILES_INTERVAL);
     loop {
         let asked = tokio::select! {
             () = stop.cancelled() => return,
@@ -66,7 +72,7 @@ pub(super) async fn tls_files(tls: Vec<Arc<Tls>>, mut hangup: Signal, stop: Canc
             _ = ticks.tick() => false,
         };
         if asked {
-            tracing::info!("SIGHUP: looking at the TLS files");
+            tracing::info!("SIGHUP: looking at the TLS files and the policies");
             notify::reloading();
         }
         for one in &tls {
@@ -75,6 +81,11 @@ pub(super) async fn tls_files(tls: Vec<Arc<Tls>>, mut hangup: Signal, stop: Canc
             }
             one.reload();
             one.measure();
+        }
+        // A large set takes its time to be validated: not on an async thread.
+        let policy = Arc::clone(&policy);
+        if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
+            tracing::error!(alarm = "bug", %panic, "the policies were not looked at");
         }
         if asked {
             notify::reloaded();

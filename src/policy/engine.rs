@@ -1,0 +1,115 @@
+//! The decision: every policy is asked, any forbid denies, else any permit allows.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use cedar_policy::{AuthorizationError, Authorizer, Decision, Effect, Response};
+
+use super::{
+    Case, DEFAULT_DENY, UNASKED,
+    set::{Known, Set},
+    vocabulary::{VOCABULARY, Wanted},
+};
+
+/// What was decided, and by which policies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Whether it is allowed.
+    pub allowed: bool,
+    /// The one that is named in the audit log.
+    pub policy: Arc<str>,
+    /// All that decide so, in their order.
+    pub deciding: Vec<Arc<str>>,
+    /// Policies that could not be evaluated, and why.
+    pub errors: Vec<(Arc<str>, String)>,
+}
+
+impl Verdict {
+    pub(super) fn denied(policy: &str) -> Self {
+        Self {
+            allowed: false,
+            policy: policy.into(),
+            deciding: vec![policy.into()],
+            errors: Vec::new(),
+        }
+    }
+}
+
+pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
+    let Some(slice) = set.slice_of(case.action, case.identity.kind) else {
+        return Verdict::denied(UNASKED);
+    };
+    let wanted = Wanted::Mentioned(&slice.words);
+    let asked = match VOCABULARY.ask(case, wanted, None) {
+        Ok(asked) => asked,
+        Err(error) => {
+            tracing::error!(alarm = "bug", action = %case.action, %error, "policy was not asked");
+            return Verdict::denied(UNASKED);
+        }
+    };
+    let response =
+        Authorizer::new().is_authorized(&asked.request, &slice.policies, &asked.entities);
+    verdict(set, &response)
+}
+
+/// The same with every policy and every attribute, whether it can matter or not.
+#[cfg(test)]
+pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
+    let asked = VOCABULARY
+        .ask(case, Wanted::All, None)
+        .expect("a case can be asked");
+    verdict(
+        set,
+        &Authorizer::new().is_authorized(&asked.request, set.policies(), &asked.entities),
+    )
+}
+
+/// Cedar leaves a policy out that it cannot evaluate (an overflow, an attribute of an entity that does not exist). For a permit
+/// that is right: nothing is allowed by it. For a forbid it would open what the forbid is there to close, to whoever finds the
+/// input that breaks it. So a forbid that cannot be evaluated denies.
+fn verdict(set: &Set, response: &Response) -> Verdict {
+    let errors: Vec<(&Known, String)> = response
+        .diagnostics()
+        .errors()
+        .filter_map(|AuthorizationError::PolicyEvaluationError(error)| {
+            Some((set.known(error.policy_id())?, error.inner().to_string()))
+        })
+        .collect();
+    let broken = errors
+        .iter()
+        .map(|(known, _)| *known)
+        .filter(|known| known.effect == Effect::Forbid);
+    let matched = response
+        .diagnostics()
+        .reason()
+        .filter_map(|id| set.known(id));
+    let effect = if response.decision() == Decision::Allow {
+        Effect::Permit
+    } else {
+        Effect::Forbid
+    };
+    let mut deciding: BTreeMap<usize, Arc<str>> = matched
+        .filter(|known| known.effect == effect)
+        .map(|known| (known.place, Arc::clone(&known.id)))
+        .collect();
+    let broken: BTreeMap<usize, Arc<str>> = broken
+        .map(|known| (known.place, Arc::clone(&known.id)))
+        .collect();
+    let allowed = response.decision() == Decision::Allow && broken.is_empty();
+    if !allowed && effect == Effect::Permit {
+        deciding.clear();
+    }
+    deciding.extend(broken);
+    let deciding: Vec<Arc<str>> = deciding.into_values().collect();
+    let named = errors
+        .into_iter()
+        .map(|(known, what)| (Arc::clone(&known.id), what));
+    Verdict {
+        allowed,
+        policy: deciding
+            .first()
+            .cloned()
+            .unwrap_or_else(|| DEFAULT_DENY.into()),
+        deciding,
+        errors: named.collect(),
+    }
+}

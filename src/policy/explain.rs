@@ -1,0 +1,177 @@
+//! Why a decision is what it is, policy by policy.
+//!
+//! Each policy is asked alone, with everything that is known of the case. One that does not apply is taken apart: which part of its
+//! scope does not match, or which condition does not hold.
+
+use std::sync::Arc;
+
+use cedar_policy::{AuthorizationError, Authorizer, Effect, Policy, PolicyId, PolicySet};
+use serde_json::{Value, json};
+
+use super::{
+    Case, Verdict,
+    set::Set,
+    vocabulary::{Asked, VOCABULARY, Wanted},
+};
+
+/// A decision with its reasons.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// What was decided.
+    pub verdict: Verdict,
+    /// All policies in force, in their order; none when a rule above them decided.
+    pub policies: Vec<PolicyView>,
+}
+
+/// What one policy has to say of a case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyView {
+    /// As in the audit log.
+    pub id: Arc<str>,
+    /// "permit" or "forbid".
+    pub effect: &'static str,
+    /// Name of its file.
+    pub file: Arc<str>,
+    /// Whether it is about this action at all.
+    pub is_about: bool,
+    /// Whether it applies.
+    pub applies: Applies,
+}
+
+/// Whether a policy applies to a case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Applies {
+    /// It does.
+    Yes,
+    /// It does not, because of this.
+    No(String),
+    /// It could not be evaluated.
+    Failed(String),
+}
+
+pub(super) fn explain(set: &Set, case: &Case<'_>) -> Vec<PolicyView> {
+    let Ok(asked) = VOCABULARY.ask(case, Wanted::All, None) else {
+        return Vec::new();
+    };
+    set.in_order()
+        .into_iter()
+        .filter_map(|(id, known)| {
+            let policy = set.policies().policy(id)?;
+            Some(PolicyView {
+                id: Arc::clone(&known.id),
+                effect: match known.effect {
+                    Effect::Permit => "permit",
+                    Effect::Forbid => "forbid",
+                },
+                file: Arc::clone(&known.origin),
+                is_about: matches!(ask_part(&asked, policy, "action"), Ok(Answer::Yes)),
+                applies: view(&asked, policy).unwrap_or_else(Applies::Failed),
+            })
+        })
+        .collect()
+}
+
+/// What a policy answers when it is asked alone.
+enum Answer {
+    Yes,
+    No,
+    Failed(String),
+}
+
+fn ask(asked: &Asked, policy: Policy) -> Result<Answer, String> {
+    let alone = PolicySet::from_policies([policy]).map_err(|error| error.to_string())?;
+    let response = Authorizer::new().is_authorized(&asked.request, &alone, &asked.entities);
+    let mut errors = response.diagnostics().errors();
+    if let Some(AuthorizationError::PolicyEvaluationError(error)) = errors.next() {
+        return Ok(Answer::Failed(error.inner().to_string()));
+    }
+    let is_satisfied = response.diagnostics().reason().next().is_some();
+    Ok(if is_satisfied {
+        Answer::Yes
+    } else {
+        Answer::No
+    })
+}
+
+fn view(asked: &Asked, policy: &Policy) -> Result<Applies, String> {
+    match ask(asked, policy.clone())? {
+        Answer::Yes => return Ok(Applies::Yes),
+        Answer::Failed(error) => return Ok(Applies::Failed(error)),
+        Answer::No => {}
+    }
+    let mut others = Vec::new();
+    for part in ["principal", "action", "resource"] {
+        if !matches!(ask_part(asked, policy, part)?, Answer::Yes) {
+            others.push(format!("another {part}"));
+        }
+    }
+    if !others.is_empty() {
+        return Ok(Applies::No(others.join(", ")));
+    }
+    let json = policy.to_json().map_err(|error| error.to_string())?;
+    let clauses = json["conditions"].as_array().cloned().unwrap_or_default();
+    for clause in clauses {
+        let is_when = clause["kind"] == "when";
+        let joint = if is_when { "&&" } else { "||" };
+        // In their order, as they are evaluated: a later one may rest on an earlier one.
+        for part in parts(&clause["body"], joint) {
+            let (answer, text) = ask_condition(asked, part)?;
+            if is_when && !matches!(answer, Answer::Yes) {
+                return Ok(Applies::No(format!("does not hold: {text}")));
+            }
+            if !is_when && matches!(answer, Answer::Yes) {
+                return Ok(Applies::No(format!("unless: {text}")));
+            }
+        }
+    }
+    Ok(Applies::No("a condition does not hold".to_owned()))
+}
+
+/// Whether one part of the scope matches.
+fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, String> {
+    let json = policy.to_json().map_err(|error| error.to_string())?;
+    let mut bare = bare();
+    bare[part] = json[part].clone();
+    ask(asked, from_json(bare)?)
+}
+
+/// Whether one condition holds, and its text.
+fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), String> {
+    let mut bare = bare();
+    bare["conditions"] = json!([{ "kind": "when", "body": condition }]);
+    let policy = from_json(bare)?;
+    let text = policy.to_cedar().unwrap_or_default();
+    let inner = text
+        .split_once('{')
+        .and_then(|(_, rest)| rest.rsplit_once('}'));
+    let inner = inner.map_or(text.as_str(), |(inner, _)| inner);
+    let inner = inner.split_whitespace().collect::<Vec<_>>().join(" ");
+    Ok((ask(asked, policy)?, inner))
+}
+
+/// A policy for everything.
+fn bare() -> Value {
+    json!({
+        "effect": "permit",
+        "principal": { "op": "All" },
+        "action": { "op": "All" },
+        "resource": { "op": "All" },
+        "conditions": [],
+    })
+}
+
+fn from_json(json: Value) -> Result<Policy, String> {
+    Policy::from_json(Some(PolicyId::new("part")), json).map_err(|error| error.to_string())
+}
+
+/// The parts of `a && b && c`, from left to right.
+fn parts<'a>(expression: &'a Value, joint: &str) -> Vec<&'a Value> {
+    match expression.get(joint) {
+        Some(both) => {
+            let mut all = parts(&both["left"], joint);
+            all.extend(parts(&both["right"], joint));
+            all
+        }
+        None => vec![expression],
+    }
+}

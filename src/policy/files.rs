@@ -1,0 +1,142 @@
+//! The operator's files: found, judged and read, within limits.
+
+use std::{
+    fs::{self, File, Metadata},
+    io::Read as _,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+};
+
+use aws_lc_rs::digest;
+use rustix::fs::{StatVfsMountFlags, statvfs};
+
+use crate::hardening;
+
+use super::{
+    Settings,
+    problem::{Problem, Problems},
+};
+
+/// Files at most.
+pub(super) const FILES_MAX: usize = 64;
+/// Longest file, in bytes.
+pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// Longest name of a file, in bytes: it is in the audit log where a policy has no id.
+const NAME_BYTES_MAX: usize = 64;
+const SUFFIX: &str = ".cedar";
+
+/// A file of policies.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+/// The operator's files, sorted by name; none without a directory.
+pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
+    let Some(directory) = &settings.directory else {
+        return Ok(Vec::new());
+    };
+    check_directory(directory)?;
+    let shown = directory.display();
+    let unreadable = |error: std::io::Error| Problem::of(format!("cannot read {shown}: {error}"));
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(unreadable)? {
+        let name = entry.map_err(unreadable)?.file_name();
+        let name = name.to_string_lossy();
+        // Hidden ones are an editor's, or the inside of a mounted ConfigMap.
+        if !name.starts_with('.') && name.ends_with(SUFFIX) {
+            names.push(name.into_owned());
+        }
+        if names.len() > FILES_MAX {
+            let what = format!("{shown} holds more than {FILES_MAX} files {SUFFIX}; join some");
+            return Err(Problem::of(what).into());
+        }
+    }
+    names.sort();
+    let mut problems = Vec::new();
+    let mut sources = Vec::new();
+    for name in names {
+        match read_file(&directory.join(&name), &name) {
+            Ok(text) => sources.push(Source { name, text }),
+            Err(what) => problems.push(Problem::in_file(&name, what)),
+        }
+    }
+    if problems.is_empty() {
+        Ok(sources)
+    } else {
+        Err(Problems(problems))
+    }
+}
+
+/// SHA-256 over names and contents.
+pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for part in sources.iter().flat_map(|one| [&one.name, &one.text]) {
+        context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
+        context.update(part.as_bytes());
+    }
+    let digest = context.finish();
+    digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
+}
+
+/// Whoever may write to the directory may exchange its files. On a file system that is mounted to be read, as Kubernetes
+/// mounts a `ConfigMap`, the mode says nothing.
+fn check_directory(directory: &Path) -> Result<(), Problem> {
+    let shown = directory.display();
+    let meta = fs::metadata(directory).map_err(|error| {
+        Problem::of(format!(
+            "cannot read the directory {shown}: {error}; make it, or mend `[policy] directory`"
+        ))
+    })?;
+    if !meta.is_dir() {
+        return Err(Problem::of(format!(
+            "{shown} is not a directory; mend `[policy] directory`"
+        )));
+    }
+    let is_fixed =
+        statvfs(directory).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY));
+    if is_fixed {
+        return Ok(());
+    }
+    check_writers(&meta, directory).map_err(Problem::of)
+}
+
+fn check_writers(meta: &Metadata, path: &Path) -> Result<(), String> {
+    if !hardening::is_writable_by_others(meta) {
+        return Ok(());
+    }
+    Err(format!(
+        "{shown} has mode {mode:04o} and belongs to user {owner}: others could decide who obtains keys; run `chmod go-w \
+         {shown}` and let it belong to root or to the broker's user",
+        shown = path.display(),
+        mode = meta.mode() & 0o7777,
+        owner = meta.uid(),
+    ))
+}
+
+fn read_file(path: &Path, name: &str) -> Result<String, String> {
+    let stem = name.strip_suffix(SUFFIX).unwrap_or(name);
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if stem.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(is_plain) {
+        return Err(format!(
+            "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
+        ));
+    }
+    let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
+    // Before it is opened: a named pipe would wait for a writer.
+    let meta = fs::metadata(path).map_err(unreadable)?;
+    if !meta.is_file() {
+        return Err("is not a file".to_owned());
+    }
+    check_writers(&meta, path)?;
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(unreadable)?;
+    file.take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > FILE_BYTES_MAX {
+        return Err(format!("has more than {FILE_BYTES_MAX} bytes; split it"));
+    }
+    String::from_utf8(bytes).map_err(|error| format!("is not UTF-8: {error}"))
+}

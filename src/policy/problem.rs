@@ -1,0 +1,84 @@
+//! What is wrong with policies, and where, for a person with an editor.
+
+use std::fmt;
+
+use cedar_policy::ffi::DetailedError;
+
+use super::files::Source;
+
+/// Something that is wrong with a file of policies, or with all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Name of the file.
+    pub file: Option<String>,
+    /// Line and column, from 1.
+    pub place: Option<(usize, usize)>,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl Problem {
+    pub(super) fn of(message: impl Into<String>) -> Self {
+        Self {
+            file: None,
+            place: None,
+            message: message.into(),
+        }
+    }
+
+    pub(super) fn in_file(file: &str, message: impl Into<String>) -> Self {
+        Self {
+            file: Some(file.to_owned()),
+            ..Self::of(message)
+        }
+    }
+
+    /// What Cedar has to say of a source.
+    pub(super) fn from_cedar(source: &Source, error: &DetailedError) -> Self {
+        let help = error.help.as_ref();
+        let help = help.map_or_else(String::new, |help| format!("; {help}"));
+        let message = format!("{}{help}", error.message).replace('\n', " ");
+        let start = error.source_locations.first().map(|label| label.loc.start);
+        Self {
+            place: start.map(|offset| place(&source.text, offset)),
+            ..Self::in_file(&source.name, message)
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.file, self.place) {
+            (Some(file), Some((line, column))) => {
+                write!(f, "{file}, line {line}, column {column}: {}", self.message)
+            }
+            (Some(file), None) => write!(f, "{file}: {}", self.message),
+            (None, _) => f.write_str(&self.message),
+        }
+    }
+}
+
+/// Everything that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl From<Problem> for Problems {
+    fn from(problem: Problem) -> Self {
+        Self(vec![problem])
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&all.join("; "))
+    }
+}
+
+/// Where a byte of a text is, for a person with an editor.
+pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    (line, column)
+}

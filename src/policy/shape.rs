@@ -1,0 +1,105 @@
+//! The shape of a text before it is parsed: how deep it nests, how long its chains are.
+//!
+//! Cedar's parser and validator, and whatever clones or drops what they made, recurse into both without a limit. A file that nests
+//! deep enough would end the process, on a reload too; here it is a mistake like any other.
+
+/// Brackets within brackets, at most.
+const DEPTH_MAX: usize = 32;
+/// Characters of operators in one policy, at most: each may be a level of the tree.
+const OPERATORS_MAX: usize = 1_000;
+/// `if` makes as deep a tree as so many characters.
+const IF_WEIGHT: usize = 4;
+
+/// What is wrong with the shape of a text, and where.
+pub(super) fn problem(text: &str) -> Option<(usize, String)> {
+    let mut shape = Shape::default();
+    let mut rest = text.char_indices().peekable();
+    while let Some((offset, c)) = rest.next() {
+        match c {
+            '"' => {
+                while let Some((_, inner)) = rest.next() {
+                    match inner {
+                        '\\' => drop(rest.next()),
+                        '"' => break,
+                        _ => {}
+                    }
+                }
+            }
+            '/' if rest.peek().is_some_and(|(_, next)| *next == '/') => {
+                for (_, inner) in rest.by_ref() {
+                    if inner == '\n' {
+                        break;
+                    }
+                }
+            }
+            'i' if is_word_if(text, offset) => shape.operators += IF_WEIGHT,
+            _ => shape.take(c),
+        }
+        if shape.depth > DEPTH_MAX {
+            return Some((offset, format!("brackets nest deeper than {DEPTH_MAX}")));
+        }
+        if shape.operators > OPERATORS_MAX {
+            let what = format!(
+                "a policy with more than {OPERATORS_MAX} characters of operators; make two of it"
+            );
+            return Some((offset, what));
+        }
+    }
+    None
+}
+
+#[derive(Default)]
+struct Shape {
+    depth: usize,
+    operators: usize,
+}
+
+impl Shape {
+    fn take(&mut self, c: char) {
+        match c {
+            '[' => {
+                // Also `a["b"]["c"]`, which is a chain.
+                self.depth += 1;
+                self.operators += 1;
+            }
+            '(' | '{' => self.depth += 1,
+            ')' | ']' | '}' => self.depth = self.depth.saturating_sub(1),
+            '&' | '|' | '+' | '-' | '*' | '.' | '!' | '<' | '>' | '=' => self.operators += 1,
+            // A bracket that is left open does not end with a policy: the parser will say so.
+            ';' if self.depth == 0 => self.operators = 0,
+            _ => {}
+        }
+    }
+}
+
+fn is_word_if(text: &str, offset: usize) -> bool {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let (before, here) = text.split_at(offset);
+    here.strip_prefix("if")
+        .is_some_and(|rest| !rest.starts_with(is_word) && !before.ends_with(is_word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depth_and_chains_are_counted_where_they_count() {
+        let nested = |depth: usize| "(".repeat(depth) + &")".repeat(depth);
+        assert_eq!(problem(&nested(DEPTH_MAX)), None);
+        assert_eq!(problem(&nested(DEPTH_MAX + 1)).unwrap().0, DEPTH_MAX);
+        let chain = |length: usize| "a&&".repeat(length / 2);
+        assert_eq!(problem(&chain(OPERATORS_MAX)), None);
+        assert!(problem(&chain(OPERATORS_MAX + 2)).is_some());
+        assert!(problem(&"if a then ".repeat(1 + OPERATORS_MAX / IF_WEIGHT)).is_some());
+        // Neither in strings nor in comments, and each policy by itself.
+        for quiet in [
+            format!("\"{}\\\"{}\"", nested(40).replace(')', ""), "(".repeat(40)),
+            format!("// {}\n", "(".repeat(40)),
+            format!("{};", chain(OPERATORS_MAX)).repeat(3),
+            "iffy ".repeat(OPERATORS_MAX),
+        ] {
+            assert_eq!(problem(&quiet), None, "{quiet}");
+        }
+    }
+}

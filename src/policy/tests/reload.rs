@@ -1,0 +1,100 @@
+//! Files that change, are bad, or are gone, while the broker serves.
+
+use std::fs;
+
+use super::*;
+
+const FORBID: &str = "@id(\"closed\") forbid (principal, action, resource);";
+
+fn decides(policy: &Policy) -> String {
+    unwrap_of_ada(&person("ada"), |case| policy.judge(case))
+        .policy
+        .to_string()
+}
+
+#[test]
+fn a_change_is_taken_over_when_it_was_seen_twice_or_announced() {
+    let (folder, policy) = with_files(&[]).unwrap();
+    assert_eq!(decides(&policy), "own-keys");
+    fs::write(folder.path().join("a.cedar"), FORBID).unwrap();
+    policy.reload(false);
+    assert_eq!(decides(&policy), "own-keys", "it may be half written");
+    policy.reload(false);
+    assert_eq!(decides(&policy), "closed");
+
+    fs::write(folder.path().join("a.cedar"), "").unwrap();
+    policy.reload(true);
+    assert_eq!(decides(&policy), "own-keys");
+}
+
+/// An editor that writes in place leaves an empty file for a moment: a good set, without its forbids.
+#[test]
+fn a_file_that_is_being_written_opens_nothing() {
+    let (folder, policy) = with_files(&[("a.cedar", FORBID)]).unwrap();
+    for text in [
+        "",
+        FORBID,
+        "",
+        "@id(\"new\") forbid (principal, action, resource);",
+    ] {
+        fs::write(folder.path().join("a.cedar"), text).unwrap();
+        policy.reload(false);
+        assert_eq!(decides(&policy), "closed");
+    }
+    policy.reload(false);
+    assert_eq!(decides(&policy), "new");
+}
+
+#[test]
+fn a_bad_or_missing_file_leaves_the_old_policies_in_force() {
+    let other = "@id(\"other\") permit (principal, action, resource);";
+    let (folder, policy) = with_files(&[("a.cedar", FORBID), ("b.cedar", other)]).unwrap();
+    let file = folder.path().join("a.cedar");
+    let unknown = "forbid (principal, action == Keybroker::Action::\"user_key.steal\", resource);";
+    for bad in ["forbid (principal, action, resource)", unknown, "\u{0}"] {
+        fs::write(&file, bad).unwrap();
+        for announced in [false, false, true] {
+            policy.reload(announced);
+            assert_eq!(decides(&policy), "closed", "{bad}");
+        }
+        let refused = policy.watch.lock().unwrap().refused.clone().unwrap();
+        assert!(refused.contains("a.cedar, line 1"), "{refused}");
+    }
+
+    fs::remove_file(&file).unwrap();
+    for announced in [false, false, true] {
+        policy.reload(announced);
+        assert_eq!(decides(&policy), "closed");
+    }
+    let refused = policy.watch.lock().unwrap().refused.clone().unwrap();
+    assert!(refused.contains("a.cedar: is gone"), "{refused}");
+
+    // The whole directory: an unmounted volume.
+    let away = folder.path().with_extension("away");
+    fs::rename(folder.path(), &away).unwrap();
+    policy.reload(true);
+    assert_eq!(decides(&policy), "closed");
+    fs::rename(&away, folder.path()).unwrap();
+
+    // How a file is meant to go.
+    fs::write(&file, "// withdrawn\n").unwrap();
+    policy.reload(true);
+    assert_eq!(decides(&policy), "own-keys");
+    assert_eq!(policy.watch.lock().unwrap().refused, None);
+    fs::remove_file(&file).unwrap();
+    policy.reload(true);
+    assert_eq!(policy.watch.lock().unwrap().refused, None);
+    assert_eq!(decides(&policy), "own-keys");
+}
+
+/// A start is not a reload: what is not good there stops it.
+#[test]
+fn a_start_needs_good_files() {
+    let missing = Settings {
+        directory: Some("/nonexistent/policies".into()),
+        ..Settings::default()
+    };
+    let problems = Policy::load(&missing).unwrap_err().to_string();
+    assert!(problems.contains("[policy] directory"), "{problems}");
+    assert!(with_files(&[("a.cedar", "nonsense")]).is_err());
+}

@@ -1,15 +1,15 @@
-//! Every revision together with its record, whatever is wrong with either.
+//! Every revision together with its record, and every API client, whatever is wrong with them.
 
 use std::sync::Arc;
 
 use crate::{
     call::Timestamp,
-    key::{KeyAddress, RecordId, Revision},
+    key::{ClientId, KeyAddress, RecordId, Revision},
 };
 
 use super::{
-    Error,
-    session::Value,
+    ClientRow, Error, rows,
+    session::{Columns as _, Value},
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
@@ -155,5 +155,41 @@ fn record_of(row: &Row) -> Value {
     match row.key().first() {
         Some(Some(id)) => id.clone(),
         _ => Value::Bytes(Vec::new()),
+    }
+}
+
+/// A row of the API clients.
+#[derive(Clone, Debug)]
+pub struct FoundClient {
+    /// Which; absent for a row whose id is none.
+    pub id: Option<ClientId>,
+    /// All of it, when it decodes.
+    pub row: Result<ClientRow, Error>,
+}
+
+/// Goes through the API clients in the order of their ids. A row is read whole, so a client that changes meanwhile is seen as
+/// it was or as it is.
+#[derive(Debug)]
+pub struct ClientScan {
+    store: Arc<dyn Tables>,
+    clients: Cursor,
+}
+
+impl ClientScan {
+    /// From the beginning.
+    pub fn new(store: Arc<dyn Tables>) -> Self {
+        Self {
+            store,
+            clients: Cursor::new(Table::Clients),
+        }
+    }
+
+    /// What comes next, or nothing at the end.
+    pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
+        let row = self.clients.take(&*self.store).await?;
+        Ok(row.map(|row| FoundClient {
+            id: row.bytes(0).ok().and_then(ClientId::from_slice),
+            row: rows::client(&row),
+        }))
     }
 }

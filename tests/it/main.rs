@@ -42,5 +42,6 @@ mod softhsm;
 mod start_refused;
 mod stopping;
 mod store_check;
+mod stored_clients;
 mod tls;
 mod wire;

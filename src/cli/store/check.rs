@@ -1,4 +1,4 @@
-//! `keybroker store check`: every row of records and revisions, deleted and superseded ones too.
+//! `keybroker store check`: every row of records and revisions, deleted and superseded ones too, and every API client.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use crate::{
     key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState},
     store::{
         self, RegistryRow,
-        scan::Scan,
+        scan::{ClientScan, Scan},
         tables::{Table, Tables},
     },
 };
@@ -33,6 +33,7 @@ const SHOWN_MAX: usize = 1_000;
 pub(super) struct Report {
     pub(super) records: u64,
     pub(super) revisions: u64,
+    pub(super) clients: u64,
     pub(super) bad: u64,
     findings: Vec<Finding>,
 }
@@ -65,8 +66,8 @@ pub(super) async fn scan(
     let registry = store.registry().await?;
     let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
     let mut judge = Judge::new(verifier, registry);
-    let rows = store.count(Table::Revisions).await?;
-    let progress = Progress::new(context.output, "checking revisions", rows);
+    let rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
+    let progress = Progress::new(context.output, "checking rows", rows);
     let mut scan = Scan::new(Arc::clone(store));
     let mut report = Report::default();
     while let Some(found) = scan.next().await? {
@@ -75,14 +76,8 @@ pub(super) async fn scan(
             report.revisions += 1;
             progress.step();
         }
-        if judge.lacks_key_of(&found) {
-            // A running broker may use a key that was registered since we began.
-            let registry = store.registry().await?;
-            if !judge.knows(&registry) {
-                let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-                judge.renew(verifier, registry);
-            }
-        }
+        let key = found.good_revision().map(|row| row.wrapping_key);
+        learn(&mut judge, key, &**store, admin).await?;
         for finding in judge.judge(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -90,7 +85,35 @@ pub(super) async fn scan(
     if let Some(finding) = judge.end() {
         report.add(&**store, finding).await?;
     }
+    let mut scan = ClientScan::new(Arc::clone(store));
+    while let Some(found) = scan.next().await? {
+        report.clients += 1;
+        progress.step();
+        let key = found.row.as_ref().ok().map(|row| row.key);
+        learn(&mut judge, key, &**store, admin).await?;
+        if let Some(finding) = judge.client(&found)? {
+            report.add(&**store, finding).await?;
+        }
+    }
     Ok(report)
+}
+
+/// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
+async fn learn<'a>(
+    judge: &mut Judge<'a>,
+    key: Option<WrappingKeyId>,
+    store: &dyn Tables,
+    admin: &'a Admin,
+) -> Result<(), Failure> {
+    if !judge.lacks(key) {
+        return Ok(());
+    }
+    let registry = store.registry().await?;
+    if !judge.knows(&registry) {
+        let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
+        judge.renew(verifier, registry);
+    }
+    Ok(())
 }
 
 /// The keys that can verify rows. While the registry itself is in doubt no row can be judged.
@@ -137,6 +160,7 @@ impl Report {
         let mut summary = vec![
             ("records", json!(self.records)),
             ("revisions", json!(self.revisions)),
+            ("clients", json!(self.clients)),
             ("bad", json!(self.bad)),
         ];
         if context.output.is_json() {
@@ -161,8 +185,9 @@ impl Report {
             return Ok(());
         }
         let what = format!(
-            "{} bad rows among {} revisions of {} records: whoever needs one of them gets RECORD_DAMAGED",
-            self.bad, self.revisions, self.records
+            "{} bad rows among {} revisions of {} records and {} API clients: whoever needs such a record gets \
+             RECORD_DAMAGED, and such a client is refused",
+            self.bad, self.revisions, self.records, self.clients
         );
         Err(Failure::new(Exit::Verification, what).hint(
             "change nothing yet: compare these rows with a backup (docs/operations.md, `record-damaged`)",
@@ -205,6 +230,7 @@ fn fields(finding: &Finding) -> Vec<Field> {
             json!(address.map(|at| KeyName::as_str(&at.name))),
         ),
         ("revision", json!(finding.revision.map(Revision::get))),
+        ("client_id", json!(finding.client.map(|id| id.to_string()))),
         ("detail", json!(detail)),
     ]
 }

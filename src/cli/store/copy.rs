@@ -157,8 +157,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         )
     })?;
     context.output.note(
-        "both databases are equal, and the token verified every revision and the registry of the copy. Put the new URL into \
-         `store.url`, and let no broker use the old database again: what it wrote since the comparison ended is not in the copy.",
+        "both databases are equal, and the token verified every revision, every API client and the registry of the copy. Put the \
+         new URL into `store.url`, and let no broker use the old database again: what it wrote since the comparison ended is not in the copy.",
     );
     Ok(())
 }

@@ -1,12 +1,13 @@
 //! What is wrong with a row, if anything: the same that a broker would find when somebody wants the key, and more.
 
 use crate::{
+    client_credential::Document,
     envelope::{Context, Envelope, Kind},
     hsm::admin::Verifier,
-    key::{RecordId, Revision, WrappingKeyState},
+    key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
     store::{
-        RegistryRow,
-        scan::Found,
+        ClientRow, RegistryRow,
+        scan::{Found, FoundClient},
         tables::{Head, RevisionRow},
     },
 };
@@ -27,6 +28,8 @@ pub(super) enum Problem {
     WrappingKeyUnknown,
     WrappingKeyDestroyed,
     MacRefused,
+    ClientUnreadable,
+    DocumentUnreadable,
 }
 
 impl Problem {
@@ -44,6 +47,8 @@ impl Problem {
             Self::WrappingKeyUnknown => "wrapping-key-unknown",
             Self::WrappingKeyDestroyed => "wrapping-key-destroyed",
             Self::MacRefused => "mac-refused",
+            Self::ClientUnreadable => "client-unreadable",
+            Self::DocumentUnreadable => "document-unreadable",
         }
     }
 }
@@ -57,6 +62,7 @@ pub(super) struct Finding {
     pub(super) record: Option<RecordId>,
     pub(super) head: Option<Head>,
     pub(super) revision: Option<Revision>,
+    pub(super) client: Option<ClientId>,
 }
 
 impl Finding {
@@ -72,6 +78,24 @@ impl Finding {
             record: Some(row.record),
             head: head.cloned(),
             revision: Some(row.revision),
+            client: None,
+        }
+    }
+
+    /// The revision is that of the document.
+    fn of_client(
+        problem: Problem,
+        detail: impl Into<String>,
+        client: Option<ClientId>,
+        row: Option<&ClientRow>,
+    ) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: None,
+            head: None,
+            revision: row.and_then(|row| Revision::new(row.revision)),
+            client,
         }
     }
 
@@ -82,6 +106,7 @@ impl Finding {
             record: Some(head.id),
             revision: Some(head.revision),
             head: Some(head),
+            client: None,
         }
     }
 
@@ -115,9 +140,8 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// Whether a row names a wrapping key that the registry did not have when it was read.
-    pub(super) fn lacks_key_of(&self, found: &Found) -> bool {
-        let key = found.good_revision().map(|row| row.wrapping_key);
+    /// Whether the wrapping key that a row names is one that the registry did not have when it was read.
+    pub(super) fn lacks(&self, key: Option<WrappingKeyId>) -> bool {
         key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
     }
 
@@ -145,6 +169,7 @@ impl<'a> Judge<'a> {
                     record: found.good_revision().map(|row| row.record),
                     head: None,
                     revision: None,
+                    client: None,
                 });
             }
         }
@@ -156,6 +181,7 @@ impl<'a> Judge<'a> {
                 record: found.good_head().map(|head| head.id),
                 head: found.good_head().cloned(),
                 revision: None,
+                client: None,
             }),
             Some(Ok(row)) => findings.extend(self.revision(found, row)?),
         }
@@ -201,12 +227,8 @@ impl<'a> Judge<'a> {
             let detail = format!("{key} in the envelope, {} beside it", row.wrapping_key);
             return bad(Problem::WrappingKeyDiffers, detail);
         }
-        match self.registry.iter().find(|known| known.id == key) {
-            None => return bad(Problem::WrappingKeyUnknown, key.to_string()),
-            Some(known) if known.state == WrappingKeyState::Destroyed => {
-                return bad(Problem::WrappingKeyDestroyed, key.to_string());
-            }
-            Some(_) => {}
+        if let Some(problem) = self.unusable(key) {
+            return bad(problem, key.to_string());
         }
         let context = Context::Record {
             address: &head.address,
@@ -218,6 +240,49 @@ impl<'a> Judge<'a> {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
+    }
+
+    /// What is wrong with an API client.
+    pub(super) fn client(&mut self, found: &FoundClient) -> Result<Option<Finding>, Failure> {
+        let row = match &found.row {
+            Ok(row) => row,
+            Err(error) => {
+                let (problem, detail) = (Problem::ClientUnreadable, error.to_string());
+                return Ok(Some(Finding::of_client(problem, detail, found.id, None)));
+            }
+        };
+        let bad = |problem, detail: String| {
+            Ok(Some(Finding::of_client(
+                problem,
+                detail,
+                found.id,
+                Some(row),
+            )))
+        };
+        if Document::from_bytes(&row.document).is_none() {
+            return bad(Problem::DocumentUnreadable, String::new());
+        }
+        if let Some(problem) = self.unusable(row.key) {
+            return bad(problem, row.key.to_string());
+        }
+        if self
+            .verifier
+            .verify(row.key, &row.mac_message(), &row.mac)?
+        {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused, String::new())
+    }
+
+    /// Why no MAC of a wrapping key's binding key can be verified.
+    fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
+        match self.registry.iter().find(|known| known.id == key) {
+            None => Some(Problem::WrappingKeyUnknown),
+            Some(known) if known.state == WrappingKeyState::Destroyed => {
+                Some(Problem::WrappingKeyDestroyed)
+            }
+            Some(_) => None,
+        }
     }
 }
 
@@ -247,6 +312,8 @@ mod tests {
             Problem::WrappingKeyUnknown,
             Problem::WrappingKeyDestroyed,
             Problem::MacRefused,
+            Problem::ClientUnreadable,
+            Problem::DocumentUnreadable,
         ];
         assert_eq!(documented, problems.map(Problem::as_str));
     }

@@ -26,6 +26,7 @@ pub mod client_secret;
 mod header;
 pub mod issuer;
 mod jwks;
+pub mod spiffe;
 pub mod token;
 
 pub use certificate::PeerCertificate;
@@ -63,6 +64,14 @@ impl Settings {
         if san.len() > NAME_BYTES_MAX {
             return Some(format!(
                 "a principal's `san` has more than {NAME_BYTES_MAX} bytes"
+            ));
+        }
+        if let Some(uri) = san.strip_prefix("URI:")
+            && spiffe::is_claimed(uri)
+            && let Err(problem) = spiffe::trust_domain(uri)
+        {
+            return Some(format!(
+                "principal {san:?} {problem}, and that is no SPIFFE id"
             ));
         }
         let problem = self.grant().problem()?;
@@ -238,7 +247,7 @@ mod tests {
     fn nobody_several_and_nothing_are_refused_alike() {
         let cases = [
             Some(certificate(&["URI:spiffe://example.org/other"])),
-            Some(certificate(&["URI:spiffe://example.org/app/"])),
+            Some(certificate(&["URI:spiffe://example.org/app2"])),
             Some(certificate(&[])),
             Some(certificate(&[
                 "URI:spiffe://example.org/app",

@@ -1,6 +1,6 @@
 //! Wiring of `keybroker serve`: listeners, limits, start and stop.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,11 @@ pub struct TlsSettings {
     pub key_file: PathBuf,
     /// CA certificates that client certificates must chain to.
     pub client_ca_file: Option<PathBuf>,
+    /// Revocation lists of those CAs; without it nobody is asked whether a certificate was taken back.
+    pub client_crl_file: Option<PathBuf>,
+    /// Trust domains of SPIFFE ids that are accepted here; empty: any.
+    #[serde(default)]
+    pub trust_domains: BTreeSet<String>,
 }
 
 /// One `[[listener]]` of the configuration.

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
 use crate::{
-    auth::issuer,
+    auth::{issuer, spiffe},
     hsm::gate,
     key::KeyName,
     limits::{RATE_MAX, RELEASED_USERS_MAX},
@@ -285,10 +285,25 @@ fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: 
              without it nobody could be recognised"
         ));
     }
+    let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
+    if listener.client_certificates == ClientCertificates::None && narrows {
+        problems.push(format!(
+            "[[listener]] {address}: `client_crl_file` and `trust_domains` are about client certificates, and none is asked \
+             for; take them out, or set `client_certificates`"
+        ));
+    }
+    for domain in &tls.trust_domains {
+        if let Err(problem) = spiffe::check_trust_domain(domain) {
+            problems.push(format!(
+                "[[listener]] {address}: `trust_domains` has {domain:?}, which {problem}"
+            ));
+        }
+    }
     let files = [
         Some(&tls.certificate_file),
         Some(&tls.key_file),
         tls.client_ca_file.as_ref(),
+        tls.client_crl_file.as_ref(),
     ];
     for path in files.into_iter().flatten() {
         if !path.is_absolute() {

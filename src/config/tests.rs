@@ -31,6 +31,7 @@ fn is_default(text: &str) -> bool {
         "password_file",
         "password_variable",
         "ca_file",
+        "client_crl_file",
         "plaintext",
         "profile",
         "discovery_url",
@@ -221,6 +222,21 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "allow_http = true",
     ),
     ("# leeway_s = 30", "leeway_s = 3000", "0 to 300"),
+    (
+        "# client_crl_file = \"/",
+        "client_crl_file = \"",
+        "absolute path",
+    ),
+    (
+        "# trust_domains = []",
+        "trust_domains = [\"Example.org\"]",
+        "\"Example.org\"",
+    ),
+    (
+        "spiffe://example.org/vault",
+        "spiffe://example.org/vault/",
+        "no SPIFFE id",
+    ),
 ];
 
 /// A password that was written where it does not belong is in no message, and in nothing that is shown.

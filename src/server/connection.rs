@@ -163,6 +163,13 @@ impl Connection {
     fn link(&self, leaf: Option<&CertificateDer<'_>>) -> Link {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
+                .and_then(|certificate| {
+                    let tls = self.tls.as_ref();
+                    tls.map_or(Ok(()), |tls| {
+                        certificate.check_trust_domain(tls.trust_domains())
+                    })?;
+                    Ok(certificate)
+                })
                 .inspect_err(|error| tracing::info!(peer = %self.peer, error, "client certificate"))
                 .ok()
         });

@@ -55,9 +55,13 @@ impl Refused {
     /// What the audit log says of it; silence says nothing, and a probe of the port is no refusal.
     pub(super) fn reason(&self) -> Option<Reason> {
         match self.cause() {
-            "no_certificate" | "expired" | "unknown_ca" | "bad_certificate" => {
-                Some(Reason::Credential)
-            }
+            "no_certificate"
+            | "expired"
+            | "unknown_ca"
+            | "bad_certificate"
+            | "revoked"
+            | "revocation_unknown"
+            | "revocation_list_ended" => Some(Reason::Credential),
             "timeout" | "closed" | "alert" => None,
             _ => Some(Reason::Request),
         }
@@ -86,6 +90,10 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
     match why {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
         CertificateError::UnknownIssuer => "unknown_ca",
+        CertificateError::Revoked => "revoked",
+        CertificateError::UnknownRevocationStatus => "revocation_unknown",
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => "revocation_list_ended",
         _ => "bad_certificate",
     }
 }

@@ -4,6 +4,7 @@
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::MetadataExt as _,
     path::Path,
@@ -25,7 +26,14 @@ use crate::{call::Timestamp, hardening};
 
 use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
+mod revocation;
+#[cfg(test)]
+mod tests;
+
+use revocation::{Age, Life, Lists};
+
 const SECONDS_PER_DAY: i64 = 86_400;
+const SECONDS_PER_HOUR: i64 = 3_600;
 /// A certificate with less than this left is worth a warning.
 const WARN_DAYS: i64 = 30;
 
@@ -35,9 +43,11 @@ pub(super) struct Accepting {
     pub(super) config: Arc<ServerConfig>,
     /// Cancelled when the trust in clients has changed: a revoked client must not keep its connection.
     pub(super) outdated: CancellationToken,
-    /// SHA-256 of the files: of all of them, and of the client CAs alone.
+    /// SHA-256 of the files, and of what decides about clients: their CAs, and who is revoked.
     files: [u8; 32],
-    client_ca: [u8; 32],
+    trust: [u8; 32],
+    /// Of the revocation lists.
+    lists: Option<Life>,
     /// Last second of the certificate, since 1970.
     until: i64,
 }
@@ -52,12 +62,15 @@ pub(super) struct Tls {
     current: ArcSwap<Accepting>,
     /// What the last reload failed with, so that it is reported once and not each second.
     refused: Mutex<Option<String>>,
+    /// What was last said of the age of the revocation lists.
+    age: Mutex<Option<Age>>,
 }
 
 struct Files {
     chain: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
     client_ca: Vec<u8>,
+    client_crl: Option<Vec<u8>>,
 }
 
 impl Tls {
@@ -79,6 +92,7 @@ impl Tls {
             protocols,
             current: ArcSwap::from_pointee(accepting),
             refused: Mutex::default(),
+            age: Mutex::default(),
         })
     }
 
@@ -86,7 +100,13 @@ impl Tls {
         self.current.load_full()
     }
 
-    /// Takes over changed files. Connections go on; those of clients that an old CA vouched for are asked to leave.
+    /// Trust domains of SPIFFE ids that are accepted; empty: any.
+    pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
+        &self.settings.trust_domains
+    }
+
+    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
+    /// who is still trusted comes back.
     pub(super) fn reload(&self) {
         let shown = self.settings.certificate_file.display();
         let outcome = self.try_reload();
@@ -114,7 +134,36 @@ impl Tls {
 
     /// Says again how long the certificate in use is valid: time goes on while it serves.
     pub(super) fn measure(&self) {
-        note_days_left(self.current().until, &self.settings.certificate_file);
+        let current = self.current();
+        note_days_left(current.until, &self.settings.certificate_file);
+        if let (Some(life), Some(path)) = (current.lists, &self.settings.client_crl_file) {
+            self.note_age(life, path);
+        }
+    }
+
+    fn note_age(&self, life: Life, path: &Path) {
+        let now = Timestamp::now().micros() / 1_000_000;
+        let shown = path.display().to_string();
+        let hours = (life.until - now).div_euclid(SECONDS_PER_HOUR);
+        metrics::gauge!("keybroker_client_crl_hours_left", "file" => shown.clone())
+            .set(f64::from(i32::try_from(hours).unwrap_or(i32::MAX)));
+        let age = life.age(now);
+        let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
+        if *said == Some(age) {
+            return;
+        }
+        match age {
+            Age::Good => {}
+            Age::Late => tracing::error!(
+                alarm = "client-crl", file = %shown, hours_left = hours,
+                "a revocation list ends soon, and there is no newer one; then no client certificate is accepted"
+            ),
+            Age::Over => tracing::error!(
+                alarm = "client-crl", file = %shown,
+                "a revocation list has ended: its authority's clients are refused until there is a newer one"
+            ),
+        }
+        *said = Some(age);
     }
 
     fn try_reload(&self) -> Result<bool, String> {
@@ -123,8 +172,12 @@ impl Tls {
         if files.digest() == current.files {
             return Ok(false);
         }
-        let next = files.build(&self.settings, self.clients, &self.protocols)?;
-        let trust_changed = next.client_ca != current.client_ca;
+        let mut next = files.build(&self.settings, self.clients, &self.protocols)?;
+        let trust_changed = next.trust != current.trust;
+        if !trust_changed {
+            // Who was accepted before is to be told when it changes next.
+            next.outdated = current.outdated.clone();
+        }
         self.current.store(Arc::new(next));
         if trust_changed {
             current.outdated.cancel();
@@ -146,8 +199,15 @@ impl Files {
                 );
             }
         };
+        let client_crl = match (&settings.client_crl_file, clients) {
+            (Some(path), ClientCertificates::Required | ClientCertificates::Optional) => {
+                Some(read(path)?)
+            }
+            _ => None,
+        };
         check_mode(&settings.key_file)?;
         Ok(Self {
+            client_crl,
             chain: read(&settings.certificate_file)?,
             key: Zeroizing::new(read(&settings.key_file)?),
             client_ca,
@@ -156,7 +216,8 @@ impl Files {
 
     fn digest(&self) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
-        for part in [&self.chain, &*self.key, &self.client_ca] {
+        let lists = self.client_crl.as_deref().unwrap_or_default();
+        for part in [&self.chain, &*self.key, &self.client_ca, lists] {
             context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
             context.update(part);
         }
@@ -185,8 +246,11 @@ impl Files {
                 settings.key_file.display()
             )
         })?;
+        let lists = self.lists(settings)?;
+        let trust = self.trust(lists.as_ref());
+        let life = lists.as_ref().map(|lists| lists.life);
         let builder = ServerConfig::builder();
-        let builder = match self.verifier(settings, clients)? {
+        let builder = match self.verifier(settings, clients, lists)? {
             Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
         };
@@ -205,14 +269,43 @@ impl Files {
             outdated: CancellationToken::new(),
             until,
             files: self.digest(),
-            client_ca: to_array(digest::digest(&digest::SHA256, &self.client_ca).as_ref()),
+            trust,
+            lists: life,
         })
+    }
+
+    /// The revocation lists, if there are to be any.
+    fn lists(&self, settings: &TlsSettings) -> Result<Option<Lists>, String> {
+        let (Some(pem), Some(path)) = (&self.client_crl, &settings.client_crl_file) else {
+            return Ok(None);
+        };
+        let shown = path.display();
+        Lists::read(pem, &self.authorities(settings)?)
+            .map(Some)
+            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+    }
+
+    fn trust(&self, lists: Option<&Lists>) -> [u8; 32] {
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(digest::digest(&digest::SHA256, &self.client_ca).as_ref());
+        if let Some(lists) = lists {
+            context.update(&lists.revoked);
+        }
+        to_array(context.finish().as_ref())
+    }
+
+    fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, String> {
+        let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
+        CertificateDer::pem_slice_iter(&self.client_ca)
+            .collect::<Result<_, _>>()
+            .map_err(|error| format!("{} is not a PEM certificate file: {error}", path.display()))
     }
 
     fn verifier(
         &self,
         settings: &TlsSettings,
         clients: ClientCertificates,
+        lists: Option<Lists>,
     ) -> Result<Option<Arc<dyn ClientCertVerifier>>, String> {
         if clients == ClientCertificates::None {
             return Ok(None);
@@ -220,22 +313,22 @@ impl Files {
         let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
         let shown = path.display();
         let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(&self.client_ca) {
-            let certificate = certificate
-                .map_err(|error| format!("{shown} is not a PEM certificate file: {error}"))?;
+        for certificate in self.authorities(settings)? {
             roots
                 .add(certificate)
                 .map_err(|error| format!("{shown} holds a certificate that is no CA: {error}"))?;
         }
-        let builder = WebPkiClientVerifier::builder(Arc::new(roots));
-        let builder = if clients == ClientCertificates::Optional {
-            builder.allow_unauthenticated()
-        } else {
-            builder
-        };
+        let mut builder = WebPkiClientVerifier::builder(Arc::new(roots));
+        if clients == ClientCertificates::Optional {
+            builder = builder.allow_unauthenticated();
+        }
+        if let Some(Lists { ders, .. }) = lists {
+            // The whole chain is looked up, and what no list says is refused: both are the defaults.
+            builder = builder.with_crls(ders).enforce_revocation_expiration();
+        }
         let verifier = builder
             .build()
-            .map_err(|error| format!("{shown} holds no usable CA certificate: {error}"))?;
+            .map_err(|error| format!("{shown} and its revocation lists are not usable: {error}"))?;
         Ok(Some(verifier))
     }
 }

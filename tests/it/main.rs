@@ -31,6 +31,7 @@ mod purge;
 mod rates;
 mod recovery;
 mod retries;
+mod revocation;
 mod rolling_restart;
 mod rows;
 #[allow(dead_code, reason = "the tests of the store use the rest")]

@@ -6,10 +6,14 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    SanType, SerialNumber, date_time_ymd,
 };
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tempfile::TempDir;
+use time::{Duration, OffsetDateTime};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::softhsm::write_private;
 
@@ -90,6 +94,32 @@ impl Pki {
         self.write("server", &parameters, &self.authority);
     }
 
+    /// Writes the CA's list of revoked certificates: those clients', and no other. It ends so many seconds from now.
+    pub(crate) fn revoke(&self, clients: &[&str], ends_in_s: i64) {
+        let now = OffsetDateTime::now_utc();
+        let revoked = clients.iter().map(|client| RevokedCertParams {
+            serial_number: serial(&self.certificate_file(client)),
+            revocation_time: now,
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: now - Duration::days(1),
+            next_update: now + Duration::seconds(ends_in_s),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let pem = list.signed_by(&self.authority).unwrap().pem().unwrap();
+        replace(&self.crl_file(), &pem);
+    }
+
+    /// The CA's list of revoked certificates.
+    pub(crate) fn crl_file(&self) -> PathBuf {
+        self.folder.path().join("revoked.pem")
+    }
+
     /// The CA that servers and clients trust.
     pub(crate) fn ca_file(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
@@ -118,6 +148,12 @@ fn replace(path: &Path, text: &str) {
     let fresh = path.with_extension("new");
     write_private(&fresh, text);
     fs::rename(fresh, path).unwrap();
+}
+
+fn serial(path: &Path) -> SerialNumber {
+    let der = CertificateDer::from_pem_file(path).unwrap();
+    let (_, certificate) = X509Certificate::from_der(&der).unwrap();
+    SerialNumber::from_slice(certificate.raw_serial())
 }
 
 fn authority(name: &str) -> Issuer {

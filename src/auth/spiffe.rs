@@ -1,0 +1,105 @@
+//! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
+//!
+//! Ids are compared bytewise, so an id has one way to be written: whatever another party might read as the same id is refused.
+//!
+//! Mitigation: M2 of `THREAT_MODEL.md`.
+
+/// Longest trust domain, in bytes.
+const TRUST_DOMAIN_BYTES_MAX: usize = 255;
+/// Longest id, in bytes.
+const ID_BYTES_MAX: usize = 2_048;
+const SCHEME: &str = "spiffe://";
+
+/// Whether a URI claims to be a SPIFFE id, well formed or not.
+pub fn is_claimed(uri: &str) -> bool {
+    let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe"))
+}
+
+/// The trust domain of an id that a workload can have.
+pub fn trust_domain(id: &str) -> Result<&str, String> {
+    if id.len() > ID_BYTES_MAX {
+        return Err(format!("has more than {ID_BYTES_MAX} bytes"));
+    }
+    let Some(rest) = id.strip_prefix(SCHEME) else {
+        return Err(format!("does not begin with {SCHEME:?}, in lower case"));
+    };
+    let Some((domain, path)) = rest.split_once('/') else {
+        return Err("has no path, so it names a trust domain and no workload".to_owned());
+    };
+    check_trust_domain(domain)?;
+    for segment in path.split('/') {
+        if segment.is_empty() {
+            return Err("has an empty path, a double slash or a slash at its end".to_owned());
+        }
+        if matches!(segment, "." | "..") {
+            return Err("has a `.` or `..` in its path".to_owned());
+        }
+        if !segment
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        {
+            return Err("has other characters in its path than [a-zA-Z0-9._-] and /".to_owned());
+        }
+    }
+    Ok(domain)
+}
+
+/// What a trust domain must be: no port, no user, no capitals.
+pub fn check_trust_domain(domain: &str) -> Result<(), String> {
+    let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
+        && domain
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
+    if is_good {
+        Ok(())
+    } else {
+        Err(format!(
+            "has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_have_one_way_to_be_written() {
+        for (id, domain) in [
+            ("spiffe://example.org/vault", "example.org"),
+            (
+                "spiffe://prod.example_1-x/ns/Apps/sa/v1.0",
+                "prod.example_1-x",
+            ),
+        ] {
+            assert_eq!(trust_domain(id), Ok(domain));
+        }
+        let long = format!("spiffe://example.org/{}", "x".repeat(ID_BYTES_MAX));
+        let long_domain = format!("spiffe://{}/x", "x".repeat(256));
+        for bad in [
+            "SPIFFE://example.org/x",
+            "spiffe:example.org/x",
+            "spiffe://example.org",
+            "spiffe://example.org/",
+            "spiffe:///x",
+            "spiffe://Example.org/x",
+            "spiffe://example.org:443/x",
+            "spiffe://user@example.org/x",
+            "spiffe://example.org//x",
+            "spiffe://example.org/x/",
+            "spiffe://example.org/./x",
+            "spiffe://example.org/a/../x",
+            "spiffe://example.org/%61",
+            "spiffe://example.org/x?y",
+            "spiffe://example.org/x#y",
+            "spiffe://example.org/ü",
+            &long,
+            &long_domain,
+        ] {
+            assert!(is_claimed(bad), "{bad}");
+            assert!(trust_domain(bad).is_err(), "{bad}");
+        }
+        assert!(!is_claimed("https://example.org/spiffe"));
+    }
+}

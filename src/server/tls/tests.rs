@@ -1,0 +1,220 @@
+//! Files of a listener that change, and lists of revoked certificates that must not be taken over.
+
+use std::{fs, path::PathBuf};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    IsCa, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber,
+};
+use time::{Duration, OffsetDateTime};
+
+use super::*;
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+fn authority(name: &str, algorithm: &'static rcgen::SignatureAlgorithm) -> Authority {
+    let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+    parameters.distinguished_name.push(DnType::CommonName, name);
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = KeyPair::generate_for(algorithm).unwrap();
+    CertifiedIssuer::self_signed(parameters, key).unwrap()
+}
+
+/// A list of that authority, in PEM, from and until so many hours from now.
+fn list(authority: &Authority, revoked: &[u64], from: i64, until: i64) -> String {
+    let now = OffsetDateTime::now_utc();
+    let revoked_certs = revoked.iter().map(|serial| RevokedCertParams {
+        serial_number: SerialNumber::from(*serial),
+        revocation_time: now - Duration::days(9),
+        reason_code: None,
+        invalidity_date: None,
+    });
+    let parameters = CertificateRevocationListParams {
+        this_update: now + Duration::hours(from),
+        next_update: now + Duration::hours(until),
+        crl_number: SerialNumber::from(1_u64),
+        issuing_distribution_point: None,
+        revoked_certs: revoked_certs.collect(),
+        key_identifier_method: rcgen::KeyIdMethod::Sha256,
+    };
+    parameters.signed_by(authority).unwrap().pem().unwrap()
+}
+
+fn read(pem: &str, authorities: &[&Authority]) -> Result<Lists, String> {
+    let ders: Vec<CertificateDer<'static>> = authorities
+        .iter()
+        .map(|authority| authority.der().clone())
+        .collect();
+    Lists::read(pem.as_bytes(), &ders)
+}
+
+#[test]
+fn lists_of_each_kind_of_key_are_verified() {
+    for algorithm in [
+        &rcgen::PKCS_ECDSA_P256_SHA256,
+        &rcgen::PKCS_ECDSA_P384_SHA384,
+        &rcgen::PKCS_ED25519,
+        &rcgen::PKCS_RSA_SHA256,
+    ] {
+        let ca = authority("CA", algorithm);
+        assert!(
+            read(&list(&ca, &[7], -1, 24), &[&ca]).is_ok(),
+            "{algorithm:?}"
+        );
+    }
+}
+
+#[test]
+fn a_list_that_proves_nothing_is_not_taken_over() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let namesake = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let good = list(&ca, &[], -1, 24);
+    for (pem, authorities, words) in [
+        (String::new(), vec![&ca], "no list of"),
+        ("nonsense".to_owned(), vec![&ca], "no list of"),
+        (good.replace("\nMI", "\nMA"), vec![&ca], "does not parse"),
+        (list(&other, &[], -1, 24), vec![&ca], "no list of"),
+        (list(&namesake, &[], -1, 24), vec![&ca], "not signed by it"),
+        (good.clone(), vec![&ca, &other], "no list of"),
+        (list(&ca, &[], -2, -1), vec![&ca], "ended on"),
+        (list(&ca, &[], 1, 24), vec![&ca], "not valid before"),
+        (
+            format!("{good}{}", list(&other, &[], -2, -1)),
+            vec![&ca, &other],
+            "ended on",
+        ),
+    ] {
+        let problem = read(&pem, &authorities).unwrap_err();
+        assert!(problem.contains(words), "{words}: {problem}");
+    }
+    let both = format!("{good}{}", list(&other, &[], -1, 24));
+    assert_eq!(read(&both, &[&ca, &other]).unwrap().ders.len(), 2);
+}
+
+#[test]
+fn of_two_lists_the_newest_counts() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let (old, new) = (list(&ca, &[], -9, 24), list(&ca, &[7], -1, 24));
+    for pem in [format!("{old}{new}"), format!("{new}{old}")] {
+        let lists = read(&pem, &[&ca]).unwrap();
+        let newest =
+            rustls_pki_types::CertificateRevocationListDer::from_pem_slice(new.as_bytes()).unwrap();
+        assert_eq!(lists.ders[0], newest);
+    }
+}
+
+#[test]
+fn a_list_is_late_in_the_last_part_of_its_life() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let life = read(&list(&ca, &[], -1, 7), &[&ca]).unwrap().life;
+    let hour = 3_600;
+    assert_eq!(life.age(life.until - 3 * hour), Age::Good);
+    assert_eq!(life.age(life.until - hour), Age::Late);
+    assert_eq!(life.age(life.until + 1), Age::Over);
+}
+
+/// A listener's files in a folder of their own.
+struct Site {
+    folder: tempfile::TempDir,
+    ca: Authority,
+}
+
+impl Site {
+    fn fresh() -> Self {
+        rustls::crypto::aws_lc_rs::default_provider()
+            .install_default()
+            .ok();
+        let site = Self {
+            folder: tempfile::tempdir().unwrap(),
+            ca: authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256),
+        };
+        site.write("ca", &site.ca.pem());
+        site.renew_server();
+        site
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::write(self.path(name), text).unwrap();
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
+    fn renew_server(&self) {
+        let key = KeyPair::generate().unwrap();
+        let parameters = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        self.write("server", &parameters.self_signed(&key).unwrap().pem());
+        self.write("key", &key.serialize_pem());
+    }
+
+    fn load(&self) -> Tls {
+        let settings = TlsSettings {
+            certificate_file: self.path("server"),
+            key_file: self.path("key"),
+            client_ca_file: Some(self.path("ca")),
+            client_crl_file: Some(self.path("crl")),
+            trust_domains: BTreeSet::new(),
+        };
+        Tls::load(settings, ClientCertificates::Required, false).unwrap()
+    }
+}
+
+#[test]
+fn only_a_change_of_trust_ends_connections() {
+    let site = Site::fresh();
+    site.write("crl", &list(&site.ca, &[7], -2, 24));
+    let tls = site.load();
+    let first = tls.current();
+
+    site.write("crl", &list(&site.ca, &[7], -1, 48));
+    tls.reload();
+    assert!(!Arc::ptr_eq(&first, &tls.current()), "taken over");
+    assert!(
+        !first.outdated.is_cancelled(),
+        "a list made anew revokes nobody"
+    );
+
+    site.renew_server();
+    tls.reload();
+    assert!(!first.outdated.is_cancelled());
+
+    // A connection from before the last two reloads must go as well.
+    site.write("crl", &list(&site.ca, &[7, 8], -1, 48));
+    tls.reload();
+    assert!(first.outdated.is_cancelled());
+    assert!(!tls.current().outdated.is_cancelled());
+}
+
+#[test]
+fn a_bad_list_leaves_the_old_one_in_use() {
+    let site = Site::fresh();
+    site.write("crl", &list(&site.ca, &[7], -2, 24));
+    let tls = site.load();
+    let first = tls.current();
+    let stranger = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    for bad in [
+        String::new(),
+        list(&stranger, &[], -1, 24),
+        list(&site.ca, &[], -2, -1),
+    ] {
+        site.write("crl", &bad);
+        tls.reload();
+        assert!(Arc::ptr_eq(&first, &tls.current()));
+        assert!(
+            tls.refused
+                .lock()
+                .unwrap()
+                .as_ref()
+                .unwrap()
+                .contains("client_crl_file")
+        );
+    }
+    site.write("crl", &list(&site.ca, &[], -1, 24));
+    tls.reload();
+    assert!(tls.refused.lock().unwrap().is_none());
+}

@@ -1,0 +1,183 @@
+//! Client certificates that were taken back, or are of somebody else's trust domain.
+
+use std::{fs, sync::Arc, time::Duration};
+
+use crate::{
+    client::{Caller, refused},
+    pki,
+    process::{Broker, until},
+    site::{Options, Site},
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+/// A day.
+const LONG_S: i64 = 86_400;
+
+/// A site whose listener asks a list, on which these clients are.
+fn site(revoked: &[&str], ends_in_s: i64) -> Arc<Site> {
+    let site = Site::fresh(Options::default());
+    site.pki.revoke(revoked, ends_in_s);
+    configure(
+        &site,
+        &format!("client_crl_file = \"{}\"", site.pki.crl_file().display()),
+    );
+    Arc::new(site)
+}
+
+/// Adds lines to the listener's TLS.
+fn configure(site: &Site, lines: &str) {
+    site.write_configuration(|text| {
+        *text = text.replace("client_ca_file", &format!("{lines}\nclient_ca_file"));
+    });
+}
+
+fn until_logged(site: &Site, words: &str) {
+    until(words, || site.log().contains(words).then_some(()));
+}
+
+/// Asks with a connection of its own until it is refused.
+async fn until_refused(broker: &Broker, client: &str) {
+    for _ in 0..100 {
+        if Caller::of(broker, client)
+            .create("eve", MATERIAL)
+            .await
+            .is_err()
+        {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{client} is still served");
+}
+
+fn metrics(broker: &Broker) -> String {
+    let url = format!("http://{}/metrics", broker.status);
+    let output = std::process::Command::new("curl")
+        .args(["--silent", &url])
+        .output();
+    String::from_utf8(output.unwrap().stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_list_in_force_only_good_certificates_are_accepted() {
+    let broker = Broker::start_on(site(&["enroller"], LONG_S));
+    let users = ["releaser", "other-releaser"];
+    for client in users {
+        let answer = Caller::of(&broker, client).unwrap("ada").await;
+        refused(answer, "KEY_NOT_FOUND");
+    }
+    for client in ["enroller", pki::EXPIRED, pki::STRANGER] {
+        let answer = Caller::of(&broker, client).unwrap("ada").await;
+        assert!(answer.is_err(), "{client}");
+        assert_ne!(
+            crate::client::reason(&answer.unwrap_err()),
+            "KEY_NOT_FOUND",
+            "{client}"
+        );
+    }
+    let shown = metrics(&broker);
+    for cause in ["revoked", "expired", "unknown_ca"] {
+        let line = format!("keybroker_handshakes_failed_total{{cause=\"{cause}\"}}");
+        assert!(shown.contains(&line), "{line}:\n{shown}");
+    }
+    assert!(shown.contains("keybroker_client_crl_hours_left"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_revoked_while_it_is_connected_loses_its_connection() {
+    let broker = Broker::start_on(site(&[], LONG_S));
+    let enroller = Caller::of(&broker, "enroller");
+    let releaser = Caller::of(&broker, "releaser");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    releaser.unwrap("ada").await.unwrap();
+
+    broker.site.pki.revoke(&["enroller"], LONG_S);
+    until_logged(&broker.site, "TLS files reloaded");
+    // The client whose connection was open: asked to leave, and not let in again.
+    let mut is_refused = false;
+    for n in 0..100 {
+        is_refused = enroller
+            .create(&format!("user-{n}"), MATERIAL)
+            .await
+            .is_err();
+        if is_refused {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(is_refused, "a revoked client is still served");
+    until_refused(&broker, "enroller").await;
+    // Who is still trusted comes back by itself.
+    let key = crate::client::eventually(|| releaser.unwrap("ada")).await;
+    assert_eq!(key.key_material, MATERIAL);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
+    let broker = Broker::start_on(site(&["enroller"], LONG_S));
+    fs::write(broker.site.pki.crl_file(), "no list").unwrap();
+    until_logged(&broker.site, "holds no list of");
+    let log = broker.site.log();
+    assert_eq!(log.matches("\"alarm\":\"tls-reload\"").count(), 1, "{log}");
+    // Neither forgotten nor widened.
+    until_refused(&broker, "enroller").await;
+    refused(
+        Caller::of(&broker, "releaser").unwrap("ada").await,
+        "KEY_NOT_FOUND",
+    );
+    fs::remove_file(broker.site.pki.crl_file()).unwrap();
+    until_logged(&broker.site, "cannot read");
+    refused(
+        Caller::of(&broker, "releaser").unwrap("ada").await,
+        "KEY_NOT_FOUND",
+    );
+}
+
+/// A list that has ended says nothing of anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_list_ends_nobody_is_let_in_until_there_is_a_new_one() {
+    let site = site(&[], 4);
+    let broker = Broker::start_on(Arc::clone(&site));
+    until_logged(&site, "a revocation list ends soon");
+    until_logged(&site, "a revocation list has ended");
+    until_refused(&broker, "enroller").await;
+    assert!(metrics(&broker).contains("cause=\"revocation_list_ended\""));
+    site.pki.revoke(&[], LONG_S);
+    until_logged(&site, "TLS files reloaded");
+    let enroller = Caller::of(&broker, "enroller");
+    crate::client::eventually(|| enroller.create("ada", MATERIAL)).await;
+}
+
+#[test]
+fn a_bad_list_stops_the_start() {
+    let site = site(&[], LONG_S);
+    fs::write(site.pki.crl_file(), "no list").unwrap();
+    let ended = site.serve_to_its_end();
+    assert_eq!(ended.code, Some(3), "{ended:#?}");
+    let checked = site.run(&["config", "check"]);
+    assert_eq!(checked.code, Some(3), "{checked:#?}");
+    assert!(
+        format!("{checked:?}").contains("client_crl_file"),
+        "{checked:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_accepts_the_trust_domains_that_it_names() {
+    for (domains, is_accepted) in [("test.example", true), ("prod.example", false)] {
+        let site = Site::fresh(Options::default());
+        configure(&site, &format!("trust_domains = [\"{domains}\"]"));
+        let broker = Broker::start_on(Arc::new(site));
+        let answer = Caller::of(&broker, "releaser").unwrap("ada").await;
+        refused(
+            answer,
+            if is_accepted {
+                "KEY_NOT_FOUND"
+            } else {
+                "CREDENTIAL"
+            },
+        );
+        let told = broker.site.log().contains("of the trust domain");
+        assert_eq!(told, !is_accepted);
+    }
+}

@@ -25,6 +25,7 @@ mod key;
 mod manual;
 mod output;
 mod pin;
+mod policy;
 mod probe;
 mod progress;
 mod serve;
@@ -68,6 +69,9 @@ enum Command {
     /// The configuration
     #[command(subcommand)]
     Config(config::Command),
+    /// What principals may do
+    #[command(subcommand)]
+    Policy(policy::Command),
     /// The audit log, offline
     #[command(subcommand)]
     Audit(audit::Command),
@@ -190,6 +194,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Key(command) => key::run(command, context),
         Command::Store(command) => store::run(&command, context),
         Command::Config(command) => config::run(&command, context),
+        Command::Policy(command) => policy::run(&command, context),
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),

@@ -7,7 +7,7 @@ use cedar_policy::ffi::DetailedError;
 use super::files::Source;
 
 /// Something that is wrong with a file of policies, or with all of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
     /// Name of the file.
     pub file: Option<String>,

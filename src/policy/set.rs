@@ -175,8 +175,13 @@ impl Set {
         let errors = result
             .validation_errors()
             .map(|error| (error.policy_id(), DetailedError::from(error)));
+        let bad: HashSet<&PolicyId> = result
+            .validation_errors()
+            .map(cedar_policy::ValidationError::policy_id)
+            .collect();
         let warnings = result
             .validation_warnings()
+            .filter(|warning| !bad.contains(warning.policy_id()))
             .map(|warning| (warning.policy_id(), DetailedError::from(warning)));
         let problem = |(id, error): (&PolicyId, DetailedError)| {
             let origin = self.known.get(id).map(|known| &*known.origin);
@@ -188,7 +193,11 @@ impl Set {
                 None => Problem::of(error.message),
             }
         };
-        errors.chain(warnings).map(problem).collect()
+        let mut problems: Vec<Problem> = errors.chain(warnings).map(problem).collect();
+        // One mistake is one for each action that the policy is about, in no order.
+        problems.sort();
+        problems.dedup_by(|one, other| (&one.file, one.place) == (&other.file, other.place));
+        problems
     }
 
     /// Sorts the policies by what they can be asked about.

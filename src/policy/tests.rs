@@ -10,6 +10,7 @@ use crate::principal::{Claims, Credential, Kind, Reach, Role};
 use super::*;
 
 mod cost;
+mod examples;
 mod matrix;
 mod mistakes;
 mod operator;
@@ -94,6 +95,10 @@ fn with_files(files: &[(&str, &str)]) -> Result<(tempfile::TempDir, Arc<Policy>)
 
 /// `ada`'s key `vault`, asked for at noon.
 fn unwrap_of_ada(identity: &Identity, judge: impl FnOnce(&Case<'_>) -> Verdict) -> Verdict {
+    with_case(identity, judge)
+}
+
+fn with_case<T>(identity: &Identity, judge: impl FnOnce(&Case<'_>) -> T) -> T {
     let (tenant, user, name) = (Tenant::default(), user("ada"), key_name("vault"));
     judge(&Case {
         identity,

@@ -26,6 +26,7 @@ mod hang;
 mod json;
 mod last_uses;
 mod pki;
+mod policy;
 mod process;
 mod purge;
 mod rates;

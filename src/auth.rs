@@ -31,7 +31,9 @@ pub mod token;
 
 pub use certificate::PeerCertificate;
 
+use client_secret::Secrets;
 use header::Presented;
+use token::Tokens;
 
 /// One `[[principal]]` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -112,6 +114,8 @@ impl Settings {
 pub struct Authenticator {
     /// By SAN.
     certificates: HashMap<String, Settings>,
+    tokens: Option<Arc<Tokens>>,
+    secrets: Option<Secrets>,
 }
 
 impl Authenticator {
@@ -129,7 +133,29 @@ impl Authenticator {
                 return Err(format!("principal {:?} is there twice", principal.san));
             }
         }
-        Ok(Self { certificates })
+        Ok(Self {
+            certificates,
+            tokens: None,
+            secrets: None,
+        })
+    }
+
+    /// The same, which knows bearer tokens, too.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Arc<Tokens>) -> Self {
+        Self {
+            tokens: Some(tokens),
+            ..self
+        }
+    }
+
+    /// The same, which knows API clients, too.
+    #[must_use]
+    pub fn with_secrets(self, secrets: Secrets) -> Self {
+        Self {
+            secrets: Some(secrets),
+            ..self
+        }
     }
 
     /// The one principal that a verified client certificate names.
@@ -157,21 +183,20 @@ impl Authenticator {
 
     /// The principal whose credential the `authorization` headers of a call are; called only when there are any. With an error
     /// as `budget`, nothing is tried that costs much: that error is the answer then.
-    #[expect(
-        clippy::unused_async,
-        reason = "tokens and client secrets are joined next"
-    )]
     pub async fn authenticate(
         &self,
         headers: &[&[u8]],
         budget: Result<(), Error>,
     ) -> Result<Arc<Principal>, Error> {
         match header::read(headers) {
-            Ok(Presented::Bearer(_)) => refuse("a token, and there is no [[issuer]]"),
-            Ok(Presented::Basic { .. }) => {
-                budget?;
-                refuse("an API client, and there are none")
-            }
+            Ok(Presented::Bearer(token)) => match &self.tokens {
+                Some(tokens) => tokens.verify(token).await,
+                None => refuse("a bearer token, and there is no [[issuer]]"),
+            },
+            Ok(Presented::Basic { id, secret }) => match &self.secrets {
+                Some(secrets) => secrets.verify(&id, secret, budget).await,
+                None => refuse("an API client, where none are known"),
+            },
             Err(malformed) => refuse(malformed),
         }
     }

@@ -9,10 +9,6 @@ const HEADER_BYTES_MAX: usize = 8 * 1024 + "Bearer ".len();
 const BASIC_BYTES_MAX: usize = 512;
 
 /// What a call presents.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "tokens and client secrets are joined next")
-)]
 pub(super) enum Presented<'a> {
     /// A token (RFC 6750).
     Bearer(&'a [u8]),

@@ -20,7 +20,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     audit::AuditLog,
-    auth::Authenticator,
+    auth::{Authenticator, token::Tokens},
     broker::{Broker, Parts, Serving},
     call::Deadline,
     cli::exit::{Exit, Failure},
@@ -150,8 +150,11 @@ impl Server {
         token_started: &OnceLock<Arc<Supervisor>>,
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
+        let unusable = |what| Failure::new(Exit::Configuration, what);
+        let tokens = Arc::new(Tokens::new(&config.issuers).map_err(unusable)?);
         let authenticator = Authenticator::new(&config.principals)
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(unusable)?
+            .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
         let identifier = Identifier {
             authenticator: Arc::new(authenticator),
@@ -202,6 +205,9 @@ impl Server {
         // Nobody is told that it serves before somebody has looked.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, policy, hangup);
+        server
+            .background
+            .spawn(tokens.refresh(server.stop_background.clone()));
         server.serve_status(status_socket, metrics);
         server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
-    key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
 mod line;
@@ -132,6 +132,10 @@ pub struct Entry {
     pub count: Option<u64>,
     /// How many bytes of the log's own files it is about.
     pub bytes: Option<u64>,
+    /// The API client that was made or changed.
+    pub client: Option<ClientId>,
+    /// What that client may do.
+    pub grant: Option<String>,
 }
 
 impl Entry {
@@ -155,6 +159,8 @@ impl Entry {
             peer: None,
             count: None,
             bytes: None,
+            client: None,
+            grant: None,
         }
     }
 }

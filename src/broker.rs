@@ -16,7 +16,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -36,6 +36,7 @@ use crate::{
     store::Store,
 };
 
+mod clients;
 mod control;
 mod journal;
 mod maintenance;
@@ -55,11 +56,13 @@ pub use crate::{
     hsm::{Serving, TokenInfo, TokenState, WorkerInfo},
     store::{RecordInfo, RecordState},
 };
+pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, RecordView};
 pub use release::Released;
 
+use clients::ClientUses;
 use refusals::Refusals;
 use registry::Registry;
 use uses::Uses;
@@ -104,6 +107,8 @@ pub struct Parts {
     pub token: Arc<dyn Token>,
     /// What callers have left of their limits.
     pub limits: Arc<Limits>,
+    /// What may be given to API clients.
+    pub client_rules: ClientRules,
 }
 
 /// The use cases over one store, one token and one audit log.
@@ -122,6 +127,10 @@ pub struct Broker {
     registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
     uses: Uses,
+    client_rules: ClientRules,
+    client_uses: ClientUses,
+    /// Grows with each change of an API client through this broker.
+    clients_generation: AtomicU64,
     store_up: AtomicBool,
     /// Mutations under way, which outlive their callers.
     mutations: TaskTracker,
@@ -143,6 +152,9 @@ impl Broker {
             registry_complaint: Mutex::default(),
             refusals: Refusals::default(),
             uses: Uses::default(),
+            client_rules: parts.client_rules,
+            client_uses: ClientUses::default(),
+            clients_generation: AtomicU64::new(0),
             store_up: AtomicBool::new(true),
             mutations: TaskTracker::new(),
             unresolved: Mutex::default(),
@@ -164,7 +176,10 @@ impl Broker {
             );
         }
         self.flush_refusals().await;
-        let uses = self.flush_uses(usize::MAX);
+        let uses = async {
+            self.flush_uses(usize::MAX).await;
+            self.flush_client_uses().await;
+        };
         if tokio::time::timeout(deadline.remaining(), uses)
             .await
             .is_err()
@@ -207,6 +222,13 @@ impl Broker {
         keys: &[UserKeyRef],
     ) -> Result<(), Error> {
         let started = Instant::now();
+        // The call itself was counted when it came.
+        if let Err(over) = self
+            .limits
+            .take_calls(principal, keys.len().saturating_sub(1))
+        {
+            return Err(self.unserved(principal, call, action, over).await);
+        }
         let mut refusal = None;
         for key in keys {
             match self.ask(principal, call, action, key.resource(principal)) {

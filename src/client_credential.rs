@@ -107,6 +107,29 @@ impl Document {
         }
     }
 
+    /// What it may do and with which secrets, in one line for the audit log.
+    pub fn summary(&self) -> String {
+        let texts = |names: Vec<&str>| names.join(",");
+        let roles = texts(self.roles.iter().map(|role| role.as_str()).collect());
+        let live: Vec<_> = self
+            .live_secrets(Timestamp::now())
+            .map(|secret| secret.number.to_string())
+            .collect();
+        let live = live.join(",");
+        if !self.roles.contains(&Role::Release) {
+            return format!("roles={roles} live_secrets={live}");
+        }
+        let users = match &self.users {
+            Some(Reach::Only(named)) => format!("{} named", named.len()),
+            _ => "*".to_owned(),
+        };
+        let names = match &self.key_names {
+            Some(Reach::Only(named)) => texts(named.iter().map(KeyName::as_str).collect()),
+            _ => "*".to_owned(),
+        };
+        format!("roles={roles} users={users} key_names={names} live_secrets={live}")
+    }
+
     /// Its secrets that are accepted at that moment; none once it is revoked.
     pub fn live_secrets(&self, now: Timestamp) -> impl Iterator<Item = &Secret> {
         let is_revoked = self.revoked.is_some();

@@ -41,6 +41,9 @@ pub struct Config {
     /// `[[principal]]`.
     #[serde(rename = "principal", default)]
     pub principals: Vec<auth::Settings>,
+    /// `[client_credentials]`.
+    #[serde(default)]
+    pub client_credentials: auth::client_secret::Settings,
     /// `[[issuer]]`.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

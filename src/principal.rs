@@ -338,11 +338,17 @@ pub enum Action {
     ReadToken,
     /// Read the audit log.
     ReadAudit,
+    /// Make an API client, or a secret for one. Does not imply the use of it.
+    CreateClient,
+    /// Revoke an API client or one of its secrets.
+    RevokeClient,
+    /// Read what is known of API clients. Does not imply a change.
+    ListClients,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -354,6 +360,9 @@ impl Action {
         Self::ReadWrappingKeys,
         Self::ReadToken,
         Self::ReadAudit,
+        Self::CreateClient,
+        Self::RevokeClient,
+        Self::ListClients,
     ];
 
     /// Name in policy, audit and metrics.
@@ -370,6 +379,9 @@ impl Action {
             Self::ReadWrappingKeys => "wrapping_key.read",
             Self::ReadToken => "token.read",
             Self::ReadAudit => "audit.read",
+            Self::CreateClient => "client_credential.create",
+            Self::RevokeClient => "client_credential.revoke",
+            Self::ListClients => "client_credential.list",
         }
     }
 }

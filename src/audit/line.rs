@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
 use super::{Entry, EntryKind, OpenIntent, Outcome};
@@ -27,7 +27,9 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("action", Some(&entry.action));
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
+    object.shown("client", entry.client.as_ref());
     object.number("count", entry.count);
+    object.text("grant", entry.grant.as_deref());
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
     object.text("kind", Some(kind_name(entry.kind)));
     object.text("log_id", Some(place.log_id));
@@ -153,6 +155,8 @@ impl Parsed {
         intent.policy = text("policy").map(|policy| policy.to_owned().into());
         intent.request_id =
             text("request_id").and_then(|text| RequestId::parse(text).ok().flatten());
+        intent.client = text("client").and_then(ClientId::from_hex);
+        intent.grant = text("grant").map(str::to_owned);
         intent.peer = text("peer").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {

@@ -117,7 +117,7 @@ impl Broker {
             .await
     }
 
-    async fn read_async<T>(
+    pub(super) async fn read_async<T>(
         &self,
         principal: &Principal,
         call: &Call,

@@ -5,8 +5,9 @@
 use crate::{
     audit::{Entry, EntryKind, OpenIntent, Outcome},
     call::{Call, RequestId, Timestamp},
+    client_credential::Document,
     error::{Error, Reason},
-    key::{RecordId, Revision, UserId, WrappingKeyId},
+    key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
     policy::Resource,
     principal::{Action, Principal},
 };
@@ -72,6 +73,14 @@ impl Draft {
     pub(super) fn record(&mut self, record: RecordId, revision: Revision) {
         self.0.record_id = Some(record);
         self.0.revision = Some(revision);
+    }
+
+    pub(super) fn client(&mut self, client: ClientId) {
+        self.0.client = Some(client);
+    }
+
+    pub(super) fn grant(&mut self, document: &Document) {
+        self.0.grant = Some(document.summary());
     }
 
     pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {

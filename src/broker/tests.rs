@@ -122,6 +122,10 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         audit,
         store,
         token,
+        client_rules: ClientRules {
+            grantable_roles: std::collections::BTreeSet::new(),
+            hash: Arc::new(|_| unreachable!("no API client is made here")),
+        },
         limits: Limits::new(&limits::Settings::default()),
     });
     broker

@@ -70,6 +70,7 @@ impl Broker {
             }
             if self.store_is_up() {
                 self.flush_uses(TRANSACTIONS_MAX).await;
+                self.flush_client_uses().await;
             }
         }
     }

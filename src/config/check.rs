@@ -31,6 +31,7 @@ impl Config {
         self.check_limits(&mut problems);
         problems.extend(self.store.problems());
         problems.extend(self.rest.problems());
+        problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
         problems
     }

@@ -20,8 +20,12 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     audit::AuditLog,
-    auth::{Authenticator, token::Tokens},
-    broker::{Broker, Parts, Serving},
+    auth::{
+        Authenticator,
+        client_secret::{self, Secrets},
+        token::Tokens,
+    },
+    broker::{Broker, ClientRules, Parts, Serving},
     call::Deadline,
     cli::exit::{Exit, Failure},
     config::Config,
@@ -34,6 +38,7 @@ use crate::{
 };
 
 use super::{
+    clients::Clients,
     descriptors,
     doors::Doors,
     identify::Identifier,
@@ -93,6 +98,14 @@ pub async fn run(
             Exit::Interrupted,
             format!("stopped at once by a second signal, {name}; the next start resolves what was open"),
         )),
+    }
+}
+
+fn client_rules(settings: &client_secret::Settings) -> ClientRules {
+    let hashing = settings.clone();
+    ClientRules {
+        grantable_roles: settings.grantable_roles.clone(),
+        hash: Arc::new(move |secret| hashing.hash(secret)),
     }
 }
 
@@ -156,10 +169,6 @@ impl Server {
             .map_err(unusable)?
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
-        let identifier = Identifier {
-            authenticator: Arc::new(authenticator),
-            limits: Arc::clone(&limits),
-        };
         let policy = Policy::load(&config.policy)
             .map_err(|what| Failure::new(Exit::Configuration, what.to_string()))?;
         let bound = opening::bind_all(&config.listeners).await?;
@@ -176,8 +185,16 @@ impl Server {
             audit: audit.clone(),
             store: Arc::clone(&store),
             token,
-            limits,
+            limits: Arc::clone(&limits),
+            client_rules: client_rules(&config.client_credentials),
         });
+        let directory = Arc::new(Clients(Arc::clone(&broker)));
+        let secrets = Secrets::new(config.client_credentials.clone(), directory)
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let identifier = Identifier {
+            authenticator: Arc::new(authenticator.with_secrets(secrets)),
+            limits,
+        };
         broker.recover(open_intents).await;
         if supervisor.settled().await == Serving::Up {
             broker

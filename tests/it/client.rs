@@ -304,7 +304,7 @@ pub(crate) fn assert_no_material(what: &str, text: &[u8]) {
 }
 
 /// Remembers material for [`assert_no_material`].
-fn sending(material: &[u8]) -> Vec<u8> {
+pub(crate) fn sending(material: &[u8]) -> Vec<u8> {
     let mut sent = SENT.lock().unwrap();
     // A few hundred of a load test say as much as all of them.
     let is_scanned = (SCANNED_BYTES_MIN..256).contains(&material.len());

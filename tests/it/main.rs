@@ -23,6 +23,8 @@ mod faults;
 mod faulty;
 mod faulty_token;
 mod hang;
+#[path = "../identity/service.rs"]
+mod identity;
 mod json;
 mod last_uses;
 mod pki;
@@ -31,6 +33,7 @@ mod process;
 mod purge;
 mod rates;
 mod recovery;
+mod rest;
 mod retries;
 mod revocation;
 mod rolling_restart;

@@ -28,7 +28,7 @@ fn envelope(site: &Site, user: &str) -> Vec<u8> {
     hex::decode(text.trim()).unwrap()
 }
 
-fn set_envelope(site: &Site, user: &str, bytes: &[u8]) {
+pub(crate) fn set_envelope(site: &Site, user: &str, bytes: &[u8]) {
     let changed = site.sql(&format!(
         "UPDATE revisions SET envelope = x'{}' WHERE (record_id, revision) =
              (SELECT record_id, revision FROM records WHERE user = '{user}');

@@ -1,0 +1,258 @@
+//! `keybroker bitwarden` against the real broker, with an account that Bitwarden's own client made.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::door::{ADA, BOB, Door};
+use crate::{site::Finished, softhsm::write_private};
+
+const EMAIL: &str = "test@bitwarden.com";
+const PASSWORD: &str = "asdfasdfasdf";
+const MASTER_KEY: &str = "ySXq1RVLKEaV1eoQE/ui9aFKIvXTl9PAXwp1MljfF50=";
+const PROTECTED: &str = "2.Q/2PhzcC7GdeiMHhWguYAQ==|GpqzVdr0go0ug5cZh1n+uixeBC3oC90CIe0hd/HWA/pTRDZ8ane4fmsEIcuc8eMKUt55Y2q/fbNzsYu41YTZzzsJUSeqVjT8/iTQtgnNdpo=|dwI+uyvZ1h/iZ03VQ+/wrGEFYVewBUUl/syYgjsNMbE=";
+/// `the diary of ada`, made with OpenSSL under the account's user key.
+const ITEM: &str = include_str!("../../vectors/bitwarden/item.txt");
+
+struct Desk {
+    folder: TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let desk = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        desk.write("password", &format!("{PASSWORD}\n"));
+        desk.write("protected", &format!("{PROTECTED}\n"));
+        desk.write("item", ITEM);
+        desk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        write_private(&self.path(name), text);
+    }
+
+    /// Runs a command in the folder; words are split at spaces.
+    fn run(&self, line: &str) -> Finished {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
+        command
+            .current_dir(self.folder.path())
+            .arg("bitwarden")
+            .args(line.split_whitespace())
+            .stdin(Stdio::null());
+        Finished::from(command.output().unwrap())
+    }
+
+    #[track_caller]
+    fn ok(&self, line: &str) -> Value {
+        let finished = self.run(&format!("{line} -o json"));
+        assert_eq!(finished.code, Some(0), "{line}: {finished:#?}");
+        serde_json::from_str(&finished.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn fails(&self, line: &str, code: i32, words: &str) {
+        let finished = self.run(line);
+        assert_eq!(finished.code, Some(code), "{line}: {finished:#?}");
+        assert!(finished.stderr.contains(words), "{line}: {finished:#?}");
+        assert!(
+            finished.stderr.contains("\nhint: "),
+            "{line}: {finished:#?}"
+        );
+        assert_eq!(finished.stdout, "", "{line}");
+    }
+}
+
+#[test]
+fn an_account_migrates_and_unlocks() {
+    let (door, desk) = (Door::open(), Desk::new());
+    desk.write("ada", &door.token(ADA));
+    desk.write("bob", &door.token(BOB));
+    fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
+    let url = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
+    let account = format!("--email {EMAIL} --password-file password");
+
+    let derived = desk.ok(&format!("derive {account} --out key"));
+    assert_eq!(
+        derived["authentication_hash"],
+        "8HT+qrqqhBaGEIHp9mwuv1ivoW9r6yaauAkOCYbe+SM="
+    );
+    let mode = fs::metadata(desk.path("key")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let fetch = format!("fetch {url} --token-file ada");
+    desk.fails(&fetch, 10, "404 Not Found: KEY_NOT_FOUND");
+    let enrol = format!("enrol {url} --token-file ada --master-key-file key");
+    let enrolled = desk.ok(&format!("{enrol} --protected-key-file protected"));
+    assert_eq!(
+        (
+            &enrolled["method"],
+            &enrolled["opens_protected_key"],
+            &enrolled["read_back"]
+        ),
+        (&"POST".into(), &true.into(), &true.into())
+    );
+    desk.fails(&enrol, 10, "400 Bad Request: KEY_EXISTS");
+    assert_eq!(desk.ok(&fetch)["key"], MASTER_KEY);
+    desk.ok(&format!("{fetch} --out fetched"));
+    assert_eq!(
+        fs::read(desk.path("fetched")).unwrap(),
+        fs::read(desk.path("key")).unwrap()
+    );
+    desk.fails(&format!("{fetch} --out fetched"), 2, "never overwrites");
+
+    let unlock = format!("unlock {url} --token-file ada --protected-key-file protected");
+    let unlocked = desk.ok(&unlock);
+    assert_eq!(unlocked["user_key_bytes"], 64);
+    desk.ok(&format!("{unlock} --item-file item --out diary"));
+    assert_eq!(
+        fs::read_to_string(desk.path("diary")).unwrap(),
+        "the diary of ada"
+    );
+    let shown = desk.run(&format!("{unlock} --item-file item"));
+    assert_eq!(shown.stdout, "the diary of ada", "{shown:#?}");
+    desk.fails(
+        &format!("unlock {url} --token-file bob --protected-key-file protected"),
+        10,
+        "404 Not Found: KEY_NOT_FOUND",
+    );
+    // Without TLS, as told.
+    let plain = format!(
+        "--url http://127.0.0.1:{}/ --token-file ada",
+        door.plain.port()
+    );
+    desk.fails(&format!("fetch {plain}"), 2, "not https");
+    assert_eq!(
+        desk.ok(&format!("fetch {plain} --allow-http"))["key"],
+        MASTER_KEY
+    );
+}
+
+#[test]
+fn keys_that_do_not_fit_are_not_enrolled() {
+    let (door, desk) = (Door::open(), Desk::new());
+    desk.write("ada", &door.token(ADA));
+    desk.write("bad", "nonsense");
+    fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
+    let broker = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
+    let account = format!("--email {EMAIL} --password-file password");
+    let enrol = format!("enrol {broker} --token-file ada --protected-key-file protected");
+    // The wrong KDF, the wrong address.
+    let wrong = format!("{enrol} {account} --iterations 600001");
+    desk.fails(&wrong, 12, "the key does not fit");
+    let wrong = format!("{enrol} --email ada@example.org --password-file password");
+    desk.fails(&wrong, 12, "the key does not fit");
+    desk.fails(&format!("fetch {broker} --token-file ada"), 10, "404");
+    desk.fails(
+        &format!("fetch {broker} --token-file bad"),
+        10,
+        "401 Unauthorized: CREDENTIAL",
+    );
+    let nobody = "fetch --url https://localhost:1 --token-file ada";
+    desk.fails(nobody, 11, "cannot reach");
+    let unknown_ca = format!(
+        "fetch --url https://localhost:{} --token-file ada",
+        door.tls.port()
+    );
+    desk.fails(&unknown_ca, 11, "cannot reach");
+    // Replacing needs the proof that the account opens with the new key.
+    let replaced = desk.run(&format!(
+        "enrol {broker} --token-file ada {account} --replace"
+    ));
+    assert_eq!(replaced.code, Some(2), "{replaced:#?}");
+    let replaced = desk.ok(&format!("{enrol} {account} --replace"));
+    assert_eq!(replaced["method"], "PUT");
+}
+
+#[test]
+fn a_new_kdf_keeps_the_user_key() {
+    let desk = Desk::new();
+    let account = format!("--email {EMAIL} --password-file password");
+    let old = format!("{account} --protected-key-file protected");
+    let changed = desk.ok(&format!(
+        "change-kdf {old} --new-kdf argon2id --out protected-2"
+    ));
+    assert_eq!(
+        changed["new_authentication_hash"],
+        "0UxDVLCruT75iJoCSuqfCxNaPPGDt5wyVRIjdYVSHP0="
+    );
+    let text = fs::read_to_string(desk.path("protected-2")).unwrap();
+    assert_eq!(changed["protected_key"], text.trim_end());
+    let new = format!("{account} --kdf argon2id --protected-key-file protected-2");
+    desk.ok(&format!("unlock {new} --item-file item --out diary"));
+    assert_eq!(
+        fs::read_to_string(desk.path("diary")).unwrap(),
+        "the diary of ada"
+    );
+    desk.fails(
+        &format!("unlock {account} --protected-key-file protected-2"),
+        12,
+        "does not fit",
+    );
+}
+
+#[test]
+fn what_cannot_be_used_is_explained() {
+    let desk = Desk::new();
+    desk.write("short", "AAAA");
+    desk.write("cut", &PROTECTED[..60]);
+    desk.write("empty", "");
+    desk.write("open", PASSWORD);
+    fs::set_permissions(desk.path("open"), fs::Permissions::from_mode(0o644)).unwrap();
+    let account = format!("--email {EMAIL} --password-file password");
+    desk.fails(
+        &format!("derive {account} --iterations 4999"),
+        2,
+        "accept 5000 to 2000000",
+    );
+    desk.fails(
+        &format!("derive {account} --parallelism 4"),
+        2,
+        "belong to Argon2id",
+    );
+    desk.fails(
+        &format!("derive --email {EMAIL}"),
+        2,
+        "nothing to read the master password from",
+    );
+    desk.fails(
+        &format!("unlock {account} --protected-key-file cut"),
+        2,
+        "not an encrypted text",
+    );
+    for (line, words) in [
+        (
+            format!("derive --email {EMAIL} --password-file open"),
+            "chmod 600",
+        ),
+        (
+            format!("derive --email {EMAIL} --password-file empty"),
+            "1 to 4096 bytes",
+        ),
+        (
+            "unlock --master-key-file short --protected-key-file protected".to_owned(),
+            "neither 32 bytes nor their base64",
+        ),
+    ] {
+        let finished = desk.run(&line);
+        assert_eq!(finished.code, Some(2), "{line}: {finished:#?}");
+        assert!(finished.stderr.contains(words), "{line}: {finished:#?}");
+    }
+    let weak = desk.run(&format!("derive {account} --iterations 5000"));
+    assert_eq!(weak.code, Some(0), "{weak:#?}");
+    assert!(weak.stderr.contains("600,000 iterations"), "{weak:#?}");
+    for shown in [weak.stdout, weak.stderr] {
+        assert!(!shown.contains(PASSWORD), "{shown}");
+    }
+}

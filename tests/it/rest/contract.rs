@@ -1,0 +1,299 @@
+//! What a client does on a good day, and the same key through other doors.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    time::Duration,
+};
+
+use keybroker::proto::{
+    UnwrapUserKeyRequest, UserKey, user_key_service_client::UserKeyServiceClient,
+};
+use reqwest::Method;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tonic::{Request, metadata::MetadataValue};
+
+use super::door::{ADA, Answer, BOB, Door, body};
+use crate::{
+    client::{self, channel, refused},
+    site::Options,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_enrols_fetches_and_replaces_its_own_key() {
+    let door = Door::open();
+    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    door.store(Method::POST, ADA, &[0xa1; 32])
+        .await
+        .expect_stored();
+    door.get(ADA).await.expect_key(&[0xa1; 32]);
+    // Never over a key that is there, not even over the same one.
+    for key in [[0xa2; 32], [0xa1; 32]] {
+        let again = door.store(Method::POST, ADA, &key).await;
+        again.expect_refused(400, "KEY_EXISTS");
+    }
+    door.get(ADA).await.expect_key(&[0xa1; 32]);
+    // Another user's token reaches another key.
+    door.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
+    door.store(Method::PUT, BOB, &[0xb1; 32])
+        .await
+        .expect_stored();
+    door.store(Method::PUT, ADA, &[0xa3; 32])
+        .await
+        .expect_stored();
+    door.get(ADA).await.expect_key(&[0xa3; 32]);
+    door.get(BOB).await.expect_key(&[0xb1; 32]);
+    let audit = door.broker.site.audit();
+    for action in ["user_key.create", "user_key.unwrap", "user_key.replace"] {
+        let entry = audit.lines().find(|line| {
+            line.contains(&format!("\"action\":\"{action}\""))
+                && line.contains("\"outcome\":\"ok\"")
+                && line.contains(&format!("\"user\":\"{ADA}\""))
+                && line.contains("\"key_name\":\"bitwarden\"")
+        });
+        assert!(entry.is_some(), "{action}: {audit}");
+    }
+}
+
+/// As the SDK sends it: content type on GET, further headers, a token's `sub` in capitals is the same user.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clients_on_the_sdk_are_understood() {
+    let door = Door::open();
+    let sdk = |method: Method| {
+        door.as_user(method, ADA)
+            .header("content-type", "application/json")
+            .header("device-type", "21")
+            .header("device-identifier", "0f7a6a3c-7c0a-4d6b-8c5e-2f5f0b1e7a11")
+            .header("bitwarden-package-type", "flatpak")
+    };
+    let capital = body(&client::sending(&[0xa4; 32])).replace("\"key\"", "\"Key\"");
+    let stored = sdk(Method::POST).body(capital).send().await.unwrap();
+    Answer::of(stored).await.expect_stored();
+    let fetched = sdk(Method::GET).send().await.unwrap();
+    Answer::of(fetched).await.expect_key(&[0xa4; 32]);
+    door.get(&ADA.to_uppercase()).await.expect_key(&[0xa4; 32]);
+}
+
+/// With a token, over a connection whose certificate belongs to somebody else.
+async fn over_grpc(door: &Door, user: &str, named: &str) -> Result<Vec<u8>, tonic::Status> {
+    let channel = channel(&door.broker.site.pki, Some("releaser"), door.broker.grpc);
+    let mut request = Request::new(UnwrapUserKeyRequest {
+        user: named.to_owned(),
+        key_name: "bitwarden".to_owned(),
+    });
+    let bearer = format!("Bearer {}", door.token(user));
+    let value: MetadataValue<_> = bearer.parse().unwrap();
+    request.metadata_mut().insert("authorization", value);
+    let mut service = UserKeyServiceClient::new(channel);
+    let answer = service.unwrap_user_key(request).await?;
+    Ok(answer.into_inner().key_material)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_reaches_the_same_key_over_rest_and_over_grpc() {
+    let door = Door::open();
+    door.store(Method::POST, ADA, &[0xa5; 32])
+        .await
+        .expect_stored();
+    assert_eq!(over_grpc(&door, ADA, ADA).await.unwrap(), [0xa5; 32]);
+    refused(over_grpc(&door, BOB, ADA).await, "POLICY");
+    refused(over_grpc(&door, BOB, BOB).await, "KEY_NOT_FOUND");
+    // The listener of gRPC has the door as well, and tells the two apart.
+    let site = &door.broker.site;
+    let identity = [
+        site.pki.certificate_file("releaser"),
+        site.pki.key_file("releaser"),
+    ]
+    .map(|path| std::fs::read_to_string(path).unwrap())
+    .concat();
+    let pem = std::fs::read(site.pki.ca_file()).unwrap();
+    let client = reqwest::Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(&pem).unwrap()])
+        .identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
+        .no_proxy()
+        .build()
+        .unwrap();
+    let url = format!("https://localhost:{}/user-keys", door.broker.grpc.port());
+    let with_token = client.get(&url).bearer_auth(door.token(ADA)).send();
+    Answer::of(with_token.await.unwrap())
+        .await
+        .expect_key(&[0xa5; 32]);
+    // A service may release it by name over gRPC; here it has no key of its own.
+    let as_service = client.get(&url).send().await.unwrap();
+    Answer::of(as_service).await.expect_refused(403, "POLICY");
+}
+
+/// The record as an operator with a certificate acts on it.
+async fn operate(door: &Door, delete: bool) -> UserKey {
+    let name = "lifecycle";
+    let channel = channel(&door.broker.site.pki, Some(name), door.broker.grpc);
+    let mut service = UserKeyServiceClient::new(channel);
+    let (user, key_name) = (ADA.to_owned(), "bitwarden".to_owned());
+    let changed = if delete {
+        let request = keybroker::proto::DeleteUserKeyRequest {
+            user,
+            key_name,
+            expected_revision: 1,
+            request_id: String::new(),
+        };
+        service
+            .delete_user_key(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .user_key
+    } else {
+        let request = keybroker::proto::UndeleteUserKeyRequest {
+            user,
+            key_name,
+            request_id: String::new(),
+        };
+        service
+            .undelete_user_key(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .user_key
+    };
+    changed.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_record_is_never_overwritten() {
+    let door = Door::open();
+    door.store(Method::POST, ADA, &[0xa6; 32])
+        .await
+        .expect_stored();
+    operate(&door, true).await;
+    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    for method in [Method::POST, Method::PUT] {
+        let refused = door.store(method, ADA, &[0xa7; 32]).await;
+        refused.expect_refused(400, "KEY_EXISTS");
+    }
+    operate(&door, false).await;
+    door.get(ADA).await.expect_key(&[0xa6; 32]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writers_at_once_leave_one_whole_key() {
+    let door = Door::open();
+    let keys: Vec<[u8; 32]> = (0xc0..0xc6).map(|byte| [byte; 32]).collect();
+    let writes = keys.iter().map(|key| door.store(Method::PUT, ADA, key));
+    let answers = futures_util::future::join_all(writes).await;
+    let mut stored = Vec::new();
+    for (key, answer) in keys.iter().zip(&answers) {
+        match answer.status.as_u16() {
+            200 => stored.push(key),
+            _ => answer.expect_refused(503, "REVISION"),
+        }
+    }
+    assert!(!stored.is_empty());
+    let kept = door.get(ADA).await;
+    assert!(stored.iter().any(|key| kept.body == body(*key)), "{kept:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn anybody_may_ask_whether_it_is_alive() {
+    let door = Door::open();
+    for path in ["/alive", "/now", "//alive"] {
+        let request = door
+            .request(Method::GET, path)
+            .header("content-type", "application/json; charset=utf-8");
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let text: String = serde_json::from_str(&answer.body).unwrap();
+        let then = OffsetDateTime::parse(&text, &Rfc3339).unwrap();
+        assert!(then.offset().is_utc());
+        let age = OffsetDateTime::now_utc() - then;
+        assert!(age.abs() < Duration::from_mins(1), "{text}");
+    }
+    let healthy = door.request(Method::GET, "/health").send().await.unwrap();
+    let healthy = Answer::of(healthy).await;
+    assert_eq!(
+        (healthy.status.as_u16(), healthy.body.as_str()),
+        (200, "Healthy")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_and_methods_that_there_are_not() {
+    let door = Door::open();
+    for path in [
+        "/",
+        "/user-key",
+        "/user-keys/",
+        "/user-keys/x",
+        "/api/user-keys",
+        "///user-keys",
+    ] {
+        let answer = door.request(Method::GET, path).bearer_auth(door.token(ADA));
+        let answer = Answer::of(answer.send().await.unwrap()).await;
+        // Not what a client without a key is told.
+        answer.expect_refused(404, "REQUEST");
+    }
+    for (method, path, allow) in [
+        (Method::DELETE, "/user-keys", "GET, POST, PUT"),
+        (Method::PATCH, "//user-keys", "GET, POST, PUT"),
+        (Method::POST, "/alive", "GET, HEAD"),
+        (Method::PUT, "/health", "GET, HEAD"),
+    ] {
+        let answer = door.request(method, path).send().await.unwrap();
+        let answer = Answer::of(answer).await;
+        answer.expect_refused(405, "REQUEST");
+        assert_eq!(answer.headers["allow"], allow);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefix_stands_before_every_path_and_may_end_in_a_slash() {
+    let door = Door::open_with(Options::default(), "path_prefix = \"/keys/v1\"", "");
+    door.get(ADA).await.expect_refused(404, "REQUEST");
+    for path in ["/keys/v1/user-keys", "/keys/v1//user-keys"] {
+        let request = door.request(Method::GET, path).bearer_auth(door.token(ADA));
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.expect_refused(404, "KEY_NOT_FOUND");
+    }
+    let alive = door.request(Method::GET, "/keys/v1/alive").send().await;
+    assert_eq!(alive.unwrap().status(), 200);
+}
+
+/// As a proxy speaks to it: one connection, one request after the other, with and without a length.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_keeps_its_connection() {
+    let door = Door::open();
+    let key = body(&client::sending(&[0xa8; 32]));
+    let head = |method: &str, user: &str| {
+        format!(
+            "{method} /user-keys HTTP/1.1\r\nHost: keys.example.org\r\nAuthorization: Bearer {}\r\n",
+            door.token(user)
+        )
+    };
+    let requests = [
+        format!(
+            "{}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{key}\r\n0\r\n\r\n",
+            head("POST", ADA),
+            key.len()
+        ),
+        format!("{}\r\n", head("GET", ADA)),
+        format!("{}\r\n", head("GET", BOB)),
+        format!("{}Connection: close\r\n\r\n", head("GET", ADA)),
+    ];
+    let mut stream = TcpStream::connect(door.plain).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let mut answers = String::new();
+    for (request, expected) in requests.iter().zip(["200", "200", "404", "200"]) {
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut buffer = [0; 4_096];
+        let length = stream.read(&mut buffer).unwrap();
+        let answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {expected} ")),
+            "{answer}"
+        );
+        answers += &answer;
+    }
+    assert_eq!(answers.matches(&key).count(), 2, "{answers}");
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0, "closed as asked");
+}

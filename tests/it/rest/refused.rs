@@ -1,0 +1,226 @@
+//! What bad input gets.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::json;
+
+use super::door::{ADA, Answer, BOB, Door, body};
+use crate::{
+    client,
+    identity::{now, user},
+    site::Options,
+};
+
+const JSON: &str = "application/json";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_are_none() {
+    let door = Door::open();
+    door.store(Method::POST, BOB, &[0xb2; 32])
+        .await
+        .expect_stored();
+    let key = |length: usize| body(&client::sending(&vec![0xd1; length]));
+    let unpadded = |length: usize| key(length).replace('=', "");
+    let mebibyte = "x".repeat(1 << 20);
+    let cases = [
+        (JSON, String::new(), 400),
+        (JSON, "not JSON".to_owned(), 400),
+        (JSON, "[]".to_owned(), 400),
+        (JSON, "{}".to_owned(), 400),
+        (JSON, r#"{"key":null}"#.to_owned(), 400),
+        (JSON, r#"{"key":"not base64"}"#.to_owned(), 400),
+        (JSON, r#"{"key":""}"#.to_owned(), 400),
+        (JSON, key(31), 400),
+        (JSON, key(33), 400),
+        (JSON, unpadded(33), 400),
+        (JSON, key(64), 400),
+        (JSON, format!("{}{}", key(32), key(32)), 400),
+        (JSON, mebibyte.clone(), 413),
+        (JSON, format!(r#"{{"key":"{mebibyte}"}}"#), 413),
+        ("text/plain", key(32), 415),
+        ("application/x-www-form-urlencoded", key(32), 415),
+        ("application/json; charset=utf-16", key(32), 415),
+    ];
+    for (content_type, text, status) in cases {
+        for method in [Method::POST, Method::PUT] {
+            let shown: String = text.chars().take(60).collect();
+            let answer = door.send(method.clone(), ADA, content_type, text.clone());
+            let answer = answer.await;
+            assert_eq!(
+                answer.status.as_u16(),
+                status,
+                "{method} {content_type} {shown}"
+            );
+            answer.expect_refused(status, "REQUEST");
+            assert!(!answer.body.contains("0dHR"), "{answer:?}");
+        }
+    }
+    // A megabyte whose length nobody says beforehand.
+    let chunk = format!("{:x}\r\n{}\r\n", 1 << 10, "x".repeat(1 << 10));
+    let unannounced = format!(
+        "POST /user-keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: {JSON}\r\n\
+         Transfer-Encoding: chunked\r\n\r\n{}",
+        door.token(ADA),
+        chunk.repeat(8)
+    );
+    let answer = tokio::task::block_in_place(|| door.raw(&unannounced));
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    // Without a content type.
+    let bare = door.as_user(Method::POST, ADA).body(key(32)).send().await;
+    Answer::of(bare.unwrap())
+        .await
+        .expect_refused(415, "REQUEST");
+    // Nothing was stored, nothing was lost, and each refusal is in the log.
+    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    door.get(BOB).await.expect_key(&[0xb2; 32]);
+    let audit = door.broker.site.audit();
+    let refusals = audit.lines().filter(|line| {
+        line.contains("\"reason\":\"REQUEST\"") && line.contains(&format!("token:bitwarden:{ADA}"))
+    });
+    assert_eq!(refusals.count(), 36, "{audit}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_without_padding_is_taken() {
+    let door = Door::open();
+    let text = body(&client::sending(&[0xd2; 32])).replace('=', "");
+    door.send(Method::POST, ADA, JSON, text)
+        .await
+        .expect_stored();
+    door.get(ADA).await.expect_key(&[0xd2; 32]);
+}
+
+/// The body stops in the middle: an answer before the client gives up, and others are served meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_body_is_given_up() {
+    let door = Door::open();
+    let request = format!(
+        "POST /user-keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: {JSON}\r\n\
+         Content-Length: 60\r\n\r\n{{\"key\":",
+        door.token(ADA)
+    );
+    let started = Instant::now();
+    let answer = tokio::task::block_in_place(|| door.raw(&request));
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    assert!(started.elapsed() > Duration::from_secs(9));
+    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_that_are_none() {
+    let door = Door::open_with(Options::default(), "", "failures_per_minute = 1000");
+    door.store(Method::POST, ADA, &[0xd3; 32])
+        .await
+        .expect_stored();
+    let good = door.token(ADA);
+    let mint = |claims: serde_json::Value| {
+        let mut all = user(ADA);
+        all.as_object_mut()
+            .unwrap()
+            .extend(claims.as_object().unwrap().clone());
+        format!("Bearer {}", door.identity.mint(all, json!({})))
+    };
+    let stranger = crate::identity::Identity::start(crate::identity::Options {
+        issuer: Some(door.identity.issuer().to_owned()),
+        ..crate::identity::Options::default()
+    });
+    for authorization in [
+        String::new(),
+        "Bearer".to_owned(),
+        "Bearer ".to_owned(),
+        "Bearer nonsense".to_owned(),
+        good.clone(),
+        format!("Digest {good}"),
+        format!("Bearer {good}x"),
+        format!("Bearer {good} {good}"),
+        format!("Bearer {}", "x".repeat(9_000)),
+        mint(json!({ "exp": now() - 3_600 })),
+        mint(json!({ "iss": "https://elsewhere.example.org" })),
+        mint(json!({ "scope": ["openid"] })),
+        mint(json!({ "sub": "ada" })),
+        mint(json!({ "amr": null })),
+        format!("Bearer {}", stranger.user_token(ADA)),
+    ] {
+        let request = door.request(Method::GET, "/user-keys");
+        let request = request.header("authorization", &authorization);
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.expect_refused(401, "CREDENTIAL");
+    }
+    // None at all, two good ones, and what a proxy says of the caller.
+    let bare = || door.request(Method::GET, "/user-keys");
+    let bearer = format!("Bearer {good}");
+    for request in [
+        bare(),
+        bare()
+            .header("authorization", &bearer)
+            .header("authorization", &bearer),
+        bare()
+            .header("x-forwarded-user", ADA)
+            .header("x-auth-request-user", ADA)
+            .header("x-forwarded-access-token", &good)
+            .header("remote-user", ADA)
+            .header(
+                "x-forwarded-client-cert",
+                "URI=spiffe://test.example/releaser",
+            ),
+    ] {
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.expect_refused(401, "CREDENTIAL");
+    }
+    // A token in the query is no credential either, and names of others in a good request change nothing.
+    let query = format!("/user-keys?access_token={good}&user={BOB}");
+    let answer = door.request(Method::GET, &query).send().await.unwrap();
+    Answer::of(answer).await.expect_refused(401, "CREDENTIAL");
+    let named = door
+        .request(Method::GET, &format!("/user-keys?user={BOB}"))
+        .bearer_auth(&good)
+        .header("x-forwarded-user", BOB);
+    let answer = Answer::of(named.send().await.unwrap()).await;
+    answer.expect_key(&[0xd3; 32]);
+    let log = door.broker.site.log();
+    assert!(!log.contains(&good), "the log shows a token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_over_the_rate_is_told_when_to_come_again() {
+    let door = Door::open_with(Options::default(), "", "user_calls_per_minute = 6");
+    for _ in 0..6 {
+        door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    }
+    let answer = door.get(ADA).await;
+    answer.expect_refused(429, "RATE");
+    let seconds: u64 = answer.headers["retry-after"]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!((1..=10).contains(&seconds), "{seconds}");
+    // Nobody else pays for it.
+    door.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
+    let door = Door::open_with(Options::default(), "", "failures_per_minute = 3");
+    door.store(Method::POST, ADA, &[0xd4; 32])
+        .await
+        .expect_stored();
+    let knock = || async {
+        let request = door.request(Method::GET, "/user-keys");
+        Answer::of(request.bearer_auth("nonsense").send().await.unwrap()).await
+    };
+    for _ in 0..3 {
+        knock().await.expect_refused(401, "CREDENTIAL");
+    }
+    knock().await.expect_refused(429, "FAILURE_BUDGET");
+    door.get(ADA).await.expect_key(&[0xd4; 32]);
+    let (site, _) = door.broker.stop();
+    let audit = site.audit();
+    let refusals: Vec<&str> = audit
+        .lines()
+        .filter(|line| line.contains("connection.refused"))
+        .collect();
+    assert_eq!(refusals.len(), 2, "one entry for each reason: {refusals:?}");
+}

@@ -3,6 +3,7 @@
 # folder and is gone afterwards.
 #
 # Usage: demo.sh [--keep]                        --keep leaves the broker running and prints commands to try
+#        demo.sh --bitwarden                     an account of a password manager goes from its master password to the broker
 #        demo.sh --against URL PKI USERS         only the client's part, against a broker that runs already: PKI is a folder
 #                                                of dev-ca.sh, USERS one for their keys; a second run finds them enrolled
 set -euo pipefail
@@ -17,6 +18,7 @@ BENCH_SECONDS=5
 KEEP=no
 WORK=
 BROKER_PID=
+IDENTITY_PID=
 STARTED=$SECONDS
 
 # --- how it looks ----------------------------------------------------------------------------------------------------
@@ -48,10 +50,18 @@ stop_broker() {
   return "$status"
 }
 
+stop_identity() {
+  [[ -n $IDENTITY_PID ]] || return 0
+  kill -TERM "$IDENTITY_PID" 2>/dev/null || true
+  wait "$IDENTITY_PID" 2>/dev/null || true
+  IDENTITY_PID=
+}
+
 clean_up() {
   local status=$?
   trap - EXIT INT TERM HUP
   stop_broker || true
+  stop_identity
   [[ -z $WORK ]] || rm -rf "$WORK"
   exit "$status"
 }
@@ -71,9 +81,10 @@ module() {
   fail 'SoftHSM is installed but its module libsofthsm2.so is in none of the known places'
 }
 
+# What to build besides the program, if anything.
 build() {
   step 'Building in release (minutes the first time)'
-  cargo build --release --locked --quiet
+  cargo build --release --locked --quiet --bin keybroker "$@"
   PATH=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release:$PATH
   note "$(keybroker --version)"
 }
@@ -292,6 +303,195 @@ Log: $folder/broker.log    Stop and remove: kill $pid; rm -r $folder
 TRY
 }
 
+# --- Bitwarden -------------------------------------------------------------------------------------------------------
+
+# An account as a Bitwarden client made it: the published end-to-end vector of its SDK, PBKDF2 with 600,000 iterations.
+# The item was encrypted with OpenSSL under the account's user key.
+ADA_EMAIL=test@bitwarden.com
+ADA_PASSWORD=asdfasdfasdf
+ADA_LOGIN_HASH='8HT+qrqqhBaGEIHp9mwuv1ivoW9r6yaauAkOCYbe+SM='
+ADA_PROTECTED_KEY='2.Q/2PhzcC7GdeiMHhWguYAQ==|GpqzVdr0go0ug5cZh1n+uixeBC3oC90CIe0hd/HWA/pTRDZ8ane4fmsEIcuc8eMKUt55Y2q/fbNzsYu41YTZzzsJUSeqVjT8/iTQtgnNdpo=|dwI+uyvZ1h/iZ03VQ+/wrGEFYVewBUUl/syYgjsNMbE='
+ADA_ITEM_TEXT='the diary of ada'
+ADA=7d444840-9dc0-41d1-b245-5ffdce74fad2
+BOB=c1a0fd0c-3bd3-4a59-8a55-5f3b0c9a3d11
+
+start_identity() {
+  local deadline=$((SECONDS + READY_SECONDS))
+  "$(dirname "$(command -v keybroker)")/examples/identity" --ready-file "$WORK/identity" >"$WORK/identity.log" 2>&1 &
+  IDENTITY_PID=$!
+  until [[ -s $WORK/identity ]]; do
+    kill -0 "$IDENTITY_PID" 2>/dev/null || fail 'the identity service did not start'
+    ((SECONDS < deadline)) || fail 'the identity service is not ready'
+    sleep 0.05
+  done
+  ISSUER=$(<"$WORK/identity")
+}
+
+# A token as the identity service of a Bitwarden server signs it: claims as JSON.
+mint() {
+  local claims=$1 address=${ISSUER#http://} peer
+  exec {peer}<>"/dev/tcp/${address%:*}/${address##*:}"
+  printf 'POST /mint HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s' \
+    "$address" "${#claims}" "$claims" >&"$peer"
+  sed '1,/^\r$/d' <&"$peer"
+  exec {peer}>&-
+}
+
+bitwarden_configuration() {
+  cat >>"$WORK/keybroker.toml" <<CONF
+[rest]
+allowed_origins = ["https://vault.example.org"]
+
+[[listener]]
+address = "127.0.0.1:0"
+doors = ["rest"]
+client_certificates = "none"
+
+[listener.tls]
+certificate_file = "$WORK/pki/server.pem"
+key_file = "$WORK/pki/server.key"
+
+[[issuer]]
+name = "bitwarden"
+profile = "bitwarden"
+issuer = "$ISSUER"
+allow_http = true
+CONF
+}
+
+# A command in the folder of the account: shown, run, and what it said shown.
+bitwarden() {
+  command_line "keybroker bitwarden $*"
+  said keybroker bitwarden "$@"
+}
+
+# The same against the broker, whose options are not shown again and again.
+connector() {
+  local command=$1
+  shift
+  command_line "keybroker bitwarden $command --url … $*"
+  said keybroker bitwarden "$command" --url "$CONNECTOR" --ca-file "$WORK/pki/ca.pem" "$@"
+}
+
+said() {
+  local status=0
+  (cd "$WORK/ada" && "$@") >"$WORK/said" 2>&1 || status=$?
+  indented <"$WORK/said"
+  return "$status"
+}
+
+# The broker must refuse, for this reason.
+refuses() {
+  local reason=$1 status=0
+  shift
+  connector "$@" || status=$?
+  [[ $status -eq 10 ]] || fail "the broker did not refuse it (code $status)"
+  grep -qF "$reason" "$WORK/said" || fail "refused for another reason than $reason"
+}
+
+opened() {
+  [[ $(<"$WORK/ada/$1") == "$ADA_ITEM_TEXT" ]] || fail 'the item was not opened'
+  note "the item says: $ADA_ITEM_TEXT"
+}
+
+account() {
+  step 'An account with a master password, a protected user key and an item, as clients made them'
+  mkdir "$WORK/ada"
+  printf '%s\n' "$ADA_PASSWORD" >"$WORK/ada/password"
+  printf '%s\n' "$ADA_PROTECTED_KEY" >"$WORK/ada/protected"
+  cp tests/vectors/bitwarden/item.txt "$WORK/ada/item"
+  indented <"$WORK/ada/protected" | cut -c 1-100
+  bitwarden derive --email "$ADA_EMAIL" --kdf pbkdf2 --iterations 600000 --password-file password --out key
+  grep -qF "$ADA_LOGIN_HASH" "$WORK/said" || fail 'this is not the hash that the client logs in with'
+  bitwarden unlock --master-key-file key --protected-key-file protected --item-file item --out with-password
+  opened with-password
+}
+
+migrate() {
+  step 'Ada logs in with SSO, and her client gives the broker the key'
+  mint "{\"sub\": \"$ADA\"}" >"$WORK/ada/token"
+  refuses 'KEY_NOT_FOUND' fetch --token-file token
+  connector enrol --token-file token --master-key-file key --protected-key-file protected
+  mv "$WORK/ada/key" "$WORK/key-before"
+  rm "$WORK/ada/password"
+  note 'The password is gone, and the key is on no device: it is under the key in the token.'
+}
+
+unlock_with_broker() {
+  step 'From now on her client asks the broker'
+  mint "{\"sub\": \"$ADA\"}" >"$WORK/ada/token-later"
+  connector fetch --token-file token-later --out fetched
+  cmp --silent "$WORK/key-before" "$WORK/ada/fetched" || fail 'the key came back changed'
+  connector unlock --token-file token-later --protected-key-file protected --item-file item --out with-broker
+  opened with-broker
+}
+
+bitwarden_refused() {
+  step 'What is refused'
+  note 'The same user once more: POST never overwrites.'
+  refuses 'KEY_EXISTS' enrol --token-file token --master-key-file fetched --protected-key-file protected
+  note 'Another user, who has no key here:'
+  mint "{\"sub\": \"$BOB\"}" >"$WORK/ada/token-of-bob"
+  refuses 'KEY_NOT_FOUND' unlock --token-file token-of-bob --protected-key-file protected
+  note 'A token that has expired:'
+  mint "{\"sub\": \"$ADA\", \"exp\": $(($(date +%s) - 3600))}" >"$WORK/ada/token-old"
+  refuses 'CREDENTIAL' fetch --token-file token-old
+  note 'An administrator, over gRPC:'
+  local status=0
+  client admin unwrap --user "$ADA" --key-name bitwarden --out "$WORK/stolen" >"$WORK/said" 2>&1 || status=$?
+  indented <"$WORK/said"
+  [[ $status -eq 10 && ! -s $WORK/stolen ]] || fail 'an administrator was given the key'
+  grep -q POLICY "$WORK/said" || fail 'the administrator was refused for another reason than POLICY'
+}
+
+bitwarden_row() {
+  step "Ada's row as a thief of the database would see it, and what the audit log says"
+  local key
+  key=$(od -An -v -tx1 "$WORK/key-before" | tr -d ' \n')
+  sql "SELECT 'user ' || user || ', key ' || key_name || ', revision ' || revision || x'0a' || lower(hex(envelope))
+       FROM records JOIN revisions USING (record_id, revision)" >"$WORK/row"
+  fold -w 96 <"$WORK/row" | indented
+  grep -qF "user $ADA, key bitwarden" "$WORK/row" || fail 'the row is not there'
+  if tr -d '\n' <"$WORK/row" | grep -qF "$key"; then fail 'the row shows the key'; fi
+  local lines=$WORK/lines pattern
+  cat "$WORK"/audit/serve/* >"$lines"
+  for pattern in user_key.create user_key.unwrap; do
+    pattern="\"action\":\"$pattern\".*\"outcome\":\"ok\".*\"principal\":\"token:bitwarden:$ADA\""
+    grep -E "$pattern" "$lines" | head -n 1 | indented
+    grep -qE "$pattern" "$lines" || fail "the audit log has no line like $pattern"
+  done
+}
+
+bitwarden_part() {
+  trap clean_up EXIT
+  trap interrupted INT TERM HUP
+  scripts/install.sh
+  build --example identity
+  WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-demo.XXXXXX")
+  prepare
+  step 'Starting an identity service and the broker, with a listener for Bitwarden clients'
+  start_identity
+  bitwarden_configuration
+  start_broker
+  CONNECTOR=https://$(grep -oE '127\.0\.0\.1:[0-9]+' "$WORK/ready" | sed -n 2p)
+  local deadline=$((SECONDS + READY_SECONDS))
+  until grep -q 'key set taken over' "$WORK/broker.log"; do
+    ((SECONDS < deadline)) || fail 'the broker has not fetched the keys of the identity service'
+    sleep 0.05
+  done
+  note "tokens from $ISSUER, keys at $CONNECTOR/user-keys"
+  account
+  migrate
+  unlock_with_broker
+  bitwarden_refused
+  bitwarden_row
+  finish
+  printf '\n%s\n' "took $((SECONDS - STARTED)) s"
+  printf 'demo: bitwarden ok\n'
+}
+
+# --- the client's part -----------------------------------------------------------------------------------------------
+
 # The client's part alone: what an image, a package or a cluster is proved with.
 against() {
   [[ $# -eq 3 ]] || fail 'usage: demo.sh --against URL PKI USERS'
@@ -312,8 +512,9 @@ main() {
   case ${1:-} in
     '') ;;
     --keep) KEEP=yes ;;
+    --bitwarden) bitwarden_part; return ;;
     --against) shift; against "$@"; return ;;
-    *) fail "unknown argument $1; usage: demo.sh [--keep | --against URL PKI USERS]" ;;
+    *) fail "unknown argument $1; usage: demo.sh [--keep | --bitwarden | --against URL PKI USERS]" ;;
   esac
   trap clean_up EXIT
   trap interrupted INT TERM HUP

@@ -28,7 +28,7 @@ use super::super::{
 /// Who asks, and how.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// The `san` of a [[principal]] in the configuration
+    /// The `san` of a `[[principal]]` in the configuration
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
     /// JSON file that describes a principal; its fields are called like the options, in the plural where there may be several

@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::policy::files::{FILE_BYTES_MAX, FILES_MAX};
 
@@ -213,3 +215,87 @@ fn only_files_that_nobody_else_can_write_are_read() {
             .contains("not a file")
     );
 }
+
+/// As Kubernetes mounts a `ConfigMap`: links to a hidden directory, which is exchanged as a whole.
+#[test]
+fn links_of_a_mounted_volume_are_followed() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("..2026_11_21")).unwrap();
+    fs::write(
+        at("..2026_11_21/mine.cedar"),
+        "@id(\"mine\") forbid (principal, action, resource);",
+    )
+    .unwrap();
+    symlink("..2026_11_21", at("..data")).unwrap();
+    symlink("..data/mine.cedar", at("mine.cedar")).unwrap();
+    let settings = Settings {
+        directory: Some(folder.path().to_owned()),
+        ..Settings::default()
+    };
+    let policy = Policy::load(&settings).unwrap();
+    assert_eq!(
+        &*unwrap_of_ada(&ada(), |case| policy.judge(case)).policy,
+        "mine"
+    );
+}
+
+proptest! {
+    /// Whatever stands in a file, it is a set of policies or a problem with a place in that file.
+    #[test]
+    fn no_text_makes_the_loader_panic(
+        words in prop::collection::vec(prop::sample::select(WORDS.to_vec()), 0..40),
+        noise in "\\PC{0,20}",
+    ) {
+        for text in [words.join(" "), words.concat(), noise] {
+            match with_files(&[("a.cedar", &text)]) {
+                Ok((_folder, policy)) => drop(unwrap_of_ada(&ada(), |case| policy.judge(case))),
+                Err(Problems(problems)) => for problem in problems {
+                    prop_assert_eq!(problem.file.as_deref(), Some("a.cedar"));
+                    if let Some((line, column)) = problem.place {
+                        let line = text.lines().nth(line - 1).unwrap_or("");
+                        prop_assert!(column <= line.chars().count() + 1, "{}: {}", text, problem);
+                    }
+                },
+            }
+        }
+    }
+}
+
+const WORDS: [&str; 34] = [
+    "permit (principal, action, resource)",
+    "forbid (principal, action, resource)",
+    "when {",
+    "unless {",
+    "}",
+    "(",
+    ")",
+    "[",
+    "]",
+    ";",
+    "@id(\"a\")",
+    "@id(\"\u{e4}\")",
+    "principal",
+    "action",
+    "resource",
+    "context",
+    ".",
+    "amr",
+    "has",
+    "like",
+    "\"*\"",
+    "==",
+    "in",
+    "is",
+    "&&",
+    "||",
+    "!",
+    "Keybroker::User",
+    "Keybroker::Action::\"user_key.unwrap\"",
+    "ip(\"::1\")",
+    "// comment\n",
+    "\"",
+    "1",
+    "?principal",
+];

@@ -474,11 +474,6 @@ bitwarden_part() {
   bitwarden_configuration
   start_broker
   CONNECTOR=https://$(grep -oE '127\.0\.0\.1:[0-9]+' "$WORK/ready" | sed -n 2p)
-  local deadline=$((SECONDS + READY_SECONDS))
-  until grep -q 'key set taken over' "$WORK/broker.log"; do
-    ((SECONDS < deadline)) || fail 'the broker has not fetched the keys of the identity service'
-    sleep 0.05
-  done
   note "tokens from $ISSUER, keys at $CONNECTOR/user-keys"
   account
   migrate

@@ -112,6 +112,18 @@ impl Tokens {
         futures_util::future::join_all(refreshing).await;
     }
 
+    /// Waits until every provider was asked for its keys once, whatever came of it, at most for so long. Whoever calls before that
+    /// is refused for no fault of theirs, and some clients take that for the end of their session.
+    pub async fn asked_once(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let is_open = |issuer: &Arc<Issuer>| {
+            issuer.keys.current().is_err() && issuer.keys.problem().is_none()
+        };
+        while self.issuers.iter().any(is_open) && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     /// The principal that a token is for. The caller learns only that it is not accepted; the log, why.
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";

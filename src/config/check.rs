@@ -7,6 +7,7 @@ use crate::{
     hsm::gate,
     key::KeyName,
     limits::{RATE_MAX, RELEASED_USERS_MAX},
+    principal::Kind,
     server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSettings},
 };
 
@@ -206,9 +207,16 @@ impl Config {
         if self.listeners.is_empty() {
             problems.push("there is no [[listener]], so nobody could call".to_owned());
         }
+        let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
         for listener in &self.listeners {
             check_listener(listener, problems);
+            if listener.doors.contains(&Door::Rest) && !has_users {
+                problems.push(format!(
+                    "[[listener]] {}: the door `rest` is for users, and there is no [[issuer]] whose tokens name one",
+                    listener.address
+                ));
+            }
             if listener.address.port() != 0 && !taken.insert(listener.address) {
                 problems.push(format!(
                     "[[listener]] {}: another listener or [status] has this address",

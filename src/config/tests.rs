@@ -185,6 +185,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ),
     ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
     (
+        "# allowed_origins = []",
+        "allowed_origins = [\"*\"]",
+        "which no browser sends",
+    ),
+    (
+        "# path_prefix = \"\"",
+        "path_prefix = \"keys/\"",
+        "begins with a slash",
+    ),
+    (
         "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
         "",
         "`client_ca_file`",
@@ -272,6 +282,20 @@ fn each_mistake_has_its_message() {
             "{bad:?}: {problems:?}"
         );
     }
+}
+
+/// REST is for users, and users have tokens.
+#[test]
+fn a_door_for_users_needs_an_issuer_of_users() {
+    let needs = |text: &str| {
+        let text = text.replacen("doors = [\"grpc\"]", "doors = [\"rest\"]", 1);
+        let problems = Config::parse(&text).unwrap().problems();
+        problems.iter().any(|p| p.contains("whose tokens name one"))
+    };
+    assert!(needs(WRITTEN));
+    assert!(!needs(&EXAMPLE));
+    let of_services = EXAMPLE.replace("# kind = \"user\"", "kind = \"service\"");
+    assert!(needs(&of_services));
 }
 
 /// Whoever writes a secret into a field that does not exist must not find it in the log.

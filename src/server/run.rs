@@ -52,6 +52,8 @@ use super::{
 
 /// For reading the registry and verifying it on the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the first key sets of providers, before the doors open; one that is down then is asked again in the background.
+const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the doors: workers and store.
@@ -222,10 +224,10 @@ impl Server {
         // Nobody is told that it serves before somebody has looked.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, policy, hangup);
-        server
-            .background
-            .spawn(tokens.refresh(server.stop_background.clone()));
+        let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
+        server.background.spawn(refresh);
         server.serve_status(status_socket, metrics);
+        tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
         server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {
             server.write_ready_file(path)?;

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     client,
     identity::{Identity, Options as IdentityOptions},
-    process::{Broker, until},
+    process::Broker,
     site::{Options, Site},
 };
 
@@ -89,13 +89,6 @@ allow_http = true
             .unwrap();
         });
         let broker = Broker::start_on(Arc::new(site));
-        until("the keys of the identity service", || {
-            broker
-                .site
-                .log()
-                .contains("key set taken over")
-                .then_some(())
-        });
         let [_, tls, plain] = broker.listeners[..] else {
             panic!("listeners {:?}", broker.listeners)
         };

@@ -49,4 +49,5 @@ mod stopping;
 mod store_check;
 mod stored_clients;
 mod tls;
+mod tokens;
 mod wire;

@@ -1,0 +1,286 @@
+//! Bearer tokens at the real broker, with an identity service on loopback: who they are, what they reach, and every bad one.
+
+use std::{fmt::Write as _, sync::Arc};
+
+use serde_json::{Value, json};
+use tonic::{Request, Status, metadata::MetadataValue};
+
+use keybroker::proto::{
+    CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, UnwrapUserKeyRequest,
+    control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
+};
+
+use crate::{
+    client::{Caller, NAME, channel, eventually, reason, refused},
+    identity::{Identity, Options as IdentityOptions, now, user},
+    process::{Broker, until},
+    site::{Options, Site},
+    wire::get,
+};
+
+const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";
+const BOB: &str = "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d";
+const MATERIAL: &[u8] = b"material of this user";
+
+/// A site that believes an identity service, over connections with and without certificates.
+fn site(service: &Identity, lines: &str) -> Arc<Site> {
+    // No table of bad tokens fits into the budget of one address.
+    let site = Site::fresh(Options {
+        limits: "[rates]\nfailures_per_minute = 100000".to_owned(),
+        ..Options::default()
+    });
+    site.write_configuration(|text| {
+        let doors = "doors = [\"grpc\", \"admin\"]";
+        let optional = format!("{doors}\nclient_certificates = \"optional\"");
+        *text = text.replace(doors, &optional);
+        let issuer = service.issuer();
+        write!(
+            text,
+            "\n[[issuer]]\nname = \"vault\"\nissuer = \"{issuer}\"\nprofile = \"bitwarden\"\nallow_http = true\n{lines}\n"
+        )
+        .unwrap();
+    });
+    Arc::new(site)
+}
+
+/// A broker on such a site, that has its keys.
+fn start(service: &Identity, lines: &str) -> Broker {
+    let broker = Broker::start_on(site(service, lines));
+    let is_ready = || broker.site.log().contains("key set taken over");
+    until("the key set", || is_ready().then_some(()));
+    broker
+}
+
+/// Calls with these `authorization` headers, over a connection with that certificate or none.
+struct Holder {
+    keys: UserKeyServiceClient<tonic::transport::Channel>,
+    control: ControlServiceClient<tonic::transport::Channel>,
+    headers: Vec<String>,
+}
+
+impl Holder {
+    fn of(broker: &Broker, token: &str) -> Self {
+        Self::presenting(broker, None, &[&format!("Bearer {token}")])
+    }
+
+    fn presenting(broker: &Broker, certificate: Option<&str>, headers: &[&str]) -> Self {
+        let channel = channel(&broker.site.pki, certificate, broker.grpc);
+        Self {
+            keys: UserKeyServiceClient::new(channel.clone()),
+            control: ControlServiceClient::new(channel),
+            headers: headers.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        for header in &self.headers {
+            let value: MetadataValue<_> = header.parse().unwrap();
+            request.metadata_mut().append("authorization", value);
+        }
+        request
+    }
+
+    async fn create(&self, user: &str) -> Result<(), Status> {
+        let request = self.request(CreateUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            key_material: MATERIAL.to_vec(),
+            request_id: String::new(),
+        });
+        self.keys.clone().create_user_key(request).await.map(drop)
+    }
+
+    async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {
+        let request = self.request(UnwrapUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+        });
+        let answer = self.keys.clone().unwrap_user_key(request).await?;
+        Ok(answer.into_inner().key_material)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_reaches_their_own_keys_and_nobody_elses() {
+    let service = Identity::start(IdentityOptions::default());
+    let broker = start(&service, "");
+    let ada = Holder::of(&broker, &service.user_token(ADA));
+    let bob = Holder::of(&broker, &service.user_token(BOB));
+    ada.create(ADA).await.unwrap();
+    assert_eq!(ada.unwrap(ADA).await.unwrap(), MATERIAL);
+    bob.create(BOB).await.unwrap();
+
+    // A token that is replayed by another user, or for another one.
+    refused(ada.unwrap(BOB).await, "POLICY");
+    refused(bob.unwrap(ADA).await, "POLICY");
+    refused(ada.create(BOB).await, "POLICY");
+    refused(ada.unwrap("nobody").await, "POLICY");
+    let all = ada.request(ListUserKeysRequest::default());
+    refused(ada.keys.clone().list_user_keys(all).await, "POLICY");
+    let control = ada.request(ListWrappingKeysRequest {});
+    refused(
+        ada.control.clone().list_wrapping_keys(control).await,
+        "POLICY",
+    );
+
+    // The same key for a service with a certificate that may release it.
+    let key = Caller::of(&broker, "releaser").unwrap(ADA).await.unwrap();
+    assert_eq!(key.key_material, MATERIAL);
+    // The audit log names who asked, and neither log shows a token.
+    let audit = broker.site.audit();
+    assert!(audit.contains(&format!("token:vault:{ADA}")), "{audit}");
+    for header in ada.headers.iter().chain(&bob.headers) {
+        let signature = header.rsplit('.').next().unwrap();
+        assert!(!broker.site.log().contains(signature));
+        assert!(!audit.contains(signature));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_bad_token_is_credential_and_no_more() {
+    let service = Identity::start(IdentityOptions::default());
+    let broker = start(&service, "audience = [\"keybroker\"]");
+    let minted = |claims: Value, header: Value| {
+        let mut full = user(ADA);
+        full["aud"] = json!("keybroker");
+        for (name, value) in claims.as_object().unwrap() {
+            full[name] = value.clone();
+        }
+        service.mint(full, header)
+    };
+    let claims = |claims: Value| minted(claims, json!({}));
+    let header = |header: Value| minted(json!({}), header);
+    let good = claims(json!({}));
+    Holder::of(&broker, &good).create(ADA).await.unwrap();
+    let bobs = claims(json!({"sub": BOB}));
+    let [parts, others] = [&good, &bobs].map(|token| token.split('.').collect::<Vec<_>>());
+    let tampered = [parts[0], others[1], parts[2]].join(".");
+    let oversized = claims(json!({"pad": "x".repeat(7_000)}));
+
+    let bad = [
+        ("expired", claims(json!({"exp": now() - 60}))),
+        ("not-yet-valid", claims(json!({"nbf": now() + 90}))),
+        ("issuer", claims(json!({"iss": "https://other.example"}))),
+        ("audience", claims(json!({"aud": "other"}))),
+        ("scope", claims(json!({"scope": "offline_access"}))),
+        ("claim", claims(json!({"amr": null}))),
+        ("subject", claims(json!({"sub": "ada"}))),
+        ("kid", header(json!({"kid": "nobody's"}))),
+        ("algorithm", header(json!({"alg": "none"}))),
+        ("algorithm", header(json!({"alg": "HS256"}))),
+        ("header", header(json!({"jku": service.url()}))),
+        ("header", header(json!({"jwk": service.jwks()["keys"][0]}))),
+        ("type", header(json!({"typ": "JWT"}))),
+        ("malformed", "nonsense".to_owned()),
+        ("signature", tampered),
+    ];
+    for (cause, token) in &bad {
+        let status = refused(Holder::of(&broker, token).unwrap(ADA).await, "CREDENTIAL");
+        let message = status.message();
+        assert!(
+            message.starts_with("no accepted credential (call "),
+            "{cause}: {message}"
+        );
+        let counted = get(broker.status, "/metrics");
+        let label = format!("cause=\"{cause}\"");
+        let lines = counted
+            .lines()
+            .filter(|line| line.starts_with("keybroker_token_refusals_total"));
+        assert!(
+            lines.clone().any(|line| line.contains(&label)),
+            "{cause}: {:?}",
+            lines.collect::<Vec<_>>()
+        );
+    }
+    refused(
+        Holder::of(&broker, &oversized).unwrap(ADA).await,
+        "CREDENTIAL",
+    );
+    // None of it was of any consequence.
+    assert_eq!(
+        Holder::of(&broker, &good).unwrap(ADA).await.unwrap(),
+        MATERIAL
+    );
+    let log = broker.site.log();
+    for words in [
+        "`exp` has passed",
+        "`aud` holds none",
+        "which is not a GUID",
+        "keys that come with a token",
+    ] {
+        assert!(log.contains(words), "{words}");
+    }
+}
+
+/// A header stands in the place of the certificate, also when it is worth nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_header_is_one_credential() {
+    let service = Identity::start(IdentityOptions::default());
+    let broker = start(&service, "");
+    Caller::of(&broker, "enroller")
+        .create(ADA, MATERIAL)
+        .await
+        .unwrap();
+    let token = service.user_token(ADA);
+    let (bearer, lower) = (format!("Bearer {token}"), format!("bearer {token}"));
+    for headers in [&[bearer.as_str()][..], &[&lower]] {
+        for certificate in [None, Some("admin"), Some("releaser")] {
+            let holder = Holder::presenting(&broker, certificate, headers);
+            assert_eq!(holder.unwrap(ADA).await.unwrap(), MATERIAL);
+            refused(holder.unwrap(BOB).await, "POLICY");
+        }
+    }
+    for headers in [
+        &[bearer.as_str(), &bearer][..],
+        &[&bearer, ""],
+        &[""],
+        &[" "],
+        &["Bearer"],
+        &["Bearer "],
+        &[&token],
+        &["Digest x"],
+        &["Basic bm9ib2R5Om5vdGhpbmc="],
+    ] {
+        for certificate in [None, Some("releaser")] {
+            let holder = Holder::presenting(&broker, certificate, headers);
+            refused(holder.unwrap(ADA).await, "CREDENTIAL");
+        }
+    }
+    refused(
+        Holder::presenting(&broker, None, &[]).unwrap(ADA).await,
+        "CREDENTIAL",
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_may_be_down_at_the_start_and_change_its_key() {
+    let mut service = Identity::start(IdentityOptions::default());
+    service.stop();
+    let broker = Broker::start_on(site(&service, ""));
+    // Certificates do not wait for it.
+    Caller::of(&broker, "enroller")
+        .create(ADA, MATERIAL)
+        .await
+        .unwrap();
+    let old = Holder::of(&broker, &service.user_token(ADA));
+    refused(old.unwrap(ADA).await, "CREDENTIAL");
+    until("the alarm", || {
+        broker.site.log().contains("issuer-keys").then_some(())
+    });
+    service.resume();
+    assert_eq!(eventually(|| old.unwrap(ADA)).await, MATERIAL);
+
+    service.rotate_key();
+    let new = Holder::of(&broker, &service.user_token(ADA));
+    assert_eq!(new.unwrap(ADA).await.unwrap(), MATERIAL);
+    let status = old.unwrap(ADA).await.unwrap_err();
+    assert_eq!(
+        reason(&status),
+        "CREDENTIAL",
+        "the key that was withdrawn is good no more"
+    );
+    service.stop();
+    let another = Holder::of(&broker, &service.user_token(BOB));
+    refused(another.unwrap(BOB).await, "KEY_NOT_FOUND");
+}

@@ -51,6 +51,7 @@ fn links_lead_to_files() {
         "README.md",
         "softhsm/README.md",
         "docs/operations.md",
+        "docs/identity.md",
         "deploy/kubernetes/README.md",
     ];
     for document in documents {

@@ -9,6 +9,7 @@ use std::{
 use rustix::fs::{Access, access};
 
 use crate::{
+    auth::{issuer, token::Tokens},
     hsm::{self, Pin},
     policy::Problems,
 };
@@ -31,6 +32,10 @@ impl Config {
         problems.extend(check_audit(&self.audit.directory).err());
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
+        }
+        // What is wrong with them beside their files was said already.
+        if issuer::problems(&self.issuers).is_empty() {
+            problems.extend(Tokens::new(&self.issuers).err());
         }
         for listener in &self.listeners {
             let address = listener.address;

@@ -1,12 +1,13 @@
 //! Client certificates that were taken back, or are of somebody else's trust domain.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, path::Path, process::Command, sync::Arc, time::Duration};
 
 use crate::{
     client::{Caller, refused},
     pki,
     process::{Broker, until},
     site::{Options, Site},
+    wire::get,
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -51,11 +52,7 @@ async fn until_refused(broker: &Broker, client: &str) {
 }
 
 fn metrics(broker: &Broker) -> String {
-    let url = format!("http://{}/metrics", broker.status);
-    let output = std::process::Command::new("curl")
-        .args(["--silent", &url])
-        .output();
-    String::from_utf8(output.unwrap().stdout).unwrap()
+    get(broker.status, "/metrics")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,4 +177,53 @@ async fn a_listener_accepts_the_trust_domains_that_it_names() {
         let told = broker.site.log().contains("of the trust domain");
         assert_eq!(told, !is_accepted);
     }
+}
+
+/// The shell commands of the guide are run as they stand there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guide_to_a_ca_makes_certificates_that_the_broker_accepts_and_takes_back() {
+    let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/identity.md");
+    let guide = fs::read_to_string(guide).unwrap();
+    let commands = |beginning: &str| {
+        let mut blocks = guide.split("```sh\n").skip(1);
+        let block = blocks.find(|block| block.starts_with(beginning)).unwrap();
+        block.split("```").next().unwrap().to_owned()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let run = |commands: &str| {
+        let output = Command::new("sh")
+            .args(["-e", "-c", commands])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    run(&commands("umask"));
+
+    let site = Site::fresh(Options::default());
+    for (from, to) in [
+        ("vault.pem", site.pki.certificate_file("vault")),
+        ("vault.key", site.pki.key_file("vault")),
+    ] {
+        fs::copy(folder.path().join(from), to).unwrap();
+    }
+    let in_folder = |name: &str| folder.path().join(name).display().to_string();
+    site.write_configuration(|text| {
+        let ca = site.pki.ca_file().display().to_string();
+        *text = text.replace(&ca, &in_folder("client-ca.pem"));
+        *text = text.replace(
+            "spiffe://test.example/releaser",
+            "spiffe://example.org/vault",
+        );
+        let crl = in_folder("client-crl.pem");
+        let lines = format!("client_crl_file = \"{crl}\"\ntrust_domains = [\"example.org\"]\n");
+        *text = text.replace("client_ca_file", &(lines + "client_ca_file"));
+    });
+    let broker = Broker::start_on(Arc::new(site));
+    let vault = Caller::of(&broker, "vault");
+    refused(vault.unwrap("ada").await, "KEY_NOT_FOUND");
+    run(&commands("openssl ca -config ca.conf -revoke"));
+    until_logged(&broker.site, "TLS files reloaded");
+    until_refused(&broker, "vault").await;
+    assert!(metrics(&broker).contains("cause=\"revoked\""));
 }

@@ -28,6 +28,7 @@ mod pin;
 mod policy;
 mod probe;
 mod progress;
+mod secrets;
 mod serve;
 mod store;
 #[cfg(test)]

@@ -74,6 +74,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
+    arguments.connection.certificate()?;
     let (key, rsa_bits) = bare::wrapping_key(&config)?;
     let threads = arguments.token_threads.unwrap_or_else(processors);
     if let Some(count) = arguments.seed {

@@ -1,17 +1,24 @@
 //! `keybroker client`: a gRPC client like any other.
 
 use clap::{Args, Subcommand};
-use tonic::{Request, Response, Status, transport::Channel};
+use tonic::{
+    Request, Response, Status,
+    metadata::{Ascii, MetadataValue},
+    transport::Channel,
+};
 
 use super::{Context, block_on, exit::Failure, output::Output};
 
 pub(super) mod connect;
 mod control;
+mod credential;
 mod keys;
 pub(super) mod material;
 pub(super) mod refusal;
 mod release;
 mod show;
+
+pub(super) use credential::Credential;
 
 use connect::Connection;
 
@@ -19,6 +26,8 @@ use connect::Connection;
 pub(super) struct Arguments {
     #[command(flatten)]
     connection: Connection,
+    #[command(flatten)]
+    credential: Credential,
     #[command(subcommand)]
     command: Command,
 }
@@ -37,10 +46,12 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if let Command::Keys(command) = &arguments.command {
         command.check()?;
     }
+    let authorization = arguments.credential.authorization()?;
     let timeout = connection.timeout();
     block_on(async {
         let caller = Caller {
             channel: connect::connect(&endpoint, timeout).await?,
+            authorization,
             timeout,
             output: context.output,
         };
@@ -51,18 +62,26 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     })?
 }
 
+/// What a call shows instead of the certificate of its connection.
+type Authorization = MetadataValue<Ascii>;
+
 /// How calls are made and their answers shown.
 struct Caller {
     channel: Channel,
+    authorization: Option<Authorization>,
     timeout: std::time::Duration,
     output: Output,
 }
 
 impl Caller {
-    /// A request with the deadline that the person set.
+    /// A request with the deadline and the credential that the person set.
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.timeout);
+        if let Some(authorization) = &self.authorization {
+            let metadata = request.metadata_mut();
+            metadata.insert("authorization", authorization.clone());
+        }
         request
     }
 }

@@ -25,12 +25,12 @@ pub(in crate::cli) struct Connection {
     /// PEM file with the CA of the broker's certificate
     #[arg(long, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: PathBuf,
-    /// PEM file with our certificate chain
-    #[arg(long, env = "KEYBROKER_CERT", value_name = "FILE")]
-    cert: PathBuf,
+    /// PEM file with our certificate chain, if we have one
+    #[arg(long, env = "KEYBROKER_CERT", value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
     /// PEM file with our private key
-    #[arg(long, env = "KEYBROKER_KEY", value_name = "FILE")]
-    key: PathBuf,
+    #[arg(long, env = "KEYBROKER_KEY", value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
     /// Longest wait for the connection, and for each answer
     #[arg(
         long, env = "KEYBROKER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MILLISECONDS",
@@ -51,7 +51,11 @@ impl Connection {
     /// What our certificate says of us.
     pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
         let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
-        let leaf = CertificateDer::from_pem_slice(&read("--cert", &self.cert)?)
+        let Some(cert) = &self.cert else {
+            let what = "it is not said which certificate is ours";
+            return Err(Failure::new(Exit::Usage, what).hint("name it with --cert and --key"));
+        };
+        let leaf = CertificateDer::from_pem_slice(&read("--cert", cert)?)
             .map_err(|error| unusable(error.to_string()))?;
         PeerCertificate::read(&leaf).map_err(unusable)
     }
@@ -69,13 +73,12 @@ impl Connection {
                 Failure::new(Exit::Usage, what).hint("a broker has no listener without TLS")
             );
         }
-        let key = Zeroizing::new(read("--key", &self.key)?);
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?))
-            .identity(Identity::from_pem(
-                read("--cert", &self.cert)?,
-                key.as_slice(),
-            ));
+        let mut tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?));
+        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
+            let key = Zeroizing::new(read("--key", key)?);
+            tls = tls.identity(Identity::from_pem(read("--cert", cert)?, key.as_slice()));
+        }
         let unusable = |what: &str, error: tonic::transport::Error| {
             Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))
         };

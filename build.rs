@@ -8,11 +8,13 @@ use prost::Message as _;
 const PUBLIC: &[&str] = &["keybroker/v1/user_key.proto", "keybroker/v1/control.proto"];
 const WORKER: &[&str] = &["keybroker/worker/v1/worker.proto"];
 
-/// Messages that carry key material: a derived `Debug` would print it, so it is written by hand.
+/// Messages that carry key material or another secret: a derived `Debug` would print it, so it is written by hand.
 const SECRET: &[&str] = &[
     ".keybroker.v1.CreateUserKeyRequest",
     ".keybroker.v1.ReplaceUserKeyRequest",
     ".keybroker.v1.UnwrapUserKeyResponse",
+    ".keybroker.v1.CreateClientCredentialResponse",
+    ".keybroker.v1.AddClientSecretResponse",
     ".keybroker.worker.v1.Mac",
     ".keybroker.worker.v1.VerifyMac",
     ".keybroker.worker.v1.Reply",

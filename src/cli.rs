@@ -78,6 +78,8 @@ enum Command {
     Audit(audit::Command),
     /// Call a running broker
     Client(client::Arguments),
+    /// API clients, services with an id and a secret: make, rotate, list and revoke them through a running broker
+    ClientCredential(client::CredentialArguments),
     /// Do what a Bitwarden client does with its keys: to rehearse replacing a Key Connector
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
@@ -198,6 +200,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Policy(command) => policy::run(&command, context),
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
+        Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
         Command::Probe(arguments) => probe::run(&arguments, context),

@@ -1,4 +1,4 @@
-//! Types generated from `proto/keybroker/v1`: the public wire format. Messages that carry key material print without it.
+//! Types generated from `proto/keybroker/v1`: the public wire format. Messages that carry a secret print without it.
 
 // Generated code follows the generator's style, not ours.
 #![allow(
@@ -31,5 +31,7 @@ macro_rules! redacted {
 redacted!(
     CreateUserKeyRequest,
     ReplaceUserKeyRequest,
-    UnwrapUserKeyResponse
+    UnwrapUserKeyResponse,
+    CreateClientCredentialResponse,
+    AddClientSecretResponse
 );

@@ -16,6 +16,7 @@ use crate::{
     },
 };
 
+mod clients;
 mod control;
 mod convert;
 mod edge;

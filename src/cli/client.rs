@@ -9,6 +9,7 @@ use tonic::{
 
 use super::{Context, block_on, exit::Failure, output::Output};
 
+mod api_clients;
 pub(super) mod connect;
 mod control;
 mod credential;
@@ -18,16 +19,13 @@ pub(super) mod refusal;
 mod release;
 mod show;
 
-pub(super) use credential::Credential;
-
 use connect::Connection;
+use credential::Credential;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    connection: Connection,
-    #[command(flatten)]
-    credential: Credential,
+    who: Who,
     #[command(subcommand)]
     command: Command,
 }
@@ -40,26 +38,68 @@ enum Command {
     Control(control::Command),
 }
 
+#[derive(Args, Debug)]
+pub(super) struct CredentialArguments {
+    #[command(flatten)]
+    who: Who,
+    #[command(subcommand)]
+    command: api_clients::Command,
+}
+
+/// Which broker, and who we are to it.
+#[derive(Args, Debug)]
+struct Who {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(flatten)]
+    credential: Credential,
+}
+
+/// `keybroker client`.
 pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure> {
-    let connection = arguments.connection;
-    let endpoint = connection.endpoint(&connection.named_endpoint()?)?;
     if let Command::Keys(command) = &arguments.command {
         command.check()?;
     }
-    let authorization = arguments.credential.authorization()?;
-    let timeout = connection.timeout();
-    block_on(async {
-        let caller = Caller {
-            channel: connect::connect(&endpoint, timeout).await?,
-            authorization,
-            timeout,
-            output: context.output,
-        };
-        match arguments.command {
+    arguments
+        .who
+        .call(context.output, async |caller| match arguments.command {
             Command::Keys(command) => caller.keys(command).await,
             Command::Control(command) => caller.control(command).await,
-        }
-    })?
+        })
+}
+
+/// `keybroker client-credential`.
+pub(super) fn run_credentials(
+    arguments: CredentialArguments,
+    context: &Context,
+) -> Result<(), Failure> {
+    arguments.command.check()?;
+    arguments.who.call(context.output, async |caller| {
+        caller.api_clients(arguments.command).await
+    })
+}
+
+impl Who {
+    /// Connects, and calls.
+    fn call(
+        &self,
+        output: Output,
+        calls: impl AsyncFnOnce(Caller) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let connection = &self.connection;
+        let endpoint = connection.endpoint(&connection.named_endpoint()?)?;
+        let authorization = self.credential.authorization()?;
+        let timeout = connection.timeout();
+        block_on(async {
+            calls(Caller {
+                channel: connect::connect(&endpoint, timeout).await?,
+                authorization,
+                timeout,
+                output,
+            })
+            .await
+        })?
+    }
 }
 
 /// What a call shows instead of the certificate of its connection.

@@ -166,6 +166,7 @@ fn bash_offers_each_command_of_each_group() {
         ("token ", &["list", "init", "check", "backup-confirmed"]),
         ("config ", &["check", "show"]),
         ("client ", &["unwrap", "create", "health"]),
+        ("client-credential ", &["add-secret", "create", "revoke"]),
     ] {
         let program = format!(
             "source {script}; COMP_WORDS=(keybroker {group}''); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \

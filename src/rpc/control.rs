@@ -13,7 +13,7 @@ use crate::{
     proto::{self, control_service_server::ControlService},
 };
 
-use super::{Entered, MESSAGE_BYTES_MAX, convert};
+use super::{Entered, MESSAGE_BYTES_MAX, clients, convert};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -107,6 +107,34 @@ impl ControlService for Control {
         Ok(Response::new(proto::TailAuditLogResponse {
             entries: newest_that_fit(entries),
         }))
+    }
+
+    async fn create_client_credential(
+        &self,
+        request: Request<proto::CreateClientCredentialRequest>,
+    ) -> Result<Response<proto::CreateClientCredentialResponse>, Status> {
+        clients::create(&self.broker, request).await
+    }
+
+    async fn add_client_secret(
+        &self,
+        request: Request<proto::AddClientSecretRequest>,
+    ) -> Result<Response<proto::AddClientSecretResponse>, Status> {
+        clients::add_secret(&self.broker, request).await
+    }
+
+    async fn list_client_credentials(
+        &self,
+        request: Request<proto::ListClientCredentialsRequest>,
+    ) -> Result<Response<proto::ListClientCredentialsResponse>, Status> {
+        clients::list(&self.broker, request).await
+    }
+
+    async fn revoke_client_credential(
+        &self,
+        request: Request<proto::RevokeClientCredentialRequest>,
+    ) -> Result<Response<proto::RevokeClientCredentialResponse>, Status> {
+        clients::revoke(&self.broker, request).await
     }
 }
 

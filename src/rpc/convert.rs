@@ -32,6 +32,17 @@ pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
     }
 }
 
+/// A moment before the year 10000, when it is one.
+pub(super) fn moment(at: &WireTimestamp) -> Option<Timestamp> {
+    const SECONDS_END: i64 = 253_402_300_800;
+    const NANOS_PER_SECOND: i32 = 1_000_000_000;
+    if !(0..SECONDS_END).contains(&at.seconds) || !(0..NANOS_PER_SECOND).contains(&at.nanos) {
+        return None;
+    }
+    let micros = at.seconds * MICROS_PER_SECOND + i64::from(at.nanos) / NANOS_PER_MICRO;
+    Some(Timestamp::from_micros(micros))
+}
+
 pub(super) fn user_key(info: &RecordInfo) -> proto::UserKey {
     let state = match info.state {
         RecordState::Active => proto::UserKeyState::Active,
@@ -72,5 +83,28 @@ pub(super) const fn key_state(state: WrappingKeyState) -> proto::WrappingKeyStat
         WrappingKeyState::Deactivated => proto::WrappingKeyState::Deactivated,
         WrappingKeyState::Compromised => proto::WrappingKeyState::Compromised,
         WrappingKeyState::Destroyed => proto::WrappingKeyState::Destroyed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_come_back_as_they_went_and_others_are_none() {
+        for micros in [0, 1, 1_700_000_000_000_001, 253_402_300_799_999_999] {
+            let at = Timestamp::from_micros(micros);
+            assert_eq!(moment(&timestamp(at)), Some(at));
+        }
+        for (seconds, nanos) in [
+            (-1, 0),
+            (253_402_300_800, 0),
+            (i64::MAX, 0),
+            (i64::MIN, 0),
+            (1, -1),
+            (1, 1_000_000_000),
+        ] {
+            assert_eq!(moment(&WireTimestamp { seconds, nanos }), None);
+        }
     }
 }

@@ -29,6 +29,9 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "ListWrappingKeys" | "GetWrappingKey") => Action::ReadWrappingKeys,
         (CONTROL_SERVICE, "GetTokenState") => Action::ReadToken,
         (CONTROL_SERVICE, "TailAuditLog") => Action::ReadAudit,
+        (CONTROL_SERVICE, "CreateClientCredential" | "AddClientSecret") => Action::CreateClient,
+        (CONTROL_SERVICE, "ListClientCredentials") => Action::ListClients,
+        (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
         _ => return None,
     };
     Some(action)
@@ -55,7 +58,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 13);
+        assert_eq!(methods, 17);
         for other in [
             "",
             "/",

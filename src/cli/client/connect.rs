@@ -73,8 +73,8 @@ impl Connection {
                 Failure::new(Exit::Usage, what).hint("a broker has no listener without TLS")
             );
         }
-        let mut tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?));
+        let mut tls =
+            ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?));
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
             let key = Zeroizing::new(read("--key", key)?);
             tls = tls.identity(Identity::from_pem(read("--cert", cert)?, key.as_slice()));

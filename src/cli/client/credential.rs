@@ -17,7 +17,7 @@ use crate::{
 
 /// Who we are, when not whom our certificate names.
 #[derive(Args, Clone, Debug, Default)]
-pub(in crate::cli) struct Credential {
+pub(super) struct Credential {
     /// Id of an API client: calls are made in its name
     #[arg(long, value_name = "ID", requires = "client_secret_file")]
     client_id: Option<String>,
@@ -32,7 +32,7 @@ pub(in crate::cli) struct Credential {
 impl Credential {
     /// The `authorization` header, when a credential is named. Libraries copy it on its way to the broker, and those copies
     /// are not overwritten.
-    pub(in crate::cli) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>, Failure> {
+    pub(super) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>, Failure> {
         let text = match (&self.client_id, &self.client_secret_file, &self.token_file) {
             (Some(id), Some(file), _) => basic(id, &line("--client-secret-file", file)?)?,
             (_, _, Some(file)) => {

@@ -176,10 +176,10 @@ fn unwritable(number: u32, why: &str) -> Failure {
 
 fn exists(path: &Path) -> Failure {
     let what = format!(
-        "{} exists, and key material never overwrites a file",
+        "{} exists, and a secret never overwrites a file",
         path.display()
     );
-    Failure::new(Exit::Usage, what).hint("name a new file with --out")
+    Failure::new(Exit::Usage, what).hint("name a new file")
 }
 
 #[cfg(test)]

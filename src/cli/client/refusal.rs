@@ -57,8 +57,8 @@ fn without_reason(status: &Status) -> Failure {
         // In TLS 1.3 a client without an accepted certificate learns so only at its first call.
         Code::Cancelled | Code::Unknown | Code::Unavailable => (
             format!("the connection ended during the call: {message}"),
-            "if this was the first call, the broker does not accept the certificate in --cert: look at its CA, \
-             its dates and the broker's log",
+            "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
+             CA, its dates and the broker's log",
         ),
         Code::Unimplemented => (
             format!("this listener does not have the service: {message}"),
@@ -81,7 +81,7 @@ const fn hint(reason: Reason) -> &'static str {
             "a retry must send what the first call sent; a new change needs a new id"
         }
         Reason::Credential => {
-            "no [[principal]] of the broker's configuration names a SAN of this certificate"
+            "the broker knows nobody of this certificate, token or secret, or it has expired or was revoked; its log says which"
         }
         Reason::Policy => {
             "no policy permits this to this principal; the operator asks `keybroker policy explain`"

@@ -1,10 +1,11 @@
 //! Every method, with a request that it takes and one that it refuses.
 
 use keybroker::proto::{
-    BatchUnwrapUserKeysRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
-    GetWrappingKeyRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
-    RestoreUserKeyRevisionRequest, TailAuditLogRequest, UndeleteUserKeyRequest,
-    UnwrapUserKeyRequest,
+    AddClientSecretRequest, BatchUnwrapUserKeysRequest, CreateClientCredentialRequest,
+    CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest,
+    ListClientCredentialsRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
+    RestoreUserKeyRevisionRequest, RevokeClientCredentialRequest, TailAuditLogRequest,
+    UndeleteUserKeyRequest, UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -19,7 +20,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 13] = [
+pub(crate) const METHODS: [(&str, &str); 17] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -39,6 +40,19 @@ pub(crate) const METHODS: [(&str, &str); 13] = [
     ("/keybroker.v1.ControlService/GetWrappingKey", "admin"),
     ("/keybroker.v1.ControlService/GetTokenState", "admin"),
     ("/keybroker.v1.ControlService/TailAuditLog", "auditor"),
+    (
+        "/keybroker.v1.ControlService/CreateClientCredential",
+        "admin",
+    ),
+    ("/keybroker.v1.ControlService/AddClientSecret", "admin"),
+    (
+        "/keybroker.v1.ControlService/ListClientCredentials",
+        "auditor",
+    ),
+    (
+        "/keybroker.v1.ControlService/RevokeClientCredential",
+        "admin",
+    ),
 ];
 
 #[test]
@@ -81,6 +95,10 @@ async fn every_method_audits_what_it_cannot_read() {
         actions,
         [
             "audit.read",
+            "client_credential.create",
+            "client_credential.create",
+            "client_credential.list",
+            "client_credential.revoke",
             "token.read",
             "user_key.create",
             "user_key.delete",
@@ -202,12 +220,44 @@ fn wrong_reads() -> Vec<Wrong> {
     ]
 }
 
+fn wrong_clients() -> Vec<Wrong> {
+    let create = |label: &str, role: &str| CreateClientCredentialRequest {
+        label: label.to_owned(),
+        roles: vec![role.to_owned()],
+        ..Default::default()
+    };
+    let add = |id: String, seconds| AddClientSecretRequest {
+        id,
+        expire_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+    };
+    let list = |page_size, page_token: &str| ListClientCredentialsRequest {
+        page_size,
+        page_token: page_token.to_owned(),
+    };
+    let revoke = RevokeClientCredentialRequest {
+        id: "00".repeat(16),
+        secret_number: Some(0),
+    };
+    let unlimited = create("x", "release");
+    vec![
+        wrong("CreateClientCredential", &create("", "enrol"), "label"),
+        wrong("CreateClientCredential", &create("x", "root"), "roles"),
+        wrong("CreateClientCredential", &create("x", "admin"), "roles"),
+        wrong("CreateClientCredential", &unlimited, "roles"),
+        wrong("AddClientSecret", &add("00".to_owned(), 1 << 33), "id"),
+        wrong("AddClientSecret", &add("00".repeat(16), 1), "expire_time"),
+        wrong("ListClientCredentials", &list(1_001, ""), "page_size"),
+        wrong("ListClientCredentials", &list(1, "x"), "page_token"),
+        wrong("RevokeClientCredential", &revoke, "secret_number"),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_method_names_the_field_that_is_wrong() {
     let broker = Broker::start(Options::default());
     let enroller = Caller::of(&broker, "enroller");
     enroller.create("ada", b"material of ada").await.unwrap();
-    for (method, message, field) in [wrong_writes(), wrong_reads()].concat() {
+    for (method, message, field) in [wrong_writes(), wrong_reads(), wrong_clients()].concat() {
         let answer = call(&broker, method, message).await;
         let status = refused(Err::<(), _>(answer.status()), "REQUEST");
         assert_eq!(status.code(), Code::InvalidArgument, "{field}");

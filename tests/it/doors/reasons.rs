@@ -11,9 +11,10 @@ use std::{
 };
 
 use keybroker::proto::{
-    BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
-    DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest, ReplaceUserKeyRequest,
-    RestoreUserKeyRevisionRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
+    AddClientSecretRequest, BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse,
+    CreateClientCredentialRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
+    GetWrappingKeyRequest, ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest,
+    RevokeClientCredentialRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
     batch_unwrap_result::Result as Item,
 };
 use prost::Message as _;
@@ -34,7 +35,7 @@ use crate::{
 const MATERIAL: &[u8] = b"material of this user";
 
 /// What each method answers, in the order of [`METHODS`]; `OK` where the plight does not touch it.
-type Expected = [&'static str; 13];
+type Expected = [&'static str; 17];
 
 /// How every method is asked once.
 #[derive(Clone, Copy)]
@@ -72,7 +73,7 @@ impl Asked {
         Self::about(users)
     }
 
-    async fn expect(self, broker: &Broker, expected: Expected) {
+    async fn expect(self, broker: &Broker, expected: &Expected) {
         let mut reasons = Vec::new();
         for (number, (path, usual)) in METHODS.into_iter().enumerate() {
             let name = self.caller.unwrap_or(usual);
@@ -138,6 +139,22 @@ impl Asked {
             }
             .encode_to_vec(),
             "GetWrappingKey" => GetWrappingKeyRequest { id: vec![0; 16] }.encode_to_vec(),
+            "CreateClientCredential" => CreateClientCredentialRequest {
+                label: "a service".to_owned(),
+                roles: vec!["enrol".to_owned()],
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "AddClientSecret" => AddClientSecretRequest {
+                id: "00".repeat(16),
+                expire_time: None,
+            }
+            .encode_to_vec(),
+            "RevokeClientCredential" => RevokeClientCredentialRequest {
+                id: "00".repeat(16),
+                secret_number: None,
+            }
+            .encode_to_vec(),
             // The others take an empty message.
             _ => Vec::new(),
         }
@@ -168,7 +185,7 @@ async fn while_all_is_well() {
         .await
         .expect(
             &broker,
-            [
+            &[
                 "OK",
                 "OK",
                 "OK",
@@ -182,15 +199,19 @@ async fn while_all_is_well() {
                 ABSENT,
                 "OK",
                 "OK",
+                "OK",
+                ABSENT,
+                "OK",
+                ABSENT,
             ],
         )
         .await;
     Asked::about("absent")
         .expect(
             &broker,
-            [
+            &[
                 "OK", ABSENT, ABSENT, ABSENT, ABSENT, "OK", ABSENT, ABSENT, ABSENT, "OK", ABSENT,
-                "OK", "OK",
+                "OK", "OK", "OK", ABSENT, "OK", ABSENT,
             ],
         )
         .await;
@@ -208,7 +229,7 @@ async fn of_requests_that_come_too_late() {
     }
     .expect(
         &broker,
-        [
+        &[
             "OK",
             "OK",
             "OK",
@@ -222,6 +243,10 @@ async fn of_requests_that_come_too_late() {
             ABSENT,
             "OK",
             "OK",
+            "OK",
+            ABSENT,
+            "OK",
+            ABSENT,
         ],
     )
     .await;
@@ -233,8 +258,9 @@ async fn of_requests_that_come_too_late() {
     }
     .expect(
         &broker,
-        [
+        &[
             "OK", "OK", "OK", REUSED, "OK", "OK", "OK", REUSED, REUSED, "OK", ABSENT, "OK", "OK",
+            "OK", ABSENT, "OK", ABSENT,
         ],
     )
     .await;
@@ -243,14 +269,14 @@ async fn of_requests_that_come_too_late() {
         timeout: "1n",
         ..late
     }
-    .expect(&broker, ["DEADLINE"; 13])
+    .expect(&broker, &["DEADLINE"; 17])
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_callers_without_the_role() {
     let broker = Broker::start(Options::default());
-    for (caller, methods) in [("admin", 0..9), ("releaser", 9..13)] {
+    for (caller, methods) in [("admin", 0..9), ("releaser", 9..17)] {
         let denied = Asked {
             caller: Some(caller),
             ..Asked::about("denied")
@@ -269,7 +295,7 @@ async fn while_the_audit_log_is_full() {
     let broker = Broker::start_limited(Arc::new(Site::fresh(Options::default())));
     let asked = Asked::enrolled(&broker, "user").await;
     limit_files(&broker, 0);
-    asked.expect(&broker, ["AUDIT_DOWN"; 13]).await;
+    asked.expect(&broker, &["AUDIT_DOWN"; 17]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -296,7 +322,7 @@ async fn while_the_token_is_away() {
     asked
         .expect(
             &broker,
-            [
+            &[
                 AWAY,
                 AWAY,
                 AWAY,
@@ -310,6 +336,10 @@ async fn while_the_token_is_away() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
+                AWAY,
+                "KEY_NOT_FOUND",
+                "OK",
+                "KEY_NOT_FOUND",
             ],
         )
         .await;
@@ -349,7 +379,7 @@ async fn while_the_queue_is_full() {
     asked
         .expect(
             &broker,
-            [
+            &[
                 FULL,
                 FULL,
                 FULL,
@@ -363,6 +393,10 @@ async fn while_the_queue_is_full() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
+                FULL,
+                "KEY_NOT_FOUND",
+                "OK",
+                "KEY_NOT_FOUND",
             ],
         )
         .await;
@@ -388,7 +422,7 @@ async fn while_somebody_else_holds_the_database() {
     asked
         .expect(
             &broker,
-            [
+            &[
                 AWAY,
                 "OK",
                 "OK",
@@ -402,6 +436,10 @@ async fn while_somebody_else_holds_the_database() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
+                AWAY,
+                "KEY_NOT_FOUND",
+                "OK",
+                "KEY_NOT_FOUND",
             ],
         )
         .await;
@@ -420,7 +458,7 @@ async fn of_damaged_records() {
     asked
         .expect(
             &broker,
-            [
+            &[
                 "OK",
                 DAMAGED,
                 DAMAGED,
@@ -434,6 +472,10 @@ async fn of_damaged_records() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
+                "OK",
+                "KEY_NOT_FOUND",
+                "OK",
+                "KEY_NOT_FOUND",
             ],
         )
         .await;

@@ -136,6 +136,10 @@ impl Broker {
             draft.client(id);
             let prepared = async {
                 let mut credential = broker.own_client(&principal, &call, id).await?;
+                if credential.document.revoked.is_some() {
+                    let what = "was revoked and stays so: make another client";
+                    return Err(Error::violation("id", what));
+                }
                 broker.check_grantable(&credential.document)?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {

@@ -13,6 +13,7 @@ mod bad_inputs;
 mod bench;
 mod client;
 mod client_commands;
+mod client_credentials;
 mod commands;
 mod copy;
 mod cut_short;

@@ -99,7 +99,13 @@ impl Broker {
         id: ClientId,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        let found = within(call, self.verified_client(id)).await?;
+        // Whoever shows a damaged client is nobody; its administrator is told what is wrong.
+        let damaged = |error: Error| match error.reason() {
+            Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
+            _ => error,
+        };
+        let found = within(call, self.verified_client(id)).await;
+        let found = found.map_err(damaged)?;
         let credential = found.ok_or_else(unknown)?;
         if credential.document.tenant != *principal.tenant() {
             return Err(unknown());

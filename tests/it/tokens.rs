@@ -1,6 +1,6 @@
 //! Bearer tokens at the real broker, with an identity service on loopback: who they are, what they reach, and every bad one.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, process::Command, sync::Arc};
 
 use serde_json::{Value, json};
 use tonic::{Request, Status, metadata::MetadataValue};
@@ -14,7 +14,8 @@ use crate::{
     client::{Caller, NAME, channel, eventually, reason, refused},
     identity::{Identity, Options as IdentityOptions, now, user},
     process::{Broker, until},
-    site::{Options, Site},
+    site::{Finished, Options, Site},
+    softhsm::write_private,
     wire::get,
 };
 
@@ -283,4 +284,32 @@ async fn a_provider_may_be_down_at_the_start_and_change_its_key() {
     service.stop();
     let another = Holder::of(&broker, &service.user_token(BOB));
     refused(another.unwrap(BOB).await, "KEY_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_shows_a_token_from_a_file() {
+    let service = Identity::start(IdentityOptions::default());
+    let broker = start(&service, "");
+    let ada = Holder::of(&broker, &service.user_token(ADA));
+    ada.create(ADA).await.unwrap();
+    let file = broker.site.folder().join("token");
+    write_private(&file, &format!("{}\n", service.user_token(ADA)));
+    let unwrap = |user: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_keybroker"))
+            .args(["client", "--endpoint"])
+            .arg(format!("https://localhost:{}", broker.grpc.port()))
+            .arg("--ca")
+            .arg(broker.site.pki.ca_file())
+            .arg("--token-file")
+            .arg(&file)
+            .args(["unwrap", "--user", user, "--key-name", NAME])
+            .output();
+        Finished::from(output.unwrap())
+    };
+    let own = unwrap(ADA);
+    assert_eq!(own.code, Some(0), "{own:#?}");
+    assert_eq!(own.stdout.as_bytes(), MATERIAL);
+    let others = unwrap(BOB);
+    assert_eq!(others.code, Some(10), "{others:#?}");
+    assert!(others.stderr.starts_with("error: POLICY: "), "{others:#?}");
 }

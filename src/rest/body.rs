@@ -7,7 +7,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
 };
 use base64ct::{Base64, Base64Unpadded, Encoding as _};
-use http_body_util::{BodyExt as _, Limited};
+use http_body_util::BodyExt as _;
 use serde::Deserialize;
 use zeroize::{Zeroize as _, Zeroizing};
 
@@ -22,6 +22,9 @@ pub(super) const KEY_BYTES: usize = 32;
 const BODY_BYTES_MAX: usize = 4 * 1_024;
 /// For all of a body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is taken of a body that is refused already, in bytes, and for how long.
+const DISCARDED_BYTES_MAX: usize = 2 * 1_024 * 1_024;
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a body is none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,44 +68,67 @@ impl Malformed {
     }
 }
 
-/// Reads the key out of a request, and not a byte more than is permitted.
-pub(super) async fn key(headers: &HeaderMap, body: Body) -> Result<KeyMaterial, Malformed> {
+/// Reads the key out of a request, and keeps not a byte more than is permitted.
+pub(super) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
+    let text = text(headers, &mut body).await;
+    if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
+        discard(&mut body).await;
+    }
+    parse(&text?)
+}
+
+async fn text(headers: &HeaderMap, body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
     if !is_json(headers) {
         return Err(Malformed::ContentType);
     }
     if let Some(length) = headers.get(header::CONTENT_LENGTH) {
-        // Before the first byte of it: nobody waits for what is refused anyway.
         let length = length.to_str().ok().and_then(|text| text.parse().ok());
         if length.is_none_or(|length: usize| length > BODY_BYTES_MAX) {
             return Err(Malformed::TooLarge);
         }
     }
-    parse(&read_within(BODY_TIMEOUT, body).await?)
+    read_within(BODY_TIMEOUT, body).await
 }
 
-async fn read_within(timeout: Duration, body: Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
-    let reading = read(Limited::new(body, BODY_BYTES_MAX));
-    let read = tokio::time::timeout(timeout, reading).await;
+async fn read_within(timeout: Duration, body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
+    let read = tokio::time::timeout(timeout, read(body)).await;
     read.unwrap_or(Err(Malformed::Slow))
 }
 
-async fn read(mut body: Limited<Body>) -> Result<Zeroizing<Vec<u8>>, Malformed> {
+async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
     // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
     let mut text = Zeroizing::new(Vec::with_capacity(BODY_BYTES_MAX));
     while let Some(frame) = body.frame().await {
-        match frame {
-            Ok(frame) => {
-                if let Ok(data) = frame.into_data() {
-                    text.extend_from_slice(&data);
-                }
-            }
-            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-                return Err(Malformed::TooLarge);
-            }
-            Err(_) => return Err(Malformed::Broken),
+        let Ok(data) = frame.map_err(|_| Malformed::Broken)?.into_data() else {
+            continue;
+        };
+        if text.len() + data.len() > BODY_BYTES_MAX {
+            return Err(Malformed::TooLarge);
         }
+        text.extend_from_slice(&data);
     }
     Ok(text)
+}
+
+/// Takes what is still on its way, within limits: a connection that ends on bytes which nobody read may take the answer with
+/// it.
+async fn discard(body: &mut Body) {
+    let discarding = async {
+        let mut left = DISCARDED_BYTES_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, axum::body::Bytes::len);
+            left = left.saturating_sub(length);
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(DISCARD_TIMEOUT, discarding)
+        .await
+        .is_err()
+    {
+        tracing::debug!("a body that is too large, and slow");
+    }
 }
 
 #[derive(Deserialize)]
@@ -256,10 +282,10 @@ mod tests {
     async fn a_body_that_never_comes_is_given_up() {
         let never = futures_util::stream::pending::<Result<String, std::io::Error>>();
         let timeout = Duration::from_millis(20);
-        let read = read_within(timeout, Body::from_stream(never)).await;
+        let read = read_within(timeout, &mut Body::from_stream(never)).await;
         assert_eq!(read.unwrap_err(), Malformed::Slow);
         let broken = futures_util::stream::iter([Err::<String, _>(std::io::Error::other("cut"))]);
-        let read = read_within(BODY_TIMEOUT, Body::from_stream(broken)).await;
+        let read = read_within(BODY_TIMEOUT, &mut Body::from_stream(broken)).await;
         assert_eq!(read.unwrap_err(), Malformed::Broken);
     }
 

@@ -70,7 +70,7 @@ impl Connection {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
             return Err(
-                Failure::new(Exit::Usage, what).hint("a broker has no listener without TLS")
+                Failure::new(Exit::Usage, what).hint("a broker speaks gRPC over TLS alone")
             );
         }
         let mut tls =

@@ -69,9 +69,7 @@ impl Connection {
     pub(in crate::cli) fn endpoint(&self, url: &str) -> Result<Endpoint, Failure> {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
-            return Err(
-                Failure::new(Exit::Usage, what).hint("a broker speaks gRPC over TLS alone")
-            );
+            return Err(Failure::new(Exit::Usage, what).hint("a broker speaks gRPC over TLS alone"));
         }
         let mut tls =
             ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?));

@@ -3,6 +3,8 @@
 //!
 //! What was verified is remembered for a short while under a keyed hash, so that Argon2 is not paid on every call. A change of
 //! any client through this broker empties that memory; one that was made through another broker is seen when it runs out.
+//! For longer it is remembered that a secret was good, and only that: it is tried also when its address has used up its budget,
+//! so that nobody is locked out by a neighbour. Calls that show the same secret at the same time are answered by one trial.
 //!
 //! Not promised: that hashes made with older parameters take as long as today's.
 //!
@@ -15,7 +17,7 @@ use async_trait::async_trait;
 use aws_lc_rs::{hmac, rand::SystemRandom};
 use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -32,6 +34,12 @@ use super::refuse;
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Verified secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
+/// How long a secret that was good is tried without a budget.
+const PROVEN: Duration = Duration::from_hours(24);
+/// Secrets of which that is known.
+const PROVEN_MAX: u64 = 10_000;
+/// Secrets that are tried at the same time.
+const TRIALS_MAX: u64 = 10_000;
 /// How long a call waits for its turn to be verified.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What a caller is told that waited for too long.
@@ -151,12 +159,21 @@ pub struct Secrets {
     settings: Settings,
     directory: Arc<dyn Directory>,
     /// Under a key of this process, so that a look into its memory gives no hash to guess against.
-    remembered: Cache<[u8; 32], Known>,
+    remembered: Cache<Tag, Known>,
+    /// Under the same key: those that were good not long ago, and nothing of what they are good for.
+    proven: Cache<Tag, ()>,
+    /// Under the same key, and the generation that they look at.
+    trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Arc<Semaphore>,
     /// A hash that no secret fits.
     dummy: Arc<str>,
 }
+
+/// A secret and its id, under a key of this process.
+type Tag = [u8; 32];
+/// One answer for all who ask at the same time.
+type Trial = OnceCell<Result<Known, Error>>;
 
 #[derive(Clone)]
 struct Known {
@@ -197,6 +214,11 @@ impl Secrets {
                 .max_capacity(REMEMBERED_MAX)
                 .time_to_live(REMEMBERED)
                 .build(),
+            proven: Cache::builder()
+                .max_capacity(PROVEN_MAX)
+                .time_to_live(PROVEN)
+                .build(),
+            trials: Cache::new(TRIALS_MAX),
             key,
             // Half of the cores: calls that have nothing to do with it go on.
             turns: Arc::new(Semaphore::new(cores.div_ceil(2))),
@@ -204,35 +226,81 @@ impl Secrets {
         })
     }
 
-    /// Whose secret it is. With an error as `budget`, only what is remembered counts, and that error is the answer otherwise.
+    /// Whose secret it is. With an error as `budget`, only what was good not long ago counts, and that error is the answer
+    /// otherwise.
     pub async fn verify(
         &self,
         id: &str,
         secret: Zeroizing<Vec<u8>>,
         budget: Result<(), Error>,
     ) -> Result<Arc<Principal>, Error> {
-        let remembered_as = self.tag(id, &secret);
+        let tag = self.tag(id, &secret);
         let generation = self.directory.generation();
+        let known = if let Some(known) = self.remembered(&tag, generation) {
+            known
+        } else {
+            if !self.proven.contains_key(&tag) {
+                budget?;
+            }
+            self.shared_trial(id, secret, tag, generation).await?
+        };
+        self.directory.note_use(known.id, known.secret);
+        Ok(known.principal)
+    }
+
+    fn remembered(&self, tag: &Tag, generation: u64) -> Option<Known> {
         let now = Timestamp::now();
-        if let Some(known) = self.remembered.get(&remembered_as)
-            && known.generation == generation
-            && known.expires.is_none_or(|expires| now < expires)
-        {
-            self.directory.note_use(known.id, known.secret);
-            return Ok(known.principal);
-        }
-        budget?;
+        self.remembered.get(tag).filter(|known| {
+            known.generation == generation && known.expires.is_none_or(|expires| now < expires)
+        })
+    }
+
+    /// Tries a secret, or waits for the trial of it that is under way.
+    async fn shared_trial(
+        &self,
+        id: &str,
+        secret: Zeroizing<Vec<u8>>,
+        tag: Tag,
+        generation: u64,
+    ) -> Result<Known, Error> {
+        // With the generation: whoever comes after a change is not answered with what was known before it.
+        let trial = self
+            .trials
+            .get_with((tag, generation), || Arc::new(OnceCell::new()));
+        let outcome = trial.get_or_init(|| async {
+            let outcome = self.try_secret(id, secret, generation).await;
+            match &outcome {
+                Ok(known) => {
+                    self.remembered.insert(tag, known.clone());
+                    self.proven.insert(tag, ());
+                }
+                Err(error) if error.reason() == Reason::Credential => self.proven.invalidate(&tag),
+                Err(_) => {}
+            }
+            self.trials.invalidate(&(tag, generation));
+            outcome
+        });
+        outcome.await.clone()
+    }
+
+    async fn try_secret(
+        &self,
+        id: &str,
+        secret: Zeroizing<Vec<u8>>,
+        generation: u64,
+    ) -> Result<Known, Error> {
+        // Before a turn is taken: a slow database must not keep those from theirs who do not wait for it any more.
+        let credential = match ClientId::from_hex(id) {
+            Some(id) => self.directory.client(id).await?,
+            None => None,
+        };
         let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turns).acquire_owned()).await;
         let Ok(Ok(turn)) = turn else {
             metrics::counter!("keybroker_client_secrets_turned_away_total").increment(1);
             let detail = "too many client secrets are being verified";
             return Err(Error::new(Reason::Rate, detail).retry_after(RETRY));
         };
-        let credential = match ClientId::from_hex(id) {
-            Some(id) => self.directory.client(id).await?,
-            None => None,
-        };
-        let hashes = Hashes::of(credential.as_ref(), now, &self.dummy);
+        let hashes = Hashes::of(credential.as_ref(), Timestamp::now(), &self.dummy);
         let settings = self.settings.clone();
         let verifying = tokio::task::spawn_blocking(move || {
             let matched = hashes.matching(&secret, &settings);
@@ -244,38 +312,27 @@ impl Secrets {
         let (Some(credential), Some(matched)) = (credential, matched) else {
             return refuse("an unknown API client, or not its secret");
         };
-        Ok(self.welcome(credential, matched, remembered_as, generation))
+        Ok(self.welcome(credential, matched, generation))
     }
 
-    fn welcome(
-        &self,
-        credential: ClientCredential,
-        matched: Match,
-        remembered_as: [u8; 32],
-        generation: u64,
-    ) -> Arc<Principal> {
-        let principal = Arc::new(Principal::authenticated(identity(&credential)));
+    fn welcome(&self, credential: ClientCredential, matched: Match, generation: u64) -> Known {
         let number = matched.number;
         let secrets = &credential.document.secrets;
         let secret = secrets.iter().find(|secret| secret.number == number);
-        self.remembered.insert(
-            remembered_as,
-            Known {
-                principal: Arc::clone(&principal),
-                id: credential.id,
-                secret: number,
-                expires: secret.and_then(|secret| secret.expires),
-                generation,
-            },
-        );
-        self.directory.note_use(credential.id, number);
+        let known = Known {
+            principal: Arc::new(Principal::authenticated(identity(&credential))),
+            id: credential.id,
+            secret: number,
+            expires: secret.and_then(|secret| secret.expires),
+            generation,
+        };
         if let Some(phc) = matched.better {
             self.directory.improve(credential, number, phc);
         }
-        principal
+        known
     }
 
-    fn tag(&self, id: &str, secret: &[u8]) -> [u8; 32] {
+    fn tag(&self, id: &str, secret: &[u8]) -> Tag {
         let mut context = hmac::Context::with_key(&self.key);
         context.update(&u64::try_from(id.len()).unwrap_or(u64::MAX).to_be_bytes());
         context.update(id.as_bytes());

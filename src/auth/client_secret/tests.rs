@@ -2,7 +2,7 @@ use std::{
     collections::HashMap,
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -16,6 +16,9 @@ struct Known {
     clients: Mutex<HashMap<ClientId, ClientCredential>>,
     generation: AtomicU64,
     asked: AtomicU64,
+    /// What it takes to answer, and whether it fails then.
+    slow: Mutex<Duration>,
+    is_away: AtomicBool,
     used: Mutex<Vec<u32>>,
 }
 
@@ -23,6 +26,11 @@ struct Known {
 impl Directory for Known {
     async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.asked.fetch_add(1, Ordering::Relaxed);
+        let slow = *self.slow.lock().unwrap();
+        tokio::time::sleep(slow).await;
+        if self.is_away.load(Ordering::Relaxed) {
+            return Err(Error::new(Reason::StoreDown, "away").retry_after(slow));
+        }
         Ok(self.clients.lock().unwrap().get(&id).cloned())
     }
 
@@ -171,7 +179,7 @@ async fn a_secret_that_expires_while_it_is_remembered_is_refused() {
 }
 
 #[tokio::test]
-async fn without_a_budget_only_what_is_remembered_counts() {
+async fn without_a_budget_only_what_was_good_counts() {
     let setup = setup(&["good", "other"], |_| {});
     setup.show(ID, "good").await.unwrap();
     let spent = || Err(Error::new(Reason::FailureBudget, "spent"));
@@ -181,12 +189,101 @@ async fn without_a_budget_only_what_is_remembered_counts() {
         .verify(ID, show("good"), spent())
         .await
         .unwrap();
+    // Nor does a change of any client lock it out, after which it is looked at again.
+    setup.known.generation.store(1, Ordering::Relaxed);
+    setup
+        .secrets
+        .verify(ID, show("good"), spent())
+        .await
+        .unwrap();
+    assert_eq!(setup.asked(), 2);
     let asked = setup.asked();
     for secret in ["other", "wrong"] {
         let refused = setup.secrets.verify(ID, show(secret), spent()).await;
         assert_eq!(refused.unwrap_err().reason(), Reason::FailureBudget);
     }
     assert_eq!(setup.asked(), asked);
+}
+
+/// It was good, and is not any more: from then on it is like any other.
+#[tokio::test]
+async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
+    let setup = setup(&["good"], |_| {});
+    setup.show(ID, "good").await.unwrap();
+    let id = ClientId::from_hex(ID).unwrap();
+    let revoke = |credential: &mut ClientCredential| {
+        credential.document.revoked = Some(Timestamp::now());
+    };
+    setup
+        .known
+        .clients
+        .lock()
+        .unwrap()
+        .get_mut(&id)
+        .map(revoke)
+        .unwrap();
+    setup.known.generation.store(1, Ordering::Relaxed);
+    for expected in [Reason::Credential, Reason::FailureBudget] {
+        let spent = Err(Error::new(Reason::FailureBudget, "spent"));
+        let secret = Zeroizing::new(b"good".to_vec());
+        let refused = setup.secrets.verify(ID, secret, spent).await;
+        assert_eq!(refused.unwrap_err().reason(), expected);
+    }
+    assert_eq!(setup.asked(), 2);
+}
+
+#[tokio::test]
+async fn a_directory_that_is_away_takes_no_turn_and_is_not_the_callers_fault() {
+    let setup = setup(&["good"], |_| {});
+    setup.show(ID, "good").await.unwrap();
+    setup.known.generation.store(1, Ordering::Relaxed);
+    let slow = Duration::from_millis(500);
+    *setup.known.slow.lock().unwrap() = slow;
+    setup.known.is_away.store(true, Ordering::Relaxed);
+    // More than there are turns, with another secret each.
+    let names: Vec<String> = (0..64).map(|number| number.to_string()).collect();
+    let asking = names.iter().map(|secret| setup.show(ID, secret));
+    let looking = async {
+        tokio::time::sleep(slow / 5).await;
+        assert_eq!(setup.asked(), 1 + 64);
+        setup.secrets.turns.available_permits()
+    };
+    let (refused, free) = tokio::join!(futures_util::future::join_all(asking), looking);
+    assert!(free > 0);
+    for refused in refused {
+        let error = refused.unwrap_err();
+        assert_eq!(error.reason(), Reason::StoreDown);
+        assert_eq!(error.retry_delay(), Some(slow));
+    }
+    // What was good is still known to have been.
+    setup.known.is_away.store(false, Ordering::Relaxed);
+    let spent = Err(Error::new(Reason::FailureBudget, "spent"));
+    let secret = Zeroizing::new(b"good".to_vec());
+    setup.secrets.verify(ID, secret, spent).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_same_secret_is_asked_about_once_at_a_time() {
+    let setup = setup(&["good"], |_| {});
+    *setup.known.slow.lock().unwrap() = Duration::from_millis(50);
+    let at_once = |secret| (0..20).map(move |_| secret);
+    let good = at_once("good").map(|secret| setup.show(ID, secret));
+    let good = futures_util::future::join_all(good).await;
+    assert!(good.iter().all(Result::is_ok));
+    assert_eq!(setup.asked(), 1);
+    assert_eq!(setup.known.used.lock().unwrap().len(), 20);
+    let wrong = at_once("wrong").map(|secret| setup.show(ID, secret));
+    let wrong = futures_util::future::join_all(wrong).await;
+    assert!(wrong.iter().all(Result::is_err));
+    assert_eq!(setup.asked(), 2);
+    // A refusal is not remembered.
+    setup.show(ID, "wrong").await.unwrap_err();
+    assert_eq!(setup.asked(), 3);
+    // The trial of a caller that hangs up is carried on by those who wait for it.
+    setup.known.generation.store(1, Ordering::Relaxed);
+    let hasty = tokio::time::timeout(Duration::from_millis(10), setup.show(ID, "good"));
+    let (hasty, patient) = tokio::join!(hasty, setup.show(ID, "good"));
+    assert!(hasty.is_err() && patient.is_ok());
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ mod uses;
 
 pub(super) use uses::ClientUses;
 
-use known::document_of;
+use known::{Wanted, document_of};
 
 /// What the configuration says of API clients.
 pub struct ClientRules {
@@ -135,7 +135,9 @@ impl Broker {
                 .await?;
             draft.client(id);
             let prepared = async {
-                let mut credential = broker.own_client(&principal, &call, id).await?;
+                let mut credential = broker
+                    .own_client(&principal, &call, id, Wanted::InForce)
+                    .await?;
                 if credential.document.revoked.is_some() {
                     let what = "was revoked and stays so: make another client";
                     return Err(Error::violation("id", what));
@@ -175,7 +177,9 @@ impl Broker {
                 .await?;
             draft.client(id);
             let prepared = async {
-                let mut credential = broker.own_client(&principal, &call, id).await?;
+                // One secret less leaves a client that is let in: that one must be in force.
+                let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
+                let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
                 revoke(&mut credential.document, secret)?;
                 broker.next_row(credential).await
             };

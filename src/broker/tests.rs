@@ -5,18 +5,21 @@ use std::{thread, time::Duration};
 use async_trait::async_trait;
 
 use crate::{
+    call::{CallId, Timestamp},
+    client_credential::Document,
     envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
     hsm::{self, TokenInfo, TokenKey},
-    key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{ClientId, Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
     limits::{self, Limits},
     principal::Role,
     secret::KeyMaterial,
-    store::{self, RegistryRow},
+    store::{self, ClientRow, RegistryRow},
 };
 
 use super::*;
 
 const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
+const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
 const SERIAL: &str = "0001";
 
 /// Answers every call, and the wrap only when its deadline has passed.
@@ -84,17 +87,35 @@ impl Token for LateToken {
                 serial: SERIAL.to_owned(),
                 model: String::new(),
             }),
-            keys: Arc::new([TokenKey {
-                id: KEY,
-                fingerprint: Fingerprint([1; 32]),
-                spki: Vec::new(),
-                modulus_bits: 2_048,
-                algorithm: Algorithm::RsaOaepSha256,
-            }]),
+            keys: [KEY, SUSPENDED].map(token_key_called).into(),
             workers: Vec::new(),
             queue_length: 0,
             last_canary: None,
         }
+    }
+}
+
+fn token_key_called(id: WrappingKeyId) -> TokenKey {
+    TokenKey {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        spki: Vec::new(),
+        modulus_bits: 2_048,
+        algorithm: Algorithm::RsaOaepSha256,
+    }
+}
+
+fn registered(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> RegistryRow {
+    RegistryRow {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        purpose: Purpose::Plain,
+        state,
+        token_serial: SERIAL.to_owned(),
+        sequence,
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [0; 32],
     }
 }
 
@@ -103,18 +124,12 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
     let settings = serde_json::from_value(serde_json::json!({ "url": url })).unwrap();
     store::migrate(&settings, false).await.unwrap();
     let store = store::open(&settings).await.unwrap();
-    let row = RegistryRow {
-        id: KEY,
-        fingerprint: Fingerprint([1; 32]),
-        purpose: Purpose::Plain,
-        state: WrappingKeyState::Active,
-        token_serial: SERIAL.to_owned(),
-        sequence: 1,
-        registered: crate::call::Timestamp::now(),
-        backup_confirmed: None,
-        mac: [0; 32],
-    };
-    store.register(&row).await.unwrap();
+    for row in [
+        registered(SUSPENDED, WrappingKeyState::Suspended, 1),
+        registered(KEY, WrappingKeyState::Active, 2),
+    ] {
+        store.register(&row).await.unwrap();
+    }
     let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
     let token = Arc::new(LateToken);
     let broker = Broker::new(Parts {
@@ -168,4 +183,81 @@ async fn a_mutation_that_is_too_late_for_its_intent_is_audited() {
     }
     let address = key.address(&principal);
     assert_eq!(broker.store.record(&address).await.unwrap(), None);
+}
+
+fn client_row(number: u8, key: WrappingKeyId, document: Vec<u8>) -> ClientRow {
+    ClientRow {
+        id: ClientId::from_bytes([number; 16]),
+        revision: 1,
+        document,
+        mac: [0; 32],
+        key,
+        created: Timestamp::now(),
+        updated: Timestamp::now(),
+    }
+}
+
+fn client_document() -> Document {
+    let mut document = Document {
+        label: "backup".to_owned(),
+        tenant: Tenant::default(),
+        roles: [Role::Enrol].into(),
+        users: None,
+        key_names: None,
+        created: Timestamp::now(),
+        revoked: None,
+        secrets: Vec::new(),
+    };
+    document.add_secret("$argon2id$".to_owned(), Timestamp::now(), None);
+    document
+}
+
+/// What the operator has to look at, and what passes, are told apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
+    const LATER: WrappingKeyId = WrappingKeyId::from_bytes([9; 16]);
+    const NOBODYS: WrappingKeyId = WrappingKeyId::from_bytes([10; 16]);
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let good = client_document().to_bytes().unwrap();
+    let later = registered(LATER, WrappingKeyState::Active, 3);
+    broker.store.register(&later).await.unwrap();
+    for (number, key, document, expected) in [
+        (1, KEY, good.clone(), None),
+        (2, SUSPENDED, good.clone(), Some(Reason::KeyState)),
+        // It was registered after this broker started: its registry is read again, and that says so.
+        (3, LATER, good.clone(), Some(Reason::TokenDown)),
+        (4, NOBODYS, good, Some(Reason::Credential)),
+        (5, KEY, b"{}".to_vec(), Some(Reason::Credential)),
+    ] {
+        let row = client_row(number, key, document);
+        let call = CallId::fresh();
+        broker.store.insert_client(&row, call).await.unwrap();
+        let found = broker.verified_client(row.id).await;
+        assert_eq!(found.err().map(|error| error.reason()), expected);
+    }
+}
+
+/// A suspended key keeps a client out; ending it for good must work then more than ever, and one secret less must not let
+/// it in again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_under_a_suspended_key_can_be_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let row = client_row(1, SUSPENDED, client_document().to_bytes().unwrap());
+    let call = Call::start("127.0.0.1:1", Deadline::after(Duration::from_secs(10)));
+    broker.store.insert_client(&row, call.id).await.unwrap();
+    let admin = Principal::service("URI:admin", &[Role::Admin]);
+    let one = broker.revoke_client(&admin, &call, row.id, Some(1)).await;
+    assert_eq!(one.unwrap_err().reason(), Reason::KeyState);
+    let call = Call {
+        id: CallId::fresh(),
+        ..call
+    };
+    let all = broker.revoke_client(&admin, &call, row.id, None).await;
+    assert!(all.unwrap().document.revoked.is_some());
+    let stored = broker.store.client(row.id).await.unwrap().unwrap();
+    assert_eq!((stored.key, stored.revision), (KEY, 2));
+    let known = broker.verified_client(row.id).await.unwrap().unwrap();
+    assert_eq!(known.document.live_secrets(Timestamp::now()).count(), 0);
 }

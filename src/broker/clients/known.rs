@@ -18,9 +18,27 @@ use crate::{
 /// For a MAC on the token that no call waits for.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What an API client is looked up for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// To be let in or changed: its MAC must be of a key that may be used.
+    InForce,
+    /// To be ended for good. Also when the key of its MAC may not be used any more: what follows lets nobody in, so a row that is
+    /// not to be trusted gains nothing by it.
+    ToEnd,
+}
+
 impl Broker {
     /// An API client, once the token has verified its row: what authentication may go by. Absent when there is none.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
+        self.client_for(Wanted::InForce, id).await
+    }
+
+    async fn client_for(
+        &self,
+        wanted: Wanted,
+        id: ClientId,
+    ) -> Result<Option<ClientCredential>, Error> {
         let Some(row) = self.store.client(id).await? else {
             return Ok(None);
         };
@@ -31,10 +49,21 @@ impl Broker {
             );
             Error::new(Reason::Credential, what)
         };
+        if !self.registry()?.knows(row.key) {
+            // Another broker may have made it under a key that was registered a moment ago.
+            self.refresh_registry().await?;
+        }
         let registry = self.registry()?;
-        registry
-            .check_readable(row.key)
-            .map_err(|error| refused(error.to_string()))?;
+        if !registry.knows(row.key) {
+            return Err(refused(format!(
+                "its wrapping key {} is not registered",
+                row.key
+            )));
+        }
+        match registry.check_readable(row.key) {
+            Err(error) if wanted == Wanted::ToEnd && error.reason() == Reason::KeyState => {}
+            checked => checked?,
+        }
         let message = row.mac_message();
         let deadline = Deadline::after(MAC_TIMEOUT);
         match self
@@ -48,8 +77,10 @@ impl Broker {
             }
             Err(error) => return Err(error.into()),
         }
-        let document = document_of(&row)?;
-        if let Some(problem) = document.grant().problem() {
+        let document = document_of(&row).map_err(|error| refused(error.detail().to_owned()))?;
+        if wanted == Wanted::InForce
+            && let Some(problem) = document.grant().problem()
+        {
             return Err(refused(format!("it {problem}")));
         }
         Ok(Some(ClientCredential {
@@ -97,6 +128,7 @@ impl Broker {
         principal: &Principal,
         call: &Call,
         id: ClientId,
+        wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
         // Whoever shows a damaged client is nobody; its administrator is told what is wrong.
@@ -104,7 +136,7 @@ impl Broker {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,
         };
-        let found = within(call, self.verified_client(id)).await;
+        let found = within(call, self.client_for(wanted, id)).await;
         let found = found.map_err(damaged)?;
         let credential = found.ok_or_else(unknown)?;
         if credential.document.tenant != *principal.tenant() {

@@ -16,8 +16,11 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes.
+/// Longest document, in bytes: what its column holds. It limits what is only ever made smaller or ended.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
+/// Longest document of a client that is made or given a secret. The rest is kept for what must never be refused: the dates of
+/// revocations, and better hashes.
+pub const GROWING_DOCUMENT_BYTES_MAX: usize = 24 * 1_024;
 /// Longest label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
 /// Secrets of a client that may be good at once: the old one and the new one, while it is rotated.
@@ -162,6 +165,12 @@ impl Document {
         (bytes.len() <= DOCUMENT_BYTES_MAX).then_some(bytes)
     }
 
+    /// Whether it is short enough to be stored now and revoked later, secret by secret.
+    pub fn may_grow(&self) -> bool {
+        let bytes = self.to_bytes();
+        bytes.is_some_and(|bytes| bytes.len() <= GROWING_DOCUMENT_BYTES_MAX)
+    }
+
     /// Reads what [`Document::to_bytes`] wrote.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         if bytes.len() > DOCUMENT_BYTES_MAX {
@@ -278,6 +287,32 @@ mod tests {
             );
         }
         assert_eq!(document.secrets.len(), SECRETS_MAX);
+    }
+
+    #[test]
+    fn the_longest_client_that_can_be_made_can_be_revoked_secret_by_secret() {
+        let mut document = document();
+        let (phc, dear) = [
+            "$argon2id$v=19$m=19456,t=2,p=1$",
+            "$argon2id$v=19$m=1048576,t=16,p=16$",
+        ]
+        .map(|parameters| format!("{parameters}{}", "x".repeat(66)))
+        .into();
+        let late = Timestamp::now();
+        for _ in 0..SECRETS_MAX {
+            document.add_secret(phc.clone(), late, Some(late));
+        }
+        while document.may_grow() {
+            document.label.push('x');
+        }
+        document.label.pop();
+        assert!(document.may_grow());
+        for secret in &mut document.secrets {
+            secret.phc.clone_from(&dear);
+            secret.revoked = Some(late);
+        }
+        document.revoked = Some(late);
+        assert!(!document.may_grow() && document.to_bytes().is_some());
     }
 
     #[test]

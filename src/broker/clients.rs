@@ -150,6 +150,10 @@ impl Broker {
                 }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
+                if !credential.document.may_grow() {
+                    let what = "its users, key names and secrets are too long for another secret: make another client";
+                    return Err(Error::violation("id", what));
+                }
                 Ok((broker.next_row(credential).await?, secret))
             };
             let (row, secret) = broker.or_record(&draft, prepared.await).await?;
@@ -258,6 +262,10 @@ impl Broker {
         call.deadline.check()?;
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
+        if !document.may_grow() {
+            let what = "fewer or shorter users and key names: 24 KiB all together";
+            return Err(Error::violation("users", what));
+        }
         let credential = ClientCredential {
             id,
             revision: 0,

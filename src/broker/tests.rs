@@ -11,7 +11,7 @@ use crate::{
     hsm::{self, TokenInfo, TokenKey},
     key::{ClientId, Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
     limits::{self, Limits},
-    principal::Role,
+    principal::{Reach, Role},
     secret::KeyMaterial,
     store::{self, ClientRow, RegistryRow},
 };
@@ -138,8 +138,8 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         store,
         token,
         client_rules: ClientRules {
-            grantable_roles: std::collections::BTreeSet::new(),
-            hash: Arc::new(|_| unreachable!("no API client is made here")),
+            grantable_roles: [Role::Release].into(),
+            hash: Arc::new(|_| Ok("$argon2id$".to_owned())),
         },
         limits: Limits::new(&limits::Settings::default()),
     });
@@ -260,4 +260,45 @@ async fn a_client_under_a_suspended_key_can_be_revoked() {
     assert_eq!((stored.key, stored.revision), (KEY, 2));
     let known = broker.verified_client(row.id).await.unwrap().unwrap();
     assert_eq!(known.document.live_secrets(Timestamp::now()).count(), 0);
+}
+
+/// What was made before there was a limit, or grew to it, can still be ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_too_long_to_grow_can_be_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let admin = Principal::service("URI:admin", &[Role::Admin]);
+    let call = || Call::start("127.0.0.1:1", Deadline::after(Duration::from_secs(10)));
+    let users = |count: usize| {
+        let users = (0..count).map(|number| UserId::parse(&format!("{number:0>200}")).unwrap());
+        Some(Reach::Only(users.collect()))
+    };
+    let new = |count| NewClient {
+        label: "backup".to_owned(),
+        roles: [Role::Release].into(),
+        users: users(count),
+        key_names: None,
+        expires: None,
+    };
+    let refused = broker.create_client(&admin, &call(), new(122)).await;
+    assert_eq!(refused.unwrap_err().violations()[0].field, "users");
+    broker
+        .create_client(&admin, &call(), new(118))
+        .await
+        .unwrap();
+
+    let mut long = client_document();
+    (long.roles, long.users) = ([Role::Release].into(), users(159));
+    let row = client_row(1, KEY, long.to_bytes().unwrap());
+    let inserted = broker.store.insert_client(&row, CallId::fresh());
+    inserted.await.unwrap();
+    let another = broker
+        .add_client_secret(&admin, &call(), row.id, None)
+        .await;
+    assert_eq!(another.unwrap_err().violations()[0].field, "id");
+    for secret in [Some(1), None] {
+        let revoked = broker.revoke_client(&admin, &call(), row.id, secret).await;
+        let document = revoked.unwrap().document;
+        assert_eq!(document.live_secrets(Timestamp::now()).count(), 0);
+    }
 }

@@ -147,7 +147,12 @@ impl Broker {
 
     /// The row that follows this state of a client, with the token's MAC.
     pub(super) async fn next_row(&self, credential: ClientCredential) -> Result<ClientRow, Error> {
-        let too_long = || Error::violation("users", "fewer users, key names or a shorter label");
+        let too_long = || {
+            Error::new(
+                Reason::Bug,
+                "the document of an API client outgrew its column",
+            )
+        };
         let bytes = credential.document.to_bytes().ok_or_else(too_long)?;
         let mut row = ClientRow {
             id: credential.id,

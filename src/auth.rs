@@ -109,6 +109,14 @@ impl Settings {
     }
 }
 
+/// Whether what a call presents costs much to check: the secret of an API client.
+pub fn is_costly(headers: &[&[u8]]) -> bool {
+    headers.iter().any(|value| {
+        let scheme = value.trim_ascii().get(..header::BASIC.len());
+        scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(header::BASIC))
+    })
+}
+
 /// Knows the credentials.
 #[derive(Debug)]
 pub struct Authenticator {
@@ -181,12 +189,12 @@ impl Authenticator {
         Ok(Arc::new(Principal::authenticated(identity)))
     }
 
-    /// The principal whose credential the `authorization` headers of a call are; called only when there are any. With an error
-    /// as `budget`, nothing is tried that costs much: that error is the answer then.
-    pub async fn authenticate(
+    /// The principal whose credential the `authorization` headers of a call are; called only when there are any. `budget` is
+    /// asked before anything that costs much; its error is the answer then.
+    pub async fn authenticate<T: Send>(
         &self,
         headers: &[&[u8]],
-        budget: Result<(), Error>,
+        budget: impl FnOnce() -> Result<T, Error> + Send,
     ) -> Result<Arc<Principal>, Error> {
         match header::read(headers) {
             Ok(Presented::Bearer(token)) => match &self.tokens {

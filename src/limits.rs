@@ -23,6 +23,7 @@ use governor::{
 };
 use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     error::{Error, Reason},
@@ -68,6 +69,11 @@ const CALLERS_MAX: u64 = 100_000;
 /// A bucket of a minute is full again after a minute: whoever is forgotten later loses nothing.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
+/// Credentials of one address that may be checked at once where that costs much.
+const TURNS_MAX: usize = 8;
+/// When such a check is over.
+const TURN_RETRY: Duration = Duration::from_millis(500);
+
 /// What each caller has used of its limits.
 #[derive(Debug)]
 pub struct Limits {
@@ -75,6 +81,7 @@ pub struct Limits {
     services: Buckets<String>,
     failed_credentials: Buckets<IpAddr>,
     refused_envelopes: Buckets<String>,
+    turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
 }
 
@@ -86,6 +93,10 @@ impl Limits {
             services: Buckets::new(settings.service_calls_per_minute),
             failed_credentials: Buckets::new(settings.failures_per_minute),
             refused_envelopes: Buckets::new(settings.failures_per_minute),
+            turns: Cache::builder()
+                .max_capacity(CALLERS_MAX)
+                .time_to_idle(FORGOTTEN_AFTER)
+                .build(),
             releases: Releases::new(settings.released_users_per_hour),
         })
     }
@@ -112,6 +123,18 @@ impl Limits {
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
+    /// A turn for a credential that costs much to check. An address has a few at once, so that one does not take those of all
+    /// the others.
+    pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
+        let turns = self
+            .turns
+            .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
+        turns.try_acquire_owned().map_err(|_| {
+            let detail = format!("more than {TURNS_MAX} client secrets of one address at once");
+            Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
+        })
+    }
+
     /// Counts a refused credential of an address. An error when it has no failures left.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
@@ -136,7 +159,7 @@ fn used_up(wait: Duration) -> Error {
 }
 
 /// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
-fn network(address: IpAddr) -> IpAddr {
+pub fn network(address: IpAddr) -> IpAddr {
     const HOST_BITS: u32 = 64;
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> HOST_BITS << HOST_BITS)),

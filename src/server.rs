@@ -15,6 +15,7 @@ mod notify;
 mod opening;
 mod run;
 mod status;
+mod strangers;
 mod tls;
 mod watch;
 

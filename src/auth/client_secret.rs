@@ -226,22 +226,22 @@ impl Secrets {
         })
     }
 
-    /// Whose secret it is. With an error as `budget`, only what was good not long ago counts, and that error is the answer
-    /// otherwise.
-    pub async fn verify(
+    /// Whose secret it is. `budget` is asked before a trial that costs much, unless the secret was good not long ago; its
+    /// error is the answer then.
+    pub async fn verify<T: Send>(
         &self,
         id: &str,
         secret: Zeroizing<Vec<u8>>,
-        budget: Result<(), Error>,
+        budget: impl FnOnce() -> Result<T, Error> + Send,
     ) -> Result<Arc<Principal>, Error> {
         let tag = self.tag(id, &secret);
         let generation = self.directory.generation();
         let known = if let Some(known) = self.remembered(&tag, generation) {
             known
         } else {
-            if !self.proven.contains_key(&tag) {
-                budget?;
-            }
+            let is_proven = self.proven.contains_key(&tag);
+            // Held until the trial is over.
+            let _turn = (!is_proven).then(budget).transpose()?;
             self.shared_trial(id, secret, tag, generation).await?
         };
         self.directory.note_use(known.id, known.secret);

@@ -8,6 +8,9 @@ const HEADER_BYTES_MAX: usize = 8 * 1024 + "Bearer ".len();
 /// Longest `id:secret` in base64, in bytes.
 const BASIC_BYTES_MAX: usize = 512;
 
+/// The scheme of API clients.
+pub(super) const BASIC: &[u8] = b"basic";
+
 /// What a call presents.
 pub(super) enum Presented<'a> {
     /// A token (RFC 6750).
@@ -38,7 +41,7 @@ pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static st
     let rest = rest.trim_ascii();
     if scheme.eq_ignore_ascii_case(b"bearer") {
         Ok(Presented::Bearer(rest))
-    } else if scheme.eq_ignore_ascii_case(b"basic") {
+    } else if scheme.eq_ignore_ascii_case(BASIC) {
         basic(rest)
     } else {
         Err("an `authorization` header of another scheme than Bearer and Basic")

@@ -17,8 +17,8 @@ use crate::{auth::PeerCertificate, call::caller::Caller};
 
 use super::{
     handshake::{self, Greeted, Refused},
-    identify::Acquaintance,
     listener::Shared,
+    strangers::Acquaintance,
     tls::Tls,
 };
 
@@ -37,6 +37,11 @@ const GOODBYE: Duration = Duration::from_secs(1);
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
 /// For how long a proxy may keep a connection without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
+
+/// A connection on which nobody is recognised for this long is ended, whatever it does.
+const STRANGER_AGE_MAX: Duration = Duration::from_mins(1);
+/// How long a connection may lie idle that only the credential of a call introduced.
+const INTRODUCED_IDLE: Duration = Duration::from_mins(1);
 
 /// What the accept loop hands over.
 pub(super) struct Connection {
@@ -80,11 +85,13 @@ impl Connection {
 
     async fn serve_plain(self, stream: TcpStream) {
         let link = self.link(None);
+        if !link.acquaintance.has_place() {
+            metrics::counter!("keybroker_strangers_turned_away_total").increment(1);
+            return;
+        }
         let http = http1(PROXY_IDLE);
         let service = TowerToHyperService::new(self.service(&link));
         let connection = http.serve_connection(TokioIo::new(stream), service);
-        // A proxy keeps connections for its next request: it is no stranger that takes a place and says nothing.
-        link.acquaintance.introduce();
         self.watch(connection, &link, &CancellationToken::new())
             .await;
     }
@@ -134,26 +141,35 @@ impl Connection {
         // The handshake looked at the certificate's dates once; nobody looks again while the connection lasts.
         let valid = link.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
-        let patience_with_strangers = async {
-            unused(&link.caller, handshake).await;
-            if link.acquaintance.is_known() {
+        let patience = async {
+            // What a stranger can do is ask for health, and a stream of that must not keep the place for ever.
+            tokio::select! {
+                () = unused(&link.caller, handshake), if self.tls.is_some() => {}
+                () = time::sleep(STRANGER_AGE_MAX) => {}
+            }
+            if !link.acquaintance.is_known() {
+                return;
+            }
+            if link.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
+            // Who was introduced by a header is known for that call, and not for a connection that lies idle.
+            unused(&link.caller, INTRODUCED_IDLE).await;
         };
         tokio::select! {
             ended = connection.as_mut() => return note_end(self.peer, ended),
             () = self.shared.stop.cancelled() => {}
             () = outdated.cancelled() => {}
             () = time::sleep(age_max.min(valid)) => {}
-            () = patience_with_strangers => {}
+            () = patience => {}
         }
         // Goodbye: calls under way end, new ones go to another connection. No call is longer than this.
         connection.as_mut().say_goodbye();
-        let patience = Duration::from_millis(limits.call_timeout_max_ms);
+        let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
             ended = connection.as_mut() => note_end(self.peer, ended),
             () = unused(&link.caller, GOODBYE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
-            () = time::sleep(patience) => {
+            () = time::sleep(grace) => {
                 tracing::debug!(peer = %self.peer, "connection cut after its grace");
             }
         }
@@ -186,7 +202,16 @@ impl Connection {
         let acquaintance = if caller.is_known() {
             Acquaintance::known()
         } else {
-            Acquaintance::stranger(&self.shared.strangers)
+            let is_proxy = self.tls.is_none();
+            let stranger = Acquaintance::stranger(&self.shared.strangers, self.peer.ip(), is_proxy);
+            // A certificate that the authority vouches for, and that is not accepted here: nobody goes on as if there were
+            // none.
+            let is_refused = leaf.is_some() && certificate.is_none();
+            if is_refused {
+                stranger.unheard()
+            } else {
+                stranger
+            }
         };
         Link {
             caller,

@@ -5,13 +5,7 @@
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
 
-use std::{
-    net::IpAddr,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     Router,
@@ -20,60 +14,17 @@ use axum::{
     http::{HeaderMap, HeaderValue, Response, header::AUTHORIZATION},
     middleware::{self, Next},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use zeroize::Zeroizing;
 
 use crate::{
-    auth::Authenticator,
+    auth::{self, Authenticator},
     call::caller::Caller,
     error::{Error, Reason},
     limits::Limits,
     principal::Principal,
 };
 
-/// Whether anybody on a connection was recognised. Until then it holds one of the places for strangers.
-#[derive(Debug)]
-pub(super) struct Acquaintance {
-    place: Mutex<Option<OwnedSemaphorePermit>>,
-    known: AtomicBool,
-}
-
-impl Acquaintance {
-    /// Of a connection whose certificate names a principal.
-    pub(super) fn known() -> Self {
-        Self {
-            place: Mutex::default(),
-            known: AtomicBool::new(true),
-        }
-    }
-
-    /// Of any other, with a place if there is one.
-    pub(super) fn stranger(places: &Arc<Semaphore>) -> Self {
-        Self {
-            place: Mutex::new(Arc::clone(places).try_acquire_owned().ok()),
-            known: AtomicBool::new(false),
-        }
-    }
-
-    pub(super) fn is_known(&self) -> bool {
-        self.known.load(Ordering::Relaxed)
-    }
-
-    /// Whether the connection may go on.
-    pub(super) fn has_place(&self) -> bool {
-        self.is_known() || self.lock().is_some()
-    }
-
-    /// Somebody was recognised: the place is for the next stranger.
-    pub(super) fn introduce(&self) {
-        if !self.known.swap(true, Ordering::Relaxed) {
-            drop(self.lock().take());
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<OwnedSemaphorePermit>> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+use super::strangers::Acquaintance;
 
 /// Knows credentials, and what their holders have left of their limits.
 #[derive(Clone, Debug)]
@@ -92,52 +43,96 @@ impl Identifier {
     }
 
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
-        if let Some(caller) = request.extensions().get::<Caller>().cloned() {
-            let identified = self.identify(&caller, request.headers()).await;
+        // Nothing behind here needs it, so nothing behind here can show it.
+        let credentials = take_credentials(request.headers_mut());
+        let extensions = request.extensions();
+        if let Some(caller) = extensions.get::<Caller>().cloned()
+            && let Some(acquaintance) = extensions.get::<Arc<Acquaintance>>()
+        {
+            let credentials = credentials.filter(|_| acquaintance.is_heard());
+            let identified = self.identify(&caller, credentials.as_deref()).await;
             if let Some(caller) = identified {
-                if caller.is_known()
-                    && let Some(acquaintance) = request.extensions().get::<Arc<Acquaintance>>()
-                {
+                if caller.is_known() {
                     acquaintance.introduce();
                 }
                 request.extensions_mut().insert(caller);
             }
         }
-        // Nothing behind here needs it, so nothing behind here can show it.
-        request.headers_mut().remove(AUTHORIZATION);
         next.run(request).await
     }
 
     /// The caller of a call, if it is another one than that of the connection.
-    async fn identify(&self, caller: &Caller, headers: &HeaderMap) -> Option<Caller> {
-        let values = headers.get_all(AUTHORIZATION).iter();
-        let values: Vec<&[u8]> = values.map(HeaderValue::as_bytes).collect();
-        let found = if values.is_empty() {
-            caller
+    async fn identify(
+        &self,
+        caller: &Caller,
+        credentials: Option<&[HeaderValue]>,
+    ) -> Option<Caller> {
+        let found = match credentials {
+            None => caller
                 .principal()
                 .cloned()
-                .map_err(|error| Error::clone(error))
-        } else {
-            self.authenticate(&values, caller.peer().ip()).await
+                .map_err(|error| Error::clone(error)),
+            Some(values) => {
+                let values: Vec<&[u8]> = values.iter().map(HeaderValue::as_bytes).collect();
+                self.authenticate(&values, caller.peer().ip()).await
+            }
         };
         let admitted = found.and_then(|principal| {
             self.limits.take_calls(&principal, 1)?;
             Ok(principal)
         });
-        let is_unchanged = values.is_empty() && admitted.is_ok() == caller.is_known();
+        let is_unchanged = credentials.is_none() && admitted.is_ok() == caller.is_known();
         (!is_unchanged).then(|| caller.with_principal(admitted))
     }
 
     async fn authenticate(&self, values: &[&[u8]], peer: IpAddr) -> Result<Arc<Principal>, Error> {
-        let budget = self.limits.check_address(peer);
+        if !auth::is_costly(values) {
+            return self.try_credential(values, peer).await;
+        }
+        // In a task of its own: whoever hangs up pays all the same.
+        let values: Vec<Zeroizing<Vec<u8>>> = values
+            .iter()
+            .map(|value| Zeroizing::new(value.to_vec()))
+            .collect();
+        let identifier = self.clone();
+        let trying = tokio::spawn(async move {
+            let values: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
+            identifier.try_credential(&values, peer).await
+        });
+        let panicked = |panic| Error::new(Reason::Bug, format!("authentication: {panic}"));
+        trying.await.map_err(panicked)?
+    }
+
+    async fn try_credential(
+        &self,
+        values: &[&[u8]],
+        peer: IpAddr,
+    ) -> Result<Arc<Principal>, Error> {
+        let budget = || {
+            self.limits.check_address(peer)?;
+            self.limits.take_turn(peer)
+        };
         let found = self.authenticator.authenticate(values, budget).await;
         match found {
             Err(error) if error.reason() == Reason::Credential => {
+                // What comes after the budget is counted, and not told one by one: a stranger must not fill the log.
+                self.limits
+                    .fail_address(peer)
+                    .inspect_err(|_| tracing::debug!(peer = %peer, %error, "credential refused"))?;
                 tracing::info!(peer = %peer, %error, "credential refused");
-                self.limits.fail_address(peer)?;
                 Err(error)
             }
             found => found,
         }
     }
+}
+
+/// The values of all `authorization` headers of a call, if there are any.
+fn take_credentials(headers: &mut HeaderMap) -> Option<Vec<HeaderValue>> {
+    if !headers.contains_key(AUTHORIZATION) {
+        return None;
+    }
+    let values = headers.get_all(AUTHORIZATION).iter().cloned().collect();
+    headers.remove(AUTHORIZATION);
+    Some(values)
 }

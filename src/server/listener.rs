@@ -11,7 +11,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{auth::Authenticator, broker::Broker};
 
-use super::{Limits, connection::Connection, tls::Tls};
+use super::{Limits, connection::Connection, strangers::Strangers, tls::Tls};
 
 /// After an accept that failed for want of descriptors: a moment, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -24,7 +24,7 @@ pub(super) struct Shared {
     pub(super) authenticator: Arc<Authenticator>,
     pub(super) connections: Arc<Semaphore>,
     /// Places among them for peers without a principal: a part, so that they never take all.
-    pub(super) strangers: Arc<Semaphore>,
+    pub(super) strangers: Arc<Strangers>,
     pub(super) limits: Arc<Limits>,
     /// Stop accepting and ask every connection to leave.
     pub(super) stop: CancellationToken,

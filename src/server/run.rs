@@ -46,6 +46,7 @@ use super::{
     notify,
     opening::{self, Bound},
     status,
+    strangers::Strangers,
     tls::Tls,
     watch,
 };
@@ -242,7 +243,7 @@ impl Server {
             broker: Arc::clone(&self.broker),
             authenticator: Arc::clone(&identifier.authenticator),
             connections: Arc::new(Semaphore::new(connections_max)),
-            strangers: Arc::new(Semaphore::new(connections_max.div_ceil(STRANGERS_DIVISOR))),
+            strangers: Strangers::new(connections_max.div_ceil(STRANGERS_DIVISOR)),
             limits: Arc::new(limits),
             stop: self.stop_connections.clone(),
             tasks: self.connections.clone(),

@@ -60,10 +60,25 @@ pub(super) struct Tls {
     /// What clients can speak here (RFC 7301).
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
+    /// Chain and key that are in use: with them changed trust counts also while those on disk are bad.
+    shown: Mutex<Shown>,
     /// What the last reload failed with, so that it is reported once and not each second.
     refused: Mutex<Option<String>>,
     /// What was last said of the age of the revocation lists.
     age: Mutex<Option<Age>>,
+}
+
+/// What clients are shown, as in the files.
+#[derive(Clone)]
+struct Shown {
+    chain: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Shown {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shown(…)")
+    }
 }
 
 struct Files {
@@ -85,8 +100,9 @@ impl Tls {
             protocols.push(ALPN_HTTP1.to_vec());
         }
         let files = Files::read(&settings, clients)?;
-        let accepting = files.build(&settings, clients, &protocols)?;
+        let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
         Ok(Self {
+            shown: Mutex::new(files.shown()),
             settings,
             clients,
             protocols,
@@ -167,12 +183,53 @@ impl Tls {
     }
 
     fn try_reload(&self) -> Result<bool, String> {
-        let current = self.current();
+        let reloaded = self.try_reload_all();
+        if reloaded.is_err() {
+            // A renewal that went wrong must not keep a revoked client in.
+            self.try_reload_trust()?;
+        }
+        reloaded
+    }
+
+    fn try_reload_all(&self) -> Result<bool, String> {
         let files = Files::read(&self.settings, self.clients)?;
-        if files.digest() == current.files {
+        if files.digest() == self.current().files {
             return Ok(false);
         }
-        let mut next = files.build(&self.settings, self.clients, &self.protocols)?;
+        let next = files.build(
+            &self.settings,
+            self.clients,
+            &self.protocols,
+            Validity::Judged,
+        )?;
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
+        self.take_over(next);
+        Ok(true)
+    }
+
+    /// Changed authorities and revocation lists, with the chain and key that are in use.
+    fn try_reload_trust(&self) -> Result<(), String> {
+        let shown = self
+            .shown
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let files = Files::with_trust(shown, &self.settings, self.clients)?;
+        let next = files.build(
+            &self.settings,
+            self.clients,
+            &self.protocols,
+            Validity::Unjudged,
+        )?;
+        if next.trust != self.current().trust {
+            self.take_over(next);
+            tracing::warn!("changed trust in clients is taken over without the other TLS files");
+        }
+        Ok(())
+    }
+
+    fn take_over(&self, mut next: Accepting) {
+        let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
             // Who was accepted before is to be told when it changes next.
@@ -182,12 +239,32 @@ impl Tls {
         if trust_changed {
             current.outdated.cancel();
         }
-        Ok(true)
     }
+}
+
+/// Whether the dates of the server's own certificate matter.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Validity {
+    Judged,
+    /// It is in use already.
+    Unjudged,
 }
 
 impl Files {
     fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, String> {
+        check_mode(&settings.key_file)?;
+        let shown = Shown {
+            chain: read(&settings.certificate_file)?,
+            key: Zeroizing::new(read(&settings.key_file)?),
+        };
+        Self::with_trust(shown, settings, clients)
+    }
+
+    fn with_trust(
+        Shown { chain, key }: Shown,
+        settings: &TlsSettings,
+        clients: ClientCertificates,
+    ) -> Result<Self, String> {
         let client_ca = match (&settings.client_ca_file, clients) {
             (_, ClientCertificates::None) => Vec::new(),
             (Some(path), _) => read(path)?,
@@ -205,13 +282,19 @@ impl Files {
             }
             _ => None,
         };
-        check_mode(&settings.key_file)?;
         Ok(Self {
-            client_crl,
-            chain: read(&settings.certificate_file)?,
-            key: Zeroizing::new(read(&settings.key_file)?),
+            chain,
+            key,
             client_ca,
+            client_crl,
         })
+    }
+
+    fn shown(&self) -> Shown {
+        Shown {
+            chain: self.chain.clone(),
+            key: self.key.clone(),
+        }
     }
 
     fn digest(&self) -> [u8; 32] {
@@ -229,6 +312,7 @@ impl Files {
         settings: &TlsSettings,
         clients: ClientCertificates,
         protocols: &[Vec<u8>],
+        validity: Validity,
     ) -> Result<Accepting, String> {
         let certificate_file = settings.certificate_file.display();
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.chain)
@@ -239,7 +323,10 @@ impl Files {
         let leaf = chain
             .first()
             .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
-        let until = check_validity(leaf, &settings.certificate_file)?;
+        let until = match validity {
+            Validity::Judged => check_validity(leaf, &settings.certificate_file)?,
+            Validity::Unjudged => not_after(leaf)?,
+        };
         let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| {
             format!(
                 "{} holds no PEM private key: {error}",
@@ -352,6 +439,12 @@ fn check_mode(path: &Path) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+fn not_after(leaf: &CertificateDer<'_>) -> Result<i64, String> {
+    let (_, certificate) = X509Certificate::from_der(leaf)
+        .map_err(|error| format!("the certificate in use does not parse: {error}"))?;
+    Ok(certificate.validity().not_after.timestamp())
 }
 
 /// Refuses a certificate that is expired or not valid yet, and warns of one that soon will be.

@@ -130,6 +130,24 @@ async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
     );
 }
 
+/// A renewal of the server's certificate that went wrong keeps no revoked client in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_list_counts_beside_a_bad_server_certificate() {
+    let broker = Broker::start_on(site(&[], LONG_S));
+    Caller::of(&broker, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    let certificate = broker.site.pki.certificate_file("server");
+    fs::write(&certificate, "half a certificate").unwrap();
+    until_logged(&broker.site, "\"alarm\":\"tls-reload\"");
+    broker.site.pki.revoke(&["enroller"], LONG_S);
+    until_logged(&broker.site, "changed trust in clients is taken over");
+    until_refused(&broker, "enroller").await;
+    let key = Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    assert_eq!(key.key_material, MATERIAL);
+}
+
 /// A list that has ended says nothing of anybody.
 #[tokio::test(flavor = "multi_thread")]
 async fn when_the_list_ends_nobody_is_let_in_until_there_is_a_new_one() {

@@ -109,7 +109,7 @@ fn setup(secrets: &[&str], edit: impl FnOnce(&mut Document)) -> Setup {
 impl Setup {
     async fn show(&self, id: &str, secret: &str) -> Result<Arc<Principal>, Error> {
         let secret = Zeroizing::new(secret.as_bytes().to_vec());
-        self.secrets.verify(id, secret, Ok(())).await
+        self.secrets.verify(id, secret, || Ok(())).await
     }
 
     fn asked(&self) -> u64 {
@@ -182,24 +182,16 @@ async fn a_secret_that_expires_while_it_is_remembered_is_refused() {
 async fn without_a_budget_only_what_was_good_counts() {
     let setup = setup(&["good", "other"], |_| {});
     setup.show(ID, "good").await.unwrap();
-    let spent = || Err(Error::new(Reason::FailureBudget, "spent"));
+    let spent = || Err::<(), _>(Error::new(Reason::FailureBudget, "spent"));
     let show = |secret: &str| Zeroizing::new(secret.as_bytes().to_vec());
-    setup
-        .secrets
-        .verify(ID, show("good"), spent())
-        .await
-        .unwrap();
+    setup.secrets.verify(ID, show("good"), spent).await.unwrap();
     // Nor does a change of any client lock it out, after which it is looked at again.
     setup.known.generation.store(1, Ordering::Relaxed);
-    setup
-        .secrets
-        .verify(ID, show("good"), spent())
-        .await
-        .unwrap();
+    setup.secrets.verify(ID, show("good"), spent).await.unwrap();
     assert_eq!(setup.asked(), 2);
     let asked = setup.asked();
     for secret in ["other", "wrong"] {
-        let refused = setup.secrets.verify(ID, show(secret), spent()).await;
+        let refused = setup.secrets.verify(ID, show(secret), spent).await;
         assert_eq!(refused.unwrap_err().reason(), Reason::FailureBudget);
     }
     assert_eq!(setup.asked(), asked);
@@ -224,9 +216,9 @@ async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
         .unwrap();
     setup.known.generation.store(1, Ordering::Relaxed);
     for expected in [Reason::Credential, Reason::FailureBudget] {
-        let spent = Err(Error::new(Reason::FailureBudget, "spent"));
+        let spent: Result<(), _> = Err(Error::new(Reason::FailureBudget, "spent"));
         let secret = Zeroizing::new(b"good".to_vec());
-        let refused = setup.secrets.verify(ID, secret, spent).await;
+        let refused = setup.secrets.verify(ID, secret, || spent).await;
         assert_eq!(refused.unwrap_err().reason(), expected);
     }
     assert_eq!(setup.asked(), 2);
@@ -257,9 +249,9 @@ async fn a_directory_that_is_away_takes_no_turn_and_is_not_the_callers_fault() {
     }
     // What was good is still known to have been.
     setup.known.is_away.store(false, Ordering::Relaxed);
-    let spent = Err(Error::new(Reason::FailureBudget, "spent"));
+    let spent: Result<(), _> = Err(Error::new(Reason::FailureBudget, "spent"));
     let secret = Zeroizing::new(b"good".to_vec());
-    setup.secrets.verify(ID, secret, spent).await.unwrap();
+    setup.secrets.verify(ID, secret, || spent).await.unwrap();
 }
 
 #[tokio::test]

@@ -329,8 +329,8 @@ async fn a_flood_of_wrong_secrets_is_answered_quickly_and_others_are_served() {
             other => panic!("{other}"),
         }
     }
-    // It gets one back every three seconds.
-    assert!(looked_at <= 10, "{looked_at}");
+    // All of its budget, if the flood was turned away before it was looked at, and one more every three seconds.
+    assert!(looked_at <= 25, "{looked_at}");
     good.unwrap(&quiet, "ada").await.unwrap();
     let elapsed = started.elapsed();
     assert!(elapsed < Duration::from_secs(15), "{elapsed:?}");

@@ -21,7 +21,7 @@ use crate::{
     principal::{Action, Principal},
 };
 
-use super::{Surroundings, answer, body, probes, user_keys::Entered};
+use super::{Surroundings, answer, body, patience::Patience, probes, user_keys::Entered};
 
 /// Which of a user's keys is that of Bitwarden.
 const KEY_NAME: &str = "bitwarden";
@@ -118,22 +118,24 @@ impl Surroundings {
             call,
             key,
         };
+        let mut patience = Patience::new(entered.call.clone());
         let answered = if action == Action::Unwrap {
-            entered.get().await
+            entered.get(&mut patience).await
         } else {
             let (head, body) = request.into_parts();
             match body::key(&head.headers, body).await {
-                Ok(key) if action == Action::Create => entered.post(&key).await,
-                Ok(key) => entered.put(&key).await,
+                Ok(key) if action == Action::Create => entered.post(&mut patience, &key).await,
+                Ok(key) => entered.put(&mut patience, &key).await,
                 Err(malformed) => return entered.malformed(action, malformed).await,
             }
         };
-        answered.unwrap_or_else(|error| answer::refusal(&error, id))
+        answered.unwrap_or_else(|error| answer::refusal(&error, patience.last()))
     }
 }
 
 impl Entered {
-    /// The refusal of a body, audited. What is left of it is not read: the connection ends with the answer.
+    /// The refusal of a body, audited. What was left of it was taken within limits; what may still come is not: the connection
+    /// ends with the answer, unless it is 400, where the body was read.
     async fn malformed(&self, action: Action, malformed: body::Malformed) -> Response<Body> {
         let (principal, call) = (&self.principal, &self.call);
         let error = malformed.error();

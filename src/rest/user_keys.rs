@@ -18,7 +18,7 @@ use crate::{
     secret::KeyMaterial,
 };
 
-use super::{answer, body::KEY_BYTES, patience::patiently};
+use super::{answer, body::KEY_BYTES, patience::Patience};
 
 /// Rounds of reading and writing before other writers have won.
 const ROUNDS_MAX: usize = 4;
@@ -33,11 +33,10 @@ pub(super) struct Entered {
 
 impl Entered {
     /// The key, in base64.
-    pub(super) async fn get(&self) -> Result<Response<Body>, Error> {
-        let released = patiently(&self.call, |call| async move {
-            self.broker.unwrap(&self.principal, &call, &self.key).await
-        })
-        .await?;
+    pub(super) async fn get(&self, patience: &mut Patience) -> Result<Response<Body>, Error> {
+        let released = patience
+            .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
+            .await?;
         let key = released.material().expose();
         if key.len() != KEY_BYTES {
             // Stored by other doors, which know other lengths; clients would refuse it.
@@ -50,18 +49,30 @@ impl Entered {
     }
 
     /// Stores the key of a user who has none.
-    pub(super) async fn post(&self, material: &KeyMaterial) -> Result<Response<Body>, Error> {
-        self.create(material).await?;
+    pub(super) async fn post(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+    ) -> Result<Response<Body>, Error> {
+        self.create(patience, material).await?;
         Ok(answer::empty(StatusCode::OK))
     }
 
     /// Stores a key, over another one if there is one. A deleted one stays: only an operator may bring it back.
-    pub(super) async fn put(&self, material: &KeyMaterial) -> Result<Response<Body>, Error> {
+    pub(super) async fn put(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+    ) -> Result<Response<Body>, Error> {
         let mut result = Ok(());
         for _ in 0..ROUNDS_MAX {
-            result = match self.current().await? {
-                Current::None | Current::Deleted => self.create(material).await,
-                Current::Active(revision) => self.replace(material, revision).await,
+            result = match self.current(patience).await? {
+                Current::None => self.create(patience, material).await,
+                Current::Active(revision) => self.replace(patience, material, revision).await,
+                Current::Deleted => {
+                    let detail = "the user's key is deleted, and only an operator brings it back";
+                    return Err(Error::new(Reason::KeyExists, detail));
+                }
             };
             match &result {
                 Ok(()) => return Ok(answer::empty(StatusCode::OK)),
@@ -78,10 +89,9 @@ impl Entered {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    async fn current(&self) -> Result<Current, Error> {
-        let found = patiently(&self.call, |call| async move {
-            self.broker.get(&self.principal, &call, &self.key).await
-        });
+    async fn current(&self, patience: &mut Patience) -> Result<Current, Error> {
+        let found = patience
+            .ask(|call| async move { self.broker.get(&self.principal, &call, &self.key).await });
         match found.await {
             Ok(view) => Ok(match view.info.state {
                 RecordState::Active => Current::Active(view.info.revision),
@@ -92,29 +102,36 @@ impl Entered {
         }
     }
 
-    async fn create(&self, material: &KeyMaterial) -> Result<(), Error> {
+    async fn create(&self, patience: &mut Patience, material: &KeyMaterial) -> Result<(), Error> {
         let request = request_id()?;
-        patiently(&self.call, |call| async move {
-            let material = copy(material)?;
-            self.broker
-                .create(&self.principal, &call, &self.key, material, request)
-                .await
-        })
-        .await
-        .map(drop)
+        patience
+            .ask(|call| async move {
+                let material = copy(material)?;
+                self.broker
+                    .create(&self.principal, &call, &self.key, material, request)
+                    .await
+            })
+            .await
+            .map(drop)
     }
 
-    async fn replace(&self, material: &KeyMaterial, expected: Revision) -> Result<(), Error> {
+    async fn replace(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+        expected: Revision,
+    ) -> Result<(), Error> {
         let request = request_id()?;
-        patiently(&self.call, |call| async move {
-            let material = copy(material)?;
-            let (principal, key) = (&self.principal, &self.key);
-            self.broker
-                .replace(principal, &call, key, material, expected, request)
-                .await
-        })
-        .await
-        .map(drop)
+        patience
+            .ask(|call| async move {
+                let material = copy(material)?;
+                let (principal, key) = (&self.principal, &self.key);
+                self.broker
+                    .replace(principal, &call, key, material, expected, request)
+                    .await
+            })
+            .await
+            .map(drop)
     }
 }
 

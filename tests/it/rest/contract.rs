@@ -1,6 +1,7 @@
 //! What a client does on a good day, and the same key through other doors.
 
 use std::{
+    collections::{HashMap, HashSet},
     io::{Read as _, Write as _},
     net::TcpStream,
     time::Duration,
@@ -10,6 +11,7 @@ use keybroker::proto::{
     UnwrapUserKeyRequest, UserKey, user_key_service_client::UserKeyServiceClient,
 };
 use reqwest::Method;
+use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tonic::{Request, metadata::MetadataValue};
 
@@ -53,6 +55,26 @@ async fn a_user_enrols_fetches_and_replaces_its_own_key() {
         });
         assert!(entry.is_some(), "{action}: {audit}");
     }
+    // Each call of a request has an id of its own, so that what is known of one is never taken for another.
+    let mut actions = HashMap::<String, HashSet<String>>::new();
+    for line in audit.lines() {
+        // Its checksum stands around it.
+        let (Some(start), Some(end)) = (line.find('{'), line.rfind('}')) else {
+            continue;
+        };
+        let entry: Value = serde_json::from_str(&line[start..=end]).unwrap();
+        if let (Some(call), Some(action)) = (entry["call_id"].as_str(), entry["action"].as_str())
+            && action.starts_with("user_key.")
+        {
+            let of_call = actions.entry(call.to_owned()).or_default();
+            of_call.insert(action.to_owned());
+        }
+    }
+    assert!(actions.len() >= 11, "{audit}");
+    assert!(
+        actions.values().all(|of_call| of_call.len() == 1),
+        "{audit}"
+    );
 }
 
 /// As the SDK sends it: content type on GET, further headers, a token's `sub` in capitals is the same user.

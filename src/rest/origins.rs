@@ -43,8 +43,14 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
     Some(layer)
 }
 
+/// What Safari sends for pages of its extensions.
+const FILES: &str = "file://";
+
 /// Whether a browser could send this as `origin`. Apps have schemes of their own.
 pub(super) fn is_origin(text: &str) -> bool {
+    if text == FILES {
+        return true;
+    }
     let Some((scheme, rest)) = text.split_once("://") else {
         return false;
     };
@@ -79,6 +85,8 @@ mod tests {
             "http://localhost:8080",
             "https://[::1]:8443",
             "chrome-extension://nngceckbapebfimnlniiiahkandclblb",
+            "bw-desktop-file://bundle",
+            "file://",
         ] {
             assert!(is_origin(good), "{good}");
         }
@@ -97,6 +105,10 @@ mod tests {
             "https://vault.example.org:x",
             "https://vault.example .org",
             "HTTPS://vault.example.org",
+            "FILE://",
+            "file:///",
+            "file:///home/ada/page.html",
+            "bw-desktop-file://",
         ] {
             assert!(!is_origin(bad), "{bad}");
         }

@@ -71,6 +71,8 @@ mod tests {
     fn origins_and_prefixes_are_checked() {
         assert_eq!(problems(&["https://vault.example.org"], "/keys/v1"), 0);
         assert_eq!(problems(&[], ""), 0);
+        assert_eq!(problems(&["file://", "bw-desktop-file://bundle"], ""), 0);
+        assert_eq!(problems(&["file:///", "file://*"], ""), 2);
         assert_eq!(problems(&["*", "https://vault.example.org/"], ""), 2);
         for bad in [
             "/", "keys", "/keys/", "//keys", "/a//b", "/{x}", "/*", "/..", "/a b", "/a%20b", "/ä",

@@ -87,3 +87,31 @@ async fn answers_to_the_page_are_marked() {
     let plain = door.get(ADA).await;
     assert!(!plain.headers.contains_key("access-control-allow-origin"));
 }
+
+/// Apps whose pages come from no server send origins of their own: each only where it is configured.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_apps_are_answered_when_they_are_configured() {
+    let apps = ["bw-desktop-file://bundle", "file://"];
+    let listed = format!(r#""{}", "{}""#, apps[0], apps[1]);
+    let door = Door::open_for_pages(&listed);
+    for origin in apps {
+        let answer = preflight(&door, origin, "GET", "authorization").await;
+        assert_eq!(answer.headers["access-control-allow-origin"], origin);
+    }
+    for origin in [
+        "bw-desktop-file://other",
+        "file:///",
+        "file:///home/ada/x.html",
+    ] {
+        let answer = preflight(&door, origin, "GET", "authorization").await;
+        assert!(
+            !answer.headers.contains_key("access-control-allow-origin"),
+            "{origin}: {answer:?}"
+        );
+    }
+    let door = Door::open();
+    for origin in apps {
+        let answer = preflight(&door, origin, "GET", "authorization").await;
+        assert!(!answer.headers.contains_key("access-control-allow-origin"));
+    }
+}

@@ -46,6 +46,19 @@ impl Door {
 
     /// With lines more in `[rest]` and in `[rates]`.
     pub(crate) fn open_with(options: Options, rest: &str, rates: &str) -> Self {
+        let rest = format!("allowed_origins = [\"{VAULT}\"]\n{rest}");
+        Self::configured(options, &rest, rates, "")
+    }
+
+    /// With other pages that may ask.
+    pub(crate) fn open_for_pages(origins: &str) -> Self {
+        let rest = format!("allowed_origins = [{origins}]");
+        Self::configured(Options::default(), &rest, "", "")
+    }
+
+    /// With all of `[rest]`, and lines more in `[rates]` and in `[[issuer]]`.
+    pub(crate) fn configured(options: Options, rest: &str, rates: &str, issuer: &str) -> Self {
+        let lines = issuer;
         let identity = Identity::start(IdentityOptions::default());
         let site = Site::fresh(options);
         let (certificate, key) = (
@@ -58,7 +71,6 @@ impl Door {
                 text,
                 r#"
 [rest]
-allowed_origins = ["{VAULT}"]
 {rest}
 
 [rates]
@@ -81,6 +93,7 @@ name = "bitwarden"
 profile = "bitwarden"
 issuer = "{issuer}"
 allow_http = true
+{lines}
 "#,
                 certificate = certificate.display(),
                 key = key.display(),

@@ -147,7 +147,7 @@ fn command(broker: &Broker, name: &str, certificate: Option<&str>, arguments: &[
 
 /// `keybroker client-credential … -o json`, which must succeed.
 #[track_caller]
-fn credential(broker: &Broker, who: &str, arguments: &[&str]) -> Value {
+pub(crate) fn credential(broker: &Broker, who: &str, arguments: &[&str]) -> Value {
     let arguments = [arguments, &["-o", "json"]].concat();
     let finished = command(broker, "client-credential", Some(who), &arguments);
     assert_eq!(finished.code, Some(0), "{arguments:?}: {finished:#?}");

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::door::{ADA, Answer, BOB, Door, body};
 use crate::{
     client,
+    client_credentials::credential,
     identity::{now, user},
     site::Options,
 };
@@ -181,6 +182,94 @@ async fn credentials_that_are_none() {
     answer.expect_key(&[0xd3; 32]);
     let log = door.broker.site.log();
     assert!(!log.contains(&good), "the log shows a token");
+}
+
+/// By the service itself, or with parts of what it signed.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_are_nearly_good() {
+    let door = Door::open_with(Options::default(), "", "failures_per_minute = 1000");
+    let mint = |name: &str, value: serde_json::Value, header: serde_json::Value| {
+        let mut claims = user(ADA);
+        claims[name] = value;
+        door.identity.mint(claims, header)
+    };
+    let headed = |header| door.identity.mint(user(ADA), header);
+    // The payload of one token between header and signature of another.
+    let (good, of_bob) = (door.token(ADA), door.token(BOB));
+    let [mut parts, others] = [&good, &of_bob].map(|token| token.split('.').collect::<Vec<_>>());
+    parts[1] = others[1];
+    for (token, what) in [
+        (mint("nbf", (now() + 3_600).into(), json!({})), "early"),
+        // Its signature is good: it is the length that is refused.
+        (mint("more", "x".repeat(8_192).into(), json!({})), "long"),
+        (headed(json!({ "kid": "another" })), "unknown key"),
+        (headed(json!({ "alg": "none" })), "none"),
+        (headed(json!({ "alg": "HS256" })), "HS256"),
+        (parts.join("."), "swapped"),
+    ] {
+        let request = door.request(Method::GET, "/user-keys").bearer_auth(token);
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        assert_eq!(answer.status, 401, "{what}");
+        answer.expect_refused(401, "CREDENTIAL");
+    }
+    // The same, with nothing that is wrong.
+    let longer = mint("more", "x".repeat(2_048).into(), json!({}));
+    let request = door.request(Method::GET, "/user-keys").bearer_auth(longer);
+    let answer = Answer::of(request.send().await.unwrap()).await;
+    answer.expect_refused(404, "KEY_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_somebody_else_is_none() {
+    let audience = r#"audience = ["keys"]"#;
+    let door = Door::configured(Options::default(), "", "", audience);
+    for (claims, status, reason) in [
+        (json!({}), 401, "CREDENTIAL"),
+        (json!({ "aud": "vault" }), 401, "CREDENTIAL"),
+        (json!({ "aud": ["vault", "KEYS"] }), 401, "CREDENTIAL"),
+        (json!({ "aud": ["vault", "keys"] }), 404, "KEY_NOT_FOUND"),
+    ] {
+        let mut all = user(ADA);
+        let more = claims.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(more);
+        let token = door.identity.mint(all, json!({}));
+        let request = door.request(Method::GET, "/user-keys").bearer_auth(token);
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.expect_refused(status, reason);
+    }
+}
+
+/// An API client is somebody, and has no key of its own: 403, and never the 404 that is for users.
+#[tokio::test(flavor = "multi_thread")]
+async fn api_clients_have_no_key_here() {
+    let door = Door::open();
+    let made = credential(
+        &door.broker,
+        "admin",
+        &["create", "--label", "backup", "--role", "enrol"],
+    );
+    let (id, secret) = (
+        made["id"].as_str().unwrap(),
+        made["secret"].as_str().unwrap(),
+    );
+    client::never_in_a_log(secret.as_bytes());
+    let unknown = "0".repeat(id.len());
+    for (id, secret, status, reason) in [
+        (unknown.as_str(), secret, 401, "CREDENTIAL"),
+        (id, "wrong", 401, "CREDENTIAL"),
+        (id, "", 401, "CREDENTIAL"),
+        (id, secret, 403, "POLICY"),
+    ] {
+        for method in [Method::GET, Method::POST, Method::PUT] {
+            let request = door
+                .request(method, "/user-keys")
+                .header("content-type", JSON)
+                .basic_auth(id, Some(secret))
+                .body(body(&[0xd5; 32]));
+            let answer = Answer::of(request.send().await.unwrap()).await;
+            answer.expect_refused(status, reason);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,11 +73,16 @@ impl MasterKey {
     }
 
     /// The user key inside its wrapping, as bytes: with a new account it is one that [`SymmetricKey`] does not read. Type 0,
-    /// of old accounts, is under the master key itself.
+    /// of old accounts, is under the master key itself; it has no MAC, so that only the length tells a user key from what a wrong
+    /// key makes of it.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
-                SymmetricKey::from_bytes(self.0.clone())?.decrypt(protected)
+                let plain = SymmetricKey::from_bytes(self.0.clone())?.decrypt(protected)?;
+                match plain.len() {
+                    SYMMETRIC_KEY_BYTES | HALF => Ok(plain),
+                    _ => Err(Error::Decrypt),
+                }
             }
             _ => self.stretch()?.decrypt(protected),
         }

@@ -19,6 +19,8 @@ const DEVICE_PROTECTED_USER_KEY: &str =
 const DEVICE_PROTECTED_PRIVATE_KEY: &str =
     include_str!("../../tests/vectors/bitwarden/device-protected-private-key.txt");
 
+const PROTECTED_BY_AN_OLD_ACCOUNT: &str = "0.8UClLa8IPE1iZT7chy5wzQ==|6PVfHnVk5S3XqEtQemnM5yb4JodxmPkkWzmDRdfyHtjORmvxqlLX40tBJZ+CKxQWmS8tpEB5w39rbgHg/gqs0haGdZG4cPbywsgGzxZ7uNI=";
+
 fn password(text: &str) -> Password {
     Password::new(Zeroizing::new(text.to_owned())).unwrap()
 }
@@ -148,15 +150,29 @@ fn vector_6_end_to_end() {
 #[test]
 fn vector_7_an_old_account_is_under_the_master_key_itself() {
     let key = PBKDF2_600_000.master_key(&password("asdfasdfasdf"), &email("legacy@bitwarden.com"));
-    let protected = parse(
-        "0.8UClLa8IPE1iZT7chy5wzQ==|6PVfHnVk5S3XqEtQemnM5yb4JodxmPkkWzmDRdfyHtjORmvxqlLX40tBJZ+CKxQWmS8tpEB5w39rbgHg/gqs0haGdZG4cPbywsgGzxZ7uNI=",
-    );
+    let protected = parse(PROTECTED_BY_AN_OLD_ACCOUNT);
     let user_key = key.unwrap().unprotect(&protected).unwrap();
     assert_eq!(
         hex::encode(&user_key),
         "0c5f97cb2504ec4389615a3a067ff21cd1a87d1d7618d52c75ca027384a57d94\
          bad7ea8918a9e31dda39b4ed495bbd33fd1a1134e204864bc2d0b28580e08ca7"
     );
+}
+
+/// Type 0 has no MAC: every 256th wrong key leaves padding that looks good.
+#[test]
+fn a_wrong_key_whose_padding_happens_to_be_good_opens_nothing() {
+    let protected = parse(PROTECTED_BY_AN_OLD_ACCOUNT);
+    let wrong = (0_u32..10_000).find_map(|number| {
+        let mut bytes = Zeroizing::new(vec![0x5a; MASTER_KEY_BYTES]);
+        bytes[..4].copy_from_slice(&number.to_be_bytes());
+        let as_it_is = SymmetricKey::from_bytes(bytes.clone()).unwrap();
+        let plain = as_it_is.decrypt(&protected).ok()?;
+        assert_ne!(plain.len(), 64);
+        Some(MasterKey::from_bytes(bytes).unwrap())
+    });
+    let opened = wrong.expect("one of 256").unprotect(&protected);
+    assert_eq!(opened.unwrap_err(), Error::Decrypt);
 }
 
 #[test]

@@ -8,7 +8,9 @@ use super::{Context, block_on, exit::Failure, output::Field};
 mod account;
 mod connector;
 mod derive;
+mod holder;
 mod keys;
+mod refusal;
 mod secrets;
 
 #[derive(Debug, Subcommand)]

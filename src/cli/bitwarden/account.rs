@@ -104,10 +104,15 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[group(skip)]
 pub(super) struct PasswordSource {
     /// File with the master password, readable by its owner alone; without it the terminal is asked
-    #[arg(long, value_name = "FILE", conflicts_with = "password_fd")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "password_fd",
+        requires = "email"
+    )]
     password_file: Option<PathBuf>,
     /// Open descriptor to read the master password from
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "email")]
     password_fd: Option<u32>,
 }
 
@@ -191,6 +196,20 @@ pub(super) struct KeySource {
 }
 
 impl KeySource {
+    /// What options name as the source; `None` when they name none.
+    pub(super) fn name(&self) -> Option<&'static str> {
+        if self.email.is_some() {
+            return Some("password");
+        }
+        let is_named = self.master_key_file.is_some() || self.master_key_fd.is_some();
+        is_named.then_some("master-key")
+    }
+
+    /// The address of the account, where the key is made from its password.
+    pub(super) fn email(&self) -> Option<&str> {
+        self.email.as_deref()
+    }
+
     /// The key; `None` when no option names one.
     pub(super) fn master_key(&self, output: Output) -> Result<Option<MasterKey>, Failure> {
         if let Some(email) = &self.email {

@@ -17,7 +17,7 @@ use crate::{
     cli::exit::{Exit, Failure},
 };
 
-use super::secrets;
+use super::{holder::Holder, refusal::Trouble, secrets};
 
 const JSON: &str = "application/json";
 /// As the clients in TypeScript send it.
@@ -71,7 +71,9 @@ impl Connector {
             return Err(Failure::new(Exit::Usage, what)
                 .hint("name a file with --token-file or a descriptor with --token-fd"));
         }
-        let bearer = Zeroizing::new(format!("Bearer {}", source.line()?.trim()));
+        let token = source.line()?;
+        let holder = Holder::of(token.trim());
+        let bearer = Zeroizing::new(format!("Bearer {}", token.trim()));
         let mut bearer = HeaderValue::from_str(&bearer)
             .map_err(|_| Failure::new(Exit::Usage, "the access token is not a token"))?;
         bearer.set_sensitive(true);
@@ -80,7 +82,13 @@ impl Connector {
             // As clients join them, which makes a double slash of one at the end.
             user_keys: format!("{url}/user-keys"),
             bearer,
+            holder,
         })
+    }
+
+    /// Whether options name a token.
+    pub(super) fn has_token(&self) -> bool {
+        self.token_file.is_some() || self.token_fd.is_some()
     }
 
     fn check(&self, url: &str) -> Result<(), Failure> {
@@ -174,24 +182,22 @@ impl Drop for Body {
     }
 }
 
-/// What the broker says of a refusal, when it is one of ours.
-#[derive(Default, Deserialize)]
-struct Refusal {
-    reason: Option<String>,
-    message: Option<String>,
-    call_id: Option<String>,
-}
-
 /// A broker, asked with one user's token.
 pub(super) struct Broker {
     client: Client,
     user_keys: String,
     bearer: HeaderValue,
+    holder: Holder,
 }
 
 impl Broker {
     pub(super) fn url(&self) -> &str {
         &self.user_keys
+    }
+
+    /// Whose token it is, as the token says.
+    pub(super) fn holder(&self) -> &Holder {
+        &self.holder
     }
 
     /// The key of the token's user.
@@ -225,22 +231,23 @@ impl Broker {
             Method::Put => self.client.put(&self.user_keys),
         };
         let request = request.header(CONTENT_TYPE, JSON_UTF8).body(text);
-        self.send(request).await.map(drop)
+        let answer = self.send(request).await;
+        answer.map(drop).map_err(Trouble::of_change)
     }
 
     /// The body of an answer with status 200.
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Zeroizing<Vec<u8>>, Trouble> {
         let request = request
             .header(ACCEPT, JSON)
             .header(AUTHORIZATION, self.bearer.clone());
-        let mut answer = request
-            .send()
-            .await
-            .map_err(|error| self.unreachable(&error))?;
+        let mut answer = request.send().await.map_err(|error| Trouble {
+            failure: self.unreachable(&error),
+            may_have_happened: !error.is_connect(),
+        })?;
         let body = self.read(&mut answer).await?;
         match answer.status() {
             StatusCode::OK => Ok(body),
-            status => Err(refused(status, retry_after(&answer), &body)),
+            _ => Err(Trouble::answered(&answer, &body)),
         }
     }
 
@@ -278,63 +285,12 @@ impl Broker {
     }
 }
 
-fn retry_after(answer: &Response) -> Option<String> {
-    let value = answer.headers().get(reqwest::header::RETRY_AFTER)?;
-    value.to_str().ok().map(str::to_owned)
-}
-
 fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
         cause = deeper;
     }
     cause.to_string()
-}
-
-fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Failure {
-    let said: Refusal = serde_json::from_slice(body).unwrap_or_default();
-    let mut message = format!("the broker answers {status}");
-    for part in [&said.reason, &said.message].into_iter().flatten() {
-        // From the other side of a network: no control characters on a terminal.
-        message = format!("{message}: {}", part.escape_debug());
-    }
-    if let Some(call) = &said.call_id {
-        message = format!("{message} (call {})", call.escape_debug());
-    }
-    if let Some(seconds) = retry_after {
-        message = format!("{message}; retry after {} s", seconds.escape_debug());
-    }
-    Failure {
-        reason: said.reason.clone(),
-        ..Failure::new(Exit::Refused, message).hint(hint(status, said.reason.as_deref()))
-    }
-}
-
-fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
-    match (status.as_u16(), reason) {
-        (400, Some("KEY_EXISTS")) => {
-            "the user has a key already, perhaps a deleted one; POST never overwrites: fetch it and see whether it opens \
-             the account"
-        }
-        (400, _) => "the broker takes `{\"key\": \"<base64 of 32 bytes>\"}`",
-        (401, _) => {
-            "the token is expired, of another issuer, or not for this API: the broker's log has the exact reason"
-        }
-        (403, _) => "no policy lets this user do that: `keybroker policy explain` says why",
-        (404, Some("KEY_NOT_FOUND")) => {
-            "this user has no key here: it was not enrolled yet, or was deleted"
-        }
-        (404, _) => "no Key Connector has this path: look at the prefix in --url",
-        (429, _) => "wait for that long, then try again",
-        (503, _) => {
-            "token, database or audit log are away: the operator sees it in the broker's log"
-        }
-        (200..=299, _) => "clients take anything but 200 for an error",
-        (300..=399, _) => {
-            "clients follow no redirect here: name the address that it points to in --url"
-        }
-        _ => "the operator finds the call in the broker's log",
-    }
 }
 
 #[cfg(test)]
@@ -373,19 +329,5 @@ mod tests {
             let checked = connector(url, allow_http).check(url);
             assert_eq!(checked.is_ok(), accepted, "{url} {allow_http}");
         }
-    }
-
-    #[test]
-    fn refusals_name_reason_call_and_delay() {
-        let body = br#"{"reason":"KEY_EXISTS","message":"there","call_id":"7\u001b"}"#;
-        let failure = refused(StatusCode::BAD_REQUEST, Some("2".to_owned()), body);
-        assert_eq!(failure.exit, Exit::Refused);
-        assert_eq!(failure.reason.as_deref(), Some("KEY_EXISTS"));
-        assert_eq!(
-            failure.message,
-            "the broker answers 400 Bad Request: KEY_EXISTS: there (call 7\\u{1b}); retry after 2 s"
-        );
-        let failure = refused(StatusCode::CREATED, None, b"not JSON");
-        assert!(failure.hint.unwrap().contains("anything but 200"));
     }
 }

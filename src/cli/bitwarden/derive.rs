@@ -103,6 +103,10 @@ impl ChangeKdf {
         fields.push(field("authentication_hash", hash.as_str()));
         fields.push(field("new_authentication_hash", new_hash.as_str()));
         fields.push(field("protected_key", protected.to_string()));
+        output.note(
+            "nothing has changed yet: the account has the new KDF once the Bitwarden server took hash, KDF and key together; \
+             then fetch the account's `Key` afresh, and give enrol that one and the new master key",
+        );
         output.fields(fields)
     }
 }

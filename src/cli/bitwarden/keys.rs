@@ -4,20 +4,23 @@ use std::path::PathBuf;
 
 use base64ct::{Base64, Encoding as _};
 use clap::Args;
+use uuid::Uuid;
 
 use crate::{
     bitwarden::{EncString, MasterKey, SymmetricKey},
     cli::{
         client::material::{self, Destination},
         exit::{Exit, Failure},
-        output::Output,
+        output::{Field, Output},
     },
 };
 
 use super::{
     account::{KeySource, unusable},
     connector::{Connector, Method},
-    field, secrets,
+    field,
+    refusal::not_read_back,
+    secrets,
 };
 
 #[derive(Args, Debug)]
@@ -30,13 +33,18 @@ pub(in crate::cli) struct Enrol {
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
     /// Replace the key that the broker has (PUT). Without a user key protected by the new one, the vault is lost
-    #[arg(long, requires = "protected_key_file")]
+    #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
+    /// Whose key it is: `sub` of the token must be this
+    #[arg(long, value_name = "GUID")]
+    user: Option<Uuid>,
 }
 
 impl Enrol {
     pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
         let broker = self.connector.open()?;
+        let holder = broker.holder();
+        holder.check(self.user, self.key.email())?;
         let protected = match &self.protected_key_file {
             Some(path) => Some(secrets::enc_string("--protected-key-file", path)?),
             None => None,
@@ -57,8 +65,13 @@ impl Enrol {
         } else {
             Method::Post
         };
+        output.note(&format!(
+            "the token, which only the broker verifies, is of user {} ({})",
+            holder.user().as_deref().unwrap_or("unknown"),
+            holder.email().as_deref().unwrap_or("no e-mail address"),
+        ));
         broker.store(method, &key).await?;
-        let kept = broker.fetch().await?;
+        let kept = broker.fetch().await.map_err(not_read_back)?;
         if !kept.is(&key) {
             let what = "the broker answers with another key than the one it was just given";
             return Err(Failure::new(Exit::Verification, what)
@@ -66,6 +79,8 @@ impl Enrol {
         }
         output.fields(vec![
             field("url", broker.url()),
+            field("user", holder.user()),
+            field("email", holder.email()),
             field("method", method.as_str()),
             field("opens_protected_key", protected.map(|_| true)),
             field("read_back", true),
@@ -141,21 +156,32 @@ impl Unlock {
             None if item.is_some() => material::keep_off_terminal(self.force)?,
             None => {}
         }
+        let source = self.key.name();
+        if source.is_some() && self.connector.has_token() {
+            let what = "a token and a key of your own are named: it is not said which of them is to open the account";
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "leave out --token-file and --token-fd, or --email, --master-key-file and --master-key-fd",
+            ));
+        }
         let key = match self.key.master_key(output)? {
             Some(key) => key,
             None => self.connector.open()?.fetch().await?,
         };
-        self.show(output, &open(&key, &protected)?, &protected, item.as_ref())
+        let from = field("key_from", source.unwrap_or("broker"));
+        let user_key = open(&key, &protected)?;
+        self.show(output, from, &user_key, &protected, item.as_ref())
     }
 
     fn show(
         &self,
         output: Output,
+        key_from: Field,
         user_key: &SymmetricKey,
         protected: &EncString,
         item: Option<&EncString>,
     ) -> Result<(), Failure> {
         let mut fields = vec![
+            key_from,
             field("protected_key_type", protected.number()),
             field("user_key_bytes", user_key.expose().len()),
         ];

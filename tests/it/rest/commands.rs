@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::door::{ADA, BOB, Door};
-use crate::{site::Finished, softhsm::write_private};
+use crate::{identity::user, site::Finished, softhsm::write_private};
 
 const EMAIL: &str = "test@bitwarden.com";
 const PASSWORD: &str = "asdfasdfasdf";
@@ -41,6 +41,13 @@ impl Desk {
 
     fn write(&self, name: &str, text: &str) {
         write_private(&self.path(name), text);
+    }
+
+    /// A token of the account's user.
+    fn write_token(&self, name: &str, door: &Door) {
+        let mut claims = user(ADA);
+        claims["email"] = EMAIL.into();
+        self.write(name, &door.identity.mint(claims, serde_json::json!({})));
     }
 
     /// Runs a command in the folder; words are split at spaces.
@@ -77,7 +84,7 @@ impl Desk {
 #[test]
 fn an_account_migrates_and_unlocks() {
     let (door, desk) = (Door::open(), Desk::new());
-    desk.write("ada", &door.token(ADA));
+    desk.write_token("ada", &door);
     desk.write("bob", &door.token(BOB));
     fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
     let url = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
@@ -103,6 +110,16 @@ fn an_account_migrates_and_unlocks() {
         ),
         (&"POST".into(), &true.into(), &true.into())
     );
+    assert_eq!(
+        (&enrolled["user"], &enrolled["email"]),
+        (&ADA.into(), &EMAIL.into())
+    );
+    let again = desk.run(&enrol);
+    assert!(
+        again
+            .stderr
+            .contains(&format!("is of user {ADA} ({EMAIL})"))
+    );
     desk.fails(&enrol, 10, "400 Bad Request: KEY_EXISTS");
     assert_eq!(desk.ok(&fetch)["key"], MASTER_KEY);
     desk.ok(&format!("{fetch} --out fetched"));
@@ -114,7 +131,10 @@ fn an_account_migrates_and_unlocks() {
 
     let unlock = format!("unlock {url} --token-file ada --protected-key-file protected");
     let unlocked = desk.ok(&unlock);
-    assert_eq!(unlocked["user_key_bytes"], 64);
+    assert_eq!(
+        (&unlocked["user_key_bytes"], &unlocked["key_from"]),
+        (&64.into(), &"broker".into())
+    );
     desk.ok(&format!("{unlock} --item-file item --out diary"));
     assert_eq!(
         fs::read_to_string(desk.path("diary")).unwrap(),
@@ -142,7 +162,7 @@ fn an_account_migrates_and_unlocks() {
 #[test]
 fn keys_that_do_not_fit_are_not_enrolled() {
     let (door, desk) = (Door::open(), Desk::new());
-    desk.write("ada", &door.token(ADA));
+    desk.write_token("ada", &door);
     desk.write("bad", "nonsense");
     fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
     let broker = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
@@ -152,7 +172,16 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     let wrong = format!("{enrol} {account} --iterations 600001");
     desk.fails(&wrong, 12, "the key does not fit");
     let wrong = format!("{enrol} --email ada@example.org --password-file password");
-    desk.fails(&wrong, 12, "the key does not fit");
+    desk.fails(
+        &wrong,
+        2,
+        "the token's e-mail address is test@bitwarden.com",
+    );
+    desk.fails(
+        &format!("{enrol} {account} --user {BOB}"),
+        2,
+        &format!("the token's user is {ADA}"),
+    );
     desk.fails(&format!("fetch {broker} --token-file ada"), 10, "404");
     desk.fails(
         &format!("fetch {broker} --token-file bad"),
@@ -171,7 +200,13 @@ fn keys_that_do_not_fit_are_not_enrolled() {
         "enrol {broker} --token-file ada {account} --replace"
     ));
     assert_eq!(replaced.code, Some(2), "{replaced:#?}");
-    let replaced = desk.ok(&format!("{enrol} {account} --replace"));
+    let nameless = desk.run(&format!("{enrol} {account} --replace"));
+    assert_eq!(nameless.code, Some(2), "{nameless:#?}");
+    assert!(nameless.stderr.contains("--user"), "{nameless:#?}");
+    let another = format!("{enrol} {account} --replace --user {BOB}");
+    desk.fails(&another, 2, "the token's user is");
+    desk.fails(&format!("fetch {broker} --token-file ada"), 10, "404");
+    let replaced = desk.ok(&format!("{enrol} {account} --replace --user {ADA}"));
     assert_eq!(replaced["method"], "PUT");
 }
 
@@ -189,6 +224,11 @@ fn a_new_kdf_keeps_the_user_key() {
     );
     let text = fs::read_to_string(desk.path("protected-2")).unwrap();
     assert_eq!(changed["protected_key"], text.trim_end());
+    let finished = desk.run(&format!("change-kdf {old} --new-kdf argon2id"));
+    assert!(
+        finished.stderr.contains("nothing has changed yet"),
+        "{finished:#?}"
+    );
     let new = format!("{account} --kdf argon2id --protected-key-file protected-2");
     desk.ok(&format!("unlock {new} --item-file item --out diary"));
     assert_eq!(
@@ -249,6 +289,18 @@ fn what_cannot_be_used_is_explained() {
         assert_eq!(finished.code, Some(2), "{line}: {finished:#?}");
         assert!(finished.stderr.contains(words), "{line}: {finished:#?}");
     }
+    // Whose key it is that opens the account is said, and asked for once.
+    let own = desk.ok(&format!("unlock {account} --protected-key-file protected"));
+    assert_eq!(own["key_from"], "password");
+    for both in [
+        format!("unlock {account} --token-file open --protected-key-file protected"),
+        "unlock --master-key-file short --token-fd 0 --protected-key-file protected".to_owned(),
+    ] {
+        desk.fails(&both, 2, "a token and a key of your own are named");
+    }
+    let nobodys = desk.run("unlock --password-file password --protected-key-file protected");
+    assert_eq!(nobodys.code, Some(2), "{nobodys:#?}");
+    assert!(nobodys.stderr.contains("--email"), "{nobodys:#?}");
     let weak = desk.run(&format!("derive {account} --iterations 5000"));
     assert_eq!(weak.code, Some(0), "{weak:#?}");
     assert!(weak.stderr.contains("600,000 iterations"), "{weak:#?}");

@@ -219,10 +219,11 @@ impl Caller {
         source: &Source,
         id: Uuid,
     ) -> Result<(), Failure> {
+        let material = source.read_for(&key.key_name)?;
         let message = proto::CreateUserKeyRequest {
             user: key.user,
             key_name: key.key_name,
-            key_material: source.read()?.to_vec(),
+            key_material: material.to_vec(),
             request_id: id.to_string(),
         };
         let call = answer(service.create_user_key(self.request(message)));
@@ -238,10 +239,11 @@ impl Caller {
         expected_revision: u64,
         id: Uuid,
     ) -> Result<(), Failure> {
+        let material = source.read_for(&key.key_name)?;
         let message = proto::ReplaceUserKeyRequest {
             user: key.user,
             key_name: key.key_name,
-            key_material: source.read()?.to_vec(),
+            key_material: material.to_vec(),
             expected_revision,
             request_id: id.to_string(),
         };

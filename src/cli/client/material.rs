@@ -16,6 +16,9 @@ use crate::{
     secret::KEY_MATERIAL_BYTES_MAX,
 };
 
+/// Name and length of the key that Bitwarden's clients ask for over REST, which refuses to hand out any other length.
+const BITWARDEN: (&str, usize) = ("bitwarden", 32);
+
 /// Where new key material comes from.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
@@ -41,8 +44,27 @@ pub(super) struct Source {
 }
 
 impl Source {
+    /// The bytes for a key of that name.
+    pub(super) fn read_for(&self, key_name: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let (name, length) = BITWARDEN;
+        let odd = |found: usize| {
+            let what = format!("a key named {name} has {length} bytes, and this one has {found}");
+            Failure::new(Exit::Usage, what)
+                .hint("the file has the raw bytes: no base64, no end of line")
+        };
+        match self.generate.map(usize::from) {
+            Some(planned) if key_name == name && planned != length => return Err(odd(planned)),
+            _ => {}
+        }
+        let material = self.read()?;
+        if key_name == name && material.len() != length {
+            return Err(odd(material.len()));
+        }
+        Ok(material)
+    }
+
     /// The bytes; generated ones are on disk before anybody can wrap them.
-    pub(super) fn read(&self) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    fn read(&self) -> Result<Zeroizing<Vec<u8>>, Failure> {
         if let (Some(length), Some(path)) = (self.generate, &self.out) {
             let mut material = Zeroizing::new(vec![0; usize::from(length)]);
             rand::fill(&mut material)
@@ -229,5 +251,29 @@ mod tests {
         assert_ne!(*material, vec![0; 32]);
         source.discard();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_key_for_bitwarden_has_32_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        for (length, is_good) in [(31, false), (32, true), (33, false), (44, false)] {
+            let path = folder.path().join(length.to_string());
+            fs::write(&path, vec![7; length]).unwrap();
+            let mut source = Source {
+                material_file: Some(path),
+                material_fd: None,
+                generate: None,
+                out: None,
+            };
+            assert_eq!(source.read_for("bitwarden").is_ok(), is_good, "{length}");
+            assert_eq!(source.read_for("vault").unwrap().len(), length);
+            // Refused before it is on disk.
+            let made = folder.path().join(format!("made-{length}"));
+            source.material_file = None;
+            source.generate = Some(u16::try_from(length).unwrap());
+            source.out = Some(made.clone());
+            assert_eq!(source.read_for("bitwarden").is_ok(), is_good, "{length}");
+            assert_eq!(made.exists(), is_good);
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Where keys come from: providers that change their keys, go down or answer badly, and files.
 
+use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
+
 use super::*;
 
 #[tokio::test]
@@ -71,6 +73,41 @@ async fn a_bad_key_file_stops_the_start() {
         let problem = Tokens::new(&[bad]).unwrap_err();
         assert!(problem.contains(words), "{words}: {problem}");
     }
+}
+
+/// At the start, and when it is read again: then the last good keys stay in use.
+#[tokio::test]
+async fn a_key_file_that_others_can_write_is_not_taken() {
+    let service = Identity::start(Options::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("key.pem");
+    let allow = |mode| std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    std::fs::write(&path, service.pem()).unwrap();
+    let line = format!("pem_file = {path:?}");
+    for mode in [0o664, 0o646, 0o666] {
+        allow(mode);
+        let problem = Tokens::new(&[settings(&service, &line)]).unwrap_err();
+        let words = format!("has mode 0{mode:o} and belongs to user");
+        assert!(
+            problem.contains(&words) && problem.contains("chmod go-w"),
+            "{problem}"
+        );
+    }
+    allow(0o444);
+    let running = Running::ready(&service, &line).await;
+    allow(0o646);
+    let read_again = |tokens: &Tokens| tokens.issuers[0].keys.problem();
+    running
+        .until(|tokens| read_again(tokens).is_some_and(|problem| problem.contains("has mode")))
+        .await;
+    running.accepted(&service.user_token(ADA)).await;
+
+    let pipe = folder.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let line = format!("jwks_file = {pipe:?}");
+    let problem = Tokens::new(&[settings(&service, &line)]).unwrap_err();
+    assert!(problem.contains("is not a file"), "{problem}");
 }
 
 #[tokio::test]

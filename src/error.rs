@@ -41,6 +41,8 @@ pub enum Reason {
     StoreDown,
     /// The audit log cannot be written.
     AuditDown,
+    /// The identity provider is away, and its keys are not known.
+    IdentityDown,
     /// The token is there but must not be used: attributes, canary or PIN.
     TokenUntrusted,
     /// The deadline passed or is certain to pass.
@@ -51,7 +53,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the documentation.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Request,
         Self::RequestIdReused,
         Self::Credential,
@@ -68,6 +70,7 @@ impl Reason {
         Self::TokenDown,
         Self::StoreDown,
         Self::AuditDown,
+        Self::IdentityDown,
         Self::TokenUntrusted,
         Self::Deadline,
         Self::Bug,
@@ -92,6 +95,7 @@ impl Reason {
             Self::TokenDown => "TOKEN_DOWN",
             Self::StoreDown => "STORE_DOWN",
             Self::AuditDown => "AUDIT_DOWN",
+            Self::IdentityDown => "IDENTITY_DOWN",
             Self::TokenUntrusted => "TOKEN_UNTRUSTED",
             Self::Deadline => "DEADLINE",
             Self::Bug => "BUG",
@@ -117,6 +121,7 @@ impl Reason {
             Self::TokenDown => "the token is away; try again after the given delay",
             Self::StoreDown => "the store is away; try again after the given delay",
             Self::AuditDown => "the audit log is away; try again after the given delay",
+            Self::IdentityDown => "the identity provider is away; try again after the given delay",
             Self::TokenUntrusted => "the token must not be used; the operator has been alarmed",
             Self::Deadline => "the deadline has passed",
             Self::Bug => "internal error",

@@ -18,11 +18,7 @@ use moka::sync::Cache;
 use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    call::Timestamp,
-    error::{Error, Reason},
-    principal::Principal,
-};
+use crate::{call::Timestamp, error::Error, principal::Principal};
 
 use super::{
     issuer::{self, Algorithm, Settings},
@@ -139,7 +135,7 @@ impl Tokens {
             } else {
                 format!("token of the issuer {name:?} refused: {}", refusal.detail)
             };
-            Error::new(Reason::Credential, detail)
+            refusal.cause.error(detail)
         })
     }
 

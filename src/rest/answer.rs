@@ -36,6 +36,7 @@ const fn status(reason: Reason) -> StatusCode {
         Reason::TokenDown
         | Reason::StoreDown
         | Reason::AuditDown
+        | Reason::IdentityDown
         | Reason::TokenUntrusted
         | Reason::KeyState
         | Reason::Deadline

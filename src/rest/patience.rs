@@ -114,6 +114,7 @@ const fn passes(reason: Reason) -> bool {
         | Reason::TokenDown
         | Reason::StoreDown
         | Reason::AuditDown
+        | Reason::IdentityDown
         | Reason::Deadline => true,
         Reason::Request
         | Reason::RequestIdReused

@@ -30,9 +30,11 @@ pub(super) const fn code(reason: Reason) -> Code {
         Reason::RecordDamaged => Code::DataLoss,
         Reason::KeyState => Code::FailedPrecondition,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => Code::ResourceExhausted,
-        Reason::TokenDown | Reason::StoreDown | Reason::AuditDown | Reason::TokenUntrusted => {
-            Code::Unavailable
-        }
+        Reason::TokenDown
+        | Reason::StoreDown
+        | Reason::AuditDown
+        | Reason::IdentityDown
+        | Reason::TokenUntrusted => Code::Unavailable,
         Reason::Deadline => Code::DeadlineExceeded,
         Reason::Bug => Code::Internal,
     }

@@ -258,6 +258,7 @@ fn is_worth_another_try(status: &Status) -> bool {
         "TOKEN_DOWN",
         "STORE_DOWN",
         "AUDIT_DOWN",
+        "IDENTITY_DOWN",
         "DEADLINE",
     ];
     status.get_details_error_info().is_none() || passing.contains(&reason(status).as_str())

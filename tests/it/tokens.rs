@@ -265,7 +265,7 @@ async fn a_provider_may_be_down_at_the_start_and_change_its_key() {
         .await
         .unwrap();
     let old = Holder::of(&broker, &service.user_token(ADA));
-    refused(old.unwrap(ADA).await, "CREDENTIAL");
+    refused(old.unwrap(ADA).await, "IDENTITY_DOWN");
     until("the alarm", || {
         broker.site.log().contains("issuer-keys").then_some(())
     });

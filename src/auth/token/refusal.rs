@@ -1,5 +1,11 @@
 //! Why a token is refused: a cause for the counter, and the exact reason for the log. Neither ever shows the token.
 
+use std::time::Duration;
+
+use crate::error::{Error, Reason};
+
+/// When to come again while an issuer's keys are not known.
+const KEYS_RETRY: Duration = Duration::from_secs(2);
 /// Longest text of a token that is repeated in the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
@@ -64,6 +70,14 @@ impl Cause {
             Self::Scope => "scope",
             Self::Claim => "claim",
             Self::Subject => "subject",
+        }
+    }
+
+    /// The error that the caller is told of. A token that nobody can judge is not a bad one.
+    pub(super) fn error(self, detail: String) -> Error {
+        match self {
+            Self::NoKeys => Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY),
+            _ => Error::new(Reason::Credential, detail),
         }
     }
 

@@ -10,6 +10,7 @@ use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde_json::json;
 
 use crate::{
+    error::Reason,
     key::UserId,
     principal::{Kind, Role},
 };
@@ -84,6 +85,14 @@ impl Running {
 
     async fn accepted(&self, token: &str) -> Arc<Principal> {
         self.tokens.verify(token.as_bytes()).await.unwrap()
+    }
+
+    /// Nobody can say yet whether it is good.
+    async fn undecided(&self, token: &str, words: &str) {
+        let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::IdentityDown);
+        assert_eq!(error.retry_delay(), Some(Duration::from_secs(2)));
+        assert!(error.detail().contains(words), "{words}: {error}");
     }
 
     async fn refused(&self, token: &str, words: &str) {

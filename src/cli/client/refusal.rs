@@ -107,7 +107,7 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::FailureBudget => {
             "wait for that long, and use another credential: this address has shown too many that were refused"
         }
-        Reason::TokenDown | Reason::StoreDown | Reason::AuditDown => {
+        Reason::TokenDown | Reason::StoreDown | Reason::AuditDown | Reason::IdentityDown => {
             "it comes back by itself when its cause is gone; the operator sees it in the broker's log"
         }
         Reason::TokenUntrusted => {

@@ -161,7 +161,7 @@ async fn a_provider_that_is_down_at_the_start_is_asked_again() {
     service.stop();
     let running = Running::with(&[settings(&service, "")], quick);
     let token = service.user_token(ADA);
-    running.refused(&token, "no key set is known").await;
+    running.undecided(&token, "no key set is known").await;
     service.resume();
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())
@@ -188,7 +188,7 @@ async fn the_last_good_set_is_used_while_the_provider_is_down_but_not_for_ever()
         .until(|tokens| tokens.issuers[0].keys.current().is_err())
         .await;
     // Nor what was verified while it was good.
-    running.refused(&token, "older than `keep_hours`").await;
+    running.undecided(&token, "older than `keep_hours`").await;
     service.resume();
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())

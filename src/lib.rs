@@ -34,5 +34,6 @@ pub mod rest;
 pub mod rpc;
 pub mod secret;
 pub mod server;
+pub mod state;
 pub mod store;
 pub mod telemetry;

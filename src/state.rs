@@ -1,0 +1,185 @@
+//! Small facts that one broker instance remembers across restarts, such as a PIN that the token rejected. Each fact is a
+//! file of mode 0600 in the directory `state` below the audit directory, and is replaced as a whole.
+//!
+//! The directory belongs to one instance: two instances that share it would overwrite each other's facts.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+
+/// Name of the directory below the audit directory.
+pub const DIRECTORY: &str = "state";
+/// Longest fact, in bytes.
+const FACT_BYTES_MAX: u64 = 64 * 1024;
+const OPEN_TO_OTHERS: u32 = 0o077;
+
+/// Why a fact could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {}", path.display())]
+pub struct Error {
+    action: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The directory of facts. It is made when the first fact is written.
+#[derive(Clone, Debug)]
+pub struct StateDirectory {
+    path: PathBuf,
+}
+
+impl StateDirectory {
+    /// The state directory of the instance that writes its audit log to `audit_directory`.
+    pub fn below(audit_directory: &Path) -> Self {
+        Self {
+            path: audit_directory.join(DIRECTORY),
+        }
+    }
+
+    /// Reads a fact. Returns `None` when it was never written. Fails when the file or the directory belongs to another
+    /// user, is open to others, is not a regular file, or is longer than 64 KiB.
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        let path = self.path.join(name);
+        match self.read_file(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(fail("cannot read the state file", &path, source)),
+        }
+    }
+
+    /// Replaces a fact. When this returns, the new fact survives a power failure; a crash meanwhile leaves the old one.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.path.join(name);
+        self.write_file(&path, bytes)
+            .map_err(|source| fail("cannot write the state file", &path, source))
+    }
+
+    /// Removes a fact. Removing one that was never written is no error.
+    pub fn remove(&self, name: &str) -> Result<(), Error> {
+        let path = self.path.join(name);
+        match fs::remove_file(&path).and_then(|()| sync(&self.path)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(fail("cannot remove the state file", &path, source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
+        check(&fs::metadata(&self.path)?)?;
+        // A FIFO in its place would otherwise block the open.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path)?;
+        let meta = file.metadata()?;
+        if !meta.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
+        check(&meta)?;
+        if meta.len() > FACT_BYTES_MAX {
+            return Err(io::Error::other("it is longer than 64 KiB"));
+        }
+        let mut bytes = Vec::new();
+        file.take(FACT_BYTES_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn write_file(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        match DirBuilder::new().mode(0o700).create(&self.path) {
+            Ok(()) => sync(self.path.parent().unwrap_or(Path::new(".")))?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        check(&fs::metadata(&self.path)?)?;
+        let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
+        // Left by a process of this id that was killed while it wrote.
+        fs::remove_file(&unfinished).ok();
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&unfinished)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, path)?;
+        sync(&self.path)
+    }
+}
+
+fn fail(action: &'static str, path: &Path, source: io::Error) -> Error {
+    Error {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn check(meta: &fs::Metadata) -> io::Result<()> {
+    let ours = rustix::process::geteuid().as_raw();
+    if meta.uid() == ours && meta.mode() & OPEN_TO_OTHERS == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "mode {:04o}, owner {}: it must belong to user {ours} and be closed to others",
+        meta.mode() & 0o7777,
+        meta.uid()
+    )))
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_fact_is_replaced_whole_and_removed() {
+        let audit = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(audit.path());
+        assert_eq!(state.read("pin").unwrap(), None);
+        state.remove("pin").unwrap();
+        state.write("pin", b"a longer fact").unwrap();
+        state.write("pin", b"short").unwrap();
+        assert_eq!(state.read("pin").unwrap().unwrap(), b"short");
+        assert_eq!(
+            fs::read_dir(audit.path().join(DIRECTORY)).unwrap().count(),
+            1
+        );
+        state.remove("pin").unwrap();
+        assert_eq!(state.read("pin").unwrap(), None);
+    }
+
+    #[test]
+    fn a_fact_that_others_can_change_is_refused() {
+        let audit = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(audit.path());
+        state.write("pin", b"fact").unwrap();
+        let directory = audit.path().join(DIRECTORY);
+        let file = directory.join("pin");
+        for path in [&file, &directory] {
+            let mode = fs::metadata(path).unwrap().permissions().mode();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode | 0o020)).unwrap();
+            state.read("pin").unwrap_err();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            state.read("pin").unwrap();
+        }
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &file).unwrap();
+        state.read("pin").unwrap_err();
+        fs::remove_file(&file).unwrap();
+        fs::write(&file, vec![0; 64 * 1024 + 1]).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        state.read("pin").unwrap_err();
+    }
+}

@@ -12,6 +12,9 @@ const COMPOSE: &str = "deploy/compose.yaml";
 const BROKERS: &str = "deploy/kubernetes/keybroker.yaml";
 const COMMAND: &str = "deploy/kubernetes/command.yaml";
 const POLICY: &str = "deploy/kubernetes/network-policy.yaml";
+const NAME_LABEL: &str = "app.kubernetes.io/name";
+/// Where a sidecar serves the metrics that it reads on loopback.
+const METRICS_SIDECAR_PORT: i64 = 9465;
 /// Each configuration, and where the file system of its container has something.
 const CONFIGURATIONS: [&str; 2] = [
     "deploy/compose/keybroker.toml",
@@ -32,6 +35,14 @@ fn document(path: &str, kind: &str) -> Yaml {
         .into_iter()
         .find(|document| document["kind"].as_str() == Some(kind));
     found.unwrap_or_else(|| panic!("{path}: no {kind}"))
+}
+
+/// The network policy of a name.
+fn policy(name: &str) -> Yaml {
+    let found = documents(POLICY)
+        .into_iter()
+        .find(|document| document["metadata"]["name"].as_str() == Some(name));
+    found.unwrap_or_else(|| panic!("{POLICY}: no {name}"))
 }
 
 fn config(path: &str) -> Config {
@@ -127,6 +138,42 @@ fn the_image_is_not_root_and_is_probed_by_a_command_that_exists() {
             assert!(sent, "{word} is not sent");
             assert!(root().join(word).exists(), "{word}");
         }
+    }
+}
+
+/// The check comes before the search for a tool, so it needs none.
+#[test]
+fn a_release_image_has_base_images_by_digest() {
+    let digest = "0123456789abcdef".repeat(4);
+    let build = |arguments: &[&str]| {
+        let output = Command::new(root().join("scripts/image.sh"))
+            .args(["--release", "--"])
+            .args(arguments)
+            .env("PATH", "/usr/bin:/bin")
+            .env_remove("DOCKER_HOST")
+            .output()
+            .unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let pinned = format!("BUILD_IMAGE=rust@sha256:{digest}");
+    for (arguments, missing) in [
+        (vec![], "BUILD_IMAGE"),
+        (vec!["--build-arg", "BUILD_IMAGE=rust:1.95"], "BUILD_IMAGE"),
+        (vec!["--build-arg", &pinned], "RUNTIME_IMAGE"),
+        (
+            vec![
+                "--build-arg",
+                &pinned,
+                "--build-arg",
+                "RUNTIME_IMAGE=debian@sha256:12",
+            ],
+            "RUNTIME_IMAGE",
+        ),
+    ] {
+        let refusal = build(&arguments);
+        let expected = format!("image: --release: {missing} is not named by digest");
+        assert!(refusal.starts_with(&expected), "{arguments:?}: {refusal}");
     }
 }
 
@@ -284,11 +331,12 @@ fn probes_ask_and_ports_are_those_of_the_configuration() {
     assert_eq!(numbers(&container["ports"], "containerPort"), expected);
     let service = document(BROKERS, "Service");
     assert_eq!(numbers(&service["spec"]["ports"], "port"), expected);
-    let policy = document(POLICY, "NetworkPolicy");
-    let allowed: BTreeSet<i64> = items(&policy["spec"]["ingress"])
+    let policy = policy("keybroker-ingress");
+    let mut allowed: BTreeSet<i64> = items(&policy["spec"]["ingress"])
         .iter()
         .flat_map(|rule| numbers(&rule["ports"], "port"))
         .collect();
+    assert!(allowed.remove(&METRICS_SIDECAR_PORT));
     assert_eq!(allowed, expected);
     // Longer than the drain and what follows it.
     let drain_s = config(CONFIGURATIONS[1]).limits.drain_timeout_ms / 1_000;
@@ -302,6 +350,56 @@ fn probes_ask_and_ports_are_those_of_the_configuration() {
     assert_eq!(&budget["spec"]["selector"]["matchLabels"], labels);
     assert_eq!(&service["spec"]["selector"], labels);
     assert_eq!(&policy["spec"]["podSelector"]["matchLabels"], labels);
+}
+
+/// A Service routes to every running pod that its selector matches, whether or not the pod listens.
+#[test]
+fn pods_of_one_shot_commands_get_no_calls_and_the_network_they_need() {
+    let job = document(COMMAND, "Job");
+    let labels = &job["spec"]["template"]["metadata"]["labels"];
+    let name = labels[NAME_LABEL].as_str().unwrap();
+    let selector = &document(BROKERS, "Service")["spec"]["selector"];
+    let selected = selector
+        .as_hash()
+        .unwrap()
+        .iter()
+        .all(|(key, value)| &labels[key.as_str().unwrap()] == value);
+    assert!(!selected, "the Service selects {labels:?}");
+
+    let ingress = policy("keybroker-command-ingress");
+    assert_eq!(
+        ingress["spec"]["podSelector"]["matchLabels"][NAME_LABEL].as_str(),
+        Some(name)
+    );
+    assert!(ingress["spec"]["ingress"].is_badvalue());
+
+    let egress = policy("keybroker-egress");
+    let expression = &items(&egress["spec"]["podSelector"]["matchExpressions"])[0];
+    assert_eq!(expression["key"].as_str(), Some(NAME_LABEL));
+    let selected = strings(&expression["values"]);
+    assert_eq!(selected, ["keybroker", name]);
+    let ports: BTreeSet<i64> = items(&egress["spec"]["egress"])
+        .iter()
+        .flat_map(|rule| items(&rule["ports"]))
+        .map(|port| port["port"].as_i64().unwrap())
+        .collect();
+    // Name service, OpenID provider, the vendor's HSM, PostgreSQL.
+    assert_eq!(ports, BTreeSet::from([53, 443, 1792, 5432]));
+}
+
+/// A tag can be moved to another image; a digest cannot.
+#[test]
+fn images_are_named_by_digest() {
+    let kustomization = &documents("deploy/kubernetes/kustomization.yaml")[0];
+    let image = &items(&kustomization["images"])[0];
+    assert!(image["newTag"].is_badvalue());
+    let digest = image["digest"].as_str().unwrap();
+    let pod = &document(COMMAND, "Job")["spec"]["template"]["spec"];
+    let command = items(&pod["containers"])[0]["image"].as_str().unwrap();
+    let expected = format!("{}@{digest}", image["newName"].as_str().unwrap());
+    assert_eq!(command, expected);
+    let hex = digest.strip_prefix("sha256:").unwrap();
+    assert!(hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //! | decisions | [`policy`] |
 //! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
 //! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`], [`bitwarden`] |
+//! | files | [`trusted_file`], [`pem`], [`state`] |
 //! | wiring | [`cli`], [`config`], [`server`], [`telemetry`] |
 
 pub mod audit;

@@ -10,8 +10,7 @@ use std::fmt;
 
 use base64ct::{Base64, Encoding as _};
 use rustls_pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs1KeyDer,
-    PrivatePkcs8KeyDer, PrivateSec1KeyDer,
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
     pem::{self, PemObject as _, SectionKind},
 };
 use zeroize::Zeroizing;
@@ -126,11 +125,9 @@ impl Block {
         &self.der
     }
 
-    fn is_private_key(&self) -> bool {
-        matches!(
-            self.kind,
-            Some(SectionKind::PrivateKey | SectionKind::RsaPrivateKey | SectionKind::EcPrivateKey)
-        )
+    /// Whether it is a private key, in whatever form.
+    pub fn is_private_key(&self) -> bool {
+        self.label.ends_with("PRIVATE KEY")
     }
 
     fn is_parameters(&self) -> bool {
@@ -197,7 +194,8 @@ pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     for block in blocks(bytes)? {
         match block.kind {
             Some(SectionKind::Certificate) => found.push(block.certificate()),
-            _ if block.is_private_key() || block.is_parameters() => {}
+            Some(_) if block.is_private_key() => {}
+            _ if block.is_parameters() => {}
             _ => return Err(block.unexpected()),
         }
     }
@@ -208,14 +206,13 @@ pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
 pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
-        let der = || block.der.to_vec();
-        match block.kind {
-            Some(SectionKind::PrivateKey) => found.push(PrivatePkcs8KeyDer::from(der()).into()),
-            Some(SectionKind::RsaPrivateKey) => found.push(PrivatePkcs1KeyDer::from(der()).into()),
-            Some(SectionKind::EcPrivateKey) => found.push(PrivateSec1KeyDer::from(der()).into()),
-            Some(SectionKind::Certificate) => {}
-            _ if block.is_parameters() => {}
-            _ => return Err(block.unexpected()),
+        let key = block
+            .kind
+            .and_then(|kind| PrivateKeyDer::from_pem(kind, block.der.to_vec()));
+        match key {
+            Some(key) => found.push(key),
+            None if block.kind == Some(SectionKind::Certificate) || block.is_parameters() => {}
+            None => return Err(block.unexpected()),
         }
     }
     let mut found = not_empty(found, "private key")?;

@@ -7,7 +7,7 @@
 //!
 //! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
 //!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) nobody can rename
-//!   or remove what belongs to root or to this user, so only such an entry is followed. In a file system that is mounted
+//!   or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
 //!   read-only, nobody who sees this mount can change anything.
 //! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
 //!   cannot hang the process. The descriptor that is examined is the one that is read.
@@ -106,6 +106,7 @@ enum Problem {
     ProcLink,
     TooLong(u64),
     Grew,
+    HardLinks,
     Owner {
         what: &'static str,
         owner: u32,
@@ -169,6 +170,11 @@ impl fmt::Display for Error {
                  descriptors, or write the content to a regular file"
             ),
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
+            Problem::HardLinks => write!(
+                f,
+                "{at} has more than one hard link in a directory where anybody may add one: {risk}; copy the file to another \
+                 directory"
+            ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
             Problem::Owner { what, owner } => {
                 write!(
@@ -379,6 +385,13 @@ impl<'a> Walk<'a> {
         let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
         let stat = fstat(&fd).map_err(self.io(&at))?;
         self.require_regular(&stat, &at)?;
+        // Where the kernel permits it, anybody could link another file of root's to a name that is free.
+        if !above.is_read_only
+            && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
+            && stat.st_nlink > 1
+        {
+            return Err(self.error(&at, Problem::HardLinks));
+        }
         self.check_file(&fd, &stat, &at)?;
         Ok((File::from(fd), at))
     }
@@ -412,7 +425,7 @@ impl<'a> Walk<'a> {
 
     fn check_file(&self, fd: &OwnedFd, stat: &Stat, at: &Path) -> Result<(), Error> {
         let (mode, owner) = (mode_of(stat), stat.st_uid);
-        let is_read_only = is_mounted_read_only(fd);
+        let is_read_only = is_mounted_read_only(fd) && is_apart_from_root(stat.st_dev);
         if self.purpose.secret.is_some() {
             let forbidden = if owner == ROOT {
                 SECRET_OF_ROOT
@@ -429,7 +442,7 @@ impl<'a> Walk<'a> {
             }
             return self.check_owner("", owner, at);
         }
-        if is_read_only && is_apart_from_root(stat.st_dev) {
+        if is_read_only {
             return Ok(());
         }
         self.check_owner("", owner, at)?;

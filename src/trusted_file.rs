@@ -54,6 +54,7 @@ const ROOT: u32 = 0;
 const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 const READABLE_BY_GROUP: u32 = 0o040;
+const READABLE_BY_OTHERS: u32 = 0o044;
 /// Permissions that nobody but the owner may have on a secret.
 const SECRET_OF_USER: u32 = 0o077;
 /// The same when root owns the secret: the group may read it.
@@ -310,10 +311,10 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
     }
 }
 
-/// The group that can read a file, if its group can. Unknown counts as none.
+/// The group that can read a file, if its group can and others cannot. Unknown counts as none.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
-    (meta.mode() & READABLE_BY_GROUP != 0).then(|| meta.gid())
+    (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())
 }
 
 /// A directory on the way, held open.

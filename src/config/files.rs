@@ -89,7 +89,8 @@ impl Config {
             .filter_map(|path| Some((path, trusted_file::reading_group(path)?)))
             .map(|(path, group)| {
                 format!(
-                    "{}: group {group} can read this secret; if keybroker runs as root, no group needs to: `chmod 600`",
+                    "{}: group {group} can read this secret; root does not need the group, so use mode 0600 unless the broker runs as a \
+                     user of that group",
                     path.display()
                 )
             })

@@ -398,6 +398,29 @@ mod tests {
     }
 
     #[test]
+    fn every_authority_of_the_database_server_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        let authority = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            parameters.self_signed(&key).unwrap().pem()
+        };
+        let (first, second) = (authority(), authority());
+        let joined = format!("\u{feff}{}{}", first.trim_end(), second.trim_end());
+        fs::write(&path, joined).unwrap();
+        let settings = Settings {
+            ca_file: Some(path.clone()),
+            ..Settings::new("postgres://me@db/keys")
+        };
+        assert_eq!(settings.authorities_count(), Some(2));
+        fs::write(&path, first.replace("CERTIFICATE", "TRUSTED CERTIFICATE")).unwrap();
+        let problems = settings.file_problems();
+        assert!(problems[0].contains("openssl x509 -in"), "{problems:?}");
+        assert_eq!(settings.authorities_count(), None);
+    }
+
+    #[test]
     fn a_password_variable_that_is_not_set_is_named() {
         let settings = Settings {
             password_variable: Some("KEYBROKER_NO_SUCH_VARIABLE".to_owned()),

@@ -205,8 +205,17 @@ fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
     accepted(&path, TRUST);
     set_mode(&sticky, 0o3777);
     accepted(&path, TRUST);
-    fs::hard_link(folder.at("sticky/..2026_11_21/tls.crt"), sticky.join("linked")).unwrap();
-    refused(&sticky.join("linked"), TRUST, &sticky.join("linked"), "hard link");
+    fs::hard_link(
+        folder.at("sticky/..2026_11_21/tls.crt"),
+        sticky.join("linked"),
+    )
+    .unwrap();
+    refused(
+        &sticky.join("linked"),
+        TRUST,
+        &sticky.join("linked"),
+        "hard link",
+    );
     accepted(&path, TRUST);
     // Its list of entries is anybody's.
     let error = check_directory(&sticky, TRUST).unwrap_err();

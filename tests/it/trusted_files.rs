@@ -542,3 +542,116 @@ fn the_hosts_own_file_system_is_not_trusted_because_it_is_mounted_read_only() {
     let expected = if is_apart { 0 } else { CONFIGURATION };
     assert_eq!(finished.code, Some(expected), "{finished:#?}");
 }
+
+/// A Secret without `defaultMode`, or one of Compose: `chmod` would fail there.
+#[test]
+fn a_secret_on_a_read_only_mount_is_refused_with_a_remedy_that_works_there() {
+    let site = Site::without_keys(Options::default());
+    let directory = site.folder().join("secrets");
+    fs::create_dir(&directory).unwrap();
+    site.write_configuration(|text| {
+        let pin_file = site.token.pin_file().display().to_string();
+        let mounted = directory.join("pin").display().to_string();
+        *text = text.replace(&pin_file, &mounted);
+    });
+    let mount = |mode: &str| {
+        format!(
+            "mount -t tmpfs -o mode=1777 tmpfs \"$1\"\necho 1234 >\"$1/pin\"\nchmod {mode} \"$1/pin\"\n\
+             mount -o remount,ro \"$1\""
+        )
+    };
+    let Some(finished) = check_after(&site, &directory, &mount("0444")) else {
+        return;
+    };
+    assert_eq!(finished.code, Some(CONFIGURATION), "{finished:#?}");
+    let said = &finished.stderr;
+    assert!(
+        said.contains("defaultMode") && !said.contains("chmod"),
+        "{said}"
+    );
+    let finished = check_after(&site, &directory, &mount("0440")).unwrap();
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    // Root reads every file; the group is a decision that somebody should see.
+    assert!(
+        finished.stderr.contains("group 0 can read this secret"),
+        "{finished:#?}"
+    );
+}
+
+#[test]
+fn every_file_may_be_a_credential_of_systemd() {
+    let site = Site::without_keys(Options::default());
+    let pki = &site.pki;
+    let credentials = site.folder().join("credentials");
+    fs::create_dir(&credentials).unwrap();
+    let files = [
+        pki.certificate_file("server"),
+        pki.key_file("server"),
+        pki.ca_file(),
+        site.token.pin_file(),
+    ];
+    for file in &files {
+        fs::copy(file, credentials.join(file.file_name().unwrap())).unwrap();
+    }
+    site.write_configuration(|text| {
+        for file in &files {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            let credential = format!("$CREDENTIALS_DIRECTORY/{name}");
+            *text = text.replace(file.to_str().unwrap(), &credential);
+        }
+    });
+    let mut command = site.command(&["config", "check"]);
+    command.env("CREDENTIALS_DIRECTORY", &credentials);
+    let finished = site.run_to_its_end(command);
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    let mut command = site.command(&["config", "check"]);
+    command.env_remove("CREDENTIALS_DIRECTORY");
+    let finished = site.run_to_its_end(command);
+    assert_eq!(finished.code, Some(CONFIGURATION), "{finished:#?}");
+    assert!(finished.stderr.contains("LoadCredential="), "{finished:#?}");
+}
+
+/// The authority decides which broker is given key material.
+#[test]
+fn a_client_reads_no_file_that_another_user_could_change() {
+    let site = Site::without_keys(Options::default());
+    let folder = |name: &str| {
+        let folder = site.folder().join(name);
+        fs::create_dir(&folder).unwrap();
+        folder.join(name)
+    };
+    let [ca, cert, key] = ["ca", "cert", "key"].map(folder);
+    fs::copy(site.pki.certificate_file("releaser"), &cert).unwrap();
+    fs::copy(site.pki.key_file("releaser"), &key).unwrap();
+    // Joined, behind a byte order mark: both authorities count.
+    let authority = fs::read_to_string(site.pki.ca_file()).unwrap();
+    let authority = authority.trim_end();
+    fs::write(&ca, format!("\u{feff}{authority}{authority}")).unwrap();
+    let health = || {
+        let mut command = site.command(&["client", "--endpoint", "https://127.0.0.1:1"]);
+        command.arg("--ca").arg(&ca).arg("--cert").arg(&cert);
+        command.arg("--key").arg(&key).arg("health");
+        site.run_to_its_end(command)
+    };
+    let good = health();
+    assert!(good.stderr.contains("cannot reach"), "{good:#?}");
+    for harm in harms() {
+        for file in [&ca, &cert, &key] {
+            let harmed = Harmed::new(file, harm);
+            names(&health(), &[2], &harmed, harm);
+        }
+    }
+    fs::write(
+        &ca,
+        format!(
+            "{authority}\n{}",
+            authority.replacen("-----BEGIN", "----BEGIN", 1)
+        ),
+    )
+    .unwrap();
+    let refused = health();
+    assert!(
+        refused.stderr.contains("looks like a BEGIN"),
+        "{refused:#?}"
+    );
+}

@@ -1,10 +1,12 @@
 //! Reads PEM files (RFC 7468) completely or not at all.
 //!
 //! A PEM parser skips what it does not understand. In a file that decides who is trusted, a block that is skipped is a
-//! certificate authority, an intermediate certificate or a key that is missing without a word. So the file is split here, every
+//! certificate authority, an intermediate certificate or a key that is silently missing. So the file is split here, every
 //! `BEGIN` line is accounted for, and only then the parser of `rustls-pki-types` decodes each block. Accepted are a UTF-8 byte
 //! order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. Everything else that is not a block
 //! of a kind that the file may hold is refused with its line number and the remedy.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::fmt;
 
@@ -245,6 +247,30 @@ pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
             text.push('\n');
         }
         text.push_str("-----END CERTIFICATE-----\n");
+    }
+    text
+}
+
+/// Writes a private key in the plainest form, for a library that reads PEM itself.
+pub fn encode_key(key: &PrivateKeyDer<'_>) -> Zeroizing<String> {
+    let label = match key {
+        PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+        PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+        _ => "PRIVATE KEY",
+    };
+    let encoded = Zeroizing::new(Base64::encode_string(key.secret_der()));
+    let marks = 2 * (LABEL_BYTES_MAX + BEGIN.len() + DASHES.len());
+    let mut text = Zeroizing::new(String::with_capacity(encoded.len() + marks));
+    for part in [
+        "-----BEGIN ",
+        label,
+        "-----\n",
+        &encoded,
+        "\n-----END ",
+        label,
+        "-----\n",
+    ] {
+        text.push_str(part);
     }
     text
 }

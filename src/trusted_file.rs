@@ -6,9 +6,9 @@
 //! directory on the way is examined and nothing can be exchanged between the examination and the use:
 //!
 //! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
-//!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) nobody can rename
-//!   or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
-//!   read-only, nobody who sees this mount can change anything.
+//!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) other users cannot
+//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
+//!   read-only, no process that sees this mount can change anything.
 //! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
 //!   cannot hang the process. The descriptor that is examined is the one that is read.
 //! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
@@ -55,7 +55,7 @@ const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
-/// Permissions that nobody but the owner may have on a secret.
+/// Permissions that only the owner may have on a secret.
 const SECRET_OF_USER: u32 = 0o077;
 /// The same when root owns the secret: the group may read it.
 const SECRET_OF_ROOT: u32 = 0o037;
@@ -173,7 +173,7 @@ impl fmt::Display for Error {
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
             Problem::HardLinks => write!(
                 f,
-                "{at} has more than one hard link in a directory where anybody may add one: {risk}; copy the file to another \
+                "{at} has more than one hard link in a directory where other users can add one: {risk}; copy the file to another \
                  directory"
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
@@ -386,7 +386,7 @@ impl<'a> Walk<'a> {
         let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
         let stat = fstat(&fd).map_err(self.io(&at))?;
         self.require_regular(&stat, &at)?;
-        // Where the kernel permits it, anybody could link another file of root's to a name that is free.
+        // Where the kernel permits it, another user could link a file of root's to a name that is free.
         if !above.is_read_only
             && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
             && stat.st_nlink > 1
@@ -401,7 +401,7 @@ impl<'a> Walk<'a> {
         match self.resolve()? {
             Target::Directory(directory) => {
                 let mode = mode_of(&directory.stat);
-                // Entries can be added to a sticky directory by anybody.
+                // Every user can add entries to a sticky directory.
                 if !directory.is_read_only && mode & WRITABLE_BY_OTHERS != 0 {
                     let owner = directory.stat.st_uid;
                     let what = "the directory ";
@@ -540,7 +540,7 @@ impl<'a> Walk<'a> {
         Ok(Target::Directory(directory))
     }
 
-    /// In a sticky directory anybody can make a link. Elsewhere only those can who were examined with the directory.
+    /// In a sticky directory every user can make a link; elsewhere only its owner can, who was examined with the directory.
     fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
         if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The files that a configuration names: present, complete, and out of reach of other users.
+//! The files that a configuration names: present, complete, and safe from changes by other users.
 
 use std::{
     fs,

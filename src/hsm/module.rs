@@ -20,7 +20,7 @@ const ENVIRONMENT: Purpose =
 /// Refuses a module that does not exist, or that other users could replace: it is given the PIN.
 pub fn check_file(path: &Path) -> Result<(), String> {
     match trusted_file::open(path, MODULE) {
-        // The loader opens the path again. That is no race: nobody but root and this user can change what it leads to.
+        // The loader opens the path again. That is no race: only root and this user can change what it leads to.
         Ok(_) => Ok(()),
         Err(error) if error.is_missing() => Err(format!(
             "no PKCS#11 module at {}: {error}; install the vendor's package (Debian: softhsm2) or correct `token.module`",
@@ -62,13 +62,13 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
     check_file(path).map_err(unfit)?;
     let module = Pkcs11::new(path).map_err(|error| {
         unfit(format!(
-            "{shown} is not a PKCS#11 module that can be loaded: {error}; mend `token.module`"
+            "{shown} is not a PKCS#11 module that can be loaded: {error}; correct `token.module`"
         ))
     })?;
     // With locking by the operating system: without it SoftHSM crashes as soon as two threads use it.
     let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
     match module.initialize(arguments) {
-        // Somebody in this process was first: the state is theirs and ours alike.
+        // Another part of this process was first; the module has one state per process.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(module),
         Err(error) => Err(unfit(format!(
             "the module {shown} does not initialise: {error}; look at its own configuration (SoftHSM: \

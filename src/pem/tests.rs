@@ -134,7 +134,8 @@ fn a_key_file_holds_one_key_in_clear() {
         format!("{private}{a}"),
         format!("\u{feff}{}", private.replace('\n', "\r\n")),
     ] {
-        private_key(text.as_bytes()).unwrap();
+        let read = private_key(text.as_bytes()).unwrap();
+        assert_eq!(private_key(encode_key(&read).as_bytes()).unwrap(), read);
     }
     assert_eq!(chain(format!("{a}{private}").as_bytes()).unwrap().len(), 1);
     let encrypted = private.replace(

@@ -15,7 +15,7 @@ use super::*;
 const TRUST: Purpose = Purpose::trust("other users could do harm");
 const SECRET: Purpose = Purpose::secret("PIN");
 const LIMIT: u64 = 1_000;
-const SOMEBODY: u32 = 65_534;
+const OTHER_USER: u32 = 65_534;
 
 /// A folder below the sticky `/tmp`, as in production nothing is.
 struct Folder(TempDir);
@@ -110,15 +110,15 @@ fn only_root_may_let_a_group_read_a_secret() {
     }
     let folder = Folder::new();
     let path = folder.file("file", 0o640);
-    chown(&path, Some(0), Some(SOMEBODY)).unwrap();
+    chown(&path, Some(0), Some(OTHER_USER)).unwrap();
     for mode in [0o440, 0o640] {
         set_mode(&path, mode);
         accepted(&path, SECRET);
-        assert_eq!(reading_group(&path), Some(SOMEBODY));
+        assert_eq!(reading_group(&path), Some(OTHER_USER));
     }
     set_mode(&path, 0o660);
     refused(&path, SECRET, &path, "chmod 600");
-    chown(&path, Some(SOMEBODY), None).unwrap();
+    chown(&path, Some(OTHER_USER), None).unwrap();
     for (mode, words) in [
         (0o440, "others can read it"),
         (0o400, "belongs to user 65534"),
@@ -139,7 +139,7 @@ fn what_belongs_to_another_user_is_refused_wherever_it_stands_on_the_way() {
     let inner = folder.directory("outer/inner", 0o755);
     let file = folder.file("outer/inner/file", 0o600);
     for component in [&file, &inner, &outer] {
-        chown(component, Some(SOMEBODY), None).unwrap();
+        chown(component, Some(OTHER_USER), None).unwrap();
         for purpose in [TRUST, SECRET] {
             let text = refused(&file, purpose, component, "belongs to user 65534");
             assert!(text.contains("chown root"), "{text}");
@@ -192,7 +192,7 @@ fn a_link_is_followed_only_through_directories_that_others_cannot_write() {
     assert!(error.to_string().contains("loop"), "{error}");
 }
 
-/// `/tmp`, and Secrets as Kubernetes mounts them: anybody may add entries, and nobody can change those of another.
+/// `/tmp`, and Secrets as Kubernetes mounts them: every user may add entries, and none can change those of another.
 #[test]
 fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
     let folder = Folder::new();
@@ -217,18 +217,18 @@ fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
         "hard link",
     );
     accepted(&path, TRUST);
-    // Its list of entries is anybody's.
+    // Every user decides what it lists.
     let error = check_directory(&sticky, TRUST).unwrap_err();
     assert_eq!(error.component, sticky);
     if !is_root("entries of another user in a sticky directory") {
         return;
     }
     let link = sticky.join("..data");
-    lchown(&link, Some(SOMEBODY), None).unwrap();
+    lchown(&link, Some(OTHER_USER), None).unwrap();
     refused(&path, TRUST, &link, "the symbolic link");
     lchown(&link, Some(0), None).unwrap();
     accepted(&path, TRUST);
-    chown(&sticky, Some(SOMEBODY), None).unwrap();
+    chown(&sticky, Some(OTHER_USER), None).unwrap();
     refused(&path, TRUST, &sticky, "belongs to user 65534");
 }
 

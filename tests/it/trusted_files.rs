@@ -26,7 +26,7 @@ use crate::{
 
 const CONFIGURATION: i32 = 3;
 const PIN: i32 = 5;
-const SOMEBODY: u32 = 65_534;
+const OTHER_USER: u32 = 65_534;
 const MATERIAL: &[u8] = b"material of this user";
 
 /// What is wrong with a file.
@@ -84,7 +84,7 @@ impl Harmed {
         let kept = parent.with_extension("kept");
         let mut component = file.to_owned();
         match harm {
-            Harm::OtherOwner => chown(file, Some(SOMEBODY), None).unwrap(),
+            Harm::OtherOwner => chown(file, Some(OTHER_USER), None).unwrap(),
             Harm::GroupWritable => set_mode(file, mode | 0o020),
             Harm::WorldWritable => set_mode(file, mode | 0o002),
             Harm::WritableParent => {
@@ -280,7 +280,7 @@ fn config_check_names_every_file_that_another_user_could_change() {
     assert_eq!(check().code, Some(0));
 }
 
-/// Any command could be led astray by it.
+/// It decides what every command does.
 #[test]
 fn a_configuration_that_another_user_could_change_is_not_read() {
     let site = Site::without_keys(Options::default());
@@ -512,7 +512,7 @@ fn a_volume_as_kubernetes_mounts_it_is_trusted() {
         return;
     };
     assert_eq!(finished.code, Some(0), "{finished:#?}");
-    // In a volume that can be written, anybody in it could add a policy.
+    // In a volume that can be written, every user who sees it could add a policy.
     let finished = check_after(&site, &directory, &fill).unwrap();
     assert_eq!(finished.code, Some(CONFIGURATION), "{finished:#?}");
     assert!(finished.stderr.contains("chmod go-w"), "{finished:#?}");
@@ -571,7 +571,7 @@ fn a_secret_on_a_read_only_mount_is_refused_with_a_remedy_that_works_there() {
     );
     let finished = check_after(&site, &directory, &mount("0440")).unwrap();
     assert_eq!(finished.code, Some(0), "{finished:#?}");
-    // Root reads every file; the group is a decision that somebody should see.
+    // Root does not need the group, so it is reported.
     assert!(
         finished.stderr.contains("group 0 can read this secret"),
         "{finished:#?}"
@@ -627,6 +627,8 @@ fn a_client_reads_no_file_that_another_user_could_change() {
     let authority = fs::read_to_string(site.pki.ca_file()).unwrap();
     let authority = authority.trim_end();
     fs::write(&ca, format!("\u{feff}{authority}{authority}")).unwrap();
+    let private = fs::read_to_string(&key).unwrap();
+    fs::write(&key, format!("\u{feff}{}", private.replace('\n', "\r\n"))).unwrap();
     let health = || {
         let mut command = site.command(&["client", "--endpoint", "https://127.0.0.1:1"]);
         command.arg("--ca").arg(&ca).arg("--cert").arg(&cert);

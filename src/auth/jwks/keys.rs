@@ -17,7 +17,7 @@ use crate::{
 
 use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
 
-/// The key files of an issuer: with a key of one's own there, tokens can be made for everybody.
+/// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 /// How often things happen.

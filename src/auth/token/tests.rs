@@ -544,7 +544,7 @@ fn the_double_makes_real_signatures() {
     assert_eq!(pem.names(), ["(no name)"]);
 }
 
-/// A file of two joined keys once gave one of them, and one of PKCS #1 was called empty.
+/// A file of two joined keys once gave one of them, and a key in PKCS #1 was reported as no key.
 #[test]
 fn every_key_of_a_pem_file_counts() {
     let key = || rcgen::KeyPair::generate().unwrap().public_key_pem();

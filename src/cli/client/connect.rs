@@ -91,8 +91,9 @@ impl Connection {
             let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
                 .map_err(|error| malformed("--cert", cert, error))?;
             let text = read("--key", key, KEY)?;
-            pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
-            tls = tls.identity(Identity::from_pem(pem::encode(&chain), text.as_slice()));
+            let key = pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
+            let key = pem::encode_key(&key);
+            tls = tls.identity(Identity::from_pem(pem::encode(&chain), key.as_bytes()));
         }
         let unusable = |what: &str, error: tonic::transport::Error| {
             Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))

@@ -232,7 +232,7 @@ fn issued(site: &Site) -> (String, String, String) {
     (leaf.pem(), site.ca.pem(), key.serialize_pem())
 }
 
-/// A file whose blocks are joined, or that begins with a byte order mark, once lost one of them without a word.
+/// A file whose blocks are joined, or that begins with a byte order mark, once silently lost one of them.
 #[test]
 fn no_block_of_a_listeners_files_is_lost() {
     let site = Site::fresh();

@@ -16,6 +16,9 @@ COPY Cargo.toml Cargo.lock build.rs README.md LICENSE ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
+# Panic messages name source files: not by the paths of the machine that built them.
+ENV RUSTFLAGS="--remap-path-prefix=/usr/local/cargo/registry/src=/cargo --remap-path-prefix=/build=/keybroker" \
+    CFLAGS="-ffile-prefix-map=/usr/local/cargo/registry/src=/cargo -ffile-prefix-map=/build=/keybroker"
 # Both folders are caches of the builder: neither is part of an image.
 RUN --mount=type=cache,id=keybroker-cargo,target=/usr/local/cargo/registry \
     --mount=type=cache,id=keybroker-target,target=/build/target \

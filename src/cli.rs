@@ -127,6 +127,7 @@ impl Context {
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
         let wanted = &config.token.environment;
+        hsm::check_environment(wanted).map_err(|what| Failure::new(Exit::Configuration, what))?;
         if wanted
             .iter()
             .all(|(name, value)| env::var_os(name).is_some_and(|have| have == value.as_str()))

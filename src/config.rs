@@ -1,15 +1,24 @@
 //! The configuration file: one typed document, unknown fields refused. `keybroker.example.toml` is its manual.
 
-use std::{fs, path::Path};
+use std::{mem, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{audit, auth, hsm, limits, policy, rest, server, store};
+use crate::{
+    audit, auth, hsm, limits, policy, rest, server, store,
+    trusted_file::{self, Purpose},
+};
 
 mod check;
 mod files;
 #[cfg(test)]
 mod tests;
+
+/// Longest configuration file, in bytes.
+const BYTES_MAX: u64 = 1024 * 1024;
+const CONFIGURATION: Purpose = Purpose::trust(
+    "other users could change the configuration, and with it who obtains keys and which code is given the PIN",
+);
 
 /// All of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,14 +61,19 @@ pub struct Config {
 impl Config {
     /// Reads a file. The error says where and what.
     pub fn load(path: &Path) -> Result<Self, String> {
-        let text = fs::read_to_string(path).map_err(|error| {
-            format!(
-                "cannot read the configuration {}: {error}; name another with --config, or begin with \
-                 keybroker.example.toml",
-                path.display()
-            )
+        let mut bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(|error| {
+            let remedy = if error.is_missing() {
+                "; name another file with --config, or begin with keybroker.example.toml"
+            } else {
+                ""
+            };
+            format!("the configuration: {error}{remedy}")
         })?;
-        Self::parse(&text).map_err(|what| format!("{}: {what}", path.display()))
+        let text = String::from_utf8(mem::take(&mut *bytes))
+            .map_err(|error| format!("{}: it is not UTF-8: {error}", path.display()))?;
+        // An editor's byte order mark is not part of the document.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        Self::parse(text).map_err(|what| format!("{}: {what}", path.display()))
     }
 
     /// Parses the text of a file. The error names the place, and does not repeat the line: whoever writes a secret into a

@@ -43,7 +43,7 @@ mod wire;
 mod work;
 pub mod worker;
 
-pub use module::check_file as check_module;
+pub use module::{check_environment, check_file as check_module};
 pub use pin::Pin;
 pub use supervisor::{StartupError, Supervisor};
 

@@ -11,6 +11,7 @@
 //! | decisions | [`policy`] |
 //! | outside world | [`hsm`], [`store`], [`auth`], [`audit`] |
 //! | vocabulary | [`key`], [`principal`], [`secret`], [`envelope`], [`call`], [`error`], [`bitwarden`] |
+//! | files | [`trusted_file`], [`pem`], [`state`] |
 //! | wiring | [`cli`], [`config`], [`server`], [`telemetry`] |
 
 pub mod audit;
@@ -27,6 +28,7 @@ pub mod hardening;
 pub mod hsm;
 pub mod key;
 pub mod limits;
+pub mod pem;
 pub mod policy;
 pub mod principal;
 pub mod proto;
@@ -37,3 +39,4 @@ pub mod server;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+pub mod trusted_file;

@@ -20,6 +20,7 @@ mod tls;
 mod watch;
 
 pub use run::run;
+pub use tls::Contents as TlsContents;
 
 /// What a listener lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,9 +93,10 @@ pub struct ListenerSettings {
 }
 
 impl ListenerSettings {
-    /// Reads the TLS files as `serve` would; the error names the file and the remedy.
-    pub fn check_tls(&self) -> Result<(), String> {
-        self.load_tls().map(drop)
+    /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
+    /// names the file and the remedy.
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+        Ok(self.load_tls()?.map(|tls| tls.contents()))
     }
 
     fn load_tls(&self) -> Result<Option<tls::Tls>, String> {

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use aws_lc_rs::digest;
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use jsonwebtoken::DecodingKey;
-use rustls_pki_types::pem::{PemObject as _, SectionKind};
+use rustls_pki_types::pem::SectionKind;
 use serde::Deserialize;
 use x509_parser::{
     oid_registry::{OID_EC_P256, OID_NIST_EC_P384, OID_SIG_ED25519},
@@ -18,6 +18,8 @@ use x509_parser::{
     public_key::PublicKey,
     x509::SubjectPublicKeyInfo,
 };
+
+use crate::pem;
 
 use super::issuer::Algorithm;
 
@@ -122,26 +124,26 @@ impl KeySet {
     /// From public keys, or certificates, in PEM.
     pub(super) fn parse_pem(bytes: &[u8]) -> Result<Self, String> {
         let mut keys = Vec::new();
-        for section in <(SectionKind, Vec<u8>)>::pem_slice_iter(bytes) {
-            let (kind, der) = section.map_err(|error| format!("it is not PEM: {error}"))?;
-            match kind {
-                SectionKind::PublicKey => {
-                    let (_, info) = SubjectPublicKeyInfo::from_der(&der)
+        for block in pem::blocks(bytes).map_err(|error| error.to_string())? {
+            match block.kind() {
+                Some(SectionKind::PublicKey) => {
+                    let (_, info) = SubjectPublicKeyInfo::from_der(block.der())
                         .map_err(|error| format!("a public key does not parse: {error}"))?;
                     keys.push(from_info(&info)?);
                 }
-                SectionKind::Certificate => {
-                    let (_, certificate) = X509Certificate::from_der(&der)
+                Some(SectionKind::Certificate) => {
+                    let (_, certificate) = X509Certificate::from_der(block.der())
                         .map_err(|error| format!("a certificate does not parse: {error}"))?;
                     keys.push(from_info(certificate.public_key())?);
                 }
-                _ => {
+                _ if block.is_private_key() => {
                     return Err(
-                        "it holds more than public keys and certificates; with a private key anybody could make tokens: take \
-                         it away from here, and write the public half with `openssl pkey -in private.pem -pubout`"
+                        "it holds a private key, with which tokens for any user can be made; remove it from this machine, and \
+                         write the public key with `openssl pkey -in private.pem -pubout`"
                             .to_owned(),
                     );
                 }
+                _ => return Err(block.unexpected().to_string()),
             }
         }
         Self::of(keys, bytes)

@@ -20,7 +20,11 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Check => {
             let mut problems = config.problems();
-            problems.extend(config.file_problems());
+            let files = config.examine_files();
+            problems.extend(files.problems);
+            for note in &files.notes {
+                context.output.note(note);
+            }
             if problems.is_empty() {
                 let good = "the configuration is good";
                 return context.output.sentence("verdict", good);

@@ -10,7 +10,7 @@ use std::{
 use base64ct::{Base64, Encoding as _};
 use zeroize::Zeroizing;
 
-use crate::hardening;
+use crate::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
@@ -40,6 +40,10 @@ impl Source<'_> {
             }
         }
         match String::from_utf8(mem::take(&mut bytes)) {
+            Ok(text) if text.starts_with('\u{feff}') => {
+                drop(Zeroizing::new(text));
+                Err(self.refuse("begins with a UTF-8 byte order mark; save it without one"))
+            }
             Ok(text) if text.contains(['\n', '\r']) => {
                 drop(Zeroizing::new(text));
                 Err(self.refuse("has more than one line"))
@@ -84,18 +88,12 @@ impl Source<'_> {
 
     fn bytes(&self, max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let file = match (self.descriptor, self.file) {
-            (Some(number), _) => File::open(format!("/proc/self/fd/{number}")),
-            (None, Some(path)) => File::open(path),
+            (Some(number), _) => File::open(format!("/proc/self/fd/{number}"))
+                .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?,
+            (None, Some(path)) => trusted_file::open(path, Purpose::secret("secret"))
+                .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
             (None, None) => return Err(self.refuse("is not named")),
         };
-        let file = file.map_err(|error| self.refuse(&format!("cannot be read: {error}")))?;
-        if let (None, Some(path)) = (self.descriptor, self.file) {
-            let meta = file
-                .metadata()
-                .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?;
-            hardening::check_secret_file(&meta, path, "secret")
-                .map_err(|what| Failure::new(Exit::Usage, format!("{}: {what}", self.what)))?;
-        }
         // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
         let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);

@@ -9,6 +9,7 @@ use crate::{
     limits::{RATE_MAX, RELEASED_USERS_MAX},
     principal::Kind,
     server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSettings},
+    trusted_file,
 };
 
 use super::Config;
@@ -116,7 +117,7 @@ impl Config {
         absolute("[token] `module`", &self.token.module);
         absolute("[audit] `directory`", &self.audit.directory);
         if let Some(path) = &self.token.pin_file
-            && !path.starts_with("$CREDENTIALS_DIRECTORY")
+            && !trusted_file::is_absolute(path)
         {
             absolute("[token] `pin_file`", path);
         }
@@ -315,7 +316,7 @@ fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: 
         tls.client_crl_file.as_ref(),
     ];
     for path in files.into_iter().flatten() {
-        if !path.is_absolute() {
+        if !trusted_file::is_absolute(path) {
             problems.push(format!(
                 "[[listener]] {address}: {:?} must be an absolute path",
                 path.display().to_string()

@@ -1,4 +1,4 @@
-//! The files that a configuration names: there, of the right kind, and not open to those who should not touch them.
+//! The files that a configuration names: present, complete, and safe from changes by other users.
 
 use std::{
     fs,
@@ -12,16 +12,28 @@ use crate::{
     auth::{issuer, token::Tokens},
     hsm::{self, Pin},
     policy::Problems,
+    trusted_file,
 };
 
 use super::Config;
 
+/// What an examination of the files found.
+#[derive(Debug, Default)]
+pub struct FileReport {
+    /// Everything that is wrong, each with its remedy.
+    pub problems: Vec<String>,
+    /// How much each PEM file gave, and which secrets a group can read.
+    pub notes: Vec<String>,
+}
+
 impl Config {
-    /// Everything that is wrong with the files, each with its remedy. Reads them as `serve` would, and changes nothing.
-    pub fn file_problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+    /// Examines the files. Reads them as `serve` would, and changes nothing.
+    pub fn examine_files(&self) -> FileReport {
+        let mut report = FileReport::default();
+        let problems = &mut report.problems;
         let module = hsm::check_module(&self.token.module);
         problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
+        problems.extend(hsm::check_environment(&self.token.environment).err());
         if let Some(path) = &self.token.pin_file {
             problems.extend(Pin::from_file(path).err());
         }
@@ -39,14 +51,50 @@ impl Config {
         }
         for listener in &self.listeners {
             let address = listener.address;
-            let checked = listener.check_tls();
-            problems.extend(
-                checked
-                    .err()
-                    .map(|what| format!("[[listener]] {address}: {what}")),
-            );
+            match listener.check_tls() {
+                Ok(Some(contents)) => {
+                    let note = format!("[[listener]] {address}: {contents}");
+                    report.notes.push(note);
+                }
+                Ok(None) => {}
+                Err(what) => problems.push(format!("[[listener]] {address}: {what}")),
+            }
         }
-        problems
+        if let Some(count) = self.store.authorities_count() {
+            let what = if count == 1 {
+                "authority"
+            } else {
+                "authorities"
+            };
+            let note = format!("[store] `ca_file`: {count} {what}");
+            report.notes.push(note);
+        }
+        if rustix::process::geteuid().is_root() {
+            report.notes.extend(self.secrets_of_groups());
+        }
+        report
+    }
+
+    /// The secrets that the group of root's file can read. A broker that runs as root needs no such group.
+    fn secrets_of_groups(&self) -> Vec<String> {
+        let keys = self
+            .listeners
+            .iter()
+            .filter_map(|listener| listener.tls.as_ref());
+        let secrets = keys
+            .map(|tls| &tls.key_file)
+            .chain(&self.token.pin_file)
+            .chain(&self.store.password_file);
+        secrets
+            .filter_map(|path| Some((path, trusted_file::reading_group(path)?)))
+            .map(|(path, group)| {
+                format!(
+                    "{}: group {group} can read this secret; root does not need the group, so use mode 0600 unless the broker runs as a \
+                     user of that group",
+                    path.display()
+                )
+            })
+            .collect()
     }
 }
 

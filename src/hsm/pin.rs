@@ -4,7 +4,7 @@
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{
-    env, fmt, fs,
+    fmt, fs,
     io::Read,
     path::{Path, PathBuf},
 };
@@ -12,14 +12,15 @@ use std::{
 use cryptoki::types::AuthPin;
 use zeroize::Zeroizing;
 
-use crate::hardening;
+use crate::trusted_file::{self, Purpose};
 
 use super::latch::PinVersion;
 
 /// Longest PIN, in bytes.
 const PIN_BYTES_MAX: usize = 255;
 
-const CREDENTIALS_PREFIX: &str = "$CREDENTIALS_DIRECTORY/";
+const UTF8_MARK: &str = "\u{feff}";
+const PIN_FILE: Purpose = Purpose::secret("PIN");
 
 /// A PIN of a token.
 pub struct Pin(Zeroizing<String>);
@@ -31,10 +32,25 @@ impl fmt::Debug for Pin {
 }
 
 impl Pin {
-    /// From text that was typed. One line end is not part of it.
+    /// From text that was typed. One line end, LF or CRLF, is not part of it. What an editor leaves without showing it is
+    /// refused before it costs one of the few tries that a token allows.
     pub fn from_text(text: String) -> Result<Self, String> {
         let text = Zeroizing::new(text);
         let pin = text.strip_suffix('\n').unwrap_or(&text);
+        let pin = pin.strip_suffix('\r').unwrap_or(pin);
+        if pin.starts_with(UTF8_MARK) {
+            return Err(
+                "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+                    .to_owned(),
+            );
+        }
+        if pin.starts_with(char::is_whitespace) || pin.ends_with(char::is_whitespace) {
+            return Err(
+                "it begins or ends with a blank, which would cost a login try; remove the blank, or give the token a PIN \
+                 without one"
+                    .to_owned(),
+            );
+        }
         if pin.is_empty() {
             return Err("the PIN is empty".to_owned());
         }
@@ -53,11 +69,6 @@ impl Pin {
 
     fn from_open_file(file: &fs::File, path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let meta = file
-            .metadata()
-            .map_err(|error| format!("cannot read the PIN file {shown}: {error}"))?;
-        hardening::check_secret_file(&meta, path, "PIN")
-            .map_err(|what| format!("the PIN file {what}"))?;
         Self::from_reader(file).map_err(|what| format!("the PIN file {shown}: {what}"))
     }
 
@@ -89,8 +100,8 @@ impl Pin {
 /// refused PIN is then never tried again, though a good one may have to wait for the next change.
 pub(super) fn read(path: &Path) -> (Result<Pin, String>, PinVersion) {
     let opened = resolve(path).and_then(|path| {
-        let file = fs::File::open(&path)
-            .map_err(|error| format!("cannot read the PIN file {}: {error}", path.display()))?;
+        let file = trusted_file::open(&path, PIN_FILE)
+            .map_err(|error| format!("the PIN file: {error}"))?;
         Ok((file, path))
     });
     match opened {
@@ -105,18 +116,7 @@ pub(super) fn read(path: &Path) -> (Result<Pin, String>, PinVersion) {
 
 /// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
 pub(super) fn resolve(path: &Path) -> Result<PathBuf, String> {
-    let Some(name) = path
-        .to_str()
-        .and_then(|p| p.strip_prefix(CREDENTIALS_PREFIX))
-    else {
-        return Ok(path.to_owned());
-    };
-    let directory = env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
-        "the PIN file names $CREDENTIALS_DIRECTORY, but systemd passed none; add LoadCredential= to \
-         the unit"
-            .to_owned()
-    })?;
-    Ok(Path::new(&directory).join(name))
+    trusted_file::expand(path).map_err(|error| format!("the PIN file: {error}"))
 }
 
 #[cfg(test)]
@@ -140,8 +140,30 @@ mod tests {
     }
 
     #[test]
+    fn what_an_editor_leaves_costs_no_login_try() {
+        for content in ["1234\r\n", "1234\r"] {
+            let (_directory, path) = file(0o600, content);
+            assert_eq!(Pin::from_file(&path).unwrap().0.as_str(), "1234");
+        }
+        for (content, word) in [
+            ("\u{feff}1234\n", "byte order mark"),
+            ("1234 \n", "blank"),
+            (" 1234", "blank"),
+            ("1234\t\n", "blank"),
+        ] {
+            let (_directory, path) = file(0o600, content);
+            let message = Pin::from_file(&path).unwrap_err();
+            assert!(message.contains(word), "{message}");
+            assert!(!message.contains("1234"), "{message}");
+        }
+        let (_directory, path) = file(0o600, "");
+        fs::write(&path, b"\xff\xfe1\x002\x00").unwrap();
+        Pin::from_file(&path).unwrap_err();
+    }
+
+    #[test]
     fn a_file_that_others_can_read_is_refused() {
-        for mode in [0o644, 0o640, 0o604, 0o620] {
+        for mode in [0o644, 0o604, 0o620] {
             let (_directory, path) = file(mode, "1234");
             let message = Pin::from_file(&path).unwrap_err();
             assert!(message.contains("chmod 600"), "{message}");

@@ -10,7 +10,7 @@ use crate::{envelope::Algorithm, key::WrappingKeyId};
 use super::{
     ExpectedKey, Settings, TokenInfo, TokenKey,
     latch::PinVersion,
-    link, oaep,
+    link, module, oaep,
     oaep::WrapKey,
     pin,
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
@@ -132,6 +132,8 @@ fn setup(settings: &Settings, expected: &[ExpectedKey]) -> Result<Setup, Failure
             "no PIN: set `token.pin_file` to a file that only this user can read",
         )
     })?;
+    module::check_environment(&settings.environment)
+        .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
     // Resolved here, because the worker has no environment.
     let pin_file =
         pin::resolve(pin_file).map_err(|what| Failure::new(FailureClass::Configuration, what))?;

@@ -20,6 +20,7 @@ use std::{
 };
 
 use crossbeam_channel::{RecvTimeoutError, Sender};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
 use crate::key::{Fingerprint, WrappingKeyId};
@@ -59,6 +60,7 @@ pub fn run() -> ExitCode {
 fn serve() -> io::Result<()> {
     let _signals = ignore_signals()?;
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    end_with_front(stream.try_clone()?);
     let mut input = Input {
         stream: stream.try_clone()?,
         inbox: Inbox::default(),
@@ -73,8 +75,8 @@ fn serve() -> io::Result<()> {
     let mut first_reply = Replies::to(&output);
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
     let settings = settings(&setup);
-    let (pin, pin_version) = pin::read(Path::new(&setup.pin_file));
     let limit = limit_opening();
+    let (pin, pin_version) = pin::read(Path::new(&setup.pin_file));
     let opened = pin
         .map_err(|what| Fault::new(Class::Pin, what))
         .and_then(|pin| open(&setup, &settings, &pin, sessions));
@@ -94,7 +96,6 @@ fn serve() -> io::Result<()> {
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     let threads = start(workers, &input, &output, &ended)?;
-    outlive_nobody();
     // The first session thread that finds the socket at its end says so; the others follow.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
@@ -136,13 +137,25 @@ fn kill_ourselves() {
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-/// Ends this process when the front is gone and the module does not let the session threads see it: what hangs would keep the
-/// token's sessions from the next front.
-fn outlive_nobody() {
+/// Ends this process some seconds after the front closed its end of the socket or is gone, whatever this process is doing. What
+/// hangs in the module, or before the socket is read, would otherwise keep the token's sessions from the next front.
+///
+/// The socket is watched, and not the parent's death signal: Linux sends that when the *thread* ends that started this
+/// process. The parent is looked at as well, in case another process holds a copy of the front's end.
+fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {
-        while rustix::process::getppid() == front {
-            thread::sleep(FRONT_INTERVAL);
+        let interval = Timespec::try_from(FRONT_INTERVAL).ok();
+        loop {
+            let mut watched = [PollFd::new(&stream, PollFlags::RDHUP)];
+            let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+            let heard = poll(&mut watched, interval.as_ref()).is_ok_and(|count| count > 0);
+            if heard && watched[0].revents().intersects(gone) {
+                break;
+            }
+            if rustix::process::getppid() != front {
+                break;
+            }
         }
         thread::sleep(JOIN_TIMEOUT);
         kill_ourselves();

@@ -1,16 +1,10 @@
 //! The operator's files: found, judged and read, within limits.
 
-use std::{
-    fs::{self, File, Metadata},
-    io::Read as _,
-    os::unix::fs::MetadataExt as _,
-    path::Path,
-};
+use std::{fs, mem, path::Path};
 
 use aws_lc_rs::digest;
-use rustix::fs::{StatVfsMountFlags, statvfs};
 
-use crate::hardening;
+use crate::trusted_file::{self, Purpose};
 
 use super::{
     Settings,
@@ -24,6 +18,7 @@ pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Longest name of a file, in bytes: it is in the audit log where a policy has no id.
 const NAME_BYTES_MAX: usize = 64;
 const SUFFIX: &str = ".cedar";
+const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
 
 /// A file of policies.
 #[derive(Clone, Debug)]
@@ -37,7 +32,14 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     let Some(directory) = &settings.directory else {
         return Ok(Vec::new());
     };
-    check_directory(directory)?;
+    let directory = &trusted_file::check_directory(directory, POLICIES).map_err(|error| {
+        let remedy = if error.is_missing() {
+            "; make the directory, or correct `[policy] directory`"
+        } else {
+            ""
+        };
+        Problem::of(format!("{error}{remedy}"))
+    })?;
     let shown = directory.display();
     let unreadable = |error: std::io::Error| Problem::of(format!("cannot read {shown}: {error}"));
     let mut names = Vec::new();
@@ -80,41 +82,6 @@ pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// Whoever may write to the directory may exchange its files. On a file system that is mounted to be read, as Kubernetes
-/// mounts a `ConfigMap`, the mode says nothing.
-fn check_directory(directory: &Path) -> Result<(), Problem> {
-    let shown = directory.display();
-    let meta = fs::metadata(directory).map_err(|error| {
-        Problem::of(format!(
-            "cannot read the directory {shown}: {error}; make it, or mend `[policy] directory`"
-        ))
-    })?;
-    if !meta.is_dir() {
-        return Err(Problem::of(format!(
-            "{shown} is not a directory; mend `[policy] directory`"
-        )));
-    }
-    let is_fixed =
-        statvfs(directory).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY));
-    if is_fixed {
-        return Ok(());
-    }
-    check_writers(&meta, directory).map_err(Problem::of)
-}
-
-fn check_writers(meta: &Metadata, path: &Path) -> Result<(), String> {
-    if !hardening::is_writable_by_others(meta) {
-        return Ok(());
-    }
-    Err(format!(
-        "{shown} has mode {mode:04o} and belongs to user {owner}: others could decide who obtains keys; run `chmod go-w \
-         {shown}` and let it belong to root or to the broker's user",
-        shown = path.display(),
-        mode = meta.mode() & 0o7777,
-        owner = meta.uid(),
-    ))
-}
-
 fn read_file(path: &Path, name: &str) -> Result<String, String> {
     let stem = name.strip_suffix(SUFFIX).unwrap_or(name);
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
@@ -123,20 +90,7 @@ fn read_file(path: &Path, name: &str) -> Result<String, String> {
             "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
         ));
     }
-    let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
-    // Before it is opened: a named pipe would wait for a writer.
-    let meta = fs::metadata(path).map_err(unreadable)?;
-    if !meta.is_file() {
-        return Err("is not a file".to_owned());
-    }
-    check_writers(&meta, path)?;
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(unreadable)?;
-    file.take(FILE_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > FILE_BYTES_MAX {
-        return Err(format!("has more than {FILE_BYTES_MAX} bytes; split it"));
-    }
-    String::from_utf8(bytes).map_err(|error| format!("is not UTF-8: {error}"))
+    let mut bytes =
+        trusted_file::read(path, FILE_BYTES_MAX, POLICIES).map_err(|error| error.to_string())?;
+    String::from_utf8(mem::take(&mut *bytes)).map_err(|error| format!("is not UTF-8: {error}"))
 }

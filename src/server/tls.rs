@@ -5,8 +5,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
-    os::unix::fs::MetadataExt as _,
+    fmt,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -17,12 +16,16 @@ use rustls::{
     RootCertStore, ServerConfig,
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::{call::Timestamp, hardening};
+use crate::{
+    call::Timestamp,
+    pem,
+    trusted_file::{self, Purpose},
+};
 
 use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
@@ -37,6 +40,18 @@ const SECONDS_PER_HOUR: i64 = 3_600;
 /// A certificate with less than this left is worth a warning.
 const WARN_DAYS: i64 = 30;
 
+/// Longest chain, key and file of authorities, in bytes.
+const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Longest file of revocation lists, in bytes.
+const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+const CHAIN: Purpose =
+    Purpose::trust("other users could decide which certificate clients are shown");
+const KEY: Purpose = Purpose::secret("private key");
+const AUTHORITIES: Purpose = Purpose::trust(
+    "other users could name a certificate authority of their own, and be any client",
+);
+const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
+
 /// What connections are accepted with, from one moment to the next.
 #[derive(Debug)]
 pub(super) struct Accepting {
@@ -50,6 +65,50 @@ pub(super) struct Accepting {
     lists: Option<Life>,
     /// Last second of the certificate, since 1970.
     until: i64,
+    contents: Contents,
+}
+
+const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
+
+/// How much each file of a listener gave: a number that is too small is how an operator sees that something is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Certificates of the chain.
+    pub certificates: usize,
+    /// Authorities of client certificates.
+    pub authorities: usize,
+    /// Revocation lists.
+    pub revocation_lists: usize,
+    /// Whether each certificate of the chain is followed by its issuer. Some clients refuse a chain that is not.
+    pub is_chain_in_order: bool,
+}
+
+impl fmt::Display for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for (number, one, many) in [
+            (
+                self.certificates,
+                "certificate in the chain",
+                "certificates in the chain",
+            ),
+            (self.authorities, "client authority", "client authorities"),
+            (self.revocation_lists, "revocation list", "revocation lists"),
+        ] {
+            if number > 0 {
+                let what = if number == 1 { one } else { many };
+                write!(f, "{separator}{number} {what}")?;
+                separator = ", ";
+            }
+        }
+        if !self.is_chain_in_order {
+            write!(
+                f,
+                "; {OUT_OF_ORDER}: write the server's certificate first and after each certificate its issuer"
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// TLS of a listener, replaceable while it serves.
@@ -75,8 +134,8 @@ struct Shown {
     key: Zeroizing<Vec<u8>>,
 }
 
-impl std::fmt::Debug for Shown {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Shown(…)")
     }
 }
@@ -101,6 +160,7 @@ impl Tls {
         }
         let files = Files::read(&settings, clients)?;
         let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
+        log_contents("TLS files read", &settings, accepting.contents);
         Ok(Self {
             shown: Mutex::new(files.shown()),
             settings,
@@ -116,6 +176,11 @@ impl Tls {
         self.current.load_full()
     }
 
+    /// How much each file gave.
+    pub(super) fn contents(&self) -> Contents {
+        self.current().contents
+    }
+
     /// Trust domains of SPIFFE ids that are accepted; empty: any.
     pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
         &self.settings.trust_domains
@@ -124,14 +189,13 @@ impl Tls {
     /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
     /// who is still trusted comes back.
     pub(super) fn reload(&self) {
-        let shown = self.settings.certificate_file.display();
         let outcome = self.try_reload();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
             Ok(changed) => {
                 *refused = None;
                 if changed {
-                    tracing::info!(certificate = %shown, "TLS files reloaded");
+                    log_contents("TLS files reloaded", &self.settings, self.contents());
                 }
             }
             Err(error) if refused.as_ref() == Some(&error) => {}
@@ -252,10 +316,15 @@ enum Validity {
 
 impl Files {
     fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, String> {
-        check_mode(&settings.key_file)?;
         let shown = Shown {
-            chain: read(&settings.certificate_file)?,
-            key: Zeroizing::new(read(&settings.key_file)?),
+            chain: read(
+                "certificate_file",
+                &settings.certificate_file,
+                PEM_BYTES_MAX,
+                CHAIN,
+            )?
+            .to_vec(),
+            key: read("key_file", &settings.key_file, PEM_BYTES_MAX, KEY)?,
         };
         Self::with_trust(shown, settings, clients)
     }
@@ -267,7 +336,7 @@ impl Files {
     ) -> Result<Self, String> {
         let client_ca = match (&settings.client_ca_file, clients) {
             (_, ClientCertificates::None) => Vec::new(),
-            (Some(path), _) => read(path)?,
+            (Some(path), _) => read("client_ca_file", path, PEM_BYTES_MAX, AUTHORITIES)?.to_vec(),
             (None, _) => {
                 return Err(
                     "client certificates are asked for, but `client_ca_file` is not set; without \
@@ -278,7 +347,7 @@ impl Files {
         };
         let client_crl = match (&settings.client_crl_file, clients) {
             (Some(path), ClientCertificates::Required | ClientCertificates::Optional) => {
-                Some(read(path)?)
+                Some(read("client_crl_file", path, LISTS_BYTES_MAX, LISTS)?.to_vec())
             }
             _ => None,
         };
@@ -315,11 +384,8 @@ impl Files {
         validity: Validity,
     ) -> Result<Accepting, String> {
         let certificate_file = settings.certificate_file.display();
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.chain)
-            .collect::<Result<_, _>>()
-            .map_err(|error| {
-                format!("{certificate_file} is not a PEM certificate chain: {error}")
-            })?;
+        let chain = pem::chain(&self.chain)
+            .map_err(|error| format!("`certificate_file` {certificate_file}: {error}"))?;
         let leaf = chain
             .first()
             .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
@@ -327,25 +393,38 @@ impl Files {
             Validity::Judged => check_validity(leaf, &settings.certificate_file)?,
             Validity::Unjudged => not_after(leaf)?,
         };
-        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| {
-            format!(
-                "{} holds no PEM private key: {error}",
-                settings.key_file.display()
-            )
-        })?;
+        let key = pem::private_key(&self.key)
+            .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;
         let lists = self.lists(settings)?;
         let trust = self.trust(lists.as_ref());
         let life = lists.as_ref().map(|lists| lists.life);
+        let contents = Contents {
+            certificates: chain.len(),
+            authorities: match clients {
+                ClientCertificates::None => 0,
+                ClientCertificates::Optional | ClientCertificates::Required => {
+                    self.authorities(settings)?.len()
+                }
+            },
+            revocation_lists: lists.as_ref().map_or(0, |lists| lists.ders.len()),
+            is_chain_in_order: is_in_order(&chain),
+        };
+        let place = key_place(&chain, &key);
         let builder = ServerConfig::builder();
         let builder = match self.verifier(settings, clients, lists)? {
             Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|error| {
-            format!(
-                "{certificate_file} and {} do not fit together: {error}",
-                settings.key_file.display()
-            )
+            let key_file = settings.key_file.display();
+            match place {
+                Some(number) if number > 1 => format!(
+                    "{certificate_file}: the certificate of the key {key_file} is number {number} of {}; it must be the \
+                     first, and each certificate after it the issuer of the one before",
+                    contents.certificates
+                ),
+                _ => format!("{certificate_file} and {key_file} do not belong together: {error}"),
+            }
         })?;
         config.alpn_protocols = protocols.to_vec();
         // No resumption: a resumed session brings the client certificate of the first one, unverified.
@@ -358,6 +437,7 @@ impl Files {
             files: self.digest(),
             trust,
             lists: life,
+            contents,
         })
     }
 
@@ -383,9 +463,8 @@ impl Files {
 
     fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, String> {
         let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
-        CertificateDer::pem_slice_iter(&self.client_ca)
-            .collect::<Result<_, _>>()
-            .map_err(|error| format!("{} is not a PEM certificate file: {error}", path.display()))
+        pem::certificates(&self.client_ca)
+            .map_err(|error| format!("`client_ca_file` {}: {error}", path.display()))
     }
 
     fn verifier(
@@ -420,25 +499,57 @@ impl Files {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+fn read(
+    setting: &str,
+    path: &Path,
+    bytes_max: u64,
+    purpose: Purpose,
+) -> Result<Zeroizing<Vec<u8>>, String> {
+    trusted_file::read(path, bytes_max, purpose).map_err(|error| format!("`{setting}`: {error}"))
+}
+
+fn log_contents(event: &'static str, settings: &TlsSettings, contents: Contents) {
+    tracing::info!(
+        certificate = %settings.certificate_file.display(),
+        certificates = contents.certificates,
+        authorities = contents.authorities,
+        revocation_lists = contents.revocation_lists,
+        "{event}"
+    );
+    if !contents.is_chain_in_order {
+        tracing::warn!(certificate = %settings.certificate_file.display(), "{OUT_OF_ORDER}");
+    }
+}
+
+/// Whether each certificate names the next one as its issuer. What does not parse is not in order.
+fn is_in_order(chain: &[CertificateDer<'_>]) -> bool {
+    let parsed: Result<Vec<_>, _> = chain
+        .iter()
+        .map(|certificate| X509Certificate::from_der(certificate))
+        .collect();
+    parsed.is_ok_and(|parsed| {
+        parsed.windows(2).all(|pair| {
+            let [(_, certificate), (_, next)] = pair else {
+                return true;
+            };
+            certificate.issuer().as_raw() == next.subject().as_raw()
+        })
+    })
+}
+
+/// Which certificate of a chain, counted from 1, has the public half of the key.
+fn key_place(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> Option<usize> {
+    let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
+    let public = key.public_key()?;
+    let position = chain.iter().position(|certificate| {
+        X509Certificate::from_der(certificate)
+            .is_ok_and(|(_, certificate)| certificate.public_key().raw == public.as_ref())
+    });
+    position.map(|position| position + 1)
 }
 
 fn to_array(bytes: &[u8]) -> [u8; 32] {
     bytes.try_into().expect("SHA-256 gives 32 bytes")
-}
-
-fn check_mode(path: &Path) -> Result<(), String> {
-    let shown = path.display();
-    let meta = fs::metadata(path).map_err(|error| format!("cannot read {shown}: {error}"))?;
-    if hardening::is_open_to_others(&meta) {
-        let mode = meta.mode() & 0o777;
-        return Err(format!(
-            "the private key {shown} has mode {mode:03o}: others can read it; run `chmod 600 {shown}`, \
-             and replace the key if others may have read it"
-        ));
-    }
-    Ok(())
 }
 
 fn not_after(leaf: &CertificateDer<'_>) -> Result<i64, String> {

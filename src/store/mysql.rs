@@ -64,8 +64,8 @@ impl Server for MySqlOrMariaDb {
             Tls::Verify => options.ssl_mode(MySqlSslMode::VerifyIdentity),
             Tls::Plaintext => options.ssl_mode(MySqlSslMode::Disabled),
         };
-        if let Some(path) = &settings.ca_file {
-            options = options.ssl_ca(path);
+        if let Some(pem) = settings.authorities()? {
+            options = options.ssl_ca_from_pem(pem);
         }
         Ok(options)
     }

@@ -91,8 +91,8 @@ impl Server for PostgreSql {
             Tls::Verify => options.ssl_mode(PgSslMode::VerifyFull),
             Tls::Plaintext => options.ssl_mode(PgSslMode::Disable),
         };
-        if let Some(path) = &settings.ca_file {
-            options = options.ssl_root_cert(path);
+        if let Some(pem) = settings.authorities()? {
+            options = options.ssl_root_cert_from_pem(pem);
         }
         Ok(options)
     }

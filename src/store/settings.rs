@@ -6,8 +6,7 @@
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
 use std::{
-    env, fmt, fs,
-    io::{self, Read as _},
+    env, fmt, mem,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
@@ -16,12 +15,19 @@ use std::{
 use serde::{Deserialize, Serialize, Serializer};
 use zeroize::Zeroizing;
 
-use crate::hardening;
+use crate::{
+    pem,
+    trusted_file::{self, Purpose},
+};
 
 use super::{Error, durability, postgres, url::Target};
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
+/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could decide which database server is believed");
 
 /// Which database: the `[store]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -202,8 +208,7 @@ impl Settings {
             ("ca_file", &self.ca_file),
         ] {
             if let Some(path) = path
-                && !path.is_absolute()
-                && !(name == "password_file" && path.starts_with("$CREDENTIALS_DIRECTORY"))
+                && !trusted_file::is_absolute(path)
             {
                 problems.push(format!(
                     "[store] `{name}` is {:?}: it must be an absolute path, because a service has no folder of its own",
@@ -249,21 +254,14 @@ impl Settings {
         if self.password_file.is_some() || self.password_variable.is_some() {
             problems.extend(self.password().err().map(|error| error.to_string()));
         }
-        if let Some(path) = &self.ca_file
-            && let Err(error) = fs::read(path)
-        {
-            let shown = path.display();
-            problems.push(format!("[store] `ca_file`: cannot read {shown}: {error}"));
-        }
+        problems.extend(self.authorities().err().map(|error| error.to_string()));
         problems
     }
 
     /// The password, read anew: it is in no field.
     pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
         if let Some(path) = &self.password_file {
-            return read_password(&expand(path))
-                .map(Some)
-                .map_err(Error::Schema);
+            return read_password(path).map(Some).map_err(Error::Schema);
         }
         let Some(name) = &self.password_variable else {
             return Ok(None);
@@ -275,6 +273,33 @@ impl Settings {
             ))
         })?;
         Ok(Some(Zeroizing::new(password)))
+    }
+
+    /// How many certificates `ca_file` holds; absent without a file that can be used.
+    pub fn authorities_count(&self) -> Option<usize> {
+        let pem = self.authorities().ok()??;
+        pem::certificates(&pem)
+            .ok()
+            .map(|certificates| certificates.len())
+    }
+
+    /// The certificates of `ca_file`, read anew, as PEM without anything else.
+    pub(super) fn authorities(&self) -> Result<Option<Vec<u8>>, Error> {
+        let Some(path) = &self.ca_file else {
+            return Ok(None);
+        };
+        let read = || {
+            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+                .map_err(|error| error.to_string())?;
+            pem::certificates(&text).map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let certificates =
+            read().map_err(|what| Error::Schema(format!("[store] `ca_file`: {what}")))?;
+        tracing::info!(
+            file = %path.display(), certificates = certificates.len(),
+            "authorities of the database server read"
+        );
+        Ok(Some(pem::encode(&certificates).into_bytes()))
     }
 
     /// The same database for a command that no caller waits for.
@@ -297,31 +322,22 @@ impl Settings {
     }
 }
 
-/// `$CREDENTIALS_DIRECTORY` is where systemd puts a service's secrets.
-fn expand(path: &Path) -> PathBuf {
-    match (
-        path.strip_prefix("$CREDENTIALS_DIRECTORY"),
-        env::var_os("CREDENTIALS_DIRECTORY"),
-    ) {
-        (Ok(rest), Some(directory)) => PathBuf::from(directory).join(rest),
-        _ => path.to_owned(),
-    }
-}
-
 fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
     let shown = path.display();
-    let what = |error: io::Error| format!("[store] `password_file`: cannot read {shown}: {error}");
-    let file = fs::File::open(path).map_err(what)?;
-    let meta = file.metadata().map_err(what)?;
-    hardening::check_secret_file(&meta, path, "password")
-        .map_err(|what| format!("[store] `password_file`: {what}"))?;
-    // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
-    let mut text = Zeroizing::new(String::with_capacity(PASSWORD_BYTES_MAX + 1));
-    let limit = u64::try_from(PASSWORD_BYTES_MAX + 1).expect("a small number");
-    file.take(limit).read_to_string(&mut text).map_err(what)?;
-    if text.len() > PASSWORD_BYTES_MAX {
+    let limit = u64::try_from(PASSWORD_BYTES_MAX).expect("a small number");
+    let mut bytes = trusted_file::read(path, limit, Purpose::secret("password"))
+        .map_err(|error| format!("[store] `password_file`: {error}"))?;
+    let mut text = match String::from_utf8(mem::take(&mut *bytes)) {
+        Ok(text) => Zeroizing::new(text),
+        Err(error) => {
+            drop(Zeroizing::new(error.into_bytes()));
+            return Err(format!("[store] `password_file`: {shown} is not UTF-8"));
+        }
+    };
+    if text.starts_with('\u{feff}') {
         return Err(format!(
-            "[store] `password_file`: {shown} has more than {PASSWORD_BYTES_MAX} bytes: that is no password"
+            "[store] `password_file`: {shown} begins with a UTF-8 byte order mark, which is not part of a password; save it \
+             without one"
         ));
     }
     // Editors end a file with a line break; no password does.
@@ -335,7 +351,7 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{fs, os::unix::fs::PermissionsExt as _};
 
     use super::*;
 
@@ -365,7 +381,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("password");
         fs::write(&path, "hunter2\n").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o604)).unwrap();
         let settings = Settings {
             password_file: Some(path.clone()),
             ..Settings::new("postgres://me@db/keys")
@@ -379,6 +395,29 @@ mod tests {
             let refused = settings.password().unwrap_err().to_string();
             assert!(refused.contains(words), "{refused}");
         }
+    }
+
+    #[test]
+    fn every_authority_of_the_database_server_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        let authority = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            parameters.self_signed(&key).unwrap().pem()
+        };
+        let (first, second) = (authority(), authority());
+        let joined = format!("\u{feff}{}{}", first.trim_end(), second.trim_end());
+        fs::write(&path, joined).unwrap();
+        let settings = Settings {
+            ca_file: Some(path.clone()),
+            ..Settings::new("postgres://me@db/keys")
+        };
+        assert_eq!(settings.authorities_count(), Some(2));
+        fs::write(&path, first.replace("CERTIFICATE", "TRUSTED CERTIFICATE")).unwrap();
+        let problems = settings.file_problems();
+        assert!(problems[0].contains("openssl x509 -in"), "{problems:?}");
+        assert_eq!(settings.authorities_count(), None);
     }
 
     #[test]

@@ -34,7 +34,7 @@ fn mistakes_of_the_caller_are_usage() {
         (&["key", "show", "xyz"], "32 hexadecimal digits"),
         (&no_endpoint, "--endpoint"),
         (&plain, "https://"),
-        (&unreadable, "cannot read --ca /nowhere"),
+        (&unreadable, "--ca: cannot read /nowhere"),
     ] {
         let finished = site.run(arguments);
         assert_eq!(finished.code, Some(2), "{arguments:?}: {finished:#?}");

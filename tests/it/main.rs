@@ -51,4 +51,5 @@ mod store_check;
 mod stored_clients;
 mod tls;
 mod tokens;
+mod trusted_files;
 mod wire;

@@ -115,7 +115,7 @@ async fn a_pin_file_that_others_can_read_is_refused() {
     let site = Site::fresh(Options::default());
     let pin_file = site.token.pin_file();
     let set_mode = |mode| fs::set_permissions(&pin_file, fs::Permissions::from_mode(mode)).unwrap();
-    for mode in [0o640, 0o604, 0o644] {
+    for mode in [0o620, 0o604, 0o644] {
         set_mode(mode);
         let finished = site.run(&["token", "check"]);
         assert_eq!(finished.code, Some(PIN), "{mode:o}: {finished:?}");

@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
     sync::Arc,
     time::Duration,
@@ -72,6 +72,13 @@ fn tls_arguments(kind: Kind, folder: &Path) -> Vec<String> {
     }
 }
 
+/// A copy of the authority in a folder that belongs to the user who runs the tests.
+fn authority_for_client(server: &Server, folder: &Path) -> PathBuf {
+    let copy = server.client_folder().join("ca.pem");
+    fs::copy(folder.join("ca.pem"), &copy).unwrap();
+    copy
+}
+
 async fn is_refused(settings: &Settings, words: &str) {
     let refused = store::status(settings).await.unwrap_err();
     let Error::Down(what) = &refused else {
@@ -105,7 +112,7 @@ fn sessions(server: &Server) -> (String, String) {
 async fn tls_is_verified(kind: Kind) {
     let mut server = Server::start_with(kind, |folder| tls_arguments(kind, folder));
     let database = server.database();
-    let ca = Some(server.folder().join("ca.pem"));
+    let ca = Some(authority_for_client(&server, server.folder()));
     let named = |host: &str| Settings {
         ca_file: ca.clone(),
         ..server.network_settings(host, &database)
@@ -140,12 +147,13 @@ async fn tls_is_verified(kind: Kind) {
     let other = tempfile::tempdir().unwrap();
     write_certificates(other.path());
     let other = Settings {
-        ca_file: Some(other.path().join("ca.pem")),
+        ca_file: Some(authority_for_client(&server, other.path())),
         ..good.clone()
     };
     is_refused(&other, "certificate").await;
 
-    let wrong = server.folder().join("wrong");
+    let ca_file = authority_for_client(&server, server.folder());
+    let wrong = server.client_folder().join("wrong");
     fs::write(&wrong, "hunter2-but-wrong").unwrap();
     fs::set_permissions(&wrong, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let wrong = Settings {
@@ -158,7 +166,7 @@ async fn tls_is_verified(kind: Kind) {
     server.stop();
     server.run_with(NO_TLS.map(str::to_owned).to_vec());
     let good = Settings {
-        ca_file: Some(server.folder().join("ca.pem")),
+        ca_file: Some(ca_file),
         ..server.network_settings("localhost", &database)
     };
     is_refused(&good, "store.tls = \"plaintext\"").await;

@@ -34,6 +34,8 @@ pub(crate) enum Kind {
 pub(crate) struct Server {
     pub(crate) kind: Kind,
     folder: TempDir,
+    /// Files of its clients: its own folder belongs to the server's user, whom no client trusts.
+    client: TempDir,
     port: u16,
     arguments: Vec<String>,
     child: Option<Child>,
@@ -137,6 +139,7 @@ impl Server {
                 .port(),
             arguments: arguments(folder.path()),
             folder,
+            client: tempfile::tempdir().unwrap(),
             child: None,
             databases: AtomicU32::new(0),
         };
@@ -267,6 +270,11 @@ impl Server {
 
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Folder of files for clients, which belong to the user who runs the tests.
+    pub(crate) fn client_folder(&self) -> &Path {
+        self.client.path()
     }
 
     /// Of the server's main process.
@@ -455,7 +463,7 @@ impl Server {
                 "mysql"
             }
         };
-        let file = self.folder.path().join("password");
+        let file = self.client_folder().join("password");
         fs::write(&file, format!("{password}\n")).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         Settings {

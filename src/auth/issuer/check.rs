@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
-use crate::{key::KeyName, principal::Kind};
+use crate::{key::KeyName, principal::Kind, trusted_file};
 
 use super::{KeySource, Settings, url_problem};
 
@@ -87,7 +87,7 @@ impl Settings {
             ("ca_file", &self.ca_file),
         ] {
             if let Some(path) = path
-                && !path.is_absolute()
+                && !trusted_file::is_absolute(path)
             {
                 problems.push(format!(
                     "`{name}` is {:?}: it must be an absolute path",

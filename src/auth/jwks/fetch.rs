@@ -3,17 +3,25 @@
 //! Only from where the configuration says, or the discovery document of the issuer that the configuration names: no
 //! redirect is followed, no proxy of the environment is asked, and no answer may be large or slow.
 
-use std::{error::Error as _, fs, time::Duration};
+use std::{error::Error as _, path::Path, time::Duration};
 
 use reqwest::{Certificate, Client, redirect};
 use serde::Deserialize;
 
-use crate::auth::issuer::{KeySource, Settings, url_problem};
+use crate::{
+    auth::issuer::{KeySource, Settings, url_problem},
+    pem,
+    trusted_file::{self, Purpose},
+};
 
 use super::KeySet;
 
 /// Longest key set and discovery document, in bytes.
 pub(in crate::auth) const SET_BYTES_MAX: usize = 64 * 1024;
+
+/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// For one request, from the connection to the last byte.
@@ -34,6 +42,19 @@ struct Discovery {
     jwks_uri: String,
 }
 
+/// The authorities of a `ca_file`.
+fn authorities(path: &Path) -> Result<Vec<Certificate>, String> {
+    let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+        .map_err(|error| format!("`ca_file`: {error}"))?;
+    let shown = path.display();
+    let ders = pem::certificates(&text).map_err(|error| format!("`ca_file` {shown}: {error}"))?;
+    tracing::info!(file = %shown, certificates = ders.len(), "authorities of an issuer read");
+    ders.iter()
+        .map(|der| Certificate::from_der(der))
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("`ca_file` {shown}: {}", whole(&error)))
+}
+
 impl Fetcher {
     /// For an issuer whose keys are not in a file.
     pub(super) fn new(settings: &Settings) -> Result<Self, String> {
@@ -47,15 +68,7 @@ impl Fetcher {
             .timeout(REQUEST_TIMEOUT)
             .pool_max_idle_per_host(0);
         if let Some(path) = &settings.ca_file {
-            let shown = path.display();
-            let text = fs::read(path)
-                .map_err(|error| format!("cannot read `ca_file` {shown}: {error}"))?;
-            let authorities = Certificate::from_pem_bundle(&text)
-                .map_err(|error| format!("`ca_file` {shown} is not PEM: {}", whole(&error)))?;
-            if authorities.is_empty() {
-                return Err(format!("`ca_file` {shown} holds no certificate"));
-            }
-            builder = builder.tls_certs_only(authorities);
+            builder = builder.tls_certs_only(authorities(path)?);
         }
         let client = builder.build().map_err(|error| {
             format!(

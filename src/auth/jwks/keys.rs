@@ -2,10 +2,6 @@
 //! and kept for a stated time while the provider is down.
 
 use std::{
-    fs::{self, File},
-    io::Read as _,
-    os::unix::fs::MetadataExt as _,
-    path::Path,
     sync::{Arc, Mutex as SyncMutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -16,10 +12,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::issuer::{KeySource, Settings},
-    hardening,
+    trusted_file::{self, Purpose},
 };
 
 use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
+
+/// The key files of an issuer: the holder of a key in them can make tokens for every user.
+const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 /// How often things happen.
 #[derive(Clone, Copy, Debug)]
@@ -252,40 +251,11 @@ fn read(source: &KeySource) -> Result<KeySet, String> {
         return Err("its keys come from no file".to_owned());
     };
     let shown = path.display();
-    let failed = |error| format!("cannot read {shown}: {error}");
-    // Before it is opened: a named pipe would wait for a writer.
-    if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(format!("{shown} is not a file"));
-    }
-    let file = File::open(path).map_err(failed)?;
-    check_writers(&file, path)?;
-    let mut bytes = Vec::new();
     let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
-    file.take(limit.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
-    if bytes.len() > SET_BYTES_MAX {
-        return Err(format!("{shown} is longer than {SET_BYTES_MAX} bytes"));
-    }
+    let bytes = trusted_file::read(path, limit, KEYS).map_err(|error| error.to_string())?;
     let set = match source {
         KeySource::Pem(_) => KeySet::parse_pem(&bytes),
         _ => KeySet::parse_jwks(&bytes),
     };
     set.map_err(|problem| format!("{shown}: {problem}"))
-}
-
-/// Whoever can write keys there makes tokens for everybody.
-fn check_writers(file: &File, path: &Path) -> Result<(), String> {
-    let shown = path.display();
-    let meta = file.metadata();
-    let meta = meta.map_err(|error| format!("cannot read {shown}: {error}"))?;
-    if !hardening::is_writable_by_others(&meta) {
-        return Ok(());
-    }
-    Err(format!(
-        "{shown} has mode {mode:04o} and belongs to user {owner}: others could decide whose tokens are accepted; run \
-         `chmod go-w {shown}` and let it belong to root or to the broker's user",
-        mode = meta.mode() & 0o7777,
-        owner = meta.uid(),
-    ))
 }

@@ -543,3 +543,27 @@ fn the_double_makes_real_signatures() {
     let pem = KeySet::parse_pem(service.pem().as_bytes()).unwrap();
     assert_eq!(pem.names(), ["(no name)"]);
 }
+
+/// A file of two joined keys once gave one of them, and a key in PKCS #1 was reported as no key.
+#[test]
+fn every_key_of_a_pem_file_counts() {
+    let key = || rcgen::KeyPair::generate().unwrap().public_key_pem();
+    let (first, second) = (key(), key());
+    for text in [
+        format!("{}{}", first.trim_end(), second.trim_end()),
+        format!("\u{feff}{first}{second}"),
+        format!("{first}# the next one\n{second}").replace('\n', "\r\n"),
+    ] {
+        assert_eq!(KeySet::parse_pem(text.as_bytes()).unwrap().names().len(), 2);
+    }
+    for (text, words) in [
+        (first.replace("PUBLIC", "RSA PUBLIC"), "-RSAPublicKey_in"),
+        (
+            format!("{first}{}", second.replacen("-----BEGIN", "----BEGIN", 1)),
+            "looks like",
+        ),
+    ] {
+        let problem = KeySet::parse_pem(text.as_bytes()).unwrap_err();
+        assert!(problem.contains(words), "{words}: {problem}");
+    }
+}

@@ -1,6 +1,6 @@
 //! A Key Connector as clients see it: `/user-keys` over HTTP/1.1 with a bearer token, and exactly 200 for success.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use base64ct::{Base64, Base64Unpadded, Encoding as _};
 use clap::Args;
@@ -15,6 +15,8 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::{
     bitwarden::MasterKey,
     cli::exit::{Exit, Failure},
+    pem,
+    trusted_file::{self, Purpose},
 };
 
 use super::{holder::Holder, refusal::Trouble, secrets};
@@ -24,6 +26,9 @@ const JSON: &str = "application/json";
 const JSON_UTF8: &str = "application/json; charset=utf-8";
 /// Longest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
+/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
 
 /// Which broker, and with whose token.
 #[derive(Args, Clone, Debug)]
@@ -128,12 +133,14 @@ impl Connector {
             let unusable = |why: String| {
                 Failure::new(Exit::Usage, format!("--ca-file {}: {why}", path.display()))
             };
-            let pem = fs::read(path).map_err(|error| unusable(error.to_string()))?;
-            let roots =
-                Certificate::from_pem_bundle(&pem).map_err(|error| unusable(root_cause(&error)))?;
-            if roots.is_empty() {
-                return Err(unusable("no certificate in it".to_owned()));
-            }
+            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+                .map_err(|error| unusable(error.to_string()))?;
+            let roots = pem::certificates(&text)
+                .map_err(|error| unusable(error.to_string()))?
+                .iter()
+                .map(|der| Certificate::from_der(der))
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| unusable(root_cause(&error)))?;
             builder = builder.tls_certs_only(roots);
         }
         builder

@@ -1,20 +1,26 @@
 //! Connections to a broker, for `client` and `bench`.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use clap::Args;
-use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use zeroize::Zeroizing;
 
 use crate::{
     auth::PeerCertificate,
     cli::exit::{Exit, Failure},
+    pem,
+    trusted_file::{self, Purpose},
 };
+
+/// Longest PEM file, in bytes; the authorities of a Linux distribution have 0.3 MiB.
+const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
+const KEY: Purpose = Purpose::secret("private key");
 
 /// Which broker, and who we are to it.
 #[derive(Args, Clone, Debug)]
@@ -55,9 +61,12 @@ impl Connection {
             let what = "it is not said which certificate is ours";
             return Err(Failure::new(Exit::Usage, what).hint("name it with --cert and --key"));
         };
-        let leaf = CertificateDer::from_pem_slice(&read("--cert", cert)?)
+        let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
             .map_err(|error| unusable(error.to_string()))?;
-        PeerCertificate::read(&leaf).map_err(unusable)
+        let leaf = chain
+            .first()
+            .ok_or_else(|| unusable("no certificate".to_owned()))?;
+        PeerCertificate::read(leaf).map_err(unusable)
     }
 
     /// Longest wait for an answer.
@@ -71,11 +80,20 @@ impl Connection {
             let what = format!("--endpoint {url:?} does not begin with https://");
             return Err(Failure::new(Exit::Usage, what).hint("a broker speaks gRPC over TLS alone"));
         }
-        let mut tls =
-            ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("--ca", &self.ca)?));
+        let malformed = |option: &str, path: &Path, error: pem::Error| {
+            Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
+        };
+        let authorities = pem::certificates(&read("--ca", &self.ca, AUTHORITIES)?)
+            .map_err(|error| malformed("--ca", &self.ca, error))?;
+        let authorities = Certificate::from_pem(pem::encode(&authorities));
+        let mut tls = ClientTlsConfig::new().ca_certificate(authorities);
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
-            let key = Zeroizing::new(read("--key", key)?);
-            tls = tls.identity(Identity::from_pem(read("--cert", cert)?, key.as_slice()));
+            let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
+                .map_err(|error| malformed("--cert", cert, error))?;
+            let text = read("--key", key, KEY)?;
+            let key = pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
+            let key = pem::encode_key(&key);
+            tls = tls.identity(Identity::from_pem(pem::encode(&chain), key.as_bytes()));
         }
         let unusable = |what: &str, error: tonic::transport::Error| {
             Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))
@@ -115,11 +133,9 @@ pub(in crate::cli) async fn connect(
     })
 }
 
-fn read(option: &str, path: &Path) -> Result<Vec<u8>, Failure> {
-    fs::read(path).map_err(|error| {
-        let what = format!("cannot read {option} {}: {error}", path.display());
-        Failure::new(Exit::Usage, what)
-    })
+fn read(option: &str, path: &Path, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    trusted_file::read(path, PEM_BYTES_MAX, purpose)
+        .map_err(|error| Failure::new(Exit::Usage, format!("{option}: {error}")))
 }
 
 fn root_cause(error: &dyn std::error::Error) -> String {

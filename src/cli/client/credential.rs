@@ -143,6 +143,6 @@ mod tests {
         }
         let file = written(folder.path(), "kbs_secret\u{1}", 0o600);
         refused(&bearer(file), "no token has");
-        refused(&bearer(folder.path().join("absent")), "cannot be read");
+        refused(&bearer(folder.path().join("absent")), "cannot read");
     }
 }

@@ -123,7 +123,7 @@ fn files_keep_their_limits() {
     };
     refused(
         &[("a.cedar", &comment(FILE_BYTES_MAX + 1))],
-        "more than 65536 bytes",
+        "longer than 65536 bytes",
     );
     refused(&[("a b.cedar", "")], "[A-Za-z0-9._-]");
 
@@ -212,7 +212,7 @@ fn only_files_that_nobody_else_can_write_are_read() {
             .check()
             .unwrap_err()
             .to_string()
-            .contains("not a file")
+            .contains("is a directory")
     );
 }
 

@@ -12,7 +12,7 @@ use aws_lc_rs::{
     digest,
     signature::{self, UnparsedPublicKey, VerificationAlgorithm},
 };
-use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject as _};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use x509_parser::{
     oid_registry::{
         OID_EC_P256, OID_NIST_EC_P384, OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA,
@@ -23,7 +23,7 @@ use x509_parser::{
     x509::SubjectPublicKeyInfo,
 };
 
-use crate::call::Timestamp;
+use crate::{call::Timestamp, pem};
 
 /// Part of a list's life at whose beginning somebody should ask why there is no newer one.
 const LAST_PART: i64 = 4;
@@ -73,10 +73,7 @@ impl Lists {
     /// From PEM, for the certificates of those authorities.
     pub(super) fn read(pem: &[u8], authorities: &[CertificateDer<'_>]) -> Result<Self, String> {
         let now = Timestamp::now().micros() / 1_000_000;
-        let ders: Vec<CertificateRevocationListDer<'static>> =
-            CertificateRevocationListDer::pem_slice_iter(pem)
-                .collect::<Result<_, _>>()
-                .map_err(|error| format!("is not PEM: {error}"))?;
+        let ders = pem::revocation_lists(pem).map_err(|error| format!("is unusable: {error}"))?;
         let mut parsed = Vec::with_capacity(ders.len());
         for der in &ders {
             let (_, list) = CertificateRevocationList::from_der(der)

@@ -1,0 +1,395 @@
+//! Reads PEM files (RFC 7468) completely or not at all.
+//!
+//! A PEM parser skips what it does not understand. In a file that decides who is trusted, a block that is skipped is a
+//! certificate authority, an intermediate certificate or a key that is silently missing. So the file is split here, every
+//! `BEGIN` line is accounted for, and only then the parser of `rustls-pki-types` decodes each block. Accepted are a UTF-8 byte
+//! order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. Everything else that is not a block
+//! of a kind that the file may hold is refused with its line number and the remedy.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use std::fmt;
+
+use base64ct::{Base64, Encoding as _};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
+    pem::{self, PemObject as _, SectionKind},
+};
+use zeroize::Zeroizing;
+
+#[cfg(test)]
+mod tests;
+
+const BEGIN: &[u8] = b"-----BEGIN ";
+const END: &[u8] = b"-----END ";
+const DASHES: &[u8] = b"-----";
+const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
+const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
+/// First byte of a DER structure: SEQUENCE.
+const DER_SEQUENCE: u8 = 0x30;
+const LABEL_BYTES_MAX: usize = 64;
+/// Characters in a line of base64 (RFC 7468, section 2).
+const LINE_LENGTH: usize = 64;
+
+/// What may stand in a key or chain file beside what is read from it: `openssl ecparam -genkey` writes it.
+const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
+
+/// Why a file was refused. The text is a clause that follows the name of the file.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Binary DER.
+    #[error(
+        "it is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key `openssl pkey`, for \
+         a revocation list `openssl crl`)"
+    )]
+    Der,
+    /// UTF-16, as some editors write it.
+    #[error("it is UTF-16; save it as UTF-8 or ASCII")]
+    Utf16,
+    /// A line that looks like the first line of a block and is none.
+    #[error(
+        "line {0} looks like a BEGIN or END line but is malformed; it must be `-----BEGIN LABEL-----`"
+    )]
+    Malformed(usize),
+    /// No END line for a BEGIN line.
+    #[error(
+        "the block {label} that begins in line {line} has no END line of the same label; the file is truncated or damaged"
+    )]
+    Unclosed {
+        /// Of the BEGIN line.
+        line: usize,
+        /// Between `BEGIN` and the dashes.
+        label: String,
+    },
+    /// An END line without a BEGIN line.
+    #[error("line {0} ends a block that does not begin; the file is damaged")]
+    StrayEnd(usize),
+    /// The content of a block is not base64.
+    #[error("the block {label} that begins in line {line} cannot be decoded: {source}")]
+    Undecodable {
+        /// Of the BEGIN line.
+        line: usize,
+        /// Between `BEGIN` and the dashes.
+        label: String,
+        /// What the parser says.
+        #[source]
+        source: Box<pem::Error>,
+    },
+    /// A private key under a passphrase.
+    #[error(
+        "the private key that begins in line {0} is encrypted, and there is no passphrase to open it with; decrypt it with \
+         `openssl pkey -in FILE -out key.pem`, and protect the result by its mode"
+    )]
+    Encrypted(usize),
+    /// A block of a kind that does not belong into this file.
+    #[error("line {line} begins a block {label}; {remedy}")]
+    Unexpected {
+        /// Of the BEGIN line.
+        line: usize,
+        /// Between `BEGIN` and the dashes.
+        label: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// Nothing of what the file is for.
+    #[error("it holds no {0} in PEM")]
+    Nothing(&'static str),
+    /// More private keys than the one that is used.
+    #[error("it holds {0} private keys; keep the one that belongs to the certificate")]
+    Keys(usize),
+}
+
+/// A decoded block.
+pub struct Block {
+    kind: Option<SectionKind>,
+    label: String,
+    line: usize,
+    der: Zeroizing<Vec<u8>>,
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Block")
+            .field("label", &self.label)
+            .field("line", &self.line)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Block {
+    /// What it is; absent for a label that the parser does not know.
+    pub fn kind(&self) -> Option<SectionKind> {
+        self.kind
+    }
+
+    /// Its content.
+    pub fn der(&self) -> &[u8] {
+        &self.der
+    }
+
+    /// Whether it is a private key, in whatever form.
+    pub fn is_private_key(&self) -> bool {
+        self.label.ends_with("PRIVATE KEY")
+    }
+
+    fn is_parameters(&self) -> bool {
+        PARAMETERS.contains(&self.label.as_str())
+    }
+
+    fn certificate(&self) -> CertificateDer<'static> {
+        self.der.to_vec().into()
+    }
+
+    /// That it does not belong into this file.
+    pub fn unexpected(&self) -> Error {
+        if self.label == "ENCRYPTED PRIVATE KEY" {
+            return Error::Encrypted(self.line);
+        }
+        Error::Unexpected {
+            line: self.line,
+            label: self.label.clone(),
+            remedy: remedy(&self.label),
+        }
+    }
+}
+
+fn remedy(label: &str) -> &'static str {
+    match label {
+        "TRUSTED CERTIFICATE" => {
+            "it is OpenSSL's own format; write a plain certificate with `openssl x509 -in FILE -out FILE.pem`"
+        }
+        "X509 CERTIFICATE" => "write CERTIFICATE instead in its BEGIN and END lines",
+        "RSA PUBLIC KEY" => {
+            "it is PKCS #1; convert it with `openssl rsa -RSAPublicKey_in -in FILE -pubout -out FILE.pem`"
+        }
+        "OPENSSH PRIVATE KEY" => "convert it with `ssh-keygen -p -m PKCS8 -f FILE`",
+        "PKCS7" | "CMS" => {
+            "write its certificates with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
+        }
+        "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
+            "that is a request; use the certificate that the authority issued for it"
+        }
+        "X509 CRL" => "a revocation list belongs into the file of its own setting",
+        "CERTIFICATE" => "a certificate does not belong into this file; remove it",
+        _ if label.ends_with("PRIVATE KEY") => {
+            "a private key does not belong into this file; remove it, and replace the key if others may have read it"
+        }
+        _ => "it does not belong into this file; remove it",
+    }
+}
+
+/// The certificates of a file that holds nothing else: authorities.
+pub fn certificates(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let mut found = Vec::new();
+    for block in blocks(bytes)? {
+        match block.kind {
+            Some(SectionKind::Certificate) => found.push(block.certificate()),
+            _ => return Err(block.unexpected()),
+        }
+    }
+    not_empty(found, "certificate")
+}
+
+/// The certificates of a chain. A private key may stand in the same file.
+pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let mut found = Vec::new();
+    for block in blocks(bytes)? {
+        match block.kind {
+            Some(SectionKind::Certificate) => found.push(block.certificate()),
+            Some(_) if block.is_private_key() => {}
+            _ if block.is_parameters() => {}
+            _ => return Err(block.unexpected()),
+        }
+    }
+    not_empty(found, "certificate")
+}
+
+/// The only private key of a file. Its certificates may stand in the same file.
+pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
+    let mut found = Vec::new();
+    for block in blocks(bytes)? {
+        let key = block
+            .kind
+            .and_then(|kind| PrivateKeyDer::from_pem(kind, block.der.to_vec()));
+        match key {
+            Some(key) => found.push(key),
+            None if block.kind == Some(SectionKind::Certificate) || block.is_parameters() => {}
+            None => return Err(block.unexpected()),
+        }
+    }
+    let mut found = not_empty(found, "private key")?;
+    match (found.pop(), found.len()) {
+        (Some(key), 0) => Ok(key),
+        (_, more) => Err(Error::Keys(more + 1)),
+    }
+}
+
+/// The revocation lists of a file that holds nothing else. There may be none.
+pub fn revocation_lists(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, Error> {
+    let mut found = Vec::new();
+    for block in blocks(bytes)? {
+        match block.kind {
+            Some(SectionKind::Crl) => found.push(block.der.to_vec().into()),
+            _ => return Err(block.unexpected()),
+        }
+    }
+    Ok(found)
+}
+
+/// Writes certificates in the plainest form, for a library that reads PEM itself.
+pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
+    let mut text = String::new();
+    for certificate in certificates {
+        text.push_str("-----BEGIN CERTIFICATE-----\n");
+        let encoded = Base64::encode_string(certificate);
+        for line in encoded.as_bytes().chunks(LINE_LENGTH) {
+            text.push_str(&String::from_utf8_lossy(line));
+            text.push('\n');
+        }
+        text.push_str("-----END CERTIFICATE-----\n");
+    }
+    text
+}
+
+/// Writes a private key in the plainest form, for a library that reads PEM itself.
+pub fn encode_key(key: &PrivateKeyDer<'_>) -> Zeroizing<String> {
+    let label = match key {
+        PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+        PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+        _ => "PRIVATE KEY",
+    };
+    let encoded = Zeroizing::new(Base64::encode_string(key.secret_der()));
+    let marks = 2 * (LABEL_BYTES_MAX + BEGIN.len() + DASHES.len());
+    let mut text = Zeroizing::new(String::with_capacity(encoded.len() + marks));
+    for part in [
+        "-----BEGIN ",
+        label,
+        "-----\n",
+        &encoded,
+        "\n-----END ",
+        label,
+        "-----\n",
+    ] {
+        text.push_str(part);
+    }
+    text
+}
+
+fn not_empty<T>(found: Vec<T>, what: &'static str) -> Result<Vec<T>, Error> {
+    if found.is_empty() {
+        return Err(Error::Nothing(what));
+    }
+    Ok(found)
+}
+
+/// All blocks of a file, in order.
+pub fn blocks(bytes: &[u8]) -> Result<Vec<Block>, Error> {
+    if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
+        return Err(Error::Utf16);
+    }
+    let text = bytes.strip_prefix(UTF8_MARK).unwrap_or(bytes);
+    if text.first() == Some(&DER_SEQUENCE) && find(text, BEGIN).is_none() {
+        return Err(Error::Der);
+    }
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(begin) = find(&text[at..], BEGIN).map(|offset| at + offset) {
+        check_between(text, at, begin)?;
+        let line = line_of(text, begin);
+        let label_at = begin + BEGIN.len();
+        let label_end = find(&text[label_at..], DASHES).map(|offset| label_at + offset);
+        let label = label_end.and_then(|end| label(&text[label_at..end]));
+        let (Some(label_end), Some(label)) = (label_end, label) else {
+            return Err(Error::Malformed(line));
+        };
+        let body_at = label_end + DASHES.len();
+        let end_line = [END, label.as_bytes(), DASHES].concat();
+        let Some(end) = find(&text[body_at..], DASHES).map(|offset| body_at + offset) else {
+            return Err(Error::Unclosed { line, label });
+        };
+        if !text[end..].starts_with(&end_line) {
+            return Err(Error::Unclosed { line, label });
+        }
+        found.push(block(&text[body_at..end], label, line)?);
+        at = end + end_line.len();
+    }
+    check_between(text, at, text.len())?;
+    Ok(found)
+}
+
+fn label(bytes: &[u8]) -> Option<String> {
+    let is_plain = |byte: &u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || *byte == b' ';
+    if bytes.is_empty() || bytes.len() > LABEL_BYTES_MAX || !bytes.iter().all(is_plain) {
+        return None;
+    }
+    String::from_utf8(bytes.to_vec()).ok()
+}
+
+/// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
+fn check_between(text: &[u8], from: usize, to: usize) -> Result<(), Error> {
+    let between = &text[from..to];
+    let malformed = |offset| Error::Malformed(line_of(text, from + offset));
+    if let Some(offset) = find_marker(between, b"BEGIN ") {
+        return Err(malformed(offset));
+    }
+    if let Some(offset) = find(between, END) {
+        return Err(Error::StrayEnd(line_of(text, from + offset)));
+    }
+    find_marker(between, b"END ").map_or(Ok(()), |offset| Err(malformed(offset)))
+}
+
+/// Where a word follows a hyphen, or a dash of a word processor.
+fn find_marker(text: &[u8], word: &[u8]) -> Option<usize> {
+    text.windows(word.len()).enumerate().find_map(|(at, part)| {
+        let mut before = text[..at].iter().rev().filter(|byte| **byte != b' ');
+        let is_marker = part.eq_ignore_ascii_case(word)
+            && before
+                .next()
+                .is_some_and(|byte| *byte == b'-' || !byte.is_ascii());
+        is_marker.then_some(at)
+    })
+}
+
+fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
+    if find(body, b"Proc-Type:").is_some() && find(body, b"ENCRYPTED").is_some() {
+        return Err(Error::Encrypted(line));
+    }
+    let Ok(kind) = SectionKind::try_from(label.as_bytes()) else {
+        return Ok(Block {
+            kind: None,
+            label,
+            line,
+            der: Zeroizing::default(),
+        });
+    };
+    // Lines of any length, and spaces in place of line ends.
+    let mut plain = Zeroizing::new(Vec::with_capacity(body.len() + 2 * LABEL_BYTES_MAX + 64));
+    for part in [BEGIN, label.as_bytes(), DASHES, b"\n"] {
+        plain.extend_from_slice(part);
+    }
+    plain.extend(body.iter().filter(|byte| !byte.is_ascii_whitespace()));
+    for part in [b"\n", END, label.as_bytes(), DASHES, b"\n"] {
+        plain.extend_from_slice(part);
+    }
+    match <(SectionKind, Vec<u8>)>::from_pem_slice(&plain) {
+        Ok((_, der)) => Ok(Block {
+            kind: Some(kind),
+            der: Zeroizing::new(der),
+            label,
+            line,
+        }),
+        Err(source) => Err(Error::Undecodable {
+            line,
+            label,
+            source: Box::new(source),
+        }),
+    }
+}
+
+fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {
+    text.windows(wanted.len()).position(|part| part == wanted)
+}
+
+fn line_of(text: &[u8], at: usize) -> usize {
+    text[..at].split(|byte| *byte == b'\n').count()
+}

@@ -1,0 +1,598 @@
+//! Opens the files and directories that decide who is trusted, what is loaded and what is configured, and the files that
+//! hold a secret.
+//!
+//! A file is accepted only when no other user can change it or put another one in its place. The path is resolved from the
+//! root directory one component at a time, through descriptors, and each symbolic link is followed by hand, so that every
+//! directory on the way is examined and nothing can be exchanged between the examination and the use:
+//!
+//! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
+//!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) other users cannot
+//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
+//!   read-only, no process that sees this mount can change anything.
+//! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
+//!   cannot hang the process. The descriptor that is examined is the one that is read.
+//! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
+//!   others; its group may read it when it belongs to root, because root chose the group (systemd credentials, Kubernetes
+//!   Secrets with `fsGroup`).
+//!
+//! A read-only mount counts only when it is another file system than that of the root directory. systemd's `ProtectSystem=strict`
+//! shows a service the whole host read-only, while other users of the host can still write to it.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::VecDeque,
+    env,
+    ffi::{OsStr, OsString},
+    fmt,
+    fs::File,
+    io::{self, Read as _},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
+    },
+    path::{Component, Path, PathBuf, absolute},
+};
+
+use rustix::{
+    fs::{
+        CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, StatVfsMountFlags, fstat, fstatfs,
+        fstatvfs, openat, readlinkat,
+    },
+    io::Errno,
+};
+use zeroize::Zeroizing;
+
+#[cfg(test)]
+mod tests;
+
+/// First component of a path that names a systemd credential.
+const CREDENTIALS_DIRECTORY: &str = "$CREDENTIALS_DIRECTORY";
+const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
+
+const ROOT: u32 = 0;
+const STICKY: u32 = 0o1000;
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+const READABLE_BY_GROUP: u32 = 0o040;
+const READABLE_BY_OTHERS: u32 = 0o044;
+/// Permissions that only the owner may have on a secret.
+const SECRET_OF_USER: u32 = 0o077;
+/// The same when root owns the secret: the group may read it.
+const SECRET_OF_ROOT: u32 = 0o037;
+/// Symbolic links that are followed for one path; the limit of the kernel.
+const LINKS_MAX: usize = 40;
+/// Largest capacity that is reserved before the length of a file is known to be right.
+const RESERVED_BYTES_MAX: u64 = 64 * 1024;
+
+/// What a file is used for: decides the rule and the text of a refusal.
+#[derive(Clone, Copy, Debug)]
+pub struct Purpose {
+    /// What the file holds, such as `PIN`, when other users must not read it.
+    secret: Option<&'static str>,
+    /// What another user could do, as a clause that begins with `other users could`.
+    risk: &'static str,
+}
+
+impl Purpose {
+    /// A file that other users may read but not change. `risk` is the clause that says what they could do otherwise.
+    pub const fn trust(risk: &'static str) -> Self {
+        Self { secret: None, risk }
+    }
+
+    /// A file that holds a secret, named by `what`, such as `PIN`.
+    pub const fn secret(what: &'static str) -> Self {
+        Self {
+            secret: Some(what),
+            risk: "other users could replace it",
+        }
+    }
+}
+
+/// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
+#[derive(Debug)]
+pub struct Error {
+    path: PathBuf,
+    /// The file itself, a directory above it, or a symbolic link on the way.
+    component: PathBuf,
+    purpose: Purpose,
+    problem: Problem,
+}
+
+#[derive(Debug)]
+enum Problem {
+    Io(io::Error),
+    NoCredentials,
+    NotRegular(&'static str),
+    NotDirectory(&'static str),
+    ProcLink,
+    TooLong(u64),
+    Grew,
+    HardLinks,
+    Owner {
+        what: &'static str,
+        owner: u32,
+    },
+    Writable {
+        what: &'static str,
+        mode: u32,
+        owner: u32,
+    },
+    Readable {
+        mode: u32,
+        owner: u32,
+        is_read_only: bool,
+    },
+}
+
+impl Error {
+    /// Whether the file does not exist.
+    pub fn is_missing(&self) -> bool {
+        matches!(&self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.problem {
+            Problem::Io(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (path, at) = (self.path.display(), self.component.display());
+        let risk = self.purpose.risk;
+        let ours = rustix::process::geteuid().as_raw();
+        if self.path != self.component
+            && !matches!(self.problem, Problem::Io(_) | Problem::NoCredentials)
+        {
+            write!(f, "{path} is not trusted: ")?;
+        }
+        match &self.problem {
+            Problem::Io(error) if self.path == self.component => {
+                write!(f, "cannot read {path}: {error}")
+            }
+            Problem::Io(error) => write!(f, "cannot read {path}: {at}: {error}"),
+            Problem::NoCredentials => write!(
+                f,
+                "cannot read {path}: the environment variable {CREDENTIALS_VARIABLE} is not set; add LoadCredential= to the \
+                 systemd unit, or name the file by its absolute path"
+            ),
+            Problem::NotRegular(kind) => write!(
+                f,
+                "{at} is {kind}, and only a regular file is read; write the content to a regular file"
+            ),
+            Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
+            Problem::ProcLink => write!(
+                f,
+                "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
+                 descriptors, or write the content to a regular file"
+            ),
+            Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
+            Problem::HardLinks => write!(
+                f,
+                "{at} has more than one hard link in a directory where other users can add one: {risk}; copy the file to another \
+                 directory"
+            ),
+            Problem::Grew => write!(f, "{at} changed while it was read"),
+            Problem::Owner { what, owner } => {
+                write!(
+                    f,
+                    "{what}{at} belongs to user {owner}, and it must belong to root or to user {ours}: {risk}; run `chown root \
+                     {at}`"
+                )?;
+                if ours == ROOT {
+                    write!(f, ", or run this command as user {owner}")?;
+                }
+                Ok(())
+            }
+            Problem::Writable { what, mode, owner } => write!(
+                f,
+                "{what}{at} has mode {mode:04o} and belongs to user {owner}: {risk}; run `chmod go-w {at}`"
+            ),
+            Problem::Readable {
+                mode,
+                owner,
+                is_read_only,
+            } => self.fmt_readable(f, *mode, *owner, *is_read_only),
+        }
+    }
+}
+
+impl Error {
+    fn fmt_readable(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        mode: u32,
+        owner: u32,
+        is_read_only: bool,
+    ) -> fmt::Result {
+        let at = self.component.display();
+        let secret = self.purpose.secret.unwrap_or("content");
+        write!(
+            f,
+            "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
+        )?;
+        if is_read_only {
+            // `chmod` fails there: the mode is that of the source of the mount.
+            write!(
+                f,
+                "it is mounted read-only, so set the mode where it is mounted from (Kubernetes: `defaultMode: 0440` of the \
+                 volume and `fsGroup` of the pod; Compose: `mode: 0440` with `uid` and `gid` of the secret)"
+            )?;
+        } else {
+            write!(f, "run `chmod 600 {at}`")?;
+        }
+        write!(f, ", and change the {secret} if others may have read it")
+    }
+}
+
+/// Whether a path is absolute or names a systemd credential: a service has no working directory to rely on.
+pub fn is_absolute(path: &Path) -> bool {
+    path.is_absolute() || path.starts_with(CREDENTIALS_DIRECTORY)
+}
+
+/// Replaces `$CREDENTIALS_DIRECTORY` at the front of a path with the directory that systemd passes to the service.
+pub fn expand(path: &Path) -> Result<PathBuf, Error> {
+    let Ok(name) = path.strip_prefix(CREDENTIALS_DIRECTORY) else {
+        return Ok(path.to_owned());
+    };
+    match env::var_os(CREDENTIALS_VARIABLE) {
+        Some(directory) => Ok(Path::new(&directory).join(name)),
+        None => Err(Error {
+            path: path.to_owned(),
+            component: path.to_owned(),
+            purpose: Purpose::trust(""),
+            problem: Problem::NoCredentials,
+        }),
+    }
+}
+
+/// Opens a file for reading after every check.
+pub fn open(path: &Path, purpose: Purpose) -> Result<File, Error> {
+    let expanded = expand(path)?;
+    let walk = Walk::new(&expanded, purpose);
+    walk.open_file().map(|(file, _)| file)
+}
+
+/// Reads a whole file of at most `bytes_max` bytes after every check. The bytes are zeroed when they are dropped.
+pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let expanded = expand(path)?;
+    let walk = Walk::new(&expanded, purpose);
+    let (file, at) = walk.open_file()?;
+    let failed = |problem| walk.error(&at, problem);
+    let meta = file
+        .metadata()
+        .map_err(|error| failed(Problem::Io(error)))?;
+    if meta.len() > bytes_max {
+        return Err(failed(Problem::TooLong(bytes_max)));
+    }
+    // The whole capacity at once: a vector that grows leaves copies that are not zeroed.
+    let reserved = meta.len().max(RESERVED_BYTES_MAX.min(bytes_max)) + 1;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(
+        usize::try_from(reserved).unwrap_or_default(),
+    ));
+    (&file)
+        .take(reserved)
+        .read_to_end(&mut bytes)
+        .map_err(|error| failed(Problem::Io(error)))?;
+    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    if length > bytes_max {
+        return Err(failed(Problem::TooLong(bytes_max)));
+    }
+    if length == reserved {
+        return Err(failed(Problem::Grew));
+    }
+    Ok(bytes)
+}
+
+/// Checks a directory whose entries decide something. Returns the path with credentials expanded.
+pub fn check_directory(path: &Path, purpose: Purpose) -> Result<PathBuf, Error> {
+    let expanded = expand(path)?;
+    Walk::new(&expanded, purpose).check_directory()?;
+    Ok(expanded)
+}
+
+/// Checks a file or directory that another library opens by its path, if it exists. A FIFO is refused, because the library
+/// would wait for a writer. Sockets and devices are accepted: they are not read as files.
+pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
+    let walk = Walk::new(path, purpose);
+    match walk.resolve() {
+        Ok(Target::Entry { stat, at, .. }) => match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => walk.open_file().map(drop),
+            FileType::Fifo => walk.require_regular(&stat, &at),
+            _ => Ok(()),
+        },
+        Ok(Target::Directory(_)) => Ok(()),
+        Err(error) if error.is_missing() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The group that can read a file, if its group can and others cannot. Unknown counts as none.
+pub fn reading_group(path: &Path) -> Option<u32> {
+    let meta = std::fs::metadata(expand(path).ok()?).ok()?;
+    (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())
+}
+
+/// A directory on the way, held open.
+struct Directory {
+    fd: OwnedFd,
+    stat: Stat,
+    at: PathBuf,
+    is_read_only: bool,
+}
+
+/// Where a path ends.
+enum Target {
+    Directory(Directory),
+    /// Anything else but a symbolic link, by its name in its directory.
+    Entry {
+        above: Directory,
+        name: OsString,
+        stat: Stat,
+        at: PathBuf,
+    },
+}
+
+/// Resolves one path.
+struct Walk<'a> {
+    path: &'a Path,
+    purpose: Purpose,
+    ours: u32,
+}
+
+impl<'a> Walk<'a> {
+    fn new(path: &'a Path, purpose: Purpose) -> Self {
+        Self {
+            path,
+            purpose,
+            ours: rustix::process::geteuid().as_raw(),
+        }
+    }
+
+    fn error(&self, at: &Path, problem: Problem) -> Error {
+        Error {
+            path: self.path.to_owned(),
+            component: at.to_owned(),
+            purpose: self.purpose,
+            problem,
+        }
+    }
+
+    fn io(&self, at: &Path) -> impl Fn(Errno) -> Error {
+        move |errno| self.error(at, Problem::Io(errno.into()))
+    }
+
+    fn open_file(&self) -> Result<(File, PathBuf), Error> {
+        let (above, name, stat, at) = match self.resolve()? {
+            Target::Directory(directory) => {
+                let kind = Problem::NotRegular("a directory");
+                return Err(self.error(&directory.at, kind));
+            }
+            Target::Entry {
+                above,
+                name,
+                stat,
+                at,
+            } => (above, name, stat, at),
+        };
+        // Before it is opened: opening a device can do something.
+        self.require_regular(&stat, &at)?;
+        let flags =
+            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
+        let stat = fstat(&fd).map_err(self.io(&at))?;
+        self.require_regular(&stat, &at)?;
+        // Where the kernel permits it, another user could link a file of root's to a name that is free.
+        if !above.is_read_only
+            && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
+            && stat.st_nlink > 1
+        {
+            return Err(self.error(&at, Problem::HardLinks));
+        }
+        self.check_file(&fd, &stat, &at)?;
+        Ok((File::from(fd), at))
+    }
+
+    fn check_directory(&self) -> Result<(), Error> {
+        match self.resolve()? {
+            Target::Directory(directory) => {
+                let mode = mode_of(&directory.stat);
+                // Every user can add entries to a sticky directory.
+                if !directory.is_read_only && mode & WRITABLE_BY_OTHERS != 0 {
+                    let owner = directory.stat.st_uid;
+                    let what = "the directory ";
+                    let problem = Problem::Writable { what, mode, owner };
+                    return Err(self.error(&directory.at, problem));
+                }
+                Ok(())
+            }
+            Target::Entry { stat, at, .. } => {
+                let problem = Problem::NotDirectory(kind_of(&stat));
+                Err(self.error(&at, problem))
+            }
+        }
+    }
+
+    fn require_regular(&self, stat: &Stat, at: &Path) -> Result<(), Error> {
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+            return Ok(());
+        }
+        Err(self.error(at, Problem::NotRegular(kind_of(stat))))
+    }
+
+    fn check_file(&self, fd: &OwnedFd, stat: &Stat, at: &Path) -> Result<(), Error> {
+        let (mode, owner) = (mode_of(stat), stat.st_uid);
+        let is_read_only = is_mounted_read_only(fd) && is_apart_from_root(stat.st_dev);
+        if self.purpose.secret.is_some() {
+            let forbidden = if owner == ROOT {
+                SECRET_OF_ROOT
+            } else {
+                SECRET_OF_USER
+            };
+            if mode & forbidden != 0 {
+                let problem = Problem::Readable {
+                    mode,
+                    owner,
+                    is_read_only,
+                };
+                return Err(self.error(at, problem));
+            }
+            return self.check_owner("", owner, at);
+        }
+        if is_read_only {
+            return Ok(());
+        }
+        self.check_owner("", owner, at)?;
+        if mode & WRITABLE_BY_OTHERS != 0 {
+            let what = "";
+            return Err(self.error(at, Problem::Writable { what, mode, owner }));
+        }
+        Ok(())
+    }
+
+    fn check_owner(&self, what: &'static str, owner: u32, at: &Path) -> Result<(), Error> {
+        if self.is_trusted(owner) {
+            return Ok(());
+        }
+        Err(self.error(at, Problem::Owner { what, owner }))
+    }
+
+    fn is_trusted(&self, owner: u32) -> bool {
+        owner == ROOT || owner == self.ours
+    }
+
+    /// Examines a directory that the path leads through.
+    fn enter(&self, fd: OwnedFd, at: PathBuf) -> Result<Directory, Error> {
+        let stat = fstat(&fd).map_err(self.io(&at))?;
+        let is_read_only = is_mounted_read_only(&fd) && is_apart_from_root(stat.st_dev);
+        let directory = Directory {
+            fd,
+            stat,
+            at,
+            is_read_only,
+        };
+        if is_read_only {
+            return Ok(directory);
+        }
+        let (mode, owner) = (mode_of(&stat), stat.st_uid);
+        let what = "the directory ";
+        self.check_owner(what, owner, &directory.at)?;
+        if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
+            let problem = Problem::Writable { what, mode, owner };
+            return Err(self.error(&directory.at, problem));
+        }
+        Ok(directory)
+    }
+
+    fn root(&self) -> Result<Directory, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let at = PathBuf::from("/");
+        let fd = openat(CWD, &at, flags, Mode::empty()).map_err(self.io(&at))?;
+        self.enter(fd, at)
+    }
+
+    /// Follows the path to its end and examines every directory and link on the way.
+    fn resolve(&self) -> Result<Target, Error> {
+        let absolute =
+            absolute(self.path).map_err(|error| self.error(self.path, Problem::Io(error)))?;
+        let mut rest = names(&absolute);
+        let mut directory = self.root()?;
+        let mut links = 0;
+        while let Some(name) = rest.pop_front() {
+            let at = match name.to_str() {
+                Some("..") => directory.at.parent().unwrap_or(&directory.at).to_owned(),
+                _ => directory.at.join(&name),
+            };
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let entry = openat(&directory.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
+            let stat = fstat(&entry).map_err(self.io(&at))?;
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => directory = self.enter(entry, at)?,
+                FileType::Symlink => {
+                    links += 1;
+                    if links > LINKS_MAX {
+                        return Err(self.io(&at)(Errno::LOOP));
+                    }
+                    self.check_link(&directory, &stat, &at)?;
+                    let target = self.read_link(&entry, &at)?;
+                    if target.is_absolute() {
+                        directory = self.root()?;
+                    }
+                    for part in names(&target).into_iter().rev() {
+                        rest.push_front(part);
+                    }
+                }
+                _ if rest.is_empty() => {
+                    return Ok(Target::Entry {
+                        above: directory,
+                        name,
+                        stat,
+                        at,
+                    });
+                }
+                _ => return Err(self.error(&at, Problem::NotDirectory(kind_of(&stat)))),
+            }
+        }
+        Ok(Target::Directory(directory))
+    }
+
+    /// In a sticky directory every user can make a link; elsewhere only its owner can, who was examined with the directory.
+    fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
+        if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
+            return Ok(());
+        }
+        self.check_owner("the symbolic link ", stat.st_uid, at)
+    }
+
+    fn read_link(&self, link: &OwnedFd, at: &Path) -> Result<PathBuf, Error> {
+        // The links below /proc/*/fd lead to an open file and not to a path.
+        if fstatfs(link).is_ok_and(|system| system.f_type == PROC_SUPER_MAGIC)
+            && at.parent().and_then(Path::file_name) == Some(OsStr::new("fd"))
+        {
+            return Err(self.error(at, Problem::ProcLink));
+        }
+        let target = readlinkat(link, "", Vec::new()).map_err(self.io(at))?;
+        Ok(PathBuf::from(OsString::from_vec(target.into_bytes())))
+    }
+}
+
+/// The components of a path, without those that stand for nothing.
+fn names(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name.to_owned()),
+            Component::ParentDir => Some("..".into()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+        })
+        .collect()
+}
+
+fn is_mounted_read_only(fd: impl AsFd) -> bool {
+    fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
+}
+
+/// Whether a device is another one than that of the root directory. Unknown counts as the same.
+fn is_apart_from_root(device: u64) -> bool {
+    rustix::fs::stat("/").is_ok_and(|root| root.st_dev != device)
+}
+
+const fn mode_of(stat: &Stat) -> u32 {
+    stat.st_mode & 0o7777
+}
+
+fn kind_of(stat: &Stat) -> &'static str {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a directory",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a FIFO (named pipe)",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        FileType::Unknown => "a file of an unknown kind",
+    }
+}

@@ -1,0 +1,304 @@
+//! Files and directories as other users may have left them. The tests that give something to another user need root.
+
+use std::{
+    fs::{self, DirBuilder, Permissions},
+    os::unix::{
+        fs::{PermissionsExt as _, chown, lchown, symlink},
+        net::UnixListener,
+    },
+};
+
+use tempfile::TempDir;
+
+use super::*;
+
+const TRUST: Purpose = Purpose::trust("other users could do harm");
+const SECRET: Purpose = Purpose::secret("PIN");
+const LIMIT: u64 = 1_000;
+const OTHER_USER: u32 = 65_534;
+
+/// A folder below the sticky `/tmp`, as in production nothing is.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn file(&self, name: &str, mode: u32) -> PathBuf {
+        let path = self.at(name);
+        fs::write(&path, "content").unwrap();
+        set_mode(&path, mode);
+        path
+    }
+
+    fn directory(&self, name: &str, mode: u32) -> PathBuf {
+        let path = self.at(name);
+        DirBuilder::new().create(&path).unwrap();
+        set_mode(&path, mode);
+        path
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+/// Whether files can be given away here.
+fn is_root(test: &str) -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("SKIPPED without root: {test}");
+    }
+    is_root
+}
+
+fn accepted(path: &Path, purpose: Purpose) {
+    let bytes = read(path, LIMIT, purpose).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(*bytes, b"content");
+}
+
+/// The text of the refusal, which names the component at fault.
+#[track_caller]
+fn refused(path: &Path, purpose: Purpose, component: &Path, words: &str) -> String {
+    let error = read(path, LIMIT, purpose).expect_err("it was accepted");
+    assert_eq!(error.component, component, "{error}");
+    let text = error.to_string();
+    assert!(text.contains(words), "{words:?}: {text}");
+    assert!(text.contains(component.to_str().unwrap()), "{text}");
+    text
+}
+
+#[test]
+fn a_file_that_others_can_write_decides_nothing() {
+    let folder = Folder::new();
+    let path = folder.file("file", 0o600);
+    for mode in [0o400, 0o444, 0o600, 0o644, 0o755] {
+        set_mode(&path, mode);
+        accepted(&path, TRUST);
+    }
+    for mode in [0o620, 0o602, 0o664, 0o646, 0o666] {
+        set_mode(&path, mode);
+        let text = refused(&path, TRUST, &path, "chmod go-w");
+        assert!(text.contains("other users could do harm"), "{text}");
+    }
+}
+
+#[test]
+fn a_secret_that_others_can_read_is_refused() {
+    let folder = Folder::new();
+    let path = folder.file("file", 0o600);
+    for mode in [0o400, 0o600, 0o700] {
+        set_mode(&path, mode);
+        accepted(&path, SECRET);
+    }
+    for mode in [0o604, 0o644, 0o620, 0o602, 0o610] {
+        set_mode(&path, mode);
+        let text = refused(&path, SECRET, &path, "chmod 600");
+        assert!(text.contains("change the PIN"), "{text}");
+    }
+}
+
+#[test]
+fn only_root_may_let_a_group_read_a_secret() {
+    if !is_root("a secret of root with a group") {
+        return;
+    }
+    let folder = Folder::new();
+    let path = folder.file("file", 0o640);
+    chown(&path, Some(0), Some(OTHER_USER)).unwrap();
+    for mode in [0o440, 0o640] {
+        set_mode(&path, mode);
+        accepted(&path, SECRET);
+        assert_eq!(reading_group(&path), Some(OTHER_USER));
+    }
+    set_mode(&path, 0o660);
+    refused(&path, SECRET, &path, "chmod 600");
+    chown(&path, Some(OTHER_USER), None).unwrap();
+    for (mode, words) in [
+        (0o440, "others can read it"),
+        (0o400, "belongs to user 65534"),
+    ] {
+        set_mode(&path, mode);
+        refused(&path, SECRET, &path, words);
+    }
+    assert_eq!(reading_group(&path), None);
+}
+
+#[test]
+fn what_belongs_to_another_user_is_refused_wherever_it_stands_on_the_way() {
+    if !is_root("files of another user") {
+        return;
+    }
+    let folder = Folder::new();
+    let outer = folder.directory("outer", 0o755);
+    let inner = folder.directory("outer/inner", 0o755);
+    let file = folder.file("outer/inner/file", 0o600);
+    for component in [&file, &inner, &outer] {
+        chown(component, Some(OTHER_USER), None).unwrap();
+        for purpose in [TRUST, SECRET] {
+            let text = refused(&file, purpose, component, "belongs to user 65534");
+            assert!(text.contains("chown root"), "{text}");
+        }
+        chown(component, Some(0), None).unwrap();
+        accepted(&file, TRUST);
+    }
+}
+
+#[test]
+fn a_directory_that_others_can_write_is_refused_wherever_it_stands_on_the_way() {
+    let folder = Folder::new();
+    let outer = folder.directory("outer", 0o755);
+    let inner = folder.directory("outer/inner", 0o755);
+    let file = folder.file("outer/inner/file", 0o600);
+    for directory in [&inner, &outer] {
+        for mode in [0o775, 0o757, 0o777, 0o2775] {
+            set_mode(directory, mode);
+            for purpose in [TRUST, SECRET] {
+                refused(&file, purpose, directory, "chmod go-w");
+            }
+            check_directory(&inner, TRUST).unwrap_err();
+        }
+        set_mode(directory, 0o711);
+        accepted(&file, SECRET);
+        check_directory(&inner, TRUST).unwrap();
+    }
+}
+
+#[test]
+fn a_link_is_followed_only_through_directories_that_others_cannot_write() {
+    let folder = Folder::new();
+    let open = folder.directory("open", 0o777);
+    let closed = folder.directory("closed", 0o755);
+    let target = folder.file("closed/file", 0o600);
+    // A link in an open directory, a link to one in it, and a way through it and back.
+    symlink(&target, open.join("link")).unwrap();
+    symlink("../open/link", closed.join("first")).unwrap();
+    symlink("../open/../closed/file", closed.join("second")).unwrap();
+    symlink("file", closed.join("good")).unwrap();
+    symlink(closed.join("good"), folder.at("absolute")).unwrap();
+    for name in ["open/link", "closed/first", "closed/second"] {
+        refused(&folder.at(name), TRUST, &open, "chmod go-w");
+    }
+    for name in ["closed/good", "absolute", "closed/../closed/./good"] {
+        accepted(&folder.at(name), TRUST);
+    }
+    symlink("loop", folder.at("loop")).unwrap();
+    let error = read(&folder.at("loop"), LIMIT, TRUST).unwrap_err();
+    assert!(error.to_string().contains("loop"), "{error}");
+}
+
+/// `/tmp`, and Secrets as Kubernetes mounts them: every user may add entries, and none can change those of another.
+#[test]
+fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
+    let folder = Folder::new();
+    let sticky = folder.directory("sticky", 0o1777);
+    folder.directory("sticky/..2026_11_21", 0o755);
+    folder.file("sticky/..2026_11_21/tls.crt", 0o644);
+    symlink("..2026_11_21", sticky.join("..data")).unwrap();
+    symlink("..data/tls.crt", sticky.join("tls.crt")).unwrap();
+    let path = sticky.join("tls.crt");
+    accepted(&path, TRUST);
+    set_mode(&sticky, 0o3777);
+    accepted(&path, TRUST);
+    fs::hard_link(
+        folder.at("sticky/..2026_11_21/tls.crt"),
+        sticky.join("linked"),
+    )
+    .unwrap();
+    refused(
+        &sticky.join("linked"),
+        TRUST,
+        &sticky.join("linked"),
+        "hard link",
+    );
+    accepted(&path, TRUST);
+    // Every user decides what it lists.
+    let error = check_directory(&sticky, TRUST).unwrap_err();
+    assert_eq!(error.component, sticky);
+    if !is_root("entries of another user in a sticky directory") {
+        return;
+    }
+    let link = sticky.join("..data");
+    lchown(&link, Some(OTHER_USER), None).unwrap();
+    refused(&path, TRUST, &link, "the symbolic link");
+    lchown(&link, Some(0), None).unwrap();
+    accepted(&path, TRUST);
+    chown(&sticky, Some(OTHER_USER), None).unwrap();
+    refused(&path, TRUST, &sticky, "belongs to user 65534");
+}
+
+#[test]
+fn only_a_regular_file_is_read_and_nothing_waits() {
+    let folder = Folder::new();
+    let fifo = folder.at("fifo");
+    rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let socket = folder.at("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let directory = folder.directory("directory", 0o700);
+    for (path, words) in [
+        (&fifo, "is a FIFO (named pipe)"),
+        (&socket, "is a socket"),
+        (&directory, "is a directory"),
+        (&PathBuf::from("/dev/null"), "is a character device"),
+    ] {
+        for purpose in [TRUST, SECRET] {
+            refused(path, purpose, path, words);
+        }
+        // Another library would hang on the FIFO alone.
+        assert_eq!(check_if_present(path, TRUST).is_err(), path == &fifo);
+    }
+    let file = folder.file("file", 0o600);
+    refused(&file.join("below"), TRUST, &file, "and not a directory");
+    let error = check_directory(&file, TRUST).unwrap_err();
+    assert!(error.to_string().contains("and not a directory"), "{error}");
+    // A link to an open descriptor leads to no path.
+    let open = File::open(&file).unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&open);
+    let error = read(Path::new(&format!("/proc/self/fd/{number}")), LIMIT, TRUST).unwrap_err();
+    assert!(error.to_string().contains("open descriptor"), "{error}");
+}
+
+#[test]
+fn a_missing_file_is_told_from_an_unusable_one() {
+    let folder = Folder::new();
+    for name in ["missing", "missing/below"] {
+        let error = read(&folder.at(name), LIMIT, TRUST).unwrap_err();
+        assert!(error.is_missing(), "{error}");
+        assert!(error.to_string().contains("No such file"), "{error}");
+        check_if_present(&folder.at(name), TRUST).unwrap();
+    }
+    let file = folder.file("file", 0o646);
+    assert!(!read(&file, LIMIT, TRUST).unwrap_err().is_missing());
+    check_if_present(&file, TRUST).unwrap_err();
+}
+
+#[test]
+fn a_file_is_read_whole_or_not_at_all() {
+    let folder = Folder::new();
+    let path = folder.file("file", 0o600);
+    for length in [0, 1, 999, 1_000, 70_000] {
+        fs::write(&path, vec![b'x'; length]).unwrap();
+        let limit = u64::try_from(length).unwrap();
+        assert_eq!(read(&path, limit, TRUST).unwrap().len(), length);
+        if length > 0 {
+            let error = read(&path, limit - 1, TRUST).unwrap_err();
+            assert!(error.to_string().contains("longer than"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_credential_of_systemd_needs_its_directory() {
+    let path = Path::new("$CREDENTIALS_DIRECTORY/pin");
+    assert!(is_absolute(path) && is_absolute(Path::new("/pin")));
+    assert!(
+        !is_absolute(Path::new("pin")) && !is_absolute(Path::new("$CREDENTIALS_DIRECTORYx/pin"))
+    );
+    let error = read(path, LIMIT, SECRET).unwrap_err();
+    assert!(error.to_string().contains("LoadCredential="), "{error}");
+}

@@ -13,10 +13,13 @@ use crate::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
     key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    state::StateDirectory,
 };
 
+mod integrity;
 mod line;
 mod log;
+mod memory;
 mod recovery;
 mod segment;
 mod state;
@@ -25,6 +28,7 @@ mod verify;
 mod writer;
 
 pub use log::AuditLog;
+pub use memory::Tampering;
 pub use recovery::open_intents;
 pub use tail::tail;
 pub use verify::{Report, verify};
@@ -53,6 +57,37 @@ impl Settings {
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
+    }
+
+    /// Opens the log of this instance. Unlike [`Settings::open`] it remembers the log in the state directory, and refuses one
+    /// that ends before the last entry that was durable, that is gone, or whose tampering no operator has acknowledged.
+    pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
+        segment::prepare_directory(&self.directory)?;
+        AuditLog::open_remembered(
+            &self.directory.join(&self.instance),
+            self.segment_bytes_max,
+            self.memory(),
+        )
+    }
+
+    /// The tampering with the log of this instance that no operator has acknowledged.
+    pub fn tampering(&self) -> Result<Option<Tampering>, Error> {
+        self.memory().tampering()
+    }
+
+    /// Acknowledges the tampering that was found, in the name of an operator. A broker that serves takes this in within a
+    /// second, another one at its start.
+    pub fn acknowledge_tampering(&self, principal: &str) -> Result<(), Error> {
+        self.memory().acknowledge(principal)
+    }
+
+    /// Compares the end of this instance's log with the last entry that is known to have been durable.
+    pub fn verify_instance(&self) -> Result<Report, Error> {
+        verify::verify_to(&self.directory.join(&self.instance), self.memory().mark()?)
+    }
+
+    fn memory(&self) -> memory::Memory {
+        memory::Memory::new(StateDirectory::below(&self.directory), &self.instance)
     }
 }
 
@@ -200,6 +235,9 @@ enum Class {
     Down,
     InUse,
     Slow,
+    Tampered,
+    /// Tampered with, and latched: the text says what to do.
+    Latched,
 }
 
 impl Error {
@@ -207,6 +245,37 @@ impl Error {
         Self {
             text: text.into(),
             class: Class::Down,
+        }
+    }
+
+    /// A file of the log is not the one that was written.
+    fn tampered(finding: impl Into<String>) -> Self {
+        Self {
+            text: finding.into(),
+            class: Class::Tampered,
+        }
+    }
+
+    fn is_tampering(&self) -> bool {
+        self.class == Class::Tampered
+    }
+
+    fn finding(&self) -> &str {
+        &self.text
+    }
+
+    /// The same with the remedy: nothing goes on by itself.
+    fn latched(self) -> Self {
+        if self.class == Class::Latched {
+            return self;
+        }
+        Self {
+            text: format!(
+                "{}; nothing is released or changed until an operator runs `keybroker audit acknowledge`. Keep the directory as it \
+                 is for the auditors",
+                self.text
+            ),
+            class: Class::Latched,
         }
     }
 

@@ -12,11 +12,12 @@ use tokio::sync::oneshot;
 
 use super::{
     APPEND_TIMEOUT, CLOSE_TIMEOUT, Entry, EntryKind, Error, OpenIntent, Outcome,
+    memory::{Acknowledgement, Memory},
     recovery::Found,
     segment,
     state::{Shared, slow},
     tail::last_lines,
-    writer::{Command, Writer},
+    writer::{self, Command, Writer},
 };
 
 /// Entries that may wait for the writer; more are refused at once.
@@ -49,14 +50,44 @@ impl AuditLog {
         directory: &Path,
         segment_bytes_max: u64,
     ) -> Result<(Self, Vec<OpenIntent>), Error> {
+        Self::open_with(directory, segment_bytes_max, None)
+    }
+
+    pub(super) fn open_remembered(
+        directory: &Path,
+        segment_bytes_max: u64,
+        memory: Memory,
+    ) -> Result<(Self, Vec<OpenIntent>), Error> {
+        Self::open_with(directory, segment_bytes_max, Some(memory))
+    }
+
+    fn open_with(
+        directory: &Path,
+        segment_bytes_max: u64,
+        memory: Option<Memory>,
+    ) -> Result<(Self, Vec<OpenIntent>), Error> {
+        let acknowledgement = match &memory {
+            Some(memory) => acknowledgement(memory, directory)?,
+            None => None,
+        };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
         let log_id = segment::log_id(directory)?;
-        let found = Found::read(directory)?;
+        let mut found = Found::read(directory)?;
+        if let Some(memory) = &memory {
+            compare_with_mark(memory, &log_id, &mut found, acknowledgement.is_some())?;
+        }
         found.set_aside(directory)?;
         let shared = Arc::<Shared>::default();
         let open: Vec<OpenIntent> = found.open.values().cloned().collect();
-        let mut writer = Writer::new(directory, log_id, lock, &found, Arc::clone(&shared));
+        let mut writer = Writer::new(
+            directory,
+            log_id,
+            lock,
+            &found,
+            Arc::clone(&shared),
+            memory.clone(),
+        )?;
         writer.segment_bytes_max = segment_bytes_max;
         writer.open = found.open;
         writer.ensure_open()?;
@@ -67,6 +98,10 @@ impl AuditLog {
             let mut torn = Entry::new(EntryKind::System, "log.torn_tail_set_aside", Outcome::Ok);
             torn.bytes = Some(found.torn_bytes);
             writer.write(&[&torn])?;
+        }
+        if let (Some(acknowledgement), Some(memory)) = (acknowledgement, &memory) {
+            writer.write(&[&writer::acknowledged(&acknowledgement.principal)])?;
+            memory.forget_tampering()?;
         }
         let log = Self::start(directory, writer, shared)?;
         Ok((log, open))
@@ -141,6 +176,66 @@ impl AuditLog {
             );
         }
     }
+}
+
+/// The operator's acknowledgement, if tampering was found earlier. An error when it was found and not acknowledged, or when the
+/// directory is gone that had entries.
+fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
+    let acknowledgement = memory.acknowledgement()?;
+    if acknowledgement.is_some() {
+        return Ok(acknowledgement);
+    }
+    if let Some(tampering) = memory.tampering()? {
+        return Err(Error::tampered(tampering.finding).latched());
+    }
+    if memory.mark()?.is_some() && !directory.join(segment::LOG_ID).exists() {
+        let finding = format!("the log in {} was removed or renamed", directory.display());
+        return Err(found_at_start(memory, finding));
+    }
+    Ok(None)
+}
+
+/// Holds what is in the directory against the last entry that is known to have been durable. After an acknowledgement entries
+/// may be missing: then the sequence goes on behind them, so that the gap stays visible.
+fn compare_with_mark(
+    memory: &Memory,
+    log_id: &str,
+    found: &mut Found,
+    is_acknowledged: bool,
+) -> Result<(), Error> {
+    let Some(mark) = memory.mark()? else {
+        return Ok(());
+    };
+    if is_acknowledged {
+        if mark.log_id == log_id {
+            found.last_sequence = found.last_sequence.max(mark.sequence);
+        }
+        return Ok(());
+    }
+    if mark.log_id != log_id {
+        let finding = format!(
+            "the log has the id {log_id}, and {} was written",
+            mark.log_id
+        );
+        return Err(found_at_start(memory, finding));
+    }
+    if found.last_sequence < mark.sequence {
+        let finding = format!(
+            "the log ends with entry {}, and entry {} was durable",
+            found.last_sequence, mark.sequence
+        );
+        return Err(found_at_start(memory, finding));
+    }
+    Ok(())
+}
+
+fn found_at_start(memory: &Memory, finding: String) -> Error {
+    let error = Error::tampered(finding);
+    // Found again at the next start, if it cannot be remembered.
+    if let Err(unwritten) = memory.set_tampering(error.finding()) {
+        tracing::warn!(error = %unwritten, "the tampering is not remembered");
+    }
+    error.latched()
 }
 
 fn stopped() -> Error {

@@ -13,6 +13,10 @@ use super::{
 };
 
 const OPEN_TO_OTHERS: u32 = 0o077;
+/// Name of the file whose lock makes a process the only writer.
+pub(super) const LOCK: &str = "lock";
+/// Name of the file with the id of the log.
+pub(super) const LOG_ID: &str = "log-id";
 
 fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) -> Error {
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
@@ -41,7 +45,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
 
 /// The lock that makes this process the only writer. Held while the file is open.
 pub(super) fn lock(directory: &Path) -> Result<File, Error> {
-    let path = directory.join("lock");
+    let path = directory.join(LOCK);
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -72,7 +76,12 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
 
 /// The id of the log: made once, 32 hexadecimal digits.
 pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
-    let path = directory.join("log-id");
+    let path = directory.join(LOG_ID);
+    // A FIFO in its place would otherwise block the start.
+    if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
+        let remedy = "the log was tampered with; keep it for the auditors and start another";
+        return Err(fail("cannot read", &path, "it is not a regular file", remedy));
+    }
     match fs::read_to_string(&path) {
         Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),
         // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
@@ -181,11 +190,6 @@ pub(super) struct FileId {
 }
 
 impl FileId {
-    /// Of the file that a path leads to now; absent when there is none.
-    pub(super) fn at(path: &Path) -> Option<Self> {
-        fs::symlink_metadata(path).ok().map(|meta| Self::of(&meta))
-    }
-
     pub(super) fn of(meta: &Metadata) -> Self {
         Self {
             device: meta.dev(),

@@ -1,7 +1,10 @@
 //! Checks a log offline: every line canonical, one log id, a sequence without gaps.
 //!
-//! What this does not find: lines cut off the end of the newest segment, and a log rewritten as a whole by somebody who
-//! can write its files. The tree and its signed checkpoints, which would show both, are not there yet.
+//! The log of an instance is also held against the last entry that the instance remembers as durable, so lines cut off its
+//! end are found up to the last second before the broker stopped.
+//!
+//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by somebody who can
+//! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
 
 use std::{
     collections::HashSet,
@@ -13,6 +16,7 @@ use crate::call::CallId;
 use super::{
     Error,
     line::Parsed,
+    memory::Mark,
     segment::{self, Line},
 };
 
@@ -38,6 +42,11 @@ const PROBLEMS_MAX: usize = 100;
 
 /// Reads all segments of a log.
 pub fn verify(directory: &Path) -> Result<Report, Error> {
+    verify_to(directory, None)
+}
+
+/// The same, up to an entry that must be there.
+pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let log_id = std::fs::read_to_string(directory.join("log-id")).map_err(|error| {
         Error::new(format!(
             "cannot read log-id in {}: {error}",
@@ -68,6 +77,9 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
             }
             None => {}
         })?;
+    }
+    if let Some(mark) = mark {
+        check.end(&mark);
     }
     check.report.open_intents = u64::try_from(check.open.len()).expect("a count fits in 64 bits");
     Ok(check.report)
@@ -102,6 +114,19 @@ impl Check<'_> {
             && let Some(call) = &line.call_id
         {
             self.open.remove(call);
+        }
+    }
+
+    fn end(&mut self, mark: &Mark) {
+        if mark.log_id != self.log_id {
+            let what = format!("the log of this instance was {}", mark.log_id);
+            self.problem(&what);
+        } else if self.report.last_sequence < mark.sequence {
+            let what = format!(
+                "the log ends with entry {}, and entry {} was durable",
+                self.report.last_sequence, mark.sequence
+            );
+            self.problem(&what);
         }
     }
 

@@ -4,6 +4,9 @@
 //! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages for good (Linux reports the
 //! loss once and then calls the file clean), so the segment is cut back to what was durable and a new one is begun.
 //!
+//! Files that another process removed, replaced, truncated or added are no failure of the disk: the log is latched, and nothing
+//! is written until an operator acknowledges what was found.
+//!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
 use std::{
@@ -12,7 +15,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -22,16 +25,19 @@ use crate::call::{CallId, Timestamp};
 
 use super::{
     Entry, EntryKind, Error, OpenIntent, Outcome,
+    integrity::{Files, Written},
     line::{self, Place},
+    memory::{Mark, Memory},
     recovery::Found,
-    segment::{self, FileId},
+    segment,
     state::Shared,
 };
 
 /// Entries in one group at most.
 pub(super) const GROUP_MAX: u64 = 1_024;
-/// While the log is down, how often it is tried without being asked.
-const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the files are compared and, while the log is down, it is tried without being asked. Twice this is less than the
+/// second within which tampering is noticed.
+const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// An entry, and whoever waits for it to be durable.
 pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
@@ -46,8 +52,18 @@ pub(super) struct Writer {
     log_id: String,
     pub(super) segment_bytes_max: u64,
     shared: Arc<Shared>,
-    /// Held for its lock.
-    _lock: File,
+    /// Held for its lock; absent while it is taken anew.
+    lock: Option<File>,
+    /// Every file of the log, as this process left it.
+    files: Files,
+    /// What outlives the directory; absent for the log of one command.
+    memory: Option<Memory>,
+    /// The mark that was remembered last.
+    marked: u64,
+    /// When the files were compared last.
+    compared: Instant,
+    /// What was found. Nothing is written while it is there.
+    latched: Option<Error>,
     /// Absent after a failure.
     current: Option<Current>,
     /// The newest segment, whether open or not; absent in a new log.
@@ -66,17 +82,6 @@ struct Current {
 struct Newest {
     number: u64,
     durable_bytes: u64,
-    /// The file as it was made or found; absent when it was gone.
-    id: Option<FileId>,
-}
-
-impl Current {
-    /// Whether the path still leads to the open file: a log that was unlinked or replaced takes writes that nobody can
-    /// read.
-    fn still_there(&self) -> bool {
-        let open = self.file.metadata().ok().map(|meta| FileId::of(&meta));
-        open.is_some() && open == FileId::at(&self.path)
-    }
 }
 
 impl Writer {
@@ -87,23 +92,24 @@ impl Writer {
         lock: File,
         found: &Found,
         shared: Arc<Shared>,
-    ) -> Self {
-        let newest = found.newest.map(|number| Newest {
-            number,
-            durable_bytes: found.good_bytes,
-            id: FileId::at(&segment::segment_path(directory, number)),
-        });
-        Self {
+        memory: Option<Memory>,
+    ) -> Result<Self, Error> {
+        Ok(Self {
             directory: directory.to_owned(),
             log_id,
             segment_bytes_max: u64::MAX,
             shared,
-            _lock: lock,
+            lock: Some(lock),
+            files: Files::read(directory)?,
+            memory,
+            marked: 0,
+            compared: Instant::now(),
+            latched: None,
             current: None,
-            newest,
+            newest: newest(found),
             sequence: found.last_sequence + 1,
             open: HashMap::new(),
-        }
+        })
     }
 
     /// Runs until closed or until every handle is gone.
@@ -130,12 +136,17 @@ impl Writer {
                 }
             }
             self.commit(group);
+            // A busy log has no pause in which the probe runs.
+            if self.compared.elapsed() >= PROBE_INTERVAL {
+                self.probe();
+            }
             self.shared.idle();
             if closing {
                 let closed = Entry::new(EntryKind::System, "log.closed", Outcome::Ok);
                 if let Err(error) = self.write(&[&closed]) {
                     tracing::error!(%error, "the audit log could not be closed in order");
                 }
+                self.remember();
                 return;
             }
         }
@@ -185,10 +196,32 @@ impl Writer {
     pub(super) fn write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
         let result = self.try_write(entries);
         if let Err(error) = &result {
-            self.current = None;
-            self.shared.set_down(Some(error.clone()));
+            self.note_failure(error);
         }
         result
+    }
+
+    /// Nothing is assumed of the open segment any more, and a log whose files were tampered with is latched.
+    fn note_failure(&mut self, error: &Error) {
+        self.current = None;
+        if !error.is_tampering() {
+            self.shared.set_down(Some(error.clone()));
+            return;
+        }
+        if self.latched.is_some() {
+            return;
+        }
+        let latched = error.clone().latched();
+        tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
+        metrics::counter!("keybroker_audit_tampering_total").increment(1);
+        self.shared.set_down(Some(latched.clone()));
+        self.latched = Some(latched);
+        // Also after a restart. The state directory may be gone with the log: then this process alone remembers.
+        if let Some(memory) = &self.memory
+            && let Err(unwritten) = memory.set_tampering(error.finding())
+        {
+            tracing::error!(error = %unwritten, "tampering is remembered until this process ends, and no longer");
+        }
     }
 
     fn try_write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
@@ -211,15 +244,20 @@ impl Writer {
             ))
         };
         self.shared.busy();
+        // Before the write: a segment that was cut short would have the right length again after it.
+        self.files.check_current(newest.number)?;
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
-        if !current.still_there() {
-            return Err(Error::new(format!(
-                "{} was unlinked or replaced while in use; keep what is there for the auditors",
-                current.path.display()
-            )));
-        }
+        let written = Written::of(&current.file.metadata().map_err(failed)?);
         newest.durable_bytes += count(bytes.len());
+        self.files.note(
+            newest.number,
+            Written {
+                bytes: newest.durable_bytes,
+                ..written
+            },
+        );
+        self.files.check_current(newest.number)?;
         self.shared.set_durable(newest.number, newest.durable_bytes);
         self.sequence += count(entries.len());
         Ok(())
@@ -245,16 +283,16 @@ impl Writer {
 
     /// Opens a new segment if there is none: at start, after a failure, when the last is full.
     pub(super) fn ensure_open(&mut self) -> Result<(), Error> {
+        if let Some(latched) = &self.latched {
+            return Err(latched.clone());
+        }
         if self.current.is_some() {
             return Ok(());
         }
         let result = self.begin_segment();
         match &result {
             Ok(()) => self.shared.set_down(None),
-            Err(error) => {
-                self.current = None;
-                self.shared.set_down(Some(error.clone()));
-            }
+            Err(error) => self.note_failure(error),
         }
         result
     }
@@ -262,14 +300,18 @@ impl Writer {
     fn begin_segment(&mut self) -> Result<(), Error> {
         self.shared.busy();
         let number = self.clear_newest()?;
+        self.files.check_all(number)?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
         // Known before anything else can fail: the next attempt begins with this file, and makes none beside it.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,
-            id: file.metadata().ok().map(|meta| FileId::of(&meta)),
         });
+        let meta = file
+            .metadata()
+            .map_err(|error| Error::new(format!("cannot look at {}: {error}", path.display())))?;
+        self.files.note(number, Written::of(&meta));
         segment::sync_directory(&self.directory)?;
         self.current = Some(Current { file, path });
         let mut opened = Entry::new(EntryKind::System, "segment.opened", Outcome::Ok);
@@ -279,30 +321,28 @@ impl Writer {
 
     /// Leaves of the newest segment what was durable, so that no torn line stays in the middle of the log, and says which
     /// number is next. A segment of which nothing is durable is made anew: on a full disk each attempt would leave an
-    /// empty one. A file that is not the one that was written here is left to the auditors: missing sequence numbers show.
-    fn clear_newest(&self) -> Result<u64, Error> {
+    /// empty one.
+    fn clear_newest(&mut self) -> Result<u64, Error> {
         let Some(newest) = &self.newest else {
             return Ok(1);
         };
         let path = segment::segment_path(&self.directory, newest.number);
-        let found = FileId::at(&path);
-        let ours = found.is_some() && found == newest.id;
+        self.files.check_identity(newest.number)?;
         if newest.durable_bytes > 0 {
-            if ours {
-                segment::cut_back(&path, newest.durable_bytes)?;
-            }
+            segment::cut_back(&path, newest.durable_bytes)?;
+            self.files.cut_back(newest.number, newest.durable_bytes);
             return Ok(newest.number + 1);
         }
-        if ours {
-            fs::remove_file(&path).map_err(|error| {
-                Error::new(format!(
-                    "cannot remove the empty {}: {error}",
-                    path.display()
-                ))
-            })?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::new(format!(
+                "cannot remove the empty {}: {error}",
+                path.display()
+            ))),
+            _ => {
+                self.files.forget(newest.number);
+                Ok(newest.number)
+            }
         }
-        let taken = found.is_some() && !ours;
-        Ok(newest.number + u64::from(taken))
     }
 
     /// A full segment is closed when no intent is open, so that recovery never reads further back than the first segment
@@ -322,22 +362,110 @@ impl Writer {
         }
     }
 
-    /// Once in a while without being asked: finds out that the log is gone, or that it is back.
+    /// Once in a while without being asked: compares the files, finds out that the log is back, and remembers how far it is
+    /// durable.
     fn probe(&mut self) {
         self.shared.busy();
-        if let Some(current) = &self.current
-            && !current.still_there()
-        {
-            let path = current.path.display();
-            let error = Error::new(format!("{path} was unlinked or replaced while in use"));
-            tracing::error!(alarm = "audit-log", %error, "the audit log was tampered with");
-            self.current = None;
-            self.shared.set_down(Some(error));
+        self.compared = Instant::now();
+        if self.latched.is_some() {
+            self.try_acknowledgement();
+            return;
+        }
+        if self.current.is_some() {
+            let number = self.newest.as_ref().map_or(0, |newest| newest.number);
+            if let Err(error) = self.files.check_all(number) {
+                self.note_failure(&error);
+                return;
+            }
         }
         if self.current.is_none() && self.ensure_open().is_ok() {
             tracing::info!("the audit log is writable again");
         }
+        self.remember();
     }
+
+    /// Remembers the last entry. A mark that cannot be written is written later: it may lag behind.
+    fn remember(&mut self) {
+        let sequence = self.sequence - 1;
+        let Some(memory) = &self.memory else { return };
+        if self.latched.is_some() || self.marked == sequence {
+            return;
+        }
+        let mark = Mark {
+            log_id: self.log_id.clone(),
+            sequence,
+        };
+        match memory.set_mark(&mark) {
+            Ok(()) => self.marked = sequence,
+            Err(error) => tracing::debug!(%error, "the end of the audit log is not remembered yet"),
+        }
+    }
+
+    /// Goes on when an operator has acknowledged what was found.
+    fn try_acknowledgement(&mut self) {
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        let acknowledgement = match memory.acknowledgement() {
+            Ok(Some(acknowledgement)) => acknowledgement,
+            Ok(None) => return,
+            Err(error) => return tracing::warn!(%error, "no acknowledgement can be read"),
+        };
+        match self.go_on_after_tampering(&memory, &acknowledgement.principal) {
+            Ok(()) => tracing::warn!(
+                principal = %acknowledgement.principal,
+                "the tampering was acknowledged; the audit log goes on"
+            ),
+            Err(error) => {
+                tracing::error!(%error, "the tampering was acknowledged, and the audit log cannot go on yet");
+                self.current = None;
+                let latched = error.latched();
+                self.shared.set_down(Some(latched.clone()));
+                self.latched = Some(latched);
+            }
+        }
+    }
+
+    /// Takes the directory as it is now, as a start would. Entries that are gone leave a gap in the sequence.
+    fn go_on_after_tampering(&mut self, memory: &Memory, principal: &str) -> Result<(), Error> {
+        segment::prepare_directory(&self.directory)?;
+        // Ours is of the file that may be gone.
+        self.lock = None;
+        self.lock = Some(segment::lock(&self.directory)?);
+        let log_id = segment::log_id(&self.directory)?;
+        let found = Found::read(&self.directory)?;
+        found.set_aside(&self.directory)?;
+        let went_on = log_id == self.log_id;
+        self.log_id = log_id;
+        self.sequence = if went_on {
+            self.sequence.max(found.last_sequence + 1)
+        } else {
+            found.last_sequence + 1
+        };
+        self.newest = newest(&found);
+        self.open.extend(found.open);
+        self.files = Files::read(&self.directory)?;
+        self.latched = None;
+        self.ensure_open()?;
+        self.write(&[&acknowledged(principal)])?;
+        self.remember();
+        memory.forget_tampering()
+    }
+}
+
+/// The entry that says that a log goes on after its files were tampered with.
+pub(super) fn acknowledged(principal: &str) -> Entry {
+    let mut entry = Entry::new(EntryKind::System, "log.tampering_acknowledged", Outcome::Ok);
+    entry.principal = Some(principal.to_owned());
+    entry.peer = Some("local".to_owned());
+    entry
+}
+
+fn newest(found: &Found) -> Option<Newest> {
+    found.newest.map(|number| Newest {
+        number,
+        durable_bytes: found.good_bytes,
+    })
 }
 
 fn count(number: usize) -> u64 {

@@ -133,6 +133,6 @@ fn append(log: &AuditLog, entry: Entry) -> Result<(), Failure> {
 }
 
 /// Whoever runs the command, as the operating system knows them.
-fn local_operator() -> String {
+pub(super) fn local_operator() -> String {
     format!("local-uid:{}", rustix::process::getuid().as_raw())
 }

@@ -31,7 +31,7 @@ pub(super) struct Bound {
 pub(super) async fn open_audit(
     settings: audit::Settings,
 ) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
-    let opened = tokio::task::spawn_blocking(move || settings.open(&settings.instance)).await;
+    let opened = tokio::task::spawn_blocking(move || settings.open_instance()).await;
     let opened = opened.map_err(|panic| Failure::new(Exit::Internal, panic.to_string()))?;
     Ok(opened?)
 }

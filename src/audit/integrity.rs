@@ -1,0 +1,172 @@
+//! Whether the files of a log are still the ones that this process wrote: directory, `log-id`, `lock` and every segment, by device,
+//! inode and length.
+//!
+//! Not noticed: bytes inside a file that are replaced by as many others.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, Metadata},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Error,
+    segment::{self, FileId, LOCK, LOG_ID},
+};
+
+/// A file as it was left: which one, and how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) id: FileId,
+    pub(super) bytes: u64,
+}
+
+impl Written {
+    pub(super) fn of(meta: &Metadata) -> Self {
+        Self {
+            id: FileId::of(meta),
+            bytes: meta.len(),
+        }
+    }
+}
+
+/// The files of a log.
+#[derive(Debug)]
+pub(super) struct Files {
+    directory: PathBuf,
+    own: FileId,
+    log_id: Written,
+    lock: FileId,
+    segments: BTreeMap<u64, Written>,
+}
+
+impl Files {
+    /// The files as they are now. The process holds the lock, and nothing is being written.
+    pub(super) fn read(directory: &Path) -> Result<Self, Error> {
+        let read = || -> io::Result<Self> {
+            Ok(Self {
+                directory: directory.to_owned(),
+                own: FileId::of(&fs::symlink_metadata(directory)?),
+                log_id: Written::of(&fs::symlink_metadata(directory.join(LOG_ID))?),
+                lock: FileId::of(&fs::symlink_metadata(directory.join(LOCK))?),
+                segments: BTreeMap::new(),
+            })
+        };
+        let mut files = read().map_err(|error| unreadable(directory, &error))?;
+        for number in segment::segments(directory)? {
+            let path = segment::segment_path(directory, number);
+            let meta = fs::symlink_metadata(&path).map_err(|error| unreadable(&path, &error))?;
+            files.segments.insert(number, Written::of(&meta));
+        }
+        Ok(files)
+    }
+
+    /// A segment was made, or its durable length changed.
+    pub(super) fn note(&mut self, number: u64, written: Written) {
+        self.segments.insert(number, written);
+    }
+
+    /// A segment was cut back to what was durable.
+    pub(super) fn cut_back(&mut self, number: u64, bytes: u64) {
+        if let Some(written) = self.segments.get_mut(&number) {
+            written.bytes = bytes;
+        }
+    }
+
+    /// A segment of which nothing was durable was removed.
+    pub(super) fn forget(&mut self, number: u64) {
+        self.segments.remove(&number);
+    }
+
+    /// Compares what every write depends on: directory, `log-id`, `lock` and one segment. Cheap enough for each group of
+    /// entries.
+    pub(super) fn check_current(&self, current: u64) -> Result<(), Error> {
+        self.compare(&self.directory, |meta| FileId::of(meta) == self.own)?;
+        self.compare(&self.directory.join(LOG_ID), |meta| {
+            Written::of(meta) == self.log_id
+        })?;
+        self.compare(&self.directory.join(LOCK), |meta| {
+            FileId::of(meta) == self.lock
+        })?;
+        self.check_segment(current)
+    }
+
+    /// Compares every file, and finds segments that this process did not write.
+    pub(super) fn check_all(&self, current: u64) -> Result<(), Error> {
+        self.check_current(current)?;
+        for number in self.segments.keys() {
+            self.check_segment(*number)?;
+        }
+        let listed = segment::segments(&self.directory)?;
+        match listed
+            .iter()
+            .find(|number| !self.segments.contains_key(number))
+        {
+            None => Ok(()),
+            Some(number) => Err(tampered(
+                &segment::segment_path(&self.directory, *number),
+                "was put there by another process",
+            )),
+        }
+    }
+
+    /// Compares which file a segment is, whatever its length: what a failed write left behind is cut back.
+    pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
+        let Some(written) = self.segments.get(&number) else {
+            return Ok(());
+        };
+        let path = segment::segment_path(&self.directory, number);
+        self.compare(&path, |meta| {
+            FileId::of(meta) == written.id && meta.len() >= written.bytes
+        })
+    }
+
+    fn check_segment(&self, number: u64) -> Result<(), Error> {
+        let Some(written) = self.segments.get(&number) else {
+            return Ok(());
+        };
+        let path = segment::segment_path(&self.directory, number);
+        let meta = self.look(&path)?;
+        if FileId::of(&meta) != written.id {
+            return Err(tampered(&path, "was replaced"));
+        }
+        let bytes = meta.len();
+        if bytes != written.bytes {
+            let what = format!("has {bytes} bytes, and {} were written", written.bytes);
+            return Err(tampered(&path, &what));
+        }
+        Ok(())
+    }
+
+    fn compare(&self, path: &Path, same: impl Fn(&Metadata) -> bool) -> Result<(), Error> {
+        if same(&self.look(path)?) {
+            Ok(())
+        } else {
+            Err(tampered(path, "was replaced"))
+        }
+    }
+
+    /// A file that is gone was removed by another process. A file system that does not answer was not.
+    fn look(&self, path: &Path) -> Result<Metadata, Error> {
+        fs::symlink_metadata(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                tampered(path, "was removed or renamed")
+            }
+            _ => unreadable(path, &error),
+        })
+    }
+}
+
+fn tampered(path: &Path, what: &str) -> Error {
+    Error::tampered(format!("{} {what}", path.display()))
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Error {
+    Error::new(format!(
+        "cannot look at {}: {error}; check the file system",
+        path.display()
+    ))
+}

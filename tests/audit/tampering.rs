@@ -1,0 +1,254 @@
+//! Files of the log that another process removes, replaces or changes: noticed without a call, latched until an operator
+//! acknowledges it, also across a restart.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write as _,
+    path::Path,
+};
+
+use keybroker::audit::{AuditLog, Settings, verify};
+use tempfile::TempDir;
+
+use crate::{decision, segment, segments, until};
+
+const OPERATOR: &str = "local-uid:42";
+
+fn settings(folder: &TempDir) -> Settings {
+    Settings {
+        directory: folder.path().join("audit"),
+        instance: "serve".to_owned(),
+        // Each entry closes its segment.
+        segment_bytes_max: 1,
+    }
+}
+
+fn open(settings: &Settings) -> AuditLog {
+    settings.open_instance().unwrap().0
+}
+
+fn truncate(path: &Path, bytes: u64) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(bytes).unwrap();
+}
+
+/// The same content in another file.
+fn replace(path: &Path) {
+    let copy = path.with_extension("copy");
+    fs::copy(path, &copy).unwrap();
+    fs::rename(copy, path).unwrap();
+}
+
+/// Entries in segments of their own, with nothing being written any more.
+async fn filled(settings: &Settings) -> AuditLog {
+    let log = open(settings);
+    for _ in 0..3 {
+        log.append(decision()).await.unwrap();
+    }
+    let path = settings.directory.join(&settings.instance);
+    // One for each entry, and the one that is open now.
+    until("the last segment", || {
+        let last = segments(&path).into_iter().nth(3)?;
+        (fs::metadata(last).ok()?.len() > 0).then_some(())
+    });
+    log
+}
+
+type Tamper = fn(&Path);
+
+/// By name, with whether entries are missing afterwards.
+const TAMPERING: [(&str, Tamper, bool); 14] = [
+    ("truncated", |log| truncate(&segment(log), 0), true),
+    (
+        "cut short",
+        |log| {
+            let path = segment(log);
+            truncate(&path, fs::metadata(&path).unwrap().len() - 1);
+        },
+        true,
+    ),
+    (
+        "copied and truncated",
+        |log| {
+            let path = segment(log);
+            fs::copy(&path, log.join("rotated")).unwrap();
+            truncate(&path, 0);
+        },
+        true,
+    ),
+    (
+        "appended to",
+        |log| {
+            let mut file = OpenOptions::new().append(true).open(segment(log)).unwrap();
+            file.write_all(b"x").unwrap();
+        },
+        false,
+    ),
+    (
+        "removed",
+        |log| fs::remove_file(segment(log)).unwrap(),
+        true,
+    ),
+    ("replaced", |log| replace(&segment(log)), false),
+    (
+        "older segment removed",
+        |log| fs::remove_file(&segments(log)[0]).unwrap(),
+        true,
+    ),
+    (
+        "older segment replaced",
+        |log| replace(&segments(log)[0]),
+        false,
+    ),
+    (
+        "segment added",
+        |log| fs::write(log.join("00000999.jsonl"), "").unwrap(),
+        false,
+    ),
+    ("log-id replaced", |log| replace(&log.join("log-id")), false),
+    (
+        "lock removed",
+        |log| fs::remove_file(log.join("lock")).unwrap(),
+        false,
+    ),
+    ("lock replaced", |log| replace(&log.join("lock")), false),
+    (
+        "directory moved",
+        |log| fs::rename(log, log.with_extension("moved")).unwrap(),
+        true,
+    ),
+    (
+        "directory moved and made anew",
+        |log| {
+            let moved = log.with_extension("moved");
+            fs::rename(log, &moved).unwrap();
+            let permissions = fs::metadata(&moved).unwrap().permissions();
+            fs::create_dir(log).unwrap();
+            fs::set_permissions(log, permissions).unwrap();
+        },
+        true,
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tampering_is_noticed_without_a_call_and_latched_until_it_is_acknowledged() {
+    for (name, tamper, _) in TAMPERING {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(&folder);
+        let path = settings.directory.join(&settings.instance);
+        let log = filled(&settings).await;
+        let entries = segments(&path);
+        tamper(&path);
+        let error = until(name, || log.writable().err());
+        assert!(
+            error.to_string().contains("keybroker audit acknowledge"),
+            "{name}: {error}"
+        );
+        for _ in 0..3 {
+            assert!(log.append(decision()).await.is_err(), "{name}");
+        }
+        // Nothing was written, least of all into a new directory.
+        let left = if path.exists() {
+            segments(&path).len()
+        } else {
+            0
+        };
+        assert!(left <= entries.len() + 1, "{name}");
+        let tampering = settings.tampering().unwrap().unwrap();
+        assert!(!tampering.finding.is_empty(), "{name}");
+
+        settings.acknowledge_tampering(OPERATOR).unwrap();
+        until(name, || log.writable().ok());
+        log.append(decision()).await.unwrap();
+        let lines = log.tail(10).unwrap();
+        let recorded =
+            |line: &String| line.contains("log.tampering_acknowledged") && line.contains(OPERATOR);
+        assert!(lines.iter().any(recorded), "{name}: {lines:#?}");
+        until(name, || {
+            settings.tampering().unwrap().is_none().then_some(())
+        });
+        assert!(path.join("log-id").exists() && path.join("lock").exists());
+        log.close();
+        // What was acknowledged needs no second word.
+        open(&settings).close();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_lost_entries_while_the_broker_was_stopped_is_refused_until_acknowledged() {
+    for (name, tamper, is_missing) in TAMPERING {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(&folder);
+        let path = settings.directory.join(&settings.instance);
+        filled(&settings).await.close();
+        let before = verify(&path).unwrap();
+        assert_eq!(before.problems, Vec::<String>::new());
+        // A removed file of an older segment shows in `audit verify`, which reads them all.
+        tamper(&path);
+        if !is_missing || name == "older segment removed" {
+            continue;
+        }
+        // Twice: the refusal outlasts the process.
+        for _ in 0..2 {
+            let error = settings.open_instance().unwrap_err();
+            assert!(
+                error.to_string().contains("keybroker audit acknowledge"),
+                "{name}: {error}"
+            );
+        }
+        if path.join("log-id").exists() {
+            let problems = settings.verify_instance().unwrap().problems;
+            assert!(!problems.is_empty(), "{name}");
+        }
+        settings.acknowledge_tampering(OPERATOR).unwrap();
+        let log = open(&settings);
+        let sequence = log.append(decision()).await.unwrap();
+        log.close();
+        if sequence > before.last_sequence {
+            let problems = verify(&path).unwrap().problems;
+            assert!(!problems.is_empty(), "{name}: the gap must stay visible");
+        }
+    }
+}
+
+/// A log of another run that was put in place of the one that was written.
+#[tokio::test]
+async fn a_log_of_another_id_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(&folder);
+    let path = settings.directory.join(&settings.instance);
+    let log = open(&settings);
+    log.append(decision()).await.unwrap();
+    log.close();
+    fs::rename(&path, folder.path().join("kept")).unwrap();
+    AuditLog::open(&path, 1).unwrap().0.close();
+    let error = settings.open_instance().unwrap_err().to_string();
+    assert!(error.contains("the log has the id"), "{error}");
+}
+
+#[tokio::test]
+async fn lines_cut_off_the_end_are_found_by_verification() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        segment_bytes_max: 1 << 20,
+        ..settings(&folder)
+    };
+    let path = settings.directory.join(&settings.instance);
+    let log = open(&settings);
+    for _ in 0..5 {
+        log.append(decision()).await.unwrap();
+    }
+    log.close();
+    assert_eq!(
+        settings.verify_instance().unwrap().problems,
+        Vec::<String>::new()
+    );
+    let file = segment(&path);
+    let text = fs::read_to_string(&file).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    fs::write(&file, format!("{}\n", lines[..lines.len() - 4].join("\n"))).unwrap();
+    // Every line that is left is good.
+    assert_eq!(verify(&path).unwrap().problems, Vec::<String>::new());
+    let problems = settings.verify_instance().unwrap().problems;
+    assert!(problems[0].contains("was durable"), "{problems:?}");
+}

@@ -14,6 +14,7 @@
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
 use std::{
+    net::IpAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -33,6 +34,7 @@ use crate::{
     limits::Limits,
     policy::{Denied, Permit, Policy, Question, Resource},
     principal::{Action, Principal},
+    state::StateDirectory,
     store::Store,
 };
 
@@ -109,6 +111,8 @@ pub struct Parts {
     pub limits: Arc<Limits>,
     /// What may be given to API clients.
     pub client_rules: ClientRules,
+    /// What this instance remembers across restarts.
+    pub state: StateDirectory,
 }
 
 /// The use cases over one store, one token and one audit log.
@@ -150,7 +154,7 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
-            refusals: Refusals::default(),
+            refusals: Refusals::new(parts.state),
             uses: Uses::default(),
             client_rules: parts.client_rules,
             client_uses: ClientUses::default(),
@@ -159,6 +163,11 @@ impl Broker {
             mutations: TaskTracker::new(),
             unresolved: Mutex::default(),
         })
+    }
+
+    /// Whether a log line that an unauthenticated caller of that address causes may be written.
+    pub fn may_log(&self, address: IpAddr) -> bool {
+        self.limits.may_log(address)
     }
 
     /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what was

@@ -102,6 +102,11 @@ impl Reason {
         }
     }
 
+    /// The reason of a name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == name)
+    }
+
     /// The fixed text that a caller receives. It says nothing of the inside.
     pub const fn text(self) -> &'static str {
         match self {
@@ -151,6 +156,7 @@ pub struct Error {
     violations: Vec<Violation>,
     retry_after: Option<Duration>,
     detail: String,
+    is_renewable: bool,
 }
 
 impl Error {
@@ -161,6 +167,7 @@ impl Error {
             violations: Vec::new(),
             retry_after: None,
             detail: detail.into(),
+            is_renewable: false,
         }
     }
 
@@ -179,6 +186,20 @@ impl Error {
             retry_after: Some(delay),
             ..self
         }
+    }
+
+    /// The same error of a credential that was good and has expired: its holder needs to renew it.
+    #[must_use]
+    pub fn renewable(self) -> Self {
+        Self {
+            is_renewable: true,
+            ..self
+        }
+    }
+
+    /// Whether the credential was good and has expired. Such a refusal is no attack, and is not counted as a failure.
+    pub fn is_renewable(&self) -> bool {
+        self.is_renewable
     }
 
     /// Why the call failed.

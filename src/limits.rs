@@ -11,9 +11,12 @@ use std::{
     borrow::Borrow,
     fmt,
     hash::Hash,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU32,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -83,6 +86,9 @@ pub struct Limits {
     refused_envelopes: Buckets<String>,
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
+    lines_by_network: Buckets<Network>,
+    lines: Buckets<()>,
+    suppressed: AtomicU64,
 }
 
 impl Limits {
@@ -98,7 +104,27 @@ impl Limits {
                 .time_to_idle(FORGOTTEN_AFTER)
                 .build(),
             releases: Releases::new(settings.released_users_per_hour),
+            lines_by_network: Buckets::new(LINES_PER_NETWORK),
+            lines: Buckets::new(LINES_MAX),
+            suppressed: AtomicU64::new(0),
         })
+    }
+
+    /// Whether a log line that an unauthenticated caller of that address causes may be written. One that may not is counted.
+    pub fn may_log(&self, address: IpAddr) -> bool {
+        let network = Network::of(address);
+        let may =
+            self.lines_by_network.take(&network, 1).is_ok() && self.lines.take(&(), 1).is_ok();
+        if !may {
+            metrics::counter!("keybroker_log_lines_suppressed_total").increment(1);
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
+        }
+        may
+    }
+
+    /// How many lines were suppressed since this was asked last.
+    pub fn take_suppressed(&self) -> u64 {
+        self.suppressed.swap(0, Ordering::Relaxed)
     }
 
     /// Takes so many calls from a principal's rate, or says when to come again.
@@ -157,6 +183,35 @@ impl Limits {
 fn used_up(wait: Duration) -> Error {
     Error::new(Reason::FailureBudget, "no failures left").retry_after(wait)
 }
+
+/// A network of callers, as refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Network(IpAddr);
+
+impl Network {
+    /// The network of an address.
+    pub fn of(address: IpAddr) -> Self {
+        const HOST_BITS: u32 = 8;
+        Self(match network(address) {
+            IpAddr::V4(v4) => {
+                IpAddr::V4(Ipv4Addr::from_bits(v4.to_bits() >> HOST_BITS << HOST_BITS))
+            }
+            v6 @ IpAddr::V6(_) => v6,
+        })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bits = if self.0.is_ipv4() { 24 } else { 64 };
+        write!(f, "{}/{bits}", self.0)
+    }
+}
+
+/// Log lines about unauthenticated callers, for each network and for all of them together, per minute. A line has some 300
+/// bytes, so an hour adds less than 5 MB to the log.
+const LINES_PER_NETWORK: u32 = 12;
+const LINES_MAX: u32 = 240;
 
 /// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
@@ -315,6 +370,24 @@ mod tests {
         let error = limits.take_calls(&guilty, 1).unwrap_err();
         assert_eq!(error.reason(), Reason::FailureBudget);
         limits.take_calls(&service("innocent"), 1).unwrap();
+    }
+
+    /// An hour of refusals from ever other addresses adds a bounded number of lines to the log, and the rest are counted.
+    #[test]
+    fn unauthenticated_callers_do_not_fill_the_log() {
+        let limits = limits(1);
+        let written = (0..100_000_u32)
+            .filter(|number| limits.may_log(IpAddr::from((number << 8).to_be_bytes())))
+            .count();
+        // A bucket fills up again while the test runs.
+        assert!((240..260).contains(&written), "{written}");
+        let suppressed = limits.take_suppressed();
+        assert_eq!(suppressed, 100_000 - u64::try_from(written).unwrap());
+        assert_eq!(limits.take_suppressed(), 0);
+        let one = IpAddr::from([192, 0, 2, 1]);
+        let limits = self::limits(1);
+        let written = (0..100).filter(|_| limits.may_log(one)).count();
+        assert!((12..15).contains(&written), "{written}");
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl Broker {
         }
     }
 
-    async fn look_after(&self, stop: &CancellationToken) {
+    async fn look_after(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut count: u64 = 0;
@@ -116,6 +116,8 @@ impl Broker {
             self.follow_registry().await;
             if count.is_multiple_of(TICKS_PER_MINUTE) {
                 self.flush_refusals().await;
+            } else {
+                self.keep_refusals().await;
             }
             if count.is_multiple_of(TICKS_PER_HOUR) {
                 self.forget_requests().await;
@@ -126,6 +128,7 @@ impl Broker {
 
     /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once.
     pub async fn recover(&self, open: Vec<OpenIntent>) {
+        self.take_over_refusals();
         for intent in open {
             self.resolve_later(intent);
         }

@@ -13,6 +13,7 @@ use crate::{
     limits::{self, Limits},
     principal::{Reach, Role},
     secret::KeyMaterial,
+    state::StateDirectory,
     store::{self, ClientRow, RegistryRow},
 };
 
@@ -142,6 +143,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             hash: Arc::new(|_| Ok("$argon2id$".to_owned())),
         },
         limits: Limits::new(&limits::Settings::default()),
+        state: StateDirectory::below(folder),
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

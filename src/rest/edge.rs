@@ -62,8 +62,9 @@ impl Surroundings {
         let principal = match caller.principal() {
             Ok(principal) => Arc::clone(principal),
             Err(error) => {
-                self.broker.note_refusal(caller.peer().ip(), error.reason());
-                tracing::info!(call_id = %id, peer = %caller.peer(), %error, "call refused");
+                let peer = caller.peer();
+                self.broker
+                    .refuse_unauthenticated(peer, peer.ip(), error, id);
                 return answer::refusal(error, id);
             }
         };

@@ -110,8 +110,9 @@ impl Surroundings {
     }
 
     fn refuse(&self, caller: &Caller, error: &Error, id: CallId) -> Response<Body> {
-        self.broker.note_refusal(caller.peer().ip(), error.reason());
-        tracing::info!(call_id = %id, peer = %caller.peer(), %error, "call refused");
+        let peer = caller.peer();
+        self.broker
+            .refuse_unauthenticated(peer, peer.ip(), error, id);
         answer(error, id)
     }
 

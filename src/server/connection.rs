@@ -186,7 +186,11 @@ impl Connection {
                     })?;
                     Ok(certificate)
                 })
-                .inspect_err(|error| tracing::info!(peer = %self.peer, error, "client certificate"))
+                .inspect_err(|error| {
+                    if self.shared.broker.may_log(self.peer.ip()) {
+                        tracing::info!(peer = %self.peer, error, "client certificate");
+                    }
+                })
                 .ok()
         });
         let principal = self.shared.authenticator.certificate(certificate.as_ref());

@@ -113,13 +113,17 @@ impl Identifier {
             self.limits.take_turn(peer)
         };
         let found = self.authenticator.authenticate(values, budget).await;
+        if let Err(error) = &found
+            && error.reason() == Reason::Credential
+            && self.limits.may_log(peer)
+        {
+            tracing::info!(peer = %peer, %error, "credential refused");
+        }
         match found {
+            // Otherwise its holder would be told to come again later, and not to renew it.
+            Err(error) if error.is_renewable() => Err(error),
             Err(error) if error.reason() == Reason::Credential => {
-                // What comes after the budget is counted, and not told one by one: a stranger must not fill the log.
-                self.limits
-                    .fail_address(peer)
-                    .inspect_err(|_| tracing::debug!(peer = %peer, %error, "credential refused"))?;
-                tracing::info!(peer = %peer, %error, "credential refused");
+                self.limits.fail_address(peer)?;
                 Err(error)
             }
             found => found,

@@ -32,7 +32,9 @@ use crate::{
     hsm::{Supervisor, Token},
     limits::Limits,
     policy::Policy,
-    rpc, store,
+    rpc,
+    state::StateDirectory,
+    store,
     store::{Store, StoreLock},
     telemetry,
 };
@@ -190,6 +192,7 @@ impl Server {
             token,
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
+            state: StateDirectory::below(&config.audit.directory),
         });
         let directory = Arc::new(Clients(Arc::clone(&broker)));
         let secrets = Secrets::new(config.client_credentials.clone(), directory)

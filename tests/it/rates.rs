@@ -121,6 +121,18 @@ async fn wrong_credentials_use_up_the_budget_of_their_address_and_nobody_elses()
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
     let log = broker.site.log();
     assert!(log.contains("credential refused"), "{log}");
+    // 205 refusals: a network has 12 lines a minute, and what was suppressed is counted.
+    let lines = log
+        .lines()
+        .filter(|line| line.contains("refused\""))
+        .count();
+    assert!(lines <= 20, "{lines} lines: {log}");
+    let metrics = get(broker.status, "/metrics");
+    let suppressed = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("keybroker_log_lines_suppressed_total "))
+        .unwrap();
+    assert!(suppressed.parse::<u64>().unwrap() > 300, "{suppressed}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -77,6 +77,8 @@ impl Cause {
     pub(super) fn error(self, detail: String) -> Error {
         match self {
             Self::NoKeys => Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY),
+            // The signature was verified before: nobody else can make such a token.
+            Self::Expired => Error::new(Reason::Credential, detail).renewable(),
             _ => Error::new(Reason::Credential, detail),
         }
     }

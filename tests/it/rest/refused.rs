@@ -305,6 +305,16 @@ async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
     }
     knock().await.expect_refused(429, "FAILURE_BUDGET");
     door.get(ADA).await.expect_key(&[0xd4; 32]);
+    // A client whose token has expired needs to renew it: to come again later would not help.
+    for _ in 0..5 {
+        let mut claims = user(ADA);
+        claims["exp"] = (now() - 3_600).into();
+        let expired = door.identity.mint(claims, json!({}));
+        let request = door.request(Method::GET, "/user-keys");
+        let answer = Answer::of(request.bearer_auth(expired).send().await.unwrap()).await;
+        answer.expect_refused(401, "CREDENTIAL");
+    }
+    knock().await.expect_refused(429, "FAILURE_BUDGET");
     let (site, _) = door.broker.stop();
     let audit = site.audit();
     let refusals: Vec<&str> = audit

@@ -83,7 +83,13 @@ impl Settings {
 
     /// Compares the end of this instance's log with the last entry that is known to have been durable.
     pub fn verify_instance(&self) -> Result<Report, Error> {
-        verify::verify_to(&self.directory.join(&self.instance), self.memory().mark()?)
+        let memory = self.memory();
+        let mut report = verify::verify_to(&self.directory.join(&self.instance), memory.mark()?)?;
+        if let Some(tampering) = memory.tampering()? {
+            let what = format!("found while the broker served: {}", tampering.finding);
+            report.problems.push(what);
+        }
+        Ok(report)
     }
 
     fn memory(&self) -> memory::Memory {

@@ -80,7 +80,12 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     // A FIFO in its place would otherwise block the start.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
         let remedy = "the log was tampered with; keep it for the auditors and start another";
-        return Err(fail("cannot read", &path, "it is not a regular file", remedy));
+        return Err(fail(
+            "cannot read",
+            &path,
+            "it is not a regular file",
+            remedy,
+        ));
     }
     match fs::read_to_string(&path) {
         Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),

@@ -211,6 +211,8 @@ impl Writer {
         if self.latched.is_some() {
             return;
         }
+        // What was durable until now must be missed by a later check.
+        self.remember();
         let latched = error.clone().latched();
         tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
         metrics::counter!("keybroker_audit_tampering_total").increment(1);

@@ -196,6 +196,12 @@ client_ca_file = "{ca}"
             for entry in entries.flatten() {
                 if entry.path().is_dir() {
                     folders.push(entry.path());
+                } else if entry
+                    .path()
+                    .extension()
+                    .is_none_or(|extension| extension != "jsonl")
+                {
+                    // What the instance remembers is no line of the log.
                 } else if let Ok(part) = fs::read_to_string(entry.path()) {
                     text += &part;
                 }

@@ -1,0 +1,114 @@
+//! The audit log of a broker that serves: tampered with while it runs, and cut off by a kill.
+
+use std::fs::{self, OpenOptions};
+
+use reqwest::{Method, StatusCode};
+
+use crate::{
+    client::{Caller, eventually, refused},
+    process::{Broker, until},
+    rest::door::Door,
+    site::{Finished, Options},
+    wire::get,
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+
+fn field<'a>(finished: &'a Finished, name: &str) -> &'a str {
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    let line = finished.stdout.lines().find(|line| line.contains(name));
+    line.unwrap_or_else(|| panic!("no {name}: {finished:#?}"))
+}
+
+/// A truncated log, as `copytruncate` of a log rotation leaves it: refused without a call, also by the next process, until
+/// the operator acknowledges it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncated_audit_log_stops_every_release_until_an_operator_acknowledges_it() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let nothing = broker.site.run(&["audit", "acknowledge"]);
+    assert_eq!(nothing.code, Some(2), "{nothing:#?}");
+
+    let segment = broker.site.audit_directory().join("serve/00000001.jsonl");
+    let file = OpenOptions::new().write(true).open(&segment).unwrap();
+    file.set_len(0).unwrap();
+    until("the alert", || {
+        broker.site.log().contains("audit-tampered").then_some(())
+    });
+    let releaser = Caller::of(&broker, "releaser");
+    refused(releaser.unwrap("ada").await, "AUDIT_DOWN");
+    refused(enroller.create("bob", MATERIAL).await, "AUDIT_DOWN");
+    let ready = get(broker.status, "/readyz");
+    assert!(ready.contains("keybroker audit acknowledge"), "{ready}");
+
+    // A restart is no way round it.
+    let (site, _) = broker.stop();
+    let finished = site.serve_to_its_end();
+    assert_eq!(finished.code, Some(8), "{finished:#?}");
+    assert!(
+        finished.stderr.contains("keybroker audit acknowledge"),
+        "{finished:#?}"
+    );
+    let verified = site.run(&["audit", "verify"]);
+    assert_eq!(verified.code, Some(12), "{verified:#?}");
+
+    let acknowledged = site.run(&["audit", "acknowledge"]);
+    assert!(field(&acknowledged, "effect").contains("next start"));
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    releaser.unwrap("ada").await.unwrap();
+
+    // And while it serves.
+    let segment = fs::read_dir(broker.site.audit_directory().join("serve"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "jsonl")
+        })
+        .max()
+        .unwrap();
+    fs::remove_file(segment).unwrap();
+    until("health to say so", || {
+        let ready = get(broker.status, "/readyz");
+        ready.contains("keybroker audit acknowledge").then_some(())
+    });
+    let acknowledged = broker.site.run(&["audit", "acknowledge"]);
+    assert!(field(&acknowledged, "effect").contains("now"));
+    eventually(|| releaser.unwrap("ada")).await;
+    let (site, _) = broker.stop();
+    let recorded = site.audit();
+    assert!(
+        recorded.contains("log.tampering_acknowledged"),
+        "{recorded}"
+    );
+}
+
+/// Refusals before authentication are counted, and written once a minute. A kill loses the last second of them, not more.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_next() {
+    let door = Door::open();
+    for _ in 0..5 {
+        let request = door.request(Method::GET, "/user-keys");
+        let answer = request.bearer_auth("nonsense").send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+    }
+    let kept = door.broker.site.audit_directory().join("state/refusals");
+    until("the counts in the state directory", || {
+        let text = fs::read_to_string(&kept).ok()?;
+        text.contains("\"count\":5").then_some(())
+    });
+    let site = door.broker.kill();
+    assert!(!site.audit().contains("connection.refused"));
+    let (site, _) = Broker::start_on(site).stop();
+    let audit = site.audit();
+    let entry = audit
+        .lines()
+        .find(|line| line.contains("connection.refused"))
+        .unwrap();
+    assert!(
+        entry.contains("\"count\":5") && entry.contains("\"peer\":\"127.0.0.0/24\""),
+        "{entry}"
+    );
+}

@@ -292,7 +292,7 @@ impl Supervisor {
         for action in decider.machine.on(now, event) {
             match action {
                 Action::Start => self.start.notify_one(),
-                Action::Serve(serving) => self.serve(decider, serving),
+                Action::Serve(serving) => self.serve(decider, &serving),
                 Action::Alert(alert, cause) => {
                     if let Some(line) = decider.alerts.raise(now, alert, cause) {
                         log(&line);
@@ -305,14 +305,14 @@ impl Supervisor {
         }
     }
 
-    fn serve(&self, decider: &Decider, serving: Serving) {
-        match &serving {
+    fn serve(&self, decider: &Decider, serving: &Serving) {
+        match serving {
             Serving::Up => tracing::info!("the token serves"),
             Serving::Down(cause) => tracing::info!(%cause, "the token is unavailable"),
             Serving::Untrusted(cause) => tracing::info!(%cause, "the token is not trusted"),
         }
         self.serving.send_replace(serving.clone());
-        if let Some(error) = decider.refusal(&serving) {
+        if let Some(error) = decider.refusal(serving) {
             self.queue.fail_all(&error);
         }
     }

@@ -30,8 +30,8 @@ const CANARY_FAILURES_MAX: u32 = 3;
 /// How long a token that said it is busy is left alone.
 const BACK_OFF: Duration = Duration::from_millis(5);
 /// How often a job is handed to another worker after its worker's process has ended. A job that ends the module itself ends
-/// one worker more than this.
-const LOSSES_MAX_ENDED: u32 = 2;
+/// one worker more than this. Its MAC has verified before the RSA key is used, so no caller can make such a job at will.
+const LOSSES_MAX_ENDED: u32 = 4;
 /// The same after a worker that hung or lost its token: each costs its callers seconds.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 

@@ -33,7 +33,7 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::hsm::queue::Answer>
     let (done, answer) = oneshot::channel();
     let job = Job {
         work: Work::new(work),
-        deadline: Deadline::after(Duration::from_secs(60)),
+        deadline: Deadline::after(Duration::from_mins(1)),
         done,
         queued: Instant::now(),
         waited: Duration::ZERO,

@@ -15,7 +15,7 @@ fn text() -> String {
 /// A machine for two workers that has come to a state the way a broker does.
 fn machine(state: &str) -> Machine {
     let mut machine = Machine::new(2);
-    let early = NOW - 100 * SECOND;
+    let early = NOW.saturating_sub(100 * SECOND);
     machine.on(early, Event::Tick);
     let ready = |machine: &mut Machine| drop(machine.on(early, Event::Ready));
     let not_ready =
@@ -109,7 +109,10 @@ fn cell(from: &str, event: Event) -> String {
     if machine.is_full() {
         return next.to_owned();
     }
-    format!("{next}, {} ms", (machine.next_start - NOW).as_millis())
+    format!(
+        "{next}, {} ms",
+        machine.next_start.saturating_sub(NOW).as_millis()
+    )
 }
 
 fn table() -> String {
@@ -318,7 +321,7 @@ fn the_expected_wait_follows_the_next_start() {
     run.lose_all();
     run.pass(10 * SECOND, || Event::NotReady(NotReady::Login, text()));
     let wait = run.machine.expected_wait(run.now);
-    let next = run.machine.next_start - run.now;
+    let next = run.machine.next_start.saturating_sub(run.now);
     assert!(
         wait >= next && wait <= LOGIN_MAX + SECOND,
         "{wait:?} {next:?}"

@@ -145,13 +145,14 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         "token.init",
         |_: &mut Entry| {},
         || {
-            Ok(admin::init_token(
-                &config.token,
-                &label,
-                &so_pin,
-                &user_pin,
-                erase,
-            )?)
+            let info = admin::init_token(&config.token, &label, &so_pin, &user_pin, erase)?;
+            if let Err(error) = pin::record(&config).forget(&info.serial) {
+                context.output.note(&format!(
+                    "note: PINs that this token rejected before it was initialised are still remembered ({error}); if it \
+                     takes no PIN, run `keybroker token retry-pin`"
+                ));
+            }
+            Ok(info)
         },
     )?;
     context.output.fields(vec![

@@ -130,6 +130,16 @@ impl PinRecord {
         Ok(forgotten)
     }
 
+    /// Forgets the PINs of a token that was initialised: it has a new one.
+    pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
+        let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
+        let mut fact = self.read()?;
+        if fact.tokens.remove(serial).is_none() {
+            return Ok(());
+        }
+        self.write(&fact)
+    }
+
     /// Begins a login with a PIN on the token of a serial number. Until it is dropped no other process of this instance
     /// logs in.
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
@@ -311,6 +321,18 @@ mod tests {
                 .unwrap()
                 .final_try_allowed()
         );
+    }
+
+    #[test]
+    fn an_initialised_token_knows_no_pin() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        set(&record, "1", "wrong", rejected());
+        set(&record, "2", "wrong", rejected());
+        record.forget("1").unwrap();
+        record.forget("3").unwrap();
+        assert_eq!(standing(&record, "1", "wrong"), None);
+        assert_eq!(standing(&record, "2", "wrong"), Some(rejected()));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The environment of a command that loads the vendor's module: what `serve` gives its workers, and the few variables that
 //! keybroker itself reads. A module that finds its token here finds it in `serve`, too.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{collections::BTreeMap, ffi::OsString};
 

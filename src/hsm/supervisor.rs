@@ -31,7 +31,7 @@ use super::{
 
 use alerts::{Alerts, Line};
 pub(super) use machine::NotReady;
-use machine::{Action, Event, Loss, Machine};
+use machine::{Action, Alert, Event, Loss, Machine};
 
 mod alerts;
 mod machine;
@@ -403,8 +403,21 @@ impl Supervisor {
 }
 
 fn log(line: &Line) {
-    let (alarm, cause, count) = (line.alert.name(), &line.cause, line.count);
-    tracing::error!(alarm, %cause, count, "token alert");
+    let (cause, count) = (&line.cause, line.count);
+    match line.alert {
+        Alert::TokenDown => {
+            tracing::error!(alarm = "token-down", %cause, count, "the token does not serve");
+        }
+        Alert::TokenUntrusted => {
+            tracing::error!(alarm = "token-untrusted", %cause, count, "the token must not be used");
+        }
+        Alert::PinLatched => {
+            tracing::error!(alarm = "pin-latched", %cause, count, "no login is made with this PIN");
+        }
+        Alert::Login => {
+            tracing::error!(alarm = "token-login", %cause, count, "the token failed a login");
+        }
+    }
 }
 
 impl Default for start::Found {

@@ -107,18 +107,6 @@ pub(super) enum Alert {
     Login,
 }
 
-impl Alert {
-    /// Value of the log field `alarm`.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::TokenDown => "token-down",
-            Self::TokenUntrusted => "token-untrusted",
-            Self::PinLatched => "pin-latched",
-            Self::Login => "token-login",
-        }
-    }
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
     /// No worker was ready yet, and no attempt has ended.

@@ -97,7 +97,6 @@ objectstore.backend = file
 log.level = ERROR
 slots.removable = false
 CONF
-  export SOFTHSM2_CONF=$WORK/softhsm2.conf
   openssl rand -hex 12 >"$WORK/pin"
   openssl rand -hex 12 >"$WORK/so-pin"
 }

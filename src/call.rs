@@ -14,6 +14,18 @@ pub mod away;
 pub mod caller;
 pub mod under_way;
 
+/// A duration between `least` and `least + width`, chosen at random, so that callers that were refused together do not return
+/// together.
+pub fn spread(least: Duration, width: Duration) -> Duration {
+    let mut bytes = [0; 2];
+    // Without random bytes all return together, which is no reason to fail.
+    let share = match aws_lc_rs::rand::fill(&mut bytes) {
+        Ok(()) => u32::from(u16::from_le_bytes(bytes)),
+        Err(_) => 0,
+    };
+    least + width / u32::from(u16::MAX) * share
+}
+
 /// Made by the server for every call; in logs, audit and errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);

@@ -20,6 +20,7 @@ mod bitwarden;
 mod change;
 mod client;
 mod config;
+mod environment;
 pub mod exit;
 mod key;
 mod manual;
@@ -122,28 +123,30 @@ impl Context {
         Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
     }
 
-    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which
-    /// `token.environment` names; a running process cannot change its own safely, so this one begins again with it.
+    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which is
+    /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
-        let wanted = &config.token.environment;
-        hsm::check_environment(wanted).map_err(|what| Failure::new(Exit::Configuration, what))?;
-        if wanted
-            .iter()
-            .all(|(name, value)| env::var_os(name).is_some_and(|have| have == value.as_str()))
-        {
+        hsm::check_environment(&config.token.environment)
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        let now = env::vars_os().collect();
+        let Some(wanted) = environment::wanted(&now, &config) else {
             return Ok(config);
-        }
+        };
         let program = env::current_exe().map_err(|error| {
-            Failure::new(Exit::Internal, format!("no path of our own: {error}"))
+            Failure::new(
+                Exit::Internal,
+                format!("cannot find the path of this program: {error}"),
+            )
         })?;
         let error = process::Command::new(program)
             .args(env::args_os().skip(1))
+            .env_clear()
             .envs(wanted)
             .exec();
         Err(Failure::new(
             Exit::Internal,
-            format!("cannot begin again: {error}"),
+            format!("cannot start again with the environment of the module: {error}"),
         ))
     }
 

@@ -25,13 +25,14 @@ mod classify;
 mod frame;
 pub mod gate;
 mod keys;
-mod latch;
 mod link;
+mod login_policy;
 mod module;
 mod oaep;
 mod open;
 mod operation;
 mod pin;
+mod pin_record;
 mod queue;
 mod select;
 mod session;
@@ -45,6 +46,8 @@ pub mod worker;
 
 pub use module::{check_environment, check_file as check_module};
 pub use pin::Pin;
+pub use pin_record::{PinRecord, RecordError};
+pub use select::unpadded;
 pub use supervisor::{StartupError, Supervisor};
 
 /// Which token, and how to reach it: the `[token]` section of the configuration.
@@ -160,6 +163,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 pub struct TokenState {
     /// Whether it serves.
     pub serving: Serving,
+    /// What an administrator must know although it serves, such as a latched PIN. The last worker that is lost then ends
+    /// the service.
+    pub note: Option<String>,
     /// What the token says of itself; absent until a worker was ready once.
     pub info: Option<TokenInfo>,
     /// Keys found on the token by the last worker that became ready.
@@ -175,12 +181,12 @@ pub struct TokenState {
 /// Whether the token serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
-    /// At least one worker is ready and its canary passes.
+    /// At least one worker is ready and its self-test passes, or one was lost less than five seconds ago and the next is due:
+    /// calls wait for it within their deadlines.
     Up,
     /// No worker is ready; the supervisor keeps trying. With the cause, for the log and administrators.
     Down(String),
-    /// Attributes, canary, keys or PIN are wrong. Another worker is tried seldom, and after a refused PIN only with another
-    /// PIN file. With the cause.
+    /// Attributes, self-test, keys or PIN are wrong. With the cause.
     Untrusted(String),
 }
 
@@ -241,9 +247,14 @@ pub enum Error {
         /// When a place is likely to be free.
         retry_after: Duration,
     },
-    /// The token is away.
-    #[error("token away: {0}")]
-    Down(String),
+    /// The token is unavailable.
+    #[error("token unavailable: {cause}")]
+    Down {
+        /// Why, for the log.
+        cause: String,
+        /// When a worker is expected to be ready.
+        retry_after: Duration,
+    },
     /// The token must not be used.
     #[error("token not trusted: {0}")]
     Untrusted(String),
@@ -251,9 +262,6 @@ pub enum Error {
     #[error("wrapping key {0} is not on the token")]
     UnknownKey(WrappingKeyId),
 }
-
-/// How long a caller should wait for a token that is away.
-const TOKEN_RETRY: Duration = Duration::from_secs(1);
 
 impl From<Error> for error::Error {
     fn from(error: Error) -> Self {
@@ -264,9 +272,11 @@ impl From<Error> for error::Error {
             Error::QueueFull { retry_after } => {
                 Self::new(Reason::QueueFull, detail).retry_after(retry_after)
             }
-            Error::Down(_) => Self::new(Reason::TokenDown, detail).retry_after(TOKEN_RETRY),
+            Error::Down { retry_after, .. } => {
+                Self::new(Reason::TokenDown, detail).retry_after(retry_after)
+            }
             Error::Untrusted(_) => Self::new(Reason::TokenUntrusted, detail),
-            // The registry and the token disagree: an operator's matter, and nothing a caller can mend.
+            // The registry and the token disagree: only an operator can repair that.
             Error::UnknownKey(_) => Self::new(Reason::TokenUntrusted, detail),
         }
     }

@@ -8,15 +8,19 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
-use rustix::fs::OFlags;
+use rustix::fs::{FlockOperation, OFlags};
 
 /// Name of the directory below the audit directory.
 pub const DIRECTORY: &str = "state";
 /// Longest fact, in bytes.
 const FACT_BYTES_MAX: u64 = 64 * 1024;
 const OPEN_TO_OTHERS: u32 = 0o077;
+/// Between two attempts to take a lock.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +29,12 @@ pub struct Error {
     action: &'static str,
     path: PathBuf,
     source: io::Error,
+}
+
+/// A lock on a fact, held until it is dropped. The kernel releases it when the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
 }
 
 /// The directory of facts. It is made when the first fact is written.
@@ -39,6 +49,18 @@ impl StateDirectory {
         Self {
             path: audit_directory.join(DIRECTORY),
         }
+    }
+
+    /// The state directory of this path, as another process was told.
+    pub fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Reads a fact. Returns `None` when it was never written. Fails when the file or the directory belongs to another
@@ -70,6 +92,56 @@ impl StateDirectory {
         }
     }
 
+    /// Takes a lock that other processes respect, for a fact that is read and then replaced. Waits at most `timeout`.
+    pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
+        let path = self.path.join(name);
+        self.lock_file(&path, timeout)
+            .map(|file| Lock { _file: file })
+            .map_err(|source| fail("cannot lock the state file", &path, source))
+    }
+
+    fn lock_file(&self, path: &Path, timeout: Duration) -> io::Result<File> {
+        self.prepare()?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .open(path)?;
+        check(&file.metadata()?)?;
+        let until = Instant::now() + timeout;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                    thread::sleep(LOCK_PAUSE);
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(io::Error::other("another process holds it"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Makes the directory, and its parent when that is missing, like the audit log does.
+    fn prepare(&self) -> io::Result<()> {
+        if let Some(parent) = self.path.parent() {
+            make(parent)?;
+            // A command of another user must not make a directory that the broker cannot use.
+            let owner = fs::metadata(parent)?.uid();
+            if owner != rustix::process::geteuid().as_raw() {
+                return Err(io::Error::other(format!(
+                    "{} belongs to user {owner}: run this as that user",
+                    parent.display()
+                )));
+            }
+        }
+        make(&self.path)?;
+        check(&fs::metadata(&self.path)?)
+    }
+
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
         check(&fs::metadata(&self.path)?)?;
         // A FIFO in its place would otherwise block the open.
@@ -92,12 +164,7 @@ impl StateDirectory {
     }
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        match DirBuilder::new().mode(0o700).create(&self.path) {
-            Ok(()) => sync(self.path.parent().unwrap_or(Path::new(".")))?,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
-        }
-        check(&fs::metadata(&self.path)?)?;
+        self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
         // Left by a process of this id that was killed while it wrote.
         fs::remove_file(&unfinished).ok();
@@ -133,6 +200,14 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     )))
 }
 
+fn make(directory: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Ok(()) => sync(directory.parent().unwrap_or(Path::new("."))),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 fn sync(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
@@ -158,6 +233,17 @@ mod tests {
         );
         state.remove("pin").unwrap();
         assert_eq!(state.read("pin").unwrap(), None);
+    }
+
+    #[test]
+    fn a_lock_is_held_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        // The audit directory is made with it.
+        let state = StateDirectory::below(&folder.path().join("audit"));
+        let held = state.lock("lock", Duration::ZERO).unwrap();
+        state.lock("lock", Duration::ZERO).unwrap_err();
+        drop(held);
+        state.lock("lock", Duration::ZERO).unwrap();
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub struct Health {
     pub user_keys: bool,
     /// Whether the control plane can answer: the audit log.
     pub control: bool,
-    /// What is wrong, for the log and for administrators; empty when nothing is.
+    /// What is wrong, for the log and for administrators; empty when nothing is. Not everything that is wrong ends the service.
     pub detail: String,
 }
 
@@ -60,14 +60,18 @@ impl Broker {
         if !self.store_is_up() {
             problems.push("store: does not answer".to_owned());
         }
-        match self.token.state().serving {
+        let token = self.token.state();
+        match token.serving {
             Serving::Up if self.registry.load().is_some() => {}
             Serving::Up => problems.push("token: the registry is not verified".to_owned()),
-            Serving::Down(cause) => problems.push(format!("token: away: {cause}")),
+            Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
+        let user_keys = problems.is_empty();
+        // The token still serves.
+        problems.extend(token.note.map(|note| format!("token: {note}")));
         Health {
-            user_keys: problems.is_empty(),
+            user_keys,
             control,
             detail: problems.join("; "),
         }

@@ -182,7 +182,7 @@ impl Broker {
             Error::new(Reason::TokenUntrusted, detail)
         };
         let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
-        if serial != row.token_serial {
+        if serial != hsm::unpadded(&row.token_serial) {
             return Err(untrusted(format!(
                 "registered for the token with serial {:?}, but this token says {serial:?}",
                 row.token_serial

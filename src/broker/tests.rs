@@ -83,6 +83,7 @@ impl Token for LateToken {
     fn state(&self) -> TokenState {
         TokenState {
             serving: Serving::Up,
+            note: None,
             info: Some(TokenInfo {
                 label: "late".to_owned(),
                 serial: SERIAL.to_owned(),

@@ -1,5 +1,7 @@
 //! `keybroker client`: a gRPC client like any other.
 
+use std::time::{Duration, Instant};
+
 use clap::{Args, Subcommand};
 use tonic::{
     Request, Response, Status,
@@ -17,10 +19,12 @@ mod keys;
 pub(super) mod material;
 pub(super) mod refusal;
 mod release;
+mod retry;
 mod show;
 
 use connect::Connection;
 use credential::Credential;
+use retry::Retry;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
@@ -109,7 +113,7 @@ type Authorization = MetadataValue<Ascii>;
 struct Caller {
     channel: Channel,
     authorization: Option<Authorization>,
-    timeout: std::time::Duration,
+    timeout: Duration,
     output: Output,
 }
 
@@ -123,6 +127,29 @@ impl Caller {
             metadata.insert("authorization", authorization.clone());
         }
         request
+    }
+
+    /// Calls by the retry rule, for calls that may be repeated: those that change nothing, and changes with a request id. The
+    /// time that the person set is for all attempts.
+    async fn retried<M: Clone, T>(
+        &self,
+        message: M,
+        mut call: impl AsyncFnMut(Request<M>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        let begun = Instant::now();
+        let mut retry = Retry::begin(self.timeout);
+        loop {
+            let mut request = self.request(message.clone());
+            request.set_timeout(self.timeout.saturating_sub(begun.elapsed()));
+            let status = match call(request).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            match retry.pause(&status) {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => return Err(refusal::failure(&status)),
+            }
+        }
     }
 }
 

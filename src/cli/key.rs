@@ -7,7 +7,10 @@ use crate::{
     audit::Entry,
     call::Timestamp,
     config::Config,
-    hsm::admin::{Admin, CheckedKey},
+    hsm::{
+        self,
+        admin::{Admin, CheckedKey},
+    },
     key::{Purpose, WrappingKeyId, WrappingKeyState},
     store::{self, RegistryRow},
 };
@@ -16,7 +19,7 @@ use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
     output::Field,
-    pin::UserPin,
+    pin::{UserPin, log_in},
 };
 
 #[derive(Debug, Subcommand)]
@@ -96,7 +99,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = Admin::open(&config.token, &pin, true)?;
+    let admin = log_in(&config, &pin, true)?;
     let row = change::audited(
         context,
         &config,
@@ -133,7 +136,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = Admin::open(&config.token, &pin, false)?;
+    let admin = log_in(&config, &pin, false)?;
     let key = admin.check(id)?;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
@@ -183,7 +186,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 /// compromised.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if old.token_serial == admin.info().serial {
+    if hsm::unpadded(&old.token_serial) == admin.info().serial {
         let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }

@@ -4,7 +4,11 @@ use std::{io::IsTerminal as _, path::PathBuf};
 
 use clap::Args;
 
-use crate::hsm::{Pin, Settings};
+use crate::{
+    config::Config,
+    hsm::{Pin, PinRecord, Settings, admin::Admin},
+    state::StateDirectory,
+};
 
 use super::exit::{Exit, Failure};
 
@@ -50,6 +54,16 @@ impl SoPin {
         let prompt = "Security officer PIN: ";
         read(self.so_pin_file.as_ref(), self.so_pin_fd, prompt)
     }
+}
+
+/// The record of PINs of this instance, shared with its workers.
+pub(super) fn record(config: &Config) -> PinRecord {
+    PinRecord::new(StateDirectory::below(&config.audit.directory))
+}
+
+/// Logs in to the configured token, if the record of PINs allows it.
+pub(super) fn log_in(config: &Config, pin: &Pin, write: bool) -> Result<Admin, Failure> {
+    Ok(Admin::open(&config.token, &record(config), pin, write)?)
 }
 
 fn read(file: Option<&PathBuf>, descriptor: Option<u32>, prompt: &str) -> Result<Pin, Failure> {

@@ -7,6 +7,7 @@ use crate::{
     audit::Entry,
     call::Timestamp,
     hsm::{
+        self,
         admin::{self, Admin, AdminError, CheckedKey},
         gate::Finding,
     },
@@ -14,9 +15,9 @@ use crate::{
 };
 
 use super::{
-    Context, block_on, change,
+    Context, block_on, change, environment,
     exit::{Exit, Failure},
-    pin::{SoPin, UserPin},
+    pin::{self, SoPin, UserPin, log_in},
 };
 
 #[derive(Debug, Subcommand)]
@@ -27,6 +28,11 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes one by one, use, registry
     Check(UserPin),
+    /// Allow one more login with a PIN that the token rejected; also while `serve` runs
+    ///
+    /// A rejected PIN is remembered by its content in the state directory, and no command and no worker shows it to that
+    /// token again. Run this when the PIN is right after all: the token was unlocked, or its PIN was set to this one.
+    RetryPin(RetryPin),
     /// Record that the token was backed up and the restore was tested, for every key on it
     BackupConfirmed(UserPin),
 }
@@ -45,6 +51,13 @@ pub(super) struct Init {
     user_pin: UserPin,
 }
 
+#[derive(Args, Debug)]
+pub(super) struct RetryPin {
+    /// Also allow the next login when one more wrong PIN would lock the token
+    #[arg(long)]
+    force: bool,
+}
+
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
         let exit = match &error {
@@ -52,7 +65,11 @@ impl From<AdminError> for Failure {
             AdminError::Pin(_) => Exit::Pin,
             AdminError::Untrusted(_) => Exit::Untrusted,
         };
-        Self::new(exit, error.to_string())
+        let failure = Self::new(exit, error.to_string());
+        if exit == Exit::Token {
+            return environment::explain(failure);
+        }
+        failure
     }
 }
 
@@ -61,12 +78,15 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::List => list(context),
         Command::Init(arguments) => init(&arguments, context),
         Command::Check(pin) => check(&pin, context),
+        Command::RetryPin(arguments) => retry_pin(&arguments, context),
         Command::BackupConfirmed(pin) => confirm_backup(&pin, context),
     }
 }
 
 fn list(context: &Context) -> Result<(), Failure> {
-    let rows = admin::list_tokens(&context.config_for_token()?.token)?
+    let listed = admin::list_tokens(&context.config_for_token()?.token)?;
+    let is_empty = listed.is_empty();
+    let rows = listed
         .into_iter()
         .map(|token| {
             vec![
@@ -79,7 +99,34 @@ fn list(context: &Context) -> Result<(), Failure> {
             ]
         })
         .collect();
-    context.output.list(rows, "the module shows no token")
+    context.output.list(rows, "the module shows no token")?;
+    if is_empty && let Some(hint) = environment::withheld() {
+        context.output.note(&format!("note: {hint}"));
+    }
+    Ok(())
+}
+
+/// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
+fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
+    let config = context.config()?;
+    let record = pin::record(&config);
+    let allowed = change::audited(
+        context,
+        &config,
+        "token.retry_pin",
+        |_: &mut Entry| {},
+        || {
+            record.allow_retry(arguments.force).map_err(|error| {
+                let cause = std::error::Error::source(&error);
+                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+                Failure::new(Exit::Pin, format!("{error}{cause}"))
+            })
+        },
+    )?;
+    context.output.fields(vec![
+        ("pins_allowed", json!(allowed)),
+        ("final_try_allowed", json!(arguments.force)),
+    ])
 }
 
 fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
@@ -98,13 +145,14 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         "token.init",
         |_: &mut Entry| {},
         || {
-            Ok(admin::init_token(
-                &config.token,
-                &label,
-                &so_pin,
-                &user_pin,
-                erase,
-            )?)
+            let info = admin::init_token(&config.token, &label, &so_pin, &user_pin, erase)?;
+            if let Err(error) = pin::record(&config).forget(&info.serial) {
+                context.output.note(&format!(
+                    "note: PINs that this token rejected before it was initialised are still remembered ({error}); if it \
+                     takes no PIN, run `keybroker token retry-pin`"
+                ));
+            }
+            Ok(info)
         },
     )?;
     context.output.fields(vec![
@@ -117,7 +165,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
 /// Every registered key, or when none is registered yet every key on the token, with the gate's verdict on each attribute.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = Admin::open(&config.token, &pin.get(&config.token)?, false)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let rows = registry(&config)?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
@@ -196,7 +244,7 @@ pub(super) fn compare(
             row.id, key.fingerprint, row.fingerprint
         ));
     }
-    if row.token_serial != admin.info().serial {
+    if hsm::unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
             "key {}: registered for the token with serial {:?}, this one has {:?}; if this is its \
              restored backup, run `keybroker key register {}`",
@@ -231,11 +279,12 @@ fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure>
 fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let _lock = store::lock(&config.store)?;
-    let admin = Admin::open(&config.token, &pin.get(&config.token)?, false)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
     for row in registry(&config)? {
-        if row.token_serial != admin.info().serial || row.backup_confirmed.is_some() {
+        if hsm::unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some()
+        {
             continue;
         }
         if !admin.verify(row.id, &row.mac_message(), &row.mac)? {

@@ -1,6 +1,10 @@
 //! The token for one-shot commands: the module in this process, used by one thread, gone with the command.
 
-use cryptoki::{context::Pkcs11, session::UserType, slot::Slot};
+use cryptoki::{
+    context::Pkcs11,
+    session::UserType,
+    slot::{Slot, TokenInfo as PkcsTokenInfo},
+};
 
 use crate::{
     call::Timestamp,
@@ -9,7 +13,7 @@ use crate::{
 };
 
 use super::{
-    ExpectedKey, Pin, Settings, TokenInfo,
+    ExpectedKey, Pin, PinRecord, Settings, TokenInfo,
     classify::{Class, Fault},
     gate::Finding,
     keys, module,
@@ -22,6 +26,9 @@ mod wrapper;
 
 pub use verifier::Verifier;
 pub use wrapper::Wrapper;
+
+/// Length of `CK_TOKEN_INFO.label`.
+const LABEL_BYTES: usize = 32;
 
 /// Class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -41,6 +48,10 @@ impl From<Fault> for AdminError {
     fn from(fault: Fault) -> Self {
         match fault.class {
             Class::Pin => Self::Pin(fault.detail),
+            Class::Login => Self::Token(format!(
+                "{}. This login was counted; run the command again when the token works",
+                fault.detail
+            )),
             Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
             _ => Self::Token(fault.detail),
         }
@@ -116,16 +127,17 @@ pub fn init_token(
     user_pin: &Pin,
     erase_serial: Option<&str>,
 ) -> Result<TokenInfo, AdminError> {
-    if label.is_empty() || label.len() > 32 || label.chars().any(char::is_control) {
-        return Err(AdminError::Token(
-            "a token label is 1 to 32 bytes without control characters".to_owned(),
-        ));
-    }
+    check_label(label)?;
     let module = module::load(&settings.module)?;
     let slot = match erase_serial {
         None => blank_slot(&module, label)?,
         Some(serial) => slot_to_erase(&module, serial, label)?,
     };
+    // Everything that can be refused is refused before anything is erased.
+    let info = module.get_token_info(slot).map_err(Fault::from)?;
+    check_pin("security officer's PIN", so_pin, &info)?;
+    check_pin("user PIN", user_pin, &info)?;
+    check_so_counter(&info)?;
     module
         .init_token(slot, &so_pin.to_auth_pin(), label)
         .map_err(Fault::from)?;
@@ -149,18 +161,63 @@ pub fn init_token(
     Ok(info)
 }
 
+/// A label that the token gives back as it was set, so that the token is found by it.
+fn check_label(label: &str) -> Result<(), AdminError> {
+    let problem = if label.is_empty() || label.chars().any(char::is_control) {
+        "must have 1 to 32 bytes and no control characters"
+    } else if label.len() > LABEL_BYTES {
+        "is longer than 32 bytes of UTF-8"
+    } else if label != label.trim() {
+        "begins or ends with a blank, which tokens do not keep apart from padding"
+    } else {
+        return Ok(());
+    };
+    Err(AdminError::Token(format!(
+        "the token label {label:?} {problem}. Nothing was changed"
+    )))
+}
+
+/// Holds the length of a PIN against what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
+fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
+    let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
+    let length = pin.length();
+    if length < shortest || longest >= shortest.max(1) && length > longest {
+        return Err(AdminError::Pin(format!(
+            "the {what} has {length} bytes; the token takes {shortest} to {longest}. Nothing was changed"
+        )));
+    }
+    Ok(())
+}
+
+/// A wrong security officer's PIN is counted, too, and a token whose officer is locked out cannot be administered again.
+fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
+    // A blank token takes any, and its flags say nothing.
+    if !info.token_initialized() {
+        return Ok(());
+    }
+    let problem = if info.so_pin_locked() {
+        "the security officer's PIN is locked"
+    } else if info.so_pin_final_try() {
+        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
+         counter"
+    } else {
+        return Ok(());
+    };
+    Err(AdminError::Pin(format!("{problem}. Nothing was changed")))
+}
+
 fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
     for slot in module.get_slots_with_token().map_err(Fault::from)? {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
             blank.get_or_insert(slot);
-        } else if info.label().trim_end() == label {
+        } else if select::unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
                 "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
                  erase it with every key on it, for ever: --erase-serial {}",
-                info.serial_number().trim_end(),
-                info.serial_number().trim_end()
+                select::unpadded(info.serial_number()),
+                select::unpadded(info.serial_number())
             )));
         }
     }
@@ -176,10 +233,10 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
 fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
     let mut wanted = None;
     for (slot, info) in select::list(module)? {
-        let found = info.serial_number().trim_end();
+        let found = select::unpadded(info.serial_number());
         if found == serial {
             wanted = Some(slot);
-        } else if info.label().trim_end() == label {
+        } else if select::unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
                 "another token has the label {label:?} already (serial {found}), and the two could not be told \
                  apart by it; nothing was erased. Choose another label"
@@ -201,11 +258,16 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Logs in, read-write if keys are to be made.
-    pub fn open(settings: &Settings, pin: &Pin, write: bool) -> Result<Self, AdminError> {
+    /// Logs in if the record of PINs allows it, read-write if keys are to be made.
+    pub fn open(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: &Pin,
+        write: bool,
+    ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
-            token: OpenToken::login(settings, pin, write)?,
+            token: OpenToken::login(settings, record, pin, write)?,
         })
     }
 

@@ -21,8 +21,10 @@ pub(super) enum Class {
     Ambiguous,
     /// The token is busy.
     BackOff,
-    /// The PIN was refused: never tried again until it changes.
+    /// The PIN was rejected, or must not be shown to the token.
     Pin,
+    /// A login failed with a code that says nothing of the PIN: found by our own rules, never a return code.
+    Login,
     /// The configuration or the key does not fit: a retry cannot help.
     Configuration,
     /// A key that must be there is not found. At first an administrator's matter; once it was there, a token that is away
@@ -101,9 +103,11 @@ pub(super) fn classify(code: RvError) -> Class {
         | Rv::PinLenRange
         | Rv::PinExpired
         | Rv::PinLocked
-        | Rv::UserPinNotInitialized
-        | Rv::UserTypeInvalid => Class::Pin,
-        Rv::KeyFunctionNotPermitted
+        | Rv::PinTooWeak
+        | Rv::NewPinMode => Class::Pin,
+        Rv::UserPinNotInitialized
+        | Rv::UserTypeInvalid
+        | Rv::KeyFunctionNotPermitted
         | Rv::KeyTypeInconsistent
         | Rv::MechanismInvalid
         | Rv::MechanismParamInvalid
@@ -111,28 +115,6 @@ pub(super) fn classify(code: RvError) -> Class {
         // Among them general-error, function-failed, device-error, arguments-bad, and codes that no standard names.
         _ => Class::Ambiguous,
     }
-}
-
-/// Whether `C_Login` says with this code that it did not look at the PIN, so that no wrong try was counted.
-pub(super) fn is_pin_untried(code: RvError) -> bool {
-    use RvError as Rv;
-    matches!(
-        code,
-        Rv::CryptokiNotInitialized
-            | Rv::SlotIdInvalid
-            | Rv::TokenNotPresent
-            | Rv::TokenNotRecognized
-            | Rv::DeviceRemoved
-            | Rv::SessionHandleInvalid
-            | Rv::SessionClosed
-            | Rv::SessionCount
-            | Rv::SessionReadOnlyExists
-            | Rv::HostMemory
-            | Rv::UserAlreadyLoggedIn
-            | Rv::UserAnotherAlreadyLoggedIn
-            | Rv::UserTooManyTypes
-            | Rv::FunctionNotSupported
-    )
 }
 
 #[cfg(test)]
@@ -204,13 +186,15 @@ mod tests {
                 Rv::PinLenRange,
                 Rv::PinExpired,
                 Rv::PinLocked,
-                Rv::UserPinNotInitialized,
-                Rv::UserTypeInvalid,
+                Rv::PinTooWeak,
+                Rv::NewPinMode,
             ],
         ),
         (
             Class::Configuration,
             &[
+                Rv::UserPinNotInitialized,
+                Rv::UserTypeInvalid,
                 Rv::KeyFunctionNotPermitted,
                 Rv::KeyTypeInconsistent,
                 Rv::MechanismInvalid,

@@ -14,8 +14,6 @@ use zeroize::Zeroizing;
 
 use crate::trusted_file::{self, Purpose};
 
-use super::latch::PinVersion;
-
 /// Longest PIN, in bytes.
 const PIN_BYTES_MAX: usize = 255;
 
@@ -64,12 +62,11 @@ impl Pin {
 
     /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
     pub fn from_file(path: &Path) -> Result<Self, String> {
-        read(path).0
-    }
-
-    fn from_open_file(file: &fs::File, path: &Path) -> Result<Self, String> {
+        let path = resolve(path)?;
+        let file = trusted_file::open(&path, PIN_FILE)
+            .map_err(|error| format!("the PIN file: {error}"))?;
         let shown = path.display();
-        Self::from_reader(file).map_err(|what| format!("the PIN file {shown}: {what}"))
+        Self::from_reader(&file).map_err(|what| format!("the PIN file {shown}: {what}"))
     }
 
     /// From an open descriptor of this process.
@@ -90,27 +87,19 @@ impl Pin {
         Self::from_text(std::mem::take(&mut text))
     }
 
+    /// For its hash.
+    pub(super) fn expose(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// Number of bytes.
+    pub(super) fn length(&self) -> usize {
+        self.0.len()
+    }
+
     /// For the module.
     pub(super) fn to_auth_pin(&self) -> AuthPin {
         AuthPin::new(self.0.as_str().into())
-    }
-}
-
-/// The PIN in a file, and which file that was. It is asked after the PIN was read: of a file that changes meanwhile, a
-/// refused PIN is then never tried again, though a good one may have to wait for the next change.
-pub(super) fn read(path: &Path) -> (Result<Pin, String>, PinVersion) {
-    let opened = resolve(path).and_then(|path| {
-        let file = trusted_file::open(&path, PIN_FILE)
-            .map_err(|error| format!("the PIN file: {error}"))?;
-        Ok((file, path))
-    });
-    match opened {
-        Ok((file, path)) => {
-            let pin = Pin::from_open_file(&file, &path);
-            let version = file.metadata().map(|meta| PinVersion::from_metadata(&meta));
-            (pin, version.unwrap_or_default())
-        }
-        Err(what) => (Err(what), PinVersion::default()),
     }
 }
 

@@ -35,6 +35,8 @@ pub(super) struct Job {
     pub(super) waited: Duration,
     /// Whether a lost session has sent it back once already.
     pub(super) retried: bool,
+    /// Workers that were lost while they held it.
+    pub(super) losses: u32,
 }
 
 impl Job {
@@ -97,7 +99,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes back a job that was refused because its session was lost: to the front, since it waited its turn before.
+    /// Takes back a job whose session or worker was lost: to the front, since it waited its turn before.
     pub(super) fn push_again(&self, job: Job) {
         let mut state = self.state();
         state.waiting.push_front(job);

@@ -93,7 +93,7 @@ impl Selector {
         let same = |wanted: &Option<String>, found: &str| {
             wanted
                 .as_deref()
-                .is_none_or(|wanted| wanted == found.trim_end())
+                .is_none_or(|wanted| unpadded(wanted) == unpadded(found))
         };
         same(&self.label, info.label())
             && same(&self.serial, info.serial_number())
@@ -158,7 +158,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
                 tokens.len(),
                 tokens
                     .iter()
-                    .map(|(_, info)| format!("{:?}", info.label().trim_end()))
+                    .map(|(_, info)| format!("{:?}", unpadded(info.label())))
                     .collect::<Vec<_>>()
                     .join(", ")
             ),
@@ -185,14 +185,21 @@ pub(super) fn list(module: &Pkcs11) -> Result<Vec<(Slot, cryptoki::slot::TokenIn
 /// What a token says of itself, padding removed.
 pub(super) fn describe(info: &cryptoki::slot::TokenInfo) -> TokenInfo {
     TokenInfo {
-        label: info.label().trim_end().to_owned(),
-        serial: info.serial_number().trim_end().to_owned(),
+        label: unpadded(info.label()).to_owned(),
+        serial: unpadded(info.serial_number()).to_owned(),
         model: format!(
             "{} {}",
-            info.manufacturer_id().trim_end(),
-            info.model().trim_end()
+            unpadded(info.manufacturer_id()),
+            unpadded(info.model())
         ),
     }
+}
+
+/// A text of `CK_TOKEN_INFO` without its padding. The standard pads with blanks; some modules pad with NUL, or end the text
+/// with one.
+pub fn unpadded(text: &str) -> &str {
+    let text = text.split('\0').next().unwrap_or_default();
+    text.trim_end()
 }
 
 #[cfg(test)]
@@ -205,6 +212,22 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+    }
+
+    #[test]
+    fn padding_is_not_part_of_a_text() {
+        for padded in [
+            "demo",
+            "demo  ",
+            "demo\0\0",
+            "demo\0  ",
+            "demo  \0",
+            "demo\0old label",
+        ] {
+            assert_eq!(unpadded(padded), "demo", "{padded:?}");
+        }
+        assert_eq!(unpadded("\0\0"), "");
+        assert_eq!(unpadded("  a b "), "  a b");
     }
 
     #[test]

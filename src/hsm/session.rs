@@ -205,7 +205,7 @@ impl Worker {
                 Stop::failed(FailureClass::TokenLost, fault.to_string())
             }
             Class::BackOff => Stop::failed(FailureClass::BackOff, fault.to_string()),
-            Class::Pin | Class::Untrusted => {
+            Class::Pin | Class::Login | Class::Untrusted => {
                 Stop::failed(FailureClass::Untrusted, fault.to_string())
             }
             Class::Input | Class::Ambiguous | Class::Configuration => {
@@ -312,6 +312,5 @@ pub(super) fn failure(class: FailureClass, detail: impl Into<String>) -> wire::F
     wire::Failure {
         class: class.into(),
         detail: detail.into(),
-        pin_version: String::new(),
     }
 }

@@ -5,14 +5,13 @@ use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tokio::{net::UnixStream, process::Child};
 use tokio_util::sync::CancellationToken;
 
-use crate::{envelope::Algorithm, key::WrappingKeyId};
+use crate::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
 
 use super::{
-    ExpectedKey, Settings, TokenInfo, TokenKey,
-    latch::PinVersion,
-    link, module, oaep,
+    ExpectedKey, Settings, TokenInfo, TokenKey, link, module, oaep,
     oaep::WrapKey,
     pin,
+    supervisor::NotReady,
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
@@ -47,23 +46,31 @@ impl Found {
 /// Why a worker did not become ready.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    pub(super) class: FailureClass,
+    /// What the worker said; absent when it did not get so far.
+    pub(super) class: Option<FailureClass>,
     pub(super) detail: String,
-    /// Of the PIN file that the worker read.
-    pub(super) pin_version: PinVersion,
 }
 
 impl Failure {
     fn new(class: FailureClass, detail: impl Into<String>) -> Self {
         Self {
-            class,
+            class: Some(class),
             detail: detail.into(),
-            pin_version: PinVersion::default(),
         }
     }
 
-    fn lost(detail: impl Into<String>) -> Self {
-        Self::new(FailureClass::TokenLost, detail)
+    /// The process did not say anything of the token.
+    fn crashed(detail: impl Into<String>) -> Self {
+        Self {
+            class: None,
+            detail: detail.into(),
+        }
+    }
+
+    /// For the machine. `first` for the first attempt of this process.
+    pub(super) fn why(&self, first: bool) -> NotReady {
+        self.class
+            .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
     }
 }
 
@@ -74,14 +81,16 @@ pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
     expected: &[ExpectedKey],
+    state: &StateDirectory,
     stop: &CancellationToken,
 ) -> Result<Started, Failure> {
-    let setup = setup(settings, expected)?;
-    let (child, stream) = link::spawn(program, settings)
-        .map_err(|error| Failure::lost(format!("cannot start {}: {error}", program.display())))?;
+    let setup = setup(settings, expected, state)?;
+    let (child, stream) = link::spawn(program, settings).map_err(|error| {
+        Failure::crashed(format!("cannot start {}: {error}", program.display()))
+    })?;
     let pid = child.id().unwrap_or(0);
     let ready = tokio::select! {
-        () = stop.cancelled() => Err(Failure::lost("the broker is stopping")),
+        () = stop.cancelled() => Err(Failure::crashed("the broker is stopping")),
         ready = ready(&stream, setup, expected) => ready,
     };
     match ready {
@@ -112,20 +121,27 @@ async fn ready(
     };
     let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request))
         .await
-        .map_err(|_| Failure::lost("the worker was not ready within 30 s: the module hangs"))?
-        .map_err(|error| Failure::lost(format!("the worker ended before it was ready: {error}")))?;
+        .map_err(|_| Failure::crashed("the worker was not ready within 30 s: the module hangs"))?
+        .map_err(|error| {
+            Failure::crashed(format!("the worker ended before it was ready: {error}"))
+        })?;
     match reply.outcome {
         Some(Outcome::Ready(ready)) => check(ready, expected),
         Some(Outcome::Failure(failure)) => Err(Failure {
-            class: failure.class(),
-            pin_version: PinVersion::from_wire(failure.pin_version),
+            class: Some(failure.class()),
             detail: failure.detail,
         }),
-        Some(Outcome::Output(_)) | None => Err(Failure::lost("the worker answered nonsense")),
+        Some(Outcome::Output(_)) | None => {
+            Err(Failure::crashed("the worker sent an unexpected reply"))
+        }
     }
 }
 
-fn setup(settings: &Settings, expected: &[ExpectedKey]) -> Result<Setup, Failure> {
+fn setup(
+    settings: &Settings,
+    expected: &[ExpectedKey],
+    state: &StateDirectory,
+) -> Result<Setup, Failure> {
     let pin_file = settings.pin_file.as_deref().ok_or_else(|| {
         Failure::new(
             FailureClass::Configuration,
@@ -143,6 +159,7 @@ fn setup(settings: &Settings, expected: &[ExpectedKey]) -> Result<Setup, Failure
         serial: settings.serial.clone().unwrap_or_default(),
         uri: settings.uri.clone().unwrap_or_default(),
         pin_file: pin_file.to_string_lossy().into_owned(),
+        state_directory: state.path().to_string_lossy().into_owned(),
         sessions: u32::try_from(settings.sessions_per_worker).unwrap_or(1),
         allow_oaep_sha1: settings.allow_oaep_sha1,
         attribute_exceptions: settings.attribute_exceptions.clone(),

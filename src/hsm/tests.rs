@@ -12,11 +12,11 @@ use std::{
 use faulty::Faulty;
 
 use super::{
-    Pin, Settings,
+    Pin, PinRecord, Settings,
     admin::{self, Admin, AdminError},
     open::OpenToken,
 };
-use crate::key::WrappingKeyId;
+use crate::{key::WrappingKeyId, state::StateDirectory};
 
 #[allow(dead_code, reason = "the tests of the whole product use the rest")]
 #[path = "../../tests/it/faulty.rs"]
@@ -90,7 +90,13 @@ fn init() {
 }
 
 fn open() -> OpenToken {
-    OpenToken::login(&settings(), &pin(USER_PIN), true).unwrap()
+    OpenToken::login(&settings(), &record(), &pin(USER_PIN), true).unwrap()
+}
+
+/// The record of PINs of this test, as long as it runs.
+fn record() -> PinRecord {
+    let folder = env::var_os(CHILD).unwrap();
+    PinRecord::new(StateDirectory::below(&Path::new(&folder).join("audit")))
 }
 
 /// The same token through the module that fails on command.

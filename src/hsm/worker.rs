@@ -23,14 +23,16 @@ use crossbeam_channel::{RecvTimeoutError, Sender};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
-use crate::key::{Fingerprint, WrappingKeyId};
+use crate::{
+    key::{Fingerprint, WrappingKeyId},
+    state::StateDirectory,
+};
 
 use super::{
-    ExpectedKey, Pin, Settings,
+    ExpectedKey, Pin, PinRecord, Settings,
     classify::{Class, Fault},
     frame::{Inbox, Outbox},
     open::OpenToken,
-    pin,
     session::{self, Shared, Worker},
     wire::{
         self, FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job,
@@ -76,8 +78,7 @@ fn serve() -> io::Result<()> {
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
     let settings = settings(&setup);
     let limit = limit_opening();
-    let (pin, pin_version) = pin::read(Path::new(&setup.pin_file));
-    let opened = pin
+    let opened = Pin::from_file(Path::new(&setup.pin_file))
         .map_err(|what| Fault::new(Class::Pin, what))
         .and_then(|pin| open(&setup, &settings, &pin, sessions));
     drop(limit);
@@ -85,10 +86,7 @@ fn serve() -> io::Result<()> {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
-            let failure = wire::Failure {
-                pin_version: pin_version.into_wire(),
-                ..session::failure(class, fault.to_string())
-            };
+            let failure = session::failure(class, fault.to_string());
             return first_reply.send(0, Outcome::Failure(failure), Duration::ZERO);
         }
     };
@@ -168,7 +166,8 @@ fn open(
     pin: &Pin,
     sessions: usize,
 ) -> Result<(OpenToken, Arc<Shared>, Vec<Worker>), Fault> {
-    let token = OpenToken::login(settings, pin, false)?;
+    let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
+    let token = OpenToken::login(settings, &record, pin, false)?;
     let mut keys = Vec::new();
     for key in &setup.keys {
         keys.push(token.prove(settings, &expected(key)?)?);
@@ -224,11 +223,15 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
 fn startup_class(class: Class) -> FailureClass {
     match class {
         Class::Pin => FailureClass::Pin,
-        Class::Untrusted | Class::Input => FailureClass::Untrusted,
+        Class::Login => FailureClass::Login,
+        Class::Untrusted => FailureClass::Untrusted,
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        Class::SessionLost | Class::TokenLost | Class::Ambiguous => FailureClass::TokenLost,
+        // An input that the token refuses is our own known-answer input: it may have been in trouble for a moment.
+        Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
+            FailureClass::TokenLost
+        }
     }
 }
 

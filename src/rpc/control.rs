@@ -172,7 +172,7 @@ fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
 
 fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
     let (serving, detail) = match state.serving {
-        Serving::Up => (proto::TokenServing::Up, String::new()),
+        Serving::Up => (proto::TokenServing::Up, state.note.unwrap_or_default()),
         Serving::Down(cause) => (proto::TokenServing::Down, cause),
         Serving::Untrusted(cause) => (proto::TokenServing::Untrusted, cause),
     };

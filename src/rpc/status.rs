@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::{
-    call::CallId,
+    call::{CallId, spread},
     error::{Error, Reason},
 };
 
@@ -57,7 +57,8 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
         details.set_bad_request(violations);
     }
     if let Some(delay) = error.retry_delay() {
-        details.set_retry_info(Some(delay));
+        // Up to half as much again: callers that were refused together must not return together.
+        details.set_retry_info(Some(spread(delay, delay / 2)));
     }
     let text = format!("{} (call {call})", reason.text());
     Status::with_error_details(code(reason), text, details)
@@ -65,7 +66,7 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{collections::HashSet, time::Duration};
 
     use super::*;
 
@@ -121,6 +122,17 @@ mod tests {
         let error = Error::new(Reason::QueueFull, "").retry_after(Duration::from_millis(20));
         let details = to_status(&error, call).get_error_details();
         let delay = details.retry_info().unwrap().retry_delay;
-        assert_eq!(delay, Some(Duration::from_millis(20)));
+        let asked = Duration::from_millis(20)..=Duration::from_millis(30);
+        assert!(asked.contains(&delay.unwrap()), "{delay:?}");
+        let delays: HashSet<_> = (0..64)
+            .map(|_| {
+                to_status(&error, call)
+                    .get_error_details()
+                    .retry_info()
+                    .unwrap()
+                    .retry_delay
+            })
+            .collect();
+        assert!(delays.len() > 1, "all would return together");
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     config::Config,
     hsm::{ExpectedKey, Supervisor},
     key::WrappingKeyState,
+    state::StateDirectory,
     store::{self, Store},
 };
 
@@ -146,8 +147,10 @@ pub(super) async fn start_token(
              generate`",
         ));
     }
-    let supervisor =
-        Arc::clone(started.get_or_init(|| Supervisor::start(config.token.clone(), keys, program)));
+    let supervisor = Arc::clone(started.get_or_init(|| {
+        let state = StateDirectory::below(&config.audit.directory);
+        Supervisor::start(config.token.clone(), keys, program, state)
+    }));
     let serving = supervisor.settled().await;
     if let Some(error) = supervisor.startup_error() {
         let exit = if error.untrusted {
@@ -158,7 +161,7 @@ pub(super) async fn start_token(
         return Err(Failure::new(exit, error.message));
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
-        // Not an end: a token that is away comes back, and a refused PIN is mended in its file.
+        // Not an end: a token that is unavailable returns, and a rejected PIN is corrected in its file.
         tracing::error!(%cause, "started without the token; nothing is released until it serves");
     }
     Ok(supervisor)

@@ -61,7 +61,12 @@ async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
     let problem = if probe.stopping.is_cancelled() {
         "stopping".to_owned()
     } else if health.user_keys {
-        return (StatusCode::OK, "ready\n".to_owned());
+        let text = if health.detail.is_empty() {
+            "ready\n".to_owned()
+        } else {
+            format!("ready, but {}\n", health.detail)
+        };
+        return (StatusCode::OK, text);
     } else {
         health.detail
     };

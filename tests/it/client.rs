@@ -1,6 +1,11 @@
 //! Real gRPC clients over mTLS.
 
-use std::{fs, net::SocketAddr, sync::Mutex, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use base64ct::{Base64, Encoding as _};
 
@@ -234,21 +239,23 @@ pub(crate) fn refused<T>(result: Result<T, Status>, expected: &str) -> Status {
 pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
     mut call: impl FnMut() -> F,
 ) -> Result<T, Status> {
-    let mut pause = Duration::from_millis(20);
-    for _ in 1..5 {
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut pause = Duration::from_millis(50);
+    loop {
         let status = match call().await {
             Ok(answer) => return Ok(answer),
             Err(status) => status,
         };
-        if !is_worth_another_try(&status) {
-            return Err(status);
-        }
         let asked = status.get_details_retry_info();
         let asked = asked.and_then(|info| info.retry_delay).unwrap_or_default();
-        tokio::time::sleep(pause.max(asked)).await;
-        pause *= 2;
+        let own = keybroker::call::spread(pause / 2, pause);
+        let next = own.max(asked);
+        if !is_worth_another_try(&status) || Instant::now() + next > until {
+            return Err(status);
+        }
+        tokio::time::sleep(next).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
     }
-    call().await
 }
 
 /// Without a reason it comes from the connection and not from the broker.

@@ -4,9 +4,13 @@
  *   SKIP          calls that pass before the fault begins
  *   TIMES         calls that it hits; -1 for all
  *   CODE          what is returned instead of calling the real function; 0: it is called, and its failure hidden;
- *                 -1: it is called, and its result kept; below: it is called, and its failure becomes -CODE
+ *                 -1: it is called, and its result kept; below: it is called, and its failure becomes -CODE;
+ *                 2^40 and more: it is called, and its success becomes CODE - 2^40
  *   MILLISECONDS  slept before anything else
  *   PID           the one process that is hit; 0 for all
+ *
+ * A file `flags` holds a number that is added to the flags of CK_TOKEN_INFO. While a file `nul` is there, the texts of
+ * CK_TOKEN_INFO are padded with NUL.
  *
  * Every call of these functions writes two lines to the file `calls`: "PID NAME begins" and "PID NAME ends CODE". */
 
@@ -81,6 +85,31 @@ static void sleep_for(long milliseconds) {
   nanosleep(&span, NULL);
 }
 
+#define AFTER (1L << 40)
+
+/* What the token shows of itself. The layout of CK_TOKEN_INFO: label 32, manufacturer 32, model 16, serial 16, flags. */
+static void edit_info(char *info) {
+  static const struct {
+    int start, length;
+  } texts[] = {{0, 32}, {32, 32}, {64, 16}, {80, 16}};
+  char number[32] = {0};
+  ulong_t flags;
+  int file = open_in_folder("flags", O_RDONLY);
+  if (file >= 0) {
+    if (read(file, number, sizeof number - 1) > 0) {
+      memcpy(&flags, info + 96, sizeof flags);
+      flags |= strtoul(number, NULL, 10);
+      memcpy(info + 96, &flags, sizeof flags);
+    }
+    close(file);
+  }
+  file = open_in_folder("nul", O_RDONLY);
+  if (file < 0) return;
+  close(file);
+  for (int text = 0; text < 4; text++)
+    for (int at = texts[text].start + texts[text].length; at-- > texts[text].start && info[at] == ' ';) info[at] = 0;
+}
+
 #define FAULTY(name, index, parameters, arguments)                       \
   static ulong_t name parameters {                                       \
     struct plan plan = {0};                                              \
@@ -88,10 +117,11 @@ static void sleep_for(long milliseconds) {
     note(#name, "begins", -1);                                           \
     int hit = is_hit(#name, &plan);                                      \
     if (hit) sleep_for(plan.milliseconds);                               \
-    if (hit && plan.code > 0) {                                          \
+    if (hit && plan.code > 0 && plan.code < AFTER) {                     \
       code = (ulong_t)plan.code;                                         \
     } else {                                                             \
       code = ((ulong_t(*) parameters)real->functions[index])arguments;   \
+      if (hit && plan.code >= AFTER && !code) code = (ulong_t)(plan.code - AFTER); \
       if (hit && plan.code == 0) code = 0;                               \
       if (hit && plan.code < -1 && code) code = (ulong_t)-plan.code;     \
     }                                                                    \
@@ -99,6 +129,15 @@ static void sleep_for(long milliseconds) {
     return code;                                                         \
   }
 
+static ulong_t (*get_info)(ulong_t, void *);
+
+static ulong_t get_edited_info(ulong_t slot, void *info) {
+  ulong_t code = get_info(slot, info);
+  if (!code) edit_info(info);
+  return code;
+}
+
+FAULTY(C_InitToken, 9, (ulong_t slot, unsigned char *pin, ulong_t length, unsigned char *label), (slot, pin, length, label))
 FAULTY(C_GetTokenInfo, 6, (ulong_t slot, void *info), (slot, info))
 FAULTY(C_OpenSession, 12, (ulong_t slot, ulong_t flags, void *app, void *call, ulong_t *session),
        (slot, flags, app, call, session))
@@ -116,7 +155,13 @@ ulong_t C_GetFunctionList(struct list **list) {
     void *module = dlopen(REAL_MODULE, RTLD_NOW | RTLD_LOCAL);
     ulong_t (*get)(struct list **) = module ? (ulong_t(*)(struct list **))dlsym(module, "C_GetFunctionList") : NULL;
     if (!get || get(&real) != 0) return 5;
+    static struct list edited;
+    edited = *real;
+    get_info = (ulong_t(*)(ulong_t, void *))edited.functions[6];
+    edited.functions[6] = (void *)get_edited_info;
+    real = &edited;
     ours = *real;
+    ours.functions[9] = (void *)C_InitToken;
     ours.functions[3] = (void *)C_GetFunctionList;
     ours.functions[6] = (void *)C_GetTokenInfo;
     ours.functions[12] = (void *)C_OpenSession;

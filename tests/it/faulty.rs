@@ -13,7 +13,14 @@ pub(crate) const VARIABLE: &str = "KEYBROKER_FAULTS";
 pub(crate) mod code {
     pub(crate) const GENERAL_ERROR: i64 = 0x05;
     pub(crate) const FUNCTION_FAILED: i64 = 0x06;
+    pub(crate) const DEVICE_ERROR: i64 = 0x30;
     pub(crate) const DEVICE_MEMORY: i64 = 0x31;
+    pub(crate) const DEVICE_REMOVED: i64 = 0x32;
+    pub(crate) const HOST_MEMORY: i64 = 0x02;
+    pub(crate) const FUNCTION_CANCELED: i64 = 0x50;
+    pub(crate) const SESSION_CLOSED: i64 = 0xb0;
+    pub(crate) const TOKEN_NOT_PRESENT: i64 = 0xe0;
+    pub(crate) const USER_ALREADY_LOGGED_IN: i64 = 0x100;
     pub(crate) const VENDOR_DEFINED: i64 = 0x8000_0001;
     pub(crate) const SESSION_COUNT: i64 = 0xb1;
     pub(crate) const SESSION_HANDLE_INVALID: i64 = 0xb3;
@@ -22,10 +29,27 @@ pub(crate) mod code {
     /// None: the real function is called, late.
     pub(crate) const LATE: i64 = -1;
 
+    /// The real function is called, and its success is called by this code.
+    pub(crate) const fn after(code: i64) -> i64 {
+        AFTER + code
+    }
+
+    /// Above every code.
+    const AFTER: i64 = 1 << 40;
+
     /// The real function is called, and whatever it fails with is called by this code.
     pub(crate) const fn instead(code: i64) -> i64 {
         -code
     }
+}
+
+/// Flags of `CK_TOKEN_INFO`.
+pub(crate) mod flag {
+    pub(crate) const USER_PIN_COUNT_LOW: u64 = 0x0001_0000;
+    pub(crate) const USER_PIN_FINAL_TRY: u64 = 0x0002_0000;
+    pub(crate) const USER_PIN_LOCKED: u64 = 0x0004_0000;
+    pub(crate) const SO_PIN_FINAL_TRY: u64 = 0x0020_0000;
+    pub(crate) const SO_PIN_LOCKED: u64 = 0x0040_0000;
 }
 
 /// What befalls a function of the module.
@@ -102,10 +126,24 @@ impl Faulty {
             "{} {times} {} {} {}\n",
             fault.skip, fault.code, fault.milliseconds, fault.pid
         );
-        // Under another name first: a call never reads half of it.
+        self.write(function, &text);
+    }
+
+    /// Under another name first: a call never reads half of it.
+    fn write(&self, name: &str, text: &str) {
         let partial = self.folder().join("partial");
         fs::write(&partial, text).unwrap();
-        fs::rename(partial, self.folder().join(function)).unwrap();
+        fs::rename(partial, self.folder().join(name)).unwrap();
+    }
+
+    /// What the token shows of itself, from now on: these flags besides its own.
+    pub(crate) fn set_flags(&self, flags: u64) {
+        self.write("flags", &format!("{flags}\n"));
+    }
+
+    /// From now on texts are padded with NUL instead of blanks.
+    pub(crate) fn pad_with_nul(&self) {
+        self.write("nul", "");
     }
 
     /// As if it had never been.

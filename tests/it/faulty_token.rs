@@ -8,11 +8,11 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    client::{Caller, reason},
+    client::Caller,
     faulty::{Fault, Faulty, VARIABLE, code},
     process::{Broker, is_alive, send, until},
     site::{Options, Site},
-    softhsm::{self, write_private},
+    softhsm,
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -214,32 +214,5 @@ async fn a_worker_that_stays_busy_is_replaced() {
     until("the sick worker to be replaced", || {
         let workers = broker.workers();
         (workers.len() == 2 && !workers.contains(&sick)).then_some(())
-    });
-}
-
-/// A token with three tries would be locked within seconds.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_login_refused_with_a_code_of_the_vendor_is_tried_once() {
-    let (site, faulty) = site(Options {
-        workers: 2,
-        ..Options::default()
-    });
-    faulty.set("C_Login", &Fault::always(code::VENDOR_DEFINED));
-    let broker = Broker::start_on(site);
-    until("the alarm", || {
-        broker.site.log().contains("pin-latched").then_some(())
-    });
-    let enroller = Caller::of(&broker, "enroller");
-    let status = enroller.create("ada", MATERIAL).await.unwrap_err();
-    assert_eq!(reason(&status), "TOKEN_UNTRUSTED");
-    // Several times as long as between two attempts.
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(faulty.count("C_Login begins"), 1);
-    // Whoever has found out why says so by touching the file.
-    faulty.clear("C_Login");
-    let pin_file = broker.site.token.pin_file();
-    write_private(&pin_file, &format!("{}\n", broker.site.token.pin()));
-    until("a login", || {
-        (faulty.count("C_Login ends 0") > 0).then_some(())
     });
 }

@@ -22,6 +22,7 @@ mod databases;
 mod doors;
 mod end_to_end;
 mod faults;
+#[allow(dead_code, reason = "the tests inside the product use the rest")]
 mod faulty;
 mod faulty_token;
 mod hang;
@@ -29,6 +30,7 @@ mod hang;
 mod identity;
 mod json;
 mod last_uses;
+mod logins;
 mod pki;
 mod policy;
 mod process;

@@ -231,10 +231,7 @@ client_ca_file = "{ca}"
 
     /// Runs a one-shot command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Finished {
-        let mut command = self.command(arguments);
-        // Commands load the module themselves; `serve` takes it from the configuration.
-        command.env("SOFTHSM2_CONF", self.token.configuration());
-        Finished::from(command.output().unwrap())
+        Finished::from(self.command(arguments).output().unwrap())
     }
 
     /// Runs a one-shot command that must succeed, and returns its standard output.

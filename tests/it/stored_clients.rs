@@ -6,9 +6,10 @@ use keybroker::{
     call::{CallId, Timestamp},
     client_credential::Document,
     config::Config,
-    hsm::{Pin, admin::Admin},
+    hsm::{Pin, PinRecord, admin::Admin},
     key::{ClientId, Tenant},
     principal::{Reach, Role},
+    state::StateDirectory,
     store::{self, ClientRow, Store},
 };
 use serde_json::Value;
@@ -71,7 +72,8 @@ fn the_token_signs_clients() {
     let file = env::var_os(CHILD).expect("a configuration");
     let config = Config::load(&PathBuf::from(file)).unwrap();
     let pin = Pin::from_file(config.token.pin_file.as_deref().unwrap()).unwrap();
-    let admin = Admin::open(&config.token, &pin, false).unwrap();
+    let record = PinRecord::new(StateDirectory::below(&config.audit.directory));
+    let admin = Admin::open(&config.token, &record, &pin, false).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let store = store::open(&config.store).await.unwrap();

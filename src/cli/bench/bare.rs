@@ -15,6 +15,7 @@ use crate::{
     cli::{
         Context, block_on,
         exit::{Exit, Failure},
+        pin::log_in,
     },
     config::Config,
     hsm::{ExpectedKey, Pin, admin::Admin},
@@ -162,5 +163,5 @@ pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
         )
     })?;
     let pin = Pin::from_file(path).map_err(|what| Failure::new(Exit::Pin, what))?;
-    Ok(Admin::open(&config.token, &pin, false)?)
+    log_in(config, &pin, false)
 }

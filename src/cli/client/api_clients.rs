@@ -181,7 +181,9 @@ impl Caller {
         };
         let mut rows = Vec::new();
         loop {
-            let call = answer(service.list_client_credentials(self.request(next.clone())));
+            let call = self.retried(next.clone(), async |request| {
+                service.list_client_credentials(request).await
+            });
             let page = call.await?;
             let clients = page.client_credentials.iter();
             rows.extend(clients.map(|client| fields(client, self.output.is_json())));

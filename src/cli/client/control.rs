@@ -14,7 +14,7 @@ use crate::{
     rpc,
 };
 
-use super::{Caller, answer, refusal, show};
+use super::{Caller, refusal, show};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -43,7 +43,11 @@ impl Caller {
         match command {
             Command::WrappingKeys => {
                 let message = proto::ListWrappingKeysRequest {};
-                let listed = answer(service.list_wrapping_keys(self.request(message))).await?;
+                let listed = self
+                    .retried(message, async |request| {
+                        service.list_wrapping_keys(request).await
+                    })
+                    .await?;
                 let rows = listed
                     .wrapping_keys
                     .iter()
@@ -56,7 +60,11 @@ impl Caller {
                     Failure::new(Exit::Usage, format!("{id:?} is not hexadecimal: {error}"))
                 })?;
                 let message = proto::GetWrappingKeyRequest { id };
-                let got = answer(service.get_wrapping_key(self.request(message))).await?;
+                let got = self
+                    .retried(message, async |request| {
+                        service.get_wrapping_key(request).await
+                    })
+                    .await?;
                 let key = got.wrapping_key.unwrap_or_default();
                 let mut fields = show::wrapping_key(&key);
                 fields.push(("public_key", json!(key.public_key_pem)));
@@ -64,13 +72,21 @@ impl Caller {
             }
             Command::TokenState => {
                 let message = proto::GetTokenStateRequest {};
-                let state = answer(service.get_token_state(self.request(message))).await?;
+                let state = self
+                    .retried(message, async |request| {
+                        service.get_token_state(request).await
+                    })
+                    .await?;
                 self.output
                     .fields(token_state(&state, self.output.is_json()))
             }
             Command::AuditTail { limit } => {
                 let message = proto::TailAuditLogRequest { limit };
-                let tail = answer(service.tail_audit_log(self.request(message))).await?;
+                let tail = self
+                    .retried(message, async |request| {
+                        service.tail_audit_log(request).await
+                    })
+                    .await?;
                 self.output.json_lines(&tail.entries)
             }
             Command::Health => self.health().await,

@@ -12,7 +12,7 @@ use crate::{
 };
 
 use super::{
-    Caller, answer,
+    Caller,
     material::{self, Source},
     refusal, show,
 };
@@ -176,7 +176,9 @@ impl Caller {
                 key: Key { user, key_name },
             } => {
                 let message = proto::GetUserKeyRequest { user, key_name };
-                let got = answer(service.get_user_key(self.request(message))).await?;
+                let got = self
+                    .retried(message, async |request| service.get_user_key(request).await)
+                    .await?;
                 self.show(got.user_key)
             }
             Command::List {
@@ -226,7 +228,9 @@ impl Caller {
             key_material: material.to_vec(),
             request_id: id.to_string(),
         };
-        let call = answer(service.create_user_key(self.request(message)));
+        let call = self.retried(message, async |request| {
+            service.create_user_key(request).await
+        });
         let created = call.await.inspect_err(|failure| discard(source, failure));
         self.show(created.map_err(|failure| retry_hint(failure, id))?.user_key)
     }
@@ -247,7 +251,9 @@ impl Caller {
             expected_revision,
             request_id: id.to_string(),
         };
-        let call = answer(service.replace_user_key(self.request(message)));
+        let call = self.retried(message, async |request| {
+            service.replace_user_key(request).await
+        });
         let replaced = call.await.inspect_err(|failure| discard(source, failure));
         self.show(
             replaced
@@ -275,7 +281,9 @@ impl Caller {
                     expected_revision,
                     request_id: id.to_string(),
                 };
-                let call = answer(service.delete_user_key(self.request(message)));
+                let call = self.retried(message, async |request| {
+                    service.delete_user_key(request).await
+                });
                 (id, call.await.map(|deleted| deleted.user_key))
             }
             Command::Undelete {
@@ -288,7 +296,9 @@ impl Caller {
                     key_name,
                     request_id: id.to_string(),
                 };
-                let call = answer(service.undelete_user_key(self.request(message)));
+                let call = self.retried(message, async |request| {
+                    service.undelete_user_key(request).await
+                });
                 (id, call.await.map(|undeleted| undeleted.user_key))
             }
             Command::Restore {
@@ -305,7 +315,9 @@ impl Caller {
                     expected_revision,
                     request_id: id.to_string(),
                 };
-                let call = answer(service.restore_user_key_revision(self.request(message)));
+                let call = self.retried(message, async |request| {
+                    service.restore_user_key_revision(request).await
+                });
                 (id, call.await.map(|restored| restored.user_key))
             }
             _ => {
@@ -327,7 +339,11 @@ impl Caller {
         let mut rows = Vec::new();
         let mut next = first;
         loop {
-            let page = answer(service.list_user_keys(self.request(next.clone()))).await?;
+            let page = self
+                .retried(next.clone(), async |request| {
+                    service.list_user_keys(request).await
+                })
+                .await?;
             rows.extend(page.user_keys.iter().map(show::record));
             next.page_token = page.next_page_token;
             if next.page_token.is_empty() || !all {

@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-use super::{Caller, answer, material};
+use super::{Caller, material};
 
 impl Caller {
     pub(super) async fn unwrap(
@@ -27,7 +27,11 @@ impl Caller {
         message: proto::UnwrapUserKeyRequest,
         out: Option<PathBuf>,
     ) -> Result<(), Failure> {
-        let released = answer(service.unwrap_user_key(self.request(message))).await?;
+        let released = self
+            .retried(message, async |request| {
+                service.unwrap_user_key(request).await
+            })
+            .await?;
         let material = Zeroizing::new(released.key_material);
         let revision = ("revision", json!(released.revision));
         if let Some(path) = out {
@@ -53,7 +57,10 @@ impl Caller {
         };
         let items = users.iter().map(item).collect();
         let message = proto::BatchUnwrapUserKeysRequest { items };
-        let results = answer(service.batch_unwrap_user_keys(self.request(message)))
+        let results = self
+            .retried(message, async |request| {
+                service.batch_unwrap_user_keys(request).await
+            })
             .await?
             .results;
         let rows: Vec<_> = users.iter().zip(results).map(batch_row).collect();

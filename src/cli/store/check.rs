@@ -9,7 +9,7 @@ use crate::{
         Context, block_on,
         exit::{Exit, Failure},
         output::Field,
-        pin::UserPin,
+        pin::{UserPin, log_in},
         progress::Progress,
         token,
     },
@@ -40,7 +40,7 @@ pub(super) struct Report {
 
 pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = Admin::open(&config.token, &pin.get(&config.token)?, false)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let report = block_on(scan_configured(context, &config, &admin))??;
     report.show(context)?;
     report.verdict()

@@ -15,7 +15,7 @@ use crate::{
         Context, block_on, change,
         exit::{Exit, Failure},
         output::Field,
-        pin::UserPin,
+        pin::{UserPin, log_in},
         progress::Progress,
     },
     config::Config,
@@ -135,7 +135,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
     // Before anything is written: whoever cannot verify the copy need not make it.
-    let admin = Admin::open(&config.token, &arguments.pin.get(&config.token)?, false)?;
+    let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
     let hint = "stop the broker: what it writes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
     let added = Arc::new(Tally::default());

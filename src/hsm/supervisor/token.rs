@@ -28,11 +28,7 @@ impl Supervisor {
     async fn run_job(&self, work: request::Job, deadline: Deadline) -> Result<Output, Error> {
         // First of all: it may hold key material, and is wiped wherever this ends.
         let work = Work::new(work);
-        match &*self.serving.borrow() {
-            Serving::Up => {}
-            Serving::Down(cause) => return Err(Error::Down(cause.clone())),
-            Serving::Untrusted(cause) => return Err(Error::Untrusted(cause.clone())),
-        }
+        self.check_serving()?;
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
             work,
@@ -41,14 +37,30 @@ impl Supervisor {
             queued: Instant::now(),
             waited: Duration::ZERO,
             retried: false,
+            losses: 0,
         })?;
+        // The state may have changed between the two: then nothing would answer the job before its deadline.
+        if !self.queue.has_links()
+            && let Err(error) = self.check_serving()
+        {
+            self.queue.fail_all(&error);
+        }
         match tokio::time::timeout_at(deadline.instant().into(), answer).await {
             Ok(Ok(answer)) => {
                 away::note(answer.away);
                 answer.result
             }
-            Ok(Err(_)) => Err(Error::Down("the job was dropped".to_owned())),
+            Ok(Err(_)) => Err(self.down("the job was dropped")),
             Err(_) => Err(Error::Deadline),
+        }
+    }
+
+    /// Fails at once while the token is known to be unavailable or must not be used.
+    fn check_serving(&self) -> Result<(), Error> {
+        let serving = self.serving.borrow().clone();
+        match serving {
+            Serving::Up => Ok(()),
+            other => self.decider().refusal(&other).map_or(Ok(()), Err),
         }
     }
 

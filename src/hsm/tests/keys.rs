@@ -5,7 +5,7 @@ use cryptoki::mechanism::Mechanism;
 use super::{
     Admin, USER_PIN, faulty,
     faulty::{Fault, code},
-    id, init, open, pin, settings, with_softhsm,
+    id, init, open, pin, record, settings, with_softhsm,
 };
 use crate::hsm::{
     Settings,
@@ -19,7 +19,7 @@ use crate::hsm::{
 fn a_generated_key_passes_and_is_proved() {
     with_softhsm("keys::a_generated_key_passes_and_is_proved", |_| {
         init();
-        let admin = Admin::open(&settings(), &pin(USER_PIN), true).unwrap();
+        let admin = Admin::open(&settings(), &record(), &pin(USER_PIN), true).unwrap();
         let key = admin.generate_key(2_048).unwrap();
         assert_eq!(key.problem, None);
         assert_eq!(key.modulus_bits, 2_048);
@@ -39,7 +39,7 @@ fn a_generated_key_passes_and_is_proved() {
 fn sha1_is_refused_unless_allowed() {
     with_softhsm("keys::sha1_is_refused_unless_allowed", |_| {
         init();
-        let key = Admin::open(&settings(), &pin(USER_PIN), true)
+        let key = Admin::open(&settings(), &record(), &pin(USER_PIN), true)
             .unwrap()
             .generate_key(2_048)
             .unwrap();
@@ -47,7 +47,7 @@ fn sha1_is_refused_unless_allowed() {
             allow_oaep_sha1: false,
             ..settings()
         };
-        let checked = Admin::open(&strict, &pin(USER_PIN), false)
+        let checked = Admin::open(&strict, &record(), &pin(USER_PIN), false)
             .unwrap()
             .check(key.id)
             .unwrap();
@@ -92,7 +92,7 @@ fn a_lost_session_does_not_choose_sha1() {
     with_softhsm("keys::a_lost_session_does_not_choose_sha1", |folder| {
         init();
         let (settings, faulty) = faulty(folder);
-        let admin = Admin::open(&settings, &pin(USER_PIN), true).unwrap();
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
         let key = admin.generate_key(2_048).unwrap().id;
         let lost = Fault::times(code::SESSION_HANDLE_INVALID, 1);
         faulty.set("C_DecryptInit", &lost);
@@ -111,7 +111,7 @@ fn a_token_that_takes_any_mac_is_refused() {
     with_softhsm("keys::a_token_that_takes_any_mac_is_refused", |folder| {
         init();
         let (settings, faulty) = faulty(folder);
-        let admin = Admin::open(&settings, &pin(USER_PIN), true).unwrap();
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
         let key = admin.generate_key(2_048).unwrap().id;
         faulty.set("C_Verify", &Fault::always(code::NEVER_FAILS));
         let problem = admin.check(key).unwrap().problem.unwrap();

@@ -9,7 +9,7 @@ use std::{
 use super::{
     Faulty, USER_PIN, faulty,
     faulty::{Fault, code},
-    init, pin, with_softhsm,
+    init, pin, record, with_softhsm,
 };
 use crate::{
     envelope::Algorithm,
@@ -38,7 +38,7 @@ impl Bench {
     fn with_keys(folder: &Path, count: usize) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
-        let token = OpenToken::login(&settings, &pin(USER_PIN), true).unwrap();
+        let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
         let keys: Vec<ProvedKey> = (0..count)
             .map(|_| {
                 let pair = keys::generate(&token.anchor, 2_048).unwrap();

@@ -1,4 +1,4 @@
-//! Minds one worker from its start to its end.
+//! Monitors one worker from its start to its end.
 
 use std::{
     sync::Arc,
@@ -10,7 +10,7 @@ use tokio::{process::Child, sync::oneshot};
 use crate::{
     call::Deadline,
     hsm::{
-        Error, Serving,
+        Error,
         link::{Link, reap},
         queue::{Answer, Job},
         start::EXIT_TIMEOUT,
@@ -19,41 +19,46 @@ use crate::{
     },
 };
 
-use super::Supervisor;
+use super::{Supervisor, machine::Loss};
 
-/// How often the canary is asked; a token that is gone is noticed within twice this time.
+/// How often the self-test runs; a token that is gone is noticed within twice this time.
 const CANARY_INTERVAL: Duration = Duration::from_secs(1);
-/// A canary that is not back by then has failed.
+/// A self-test that is not back by then has failed.
 const CANARY_TIMEOUT: Duration = Duration::from_secs(2);
-/// A worker whose canary does not pass so many times in a row is replaced.
+/// A worker whose self-test fails so many times in a row is replaced.
 const CANARY_FAILURES_MAX: u32 = 3;
 /// How long a token that said it is busy is left alone.
 const BACK_OFF: Duration = Duration::from_millis(5);
+/// How often a job is handed to another worker after its worker's process has ended. A job that ends the module itself ends
+/// one worker more than this. Its MAC has verified before the RSA key is used, so no caller can make such a job at will.
+const LOSSES_MAX_ENDED: u32 = 4;
+/// The same after a worker that hung or lost its token: each costs its callers seconds.
+const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
     /// Serves until the worker ends, is given up, or the broker stops; then answers what it held and reaps it.
-    pub(super) async fn mind(self: Arc<Self>, link: Arc<Link>, child: Child) {
+    pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
-        let cause = tokio::select! {
-            cause = reading => Some(cause),
-            cause = link.given_up() => Some(cause),
-            () = self.ask_canaries(&link) => Some("its canary loop ended".to_owned()),
-            () = link.keep_flushing() => Some("its socket failed".to_owned()),
+        let ended = tokio::select! {
+            cause = reading => Some((cause, LOSSES_MAX_ENDED)),
+            cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
+            () = self.ask_canaries(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
+            () = link.keep_flushing() => Some(("its socket failed".to_owned(), LOSSES_MAX_ENDED)),
             () = self.stop.cancelled() => None,
         };
-        let Some(cause) = cause else {
+        let Some((cause, losses_max)) = ended else {
             self.queue.remove(link.generation());
             link.close();
             return reap(child, EXIT_TIMEOUT).await;
         };
-        self.dismiss(&link, &Serving::Down(cause.clone()));
+        self.dismiss(&link, Loss::Ended, &cause);
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
         metrics::counter!("keybroker_token_worker_restarts_total").increment(1);
-        // Not tried again on another worker: the job may be what killed this one.
-        let error = Error::Down(format!("the worker was lost: {cause}"));
-        for job in link.take_jobs() {
-            job.answer(Err(error.clone()), Duration::ZERO);
-        }
+        self.take_back(
+            link.take_jobs(),
+            losses_max,
+            &format!("the worker was lost: {cause}"),
+        );
         link.close();
         reap(child, Duration::ZERO).await;
     }
@@ -73,6 +78,7 @@ impl Supervisor {
                 if class == FailureClass::SessionLost && !job.retried {
                     self.queue.push_again(Job {
                         retried: true,
+                        losses: 0,
                         ..job
                     });
                     return;
@@ -81,7 +87,7 @@ impl Supervisor {
             }
             Some(Outcome::Ready(_)) | None => {
                 link.give_up("a reply that answers nothing");
-                Err(Error::Down("the worker answered nonsense".to_owned()))
+                Err(self.down("the worker sent an unexpected reply"))
             }
         };
         if !job.work.is_canary() {
@@ -98,10 +104,10 @@ impl Supervisor {
             FailureClass::MacRefused => Error::MacRefused,
             FailureClass::Damaged => Error::Damaged(detail),
             FailureClass::Deadline => Error::Deadline,
-            FailureClass::BackOff => Error::Down(format!("the token is busy: {detail}")),
-            FailureClass::Untrusted | FailureClass::Pin => {
+            FailureClass::BackOff => self.down(&format!("the token is busy: {detail}")),
+            FailureClass::Untrusted => {
                 link.give_up(detail.clone());
-                self.dismiss(link, &Serving::Untrusted(detail.clone()));
+                self.dismiss(link, Loss::Untrusted, &detail);
                 Error::Untrusted(detail)
             }
             FailureClass::UnknownKey => Error::Untrusted(detail),
@@ -109,9 +115,11 @@ impl Supervisor {
             | FailureClass::SessionLost
             | FailureClass::TokenLost
             | FailureClass::KeyMissing
+            | FailureClass::Login
+            | FailureClass::Pin
             | FailureClass::Configuration => {
                 link.give_up(detail.clone());
-                Error::Down(detail)
+                self.down(&detail)
             }
         }
     }
@@ -124,7 +132,7 @@ impl Supervisor {
         });
     }
 
-    /// Asks for a canary each second, past the queue: a queue that is full says nothing of the token.
+    /// Runs a self-test each second, past the queue: a queue that is full says nothing of the token.
     async fn ask_canaries(&self, link: &Link) {
         let mut failures = 0;
         loop {
@@ -141,6 +149,7 @@ impl Supervisor {
                 queued: Instant::now(),
                 waited: Duration::ZERO,
                 retried: true,
+                losses: 0,
             });
             match tokio::time::timeout(CANARY_TIMEOUT, answer).await {
                 Ok(Ok(Answer { result: Ok(_), .. })) => {
@@ -151,15 +160,15 @@ impl Supervisor {
                 Ok(Ok(Answer {
                     result: Err(error), ..
                 })) => {
-                    tracing::warn!(%error, pid = link.pid(), "canary");
+                    tracing::warn!(%error, pid = link.pid(), "self-test failed");
                     failures += 1;
                     if failures >= CANARY_FAILURES_MAX {
-                        link.give_up(format!("its canary did not pass {failures} times: {error}"));
+                        link.give_up(format!("its self-test failed {failures} times: {error}"));
                     }
                 }
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
-                    link.give_up("its canary did not come back in time");
+                    link.give_up("its self-test did not come back in time");
                     return std::future::pending().await;
                 }
             }

@@ -1,0 +1,109 @@
+//! Alerts that repeat: the first is logged at once, the others of an interval as one line with their count.
+
+use std::time::Duration;
+
+use super::machine::Alert;
+
+/// A person needs the same news once in so long.
+const INTERVAL: Duration = Duration::from_mins(1);
+
+/// What is logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Line {
+    pub(super) alert: Alert,
+    /// The latest cause.
+    pub(super) cause: String,
+    /// How often it was raised since the last line.
+    pub(super) count: u64,
+}
+
+#[derive(Debug)]
+struct Held {
+    alert: Alert,
+    until: Duration,
+    count: u64,
+    cause: String,
+}
+
+/// Alerts that were logged less than an interval ago. At most one for each kind.
+#[derive(Debug, Default)]
+pub(super) struct Alerts(Vec<Held>);
+
+impl Alerts {
+    /// Returns the line to log now, or nothing while the interval of the last one lasts.
+    pub(super) fn raise(&mut self, now: Duration, alert: Alert, cause: String) -> Option<Line> {
+        if let Some(held) = self.0.iter_mut().find(|held| held.alert == alert) {
+            held.count += 1;
+            held.cause = cause;
+            return None;
+        }
+        self.0.push(Held {
+            alert,
+            until: now + INTERVAL,
+            count: 0,
+            cause: String::new(),
+        });
+        Some(Line {
+            alert,
+            cause,
+            count: 1,
+        })
+    }
+
+    /// Returns the lines of the intervals that have ended. An alert that was raised meanwhile begins another interval.
+    pub(super) fn due(&mut self, now: Duration) -> Vec<Line> {
+        let mut lines = Vec::new();
+        self.0.retain_mut(|held| {
+            if now < held.until {
+                return true;
+            }
+            if held.count == 0 {
+                return false;
+            }
+            lines.push(Line {
+                alert: held.alert,
+                cause: std::mem::take(&mut held.cause),
+                count: std::mem::take(&mut held.count),
+            });
+            held.until = now + INTERVAL;
+            true
+        });
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_that_repeats_is_one_line_an_interval() {
+        let mut alerts = Alerts::default();
+        let second = Duration::from_secs(1);
+        let mut logged = Vec::new();
+        for turn in 0..100 {
+            let now = second * turn;
+            logged.extend(alerts.due(now));
+            if turn < 80 {
+                logged.extend(alerts.raise(now, Alert::TokenDown, format!("cause {turn}")));
+            }
+        }
+        logged.extend(alerts.due(second * 200));
+        let counts: Vec<_> = logged.iter().map(|line| line.count).collect();
+        assert_eq!(counts, [1, 59, 20]);
+        assert_eq!(logged[1].cause, "cause 59");
+        // After a quiet interval the next one is logged at once.
+        assert!(alerts.due(second * 300).is_empty());
+        let next = alerts.raise(second * 301, Alert::TokenDown, "again".to_owned());
+        assert_eq!(next.map(|line| line.count), Some(1));
+    }
+
+    #[test]
+    fn one_kind_does_not_hide_another() {
+        let mut alerts = Alerts::default();
+        for alert in [Alert::TokenDown, Alert::TokenUntrusted, Alert::PinLatched] {
+            let line = alerts.raise(Duration::ZERO, alert, String::new());
+            assert!(line.is_some(), "{alert:?}");
+        }
+    }
+}

@@ -62,7 +62,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            grantable_roles: BTreeSet::from([Role::Enrol, Role::Lifecycle, Role::Auditor]),
+            // An administrator who could grant `enrol` could replace a user's key with a known one, and one who could grant
+            // `auditor` could read what all tenants did.
+            grantable_roles: BTreeSet::new(),
             argon2_memory_kib: 19_456,
             argon2_iterations: 2,
             argon2_parallelism: 1,

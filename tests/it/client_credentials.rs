@@ -51,6 +51,8 @@ fn configure(site: &Site, sections: &str) {
 
 const GRANT_RELEASE: &str = "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\"]";
 
+const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
+
 /// What an API client shows.
 #[derive(Clone, Debug)]
 struct Basic {
@@ -339,7 +341,7 @@ async fn a_flood_of_wrong_secrets_is_answered_quickly_and_others_are_served() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
-    let site = site("");
+    let site = site(GRANT_ENROL);
     let broker = Broker::start_on(site);
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let changed = Basic::of(&credential(&broker, "admin", &enrol));
@@ -375,9 +377,28 @@ async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
     assert!(log.contains("client-damaged"), "nobody is alarmed: {log}");
 }
 
+/// Whoever creates a client holds its secret, and so its roles: an administrator alone must not become an auditor, or replace keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_setting_an_administrator_grants_no_role() {
+    let broker = Broker::start_on(site(""));
+    for role in ["release", "enrol", "lifecycle", "admin", "auditor"] {
+        let create = ["create", "--label", "x", "--role", role];
+        let reach = if role == "release" {
+            &["--user", "*"][..]
+        } else {
+            &[]
+        };
+        let said = credential_refused(&broker, "admin", &[&create, reach].concat(), "REQUEST");
+        assert!(
+            said.contains("`client_credentials.grantable_roles`"),
+            "{said}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_may_make_list_and_grant_is_limited() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let release = [
         "create",
@@ -392,7 +413,7 @@ async fn who_may_make_list_and_grant_is_limited() {
     let both = [
         "create", "--label", "x", "--role", "auditor", "release", "--user", "*",
     ];
-    // Without a word in the configuration nobody makes a client that releases keys, or one that makes more of them.
+    // Roles that the configuration does not list.
     for ungrantable in [&release[..], &admin, &both] {
         let said = credential_refused(&broker, "admin", ungrantable, "REQUEST");
         assert!(said.contains("; roles: "), "{said}");
@@ -433,7 +454,7 @@ async fn who_may_make_list_and_grant_is_limited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_follow_each_other() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let mut ids: Vec<String> = (0..5)
         .map(|n| {
             let label = format!("client {n}");
@@ -479,7 +500,7 @@ async fn pages_follow_each_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_after_the_parameters_were_raised_improves_the_hash() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let client = Basic::of(&credential(&broker, "admin", &enrol));
     client.create(&keys(&broker), "ada", NAME).await.unwrap();
@@ -490,7 +511,10 @@ async fn a_login_after_the_parameters_were_raised_improves_the_hash() {
         "{}",
         document(&site)
     );
-    configure(&site, "[client_credentials]\nargon2_memory_kib = 24576");
+    configure(
+        &site,
+        "[client_credentials]\ngrantable_roles = [\"enrol\"]\nargon2_memory_kib = 24576",
+    );
     let broker = Broker::start_on(site);
     client.create(&keys(&broker), "bob", NAME).await.unwrap();
     until("the better hash", || {
@@ -581,7 +605,7 @@ async fn the_command_line_keeps_and_uses_secrets_in_files() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_shows_the_secret_on_a_line_of_its_own() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let table = command(&broker, "client-credential", Some("admin"), &enrol);
     let line = table.stdout.lines().last().unwrap();

@@ -1,6 +1,11 @@
 //! Real gRPC clients over mTLS.
 
-use std::{fs, net::SocketAddr, sync::Mutex, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    sync::Mutex,
+    time::Duration,
+};
 
 use base64ct::{Base64, Encoding as _};
 
@@ -186,6 +191,16 @@ impl Caller {
 
 /// A channel to an address of `localhost`, with a certificate of that name or none.
 pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> Channel {
+    channel_from(pki, client, address, None)
+}
+
+/// The same, from that address of this machine.
+pub(crate) fn channel_from(
+    pki: &Pki,
+    client: Option<&str>,
+    address: SocketAddr,
+    from: Option<IpAddr>,
+) -> Channel {
     // Fails only when another test of this process has done it.
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
@@ -204,6 +219,7 @@ pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> C
         .tls_config(tls)
         .unwrap()
         .connect_timeout(CALL_TIMEOUT)
+        .local_address(from)
         .connect_lazy()
 }
 

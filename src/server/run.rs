@@ -167,7 +167,8 @@ impl Server {
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
         let unusable = |what| Failure::new(Exit::Configuration, what);
-        let tokens = Arc::new(Tokens::new(&config.issuers).map_err(unusable)?);
+        let tokens = Tokens::new(&config.issuers).map_err(unusable)?;
+        let tokens = Arc::new(tokens.with_token_bytes_max(config.limits.access_token_bytes_max));
         let authenticator = Authenticator::new(&config.principals)
             .map_err(unusable)?
             .with_tokens(Arc::clone(&tokens));

@@ -152,9 +152,15 @@ impl Turns {
 
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
+        self.waiting_by_lane().into_iter().sum()
+    }
+
+    /// In the lanes of accepted secrets, of existing clients and of unknown ids.
+    #[cfg(test)]
+    pub(super) fn waiting_by_lane(&self) -> [usize; 3] {
         let state = self.state();
-        let known: usize = state.known.values().map(VecDeque::len).sum();
-        state.proven.len() + known + state.unknown.len()
+        let known = state.known.values().map(VecDeque::len).sum();
+        [state.proven.len(), known, state.unknown.len()]
     }
 }
 

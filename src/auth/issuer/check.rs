@@ -255,6 +255,7 @@ audience = ["keybroker"]
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn each_mistake_has_its_message() {
         for (good, bad, words) in [
             ("name = \"sso\"", "name = \"a:b\"", "`name`"),

@@ -1,7 +1,7 @@
 //! Public keys that prove nothing, because anybody can make signatures that verify with them or because they are no keys at all.
 //!
-//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (curves of NIST), RFC 8032 and "Taming the many
-//! EdDSAs" (Chalkias, Garillot, Nikolaenko 2020) for Ed25519. Not tested: whether an RSA modulus is prime or has factors that are close
+//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (curves of NIST), RFC 8032 for
+//! Ed25519, and Chalkias, Garillot and Nikolaenko 2020 for its keys of small order. Not tested: whether an RSA modulus is prime or has factors that are close
 //! to each other, which costs too much for a key set that is read again every few seconds.
 
 use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};

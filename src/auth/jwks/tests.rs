@@ -57,7 +57,7 @@ fn weak_rsa() -> Vec<(&'static str, BigUint, BigUint, &'static str)> {
     let one = number(1);
     // Of 2048 bits, with the factor 65521, which is the largest prime of 16 bits.
     let with_factor = ((&one << 2_047_usize) / number(65_521) + number(2)) * number(65_521);
-    let with_factor = if with_factor.to_bytes_le()[0] % 2 == 0 {
+    let with_factor = if with_factor.to_bytes_le()[0].is_multiple_of(2) {
         with_factor + number(65_521)
     } else {
         with_factor
@@ -126,7 +126,7 @@ fn weak_set() -> (Value, Vec<(String, &'static str)>) {
         keys.push(json!({"kid": kid, "kty": "OKP", "crv": "Ed25519", "x": x}));
         said.push((kid, "small order"));
     }
-    let no_point = (2_u8..)
+    let no_point = (2..=u8::MAX)
         .map(|first| [&[first][..], &[0; 31]].concat())
         .find(|bytes| strength::check_ed25519(bytes).is_err());
     for (kid, x, words) in [

@@ -17,7 +17,10 @@ use std::{
 use aws_lc_rs::digest;
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject as _};
-use x509_parser::prelude::{CertificateRevocationList, FromDer as _, X509Certificate};
+use x509_parser::{
+    num_bigint::BigUint,
+    prelude::{CertificateRevocationList, FromDer as _, X509Certificate},
+};
 
 use crate::call::Timestamp;
 
@@ -84,7 +87,7 @@ type Authority = (Vec<u8>, Option<[u8; 32]>);
 
 impl Version {
     fn of(list: &CertificateRevocationList<'_>) -> Self {
-        let number = list.crl_number().map(|number| number.to_bytes_be());
+        let number = list.crl_number().map(BigUint::to_bytes_be);
         Self {
             number,
             from: list.last_update().timestamp(),

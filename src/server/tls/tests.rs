@@ -156,7 +156,12 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
     openssl("ca -config conf -gencrl -out odd -md sha224");
     let ca = fs::read(folder.path().join("ca")).unwrap();
     let ca = CertificateDer::from_pem_slice(&ca).unwrap();
-    let of = |name: &str| Lists::read(&fs::read(folder.path().join(name)).unwrap(), &[ca.clone()]);
+    let of = |name: &str| {
+        Lists::read(
+            &fs::read(folder.path().join(name)).unwrap(),
+            std::slice::from_ref(&ca),
+        )
+    };
     of("good").unwrap();
     let problem = of("odd").unwrap_err();
     assert!(problem.contains("is not supported"), "{problem}");
@@ -167,7 +172,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
             .unwrap()
             .to_vec();
     *der.last_mut().unwrap() ^= 1;
-    let problem = Lists::read(&der, &[ca.clone()]).unwrap_err();
+    let problem = Lists::read(&der, std::slice::from_ref(&ca)).unwrap_err();
     assert!(problem.contains("not signed by it"), "{problem}");
 }
 

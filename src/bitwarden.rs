@@ -22,7 +22,7 @@ mod keys;
 #[cfg(test)]
 mod tests;
 
-pub use account::{Email, PASSWORD_BYTES_MAX, Password};
+pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
@@ -34,17 +34,20 @@ pub enum Error {
     /// An e-mail address that is none.
     #[error("the e-mail address is empty, longer than 256 bytes, or has control characters")]
     Email,
+    /// A salt that is none.
+    #[error("the salt is empty, longer than 256 bytes, or has control characters")]
+    Salt,
     /// A password that is none.
     #[error("a password is 1 to {PASSWORD_BYTES_MAX} bytes of UTF-8")]
     Password,
-    /// A parameter that no client accepts.
-    #[error("{name} is {value}; Bitwarden clients accept {min} to {max}")]
+    /// A parameter that no client accepts, or that is more than is computed here.
+    #[error("{name} is {value}; it must be {min} to {max}")]
     Kdf {
         /// Which parameter.
         name: &'static str,
         /// What it is.
         value: u32,
-        /// The least that clients accept.
+        /// The least that is accepted.
         min: u32,
         /// The most.
         max: u32,

@@ -4,6 +4,8 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::auth::token;
+
 mod clients;
 mod connection;
 mod descriptors;
@@ -69,9 +71,16 @@ pub struct TlsSettings {
     pub client_ca_file: Option<PathBuf>,
     /// Revocation lists of those CAs; without it nobody is asked whether a certificate was taken back.
     pub client_crl_file: Option<PathBuf>,
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`; otherwise one without any is accepted, too.
+    #[serde(default = "default_client_auth_usage_required")]
+    pub client_auth_usage_required: bool,
     /// Trust domains of SPIFFE ids that are accepted here; empty: any.
     #[serde(default)]
     pub trust_domains: BTreeSet<String>,
+}
+
+const fn default_client_auth_usage_required() -> bool {
+    true
 }
 
 /// One `[[listener]]` of the configuration.
@@ -132,6 +141,8 @@ pub struct Limits {
     pub connection_age_max_ms: u64,
     /// Time for open calls when the broker stops.
     pub drain_timeout_ms: u64,
+    /// Longest access token, in bytes.
+    pub access_token_bytes_max: usize,
     /// gRPC reflection.
     pub reflection: bool,
 }
@@ -145,6 +156,7 @@ impl Default for Limits {
             call_timeout_max_ms: 30_000,
             connection_age_max_ms: 3_600_000,
             drain_timeout_ms: 30_000,
+            access_token_bytes_max: token::TOKEN_BYTES_MAX,
             reflection: false,
         }
     }

@@ -1,10 +1,13 @@
 //! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a limit of its own, because it costs memory and
 //! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
 //!
-//! What was verified is remembered for a short while under a keyed hash, so that Argon2 is not paid on every call. A change of
-//! any client through this broker empties that memory; one that was made through another broker is seen when it runs out.
-//! For longer it is remembered that a secret was good, and only that: it is tried also when its address has used up its budget,
-//! so that nobody is locked out by a neighbour. Calls that show the same secret at the same time are answered by one trial.
+//! A secret that was accepted is remembered for a minute under a keyed hash, so that most calls pay neither for Argon2 nor for a look-up.
+//! A change of any client through this broker empties that memory; a change through another broker is seen when it runs out.
+//!
+//! For a day after its last use it is also remembered which stored hash the secret matched. After the minute the client is looked up
+//! again, and while it still has that hash, and the hash is not revoked or expired, the secret is accepted without another trial. So
+//! wrong secrets, however many, do not delay a client that this broker knows: it waits for no turn and needs no failures left.
+//! Secrets that were not accepted before wait for a turn in [`turns`]. Calls that show the same secret at the same time share one trial.
 //!
 //! Not promised: that hashes made with older parameters take as long as today's.
 //!
@@ -14,10 +17,11 @@ use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
 use argon2::{Argon2, PasswordHash, PasswordHasher as _, PasswordVerifier as _};
 use async_trait::async_trait;
-use aws_lc_rs::{hmac, rand::SystemRandom};
+use aws_lc_rs::{digest, hmac, rand::SystemRandom};
 use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OnceCell, Semaphore};
+use subtle::ConstantTimeEq as _;
+use tokio::sync::OnceCell;
 use zeroize::Zeroizing;
 
 use crate::{
@@ -30,11 +34,15 @@ use crate::{
 
 use super::refuse;
 
+mod turns;
+
+use turns::{Lane, Turns};
+
 /// How long a verified secret is remembered.
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Verified secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
-/// How long a secret that was good is tried without a budget.
+/// How long after its last use it is remembered which stored hash a secret matched.
 const PROVEN: Duration = Duration::from_hours(24);
 /// Secrets of which that is known.
 const PROVEN_MAX: u64 = 10_000;
@@ -62,7 +70,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            grantable_roles: BTreeSet::from([Role::Enrol, Role::Lifecycle, Role::Auditor]),
+            // An administrator who could grant `enrol` could replace a user's key with a known one, and one who could grant
+            // `auditor` could read what all tenants did.
+            grantable_roles: BTreeSet::new(),
             argon2_memory_kib: 19_456,
             argon2_iterations: 2,
             argon2_parallelism: 1,
@@ -160,12 +170,12 @@ pub struct Secrets {
     directory: Arc<dyn Directory>,
     /// Under a key of this process, so that a look into its memory gives no hash to guess against.
     remembered: Cache<Tag, Known>,
-    /// Under the same key: those that were good not long ago, and nothing of what they are good for.
-    proven: Cache<Tag, ()>,
+    /// Under the same key: which stored hashes they matched.
+    proven: Cache<Tag, Proof>,
     /// Under the same key, and the generation that they look at.
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
-    turns: Arc<Semaphore>,
+    turns: Turns,
     /// A hash that no secret fits.
     dummy: Arc<str>,
 }
@@ -198,6 +208,42 @@ struct Match {
     better: Option<String>,
 }
 
+/// Argon2id found that a secret matches these stored hashes, so it needs no trial while its client has one of them.
+#[derive(Clone, Debug)]
+struct Proof {
+    /// SHA-256 of the hash that was there, and of the better one that may have replaced it.
+    hashes: [[u8; 32]; 2],
+    number: u32,
+}
+
+impl Proof {
+    fn of(credential: &ClientCredential, matched: &Match) -> Option<Self> {
+        let number = matched.number;
+        let mut secrets = credential.document.secrets.iter();
+        let phc = &secrets.find(|secret| secret.number == number)?.phc;
+        let better = matched.better.as_ref().unwrap_or(phc);
+        Some(Self {
+            hashes: [sha256(phc), sha256(better)],
+            number,
+        })
+    }
+
+    /// Which live secret of the client it is about. A hash that is weaker than it should be is left to a trial, which replaces it.
+    fn holds(&self, credential: &ClientCredential, settings: &Settings) -> Option<u32> {
+        let mut live = credential.document.live_secrets(Timestamp::now());
+        let secret = live.find(|secret| secret.number == self.number)?;
+        let hash = sha256(&secret.phc);
+        let is_it = self.hashes.iter().any(|known| known.ct_eq(&hash).into());
+        let is_strong = PasswordHash::new(&secret.phc).is_ok_and(|hash| !settings.is_weaker(&hash));
+        (is_it && is_strong).then_some(self.number)
+    }
+}
+
+fn sha256(text: &str) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, text.as_bytes());
+    digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
+}
+
 impl Secrets {
     /// With nothing remembered.
     pub fn new(settings: Settings, directory: Arc<dyn Directory>) -> Result<Self, Error> {
@@ -221,7 +267,7 @@ impl Secrets {
             trials: Cache::new(TRIALS_MAX),
             key,
             // Half of the cores: calls that have nothing to do with it go on.
-            turns: Arc::new(Semaphore::new(cores.div_ceil(2))),
+            turns: Turns::new(cores.div_ceil(2)),
             dummy: dummy.into(),
         })
     }
@@ -268,12 +314,9 @@ impl Secrets {
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
         let outcome = trial.get_or_init(|| async {
-            let outcome = self.try_secret(id, secret, generation).await;
+            let outcome = self.try_secret(id, secret, tag, generation).await;
             match &outcome {
-                Ok(known) => {
-                    self.remembered.insert(tag, known.clone());
-                    self.proven.insert(tag, ());
-                }
+                Ok(known) => self.remembered.insert(tag, known.clone()),
                 Err(error) if error.reason() == Reason::Credential => self.proven.invalidate(&tag),
                 Err(_) => {}
             }
@@ -287,20 +330,52 @@ impl Secrets {
         &self,
         id: &str,
         secret: Zeroizing<Vec<u8>>,
+        tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // Before a turn is taken: a slow database must not keep those from theirs who do not wait for it any more.
-        let credential = match ClientId::from_hex(id) {
-            Some(id) => self.directory.client(id).await?,
-            None => None,
+        let id = ClientId::from_hex(id);
+        let proof = self.proven.get(&tag);
+        let credential;
+        // Held until the trial is over, by existing clients alone.
+        let _place;
+        match (id, &proof) {
+            (None, _) => credential = None,
+            (Some(id), Some(_)) => {
+                credential = self.directory.client(id).await?;
+                _place = None;
+            }
+            (Some(id), None) => {
+                // Before the database and the token are asked: they have a limit, too.
+                let place = self.turns.place(id).ok_or_else(turned_away)?;
+                let _lookup = self.turns.lookup().ok_or_else(turned_away)?;
+                credential = self.directory.client(id).await?;
+                _place = credential.is_some().then_some(place);
+            }
+        }
+        if let (Some(proof), Some(credential)) = (&proof, &credential)
+            && let Some(number) = proof.holds(credential, &self.settings)
+        {
+            // Once more, so that it counts from the last use.
+            self.proven.insert(tag, proof.clone());
+            let matched = Match {
+                number,
+                better: None,
+            };
+            return Ok(self.welcome(credential.clone(), matched, generation));
+        }
+        let now = Timestamp::now();
+        let live = credential.as_ref().filter(|credential| {
+            let mut live = credential.document.live_secrets(now);
+            live.next().is_some()
+        });
+        let lane = match (live, &proof) {
+            (None, _) => Lane::Unknown,
+            (Some(_), Some(_)) => Lane::Proven,
+            (Some(credential), None) => Lane::Known(credential.id),
         };
-        let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turns).acquire_owned()).await;
-        let Ok(Ok(turn)) = turn else {
-            metrics::counter!("keybroker_client_secrets_turned_away_total").increment(1);
-            let detail = "too many client secrets are being verified";
-            return Err(Error::new(Reason::Rate, detail).retry_after(RETRY));
-        };
-        let hashes = Hashes::of(credential.as_ref(), Timestamp::now(), &self.dummy);
+        let turn = self.turns.wait(lane, PATIENCE).await;
+        let turn = turn.ok_or_else(turned_away)?;
+        let hashes = Hashes::of(credential.as_ref(), now, &self.dummy);
         let settings = self.settings.clone();
         let verifying = tokio::task::spawn_blocking(move || {
             let matched = hashes.matching(&secret, &settings);
@@ -312,6 +387,9 @@ impl Secrets {
         let (Some(credential), Some(matched)) = (credential, matched) else {
             return refuse("an unknown API client, or not its secret");
         };
+        if let Some(proof) = Proof::of(&credential, &matched) {
+            self.proven.insert(tag, proof);
+        }
         Ok(self.welcome(credential, matched, generation))
     }
 
@@ -340,6 +418,12 @@ impl Secrets {
         let tag = context.sign();
         tag.as_ref().try_into().expect("HMAC-SHA256 gives 32 bytes")
     }
+}
+
+fn turned_away() -> Error {
+    metrics::counter!("keybroker_client_secrets_turned_away_total").increment(1);
+    let detail = "too many client secrets are being verified";
+    Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
 /// What a secret is compared with: always as many hashes, whoever is asked for.

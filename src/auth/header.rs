@@ -3,8 +3,6 @@
 use base64ct::{Base64, Encoding as _};
 use zeroize::Zeroizing;
 
-/// Longest header that is looked at, in bytes: the longest token, and its scheme.
-const HEADER_BYTES_MAX: usize = 8 * 1024 + "Bearer ".len();
 /// Longest `id:secret` in base64, in bytes.
 const BASIC_BYTES_MAX: usize = 512;
 
@@ -13,7 +11,7 @@ pub(super) const BASIC: &[u8] = b"basic";
 
 /// What a call presents.
 pub(super) enum Presented<'a> {
-    /// A token (RFC 6750).
+    /// An access token (RFC 6750), of any length: what verifies it has the limit, and counts those that are longer.
     Bearer(&'a [u8]),
     /// Id and secret of an API client (RFC 7617).
     Basic {
@@ -30,9 +28,6 @@ pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static st
     let value = value.trim_ascii();
     if value.is_empty() {
         return Err("an empty `authorization` header");
-    }
-    if value.len() > HEADER_BYTES_MAX {
-        return Err("an `authorization` header of more than 8 KiB");
     }
     let space = value.iter().position(|byte| *byte == b' ');
     let Some((scheme, rest)) = space.map(|at| value.split_at(at)) else {
@@ -88,7 +83,6 @@ mod tests {
 
     #[test]
     fn anything_else_is_refused() {
-        let long = format!("Bearer {}", "x".repeat(9_000));
         let long_basic = format!("Basic {}", "QUFB".repeat(200));
         for header in [
             "",
@@ -99,7 +93,6 @@ mod tests {
             "Basic abc",
             "Basic QWxhZGRpbg==",
             "Basic /zph",
-            &long,
             &long_basic,
         ] {
             assert!(read(&[header.as_bytes()]).is_err(), "{header}");

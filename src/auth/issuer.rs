@@ -121,6 +121,8 @@ pub struct Settings {
     pub refresh_minutes: u32,
     /// How long the last good key set is used while the provider is down.
     pub keep_hours: u32,
+    /// Longest life of its access tokens, from `iat` to `exp`.
+    pub token_lifetime_max_minutes: u32,
     /// How its tokens may be signed.
     pub algorithms: BTreeSet<Algorithm>,
     /// How far its clock and ours may differ.
@@ -189,6 +191,8 @@ struct Written {
     refresh_minutes: u32,
     #[serde(default = "default_keep_hours")]
     keep_hours: u32,
+    #[serde(default = "default_token_lifetime_max_minutes")]
+    token_lifetime_max_minutes: u32,
     algorithms: Option<BTreeSet<Algorithm>>,
     #[serde(default = "default_leeway_s")]
     leeway_s: u32,
@@ -219,6 +223,11 @@ const fn default_refresh_minutes() -> u32 {
 
 const fn default_keep_hours() -> u32 {
     24
+}
+
+/// A day.
+const fn default_token_lifetime_max_minutes() -> u32 {
+    1_440
 }
 
 const fn default_leeway_s() -> u32 {
@@ -284,6 +293,7 @@ impl From<Written> for Settings {
             ca_file: written.ca_file,
             refresh_minutes: written.refresh_minutes,
             keep_hours: written.keep_hours,
+            token_lifetime_max_minutes: written.token_lifetime_max_minutes,
             algorithms: written
                 .algorithms
                 .unwrap_or_else(|| BTreeSet::from([Algorithm::RS256])),

@@ -22,7 +22,7 @@ use crate::{call::Timestamp, error::Error, principal::Principal};
 
 use super::{
     issuer::{self, Algorithm, Settings},
-    jwks::{KeySet, Keys, NoKey, Pace},
+    jwks::{KeySet, Keys, Named, NoKey, Pace},
 };
 
 mod claims;
@@ -34,10 +34,13 @@ mod tests;
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};
 
-/// Longest token, in bytes.
-pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
-/// Verified tokens that are remembered.
-const VERIFIED_MAX: u64 = 10_000;
+/// Longest access token that is accepted unless the configuration says otherwise, in bytes. Providers name each group or organisation
+/// of a user: 180 organisations make 9 to 11 KB.
+pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// Verified access tokens that are remembered, as bytes: a few short ones are as much memory as one long one.
+const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
+/// What a remembered access token takes besides its claims, in bytes.
+const VERIFIED_OVERHEAD: usize = 1024;
 /// For how long, at most.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
 
@@ -49,6 +52,7 @@ pub struct Tokens {
     by_name: HashMap<String, usize>,
     /// By SHA-256 of the token.
     verified: Cache<[u8; 32], Verified>,
+    token_bytes_max: usize,
 }
 
 #[derive(Debug)]
@@ -61,6 +65,8 @@ struct Issuer {
 #[derive(Clone, Debug)]
 struct Verified {
     principal: Arc<Principal>,
+    /// Length of the access token, which bounds what its claims take.
+    bytes: usize,
     issuer: usize,
     /// Digest of the key set that it was verified with.
     set: [u8; 32],
@@ -95,10 +101,23 @@ impl Tokens {
             issuers: known,
             by_name,
             verified: Cache::builder()
-                .max_capacity(VERIFIED_MAX)
+                .max_capacity(VERIFIED_BYTES_MAX)
+                .weigher(|_, verified: &Verified| {
+                    u32::try_from(verified.bytes + VERIFIED_OVERHEAD).unwrap_or(u32::MAX)
+                })
                 .time_to_live(VERIFIED_FOR)
                 .build(),
+            token_bytes_max: TOKEN_BYTES_MAX,
         })
+    }
+
+    /// The same, with another limit for the length of an access token.
+    #[must_use]
+    pub fn with_token_bytes_max(self, token_bytes_max: usize) -> Self {
+        Self {
+            token_bytes_max,
+            ..self
+        }
     }
 
     /// Keeps the key sets fresh until `stop`.
@@ -145,10 +164,11 @@ impl Tokens {
         token: &[u8],
         name: &mut &'a str,
     ) -> Result<Arc<Principal>, Refusal> {
-        if token.len() > TOKEN_BYTES_MAX {
+        if token.len() > self.token_bytes_max {
             return Err(Cause::Oversized.because(format!(
-                "it has {} bytes; {TOKEN_BYTES_MAX} are the most",
-                token.len()
+                "it is too long: {} bytes, and `limits.access_token_bytes_max` is {}",
+                token.len(),
+                self.token_bytes_max
             )));
         }
         let digest = sha256(token);
@@ -169,6 +189,7 @@ impl Tokens {
         let principal = Arc::new(Principal::authenticated(identity));
         let verified = Verified {
             principal: Arc::clone(&principal),
+            bytes: token.len(),
             issuer: at,
             set: *set.digest(),
             until,
@@ -202,22 +223,46 @@ impl Issuer {
     ) -> Result<(Map<String, Value>, Arc<KeySet>), Refusal> {
         let algorithm = parts.algorithm(&self.settings)?;
         parts.check_type(&self.settings)?;
-        let kid = parts.kid()?;
+        let named = parts.named_key()?;
         let set = self.keys.current();
         let mut set = set.map_err(|problem| Cause::NoKeys.because(problem))?;
-        if set.find(kid, algorithm).err() == Some(NoKey::Unknown)
-            && let Some(newer) = self.keys.newer_than(&set).await
-        {
+        let mut outcome = self.verify_with(&set, token, named, algorithm);
+        // The provider may have a new key. Without a name, only the signature shows that it is not in the set.
+        let may_be_newer = match &outcome {
+            Err(refusal) => {
+                refusal.cause == Cause::KeyId
+                    || refusal.cause == Cause::Signature && named.kid.is_none()
+            }
+            Ok(_) => false,
+        };
+        if may_be_newer && let Some(newer) = self.keys.newer_than(&set).await {
             set = newer;
+            outcome = self.verify_with(&set, token, named, algorithm);
         }
-        let keys = set.find(kid, algorithm).map_err(|why| match why {
-            NoKey::Unknown => Cause::KeyId.because(format!(
-                "its `kid` is {}, which is none of {:?}",
-                shown(kid.unwrap_or("")),
-                set.names()
-            )),
-            NoKey::Unnamed => Cause::KeyId.because(format!(
-                "it names no `kid`, and there are several keys: {:?}",
+        Ok((outcome?, set))
+    }
+
+    fn verify_with(
+        &self,
+        set: &KeySet,
+        token: &[u8],
+        named: Named<'_>,
+        algorithm: Algorithm,
+    ) -> Result<Map<String, Value>, Refusal> {
+        let keys = set.find(named, algorithm).map_err(|why| match why {
+            NoKey::Unknown => Cause::KeyId.because(match named.kid {
+                Some(kid) => format!(
+                    "its `kid` is {}, which is none of {:?}",
+                    shown(kid),
+                    set.names()
+                ),
+                None => format!(
+                    "its `x5t` or `x5t#S256` is of no certificate of the keys {:?}",
+                    set.names()
+                ),
+            }),
+            NoKey::TooMany => Cause::KeyId.because(format!(
+                "it has no `kid`, and more keys fit its `alg` than are tried: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
@@ -229,7 +274,7 @@ impl Issuer {
         let mut refused = Cause::Signature.because("no key".to_owned());
         for key in keys {
             match jsonwebtoken::decode(token, key, &validation) {
-                Ok(TokenData { claims, .. }) => return Ok((claims, set)),
+                Ok(TokenData { claims, .. }) => return Ok(claims),
                 Err(error) => refused = self.refusal(&error),
             }
             if refused.cause != Cause::Signature {

@@ -37,6 +37,39 @@ impl Email {
     }
 }
 
+impl AsRef<str> for Email {
+    fn as_ref(&self) -> &str {
+        self.as_str()
+    }
+}
+
+/// The salt of a master key as the server names it before a login, taken over as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Salt(String);
+
+impl Salt {
+    /// Takes the text over: no trimming, and no change of case.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let is_odd = text.chars().any(char::is_control);
+        if text.is_empty() || text.len() > EMAIL_BYTES_MAX || is_odd {
+            return Err(Error::Salt);
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl From<&Email> for Salt {
+    fn from(email: &Email) -> Self {
+        Self(email.0.clone())
+    }
+}
+
+impl AsRef<str> for Salt {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
 /// A master password.
 pub struct Password(Zeroizing<String>);
 

@@ -6,7 +6,14 @@ use argon2::{Algorithm, ParamsBuilder, Version};
 use aws_lc_rs::{digest, pbkdf2};
 use zeroize::Zeroizing;
 
-use super::{Email, Error, MasterKey, Password, keys::MASTER_KEY_BYTES};
+use super::{Error, MasterKey, Password, keys::MASTER_KEY_BYTES};
+
+/// The most that clients offer for new accounts: iterations of PBKDF2; iterations, memory in MiB and parallelism of Argon2id.
+const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;
+const OFFERED_ARGON2ID_MAX: [u32; 3] = [10, 1_024, 16];
+/// The most that is computed here, for accounts that have more: about a minute, and 4 GiB.
+const ITERATIONS_MAX: u32 = 100_000_000;
+const ARGON2ID_MAX: [u32; 3] = [100, 4_096, 255];
 
 /// How a master key is made, with the parameters that the server keeps for an account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +46,18 @@ impl Kdf {
         parallelism: 4,
     };
 
-    /// Refuses what clients refuse: a server that names less work than this wants to guess the password.
+    /// Checks the parameters of an existing account. Less work than clients accept is refused: a server that names it wants to guess
+    /// the password. More than clients offer is accepted, because they open such accounts, up to a bound for time and memory.
     pub fn check(self) -> Result<(), Error> {
+        self.check_up_to(ITERATIONS_MAX, ARGON2ID_MAX)
+    }
+
+    /// Checks parameters that an account is to get: those that clients offer.
+    pub fn check_new(self) -> Result<(), Error> {
+        self.check_up_to(OFFERED_ITERATIONS_MAX, OFFERED_ARGON2ID_MAX)
+    }
+
+    fn check_up_to(self, pbkdf2_max: u32, argon2id_max: [u32; 3]) -> Result<(), Error> {
         let range = |name, value, min, max| {
             if (min..=max).contains(&value) {
                 Ok(())
@@ -55,23 +72,34 @@ impl Kdf {
         };
         match self {
             Self::Pbkdf2 { iterations } => {
-                range("the number of iterations", iterations, 5_000, 2_000_000)
+                range("the number of iterations", iterations, 5_000, pbkdf2_max)
             }
             Self::Argon2id {
                 iterations,
                 memory_mib,
                 parallelism,
             } => {
-                range("the number of iterations", iterations, 2, 10)?;
-                range("the memory in MiB", memory_mib, 16, 1_024)?;
-                range("the parallelism", parallelism, 1, 16)
+                let [iterations_max, memory_max, parallelism_max] = argon2id_max;
+                range("the number of iterations", iterations, 2, iterations_max)?;
+                range("the memory in MiB", memory_mib, 16, memory_max)?;
+                range("the parallelism", parallelism, 1, parallelism_max)
             }
         }
     }
 
-    /// What to say of an account whose password is cheaper to guess than it should be; `None` when all is well. The default
-    /// of 2026, 32 MiB and 6 passes, is as much work as 64 MiB and 3.
+    /// What to say of an account whose password is cheaper to guess than it should be, or dearer than clients offer; `None` when all is
+    /// well. The default of 2026, 32 MiB and 6 passes, is as much work as 64 MiB and 3.
     pub fn warning(self) -> Option<&'static str> {
+        if self.check().is_ok() && self.check_new().is_err() {
+            return Some(match self {
+                Self::Pbkdf2 { .. } => {
+                    "more than the 2,000,000 iterations of PBKDF2 that clients offer"
+                }
+                Self::Argon2id { .. } => {
+                    "more than the 10 iterations, 1,024 MiB and parallelism 16 of Argon2id that clients offer"
+                }
+            });
+        }
         match self {
             Self::Pbkdf2 { iterations } => (iterations < 600_000)
                 .then_some("fewer than the 600,000 iterations of PBKDF2 that are recommended"),
@@ -89,13 +117,17 @@ impl Kdf {
         }
     }
 
-    /// The master key of an account.
-    pub fn master_key(self, password: &Password, email: &Email) -> Result<MasterKey, Error> {
+    /// The master key of an account. The salt is its e-mail address, unless the server names another one.
+    pub fn master_key(
+        self,
+        password: &Password,
+        salt: &impl AsRef<str>,
+    ) -> Result<MasterKey, Error> {
         self.check()?;
         let mut key = Zeroizing::new(vec![0; MASTER_KEY_BYTES]);
         match self {
             Self::Pbkdf2 { iterations } => {
-                let salt = email.as_str().as_bytes();
+                let salt = salt.as_ref().as_bytes();
                 pbkdf2_sha256(iterations, salt, password.expose(), &mut key);
             }
             Self::Argon2id {
@@ -104,7 +136,7 @@ impl Kdf {
                 parallelism,
             } => {
                 // The address may be shorter than the least salt of Argon2: its hash never is.
-                let salt = digest::digest(&digest::SHA256, email.as_str().as_bytes());
+                let salt = digest::digest(&digest::SHA256, salt.as_ref().as_bytes());
                 let mut params = ParamsBuilder::new();
                 params
                     .m_cost(memory_mib * 1_024)

@@ -443,13 +443,13 @@ fn kdf_parameters_keep_their_limits() {
     for refused in [
         pbkdf2(0),
         pbkdf2(4_999),
-        pbkdf2(2_000_001),
+        pbkdf2(100_000_001),
         argon2id(1, 64, 4),
-        argon2id(11, 64, 4),
+        argon2id(101, 64, 4),
         argon2id(3, 15, 4),
-        argon2id(3, 1_025, 4),
+        argon2id(3, 4_097, 4),
         argon2id(3, 64, 0),
-        argon2id(3, 64, 17),
+        argon2id(3, 64, 256),
     ] {
         let made = refused.master_key(&password("x"), &email("a@b"));
         assert!(matches!(made, Err(Error::Kdf { .. })), "{refused:?}");
@@ -468,8 +468,45 @@ fn kdf_parameters_keep_their_limits() {
         (argon2id(5, 32, 4), true),
         (argon2id(10, 1_024, 16), false),
     ] {
-        kdf.check().unwrap();
+        kdf.check_new().unwrap();
         assert_eq!(kdf.warning().is_some(), warns, "{kdf:?}");
+    }
+}
+
+/// Clients open such accounts, so that their owner can bring them down.
+#[test]
+fn an_account_above_what_clients_offer_is_opened_with_a_warning_and_cannot_be_made() {
+    for kdf in [
+        Kdf::Pbkdf2 {
+            iterations: 3_000_000,
+        },
+        argon2id(11, 16, 4),
+        argon2id(3, 1_025, 4),
+        argon2id(2, 16, 17),
+    ] {
+        kdf.check().unwrap();
+        let warning = kdf.warning().unwrap();
+        assert!(warning.starts_with("more than the"), "{warning}");
+        assert!(matches!(kdf.check_new(), Err(Error::Kdf { .. })), "{kdf:?}");
+    }
+    let key = argon2id(11, 16, 17).master_key(&password("x"), &email("a@b"));
+    key.unwrap();
+}
+
+/// Another text than the address, taken as it is.
+#[test]
+fn a_salt_of_its_own_takes_the_place_of_the_address() {
+    let kdf = Kdf::Pbkdf2 { iterations: 5_000 };
+    let with = |salt: &Salt| {
+        let key = kdf.master_key(&password("password"), salt).unwrap();
+        Base64::encode_string(key.expose())
+    };
+    let address = "pj9prw/OHPleXI6bRdmlaD+saJS4awrMiQsQiDjeu2I=";
+    assert_eq!(with(&Salt::parse("user@example.com").unwrap()), address);
+    assert_eq!(with(&Salt::from(&email(" User@example.com"))), address);
+    assert_ne!(with(&Salt::parse("User@example.com").unwrap()), address);
+    for bad in ["", "a\0b", &"x".repeat(257)] {
+        assert_eq!(Salt::parse(bad), Err(Error::Salt), "{bad:?}");
     }
 }
 

@@ -228,8 +228,7 @@ impl Broker {
         if document.roles.iter().all(|role| grantable.contains(role)) {
             return Ok(());
         }
-        let what =
-            "roles that `client_credentials.grantable_roles` in the broker's configuration names";
+        let what = "only roles that `client_credentials.grantable_roles` in the broker's configuration lists; the default is none";
         Err(Error::violation("roles", what))
     }
 

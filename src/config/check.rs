@@ -161,6 +161,12 @@ impl Config {
             limits.drain_timeout_ms,
             100..=600_000,
         );
+        let token_bytes = u64::try_from(limits.access_token_bytes_max).unwrap_or(u64::MAX);
+        range(
+            "[limits] access_token_bytes_max",
+            token_bytes,
+            1_024..=32_768,
+        );
         let rates = &self.rates;
         for (name, value, max) in [
             (

@@ -24,7 +24,8 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-const HEADER_BYTES_MAX: u32 = 16 * 1024;
+/// A request's head may have at least so many bytes.
+const HEADER_BYTES_MIN: usize = 16 * 1024;
 /// Bytes that a client may send ahead on one call (a message and its prefix fit) and on all calls of a connection.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
@@ -89,7 +90,7 @@ impl Connection {
             metrics::counter!("keybroker_strangers_turned_away_total").increment(1);
             return;
         }
-        let http = http1(PROXY_IDLE);
+        let http = self.http1(PROXY_IDLE);
         let service = TowerToHyperService::new(self.service(&link));
         let connection = http.serve_connection(TokioIo::new(stream), service);
         self.watch(connection, &link, &CancellationToken::new())
@@ -108,7 +109,7 @@ impl Connection {
                 let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
                 http.timer(TokioTimer::new())
                     .max_concurrent_streams(self.shared.limits.streams_per_connection_max)
-                    .max_header_list_size(HEADER_BYTES_MAX)
+                    .max_header_list_size(u32::try_from(self.head_bytes_max()).unwrap_or(u32::MAX))
                     .initial_stream_window_size(STREAM_WINDOW_BYTES)
                     .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                     .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
@@ -119,10 +120,26 @@ impl Connection {
             }
             Greeted::Http1(io) => {
                 let silence = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
-                let connection = http1(silence).serve_connection(TokioIo::new(io), service);
+                let connection = self
+                    .http1(silence)
+                    .serve_connection(TokioIo::new(io), service);
                 self.watch(connection, &link, outdated).await;
             }
         }
+    }
+
+    /// Bytes of a request's head. A token that is somewhat too long must arrive, so that its refusal is logged with its length.
+    fn head_bytes_max(&self) -> usize {
+        let tokens = self.shared.limits.access_token_bytes_max.saturating_mul(2);
+        tokens.max(HEADER_BYTES_MIN)
+    }
+
+    fn http1(&self, silence: Duration) -> hyper::server::conn::http1::Builder {
+        let mut http = hyper::server::conn::http1::Builder::new();
+        http.timer(TokioTimer::new())
+            .header_read_timeout(silence)
+            .max_buf_size(self.head_bytes_max().max(HTTP1_BUFFER_BYTES_MAX));
+        http
     }
 
     fn service(&self, link: &Link) -> Router {
@@ -231,14 +248,6 @@ struct Link {
     acquaintance: Arc<Acquaintance>,
     /// How long the client certificate is valid.
     valid: Option<Duration>,
-}
-
-fn http1(silence: Duration) -> hyper::server::conn::http1::Builder {
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(silence)
-        .max_buf_size(HTTP1_BUFFER_BYTES_MAX);
-    http
 }
 
 /// What both versions of HTTP can be told.

@@ -106,6 +106,12 @@ pub async fn run(
     }
 }
 
+fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
+    let tokens = Tokens::new(&config.issuers)?;
+    let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
+    Ok(Arc::new(tokens))
+}
+
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     let hashing = settings.clone();
     ClientRules {
@@ -169,7 +175,7 @@ impl Server {
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
         let unusable = |what| Failure::new(Exit::Configuration, what);
-        let tokens = Arc::new(Tokens::new(&config.issuers).map_err(unusable)?);
+        let tokens = access_tokens(&config).map_err(unusable)?;
         let authenticator = Authenticator::new(&config.principals)
             .map_err(unusable)?
             .with_tokens(Arc::clone(&tokens));

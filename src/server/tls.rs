@@ -29,11 +29,13 @@ use crate::{
 
 use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
+mod purpose;
 mod revocation;
 #[cfg(test)]
 mod tests;
 
-use revocation::{Age, Life, Lists};
+use purpose::ForClients;
+use revocation::{Age, Life, Lists, Versions};
 
 const SECONDS_PER_DAY: i64 = 86_400;
 const SECONDS_PER_HOUR: i64 = 3_600;
@@ -63,6 +65,8 @@ pub(super) struct Accepting {
     trust: [u8; 32],
     /// Of the revocation lists.
     lists: Option<Life>,
+    /// How new they are.
+    versions: Versions,
     /// Last second of the certificate, since 1970.
     until: i64,
     contents: Contents,
@@ -266,6 +270,7 @@ impl Tls {
             &self.protocols,
             Validity::Judged,
         )?;
+        self.check_follows(&next)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
         self.take_over(next);
         Ok(true)
@@ -285,11 +290,20 @@ impl Tls {
             &self.protocols,
             Validity::Unjudged,
         )?;
+        self.check_follows(&next)?;
         if next.trust != self.current().trust {
             self.take_over(next);
             tracing::warn!("changed trust in clients is taken over without the other TLS files");
         }
         Ok(())
+    }
+
+    fn check_follows(&self, next: &Accepting) -> Result<(), String> {
+        let path = self.settings.client_crl_file.as_deref();
+        let shown = path.unwrap_or(Path::new("")).display();
+        next.versions
+            .check_follow(&self.current().versions)
+            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
     }
 
     fn take_over(&self, mut next: Accepting) {
@@ -397,6 +411,9 @@ impl Files {
             .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;
         let lists = self.lists(settings)?;
         let trust = self.trust(lists.as_ref());
+        let versions = lists
+            .as_ref()
+            .map_or_else(Versions::default, |lists| lists.versions.clone());
         let life = lists.as_ref().map(|lists| lists.life);
         let contents = Contents {
             certificates: chain.len(),
@@ -438,6 +455,7 @@ impl Files {
             trust,
             lists: life,
             contents,
+            versions,
         })
     }
 
@@ -495,6 +513,9 @@ impl Files {
         let verifier = builder
             .build()
             .map_err(|error| format!("{shown} and its revocation lists are not usable: {error}"))?;
+        if settings.client_auth_usage_required {
+            return Ok(Some(Arc::new(ForClients(verifier))));
+        }
         Ok(Some(verifier))
     }
 }

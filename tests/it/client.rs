@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -191,6 +191,16 @@ impl Caller {
 
 /// A channel to an address of `localhost`, with a certificate of that name or none.
 pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> Channel {
+    channel_from(pki, client, address, None)
+}
+
+/// The same, from that address of this machine.
+pub(crate) fn channel_from(
+    pki: &Pki,
+    client: Option<&str>,
+    address: SocketAddr,
+    from: Option<IpAddr>,
+) -> Channel {
     // Fails only when another test of this process has done it.
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
@@ -209,6 +219,7 @@ pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> C
         .tls_config(tls)
         .unwrap()
         .connect_timeout(CALL_TIMEOUT)
+        .local_address(from)
         .connect_lazy()
 }
 

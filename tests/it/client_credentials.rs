@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     os::unix::fs::PermissionsExt as _,
     process::{Command, Stdio},
     sync::Arc,
@@ -19,9 +20,10 @@ use serde_json::Value;
 use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
 
 use crate::{
-    client::{Caller, NAME, channel, never_in_a_log, reason, refused},
+    client::{Caller, NAME, channel, channel_from, never_in_a_log, reason, refused},
     process::{Broker, until},
     site::{Finished, Options, Site},
+    wire::get,
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -50,6 +52,8 @@ fn configure(site: &Site, sections: &str) {
 }
 
 const GRANT_RELEASE: &str = "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\"]";
+
+const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
 
 /// What an API client shows.
 #[derive(Clone, Debug)]
@@ -337,9 +341,93 @@ async fn a_flood_of_wrong_secrets_is_answered_quickly_and_others_are_served() {
     assert!(slowest < Duration::from_secs(5), "{slowest:?}");
 }
 
+/// Wrong secrets a second, each from another address.
+const WRONG_PER_SECOND: u32 = 100;
+
+/// One wrong secret each ten milliseconds, for a client that exists and for ids that do not, each over a connection of its own from
+/// another address, until this is dropped.
+fn flood(broker: &Broker, known: &Basic) -> tokio::task::JoinSet<()> {
+    let (site, grpc) = (Arc::clone(&broker.site), broker.grpc);
+    let id = known.id.clone();
+    let mut flood = tokio::task::JoinSet::new();
+    flood.spawn(async move {
+        let mut ticks = tokio::time::interval(Duration::from_secs(1) / WRONG_PER_SECOND);
+        let mut calls = tokio::task::JoinSet::new();
+        for number in 0_u32.. {
+            ticks.tick().await;
+            while calls.try_join_next().is_some() {}
+            let [_, high, middle, low] = (number + 0x01_0001).to_be_bytes();
+            let from = IpAddr::from([127, high, middle, low]);
+            let keys = UserKeyServiceClient::new(channel_from(&site.pki, None, grpc, Some(from)));
+            let id = if number % 2 == 0 {
+                id.clone()
+            } else {
+                format!("{number:032x}")
+            };
+            let secret = format!("kbs_{number:043}");
+            calls.spawn(async move { Basic { id, secret }.unwrap(&keys, "ada").await.is_err() });
+        }
+    });
+    flood
+}
+
+/// For the figures of docs/reliability.md: `KEYBROKER_TEST_FLOOD_SECONDS=60`.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_stay_accepted_and_new_ones_come_in_under_wrong_secrets_from_changing_addresses() {
+    let promised = std::env::var("KEYBROKER_TEST_FLOOD_SECONDS").ok();
+    let seconds = promised.as_ref().map_or(4, |text| text.parse().unwrap());
+    let broker = Broker::start_on(site(GRANT_RELEASE));
+    let quiet = keys(&broker);
+    let good = [made(&broker), made(&broker)];
+    good[0].create(&quiet, "ada", NAME).await.unwrap();
+    good[1].unwrap(&quiet, "ada").await.unwrap();
+    let flood = flood(&broker, &good[0]);
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let calling = good.iter().map(async |client| {
+        let mut times = Vec::new();
+        while Instant::now() < until {
+            let begun = Instant::now();
+            client.unwrap(&quiet, "ada").await.unwrap();
+            times.push(begun.elapsed());
+        }
+        times
+    });
+    let first_contacts = async {
+        let mut times = Vec::new();
+        while Instant::now() < until {
+            // Also a change, after which every client is looked up again.
+            let new = tokio::task::block_in_place(|| made(&broker));
+            let begun = Instant::now();
+            new.unwrap(&quiet, "ada").await.unwrap();
+            times.push(begun.elapsed());
+        }
+        times
+    };
+    let (known, mut new) = tokio::join!(futures_util::future::join_all(calling), first_contacts);
+    drop(flood);
+    let mut known = known.concat();
+    known.sort_unstable();
+    new.sort_unstable();
+    let p99 = known[known.len() * 99 / 100];
+    let slowest = *new.last().unwrap();
+    println!(
+        "{} calls of known clients, p99 {p99:?}; {} first contacts, slowest {slowest:?}",
+        known.len(),
+        new.len()
+    );
+    let turned_away = get(broker.status, "/metrics");
+    assert!(
+        turned_away.contains("keybroker_client_secrets_turned_away_total"),
+        "the flood did not take all turns"
+    );
+    if promised.is_some() {
+        assert!(p99 < Duration::from_secs(1) && slowest < Duration::from_secs(1));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
-    let site = site("");
+    let site = site(GRANT_ENROL);
     let broker = Broker::start_on(site);
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let changed = Basic::of(&credential(&broker, "admin", &enrol));
@@ -375,9 +463,28 @@ async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
     assert!(log.contains("client-damaged"), "nobody is alarmed: {log}");
 }
 
+/// Whoever creates a client holds its secret, and so its roles: an administrator alone must not become an auditor, or replace keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_setting_an_administrator_grants_no_role() {
+    let broker = Broker::start_on(site(""));
+    for role in ["release", "enrol", "lifecycle", "admin", "auditor"] {
+        let create = ["create", "--label", "x", "--role", role];
+        let reach = if role == "release" {
+            &["--user", "*"][..]
+        } else {
+            &[]
+        };
+        let said = credential_refused(&broker, "admin", &[&create, reach].concat(), "REQUEST");
+        assert!(
+            said.contains("`client_credentials.grantable_roles`"),
+            "{said}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_may_make_list_and_grant_is_limited() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let release = [
         "create",
@@ -392,7 +499,7 @@ async fn who_may_make_list_and_grant_is_limited() {
     let both = [
         "create", "--label", "x", "--role", "auditor", "release", "--user", "*",
     ];
-    // Without a word in the configuration nobody makes a client that releases keys, or one that makes more of them.
+    // Roles that the configuration does not list.
     for ungrantable in [&release[..], &admin, &both] {
         let said = credential_refused(&broker, "admin", ungrantable, "REQUEST");
         assert!(said.contains("; roles: "), "{said}");
@@ -433,7 +540,7 @@ async fn who_may_make_list_and_grant_is_limited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_follow_each_other() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let mut ids: Vec<String> = (0..5)
         .map(|n| {
             let label = format!("client {n}");
@@ -479,7 +586,7 @@ async fn pages_follow_each_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_after_the_parameters_were_raised_improves_the_hash() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let client = Basic::of(&credential(&broker, "admin", &enrol));
     client.create(&keys(&broker), "ada", NAME).await.unwrap();
@@ -490,7 +597,10 @@ async fn a_login_after_the_parameters_were_raised_improves_the_hash() {
         "{}",
         document(&site)
     );
-    configure(&site, "[client_credentials]\nargon2_memory_kib = 24576");
+    configure(
+        &site,
+        "[client_credentials]\ngrantable_roles = [\"enrol\"]\nargon2_memory_kib = 24576",
+    );
     let broker = Broker::start_on(site);
     client.create(&keys(&broker), "bob", NAME).await.unwrap();
     until("the better hash", || {
@@ -581,7 +691,7 @@ async fn the_command_line_keeps_and_uses_secrets_in_files() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_shows_the_secret_on_a_line_of_its_own() {
-    let broker = Broker::start_on(site(""));
+    let broker = Broker::start_on(site(GRANT_ENROL));
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let table = command(&broker, "client-credential", Some("admin"), &enrol);
     let line = table.stdout.lines().last().unwrap();

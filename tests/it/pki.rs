@@ -31,6 +31,8 @@ pub(crate) const PRINCIPALS: [(&str, &str); 6] = [
 pub(crate) const UNKNOWN: &str = "unknown";
 /// Certificate whose common name is a principal's name and whose SAN is not.
 pub(crate) const COMMON_NAME: &str = "common-name";
+/// The certificate of `releaser` without an `extendedKeyUsage`.
+pub(crate) const NO_USAGE: &str = "no-usage";
 /// A releaser's certificate that has expired.
 pub(crate) const EXPIRED: &str = "expired";
 /// A releaser's certificate made by another CA.
@@ -75,6 +77,9 @@ impl Pki {
         expired.not_before = date_time_ymd(2020, 1, 1);
         expired.not_after = date_time_ymd(2020, 2, 1);
         pki.write(EXPIRED, &expired, &pki.authority);
+        let mut no_usage = client_parameters("releaser");
+        no_usage.extended_key_usages.clear();
+        pki.write(NO_USAGE, &no_usage, &pki.authority);
         let other = authority("another CA");
         fs::write(pki.certificate_file("stranger-ca"), other.pem()).unwrap();
         pki.write(STRANGER, &client_parameters("releaser"), &other);

@@ -80,6 +80,23 @@ async fn with_a_list_in_force_only_good_certificates_are_accepted() {
     assert!(shown.contains("keybroker_client_crl_hours_left"));
 }
 
+/// The library that verifies chains accepts it for any purpose.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_does_not_say_that_it_is_for_clients_is_refused_unless_configured() {
+    let broker = Broker::start(Options::default());
+    let answer = Caller::of(&broker, pki::NO_USAGE).unwrap("ada").await;
+    let reason = crate::client::reason(&answer.unwrap_err());
+    assert_ne!(reason, "KEY_NOT_FOUND");
+    let shown = metrics(&broker);
+    let line = "keybroker_handshakes_failed_total{cause=\"bad_certificate\"}";
+    assert!(shown.contains(line), "{shown}");
+    let (site, _) = broker.stop();
+    configure(&site, "client_auth_usage_required = false");
+    let broker = Broker::start_on(site);
+    let answer = Caller::of(&broker, pki::NO_USAGE).unwrap("ada").await;
+    refused(answer, "KEY_NOT_FOUND");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_revoked_while_it_is_connected_loses_its_connection() {
     let broker = Broker::start_on(site(&[], LONG_S));

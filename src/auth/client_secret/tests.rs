@@ -197,6 +197,90 @@ async fn without_a_budget_only_what_was_good_counts() {
     assert_eq!(setup.asked(), asked);
 }
 
+/// Wrong secrets from any number of addresses take all turns: a client that was accepted before needs none.
+#[tokio::test]
+async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_every_turn() {
+    let setup = setup(&["good"], |_| {});
+    setup.show(ID, "good").await.unwrap();
+    let turns = &setup.secrets.turns;
+    let mut taken = Vec::new();
+    while turns.free() > 0 {
+        taken.push(turns.wait(Lane::Unknown, PATIENCE).await.unwrap());
+    }
+    let other = ClientId::from_hex(&"ab".repeat(16)).unwrap();
+    let waiting = [Lane::Unknown, Lane::Known(other)].map(|lane| turns.wait(lane, PATIENCE));
+    let waiting = futures_util::future::join_all(waiting);
+    let places: Vec<_> =
+        std::iter::from_fn(|| turns.place(ClientId::from_hex(ID).unwrap())).collect();
+    let lookups: Vec<_> = std::iter::from_fn(|| turns.lookup()).collect();
+    let accepted = async {
+        for generation in 1..=100 {
+            // As after the minute for which nothing is looked up.
+            setup.known.generation.store(generation, Ordering::Relaxed);
+            let spent = || Err::<(), _>(Error::new(Reason::FailureBudget, "spent"));
+            let secret = Zeroizing::new(b"good".to_vec());
+            setup.secrets.verify(ID, secret, spent).await.unwrap();
+        }
+        let refused = setup.show(ID, "wrong").await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::Rate);
+        assert_eq!(refused.retry_delay(), Some(RETRY));
+        drop((places, lookups));
+    };
+    let (ended, ()) = tokio::join!(waiting, accepted);
+    assert!(ended.iter().all(Option::is_none), "a turn was free");
+    assert_eq!(
+        setup.asked(),
+        1 + 100,
+        "looked up each time, and not for the wrong one"
+    );
+}
+
+/// The proof is of one stored hash: another one under the same number is tried like any.
+#[tokio::test]
+async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another() {
+    let setup = setup(&["good"], |_| {});
+    setup.show(ID, "good").await.unwrap();
+    let other = quick().hash(b"other").unwrap();
+    let replace = |credential: &mut ClientCredential| credential.document.secrets[0].phc = other;
+    let id = ClientId::from_hex(ID).unwrap();
+    setup
+        .known
+        .clients
+        .lock()
+        .unwrap()
+        .get_mut(&id)
+        .map(replace)
+        .unwrap();
+    setup.known.generation.store(1, Ordering::Relaxed);
+    let refused = setup.show(ID, "good").await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::Credential);
+    setup.show(ID, "other").await.unwrap();
+}
+
+/// A broker that has just started knows no secret: the first contact of its clients waits for one trial, not for the others.
+#[tokio::test]
+async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
+    let setup = setup(&["good"], |_| {});
+    let turns = &setup.secrets.turns;
+    let mut taken = Vec::new();
+    while turns.free() > 0 {
+        taken.push(turns.wait(Lane::Unknown, PATIENCE).await.unwrap());
+    }
+    let ids: Vec<String> = (1..=40).map(|number| format!("{number:032x}")).collect();
+    let unknown = ids.iter().map(|id| setup.show(id, "wrong"));
+    let unknown = futures_util::future::join_all(unknown);
+    let contact = setup.show(ID, "good");
+    // The order of the lanes has its own test.
+    let free = async {
+        while turns.waiting_by_lane() != [0, 1, ids.len()] {
+            tokio::task::yield_now().await;
+        }
+        drop(taken);
+    };
+    let (_, accepted, ()) = tokio::join!(unknown, contact, free);
+    accepted.unwrap();
+}
+
 /// It was good, and is not any more: from then on it is like any other.
 #[tokio::test]
 async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
@@ -232,13 +316,13 @@ async fn a_directory_that_is_away_takes_no_turn_and_is_not_the_callers_fault() {
     let slow = Duration::from_millis(500);
     *setup.known.slow.lock().unwrap() = slow;
     setup.known.is_away.store(true, Ordering::Relaxed);
-    // More than there are turns, with another secret each.
-    let names: Vec<String> = (0..64).map(|number| number.to_string()).collect();
-    let asking = names.iter().map(|secret| setup.show(ID, secret));
+    // More than there are turns, each for another client.
+    let ids: Vec<String> = (0..64).map(|number| format!("{number:032x}")).collect();
+    let asking = ids.iter().map(|id| setup.show(id, "good"));
     let looking = async {
         tokio::time::sleep(slow / 5).await;
         assert_eq!(setup.asked(), 1 + 64);
-        setup.secrets.turns.available_permits()
+        setup.secrets.turns.free()
     };
     let (refused, free) = tokio::join!(futures_util::future::join_all(asking), looking);
     assert!(free > 0);

@@ -130,6 +130,11 @@ impl Settings {
         range("leeway_s", self.leeway_s, 0..=300);
         range("refresh_minutes", self.refresh_minutes, 1..=1_440);
         range("keep_hours", self.keep_hours, 1..=720);
+        range(
+            "token_lifetime_max_minutes",
+            self.token_lifetime_max_minutes,
+            1..=43_200,
+        );
         if self.refresh_minutes > self.keep_hours.saturating_mul(60) {
             problems.push(
                 "`keep_hours` is less than `refresh_minutes`: its keys would be out of date before they are fetched again"
@@ -250,6 +255,7 @@ audience = ["keybroker"]
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn each_mistake_has_its_message() {
         for (good, bad, words) in [
             ("name = \"sso\"", "name = \"a:b\"", "`name`"),
@@ -285,6 +291,11 @@ audience = ["keybroker"]
             ),
             ("audience", "leeway_s = 301\naudience", "0 to 300"),
             ("audience", "refresh_minutes = 0\naudience", "1 to 1440"),
+            (
+                "audience",
+                "token_lifetime_max_minutes = 43201\naudience",
+                "1 to 43200",
+            ),
             (
                 "audience",
                 "keep_hours = 1\nrefresh_minutes = 61\naudience",

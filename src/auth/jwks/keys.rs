@@ -206,6 +206,7 @@ impl Keys {
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
                 tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
+                self.report_refused(set.refused());
                 Arc::new(set)
             }
         };
@@ -214,6 +215,18 @@ impl Keys {
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
             tracing::info!(issuer = %self.name, "the key set can be had again");
+        }
+    }
+
+    fn report_refused(&self, refused: &[String]) {
+        let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
+        metrics::gauge!("keybroker_issuer_refused_keys", "issuer" => self.name.clone())
+            .set(f64::from(count));
+        if !refused.is_empty() {
+            tracing::error!(
+                alarm = "issuer-keys", issuer = %self.name, ?refused,
+                "weak or malformed keys of the key set are refused; its other keys are in use"
+            );
         }
     }
 

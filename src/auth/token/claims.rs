@@ -31,6 +31,7 @@ pub(super) fn identity(
     check_claims(settings, said)?;
     let subject = subject(settings, said)?;
     let expires = moment(said, "exp").ok_or_else(|| Cause::Claim.because("it has no `exp`"))?;
+    check_lifetime(settings, said, expires, now)?;
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     let until = Timestamp::from_micros(expires.micros().saturating_add(leeway));
     let grant = settings.grant();
@@ -75,6 +76,35 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
         )));
     }
     Ok(())
+}
+
+/// A stolen token is good until it expires, so a provider's mistake must not make one that never does. Without `iat` the rest of its
+/// life is measured.
+fn check_lifetime(
+    settings: &Settings,
+    said: &Said,
+    expires: Timestamp,
+    now: Timestamp,
+) -> Result<(), Refusal> {
+    let issued = moment(said, "iat");
+    let life = expires
+        .micros()
+        .saturating_sub(issued.unwrap_or(now).micros())
+        / MICROS_PER_SECOND;
+    let minutes = settings.token_lifetime_max_minutes;
+    // Without `iat`, our clock and the provider's are compared.
+    let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
+    if life <= i64::from(minutes) * 60 + leeway {
+        return Ok(());
+    }
+    let from = if issued.is_some() {
+        "its `iat`"
+    } else {
+        "now, as it has no `iat`"
+    };
+    Err(Cause::Lifetime.because(format!(
+        "its `exp` is {life} s after {from}, and `token_lifetime_max_minutes` of the issuer is {minutes}"
+    )))
 }
 
 fn check_scopes(settings: &Settings, said: &Said) -> Result<(), Refusal> {

@@ -3,7 +3,10 @@
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value};
 
-use crate::auth::issuer::{Algorithm, Settings};
+use crate::auth::{
+    issuer::{Algorithm, Settings},
+    jwks::Named,
+};
 
 use super::refusal::{Cause, Refusal, shown};
 
@@ -94,12 +97,17 @@ impl Parts {
         )))
     }
 
-    /// The name of its key, if it has one.
-    pub(super) fn kid(&self) -> Result<Option<&str>, Refusal> {
-        match self.header.get("kid") {
+    /// What the header says about the key.
+    pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
+        let text = |member: &str| match self.header.get(member) {
             None => Ok(None),
-            Some(Value::String(kid)) => Ok(Some(kid)),
-            Some(_) => Err(Cause::Malformed.because("its `kid` is not text")),
-        }
+            Some(Value::String(text)) => Ok(Some(text.as_str())),
+            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not text"))),
+        };
+        Ok(Named {
+            kid: text("kid")?,
+            sha1: text("x5t")?,
+            sha256: text("x5t#S256")?,
+        })
     }
 }

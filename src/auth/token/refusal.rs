@@ -12,7 +12,7 @@ const SHOWN_CHARS_MAX: usize = 100;
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// More than 8 KiB.
+    /// Longer than the limit.
     Oversized,
     /// Not three parts, not base64url, not JSON.
     Malformed,
@@ -32,6 +32,8 @@ pub(super) enum Cause {
     Signature,
     /// `exp` has passed.
     Expired,
+    /// It is valid for longer than its issuer's access tokens may be.
+    Lifetime,
     /// `nbf` or `iat` is ahead.
     NotYetValid,
     /// Made for somebody else.
@@ -65,6 +67,7 @@ impl Cause {
             Self::NoKeys => "no-keys",
             Self::Signature => "signature",
             Self::Expired => "expired",
+            Self::Lifetime => "lifetime",
             Self::NotYetValid => "not-yet-valid",
             Self::Audience => "audience",
             Self::Scope => "scope",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::{
-    bitwarden::{self, Email, Kdf, MASTER_KEY_BYTES, MasterKey, Password},
+    bitwarden::{self, Email, Kdf, MASTER_KEY_BYTES, MasterKey, Password, Salt},
     cli::{
         exit::{Exit, Failure},
         output::{Field, Output},
@@ -26,6 +26,9 @@ pub(super) enum Function {
 /// The KDF of an account, as its settings show it.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Parameters {
+    /// Salt of the account, as the server's answer before the login names it [default: the e-mail address]
+    #[arg(long, value_name = "TEXT", requires = "email")]
+    salt: Option<String>,
     /// Key derivation function of the account
     #[arg(long, value_enum, default_value = "pbkdf2")]
     kdf: Function,
@@ -46,6 +49,11 @@ impl Parameters {
             self.kdf,
             [self.iterations, self.memory_mib, self.parallelism],
         )
+    }
+
+    fn salt(&self, email: &Email) -> Result<Salt, Failure> {
+        let salt = self.salt.as_deref().map(Salt::parse);
+        salt.map_or_else(|| Ok(email.into()), |salt| salt.map_err(unusable))
     }
 }
 
@@ -92,10 +100,10 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Says when a password is cheaper to guess than it should be; programs read it in `warning`.
+/// Says when a KDF is weaker than it should be, or stronger than clients offer; programs read it in `warning`.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
-        output.note(&format!("warning: {warning}; raise it with change-kdf"));
+        output.note(&format!("warning: {warning}; change it with change-kdf"));
     }
 }
 
@@ -141,6 +149,7 @@ pub(super) struct Opened {
     pub(super) email: Email,
     pub(super) password: Password,
     pub(super) kdf: Kdf,
+    salt: Salt,
 }
 
 impl Opened {
@@ -150,8 +159,7 @@ impl Opened {
 
     /// The master key that the account would have with another KDF.
     pub(super) fn master_key_of(&self, kdf: Kdf) -> Result<MasterKey, Failure> {
-        kdf.master_key(&self.password, &self.email)
-            .map_err(unusable)
+        kdf.master_key(&self.password, &self.salt).map_err(unusable)
     }
 }
 
@@ -162,6 +170,7 @@ fn open(
 ) -> Result<Opened, Failure> {
     // First what needs nobody at the terminal.
     let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
+    let salt = parameters.salt(&email)?;
     let source = secrets::Source {
         what: "the master password",
         file: password.password_file.as_deref(),
@@ -173,6 +182,7 @@ fn open(
         email,
         password,
         kdf,
+        salt,
     })
 }
 
@@ -247,7 +257,7 @@ pub(super) fn unusable(error: bitwarden::Error) -> Failure {
         }
         bitwarden::Error::KeyKind(_) => "a protected key has type 2, or 0 in an old account",
         bitwarden::Error::Kdf { .. } => {
-            "an account that says otherwise was set up by no Bitwarden client: do not use it"
+            "no Bitwarden client sets up an account with less, which would make its password easy to guess: do not use it"
         }
         _ => return Failure::new(Exit::Usage, error.to_string()),
     };

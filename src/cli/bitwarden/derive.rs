@@ -77,6 +77,7 @@ impl ChangeKdf {
             self.new_parallelism,
         ];
         let new_kdf = account::kdf(self.new_kdf, parameters)?;
+        new_kdf.check_new().map_err(unusable)?;
         if let Some(path) = &self.out {
             material::check_new(path)?;
         }

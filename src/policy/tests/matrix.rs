@@ -165,7 +165,37 @@ fn a_decision_names_its_policy() {
         ("user-ada", Action::List, "list-own", "own-list"),
         ("user-ada", Action::Unwrap, "other", "users-own-keys-only"),
         ("user-ada", Action::Delete, "own", "default-deny"),
-        ("user-ada", Action::ReadToken, "broker", "default-deny"),
+        (
+            "user-ada",
+            Action::ReadToken,
+            "broker",
+            "users-never-control",
+        ),
+        (
+            "user-with-roles",
+            Action::CreateClient,
+            "broker",
+            "users-never-control",
+        ),
+        ("enrol", Action::ReadToken, "broker", "control-within-roles"),
+        (
+            "auditor",
+            Action::CreateClient,
+            "broker",
+            "client-changes-by-administrators",
+        ),
+        (
+            "admin",
+            Action::ReadAudit,
+            "broker",
+            "audit-log-by-auditors",
+        ),
+        (
+            "auditor",
+            Action::Replace,
+            "own",
+            "controllers-never-change-keys",
+        ),
         ("release-all", Action::Unwrap, "own", "release-role"),
         (
             "release-users",
@@ -199,6 +229,45 @@ fn a_decision_names_its_policy() {
         let verdict = judge(&policy, &principals[principal], action, resource);
         assert_eq!(&*verdict.policy, named, "{principal} {action} {resource}");
     }
+}
+
+/// The widest permit that an operator can write changes no answer about the control plane, for any principal. It opens no user's key
+/// to another user, and lets no administrator or auditor put a key of their own in the place of a user's.
+#[test]
+fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
+    let wide = "@id(\"wide\") permit (principal, action, resource);";
+    let (_folder, wide) = with_files(&[("wide.cedar", wide)]).unwrap();
+    let shipped = shipped();
+    let changes = [
+        Action::Create,
+        Action::Replace,
+        Action::Delete,
+        Action::Undelete,
+        Action::Restore,
+    ];
+    let mut opened = 0;
+    for (name, identity) in principals() {
+        for (resource, _, whose, _) in RESOURCES {
+            for action in Action::ALL {
+                let verdict = judge(&wide, &identity, action, resource);
+                let without = judge(&shipped, &identity, action, resource);
+                opened += usize::from(verdict.allowed && !without.allowed);
+                let subject = identity.subject.as_ref().map(AsRef::as_ref);
+                let is_foreign = identity.kind == Kind::User && subject != Some(whose);
+                let is_controller = matches!(name, "admin" | "auditor" | "ops");
+                let is_change = is_controller && changes.contains(&action);
+                if resource == "broker" || is_foreign || is_change || action == Action::Unwrap {
+                    assert_eq!(
+                        (verdict.allowed, &*verdict.policy == "wide"),
+                        (without.allowed, false),
+                        "{name} {action} {resource}: {}",
+                        verdict.policy
+                    );
+                }
+            }
+        }
+    }
+    assert!(opened > 0, "the permit has no effect at all");
 }
 
 fn any_identity() -> impl Strategy<Value = Identity> {

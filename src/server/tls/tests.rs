@@ -24,6 +24,11 @@ fn authority(name: &str, algorithm: &'static rcgen::SignatureAlgorithm) -> Autho
 
 /// A list of that authority, in PEM, from and until so many hours from now.
 fn list(authority: &Authority, revoked: &[u64], from: i64, until: i64) -> String {
+    numbered(authority, 1, revoked, from, until)
+}
+
+/// The same with that number.
+fn numbered(authority: &Authority, number: u64, revoked: &[u64], from: i64, until: i64) -> String {
     let now = OffsetDateTime::now_utc();
     let revoked_certs = revoked.iter().map(|serial| RevokedCertParams {
         serial_number: SerialNumber::from(*serial),
@@ -34,7 +39,7 @@ fn list(authority: &Authority, revoked: &[u64], from: i64, until: i64) -> String
     let parameters = CertificateRevocationListParams {
         this_update: now + Duration::hours(from),
         next_update: now + Duration::hours(until),
-        crl_number: SerialNumber::from(1_u64),
+        crl_number: SerialNumber::from(number),
         issuing_distribution_point: None,
         revoked_certs: revoked_certs.collect(),
         key_identifier_method: rcgen::KeyIdMethod::Sha256,
@@ -57,6 +62,7 @@ fn lists_of_each_kind_of_key_are_verified() {
         &rcgen::PKCS_ECDSA_P384_SHA384,
         &rcgen::PKCS_ED25519,
         &rcgen::PKCS_RSA_SHA256,
+        &rcgen::PKCS_ECDSA_P521_SHA512,
     ] {
         let ca = authority("CA", algorithm);
         assert!(
@@ -92,6 +98,83 @@ fn a_list_that_proves_nothing_is_not_taken_over() {
     }
     let both = format!("{good}{}", list(&other, &[], -1, 24));
     assert_eq!(read(&both, &[&ca, &other]).unwrap().ders.len(), 2);
+}
+
+/// A list that the CA did not sign, beside one that it did: the verifier looks at the newer one, and would refuse every client.
+#[test]
+fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let namesake = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let good = numbered(&ca, 16, &[], -2, 24);
+    let unsigned = numbered(&namesake, 17, &[], -1, 24);
+    for pem in [format!("{good}{unsigned}"), format!("{unsigned}{good}")] {
+        let problem = read(&pem, &[&ca]).unwrap_err();
+        assert!(
+            problem.contains("\"CN=CA\" (number 0x11 of") && problem.contains("not signed by it"),
+            "{problem}"
+        );
+        assert_eq!(read(&pem, &[&ca, &namesake]).unwrap().ders.len(), 2);
+    }
+}
+
+#[test]
+fn a_list_in_der_is_read() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let pem = list(&ca, &[7], -1, 24);
+    let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem.as_bytes());
+    let der = der.unwrap().to_vec();
+    let authorities = [ca.der().clone()];
+    assert_eq!(Lists::read(&der, &authorities).unwrap().ders.len(), 1);
+    let twice = [&der[..], &der].concat();
+    let problem = Lists::read(&twice, &authorities).unwrap_err();
+    assert!(problem.contains("more bytes after"), "{problem}");
+    let problem = Lists::read(&der[..der.len() - 1], &authorities).unwrap_err();
+    assert!(problem.contains("neither PEM nor"), "{problem}");
+}
+
+/// `openssl` as the authority, with signatures that the other tests cannot make.
+#[test]
+fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let openssl = |line: &str| {
+        let mut command = std::process::Command::new("openssl");
+        let made = command
+            .args(line.split(' '))
+            .current_dir(folder.path())
+            .output();
+        let made = made.unwrap();
+        assert!(made.status.success(), "{line}: {made:?}");
+    };
+    fs::write(folder.path().join("index"), "").unwrap();
+    fs::write(folder.path().join("number"), "01\n").unwrap();
+    let configuration = "[ca]\ndefault_ca = it\n[it]\ndatabase = index\ncrlnumber = number\n\
+                         certificate = ca\nprivate_key = key\ndefault_md = sha256\ndefault_crl_days = 7\n";
+    fs::write(folder.path().join("conf"), configuration).unwrap();
+    openssl("req -x509 -newkey rsa:2048 -noenc -keyout key -out ca -days 9 -subj /CN=CA");
+    let pss = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:";
+    openssl(&format!("ca -config conf -gencrl -out good {pss}32"));
+    // SHA-224 is not among the algorithms of the handshake.
+    openssl("ca -config conf -gencrl -out odd -md sha224");
+    let ca = fs::read(folder.path().join("ca")).unwrap();
+    let ca = CertificateDer::from_pem_slice(&ca).unwrap();
+    let of = |name: &str| {
+        Lists::read(
+            &fs::read(folder.path().join(name)).unwrap(),
+            std::slice::from_ref(&ca),
+        )
+    };
+    of("good").unwrap();
+    let problem = of("odd").unwrap_err();
+    assert!(problem.contains("is not supported"), "{problem}");
+    // Changed, and still of a kind that is known.
+    let changed = fs::read_to_string(folder.path().join("good")).unwrap();
+    let mut der =
+        rustls_pki_types::CertificateRevocationListDer::from_pem_slice(changed.as_bytes())
+            .unwrap()
+            .to_vec();
+    *der.last_mut().unwrap() ^= 1;
+    let problem = Lists::read(&der, std::slice::from_ref(&ca)).unwrap_err();
+    assert!(problem.contains("not signed by it"), "{problem}");
 }
 
 #[test]
@@ -163,6 +246,7 @@ impl Site {
             key_file: self.path("key"),
             client_ca_file: Some(self.path("ca")),
             client_crl_file: Some(self.path("crl")),
+            client_auth_usage_required: true,
             trust_domains: BTreeSet::new(),
         };
         Tls::load(settings, ClientCertificates::Required, false)
@@ -193,6 +277,37 @@ fn only_a_change_of_trust_ends_connections() {
     tls.reload();
     assert!(first.outdated.is_cancelled());
     assert!(!tls.current().outdated.is_cancelled());
+}
+
+/// An older list would accept again what was revoked since.
+#[test]
+fn a_list_that_goes_back_is_refused() {
+    let site = Site::fresh();
+    site.write("crl", &numbered(&site.ca, 300, &[7], -2, 24));
+    let tls = site.load();
+    let first = tls.current();
+    for (number, from) in [(299, -1), (255, -1), (300, -3), (301, -3)] {
+        site.write("crl", &numbered(&site.ca, number, &[], from, 24));
+        tls.reload();
+        assert!(Arc::ptr_eq(&first, &tls.current()), "{number} {from}");
+        let refused = tls.refused.lock().unwrap().clone().unwrap();
+        assert!(
+            refused.contains("older list of \"CN=CA\"") && refused.contains("number 0x012c"),
+            "{refused}"
+        );
+    }
+    // Beside a good one, the newer of the two counts.
+    let both = [
+        numbered(&site.ca, 301, &[7], -1, 24),
+        numbered(&site.ca, 299, &[], -5, 24),
+    ];
+    site.write("crl", &both.concat());
+    tls.reload();
+    assert!(tls.refused.lock().unwrap().is_none());
+    site.write("crl", &numbered(&site.ca, 300, &[], -1, 24));
+    tls.reload();
+    let refused = tls.refused.lock().unwrap().clone().unwrap();
+    assert!(refused.contains("in use: number 0x012d"), "{refused}");
 }
 
 #[test]

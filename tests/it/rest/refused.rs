@@ -242,7 +242,8 @@ async fn a_token_for_somebody_else_is_none() {
 /// An API client is somebody, and has no key of its own: 403, and never the 404 that is for users.
 #[tokio::test(flavor = "multi_thread")]
 async fn api_clients_have_no_key_here() {
-    let door = Door::open();
+    let grant = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
+    let door = Door::open_with(Options::default(), grant, "");
     let made = credential(
         &door.broker,
         "admin",

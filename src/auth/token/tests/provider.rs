@@ -137,6 +137,27 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
+/// Without a `kid`, only the signature shows that the set is an old one.
+#[tokio::test]
+async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    let unnamed = || service.mint(user(ADA), json!({"kid": null}));
+    running.accepted(&unnamed()).await;
+    service.rotate_key();
+    running.accepted(&unnamed()).await;
+    assert_eq!(service.fetches(JWKS), 2);
+    let foreign = Identity::start(Options {
+        issuer: Some(service.issuer().to_owned()),
+        ..Options::default()
+    });
+    for _ in 0..10 {
+        let token = foreign.mint(user(ADA), json!({"kid": null}));
+        running.refused(&token, "signature does not verify").await;
+    }
+    assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
+}
+
 #[tokio::test]
 async fn a_caller_that_hangs_up_does_not_take_the_fetch_with_it() {
     let service = Identity::start(Options::default());

@@ -28,6 +28,7 @@ mod hang;
 mod identity;
 mod json;
 mod last_uses;
+mod memory;
 mod pki;
 mod policy;
 mod process;

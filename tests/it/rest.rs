@@ -3,6 +3,6 @@
 mod browsers;
 mod commands;
 mod contract;
-mod door;
+pub(crate) mod door;
 mod refused;
 mod troubles;

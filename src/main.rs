@@ -2,6 +2,14 @@
 
 use std::process::ExitCode;
 
+use mimalloc::MiMalloc;
+use zeroizing_alloc::ZeroAlloc;
+
+/// Overwrites every heap block before it is freed: the buffers of TLS, HTTP and protobuf hold user keys, and their libraries
+/// do not overwrite them. A block that grows is copied and the old one overwritten.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<MiMalloc> = ZeroAlloc(MiMalloc);
+
 fn main() -> ExitCode {
     keybroker::cli::main()
 }

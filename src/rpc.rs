@@ -21,6 +21,7 @@ mod control;
 mod convert;
 mod edge;
 mod ending;
+mod message;
 mod method;
 mod page;
 mod status;
@@ -28,9 +29,12 @@ mod timeout;
 mod user_keys;
 
 pub use edge::Surroundings;
+pub use message::Memory;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Longest message of a health check, in bytes: it holds the name of a service.
+pub const HEALTH_BYTES_MAX: usize = 1024;
 
 /// Names of the services, for health.
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
@@ -85,7 +89,9 @@ where
         let alpha = builder()
             .build_v1alpha()
             .map_err(|error| error.to_string())?;
-        routes = routes.add_service(v1).add_service(alpha);
+        routes = routes
+            .add_service(v1.max_decoding_message_size(MESSAGE_BYTES_MAX))
+            .add_service(alpha.max_decoding_message_size(MESSAGE_BYTES_MAX));
     }
     Ok(edge::wrap(routes.prepare().into_axum_router(), around))
 }

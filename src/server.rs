@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::token;
@@ -10,15 +11,18 @@ mod clients;
 mod connection;
 mod descriptors;
 mod doors;
+mod frames;
 mod handshake;
 mod identify;
 mod listener;
 mod notify;
 mod opening;
+mod rarely;
 mod run;
 mod status;
-mod strangers;
 mod tls;
+mod unauthenticated;
+mod waiting;
 mod watch;
 
 pub use run::run;
@@ -99,6 +103,10 @@ pub struct ListenerSettings {
     /// Whether client certificates are asked for.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
+    /// Networks of load balancers and proxies. Their connections carry many clients, so only the limits for all connections
+    /// together apply to them, not those for one network or one principal.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted_proxies: Vec<IpNet>,
 }
 
 impl ListenerSettings {
@@ -131,10 +139,16 @@ pub struct StatusSettings {
 pub struct Limits {
     /// Open connections, all listeners together.
     pub connections_max: usize,
+    /// Open connections of one principal.
+    pub connections_per_principal_max: usize,
     /// Time for a TLS handshake.
     pub handshake_timeout_ms: u64,
     /// Calls under way on one connection.
     pub streams_per_connection_max: u32,
+    /// The same on a connection without an accepted client certificate.
+    pub streams_without_certificate_max: u32,
+    /// Bytes of gRPC messages under way, all connections together; the first 4 KiB of each message do not count.
+    pub message_bytes_max: usize,
     /// Deadline of a call that brings none, and the longest one accepted.
     pub call_timeout_max_ms: u64,
     /// An idle or old connection is asked to go away (GOAWAY) at this age.
@@ -151,8 +165,11 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections_max: 4_096,
+            connections_per_principal_max: 1_024,
             handshake_timeout_ms: 5_000,
             streams_per_connection_max: 128,
+            streams_without_certificate_max: 32,
+            message_bytes_max: 64 * 1_024 * 1_024,
             call_timeout_max_ms: 30_000,
             connection_age_max_ms: 3_600_000,
             drain_timeout_ms: 30_000,

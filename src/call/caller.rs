@@ -14,7 +14,15 @@ pub struct Caller {
     /// Places for the calls of this connection.
     calls: Arc<Semaphore>,
     calls_max: usize,
+    /// Places for health checks and for health watches, apart from calls: a watch that is open does not make a connection busy.
+    health_checks: Arc<Semaphore>,
+    health_watches: Arc<Semaphore>,
 }
+
+/// Health checks under way on one connection.
+const HEALTH_CHECKS_MAX: usize = 8;
+/// Health watches open on one connection.
+const HEALTH_WATCHES_MAX: usize = 4;
 
 impl Caller {
     /// A peer, what authentication said of it, and how many calls it may have under way.
@@ -28,6 +36,8 @@ impl Caller {
             principal: principal.map_err(Arc::new),
             calls: Arc::new(Semaphore::new(calls_max)),
             calls_max,
+            health_checks: Arc::new(Semaphore::new(HEALTH_CHECKS_MAX)),
+            health_watches: Arc::new(Semaphore::new(HEALTH_WATCHES_MAX)),
         }
     }
 
@@ -55,12 +65,22 @@ impl Caller {
         &self.calls
     }
 
+    /// Places for the health checks of the connection.
+    pub fn health_checks(&self) -> &Arc<Semaphore> {
+        &self.health_checks
+    }
+
+    /// Places for the health watches of the connection.
+    pub fn health_watches(&self) -> &Arc<Semaphore> {
+        &self.health_watches
+    }
+
     /// Whether a principal was found.
     pub fn is_known(&self) -> bool {
         self.principal.is_ok()
     }
 
-    /// Whether no call of the connection is under way.
+    /// Whether no call of the connection is under way. Health checks and watches do not count.
     pub fn is_idle(&self) -> bool {
         self.calls.available_permits() == self.calls_max
     }

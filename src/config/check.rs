@@ -31,6 +31,7 @@ impl Config {
         self.check_token(&mut problems);
         self.check_paths(&mut problems);
         self.check_limits(&mut problems);
+        self.check_rates(&mut problems);
         problems.extend(self.store.problems());
         problems.extend(self.rest.problems());
         problems.extend(self.client_credentials.problem());
@@ -128,45 +129,59 @@ impl Config {
 
     fn check_limits(&self, problems: &mut Vec<String>) {
         let limits = &self.limits;
-        let mut range = |name: &str, value: u64, range: RangeInclusive<u64>| {
-            if !range.contains(&value) {
-                problems.push(format!(
-                    "`{name}` is {value}; it must be {} to {}",
-                    range.start(),
-                    range.end()
-                ));
-            }
-        };
-        let connections = u64::try_from(limits.connections_max).unwrap_or(u64::MAX);
-        range("[limits] connections_max", connections, 1..=1_000_000);
-        range(
-            "[limits] handshake_timeout_ms",
-            limits.handshake_timeout_ms,
-            100..=60_000,
-        );
-        let streams = u64::from(limits.streams_per_connection_max);
-        range("[limits] streams_per_connection_max", streams, 1..=10_000);
-        range(
-            "[limits] call_timeout_max_ms",
-            limits.call_timeout_max_ms,
-            100..=600_000,
-        );
-        range(
-            "[limits] connection_age_max_ms",
-            limits.connection_age_max_ms,
-            1_000..=86_400_000,
-        );
-        range(
-            "[limits] drain_timeout_ms",
-            limits.drain_timeout_ms,
-            100..=600_000,
-        );
-        let token_bytes = u64::try_from(limits.access_token_bytes_max).unwrap_or(u64::MAX);
-        range(
-            "[limits] access_token_bytes_max",
-            token_bytes,
-            1_024..=32_768,
-        );
+        for (name, value, allowed) in [
+            (
+                "connections_max",
+                wide(limits.connections_max),
+                1..=1_000_000,
+            ),
+            (
+                "connections_per_principal_max",
+                wide(limits.connections_per_principal_max),
+                1..=1_000_000,
+            ),
+            (
+                "handshake_timeout_ms",
+                limits.handshake_timeout_ms,
+                100..=60_000,
+            ),
+            (
+                "streams_per_connection_max",
+                limits.streams_per_connection_max.into(),
+                1..=10_000,
+            ),
+            (
+                "streams_without_certificate_max",
+                limits.streams_without_certificate_max.into(),
+                1..=10_000,
+            ),
+            (
+                "message_bytes_max",
+                wide(limits.message_bytes_max),
+                1_048_576..=2_147_483_648,
+            ),
+            (
+                "call_timeout_max_ms",
+                limits.call_timeout_max_ms,
+                100..=600_000,
+            ),
+            (
+                "connection_age_max_ms",
+                limits.connection_age_max_ms,
+                1_000..=86_400_000,
+            ),
+            (
+                "access_token_bytes_max",
+                wide(limits.access_token_bytes_max),
+                1_024..=32_768,
+            ),
+            ("drain_timeout_ms", limits.drain_timeout_ms, 100..=600_000),
+        ] {
+            range(problems, &format!("[limits] {name}"), value, allowed);
+        }
+    }
+
+    fn check_rates(&self, problems: &mut Vec<String>) {
         let rates = &self.rates;
         for (name, value, max) in [
             (
@@ -186,10 +201,16 @@ impl Config {
                 RELEASED_USERS_MAX,
             ),
         ] {
-            range(&format!("[rates] {name}"), value.into(), 1..=max.into());
+            range(
+                problems,
+                &format!("[rates] {name}"),
+                value.into(),
+                1..=max.into(),
+            );
         }
         let segment = self.audit.segment_bytes_max;
         range(
+            problems,
             "[audit] segment_bytes_max",
             segment,
             1_048_576..=268_435_456,
@@ -249,6 +270,21 @@ impl Config {
             }
         }
     }
+}
+
+/// Notes a value that is out of range.
+fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
+    if !allowed.contains(&value) {
+        problems.push(format!(
+            "`{name}` is {value}; it must be {} to {}",
+            allowed.start(),
+            allowed.end()
+        ));
+    }
+}
+
+fn wide(value: usize) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
 }
 
 fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {

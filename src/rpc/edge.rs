@@ -29,7 +29,10 @@ use crate::{
     error::{Error, Reason},
 };
 
-use super::{Entered, ending, method, status, timeout};
+use super::{Entered, Memory, ending, method, status, timeout};
+
+/// Longest time for a call without a principal.
+const UNAUTHENTICATED_TIMEOUT_MAX: Duration = Duration::from_secs(10);
 
 const STATUS_HEADER: &str = "grpc-status";
 const MESSAGE_HEADER: &str = "grpc-message";
@@ -46,6 +49,8 @@ pub struct Surroundings {
     pub calls: TaskTracker,
     /// Ends the streams that would never end by themselves.
     pub stop: CancellationToken,
+    /// Bounds the messages under way.
+    pub memory: Memory,
 }
 
 pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
@@ -73,19 +78,31 @@ impl Surroundings {
         };
         let wanted = timeout::take(request.headers_mut());
         let timeout = wanted.as_ref().ok().copied().flatten();
-        let timeout = timeout.unwrap_or(self.call_timeout_max);
+        let mut timeout = timeout.unwrap_or(self.call_timeout_max);
+        if principal.is_none() {
+            timeout = timeout.min(UNAUTHENTICATED_TIMEOUT_MAX);
+        }
         let call = Call {
             id,
             peer: caller.peer().to_string(),
             deadline: Deadline::after(timeout.min(self.call_timeout_max)),
         };
         let deadline = call.deadline.instant();
+        let call_end = call.deadline;
         let entered = principal.map(|principal| Entered { principal, call });
         if let Err(error) = wanted {
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         }
-        let place = Arc::clone(caller.calls()).acquire_owned();
+        let path = request.uri().path();
+        let places = if method::is_watch(path) {
+            caller.health_watches()
+        } else if method::is_health(path) {
+            caller.health_checks()
+        } else {
+            caller.calls()
+        };
+        let place = Arc::clone(places).acquire_owned();
         let place = tokio::time::timeout_at(deadline.into(), place).await;
         // What is due already is not begun, also where the place was free at once.
         let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
@@ -93,7 +110,7 @@ impl Surroundings {
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         };
-        let serving = self.clone().serve(request, next, entered, id);
+        let serving = self.clone().serve(request, next, entered, call_end, id);
         let handle = self.calls.spawn(async move {
             let response = serving.await;
             // Until the answer is on its way, or a connection that ends could take it for silence.
@@ -118,13 +135,22 @@ impl Surroundings {
 
     async fn serve(
         self,
-        mut request: Request,
+        request: Request,
         next: Next,
         entered: Option<Entered>,
+        deadline: Deadline,
         id: CallId,
     ) -> Response<Body> {
         let _under_way = UnderWay::new();
         let path = request.uri().path().to_owned();
+        let received = self.memory.receive(request, deadline.instant()).await;
+        // The share of memory is held until there is an answer.
+        let (mut request, _share) = match received {
+            Ok(received) => received,
+            Err(error) => {
+                return answer(&self.unserved(entered.as_ref(), &path, error).await, id);
+            }
+        };
         if let Some(entered) = &entered {
             request.extensions_mut().insert(entered.clone());
         }

@@ -9,9 +9,19 @@ pub(super) fn is_health(path: &str) -> bool {
     path.starts_with("/grpc.health.v1.Health/")
 }
 
+/// A health check whose answers go on until the connection ends.
+pub(super) fn is_watch(path: &str) -> bool {
+    path == "/grpc.health.v1.Health/Watch"
+}
+
+/// Whether a client may send more than one message.
+pub(super) fn takes_stream(path: &str) -> bool {
+    path.starts_with("/grpc.reflection.")
+}
+
 /// Methods whose answers may go on for ever. None of ours do.
 pub(super) fn is_stream(path: &str) -> bool {
-    path == "/grpc.health.v1.Health/Watch" || path.starts_with("/grpc.reflection.")
+    is_watch(path) || takes_stream(path)
 }
 
 /// What a method asks of the broker; absent for a method that there is not.

@@ -2,7 +2,12 @@
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{Extension, Router};
 use hyper_util::{
@@ -16,19 +21,26 @@ use tokio_util::sync::CancellationToken;
 use crate::{auth::PeerCertificate, call::caller::Caller};
 
 use super::{
-    handshake::{self, Greeted, Refused},
+    frames::{self, Watched},
+    handshake::{self, Greeted, PREFACE, Refused},
     listener::Shared,
-    strangers::Acquaintance,
     tls::Tls,
+    unauthenticated::{self, Authentication, Full},
+    waiting::Ticket,
 };
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A request's head may have at least so many bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
-/// Bytes that a client may send ahead on one call (a message and its prefix fit) and on all calls of a connection.
+/// Bytes that a client may send ahead on one call and on all calls of a connection: for a client with an accepted certificate,
+/// a message and its prefix fit.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
+/// For any other: the windows are fixed before a call can bring a credential. A longer message takes a few round trips more.
+const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
+/// HTTP/2 has no smaller one (RFC 9113 section 6.9.2).
+const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Bytes of answers kept for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
@@ -39,14 +51,16 @@ const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
 /// For how long a proxy may keep a connection without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
 
-/// A connection on which nobody is recognised for this long is ended, whatever it does.
-const STRANGER_AGE_MAX: Duration = Duration::from_mins(1);
-/// How long a connection may lie idle that only the credential of a call introduced.
-const INTRODUCED_IDLE: Duration = Duration::from_mins(1);
+/// A connection on which no principal is authenticated for this long is ended, whatever it does.
+const UNAUTHENTICATED_AGE_MAX: Duration = Duration::from_mins(1);
+/// How long a connection may be idle on which only the credentials of calls authenticate principals.
+const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 
 /// What the accept loop hands over.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
+    /// What the connection counts for while it has no principal; absent for a trusted proxy.
+    pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
     pub(super) shared: Shared,
@@ -61,18 +75,36 @@ impl Connection {
         let Some(tls) = &self.tls else {
             return self.serve_plain(stream).await;
         };
+        let waiting = self.wait_for_handshake();
         let accepting = tls.current();
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
         let greeted = tokio::select! {
             // No call can be under way yet.
             () = self.shared.stop.cancelled() => return,
+            () = waiting.closed() => return self.refuse(&Refused::Displaced),
             greeted = handshake::greet(stream, config, timeout) => greeted,
         };
         match greeted {
-            Ok(greeted) => self.serve_greeted(greeted, &accepting.outdated).await,
+            Ok(greeted) => {
+                self.serve_greeted(greeted, waiting, &accepting.outdated)
+                    .await;
+            }
             Err(refused) => self.refuse(&refused),
         }
+    }
+
+    fn wait_for_handshake(&self) -> Ticket {
+        let waiting = self.shared.handshakes.enter(self.network);
+        if waiting.made_room()
+            && let Some(left_out) = self.shared.refusals.count()
+        {
+            tracing::warn!(
+                peer = %self.peer, left_out,
+                "too many handshakes under way; for each new one the oldest of the network with most of them is closed"
+            );
+        }
+        waiting
     }
 
     fn refuse(&self, refused: &Refused) {
@@ -85,11 +117,9 @@ impl Connection {
     }
 
     async fn serve_plain(self, stream: TcpStream) {
-        let link = self.link(None);
-        if !link.acquaintance.has_place() {
-            metrics::counter!("keybroker_strangers_turned_away_total").increment(1);
+        let Some(link) = self.place(None) else {
             return;
-        }
+        };
         let http = self.http1(PROXY_IDLE);
         let service = TowerToHyperService::new(self.service(&link));
         let connection = http.serve_connection(TokioIo::new(stream), service);
@@ -97,24 +127,17 @@ impl Connection {
             .await;
     }
 
-    async fn serve_greeted(self, greeted: Greeted, outdated: &CancellationToken) {
-        let link = self.link(greeted.leaf());
-        if !link.acquaintance.has_place() {
-            metrics::counter!("keybroker_strangers_turned_away_total").increment(1);
+    async fn serve_greeted(self, greeted: Greeted, waiting: Ticket, outdated: &CancellationToken) {
+        let Some(link) = self.place(greeted.leaf()) else {
             return;
-        }
+        };
+        // Counted by its own place from here on.
+        drop(waiting);
         let service = TowerToHyperService::new(self.service(&link));
         match greeted {
             Greeted::Http2(io) => {
-                let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                http.timer(TokioTimer::new())
-                    .max_concurrent_streams(self.shared.limits.streams_per_connection_max)
-                    .max_header_list_size(u32::try_from(self.head_bytes_max()).unwrap_or(u32::MAX))
-                    .initial_stream_window_size(STREAM_WINDOW_BYTES)
-                    .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                    .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
-                    .keep_alive_interval(KEEP_ALIVE_INTERVAL)
-                    .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+                let io = Watched::new(io, PREFACE.len(), link.authentication.flag());
+                let http = self.http2(&link);
                 let connection = http.serve_connection(TokioIo::new(io), service);
                 self.watch(connection, &link, outdated).await;
             }
@@ -142,15 +165,45 @@ impl Connection {
         http
     }
 
+    /// HTTP/2 fixes its limits before the first call: a client with an accepted certificate gets its own here, every other client gets
+    /// small ones.
+    fn http2(&self, link: &Link) -> hyper::server::conn::http2::Builder<TokioExecutor> {
+        let limits = &self.shared.limits;
+        let (streams, stream_window, connection_window) = if link.caller.is_known() {
+            (
+                limits.streams_per_connection_max,
+                STREAM_WINDOW_BYTES,
+                CONNECTION_WINDOW_BYTES,
+            )
+        } else {
+            (
+                limits.streams_without_certificate_max,
+                UNAUTHENTICATED_STREAM_WINDOW_BYTES,
+                UNAUTHENTICATED_CONNECTION_WINDOW_BYTES,
+            )
+        };
+        let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            .max_concurrent_streams(streams.min(limits.streams_per_connection_max))
+            .max_header_list_size(u32::try_from(self.head_bytes_max()).unwrap_or(u32::MAX))
+            .initial_stream_window_size(stream_window)
+            .initial_connection_window_size(connection_window)
+            .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
+            .max_pending_accept_reset_streams(frames::LIBRARY_RESETS_MAX)
+            .keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+        http
+    }
+
     fn service(&self, link: &Link) -> Router {
         self.routes
             .clone()
             .layer(Extension(link.caller.clone()))
-            .layer(Extension(Arc::clone(&link.acquaintance)))
+            .layer(Extension(Arc::clone(&link.authentication)))
     }
 
     /// Serves until the connection ends by itself, or has to: at a stop, when the trust in clients has changed, with its age or
-    /// its certificate, and when a stranger says nothing.
+    /// its certificate, and when an unauthenticated client makes no call.
     async fn watch(&self, connection: impl Polite, link: &Link, outdated: &CancellationToken) {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
@@ -158,27 +211,26 @@ impl Connection {
         // The handshake looked at the certificate's dates once; nobody looks again while the connection lasts.
         let valid = link.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
-        let patience = async {
-            // What a stranger can do is ask for health, and a stream of that must not keep the place for ever.
+        let unauthenticated = async {
             tokio::select! {
                 () = unused(&link.caller, handshake), if self.tls.is_some() => {}
-                () = time::sleep(STRANGER_AGE_MAX) => {}
+                () = time::sleep(UNAUTHENTICATED_AGE_MAX) => {}
             }
-            if !link.acquaintance.is_known() {
+            if !link.authentication.is_done() {
                 return;
             }
             if link.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
-            // Who was introduced by a header is known for that call, and not for a connection that lies idle.
-            unused(&link.caller, INTRODUCED_IDLE).await;
+            // The credential of a call authenticates that call, not a connection that is idle.
+            unused(&link.caller, CREDENTIAL_IDLE).await;
         };
         tokio::select! {
             ended = connection.as_mut() => return note_end(self.peer, ended),
             () = self.shared.stop.cancelled() => {}
             () = outdated.cancelled() => {}
             () = time::sleep(age_max.min(valid)) => {}
-            () = patience => {}
+            () = unauthenticated => {}
         }
         // Goodbye: calls under way end, new ones go to another connection. No call is longer than this.
         connection.as_mut().say_goodbye();
@@ -192,8 +244,23 @@ impl Connection {
         }
     }
 
-    /// What is known of the other end before it asks anything.
-    fn link(&self, leaf: Option<&CertificateDer<'_>>) -> Link {
+    /// A place for the connection, if there is one.
+    fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Link> {
+        self.link(leaf)
+            .inspect_err(|full| {
+                unauthenticated::refused(*full);
+                if let Some(left_out) = self.shared.refusals.count() {
+                    tracing::warn!(
+                        peer = %self.peer, cause = full.cause(), left_out,
+                        "connection refused: no place left"
+                    );
+                }
+            })
+            .ok()
+    }
+
+    /// What is known of the other end before the first call.
+    fn link(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Link, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
                 .and_then(|certificate| {
@@ -220,32 +287,27 @@ impl Connection {
             principal,
             calls_max.unwrap_or(Semaphore::MAX_PERMITS),
         );
-        let acquaintance = if caller.is_known() {
-            Acquaintance::known()
-        } else {
-            let is_proxy = self.tls.is_none();
-            let stranger = Acquaintance::stranger(&self.shared.strangers, self.peer.ip(), is_proxy);
-            // A certificate that the authority vouches for, and that is not accepted here: nobody goes on as if there were
-            // none.
-            let is_refused = leaf.is_some() && certificate.is_none();
-            if is_refused {
-                stranger.unheard()
-            } else {
-                stranger
+        let places = &self.shared.places;
+        let authentication = match caller.principal() {
+            Ok(principal) => Authentication::done(places, principal)?,
+            // A certificate of an accepted authority that is not accepted itself: no credential of a call makes up for it.
+            Err(_) if leaf.is_some() && certificate.is_none() => {
+                Authentication::pending(places, self.network)?.without_credentials()
             }
+            Err(_) => Authentication::pending(places, self.network)?,
         };
-        Link {
+        Ok(Link {
             caller,
-            acquaintance: Arc::new(acquaintance),
+            authentication: Arc::new(authentication),
             valid: certificate.map(|certificate| certificate.remaining()),
-        }
+        })
     }
 }
 
 /// Who is at the other end of a connection.
 struct Link {
     caller: Caller,
-    acquaintance: Arc<Acquaintance>,
+    authentication: Arc<Authentication>,
     /// How long the client certificate is valid.
     valid: Option<Duration>,
 }

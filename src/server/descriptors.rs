@@ -1,4 +1,4 @@
-//! File descriptors: connections must leave some for store, audit log and token, or strangers could take those away.
+//! File descriptors: connections must leave some for store, audit log and token, or unauthenticated peers could take those away.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

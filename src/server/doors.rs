@@ -28,6 +28,7 @@ pub(super) struct Doors<'a> {
     pub(super) health: &'a HealthReporter,
     pub(super) calls: &'a TaskTracker,
     pub(super) stop: &'a CancellationToken,
+    pub(super) memory: &'a rpc::Memory,
 }
 
 impl Doors<'_> {
@@ -50,12 +51,14 @@ impl Doors<'_> {
         };
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(self.health.clone()),
-        );
+        )
+        .max_decoding_message_size(rpc::HEALTH_BYTES_MAX);
         let around = rpc::Surroundings {
             broker: Arc::clone(self.broker),
             call_timeout_max: self.call_timeout_max(),
             calls: self.calls.clone(),
             stop: self.stop.clone(),
+            memory: self.memory.clone(),
         };
         rpc::routes(around, services, health).map_err(|what| Failure::new(Exit::Internal, what))
     }

@@ -22,7 +22,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use crate::error::Reason;
 
 /// What every HTTP/2 client says first (RFC 9113 section 3.4).
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Why a connection got no further.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,9 @@ pub(super) enum Refused {
     /// The peer went away.
     #[error("closed by the peer")]
     Closed,
+    /// A newer connection needed the room.
+    #[error("too many handshakes under way")]
+    Displaced,
 }
 
 impl Refused {
@@ -49,6 +52,7 @@ impl Refused {
             Self::Timeout => "timeout",
             Self::NotHttp2 => "not_http2",
             Self::Closed => "closed",
+            Self::Displaced => "displaced",
         }
     }
 
@@ -62,7 +66,7 @@ impl Refused {
             | "revoked"
             | "revocation_unknown"
             | "revocation_list_ended" => Some(Reason::Credential),
-            "timeout" | "closed" | "alert" => None,
+            "timeout" | "closed" | "alert" | "displaced" => None,
             _ => Some(Reason::Request),
         }
     }

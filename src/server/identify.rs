@@ -24,7 +24,7 @@ use crate::{
     principal::Principal,
 };
 
-use super::strangers::Acquaintance;
+use super::unauthenticated::Authentication;
 
 /// Knows credentials, and what their holders have left of their limits.
 #[derive(Clone, Debug)]
@@ -47,13 +47,13 @@ impl Identifier {
         let credentials = take_credentials(request.headers_mut());
         let extensions = request.extensions();
         if let Some(caller) = extensions.get::<Caller>().cloned()
-            && let Some(acquaintance) = extensions.get::<Arc<Acquaintance>>()
+            && let Some(authentication) = extensions.get::<Arc<Authentication>>()
         {
-            let credentials = credentials.filter(|_| acquaintance.is_heard());
+            let credentials = credentials.filter(|_| authentication.accepts_credentials());
             let identified = self.identify(&caller, credentials.as_deref()).await;
             if let Some(caller) = identified {
-                if caller.is_known() {
-                    acquaintance.introduce();
+                if let Ok(principal) = caller.principal() {
+                    authentication.complete(principal);
                 }
                 request.extensions_mut().insert(caller);
             }

@@ -1,19 +1,23 @@
 //! Words to the service manager where there is one (`sd_notify`): ready, reloading, stopping, and the watchdog.
 //!
-//! The watchdog is fed by what a probe would see: this process answers `/livez` on its own status listener, so the runtime
-//! schedules, its sockets are polled and a connection is served. Token, database and audit log are left out: a restart
-//! cures none of them, and one in the middle of an outage makes it longer.
+//! Before each watchdog notification the process asks itself for `/livez` over a socket pair that no other process can reach. So
+//! the runtime schedules tasks, polls sockets and serves HTTP, and no local user can stop the notifications by filling the status
+//! listener. Token, database and audit log are left out: a restart repairs none of them, and a restart in the middle of an outage makes
+//! the outage longer.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, time::Duration};
 
+use axum::Router;
 use sd_notify::NotifyState;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::UnixStream,
     task::JoinHandle,
     time::{self, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
+
+use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
@@ -28,18 +32,18 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// The doors are open. From now on the watchdog is fed, where the manager asked for it.
-    pub(super) fn serving(status: SocketAddr) -> Self {
+    /// The listeners accept connections. From now on the watchdog is notified, where the manager asked for it, as long as `probes` answers.
+    pub(super) fn serving(probes: Router) -> Self {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
         let pings = sd_notify::watchdog_enabled().map(|timeout| {
             tracing::info!(timeout_s = timeout.as_secs_f64(), "feeding the watchdog");
-            tokio::spawn(ping(status, timeout / PINGS_PER_TIMEOUT, stopping.clone()))
+            tokio::spawn(ping(probes, timeout / PINGS_PER_TIMEOUT, stopping.clone()))
         });
         Self { stopping, pings }
     }
 
-    /// The drain begins. The status listener ends with it, so from now on a ping says only that the runtime schedules.
+    /// The drain begins. From now on a ping says only that the runtime schedules.
     pub(super) fn stopping(&self) {
         self.stopping.cancel();
         say(&[NotifyState::Stopping, NotifyState::Status("draining")]);
@@ -85,27 +89,29 @@ fn say(states: &[NotifyState<'_>]) {
     }
 }
 
-async fn ping(status: SocketAddr, interval: Duration, stopping: CancellationToken) {
+async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
     let mut ticks = time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let alive = tokio::select! {
             () = stopping.cancelled() => Ok(()),
-            alive = probe(status, interval) => alive,
+            alive = probe(&probes, interval) => alive,
         };
         match alive {
             Ok(()) => say(&[NotifyState::Watchdog]),
             Err(error) => {
-                tracing::error!(alarm = "watchdog", %error, "no answer from our own /livez");
+                tracing::error!(alarm = "watchdog", %error, "the process did not answer its own /livez in time");
             }
         }
     }
 }
 
-async fn probe(status: SocketAddr, patience: Duration) -> io::Result<()> {
-    time::timeout(patience, async {
-        let mut stream = TcpStream::connect(status).await?;
+/// Asks for `/livez` over a socket pair. The other end is served in a task of its own, as each connection is.
+async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
+    let (mut stream, served) = UnixStream::pair()?;
+    let serving = tokio::spawn(status::answer(served, probes.clone()));
+    let answered = time::timeout(timeout, async {
         stream.write_all(PROBE).await?;
         let mut answer = [0; ALIVE.len()];
         stream.read_exact(&mut answer).await?;
@@ -115,46 +121,35 @@ async fn probe(status: SocketAddr, patience: Duration) -> io::Result<()> {
             Err(io::Error::other("another answer than 200"))
         }
     })
-    .await
-    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    .await;
+    serving.abort();
+    answered.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use axum::{http::StatusCode, routing::get};
 
     use super::*;
 
-    const SHORT: Duration = Duration::from_millis(300);
-
     #[tokio::test]
     async fn only_a_good_answer_is_life() {
-        for (answer, good) in [
-            (&b"HTTP/1.1 200 OK\r\n\r\n"[..], true),
-            (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", false),
-            (b"HTTP/1.1", false),
-            (b"", false),
+        for (status, is_good) in [
+            (StatusCode::OK, true),
+            (StatusCode::SERVICE_UNAVAILABLE, false),
+            (StatusCode::NOT_FOUND, false),
         ] {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let server = tokio::spawn(async move {
-                let (mut stream, _) = listener.accept().await.unwrap();
-                let mut request = vec![0; PROBE.len()];
-                stream.read_exact(&mut request).await.unwrap();
-                stream.write_all(answer).await.unwrap();
-            });
-            assert_eq!(probe(address, SHORT).await.is_ok(), good, "{answer:?}");
-            server.await.unwrap();
+            let probes = Router::new().route("/livez", get(async move || status));
+            let answer = probe(&probes, Duration::from_secs(30)).await;
+            assert_eq!(answer.is_ok(), is_good, "{status}");
         }
     }
 
     #[tokio::test]
     async fn silence_is_no_life() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let error = probe(address, SHORT).await.unwrap_err();
+        let never = get(async || std::future::pending::<StatusCode>().await);
+        let probes = Router::new().route("/livez", never);
+        let error = probe(&probes, Duration::from_millis(50)).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        drop(listener);
-        assert!(probe(address, SHORT).await.is_err());
     }
 }

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use axum::Router;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
     net::TcpListener,
@@ -48,8 +49,9 @@ use super::{
     notify,
     opening::{self, Bound},
     status,
-    strangers::Strangers,
     tls::Tls,
+    unauthenticated::Places,
+    waiting::Waiting,
     watch,
 };
 
@@ -61,8 +63,10 @@ const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the doors: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// One in so many connections may be without a principal: health checks, and whoever knocks.
-const STRANGERS_DIVISOR: usize = 4;
+/// One in so many connections may be without a principal.
+const UNAUTHENTICATED_DIVISOR: usize = 4;
+/// One in so many may be in its handshake.
+const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT; a second signal ends it at once.
@@ -93,7 +97,7 @@ pub async fn run(
             return unserved.map(drop);
         }
     };
-    let manager = notify::Manager::serving(started.status_address);
+    let manager = notify::Manager::serving(started.probes());
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping");
     manager.stopping();
@@ -151,6 +155,7 @@ struct Server {
     health: HealthReporter,
     addresses: Vec<SocketAddr>,
     status_address: SocketAddr,
+    metrics: PrometheusHandle,
     /// Connections and the accept loops.
     connections: TaskTracker,
     stop_connections: CancellationToken,
@@ -180,8 +185,7 @@ impl Server {
             .map_err(unusable)?
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy)
-            .map_err(|what| Failure::new(Exit::Configuration, what.to_string()))?;
+        let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
         let bound = opening::bind_all(&config.listeners).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
@@ -217,6 +221,7 @@ impl Server {
         let mut server = Self {
             addresses: Vec::new(),
             status_address,
+            metrics,
             connections: TaskTracker::new(),
             stop_connections: CancellationToken::new(),
             background: TaskTracker::new(),
@@ -236,7 +241,7 @@ impl Server {
         server.look_after(&bound, policy, hangup);
         let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
         server.background.spawn(refresh);
-        server.serve_status(status_socket, metrics);
+        server.serve_status(status_socket);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
         server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {
@@ -248,21 +253,26 @@ impl Server {
     fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
+        let unauthenticated_max = connections_max.div_ceil(UNAUTHENTICATED_DIVISOR);
         let shared = Shared {
             broker: Arc::clone(&self.broker),
             authenticator: Arc::clone(&identifier.authenticator),
             connections: Arc::new(Semaphore::new(connections_max)),
-            strangers: Strangers::new(connections_max.div_ceil(STRANGERS_DIVISOR)),
+            handshakes: Waiting::new(connections_max.div_ceil(HANDSHAKES_DIVISOR)),
+            places: Places::new(unauthenticated_max, limits.connections_per_principal_max),
+            refusals: Arc::default(),
             limits: Arc::new(limits),
             stop: self.stop_connections.clone(),
             tasks: self.connections.clone(),
         };
+        let memory = rpc::Memory::new(shared.limits.message_bytes_max);
         let doors = Doors {
             config: &self.config,
             broker: &self.broker,
             health: &self.health,
             calls: &self.connections,
             stop: &self.stop_connections,
+            memory: &memory,
         };
         for Bound {
             socket,
@@ -279,21 +289,27 @@ impl Server {
                 socket,
                 tls,
                 routes,
+                trusted_proxies: settings.trusted_proxies,
             };
             self.connections.spawn(listener.accept(shared.clone()));
         }
         Ok(())
     }
 
-    fn serve_status(&self, socket: TcpListener, metrics: PrometheusHandle) {
-        tracing::info!(address = %self.status_address, "status listener");
-        let probe = status::Probe {
+    /// What the status listener answers, and the watchdog's own question.
+    fn probes(&self) -> Router {
+        status::routes(status::Probe {
             broker: Arc::clone(&self.broker),
-            metrics: metrics.clone(),
+            metrics: self.metrics.clone(),
             stopping: self.stop_background.clone(),
-        };
-        self.status
-            .spawn(status::serve(socket, probe, self.stop_status.clone()));
+        })
+    }
+
+    fn serve_status(&self, socket: TcpListener) {
+        tracing::info!(address = %self.status_address, "status listener");
+        let serving = status::serve(socket, self.probes(), self.stop_status.clone());
+        self.status.spawn(serving);
+        let metrics = self.metrics.clone();
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 

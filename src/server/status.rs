@@ -1,7 +1,7 @@
 //! Plain HTTP on loopback for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is the last to close when the
 //! broker stops, so that probes can tell a drain from a crash.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -16,17 +16,25 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::{net::TcpListener, sync::Semaphore, time};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    time,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::broker::Broker;
 
-/// Probes come from this machine: a few at a time.
+use super::waiting::Waiting;
+
+/// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
 const CONNECTIONS_MAX: usize = 64;
-/// For a request's head; a connection without a request ends with it.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is for a few probes, not for ever.
-const AGE_MAX: Duration = Duration::from_mins(1);
+/// For a request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
+/// For a request and its answer.
+const AGE_MAX: Duration = Duration::from_secs(10);
+/// Bytes of a request's head: the least that hyper takes.
+const BUFFER_BYTES_MAX: usize = 8 * 1_024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The format that Prometheus reads.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -41,7 +49,7 @@ pub(super) struct Probe {
 }
 
 /// The routes. `/livez` asks nothing of token, store or audit log: a restart cures none of them.
-fn routes(probe: Probe) -> Router {
+pub(super) fn routes(probe: Probe) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
@@ -74,16 +82,14 @@ async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
     (StatusCode::SERVICE_UNAVAILABLE, text)
 }
 
-/// Answers until `stop`, and then waits for nobody.
-pub(super) async fn serve(socket: TcpListener, probe: Probe, stop: CancellationToken) {
-    let service = TowerToHyperService::new(routes(probe));
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+/// Answers until `stop`, and then ends at once.
+pub(super) async fn serve(socket: TcpListener, routes: Router, stop: CancellationToken) {
+    let waiting = Waiting::new(CONNECTIONS_MAX);
     let connections = TaskTracker::new();
     loop {
-        let place = Arc::clone(&places).acquire_owned();
-        let (place, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             () = stop.cancelled() => return,
-            both = async { (place.await, socket.accept().await) } => both,
+            accepted = socket.accept() => accepted,
         };
         let (stream, _) = match accepted {
             Ok(accepted) => accepted,
@@ -93,23 +99,32 @@ pub(super) async fn serve(socket: TcpListener, probe: Probe, stop: CancellationT
                 continue;
             }
         };
-        let service = service.clone();
+        let ticket = waiting.enter(None);
+        if ticket.made_room() {
+            metrics::counter!("keybroker_connections_refused_total", "cause" => "status")
+                .increment(1);
+        }
+        let answering = answer(stream, routes.clone());
         let stop = stop.clone();
         connections.spawn(async move {
-            let _place = place;
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
-                ended = time::timeout(AGE_MAX, connection) => {
-                    if let Ok(Err(error)) = ended {
-                        tracing::debug!(%error, "status connection ended");
-                    }
-                }
+                () = ticket.closed() => {}
+                () = answering => {}
             }
-            Ok::<(), Infallible>(())
         });
+    }
+}
+
+/// Answers one request and closes the connection.
+pub(super) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, routes: Router) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    if let Ok(Err(error)) = time::timeout(AGE_MAX, connection).await {
+        tracing::debug!(%error, "status connection ended");
     }
 }

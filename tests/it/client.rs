@@ -338,7 +338,8 @@ pub(crate) fn sending(material: &[u8]) -> Vec<u8> {
     material.to_vec()
 }
 
-fn item(user: &str) -> UnwrapUserKeyRequest {
+/// Names the key that the tests ask for.
+pub(crate) fn item(user: &str) -> UnwrapUserKeyRequest {
     UnwrapUserKeyRequest {
         user: user.to_owned(),
         key_name: NAME.to_owned(),

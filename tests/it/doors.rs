@@ -1,9 +1,10 @@
 //! The doors: what every caller meets before and after the use case, over real TLS.
 
 mod answers;
+pub(crate) mod floods;
 mod life;
 mod methods;
-mod raw;
+pub(crate) mod raw;
 mod reasons;
-mod strangers;
 mod tls;
+pub(crate) mod unauthenticated;

@@ -31,6 +31,7 @@ mod identity;
 mod json;
 mod last_uses;
 mod logins;
+mod memory;
 mod pki;
 mod policy;
 mod process;

@@ -12,6 +12,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
+    doors::floods::crowd,
     process::{Broker, PATIENCE, freeze, send, until},
     site::{Options, Site},
 };
@@ -138,6 +139,23 @@ fn the_watchdog_is_fed_by_the_process_and_not_by_the_token() {
         manager.expect("WATCHDOG=1");
     }
     fs::rename(&away, &tokens).unwrap();
+}
+
+/// The status listener is open to every local user, and the notifications do not depend on it.
+#[test]
+fn a_crowd_at_the_status_listener_does_not_stop_the_watchdog() {
+    let manager = Manager::listen();
+    let site = Arc::new(Site::fresh(Options::default()));
+    let broker = manager.start(&site);
+    manager.expect("WATCHDOG=1");
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(crowd(broker.status));
+        manager.drain();
+        // A new one, which was sent while the connections were there.
+        manager.expect("WATCHDOG=1");
+    }
+    assert!(!site.log().contains("did not answer its own /livez"));
 }
 
 /// Nobody listens, or nobody ever did: the broker serves all the same.

@@ -15,7 +15,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{
     raw::{Raw, frame, handshake, tls_config},
-    strangers::half_a_request,
+    unauthenticated::half_a_request,
 };
 use crate::{
     client::{Caller, channel, eventually, retrying},

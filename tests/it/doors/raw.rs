@@ -98,12 +98,12 @@ impl Raw {
         Ok(Self(send))
     }
 
-    /// Sends a body as it is, with headers beyond those that gRPC needs.
     /// Whether another call can be made.
     pub(crate) async fn ready(&mut self) -> Result<(), hyper::Error> {
         self.0.ready().await
     }
 
+    /// Sends a body as it is, with headers beyond those that gRPC needs.
     pub(crate) async fn post(
         &self,
         path: &str,

@@ -120,6 +120,12 @@ allow_http = true
         self.identity.user_token(user)
     }
 
+    /// The same, with the connections of its client ended.
+    pub(crate) fn without_connections(self) -> Self {
+        let client = http_client(&self.broker);
+        Self { client, ..self }
+    }
+
     /// A request to the listener with TLS.
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let url = format!("https://localhost:{}{path}", self.tls.port());

@@ -65,9 +65,9 @@ async fn a_client_that_is_silent_after_the_handshake_is_cut() {
     served(&broker).await;
 }
 
-/// Whoever has no principal keeps a place only while a call is under way, and never all places together.
+/// A connection without a principal keeps a place only while a call is under way, and all of them never have every place.
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_do_not_keep_the_places() {
+async fn unauthenticated_connections_do_not_keep_the_places() {
     let options = Options {
         limits: "connections_max = 16\nhandshake_timeout_ms = 700".to_owned(),
         ..Options::default()
@@ -75,31 +75,39 @@ async fn strangers_do_not_keep_the_places() {
     let broker = with_ada(options).await;
     let mut idle = Vec::new();
     for _ in 0..4 {
-        let mut stranger = Raw::connect(&broker.site.pki, Some(pki::UNKNOWN), broker.grpc).await;
-        stranger.ready().await.unwrap();
-        idle.push(stranger);
+        let mut connection = Raw::connect(&broker.site.pki, Some(pki::UNKNOWN), broker.grpc).await;
+        connection.ready().await.unwrap();
+        // The server has placed it, too.
+        let answer = connection.call("/grpc.health.v1.Health/Check", &()).await;
+        assert_eq!(answer.status().code(), tonic::Code::Ok);
+        idle.push(connection);
     }
     let config = tls_config(&broker.site.pki, Some(pki::UNKNOWN), rustls::ALL_VERSIONS);
     let mut more = Vec::new();
     for _ in 0..8 {
         let stream = handshake(broker.grpc, Arc::clone(&config)).await.unwrap();
-        more.push(Raw::over(stream).await);
+        let connection = Raw::over(stream).await;
+        if let Ok(connection) = &connection {
+            let health = "/grpc.health.v1.Health/Check";
+            connection.post(health, Vec::new(), &[]).await.unwrap_err();
+        }
+        more.push(connection);
     }
-    let turned_away = "keybroker_strangers_turned_away_total 8";
-    until("strangers to be turned away", || {
+    let refused = "keybroker_connections_refused_total{cause=\"unauthenticated\"} 8";
+    until("unauthenticated connections to be refused", || {
         get(broker.status, "/metrics")
-            .contains(turned_away)
+            .contains(refused)
             .then_some(())
     });
     served(&broker).await;
-    for mut stranger in idle {
+    for mut connection in idle {
         let gone = async {
-            while stranger.ready().await.is_ok() {
+            while connection.ready().await.is_ok() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         let gone = tokio::time::timeout(Duration::from_secs(10), gone).await;
-        gone.expect("an idle stranger is asked to leave");
+        gone.expect("an idle unauthenticated connection is closed");
     }
 }
 
@@ -163,9 +171,10 @@ async fn failed_handshakes_are_counted_by_cause() {
     assert!(credential.unwrap().contains("\"count\":3"), "{refused:?}");
 }
 
-/// With few file descriptors to begin with, the broker takes what the system allows, and strangers cannot use them up.
+/// With few file descriptors to begin with, the broker takes what the system allows, and unauthenticated connections cannot use
+/// them up.
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_cannot_take_the_file_descriptors() {
+async fn unauthenticated_connections_cannot_take_the_file_descriptors() {
     for (line, connections) in [
         // A low soft limit is raised.
         ("ulimit -Sn 128; exec \"$0\" \"$@\"", 400),

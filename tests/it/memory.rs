@@ -1,0 +1,207 @@
+//! What is left of user keys in the memory of the broker's processes. The processes make no core dumps, so the test reads their
+//! memory through `/proc`, as root can.
+
+use std::{
+    collections::HashMap, fs, io::Write as _, net::TcpStream, os::unix::fs::FileExt as _, thread,
+    time::Duration,
+};
+
+use base64ct::{Base64, Encoding as _};
+use reqwest::Method;
+use uuid::Uuid;
+
+use crate::{
+    client::Caller,
+    process::{Broker, until},
+    rest::door::Door,
+    site::Options,
+};
+
+const PAGE_BYTES: u64 = 4_096;
+/// Keys of each API.
+const KEYS: usize = 100;
+
+/// The first and the second half of each form of a key: what was overwritten in part is found as well.
+struct Search {
+    /// By the first eight bytes, so that most of a memory is passed by quickly.
+    halves: HashMap<[u8; 8], Vec<(usize, Vec<u8>)>>,
+    begins: Vec<bool>,
+}
+
+impl Search {
+    fn new(keys: &[[u8; 32]]) -> Self {
+        let mut halves: HashMap<[u8; 8], Vec<_>> = HashMap::new();
+        let mut begins = vec![false; 65_536];
+        for (number, key) in keys.iter().enumerate() {
+            for form in [
+                key.to_vec(),
+                hex::encode(key).into_bytes(),
+                hex::encode_upper(key).into_bytes(),
+                Base64::encode_string(key).trim_end_matches('=').into(),
+            ] {
+                let (first, second) = form.split_at(form.len() / 2);
+                for half in [first, second] {
+                    begins[usize::from(u16::from_le_bytes([half[0], half[1]]))] = true;
+                    let begin = half[..8].try_into().unwrap();
+                    let known = halves.entry(begin).or_default();
+                    known.push((number, half.to_vec()));
+                }
+            }
+        }
+        Self { halves, begins }
+    }
+
+    /// The numbers of the keys in these bytes.
+    fn find(&self, bytes: &[u8], found: &mut Vec<usize>) {
+        for at in 0..bytes.len().saturating_sub(8) {
+            // Most of a memory is zeros, and no half begins with one.
+            if bytes[at] == 0 {
+                continue;
+            }
+            if !self.begins[usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]))] {
+                continue;
+            }
+            let begin: [u8; 8] = bytes[at..at + 8].try_into().unwrap();
+            let known = self.halves.get(&begin).into_iter().flatten();
+            let whole = known.filter(|(_, half)| bytes[at..].starts_with(half));
+            found.extend(whole.map(|(number, _)| *number));
+        }
+    }
+
+    /// The numbers of the keys in the memory of a process.
+    fn in_process(&self, pid: u32) -> Vec<usize> {
+        let open = |name: &str| {
+            fs::File::open(format!("/proc/{pid}/{name}")).unwrap_or_else(|error| {
+                panic!("{name} of a process that is not dumpable: {error}; run as root")
+            })
+        };
+        let (memory, pages) = (open("mem"), open("pagemap"));
+        let mut found = Vec::new();
+        for line in fs::read_to_string(format!("/proc/{pid}/maps"))
+            .unwrap()
+            .lines()
+        {
+            let mut words = line.split_whitespace();
+            let (range, mode) = (words.next().unwrap(), words.next().unwrap());
+            if !mode.starts_with("rw") {
+                continue;
+            }
+            let (start, end) = range.split_once('-').unwrap();
+            let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
+            let count = usize::try_from((end - start) / PAGE_BYTES).unwrap();
+            let mut entries = vec![0; count * 8];
+            if pages
+                .read_exact_at(&mut entries, start / PAGE_BYTES * 8)
+                .is_err()
+            {
+                continue;
+            }
+            // Present, or swapped out.
+            let used = entries.chunks(8).map(|entry| entry[7] & 0xc0 != 0);
+            let mut run = Vec::new();
+            for (page, is_used) in (0_u64..).zip(used.chain([false])) {
+                if is_used {
+                    let begin = run.len();
+                    run.resize(begin + usize::try_from(PAGE_BYTES).unwrap(), 0);
+                    // A page that went away meanwhile reads as zeros.
+                    memory
+                        .read_exact_at(&mut run[begin..], start + page * PAGE_BYTES)
+                        .ok();
+                } else if !run.is_empty() {
+                    self.find(&run, &mut found);
+                    run.clear();
+                }
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    /// The same for front and workers.
+    fn in_broker(&self, broker: &Broker) -> Vec<usize> {
+        let workers = broker.workers();
+        let pids = workers.into_iter().chain([broker.pid()]);
+        let mut found: Vec<usize> = pids.flat_map(|pid| self.in_process(pid)).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+fn fresh_key() -> [u8; 32] {
+    let mut key = [0; 32];
+    key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
+    key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
+    key[0] |= 1;
+    key[16] |= 1;
+    key
+}
+
+/// The fewest keys that a second shows: what libraries still hold of the last calls takes a moment to be freed.
+fn least(search: &Search, broker: &Broker) -> Vec<usize> {
+    let mut found = search.in_broker(broker);
+    for _ in 0..4 {
+        if found.is_empty() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(250));
+        found = search.in_broker(broker);
+    }
+    found
+}
+
+/// 200 keys are created and unwrapped over gRPC and REST. Nothing of them stays, once the connections have ended; the buffers of
+/// connections that are still open hold no more than their last messages.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_key_stays_in_memory_after_its_call() {
+    let door = Door::open_with(Options::default(), "", "");
+    let broker = &door.broker;
+    let keys: Vec<[u8; 32]> = (0..2 * KEYS).map(|_| fresh_key()).collect();
+    let search = Search::new(&keys);
+    {
+        let enroller = Caller::of(broker, "enroller");
+        let releaser = Caller::of(broker, "releaser");
+        for (number, key) in keys[..KEYS].iter().enumerate() {
+            let user = format!("user-{number}");
+            enroller.create(&user, key).await.unwrap();
+            assert_eq!(releaser.unwrap(&user).await.unwrap().key_material, key);
+        }
+        for key in &keys[KEYS..] {
+            let user = Uuid::new_v4().to_string();
+            door.store(Method::POST, &user, key).await.expect_stored();
+            door.get(&user).await.expect_key(key);
+        }
+        let open = least(&search, broker);
+        eprintln!("keys found while the connections are open: {open:?}");
+        assert!(open.len() <= OPEN_CONNECTIONS_MAX, "{open:?}");
+    }
+    let door = door.without_connections();
+    let broker = &door.broker;
+    until("connections to end", || {
+        let metrics = crate::wire::get(broker.status, "/metrics");
+        metrics.contains("keybroker_connections 0").then_some(())
+    });
+    let left = least(&search, broker);
+    assert!(left.is_empty(), "{left:?}");
+
+    // What is in memory is found: a key in a request that is not complete.
+    let mut half = TcpStream::connect(door.plain).unwrap();
+    let user = Uuid::new_v4().to_string();
+    let body = format!(r#"{{"key":"{}""#, Base64::encode_string(&keys[0]));
+    write!(
+        half,
+        "POST /user-keys HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        door.token(&user),
+        body.len() + 1,
+    )
+    .unwrap();
+    until("the key to be found", || {
+        (search.in_broker(broker) == [0]).then_some(())
+    });
+}
+
+/// Buffers of open connections that nothing overwrites: a connection that is open holds its last message at most in each of TLS records in
+/// and out, and HTTP/2 frames out. The test has three connections.
+const OPEN_CONNECTIONS_MAX: usize = 9;

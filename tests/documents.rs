@@ -44,6 +44,42 @@ fn mitigations_and_code_name_each_other() {
     );
 }
 
+/// Every test that the page of earlier mistakes names exists.
+#[test]
+fn the_page_of_earlier_mistakes_names_tests_that_exist() {
+    let mut tests = String::new();
+    let mut folders = vec!["src", "tests"]
+        .into_iter()
+        .map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join(name))
+        .collect::<Vec<_>>();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                tests += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let page = read("docs/predecessors.md");
+    let mut named = 0;
+    for row in page
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| Reported"))
+    {
+        let last = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        let names: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "no test: {row}");
+        for name in names {
+            let found = tests.contains(&format!("fn {name}("));
+            assert!(found, "{name} of docs/predecessors.md is not a test");
+            named += 1;
+        }
+    }
+    assert!(named >= 20, "only {named} tests are named");
+}
+
 /// Links between the documents lead somewhere.
 #[test]
 fn links_lead_to_files() {
@@ -52,6 +88,7 @@ fn links_lead_to_files() {
         "softhsm/README.md",
         "docs/operations.md",
         "docs/identity.md",
+        "THREAT_MODEL.md",
         "deploy/kubernetes/README.md",
     ];
     for document in documents {

@@ -23,7 +23,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::{Instant as TimerInstant, Sleep, sleep},
 };
 
 /// A connection on which nothing arrives for this long is silent.
@@ -126,8 +126,10 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// Runs while there is something to overwrite.
-    silence: Option<Pin<Box<Sleep>>>,
+    /// Ends after a silence; one timer for the life of the connection.
+    silence: Pin<Box<Sleep>>,
+    /// Whether something was read that is to be overwritten.
+    is_dirty: bool,
     /// Bytes of fillers that are still to be read.
     filling: usize,
 }
@@ -141,7 +143,8 @@ impl<I> Watched<I> {
             used: 0.0,
             since: Instant::now(),
             is_authenticated,
-            silence: None,
+            silence: Box::pin(sleep(SILENCE)),
+            is_dirty: false,
             filling: 0,
         }
     }
@@ -196,18 +199,15 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
             Poll::Ready(read) => {
                 read?;
                 let resets = self.frames.resets(&buffer.filled()[before..]);
-                self.silence = Some(Box::pin(sleep(SILENCE)));
+                self.silence.as_mut().reset(TimerInstant::now() + SILENCE);
+                self.is_dirty = true;
                 Poll::Ready(self.note(resets, Instant::now()))
             }
             Poll::Pending => {
-                let is_silent = self
-                    .silence
-                    .as_mut()
-                    .is_some_and(|silence| silence.as_mut().poll(context).is_ready());
-                if !is_silent {
+                if !self.is_dirty || self.silence.as_mut().poll(context).is_pending() {
                     return Poll::Pending;
                 }
-                self.silence = None;
+                self.is_dirty = false;
                 if !self.frames.is_between() {
                     return Poll::Pending;
                 }

@@ -330,8 +330,8 @@ mod tests {
         assert_eq!(counted.read_u8().await.unwrap(), 7);
     }
 
-    #[test]
-    fn an_authenticated_client_may_reset_more() {
+    #[tokio::test]
+    async fn an_authenticated_client_may_reset_more() {
         for (known, burst, second) in [(false, 64, 8), (true, 1_024, 256)] {
             let mut counted = Watched::new((), 0, Arc::new(AtomicBool::new(known)));
             let start = counted.since;

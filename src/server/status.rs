@@ -1,5 +1,7 @@
 //! Plain HTTP on loopback for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is the last to close when the
 //! broker stops, so that probes can tell a drain from a crash.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
 
 use std::{sync::Arc, time::Duration};
 

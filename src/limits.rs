@@ -210,7 +210,7 @@ impl fmt::Display for Network {
 
 /// Log lines about unauthenticated callers, for each network and for all of them together, per minute. A line has some 300
 /// bytes, so an hour adds less than 5 MB to the log.
-const LINES_PER_NETWORK: u32 = 12;
+const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 240;
 
 /// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
@@ -387,7 +387,7 @@ mod tests {
         let one = IpAddr::from([192, 0, 2, 1]);
         let limits = self::limits(1);
         let written = (0..100).filter(|_| limits.may_log(one)).count();
-        assert!((12..15).contains(&written), "{written}");
+        assert!((60..64).contains(&written), "{written}");
     }
 
     #[test]

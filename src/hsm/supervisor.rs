@@ -225,6 +225,7 @@ impl Supervisor {
             Ok(started) => self.take_in(started),
             Err(failure) => self.note_failed_start(failure),
         }
+        self.publish_metrics();
         // One worker serves, even when the next does not start: a token may allow fewer than the configuration asks for.
         if failed || self.decider().machine.is_full() {
             self.settled.send_replace(true);

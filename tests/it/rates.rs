@@ -43,7 +43,8 @@ async fn a_service_over_its_rate_is_told_when_to_come_again() {
     assert_eq!(status.code(), Code::ResourceExhausted);
     let delay = retry_delay(&status);
     assert!(
-        delay > Duration::ZERO && delay <= Duration::from_secs(5),
+        // A place every five seconds, and up to half as much at random, so that callers do not come back together.
+        delay > Duration::ZERO && delay <= Duration::from_millis(7_500),
         "{delay:?}"
     );
     // A malformed call is a call, too, and leaves no entry of its own.
@@ -103,7 +104,7 @@ async fn wrong_credentials_use_up_the_budget_of_their_address_and_nobody_elses()
         "FAILURE_BUDGET",
     );
     assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(retry_delay(&status) <= Duration::from_secs(15));
+    assert!(retry_delay(&status) <= Duration::from_millis(22_500));
     // A flood of it is answered at once.
     let started = Instant::now();
     for _ in 0..200 {
@@ -121,18 +122,18 @@ async fn wrong_credentials_use_up_the_budget_of_their_address_and_nobody_elses()
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
     let log = broker.site.log();
     assert!(log.contains("credential refused"), "{log}");
-    // 205 refusals: a network has 12 lines a minute, and what was suppressed is counted.
+    // 205 refusals: a network has 60 lines a minute, and what was suppressed is counted.
     let lines = log
         .lines()
         .filter(|line| line.contains("refused\""))
         .count();
-    assert!(lines <= 20, "{lines} lines: {log}");
+    assert!(lines <= 70, "{lines} lines: {log}");
     let metrics = get(broker.status, "/metrics");
     let suppressed = metrics
         .lines()
         .find_map(|line| line.strip_prefix("keybroker_log_lines_suppressed_total "))
         .unwrap();
-    assert!(suppressed.parse::<u64>().unwrap() > 150, "{suppressed}");
+    assert!(suppressed.parse::<u64>().unwrap() > 130, "{suppressed}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -157,7 +157,7 @@ async fn every_bad_token_is_credential_and_no_more() {
     let bobs = claims(json!({"sub": BOB}));
     let [parts, others] = [&good, &bobs].map(|token| token.split('.').collect::<Vec<_>>());
     let tampered = [parts[0], others[1], parts[2]].join(".");
-    let oversized = claims(json!({"pad": "x".repeat(7_000)}));
+    let oversized = claims(json!({"pad": "x".repeat(14_000)}));
 
     let bad = [
         ("expired", claims(json!({"exp": now() - 60}))),

@@ -34,6 +34,14 @@ use crate::{
 
 const MATERIAL: &[u8] = b"material of this user";
 
+/// An administrator may grant the role that the calls below ask for.
+fn options() -> Options {
+    Options {
+        limits: "\n[client_credentials]\ngrantable_roles = [\"enrol\"]".to_owned(),
+        ..Options::default()
+    }
+}
+
 /// What each method answers, in the order of [`METHODS`]; `OK` where the plight does not touch it.
 type Expected = [&'static str; 17];
 
@@ -180,7 +188,7 @@ fn reason_of(path: &str, answer: &Answer) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_all_is_well() {
     const ABSENT: &str = "KEY_NOT_FOUND";
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     Asked::enrolled(&broker, "present")
         .await
         .expect(
@@ -221,7 +229,7 @@ async fn while_all_is_well() {
 async fn of_requests_that_come_too_late() {
     const ABSENT: &str = "KEY_NOT_FOUND";
     const REUSED: &str = "REQUEST_ID_REUSED";
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "stale").await;
     Asked {
         expected_revision: 7,
@@ -275,7 +283,7 @@ async fn of_requests_that_come_too_late() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_callers_without_the_role() {
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     for (caller, methods) in [("admin", 0..9), ("releaser", 9..17)] {
         let denied = Asked {
             caller: Some(caller),
@@ -292,7 +300,7 @@ async fn of_callers_without_the_role() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_audit_log_is_full() {
-    let broker = Broker::start_limited(Arc::new(Site::fresh(Options::default())));
+    let broker = Broker::start_limited(Arc::new(Site::fresh(options())));
     let asked = Asked::enrolled(&broker, "user").await;
     limit_files(&broker, 0);
     asked.expect(&broker, &["AUDIT_DOWN"; 17]).await;
@@ -301,7 +309,7 @@ async fn while_the_audit_log_is_full() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_token_is_away() {
     const AWAY: &str = "TOKEN_DOWN";
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
     let directory = broker.site.token.directory();
     let elsewhere = directory.with_extension("away");
@@ -352,7 +360,7 @@ async fn while_the_queue_is_full() {
     const FULL: &str = "QUEUE_FULL";
     let site = Site::fresh(Options {
         sessions_per_worker: 1,
-        ..Options::default()
+        ..options()
     });
     site.write_configuration(|text| {
         *text = text.replace("[token]\n", "[token]\nqueue_length_max = 1\n");
@@ -411,7 +419,7 @@ async fn while_the_queue_is_full() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_somebody_else_holds_the_database() {
     const AWAY: &str = "STORE_DOWN";
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
     let mut holder = Command::new("sqlite3")
         .args(["-bail", "-batch", "-cmd", "BEGIN IMMEDIATE"])
@@ -450,7 +458,7 @@ async fn while_somebody_else_holds_the_database() {
 #[tokio::test(flavor = "multi_thread")]
 async fn of_damaged_records() {
     const DAMAGED: &str = "RECORD_DAMAGED";
-    let broker = Broker::start(Options::default());
+    let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
     let (site, _) = broker.stop();
     site.sql("UPDATE revisions SET envelope = zeroblob(length(envelope))");

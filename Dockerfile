@@ -12,7 +12,7 @@ FROM ${BUILD_IMAGE} AS build
 # `release` takes minutes; `dev` is for looking at the image itself.
 ARG PROFILE=release
 WORKDIR /build
-COPY Cargo.toml Cargo.lock build.rs README.md LICENSE ./
+COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY proto proto
 COPY migrations migrations
 COPY src src

@@ -5,15 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
 
-CHECKS=(format lints documentation layers lengths dependencies scripts words)
+CHECKS=(format lints documentation lengths dependencies scripts words)
 
 format() { cargo fmt --all --check; }
 
 lints() { cargo clippy --quiet --workspace --all-targets -- -D warnings; }
 
 documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items; }
-
-layers() { scripts/layering.sh --self-test && scripts/layering.sh .; }
 
 # A report, not a limit: a file of 420 lines that reads like one thought is better than two that don't.
 lengths() {

@@ -25,10 +25,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::{
-    audit::{AuditLog, Entry, EntryKind, Outcome, verify},
-    call::CallId,
-};
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome, verify};
+use keybroker_core::call::CallId;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 

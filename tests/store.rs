@@ -47,12 +47,13 @@ mod survival;
 
 use std::{process::Command, sync::Arc};
 
-use keybroker::{
+use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     key::{KeyAddress, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
-    store::{
-        self, NewRevision, RequestScope, RequestStamp, Settings, Stamp, Store, tables::Tables,
-    },
+};
+use keybroker_store as store;
+use keybroker_store::{
+    NewRevision, RequestScope, RequestStamp, Settings, Stamp, Store, tables::Tables,
 };
 use tempfile::TempDir;
 

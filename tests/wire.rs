@@ -68,7 +68,7 @@ fn field(old: &FieldDescriptor, message: &MessageDescriptor) -> Option<String> {
 
 #[test]
 fn nothing_released_is_broken() {
-    let current = pool(keybroker::proto::FILE_DESCRIPTOR_SET);
+    let current = pool(keybroker_proto::FILE_DESCRIPTOR_SET);
     assert_eq!(breaks(&pool(RELEASED), &current), Vec::<String>::new());
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, process::Command};
 
-use keybroker::audit::{AuditLog, verify};
+use keybroker_audit::{AuditLog, verify};
 
 use crate::{SEGMENT, assert_whole, decision, folder, open, segment, until};
 

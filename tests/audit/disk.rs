@@ -2,7 +2,7 @@
 
 use std::{env, fs::File, path::Path, time::Duration};
 
-use keybroker::audit::AuditLog;
+use keybroker_audit::AuditLog;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{CHILD, assert_whole, child, decision, folder, segments, until};

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use keybroker::{
-    audit::{AuditLog, Entry, EntryKind, Outcome, open_intents, verify},
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome, open_intents, verify};
+use keybroker_core::{
     call::{CallId, RequestId},
     key::{KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };

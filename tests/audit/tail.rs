@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write as _};
 
-use keybroker::audit::{AuditLog, tail};
+use keybroker_audit::{AuditLog, tail};
 
 use crate::{decision, folder, segment, segments};
 

@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use keybroker::audit::{AuditLog, Settings, verify};
+use keybroker_audit::{AuditLog, Settings, verify};
 use tempfile::TempDir;
 
 use crate::{decision, segment, segments, until};

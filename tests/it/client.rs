@@ -9,7 +9,7 @@ use std::{
 
 use base64ct::{Base64, Encoding as _};
 
-use keybroker::proto::{
+use keybroker_proto::{
     BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
     DeleteUserKeyRequest, GetUserKeyRequest, ListUserKeysRequest, ListUserKeysResponse,
     ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest, UndeleteUserKeyRequest,
@@ -259,7 +259,7 @@ pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
         };
         let asked = status.get_details_retry_info();
         let asked = asked.and_then(|info| info.retry_delay).unwrap_or_default();
-        let own = keybroker::call::spread(pause / 2, pause);
+        let own = keybroker_core::call::spread(pause / 2, pause);
         let next = own.max(asked);
         if !is_worth_another_try(&status) || Instant::now() + next > until {
             return Err(status);

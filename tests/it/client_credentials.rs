@@ -11,7 +11,7 @@ use std::{
 };
 
 use base64ct::{Base64, Encoding as _};
-use keybroker::proto::{
+use keybroker_proto::{
     CreateClientCredentialRequest, CreateUserKeyRequest, ListClientCredentialsRequest,
     UnwrapUserKeyRequest, UnwrapUserKeyResponse, user_key_service_client::UserKeyServiceClient,
 };

@@ -5,11 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::{
-    audit::{AuditLog, Entry, EntryKind, Outcome},
-    call::CallId,
-    proto::{UnwrapUserKeyResponse, UserKey},
-};
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome};
+use keybroker_core::call::CallId;
+use keybroker_proto::{UnwrapUserKeyResponse, UserKey};
 use rustix::process::Signal;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, postgres::PgConnectOptions};
 use tonic::{Code, Status};

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use keybroker::proto::{
+use keybroker_proto::{
     GetTokenStateRequest, ListWrappingKeysRequest, TailAuditLogRequest, TokenServing, UserKeyState,
     WrappingKeyState, batch_unwrap_result::Result as BatchResult,
 };

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::proto::UnwrapUserKeyRequest;
+use keybroker_proto::UnwrapUserKeyRequest;
 use tonic::{Code, Request};
 
 use crate::{

@@ -101,7 +101,10 @@ impl Faulty {
             .args(["-O1", "-shared", "-fPIC", "-o"])
             .arg(faulty.module())
             .arg(format!("-DREAL_MODULE=\"{}\"", real.display()))
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faulty.c"))
+            .arg(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../../tests/it/faulty.c"
+            ))
             .arg("-ldl")
             .output()
             .unwrap_or_else(|error| panic!("cc: {error}; run scripts/install.sh"));

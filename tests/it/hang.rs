@@ -34,7 +34,10 @@ impl Hanging {
         let made = Command::new("cc")
             .args(["-shared", "-fPIC", "-O1", "-o"])
             .arg(&library)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/hang.c"))
+            .arg(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../../tests/it/hang.c"
+            ))
             .status()
             .unwrap();
         assert!(made.success());

@@ -211,7 +211,10 @@ fn a_clock_that_is_ahead_purges_nothing() {
         let made = Command::new("cc")
             .args(["-shared", "-fPIC", "-O1", "-o"])
             .arg(&library)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/clock.c"))
+            .arg(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../../tests/it/clock.c"
+            ))
             .status()
             .unwrap();
         assert!(made.success());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tonic::{Code, Request, Status, metadata::MetadataValue};
 use tonic_types::StatusExt as _;
 
-use keybroker::proto::{
+use keybroker_proto::{
     UnwrapUserKeyRequest, UnwrapUserKeyResponse, user_key_service_client::UserKeyServiceClient,
 };
 

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::proto::UnwrapUserKeyRequest;
+use keybroker_proto::UnwrapUserKeyRequest;
 use rustix::process::Signal;
 use tokio::task::JoinSet;
 use tonic::{Code, Request, Status};

@@ -3,7 +3,7 @@
 use tokio::task::JoinSet;
 use tonic::Status;
 
-use keybroker::proto::UserKey;
+use keybroker_proto::UserKey;
 
 use crate::{
     client::{Caller, reason},

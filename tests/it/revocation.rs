@@ -217,7 +217,7 @@ async fn a_listener_accepts_the_trust_domains_that_it_names() {
 /// The shell commands of the guide are run as they stand there.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_guide_to_a_ca_makes_certificates_that_the_broker_accepts_and_takes_back() {
-    let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/identity.md");
+    let guide = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("docs/identity.md");
     let guide = fs::read_to_string(guide).unwrap();
     let commands = |beginning: &str| {
         let mut blocks = guide.split("```sh\n").skip(1);

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use aws_lc_rs::rsa::{OAEP_SHA1_MGF1SHA1, OaepPublicEncryptingKey, PublicEncryptingKey};
-use keybroker::{
+use keybroker_core::{
     envelope::{Algorithm, Context, Unsealed},
     key::{KeyAddress, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
-    proto::{GetWrappingKeyRequest, ListWrappingKeysRequest},
 };
+use keybroker_proto::{GetWrappingKeyRequest, ListWrappingKeysRequest};
 use rustls_pki_types::{SubjectPublicKeyInfoDer, pem::PemObject as _};
 use tonic::Code;
 

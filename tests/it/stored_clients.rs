@@ -2,16 +2,17 @@
 
 use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
 
-use keybroker::{
+use keybroker::config::Config;
+use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::Document,
-    config::Config,
-    hsm::{Pin, PinRecord, admin::Admin},
     key::{ClientId, Tenant},
     principal::{Reach, Role},
     state::StateDirectory,
-    store::{self, ClientRow, Store},
 };
+use keybroker_hsm::{Pin, PinRecord, admin::Admin};
+use keybroker_store as store;
+use keybroker_store::{ClientRow, Store};
 use serde_json::Value;
 
 use crate::{

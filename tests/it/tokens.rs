@@ -5,7 +5,7 @@ use std::{fmt::Write as _, process::Command, sync::Arc};
 use serde_json::{Value, json};
 use tonic::{Request, Status, metadata::MetadataValue};
 
-use keybroker::proto::{
+use keybroker_proto::{
     CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, UnwrapUserKeyRequest,
     control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
 };

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use keybroker::{
+use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::DOCUMENT_BYTES_MAX,
     key::ClientId,
-    store::{ClientRow, Error},
 };
+use keybroker_store::{ClientRow, Error};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY};

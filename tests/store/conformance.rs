@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use keybroker::{
+use keybroker_core::{
     call::{CallId, Timestamp},
     key::{Fingerprint, Purpose, Revision, Tenant, UserId, WrappingKeyState},
-    store::{Error, ListQuery, RecordState, RegistryRow, Store},
 };
+use keybroker_store::{Error, ListQuery, RecordState, RegistryRow, Store};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
@@ -210,8 +210,8 @@ async fn pages(store: &Arc<dyn Store>, limit: u32, mut query: ListQuery) -> Vec<
 
 struct KeyAddressText(String, String);
 
-impl From<&keybroker::key::KeyAddress> for KeyAddressText {
-    fn from(address: &keybroker::key::KeyAddress) -> Self {
+impl From<&keybroker_core::key::KeyAddress> for KeyAddressText {
+    fn from(address: &keybroker_core::key::KeyAddress) -> Self {
         Self(address.user.to_string(), address.name.to_string())
     }
 }

@@ -5,10 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::{
-    key::{RecordId, Revision},
-    store::{Error, Settings, Stamp, Store},
-};
+use keybroker_core::key::{RecordId, Revision};
+use keybroker_store::{Error, Settings, Stamp, Store};
 use sqlx::{Connection as _, MySqlConnection, PgConnection};
 
 use super::{Engine, address, record_id, revision, scope, servers::Kind, stamp, stamp_with, user};
@@ -123,7 +121,7 @@ fn hex(engine: &Engine, bytes: &[u8; 16]) -> String {
 async fn store_with(engine: &Engine, change: impl FnOnce(&mut Settings)) -> Arc<dyn Store> {
     let mut settings = engine.settings.clone();
     change(&mut settings);
-    keybroker::store::open(&settings).await.unwrap()
+    keybroker_store::open(&settings).await.unwrap()
 }
 
 const HOLD: &str = "SELECT 1 FROM records WHERE record_id = ";

@@ -2,14 +2,14 @@
 
 use std::{process::Command, sync::Arc};
 
-use keybroker::{
+use keybroker_core::{
     call::{CallId, Timestamp},
     key::{Fingerprint, Purpose, Revision, WrappingKeyState},
-    store::{
-        RegistryRow,
-        copy::{Copy, CopyError, Lacking, Walked},
-        tables::{Table, Tables},
-    },
+};
+use keybroker_store::{
+    RegistryRow,
+    copy::{Copy, CopyError, Lacking, Walked},
+    tables::{Table, Tables},
 };
 
 use super::{

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use keybroker::{
+use keybroker_core::{
     call::Timestamp,
     key::{RecordId, Revision, Tenant},
-    store::{Error, ListQuery},
 };
+use keybroker_store::{Error, ListQuery};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
@@ -262,7 +262,7 @@ pub(crate) async fn the_longest_values_fit(engine: &Engine) {
     let store = engine.open().await;
     let at = address(&"t".repeat(64), &"\u{fc}".repeat(127), &"k".repeat(64));
     let mut new = revision(&at, 1, 1);
-    new.envelope = vec![0xff; keybroker::envelope::ENVELOPE_BYTES_MAX];
+    new.envelope = vec![0xff; keybroker_core::envelope::ENVELOPE_BYTES_MAX];
     let mut scope = scope(&"p".repeat(2_048), "7d444840-9dc0-11d1-b245-5ffdce74fad2");
     scope.tenant = at.tenant.clone();
     let created = store

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use keybroker::store::{self, Error, Settings};
+use keybroker_store as store;
+use keybroker_store::{Error, Settings};
 
 use super::{
     Engine,

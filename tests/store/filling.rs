@@ -1,9 +1,7 @@
 //! Many records at once.
 
-use keybroker::{
-    call::Timestamp,
-    store::{Error, NewRevision, RecordState},
-};
+use keybroker_core::call::Timestamp;
+use keybroker_store::{Error, NewRevision, RecordState};
 
 use super::{Engine, record_id, revision, stamp, user};
 

@@ -8,11 +8,9 @@ use std::{
     time::Duration,
 };
 
-use keybroker::{
-    call::Timestamp,
-    key::RecordId,
-    store::{self, Error, Settings, Tls, tables::Table},
-};
+use keybroker_core::{call::Timestamp, key::RecordId};
+use keybroker_store as store;
+use keybroker_store::{Error, Settings, Tls, tables::Table};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::store::{self, Error, Store};
+use keybroker_store as store;
+use keybroker_store::{Error, Store};
 use rustix::process::Signal;
 use tokio::task::JoinSet;
 

@@ -2,15 +2,12 @@
 
 use std::sync::Arc;
 
-use keybroker::{
-    call::Timestamp,
-    key::Revision,
-    store::{
-        Stamp,
-        purge::{Portion, Purge, forget_changes},
-        scan::Superseded,
-        tables::{Table, Tables},
-    },
+use keybroker_core::{call::Timestamp, key::Revision};
+use keybroker_store::{
+    Stamp,
+    purge::{Portion, Purge, forget_changes},
+    scan::Superseded,
+    tables::{Table, Tables},
 };
 
 use super::{Engine, record_id, revision, stamp, user};

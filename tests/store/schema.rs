@@ -1,9 +1,8 @@
 //! Migrations: forwards, backwards, by several at once.
 
-use keybroker::{
-    call::CallId,
-    store::{self, Error},
-};
+use keybroker_core::call::CallId;
+use keybroker_store as store;
+use keybroker_store::Error;
 use tokio::task::JoinSet;
 
 use super::{Engine, Place, clients::client, revision, stamp, user};

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::store::Settings;
+use keybroker_store::Settings;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 

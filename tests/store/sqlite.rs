@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::store::{self, Error, Settings};
+use keybroker_store as store;
+use keybroker_store::{Error, Settings};
 use tokio::task::JoinSet;
 
 use super::{Engine, Place, revision, stamp, user};

@@ -11,10 +11,9 @@ use std::{
     time::Duration,
 };
 
-use keybroker::{
-    key::RecordId,
-    store::{self, Settings},
-};
+use keybroker_core::key::RecordId;
+use keybroker_store as store;
+use keybroker_store::Settings;
 
 use super::{
     Engine, Place, revision,

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker::proto::{
+use keybroker_proto::{
     CreateUserKeyRequest, ListUserKeysRequest, UnwrapUserKeyRequest, UnwrapUserKeyResponse,
 };
 use prost::Message as _;

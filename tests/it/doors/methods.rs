@@ -1,6 +1,6 @@
 //! Every method, with a request that it takes and one that it refuses.
 
-use keybroker::proto::{
+use keybroker_proto::{
     AddClientSecretRequest, BatchUnwrapUserKeysRequest, CreateClientCredentialRequest,
     CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest,
     ListClientCredentialsRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
@@ -57,7 +57,7 @@ pub(crate) const METHODS: [(&str, &str); 17] = [
 
 #[test]
 fn the_list_of_methods_is_complete() {
-    let pool = DescriptorPool::decode(keybroker::proto::FILE_DESCRIPTOR_SET).unwrap();
+    let pool = DescriptorPool::decode(keybroker_proto::FILE_DESCRIPTOR_SET).unwrap();
     let mut declared: Vec<_> = pool
         .services()
         .flat_map(|service| {

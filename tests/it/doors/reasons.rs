@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use keybroker::proto::{
+use keybroker_proto::{
     AddClientSecretRequest, BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse,
     CreateClientCredentialRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
     GetWrappingKeyRequest, ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest,

@@ -14,7 +14,7 @@ use crate::{
     site::{Options, Site},
     wire::get,
 };
-use keybroker::proto::UnwrapUserKeyRequest;
+use keybroker_proto::UnwrapUserKeyRequest;
 
 const MATERIAL: &[u8] = b"material of this user";
 const UNWRAP: &str = "/keybroker.v1.UserKeyService/UnwrapUserKey";

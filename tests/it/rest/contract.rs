@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use keybroker::proto::{
+use keybroker_proto::{
     UnwrapUserKeyRequest, UserKey, user_key_service_client::UserKeyServiceClient,
 };
 use reqwest::Method;
@@ -152,7 +152,7 @@ async fn operate(door: &Door, delete: bool) -> UserKey {
     let mut service = UserKeyServiceClient::new(channel);
     let (user, key_name) = (ADA.to_owned(), "bitwarden".to_owned());
     let changed = if delete {
-        let request = keybroker::proto::DeleteUserKeyRequest {
+        let request = keybroker_proto::DeleteUserKeyRequest {
             user,
             key_name,
             expected_revision: 1,
@@ -165,7 +165,7 @@ async fn operate(door: &Door, delete: bool) -> UserKey {
             .into_inner()
             .user_key
     } else {
-        let request = keybroker::proto::UndeleteUserKeyRequest {
+        let request = keybroker_proto::UndeleteUserKeyRequest {
             user,
             key_name,
             request_id: String::new(),

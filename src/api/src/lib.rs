@@ -1,0 +1,4 @@
+//! The APIs: gRPC ([`rpc`]) and REST for Bitwarden clients ([`rest`]). Both end in the broker.
+
+pub mod rest;
+pub mod rpc;

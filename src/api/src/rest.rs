@@ -1,0 +1,68 @@
+//! The REST door: what Bitwarden clients ask of a Key Connector. Requests into vocabulary, calls of the broker, answers and
+//! errors back.
+//!
+//! | Request | Answer |
+//! |---|---|
+//! | `GET /user-keys` | the key of the token's user |
+//! | `POST /user-keys` | 200 when it was stored; never over a key that is there |
+//! | `PUT /user-keys` | 200 when it was stored, over another one if there is one |
+//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; for anybody |
+//!
+//! Clients log their user out on any error, and take anything but 200 for one: short troubles of token, store and audit log
+//! are waited out here, and 404 is said only of a user who has no key. The user is the subject of the credential; nothing in a
+//! request can name another one.
+//!
+//! Mitigation: M21 of `THREAT_MODEL.md`.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Router, routing};
+use tokio_util::task::TaskTracker;
+
+use keybroker_broker::Broker;
+
+mod answer;
+mod body;
+mod edge;
+mod origins;
+mod patience;
+mod probes;
+mod settings;
+mod user_keys;
+
+pub use settings::Settings;
+
+/// What calls need besides their content.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// Where every call ends.
+    pub broker: Arc<Broker>,
+    /// Longest time for a call.
+    pub call_timeout_max: Duration,
+    /// Calls under way, also those whose callers have gone.
+    pub calls: TaskTracker,
+}
+
+/// The routes of the door. Whoever serves them has put a `Caller` among the extensions of each request.
+pub fn routes(around: Surroundings, settings: &Settings) -> Router {
+    let mut router = Router::new();
+    // Clients join the URL that an administrator typed with a path that begins with a slash.
+    for prefix in [
+        settings.path_prefix.clone(),
+        format!("{}/", settings.path_prefix),
+    ] {
+        router = router
+            .route(
+                &format!("{prefix}/user-keys"),
+                routing::any(edge::user_keys),
+            )
+            .route(&format!("{prefix}/alive"), routing::any(probes::now))
+            .route(&format!("{prefix}/now"), routing::any(probes::now))
+            .route(&format!("{prefix}/health"), routing::any(probes::health));
+    }
+    let router = router.fallback(probes::nothing).with_state(around);
+    match origins::layer(&settings.allowed_origins) {
+        Some(layer) => router.layer(layer),
+        None => router,
+    }
+}

@@ -1,0 +1,179 @@
+//! Errors as HTTP answers: the one conversion. The caller learns status, reason, fixed text, delay and call id.
+//!
+//! Mitigation: M6 of `THREAT_MODEL.md`.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, Response, StatusCode, header},
+};
+use serde_json::{Value, json};
+
+use keybroker_core::{
+    call::CallId,
+    error::{Error, Reason},
+};
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+/// When to come again where the error does not say.
+const RETRY_SECONDS: u64 = 5;
+
+/// The status of a reason. Exhaustive on purpose: a new reason must choose.
+#[deny(clippy::wildcard_enum_match_arm)]
+const fn status(reason: Reason) -> StatusCode {
+    match reason {
+        Reason::Request | Reason::RequestIdReused | Reason::EnvelopeRejected => {
+            StatusCode::BAD_REQUEST
+        }
+        Reason::Credential => StatusCode::UNAUTHORIZED,
+        Reason::Policy => StatusCode::FORBIDDEN,
+        // Clients take this, and this alone, for a user who is new: nothing else may look like it.
+        Reason::KeyNotFound => StatusCode::NOT_FOUND,
+        Reason::KeyExists => StatusCode::BAD_REQUEST,
+        Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
+        // It comes back by itself, or an operator brings it back.
+        Reason::TokenDown
+        | Reason::StoreDown
+        | Reason::AuditDown
+        | Reason::IdentityDown
+        | Reason::TokenUntrusted
+        | Reason::KeyState
+        | Reason::Deadline
+        | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
+        // Trying again mends neither: no 503, which would invite to it.
+        Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// The answer to a call that failed. Its detail stays inside; the call id finds it in the log.
+pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
+    refusal_as(status(error.reason()), error, id)
+}
+
+/// The same with another status, for what HTTP itself has words for.
+pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Response<Body> {
+    let reason = error.reason();
+    let violation = error.violations().first();
+    let message = violation.map_or_else(
+        || reason.text().to_owned(),
+        |violation| format!("{}: {}", violation.field, violation.description),
+    );
+    let mut response = json(
+        status,
+        &json!({
+            "object": "error",
+            "message": message,
+            "reason": reason.as_str(),
+            "call_id": id.to_string(),
+        }),
+    );
+    let headers = response.headers_mut();
+    if status == StatusCode::UNAUTHORIZED {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    if matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    ) {
+        headers.insert(header::RETRY_AFTER, seconds(error.retry_delay()).into());
+    }
+    response
+}
+
+/// Whole seconds, and never none: that would say at once.
+fn seconds(delay: Option<Duration>) -> u64 {
+    delay.map_or(RETRY_SECONDS, |delay| {
+        let part = u64::from(delay.subsec_nanos() > 0);
+        delay.as_secs().saturating_add(part).max(1)
+    })
+}
+
+/// A JSON body that nobody keeps.
+pub(super) fn json(status: StatusCode, value: &Value) -> Response<Body> {
+    let mut response = empty(status);
+    response.headers_mut().insert(header::CONTENT_TYPE, JSON);
+    *response.body_mut() = Body::from(value.to_string());
+    response
+}
+
+/// No body.
+pub(super) fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    async fn text(response: Response<Body>) -> String {
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        String::from_utf8(bytes.to_vec()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_reason_keeps_its_inside_to_itself() {
+        for reason in Reason::ALL {
+            let id = CallId::fresh();
+            let response = refusal(&Error::new(reason, "secret inside"), id);
+            assert_eq!(response.status(), status(reason));
+            assert_eq!(response.headers()["cache-control"], "no-store");
+            let retry = response.headers().contains_key("retry-after");
+            assert_eq!(
+                retry,
+                [429, 503].contains(&response.status().as_u16()),
+                "{reason}"
+            );
+            let is_credential = reason == Reason::Credential;
+            let challenge = response.headers().contains_key("www-authenticate");
+            assert_eq!(challenge, is_credential);
+            let body = text(response).await;
+            assert!(!body.contains("inside"), "{body}");
+            let body: Value = serde_json::from_str(&body).unwrap();
+            assert_eq!(body["reason"], reason.as_str());
+            assert_eq!(body["call_id"], id.to_string());
+        }
+    }
+
+    /// A client that reads 404 posts a new key.
+    #[test]
+    fn one_reason_alone_is_404() {
+        for reason in Reason::ALL {
+            let is_absent = reason == Reason::KeyNotFound;
+            assert_eq!(status(reason) == StatusCode::NOT_FOUND, is_absent);
+        }
+    }
+
+    /// The page for operators says the same.
+    #[test]
+    fn the_documentation_has_every_status() {
+        let page = include_str!("../../../../docs/bitwarden.md");
+        for reason in Reason::ALL {
+            let row = format!("| `{reason}` | {} |", status(reason).as_u16());
+            assert!(page.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
+    fn delays_are_whole_seconds_and_never_none() {
+        for (delay, expected) in [
+            (None, RETRY_SECONDS),
+            (Some(Duration::ZERO), 1),
+            (Some(Duration::from_millis(20)), 1),
+            (Some(Duration::from_secs(2)), 2),
+            (Some(Duration::from_millis(2_001)), 3),
+        ] {
+            assert_eq!(seconds(delay), expected);
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Short troubles are waited out: a client would log its user out for each.
+
+use std::time::{Duration, Instant};
+
+use keybroker_core::{
+    call::{Call, CallId, Deadline},
+    error::{Error, Reason},
+};
+
+/// How long troubles are waited out, all together. Clients and proxies wait for half a minute and longer.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How often one request is tried again, all its steps together.
+const REPETITIONS_MAX: u32 = 5;
+/// Longest time for one try: the next one may meet another worker, or another connection.
+const TRY: Duration = Duration::from_secs(5);
+/// Before the second try; doubled before each other one. All of them together fill [`PATIENCE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// What a try needs at least: none is begun that could not end.
+const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
+
+/// What is left of the time in which one request waits out troubles, whatever number of calls it takes.
+///
+/// Every try and every step is a call of its own in the audit log: the mark of a change whose fate is unknown must not be
+/// that of another one.
+pub(super) struct Patience {
+    request: Call,
+    until: Instant,
+    repetitions: u32,
+    /// The call that was made last; `None` before the first.
+    last: Option<CallId>,
+}
+
+impl Patience {
+    /// That of a request, whose first call has its id.
+    pub(super) fn new(request: Call) -> Self {
+        let until = Instant::now() + PATIENCE;
+        Self {
+            until: request.deadline.instant().min(until),
+            request,
+            repetitions: 0,
+            last: None,
+        }
+    }
+
+    /// Id of the call that was made last: the one that an answer is about.
+    pub(super) fn last(&self) -> CallId {
+        self.last.unwrap_or(self.request.id)
+    }
+
+    /// Asks until there is an answer that waiting does not change, or no patience left.
+    pub(super) async fn ask<T, F>(&mut self, mut attempt: impl FnMut(Call) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        loop {
+            let error = match attempt(self.next()).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let Some(pause) = self.pause(error.reason()) else {
+                return Err(error);
+            };
+            let (first, id) = (self.request.id, self.last());
+            tracing::info!(request = %first, call_id = %id, %error, "waiting out a short trouble");
+            metrics::counter!("keybroker_rest_retries_total", "reason" => error.reason().as_str())
+                .increment(1);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// The next call of the request.
+    fn next(&mut self) -> Call {
+        let id = match self.last {
+            None => self.request.id,
+            Some(_) => CallId::fresh(),
+        };
+        if self.last.is_some() {
+            tracing::debug!(request = %self.request.id, call_id = %id, "another call of a request");
+        }
+        self.last = Some(id);
+        let deadline = self.request.deadline.instant();
+        Call {
+            id,
+            deadline: Deadline::at(deadline.min(Instant::now() + TRY)),
+            ..self.request.clone()
+        }
+    }
+
+    /// How long to wait before the next try; `None` when there is none.
+    fn pause(&mut self, reason: Reason) -> Option<Duration> {
+        if !passes(reason) || self.repetitions == REPETITIONS_MAX {
+            return None;
+        }
+        let left = self.until.saturating_duration_since(Instant::now());
+        let longest = left.checked_sub(LEFT_FOR_A_TRY)?;
+        let pause = FIRST_PAUSE * (1 << self.repetitions);
+        self.repetitions += 1;
+        Some(jittered(pause).min(longest))
+    }
+}
+
+/// Four fifths of it and a part of the rest: those who met a trouble together do not all come back together.
+fn jittered(pause: Duration) -> Duration {
+    let [.., random] = *CallId::fresh().as_bytes();
+    pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
+}
+
+/// Whether it may be over in a moment. A rate is not: it is the caller's own. A deadline is that of a try, or no time is left
+/// anyway.
+#[deny(clippy::wildcard_enum_match_arm)]
+const fn passes(reason: Reason) -> bool {
+    match reason {
+        Reason::QueueFull
+        | Reason::TokenDown
+        | Reason::StoreDown
+        | Reason::AuditDown
+        | Reason::IdentityDown
+        | Reason::Deadline => true,
+        Reason::Request
+        | Reason::RequestIdReused
+        | Reason::Credential
+        | Reason::Policy
+        | Reason::KeyNotFound
+        | Reason::KeyExists
+        | Reason::Revision
+        | Reason::RecordDamaged
+        | Reason::EnvelopeRejected
+        | Reason::KeyState
+        | Reason::Rate
+        | Reason::FailureBudget
+        | Reason::TokenUntrusted
+        | Reason::Bug => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn call(timeout: Duration) -> Call {
+        Call::start("127.0.0.1:1", Deadline::after(timeout))
+    }
+
+    fn patience(timeout: Duration) -> Patience {
+        Patience::new(call(timeout))
+    }
+
+    #[tokio::test]
+    async fn a_short_trouble_is_waited_out_with_an_id_for_each_try() {
+        let mut ids = HashSet::new();
+        let request = call(Duration::from_secs(30));
+        let mut patience = Patience::new(request.clone());
+        let answer = patience.ask(|call| {
+            ids.insert(call.id);
+            let away = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "away"));
+            async { away.map_or(Ok(7), Err) }
+        });
+        assert_eq!(answer.await.unwrap(), 7);
+        assert_eq!(ids.len(), 4);
+        assert!(ids.contains(&request.id));
+        assert!(ids.contains(&patience.last()) && patience.last() != request.id);
+    }
+
+    /// Steps are calls of their own, also when nothing goes wrong.
+    #[tokio::test]
+    async fn every_step_has_an_id_and_a_deadline_of_its_own() {
+        let request = call(Duration::from_secs(30));
+        let mut patience = Patience::new(request.clone());
+        let mut ids = HashSet::new();
+        for _ in 0..4 {
+            let step = patience.ask(|call| async { Ok(call) }).await.unwrap();
+            assert!(ids.insert(step.id));
+            assert!(step.deadline.remaining() <= TRY);
+        }
+        assert!(ids.contains(&request.id));
+        let short = call(Duration::from_secs(1));
+        let step = Patience::new(short.clone()).next();
+        assert_eq!(step.deadline, short.deadline);
+    }
+
+    #[tokio::test]
+    async fn what_waiting_does_not_change_is_answered_at_once() {
+        for reason in Reason::ALL {
+            let mut tries = 0;
+            let mut patience = patience(Duration::from_secs(30));
+            let answer = patience.ask(|_| {
+                tries += 1;
+                let first = (tries == 1).then(|| Error::new(reason, ""));
+                async { first.map_or(Ok(()), Err) }
+            });
+            assert_eq!(answer.await.is_ok(), passes(reason), "{reason}");
+        }
+    }
+
+    /// Over all steps of a request.
+    #[test]
+    fn repetitions_are_counted() {
+        let mut patience = patience(Duration::from_secs(30));
+        let pauses: Vec<Duration> =
+            std::iter::from_fn(|| patience.pause(Reason::QueueFull)).collect();
+        assert_eq!(pauses.len(), 5);
+        assert!(pauses.is_sorted());
+        assert_eq!(patience.pause(Reason::Deadline), None);
+    }
+
+    #[tokio::test]
+    async fn a_trouble_that_lasts_is_answered_before_the_deadline() {
+        for reason in [Reason::TokenDown, Reason::Deadline] {
+            let call = call(Duration::from_millis(900));
+            let mut patience = Patience::new(call.clone());
+            let answer = patience.ask(|_| async { Err::<(), _>(Error::new(reason, "away")) });
+            assert_eq!(answer.await.unwrap_err().reason(), reason);
+            assert!(!call.deadline.remaining().is_zero());
+        }
+    }
+
+    #[test]
+    fn pauses_fill_the_patience_and_differ() {
+        let all: Duration = (0..REPETITIONS_MAX)
+            .map(|round| FIRST_PAUSE * (1 << round))
+            .sum();
+        assert!(all < PATIENCE && all + LEFT_FOR_A_TRY >= PATIENCE);
+        let pauses: HashSet<Duration> = (0..64).map(|_| jittered(FIRST_PAUSE)).collect();
+        assert!(pauses.len() > 8);
+        for pause in pauses {
+            assert!((FIRST_PAUSE * 4 / 5..FIRST_PAUSE).contains(&pause));
+        }
+    }
+}

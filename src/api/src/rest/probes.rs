@@ -1,0 +1,65 @@
+//! What anybody may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderValue, Method, Response, StatusCode, header},
+};
+use serde_json::json;
+
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    error::Error,
+};
+
+use super::{Surroundings, answer};
+
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
+/// `/alive` and `/now`: the time, in UTC, as a JSON text.
+pub(super) async fn now(method: Method) -> Response<Body> {
+    if let Some(refused) = unless_read(&method) {
+        return refused;
+    }
+    answer::json(StatusCode::OK, &json!(Timestamp::now().to_string()))
+}
+
+/// `/health`: true to token, store and audit log, and without a word of what is wrong.
+pub(super) async fn health(State(around): State<Surroundings>, method: Method) -> Response<Body> {
+    if let Some(refused) = unless_read(&method) {
+        return refused;
+    }
+    let (status, text) = if around.broker.health().user_keys {
+        (StatusCode::OK, "Healthy")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "Unhealthy")
+    };
+    let mut response = answer::empty(status);
+    response.headers_mut().insert(header::CONTENT_TYPE, TEXT);
+    *response.body_mut() = Body::from(text);
+    response
+}
+
+/// Any other path. A client with a wrong URL must see that it is wrong, so the reason is another than that of a user without a
+/// key.
+pub(super) async fn nothing() -> Response<Body> {
+    let error = Error::violation(
+        "path",
+        "/user-keys, /alive, /now or /health, behind the prefix",
+    );
+    answer::refusal_as(StatusCode::NOT_FOUND, &error, CallId::fresh())
+}
+
+/// A method that a path does not have.
+pub(super) fn no_method(allowed: &'static str) -> Response<Body> {
+    let error = Error::violation("method", allowed);
+    let status = StatusCode::METHOD_NOT_ALLOWED;
+    let mut response = answer::refusal_as(status, &error, CallId::fresh());
+    let allowed = HeaderValue::from_static(allowed);
+    response.headers_mut().insert(header::ALLOW, allowed);
+    response
+}
+
+fn unless_read(method: &Method) -> Option<Response<Body>> {
+    (!matches!(*method, Method::GET | Method::HEAD)).then(|| no_method("GET, HEAD"))
+}

@@ -1,0 +1,160 @@
+//! `/user-keys`: the key of the caller's subject.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    http::{Response, StatusCode},
+};
+use base64ct::{Base64, Encoding as _};
+use serde_json::json;
+
+use keybroker_broker::{Broker, RecordState, UserKeyRef};
+use keybroker_core::{
+    call::{Call, CallId, RequestId},
+    error::{Error, Reason},
+    key::Revision,
+    principal::Principal,
+    secret::KeyMaterial,
+};
+
+use super::{answer, body::KEY_BYTES, patience::Patience};
+
+/// Rounds of reading and writing before other writers have won.
+const ROUNDS_MAX: usize = 4;
+
+/// A call whose caller is known, for that caller's own key.
+pub(super) struct Entered {
+    pub(super) broker: Arc<Broker>,
+    pub(super) principal: Arc<Principal>,
+    pub(super) call: Call,
+    pub(super) key: UserKeyRef,
+}
+
+impl Entered {
+    /// The key, in base64.
+    pub(super) async fn get(&self, patience: &mut Patience) -> Result<Response<Body>, Error> {
+        let released = patience
+            .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
+            .await?;
+        let key = released.material().expose();
+        if key.len() != KEY_BYTES {
+            // Stored by other doors, which know other lengths; clients would refuse it.
+            let detail = format!("the key named {} has {} bytes", self.key.name, key.len());
+            return Err(Error::new(Reason::KeyState, detail));
+        }
+        // From here on the bytes are in buffers of the transport, which cannot be overwritten.
+        let body = json!({ "key": Base64::encode_string(key) });
+        Ok(answer::json(StatusCode::OK, &body))
+    }
+
+    /// Stores the key of a user who has none.
+    pub(super) async fn post(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+    ) -> Result<Response<Body>, Error> {
+        self.create(patience, material).await?;
+        Ok(answer::empty(StatusCode::OK))
+    }
+
+    /// Stores a key, over another one if there is one. A deleted one stays: only an operator may bring it back.
+    pub(super) async fn put(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+    ) -> Result<Response<Body>, Error> {
+        let mut result = Ok(());
+        for _ in 0..ROUNDS_MAX {
+            result = match self.current(patience).await? {
+                Current::None => self.create(patience, material).await,
+                Current::Active(revision) => self.replace(patience, material, revision).await,
+                Current::Deleted => {
+                    let detail = "the user's key is deleted, and only an operator brings it back";
+                    return Err(Error::new(Reason::KeyExists, detail));
+                }
+            };
+            match &result {
+                Ok(()) => return Ok(answer::empty(StatusCode::OK)),
+                // Somebody else was between reading and writing.
+                Err(error) if is_race(error.reason()) => {}
+                Err(_) => break,
+            }
+        }
+        result.map_err(|error| match error.reason() {
+            // A deleted record: to a client it is one that is there, and never one that is not.
+            Reason::KeyNotFound => Error::new(Reason::KeyExists, error.detail()),
+            _ => error,
+        })?;
+        Ok(answer::empty(StatusCode::OK))
+    }
+
+    async fn current(&self, patience: &mut Patience) -> Result<Current, Error> {
+        let found = patience
+            .ask(|call| async move { self.broker.get(&self.principal, &call, &self.key).await });
+        match found.await {
+            Ok(view) => Ok(match view.info.state {
+                RecordState::Active => Current::Active(view.info.revision),
+                RecordState::Deleted => Current::Deleted,
+            }),
+            Err(error) if error.reason() == Reason::KeyNotFound => Ok(Current::None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn create(&self, patience: &mut Patience, material: &KeyMaterial) -> Result<(), Error> {
+        let request = request_id()?;
+        patience
+            .ask(|call| async move {
+                let material = copy(material)?;
+                self.broker
+                    .create(&self.principal, &call, &self.key, material, request)
+                    .await
+            })
+            .await
+            .map(drop)
+    }
+
+    async fn replace(
+        &self,
+        patience: &mut Patience,
+        material: &KeyMaterial,
+        expected: Revision,
+    ) -> Result<(), Error> {
+        let request = request_id()?;
+        patience
+            .ask(|call| async move {
+                let material = copy(material)?;
+                let (principal, key) = (&self.principal, &self.key);
+                self.broker
+                    .replace(principal, &call, key, material, expected, request)
+                    .await
+            })
+            .await
+            .map(drop)
+    }
+}
+
+/// What PUT finds.
+enum Current {
+    None,
+    Deleted,
+    Active(Revision),
+}
+
+fn is_race(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::Revision | Reason::KeyExists | Reason::KeyNotFound
+    )
+}
+
+/// One for all tries of a change: one whose fate was unknown is found by it, and not made twice.
+fn request_id() -> Result<Option<RequestId>, Error> {
+    RequestId::parse(&CallId::fresh().to_string())
+}
+
+/// Each try gives its own away.
+fn copy(material: &KeyMaterial) -> Result<KeyMaterial, Error> {
+    KeyMaterial::new(material.expose().to_vec())
+}

@@ -1,0 +1,137 @@
+//! The gRPC door: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
+
+use std::sync::Arc;
+
+use axum::Router;
+use tonic::{Request, Status, service::Routes};
+
+use keybroker_broker::Broker;
+use keybroker_core::{
+    call::{Call, CallId},
+    error::{Error, Reason},
+    principal::{Action, Principal},
+};
+use keybroker_proto::{
+    FILE_DESCRIPTOR_SET, control_service_server::ControlServiceServer,
+    user_key_service_server::UserKeyServiceServer,
+};
+
+mod clients;
+mod control;
+mod convert;
+mod edge;
+mod ending;
+mod message;
+mod method;
+mod page;
+mod status;
+mod timeout;
+mod user_keys;
+
+pub use edge::Surroundings;
+pub use message::Memory;
+
+/// Longest message, in bytes.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Longest message of a health check, in bytes: it holds the name of a service.
+pub const HEALTH_BYTES_MAX: usize = 1024;
+
+/// Names of the services, for health.
+pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
+/// Name of the control-plane service.
+pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
+
+/// What a listener lets in.
+#[derive(Clone, Copy, Debug)]
+pub struct Services {
+    /// The user-key service.
+    pub user_keys: bool,
+    /// The control-plane service.
+    pub control: bool,
+    /// Server reflection.
+    pub reflection: bool,
+}
+
+/// The routes of a listener.
+pub fn routes<H>(around: Surroundings, services: Services, health: H) -> Result<Router, String>
+where
+    H: tower::Service<
+            http::Request<tonic::body::Body>,
+            Response = http::Response<tonic::body::Body>,
+            Error = std::convert::Infallible,
+        > + tonic::server::NamedService
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    H::Future: Send + 'static,
+{
+    let broker = &around.broker;
+    let mut routes = Routes::new(health);
+    if services.user_keys {
+        let service = user_keys::UserKeys::new(Arc::clone(broker));
+        routes = routes.add_service(
+            UserKeyServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX),
+        );
+    }
+    if services.control {
+        let service = control::Control::new(Arc::clone(broker));
+        routes = routes.add_service(
+            ControlServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX),
+        );
+    }
+    if services.reflection {
+        let builder = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        };
+        let v1 = builder().build_v1().map_err(|error| error.to_string())?;
+        let alpha = builder()
+            .build_v1alpha()
+            .map_err(|error| error.to_string())?;
+        routes = routes
+            .add_service(v1.max_decoding_message_size(MESSAGE_BYTES_MAX))
+            .add_service(alpha.max_decoding_message_size(MESSAGE_BYTES_MAX));
+    }
+    Ok(edge::wrap(routes.prepare().into_axum_router(), around))
+}
+
+/// An authenticated call under way. Only the edge makes one, after it has asked who calls.
+#[derive(Clone, Debug)]
+struct Entered {
+    principal: Arc<Principal>,
+    call: Call,
+}
+
+impl Entered {
+    /// What the edge has found out about the caller.
+    fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        let entered = request.extensions().get::<Self>().cloned();
+        entered.ok_or_else(|| {
+            let error = Error::new(Reason::Bug, "a call that did not come through the edge");
+            status::to_status(&error, CallId::fresh())
+        })
+    }
+
+    /// The parsed request, or its refusal, audited.
+    async fn parsed<T>(
+        &self,
+        broker: &Broker,
+        action: Action,
+        parsed: Result<T, Error>,
+    ) -> Result<T, Status> {
+        match parsed {
+            Ok(parsed) => Ok(parsed),
+            Err(error) => {
+                let error = broker
+                    .unserved(&self.principal, &self.call, action, error)
+                    .await;
+                Err(self.status(&error))
+            }
+        }
+    }
+
+    fn status(&self, error: &Error) -> Status {
+        status::to_status(error, self.call.id)
+    }
+}

@@ -1,0 +1,110 @@
+//! Vocabulary and messages, into each other.
+
+use prost_types::Timestamp as WireTimestamp;
+
+use keybroker_broker::{RecordInfo, RecordState, RecordView, UserKeyRef};
+use keybroker_core::{
+    call::Timestamp,
+    error::Error,
+    key::{KeyName, Purpose, Revision, UserId, WrappingKeyState},
+};
+use keybroker_proto as proto;
+
+const MICROS_PER_SECOND: i64 = 1_000_000;
+const NANOS_PER_MICRO: i64 = 1_000;
+
+pub(super) fn key_ref(user: &str, key_name: &str) -> Result<UserKeyRef, Error> {
+    Ok(UserKeyRef {
+        user: UserId::parse(user)?,
+        name: KeyName::parse(key_name)?,
+    })
+}
+
+pub(super) fn revision(number: u64, field: &'static str) -> Result<Revision, Error> {
+    Revision::new(number).ok_or_else(|| Error::violation(field, "from 1 to 2^63 - 1"))
+}
+
+pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
+    let micros = at.micros();
+    WireTimestamp {
+        seconds: micros.div_euclid(MICROS_PER_SECOND),
+        nanos: i32::try_from(micros.rem_euclid(MICROS_PER_SECOND) * NANOS_PER_MICRO).unwrap_or(0),
+    }
+}
+
+/// A moment before the year 10000, when it is one.
+pub(super) fn moment(at: &WireTimestamp) -> Option<Timestamp> {
+    const SECONDS_END: i64 = 253_402_300_800;
+    const NANOS_PER_SECOND: i32 = 1_000_000_000;
+    if !(0..SECONDS_END).contains(&at.seconds) || !(0..NANOS_PER_SECOND).contains(&at.nanos) {
+        return None;
+    }
+    let micros = at.seconds * MICROS_PER_SECOND + i64::from(at.nanos) / NANOS_PER_MICRO;
+    Some(Timestamp::from_micros(micros))
+}
+
+pub(super) fn user_key(info: &RecordInfo) -> proto::UserKey {
+    let state = match info.state {
+        RecordState::Active => proto::UserKeyState::Active,
+        RecordState::Deleted => proto::UserKeyState::Deleted,
+    };
+    proto::UserKey {
+        user: info.address.user.as_str().to_owned(),
+        key_name: info.address.name.as_str().to_owned(),
+        record_id: info.id.as_bytes().to_vec(),
+        state: state.into(),
+        revision: info.revision.get(),
+        wrapping_key_id: info.wrapping_key.as_bytes().to_vec(),
+        create_time: Some(timestamp(info.created)),
+        update_time: Some(timestamp(info.updated)),
+        delete_time: info.deleted.map(timestamp),
+        last_use_time: None,
+    }
+}
+
+pub(super) fn user_key_view(view: &RecordView) -> proto::UserKey {
+    proto::UserKey {
+        last_use_time: view.used.map(timestamp),
+        ..user_key(&view.info)
+    }
+}
+
+pub(super) const fn purpose(purpose: Purpose) -> proto::WrappingKeyPurpose {
+    match purpose {
+        Purpose::Plain => proto::WrappingKeyPurpose::Plain,
+        Purpose::Sealed => proto::WrappingKeyPurpose::Sealed,
+    }
+}
+
+pub(super) const fn key_state(state: WrappingKeyState) -> proto::WrappingKeyState {
+    match state {
+        WrappingKeyState::Active => proto::WrappingKeyState::Active,
+        WrappingKeyState::Suspended => proto::WrappingKeyState::Suspended,
+        WrappingKeyState::Deactivated => proto::WrappingKeyState::Deactivated,
+        WrappingKeyState::Compromised => proto::WrappingKeyState::Compromised,
+        WrappingKeyState::Destroyed => proto::WrappingKeyState::Destroyed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_come_back_as_they_went_and_others_are_none() {
+        for micros in [0, 1, 1_700_000_000_000_001, 253_402_300_799_999_999] {
+            let at = Timestamp::from_micros(micros);
+            assert_eq!(moment(&timestamp(at)), Some(at));
+        }
+        for (seconds, nanos) in [
+            (-1, 0),
+            (253_402_300_800, 0),
+            (i64::MAX, 0),
+            (i64::MIN, 0),
+            (1, -1),
+            (1, 1_000_000_000),
+        ] {
+            assert_eq!(moment(&WireTimestamp { seconds, nanos }), None);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What happens around every call: its id, who calls, its deadline, its panics, and the statuses that tonic makes by
+//! itself.
+//!
+//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit entry.
+//! It keeps its place among the calls of its connection until then, so that hanging up buys nobody more work than
+//! waiting does.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::Response,
+    middleware::{self, Next},
+};
+use http_body_util::BodyExt as _;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Code, Status};
+
+use keybroker_broker::Broker;
+use keybroker_core::{
+    call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
+    error::{Error, Reason},
+};
+
+use super::{Entered, Memory, ending, method, status, timeout};
+
+/// Longest time for a call without a principal.
+const UNAUTHENTICATED_TIMEOUT_MAX: Duration = Duration::from_secs(10);
+
+const STATUS_HEADER: &str = "grpc-status";
+const MESSAGE_HEADER: &str = "grpc-message";
+const DETAILS_HEADER: &str = "grpc-status-details-bin";
+
+/// What calls need besides their messages.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// Where every call ends.
+    pub broker: Arc<Broker>,
+    /// Deadline of a call that brings none, and the longest one accepted.
+    pub call_timeout_max: Duration,
+    /// Calls under way, also those whose callers have gone.
+    pub calls: TaskTracker,
+    /// Ends the streams that would never end by themselves.
+    pub stop: CancellationToken,
+    /// Bounds the messages under way.
+    pub memory: Memory,
+}
+
+pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
+    let edge = middleware::from_fn(move |request, next| {
+        let around = around.clone();
+        async move { around.run(request, next).await }
+    });
+    // Around one fallback: axum adds a header to the answers of known routes alone, which would tell a stranger what
+    // there is.
+    Router::new().fallback_service(routes).layer(edge)
+}
+
+impl Surroundings {
+    async fn run(self, mut request: Request, next: Next) -> Response<Body> {
+        let id = CallId::fresh();
+        let Some(caller) = request.extensions_mut().remove::<Caller>() else {
+            return answer(&Error::new(Reason::Bug, "a call without a connection"), id);
+        };
+        // Health is for load balancers, which have no principal. Everything else is for callers we know, and nobody
+        // else learns even which methods there are.
+        let principal = match caller.principal() {
+            Ok(principal) => Some(Arc::clone(principal)),
+            Err(_) if method::is_health(request.uri().path()) => None,
+            Err(error) => return self.refuse(&caller, error, id),
+        };
+        let wanted = timeout::take(request.headers_mut());
+        let timeout = wanted.as_ref().ok().copied().flatten();
+        let mut timeout = timeout.unwrap_or(self.call_timeout_max);
+        if principal.is_none() {
+            timeout = timeout.min(UNAUTHENTICATED_TIMEOUT_MAX);
+        }
+        let call = Call {
+            id,
+            peer: caller.peer().to_string(),
+            deadline: Deadline::after(timeout.min(self.call_timeout_max)),
+        };
+        let deadline = call.deadline.instant();
+        let call_end = call.deadline;
+        let entered = principal.map(|principal| Entered { principal, call });
+        if let Err(error) = wanted {
+            let error = self.unserved(entered.as_ref(), request.uri().path(), error);
+            return answer(&error.await, id);
+        }
+        let path = request.uri().path();
+        let places = if method::is_watch(path) {
+            caller.health_watches()
+        } else if method::is_health(path) {
+            caller.health_checks()
+        } else {
+            caller.calls()
+        };
+        let place = Arc::clone(places).acquire_owned();
+        let place = tokio::time::timeout_at(deadline.into(), place).await;
+        // What is due already is not begun, also where the place was free at once.
+        let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
+            let error = Error::new(Reason::Deadline, "no time left for a call that just begins");
+            let error = self.unserved(entered.as_ref(), request.uri().path(), error);
+            return answer(&error.await, id);
+        };
+        let serving = self.clone().serve(request, next, entered, call_end, id);
+        let handle = self.calls.spawn(async move {
+            let response = serving.await;
+            // Until the answer is on its way, or a connection that ends could take it for silence.
+            response.map(|body| held(body, place))
+        });
+        match tokio::time::timeout_at(deadline.into(), handle).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(_)) => {
+                tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
+                answer(&Error::new(Reason::Bug, "a handler panicked"), id)
+            }
+            Err(_) => answer(&Error::new(Reason::Deadline, "deadline passed"), id),
+        }
+    }
+
+    fn refuse(&self, caller: &Caller, error: &Error, id: CallId) -> Response<Body> {
+        let peer = caller.peer();
+        self.broker
+            .refuse_unauthenticated(peer, peer.ip(), error, id);
+        answer(error, id)
+    }
+
+    async fn serve(
+        self,
+        request: Request,
+        next: Next,
+        entered: Option<Entered>,
+        deadline: Deadline,
+        id: CallId,
+    ) -> Response<Body> {
+        let _under_way = UnderWay::new();
+        let path = request.uri().path().to_owned();
+        let received = self.memory.receive(request, deadline.instant()).await;
+        // The share of memory is held until there is an answer.
+        let (mut request, _share) = match received {
+            Ok(received) => received,
+            Err(error) => {
+                return answer(&self.unserved(entered.as_ref(), &path, error).await, id);
+            }
+        };
+        if let Some(entered) = &entered {
+            request.extensions_mut().insert(entered.clone());
+        }
+        let response = next.run(request).await;
+        if method::is_stream(&path) && !response.headers().contains_key(STATUS_HEADER) {
+            return response.map(|body| ending::until(body, self.stop));
+        }
+        match Own::of(&response) {
+            Own::No => response,
+            Own::NoMethod => {
+                let text = format!("there is no such method here (call {id})");
+                Status::unimplemented(text).into_http()
+            }
+            Own::Malformed(what) => {
+                let error = Error::violation("message", what);
+                answer(&self.unserved(entered.as_ref(), &path, error).await, id)
+            }
+        }
+    }
+
+    /// The refusal of a call that reached no handler, audited when a principal made it.
+    async fn unserved(&self, entered: Option<&Entered>, path: &str, error: Error) -> Error {
+        let (Some(entered), Some(action)) = (entered, method::action(path)) else {
+            return error;
+        };
+        let Entered { principal, call } = entered;
+        self.broker.unserved(principal, call, action, error).await
+    }
+}
+
+/// A body that keeps something until it was sent or given up.
+fn held(body: Body, what: impl Send + 'static) -> Body {
+    Body::new(body.map_frame(move |frame| {
+        let _ = &what;
+        frame
+    }))
+}
+
+fn answer(error: &Error, id: CallId) -> Response<Body> {
+    status::to_status(error, id).into_http()
+}
+
+/// A status that tonic made before any handler ran. Ours carry details; its own do not.
+enum Own {
+    No,
+    NoMethod,
+    Malformed(&'static str),
+}
+
+impl Own {
+    fn of(response: &Response<Body>) -> Self {
+        let headers = response.headers();
+        let Some(code) = headers.get(STATUS_HEADER) else {
+            return Self::No;
+        };
+        if headers.contains_key(DETAILS_HEADER) {
+            return Self::No;
+        }
+        match Code::from_bytes(code.as_bytes()) {
+            Code::OutOfRange | Code::ResourceExhausted => Self::Malformed("at most 64 KiB"),
+            Code::Internal | Code::InvalidArgument | Code::Unknown => {
+                Self::Malformed("a protobuf message of this method")
+            }
+            // With a text it is about a compression that we do not speak, and names those that we do.
+            Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
+            _ => Self::No,
+        }
+    }
+}

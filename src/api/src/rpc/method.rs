@@ -1,0 +1,81 @@
+//! Methods by their paths.
+
+use keybroker_core::principal::Action;
+
+use super::{CONTROL_SERVICE, USER_KEY_SERVICE};
+
+/// Health checks: open to callers without a principal.
+pub(super) fn is_health(path: &str) -> bool {
+    path.starts_with("/grpc.health.v1.Health/")
+}
+
+/// A health check whose answers go on until the connection ends.
+pub(super) fn is_watch(path: &str) -> bool {
+    path == "/grpc.health.v1.Health/Watch"
+}
+
+/// Whether a client may send more than one message.
+pub(super) fn takes_stream(path: &str) -> bool {
+    path.starts_with("/grpc.reflection.")
+}
+
+/// Methods whose answers may go on for ever. None of ours do.
+pub(super) fn is_stream(path: &str) -> bool {
+    is_watch(path) || takes_stream(path)
+}
+
+/// What a method asks of the broker; absent for a method that there is not.
+pub(super) fn action(path: &str) -> Option<Action> {
+    let (service, method) = path.strip_prefix('/')?.split_once('/')?;
+    let action = match (service, method) {
+        (USER_KEY_SERVICE, "CreateUserKey") => Action::Create,
+        (USER_KEY_SERVICE, "UnwrapUserKey" | "BatchUnwrapUserKeys") => Action::Unwrap,
+        (USER_KEY_SERVICE, "ReplaceUserKey") => Action::Replace,
+        (USER_KEY_SERVICE, "GetUserKey") => Action::Get,
+        (USER_KEY_SERVICE, "ListUserKeys") => Action::List,
+        (USER_KEY_SERVICE, "DeleteUserKey") => Action::Delete,
+        (USER_KEY_SERVICE, "UndeleteUserKey") => Action::Undelete,
+        (USER_KEY_SERVICE, "RestoreUserKeyRevision") => Action::Restore,
+        (CONTROL_SERVICE, "ListWrappingKeys" | "GetWrappingKey") => Action::ReadWrappingKeys,
+        (CONTROL_SERVICE, "GetTokenState") => Action::ReadToken,
+        (CONTROL_SERVICE, "TailAuditLog") => Action::ReadAudit,
+        (CONTROL_SERVICE, "CreateClientCredential" | "AddClientSecret") => Action::CreateClient,
+        (CONTROL_SERVICE, "ListClientCredentials") => Action::ListClients,
+        (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
+        _ => return None,
+    };
+    Some(action)
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_reflect::DescriptorPool;
+
+    use super::*;
+
+    #[test]
+    fn every_method_has_an_action() {
+        let pool = DescriptorPool::decode(keybroker_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let mut methods = 0;
+        for service in pool.services() {
+            for method in service.methods() {
+                let path = format!("/{}/{}", service.full_name(), method.name());
+                assert!(action(&path).is_some(), "{path}");
+                assert!(
+                    !method.is_server_streaming(),
+                    "{path} needs an end: is_stream"
+                );
+                methods += 1;
+            }
+        }
+        assert_eq!(methods, 17);
+        for other in [
+            "",
+            "/",
+            "/x/CreateUserKey",
+            "/keybroker.v1.UserKeyService/Other",
+        ] {
+            assert!(action(other).is_none(), "{other}");
+        }
+    }
+}

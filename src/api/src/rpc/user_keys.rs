@@ -1,0 +1,286 @@
+//! `keybroker.v1.UserKeyService`.
+
+use std::sync::Arc;
+
+use futures_util::future;
+use tonic::{Request, Response, Status, async_trait};
+
+use keybroker_broker::{Broker, ListRequest, Released};
+use keybroker_core::{
+    call::RequestId, error::Error, key::UserId, principal::Action, secret::KeyMaterial,
+};
+use keybroker_proto as proto;
+use keybroker_proto::{batch_unwrap_result, user_key_service_server::UserKeyService};
+
+use super::{Entered, MESSAGE_BYTES_MAX, convert, page, status};
+
+/// Items of a batch at most.
+const BATCH_MAX: usize = 64;
+const PAGE_SIZE_DEFAULT: u32 = 100;
+
+#[derive(Debug)]
+pub(super) struct UserKeys {
+    broker: Arc<Broker>,
+}
+
+impl UserKeys {
+    pub(super) fn new(broker: Arc<Broker>) -> Self {
+        Self { broker }
+    }
+
+    /// Who asks, and what: the parsed message or its refusal.
+    async fn enter<T, P>(
+        &self,
+        request: Request<T>,
+        action: Action,
+        parse: impl FnOnce(T) -> Result<P, Error>,
+    ) -> Result<(Entered, P), Status> {
+        let entered = Entered::of(&request)?;
+        let parsed = parse(request.into_inner());
+        let parsed = entered.parsed(&self.broker, action, parsed).await?;
+        Ok((entered, parsed))
+    }
+
+    async fn unwrap_one(
+        &self,
+        entered: &Entered,
+        item: &proto::UnwrapUserKeyRequest,
+    ) -> Result<proto::UnwrapUserKeyResponse, Error> {
+        let (principal, call) = (&entered.principal, &entered.call);
+        let key = match convert::key_ref(&item.user, &item.key_name) {
+            Ok(key) => key,
+            Err(error) => {
+                let action = Action::Unwrap;
+                return Err(self.broker.unserved(principal, call, action, error).await);
+            }
+        };
+        let released = self.broker.unwrap(principal, call, &key).await?;
+        Ok(released_message(&released))
+    }
+}
+
+/// The copy that leaves. From here on the bytes are in buffers of the transport, which cannot be overwritten.
+fn released_message(released: &Released) -> proto::UnwrapUserKeyResponse {
+    proto::UnwrapUserKeyResponse {
+        key_material: released.material().expose().to_vec(),
+        revision: released.revision().get(),
+    }
+}
+
+fn check_batch(
+    request: proto::BatchUnwrapUserKeysRequest,
+) -> Result<Vec<proto::UnwrapUserKeyRequest>, Error> {
+    if (1..=BATCH_MAX).contains(&request.items.len()) {
+        Ok(request.items)
+    } else {
+        Err(Error::violation("items", "1 to 64 items"))
+    }
+}
+
+fn parse_list(request: &proto::ListUserKeysRequest) -> Result<ListRequest, Error> {
+    let user = (!request.user.is_empty()).then(|| UserId::parse(&request.user));
+    Ok(ListRequest {
+        user: user.transpose()?,
+        deleted: request.show_deleted,
+        after: page::decode(&request.page_token)?,
+        limit: match request.page_size {
+            0 => PAGE_SIZE_DEFAULT,
+            size => size,
+        },
+    })
+}
+
+#[async_trait]
+impl UserKeyService for UserKeys {
+    async fn create_user_key(
+        &self,
+        request: Request<proto::CreateUserKeyRequest>,
+    ) -> Result<Response<proto::CreateUserKeyResponse>, Status> {
+        let parse = |r: proto::CreateUserKeyRequest| {
+            let material = KeyMaterial::new(r.key_material);
+            let key = convert::key_ref(&r.user, &r.key_name)?;
+            Ok((key, material?, RequestId::parse(&r.request_id)?))
+        };
+        let (entered, (key, material, id)) = self.enter(request, Action::Create, parse).await?;
+        let created = self
+            .broker
+            .create(&entered.principal, &entered.call, &key, material, id)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::CreateUserKeyResponse {
+            user_key: Some(convert::user_key(&created)),
+        }))
+    }
+
+    async fn unwrap_user_key(
+        &self,
+        request: Request<proto::UnwrapUserKeyRequest>,
+    ) -> Result<Response<proto::UnwrapUserKeyResponse>, Status> {
+        let entered = Entered::of(&request)?;
+        let item = request.into_inner();
+        let released = self.unwrap_one(&entered, &item).await;
+        released
+            .map(Response::new)
+            .map_err(|error| entered.status(&error))
+    }
+
+    async fn batch_unwrap_user_keys(
+        &self,
+        request: Request<proto::BatchUnwrapUserKeysRequest>,
+    ) -> Result<Response<proto::BatchUnwrapUserKeysResponse>, Status> {
+        let (entered, items) = self.enter(request, Action::Unwrap, check_batch).await?;
+        let keys = items
+            .iter()
+            .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
+        let keys: Vec<_> = keys.collect();
+        // Who may unwrap none of them is told once, and costs one audit entry.
+        self.broker
+            .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        let one = async |item: &proto::UnwrapUserKeyRequest| {
+            let result = match self.unwrap_one(&entered, item).await {
+                Ok(released) => batch_unwrap_result::Result::Released(released),
+                Err(error) => batch_unwrap_result::Result::Error(proto::BatchItemError {
+                    code: status::code(error.reason()).into(),
+                    reason: error.reason().as_str().to_owned(),
+                    message: error.reason().text().to_owned(),
+                }),
+            };
+            proto::BatchUnwrapResult {
+                result: Some(result),
+            }
+        };
+        let results = future::join_all(items.iter().map(one)).await;
+        Ok(Response::new(proto::BatchUnwrapUserKeysResponse {
+            results,
+        }))
+    }
+
+    async fn replace_user_key(
+        &self,
+        request: Request<proto::ReplaceUserKeyRequest>,
+    ) -> Result<Response<proto::ReplaceUserKeyResponse>, Status> {
+        let parse = |r: proto::ReplaceUserKeyRequest| {
+            let material = KeyMaterial::new(r.key_material);
+            let key = convert::key_ref(&r.user, &r.key_name)?;
+            let expected = convert::revision(r.expected_revision, "expected_revision")?;
+            Ok((key, material?, expected, RequestId::parse(&r.request_id)?))
+        };
+        let (entered, (key, material, expected, id)) =
+            self.enter(request, Action::Replace, parse).await?;
+        let replaced = self
+            .broker
+            .replace(
+                &entered.principal,
+                &entered.call,
+                &key,
+                material,
+                expected,
+                id,
+            )
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::ReplaceUserKeyResponse {
+            user_key: Some(convert::user_key(&replaced)),
+        }))
+    }
+
+    async fn get_user_key(
+        &self,
+        request: Request<proto::GetUserKeyRequest>,
+    ) -> Result<Response<proto::GetUserKeyResponse>, Status> {
+        let parse = |r: proto::GetUserKeyRequest| convert::key_ref(&r.user, &r.key_name);
+        let (entered, key) = self.enter(request, Action::Get, parse).await?;
+        let found = self
+            .broker
+            .get(&entered.principal, &entered.call, &key)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::GetUserKeyResponse {
+            user_key: Some(convert::user_key_view(&found)),
+        }))
+    }
+
+    async fn list_user_keys(
+        &self,
+        request: Request<proto::ListUserKeysRequest>,
+    ) -> Result<Response<proto::ListUserKeysResponse>, Status> {
+        let parse = |r: proto::ListUserKeysRequest| parse_list(&r);
+        let (entered, list) = self.enter(request, Action::List, parse).await?;
+        let page = self
+            .broker
+            .list(&entered.principal, &entered.call, list)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(page::message(page, MESSAGE_BYTES_MAX)))
+    }
+
+    async fn delete_user_key(
+        &self,
+        request: Request<proto::DeleteUserKeyRequest>,
+    ) -> Result<Response<proto::DeleteUserKeyResponse>, Status> {
+        let parse = |r: proto::DeleteUserKeyRequest| {
+            let key = convert::key_ref(&r.user, &r.key_name)?;
+            let expected = convert::revision(r.expected_revision, "expected_revision")?;
+            Ok((key, expected, RequestId::parse(&r.request_id)?))
+        };
+        let (entered, (key, expected, id)) = self.enter(request, Action::Delete, parse).await?;
+        let deleted = self
+            .broker
+            .delete(&entered.principal, &entered.call, &key, expected, id)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::DeleteUserKeyResponse {
+            user_key: Some(convert::user_key(&deleted)),
+        }))
+    }
+
+    async fn undelete_user_key(
+        &self,
+        request: Request<proto::UndeleteUserKeyRequest>,
+    ) -> Result<Response<proto::UndeleteUserKeyResponse>, Status> {
+        let parse = |r: proto::UndeleteUserKeyRequest| {
+            let key = convert::key_ref(&r.user, &r.key_name)?;
+            Ok((key, RequestId::parse(&r.request_id)?))
+        };
+        let (entered, (key, id)) = self.enter(request, Action::Undelete, parse).await?;
+        let undeleted = self
+            .broker
+            .undelete(&entered.principal, &entered.call, &key, id)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::UndeleteUserKeyResponse {
+            user_key: Some(convert::user_key(&undeleted)),
+        }))
+    }
+
+    async fn restore_user_key_revision(
+        &self,
+        request: Request<proto::RestoreUserKeyRevisionRequest>,
+    ) -> Result<Response<proto::RestoreUserKeyRevisionResponse>, Status> {
+        let parse = |r: proto::RestoreUserKeyRevisionRequest| {
+            let key = convert::key_ref(&r.user, &r.key_name)?;
+            let revision = convert::revision(r.revision, "revision")?;
+            let expected = convert::revision(r.expected_revision, "expected_revision")?;
+            Ok((key, revision, expected, RequestId::parse(&r.request_id)?))
+        };
+        let (entered, (key, revision, expected, id)) =
+            self.enter(request, Action::Restore, parse).await?;
+        let restored = self
+            .broker
+            .restore(
+                &entered.principal,
+                &entered.call,
+                &key,
+                revision,
+                expected,
+                id,
+            )
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::RestoreUserKeyRevisionResponse {
+            user_key: Some(convert::user_key(&restored)),
+        }))
+    }
+}

@@ -1,0 +1,242 @@
+//! One entry as one line: RFC 8785 canonical JSON. Names are ASCII and in order, numbers are integers, escapes are those of
+//! `serde_json`, which are the canonical ones.
+
+use std::io::Write as _;
+
+use serde_json::Value;
+
+use keybroker_core::{
+    call::{CallId, RequestId, Timestamp},
+    error::Reason,
+    key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+};
+
+use super::{Entry, EntryKind, OpenIntent, Outcome};
+
+/// What the log adds to an entry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'a> {
+    pub(super) log_id: &'a str,
+    pub(super) sequence: u64,
+    pub(super) at: Timestamp,
+}
+
+/// Appends the line, LF-ended. Fields are written in the order of their names, which is the canonical one.
+pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
+    let mut object = Object::begin(line);
+    object.text("action", Some(&entry.action));
+    object.number("bytes", entry.bytes);
+    object.shown("call_id", entry.call_id.as_ref());
+    object.shown("client", entry.client.as_ref());
+    object.number("count", entry.count);
+    object.text("grant", entry.grant.as_deref());
+    object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
+    object.text("kind", Some(kind_name(entry.kind)));
+    object.text("log_id", Some(place.log_id));
+    object.text("outcome", Some(outcome_name(entry.outcome)));
+    object.text("peer", entry.peer.as_deref());
+    object.text("policy", entry.policy.as_deref());
+    object.text("principal", entry.principal.as_deref());
+    object.text("reason", entry.reason.map(Reason::as_str));
+    object.shown("record_id", entry.record_id.as_ref());
+    object.shown("request_id", entry.request_id.as_ref());
+    object.number("revision", entry.revision.map(Revision::get));
+    object.number("sequence", Some(place.sequence));
+    object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));
+    object.number("time_us", u64::try_from(place.at.micros()).ok());
+    object.text("user", entry.user.as_ref().map(UserId::as_str));
+    object.shown("wrapping_key", entry.wrapping_key.as_ref());
+    object.end();
+}
+
+/// A JSON object under construction. Names are ASCII words and need no escape.
+struct Object<'a> {
+    line: &'a mut Vec<u8>,
+    separator: u8,
+}
+
+impl<'a> Object<'a> {
+    fn begin(line: &'a mut Vec<u8>) -> Self {
+        Self {
+            line,
+            separator: b'{',
+        }
+    }
+
+    fn name(&mut self, name: &str) {
+        self.line.push(self.separator);
+        self.separator = b',';
+        self.line.push(b'"');
+        self.line.extend(name.as_bytes());
+        self.line.extend(b"\":");
+    }
+
+    /// A text from outside: the escapes of `serde_json` are those of RFC 8785.
+    fn text(&mut self, name: &str, value: Option<&str>) {
+        if let Some(value) = value {
+            self.name(name);
+            serde_json::to_writer(&mut *self.line, value).expect("a vector takes every byte");
+        }
+    }
+
+    /// An id: hexadecimal digits and hyphens, which need no escape.
+    fn shown(&mut self, name: &str, value: Option<&impl std::fmt::Display>) {
+        if let Some(value) = value {
+            self.name(name);
+            write!(self.line, "\"{value}\"").expect("a vector takes every byte");
+        }
+    }
+
+    fn number(&mut self, name: &str, value: Option<u64>) {
+        if let Some(value) = value {
+            self.name(name);
+            write!(self.line, "{value}").expect("a vector takes every byte");
+        }
+    }
+
+    fn end(self) {
+        self.line.extend(b"}\n");
+    }
+}
+
+/// Integers up to this are the same for every reader of JSON (RFC 8785 section 3.2.2.3).
+const INTEGER_MAX: u64 = (1 << 53) - 1;
+
+/// A line read back: what checks the log and finds open intents.
+#[derive(Clone, Debug)]
+pub(super) struct Parsed {
+    pub(super) log_id: String,
+    pub(super) sequence: u64,
+    pub(super) kind: String,
+    pub(super) action: String,
+    pub(super) call_id: Option<CallId>,
+    pub(super) count: Option<u64>,
+    time_us: i64,
+    fields: Value,
+}
+
+/// Reads a line without its LF. `None` unless it is canonical, byte for byte.
+pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
+    let fields: Value = serde_json::from_slice(line).ok()?;
+    // A duplicate key, a space or another escape would survive parsing, but not writing again.
+    if fields.to_string().as_bytes() != line {
+        return None;
+    }
+    let text = |name: &str| fields.get(name)?.as_str().map(str::to_owned);
+    let number = |name: &str| fields.get(name)?.as_u64().filter(|n| *n <= INTEGER_MAX);
+    Some(Parsed {
+        log_id: text("log_id")?,
+        sequence: number("sequence")?,
+        kind: text("kind")?,
+        action: text("action")?,
+        call_id: text("call_id").and_then(|id| CallId::parse(&id)),
+        count: number("count"),
+        time_us: i64::try_from(number("time_us")?).ok()?,
+        fields,
+    })
+}
+
+impl Parsed {
+    /// The intent that this line is; `None` for a line of another kind.
+    pub(super) fn intent(&self) -> Option<OpenIntent> {
+        if self.kind != kind_name(EntryKind::Intent) {
+            return None;
+        }
+        let text = |name: &str| self.fields.get(name).and_then(Value::as_str);
+        let mut intent = Entry::new(EntryKind::Intent, self.action.clone(), Outcome::Ok);
+        intent.principal = text("principal").map(str::to_owned);
+        intent.tenant = text("tenant").and_then(|text| Tenant::parse(text).ok());
+        intent.user = text("user").and_then(|text| UserId::parse(text).ok());
+        intent.key_name = text("key_name").and_then(|text| KeyName::parse(text).ok());
+        intent.record_id = text("record_id").and_then(RecordId::from_hex);
+        let revision = self.fields.get("revision").and_then(Value::as_u64);
+        intent.revision = revision.and_then(Revision::new);
+        intent.wrapping_key = text("wrapping_key").and_then(WrappingKeyId::from_hex);
+        intent.policy = text("policy").map(|policy| policy.to_owned().into());
+        intent.request_id =
+            text("request_id").and_then(|text| RequestId::parse(text).ok().flatten());
+        intent.client = text("client").and_then(ClientId::from_hex);
+        intent.grant = text("grant").map(str::to_owned);
+        intent.peer = text("peer").map(str::to_owned);
+        intent.call_id = self.call_id;
+        Some(OpenIntent {
+            call: self.call_id?,
+            at: Timestamp::from_micros(self.time_us),
+            intent,
+        })
+    }
+
+    /// Whether this line closes the intent with its call id.
+    pub(super) fn closes_intent(&self) -> bool {
+        [EntryKind::Outcome, EntryKind::Recovered]
+            .map(kind_name)
+            .contains(&self.kind.as_str())
+    }
+}
+
+pub(super) const fn kind_name(kind: EntryKind) -> &'static str {
+    match kind {
+        EntryKind::Decision => "decision",
+        EntryKind::Intent => "intent",
+        EntryKind::Outcome => "outcome",
+        EntryKind::Recovered => "recovered",
+        EntryKind::System => "system",
+    }
+}
+
+const fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Ok => "ok",
+        Outcome::Denied => "denied",
+        Outcome::Failed => "failed",
+        Outcome::Unknown => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn place() -> Place<'static> {
+        Place {
+            log_id: "00112233445566778899aabbccddeeff",
+            sequence: 7,
+            at: Timestamp::from_micros(1_700_000_000_000_000),
+        }
+    }
+
+    #[test]
+    fn a_line_is_written_to_the_letter() {
+        let mut entry = Entry::new(EntryKind::Decision, "user_key.unwrap", Outcome::Failed);
+        entry.reason = Some(Reason::KeyNotFound);
+        entry.user = Some(UserId::parse("Zoë \"x\"").unwrap());
+        entry.revision = Revision::new(3);
+        let mut line = Vec::new();
+        encode(&entry, place(), &mut line);
+        let expected = concat!(
+            r#"{"action":"user_key.unwrap","kind":"decision","#,
+            r#""log_id":"00112233445566778899aabbccddeeff","outcome":"failed","#,
+            r#""reason":"KEY_NOT_FOUND","revision":3,"sequence":7,"#,
+            r#""time_us":1700000000000000,"user":"Zoë \"x\""}"#,
+            "\n"
+        );
+        assert_eq!(String::from_utf8(line).unwrap(), expected);
+    }
+
+    proptest! {
+        /// Whatever a caller calls itself, the entry is one canonical line that reads back.
+        #[test]
+        fn any_text_gives_one_canonical_line(peer in any::<String>(), principal in any::<String>()) {
+            let mut entry = Entry::new(EntryKind::Intent, "user_key.create", Outcome::Ok);
+            entry.peer = Some(peer);
+            entry.principal = Some(principal);
+            let mut line = Vec::new();
+            encode(&entry, place(), &mut line);
+            prop_assert_eq!(line.split(|byte| *byte == b'\n').count(), 2);
+            let parsed = parse(&line[..line.len() - 1]).unwrap();
+            prop_assert_eq!((parsed.sequence, parsed.kind.as_str()), (7, "intent"));
+        }
+    }
+}

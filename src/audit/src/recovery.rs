@@ -1,0 +1,130 @@
+//! What an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
+//!
+//! A crash tears what was being written: at most one group, at the very end. Anything else that does not read is damage, and
+//! a damaged log is not written on: that would hide the damage, since what is set aside leaves the sequence without a gap. A
+//! machine that loses its power may leave a hole inside that last group, which nobody can tell from a change by hand: that is
+//! damage, too, and a person decides.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+};
+
+use keybroker_core::call::{CallId, Timestamp};
+
+use super::{
+    Error, OpenIntent,
+    line::Parsed,
+    segment::{self, Line},
+    writer::GROUP_MAX,
+};
+
+/// What one group may leave behind, with an ample measure for a line.
+const TORN_BYTES_MAX: u64 = 4 * 1024 * GROUP_MAX;
+
+/// The intents of a log that have no outcome. Writes nothing and takes no lock.
+pub fn open_intents(directory: &Path) -> Result<Vec<OpenIntent>, Error> {
+    Ok(Found::read(directory)?.open.into_values().collect())
+}
+
+/// What is in a log.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Number of the newest segment; absent in a new log.
+    pub(super) newest: Option<u64>,
+    /// Bytes of the newest segment up to the end of its last good line.
+    pub(super) good_bytes: u64,
+    /// Bytes that follow: a torn tail.
+    pub(super) torn_bytes: u64,
+    /// Of the last entry.
+    pub(super) last_sequence: u64,
+    pub(super) open: HashMap<CallId, OpenIntent>,
+}
+
+impl Found {
+    /// Reads from the newest segment that began with no intent open: an intent without an outcome cannot be older.
+    pub(super) fn read(directory: &Path) -> Result<Self, Error> {
+        let numbers = segment::segments(directory)?;
+        let mut found = Self {
+            newest: numbers.last().copied(),
+            ..Self::default()
+        };
+        let mut first = numbers.len();
+        while first > 0 {
+            first -= 1;
+            let path = segment::segment_path(directory, numbers[first]);
+            if began_without_open_intents(segment::first_line(&path)?.as_ref()) {
+                break;
+            }
+        }
+        for number in &numbers[first..] {
+            found.read_segment(directory, *number)?;
+        }
+        Ok(found)
+    }
+
+    fn read_segment(&mut self, directory: &Path, number: u64) -> Result<(), Error> {
+        let path = segment::segment_path(directory, number);
+        let (mut good, mut bad, mut good_after_bad) = (0, 0, false);
+        segment::lines(&path, |line: Line| match line.entry {
+            Some(entry) if bad == 0 => {
+                good += line.bytes;
+                self.track(&entry);
+            }
+            entry => {
+                bad += line.bytes;
+                good_after_bad |= entry.is_some();
+            }
+        })?;
+        let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
+        if bad > 0 && !torn {
+            return Err(Error::new(format!(
+                "{} is damaged at byte {good}, and not as a crash of the broker would leave it: somebody changed it, or the \
+                 machine lost its power while the disk wrote in another order; keep the log for the auditors and start \
+                 another one with another `audit.instance`",
+                path.display()
+            )));
+        }
+        (self.good_bytes, self.torn_bytes) = (good, bad);
+        Ok(())
+    }
+
+    fn track(&mut self, line: &Parsed) {
+        self.last_sequence = self.last_sequence.max(line.sequence);
+        if let Some(intent) = line.intent() {
+            self.open.insert(intent.call, intent);
+        } else if line.closes_intent()
+            && let Some(call) = &line.call_id
+        {
+            self.open.remove(call);
+        }
+    }
+
+    /// Copies a torn tail into a file of its own; the writer then cuts the segment back.
+    pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
+        let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
+            return Ok(());
+        };
+        let from = segment::segment_path(directory, number);
+        let mut tail = Vec::new();
+        File::open(&from)
+            .and_then(|mut file| {
+                file.seek(SeekFrom::Start(self.good_bytes))?;
+                file.take(self.torn_bytes).read_to_end(&mut tail)
+            })
+            .map_err(|error| Error::new(format!("cannot read {}: {error}", from.display())))?;
+        let name = format!("torn-{number:08}-{}.bin", Timestamp::now().micros());
+        let path = directory.join(name);
+        tracing::warn!(file = %path.display(), bytes = self.torn_bytes, "a torn tail of the audit log was set aside");
+        segment::write_new(&path, &tail)?;
+        segment::sync_directory(directory)
+    }
+}
+
+fn began_without_open_intents(first: Option<&Parsed>) -> bool {
+    first.is_some_and(|line| line.action == "segment.opened" && line.count == Some(0))
+}

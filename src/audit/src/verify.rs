@@ -1,0 +1,139 @@
+//! Checks a log offline: every line canonical, one log id, a sequence without gaps.
+//!
+//! The log of an instance is also held against the last entry that the instance remembers as durable, so lines cut off its
+//! end are found up to the last second before the broker stopped.
+//!
+//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by somebody who can
+//! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use keybroker_core::call::CallId;
+
+use super::{
+    Error,
+    line::Parsed,
+    memory::Mark,
+    segment::{self, Line},
+};
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Segments read.
+    pub segments: u64,
+    /// Good entries.
+    pub entries: u64,
+    /// Sequence number of the last entry.
+    pub last_sequence: u64,
+    /// Intents without an outcome: changes under way, or cut short and not resolved yet.
+    pub open_intents: u64,
+    /// How often a tail was set aside that a crash had torn.
+    pub torn_tails: u64,
+    /// What is wrong; empty for a good log.
+    pub problems: Vec<String>,
+}
+
+/// Problems listed at most: a log that is damaged everywhere needs no longer list.
+const PROBLEMS_MAX: usize = 100;
+
+/// Reads all segments of a log.
+pub fn verify(directory: &Path) -> Result<Report, Error> {
+    verify_to(directory, None)
+}
+
+/// The same, up to an entry that must be there.
+pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
+    let log_id = std::fs::read_to_string(directory.join("log-id")).map_err(|error| {
+        Error::new(format!(
+            "cannot read log-id in {}: {error}",
+            directory.display()
+        ))
+    })?;
+    let mut check = Check {
+        log_id: log_id.trim(),
+        path: PathBuf::new(),
+        open: HashSet::new(),
+        report: Report::default(),
+    };
+    for number in segment::segments(directory)? {
+        let path = segment::segment_path(directory, number);
+        check.path.clone_from(&path);
+        check.report.segments += 1;
+        let mut readable = true;
+        segment::lines(&path, |line: Line| match &line.entry {
+            Some(entry) => {
+                readable = true;
+                check.entry(entry);
+            }
+            // One problem for all that follows, until there is a line again.
+            None if readable => {
+                readable = false;
+                let what = format!("byte {} begins what is not a canonical entry", line.at);
+                check.problem(&what);
+            }
+            None => {}
+        })?;
+    }
+    if let Some(mark) = mark {
+        check.end(&mark);
+    }
+    check.report.open_intents = u64::try_from(check.open.len()).expect("a count fits in 64 bits");
+    Ok(check.report)
+}
+
+struct Check<'a> {
+    log_id: &'a str,
+    path: PathBuf,
+    open: HashSet<CallId>,
+    report: Report,
+}
+
+impl Check<'_> {
+    fn entry(&mut self, line: &Parsed) {
+        let Parsed { sequence, .. } = line;
+        if line.log_id != self.log_id {
+            self.problem(&format!("entry {sequence} is of another log"));
+        }
+        // No canonical line has a number that cannot be followed by another.
+        let expected = self.report.last_sequence + 1;
+        if *sequence != expected {
+            self.problem(&format!("sequence {sequence} where {expected} is due"));
+        }
+        self.report.entries += 1;
+        self.report.last_sequence = *sequence;
+        if line.action == "log.torn_tail_set_aside" {
+            self.report.torn_tails += 1;
+        }
+        if let Some(intent) = line.intent() {
+            self.open.insert(intent.call);
+        } else if line.closes_intent()
+            && let Some(call) = &line.call_id
+        {
+            self.open.remove(call);
+        }
+    }
+
+    fn end(&mut self, mark: &Mark) {
+        if mark.log_id != self.log_id {
+            let what = format!("the log of this instance was {}", mark.log_id);
+            self.problem(&what);
+        } else if self.report.last_sequence < mark.sequence {
+            let what = format!(
+                "the log ends with entry {}, and entry {} was durable",
+                self.report.last_sequence, mark.sequence
+            );
+            self.problem(&what);
+        }
+    }
+
+    fn problem(&mut self, what: &str) {
+        if self.report.problems.len() < PROBLEMS_MAX {
+            let problem = format!("{}: {what}", self.path.display());
+            self.report.problems.push(problem);
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! The one thread that writes a log. It takes what is queued, writes it in one go, syncs once, and only then answers: the
+//! sync under way is the natural group, so there is no delay to tune.
+//!
+//! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages for good (Linux reports the
+//! loss once and then calls the file clean), so the segment is cut back to what was durable and a new one is begun.
+//!
+//! Files that another process removed, replaced, truncated or added are no failure of the disk: the log is latched, and nothing
+//! is written until an operator acknowledges what was found.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use tokio::sync::oneshot;
+
+use keybroker_core::call::{CallId, Timestamp};
+
+use super::{
+    Entry, EntryKind, Error, OpenIntent, Outcome,
+    integrity::{Files, Written},
+    line::{self, Place},
+    memory::{Mark, Memory},
+    recovery::Found,
+    segment,
+    state::Shared,
+};
+
+/// Entries in one group at most.
+pub(super) const GROUP_MAX: u64 = 1_024;
+/// How often the files are compared and, while the log is down, it is tried without being asked. Twice this is less than the
+/// second within which tampering is noticed.
+const PROBE_INTERVAL: Duration = Duration::from_millis(400);
+
+/// An entry, and whoever waits for it to be durable.
+pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
+
+pub(super) enum Command {
+    Append(Waiting),
+    Close,
+}
+
+pub(super) struct Writer {
+    directory: PathBuf,
+    log_id: String,
+    pub(super) segment_bytes_max: u64,
+    shared: Arc<Shared>,
+    /// Held for its lock; absent while it is taken anew.
+    lock: Option<File>,
+    /// Every file of the log, as this process left it.
+    files: Files,
+    /// What outlives the directory; absent for the log of one command.
+    memory: Option<Memory>,
+    /// The mark that was remembered last.
+    marked: u64,
+    /// When the files were compared last.
+    compared: Instant,
+    /// What was found. Nothing is written while it is there.
+    latched: Option<Error>,
+    /// Absent after a failure.
+    current: Option<Current>,
+    /// The newest segment, whether open or not; absent in a new log.
+    newest: Option<Newest>,
+    /// Sequence of the next entry.
+    sequence: u64,
+    /// Intents without an outcome.
+    pub(super) open: HashMap<CallId, OpenIntent>,
+}
+
+struct Current {
+    file: File,
+    path: PathBuf,
+}
+
+struct Newest {
+    number: u64,
+    durable_bytes: u64,
+}
+
+impl Writer {
+    /// Goes on where an earlier run ended.
+    pub(super) fn new(
+        directory: &Path,
+        log_id: String,
+        lock: File,
+        found: &Found,
+        shared: Arc<Shared>,
+        memory: Option<Memory>,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            directory: directory.to_owned(),
+            log_id,
+            segment_bytes_max: u64::MAX,
+            shared,
+            lock: Some(lock),
+            files: Files::read(directory)?,
+            memory,
+            marked: 0,
+            compared: Instant::now(),
+            latched: None,
+            current: None,
+            newest: newest(found),
+            sequence: found.last_sequence + 1,
+            open: HashMap::new(),
+        })
+    }
+
+    /// Runs until closed or until every handle is gone.
+    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        self.shared.idle();
+        loop {
+            let first = match commands.recv_timeout(PROBE_INTERVAL) {
+                Ok(command) => command,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.probe();
+                    self.shared.idle();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let mut group = Vec::new();
+            let mut closing = false;
+            let more = commands.try_iter();
+            // In this order: the other would take one command more than it handles.
+            for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
+                match command {
+                    Command::Append(waiting) => group.push(waiting),
+                    Command::Close => closing = true,
+                }
+            }
+            self.commit(group);
+            // A busy log has no pause in which the probe runs.
+            if self.compared.elapsed() >= PROBE_INTERVAL {
+                self.probe();
+            }
+            self.shared.idle();
+            if closing {
+                let closed = Entry::new(EntryKind::System, "log.closed", Outcome::Ok);
+                if let Err(error) = self.write(&[&closed]) {
+                    tracing::error!(%error, "the audit log could not be closed in order");
+                }
+                self.remember();
+                return;
+            }
+        }
+    }
+
+    fn commit(&mut self, mut group: Vec<Waiting>) {
+        // Whoever gave up waiting has refused their call: nothing is to be recorded as done for them.
+        group.retain(|(_, done)| !done.is_closed());
+        let group = self.without_moot(group);
+        if group.is_empty() {
+            return;
+        }
+        let first = self.sequence;
+        let entries: Vec<&Entry> = group.iter().map(|(entry, _)| entry.as_ref()).collect();
+        let result = self.ensure_open().and_then(|()| self.write(&entries));
+        if result.is_ok() {
+            for entry in entries {
+                self.track(entry);
+            }
+        }
+        metrics::histogram!("keybroker_audit_group_entries")
+            .record(f64::from(u32::try_from(group.len()).unwrap_or(u32::MAX)));
+        for (position, (_, done)) in (first..).zip(group) {
+            // A receiver that is gone since then has refused its call; the entry says more than happened, never less.
+            let _gone = done.send(result.clone().map(|()| position));
+        }
+        self.rotate_if_full();
+    }
+
+    /// An intent that its caller gave up may have been left out: then there is nothing to close.
+    fn without_moot(&self, group: Vec<Waiting>) -> Vec<Waiting> {
+        let mut needed = Vec::with_capacity(group.len());
+        for (entry, done) in group {
+            let open = entry
+                .call_id
+                .is_some_and(|call| self.open.contains_key(&call));
+            if entry.kind == EntryKind::Recovered && !open {
+                let _gone = done.send(Ok(self.sequence - 1));
+            } else {
+                needed.push((entry, done));
+            }
+        }
+        needed
+    }
+
+    /// Writes and syncs, or leaves the log without a current segment.
+    pub(super) fn write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
+        let result = self.try_write(entries);
+        if let Err(error) = &result {
+            self.note_failure(error);
+        }
+        result
+    }
+
+    /// Nothing is assumed of the open segment any more, and a log whose files were tampered with is latched.
+    fn note_failure(&mut self, error: &Error) {
+        self.current = None;
+        if !error.is_tampering() {
+            self.shared.set_down(Some(error.clone()));
+            return;
+        }
+        if self.latched.is_some() {
+            return;
+        }
+        // What was durable until now must be missed by a later check.
+        self.remember();
+        let latched = error.clone().latched();
+        tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
+        metrics::counter!("keybroker_audit_tampering_total").increment(1);
+        self.shared.set_down(Some(latched.clone()));
+        self.latched = Some(latched);
+        // Also after a restart. The state directory may be gone with the log: then this process alone remembers.
+        if let Some(memory) = &self.memory
+            && let Err(unwritten) = memory.set_tampering(error.finding())
+        {
+            tracing::error!(error = %unwritten, "tampering is remembered until this process ends, and no longer");
+        }
+    }
+
+    fn try_write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
+        let (Some(current), Some(newest)) = (&mut self.current, &mut self.newest) else {
+            return Err(Error::new("no segment is open".to_owned()));
+        };
+        let mut bytes = Vec::with_capacity(entries.len() * 512);
+        for (sequence, entry) in (self.sequence..).zip(entries) {
+            let place = Place {
+                log_id: &self.log_id,
+                sequence,
+                at: Timestamp::now(),
+            };
+            line::encode(entry, place, &mut bytes);
+        }
+        let failed = |error| {
+            let path = current.path.display();
+            Error::new(format!(
+                "cannot write {path}: {error}; free the disk or mend it"
+            ))
+        };
+        self.shared.busy();
+        // Before the write: a segment that was cut short would have the right length again after it.
+        self.files.check_current(newest.number)?;
+        current.file.write_all(&bytes).map_err(failed)?;
+        current.file.sync_data().map_err(failed)?;
+        let written = Written::of(&current.file.metadata().map_err(failed)?);
+        newest.durable_bytes += count(bytes.len());
+        self.files.note(
+            newest.number,
+            Written {
+                bytes: newest.durable_bytes,
+                ..written
+            },
+        );
+        self.files.check_current(newest.number)?;
+        self.shared.set_durable(newest.number, newest.durable_bytes);
+        self.sequence += count(entries.len());
+        Ok(())
+    }
+
+    fn track(&mut self, entry: &Entry) {
+        let Some(call) = entry.call_id else { return };
+        match entry.kind {
+            EntryKind::Intent => {
+                let intent = OpenIntent {
+                    call,
+                    at: Timestamp::now(),
+                    intent: entry.clone(),
+                };
+                self.open.insert(call, intent);
+            }
+            EntryKind::Outcome | EntryKind::Recovered => {
+                self.open.remove(&call);
+            }
+            EntryKind::Decision | EntryKind::System => {}
+        }
+    }
+
+    /// Opens a new segment if there is none: at start, after a failure, when the last is full.
+    pub(super) fn ensure_open(&mut self) -> Result<(), Error> {
+        if let Some(latched) = &self.latched {
+            return Err(latched.clone());
+        }
+        if self.current.is_some() {
+            return Ok(());
+        }
+        let result = self.begin_segment();
+        match &result {
+            Ok(()) => self.shared.set_down(None),
+            Err(error) => self.note_failure(error),
+        }
+        result
+    }
+
+    fn begin_segment(&mut self) -> Result<(), Error> {
+        self.shared.busy();
+        let number = self.clear_newest()?;
+        self.files.check_all(number)?;
+        let path = segment::segment_path(&self.directory, number);
+        let file = segment::create(&path)?;
+        // Known before anything else can fail: the next attempt begins with this file, and makes none beside it.
+        self.newest = Some(Newest {
+            number,
+            durable_bytes: 0,
+        });
+        let meta = file
+            .metadata()
+            .map_err(|error| Error::new(format!("cannot look at {}: {error}", path.display())))?;
+        self.files.note(number, Written::of(&meta));
+        segment::sync_directory(&self.directory)?;
+        self.current = Some(Current { file, path });
+        let mut opened = Entry::new(EntryKind::System, "segment.opened", Outcome::Ok);
+        opened.count = Some(count(self.open.len()));
+        self.try_write(&[&opened])
+    }
+
+    /// Leaves of the newest segment what was durable, so that no torn line stays in the middle of the log, and says which
+    /// number is next. A segment of which nothing is durable is made anew: on a full disk each attempt would leave an
+    /// empty one.
+    fn clear_newest(&mut self) -> Result<u64, Error> {
+        let Some(newest) = &self.newest else {
+            return Ok(1);
+        };
+        let path = segment::segment_path(&self.directory, newest.number);
+        self.files.check_identity(newest.number)?;
+        if newest.durable_bytes > 0 {
+            segment::cut_back(&path, newest.durable_bytes)?;
+            self.files.cut_back(newest.number, newest.durable_bytes);
+            return Ok(newest.number + 1);
+        }
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::new(format!(
+                "cannot remove the empty {}: {error}",
+                path.display()
+            ))),
+            _ => {
+                self.files.forget(newest.number);
+                Ok(newest.number)
+            }
+        }
+    }
+
+    /// A full segment is closed when no intent is open, so that recovery never reads further back than the first segment
+    /// that began without one; at twice its size it is closed whatever is open.
+    fn rotate_if_full(&mut self) {
+        let bytes = self
+            .newest
+            .as_ref()
+            .map_or(0, |newest| newest.durable_bytes);
+        let full = bytes >= self.segment_bytes_max;
+        let overfull = bytes >= self.segment_bytes_max.saturating_mul(2);
+        if overfull || (full && self.open.is_empty()) {
+            self.current = None;
+            if let Err(error) = self.ensure_open() {
+                tracing::error!(%error, "no new audit segment");
+            }
+        }
+    }
+
+    /// Once in a while without being asked: compares the files, finds out that the log is back, and remembers how far it is
+    /// durable.
+    fn probe(&mut self) {
+        self.shared.busy();
+        self.compared = Instant::now();
+        if self.latched.is_some() {
+            self.try_acknowledgement();
+            return;
+        }
+        if self.current.is_some() {
+            let number = self.newest.as_ref().map_or(0, |newest| newest.number);
+            if let Err(error) = self.files.check_all(number) {
+                self.note_failure(&error);
+                return;
+            }
+        }
+        if self.current.is_none() && self.ensure_open().is_ok() {
+            tracing::info!("the audit log is writable again");
+        }
+        self.remember();
+    }
+
+    /// Remembers the last entry. A mark that cannot be written is written later: it may lag behind.
+    fn remember(&mut self) {
+        let sequence = self.sequence - 1;
+        let Some(memory) = &self.memory else { return };
+        if self.latched.is_some() || self.marked == sequence {
+            return;
+        }
+        let mark = Mark {
+            log_id: self.log_id.clone(),
+            sequence,
+        };
+        match memory.set_mark(&mark) {
+            Ok(()) => self.marked = sequence,
+            Err(error) => tracing::debug!(%error, "the end of the audit log is not remembered yet"),
+        }
+    }
+
+    /// Goes on when an operator has acknowledged what was found.
+    fn try_acknowledgement(&mut self) {
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        let acknowledgement = match memory.acknowledgement() {
+            Ok(Some(acknowledgement)) => acknowledgement,
+            Ok(None) => return,
+            Err(error) => return tracing::warn!(%error, "no acknowledgement can be read"),
+        };
+        match self.go_on_after_tampering(&memory, &acknowledgement.principal) {
+            Ok(()) => tracing::warn!(
+                principal = %acknowledgement.principal,
+                "the tampering was acknowledged; the audit log goes on"
+            ),
+            Err(error) => {
+                tracing::error!(%error, "the tampering was acknowledged, and the audit log cannot go on yet");
+                self.current = None;
+                let latched = error.latched();
+                self.shared.set_down(Some(latched.clone()));
+                self.latched = Some(latched);
+            }
+        }
+    }
+
+    /// Takes the directory as it is now, as a start would. Entries that are gone leave a gap in the sequence.
+    fn go_on_after_tampering(&mut self, memory: &Memory, principal: &str) -> Result<(), Error> {
+        segment::prepare_directory(&self.directory)?;
+        // Ours is of the file that may be gone.
+        self.lock = None;
+        self.lock = Some(segment::lock(&self.directory)?);
+        let log_id = segment::log_id(&self.directory)?;
+        let found = Found::read(&self.directory)?;
+        found.set_aside(&self.directory)?;
+        let went_on = log_id == self.log_id;
+        self.log_id = log_id;
+        self.sequence = if went_on {
+            self.sequence.max(found.last_sequence + 1)
+        } else {
+            found.last_sequence + 1
+        };
+        self.newest = newest(&found);
+        self.open.extend(found.open);
+        self.files = Files::read(&self.directory)?;
+        self.latched = None;
+        self.ensure_open()?;
+        self.write(&[&acknowledged(principal)])?;
+        self.remember();
+        memory.forget_tampering()
+    }
+}
+
+/// The entry that says that a log goes on after its files were tampered with.
+pub(super) fn acknowledged(principal: &str) -> Entry {
+    let mut entry = Entry::new(EntryKind::System, "log.tampering_acknowledged", Outcome::Ok);
+    entry.principal = Some(principal.to_owned());
+    entry.peer = Some("local".to_owned());
+    entry
+}
+
+fn newest(found: &Found) -> Option<Newest> {
+    found.newest.map(|number| Newest {
+        number,
+        durable_bytes: found.good_bytes,
+    })
+}
+
+fn count(number: usize) -> u64 {
+    u64::try_from(number).expect("a count fits in 64 bits")
+}

@@ -1,0 +1,150 @@
+//! What a verified client certificate says: its names. The chain was checked in the handshake; here it is only read.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use rustls_pki_types::CertificateDer;
+use x509_parser::{extensions::GeneralName, prelude::*};
+
+use keybroker_core::call::Timestamp;
+
+use super::spiffe;
+
+const MICROS_PER_SECOND: i64 = 1_000_000;
+
+/// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used: it has no type and no rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerCertificate {
+    sans: BTreeSet<String>,
+    /// Of its SPIFFE id, if it has one.
+    trust_domain: Option<String>,
+    /// Last moment of its validity.
+    until: Timestamp,
+}
+
+impl PeerCertificate {
+    /// Reads the subject alternative names of a leaf.
+    pub fn read(leaf: &CertificateDer<'_>) -> Result<Self, String> {
+        let (_, certificate) = X509Certificate::from_der(leaf)
+            .map_err(|error| format!("the client certificate does not parse: {error}"))?;
+        let names = certificate
+            .subject_alternative_name()
+            .map_err(|error| format!("the client certificate's SAN does not parse: {error}"))?;
+        let names = names.map_or_else(Vec::new, |names| names.value.general_names.clone());
+        let trust_domain = trust_domain(&names)?;
+        let sans = names
+            .iter()
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) => Some(format!("URI:{uri}")),
+                GeneralName::DNSName(name) => Some(format!("DNS:{name}")),
+                _ => None,
+            })
+            .collect();
+        let until = certificate.validity().not_after.timestamp();
+        Ok(Self {
+            sans,
+            trust_domain,
+            until: Timestamp::from_micros(until.saturating_mul(MICROS_PER_SECOND)),
+        })
+    }
+
+    /// The names, each once.
+    pub fn sans(&self) -> &BTreeSet<String> {
+        &self.sans
+    }
+
+    /// Whether a listener that names trust domains accepts it. One without a SPIFFE id has none, and is not judged by them.
+    pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), String> {
+        match &self.trust_domain {
+            Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => Err(format!(
+                "its SPIFFE id is of the trust domain {domain:?}; this listener accepts {accepted:?}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Last moment of its validity.
+    pub fn until(&self) -> Timestamp {
+        self.until
+    }
+
+    /// How long it is valid from now.
+    pub fn remaining(&self) -> Duration {
+        let micros = self
+            .until
+            .micros()
+            .saturating_sub(Timestamp::now().micros());
+        Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+    }
+}
+
+/// The trust domain of the SPIFFE id, if there is one: then there must be no other URI (X509-SVID section 2), because which of the
+/// two is meant would depend on who looks.
+fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, String> {
+    let uris: Vec<&str> = names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    if !uris.iter().any(|uri| spiffe::is_claimed(uri)) {
+        return Ok(None);
+    }
+    let [id] = uris[..] else {
+        return Err(format!(
+            "the client certificate has a SPIFFE id and other URIs beside it: {uris:?}"
+        ));
+    };
+    let domain = spiffe::trust_domain(id)
+        .map_err(|problem| format!("the client certificate's SPIFFE id {id:?} {problem}"))?;
+    Ok(Some(domain.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, SanType};
+
+    use super::*;
+
+    fn with(uris: &[&str]) -> Result<PeerCertificate, String> {
+        let mut params = CertificateParams::default();
+        let uris = uris.iter();
+        params.subject_alt_names = uris
+            .map(|uri| SanType::URI((*uri).try_into().unwrap()))
+            .chain([SanType::DnsName("app.example.org".try_into().unwrap())])
+            .collect();
+        let made = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        PeerCertificate::read(made.der())
+    }
+
+    #[test]
+    fn a_spiffe_id_stands_alone() {
+        let good = with(&["spiffe://example.org/app"]).unwrap();
+        assert_eq!(good.sans().len(), 2);
+        assert!(with(&["https://example.org/", "https://example.org/2"]).is_ok());
+        for bad in [
+            &["spiffe://example.org/app", "https://example.org/"][..],
+            &["spiffe://example.org/app", "spiffe://example.org/app"],
+            &["spiffe://example.org/app/"],
+            &["SPIFFE://example.org/app"],
+        ] {
+            assert!(with(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_listener_accepts_its_trust_domains() {
+        let accepted = |domains: &[&str]| domains.iter().map(ToString::to_string).collect();
+        let good = with(&["spiffe://example.org/app"]).unwrap();
+        assert!(good.check_trust_domain(&accepted(&[])).is_ok());
+        assert!(
+            good.check_trust_domain(&accepted(&["example.org", "b"]))
+                .is_ok()
+        );
+        for other in ["example.com", "org", "sub.example.org"] {
+            assert!(good.check_trust_domain(&accepted(&[other])).is_err());
+        }
+        let without = with(&["https://example.org/"]).unwrap();
+        assert!(without.check_trust_domain(&accepted(&["b"])).is_ok());
+    }
+}

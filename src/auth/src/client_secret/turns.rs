@@ -1,0 +1,329 @@
+//! Who may run Argon2id next. It costs memory and time on purpose, so only a few trials run at once and the others wait.
+//!
+//! Three lanes, in this order: secrets that this broker accepted before, secrets shown for API clients that exist, and secrets shown
+//! for ids that do not exist. Within the second lane the clients take turns, so that guesses at one client's secret delay that client
+//! alone. Each lane is bounded; a trial that finds no room is refused at once.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+use keybroker_core::key::ClientId;
+
+/// Trials that wait in the lane of accepted secrets, and in that of unknown ids.
+const WAITING_MAX: usize = 64;
+/// Trials of secrets of existing clients that wait.
+const KNOWN_WAITING_MAX: usize = 1_024;
+/// Trials of one client's secrets, from the look-up of the client until the answer.
+const CLIENT_MAX: usize = 16;
+/// API clients that are looked up at once for secrets that were not accepted before.
+const LOOKUPS_MAX: usize = 256;
+
+/// Where a trial waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// This broker accepted the secret before; its stored hash has changed since.
+    Proven,
+    /// The client exists.
+    Known(ClientId),
+    /// No such client, or none with a secret that could be accepted.
+    Unknown,
+}
+
+/// The turns and who waits for them.
+#[derive(Clone)]
+pub(super) struct Turns(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    free: usize,
+    lookups: usize,
+    proven: VecDeque<Waiting>,
+    known: HashMap<ClientId, VecDeque<Waiting>>,
+    /// The clients of `known`, the next one first.
+    order: VecDeque<ClientId>,
+    unknown: VecDeque<Waiting>,
+    /// Trials of each client that is being looked up or waits.
+    places: HashMap<ClientId, usize>,
+}
+
+type Waiting = oneshot::Sender<Turn>;
+
+/// The right to run one trial. The next waiting trial gets it when this is dropped.
+pub(super) struct Turn(Option<Turns>);
+
+/// One of a client's places. It ends when this is dropped.
+pub(super) struct Place {
+    turns: Turns,
+    client: ClientId,
+}
+
+/// One of the look-ups. It ends when this is dropped.
+pub(super) struct Lookup(Turns);
+
+impl fmt::Debug for Turns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Turns").finish_non_exhaustive()
+    }
+}
+
+impl Turns {
+    /// So many trials at once.
+    pub(super) fn new(count: usize) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            free: count,
+            ..State::default()
+        })))
+    }
+
+    /// A place for a trial of that client's secrets, unless all of them are taken.
+    pub(super) fn place(&self, client: ClientId) -> Option<Place> {
+        let mut state = self.state();
+        let taken = state.places.entry(client).or_default();
+        if *taken >= CLIENT_MAX {
+            return None;
+        }
+        *taken += 1;
+        drop(state);
+        Some(Place {
+            turns: self.clone(),
+            client,
+        })
+    }
+
+    /// Permission to look a client up, unless too many are being looked up.
+    pub(super) fn lookup(&self) -> Option<Lookup> {
+        let mut state = self.state();
+        if state.lookups >= LOOKUPS_MAX {
+            return None;
+        }
+        state.lookups += 1;
+        drop(state);
+        Some(Lookup(self.clone()))
+    }
+
+    /// Waits for a turn. `None` when the lane is full, or when the wait takes longer than `patience`.
+    pub(super) async fn wait(&self, lane: Lane, patience: Duration) -> Option<Turn> {
+        let waiting = {
+            let mut state = self.state();
+            if state.free > 0 {
+                state.free -= 1;
+                return Some(Turn(Some(self.clone())));
+            }
+            let (sender, waiting) = oneshot::channel();
+            if !state.enqueue(lane, sender) {
+                return None;
+            }
+            waiting
+        };
+        let turn = tokio::time::timeout(patience, waiting).await;
+        turn.ok()?.ok()
+    }
+
+    fn pass_on(&self) {
+        loop {
+            let mut state = self.state();
+            let Some(next) = state.next() else {
+                state.free += 1;
+                return;
+            };
+            drop(state);
+            match next.send(Turn(Some(self.clone()))) {
+                Ok(()) => return,
+                // That trial has given up. Taken out of its wrapper, the turn is not passed on a second time.
+                Err(mut turn) => drop(turn.0.take()),
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    pub(super) fn free(&self) -> usize {
+        self.state().free
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting_by_lane().into_iter().sum()
+    }
+
+    /// In the lanes of accepted secrets, of existing clients and of unknown ids.
+    #[cfg(test)]
+    pub(super) fn waiting_by_lane(&self) -> [usize; 3] {
+        let state = self.state();
+        let known = state.known.values().map(VecDeque::len).sum();
+        [state.proven.len(), known, state.unknown.len()]
+    }
+}
+
+impl State {
+    fn enqueue(&mut self, lane: Lane, waiting: Waiting) -> bool {
+        match lane {
+            Lane::Proven => push(&mut self.proven, waiting),
+            Lane::Unknown => push(&mut self.unknown, waiting),
+            Lane::Known(client) => {
+                let all: usize = self.known.values().map(VecDeque::len).sum();
+                if all >= KNOWN_WAITING_MAX {
+                    return false;
+                }
+                let queue = self.known.entry(client).or_default();
+                if queue.is_empty() {
+                    self.order.push_back(client);
+                }
+                push(queue, waiting)
+            }
+        }
+    }
+
+    fn next(&mut self) -> Option<Waiting> {
+        let next = self.proven.pop_front().or_else(|| self.next_known());
+        next.or_else(|| self.unknown.pop_front())
+    }
+
+    /// One trial of the client whose turn it is, which then goes to the end of the order.
+    fn next_known(&mut self) -> Option<Waiting> {
+        let client = self.order.pop_front()?;
+        let queue = self.known.get_mut(&client)?;
+        let next = queue.pop_front();
+        if queue.is_empty() {
+            self.known.remove(&client);
+        } else {
+            self.order.push_back(client);
+        }
+        next
+    }
+}
+
+/// Trials that have given up make room first.
+fn push(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
+    if queue.len() >= WAITING_MAX {
+        queue.retain(|waiting| !waiting.is_closed());
+    }
+    let has_room = queue.len() < WAITING_MAX;
+    if has_room {
+        queue.push_back(waiting);
+    }
+    has_room
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(turns) = self.0.take() {
+            turns.pass_on();
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.turns.state();
+        if let Some(taken) = state.places.get_mut(&self.client) {
+            *taken = taken.saturating_sub(1);
+            if *taken == 0 {
+                state.places.remove(&self.client);
+            }
+        }
+    }
+}
+
+impl Drop for Lookup {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.lookups = state.lookups.saturating_sub(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_mins(1);
+
+    fn client(number: u8) -> ClientId {
+        ClientId::from_hex(&format!("{number:02x}").repeat(16)).unwrap()
+    }
+
+    /// Polls once, so that the trial stands in its queue.
+    async fn queued<'a>(
+        turns: &'a Turns,
+        lane: Lane,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Option<Turn>> + 'a>> {
+        let mut waiting = Box::pin(turns.wait(lane, LONG));
+        tokio::select! {
+            biased;
+            turn = &mut waiting => panic!("ended at once, with a turn: {}", turn.is_some()),
+            () = std::future::ready(()) => {}
+        }
+        waiting
+    }
+
+    #[tokio::test]
+    async fn existing_clients_go_before_unknown_ids_and_take_turns_among_each_other() {
+        let turns = Turns::new(1);
+        let mut running = turns.wait(Lane::Unknown, LONG).await;
+        let lanes = [
+            Lane::Unknown,
+            Lane::Known(client(1)),
+            Lane::Known(client(1)),
+            Lane::Known(client(1)),
+            Lane::Known(client(2)),
+            Lane::Proven,
+        ];
+        let mut waiting = Vec::new();
+        for lane in lanes {
+            waiting.push(queued(&turns, lane).await);
+        }
+        // The place of each in the list above.
+        for expected in [5, 1, 4, 2, 3, 0] {
+            drop(running.take());
+            running = waiting[expected].as_mut().await;
+            assert!(running.is_some());
+        }
+        drop(running);
+        assert_eq!((turns.free(), turns.waiting()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn a_trial_that_gave_up_takes_no_turn_and_no_room() {
+        let turns = Turns::new(1);
+        let running = turns.wait(Lane::Unknown, LONG).await;
+        for lane in [Lane::Unknown, Lane::Known(client(1)), Lane::Proven] {
+            for _ in 0..WAITING_MAX {
+                assert!(turns.wait(lane, Duration::ZERO).await.is_none());
+            }
+            drop(queued(&turns, lane).await);
+        }
+        drop(running);
+        assert_eq!((turns.free(), turns.waiting()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn each_lane_and_each_client_is_bounded() {
+        let turns = Turns::new(0);
+        let mut waiting = Vec::new();
+        for _ in 0..WAITING_MAX {
+            waiting.push(queued(&turns, Lane::Unknown).await);
+        }
+        assert!(turns.wait(Lane::Unknown, LONG).await.is_none());
+        let places: Vec<_> = (0..CLIENT_MAX).map(|_| turns.place(client(1))).collect();
+        assert!(places.iter().all(Option::is_some));
+        assert!(turns.place(client(1)).is_none() && turns.place(client(2)).is_some());
+        drop(places);
+        assert!(turns.place(client(1)).is_some());
+        assert!(turns.state().places.is_empty());
+        let lookups: Vec<_> = (0..LOOKUPS_MAX).map(|_| turns.lookup()).collect();
+        assert!(lookups.iter().all(Option::is_some) && turns.lookup().is_none());
+        drop(lookups);
+        assert!(turns.lookup().is_some());
+    }
+}

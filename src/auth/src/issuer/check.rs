@@ -1,0 +1,351 @@
+//! What an issuer's settings must be beyond their shape.
+
+use std::{collections::HashSet, ops::RangeInclusive};
+
+use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
+
+use super::{KeySource, Settings, url_problem};
+
+/// Longest `issuer`, in bytes.
+const ISSUER_BYTES_MAX: usize = 1_024;
+
+/// Everything that is wrong with issuers beside each other and by themselves, each with its remedy.
+pub fn problems(issuers: &[Settings]) -> Vec<String> {
+    let mut problems: Vec<String> = issuers.iter().flat_map(Settings::problems).collect();
+    let (mut names, mut seen) = (HashSet::new(), HashSet::new());
+    for issuer in issuers {
+        if !names.insert(&issuer.name) {
+            problems.push(format!("issuer {:?} is there twice", issuer.name));
+        }
+        if !seen.insert(&issuer.issuer) {
+            problems.push(format!(
+                "issuer {:?}: another [[issuer]] has the same `issuer`; the `iss` of a token must say which one it is",
+                issuer.name
+            ));
+        }
+    }
+    let users: Vec<&Settings> = issuers.iter().filter(|i| i.kind == Kind::User).collect();
+    for (at, issuer) in users.iter().enumerate() {
+        let others = users.iter().skip(at + 1);
+        for other in others.filter(|other| other.tenant == issuer.tenant) {
+            if !(issuer.shared_users && other.shared_users) {
+                problems.push(format!(
+                    "issuers {:?} and {:?} both vouch for the users of the tenant `{}`: each could hand out a token for \
+                     any user of the other; give each its `tenant`, or say `shared_users = true` in both",
+                    issuer.name, other.name, issuer.tenant
+                ));
+            }
+        }
+    }
+    problems
+}
+
+impl Settings {
+    /// What is wrong with this issuer by itself.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        self.check_names(&mut problems);
+        self.check_source(&mut problems);
+        self.check_numbers(&mut problems);
+        self.check_demands(&mut problems);
+        self.check_holders(&mut problems);
+        problems
+            .into_iter()
+            .map(|problem| format!("issuer {:?}: {problem}", self.name))
+            .collect()
+    }
+
+    fn check_names(&self, problems: &mut Vec<String>) {
+        if KeyName::parse(&self.name).is_err() {
+            problems.push("`name` is 1 to 64 bytes of [a-z0-9._-]".to_owned());
+        }
+        let issuer = &self.issuer;
+        if issuer.is_empty() || issuer.len() > ISSUER_BYTES_MAX {
+            problems.push(format!(
+                "`issuer` is the `iss` of its tokens, 1 to {ISSUER_BYTES_MAX} bytes"
+            ));
+        }
+    }
+
+    fn check_source(&self, problems: &mut Vec<String>) {
+        let written = [
+            self.discovery_url.is_some(),
+            self.jwks_url.is_some(),
+            self.jwks_file.is_some(),
+            self.pem_file.is_some(),
+        ];
+        if written.iter().filter(|is_written| **is_written).count() > 1 {
+            problems.push(
+                "set at most one of `discovery_url`, `jwks_url`, `jwks_file` and `pem_file`, so that it is clear where \
+                 its keys come from"
+                    .to_owned(),
+            );
+        }
+        for (name, path) in [
+            ("jwks_file", &self.jwks_file),
+            ("pem_file", &self.pem_file),
+            ("ca_file", &self.ca_file),
+        ] {
+            if let Some(path) = path
+                && !trusted_file::is_absolute(path)
+            {
+                problems.push(format!(
+                    "`{name}` is {:?}: it must be an absolute path",
+                    path.display().to_string()
+                ));
+            }
+        }
+        let (name, url) = match self.key_source() {
+            KeySource::Discovery(url) if self.discovery_url.is_some() => ("discovery_url", url),
+            KeySource::Discovery(url) => ("issuer", url),
+            KeySource::Url(url) => ("jwks_url", url),
+            KeySource::Set(_) | KeySource::Pem(_) => {
+                if self.ca_file.is_some() || self.allow_http {
+                    problems.push(
+                        "its keys come from a file: take out `ca_file` and `allow_http`, they would do nothing"
+                            .to_owned(),
+                    );
+                }
+                return;
+            }
+        };
+        if let Some(problem) = url_problem(&url, self.allow_http) {
+            problems.push(format!(
+                "keys would be looked for at {url:?} because of `{name}`, and that {problem}; if tokens name their issuer \
+                 otherwise than where its keys are, set `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
+            ));
+        }
+    }
+
+    fn check_numbers(&self, problems: &mut Vec<String>) {
+        let mut range = |name: &str, value: u32, range: RangeInclusive<u32>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "`{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        range("leeway_s", self.leeway_s, 0..=300);
+        range("refresh_minutes", self.refresh_minutes, 1..=1_440);
+        range("keep_hours", self.keep_hours, 1..=720);
+        range(
+            "token_lifetime_max_minutes",
+            self.token_lifetime_max_minutes,
+            1..=43_200,
+        );
+        if self.refresh_minutes > self.keep_hours.saturating_mul(60) {
+            problems.push(
+                "`keep_hours` is less than `refresh_minutes`: its keys would be out of date before they are fetched again"
+                    .to_owned(),
+            );
+        }
+    }
+
+    /// A provider makes tokens for many applications; one that was made for another must not do here.
+    fn check_demands(&self, problems: &mut Vec<String>) {
+        if self.algorithms.is_empty() {
+            problems.push("`algorithms` is empty, so no token could be verified".to_owned());
+        }
+        let is_anyones = self.audience.is_empty()
+            && self.required_scopes.is_empty()
+            && self.required_claims.is_empty();
+        if is_anyones {
+            problems.push(
+                "a token that its provider made for any other application would do here: set `audience`, or if its tokens \
+                 have none, `required_scopes` or `required_claims`"
+                    .to_owned(),
+            );
+        }
+    }
+
+    fn check_holders(&self, problems: &mut Vec<String>) {
+        match self.kind {
+            Kind::Service => problems.extend(
+                self.grant()
+                    .problem()
+                    .map(|problem| format!("each service it vouches for {problem}")),
+            ),
+            Kind::User => {
+                let granted =
+                    !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
+                if granted {
+                    problems.push(
+                        "it vouches for users, who have no role and reach their own keys alone: take out `roles`, \
+                         `users` and `key_names`, or say `kind = \"service\"`"
+                            .to_owned(),
+                    );
+                }
+            }
+        }
+        let mut taken = HashSet::new();
+        for (claim, name) in &self.attributes {
+            if KeyName::parse(name).is_err() || name == "san" {
+                problems.push(format!(
+                    "`attributes` calls the claim {claim:?} {name:?}; a name is 1 to 64 bytes of [a-z0-9._-], and not `san`"
+                ));
+            }
+            if !taken.insert(name) {
+                problems.push(format!("`attributes` uses the name {name:?} twice"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Algorithm, Subject};
+    use super::*;
+
+    const PLAIN: &str = r#"
+name = "sso"
+issuer = "https://login.example.org"
+audience = ["keybroker"]
+"#;
+
+    fn parse(text: &str) -> Settings {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn discovery_is_below_the_issuer() {
+        for issuer in ["https://login.example.org", "https://login.example.org/"] {
+            let settings = parse(&PLAIN.replace("https://login.example.org", issuer));
+            assert_eq!(settings.problems(), Vec::<String>::new());
+            assert_eq!(
+                settings.key_source(),
+                KeySource::Discovery(
+                    "https://login.example.org/.well-known/openid-configuration".to_owned()
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn a_profile_fills_in_what_is_not_written() {
+        let text =
+            "name = \"vault\"\nissuer = \"https://id.example.org\"\nprofile = \"bitwarden\"\n";
+        let settings = parse(text);
+        assert_eq!(settings.problems(), Vec::<String>::new());
+        assert_eq!(settings.subject, Subject::Guid);
+        assert_eq!(settings.algorithms, [Algorithm::RS256].into());
+        assert!(settings.required_scopes.contains("api"));
+        assert!(settings.required_claims["amr"].contains("external"));
+        assert_eq!(settings.device_claim.as_deref(), Some("device"));
+        let other = parse(&format!(
+            "{text}required_scopes = [\"keys\"]\nsubject = \"text\"\n"
+        ));
+        assert_eq!(other.required_scopes, ["keys".to_owned()].into());
+        assert_eq!(other.subject, Subject::Text);
+        // What is shown can be read again.
+        let shown = toml::to_string(&settings).unwrap();
+        assert_eq!(parse(&shown), settings);
+    }
+
+    #[test]
+    fn symmetric_algorithms_and_unknown_fields_do_not_parse() {
+        for bad in [
+            "algorithms = [\"HS256\"]",
+            "algorithms = [\"none\"]",
+            "algorithm = [\"RS256\"]",
+        ] {
+            assert!(toml::from_str::<Settings>(&format!("{PLAIN}{bad}\n")).is_err());
+        }
+    }
+
+    #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
+    fn each_mistake_has_its_message() {
+        for (good, bad, words) in [
+            ("name = \"sso\"", "name = \"a:b\"", "`name`"),
+            ("https://login.example.org", "", "`issuer`"),
+            ("https:", "http:", "allow_http"),
+            (
+                "https://login.example.org",
+                "https://vault.example|login",
+                "is not a URL",
+            ),
+            ("https://", "https://user:secret@", "password"),
+            ("audience = [\"keybroker\"]", "", "any other application"),
+            (
+                "audience",
+                "algorithms = []\naudience",
+                "no token could be verified",
+            ),
+            (
+                "audience",
+                "jwks_url = \"https://x\"\npem_file = \"/x\"\naudience",
+                "at most one",
+            ),
+            (
+                "audience",
+                "jwks_url = \"http://x\"\naudience",
+                "`jwks_url`",
+            ),
+            ("audience", "pem_file = \"x\"\naudience", "absolute path"),
+            (
+                "audience",
+                "pem_file = \"/x\"\nca_file = \"/x\"\naudience",
+                "would do nothing",
+            ),
+            ("audience", "leeway_s = 301\naudience", "0 to 300"),
+            ("audience", "refresh_minutes = 0\naudience", "1 to 1440"),
+            (
+                "audience",
+                "token_lifetime_max_minutes = 43201\naudience",
+                "1 to 43200",
+            ),
+            (
+                "audience",
+                "keep_hours = 1\nrefresh_minutes = 61\naudience",
+                "out of date",
+            ),
+            (
+                "audience",
+                "roles = [\"enrol\"]\naudience",
+                "vouches for users",
+            ),
+            ("audience", "kind = \"service\"\naudience", "has no role"),
+            (
+                "audience",
+                "kind = \"service\"\nroles = [\"release\"]\naudience",
+                "`users`",
+            ),
+            (
+                "audience",
+                "attributes = { a = \"x\", b = \"x\" }\naudience",
+                "twice",
+            ),
+            (
+                "audience",
+                "attributes = { a = \"X\" }\naudience",
+                "[a-z0-9._-]",
+            ),
+        ] {
+            let problems = parse(&PLAIN.replacen(good, bad, 1)).problems();
+            assert!(
+                problems.iter().any(|problem| problem.contains(words)),
+                "{bad:?}: {problems:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn issuers_do_not_stand_in_for_each_other() {
+        let one = parse(PLAIN);
+        let other = Settings {
+            name: "other".to_owned(),
+            issuer: "https://other.example.org".to_owned(),
+            ..one.clone()
+        };
+        let told = |issuers: &[Settings]| problems(issuers).join("\n");
+        assert!(told(&[one.clone(), one.clone()]).contains("there twice"));
+        assert!(told(&[one.clone(), other.clone()]).contains("both vouch"));
+        let shared = [&one, &other].map(|issuer| Settings {
+            shared_users: true,
+            ..issuer.clone()
+        });
+        assert_eq!(told(&shared), "");
+    }
+}

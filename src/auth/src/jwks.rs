@@ -1,0 +1,442 @@
+//! The keys that an issuer's tokens are verified with: what a key set, or a PEM file, says.
+//!
+//! A key is used for what it is for and nothing else: its type, its curve, its `use`, its `key_ops` and its `alg` all limit
+//! the algorithms it may verify. What a set holds beside such keys is left out. Weak and malformed keys are refused by name, and the
+//! rest of the set is used. A set without a good key is refused.
+//!
+//! Mitigation: M19 of `THREAT_MODEL.md`.
+
+use aws_lc_rs::{digest, signature};
+use base64ct::{Base64UrlUnpadded, Encoding as _};
+use jsonwebtoken::DecodingKey;
+use rustls_pki_types::pem::SectionKind;
+use serde::Deserialize;
+use x509_parser::{
+    oid_registry::{OID_EC_P256, OID_NIST_EC_P384, OID_SIG_ED25519},
+    prelude::{FromDer as _, X509Certificate},
+    public_key::PublicKey,
+    x509::SubjectPublicKeyInfo,
+};
+
+use keybroker_core::pem;
+
+use super::issuer::Algorithm;
+
+mod fetch;
+mod keys;
+mod strength;
+#[cfg(test)]
+mod tests;
+
+pub(super) use fetch::SET_BYTES_MAX;
+pub(super) use keys::{Keys, Pace};
+
+/// Most keys in a set. Providers publish two or three.
+const KEYS_MAX: usize = 64;
+/// Keys that are tried for a token that does not name one of several.
+const TRIES_MAX: usize = 4;
+/// Longest name of a key that is repeated in the log, in characters.
+const SHOWN_CHARS_MAX: usize = 100;
+
+const RSA: [Algorithm; 6] = [
+    Algorithm::RS256,
+    Algorithm::RS384,
+    Algorithm::RS512,
+    Algorithm::PS256,
+    Algorithm::PS384,
+    Algorithm::PS512,
+];
+
+/// The keys of one issuer at one moment.
+#[derive(Debug)]
+pub(super) struct KeySet {
+    keys: Vec<Key>,
+    /// The weak and malformed ones, each with its name and what is wrong with it.
+    refused: Vec<String>,
+    /// SHA-256 of the bytes it was read from.
+    digest: [u8; 32],
+}
+
+#[derive(Debug)]
+struct Key {
+    kid: Option<String>,
+    thumbprints: Thumbprints,
+    algorithms: Vec<Algorithm>,
+    decoding: DecodingKey,
+}
+
+/// Digests of the certificate of a key, in base64url (RFC 7515 sections 4.1.7 and 4.1.8).
+#[derive(Debug, Default)]
+struct Thumbprints {
+    sha1: Option<String>,
+    sha256: Option<String>,
+}
+
+/// What the header of a token says about its key. It chooses which keys are tried; the signature decides.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Named<'a> {
+    /// `kid`.
+    pub(super) kid: Option<&'a str>,
+    /// `x5t`.
+    pub(super) sha1: Option<&'a str>,
+    /// `x5t#S256`.
+    pub(super) sha256: Option<&'a str>,
+}
+
+/// Why a key of a set is not used.
+enum Unused {
+    /// It is for something else, such as encryption.
+    Other(String),
+    /// It is weak or malformed.
+    Bad(String),
+}
+
+/// Why a set has no key for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoKey {
+    /// None of that name. A newer set may have it.
+    Unknown,
+    /// The token names none, and so many fit that not all of them are tried.
+    TooMany,
+    /// It is not for that algorithm.
+    OtherAlgorithm,
+}
+
+/// A key of a set (RFC 7517, RFC 7518, RFC 8037), as far as it matters here.
+#[derive(Deserialize)]
+struct Jwk {
+    kty: String,
+    kid: Option<String>,
+    alg: Option<String>,
+    #[serde(rename = "use")]
+    purpose: Option<String>,
+    key_ops: Option<Vec<String>>,
+    crv: Option<String>,
+    n: Option<String>,
+    e: Option<String>,
+    x: Option<String>,
+    y: Option<String>,
+    x5t: Option<String>,
+    #[serde(rename = "x5t#S256")]
+    x5t_sha256: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Jwks {
+    keys: Vec<serde_json::Value>,
+}
+
+impl KeySet {
+    /// From the JSON of a key set.
+    pub(super) fn parse_jwks(bytes: &[u8]) -> Result<Self, String> {
+        let set: Jwks = serde_json::from_slice(bytes)
+            .map_err(|error| format!("it is not a JSON Web Key Set: {error}"))?;
+        let (mut keys, mut left_out, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, value) in set.keys.into_iter().enumerate() {
+            let kid = value.get("kid").and_then(serde_json::Value::as_str);
+            let name = match kid {
+                Some(kid) => shown(kid),
+                None => format!("number {}", index + 1),
+            };
+            let read = serde_json::from_value::<Jwk>(value)
+                .map_err(|error| Unused::Bad(error.to_string()))
+                .and_then(Jwk::key);
+            match read {
+                Ok(key) => keys.push(key),
+                Err(Unused::Other(why)) => left_out.push(format!("{name}: {why}")),
+                Err(Unused::Bad(why)) => refused.push(format!("{name}: {why}")),
+            }
+        }
+        if !left_out.is_empty() {
+            tracing::debug!(?left_out, "keys of the set that verify no token here");
+        }
+        Self::of(keys, refused, bytes).map_err(|problem| {
+            if left_out.is_empty() {
+                problem
+            } else {
+                format!("{problem}; left out: {left_out:?}")
+            }
+        })
+    }
+
+    /// From public keys, or certificates, in PEM.
+    pub(super) fn parse_pem(bytes: &[u8]) -> Result<Self, String> {
+        let (mut keys, mut refused) = (Vec::new(), Vec::new());
+        let mut take =
+            |info: &SubjectPublicKeyInfo<'_>, thumbprints, number: usize| match from_info(info) {
+                Ok(key) => keys.push(Key { thumbprints, ..key }),
+                Err(why) => refused.push(format!("number {number}: {why}")),
+            };
+        let blocks = pem::blocks(bytes).map_err(|error| error.to_string())?;
+        for (index, block) in blocks.iter().enumerate() {
+            match block.kind() {
+                Some(SectionKind::PublicKey) => {
+                    let (_, info) = SubjectPublicKeyInfo::from_der(block.der())
+                        .map_err(|error| format!("a public key does not parse: {error}"))?;
+                    take(&info, Thumbprints::default(), index + 1);
+                }
+                Some(SectionKind::Certificate) => {
+                    let (_, certificate) = X509Certificate::from_der(block.der())
+                        .map_err(|error| format!("a certificate does not parse: {error}"))?;
+                    take(
+                        certificate.public_key(),
+                        Thumbprints::of(block.der()),
+                        index + 1,
+                    );
+                }
+                _ if block.is_private_key() => {
+                    return Err(
+                        "it holds a private key, with which tokens for any user can be made; remove it from this machine, and \
+                         write the public key with `openssl pkey -in private.pem -pubout`"
+                            .to_owned(),
+                    );
+                }
+                _ => return Err(block.unexpected().to_string()),
+            }
+        }
+        Self::of(keys, refused, bytes)
+    }
+
+    fn of(keys: Vec<Key>, refused: Vec<String>, bytes: &[u8]) -> Result<Self, String> {
+        if keys.is_empty() {
+            let mut problem = "it holds no public key that verifies signatures".to_owned();
+            if !refused.is_empty() {
+                problem = format!("{problem}; weak or malformed: {}", refused.join("; "));
+            }
+            return Err(problem);
+        }
+        if keys.len() > KEYS_MAX {
+            return Err(format!("it holds more than {KEYS_MAX} keys"));
+        }
+        let digest = digest::digest(&digest::SHA256, bytes);
+        Ok(Self {
+            keys,
+            refused,
+            digest: digest.as_ref().try_into().expect("SHA-256 gives 32 bytes"),
+        })
+    }
+
+    /// What tells one set from the next.
+    pub(super) fn digest(&self) -> &[u8; 32] {
+        &self.digest
+    }
+
+    /// Names of its keys, for the log.
+    pub(super) fn names(&self) -> Vec<&str> {
+        let names = self.keys.iter().map(|key| key.kid.as_deref());
+        names.map(|name| name.unwrap_or("(no name)")).collect()
+    }
+
+    /// Keys of the set that are weak or malformed, for the log: name and reason of each.
+    pub(super) fn refused(&self) -> &[String] {
+        &self.refused
+    }
+
+    /// The keys that a token may be signed with: those that its header names, or without a name those that fit its algorithm.
+    pub(super) fn find(
+        &self,
+        named: Named<'_>,
+        algorithm: Algorithm,
+    ) -> Result<Vec<&DecodingKey>, NoKey> {
+        let are_unnamed = self.keys.iter().all(|key| key.kid.is_none());
+        let meant: Vec<&Key> = match named.kid {
+            Some(kid) if !are_unnamed => {
+                let keys = self.keys.iter();
+                keys.filter(|key| key.kid.as_deref() == Some(kid)).collect()
+            }
+            _ => self.with_thumbprint(named),
+        };
+        if meant.is_empty() {
+            return Err(NoKey::Unknown);
+        }
+        let fitting = meant
+            .into_iter()
+            .filter(|key| key.algorithms.contains(&algorithm));
+        let found: Vec<&DecodingKey> = fitting.map(|key| &key.decoding).collect();
+        if found.is_empty() {
+            return Err(NoKey::OtherAlgorithm);
+        }
+        // A set without names is what the operator put into a file, and all of it is meant.
+        if named.kid.is_none() && !are_unnamed && found.len() > TRIES_MAX {
+            return Err(NoKey::TooMany);
+        }
+        Ok(found)
+    }
+
+    /// The keys whose certificate the token names. All of them when it names none, or when the set knows no certificates.
+    fn with_thumbprint(&self, named: Named<'_>) -> Vec<&Key> {
+        let pairs = |key: &Key| {
+            let Thumbprints { sha1, sha256 } = &key.thumbprints;
+            let pairs = [(named.sha1, sha1.clone()), (named.sha256, sha256.clone())];
+            pairs.map(|(named, known)| Some((named?.trim_end_matches('=').to_owned(), known?)))
+        };
+        let is_known = |key: &Key| pairs(key).iter().any(Option::is_some);
+        let is_named = |key: &Key| {
+            pairs(key)
+                .into_iter()
+                .flatten()
+                .any(|(named, known)| named == known)
+        };
+        let keys = self.keys.iter();
+        if self.keys.iter().any(is_known) {
+            keys.filter(|key| is_named(key)).collect()
+        } else {
+            keys.collect()
+        }
+    }
+}
+
+impl Key {
+    fn new(algorithms: Vec<Algorithm>, decoding: DecodingKey) -> Self {
+        Self {
+            kid: None,
+            thumbprints: Thumbprints::default(),
+            algorithms,
+            decoding,
+        }
+    }
+}
+
+impl Thumbprints {
+    fn of(certificate: &[u8]) -> Self {
+        let digest = |algorithm| {
+            let digest = digest::digest(algorithm, certificate);
+            Some(Base64UrlUnpadded::encode_string(digest.as_ref()))
+        };
+        Self {
+            sha1: digest(&digest::SHA1_FOR_LEGACY_USE_ONLY),
+            sha256: digest(&digest::SHA256),
+        }
+    }
+}
+
+impl Jwk {
+    fn key(self) -> Result<Key, Unused> {
+        if self
+            .purpose
+            .as_deref()
+            .is_some_and(|purpose| purpose != "sig")
+        {
+            return Err(Unused::Other("its `use` is not `sig`".to_owned()));
+        }
+        if let Some(operations) = &self.key_ops
+            && !operations.iter().any(|operation| operation == "verify")
+        {
+            return Err(Unused::Other(
+                "its `key_ops` do not allow `verify`".to_owned(),
+            ));
+        }
+        let key = self.public_key()?;
+        let wanted = self.alg.as_deref();
+        let algorithms: Vec<Algorithm> = key
+            .algorithms
+            .into_iter()
+            .filter(|algorithm| wanted.is_none_or(|wanted| wanted == algorithm.as_str()))
+            .collect();
+        if algorithms.is_empty() {
+            let alg = shown(wanted.unwrap_or(""));
+            return Err(Unused::Other(format!("its `alg` is {alg}")));
+        }
+        let plain = |text: String| text.trim_end_matches('=').to_owned();
+        Ok(Key {
+            kid: self.kid,
+            thumbprints: Thumbprints {
+                sha1: self.x5t.map(plain),
+                sha256: self.x5t_sha256.map(plain),
+            },
+            algorithms,
+            decoding: key.decoding,
+        })
+    }
+
+    fn public_key(&self) -> Result<Key, Unused> {
+        let member = |value: &Option<String>, name: &str| {
+            let text = value.as_deref().ok_or(format!("it has no `{name}`"))?;
+            Base64UrlUnpadded::decode_vec(text.trim_end_matches('='))
+                .map_err(|_| format!("its `{name}` is not base64url"))
+        };
+        let point = || {
+            let (x, y) = (member(&self.x, "x")?, member(&self.y, "y")?);
+            Ok::<_, String>([vec![UNCOMPRESSED], x, y].concat())
+        };
+        let key = match (self.kty.as_str(), self.crv.as_deref()) {
+            ("RSA", _) => {
+                member(&self.n, "n").and_then(|modulus| rsa(&modulus, &member(&self.e, "e")?))
+            }
+            ("EC", Some("P-256")) => point().and_then(|point| elliptic(&point, Algorithm::ES256)),
+            ("EC", Some("P-384")) => point().and_then(|point| elliptic(&point, Algorithm::ES384)),
+            ("OKP", Some("Ed25519")) => member(&self.x, "x").and_then(|x| edwards(&x)),
+            (kty, curve) => {
+                let kind = format!("its type is {} {}", shown(kty), curve.unwrap_or(""));
+                return Err(Unused::Other(kind));
+            }
+        };
+        key.map_err(Unused::Bad)
+    }
+}
+
+/// First byte of an uncompressed point (SEC 1 section 2.3.3).
+const UNCOMPRESSED: u8 = 4;
+
+fn from_info(info: &SubjectPublicKeyInfo<'_>) -> Result<Key, String> {
+    let unknown = || "a public key of a type that signs no tokens here".to_owned();
+    if info.algorithm.algorithm == OID_SIG_ED25519 {
+        return edwards(&info.subject_public_key.data);
+    }
+    match info.parsed() {
+        Ok(PublicKey::RSA(key)) => rsa(trim_zeros(key.modulus), trim_zeros(key.exponent)),
+        Ok(PublicKey::EC(point)) => {
+            let curve = info.algorithm.parameters.as_ref();
+            let curve = curve
+                .and_then(|any| any.as_oid().ok())
+                .ok_or_else(unknown)?;
+            if curve == OID_EC_P256 {
+                elliptic(point.data(), Algorithm::ES256)
+            } else if curve == OID_NIST_EC_P384 {
+                elliptic(point.data(), Algorithm::ES384)
+            } else {
+                Err(unknown())
+            }
+        }
+        _ => Err(unknown()),
+    }
+}
+
+fn rsa(modulus: &[u8], exponent: &[u8]) -> Result<Key, String> {
+    let (modulus, exponent) = (trim_zeros(modulus), trim_zeros(exponent));
+    strength::check_rsa(modulus, exponent)?;
+    let decoding = DecodingKey::from_rsa_raw_components(modulus, exponent);
+    Ok(Key::new(RSA.to_vec(), decoding))
+}
+
+fn elliptic(point: &[u8], algorithm: Algorithm) -> Result<Key, String> {
+    match algorithm {
+        Algorithm::ES256 => strength::check_nist(point, 32, &signature::ECDSA_P256_SHA256_FIXED)?,
+        _ => strength::check_nist(point, 48, &signature::ECDSA_P384_SHA384_FIXED)?,
+    }
+    Ok(Key::new(vec![algorithm], DecodingKey::from_ec_der(point)))
+}
+
+fn edwards(point: &[u8]) -> Result<Key, String> {
+    strength::check_ed25519(point)?;
+    Ok(Key::new(
+        vec![Algorithm::EdDSA],
+        DecodingKey::from_ed_der(point),
+    ))
+}
+
+/// Text of a provider for the log: quoted, and not at any length.
+fn shown(text: &str) -> String {
+    let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+    if cut.len() < text.len() {
+        cut.push('…');
+    }
+    format!("{cut:?}")
+}
+
+fn trim_zeros(number: &[u8]) -> &[u8] {
+    let significant = number.iter().position(|byte| *byte != 0);
+    number
+        .get(significant.unwrap_or(number.len())..)
+        .unwrap_or(&[])
+}

@@ -1,0 +1,269 @@
+//! The key set in use: kept fresh in the background, asked for once more when a token names a key that it does not have,
+//! and kept for a stated time while the provider is down.
+
+use std::{
+    sync::{Arc, Mutex as SyncMutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwapOption;
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use crate::issuer::{KeySource, Settings};
+use keybroker_core::trusted_file::{self, Purpose};
+
+use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
+
+/// The key files of an issuer: the holder of a key in them can make tokens for every user.
+const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+
+/// How often things happen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// Least time between two fetches because of unknown keys: whoever invents names must not hammer the provider.
+    pub(crate) refetch: Duration,
+    /// Time between fetches while all is well.
+    pub(crate) refresh: Duration,
+    /// Time after the first failure; doubled with each that follows.
+    pub(crate) retry_first: Duration,
+    /// Longest time after a failure.
+    pub(crate) retry_last: Duration,
+    /// How long a set is used after it was fetched.
+    pub(crate) keep: Duration,
+    /// Time between looks at a file, and between measurements.
+    pub(crate) look: Duration,
+}
+
+impl Pace {
+    pub(crate) fn of(settings: &Settings) -> Self {
+        Self {
+            refetch: Duration::from_mins(1),
+            refresh: Duration::from_mins(settings.refresh_minutes.into()),
+            retry_first: Duration::from_secs(1),
+            retry_last: Duration::from_mins(1),
+            keep: Duration::from_hours(settings.keep_hours.into()),
+            look: Duration::from_secs(2),
+        }
+    }
+}
+
+/// The keys of one issuer.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    name: String,
+    pace: Pace,
+    source: Source,
+    current: ArcSwapOption<Held>,
+    /// When a fetch because of an unknown key last began.
+    refetched: Mutex<Option<Instant>>,
+    /// What the last attempt failed with: for refusals, and so that it is reported once.
+    problem: SyncMutex<Option<String>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    set: Arc<KeySet>,
+    since: Instant,
+}
+
+#[derive(Debug)]
+enum Source {
+    File(KeySource),
+    Provider(Fetcher),
+}
+
+impl Keys {
+    /// Files are read at once, and must be good; a provider may be down.
+    pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, String> {
+        let keys = Self {
+            name: settings.name.clone(),
+            pace,
+            source: match settings.key_source() {
+                file @ (KeySource::Set(_) | KeySource::Pem(_)) => Source::File(file),
+                KeySource::Discovery(_) | KeySource::Url(_) => {
+                    Source::Provider(Fetcher::new(settings)?)
+                }
+            },
+            current: ArcSwapOption::empty(),
+            refetched: Mutex::default(),
+            problem: SyncMutex::default(),
+        };
+        if let Source::File(source) = &keys.source {
+            keys.take(read(source)?);
+        }
+        Ok(keys)
+    }
+
+    /// The set in use, if there is one and it is not too old.
+    pub(crate) fn current(&self) -> Result<Arc<KeySet>, String> {
+        let held = self.current.load();
+        let problem = || {
+            let problem = self.problem();
+            problem.unwrap_or_else(|| "not fetched yet".to_owned())
+        };
+        let Some(held) = held.as_ref() else {
+            return Err(format!("no key set is known: {}", problem()));
+        };
+        if matches!(self.source, Source::Provider(_)) && held.since.elapsed() > self.pace.keep {
+            return Err(format!(
+                "the last good key set is older than `keep_hours`: {}",
+                problem()
+            ));
+        }
+        Ok(Arc::clone(&held.set))
+    }
+
+    /// What the last attempt to renew it failed with; none when it went well.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        problem.clone()
+    }
+
+    /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
+    /// wait for one fetch. The set in use afterwards, if it is another one.
+    pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Option<Arc<KeySet>> {
+        let mut refetched = self.refetched.lock().await;
+        let newer = || {
+            let current = self.current().ok()?;
+            (current.digest() != seen.digest()).then_some(current)
+        };
+        if let Some(newer) = newer() {
+            return Some(newer);
+        }
+        if refetched.is_some_and(|at| at.elapsed() < self.pace.refetch) {
+            return None;
+        }
+        *refetched = Some(Instant::now());
+        // In a task of its own: a caller that hangs up must not take the fetch of the others with it.
+        let keys = Arc::clone(self);
+        let fetch = tokio::spawn(async move { keys.update().await });
+        fetch.await.ok();
+        newer()
+    }
+
+    /// Keeps the set fresh until `stop`.
+    pub(crate) async fn refresh(self: Arc<Self>, stop: CancellationToken) {
+        let mut retry = self.pace.retry_first;
+        let mut due = Instant::now();
+        loop {
+            if due <= Instant::now() {
+                let pause = match (&self.source, self.update().await) {
+                    (Source::File(_), _) => self.pace.look,
+                    (Source::Provider(_), true) => {
+                        retry = self.pace.retry_first;
+                        self.pace.refresh
+                    }
+                    (Source::Provider(_), false) => {
+                        let pause = retry;
+                        retry = (retry * 2).min(self.pace.retry_last);
+                        pause.min(self.pace.refresh)
+                    }
+                };
+                due = Instant::now() + pause;
+            }
+            self.measure();
+            let pause = due.saturating_duration_since(Instant::now());
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause.min(self.pace.look)) => {}
+            }
+        }
+    }
+
+    /// Reads or fetches the set once; whether that went well.
+    async fn update(&self) -> bool {
+        let outcome = match &self.source {
+            Source::Provider(fetcher) => fetcher.fetch().await,
+            Source::File(source) => {
+                let source = source.clone();
+                let reading = tokio::task::spawn_blocking(move || read(&source));
+                reading.await.unwrap_or_else(|error| Err(error.to_string()))
+            }
+        };
+        match outcome {
+            Ok(set) => {
+                self.take(set);
+                true
+            }
+            Err(problem) => {
+                self.report(problem);
+                false
+            }
+        }
+    }
+
+    fn take(&self, set: KeySet) {
+        let previous = self.current.load();
+        let previous = previous.as_ref().map(|held| &held.set);
+        let set = match previous {
+            // The same one, so that what was verified with it stays verified.
+            Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
+            _ => {
+                tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
+                self.report_refused(set.refused());
+                Arc::new(set)
+            }
+        };
+        let since = Instant::now();
+        self.current.store(Some(Arc::new(Held { set, since })));
+        let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        if problem.take().is_some() {
+            tracing::info!(issuer = %self.name, "the key set can be had again");
+        }
+    }
+
+    fn report_refused(&self, refused: &[String]) {
+        let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
+        metrics::gauge!("keybroker_issuer_refused_keys", "issuer" => self.name.clone())
+            .set(f64::from(count));
+        if !refused.is_empty() {
+            tracing::error!(
+                alarm = "issuer-keys", issuer = %self.name, ?refused,
+                "weak or malformed keys of the key set are refused; its other keys are in use"
+            );
+        }
+    }
+
+    fn report(&self, new: String) {
+        metrics::counter!("keybroker_issuer_fetch_failures_total", "issuer" => self.name.clone())
+            .increment(1);
+        let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        if problem.as_ref() == Some(&new) {
+            return;
+        }
+        if self.current.load().is_some() {
+            tracing::error!(
+                alarm = "issuer-keys", issuer = %self.name, error = %new,
+                "key set not renewed; the last good one stays in use"
+            );
+        } else {
+            tracing::error!(
+                alarm = "issuer-keys", issuer = %self.name, error = %new,
+                "no key set yet: its tokens are refused until there is one"
+            );
+        }
+        *problem = Some(new);
+    }
+
+    fn measure(&self) {
+        if let (Source::Provider(_), Some(held)) = (&self.source, self.current.load().as_ref()) {
+            metrics::gauge!("keybroker_issuer_keys_age_seconds", "issuer" => self.name.clone())
+                .set(held.since.elapsed().as_secs_f64());
+        }
+    }
+}
+
+fn read(source: &KeySource) -> Result<KeySet, String> {
+    let (KeySource::Set(path) | KeySource::Pem(path)) = source else {
+        return Err("its keys come from no file".to_owned());
+    };
+    let shown = path.display();
+    let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
+    let bytes = trusted_file::read(path, limit, KEYS).map_err(|error| error.to_string())?;
+    let set = match source {
+        KeySource::Pem(_) => KeySet::parse_pem(&bytes),
+        _ => KeySet::parse_jwks(&bytes),
+    };
+    set.map_err(|problem| format!("{shown}: {problem}"))
+}

@@ -1,0 +1,321 @@
+//! Who is calling. The one place that turns a verified credential into a [`Principal`].
+//!
+//! A client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in the configured principals.
+//! Exactly one principal must match; none and several are refused alike. Or what a call brings in its `authorization` header,
+//! which then stands in the place of the certificate.
+//!
+//! Mitigations: M2, M4 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use keybroker_core::{
+    error::{Error, Reason},
+    key::{KeyName, Tenant, UserId},
+    principal::{
+        Claims, Credential, Grant, Identity, Kind, NAME_BYTES_MAX, Principal, Reach, Role,
+    },
+};
+
+mod certificate;
+pub mod client_secret;
+mod header;
+pub mod issuer;
+mod jwks;
+pub mod spiffe;
+pub mod token;
+
+pub use certificate::PeerCertificate;
+
+use client_secret::Secrets;
+use header::Presented;
+use token::Tokens;
+
+/// One `[[principal]]` of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `URI:spiffe://example.org/app` or `DNS:app.example.org`: the SAN that names this caller, compared bytewise.
+    pub san: String,
+    /// Whose records it can reach.
+    #[serde(default)]
+    pub tenant: Tenant,
+    /// What it may do.
+    pub roles: BTreeSet<Role>,
+    /// With the role `release`: whose keys it may release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<Reach<UserId>>,
+    /// With the role `release`: which of their keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_names: Option<Reach<KeyName>>,
+}
+
+impl Settings {
+    /// What is wrong with this principal by itself.
+    pub fn problem(&self) -> Option<String> {
+        let san = &self.san;
+        if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {
+            return Some(format!(
+                "principal {san:?}: `san` must be `URI:…` or `DNS:…`, as in the certificate"
+            ));
+        }
+        if san.len() > NAME_BYTES_MAX {
+            return Some(format!(
+                "a principal's `san` has more than {NAME_BYTES_MAX} bytes"
+            ));
+        }
+        if let Some(uri) = san.strip_prefix("URI:")
+            && spiffe::is_claimed(uri)
+            && let Err(problem) = spiffe::trust_domain(uri)
+        {
+            return Some(format!(
+                "principal {san:?} {problem}, and that is no SPIFFE id"
+            ));
+        }
+        let problem = self.grant().problem()?;
+        Some(format!("principal {san:?} {problem}"))
+    }
+
+    fn grant(&self) -> Grant {
+        Grant {
+            tenant: self.tenant.clone(),
+            roles: self.roles.clone(),
+            users: self.users.clone(),
+            key_names: self.key_names.clone(),
+        }
+    }
+
+    fn identity(&self, peer: &PeerCertificate) -> Identity {
+        let grant = self.grant();
+        Identity {
+            name: self.san.clone(),
+            credential: Credential::Certificate,
+            kind: Kind::Service,
+            users: grant.users(),
+            key_names: grant.key_names(),
+            tenant: grant.tenant,
+            roles: grant.roles,
+            subject: None,
+            claims: Claims {
+                attributes: BTreeMap::from([("san".to_owned(), peer.sans().clone())]),
+                expires: Some(peer.until()),
+                ..Claims::default()
+            },
+        }
+    }
+}
+
+/// Whether what a call presents costs much to check: the secret of an API client.
+pub fn is_costly(headers: &[&[u8]]) -> bool {
+    headers.iter().any(|value| {
+        let scheme = value.trim_ascii().get(..header::BASIC.len());
+        scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(header::BASIC))
+    })
+}
+
+/// Knows the credentials.
+#[derive(Debug)]
+pub struct Authenticator {
+    /// By SAN.
+    certificates: HashMap<String, Settings>,
+    tokens: Option<Arc<Tokens>>,
+    secrets: Option<Secrets>,
+}
+
+impl Authenticator {
+    /// From principals whose names differ and whose roles do not conflict.
+    pub fn new(principals: &[Settings]) -> Result<Self, String> {
+        let mut certificates = HashMap::new();
+        for principal in principals {
+            if let Some(problem) = principal.problem() {
+                return Err(problem);
+            }
+            if certificates
+                .insert(principal.san.clone(), principal.clone())
+                .is_some()
+            {
+                return Err(format!("principal {:?} is there twice", principal.san));
+            }
+        }
+        Ok(Self {
+            certificates,
+            tokens: None,
+            secrets: None,
+        })
+    }
+
+    /// The same, which knows bearer tokens, too.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Arc<Tokens>) -> Self {
+        Self {
+            tokens: Some(tokens),
+            ..self
+        }
+    }
+
+    /// The same, which knows API clients, too.
+    #[must_use]
+    pub fn with_secrets(self, secrets: Secrets) -> Self {
+        Self {
+            secrets: Some(secrets),
+            ..self
+        }
+    }
+
+    /// The one principal that a verified client certificate names.
+    pub fn certificate(&self, peer: Option<&PeerCertificate>) -> Result<Arc<Principal>, Error> {
+        let Some(peer) = peer else {
+            return refuse(
+                "no credential: neither a client certificate nor an `authorization` header",
+            );
+        };
+        // Asked once more: what was resumed or kept open was verified when it began.
+        if peer.remaining().is_zero() {
+            return refuse("the client certificate has expired");
+        }
+        let sans = peer.sans().iter();
+        let mut matching = sans.filter_map(|san| self.certificates.get(san));
+        let Some(principal) = matching.next() else {
+            return refuse(format!("no principal is named by any of {:?}", peer.sans()));
+        };
+        if matching.next().is_some() {
+            return refuse(format!("several principals are named by {:?}", peer.sans()));
+        }
+        let identity = principal.identity(peer);
+        Ok(Arc::new(Principal::authenticated(identity)))
+    }
+
+    /// The principal whose credential the `authorization` headers of a call are; called only when there are any. `budget` is
+    /// asked before anything that costs much; its error is the answer then.
+    pub async fn authenticate<T: Send>(
+        &self,
+        headers: &[&[u8]],
+        budget: impl FnOnce() -> Result<T, Error> + Send,
+    ) -> Result<Arc<Principal>, Error> {
+        match header::read(headers) {
+            Ok(Presented::Bearer(token)) => match &self.tokens {
+                Some(tokens) => tokens.verify(token).await,
+                None => refuse("a bearer token, and there is no [[issuer]]"),
+            },
+            Ok(Presented::Basic { id, secret }) => match &self.secrets {
+                Some(secrets) => secrets.verify(&id, secret, budget).await,
+                None => refuse("an API client, where none are known"),
+            },
+            Err(malformed) => refuse(malformed),
+        }
+    }
+}
+
+fn refuse<T>(detail: impl Into<String>) -> Result<T, Error> {
+    Err(Error::new(Reason::Credential, detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn principal(san: &str, roles: &[Role]) -> Settings {
+        Settings {
+            san: san.to_owned(),
+            tenant: Tenant::default(),
+            roles: roles.iter().copied().collect(),
+            users: roles.contains(&Role::Release).then_some(Reach::All),
+            key_names: None,
+        }
+    }
+
+    fn certificate(sans: &[&str]) -> PeerCertificate {
+        certificate_until(sans, rcgen::date_time_ymd(4096, 1, 1))
+    }
+
+    fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
+        use rcgen::{CertificateParams, KeyPair, SanType};
+        let mut params = CertificateParams::default();
+        // The common name says what no SAN says: it must not count.
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "app.example.org");
+        params.subject_alt_names = sans
+            .iter()
+            .map(|san| match san.split_once(':').unwrap() {
+                ("URI", uri) => SanType::URI(uri.try_into().unwrap()),
+                (_, name) => SanType::DnsName(name.try_into().unwrap()),
+            })
+            .collect();
+        params.not_after = until;
+        let made = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        PeerCertificate::read(made.der()).unwrap()
+    }
+
+    #[test]
+    fn an_expired_certificate_is_nobody() {
+        let expired = rcgen::date_time_ymd(2020, 1, 1);
+        let certificate = certificate_until(&["URI:spiffe://example.org/app"], expired);
+        let refused = known().certificate(Some(&certificate)).unwrap_err();
+        assert_eq!(refused.reason(), Reason::Credential);
+        assert!(refused.to_string().contains("expired"), "{refused}");
+    }
+
+    fn known() -> Authenticator {
+        Authenticator::new(&[
+            principal("URI:spiffe://example.org/app", &[Role::Release]),
+            principal("DNS:app.example.org", &[Role::Enrol]),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn a_san_names_its_principal() {
+        let peer = certificate(&["URI:spiffe://example.org/app", "DNS:other.example.org"]);
+        let principal = known().certificate(Some(&peer)).unwrap();
+        assert_eq!(principal.name(), "URI:spiffe://example.org/app");
+        assert!(principal.has(Role::Release) && !principal.has(Role::Enrol));
+    }
+
+    #[test]
+    fn nobody_several_and_nothing_are_refused_alike() {
+        let cases = [
+            Some(certificate(&["URI:spiffe://example.org/other"])),
+            Some(certificate(&["URI:spiffe://example.org/app2"])),
+            Some(certificate(&[])),
+            Some(certificate(&[
+                "URI:spiffe://example.org/app",
+                "DNS:app.example.org",
+            ])),
+            None,
+        ];
+        for peer in cases {
+            let error = known().certificate(peer.as_ref()).unwrap_err();
+            assert_eq!(error.reason(), Reason::Credential, "{peer:?}");
+        }
+    }
+
+    #[test]
+    fn principals_that_conflict_are_refused() {
+        for bad in [
+            principal("spiffe://x", &[Role::Release]),
+            principal("URI:x", &[]),
+            principal("URI:x", &[Role::Release, Role::Admin]),
+            principal("URI:x", &[Role::Auditor, Role::Release]),
+            Settings {
+                tenant: Tenant::parse("other").unwrap(),
+                ..principal("URI:x", &[Role::Auditor])
+            },
+            Settings {
+                users: None,
+                ..principal("URI:x", &[Role::Release])
+            },
+        ] {
+            assert!(Authenticator::new(&[bad]).is_err());
+        }
+        let twice = [
+            principal("URI:x", &[Role::Enrol]),
+            principal("URI:x", &[Role::Release]),
+        ];
+        assert!(Authenticator::new(&twice).unwrap_err().contains("twice"));
+    }
+}

@@ -1,0 +1,348 @@
+//! Bearer tokens (RFC 7519, RFC 9068): the configuration says what a token must be, and the token says only who it is for.
+//!
+//! The one thing that is read before the signature is verified is `iss`, to choose the configuration; with the wrong one
+//! the signature does not verify. The header's `alg` is compared with what the issuer may use and what the key is for, and
+//! chooses nothing. No key in a token and no address of one is ever followed: such tokens are refused.
+//!
+//! Mitigation: M19 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aws_lc_rs::digest;
+use jsonwebtoken::{TokenData, Validation, errors::ErrorKind};
+use moka::sync::Cache;
+use serde_json::{Map, Value};
+use tokio_util::sync::CancellationToken;
+
+use keybroker_core::{call::Timestamp, error::Error, principal::Principal};
+
+use super::{
+    issuer::{self, Algorithm, Settings},
+    jwks::{KeySet, Keys, Named, NoKey, Pace},
+};
+
+mod claims;
+mod parts;
+mod refusal;
+#[cfg(test)]
+mod tests;
+
+use parts::Parts;
+use refusal::{Cause, Refusal, shown};
+
+/// Longest access token that is accepted unless the configuration says otherwise, in bytes. Providers name each group or organisation
+/// of a user: 180 organisations make 9 to 11 KB.
+pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// Verified access tokens that are remembered, as bytes: a few short ones are as much memory as one long one.
+const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
+/// What a remembered access token takes besides its claims, in bytes.
+const VERIFIED_OVERHEAD: usize = 1024;
+/// For how long, at most.
+const VERIFIED_FOR: Duration = Duration::from_mins(1);
+
+/// Knows the issuers.
+#[derive(Debug)]
+pub struct Tokens {
+    issuers: Vec<Arc<Issuer>>,
+    /// By `iss`.
+    by_name: HashMap<String, usize>,
+    /// By SHA-256 of the token.
+    verified: Cache<[u8; 32], Verified>,
+    token_bytes_max: usize,
+}
+
+#[derive(Debug)]
+struct Issuer {
+    settings: Settings,
+    keys: Arc<Keys>,
+}
+
+/// A token that was found good, and until when that may be said again.
+#[derive(Clone, Debug)]
+struct Verified {
+    principal: Arc<Principal>,
+    /// Length of the access token, which bounds what its claims take.
+    bytes: usize,
+    issuer: usize,
+    /// Digest of the key set that it was verified with.
+    set: [u8; 32],
+    /// By the clock of the token.
+    until: Timestamp,
+    /// By ours.
+    since: Instant,
+}
+
+impl Tokens {
+    /// From issuers that are good by themselves and beside each other. A provider may be down.
+    pub fn new(issuers: &[Settings]) -> Result<Self, String> {
+        Self::paced(issuers, Pace::of)
+    }
+
+    fn paced(issuers: &[Settings], pace: impl Fn(&Settings) -> Pace) -> Result<Self, String> {
+        if let Some(problem) = issuer::problems(issuers).into_iter().next() {
+            return Err(problem);
+        }
+        let mut known = Vec::with_capacity(issuers.len());
+        let mut by_name = HashMap::new();
+        for settings in issuers {
+            let keys = Keys::new(settings, pace(settings))
+                .map_err(|problem| format!("issuer {:?}: {problem}", settings.name))?;
+            by_name.insert(settings.issuer.clone(), known.len());
+            known.push(Arc::new(Issuer {
+                settings: settings.clone(),
+                keys: Arc::new(keys),
+            }));
+        }
+        Ok(Self {
+            issuers: known,
+            by_name,
+            verified: Cache::builder()
+                .max_capacity(VERIFIED_BYTES_MAX)
+                .weigher(|_, verified: &Verified| {
+                    u32::try_from(verified.bytes + VERIFIED_OVERHEAD).unwrap_or(u32::MAX)
+                })
+                .time_to_live(VERIFIED_FOR)
+                .build(),
+            token_bytes_max: TOKEN_BYTES_MAX,
+        })
+    }
+
+    /// The same, with another limit for the length of an access token.
+    #[must_use]
+    pub fn with_token_bytes_max(self, token_bytes_max: usize) -> Self {
+        Self {
+            token_bytes_max,
+            ..self
+        }
+    }
+
+    /// Keeps the key sets fresh until `stop`.
+    pub async fn refresh(self: Arc<Self>, stop: CancellationToken) {
+        let issuers = self.issuers.iter();
+        let refreshing = issuers.map(|issuer| Arc::clone(&issuer.keys).refresh(stop.clone()));
+        futures_util::future::join_all(refreshing).await;
+    }
+
+    /// Waits until every provider was asked for its keys once, whatever came of it, at most for so long. Whoever calls before that
+    /// is refused for no fault of theirs, and some clients take that for the end of their session.
+    pub async fn asked_once(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let is_open = |issuer: &Arc<Issuer>| {
+            issuer.keys.current().is_err() && issuer.keys.problem().is_none()
+        };
+        while self.issuers.iter().any(is_open) && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The principal that a token is for. The caller learns only that it is not accepted; the log, why.
+    pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
+        let mut name = "";
+        self.find(token, &mut name).await.map_err(|refusal| {
+            let issuer = if name.is_empty() { "unknown" } else { name };
+            metrics::counter!(
+                "keybroker_token_refusals_total",
+                "issuer" => issuer.to_owned(), "cause" => refusal.cause.as_str()
+            )
+            .increment(1);
+            let detail = if name.is_empty() {
+                format!("token refused: {}", refusal.detail)
+            } else {
+                format!("token of the issuer {name:?} refused: {}", refusal.detail)
+            };
+            refusal.cause.error(detail)
+        })
+    }
+
+    /// `name` becomes that of the issuer as soon as it is known.
+    async fn find<'a>(
+        &'a self,
+        token: &[u8],
+        name: &mut &'a str,
+    ) -> Result<Arc<Principal>, Refusal> {
+        if token.len() > self.token_bytes_max {
+            return Err(Cause::Oversized.because(format!(
+                "it is too long: {} bytes, and `limits.access_token_bytes_max` is {}",
+                token.len(),
+                self.token_bytes_max
+            )));
+        }
+        let digest = sha256(token);
+        if let Some(known) = self.remembered(&digest) {
+            return Ok(known);
+        }
+        let parts = Parts::read(token)?;
+        let Some(at) = self.by_name.get(parts.issuer()?).copied() else {
+            return Err(Cause::Issuer.because(format!(
+                "its `iss` is {}, which no [[issuer]] has",
+                shown(parts.issuer()?)
+            )));
+        };
+        let issuer = &self.issuers[at];
+        *name = &issuer.settings.name;
+        let (claims, set) = issuer.verify(token, &parts).await?;
+        let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
+        let principal = Arc::new(Principal::authenticated(identity));
+        let verified = Verified {
+            principal: Arc::clone(&principal),
+            bytes: token.len(),
+            issuer: at,
+            set: *set.digest(),
+            until,
+            since: Instant::now(),
+        };
+        self.verified.insert(digest, verified);
+        Ok(principal)
+    }
+
+    /// A token that was found good a moment ago, with keys that are still in use.
+    fn remembered(&self, digest: &[u8; 32]) -> Option<Arc<Principal>> {
+        let known = self.verified.get(digest)?;
+        let set = self.issuers[known.issuer].keys.current().ok();
+        let is_good = known.until > Timestamp::now()
+            && known.since.elapsed() < VERIFIED_FOR
+            && set.is_some_and(|set| *set.digest() == known.set);
+        if !is_good {
+            self.verified.invalidate(digest);
+            return None;
+        }
+        Some(known.principal)
+    }
+}
+
+impl Issuer {
+    /// The claims of a token whose header is in order and whose signature verifies.
+    async fn verify(
+        &self,
+        token: &[u8],
+        parts: &Parts,
+    ) -> Result<(Map<String, Value>, Arc<KeySet>), Refusal> {
+        let algorithm = parts.algorithm(&self.settings)?;
+        parts.check_type(&self.settings)?;
+        let named = parts.named_key()?;
+        let set = self.keys.current();
+        let mut set = set.map_err(|problem| Cause::NoKeys.because(problem))?;
+        let mut outcome = self.verify_with(&set, token, named, algorithm);
+        // The provider may have a new key. Without a name, only the signature shows that it is not in the set.
+        let may_be_newer = match &outcome {
+            Err(refusal) => {
+                refusal.cause == Cause::KeyId
+                    || refusal.cause == Cause::Signature && named.kid.is_none()
+            }
+            Ok(_) => false,
+        };
+        if may_be_newer && let Some(newer) = self.keys.newer_than(&set).await {
+            set = newer;
+            outcome = self.verify_with(&set, token, named, algorithm);
+        }
+        Ok((outcome?, set))
+    }
+
+    fn verify_with(
+        &self,
+        set: &KeySet,
+        token: &[u8],
+        named: Named<'_>,
+        algorithm: Algorithm,
+    ) -> Result<Map<String, Value>, Refusal> {
+        let keys = set.find(named, algorithm).map_err(|why| match why {
+            NoKey::Unknown => Cause::KeyId.because(match named.kid {
+                Some(kid) => format!(
+                    "its `kid` is {}, which is none of {:?}",
+                    shown(kid),
+                    set.names()
+                ),
+                None => format!(
+                    "its `x5t` or `x5t#S256` is of no certificate of the keys {:?}",
+                    set.names()
+                ),
+            }),
+            NoKey::TooMany => Cause::KeyId.because(format!(
+                "it has no `kid`, and more keys fit its `alg` than are tried: {:?}",
+                set.names()
+            )),
+            NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
+                "its `alg` is {}, which is not what the key is for",
+                algorithm.as_str()
+            )),
+        })?;
+        let validation = self.validation(algorithm);
+        let mut refused = Cause::Signature.because("no key".to_owned());
+        for key in keys {
+            match jsonwebtoken::decode(token, key, &validation) {
+                Ok(TokenData { claims, .. }) => return Ok(claims),
+                Err(error) => refused = self.refusal(&error),
+            }
+            if refused.cause != Cause::Signature {
+                break;
+            }
+        }
+        Err(refused)
+    }
+
+    fn validation(&self, algorithm: Algorithm) -> Validation {
+        let mut validation = Validation::new(algorithm.into());
+        validation.leeway = self.settings.leeway_s.into();
+        validation.validate_nbf = true;
+        validation.set_issuer(&[&self.settings.issuer]);
+        let mut required = vec!["exp", "iss", "sub"];
+        if self.settings.audience.is_empty() {
+            validation.validate_aud = false;
+        } else {
+            required.push("aud");
+            let audience: Vec<&String> = self.settings.audience.iter().collect();
+            validation.set_audience(&audience);
+        }
+        validation.set_required_spec_claims(&required);
+        validation
+    }
+
+    fn refusal(&self, error: &jsonwebtoken::errors::Error) -> Refusal {
+        let leeway = self.settings.leeway_s;
+        match error.kind() {
+            ErrorKind::InvalidSignature => Cause::Signature.because(
+                "its signature does not verify: it was changed, or signed with another key of the same name",
+            ),
+            ErrorKind::ExpiredSignature => {
+                Cause::Expired.because(format!("its `exp` has passed by more than {leeway} s"))
+            }
+            ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
+                "its `nbf` is more than {leeway} s ahead: look at both clocks"
+            )),
+            ErrorKind::InvalidAudience => Cause::Audience.because(format!(
+                "its `aud` holds none of {:?}",
+                self.settings.audience
+            )),
+            ErrorKind::MissingRequiredClaim(claim) => {
+                Cause::Claim.because(format!("it has no `{claim}`, or not in the form that it must have"))
+            }
+            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not one text"),
+            _ => Cause::Malformed.because(format!("{error}")),
+        }
+    }
+}
+
+impl From<Algorithm> for jsonwebtoken::Algorithm {
+    fn from(algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::RS256 => Self::RS256,
+            Algorithm::RS384 => Self::RS384,
+            Algorithm::RS512 => Self::RS512,
+            Algorithm::PS256 => Self::PS256,
+            Algorithm::PS384 => Self::PS384,
+            Algorithm::PS512 => Self::PS512,
+            Algorithm::ES256 => Self::ES256,
+            Algorithm::ES384 => Self::ES384,
+            Algorithm::EdDSA => Self::EdDSA,
+        }
+    }
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
+}

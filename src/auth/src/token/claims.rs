@@ -1,0 +1,217 @@
+//! What a verified token says, and whether that is what its issuer's configuration asks for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use crate::issuer::{Settings, Subject};
+use keybroker_core::{
+    call::Timestamp,
+    key::UserId,
+    principal::{Claims, Credential, Identity, Kind},
+};
+
+use super::refusal::{Cause, Refusal, shown};
+
+const MICROS_PER_SECOND: i64 = 1_000_000;
+/// The claims with scopes: that of RFC 9068, and the one that some providers use instead.
+const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
+
+type Said = Map<String, Value>;
+
+/// Who a token is for, and until when it may be believed.
+pub(super) fn identity(
+    settings: &Settings,
+    said: &Said,
+    now: Timestamp,
+) -> Result<(Identity, Timestamp), Refusal> {
+    check_issued(settings, said, now)?;
+    check_scopes(settings, said)?;
+    check_claims(settings, said)?;
+    let subject = subject(settings, said)?;
+    let expires = moment(said, "exp").ok_or_else(|| Cause::Claim.because("it has no `exp`"))?;
+    check_lifetime(settings, said, expires, now)?;
+    let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
+    let until = Timestamp::from_micros(expires.micros().saturating_add(leeway));
+    let grant = settings.grant();
+    let identity = Identity {
+        name: format!("token:{}:{subject}", settings.name),
+        credential: Credential::Token,
+        kind: settings.kind,
+        users: grant.users(),
+        key_names: grant.key_names(),
+        tenant: grant.tenant,
+        roles: grant.roles,
+        subject: (settings.kind == Kind::User).then_some(subject),
+        claims: Claims {
+            amr: texts(said.get("amr")),
+            acr: text(said, "acr"),
+            authenticated: moment(said, "auth_time"),
+            device: settings
+                .device_claim
+                .as_ref()
+                .and_then(|claim| text(said, claim)),
+            organisations: organisations(settings, said),
+            attributes: attributes(settings, said),
+            expires: Some(expires),
+        },
+    };
+    Ok((identity, until))
+}
+
+/// `exp` and `nbf` were looked at with the signature.
+fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), Refusal> {
+    let Some(value) = said.get("iat") else {
+        return Ok(());
+    };
+    let Some(issued) = moment(said, "iat") else {
+        return Err(Cause::Claim.because(format!("its `iat` is {value}, which is no time")));
+    };
+    let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
+    if issued.micros() > now.micros().saturating_add(leeway) {
+        return Err(Cause::NotYetValid.because(format!(
+            "its `iat` is {issued}, more than {} s ahead: look at both clocks",
+            settings.leeway_s
+        )));
+    }
+    Ok(())
+}
+
+/// A stolen token is good until it expires, so a provider's mistake must not make one that never does. Without `iat` the rest of its
+/// life is measured.
+fn check_lifetime(
+    settings: &Settings,
+    said: &Said,
+    expires: Timestamp,
+    now: Timestamp,
+) -> Result<(), Refusal> {
+    let issued = moment(said, "iat");
+    let life = expires
+        .micros()
+        .saturating_sub(issued.unwrap_or(now).micros())
+        / MICROS_PER_SECOND;
+    let minutes = settings.token_lifetime_max_minutes;
+    // Without `iat`, our clock and the provider's are compared.
+    let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
+    if life <= i64::from(minutes) * 60 + leeway {
+        return Ok(());
+    }
+    let from = if issued.is_some() {
+        "its `iat`"
+    } else {
+        "now, as it has no `iat`"
+    };
+    Err(Cause::Lifetime.because(format!(
+        "its `exp` is {life} s after {from}, and `token_lifetime_max_minutes` of the issuer is {minutes}"
+    )))
+}
+
+fn check_scopes(settings: &Settings, said: &Said) -> Result<(), Refusal> {
+    let scopes: BTreeSet<String> = SCOPE_CLAIMS
+        .into_iter()
+        .flat_map(|claim| texts(said.get(claim)))
+        .flat_map(|text| {
+            let words = text.split(' ').filter(|word| !word.is_empty());
+            words.map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    match settings.required_scopes.difference(&scopes).next() {
+        None => Ok(()),
+        Some(missing) => Err(Cause::Scope.because(format!(
+            "its `scope` lacks {missing:?}; it has {}",
+            shown(
+                &scopes
+                    .iter()
+                    .map(String::as_str)
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            )
+        ))),
+    }
+}
+
+fn check_claims(settings: &Settings, said: &Said) -> Result<(), Refusal> {
+    for (claim, accepted) in &settings.required_claims {
+        let values = texts(said.get(claim));
+        if values.is_empty() {
+            return Err(Cause::Claim.because(format!("it has no `{claim}`")));
+        }
+        if !accepted.is_empty() && values.is_disjoint(accepted) {
+            let values: Vec<&str> = values.iter().map(String::as_str).collect();
+            return Err(Cause::Claim.because(format!(
+                "its `{claim}` is {}, and none of {accepted:?}",
+                shown(&values.join(" "))
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
+    let sub = said.get("sub").and_then(Value::as_str).unwrap_or("");
+    let text = match settings.subject {
+        Subject::Text => sub.to_owned(),
+        Subject::Guid => match Uuid::try_parse(sub) {
+            Ok(guid) if !guid.is_nil() => guid.hyphenated().to_string(),
+            _ => {
+                let detail = format!("its `sub` is {}, which is not a GUID", shown(sub));
+                return Err(Cause::Subject.because(detail));
+            }
+        },
+    };
+    UserId::parse(&text).map_err(|error| {
+        Cause::Subject.because(format!(
+            "its `sub` is {}, and a user is {}",
+            shown(sub),
+            error.detail()
+        ))
+    })
+}
+
+fn organisations(settings: &Settings, said: &Said) -> BTreeSet<String> {
+    let claims = settings.organisation_claims.iter();
+    claims.flat_map(|claim| texts(said.get(claim))).collect()
+}
+
+fn attributes(settings: &Settings, said: &Said) -> BTreeMap<String, BTreeSet<String>> {
+    let named = settings.attributes.iter();
+    named
+        .map(|(claim, name)| (name.clone(), texts(said.get(claim))))
+        .filter(|(_, values)| !values.is_empty())
+        .collect()
+}
+
+/// The values of a claim that is one value or a list of them; what is neither text, number nor truth value is left out.
+fn texts(value: Option<&Value>) -> BTreeSet<String> {
+    let values = match value {
+        None => &[],
+        Some(Value::Array(values)) => values.as_slice(),
+        Some(value) => std::slice::from_ref(value),
+    };
+    let plain = values.iter().filter_map(|value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Bool(truth) => Some(truth.to_string()),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    });
+    plain.collect()
+}
+
+fn text(said: &Said, claim: &str) -> Option<String> {
+    texts(said.get(claim)).into_iter().next()
+}
+
+/// Seconds since 1970, perhaps with a fraction, which is cut off (RFC 7519 section 2). Some providers write a number as text.
+fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
+    let seconds = match said.get(claim)? {
+        Value::Number(number) => number.as_i64().or_else(|| {
+            let text = number.as_f64()?.trunc().to_string();
+            text.parse().ok()
+        })?,
+        Value::String(text) => text.parse().ok()?,
+        _ => return None,
+    };
+    let micros = seconds.checked_mul(MICROS_PER_SECOND)?;
+    (seconds >= 0).then_some(Timestamp::from_micros(micros))
+}

@@ -1,0 +1,113 @@
+//! A token taken apart, before anything about it is known to be true.
+
+use base64ct::{Base64UrlUnpadded, Encoding as _};
+use serde_json::{Map, Value};
+
+use crate::{
+    issuer::{Algorithm, Settings},
+    jwks::Named,
+};
+
+use super::refusal::{Cause, Refusal, shown};
+
+/// Members of a header that bring a key or say where one is. A key that comes with the token proves nothing.
+const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
+
+/// Header and claims, unverified.
+pub(super) struct Parts {
+    header: Map<String, Value>,
+    claims: Map<String, Value>,
+}
+
+impl Parts {
+    pub(super) fn read(token: &[u8]) -> Result<Self, Refusal> {
+        let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
+        let [header, claims, _signature] = parts[..] else {
+            return Err(Cause::Malformed.because(format!(
+                "it has {} parts and not three: it is no signed token",
+                parts.len()
+            )));
+        };
+        let read = |part: &[u8], name: &str| {
+            str::from_utf8(part)
+                .ok()
+                .and_then(|text| Base64UrlUnpadded::decode_vec(text).ok())
+                .and_then(|json| serde_json::from_slice(&json).ok())
+                .ok_or_else(|| {
+                    Cause::Malformed
+                        .because(format!("its {name} is not a JSON object in base64url"))
+                })
+        };
+        Ok(Self {
+            header: read(header, "header")?,
+            claims: read(claims, "payload")?,
+        })
+    }
+
+    /// Whose token it says it is: only to choose the configuration.
+    pub(super) fn issuer(&self) -> Result<&str, Refusal> {
+        let issuer = self.claims.get("iss").and_then(Value::as_str);
+        issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
+    }
+
+    /// The algorithm, if the issuer may use it and the header is otherwise one that can be understood.
+    pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
+        for member in KEYS_OF_ITS_OWN {
+            if self.header.contains_key(member) {
+                return Err(Cause::Header.because(format!(
+                    "its header has `{member}`: keys that come with a token prove nothing"
+                )));
+            }
+        }
+        if self.header.contains_key("crit") {
+            return Err(Cause::Header
+                .because("its header has `crit`: it asks for extensions, and none is understood"));
+        }
+        let name = self.header.get("alg").and_then(Value::as_str).unwrap_or("");
+        let algorithm = Algorithm::parse(name).filter(|one| settings.algorithms.contains(one));
+        algorithm.ok_or_else(|| {
+            Cause::Algorithm.because(format!(
+                "its `alg` is {}, and `algorithms` of the issuer are {:?}",
+                shown(name),
+                settings.algorithms
+            ))
+        })
+    }
+
+    /// RFC 9068 section 2.1: `application/` may be left out, and case does not matter.
+    pub(super) fn check_type(&self, settings: &Settings) -> Result<(), Refusal> {
+        if settings.token_types.is_empty() {
+            return Ok(());
+        }
+        let plain = |text: &str| {
+            let text = text.to_ascii_lowercase();
+            text.strip_prefix("application/")
+                .unwrap_or(&text)
+                .to_owned()
+        };
+        let name = self.header.get("typ").and_then(Value::as_str).unwrap_or("");
+        let mut wanted = settings.token_types.iter();
+        if wanted.any(|wanted| plain(wanted) == plain(name)) {
+            return Ok(());
+        }
+        Err(Cause::Type.because(format!(
+            "its `typ` is {}, and `token_types` of the issuer are {:?}",
+            shown(name),
+            settings.token_types
+        )))
+    }
+
+    /// What the header says about the key.
+    pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
+        let text = |member: &str| match self.header.get(member) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.as_str())),
+            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not text"))),
+        };
+        Ok(Named {
+            kid: text("kid")?,
+            sha1: text("x5t")?,
+            sha256: text("x5t#S256")?,
+        })
+    }
+}

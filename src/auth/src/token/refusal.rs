@@ -1,0 +1,104 @@
+//! Why a token is refused: a cause for the counter, and the exact reason for the log. Neither ever shows the token.
+
+use std::time::Duration;
+
+use keybroker_core::error::{Error, Reason};
+
+/// When to come again while an issuer's keys are not known.
+const KEYS_RETRY: Duration = Duration::from_secs(2);
+/// Longest text of a token that is repeated in the log, in characters.
+const SHOWN_CHARS_MAX: usize = 100;
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// Longer than the limit.
+    Oversized,
+    /// Not three parts, not base64url, not JSON.
+    Malformed,
+    /// An `iss` that nobody configured.
+    Issuer,
+    /// An `alg` that is not allowed, or not the key's.
+    Algorithm,
+    /// A header that brings keys of its own, or asks for what is not understood.
+    Header,
+    /// A `typ` that is not asked for.
+    Type,
+    /// A `kid` that no key has.
+    KeyId,
+    /// The issuer's keys are not known.
+    NoKeys,
+    /// The signature does not verify.
+    Signature,
+    /// `exp` has passed.
+    Expired,
+    /// It is valid for longer than its issuer's access tokens may be.
+    Lifetime,
+    /// `nbf` or `iat` is ahead.
+    NotYetValid,
+    /// Made for somebody else.
+    Audience,
+    /// A scope is missing.
+    Scope,
+    /// A claim is missing, or has none of the values asked for.
+    Claim,
+    /// A `sub` that can be no user.
+    Subject,
+}
+
+/// A refused token.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) cause: Cause,
+    pub(super) detail: String,
+}
+
+impl Cause {
+    /// Label of the counter.
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Oversized => "oversized",
+            Self::Malformed => "malformed",
+            Self::Issuer => "issuer",
+            Self::Algorithm => "algorithm",
+            Self::Header => "header",
+            Self::Type => "type",
+            Self::KeyId => "kid",
+            Self::NoKeys => "no-keys",
+            Self::Signature => "signature",
+            Self::Expired => "expired",
+            Self::Lifetime => "lifetime",
+            Self::NotYetValid => "not-yet-valid",
+            Self::Audience => "audience",
+            Self::Scope => "scope",
+            Self::Claim => "claim",
+            Self::Subject => "subject",
+        }
+    }
+
+    /// The error that the caller is told of. A token that nobody can judge is not a bad one.
+    pub(super) fn error(self, detail: String) -> Error {
+        match self {
+            Self::NoKeys => Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY),
+            // The signature was verified before: nobody else can make such a token.
+            Self::Expired => Error::new(Reason::Credential, detail).renewable(),
+            _ => Error::new(Reason::Credential, detail),
+        }
+    }
+
+    pub(super) fn because(self, detail: impl Into<String>) -> Refusal {
+        Refusal {
+            cause: self,
+            detail: detail.into(),
+        }
+    }
+}
+
+/// Text of a token for the log: quoted, and not at any length.
+pub(super) fn shown(text: &str) -> String {
+    let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+    if cut.len() < text.len() {
+        cut.push('…');
+    }
+    format!("{cut:?}")
+}

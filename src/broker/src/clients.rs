@@ -1,0 +1,321 @@
+//! API clients: made, rotated, listed and revoked by administrators; known to authentication once the token has verified what
+//! SQL says of them.
+//!
+//! An administrator gives an API client only roles that the configuration lets be given at run time, and only in the
+//! administrator's own tenant: without a word in the configuration nobody makes a client that releases keys.
+//!
+//! Mitigation: M20 of `THREAT_MODEL.md`.
+
+use std::{collections::BTreeSet, fmt, sync::Arc};
+
+use aws_lc_rs::rand;
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    client_credential::{ClientCredential, Document, LIVE_SECRETS_MAX, PlainSecret},
+    error::{Error, Reason},
+    key::{ClientId, ID_BYTES, KeyName, UserId},
+    principal::{Action, Principal, Reach, Role},
+};
+use keybroker_store::ClientRow;
+
+use super::{Broker, journal::Draft, within};
+
+mod change;
+mod known;
+mod uses;
+
+pub(super) use uses::ClientUses;
+
+use known::{Wanted, document_of};
+
+/// What the configuration says of API clients.
+pub struct ClientRules {
+    /// Roles that an administrator may give.
+    pub grantable_roles: BTreeSet<Role>,
+    /// Hashes a secret; takes time and memory on purpose.
+    pub hash: Hash,
+}
+
+/// From a secret to its PHC string.
+pub type Hash = Arc<dyn Fn(&[u8]) -> Result<String, Error> + Send + Sync>;
+
+impl fmt::Debug for ClientRules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientRules")
+            .field("grantable_roles", &self.grantable_roles)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An API client to be.
+#[derive(Clone, Debug)]
+pub struct NewClient {
+    /// For people.
+    pub label: String,
+    /// What it may do at most.
+    pub roles: BTreeSet<Role>,
+    /// With the role `release`: whose keys.
+    pub users: Option<Reach<UserId>>,
+    /// With the role `release`: which of their keys.
+    pub key_names: Option<Reach<KeyName>>,
+    /// From when on its first secret is not accepted any more.
+    pub expires: Option<Timestamp>,
+}
+
+/// An API client as administrators and auditors see it.
+#[derive(Clone, Debug)]
+pub struct ClientView {
+    /// What it shows beside its secret.
+    pub id: ClientId,
+    /// All else.
+    pub document: Document,
+    /// When each of its secrets was last accepted, by number.
+    pub uses: Vec<(u32, Timestamp)>,
+}
+
+/// A secret just made, for the one answer that shows it.
+#[derive(Debug)]
+pub struct CreatedSecret {
+    /// Whose it is.
+    pub client: ClientView,
+    /// Which of its secrets.
+    pub number: u32,
+    /// The secret itself.
+    pub secret: PlainSecret,
+}
+
+/// One page of API clients.
+#[derive(Clone, Debug)]
+pub struct ClientPage {
+    /// In the order of their ids.
+    pub clients: Vec<ClientView>,
+    /// Where the next page begins; absent on the last.
+    pub next: Option<ClientId>,
+}
+
+impl Broker {
+    /// Makes an API client with its first secret.
+    pub async fn create_client(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        new: NewClient,
+    ) -> Result<CreatedSecret, Error> {
+        let broker = Arc::clone(self);
+        let (principal, call) = (principal.clone(), call.clone());
+        self.to_the_end(Action::CreateClient, call.clone(), async move {
+            let mut draft = broker
+                .begin_client(&principal, &call, Action::CreateClient)
+                .await?;
+            let prepared = broker
+                .prepare_client(&principal, &call, new, &mut draft)
+                .await;
+            let (row, secret) = broker.or_record(&draft, prepared).await?;
+            let document = document_of(&row)?;
+            broker.insert_client(&call, draft, row.clone()).await?;
+            Ok(created(row.id, document, secret))
+        })
+        .await
+    }
+
+    /// Adds a secret to an API client, which then has two that are good, until the old one is revoked.
+    pub async fn add_client_secret(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        id: ClientId,
+        expires: Option<Timestamp>,
+    ) -> Result<CreatedSecret, Error> {
+        let broker = Arc::clone(self);
+        let (principal, call) = (principal.clone(), call.clone());
+        self.to_the_end(Action::CreateClient, call.clone(), async move {
+            let mut draft = broker
+                .begin_client(&principal, &call, Action::CreateClient)
+                .await?;
+            draft.client(id);
+            let prepared = async {
+                let mut credential = broker
+                    .own_client(&principal, &call, id, Wanted::InForce)
+                    .await?;
+                if credential.document.revoked.is_some() {
+                    let what = "was revoked and stays so: make another client";
+                    return Err(Error::violation("id", what));
+                }
+                broker.check_grantable(&credential.document)?;
+                let now = Timestamp::now();
+                if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
+                    let what = "has two live secrets: revoke one first";
+                    return Err(Error::violation("id", what));
+                }
+                let (secret, phc) = broker.fresh_secret().await?;
+                credential.document.add_secret(phc, now, expires);
+                if !credential.document.may_grow() {
+                    let what = "its users, key names and secrets are too long for another secret: make another client";
+                    return Err(Error::violation("id", what));
+                }
+                Ok((broker.next_row(credential).await?, secret))
+            };
+            let (row, secret) = broker.or_record(&draft, prepared.await).await?;
+            let document = document_of(&row)?;
+            draft.grant(&document);
+            broker.update_client(&call, draft, row.clone()).await?;
+            Ok(created(row.id, document, secret))
+        })
+        .await
+    }
+
+    /// Revokes an API client for good, or one of its secrets.
+    pub async fn revoke_client(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        id: ClientId,
+        secret: Option<u32>,
+    ) -> Result<ClientView, Error> {
+        let broker = Arc::clone(self);
+        let (principal, call) = (principal.clone(), call.clone());
+        self.to_the_end(Action::RevokeClient, call.clone(), async move {
+            let mut draft = broker
+                .begin_client(&principal, &call, Action::RevokeClient)
+                .await?;
+            draft.client(id);
+            let prepared = async {
+                // One secret less leaves a client that is let in: that one must be in force.
+                let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
+                let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
+                revoke(&mut credential.document, secret)?;
+                broker.next_row(credential).await
+            };
+            let row = broker.or_record(&draft, prepared.await).await?;
+            let document = document_of(&row)?;
+            draft.grant(&document);
+            broker.update_client(&call, draft, row).await?;
+            let uses = broker.store.client_uses(id).await.unwrap_or_default();
+            Ok(ClientView { id, document, uses })
+        })
+        .await
+    }
+
+    /// One page of API clients: an administrator's own tenant's, for an auditor all.
+    pub async fn clients(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        after: Option<ClientId>,
+        limit: u32,
+    ) -> Result<ClientPage, Error> {
+        self.read_async(principal, call, Action::ListClients, async {
+            let rows = within(call, self.store.clients(after, limit)).await?;
+            let is_full = u32::try_from(rows.len()).is_ok_and(|count| count >= limit);
+            let next = rows.last().map(|row| row.id).filter(|_| is_full);
+            let mut clients = Vec::new();
+            for row in rows {
+                let (id, document) = (row.id, document_of(&row)?);
+                let is_own = document.tenant == *principal.tenant();
+                if is_own || principal.has(Role::Auditor) {
+                    let uses = within(call, self.store.client_uses(id)).await?;
+                    clients.push(ClientView { id, document, uses });
+                }
+            }
+            Ok(ClientPage { clients, next })
+        })
+        .await
+    }
+
+    fn check_grantable(&self, document: &Document) -> Result<(), Error> {
+        let grantable = &self.client_rules.grantable_roles;
+        if document.roles.iter().all(|role| grantable.contains(role)) {
+            return Ok(());
+        }
+        let what = "only roles that `client_credentials.grantable_roles` in the broker's configuration lists; the default is none";
+        Err(Error::violation("roles", what))
+    }
+
+    async fn prepare_client(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        new: NewClient,
+        draft: &mut Draft,
+    ) -> Result<(ClientRow, PlainSecret), Error> {
+        let now = Timestamp::now();
+        let mut document = Document {
+            label: new.label,
+            tenant: principal.tenant().clone(),
+            roles: new.roles,
+            users: new.users,
+            key_names: new.key_names,
+            created: now,
+            revoked: None,
+            secrets: Vec::new(),
+        };
+        let id = fresh_id()?;
+        draft.client(id);
+        draft.grant(&document);
+        if document.grant().problem().is_some() {
+            let what = "one role at least; `release` with users or key names, and without `admin` and `auditor`";
+            return Err(Error::violation("roles", what));
+        }
+        self.check_grantable(&document)?;
+        call.deadline.check()?;
+        let (secret, phc) = self.fresh_secret().await?;
+        document.add_secret(phc, now, new.expires);
+        if !document.may_grow() {
+            let what = "fewer or shorter users and key names: 24 KiB all together";
+            return Err(Error::violation("users", what));
+        }
+        let credential = ClientCredential {
+            id,
+            revision: 0,
+            document,
+        };
+        Ok((self.next_row(credential).await?, secret))
+    }
+
+    async fn fresh_secret(&self) -> Result<(PlainSecret, String), Error> {
+        let no_random = || Error::new(Reason::Bug, "no random bytes");
+        let secret = PlainSecret::fresh().ok_or_else(no_random)?;
+        let hash = Arc::clone(&self.client_rules.hash);
+        let hashing = tokio::task::spawn_blocking(move || {
+            let phc = hash(secret.expose().as_bytes())?;
+            Ok((secret, phc))
+        });
+        let panicked = |panic| Error::new(Reason::Bug, format!("Argon2id: {panic}"));
+        hashing.await.map_err(panicked)?
+    }
+}
+
+fn created(id: ClientId, document: Document, secret: PlainSecret) -> CreatedSecret {
+    CreatedSecret {
+        number: document.secrets.last().map_or(0, |secret| secret.number),
+        client: ClientView {
+            id,
+            document,
+            uses: Vec::new(),
+        },
+        secret,
+    }
+}
+
+/// What is revoked stays so. To revoke it again changes nothing and is no mistake.
+fn revoke(document: &mut Document, secret: Option<u32>) -> Result<(), Error> {
+    let now = Some(Timestamp::now());
+    let Some(number) = secret else {
+        document.revoked = document.revoked.or(now);
+        return Ok(());
+    };
+    let known = document
+        .secrets
+        .iter_mut()
+        .find(|known| known.number == number);
+    let known = known.ok_or_else(|| Error::new(Reason::KeyNotFound, format!("secret {number}")))?;
+    known.revoked = known.revoked.or(now);
+    Ok(())
+}
+
+fn fresh_id() -> Result<ClientId, Error> {
+    let mut bytes = [0; ID_BYTES];
+    rand::fill(&mut bytes).map_err(|_| Error::new(Reason::Bug, "no random bytes"))?;
+    Ok(ClientId::from_bytes(bytes))
+}

@@ -1,0 +1,46 @@
+//! When secrets of API clients were last accepted: noted in memory, written by and by. A note that is lost loses nothing else.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use crate::Broker;
+use keybroker_core::{call::Timestamp, key::ClientId};
+
+/// Secrets noted at most.
+const NOTED_MAX: usize = 10_000;
+
+#[derive(Debug, Default)]
+pub(crate) struct ClientUses(Mutex<HashMap<(ClientId, u32), Timestamp>>);
+
+impl ClientUses {
+    pub(super) fn note(&self, id: ClientId, secret: u32) {
+        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if noted.len() < NOTED_MAX || noted.contains_key(&(id, secret)) {
+            noted.insert((id, secret), Timestamp::now());
+        }
+    }
+
+    /// All that is noted, in the order in which every broker writes it.
+    fn take(&self) -> Vec<(ClientId, u32, Timestamp)> {
+        let noted = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let uses = noted.into_iter().map(|((id, secret), at)| (id, secret, at));
+        let mut uses: Vec<_> = uses.collect();
+        uses.sort_unstable();
+        uses
+    }
+}
+
+impl Broker {
+    /// Writes what was noted. What cannot be written is forgotten: the next use notes it again.
+    pub(crate) async fn flush_client_uses(&self) {
+        let uses = self.client_uses.take();
+        if uses.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.note_client_uses(&uses).await {
+            tracing::info!(%error, "last uses of client secrets not written");
+        }
+    }
+}

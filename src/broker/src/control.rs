@@ -1,0 +1,157 @@
+//! The control plane: wrapping keys, token state, audit log. Nothing here can release a user key.
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    envelope::Algorithm,
+    error::{Error, Reason},
+    key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    principal::{Action, Principal},
+};
+use keybroker_hsm::TokenState;
+use keybroker_policy::Resource;
+
+use super::{
+    Broker,
+    journal::Draft,
+    observed,
+    registry::{Registry, token_key},
+};
+
+/// One registered wrapping key, with what the token says of it.
+#[derive(Clone, Debug)]
+pub struct WrappingKeyView {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// SP 800-57 state.
+    pub state: WrappingKeyState,
+    /// When it was registered.
+    pub registered: Timestamp,
+    /// Whether a backup of its token is confirmed.
+    pub backup_confirmed: bool,
+    /// What the token holds; absent for a destroyed key, or while no worker was ready yet.
+    pub on_token: Option<KeyOnToken>,
+}
+
+/// The public side of a wrapping key, read from the token.
+#[derive(Clone, Debug)]
+pub struct KeyOnToken {
+    /// Modulus length in bits.
+    pub modulus_bits: u32,
+    /// How it wraps.
+    pub algorithm: Algorithm,
+    /// DER SubjectPublicKeyInfo.
+    pub spki: Vec<u8>,
+}
+
+impl Broker {
+    /// All registered wrapping keys, in the order of their sequence.
+    pub async fn wrapping_keys(
+        &self,
+        principal: &Principal,
+        call: &Call,
+    ) -> Result<Vec<WrappingKeyView>, Error> {
+        self.read(principal, call, Action::ReadWrappingKeys, || {
+            self.registry().map(|registry| self.views(&registry))
+        })
+        .await
+    }
+
+    /// One registered wrapping key.
+    pub async fn wrapping_key(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: WrappingKeyId,
+    ) -> Result<WrappingKeyView, Error> {
+        self.read(principal, call, Action::ReadWrappingKeys, || {
+            self.views(&*self.registry()?)
+                .into_iter()
+                .find(|view| view.id == id)
+                .ok_or_else(|| Error::new(Reason::KeyNotFound, format!("wrapping key {id}")))
+        })
+        .await
+    }
+
+    /// The state of the token and its workers.
+    pub async fn token_state(
+        &self,
+        principal: &Principal,
+        call: &Call,
+    ) -> Result<TokenState, Error> {
+        self.read(principal, call, Action::ReadToken, || {
+            Ok(self.token.state())
+        })
+        .await
+    }
+
+    /// The last entries of this instance's audit log, oldest first.
+    pub async fn audit_tail(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        limit: usize,
+    ) -> Result<Vec<String>, Error> {
+        let audit = self.audit.clone();
+        self.read_async(principal, call, Action::ReadAudit, async move {
+            // Reads files: not on an async thread.
+            match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
+                Ok(entries) => entries.map_err(Error::from),
+                Err(panic) => Err(Error::new(Reason::Bug, format!("audit tail: {panic}"))),
+            }
+        })
+        .await
+    }
+
+    async fn read<T>(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        look: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.read_async(principal, call, action, async { look() })
+            .await
+    }
+
+    pub(super) async fn read_async<T>(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        look: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        observed(action, call, async {
+            let permit = self
+                .permit(principal, call, action, Resource::Broker)
+                .await?;
+            let mut draft = Draft::new(principal, call, action, None);
+            draft.policy(permit.policy());
+            let found = look.await;
+            let (found, _) = self.conclude(draft, found).await?;
+            Ok(found)
+        })
+        .await
+    }
+
+    fn views(&self, registry: &Registry) -> Vec<WrappingKeyView> {
+        let state = self.token.state();
+        let view = |row: &keybroker_store::RegistryRow| WrappingKeyView {
+            id: row.id,
+            fingerprint: row.fingerprint,
+            purpose: row.purpose,
+            state: row.state,
+            registered: row.registered,
+            backup_confirmed: row.backup_confirmed.is_some(),
+            on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
+                modulus_bits: key.modulus_bits,
+                algorithm: key.algorithm,
+                spki: key.spki.clone(),
+            }),
+        };
+        registry.rows().iter().map(view).collect()
+    }
+}

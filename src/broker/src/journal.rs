@@ -1,0 +1,185 @@
+//! Audit entries of the use cases, and the proof that one is on disk.
+//!
+//! Mitigation: M13 of `THREAT_MODEL.md`.
+
+use keybroker_audit::{Entry, EntryKind, OpenIntent, Outcome};
+use keybroker_core::{
+    call::{Call, RequestId, Timestamp},
+    client_credential::Document,
+    error::{Error, Reason},
+    key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
+    principal::{Action, Principal},
+};
+use keybroker_policy::Resource;
+
+use super::{Broker, UserKeyRef};
+
+/// Proof that an audit entry is durable. Only this module makes one.
+#[derive(Debug)]
+pub(super) struct Durable(());
+
+/// An entry under way: what is known so far of the decision it records.
+#[derive(Clone, Debug)]
+pub(super) struct Draft(Entry);
+
+impl Draft {
+    pub(super) fn new(
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        key: Option<&UserKeyRef>,
+    ) -> Self {
+        let mut entry = Entry::new(EntryKind::Decision, action.as_str(), Outcome::Ok);
+        entry.principal = Some(principal.name().to_owned());
+        entry.tenant = Some(principal.tenant().clone());
+        entry.call_id = Some(call.id);
+        entry.peer = Some(call.peer.clone());
+        entry.user = key.map(|key| key.user.clone());
+        entry.key_name = key.map(|key| key.name.clone());
+        Self(entry)
+    }
+
+    /// An entry about what policy was asked about.
+    pub(super) fn of(
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        resource: Resource<'_>,
+    ) -> Self {
+        let mut draft = Self::new(principal, call, action, None);
+        match resource {
+            Resource::UserKey { user, name, .. } => {
+                draft.0.user = Some(user.clone());
+                draft.0.key_name = Some(name.clone());
+            }
+            Resource::UserKeys { user, .. } => draft.user(user.cloned()),
+            Resource::Broker => {}
+        }
+        draft
+    }
+
+    pub(super) fn policy(&mut self, policy: &str) {
+        self.0.policy = Some(policy.to_owned().into());
+    }
+
+    pub(super) fn user(&mut self, user: Option<UserId>) {
+        self.0.user = user;
+    }
+
+    pub(super) fn request(&mut self, request: Option<RequestId>) {
+        self.0.request_id = request;
+    }
+
+    pub(super) fn record(&mut self, record: RecordId, revision: Revision) {
+        self.0.record_id = Some(record);
+        self.0.revision = Some(revision);
+    }
+
+    pub(super) fn client(&mut self, client: ClientId) {
+        self.0.client = Some(client);
+    }
+
+    pub(super) fn grant(&mut self, document: &Document) {
+        self.0.grant = Some(document.summary());
+    }
+
+    pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {
+        self.0.wrapping_key = Some(key);
+    }
+
+    pub(super) fn kind(&self, kind: EntryKind) -> Self {
+        let mut entry = self.0.clone();
+        entry.kind = kind;
+        Self(entry)
+    }
+}
+
+impl Broker {
+    /// Makes the entry of a decision that went well durable.
+    pub(super) async fn record_ok(&self, draft: Draft) -> Result<Durable, Error> {
+        self.audit.append(draft.0).await?;
+        Ok(Durable(()))
+    }
+
+    /// Makes the intent of a mutation durable. One that was too slow may appear after its caller was refused: `maintain`
+    /// closes it.
+    pub(super) async fn record_intent(
+        &self,
+        draft: &Draft,
+        at: Timestamp,
+    ) -> Result<OpenIntent, Error> {
+        let Draft(entry) = draft.kind(EntryKind::Intent);
+        let call = entry.call_id.expect("a draft is of a call");
+        let intent = OpenIntent {
+            call,
+            at,
+            intent: entry.clone(),
+        };
+        match self.audit.append(entry).await {
+            Ok(_) => Ok(intent),
+            Err(error) => {
+                if error.may_appear() {
+                    self.resolve_later(intent);
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Makes the entry of an alarm about a principal durable.
+    pub(super) async fn record_alarm(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        alarm: &'static str,
+    ) -> Result<Durable, Error> {
+        let mut entry = Entry::new(EntryKind::Decision, alarm, Outcome::Ok);
+        entry.principal = Some(principal.name().to_owned());
+        entry.tenant = Some(principal.tenant().clone());
+        entry.call_id = Some(call.id);
+        entry.peer = Some(call.peer.clone());
+        self.audit.append(entry).await?;
+        Ok(Durable(()))
+    }
+
+    /// Makes the entry of a refusal or failure durable.
+    pub(super) async fn record_failure(
+        &self,
+        mut draft: Draft,
+        error: &Error,
+    ) -> Result<Durable, Error> {
+        if error.reason() == Reason::EnvelopeRejected
+            && let Some(principal) = &draft.0.principal
+            && self.limits.fail_envelope(principal).is_err()
+        {
+            tracing::warn!(
+                principal,
+                "too many refused envelopes: its calls are refused for a while"
+            );
+        }
+        draft.0.outcome = if error.reason() == Reason::Policy {
+            Outcome::Denied
+        } else {
+            Outcome::Failed
+        };
+        draft.0.reason = Some(error.reason());
+        self.audit.append(draft.0).await?;
+        Ok(Durable(()))
+    }
+
+    /// Records how a decision ended and hands its result on. The entry's own failure takes precedence: without it there
+    /// is no answer.
+    pub(super) async fn conclude<T>(
+        &self,
+        draft: Draft,
+        result: Result<T, Error>,
+    ) -> Result<(T, Durable), Error> {
+        match result {
+            Ok(value) => Ok((value, self.record_ok(draft).await?)),
+            Err(error) => {
+                self.record_failure(draft, &error).await?;
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,402 @@
+//! How much one caller may ask for: rates of calls, a budget for failures, and an alarm when one service releases the keys of
+//! unusually many users. All state is bounded, and forgets those who have been silent for long enough that it makes no
+//! difference.
+//!
+//! A budget that is used up refuses what would be tried at a cost, and what fails; who is known already and shows a credential
+//! that is good goes on. So nobody is locked out by a neighbour behind the same address.
+//!
+//! Mitigation: M18 of `THREAT_MODEL.md`.
+
+use std::{
+    borrow::Borrow,
+    fmt,
+    hash::Hash,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use governor::{
+    DefaultDirectRateLimiter, Quota, RateLimiter,
+    clock::{Clock as _, DefaultClock},
+};
+use moka::sync::Cache;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use keybroker_core::{
+    error::{Error, Reason},
+    principal::{Kind, Principal},
+};
+
+mod releases;
+
+use releases::Releases;
+
+/// The `[rates]` section. Every rate has a default; none can be switched off.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Calls of one user.
+    pub user_calls_per_minute: u32,
+    /// Calls of one service; each item of a batch counts.
+    pub service_calls_per_minute: u32,
+    /// Refused credentials of one address, and refused envelopes of one principal.
+    pub failures_per_minute: u32,
+    /// Different users whose keys one service may release before it is an alarm.
+    pub released_users_per_hour: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            user_calls_per_minute: 120,
+            service_calls_per_minute: 600_000,
+            failures_per_minute: 20,
+            released_users_per_hour: 1_000,
+        }
+    }
+}
+
+/// No rate is higher than this.
+pub const RATE_MAX: u32 = 60_000_000;
+/// No more users than this are told apart for an alarm.
+pub const RELEASED_USERS_MAX: u32 = 1_000_000;
+
+/// Callers that are told apart.
+const CALLERS_MAX: u64 = 100_000;
+/// A bucket of a minute is full again after a minute: whoever is forgotten later loses nothing.
+const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
+
+/// Credentials of one address that may be checked at once where that costs much.
+const TURNS_MAX: usize = 8;
+/// When such a check is over.
+const TURN_RETRY: Duration = Duration::from_millis(500);
+
+/// What each caller has used of its limits.
+#[derive(Debug)]
+pub struct Limits {
+    users: Buckets<String>,
+    services: Buckets<String>,
+    failed_credentials: Buckets<IpAddr>,
+    refused_envelopes: Buckets<String>,
+    turns: Cache<IpAddr, Arc<Semaphore>>,
+    releases: Releases,
+    lines_by_network: Buckets<Network>,
+    lines: Buckets<()>,
+    suppressed: AtomicU64,
+}
+
+impl Limits {
+    /// With everybody's limits unused.
+    pub fn new(settings: &Settings) -> Arc<Self> {
+        Arc::new(Self {
+            users: Buckets::new(settings.user_calls_per_minute),
+            services: Buckets::new(settings.service_calls_per_minute),
+            failed_credentials: Buckets::new(settings.failures_per_minute),
+            refused_envelopes: Buckets::new(settings.failures_per_minute),
+            turns: Cache::builder()
+                .max_capacity(CALLERS_MAX)
+                .time_to_idle(FORGOTTEN_AFTER)
+                .build(),
+            releases: Releases::new(settings.released_users_per_hour),
+            lines_by_network: Buckets::new(LINES_PER_NETWORK),
+            lines: Buckets::new(LINES_MAX),
+            suppressed: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether a log line that an unauthenticated caller of that address causes may be written. One that may not is counted.
+    pub fn may_log(&self, address: IpAddr) -> bool {
+        let network = Network::of(address);
+        let may =
+            self.lines_by_network.take(&network, 1).is_ok() && self.lines.take(&(), 1).is_ok();
+        if !may {
+            metrics::counter!("keybroker_log_lines_suppressed_total").increment(1);
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
+        }
+        may
+    }
+
+    /// How many lines were suppressed since this was asked last.
+    pub fn take_suppressed(&self) -> u64 {
+        self.suppressed.swap(0, Ordering::Relaxed)
+    }
+
+    /// Takes so many calls from a principal's rate, or says when to come again.
+    pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
+        let buckets = match principal.kind() {
+            Kind::User => &self.users,
+            Kind::Service => &self.services,
+        };
+        // What has refused envelopes enough has no calls left either: each could be another try.
+        if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
+            return Err(used_up(wait));
+        }
+        buckets.take(principal.name(), count).map_err(|wait| {
+            let detail = format!("{} is over its rate", principal.name());
+            Error::new(Reason::Rate, detail).retry_after(wait)
+        })
+    }
+
+    /// For how long an address has no failures left; what costs much to check is not tried until then.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), Error> {
+        let closed = self.failed_credentials.empty_for(&network(address));
+        closed.map_or(Ok(()), |wait| Err(used_up(wait)))
+    }
+
+    /// A turn for a credential that costs much to check. An address has a few at once, so that one does not take those of all
+    /// the others.
+    pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
+        let turns = self
+            .turns
+            .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
+        turns.try_acquire_owned().map_err(|_| {
+            let detail = format!("more than {TURNS_MAX} client secrets of one address at once");
+            Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
+        })
+    }
+
+    /// Counts a refused credential of an address. An error when it has no failures left.
+    pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
+        let taken = self.failed_credentials.take(&network(address), 1);
+        taken.map_err(used_up)
+    }
+
+    /// Counts an envelope that a principal sent and that was refused.
+    pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
+        let taken = self.refused_envelopes.take(principal, 1);
+        taken.map_err(used_up)
+    }
+
+    /// Notes that a service released a key of that user. `true` when that is one user too many within the hour, and was not
+    /// said within the hour.
+    pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
+        principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
+    }
+}
+
+fn used_up(wait: Duration) -> Error {
+    Error::new(Reason::FailureBudget, "no failures left").retry_after(wait)
+}
+
+/// A network of callers, as refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Network(IpAddr);
+
+impl Network {
+    /// The network of an address.
+    pub fn of(address: IpAddr) -> Self {
+        const HOST_BITS: u32 = 8;
+        Self(match network(address) {
+            IpAddr::V4(v4) => {
+                IpAddr::V4(Ipv4Addr::from_bits(v4.to_bits() >> HOST_BITS << HOST_BITS))
+            }
+            v6 @ IpAddr::V6(_) => v6,
+        })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bits = if self.0.is_ipv4() { 24 } else { 64 };
+        write!(f, "{}/{bits}", self.0)
+    }
+}
+
+/// Log lines about unauthenticated callers, for each network and for all of them together, per minute. A line has some 300
+/// bytes, so an hour adds less than 5 MB to the log.
+const LINES_PER_NETWORK: u32 = 60;
+const LINES_MAX: u32 = 240;
+
+/// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
+pub fn network(address: IpAddr) -> IpAddr {
+    const HOST_BITS: u32 = 64;
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> HOST_BITS << HOST_BITS)),
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+/// One bucket for each caller.
+struct Buckets<K> {
+    quota: Quota,
+    known: Cache<K, Arc<Bucket>>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    limiter: DefaultDirectRateLimiter,
+    /// Until when nothing is left, as far as anybody has asked.
+    empty_until: Mutex<Option<Instant>>,
+}
+
+impl<K> fmt::Debug for Buckets<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buckets")
+            .field("quota", &self.quota)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
+    fn new(per_minute: u32) -> Self {
+        let per_minute = NonZeroU32::new(per_minute).unwrap_or(NonZeroU32::MIN);
+        Self {
+            quota: Quota::per_minute(per_minute),
+            known: Cache::builder()
+                .max_capacity(CALLERS_MAX)
+                .time_to_idle(FORGOTTEN_AFTER)
+                .build(),
+        }
+    }
+
+    /// Takes `count` at once, or none and says how long to wait. More than a bucket can hold takes all of it.
+    fn take<Q>(&self, who: &Q, count: usize) -> Result<(), Duration>
+    where
+        Q: Hash + Eq + ToOwned<Owned = K> + ?Sized,
+        K: Borrow<Q>,
+    {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let Some(count) = NonZeroU32::new(count.min(self.quota.burst_size().get())) else {
+            return Ok(());
+        };
+        let bucket = self.known.get_with_by_ref(who, || {
+            Arc::new(Bucket {
+                limiter: RateLimiter::direct(self.quota),
+                empty_until: Mutex::default(),
+            })
+        });
+        // The outer error is of a count above the burst, which this one is not.
+        let Ok(Err(not_until)) = bucket.limiter.check_n(count) else {
+            return Ok(());
+        };
+        let wait = not_until.wait_time_from(DefaultClock::default().now());
+        *bucket.empty_until() = Instant::now().checked_add(wait);
+        Err(wait)
+    }
+
+    /// For how long nothing is left, as far as anybody has asked; it takes nothing.
+    fn empty_for<Q>(&self, who: &Q) -> Option<Duration>
+    where
+        Q: Hash + Eq + ?Sized,
+        K: Borrow<Q>,
+    {
+        let until = (*self.known.get(who)?.empty_until())?;
+        let wait = until.saturating_duration_since(Instant::now());
+        (!wait.is_zero()).then_some(wait)
+    }
+}
+
+impl Bucket {
+    fn empty_until(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.empty_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keybroker_core::principal::Role;
+
+    fn limits(per_minute: u32) -> Arc<Limits> {
+        Limits::new(&Settings {
+            user_calls_per_minute: per_minute,
+            service_calls_per_minute: per_minute,
+            failures_per_minute: per_minute,
+            released_users_per_hour: per_minute,
+        })
+    }
+
+    fn service(name: &str) -> Principal {
+        crate::testing::service(name, &[Role::Release])
+    }
+
+    #[test]
+    fn a_principal_over_its_rate_is_told_when_to_come_again() {
+        let limits = limits(3);
+        limits.take_calls(&service("one"), 2).unwrap();
+        let error = limits.take_calls(&service("one"), 2).unwrap_err();
+        assert_eq!(error.reason(), Reason::Rate);
+        let wait = error.retry_delay().unwrap();
+        assert!(
+            wait > Duration::from_secs(15) && wait <= Duration::from_secs(20),
+            "{wait:?}"
+        );
+        // What was refused took nothing, and nobody else pays for it.
+        limits.take_calls(&service("one"), 1).unwrap();
+        limits.take_calls(&service("other"), 3).unwrap();
+        limits.take_calls(&service("large-batch"), 1_000).unwrap();
+        limits.take_calls(&service("large-batch"), 1).unwrap_err();
+    }
+
+    #[test]
+    fn failures_of_an_address_end_its_budget_and_no_other() {
+        let limits = limits(2);
+        let [one, neighbour, other]: [IpAddr; 3] =
+            ["2001:db8::1", "2001:db8::ffff:1", "192.0.2.1"].map(|text| text.parse().unwrap());
+        limits.fail_address(one).unwrap();
+        limits.fail_address(one).unwrap();
+        limits.check_address(one).unwrap();
+        let error = limits.fail_address(one).unwrap_err();
+        assert_eq!(error.reason(), Reason::FailureBudget);
+        assert!(error.retry_delay().is_some());
+        for address in [one, neighbour] {
+            limits.check_address(address).unwrap_err();
+        }
+        limits.check_address(other).unwrap();
+        let mapped = "::ffff:192.0.2.1".parse().unwrap();
+        for _ in 0..3 {
+            limits.fail_address(mapped).ok();
+        }
+        limits.check_address(other).unwrap_err();
+    }
+
+    #[test]
+    fn refused_envelopes_cost_a_principal_its_calls() {
+        let limits = limits(2);
+        let guilty = service("guilty");
+        for _ in 0..2 {
+            limits.fail_envelope(guilty.name()).unwrap();
+        }
+        limits.take_calls(&guilty, 1).unwrap();
+        limits.fail_envelope(guilty.name()).unwrap_err();
+        let error = limits.take_calls(&guilty, 1).unwrap_err();
+        assert_eq!(error.reason(), Reason::FailureBudget);
+        limits.take_calls(&service("innocent"), 1).unwrap();
+    }
+
+    /// An hour of refusals from ever other addresses adds a bounded number of lines to the log, and the rest are counted.
+    #[test]
+    fn unauthenticated_callers_do_not_fill_the_log() {
+        let limits = limits(1);
+        let written = (0..100_000_u32)
+            .filter(|number| limits.may_log(IpAddr::from((number << 8).to_be_bytes())))
+            .count();
+        // A bucket fills up again while the test runs.
+        assert!((240..260).contains(&written), "{written}");
+        let suppressed = limits.take_suppressed();
+        assert_eq!(suppressed, 100_000 - u64::try_from(written).unwrap());
+        assert_eq!(limits.take_suppressed(), 0);
+        let one = IpAddr::from([192, 0, 2, 1]);
+        let limits = self::limits(1);
+        let written = (0..100).filter(|_| limits.may_log(one)).count();
+        assert!((60..64).contains(&written), "{written}");
+    }
+
+    #[test]
+    fn strangers_do_not_fill_the_memory() {
+        let buckets = Buckets::<u64>::new(1);
+        for number in 0..3 * CALLERS_MAX {
+            buckets.take(&number, 1).unwrap();
+        }
+        buckets.known.run_pending_tasks();
+        assert!(buckets.known.entry_count() <= CALLERS_MAX);
+    }
+}

@@ -1,0 +1,248 @@
+//! What the broker does by itself: asks the store how it is, resolves intents without an outcome, writes counted
+//! refusals, forgets old request ids. And what it says of its health.
+
+use std::{
+    sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use keybroker_audit::{OpenIntent, Outcome};
+use keybroker_core::{call::Timestamp, error::Reason};
+use keybroker_hsm::Serving;
+use keybroker_store as store;
+
+use super::Broker;
+
+const TICK: Duration = Duration::from_secs(1);
+/// A store that answers later than this is away.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+const TICKS_PER_MINUTE: u64 = 60;
+const TICKS_PER_HOUR: u64 = 3_600;
+/// How long a request id is remembered, in microseconds: 24 hours.
+const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
+
+/// Whether the services can do their work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Whether user keys can be released and changed: token, store and audit log.
+    pub user_keys: bool,
+    /// Whether the control plane can answer: the audit log.
+    pub control: bool,
+    /// What is wrong, for the log and for administrators; empty when nothing is. Not everything that is wrong ends the service.
+    pub detail: String,
+}
+
+/// What came of asking for an intent.
+enum Resolved {
+    Yes,
+    /// Somebody still holds it: a transaction that has not ended.
+    UnderWay,
+    /// The store or the log is away, for the others as well: each would only wait for it anew.
+    Away,
+}
+
+impl Broker {
+    /// How the broker is, as last seen; asks nobody.
+    pub fn health(&self) -> Health {
+        let mut problems = Vec::new();
+        let control = match self.audit.writable() {
+            Ok(()) => true,
+            Err(error) => {
+                problems.push(error.to_string());
+                false
+            }
+        };
+        if !self.store_is_up() {
+            problems.push("store: does not answer".to_owned());
+        }
+        let token = self.token.state();
+        match token.serving {
+            Serving::Up if self.registry.load().is_some() => {}
+            Serving::Up => problems.push("token: the registry is not verified".to_owned()),
+            Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
+            Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
+        }
+        let user_keys = problems.is_empty();
+        // The token still serves.
+        problems.extend(token.note.map(|note| format!("token: {note}")));
+        Health {
+            user_keys,
+            control,
+            detail: problems.join("; "),
+        }
+    }
+
+    /// Whether the registry was read and verified.
+    pub fn has_registry(&self) -> bool {
+        self.registry.load().is_some()
+    }
+
+    /// Runs until `stop`; one per process.
+    pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        tokio::join!(
+            self.look_after(&stop),
+            self.resolve_by_and_by(&stop),
+            self.write_uses(&stop)
+        );
+    }
+
+    /// Beside everything else: to wait for a transaction that may still be under way takes seconds.
+    async fn resolve_by_and_by(&self, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.resolve_intents() => {}
+            }
+        }
+    }
+
+    async fn look_after(self: &Arc<Self>, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut count: u64 = 0;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            self.look_at_store().await;
+            self.follow_registry().await;
+            if count.is_multiple_of(TICKS_PER_MINUTE) {
+                self.flush_refusals().await;
+            } else {
+                self.keep_refusals().await;
+            }
+            if count.is_multiple_of(TICKS_PER_HOUR) {
+                self.forget_requests().await;
+            }
+            count += 1;
+        }
+    }
+
+    /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once.
+    pub async fn recover(&self, open: Vec<OpenIntent>) {
+        self.take_over_refusals();
+        for intent in open {
+            self.resolve_later(intent);
+        }
+        self.resolve_intents().await;
+    }
+
+    /// Leaves an intent to the next tick: whether it was committed could not be learned or recorded.
+    pub(super) fn resolve_later(&self, intent: OpenIntent) {
+        self.unresolved().push(intent);
+    }
+
+    async fn resolve_intents(&self) {
+        let count = self.unresolved().len();
+        for _ in 0..count {
+            // It stays in the list until it is resolved: this may be given up at any moment.
+            let Some(intent) = self.unresolved().first().cloned() else {
+                return;
+            };
+            let resolved = self.resolve(&intent).await;
+            let mut unresolved = self.unresolved();
+            // Others are only added meanwhile, at the end.
+            let intent = unresolved.remove(0);
+            match resolved {
+                Resolved::Yes => {}
+                // What became of the others may be known.
+                Resolved::UnderWay => unresolved.push(intent),
+                Resolved::Away => {
+                    unresolved.insert(0, intent);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn unresolved(&self) -> MutexGuard<'_, Vec<OpenIntent>> {
+        self.unresolved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the store what became of an intent and records it.
+    async fn resolve(&self, open: &OpenIntent) -> Resolved {
+        let committed = match self.store.committed_by(open.call).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
+                return match error {
+                    store::Error::Down(_) => Resolved::Away,
+                    _ => Resolved::UnderWay,
+                };
+            }
+        };
+        let outcome = if committed {
+            Outcome::Ok
+        } else {
+            Outcome::Failed
+        };
+        if let Err(error) = self.audit.append(open.recovered(outcome)).await {
+            tracing::warn!(call_id = %open.call, %error, "what became of an open intent is not recorded yet");
+            return Resolved::Away;
+        }
+        tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
+        Resolved::Yes
+    }
+
+    async fn look_at_store(&self) {
+        let up = matches!(
+            tokio::time::timeout(PING_TIMEOUT, self.store.ping()).await,
+            Ok(Ok(()))
+        );
+        let was_up = self.store_up.swap(up, Ordering::Relaxed);
+        if up != was_up {
+            tracing::warn!(up, "store");
+        }
+        metrics::gauge!("keybroker_store_up").set(if up { 1.0 } else { 0.0 });
+    }
+
+    /// Other processes change the registry: commands, beside brokers on a database server.
+    async fn follow_registry(&self) {
+        if !self.store_is_up() || self.token.state().serving != Serving::Up {
+            return;
+        }
+        let complaint = match self.refresh_registry().await {
+            Ok(()) => None,
+            Err(error) if error.reason() == Reason::TokenUntrusted => Some(error.to_string()),
+            Err(error) => return tracing::warn!(%error, "the registry was not looked at"),
+        };
+        metrics::gauge!("keybroker_registry_altered").set(if complaint.is_some() {
+            1.0
+        } else {
+            0.0
+        });
+        let mut last = self
+            .registry_complaint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Once, not every second.
+        if complaint != *last
+            && let Some(error) = &complaint
+        {
+            tracing::error!(
+                alarm = "registry", %error,
+                "the registry was changed to what does not verify; this broker goes on with what did"
+            );
+        }
+        *last = complaint;
+    }
+
+    async fn forget_requests(&self) {
+        let before = Timestamp::from_micros(Timestamp::now().micros() - REQUEST_KEPT_US);
+        match self.store.forget_requests(before).await {
+            Ok(count) => tracing::debug!(count, "forgot old request ids"),
+            Err(error) => tracing::warn!(%error, "old request ids not forgotten yet"),
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Changes of records: intent durable, commit, outcome durable, answer.
+
+use std::sync::Arc;
+
+use keybroker_audit::EntryKind;
+use keybroker_core::{
+    call::{Call, RequestId, Timestamp},
+    error::{Error, Reason},
+    key::{KeyAddress, Revision},
+    principal::{Action, Principal},
+    secret::KeyMaterial,
+};
+use keybroker_policy::Permit;
+use keybroker_store as store;
+use keybroker_store::{RecordInfo, RequestStamp, Stamp};
+
+use super::{Broker, UserKeyRef, journal::Draft, observed, plan::Commit};
+
+/// What a caller wants changed.
+#[derive(Debug)]
+pub(super) enum Change {
+    Create {
+        material: KeyMaterial,
+    },
+    Replace {
+        material: KeyMaterial,
+        expected: Revision,
+    },
+    Delete {
+        expected: Revision,
+    },
+    Undelete,
+    Restore {
+        revision: Revision,
+        expected: Revision,
+    },
+}
+
+impl Change {
+    pub(super) fn action(&self) -> Action {
+        match self {
+            Self::Create { .. } => Action::Create,
+            Self::Replace { .. } => Action::Replace,
+            Self::Delete { .. } => Action::Delete,
+            Self::Undelete => Action::Undelete,
+            Self::Restore { .. } => Action::Restore,
+        }
+    }
+}
+
+/// A change that is ready, or the answer that an earlier call with the same request id got.
+enum Prepared {
+    Ready(Commit, Stamp),
+    Replayed(RecordInfo),
+}
+
+/// One mutation under way; owns all it needs, because it may outlive its caller.
+pub(super) struct Mutation {
+    principal: Principal,
+    pub(super) call: Call,
+    key: UserKeyRef,
+    pub(super) address: KeyAddress,
+    pub(super) change: Change,
+    request: Option<RequestId>,
+}
+
+impl Broker {
+    /// Wraps and stores a new user key.
+    pub async fn create(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        material: KeyMaterial,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        let change = Change::Create { material };
+        self.mutate(principal, call, key, change, request).await
+    }
+
+    /// Stores new key material as the next revision, if `expected` is the current one.
+    pub async fn replace(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        material: KeyMaterial,
+        expected: Revision,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        let change = Change::Replace { material, expected };
+        self.mutate(principal, call, key, change, request).await
+    }
+
+    /// Marks a record deleted, if `expected` is its current revision.
+    pub async fn delete(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        expected: Revision,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        let change = Change::Delete { expected };
+        self.mutate(principal, call, key, change, request).await
+    }
+
+    /// Makes a deleted record active again. One that is active is `KEY_EXISTS`.
+    pub async fn undelete(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        self.mutate(principal, call, key, Change::Undelete, request)
+            .await
+    }
+
+    /// Makes the material of an earlier revision current again, as a new revision.
+    pub async fn restore(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        revision: Revision,
+        expected: Revision,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        let change = Change::Restore { revision, expected };
+        self.mutate(principal, call, key, change, request).await
+    }
+
+    async fn mutate(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        change: Change,
+        request: Option<RequestId>,
+    ) -> Result<RecordInfo, Error> {
+        let broker = Arc::clone(self);
+        let mutation = Mutation {
+            principal: principal.clone(),
+            call: call.clone(),
+            key: key.clone(),
+            address: key.address(principal),
+            change,
+            request,
+        };
+        let work = async move {
+            let (action, call) = (mutation.change.action(), mutation.call.clone());
+            let work = Box::pin(broker.mutate_to_the_end(mutation));
+            observed(action, &call, work).await
+        };
+        match self.mutations.spawn(work).await {
+            Ok(result) => result,
+            Err(panic) => Err(Error::new(Reason::Bug, format!("mutation: {panic}"))),
+        }
+    }
+
+    async fn mutate_to_the_end(&self, mutation: Mutation) -> Result<RecordInfo, Error> {
+        let Mutation {
+            principal,
+            call,
+            key,
+            change,
+            request,
+            ..
+        } = &mutation;
+        let action = change.action();
+        let permit = self
+            .permit(principal, call, action, key.resource(principal))
+            .await?;
+        let mut draft = Draft::new(principal, call, action, Some(key));
+        draft.policy(permit.policy());
+        draft.request(*request);
+        match self.prepare(&permit, &mutation, &mut draft).await {
+            Ok(Prepared::Ready(commit, stamp)) => {
+                self.commit(&mutation, draft, commit, stamp).await
+            }
+            Ok(Prepared::Replayed(info)) => self.replay(draft, info).await,
+            Err(error) => {
+                self.record_failure(draft, &error).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare(
+        &self,
+        permit: &Permit,
+        mutation: &Mutation,
+        draft: &mut Draft,
+    ) -> Result<Prepared, Error> {
+        let Mutation {
+            principal,
+            call,
+            key,
+            change,
+            request,
+            ..
+        } = mutation;
+        let request = match request {
+            None => None,
+            Some(id) => {
+                let stamp = self
+                    .request_stamp(principal, call, key, change, *id)
+                    .await?;
+                if let Some(result) = self.earlier_result(call, &stamp, key, change).await? {
+                    return Ok(Prepared::Replayed(result));
+                }
+                Some(stamp)
+            }
+        };
+        let commit = match self.plan(permit, mutation, draft).await {
+            Ok(commit) => commit,
+            Err(error) => {
+                let earlier = self
+                    .earlier_after(mutation, request.as_ref(), &error)
+                    .await?;
+                return earlier.map(Prepared::Replayed).ok_or(error);
+            }
+        };
+        let stamp = Stamp {
+            call: call.id,
+            at: Timestamp::now(),
+            request,
+        };
+        Ok(Prepared::Ready(commit, stamp))
+    }
+
+    /// From here on nothing stops at the caller's deadline: what is begun gets its outcome.
+    async fn commit(
+        &self,
+        mutation: &Mutation,
+        mut draft: Draft,
+        commit: Commit,
+        stamp: Stamp,
+    ) -> Result<RecordInfo, Error> {
+        commit.describe(&mut draft);
+        if let Err(error) = mutation.call.deadline.check() {
+            self.record_failure(draft, &error).await?;
+            return Err(error);
+        }
+        let request = stamp.request.clone();
+        let intent = self.record_intent(&draft, stamp.at).await?;
+        let result = match commit {
+            Commit::Create(new) => self.store.create(new, stamp).await,
+            Commit::Supersede(new) => self.store.supersede(new, stamp).await,
+            Commit::Delete(record, expected) => self.store.delete(record, expected, stamp).await,
+            Commit::Undelete(record, _) => self.store.undelete(record, stamp).await,
+        };
+        if let Err(store::Error::Down(_)) = result {
+            // Whether it was committed is not known: `maintain` asks the store until it is.
+            self.resolve_later(intent);
+            return result.map_err(Error::from);
+        }
+        let (result, earlier) = match result {
+            Ok(info) => (Ok(info), None),
+            Err(error) => {
+                let error = from_commit(error, &mutation.change);
+                match self.earlier_after(mutation, request.as_ref(), &error).await {
+                    Ok(earlier) => (Err(error), earlier),
+                    Err(other) => (Err(other), None),
+                }
+            }
+        };
+        let outcome = self.conclude(draft.kind(EntryKind::Outcome), result).await;
+        match (outcome, earlier) {
+            (Err(error), _) if error.reason() == Reason::AuditDown => {
+                self.resolve_later(intent);
+                Err(error)
+            }
+            (_, Some(info)) => self.replay(draft, info).await,
+            (outcome, None) => outcome.map(|(info, _)| info),
+        }
+    }
+
+    /// After an error that a change of the same record causes: what a call with the same request id was answered that
+    /// was committed since this one looked for it. Then this one is its retry, and no rival.
+    async fn earlier_after(
+        &self,
+        mutation: &Mutation,
+        request: Option<&RequestStamp>,
+        error: &Error,
+    ) -> Result<Option<RecordInfo>, Error> {
+        let rivals = [Reason::KeyExists, Reason::KeyNotFound, Reason::Revision];
+        match request {
+            Some(stamp) if rivals.contains(&error.reason()) => {
+                let Mutation {
+                    call, key, change, ..
+                } = mutation;
+                self.earlier_result(call, stamp, key, change).await
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Answers what an earlier call with the same request id was answered.
+    async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
+        draft.record(info.id, info.revision);
+        draft.wrapping_key(info.wrapping_key);
+        self.conclude(draft, Ok(info)).await.map(|(info, _)| info)
+    }
+}
+
+/// A record that changed its state between the look and the commit reads as it would have a moment later.
+fn from_commit(error: store::Error, change: &Change) -> Error {
+    match (&error, change) {
+        (store::Error::State, Change::Undelete) => {
+            Error::new(Reason::KeyExists, "the record is active")
+        }
+        (store::Error::State, _) => Error::new(Reason::KeyNotFound, "the record is deleted"),
+        _ => error.into(),
+    }
+}

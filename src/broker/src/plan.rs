@@ -1,0 +1,176 @@
+//! What a mutation will commit: the record as it must be, and the new revision made on the token. Nothing is changed yet.
+
+use keybroker_core::{
+    call::Call,
+    envelope::{Context, Envelope},
+    error::{Error, Reason},
+    key::{ID_BYTES, KeyAddress, RecordId, Revision},
+    secret::KeyMaterial,
+};
+use keybroker_policy::Permit;
+use keybroker_store::{NewRevision, RecordInfo, RecordState};
+
+use super::{
+    Broker,
+    journal::Draft,
+    mutation::{Change, Mutation},
+    within,
+};
+
+/// What the store is asked to commit.
+pub(super) enum Commit {
+    Create(NewRevision),
+    Supersede(NewRevision),
+    Delete(RecordId, Revision),
+    Undelete(RecordId, Revision),
+}
+
+impl Commit {
+    /// Names record and wrapping key in the entry.
+    pub(super) fn describe(&self, draft: &mut Draft) {
+        match self {
+            Self::Create(new) | Self::Supersede(new) => {
+                draft.record(new.record, new.revision);
+                draft.wrapping_key(new.wrapping_key);
+            }
+            Self::Delete(record, revision) | Self::Undelete(record, revision) => {
+                draft.record(*record, *revision);
+            }
+        }
+    }
+}
+
+impl Broker {
+    pub(super) async fn plan(
+        &self,
+        permit: &Permit,
+        mutation: &Mutation,
+        draft: &mut Draft,
+    ) -> Result<Commit, Error> {
+        let Mutation { call, address, .. } = mutation;
+        match &mutation.change {
+            Change::Create { material } => {
+                if within(call, self.store.record(address)).await?.is_some() {
+                    return Err(Error::new(Reason::KeyExists, "the address is taken"));
+                }
+                let new = self
+                    .wrap(call, address, fresh_record_id()?, Revision::FIRST, material)
+                    .await?;
+                Ok(Commit::Create(new))
+            }
+            Change::Replace { material, expected } => {
+                let record = self.active_record(permit, call, address, draft).await?;
+                check_revision(&record.info, *expected)?;
+                let new = self
+                    .wrap(call, address, record.info.id, expected.next(), material)
+                    .await?;
+                Ok(Commit::Supersede(new))
+            }
+            Change::Restore { revision, expected } => {
+                let record = self.active_record(permit, call, address, draft).await?;
+                check_revision(&record.info, *expected)?;
+                let new = self.rebind(call, &record.info, *revision).await?;
+                Ok(Commit::Supersede(new))
+            }
+            Change::Delete { expected } => {
+                let record = self.active_record(permit, call, address, draft).await?;
+                check_revision(&record.info, *expected)?;
+                Ok(Commit::Delete(record.info.id, *expected))
+            }
+            Change::Undelete => {
+                let record = self.existing_record(permit, call, address, draft).await?;
+                match record.info.state {
+                    RecordState::Deleted => {
+                        Ok(Commit::Undelete(record.info.id, record.info.revision))
+                    }
+                    RecordState::Active => {
+                        Err(Error::new(Reason::KeyExists, "the record is active"))
+                    }
+                }
+            }
+        }
+    }
+
+    async fn wrap(
+        &self,
+        call: &Call,
+        address: &KeyAddress,
+        record: RecordId,
+        revision: Revision,
+        material: &KeyMaterial,
+    ) -> Result<NewRevision, Error> {
+        let wrapping_key = self.registry()?.wrapping_key()?;
+        let context = Context::Record {
+            address,
+            record_id: record,
+            revision,
+        };
+        let job = self
+            .token
+            .wrap(wrapping_key, context, material, call.deadline);
+        let envelope = within(call, job).await?;
+        Ok(new_revision(address, record, revision, &envelope))
+    }
+
+    /// Binds an earlier revision's wrapped bytes to the revision after the current one. The token verifies the old MAC
+    /// before it makes the new one; the RSA key is not used.
+    async fn rebind(
+        &self,
+        call: &Call,
+        info: &RecordInfo,
+        earlier: Revision,
+    ) -> Result<NewRevision, Error> {
+        if earlier >= info.revision {
+            return Err(Error::violation(
+                "revision",
+                "a revision earlier than expected_revision",
+            ));
+        }
+        let stored = within(call, self.store.revision(info.id, earlier))
+            .await?
+            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no such revision"))?;
+        let envelope = self.readable_envelope(&stored.envelope).await?;
+        let context = |revision| Context::Record {
+            address: &info.address,
+            record_id: info.id,
+            revision,
+        };
+        let next = info.revision.next();
+        let job = self
+            .token
+            .rebind(&envelope, context(earlier), context(next), call.deadline);
+        let envelope = within(call, job).await?;
+        Ok(new_revision(&info.address, info.id, next, &envelope))
+    }
+}
+
+fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {
+    if info.revision == expected {
+        Ok(())
+    } else {
+        let detail = format!("expected {expected}, current is {}", info.revision);
+        Err(Error::new(Reason::Revision, detail))
+    }
+}
+
+fn new_revision(
+    address: &KeyAddress,
+    record: RecordId,
+    revision: Revision,
+    envelope: &Envelope,
+) -> NewRevision {
+    NewRevision {
+        address: address.clone(),
+        record,
+        revision,
+        envelope: envelope.to_bytes(),
+        wrapping_key: envelope.wrapping_key(),
+    }
+}
+
+fn fresh_record_id() -> Result<RecordId, Error> {
+    let mut bytes = [0; ID_BYTES];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Error::new(Reason::Bug, "the random generator failed"))?;
+    Ok(RecordId::from_bytes(bytes))
+}

@@ -1,0 +1,270 @@
+//! Refusals before authentication. They are counted per network and minute, so that an unauthenticated caller can fill neither
+//! the audit log nor the log, however many addresses it calls from.
+//!
+//! A count reaches the audit log once a minute. Until then it is in the state directory, at most a second old, so that a
+//! broker that is killed loses no more than that second.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::IpAddr,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use futures_util::future::join_all;
+use serde::{Deserialize, Serialize};
+
+use crate::limits::Network;
+use keybroker_audit::{Entry, EntryKind, Outcome};
+use keybroker_core::{
+    call::CallId,
+    error::{Error, Reason},
+    state::StateDirectory,
+};
+
+use super::Broker;
+
+/// Networks counted apart in one minute; those beyond share one entry for each reason. An entry has some 300 bytes, so an hour
+/// of refusals adds less than 5 MB to the audit log.
+const NETWORKS_MAX: usize = 256;
+const FACT: &str = "refusals";
+
+type Counts = HashMap<(Option<Network>, Reason), u64>;
+
+#[derive(Debug)]
+pub(super) struct Refusals {
+    counts: Mutex<Counts>,
+    /// Whether something was counted since the counts were kept last.
+    is_changed: AtomicBool,
+    state: StateDirectory,
+}
+
+/// One count as it is kept across a restart.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    /// Absent for all the networks that were not counted apart.
+    network: Option<Network>,
+    reason: String,
+    count: u64,
+}
+
+impl Refusals {
+    pub(super) fn new(state: StateDirectory) -> Self {
+        Self {
+            counts: Mutex::default(),
+            is_changed: AtomicBool::new(false),
+            state,
+        }
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, network: Option<Network>, reason: Reason, count: u64) {
+        let mut counts = self.counts();
+        let is_known = counts.len() < NETWORKS_MAX || counts.contains_key(&(network, reason));
+        let key = (network.filter(|_| is_known), reason);
+        let total = counts.entry(key).or_default();
+        *total = total.saturating_add(count);
+        drop(counts);
+        self.is_changed.store(true, Ordering::Relaxed);
+    }
+
+    fn take(&self) -> Counts {
+        std::mem::take(&mut self.counts())
+    }
+
+    /// Writes the counts to the state directory, if there are new ones.
+    fn keep(&self) {
+        if !self.is_changed.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let kept: Vec<Kept> = self
+            .counts()
+            .iter()
+            .map(|((network, reason), count)| Kept {
+                network: *network,
+                reason: reason.as_str().to_owned(),
+                count: *count,
+            })
+            .collect();
+        let written = serde_json::to_vec(&kept)
+            .map_err(|error| error.to_string())
+            .and_then(|bytes| self.state.write(FACT, &bytes).map_err(|error| show(&error)));
+        if let Err(error) = written {
+            tracing::warn!(%error, "counted refusals are in memory alone until the next audit entry");
+        }
+    }
+
+    /// Takes over what a broker that was killed had counted.
+    fn take_over(&self) {
+        let kept = match self.state.read(FACT) {
+            Ok(Some(bytes)) => serde_json::from_slice::<Vec<Kept>>(&bytes),
+            Ok(None) => return,
+            Err(error) => {
+                let error = show(&error);
+                return tracing::warn!(%error, "refusals of the run before cannot be read");
+            }
+        };
+        match kept {
+            Ok(kept) => {
+                for one in kept {
+                    if let Some(reason) = Reason::parse(&one.reason) {
+                        self.add(one.network, reason, one.count);
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "refusals of the run before cannot be read"),
+        }
+    }
+}
+
+fn show(error: &dyn std::error::Error) -> String {
+    let source = error.source().map(|source| format!(": {source}"));
+    format!("{error}{}", source.unwrap_or_default())
+}
+
+impl Broker {
+    /// Counts a refusal of a caller that is not authenticated.
+    pub fn note_refusal(&self, peer: IpAddr, reason: Reason) {
+        metrics::counter!("keybroker_refusals_total", "reason" => reason.as_str()).increment(1);
+        self.refusals.add(Some(Network::of(peer)), reason, 1);
+    }
+
+    /// Counts the refusal of a call of an unauthenticated caller, and logs it unless its network, or all of them, had their
+    /// lines of this minute.
+    pub fn refuse_unauthenticated(
+        &self,
+        peer: impl fmt::Display,
+        at: IpAddr,
+        error: &Error,
+        id: CallId,
+    ) {
+        self.note_refusal(at, error.reason());
+        if self.limits.may_log(at) {
+            tracing::info!(call_id = %id, peer = %peer, %error, "call refused");
+        }
+    }
+
+    /// Keeps the counts of this minute in the state directory.
+    pub(super) async fn keep_refusals(self: &std::sync::Arc<Self>) {
+        if !self.refusals.is_changed.load(Ordering::Relaxed) {
+            return;
+        }
+        let broker = std::sync::Arc::clone(self);
+        let kept = tokio::task::spawn_blocking(move || broker.refusals.keep()).await;
+        debug_assert!(kept.is_ok());
+    }
+
+    /// Takes over the counts of a run that was killed.
+    pub(super) fn take_over_refusals(&self) {
+        self.refusals.take_over();
+    }
+
+    /// Writes one entry per network and reason. What cannot be written is counted on. All are asked for at once, so that a disk
+    /// that hangs costs one wait and not one for each.
+    pub(super) async fn flush_refusals(&self) {
+        let counted = self.refusals.take();
+        if !counted.is_empty() {
+            self.refusals.is_changed.store(true, Ordering::Relaxed);
+        }
+        join_all(counted.into_iter().map(async |((network, reason), count)| {
+            let mut entry = Entry::new(EntryKind::Decision, "connection.refused", Outcome::Denied);
+            entry.reason = Some(reason);
+            entry.peer = Some(network.map_or_else(|| "others".to_owned(), |one| one.to_string()));
+            entry.count = Some(count);
+            if self.audit.append(entry).await.is_err() {
+                self.refusals.add(network, reason, count);
+            }
+        }))
+        .await;
+        // Before anything else is counted on: what is in the audit log must not be taken over by the next run as well.
+        self.refusals.keep();
+        let suppressed = self.limits.take_suppressed();
+        if suppressed > 0 {
+            tracing::info!(
+                lines = suppressed,
+                "log lines about unauthenticated callers were suppressed in the last minute"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusals(folder: &tempfile::TempDir) -> Refusals {
+        Refusals::new(StateDirectory::below(folder.path()))
+    }
+
+    #[test]
+    fn networks_beyond_the_maximum_share_one_count() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusals = refusals(&folder);
+        for number in 0..2_000_u32 {
+            let peer = IpAddr::from((number << 8).to_be_bytes());
+            refusals.add(Some(Network::of(peer)), Reason::Credential, 1);
+            refusals.add(Some(Network::of(peer)), Reason::Credential, 1);
+        }
+        let counts = refusals.take();
+        assert_eq!(counts.len(), NETWORKS_MAX + 1);
+        assert_eq!(counts.values().sum::<u64>(), 4_000);
+        assert_eq!(counts[&(None, Reason::Credential)], 2 * (2_000 - 256));
+        assert!(refusals.take().is_empty());
+    }
+
+    /// 1,300 addresses of one IPv6 network, and all of one IPv4 network, leave one count each.
+    #[test]
+    fn the_addresses_of_one_network_share_one_count() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusals = refusals(&folder);
+        for host in 0..=255_u8 {
+            refusals.add(
+                Some(Network::of(IpAddr::from([192, 0, 2, host]))),
+                Reason::Credential,
+                1,
+            );
+        }
+        for host in 0..1_300_u128 {
+            let address = IpAddr::from((0x2001_0db8_u128 << 96 | host).to_be_bytes());
+            refusals.add(Some(Network::of(address)), Reason::Credential, 1);
+        }
+        let counts = refusals.take();
+        let mut shown: Vec<String> = counts
+            .iter()
+            .map(|((network, _), count)| format!("{} {count}", network.unwrap()))
+            .collect();
+        shown.sort();
+        assert_eq!(shown, ["192.0.2.0/24 256", "2001:db8::/64 1300"]);
+    }
+
+    /// A broker that is killed writes no entry. What it had counted a second before is in the next run's.
+    #[test]
+    fn what_a_killed_broker_had_counted_is_taken_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let peer = Network::of(IpAddr::from([192, 0, 2, 1]));
+        let killed = refusals(&folder);
+        killed.add(Some(peer), Reason::Credential, 5);
+        killed.add(None, Reason::Request, 7);
+        killed.keep();
+        drop(killed);
+        let next = refusals(&folder);
+        next.take_over();
+        let counts = next.take();
+        assert_eq!(counts[&(Some(peer), Reason::Credential)], 5);
+        assert_eq!(counts[&(None, Reason::Request)], 7);
+        // In the audit log now, and not again.
+        next.is_changed.store(true, Ordering::Relaxed);
+        next.keep();
+        let third = refusals(&folder);
+        third.take_over();
+        assert!(third.take().is_empty());
+    }
+}

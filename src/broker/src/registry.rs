@@ -1,0 +1,247 @@
+//! The wrapping keys as the registry knows them, each row verified on the token before it counts.
+//!
+//! Mitigation: M11 of `THREAT_MODEL.md`.
+
+use std::{sync::Arc, time::Duration};
+
+use keybroker_core::{
+    call::Deadline,
+    error::{Error, Reason},
+    key::{Purpose, WrappingKeyId, WrappingKeyState},
+};
+use keybroker_hsm as hsm;
+use keybroker_hsm::{Serving, TokenKey, TokenState};
+use keybroker_store::RegistryRow;
+
+use super::{Broker, START_RETRY};
+
+/// For the verification of a few rows on the token, once a second.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Registry rows that agree with the token.
+#[derive(Debug)]
+pub(super) struct Registry {
+    rows: Vec<RegistryRow>,
+    /// Keys that were registered since this broker started, so that its workers have not looked for them.
+    unproved: Vec<RegistryRow>,
+}
+
+impl Registry {
+    /// The key that wraps: of the active ones, the one that became so last.
+    pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Error> {
+        self.rows
+            .iter()
+            .filter(|row| row.state.may_wrap() && row.purpose == Purpose::Plain)
+            .max_by_key(|row| row.sequence)
+            .map(|row| row.id)
+            .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
+    }
+
+    /// The binding key that vouches for request ids: that of the wrapping key, or when none is active, of the last that
+    /// may still unwrap.
+    pub(super) fn binding_key(&self) -> Result<WrappingKeyId, Error> {
+        self.rows
+            .iter()
+            .filter(|row| row.state.may_unwrap())
+            .max_by_key(|row| (row.state.may_wrap(), row.sequence))
+            .map(|row| row.id)
+            .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key may be used"))
+    }
+
+    /// Whether envelopes under the key may be unwrapped or bound anew.
+    pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
+        if self.unproved.iter().any(|row| row.id == id) {
+            let detail = format!(
+                "wrapping key {id} was registered after this broker started; restart it, one broker after another"
+            );
+            return Err(Error::new(Reason::TokenDown, detail).retry_after(START_RETRY));
+        }
+        let row = self.row(id).ok_or_else(|| {
+            let detail = format!("wrapping key {id} of the envelope is not registered");
+            Error::new(Reason::RecordDamaged, detail)
+        })?;
+        if row.state.may_unwrap() {
+            Ok(())
+        } else {
+            let detail = format!("wrapping key {id} is {}", row.state.as_str());
+            Err(Error::new(Reason::KeyState, detail))
+        }
+    }
+
+    fn is_made_of(&self, rows: &[RegistryRow]) -> bool {
+        let mine = self.rows.len() + self.unproved.len();
+        let is_mine = |row| {
+            self.rows
+                .iter()
+                .chain(&self.unproved)
+                .any(|known| known == row)
+        };
+        mine == rows.len() && rows.iter().all(is_mine)
+    }
+
+    /// Whether the key is registered, proved or not.
+    pub(super) fn knows(&self, id: WrappingKeyId) -> bool {
+        self.rows
+            .iter()
+            .chain(&self.unproved)
+            .any(|row| row.id == id)
+    }
+
+    fn row(&self, id: WrappingKeyId) -> Option<&RegistryRow> {
+        self.rows.iter().find(|row| row.id == id)
+    }
+
+    pub(super) fn rows(&self) -> &[RegistryRow] {
+        &self.rows
+    }
+}
+
+impl Broker {
+    /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, the
+    /// fingerprint of every key. Any difference is reported and nothing is repaired; until this succeeds nothing is
+    /// wrapped or unwrapped.
+    pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
+        let rows = self.store.registry().await?;
+        let state = self.token.state();
+        for row in &rows {
+            self.check_row(row, &state, deadline).await?;
+        }
+        if rows.is_empty() {
+            tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
+        }
+        for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
+            tracing::warn!(
+                wrapping_key = %row.id,
+                "no backup of the token is confirmed for this wrapping key: if the token is \
+                 lost, every vault under it is lost; back the token up, test the restore, then \
+                 run `keybroker token backup-confirmed`"
+            );
+        }
+        self.registry.store(Some(Arc::new(Registry {
+            rows,
+            unproved: Vec::new(),
+        })));
+        Ok(())
+    }
+
+    /// Takes over what another process changed in the registry since it was loaded, once the token has verified it. What
+    /// does not verify, or would undo a later change, has no effect here: what was verified stays in force.
+    pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
+        // One after another: what was read earlier must not replace what was read later.
+        let _turn = self.registry_refresh.lock().await;
+        let Some(known) = self.registry.load_full() else {
+            return Ok(());
+        };
+        let found = self.store.registry().await?;
+        if known.is_made_of(&found) {
+            return Ok(());
+        }
+        let state = self.token.state();
+        let deadline = Deadline::after(REFRESH_TIMEOUT);
+        let (mut rows, mut unproved) = (Vec::new(), Vec::new());
+        for row in found {
+            match known.row(row.id) {
+                Some(before) if *before == row => rows.push(row),
+                Some(before) => {
+                    check_successor(before, &row)?;
+                    self.check_row(&row, &state, deadline).await?;
+                    rows.push(row);
+                }
+                None => unproved.push(row),
+            }
+        }
+        if rows.len() != known.rows.len() {
+            let detail = "a row of the registry was deleted";
+            return Err(Error::new(Reason::TokenUntrusted, detail));
+        }
+        for row in &unproved {
+            tracing::warn!(
+                wrapping_key = %row.id,
+                "a wrapping key was registered; this broker uses it once it is restarted"
+            );
+        }
+        tracing::info!("the registry was changed by another process, and is taken over");
+        self.registry
+            .store(Some(Arc::new(Registry { rows, unproved })));
+        Ok(())
+    }
+
+    async fn check_row(
+        &self,
+        row: &RegistryRow,
+        state: &TokenState,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        let found = token_key(&state.keys, row.id);
+        if row.state == WrappingKeyState::Destroyed && found.is_none() {
+            // Its binding key is gone as well, so nothing can verify the row; such a key is never used. While the key is there,
+            // such a row is proved like any other: nobody takes a key away with SQL alone.
+            return Ok(());
+        }
+        let untrusted = |what: String| {
+            let detail = format!("registry row of wrapping key {}: {what}", row.id);
+            Error::new(Reason::TokenUntrusted, detail)
+        };
+        let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
+        if serial != hsm::unpadded(&row.token_serial) {
+            return Err(untrusted(format!(
+                "registered for the token with serial {:?}, but this token says {serial:?}",
+                row.token_serial
+            )));
+        }
+        let key = found.ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
+        if key.fingerprint != row.fingerprint {
+            return Err(untrusted(format!(
+                "public key {} on the token, {} in the registry",
+                key.fingerprint, row.fingerprint
+            )));
+        }
+        let message = row.mac_message();
+        match self
+            .token
+            .verify_mac(row.id, &message, &row.mac, deadline)
+            .await
+        {
+            Ok(()) => Ok(()),
+            Err(hsm::Error::MacRefused) => Err(untrusted(
+                "its MAC does not verify: the row was altered".to_owned(),
+            )),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// The verified registry, or why there is none yet.
+    pub(super) fn registry(&self) -> Result<Arc<Registry>, Error> {
+        if let Some(registry) = self.registry.load_full() {
+            return Ok(registry);
+        }
+        let down = |cause: String| Error::new(Reason::TokenDown, cause).retry_after(START_RETRY);
+        Err(match self.token.state().serving {
+            Serving::Untrusted(cause) => Error::new(Reason::TokenUntrusted, cause),
+            Serving::Down(cause) => down(cause),
+            Serving::Up => down("the registry is not verified yet".to_owned()),
+        })
+    }
+}
+
+/// An earlier row of the same key verifies, too: a state once left is not come back to by putting that row back.
+fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
+    let went_back = after.sequence < before.sequence;
+    let without_a_number = after.sequence == before.sequence && after.state != before.state;
+    if !went_back && !without_a_number {
+        return Ok(());
+    }
+    let detail = format!(
+        "registry row of wrapping key {}: number {} ({}) came after number {} ({})",
+        after.id,
+        after.sequence,
+        after.state.as_str(),
+        before.sequence,
+        before.state.as_str()
+    );
+    Err(Error::new(Reason::TokenUntrusted, detail))
+}
+
+pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {
+    keys.iter().find(|key| key.id == id)
+}

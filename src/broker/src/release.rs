@@ -1,0 +1,155 @@
+//! Release of a user key in plain.
+//!
+//! Mitigation: M13 of `THREAT_MODEL.md`.
+
+use keybroker_core::{
+    call::Call,
+    envelope::{Context, Envelope, Kind},
+    error::{Error, Reason},
+    key::{KeyAddress, RecordId, Revision},
+    principal::{Action, Principal},
+    secret::KeyMaterial,
+};
+use keybroker_policy::Permit;
+use keybroker_store::{Record, RecordState};
+
+use super::{
+    Broker, UserKeyRef,
+    journal::{Draft, Durable},
+    observed, within,
+};
+
+/// A user key that may leave the broker: its audit entry is on disk.
+#[derive(Debug)]
+pub struct Released {
+    material: KeyMaterial,
+    revision: Revision,
+}
+
+impl Released {
+    fn new((material, revision): (KeyMaterial, Revision), _entry: Durable) -> Self {
+        Self { material, revision }
+    }
+
+    /// The key.
+    pub fn material(&self) -> &KeyMaterial {
+        &self.material
+    }
+
+    /// Which revision it is.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+}
+
+impl Broker {
+    /// Releases a user key in plain: policy, record, one token job, audit entry, answer.
+    pub async fn unwrap(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+    ) -> Result<Released, Error> {
+        observed(Action::Unwrap, call, async {
+            let permit = self
+                .permit(principal, call, Action::Unwrap, key.resource(principal))
+                .await?;
+            let mut draft = Draft::new(principal, call, Action::Unwrap, Some(key));
+            draft.policy(permit.policy());
+            let address = key.address(principal);
+            let unwrapped = self
+                .unwrap_record(&permit, call, &address, &mut draft)
+                .await;
+            let ((record, material), entry) = self.conclude(draft, unwrapped).await?;
+            self.uses.note(record);
+            if self.limits.note_release(principal, key.user.as_str()) {
+                self.alarm_of_bulk_release(principal, call).await;
+            }
+            Ok(Released::new(material, entry))
+        })
+        .await
+    }
+
+    /// A service that releases the keys of unusually many users may be one that somebody has taken over. Said once an hour, in
+    /// the audit log too; the release itself was permitted, and has its own entry.
+    async fn alarm_of_bulk_release(&self, principal: &Principal, call: &Call) {
+        metrics::counter!("keybroker_bulk_releases_total").increment(1);
+        tracing::error!(
+            alarm = "bulk-release", call_id = %call.id, %principal,
+            "keys of more users than `released_users_per_hour` were released within an hour"
+        );
+        if let Err(error) = self
+            .record_alarm(principal, call, "alarm.bulk_release")
+            .await
+        {
+            tracing::error!(%error, "the alarm has no audit entry");
+        }
+    }
+
+    async fn unwrap_record(
+        &self,
+        permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<(RecordId, (KeyMaterial, Revision)), Error> {
+        let record = self.active_record(permit, call, address, draft).await?;
+        let envelope = self.readable_envelope(&record.envelope).await?;
+        draft.wrapping_key(envelope.wrapping_key());
+        let context = Context::Record {
+            address,
+            record_id: record.info.id,
+            revision: record.info.revision,
+        };
+        let job = self.token.unwrap(&envelope, context, call.deadline);
+        let material = within(call, job).await?;
+        Ok((record.info.id, (material, record.info.revision)))
+    }
+
+    /// The record at an address, if it is active. Needs the proof that policy was asked.
+    pub(super) async fn active_record(
+        &self,
+        permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<Record, Error> {
+        let record = self.existing_record(permit, call, address, draft).await?;
+        match record.info.state {
+            RecordState::Active => Ok(record),
+            RecordState::Deleted => Err(Error::new(Reason::KeyNotFound, "the record is deleted")),
+        }
+    }
+
+    /// The record at an address, active or deleted. Needs the proof that policy was asked.
+    pub(super) async fn existing_record(
+        &self,
+        _permit: &Permit,
+        call: &Call,
+        address: &KeyAddress,
+        draft: &mut Draft,
+    ) -> Result<Record, Error> {
+        let record = within(call, self.store.record(address))
+            .await?
+            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
+        draft.record(record.info.id, record.info.revision);
+        Ok(record)
+    }
+
+    /// Parses a stored envelope and checks that its wrapping key may be used to read.
+    pub(super) async fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
+        let envelope = Envelope::parse(bytes)
+            .map_err(|error| Error::new(Reason::RecordDamaged, error.to_string()))?;
+        if envelope.kind() != Kind::Record {
+            let detail = "a stored envelope of another kind";
+            return Err(Error::new(Reason::RecordDamaged, detail));
+        }
+        let key = envelope.wrapping_key();
+        if !self.registry()?.knows(key) {
+            // Another broker may have wrapped under a key that was registered a moment ago.
+            self.refresh_registry().await?;
+        }
+        self.registry()?.check_readable(key)?;
+        Ok(envelope)
+    }
+}

@@ -1,0 +1,94 @@
+//! Request ids: a retry of a mutation gets the first answer, and another content under the same id is refused.
+//!
+//! Mitigation: M12 of `THREAT_MODEL.md`.
+
+use subtle::ConstantTimeEq as _;
+
+use keybroker_core::{
+    call::{Call, RequestId},
+    envelope::mac::MacMessage,
+    error::{Error, Reason},
+    key::Revision,
+    principal::Principal,
+};
+use keybroker_hsm as hsm;
+use keybroker_store::{RecordInfo, RequestScope, RequestStamp};
+
+use super::{Broker, UserKeyRef, mutation::Change, within};
+
+impl Broker {
+    /// The request id with the proof of its content, made on the token.
+    pub(super) async fn request_stamp(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+        change: &Change,
+        id: RequestId,
+    ) -> Result<RequestStamp, Error> {
+        let binding = self.registry()?.binding_key()?;
+        let message = content(key, change);
+        let mac = within(call, self.token.mac(binding, &message, call.deadline)).await?;
+        Ok(RequestStamp {
+            scope: RequestScope {
+                tenant: principal.tenant().clone(),
+                principal: principal.name().to_owned(),
+                id,
+            },
+            content: mac,
+            key: binding,
+        })
+    }
+
+    /// What an earlier call with the same request id and content was answered.
+    pub(super) async fn earlier_result(
+        &self,
+        call: &Call,
+        stamp: &RequestStamp,
+        key: &UserKeyRef,
+        change: &Change,
+    ) -> Result<Option<RecordInfo>, Error> {
+        let Some(earlier) = within(call, self.store.request(&stamp.scope)).await? else {
+            return Ok(None);
+        };
+        let same = if earlier.key == stamp.key {
+            bool::from(earlier.content.ct_eq(&stamp.content))
+        } else {
+            // The wrapping key was rotated since: only the old binding key can tell.
+            let message = content(key, change);
+            let job = self
+                .token
+                .verify_mac(earlier.key, &message, &earlier.content, call.deadline);
+            match job.await {
+                Ok(()) => true,
+                Err(hsm::Error::MacRefused) => false,
+                Err(other) => return Err(other.into()),
+            }
+        };
+        if same {
+            Ok(Some(earlier.result))
+        } else {
+            let detail = "the request id was used with other content";
+            Err(Error::new(Reason::RequestIdReused, detail))
+        }
+    }
+}
+
+fn content(key: &UserKeyRef, change: &Change) -> MacMessage {
+    let number = |revision: Option<Revision>| revision.map_or(0, Revision::get).to_be_bytes();
+    let (material, expected, revision) = match change {
+        Change::Create { material } => (Some(material), None, None),
+        Change::Replace { material, expected } => (Some(material), Some(*expected), None),
+        Change::Delete { expected } => (None, Some(*expected), None),
+        Change::Undelete => (None, None, None),
+        Change::Restore { revision, expected } => (None, Some(*expected), Some(*revision)),
+    };
+    MacMessage::request(&[
+        change.action().as_str().as_bytes(),
+        key.user.as_str().as_bytes(),
+        key.name.as_str().as_bytes(),
+        material.map_or(&[], |material| material.expose()),
+        &number(expected),
+        &number(revision),
+    ])
+}

@@ -1,0 +1,309 @@
+//! Moments that no real token can be made to hit: a token that answers exactly when the time is up.
+
+use std::{thread, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::limits::{self, Limits};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    client_credential::Document,
+    envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
+    key::{ClientId, Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
+    principal::{Reach, Role},
+    secret::KeyMaterial,
+    state::StateDirectory,
+};
+use keybroker_hsm as hsm;
+use keybroker_hsm::{TokenInfo, TokenKey};
+use keybroker_store as store;
+use keybroker_store::{ClientRow, RegistryRow};
+
+use super::*;
+
+const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
+const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
+const SERIAL: &str = "0001";
+
+/// Answers every call, and the wrap only when its deadline has passed.
+#[derive(Debug)]
+struct LateToken;
+
+#[async_trait]
+impl Token for LateToken {
+    async fn wrap(
+        &self,
+        key: WrappingKeyId,
+        context: Context<'_>,
+        _material: &KeyMaterial,
+        deadline: Deadline,
+    ) -> Result<Envelope, hsm::Error> {
+        // Not on the runtime's clock: that one would see the deadline first.
+        thread::sleep(deadline.remaining() + Duration::from_millis(1));
+        let unsealed = Unsealed::new(Algorithm::RsaOaepSha256, key, vec![1; 256]).unwrap();
+        Ok(unsealed.seal(&context, [0; 32]))
+    }
+
+    async fn unwrap(
+        &self,
+        _envelope: &Envelope,
+        _context: Context<'_>,
+        _deadline: Deadline,
+    ) -> Result<KeyMaterial, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
+    async fn rebind(
+        &self,
+        _envelope: &Envelope,
+        _old: Context<'_>,
+        _new: Context<'_>,
+        _deadline: Deadline,
+    ) -> Result<Envelope, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
+    async fn mac(
+        &self,
+        _key: WrappingKeyId,
+        _message: &MacMessage,
+        _deadline: Deadline,
+    ) -> Result<Mac, hsm::Error> {
+        Ok([0; 32])
+    }
+
+    async fn verify_mac(
+        &self,
+        _key: WrappingKeyId,
+        _message: &MacMessage,
+        _mac: &Mac,
+        _deadline: Deadline,
+    ) -> Result<(), hsm::Error> {
+        Ok(())
+    }
+
+    fn state(&self) -> TokenState {
+        TokenState {
+            serving: Serving::Up,
+            note: None,
+            info: Some(TokenInfo {
+                label: "late".to_owned(),
+                serial: SERIAL.to_owned(),
+                model: String::new(),
+            }),
+            keys: [KEY, SUSPENDED].map(token_key_called).into(),
+            workers: Vec::new(),
+            queue_length: 0,
+            last_canary: None,
+        }
+    }
+}
+
+fn token_key_called(id: WrappingKeyId) -> TokenKey {
+    TokenKey {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        spki: Vec::new(),
+        modulus_bits: 2_048,
+        algorithm: Algorithm::RsaOaepSha256,
+    }
+}
+
+fn registered(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> RegistryRow {
+    RegistryRow {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        purpose: Purpose::Plain,
+        state,
+        token_serial: SERIAL.to_owned(),
+        sequence,
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [0; 32],
+    }
+}
+
+async fn broker(folder: &std::path::Path) -> Arc<Broker> {
+    let url = format!("sqlite:{}", folder.join("keybroker.db").display());
+    let settings = serde_json::from_value(serde_json::json!({ "url": url })).unwrap();
+    store::migrate(&settings, false).await.unwrap();
+    let store = store::open(&settings).await.unwrap();
+    for row in [
+        registered(SUSPENDED, WrappingKeyState::Suspended, 1),
+        registered(KEY, WrappingKeyState::Active, 2),
+    ] {
+        store.register(&row).await.unwrap();
+    }
+    let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
+    let token = Arc::new(LateToken);
+    let broker = Broker::new(Parts {
+        policy: Policy::load(&keybroker_policy::Settings::default()).unwrap(),
+        audit,
+        store,
+        token,
+        client_rules: ClientRules {
+            grantable_roles: [Role::Release].into(),
+            hash: Arc::new(|_| Ok("$argon2id$".to_owned())),
+        },
+        limits: Limits::new(&limits::Settings::default()),
+        state: StateDirectory::below(folder),
+    });
+    broker
+        .load_registry(Deadline::after(Duration::from_secs(1)))
+        .await
+        .unwrap();
+    broker
+}
+
+/// A mutation that has done its work on the token and runs out of time before its intent leaves an entry, as every
+/// failure does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mutation_that_is_too_late_for_its_intent_is_audited() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let principal = testing::service("URI:ada", &[Role::Enrol]);
+    let call = Call::start("127.0.0.1:1", Deadline::after(Duration::from_millis(200)));
+    let key = UserKeyRef {
+        user: UserId::parse("ada").unwrap(),
+        name: KeyName::parse("vault").unwrap(),
+    };
+    let material = KeyMaterial::new(vec![1; 32]).unwrap();
+    let error = broker
+        .create(&principal, &call, &key, material, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), Reason::Deadline);
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    let call_id = format!("\"call_id\":\"{}\"", call.id);
+    for field in [
+        call_id.as_str(),
+        r#""action":"user_key.create""#,
+        r#""kind":"decision""#,
+        r#""outcome":"failed""#,
+        r#""reason":"DEADLINE""#,
+        r#""user":"ada""#,
+        r#""wrapping_key":"07070707070707070707070707070707""#,
+    ] {
+        assert!(line.contains(field), "{field}: {line}");
+    }
+    let address = key.address(&principal);
+    assert_eq!(broker.store.record(&address).await.unwrap(), None);
+}
+
+fn client_row(number: u8, key: WrappingKeyId, document: Vec<u8>) -> ClientRow {
+    ClientRow {
+        id: ClientId::from_bytes([number; 16]),
+        revision: 1,
+        document,
+        mac: [0; 32],
+        key,
+        created: Timestamp::now(),
+        updated: Timestamp::now(),
+    }
+}
+
+fn client_document() -> Document {
+    let mut document = Document {
+        label: "backup".to_owned(),
+        tenant: Tenant::default(),
+        roles: [Role::Enrol].into(),
+        users: None,
+        key_names: None,
+        created: Timestamp::now(),
+        revoked: None,
+        secrets: Vec::new(),
+    };
+    document.add_secret("$argon2id$".to_owned(), Timestamp::now(), None);
+    document
+}
+
+/// What the operator has to look at, and what passes, are told apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
+    const LATER: WrappingKeyId = WrappingKeyId::from_bytes([9; 16]);
+    const NOBODYS: WrappingKeyId = WrappingKeyId::from_bytes([10; 16]);
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let good = client_document().to_bytes().unwrap();
+    let later = registered(LATER, WrappingKeyState::Active, 3);
+    broker.store.register(&later).await.unwrap();
+    for (number, key, document, expected) in [
+        (1, KEY, good.clone(), None),
+        (2, SUSPENDED, good.clone(), Some(Reason::KeyState)),
+        // It was registered after this broker started: its registry is read again, and that says so.
+        (3, LATER, good.clone(), Some(Reason::TokenDown)),
+        (4, NOBODYS, good, Some(Reason::Credential)),
+        (5, KEY, b"{}".to_vec(), Some(Reason::Credential)),
+    ] {
+        let row = client_row(number, key, document);
+        let call = CallId::fresh();
+        broker.store.insert_client(&row, call).await.unwrap();
+        let found = broker.verified_client(row.id).await;
+        assert_eq!(found.err().map(|error| error.reason()), expected);
+    }
+}
+
+/// A suspended key keeps a client out; ending it for good must work then more than ever, and one secret less must not let
+/// it in again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_under_a_suspended_key_can_be_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let row = client_row(1, SUSPENDED, client_document().to_bytes().unwrap());
+    let call = Call::start("127.0.0.1:1", Deadline::after(Duration::from_secs(10)));
+    broker.store.insert_client(&row, call.id).await.unwrap();
+    let admin = testing::service("URI:admin", &[Role::Admin]);
+    let one = broker.revoke_client(&admin, &call, row.id, Some(1)).await;
+    assert_eq!(one.unwrap_err().reason(), Reason::KeyState);
+    let call = Call {
+        id: CallId::fresh(),
+        ..call
+    };
+    let all = broker.revoke_client(&admin, &call, row.id, None).await;
+    assert!(all.unwrap().document.revoked.is_some());
+    let stored = broker.store.client(row.id).await.unwrap().unwrap();
+    assert_eq!((stored.key, stored.revision), (KEY, 2));
+    let known = broker.verified_client(row.id).await.unwrap().unwrap();
+    assert_eq!(known.document.live_secrets(Timestamp::now()).count(), 0);
+}
+
+/// What was made before there was a limit, or grew to it, can still be ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_too_long_to_grow_can_be_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(folder.path()).await;
+    let admin = testing::service("URI:admin", &[Role::Admin]);
+    let call = || Call::start("127.0.0.1:1", Deadline::after(Duration::from_secs(10)));
+    let users = |count: usize| {
+        let users = (0..count).map(|number| UserId::parse(&format!("{number:0>200}")).unwrap());
+        Some(Reach::Only(users.collect()))
+    };
+    let new = |count| NewClient {
+        label: "backup".to_owned(),
+        roles: [Role::Release].into(),
+        users: users(count),
+        key_names: None,
+        expires: None,
+    };
+    let refused = broker.create_client(&admin, &call(), new(122)).await;
+    assert_eq!(refused.unwrap_err().violations()[0].field, "users");
+    broker
+        .create_client(&admin, &call(), new(118))
+        .await
+        .unwrap();
+
+    let mut long = client_document();
+    (long.roles, long.users) = ([Role::Release].into(), users(159));
+    let row = client_row(1, KEY, long.to_bytes().unwrap());
+    let inserted = broker.store.insert_client(&row, CallId::fresh());
+    inserted.await.unwrap();
+    let another = broker
+        .add_client_secret(&admin, &call(), row.id, None)
+        .await;
+    assert_eq!(another.unwrap_err().violations()[0].field, "id");
+    for secret in [Some(1), None] {
+        let revoked = broker.revoke_client(&admin, &call(), row.id, secret).await;
+        let document = revoked.unwrap().document;
+        assert_eq!(document.live_secrets(Timestamp::now()).count(), 0);
+    }
+}

@@ -1,0 +1,129 @@
+//! When each record was last released: noted in memory by a release, and written by and by. A note costs a release a short
+//! lock; a note that is lost loses nothing else.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use keybroker_core::{call::Timestamp, key::RecordId};
+
+use super::Broker;
+
+/// Records noted at most; the uses of others are lost while the database is away or slow.
+const NOTED_MAX: usize = 65_536;
+/// So many are written in one transaction.
+const WRITTEN_AT_ONCE: usize = 500;
+/// So many transactions at most, one time: notes must not crowd out what clients wait for.
+const TRANSACTIONS_MAX: usize = 5;
+const INTERVAL: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Default)]
+pub(super) struct Uses {
+    noted: Mutex<HashMap<RecordId, Timestamp>>,
+    /// Whether they could not be written the last time.
+    failing: AtomicBool,
+}
+
+impl Uses {
+    /// Notes that a record was released just now.
+    pub(super) fn note(&self, record: RecordId) {
+        self.put(record, Timestamp::now());
+    }
+
+    fn put(&self, record: RecordId, at: Timestamp) {
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        if noted.len() >= NOTED_MAX && !noted.contains_key(&record) {
+            drop(noted);
+            metrics::counter!("keybroker_last_uses_dropped_total").increment(1);
+            return;
+        }
+        let latest = noted.entry(record).or_insert(at);
+        *latest = at.max(*latest);
+    }
+
+    /// All that is noted, in the order in which every broker writes it: so none waits for another in a circle.
+    fn take(&self) -> Vec<(RecordId, Timestamp)> {
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = std::mem::take(&mut *noted);
+        let mut uses: Vec<_> = noted.into_iter().collect();
+        uses.sort_unstable();
+        uses
+    }
+}
+
+impl Broker {
+    /// Writes what was noted every few seconds, until `stop`.
+    pub(super) async fn write_uses(&self, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            if self.store_is_up() {
+                self.flush_uses(TRANSACTIONS_MAX).await;
+                self.flush_client_uses().await;
+            }
+        }
+    }
+
+    /// Writes what was noted, in so many transactions at most. The rest waits for the next time.
+    pub(super) async fn flush_uses(&self, transactions_max: usize) {
+        let uses = self.uses.take();
+        let mut portions = uses.chunks(WRITTEN_AT_ONCE);
+        let mut written = 0;
+        for portion in portions.by_ref().take(transactions_max) {
+            if let Err(error) = self.store.note_uses(portion).await {
+                // Once, not every few seconds.
+                if !self.uses.failing.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%error, "last uses not written yet; they are tried again");
+                }
+                break;
+            }
+            written += portion.len();
+            if self.uses.failing.swap(false, Ordering::Relaxed) {
+                tracing::info!("last uses are written again");
+            }
+        }
+        for (record, at) in uses.into_iter().skip(written) {
+            self.uses.put(record, at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(number: usize) -> RecordId {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&number.to_be_bytes());
+        RecordId::from_bytes(bytes)
+    }
+
+    #[test]
+    fn the_latest_use_counts_and_memory_is_bounded() {
+        let uses = Uses::default();
+        let at = Timestamp::from_micros;
+        for (number, time) in [(1, 5), (2, 6), (1, 9), (2, 3)] {
+            uses.put(record(number), at(time));
+        }
+        assert_eq!(uses.take(), [(record(1), at(9)), (record(2), at(6))]);
+        assert_eq!(uses.take(), []);
+        for number in 0..NOTED_MAX + 10 {
+            uses.put(record(number), at(1));
+        }
+        // One that is known is still brought up to date.
+        uses.put(record(0), at(2));
+        let taken = uses.take();
+        assert_eq!((taken.len(), taken[0]), (NOTED_MAX, (record(0), at(2))));
+    }
+}

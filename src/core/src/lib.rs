@@ -1,0 +1,13 @@
+//! The vocabulary of Keybroker: keys, principals, secrets, envelopes, calls and errors. It knows no other crate of the project.
+
+pub mod call;
+pub mod client_credential;
+pub mod envelope;
+pub mod error;
+pub mod hardening;
+pub mod key;
+pub mod pem;
+pub mod principal;
+pub mod secret;
+pub mod state;
+pub mod trusted_file;

@@ -1,0 +1,283 @@
+//! The token: everything that knows PKCS#11. Nothing outside this folder names a mechanism, an attribute, a handle or a
+//! return code; what leaves is a [`Token`], an [`Error`] class and text for the log.
+//!
+//! The vendor's module never shares a process with the network. [`Supervisor`] (in the front) starts worker processes,
+//! which load the module, log in once and serve a closed set of jobs over a socket pair; it replaces a worker that
+//! crashes, hangs or loses its token. One-shot commands of the command line (`admin`) load the module themselves.
+//!
+//! What is not promised: isolation from an attacker who runs code as the same user as the worker.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use keybroker_core::{
+    call::{Deadline, Timestamp},
+    envelope::{Algorithm, Context, Envelope, Mac, mac::MacMessage},
+    error::{self, Reason},
+    key::{Fingerprint, WrappingKeyId},
+    secret::KeyMaterial,
+};
+
+pub mod admin;
+mod classify;
+mod frame;
+pub mod gate;
+mod keys;
+mod link;
+mod login_policy;
+mod module;
+mod oaep;
+mod open;
+mod operation;
+mod pin;
+mod pin_record;
+mod queue;
+mod select;
+mod session;
+mod start;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod work;
+pub mod worker;
+
+pub use module::{check_environment, check_file as check_module};
+pub use pin::Pin;
+pub use pin_record::{PinRecord, RecordError};
+pub use select::unpadded;
+pub use supervisor::{StartupError, Supervisor};
+
+/// Which token, and how to reach it: the `[token]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Path of the vendor's PKCS#11 library.
+    pub module: PathBuf,
+    /// The token by its label. Exactly one of `label`, `serial` and `uri` is set.
+    pub label: Option<String>,
+    /// The token by its serial number.
+    pub serial: Option<String>,
+    /// The token by an RFC 7512 PKCS#11 URI with token attributes only (`pkcs11:token=…;serial=…`).
+    pub uri: Option<String>,
+    /// File that holds the user PIN; nobody but its owner may read it. `$CREDENTIALS_DIRECTORY/` at the front stands for
+    /// the directory of systemd credentials.
+    pub pin_file: Option<PathBuf>,
+    /// Worker processes; 1 where the token allows only one client.
+    #[serde(default = "Settings::default_workers")]
+    pub workers: usize,
+    /// Session threads in each worker.
+    #[serde(default = "Settings::default_sessions_per_worker")]
+    pub sessions_per_worker: usize,
+    /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
+    #[serde(default = "Settings::default_queue_length_max")]
+    pub queue_length_max: usize,
+    /// Allows RSA-OAEP with SHA-1 when the token can do no other.
+    #[serde(default)]
+    pub allow_oaep_sha1: bool,
+    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): the gate lets them be absent, never wrong.
+    #[serde(default)]
+    pub attribute_exceptions: Vec<String>,
+    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is handed on.
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Settings {
+    fn default_workers() -> usize {
+        2
+    }
+
+    fn default_sessions_per_worker() -> usize {
+        2
+    }
+
+    fn default_queue_length_max() -> usize {
+        256
+    }
+}
+
+/// A wrapping key that must be on the token, as the registry knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpectedKey {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+}
+
+/// What the broker asks of a token. The RSA key is used by [`Token::unwrap`] alone, after the MAC has verified.
+#[async_trait]
+pub trait Token: Send + Sync + fmt::Debug + 'static {
+    /// Wraps key material: the public key in software, the MAC on the token.
+    async fn wrap(
+        &self,
+        key: WrappingKeyId,
+        context: Context<'_>,
+        material: &KeyMaterial,
+        deadline: Deadline,
+    ) -> Result<Envelope, Error>;
+
+    /// Verifies the MAC over context and wrapped bytes, and only then decrypts: one job on the token.
+    async fn unwrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        deadline: Deadline,
+    ) -> Result<KeyMaterial, Error>;
+
+    /// Verifies the MAC of the old context and makes one for the new. The RSA key is not used.
+    async fn rebind(
+        &self,
+        envelope: &Envelope,
+        old: Context<'_>,
+        new: Context<'_>,
+        deadline: Deadline,
+    ) -> Result<Envelope, Error>;
+
+    /// Makes a MAC with the binding key of that id.
+    async fn mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        deadline: Deadline,
+    ) -> Result<Mac, Error>;
+
+    /// Verifies a MAC on the token. [`Error::MacRefused`] when it does not.
+    async fn verify_mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+        deadline: Deadline,
+    ) -> Result<(), Error>;
+
+    /// The state as last seen; never waits for the token.
+    fn state(&self) -> TokenState;
+}
+
+/// What is known of the token and its workers.
+#[derive(Clone, Debug)]
+pub struct TokenState {
+    /// Whether it serves.
+    pub serving: Serving,
+    /// What an administrator must know although it serves, such as a latched PIN. The last worker that is lost then ends
+    /// the service.
+    pub note: Option<String>,
+    /// What the token says of itself; absent until a worker was ready once.
+    pub info: Option<TokenInfo>,
+    /// Keys found on the token by the last worker that became ready.
+    pub keys: Arc<[TokenKey]>,
+    /// The workers now alive.
+    pub workers: Vec<WorkerInfo>,
+    /// Jobs waiting in the queue.
+    pub queue_length: usize,
+    /// When a canary last passed.
+    pub last_canary: Option<Timestamp>,
+}
+
+/// Whether the token serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serving {
+    /// At least one worker is ready and its self-test passes, or one was lost less than five seconds ago and the next is due:
+    /// calls wait for it within their deadlines.
+    Up,
+    /// No worker is ready; the supervisor keeps trying. With the cause, for the log and administrators.
+    Down(String),
+    /// Attributes, self-test, keys or PIN are wrong. With the cause.
+    Untrusted(String),
+}
+
+/// What a token says of itself (`C_GetTokenInfo`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenInfo {
+    /// Label, padding removed.
+    pub label: String,
+    /// Serial number, padding removed.
+    pub serial: String,
+    /// Manufacturer and model.
+    pub model: String,
+}
+
+/// A wrapping key as found on the token and gated there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenKey {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key below.
+    pub fingerprint: Fingerprint,
+    /// Computed from modulus and exponent of the private object, DER SubjectPublicKeyInfo.
+    pub spki: Vec<u8>,
+    /// Modulus length in bits.
+    pub modulus_bits: u32,
+    /// What the capability probe chose for this token.
+    pub algorithm: Algorithm,
+}
+
+/// One worker process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerInfo {
+    /// Process id.
+    pub pid: u32,
+    /// Session threads.
+    pub sessions: usize,
+    /// Jobs it holds now.
+    pub jobs_in_flight: usize,
+    /// Grows by one with each worker started.
+    pub generation: u64,
+}
+
+/// Class of a token failure: what its caller can act on. Return codes end here.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// A MAC does not verify: the bytes are not what was stored for that context.
+    #[error("the MAC does not verify")]
+    MacRefused,
+    /// The MAC verified, the RSA operation failed and the canary passes: the wrapped bytes were damaged before the MAC.
+    #[error("unwrap failed after a good MAC while the canary passes: {0}")]
+    Damaged(String),
+    /// The deadline passed before a token call began, or before its result came.
+    #[error("deadline passed before the token answered")]
+    Deadline,
+    /// The queue is full.
+    #[error("the token queue is full")]
+    QueueFull {
+        /// When a place is likely to be free.
+        retry_after: Duration,
+    },
+    /// The token is unavailable.
+    #[error("token unavailable: {cause}")]
+    Down {
+        /// Why, for the log.
+        cause: String,
+        /// When a worker is expected to be ready.
+        retry_after: Duration,
+    },
+    /// The token must not be used.
+    #[error("token not trusted: {0}")]
+    Untrusted(String),
+    /// The key is not on the token, or was not registered when the workers started.
+    #[error("wrapping key {0} is not on the token")]
+    UnknownKey(WrappingKeyId),
+}
+
+impl From<Error> for error::Error {
+    fn from(error: Error) -> Self {
+        let detail = error.to_string();
+        match error {
+            Error::MacRefused | Error::Damaged(_) => Self::new(Reason::RecordDamaged, detail),
+            Error::Deadline => Self::new(Reason::Deadline, detail),
+            Error::QueueFull { retry_after } => {
+                Self::new(Reason::QueueFull, detail).retry_after(retry_after)
+            }
+            Error::Down { retry_after, .. } => {
+                Self::new(Reason::TokenDown, detail).retry_after(retry_after)
+            }
+            Error::Untrusted(_) => Self::new(Reason::TokenUntrusted, detail),
+            // The registry and the token disagree: only an operator can repair that.
+            Error::UnknownKey(_) => Self::new(Reason::TokenUntrusted, detail),
+        }
+    }
+}

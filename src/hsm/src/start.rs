@@ -1,0 +1,217 @@
+//! Starting one worker: process, setup, and what it found on the token held against what must be there.
+
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+
+use tokio::{net::UnixStream, process::Child};
+use tokio_util::sync::CancellationToken;
+
+use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
+
+use super::{
+    ExpectedKey, Settings, TokenInfo, TokenKey, link, module, oaep,
+    oaep::WrapKey,
+    pin,
+    supervisor::NotReady,
+    wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
+};
+
+/// How long a worker may take: login, gate and canary on a slow device.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to end by itself once its socket is closed.
+pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// A worker that is ready.
+pub(super) struct Started {
+    pub(super) child: Child,
+    pub(super) stream: UnixStream,
+    pub(super) pid: u32,
+    pub(super) found: Found,
+}
+
+/// What a worker found on the token.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) info: TokenInfo,
+    pub(super) keys: Arc<[TokenKey]>,
+    pub(super) wrap: HashMap<WrappingKeyId, WrapKey>,
+}
+
+impl Found {
+    /// Whether a worker was ready yet.
+    pub(super) fn known(&self) -> bool {
+        !self.info.serial.is_empty() || !self.info.label.is_empty()
+    }
+}
+
+/// Why a worker did not become ready.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    /// What the worker said; absent when it did not get so far.
+    pub(super) class: Option<FailureClass>,
+    pub(super) detail: String,
+}
+
+impl Failure {
+    fn new(class: FailureClass, detail: impl Into<String>) -> Self {
+        Self {
+            class: Some(class),
+            detail: detail.into(),
+        }
+    }
+
+    /// The process did not say anything of the token.
+    fn crashed(detail: impl Into<String>) -> Self {
+        Self {
+            class: None,
+            detail: detail.into(),
+        }
+    }
+
+    /// For the machine. `first` for the first attempt of this process.
+    pub(super) fn why(&self, first: bool) -> NotReady {
+        self.class
+            .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
+    }
+}
+
+/// Starts a worker and waits until it is ready. One that does not get there, or is not wanted any more because the broker
+/// stops, is told to end, and is gone when this returns. It is not killed before it had time to: it may be in the middle
+/// of its login.
+pub(super) async fn worker(
+    program: &Path,
+    settings: &Settings,
+    expected: &[ExpectedKey],
+    state: &StateDirectory,
+    stop: &CancellationToken,
+) -> Result<Started, Failure> {
+    let setup = setup(settings, expected, state)?;
+    let (child, stream) = link::spawn(program, settings).map_err(|error| {
+        Failure::crashed(format!("cannot start {}: {error}", program.display()))
+    })?;
+    let pid = child.id().unwrap_or(0);
+    let ready = tokio::select! {
+        () = stop.cancelled() => Err(Failure::crashed("the broker is stopping")),
+        ready = ready(&stream, setup, expected) => ready,
+    };
+    match ready {
+        Ok(found) => Ok(Started {
+            child,
+            stream,
+            pid,
+            found,
+        }),
+        Err(failure) => {
+            link::close(&stream);
+            link::reap(child, EXIT_TIMEOUT).await;
+            Err(failure)
+        }
+    }
+}
+
+/// Sends the setup and waits for what the worker finds.
+async fn ready(
+    stream: &UnixStream,
+    setup: Setup,
+    expected: &[ExpectedKey],
+) -> Result<Found, Failure> {
+    let request = Request {
+        id: 0,
+        deadline_ns: 0,
+        job: Some(request::Job::Setup(setup)),
+    };
+    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request))
+        .await
+        .map_err(|_| Failure::crashed("the worker was not ready within 30 s: the module hangs"))?
+        .map_err(|error| {
+            Failure::crashed(format!("the worker ended before it was ready: {error}"))
+        })?;
+    match reply.outcome {
+        Some(Outcome::Ready(ready)) => check(ready, expected),
+        Some(Outcome::Failure(failure)) => Err(Failure {
+            class: Some(failure.class()),
+            detail: failure.detail,
+        }),
+        Some(Outcome::Output(_)) | None => {
+            Err(Failure::crashed("the worker sent an unexpected reply"))
+        }
+    }
+}
+
+fn setup(
+    settings: &Settings,
+    expected: &[ExpectedKey],
+    state: &StateDirectory,
+) -> Result<Setup, Failure> {
+    let pin_file = settings.pin_file.as_deref().ok_or_else(|| {
+        Failure::new(
+            FailureClass::Configuration,
+            "no PIN: set `token.pin_file` to a file that only this user can read",
+        )
+    })?;
+    module::check_environment(&settings.environment)
+        .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
+    // Resolved here, because the worker has no environment.
+    let pin_file =
+        pin::resolve(pin_file).map_err(|what| Failure::new(FailureClass::Configuration, what))?;
+    Ok(Setup {
+        module: settings.module.to_string_lossy().into_owned(),
+        label: settings.label.clone().unwrap_or_default(),
+        serial: settings.serial.clone().unwrap_or_default(),
+        uri: settings.uri.clone().unwrap_or_default(),
+        pin_file: pin_file.to_string_lossy().into_owned(),
+        state_directory: state.path().to_string_lossy().into_owned(),
+        sessions: u32::try_from(settings.sessions_per_worker).unwrap_or(1),
+        allow_oaep_sha1: settings.allow_oaep_sha1,
+        attribute_exceptions: settings.attribute_exceptions.clone(),
+        keys: expected
+            .iter()
+            .map(|key| wire::setup::Key {
+                id: key.id.as_bytes().to_vec(),
+                fingerprint: key.fingerprint.0.to_vec(),
+            })
+            .collect(),
+    })
+}
+
+/// Holds what a worker says against what must be on the token.
+fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
+    let untrusted = |what: String| Failure::new(FailureClass::Untrusted, what);
+    let mut keys = Vec::new();
+    let mut wrap = HashMap::new();
+    for key in ready.keys {
+        let id = WrappingKeyId::from_slice(&key.id)
+            .ok_or_else(|| untrusted("a key id of another length".to_owned()))?;
+        let algorithm = u8::try_from(key.algorithm)
+            .ok()
+            .and_then(Algorithm::from_number)
+            .ok_or_else(|| untrusted("an unknown algorithm".to_owned()))?;
+        let public = WrapKey::new(&key.spki, algorithm).map_err(untrusted)?;
+        keys.push(TokenKey {
+            id,
+            fingerprint: oaep::fingerprint(&key.spki),
+            modulus_bits: public.modulus_bits(),
+            algorithm,
+            spki: key.spki,
+        });
+        wrap.insert(id, public);
+    }
+    let same = expected.len() == keys.len()
+        && expected.iter().all(|wanted| {
+            keys.iter()
+                .any(|key| key.id == wanted.id && key.fingerprint == wanted.fingerprint)
+        });
+    if !same {
+        return Err(untrusted(
+            "the worker found other keys than asked for".to_owned(),
+        ));
+    }
+    Ok(Found {
+        info: TokenInfo {
+            label: ready.label,
+            serial: ready.serial,
+            model: ready.model,
+        },
+        keys: keys.into(),
+        wrap,
+    })
+}

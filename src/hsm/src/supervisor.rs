@@ -1,0 +1,436 @@
+//! Keeps the workers alive: starts them one after another, runs a self-test on each every second, and replaces one that
+//! crashes, hangs or loses its token. What is done when is decided by [`machine::Machine`]; here it is carried out.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Notify, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use keybroker_core::{
+    call::{Deadline, Timestamp},
+    state::StateDirectory,
+};
+
+use super::{
+    Error, ExpectedKey, Serving, Settings, TokenInfo, TokenState, WorkerInfo,
+    link::Link,
+    queue::{Job, Queue},
+    start::{self, Started},
+    wire::FailureClass,
+};
+
+use alerts::{Alerts, Line};
+pub(super) use machine::NotReady;
+use machine::{Action, Alert, Event, Loss, Machine};
+
+mod alerts;
+mod machine;
+mod monitor;
+#[cfg(test)]
+mod tests;
+mod token;
+
+const TICK: Duration = Duration::from_millis(250);
+
+/// The cause while the broker stops.
+const STOPPING: &str = "the broker is stopping";
+
+/// Why the first start failed, when waiting cannot help.
+#[derive(Clone, Debug)]
+pub struct StartupError {
+    /// What, what it means, what to do.
+    pub message: String,
+    /// Whether a key or an attribute is wrong, rather than the configuration.
+    pub untrusted: bool,
+}
+
+/// The front's side of the token.
+#[derive(Debug)]
+pub struct Supervisor {
+    settings: Settings,
+    expected: Vec<ExpectedKey>,
+    program: PathBuf,
+    state: StateDirectory,
+    queue: Queue,
+    /// Keys and token as the last worker found them.
+    found: ArcSwap<start::Found>,
+    serving: watch::Sender<Serving>,
+    /// Held while the workers in the queue, or `serving`, change: the one follows from the other.
+    machine: Mutex<Decider>,
+    /// The machine wants a worker started.
+    start: Notify,
+    settled: watch::Sender<bool>,
+    startup_error: Mutex<Option<StartupError>>,
+    last_canary_us: AtomicU64,
+    generation: AtomicU64,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// The machine with its clock.
+#[derive(Debug)]
+struct Decider {
+    machine: Machine,
+    alerts: Alerts,
+    epoch: Instant,
+}
+
+impl Decider {
+    /// With the time after which a worker is expected.
+    fn down(&self, cause: &str) -> Error {
+        Error::Down {
+            cause: cause.to_owned(),
+            retry_after: self.machine.expected_wait(self.epoch.elapsed()),
+        }
+    }
+
+    /// What callers get in this state; absent when they are served.
+    fn refusal(&self, serving: &Serving) -> Option<Error> {
+        match serving {
+            Serving::Up => None,
+            Serving::Down(cause) => Some(self.down(cause)),
+            Serving::Untrusted(cause) => Some(Error::Untrusted(cause.clone())),
+        }
+    }
+}
+
+impl Supervisor {
+    /// Starts in the background, on the current runtime, and returns at once. The keys are those that must be on the token.
+    pub fn start(
+        settings: Settings,
+        keys: Vec<ExpectedKey>,
+        program: PathBuf,
+        state: StateDirectory,
+    ) -> Arc<Self> {
+        let supervisor = Self::idle(settings, keys, program, state);
+        let run = Arc::clone(&supervisor).run();
+        supervisor.tasks.spawn(run);
+        supervisor
+    }
+
+    fn idle(
+        settings: Settings,
+        keys: Vec<ExpectedKey>,
+        program: PathBuf,
+        state: StateDirectory,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            queue: Queue::new(settings.queue_length_max),
+            found: ArcSwap::default(),
+            serving: watch::Sender::new(Serving::Down("the workers are starting".to_owned())),
+            machine: Mutex::new(Decider {
+                machine: Machine::new(settings.workers),
+                alerts: Alerts::default(),
+                epoch: Instant::now(),
+            }),
+            start: Notify::new(),
+            settled: watch::Sender::new(false),
+            startup_error: Mutex::default(),
+            last_canary_us: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            settings,
+            expected: keys,
+            program,
+            state,
+        })
+    }
+
+    /// Resolves when the first attempt has ended, with what it ended in.
+    pub async fn settled(&self) -> Serving {
+        let mut settled = self.settled.subscribe();
+        // The sender is ours, so the wait cannot fail.
+        let waited = settled.wait_for(|settled| *settled).await.is_ok();
+        debug_assert!(waited);
+        self.serving.borrow().clone()
+    }
+
+    /// Why the first attempt failed, when only an administrator can repair it.
+    pub fn startup_error(&self) -> Option<StartupError> {
+        self.startup_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Takes no more jobs, lets those under way end, closes the sockets and waits for the workers.
+    pub async fn drain_and_stop(&self, deadline: Deadline) {
+        {
+            let mut decider = self.decider();
+            self.apply(&mut decider, Event::Stop);
+            self.serving
+                .send_replace(Serving::Down(STOPPING.to_owned()));
+            tracing::info!("no more token jobs");
+            if !self.queue.has_links() {
+                self.queue.fail_all(&decider.down(STOPPING));
+            }
+        }
+        let idle = async {
+            while self.queue.len() > 0 || self.queue.links().iter().any(|l| l.in_flight() > 0) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(deadline.remaining(), idle)
+            .await
+            .is_err()
+        {
+            tracing::warn!("jobs still on the token at the end of the drain");
+        }
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    async fn run(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                // In a task of its own, so that time goes on for those who wait. The machine has one start under way at a time.
+                () = self.start.notified() => {
+                    let start = Arc::clone(&self).start_worker();
+                    self.tasks.spawn(start);
+                }
+                _ = ticks.tick() => {
+                    self.publish_metrics();
+                    self.apply(&mut self.decider(), Event::Tick);
+                }
+            }
+        }
+    }
+
+    /// Starts one worker and hands it to the queue, unless the broker stops meanwhile.
+    async fn start_worker(self: Arc<Self>) {
+        let started = start::worker(
+            &self.program,
+            &self.settings,
+            &self.expected,
+            &self.state,
+            &self.stop,
+        )
+        .await;
+        let failed = started.is_err();
+        match started {
+            Ok(started) => self.take_in(started),
+            Err(failure) => self.note_failed_start(failure),
+        }
+        self.publish_metrics();
+        // One worker serves, even when the next does not start: a token may allow fewer than the configuration asks for.
+        if failed || self.decider().machine.is_full() {
+            self.settled.send_replace(true);
+        }
+    }
+
+    fn take_in(self: &Arc<Self>, started: Started) {
+        let Started {
+            child,
+            stream,
+            pid,
+            found,
+        } = started;
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+        let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
+        tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
+        self.found.store(Arc::new(found));
+        self.note_canary();
+        self.welcome(&link);
+        self.tasks.spawn(Arc::clone(self).monitor(link, child));
+    }
+
+    fn note_failed_start(&self, failure: start::Failure) {
+        let first = !*self.settled.borrow() && self.generation.load(Ordering::Relaxed) == 0;
+        let (why, detail) = (failure.why(first), failure.detail);
+        let is_final = matches!(
+            failure.class,
+            Some(FailureClass::Untrusted | FailureClass::KeyMissing | FailureClass::Configuration)
+        );
+        if first && is_final {
+            *self
+                .startup_error
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(StartupError {
+                message: detail.clone(),
+                untrusted: failure.class != Some(FailureClass::Configuration),
+            });
+        }
+        tracing::warn!(cause = %detail, "a token worker did not start");
+        self.apply(&mut self.decider(), Event::NotReady(why, detail));
+    }
+
+    fn decider(&self) -> MutexGuard<'_, Decider> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in a worker that is ready.
+    fn welcome(&self, link: &Arc<Link>) {
+        let mut decider = self.decider();
+        self.queue.add(Arc::clone(link));
+        self.apply(&mut decider, Event::Ready);
+    }
+
+    /// Gives a worker no more jobs. The first cause counts.
+    fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
+        let mut decider = self.decider();
+        if self.queue.remove(link.generation()) {
+            self.apply(&mut decider, Event::Lost(loss, cause.to_owned()));
+        }
+    }
+
+    /// Carries out what the machine decides.
+    fn apply(&self, decider: &mut Decider, event: Event) {
+        let now = decider.epoch.elapsed();
+        for action in decider.machine.on(now, event) {
+            match action {
+                Action::Start => self.start.notify_one(),
+                Action::Serve(serving) => self.serve(decider, &serving),
+                Action::Alert(alert, cause) => {
+                    if let Some(line) = decider.alerts.raise(now, alert, cause) {
+                        log(&line);
+                    }
+                }
+            }
+        }
+        for line in decider.alerts.due(now) {
+            log(&line);
+        }
+    }
+
+    fn serve(&self, decider: &Decider, serving: &Serving) {
+        match serving {
+            Serving::Up => tracing::info!("the token serves"),
+            Serving::Down(cause) => tracing::info!(%cause, "the token is unavailable"),
+            Serving::Untrusted(cause) => tracing::info!(%cause, "the token is not trusted"),
+        }
+        self.serving.send_replace(serving.clone());
+        if let Some(error) = decider.refusal(serving) {
+            self.queue.fail_all(&error);
+        }
+    }
+
+    fn down(&self, cause: &str) -> Error {
+        self.decider().down(cause)
+    }
+
+    /// Takes back the jobs of a worker that was lost, for the next one. None of them changes anything on the token. A job that
+    /// was lost with so many workers before may be what ends them, and fails.
+    fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
+        let decider = self.decider();
+        let refusal = decider.refusal(&self.serving.borrow());
+        for job in jobs {
+            if job.work.is_canary() || job.losses >= losses_max || refusal.is_some() {
+                let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
+                job.answer(Err(error), Duration::ZERO);
+            } else {
+                self.queue.push_again(Job {
+                    losses: job.losses + 1,
+                    ..job
+                });
+            }
+        }
+    }
+
+    fn note_canary(&self) {
+        let now = u64::try_from(Timestamp::now().micros()).unwrap_or(0);
+        self.last_canary_us.store(now, Ordering::Relaxed);
+    }
+
+    fn last_canary(&self) -> Option<Timestamp> {
+        match self.last_canary_us.load(Ordering::Relaxed) {
+            0 => None,
+            micros => i64::try_from(micros).ok().map(Timestamp::from_micros),
+        }
+    }
+
+    fn publish_metrics(&self) {
+        let gauge = |name: &'static str, value: usize| {
+            metrics::gauge!(name).set(f64::from(u32::try_from(value).unwrap_or(u32::MAX)));
+        };
+        gauge("keybroker_token_workers", self.queue.links().len());
+        gauge("keybroker_token_queue_length", self.queue.len());
+        let up = *self.serving.borrow() == Serving::Up;
+        gauge("keybroker_token_serving", usize::from(up));
+        if let Some(last) = self.last_canary() {
+            let age = Timestamp::now().micros().saturating_sub(last.micros());
+            let seconds = Duration::from_micros(u64::try_from(age).unwrap_or(0)).as_secs_f64();
+            metrics::gauge!("keybroker_token_canary_age_seconds").set(seconds);
+        }
+        gauge(
+            "keybroker_token_pin_latched",
+            usize::from(self.decider().machine.latched().is_some()),
+        );
+    }
+
+    fn current_state(&self) -> TokenState {
+        let found = self.found.load();
+        let note = {
+            let decider = self.decider();
+            let latched = decider.machine.latched();
+            let due = decider.machine.due();
+            latched
+                .map(|cause| format!("no further worker can log in: {cause}"))
+                .or_else(|| due.map(|cause| format!("a worker is due: {cause}")))
+        };
+        TokenState {
+            serving: self.serving.borrow().clone(),
+            note,
+            info: found.known().then(|| found.info.clone()),
+            keys: Arc::clone(&found.keys),
+            workers: self
+                .queue
+                .links()
+                .iter()
+                .map(|link| WorkerInfo {
+                    pid: link.pid(),
+                    sessions: link.sessions(),
+                    jobs_in_flight: link.in_flight(),
+                    generation: link.generation(),
+                })
+                .collect(),
+            queue_length: self.queue.len(),
+            last_canary: self.last_canary(),
+        }
+    }
+}
+
+fn log(line: &Line) {
+    let (cause, count) = (&line.cause, line.count);
+    match line.alert {
+        Alert::TokenDown => {
+            tracing::error!(alarm = "token-down", %cause, count, "the token does not serve");
+        }
+        Alert::TokenUntrusted => {
+            tracing::error!(alarm = "token-untrusted", %cause, count, "the token must not be used");
+        }
+        Alert::PinLatched => {
+            tracing::error!(alarm = "pin-latched", %cause, count, "no login is made with this PIN");
+        }
+        Alert::Login => {
+            tracing::error!(alarm = "token-login", %cause, count, "the token failed a login");
+        }
+    }
+}
+
+impl Default for start::Found {
+    fn default() -> Self {
+        Self {
+            info: TokenInfo {
+                label: String::new(),
+                serial: String::new(),
+                model: String::new(),
+            },
+            keys: Arc::new([]),
+            wrap: std::collections::HashMap::new(),
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The supervisor's decisions: when a worker is started, and what callers are told. Pure: events and the time go in,
+//! actions come out. `ARCHITECTURE.md` shows the same table; a test keeps the two equal.
+
+use std::time::Duration;
+
+use crate::{Serving, wire::FailureClass};
+
+/// Before the next start when a worker was lost sooner after it became ready than this, so that a worker that dies at once
+/// does not become a loop of logins.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+const START_SPACING: Duration = Duration::from_millis(100);
+/// How long calls wait for a worker that is due. Most end sooner, at their own deadlines.
+const DUE_MAX: Duration = Duration::from_secs(5);
+/// Between starts while the token is unavailable.
+const DOWN_MIN: Duration = Duration::from_millis(250);
+const DOWN_MAX: Duration = Duration::from_secs(1);
+/// Between starts while a login fails without a code of the PIN family.
+const LOGIN_MIN: Duration = Duration::from_secs(1);
+const LOGIN_MAX: Duration = Duration::from_secs(3);
+/// After so many of them in a row (five minutes) logins are made more seldom.
+const LOGINS_FREQUENT: u32 = 100;
+const LOGIN_SELDOM: Duration = Duration::from_secs(15);
+/// Between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record; it logs in
+/// only with another PIN, on another token, or on the operator's word.
+const LATCHED: Duration = Duration::from_secs(2);
+/// Between starts while a key, an attribute or a self-test is wrong.
+const UNTRUSTED: Duration = Duration::from_secs(3);
+/// A start that was not measured yet.
+const START_EXPECTED: Duration = Duration::from_millis(300);
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub(super) enum Event {
+    /// Time has passed.
+    Tick,
+    /// The worker that was being started is ready.
+    Ready,
+    /// The worker that was being started did not become ready.
+    NotReady(NotReady, String),
+    /// A worker that was ready is lost.
+    Lost(Loss, String),
+    /// The broker stops.
+    Stop,
+}
+
+/// Why a worker did not become ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotReady {
+    /// The process ended, hung or could not be started: it says nothing of the token.
+    Crashed,
+    /// The token has no session free.
+    Busy,
+    /// The token is unavailable, or the configuration does not fit.
+    Unavailable,
+    /// A login failed with a code that says nothing of the PIN.
+    Login,
+    /// The PIN was rejected, cannot be read, or must not be shown to the token.
+    Pin,
+    /// A key, an attribute or a self-test is wrong.
+    Untrusted,
+}
+
+impl NotReady {
+    /// `first` for the first attempt of the process: a key that was there once is unavailable together with its token.
+    pub(crate) fn of(class: FailureClass, first: bool) -> Self {
+        match class {
+            FailureClass::BackOff => Self::Busy,
+            FailureClass::Login => Self::Login,
+            FailureClass::Pin => Self::Pin,
+            FailureClass::Untrusted => Self::Untrusted,
+            FailureClass::KeyMissing if first => Self::Untrusted,
+            _ => Self::Unavailable,
+        }
+    }
+}
+
+/// How a worker was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// Its process ended, it hung, or its token answered with an error.
+    Ended,
+    /// It gave a wrong answer.
+    Untrusted,
+}
+
+/// What the supervisor does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Start one worker.
+    Start,
+    /// Tell callers and health.
+    Serve(Serving),
+    /// Raise an alert.
+    Alert(Alert, String),
+}
+
+/// Alerts of the supervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alert {
+    /// No worker serves, and none is expected soon.
+    TokenDown,
+    /// A key, an attribute or a self-test is wrong.
+    TokenUntrusted,
+    /// No login is made with the PIN file as it is.
+    PinLatched,
+    /// Logins fail without a code of the PIN family.
+    Login,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    /// No worker was ready yet, and no attempt has ended.
+    Starting,
+    /// At least one worker is ready.
+    Up,
+    /// The last worker was lost a moment ago and the next is due: calls wait.
+    Due {
+        since: Duration,
+        cause: String,
+    },
+    Down(String),
+    Untrusted(String),
+    Stopped,
+}
+
+/// The state. Times are those since any fixed moment.
+#[derive(Debug)]
+pub(super) struct Machine {
+    wanted: usize,
+    ready: usize,
+    phase: Phase,
+    /// When the start under way began.
+    starting: Option<Duration>,
+    next_start: Duration,
+    backoff: Duration,
+    failed_logins: u32,
+    latched: Option<String>,
+    /// When the last worker became ready.
+    ready_at: Option<Duration>,
+    /// How long the last successful start took.
+    start_takes: Duration,
+}
+
+impl Machine {
+    pub(super) fn new(wanted: usize) -> Self {
+        Self {
+            wanted,
+            ready: 0,
+            phase: Phase::Starting,
+            starting: None,
+            next_start: Duration::ZERO,
+            backoff: Duration::ZERO,
+            failed_logins: 0,
+            latched: None,
+            ready_at: None,
+            start_takes: START_EXPECTED,
+        }
+    }
+
+    /// Why no login is made with the PIN file as it is; absent when logins are made.
+    pub(super) fn latched(&self) -> Option<&str> {
+        self.latched.as_deref()
+    }
+
+    /// Whether calls wait for a worker that is due, with the cause.
+    pub(super) fn due(&self) -> Option<&str> {
+        match &self.phase {
+            Phase::Due { cause, .. } => Some(cause),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.ready >= self.wanted
+    }
+
+    /// When a worker is likely to be ready, from now.
+    pub(super) fn expected_wait(&self, now: Duration) -> Duration {
+        let begins = match self.starting {
+            Some(since) => since,
+            None => self.next_start.max(now),
+        };
+        (begins + self.start_takes)
+            .saturating_sub(now)
+            .max(START_SPACING)
+    }
+
+    /// Takes an event and says what to do, in this order.
+    pub(super) fn on(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.phase == Phase::Stopped {
+            return actions;
+        }
+        match event {
+            Event::Tick => {}
+            Event::Ready => {
+                if let Some(since) = self.starting.take() {
+                    self.start_takes = now.saturating_sub(since);
+                }
+                self.ready += 1;
+                self.ready_at = Some(now);
+                self.latched = None;
+                self.failed_logins = 0;
+                self.backoff = Duration::ZERO;
+                self.next_start = now;
+                self.enter(Phase::Up, &mut actions);
+            }
+            Event::NotReady(why, detail) => self.not_ready(now, why, detail, &mut actions),
+            Event::Lost(loss, cause) => self.lost(now, loss, cause, &mut actions),
+            Event::Stop => {
+                self.phase = Phase::Stopped;
+                return actions;
+            }
+        }
+        if let Phase::Due { since, cause } = &self.phase
+            && now >= *since + DUE_MAX
+        {
+            let cause = cause.clone();
+            self.enter(Phase::Down(cause), &mut actions);
+        }
+        if self.starting.is_none() && !self.is_full() && now >= self.next_start {
+            self.starting = Some(now);
+            actions.push(Action::Start);
+        }
+        actions
+    }
+
+    fn not_ready(
+        &mut self,
+        now: Duration,
+        why: NotReady,
+        detail: String,
+        actions: &mut Vec<Action>,
+    ) {
+        self.starting = None;
+        let double = |least: Duration, most: Duration| (self.backoff * 2).clamp(least, most);
+        self.backoff = match why {
+            NotReady::Crashed => double(START_SPACING, DOWN_MAX),
+            NotReady::Busy | NotReady::Unavailable => double(DOWN_MIN, DOWN_MAX),
+            NotReady::Login if self.failed_logins >= LOGINS_FREQUENT => LOGIN_SELDOM,
+            NotReady::Login => double(LOGIN_MIN, LOGIN_MAX),
+            NotReady::Pin => LATCHED,
+            NotReady::Untrusted => UNTRUSTED,
+        };
+        self.next_start = now + self.backoff;
+        match why {
+            NotReady::Pin => {
+                self.latched = Some(detail.clone());
+                actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
+            }
+            // It says nothing of the PIN.
+            NotReady::Crashed => {}
+            NotReady::Login => {
+                self.failed_logins += 1;
+                self.latched = None;
+                actions.push(Action::Alert(Alert::Login, detail.clone()));
+            }
+            NotReady::Busy | NotReady::Unavailable | NotReady::Untrusted => self.latched = None,
+        }
+        if self.ready > 0 {
+            return;
+        }
+        let passing = matches!(why, NotReady::Crashed | NotReady::Busy);
+        let next = match &self.latched {
+            Some(cause) => Phase::Untrusted(cause.clone()),
+            None if why == NotReady::Untrusted => Phase::Untrusted(detail),
+            // The next one is due.
+            None if passing && matches!(self.phase, Phase::Due { .. }) => return,
+            None => Phase::Down(detail),
+        };
+        self.enter(next, actions);
+    }
+
+    fn lost(&mut self, now: Duration, loss: Loss, cause: String, actions: &mut Vec<Action>) {
+        self.ready = self.ready.saturating_sub(1);
+        if self.latched.is_none() {
+            let lived_short = self.ready_at.is_some_and(|at| now < at + SHORT_LIFE);
+            self.backoff = Duration::ZERO;
+            self.next_start = if lived_short {
+                now + START_SPACING
+            } else {
+                now
+            };
+        }
+        if self.ready > 0 {
+            return;
+        }
+        let next = match (&self.latched, loss) {
+            (Some(latched), _) => Phase::Untrusted(latched.clone()),
+            (None, Loss::Untrusted) => Phase::Untrusted(cause),
+            (None, Loss::Ended) => Phase::Due { since: now, cause },
+        };
+        self.enter(next, actions);
+    }
+
+    fn enter(&mut self, next: Phase, actions: &mut Vec<Action>) {
+        if self.phase == next {
+            return;
+        }
+        let was_told = std::mem::replace(&mut self.phase, next);
+        let same_kind = std::mem::discriminant(&was_told) == std::mem::discriminant(&self.phase);
+        match &self.phase {
+            Phase::Up => {
+                if !matches!(was_told, Phase::Due { .. }) {
+                    actions.push(Action::Serve(Serving::Up));
+                }
+            }
+            // Callers wait, so nothing is told.
+            Phase::Due { .. } | Phase::Starting | Phase::Stopped => {}
+            Phase::Down(cause) => {
+                actions.push(Action::Serve(Serving::Down(cause.clone())));
+                if !same_kind {
+                    actions.push(Action::Alert(Alert::TokenDown, cause.clone()));
+                }
+            }
+            Phase::Untrusted(cause) => {
+                actions.push(Action::Serve(Serving::Untrusted(cause.clone())));
+                if !same_kind && self.latched.is_none() {
+                    actions.push(Action::Alert(Alert::TokenUntrusted, cause.clone()));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

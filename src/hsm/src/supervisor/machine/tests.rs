@@ -1,0 +1,329 @@
+//! The table, and histories that must not end in a service that needs a person.
+
+use std::fmt::Write as _;
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Far from the machine's first moment.
+const NOW: Duration = Duration::from_secs(1_000);
+
+fn text() -> String {
+    "cause".to_owned()
+}
+
+/// A machine for two workers that has come to a state the way a broker does.
+fn machine(state: &str) -> Machine {
+    let mut machine = Machine::new(2);
+    let early = NOW.saturating_sub(100 * SECOND);
+    machine.on(early, Event::Tick);
+    let ready = |machine: &mut Machine| drop(machine.on(early, Event::Ready));
+    let not_ready =
+        |machine: &mut Machine, why| drop(machine.on(early, Event::NotReady(why, text())));
+    match state {
+        "starting" => {}
+        "up" => ready(&mut machine),
+        "up, latched" => {
+            ready(&mut machine);
+            not_ready(&mut machine, NotReady::Pin);
+        }
+        "due" => {
+            ready(&mut machine);
+            not_ready(&mut machine, NotReady::Unavailable);
+            machine.on(NOW, Event::Lost(Loss::Ended, text()));
+            return machine;
+        }
+        "down" => not_ready(&mut machine, NotReady::Unavailable),
+        "untrusted" => not_ready(&mut machine, NotReady::Untrusted),
+        "latched" => not_ready(&mut machine, NotReady::Pin),
+        other => panic!("{other}"),
+    }
+    machine.on(NOW, Event::Tick);
+    machine
+}
+
+const STATES: [&str; 7] = [
+    "starting",
+    "up",
+    "up, latched",
+    "due",
+    "down",
+    "untrusted",
+    "latched",
+];
+
+fn state(machine: &Machine) -> &'static str {
+    match (&machine.phase, machine.latched.is_some()) {
+        (Phase::Starting, _) => "starting",
+        (Phase::Up, false) => "up",
+        (Phase::Up, true) => "up, latched",
+        (Phase::Due { .. }, _) => "due",
+        (Phase::Down(_), _) => "down",
+        (Phase::Untrusted(_), false) => "untrusted",
+        (Phase::Untrusted(_), true) => "latched",
+        (Phase::Stopped, _) => "stopped",
+    }
+}
+
+fn events() -> [(&'static str, Event); 9] {
+    [
+        ("worker ready", Event::Ready),
+        ("start: crashed", Event::NotReady(NotReady::Crashed, text())),
+        ("start: token busy", Event::NotReady(NotReady::Busy, text())),
+        (
+            "start: token unavailable",
+            Event::NotReady(NotReady::Unavailable, text()),
+        ),
+        (
+            "start: login failed",
+            Event::NotReady(NotReady::Login, text()),
+        ),
+        ("start: PIN", Event::NotReady(NotReady::Pin, text())),
+        (
+            "start: untrusted",
+            Event::NotReady(NotReady::Untrusted, text()),
+        ),
+        ("last worker lost", Event::Lost(Loss::Ended, text())),
+        (
+            "last worker untrusted",
+            Event::Lost(Loss::Untrusted, text()),
+        ),
+    ]
+}
+
+/// The next state, and how long until the next start; `-` where the event cannot happen.
+fn cell(from: &str, event: Event) -> String {
+    let mut machine = machine(from);
+    let is_loss = matches!(event, Event::Lost(..));
+    if is_loss && machine.ready == 0 {
+        return "-".to_owned();
+    }
+    if is_loss {
+        machine.starting = None;
+    }
+    machine.on(NOW, event);
+    let next = state(&machine);
+    if machine.starting.is_some() {
+        return format!("{next}, start");
+    }
+    if machine.is_full() {
+        return next.to_owned();
+    }
+    format!(
+        "{next}, {} ms",
+        machine.next_start.saturating_sub(NOW).as_millis()
+    )
+}
+
+fn table() -> String {
+    let mut table = "| Event |".to_owned();
+    for state in STATES {
+        write!(table, " {state} |").unwrap();
+    }
+    table += "\n|---|";
+    table += &"---|".repeat(STATES.len());
+    for (name, event) in events() {
+        write!(table, "\n| {name} |").unwrap();
+        for from in STATES {
+            write!(table, " {} |", cell(from, event.clone())).unwrap();
+        }
+    }
+    table
+}
+
+#[test]
+fn the_documentation_has_the_table() {
+    let text = include_str!("../../../../../ARCHITECTURE.md");
+    let table = table();
+    assert!(text.contains(&table), "ARCHITECTURE.md must have:\n{table}");
+}
+
+/// A broker with a token, driven by what its starts end in.
+struct Run {
+    machine: Machine,
+    now: Duration,
+    starts: Vec<Duration>,
+    serving: Option<Serving>,
+    alerts: Vec<Alert>,
+}
+
+impl Run {
+    fn new() -> Self {
+        Self {
+            machine: Machine::new(2),
+            now: Duration::ZERO,
+            starts: Vec::new(),
+            serving: None,
+            alerts: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        for action in self.machine.on(self.now, event) {
+            match action {
+                Action::Start => self.starts.push(self.now),
+                Action::Serve(serving) => self.serving = Some(serving),
+                Action::Alert(alert, _) => self.alerts.push(alert),
+            }
+        }
+    }
+
+    /// Ticks for so long; each start takes no time and ends as `outcome` says.
+    fn pass(&mut self, time: Duration, outcome: impl Fn() -> Event) {
+        let until = self.now + time;
+        while self.now < until {
+            self.now += Duration::from_millis(50);
+            self.take(Event::Tick);
+            while self.machine.starting.is_some() {
+                self.take(outcome());
+            }
+        }
+    }
+
+    fn up() -> Self {
+        let mut run = Self::new();
+        run.pass(SECOND, || Event::Ready);
+        assert_eq!(run.serving, Some(Serving::Up));
+        run
+    }
+
+    fn lose_all(&mut self) {
+        while self.machine.ready > 0 {
+            self.take(Event::Lost(Loss::Ended, text()));
+        }
+        self.machine.starting = None;
+    }
+}
+
+/// Whatever the outage looked like and however long it took: service is back within five seconds of its end.
+#[test]
+fn every_outage_ends_within_five_seconds_of_its_cause() {
+    for why in [
+        NotReady::Crashed,
+        NotReady::Busy,
+        NotReady::Unavailable,
+        NotReady::Login,
+        NotReady::Pin,
+        NotReady::Untrusted,
+    ] {
+        for outage in [3, 60, 240] {
+            let mut run = Run::up();
+            run.lose_all();
+            run.pass(outage * SECOND, || Event::NotReady(why, text()));
+            let ended = run.now;
+            run.pass(5 * SECOND, || Event::Ready);
+            assert_eq!(run.machine.phase, Phase::Up, "{why:?} {outage}");
+            let back = *run.starts.iter().find(|start| **start >= ended).unwrap();
+            assert!(back <= ended + 3 * SECOND, "{why:?} {outage}: {back:?}");
+            assert!(run.machine.is_full(), "{why:?} {outage}");
+            assert_eq!(run.machine.latched(), None);
+        }
+    }
+}
+
+#[test]
+fn logins_that_fail_are_spaced() {
+    let mut run = Run::up();
+    run.lose_all();
+    let before = run.starts.len();
+    run.pass(60 * SECOND, || Event::NotReady(NotReady::Login, text()));
+    let logins = run.starts.len() - before;
+    assert!((15..=25).contains(&logins), "{logins} in a minute");
+    let before = run.starts.len();
+    run.pass(3_600 * SECOND, || Event::NotReady(NotReady::Login, text()));
+    let logins = run.starts.len() - before;
+    assert!(logins < 360, "{logins} in an hour");
+}
+
+/// Workers are killed one after another as soon as they are ready: nobody is told that the token is down.
+#[test]
+fn workers_killed_as_they_come_are_no_outage() {
+    let mut run = Run::up();
+    for _ in 0..50 {
+        run.lose_all();
+        assert!(run.machine.due().is_some());
+        run.pass(SECOND / 2, || Event::Ready);
+        assert!(run.machine.is_full());
+    }
+    assert_eq!(run.serving, Some(Serving::Up));
+    assert_eq!(run.alerts, []);
+}
+
+#[test]
+fn callers_wait_five_seconds_and_no_longer() {
+    let mut run = Run::up();
+    run.lose_all();
+    run.pass(4 * SECOND, || Event::NotReady(NotReady::Crashed, text()));
+    assert_eq!(run.serving, Some(Serving::Up));
+    run.pass(2 * SECOND, || Event::NotReady(NotReady::Crashed, text()));
+    assert_eq!(run.serving, Some(Serving::Down(text())));
+    assert_eq!(run.alerts, [Alert::TokenDown]);
+}
+
+/// The first failed start knows more than the loss: nobody waits for a token that is not there.
+#[test]
+fn callers_do_not_wait_for_a_token_that_is_known_to_be_down() {
+    let mut run = Run::up();
+    run.lose_all();
+    run.pass(SECOND / 5, || {
+        Event::NotReady(NotReady::Unavailable, text())
+    });
+    assert_eq!(run.serving, Some(Serving::Down(text())));
+}
+
+/// A latched PIN is known from the first worker that meets it, and is the reason when the last other worker is lost.
+#[test]
+fn a_latched_pin_is_one_state_with_one_reason() {
+    let mut run = Run::up();
+    run.take(Event::Lost(Loss::Ended, text()));
+    run.machine.starting = None;
+    run.pass(5 * SECOND, || {
+        Event::NotReady(NotReady::Pin, "rejected".to_owned())
+    });
+    assert_eq!(run.serving, Some(Serving::Up));
+    assert_eq!(run.machine.latched(), Some("rejected"));
+    run.take(Event::Lost(Loss::Ended, "killed".to_owned()));
+    let untrusted = Serving::Untrusted("rejected".to_owned());
+    assert_eq!(run.serving, Some(untrusted.clone()));
+    // A crash says nothing of the PIN.
+    run.machine.starting = Some(run.now);
+    run.take(Event::NotReady(NotReady::Crashed, text()));
+    assert_eq!(run.serving, Some(untrusted));
+    assert!(run.alerts.iter().all(|alert| *alert == Alert::PinLatched));
+}
+
+#[test]
+fn a_worker_that_dies_at_once_is_no_loop() {
+    let mut run = Run::up();
+    let before = run.starts.len();
+    for _ in 0..100 {
+        run.lose_all();
+        run.pass(Duration::from_millis(50), || Event::Ready);
+    }
+    let starts = run.starts.len() - before;
+    assert!(starts <= 120, "{starts} starts in five seconds");
+}
+
+#[test]
+fn a_stop_is_final() {
+    let mut run = Run::up();
+    run.take(Event::Stop);
+    let starts = run.starts.len();
+    run.take(Event::Lost(Loss::Ended, text()));
+    run.pass(10 * SECOND, || Event::Ready);
+    assert_eq!(run.starts.len(), starts);
+}
+
+/// What callers are told is what is known: the wait for the next start, and the time that a start takes.
+#[test]
+fn the_expected_wait_follows_the_next_start() {
+    let mut run = Run::up();
+    run.lose_all();
+    run.pass(10 * SECOND, || Event::NotReady(NotReady::Login, text()));
+    let wait = run.machine.expected_wait(run.now);
+    let next = run.machine.next_start.saturating_sub(run.now);
+    assert!(
+        wait >= next && wait <= LOGIN_MAX + SECOND,
+        "{wait:?} {next:?}"
+    );
+}

@@ -1,0 +1,175 @@
+//! Monitors one worker from its start to its end.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{process::Child, sync::oneshot};
+
+use crate::{
+    Error,
+    link::{Link, reap},
+    queue::{Answer, Job},
+    start::EXIT_TIMEOUT,
+    wire::{Canary, FailureClass, Reply, reply::Outcome, request},
+    work::Work,
+};
+use keybroker_core::call::Deadline;
+
+use super::{Supervisor, machine::Loss};
+
+/// How often the self-test runs; a token that is gone is noticed within twice this time.
+const CANARY_INTERVAL: Duration = Duration::from_secs(1);
+/// A self-test that is not back by then has failed.
+const CANARY_TIMEOUT: Duration = Duration::from_secs(2);
+/// A worker whose self-test fails so many times in a row is replaced.
+const CANARY_FAILURES_MAX: u32 = 3;
+/// How long a token that said it is busy is left alone.
+const BACK_OFF: Duration = Duration::from_millis(5);
+/// How often a job is handed to another worker after its worker's process has ended. A job that ends the module itself ends
+/// one worker more than this. Its MAC has verified before the RSA key is used, so no caller can make such a job at will.
+const LOSSES_MAX_ENDED: u32 = 4;
+/// The same after a worker that hung or lost its token: each costs its callers seconds.
+const LOSSES_MAX_GIVEN_UP: u32 = 1;
+
+impl Supervisor {
+    /// Serves until the worker ends, is given up, or the broker stops; then answers what it held and reaps it.
+    pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
+        let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
+        let ended = tokio::select! {
+            cause = reading => Some((cause, LOSSES_MAX_ENDED)),
+            cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
+            () = self.ask_canaries(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
+            () = link.keep_flushing() => Some(("its socket failed".to_owned(), LOSSES_MAX_ENDED)),
+            () = self.stop.cancelled() => None,
+        };
+        let Some((cause, losses_max)) = ended else {
+            self.queue.remove(link.generation());
+            link.close();
+            return reap(child, EXIT_TIMEOUT).await;
+        };
+        self.dismiss(&link, Loss::Ended, &cause);
+        tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
+        metrics::counter!("keybroker_token_worker_restarts_total").increment(1);
+        self.take_back(
+            link.take_jobs(),
+            losses_max,
+            &format!("the worker was lost: {cause}"),
+        );
+        link.close();
+        reap(child, Duration::ZERO).await;
+    }
+
+    fn take(self: &Arc<Self>, link: &Link, job: Job, reply: Reply) {
+        let spent = Duration::from_nanos(reply.token_ns);
+        let result = match reply.outcome {
+            Some(Outcome::Output(bytes)) => Ok(bytes.into()),
+            Some(Outcome::Failure(failure)) => {
+                let class = failure.class();
+                let in_time = !job.deadline.remaining().is_zero();
+                // Never a canary: another worker would answer for this one.
+                if class == FailureClass::BackOff && in_time && !job.work.is_canary() {
+                    self.try_later(job);
+                    return self.queue.dispatch();
+                }
+                if class == FailureClass::SessionLost && !job.retried {
+                    self.queue.push_again(Job {
+                        retried: true,
+                        losses: 0,
+                        ..job
+                    });
+                    return;
+                }
+                Err(self.error_of(link, class, failure.detail))
+            }
+            Some(Outcome::Ready(_)) | None => {
+                link.give_up("a reply that answers nothing");
+                Err(self.down("the worker sent an unexpected reply"))
+            }
+        };
+        if !job.work.is_canary() {
+            metrics::histogram!("keybroker_token_seconds").record(spent);
+            self.queue.served(spent);
+        }
+        job.answer(result, spent);
+        self.queue.dispatch();
+    }
+
+    /// What a failure means for the caller, and what it does to the worker.
+    fn error_of(&self, link: &Link, class: FailureClass, detail: String) -> Error {
+        match class {
+            FailureClass::MacRefused => Error::MacRefused,
+            FailureClass::Damaged => Error::Damaged(detail),
+            FailureClass::Deadline => Error::Deadline,
+            FailureClass::BackOff => self.down(&format!("the token is busy: {detail}")),
+            FailureClass::Untrusted => {
+                link.give_up(detail.clone());
+                self.dismiss(link, Loss::Untrusted, &detail);
+                Error::Untrusted(detail)
+            }
+            FailureClass::UnknownKey => Error::Untrusted(detail),
+            FailureClass::Unspecified
+            | FailureClass::SessionLost
+            | FailureClass::TokenLost
+            | FailureClass::KeyMissing
+            | FailureClass::Login
+            | FailureClass::Pin
+            | FailureClass::Configuration => {
+                link.give_up(detail.clone());
+                self.down(&detail)
+            }
+        }
+    }
+
+    fn try_later(self: &Arc<Self>, job: Job) {
+        let supervisor = Arc::clone(self);
+        self.tasks.spawn(async move {
+            tokio::time::sleep(BACK_OFF).await;
+            supervisor.queue.push_again(job);
+        });
+    }
+
+    /// Runs a self-test each second, past the queue: a queue that is full says nothing of the token.
+    async fn ask_canaries(&self, link: &Link) {
+        let mut failures = 0;
+        loop {
+            tokio::time::sleep(CANARY_INTERVAL).await;
+            if link.is_wedged() {
+                link.give_up("a job is stuck in the module long past its deadline");
+                return std::future::pending().await;
+            }
+            let (done, answer) = oneshot::channel();
+            link.assign(Job {
+                work: Work::new(request::Job::Canary(Canary {})),
+                deadline: Deadline::after(CANARY_TIMEOUT),
+                done,
+                queued: Instant::now(),
+                waited: Duration::ZERO,
+                retried: true,
+                losses: 0,
+            });
+            match tokio::time::timeout(CANARY_TIMEOUT, answer).await {
+                Ok(Ok(Answer { result: Ok(_), .. })) => {
+                    failures = 0;
+                    self.note_canary();
+                }
+                // Most causes have ended the worker already, in `error_of`.
+                Ok(Ok(Answer {
+                    result: Err(error), ..
+                })) => {
+                    tracing::warn!(%error, pid = link.pid(), "self-test failed");
+                    failures += 1;
+                    if failures >= CANARY_FAILURES_MAX {
+                        link.give_up(format!("its self-test failed {failures} times: {error}"));
+                    }
+                }
+                Ok(Err(_)) => return std::future::pending().await,
+                Err(_) => {
+                    link.give_up("its self-test did not come back in time");
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What workers that come and go do to callers.
+
+use std::{os::unix::net::UnixStream as StdUnixStream, thread};
+
+use tokio::{net::UnixStream, sync::oneshot};
+
+use crate::{
+    wire::{Canary, VerifyMac, request},
+    work::Work,
+};
+
+use super::*;
+
+fn link(generation: u64) -> Arc<Link> {
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    // The worker's end stays open.
+    Box::leak(Box::new(theirs));
+    Link::new(generation, 1, 1, UnixStream::from_std(ours).unwrap())
+}
+
+fn idle() -> Arc<Supervisor> {
+    let settings = toml::from_str("module = \"/none.so\"").unwrap();
+    let state = StateDirectory::below(std::path::Path::new("/none"));
+    Supervisor::idle(settings, Vec::new(), PathBuf::from("/none"), state)
+}
+
+fn serving(supervisor: &Supervisor) -> Serving {
+    supervisor.serving.borrow().clone()
+}
+
+fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::queue::Answer>) {
+    let (done, answer) = oneshot::channel();
+    let job = Job {
+        work: Work::new(work),
+        deadline: Deadline::after(Duration::from_mins(1)),
+        done,
+        queued: Instant::now(),
+        waited: Duration::ZERO,
+        retried: false,
+        losses: 0,
+    };
+    (job, answer)
+}
+
+/// One worker is lost while another comes: a worker that is there is never called down.
+#[tokio::test]
+async fn a_worker_that_is_there_is_never_called_down() {
+    let supervisor = idle();
+    let links = [link(1), link(2)];
+    thread::scope(|scope| {
+        for link in &links {
+            let supervisor = &supervisor;
+            scope.spawn(move || {
+                for _ in 0..5_000 {
+                    supervisor.welcome(link);
+                    assert_eq!(serving(supervisor), Serving::Up);
+                    supervisor.dismiss(link, Loss::Untrusted, "wrong answer");
+                }
+            });
+        }
+    });
+    assert_eq!(
+        serving(&supervisor),
+        Serving::Untrusted("wrong answer".to_owned())
+    );
+}
+
+#[tokio::test]
+async fn the_first_cause_stays() {
+    let supervisor = idle();
+    let link = link(1);
+    supervisor.welcome(&link);
+    supervisor.dismiss(&link, Loss::Untrusted, "a self-test was answered wrongly");
+    supervisor.dismiss(&link, Loss::Ended, "it ended");
+    assert_eq!(
+        serving(&supervisor),
+        Serving::Untrusted("a self-test was answered wrongly".to_owned())
+    );
+}
+
+/// A worker that becomes ready while the broker stops changes nothing.
+#[tokio::test]
+async fn a_stop_is_final() {
+    let supervisor = idle();
+    supervisor
+        .drain_and_stop(Deadline::after(Duration::ZERO))
+        .await;
+    supervisor.welcome(&link(1));
+    assert_eq!(serving(&supervisor), Serving::Down(STOPPING.to_owned()));
+}
+
+/// A job goes on to the next worker, but not for ever: it may be what ends them.
+#[tokio::test]
+async fn a_job_outlasts_two_lost_workers_and_no_more() {
+    let supervisor = idle();
+    let (first, mut answer) = job(request::Job::VerifyMac(VerifyMac::default()));
+    supervisor.welcome(&link(0));
+    let mut jobs = vec![first];
+    for generation in 1..=2 {
+        let next = link(generation);
+        supervisor.take_back(std::mem::take(&mut jobs), 2, "it ended");
+        supervisor.welcome(&next);
+        supervisor.queue.dispatch();
+        for link in supervisor.queue.links() {
+            jobs.extend(link.take_jobs());
+        }
+        assert_eq!(jobs.len(), 1, "the job was not handed on");
+        assert!(answer.try_recv().is_err(), "it was answered");
+    }
+    supervisor.take_back(jobs, 2, "it ended");
+    let result = answer.await.unwrap().result;
+    assert!(matches!(result, Err(Error::Down { .. })), "{result:?}");
+}
+
+/// Another worker cannot answer for the one that is tested.
+#[tokio::test]
+async fn a_self_test_is_not_handed_on() {
+    let supervisor = idle();
+    supervisor.welcome(&link(1));
+    let (canary, answer) = job(request::Job::Canary(Canary {}));
+    supervisor.take_back(vec![canary], 2, "it ended");
+    assert!(answer.await.unwrap().result.is_err());
+}

@@ -1,0 +1,170 @@
+//! The supervisor as the broker's [`Token`].
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+
+use crate::{
+    Error, Serving, Token, TokenState,
+    queue::{Job, Output},
+    wire::{self, request},
+    work::Work,
+};
+use keybroker_core::{
+    call::{Deadline, away},
+    envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
+    key::WrappingKeyId,
+    secret::KeyMaterial,
+};
+
+use super::Supervisor;
+
+impl Supervisor {
+    /// Runs a job on some worker, or fails at the deadline whatever the worker does.
+    async fn run_job(&self, work: request::Job, deadline: Deadline) -> Result<Output, Error> {
+        // First of all: it may hold key material, and is wiped wherever this ends.
+        let work = Work::new(work);
+        self.check_serving()?;
+        let (done, answer) = oneshot::channel();
+        self.queue.push(Job {
+            work,
+            deadline,
+            done,
+            queued: Instant::now(),
+            waited: Duration::ZERO,
+            retried: false,
+            losses: 0,
+        })?;
+        // The state may have changed between the two: then nothing would answer the job before its deadline.
+        if !self.queue.has_links()
+            && let Err(error) = self.check_serving()
+        {
+            self.queue.fail_all(&error);
+        }
+        match tokio::time::timeout_at(deadline.instant().into(), answer).await {
+            Ok(Ok(answer)) => {
+                away::note(answer.away);
+                answer.result
+            }
+            Ok(Err(_)) => Err(self.down("the job was dropped")),
+            Err(_) => Err(Error::Deadline),
+        }
+    }
+
+    /// Fails at once while the token is known to be unavailable or must not be used.
+    fn check_serving(&self) -> Result<(), Error> {
+        let serving = self.serving.borrow().clone();
+        match serving {
+            Serving::Up => Ok(()),
+            other => self.decider().refusal(&other).map_or(Ok(()), Err),
+        }
+    }
+
+    async fn make_mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        deadline: Deadline,
+    ) -> Result<Mac, Error> {
+        let work = request::Job::Mac(wire::Mac {
+            key_id: key.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+        });
+        to_mac(&self.run_job(work, deadline).await?)
+    }
+}
+
+fn to_mac(output: &Output) -> Result<Mac, Error> {
+    output
+        .as_slice()
+        .try_into()
+        .map_err(|_| Error::Untrusted("a MAC of another length".to_owned()))
+}
+
+#[async_trait]
+impl Token for Supervisor {
+    async fn wrap(
+        &self,
+        key: WrappingKeyId,
+        context: Context<'_>,
+        material: &KeyMaterial,
+        deadline: Deadline,
+    ) -> Result<Envelope, Error> {
+        let found = Arc::clone(&self.found.load());
+        let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
+        let wrapped = public.wrap(material.expose()).map_err(Error::Untrusted)?;
+        let unsealed = Unsealed::new(public.algorithm(), key, wrapped)
+            .map_err(|error| Error::Untrusted(error.to_string()))?;
+        let message = unsealed.mac_message(&context);
+        let mac = self.make_mac(key, &message, deadline).await?;
+        Ok(unsealed.seal(&context, mac))
+    }
+
+    async fn unwrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        deadline: Deadline,
+    ) -> Result<KeyMaterial, Error> {
+        let work = request::Job::Unwrap(wire::Unwrap {
+            key_id: envelope.wrapping_key().as_bytes().to_vec(),
+            message: envelope.mac_message(&context).as_bytes().to_vec(),
+            mac: envelope.mac().to_vec(),
+            algorithm: envelope.algorithm().number().into(),
+            wrapped: envelope.wrapped().to_vec(),
+        });
+        let mut output = self.run_job(work, deadline).await?;
+        KeyMaterial::new(std::mem::take(&mut *output))
+            .map_err(|error| Error::Damaged(error.to_string()))
+    }
+
+    async fn rebind(
+        &self,
+        envelope: &Envelope,
+        old: Context<'_>,
+        new: Context<'_>,
+        deadline: Deadline,
+    ) -> Result<Envelope, Error> {
+        let unsealed = envelope.to_unsealed();
+        let work = request::Job::Rebind(wire::Rebind {
+            key_id: envelope.wrapping_key().as_bytes().to_vec(),
+            message: envelope.mac_message(&old).as_bytes().to_vec(),
+            mac: envelope.mac().to_vec(),
+            new_message: unsealed.mac_message(&new).as_bytes().to_vec(),
+        });
+        let mac = to_mac(&self.run_job(work, deadline).await?)?;
+        Ok(unsealed.seal(&new, mac))
+    }
+
+    async fn mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        deadline: Deadline,
+    ) -> Result<Mac, Error> {
+        self.make_mac(key, message, deadline).await
+    }
+
+    async fn verify_mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        let work = request::Job::VerifyMac(wire::VerifyMac {
+            key_id: key.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+            mac: mac.to_vec(),
+        });
+        self.run_job(work, deadline).await.map(drop)
+    }
+
+    fn state(&self) -> TokenState {
+        self.current_state()
+    }
+}

@@ -1,0 +1,240 @@
+//! The command line.
+
+use std::{
+    env,
+    num::NonZero,
+    os::unix::process::CommandExt as _,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    process::{self, ExitCode},
+    thread,
+};
+
+use clap::{Parser, Subcommand};
+
+use crate::{config::Config, telemetry};
+use keybroker_core::hardening;
+use keybroker_hsm as hsm;
+
+mod audit;
+mod bench;
+mod bitwarden;
+mod change;
+mod client;
+mod config;
+mod environment;
+pub mod exit;
+mod key;
+mod manual;
+mod output;
+mod pin;
+mod policy;
+mod probe;
+mod progress;
+mod secrets;
+mod serve;
+mod store;
+#[cfg(test)]
+mod tests;
+mod token;
+
+use exit::{Exit, Failure};
+use output::{Format, Output};
+
+const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
+
+/// Keeps users' keys wrapped under a key in an HSM and releases them one decision at a time.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    /// Configuration file
+    #[arg(long, global = true, env = "KEYBROKER_CONFIG", default_value = CONFIG_DEFAULT, value_name = "FILE")]
+    config: PathBuf,
+    /// How results are shown
+    #[arg(short, long, global = true, default_value = "table")]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the broker
+    Serve(serve::Arguments),
+    /// Tokens: list, initialise, check
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Wrapping keys on the token and in the registry
+    #[command(subcommand)]
+    Key(key::Command),
+    /// The database
+    #[command(subcommand)]
+    Store(store::Command),
+    /// The configuration
+    #[command(subcommand)]
+    Config(config::Command),
+    /// What principals may do
+    #[command(subcommand)]
+    Policy(policy::Command),
+    /// The audit log, offline
+    #[command(subcommand)]
+    Audit(audit::Command),
+    /// Call a running broker
+    Client(client::Arguments),
+    /// API clients, services with an id and a secret: make, rotate, list and revoke them through a running broker
+    ClientCredential(client::CredentialArguments),
+    /// Do what a Bitwarden client does with its keys: to rehearse replacing a Key Connector
+    #[command(subcommand)]
+    Bitwarden(bitwarden::Command),
+    /// Measure the bare token and the served broker in one run
+    Bench(bench::Arguments),
+    /// Ask the broker beside us how it is: for the health check of a container
+    Probe(probe::Arguments),
+    /// Print the completion script of a shell
+    Completions(manual::Completions),
+    /// Write the manual pages
+    Man(manual::Manual),
+    /// Started by `serve`: holds the vendor's module
+    #[command(hide = true)]
+    TokenWorker,
+    /// Started by `bench`: the bare decrypt loop
+    #[command(hide = true)]
+    TokenBench(bench::BareArguments),
+}
+
+/// What every command is given.
+#[derive(Debug)]
+struct Context {
+    config_file: PathBuf,
+    output: Output,
+}
+
+impl Context {
+    /// The configuration, read and checked when a command needs it.
+    fn config(&self) -> Result<Config, Failure> {
+        let config = self.config_as_written()?;
+        let problems = config.problems_for_commands();
+        if problems.is_empty() {
+            return Ok(config);
+        }
+        Err(self.bad_config(&problems))
+    }
+
+    /// The configuration, for commands that say what is wrong with it themselves.
+    fn config_as_written(&self) -> Result<Config, Failure> {
+        Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
+    }
+
+    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which is
+    /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
+    fn config_for_token(&self) -> Result<Config, Failure> {
+        let config = self.config()?;
+        hsm::check_environment(&config.token.environment)
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        let now = env::vars_os().collect();
+        let Some(wanted) = environment::wanted(&now, &config) else {
+            return Ok(config);
+        };
+        let program = env::current_exe().map_err(|error| {
+            Failure::new(
+                Exit::Internal,
+                format!("cannot find the path of this program: {error}"),
+            )
+        })?;
+        let error = process::Command::new(program)
+            .args(env::args_os().skip(1))
+            .env_clear()
+            .envs(wanted)
+            .exec();
+        Err(Failure::new(
+            Exit::Internal,
+            format!("cannot start again with the environment of the module: {error}"),
+        ))
+    }
+
+    /// All that is wrong with the configuration at once.
+    fn bad_config(&self, problems: &[String]) -> Failure {
+        let (file, list) = (self.config_file.display(), problems.join("\n  "));
+        Failure::new(Exit::Configuration, format!("{file}:\n  {list}")).hint(
+            "keybroker.example.toml explains every field; `keybroker config check` looks again",
+        )
+    }
+
+    fn config_file(&self) -> &Path {
+        &self.config_file
+    }
+}
+
+/// Runs the command that the arguments name, and says how the process ends.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let context = Context {
+        config_file: cli.config,
+        output: Output::new(cli.output),
+    };
+    if let Err(what) = hardening::harden() {
+        return finish(&context, Err(Failure::new(Exit::Internal, what)));
+    }
+    // Two providers in one process would make rustls panic at its first use; this one is ours.
+    let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
+    telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
+    telemetry::install_panic_hook();
+    if matches!(cli.command, Command::TokenWorker) {
+        return hsm::worker::run();
+    }
+    let result = without_panic(|| run(cli.command, &context));
+    finish(&context, result)
+}
+
+/// A panic ends a command with the code of the table, and with the place that the hook has logged instead of its message.
+fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let what = "a fault of keybroker itself; the line above names its place";
+        Err(Failure::new(Exit::Internal, what)
+            .hint("report it with that line and `keybroker --version`"))
+    })
+}
+
+fn run(command: Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::Serve(arguments) => serve::run(arguments, context),
+        Command::Token(command) => token::run(command, context),
+        Command::Key(command) => key::run(command, context),
+        Command::Store(command) => store::run(&command, context),
+        Command::Config(command) => config::run(&command, context),
+        Command::Policy(command) => policy::run(&command, context),
+        Command::Audit(command) => audit::run(&command, context),
+        Command::Client(arguments) => client::run(arguments, context),
+        Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
+        Command::Bitwarden(command) => bitwarden::run(command, context),
+        Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::Probe(arguments) => probe::run(&arguments, context),
+        Command::Completions(arguments) => manual::completions(&arguments, context),
+        Command::Man(arguments) => manual::manual(&arguments, context),
+        Command::TokenBench(arguments) => bench::run_bare(&arguments, context),
+        Command::TokenWorker => Err(Failure::new(Exit::Usage, "handled before")),
+    }
+}
+
+fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            context.output.failure(&failure);
+            ExitCode::from(failure.exit.code())
+        }
+    }
+}
+
+/// A runtime for the commands that need one. It has half of the cores: the workers need theirs, and with fewer threads
+/// fewer of them have to be woken for a call.
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.div_ceil(2))
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;
+    Ok(runtime.block_on(work))
+}

@@ -1,0 +1,118 @@
+//! `keybroker audit`: the log read offline.
+
+use std::{
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::Subcommand;
+use serde_json::json;
+
+use keybroker_audit as audit;
+
+use super::{
+    Context,
+    change::local_operator,
+    exit::{Exit, Failure},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Check every line of a log: canonical, one log id, no gap in the sequence
+    ///
+    /// The log of this instance is also compared with the last entry that was durable, so lines cut off its end are found.
+    Verify {
+        /// Directory of the log [default: that of this instance]
+        directory: Option<PathBuf>,
+    },
+    /// Acknowledge that the files of the audit log were tampered with, so that the broker goes on
+    ///
+    /// Investigate first, and copy the log directory for the auditors. The command prints what was found and records who
+    /// acknowledged it. A running broker writes that into the audit log and goes on within a second, a stopped one at its next
+    /// start. Missing entries stay visible as a gap in the sequence.
+    Acknowledge,
+    /// Show the last entries of a log
+    Show {
+        /// Directory of the log [default: that of this instance]
+        directory: Option<PathBuf>,
+        /// How many
+        #[arg(long, default_value_t = 20)]
+        last: usize,
+    },
+}
+
+pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::Verify { directory } => {
+            let report = match directory {
+                Some(directory) => audit::verify(directory)?,
+                None => context.config()?.audit.verify_instance()?,
+            };
+            context.output.fields(vec![
+                ("segments", json!(report.segments)),
+                ("entries", json!(report.entries)),
+                ("last_sequence", json!(report.last_sequence)),
+                ("open_intents", json!(report.open_intents)),
+                ("torn_tails", json!(report.torn_tails)),
+                ("problems", json!(report.problems.len())),
+            ])?;
+            if report.problems.is_empty() {
+                return Ok(());
+            }
+            let what = format!(
+                "the log is not as it was written; keep it and ask how it changed:\n  {}",
+                report.problems.join("\n  ")
+            );
+            Err(Failure::new(Exit::Verification, what))
+        }
+        Command::Acknowledge => acknowledge(context),
+        Command::Show { directory, last } => {
+            let lines = audit::tail(&resolve(directory.as_ref(), context)?, *last)?;
+            context.output.json_lines(&lines)
+        }
+    }
+}
+
+/// How long a broker that serves may take to see it.
+const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(5);
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+fn acknowledge(context: &Context) -> Result<(), Failure> {
+    let settings = context.config()?.audit;
+    let Some(tampering) = settings.tampering()? else {
+        let what = format!(
+            "there is nothing to acknowledge: no tampering with the log of instance {} was found",
+            settings.instance
+        );
+        return Err(Failure::new(Exit::Usage, what)
+            .hint("a running broker reports what is wrong with `keybroker probe ready`"));
+    };
+    settings.acknowledge_tampering(&local_operator())?;
+    let until = Instant::now() + ACKNOWLEDGED_TIMEOUT;
+    let mut is_open = settings.tampering()?.is_some();
+    while is_open && Instant::now() < until {
+        thread::sleep(LOOK_INTERVAL);
+        is_open = settings.tampering()?.is_some();
+    }
+    let effect = if is_open { "at the next start" } else { "now" };
+    context.output.fields(vec![
+        ("finding", json!(tampering.finding)),
+        ("found_us", json!(tampering.found_us)),
+        ("effect", json!(effect)),
+    ])?;
+    if is_open {
+        context.output.note(
+            "no running broker has taken this in: if one is running, its log says why the audit log cannot go on",
+        );
+    }
+    Ok(())
+}
+
+fn resolve(directory: Option<&PathBuf>, context: &Context) -> Result<PathBuf, Failure> {
+    if let Some(directory) = directory {
+        return Ok(directory.clone());
+    }
+    let audit = context.config()?.audit;
+    Ok(audit.directory.join(audit.instance))
+}

@@ -1,0 +1,299 @@
+//! The load: a closed loop of callers, each with one call under way, every answer compared with what was enrolled.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use hdrhistogram::Histogram;
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, interval_at},
+};
+use tonic::{
+    Code, Request,
+    transport::{Channel, Endpoint},
+};
+
+use crate::cli::{
+    client::{connect, refusal},
+    exit::{Exit, Failure},
+    output::Output,
+    progress::Progress,
+};
+use keybroker_proto::{
+    CreateUserKeyRequest, UnwrapUserKeyRequest, user_key_service_client::UserKeyServiceClient,
+};
+
+use super::{
+    cpu::CpuTime,
+    metrics::Added,
+    users::{KEY_NAME, User, Users},
+};
+
+/// TLS connections at most; more callers share them. Far below what a listener takes by default.
+const CHANNELS_MAX: u32 = 256;
+/// Calls under way while users are enrolled.
+const ENROL_AT_ONCE: u32 = 16;
+const ENROL_STEP: usize = 16;
+/// Longest latency that the histogram tells apart, in microseconds.
+const LATENCY_US_MAX: u64 = 600_000_000;
+
+type Client = UserKeyServiceClient<Channel>;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) endpoint: Endpoint,
+    pub(super) timeout: Duration,
+    pub(super) connections: u32,
+    pub(super) users: Users,
+    /// Whether they have their keys already.
+    pub(super) enrolled: bool,
+    /// Calls a second at most, all callers together.
+    pub(super) rate: Option<u32>,
+    pub(super) warm_up: Duration,
+    pub(super) duration: Duration,
+    /// Process id of the front.
+    pub(super) front: u32,
+    /// Its status listener.
+    pub(super) status: SocketAddr,
+}
+
+impl Plan {
+    /// When a caller begins, and the time from one call of it to the next. The callers begin one after another, so that
+    /// their calls do not come all at once.
+    fn pace(&self, number: u32) -> Option<(tokio::time::Instant, Duration)> {
+        let pace = Duration::from_secs(1) * self.connections / self.rate?;
+        let first = tokio::time::Instant::now() + pace * number / self.connections;
+        Some((first, pace))
+    }
+}
+
+/// What was measured.
+#[derive(Debug)]
+pub(super) struct Measured {
+    pub(super) channels: usize,
+    pub(super) operations: u64,
+    pub(super) errors: u64,
+    pub(super) first_error: String,
+    pub(super) seconds: f64,
+    pub(super) latency_us: Histogram<u64>,
+    pub(super) front_cpu_ms: f64,
+    pub(super) worker_cpu_ms: f64,
+    pub(super) load_cpu_ms: f64,
+    /// What the broker added to each call.
+    pub(super) added: Option<Added>,
+}
+
+impl Measured {
+    /// The number of operations, at least one, to divide by.
+    pub(super) fn operations_f64(&self) -> f64 {
+        f64::from(u32::try_from(self.operations.max(1)).unwrap_or(u32::MAX))
+    }
+}
+
+/// What one caller saw.
+struct Seen {
+    operations: u64,
+    errors: u64,
+    first_error: String,
+    latency_us: Histogram<u64>,
+}
+
+impl Seen {
+    fn new() -> Result<Self, Failure> {
+        Ok(Self {
+            operations: 0,
+            errors: 0,
+            first_error: String::new(),
+            latency_us: Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).map_err(internal)?,
+        })
+    }
+
+    fn add(&mut self, other: Self) -> Result<(), Failure> {
+        self.operations += other.operations;
+        self.errors += other.errors;
+        if self.first_error.is_empty() {
+            self.first_error = other.first_error;
+        }
+        self.latency_us.add(&other.latency_us).map_err(internal)
+    }
+}
+
+/// Whose CPU time counts, and what the broker says of its own time, at one moment.
+struct Moment {
+    at: Instant,
+    front: CpuTime,
+    workers: CpuTime,
+    load: CpuTime,
+    added: Option<Added>,
+}
+
+impl Moment {
+    fn now(plan: &Plan) -> Result<Self, Failure> {
+        Ok(Self {
+            added: Added::read(plan.status),
+            at: Instant::now(),
+            front: CpuTime::of(plan.front)?,
+            workers: CpuTime::of_children(plan.front)?,
+            load: CpuTime::of(std::process::id())?,
+        })
+    }
+}
+
+pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure> {
+    let mut channels = Vec::new();
+    for _ in 0..plan.connections.min(CHANNELS_MAX) {
+        channels.push(connect::connect(&plan.endpoint, plan.timeout).await?);
+    }
+    if !plan.enrolled {
+        let progress = Progress::new(output, "enrolling users", plan.users.count().into());
+        enrol(plan, &channels, progress).await?;
+    }
+    let measuring = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut callers = JoinSet::new();
+    for (number, channel) in (0..plan.connections).zip(channels.iter().cycle()) {
+        callers.spawn(
+            Caller {
+                client: Client::new(channel.clone()),
+                users: plan.users.clone(),
+                timeout: plan.timeout,
+                pace: plan.pace(number),
+                measuring: Arc::clone(&measuring),
+                stop: Arc::clone(&stop),
+            }
+            .run(),
+        );
+    }
+    tokio::time::sleep(plan.warm_up).await;
+    let before = Moment::now(plan)?;
+    measuring.store(true, Ordering::Relaxed);
+    tokio::time::sleep(plan.duration).await;
+    measuring.store(false, Ordering::Relaxed);
+    let after = Moment::now(plan)?;
+    stop.store(true, Ordering::Relaxed);
+    let mut all = Seen::new()?;
+    while let Some(seen) = callers.join_next().await {
+        all.add(seen.map_err(internal)??)?;
+    }
+    if !after.workers.is_of_the_same(&before.workers) {
+        let what = "a token worker was replaced during the measurement, so its CPU time is unknown";
+        return Err(Failure::new(Exit::Verification, what).hint("look at the broker's log"));
+    }
+    let added = after.added.zip(before.added);
+    Ok(Measured {
+        channels: channels.len(),
+        operations: all.operations,
+        errors: all.errors,
+        first_error: all.first_error,
+        seconds: (after.at - before.at).as_secs_f64(),
+        latency_us: all.latency_us,
+        front_cpu_ms: after.front.since_ms(&before.front),
+        worker_cpu_ms: after.workers.since_ms(&before.workers),
+        load_cpu_ms: after.load.since_ms(&before.load),
+        added: added.map(|(after, before)| after.since(&before)),
+    })
+}
+
+/// Creates the users' keys. Those of an earlier run are used again.
+async fn enrol(plan: &Plan, channels: &[Channel], progress: Progress) -> Result<(), Failure> {
+    let progress = Arc::new(progress);
+    let mut tasks = JoinSet::new();
+    for (first, channel) in (0..ENROL_AT_ONCE).zip(channels.iter().cycle()) {
+        let mut client = Client::new(channel.clone());
+        let users = plan.users.clone();
+        let progress = Arc::clone(&progress);
+        let timeout = plan.timeout;
+        tasks.spawn(async move {
+            for number in (first..users.count()).step_by(ENROL_STEP) {
+                let user = users.user(number);
+                let mut request = Request::new(CreateUserKeyRequest {
+                    user: user.name,
+                    key_name: KEY_NAME.to_owned(),
+                    key_material: user.material,
+                    request_id: String::new(),
+                });
+                request.set_timeout(timeout);
+                match client.create_user_key(request).await {
+                    Err(status) if status.code() != Code::AlreadyExists => {
+                        return Err(refusal::failure(&status));
+                    }
+                    _ => progress.step(),
+                }
+            }
+            Ok(())
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.map_err(internal)??;
+    }
+    Ok(())
+}
+
+struct Caller {
+    client: Client,
+    users: Users,
+    timeout: Duration,
+    /// When to begin, and the time from one call to the next.
+    pace: Option<(tokio::time::Instant, Duration)>,
+    measuring: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Caller {
+    async fn run(mut self) -> Result<Seen, Failure> {
+        let mut seen = Seen::new()?;
+        let mut ticks = self.pace.map(|(first, pace)| interval_at(first, pace));
+        if let Some(ticks) = &mut ticks {
+            // A late call does not make those after it come in a burst.
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        while !self.stop.load(Ordering::Relaxed) {
+            if let Some(ticks) = &mut ticks {
+                ticks.tick().await;
+            }
+            let user = self.users.any();
+            let began = Instant::now();
+            let counted = self.measuring.load(Ordering::Relaxed);
+            let result = self.call(user).await;
+            if !counted {
+                continue;
+            }
+            match result {
+                Ok(()) => {
+                    seen.operations += 1;
+                    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+                    seen.latency_us.saturating_record(micros.max(1));
+                }
+                Err(error) => {
+                    seen.errors += 1;
+                    seen.first_error = error;
+                }
+            }
+        }
+        Ok(seen)
+    }
+
+    async fn call(&mut self, user: User) -> Result<(), String> {
+        let mut request = Request::new(UnwrapUserKeyRequest {
+            user: user.name,
+            key_name: KEY_NAME.to_owned(),
+        });
+        request.set_timeout(self.timeout);
+        match self.client.unwrap_user_key(request).await {
+            Ok(answer) if answer.get_ref().key_material == user.material => Ok(()),
+            Ok(_) => Err("a released key is not the one that was enrolled".to_owned()),
+            Err(status) => Err(refusal::failure(&status).message),
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> Failure {
+    Failure::new(Exit::Internal, error.to_string())
+}

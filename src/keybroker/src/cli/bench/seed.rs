@@ -1,0 +1,203 @@
+//! Filling a database with records that unwrap, past the broker: real rows, wrapped and bound as the broker does it, but
+//! hundreds in one transaction, because a million acknowledged one by one take hours.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+
+use tokio::runtime::Handle;
+
+use crate::{
+    cli::{
+        Context, block_on, change,
+        client::connect::Connection,
+        exit::{Exit, Failure},
+        progress::Progress,
+    },
+    config::Config,
+};
+use keybroker_audit::Entry;
+use keybroker_auth::Authenticator;
+use keybroker_core::{
+    call::Timestamp,
+    envelope,
+    key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
+    secret::KeyMaterial,
+};
+use keybroker_hsm::admin::Wrapper;
+use keybroker_store as store;
+use keybroker_store::{NewRevision, Store, tally::Tally};
+
+use super::{
+    bare,
+    users::{KEY_NAME, Users},
+};
+
+/// Records in a transaction: many, and yet done long before a statement may be cancelled.
+const BATCH: u32 = 500;
+
+/// Whose records the broker will look for: those of the principal that the load's certificate names.
+pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
+    let known = Authenticator::new(&config.principals)
+        .map_err(|what| Failure::new(Exit::Configuration, what))?;
+    let principal = known.certificate(Some(&connection.certificate()?))?;
+    Ok(principal.tenant().clone())
+}
+
+/// Sees to it that every user has a record.
+pub(super) fn seed(
+    context: &Context,
+    config: &Config,
+    tenant: Tenant,
+    users: Users,
+) -> Result<(), Failure> {
+    let _lock = store::lock(&config.store)?;
+    let progress = Progress::new(context.output, "writing records", users.count().into());
+    let added = Arc::new(Tally::default());
+    change::audited(
+        context,
+        config,
+        "bench.seed",
+        |entry: &mut Entry| entry.count = added.rows_if_begun(),
+        || {
+            block_on(async {
+                let store = store::open(&config.store).await?;
+                let seed = Seed {
+                    store: Arc::clone(&store),
+                    tenant,
+                    users,
+                    next: AtomicU32::new(0),
+                    progress,
+                    added: Arc::clone(&added),
+                };
+                let written = seed.run(config).await;
+                store.close().await;
+                written
+            })?
+        },
+    )
+}
+
+struct Seed {
+    store: Arc<dyn Store>,
+    tenant: Tenant,
+    users: Users,
+    /// The first user that no thread has taken.
+    next: AtomicU32,
+    progress: Progress,
+    added: Arc<Tally>,
+}
+
+impl Seed {
+    async fn run(self, config: &Config) -> Result<(), Failure> {
+        let key = bare::active(&self.store.registry().await?)?;
+        let admin = bare::open(config)?;
+        let wrappers: Vec<Wrapper> = (0..super::processors())
+            .map(|_| admin.wrapper(key))
+            .collect::<Result<_, _>>()?;
+        let (runtime, seed) = (Handle::current(), Arc::new(self));
+        let threads: Vec<_> = wrappers
+            .into_iter()
+            .map(|wrapper| {
+                let (runtime, seed) = (runtime.clone(), Arc::clone(&seed));
+                thread::spawn(move || {
+                    let worked = seed.work(&wrapper, &runtime);
+                    // Nothing is left for the others when one has failed.
+                    seed.next.store(seed.users.count(), Ordering::Relaxed);
+                    worked
+                })
+            })
+            .collect();
+        // All of them, also after a failure: they end before the token is closed.
+        let ended: Vec<_> = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("the threads of the seed do not panic"))
+            .collect();
+        ended.into_iter().collect()
+    }
+
+    /// One batch after another, until there is none, or one fails.
+    fn work(&self, wrapper: &Wrapper, runtime: &Handle) -> Result<(), Failure> {
+        loop {
+            let first = self.next.fetch_add(BATCH, Ordering::Relaxed);
+            let end = first.saturating_add(BATCH).min(self.users.count());
+            if first >= end {
+                return Ok(());
+            }
+            runtime.block_on(self.batch(wrapper, first..end))?;
+            self.progress.advance((end - first).into());
+        }
+    }
+
+    /// Batches are written whole: the last record is there when all are. Others of them may be there from runs that
+    /// enrolled through the broker.
+    async fn batch(&self, wrapper: &Wrapper, numbers: Range<u32>) -> Result<(), Failure> {
+        if self.is_there(numbers.end - 1).await? {
+            return Ok(());
+        }
+        let records = |numbers: &mut dyn Iterator<Item = u32>| -> Result<Vec<_>, Failure> {
+            numbers.map(|number| self.record(wrapper, number)).collect()
+        };
+        let all = records(&mut numbers.clone())?;
+        match self.create(all).await {
+            Err(store::Error::Exists) => {}
+            written => return Ok(written?),
+        }
+        let mut missing = Vec::new();
+        for number in numbers {
+            if !self.is_there(number).await? {
+                missing.push(number);
+            }
+        }
+        let missing = records(&mut missing.into_iter())?;
+        Ok(self.create(missing).await?)
+    }
+
+    async fn create(&self, records: Vec<NewRevision>) -> Result<(), store::Error> {
+        let count = records.len();
+        self.added.begin();
+        self.store.create_many(records, Timestamp::now()).await?;
+        self.added.add(count);
+        Ok(())
+    }
+
+    async fn is_there(&self, number: u32) -> Result<bool, Failure> {
+        let address = self.address(&self.users.user(number).name)?;
+        Ok(self.store.record(&address).await?.is_some())
+    }
+
+    fn address(&self, user: &str) -> Result<KeyAddress, Failure> {
+        Ok(KeyAddress {
+            tenant: self.tenant.clone(),
+            user: UserId::parse(user)?,
+            name: KeyName::parse(KEY_NAME)?,
+        })
+    }
+
+    fn record(&self, wrapper: &Wrapper, number: u32) -> Result<NewRevision, Failure> {
+        let user = self.users.user(number);
+        let address = self.address(&user.name)?;
+        let mut id = [0; ID_BYTES];
+        aws_lc_rs::rand::fill(&mut id)
+            .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
+        let (record, revision) = (RecordId::from_bytes(id), Revision::FIRST);
+        let context = envelope::Context::Record {
+            address: &address,
+            record_id: record,
+            revision,
+        };
+        let envelope = wrapper.wrap(&context, &KeyMaterial::new(user.material)?)?;
+        Ok(NewRevision {
+            wrapping_key: envelope.wrapping_key(),
+            envelope: envelope.to_bytes(),
+            address,
+            record,
+            revision,
+        })
+    }
+}

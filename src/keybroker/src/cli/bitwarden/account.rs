@@ -1,0 +1,264 @@
+//! Whose master key is meant: e-mail address, password and KDF of an account, or the key itself.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::cli::{
+    exit::{Exit, Failure},
+    output::{Field, Output},
+};
+use keybroker_bitwarden as bitwarden;
+use keybroker_bitwarden::{Email, Kdf, MASTER_KEY_BYTES, MasterKey, Password, Salt};
+
+use super::{field, secrets};
+
+/// The key derivation functions of accounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Function {
+    /// PBKDF2-SHA256, `kdf` 0
+    Pbkdf2,
+    /// Argon2id, `kdf` 1
+    Argon2id,
+}
+
+/// The KDF of an account, as its settings show it.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Parameters {
+    /// Salt of the account, as the server's answer before the login names it [default: the e-mail address]
+    #[arg(long, value_name = "TEXT", requires = "email")]
+    salt: Option<String>,
+    /// Key derivation function of the account
+    #[arg(long, value_enum, default_value = "pbkdf2")]
+    kdf: Function,
+    /// Iterations [default: 600000 for PBKDF2, 3 for Argon2id]
+    #[arg(long, value_name = "COUNT")]
+    iterations: Option<u32>,
+    /// Memory of Argon2id [default: 64]
+    #[arg(long, value_name = "MIB")]
+    memory_mib: Option<u32>,
+    /// Parallelism of Argon2id [default: 4]
+    #[arg(long, value_name = "COUNT")]
+    parallelism: Option<u32>,
+}
+
+impl Parameters {
+    fn kdf(&self) -> Result<Kdf, Failure> {
+        kdf(
+            self.kdf,
+            [self.iterations, self.memory_mib, self.parallelism],
+        )
+    }
+
+    fn salt(&self, email: &Email) -> Result<Salt, Failure> {
+        let salt = self.salt.as_deref().map(Salt::parse);
+        salt.map_or_else(|| Ok(email.into()), |salt| salt.map_err(unusable))
+    }
+}
+
+/// The KDF that options name, with the recommended value for each that they leave out: iterations, memory, parallelism.
+pub(super) fn kdf(
+    function: Function,
+    [iterations, memory_mib, parallelism]: [Option<u32>; 3],
+) -> Result<Kdf, Failure> {
+    let kdf = match function {
+        Function::Pbkdf2 if memory_mib.is_some() || parallelism.is_some() => {
+            let what = "memory and parallelism belong to Argon2id, and PBKDF2 has neither";
+            return Err(Failure::new(Exit::Usage, what)
+                .hint("the account's settings show which KDF it has: name it with --kdf"));
+        }
+        Function::Pbkdf2 => Kdf::Pbkdf2 {
+            iterations: iterations.unwrap_or(600_000),
+        },
+        Function::Argon2id => Kdf::Argon2id {
+            iterations: iterations.unwrap_or(3),
+            memory_mib: memory_mib.unwrap_or(64),
+            parallelism: parallelism.unwrap_or(4),
+        },
+    };
+    kdf.check().map_err(unusable)?;
+    Ok(kdf)
+}
+
+/// The parameters, by the names of this command line.
+pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
+    let (name, iterations, memory, parallelism) = match kdf {
+        Kdf::Pbkdf2 { iterations } => ("pbkdf2", iterations, None, None),
+        Kdf::Argon2id {
+            iterations,
+            memory_mib,
+            parallelism,
+        } => ("argon2id", iterations, Some(memory_mib), Some(parallelism)),
+    };
+    vec![
+        field("kdf", name),
+        field("iterations", iterations),
+        field("memory_mib", memory),
+        field("parallelism", parallelism),
+        field("warning", kdf.warning()),
+    ]
+}
+
+/// Says when a KDF is weaker than it should be, or stronger than clients offer; programs read it in `warning`.
+pub(super) fn warn(output: Output, kdf: Kdf) {
+    if let Some(warning) = kdf.warning() {
+        output.note(&format!("warning: {warning}; change it with change-kdf"));
+    }
+}
+
+/// Where the master password comes from; never an argument.
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
+pub(super) struct PasswordSource {
+    /// File with the master password, readable by its owner alone; without it the terminal is asked
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "password_fd",
+        requires = "email"
+    )]
+    password_file: Option<PathBuf>,
+    /// Open descriptor to read the master password from
+    #[arg(long, value_name = "N", requires = "email")]
+    password_fd: Option<u32>,
+}
+
+/// An account with its password.
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
+pub(super) struct Account {
+    /// E-mail address of the account
+    #[arg(long, value_name = "ADDRESS")]
+    email: String,
+    #[command(flatten)]
+    password: PasswordSource,
+    #[command(flatten)]
+    parameters: Parameters,
+}
+
+impl Account {
+    /// The parts, with the password read.
+    pub(super) fn open(&self) -> Result<Opened, Failure> {
+        open(&self.email, &self.password, &self.parameters)
+    }
+}
+
+/// What master keys of an account are made of.
+pub(super) struct Opened {
+    pub(super) email: Email,
+    pub(super) password: Password,
+    pub(super) kdf: Kdf,
+    salt: Salt,
+}
+
+impl Opened {
+    pub(super) fn master_key(&self) -> Result<MasterKey, Failure> {
+        self.master_key_of(self.kdf)
+    }
+
+    /// The master key that the account would have with another KDF.
+    pub(super) fn master_key_of(&self, kdf: Kdf) -> Result<MasterKey, Failure> {
+        kdf.master_key(&self.password, &self.salt).map_err(unusable)
+    }
+}
+
+fn open(
+    email: &str,
+    password: &PasswordSource,
+    parameters: &Parameters,
+) -> Result<Opened, Failure> {
+    // First what needs nobody at the terminal.
+    let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
+    let salt = parameters.salt(&email)?;
+    let source = secrets::Source {
+        what: "the master password",
+        file: password.password_file.as_deref(),
+        descriptor: password.password_fd,
+    };
+    let text = source.line_or_prompt("Master password: ")?;
+    let password = Password::new(text).map_err(unusable)?;
+    Ok(Opened {
+        email,
+        password,
+        kdf,
+        salt,
+    })
+}
+
+/// A master key that is there already, or an account to make it from.
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
+pub(super) struct KeySource {
+    /// File with the master key, 32 bytes or their base64, readable by its owner alone
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
+    master_key_file: Option<PathBuf>,
+    /// Open descriptor to read the master key from
+    #[arg(long, value_name = "N", conflicts_with = "email")]
+    master_key_fd: Option<u32>,
+    /// E-mail address of the account, to make the key from its password
+    #[arg(long, value_name = "ADDRESS")]
+    email: Option<String>,
+    #[command(flatten)]
+    password: PasswordSource,
+    #[command(flatten)]
+    parameters: Parameters,
+}
+
+impl KeySource {
+    /// What options name as the source; `None` when they name none.
+    pub(super) fn name(&self) -> Option<&'static str> {
+        if self.email.is_some() {
+            return Some("password");
+        }
+        let is_named = self.master_key_file.is_some() || self.master_key_fd.is_some();
+        is_named.then_some("master-key")
+    }
+
+    /// The address of the account, where the key is made from its password.
+    pub(super) fn email(&self) -> Option<&str> {
+        self.email.as_deref()
+    }
+
+    /// The key; `None` when no option names one.
+    pub(super) fn master_key(&self, output: Output) -> Result<Option<MasterKey>, Failure> {
+        if let Some(email) = &self.email {
+            let opened = open(email, &self.password, &self.parameters)?;
+            warn(output, opened.kdf);
+            return opened.master_key().map(Some);
+        }
+        let source = secrets::Source {
+            what: "the master key",
+            file: self.master_key_file.as_deref(),
+            descriptor: self.master_key_fd,
+        };
+        if source.is_none() {
+            return Ok(None);
+        }
+        let bytes = source.key(MASTER_KEY_BYTES)?;
+        MasterKey::from_bytes(bytes).map(Some).map_err(unusable)
+    }
+}
+
+/// What was typed or named cannot be used.
+pub(super) fn unusable(error: bitwarden::Error) -> Failure {
+    let hint = match error {
+        bitwarden::Error::Decrypt => {
+            return Failure::new(Exit::Verification, error.to_string()).hint(
+                "another account, password, KDF or KDF parameter? The e-mail address is part of the key, too",
+            );
+        }
+        bitwarden::Error::System(_) => return Failure::new(Exit::Internal, error.to_string()),
+        bitwarden::Error::Type(7) => {
+            "type 7 belongs to accounts of the new kind (COSE), which this command does not read"
+        }
+        bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
+            "such a text is `2.…|…|…`: copy all of it, without quotation marks"
+        }
+        bitwarden::Error::KeyKind(_) => "a protected key has type 2, or 0 in an old account",
+        bitwarden::Error::Kdf { .. } => {
+            "no Bitwarden client sets up an account with less, which would make its password easy to guess: do not use it"
+        }
+        _ => return Failure::new(Exit::Usage, error.to_string()),
+    };
+    Failure::new(Exit::Usage, error.to_string()).hint(hint)
+}

@@ -1,0 +1,340 @@
+//! A Key Connector as clients see it: `/user-keys` over HTTP/1.1 with a bearer token, and exactly 200 for success.
+
+use std::{path::PathBuf, time::Duration};
+
+use base64ct::{Base64, Base64Unpadded, Encoding as _};
+use clap::Args;
+use reqwest::{
+    Certificate, Client, Response, StatusCode, Url,
+    header::{ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, PRAGMA},
+    redirect,
+};
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::cli::exit::{Exit, Failure};
+use keybroker_bitwarden::MasterKey;
+use keybroker_core::{
+    pem,
+    trusted_file::{self, Purpose},
+};
+
+use super::{holder::Holder, refusal::Trouble, secrets};
+
+const JSON: &str = "application/json";
+/// As the clients in TypeScript send it.
+const JSON_UTF8: &str = "application/json; charset=utf-8";
+/// Longest answer that is read, in bytes.
+const ANSWER_BYTES_MAX: usize = 16 * 1_024;
+/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+
+/// Which broker, and with whose token.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Connector {
+    /// The broker as Bitwarden is told it, such as <https://keys.example.org>, with its prefix if it has one
+    #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
+    url: Option<String>,
+    /// File with the user's access token, readable by its owner alone
+    #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
+    token_file: Option<PathBuf>,
+    /// Open descriptor to read the user's access token from
+    #[arg(long, value_name = "N")]
+    token_fd: Option<u32>,
+    /// PEM file with the CA of the broker's certificate [default: the CAs of the system]
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    /// Speak plain HTTP, to an address of this machine alone
+    #[arg(long)]
+    allow_http: bool,
+    /// Longest wait for an answer
+    #[arg(
+        long, default_value_t = 30_000, value_name = "MILLISECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=600_000)
+    )]
+    timeout_ms: u64,
+}
+
+impl Connector {
+    /// Everything read and ready for requests.
+    pub(super) fn open(&self) -> Result<Broker, Failure> {
+        let Some(url) = &self.url else {
+            return Err(
+                Failure::new(Exit::Usage, "it is not said which broker to call")
+                    .hint("name it with --url https://host or KEYBROKER_CONNECTOR_URL"),
+            );
+        };
+        self.check(url)?;
+        let source = secrets::Source {
+            what: "the access token",
+            file: self.token_file.as_deref(),
+            descriptor: self.token_fd,
+        };
+        if source.is_none() {
+            let what = "there is no access token";
+            return Err(Failure::new(Exit::Usage, what)
+                .hint("name a file with --token-file or a descriptor with --token-fd"));
+        }
+        let token = source.line()?;
+        let holder = Holder::of(token.trim());
+        let bearer = Zeroizing::new(format!("Bearer {}", token.trim()));
+        let mut bearer = HeaderValue::from_str(&bearer)
+            .map_err(|_| Failure::new(Exit::Usage, "the access token is not a token"))?;
+        bearer.set_sensitive(true);
+        Ok(Broker {
+            client: self.client()?,
+            // As clients join them, which makes a double slash of one at the end.
+            user_keys: format!("{url}/user-keys"),
+            bearer,
+            holder,
+        })
+    }
+
+    /// Whether options name a token.
+    pub(super) fn has_token(&self) -> bool {
+        self.token_file.is_some() || self.token_fd.is_some()
+    }
+
+    fn check(&self, url: &str) -> Result<(), Failure> {
+        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?} {why}"));
+        let parsed = Url::parse(url).map_err(|error| refuse(&format!("is no URL: {error}")))?;
+        if parsed.query().is_some() || parsed.fragment().is_some() {
+            return Err(refuse(
+                "has a query or a fragment, which clients would not keep",
+            ));
+        }
+        if !parsed.username().is_empty() || parsed.password().is_some() {
+            return Err(refuse("has a user name: the token says who asks"));
+        }
+        match parsed.scheme() {
+            "https" => Ok(()),
+            "http" if !self.allow_http => {
+                Err(refuse("is not https, which Bitwarden clients refuse")
+                    .hint("for a rehearsal on this machine there is --allow-http"))
+            }
+            "http" if is_loopback(&parsed) => Ok(()),
+            "http" => Err(refuse(
+                "is not on this machine: over plain HTTP the key and the token would be anybody's",
+            )),
+            _ => Err(refuse("is not https")),
+        }
+    }
+
+    fn client(&self) -> Result<Client, Failure> {
+        let mut builder = Client::builder()
+            .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
+            .timeout(Duration::from_millis(self.timeout_ms))
+            .https_only(!self.allow_http)
+            // The token is for the broker that was named: no redirect and no proxy gets it.
+            .redirect(redirect::Policy::none())
+            .no_proxy();
+        if let Some(path) = &self.ca_file {
+            let unusable = |why: String| {
+                Failure::new(Exit::Usage, format!("--ca-file {}: {why}", path.display()))
+            };
+            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+                .map_err(|error| unusable(error.to_string()))?;
+            let roots = pem::certificates(&text)
+                .map_err(|error| unusable(error.to_string()))?
+                .iter()
+                .map(|der| Certificate::from_der(der))
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| unusable(root_cause(&error)))?;
+            builder = builder.tls_certs_only(roots);
+        }
+        builder
+            .build()
+            .map_err(|error| Failure::new(Exit::Internal, root_cause(&error)))
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse()
+            .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+}
+
+/// How a key is stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Method {
+    /// Never over a key that is there.
+    Post,
+    /// Also over one.
+    Put,
+}
+
+impl Method {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Post => "POST",
+            Self::Put => "PUT",
+        }
+    }
+}
+
+/// The body of requests and answers.
+#[derive(Serialize, Deserialize)]
+struct Body {
+    #[serde(alias = "Key")]
+    key: String,
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.key.zeroize();
+    }
+}
+
+/// A broker, asked with one user's token.
+pub(super) struct Broker {
+    client: Client,
+    user_keys: String,
+    bearer: HeaderValue,
+    holder: Holder,
+}
+
+impl Broker {
+    pub(super) fn url(&self) -> &str {
+        &self.user_keys
+    }
+
+    /// Whose token it is, as the token says.
+    pub(super) fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// The key of the token's user.
+    pub(super) async fn fetch(&self) -> Result<MasterKey, Failure> {
+        let request = self
+            .client
+            .get(&self.user_keys)
+            .header(CACHE_CONTROL, "no-store")
+            .header(PRAGMA, "no-cache");
+        let answer = self.send(request).await?;
+        let odd = |why: &str| {
+            let what = format!("{} answers 200, but {why}", self.user_keys);
+            Failure::new(Exit::Verification, what).hint("is it a Key Connector that listens there?")
+        };
+        let body: Body =
+            serde_json::from_slice(&answer).map_err(|_| odd("not with `{\"key\": …}`"))?;
+        let key = Base64::decode_vec(&body.key).or_else(|_| Base64Unpadded::decode_vec(&body.key));
+        let key = Zeroizing::new(key.map_err(|_| odd("the key is not base64"))?);
+        MasterKey::from_bytes(key).map_err(|error| odd(&error.to_string()))
+    }
+
+    /// Stores the key of the token's user.
+    pub(super) async fn store(&self, method: Method, key: &MasterKey) -> Result<(), Failure> {
+        let body = Body {
+            key: Base64::encode_string(key.expose()),
+        };
+        let text = serde_json::to_vec(&body)
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let request = match method {
+            Method::Post => self.client.post(&self.user_keys),
+            Method::Put => self.client.put(&self.user_keys),
+        };
+        let request = request.header(CONTENT_TYPE, JSON_UTF8).body(text);
+        let answer = self.send(request).await;
+        answer.map(drop).map_err(Trouble::of_change)
+    }
+
+    /// The body of an answer with status 200.
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Zeroizing<Vec<u8>>, Trouble> {
+        let request = request
+            .header(ACCEPT, JSON)
+            .header(AUTHORIZATION, self.bearer.clone());
+        let mut answer = request.send().await.map_err(|error| Trouble {
+            failure: self.unreachable(&error),
+            may_have_happened: !error.is_connect(),
+        })?;
+        let body = self.read(&mut answer).await?;
+        match answer.status() {
+            StatusCode::OK => Ok(body),
+            _ => Err(Trouble::answered(&answer, &body)),
+        }
+    }
+
+    async fn read(&self, answer: &mut Response) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let mut body = Zeroizing::new(Vec::with_capacity(ANSWER_BYTES_MAX));
+        loop {
+            let chunk = answer
+                .chunk()
+                .await
+                .map_err(|error| self.unreachable(&error))?;
+            let Some(chunk) = chunk else { return Ok(body) };
+            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
+                let what = format!("{} answers with more than a key", self.user_keys);
+                return Err(Failure::new(Exit::Verification, what)
+                    .hint("is it a Key Connector that listens there?"));
+            }
+            body.extend_from_slice(&chunk);
+        }
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> Failure {
+        let cause = root_cause(error);
+        let what = if error.is_timeout() {
+            format!("no answer from {} within --timeout-ms", self.user_keys)
+        } else {
+            format!("cannot reach {}: {cause}", self.user_keys)
+        };
+        Failure::new(Exit::Unreachable, what).hint(if cause.contains("UnknownIssuer") {
+            "the broker's certificate is not signed by the CA in --ca-file; clients need that CA in the system's trust store"
+        } else if cause.contains("certificate") {
+            "look at the names and the dates of the broker's certificate"
+        } else {
+            "look at the URL, and whether the broker has a [[listener]] with the door \"rest\" there"
+        })
+    }
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connector(url: &str, allow_http: bool) -> Connector {
+        Connector {
+            url: Some(url.to_owned()),
+            token_file: None,
+            token_fd: None,
+            ca_file: None,
+            allow_http,
+            timeout_ms: 1_000,
+        }
+    }
+
+    #[test]
+    fn only_loopback_may_be_spoken_to_in_plain() {
+        for (url, allow_http, accepted) in [
+            ("https://keys.example.org", false, true),
+            ("https://keys.example.org/prefix/", true, true),
+            ("http://keys.example.org", false, false),
+            ("http://keys.example.org", true, false),
+            ("http://127.0.0.1:80", false, false),
+            ("http://127.0.0.1:80", true, true),
+            ("http://[::1]:80/x", true, true),
+            ("http://localhost", true, true),
+            ("http://localhost.example.org", true, false),
+            ("http://127.0.0.1.example.org", true, false),
+            ("ftp://127.0.0.1", true, false),
+            ("keys.example.org", true, false),
+            ("https://ada@keys.example.org", true, false),
+            ("https://keys.example.org?x=1", true, false),
+        ] {
+            let checked = connector(url, allow_http).check(url);
+            assert_eq!(checked.is_ok(), accepted, "{url} {allow_http}");
+        }
+    }
+}

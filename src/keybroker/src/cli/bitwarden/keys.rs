@@ -1,0 +1,206 @@
+//! Commands that speak to a broker as a client does.
+
+use std::path::PathBuf;
+
+use base64ct::{Base64, Encoding as _};
+use clap::Args;
+use uuid::Uuid;
+
+use crate::cli::{
+    client::material::{self, Destination},
+    exit::{Exit, Failure},
+    output::{Field, Output},
+};
+use keybroker_bitwarden::{EncString, MasterKey, SymmetricKey};
+
+use super::{
+    account::{KeySource, unusable},
+    connector::{Connector, Method},
+    field,
+    refusal::not_read_back,
+    secrets,
+};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Enrol {
+    #[command(flatten)]
+    connector: Connector,
+    #[command(flatten)]
+    key: KeySource,
+    /// File with the account's protected user key: the master key must open it before it is sent
+    #[arg(long, value_name = "FILE")]
+    protected_key_file: Option<PathBuf>,
+    /// Replace the key that the broker has (PUT). Without a user key protected by the new one, the vault is lost
+    #[arg(long, requires_all = ["protected_key_file", "user"])]
+    replace: bool,
+    /// Whose key it is: `sub` of the token must be this
+    #[arg(long, value_name = "GUID")]
+    user: Option<Uuid>,
+}
+
+impl Enrol {
+    pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
+        let broker = self.connector.open()?;
+        let holder = broker.holder();
+        holder.check(self.user, self.key.email())?;
+        let protected = match &self.protected_key_file {
+            Some(path) => Some(secrets::enc_string("--protected-key-file", path)?),
+            None => None,
+        };
+        let Some(key) = self.key.master_key(output)? else {
+            let what = "it is not said which key to enrol";
+            return Err(Failure::new(Exit::Usage, what)
+                .hint("name it with --master-key-file, or the account with --email"));
+        };
+        match &protected {
+            Some(protected) => drop(key.unprotect(protected).map_err(unusable)?),
+            None => output.note(
+                "warning: whether this is the key of that account was not checked; --protected-key-file does it",
+            ),
+        }
+        let method = if self.replace {
+            Method::Put
+        } else {
+            Method::Post
+        };
+        output.note(&format!(
+            "the token, which only the broker verifies, is of user {} ({})",
+            holder.user().as_deref().unwrap_or("unknown"),
+            holder.email().as_deref().unwrap_or("no e-mail address"),
+        ));
+        broker.store(method, &key).await?;
+        let kept = broker.fetch().await.map_err(not_read_back)?;
+        if !kept.is(&key) {
+            let what = "the broker answers with another key than the one it was just given";
+            return Err(Failure::new(Exit::Verification, what)
+                .hint("do not convert the account; tell whoever runs the broker"));
+        }
+        output.fields(vec![
+            field("url", broker.url()),
+            field("user", holder.user()),
+            field("email", holder.email()),
+            field("method", method.as_str()),
+            field("opens_protected_key", protected.map(|_| true)),
+            field("read_back", true),
+        ])
+    }
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Fetch {
+    #[command(flatten)]
+    connector: Connector,
+    /// New file for the key, mode 0600
+    #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
+    out: Option<PathBuf>,
+    /// Open descriptor to write the key to
+    #[arg(long, value_name = "N")]
+    out_fd: Option<u32>,
+    /// Show the key even on a terminal
+    #[arg(long)]
+    force: bool,
+}
+
+impl Fetch {
+    pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
+        let destination = Destination::of(self.out.as_deref(), self.out_fd)?;
+        if destination.is_none() {
+            material::keep_off_terminal(self.force)?;
+        }
+        let broker = self.connector.open()?;
+        let key = broker.fetch().await?;
+        let url = field("url", broker.url());
+        if let Some(destination) = destination {
+            destination.write(key.expose())?;
+            return output.fields(vec![url]);
+        }
+        if output.is_json() {
+            let encoded = field("key", Base64::encode_string(key.expose()));
+            return output.fields(vec![url, encoded]);
+        }
+        output.bytes(key.expose())
+    }
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Unlock {
+    #[command(flatten)]
+    connector: Connector,
+    #[command(flatten)]
+    key: KeySource,
+    /// File with the account's protected user key: `2.…|…|…`
+    #[arg(long, value_name = "FILE")]
+    protected_key_file: PathBuf,
+    /// File with an encrypted text under the user key, such as the name of an item
+    #[arg(long, value_name = "FILE")]
+    item_file: Option<PathBuf>,
+    /// New file for the item's plain text, mode 0600
+    #[arg(long, value_name = "FILE", requires = "item_file")]
+    out: Option<PathBuf>,
+    /// Show the item even on a terminal
+    #[arg(long, requires = "item_file")]
+    force: bool,
+}
+
+impl Unlock {
+    pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
+        let protected = secrets::enc_string("--protected-key-file", &self.protected_key_file)?;
+        let item = match &self.item_file {
+            Some(path) => Some(secrets::enc_string("--item-file", path)?),
+            None => None,
+        };
+        match &self.out {
+            Some(path) => material::check_new(path)?,
+            None if item.is_some() => material::keep_off_terminal(self.force)?,
+            None => {}
+        }
+        let source = self.key.name();
+        if source.is_some() && self.connector.has_token() {
+            let what = "a token and a key of your own are named: it is not said which of them is to open the account";
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "leave out --token-file and --token-fd, or --email, --master-key-file and --master-key-fd",
+            ));
+        }
+        let key = match self.key.master_key(output)? {
+            Some(key) => key,
+            None => self.connector.open()?.fetch().await?,
+        };
+        let from = field("key_from", source.unwrap_or("broker"));
+        let user_key = open(&key, &protected)?;
+        self.show(output, from, &user_key, &protected, item.as_ref())
+    }
+
+    fn show(
+        &self,
+        output: Output,
+        key_from: Field,
+        user_key: &SymmetricKey,
+        protected: &EncString,
+        item: Option<&EncString>,
+    ) -> Result<(), Failure> {
+        let mut fields = vec![
+            key_from,
+            field("protected_key_type", protected.number()),
+            field("user_key_bytes", user_key.expose().len()),
+        ];
+        let Some(item) = item else {
+            return output.fields(fields);
+        };
+        let plain = user_key.decrypt(item).map_err(unusable)?;
+        fields.push(field("item_type", item.number()));
+        if let Some(path) = &self.out {
+            material::write_secret(path, &plain)?;
+            return output.fields(fields);
+        }
+        if output.is_json() {
+            fields.push(field("item", Base64::encode_string(&plain)));
+            return output.fields(fields);
+        }
+        output.bytes(&plain)
+    }
+}
+
+fn open(key: &MasterKey, protected: &EncString) -> Result<SymmetricKey, Failure> {
+    let bytes = key.unprotect(protected).map_err(unusable)?;
+    SymmetricKey::from_bytes(bytes).map_err(unusable)
+}

@@ -1,0 +1,189 @@
+//! How a command ends: fixed exit codes, and messages that say what happened and what to do next.
+
+use std::fmt;
+
+use keybroker_core::error::Reason;
+
+/// Exit codes, fixed: scripts depend on them. `docs/cli.md` has the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A fault of the program.
+    Internal,
+    /// Arguments that make no sense; also what the argument parser uses.
+    Usage,
+    /// The configuration file is missing or wrong.
+    Configuration,
+    /// No module, no token, or not the one that was meant.
+    Token,
+    /// No PIN, or one that was refused.
+    Pin,
+    /// A key or the registry is not as it must be.
+    Untrusted,
+    /// The database cannot be used.
+    Store,
+    /// The audit log cannot be written or read.
+    Audit,
+    /// A port, a database or a log is in use: it runs already.
+    InUse,
+    /// The broker refused the call.
+    Refused,
+    /// The broker cannot be reached.
+    Unreachable,
+    /// What was checked does not hold.
+    Verification,
+    /// Ended by Ctrl-C.
+    Interrupted,
+}
+
+impl Exit {
+    /// All codes, in the order of the documentation.
+    pub const ALL: [Self; 13] = [
+        Self::Internal,
+        Self::Usage,
+        Self::Configuration,
+        Self::Token,
+        Self::Pin,
+        Self::Untrusted,
+        Self::Store,
+        Self::Audit,
+        Self::InUse,
+        Self::Refused,
+        Self::Unreachable,
+        Self::Verification,
+        Self::Interrupted,
+    ];
+
+    /// The number.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Internal => 1,
+            Self::Usage => 2,
+            Self::Configuration => 3,
+            Self::Token => 4,
+            Self::Pin => 5,
+            Self::Untrusted => 6,
+            Self::Store => 7,
+            Self::Audit => 8,
+            Self::InUse => 9,
+            Self::Refused => 10,
+            Self::Unreachable => 11,
+            Self::Verification => 12,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// The meaning, in the words of the documentation.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Internal => "internal error",
+            Self::Usage => "usage: an argument, or a file that one names",
+            Self::Configuration => "configuration",
+            Self::Token => "module or token: absent, not a module, not the one that was meant",
+            Self::Pin => "PIN: none, not readable safely, refused",
+            Self::Untrusted => "a key, an attribute or the registry is not as it must be",
+            Self::Store => "database",
+            Self::Audit => "audit log",
+            Self::InUse => "in use: a port, the database or the audit log",
+            Self::Refused => "refused by the broker",
+            Self::Unreachable => "broker unreachable, or no answer in time",
+            Self::Verification => "what was checked does not hold",
+            Self::Interrupted => "interrupted by a signal",
+        }
+    }
+}
+
+/// Why a command failed.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// With which code the process ends.
+    pub exit: Exit,
+    /// What happened and what it means.
+    pub message: String,
+    /// What to do next, where the message does not say so already.
+    pub hint: Option<String>,
+    /// The broker's reason, when it refused a call.
+    pub reason: Option<String>,
+}
+
+impl Failure {
+    /// A failure with its message.
+    pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+            hint: None,
+            reason: None,
+        }
+    }
+
+    /// The same, with what to do next.
+    #[must_use]
+    pub fn hint(self, hint: impl Into<String>) -> Self {
+        Self {
+            hint: Some(hint.into()),
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<keybroker_store::Error> for Failure {
+    fn from(error: keybroker_store::Error) -> Self {
+        let exit = if matches!(error, keybroker_store::Error::InUse(_)) {
+            Exit::InUse
+        } else {
+            Exit::Store
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<keybroker_audit::Error> for Failure {
+    fn from(error: keybroker_audit::Error) -> Self {
+        let exit = if error.in_use() {
+            Exit::InUse
+        } else {
+            Exit::Audit
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<keybroker_core::error::Error> for Failure {
+    fn from(error: keybroker_core::error::Error) -> Self {
+        let exit = match error.reason() {
+            Reason::TokenUntrusted => Exit::Untrusted,
+            Reason::TokenDown => Exit::Token,
+            Reason::StoreDown | Reason::RecordDamaged => Exit::Store,
+            Reason::AuditDown => Exit::Audit,
+            Reason::Request => Exit::Usage,
+            _ => Exit::Internal,
+        };
+        Self::new(exit, error.detail().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scripts depend on the codes: the page and the code say the same.
+    #[test]
+    fn the_documentation_has_every_code() {
+        let page = include_str!("../../../../docs/cli.md");
+        let documented: Vec<&str> = page
+            .lines()
+            .filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit())
+            .collect();
+        let mut expected = vec!["| 0 | success |".to_owned()];
+        expected.extend(Exit::ALL.map(|exit| format!("| {} | {} |", exit.code(), exit.meaning())));
+        assert_eq!(documented, expected);
+    }
+}

@@ -1,0 +1,232 @@
+//! `keybroker key`.
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::config::Config;
+use keybroker_audit::Entry;
+use keybroker_core::{
+    call::Timestamp,
+    key::{Purpose, WrappingKeyId, WrappingKeyState},
+};
+use keybroker_hsm as hsm;
+use keybroker_hsm::admin::{Admin, CheckedKey};
+use keybroker_store as store;
+use keybroker_store::RegistryRow;
+
+use super::{
+    Context, block_on, change,
+    exit::{Exit, Failure},
+    output::Field,
+    pin::{UserPin, log_in},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Make a wrapping key and its binding key on the token, prove both and register them
+    Generate(Generate),
+    /// Register a key that is on the token: completes an interrupted `generate`, or moves a key to a restored token
+    Register(Register),
+    /// List the registered keys; needs no PIN
+    List,
+    /// Show one registered key; needs no PIN
+    Show {
+        /// `CKA_ID`, 32 hexadecimal digits
+        id: String,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Generate {
+    /// Length of the modulus
+    #[arg(long, default_value_t = 3072, value_parser = clap::value_parser!(u32).range(2048..=4096))]
+    bits: u32,
+    #[command(flatten)]
+    pin: UserPin,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Register {
+    /// `CKA_ID`, 32 hexadecimal digits
+    id: String,
+    #[command(flatten)]
+    pin: UserPin,
+}
+
+pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::Generate(arguments) => generate(&arguments, context),
+        Command::Register(arguments) => register(&arguments, context),
+        Command::List => {
+            let rows = block_on(registry(&context.config()?))??;
+            let rows = rows.iter().map(fields).collect();
+            context.output.list(
+                rows,
+                "no key is registered; make one with `keybroker key generate`",
+            )
+        }
+        Command::Show { id } => {
+            let id = parse_id(&id)?;
+            let rows = block_on(registry(&context.config()?))??;
+            let row = rows.iter().find(|row| row.id == id).ok_or_else(|| {
+                Failure::new(Exit::Untrusted, format!("key {id} is not registered"))
+            })?;
+            context.output.fields(fields(row))
+        }
+    }
+}
+
+fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
+    WrappingKeyId::from_hex(text).ok_or_else(|| {
+        Failure::new(
+            Exit::Usage,
+            format!("{text:?} is not a CKA_ID of 32 hexadecimal digits"),
+        )
+    })
+}
+
+async fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
+    let store = store::open(&config.store).await?;
+    let rows = store.registry().await;
+    store.close().await;
+    Ok(rows?)
+}
+
+fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    // Everything that could refuse the row later is asked before anything is made on the token.
+    let _lock = store::lock(&config.store)?;
+    let rows = block_on(registry(&config))??;
+    let pin = arguments.pin.get(&config.token)?;
+    let admin = log_in(&config, &pin, true)?;
+    let row = change::audited(
+        context,
+        &config,
+        "wrapping_key.generate",
+        |_: &mut Entry| {},
+        || {
+            let key = admin.generate_key(arguments.bits)?;
+            let row = new_row(&admin, &key, &rows)?;
+            insert(&config, &row).map_err(|failure| {
+            let what = format!(
+                "key {} is on the token, but not registered: {failure}. When that is mended, run \
+                 `keybroker key register {}`",
+                row.id, row.id
+            );
+            Failure::new(failure.exit, what)
+        })?;
+            Ok(row)
+        },
+    )?;
+    warn_of_backup(context);
+    context.output.fields(fields(&row))
+}
+
+fn warn_of_backup(context: &Context) {
+    context.output.note(
+        "This key can never be exported. Back the token up before anybody enrols: if it is lost, every \
+         vault under it is lost. Then run `keybroker token backup-confirmed`.",
+    );
+}
+
+fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let id = parse_id(&arguments.id)?;
+    let _lock = store::lock(&config.store)?;
+    let rows = block_on(registry(&config))??;
+    let pin = arguments.pin.get(&config.token)?;
+    let admin = log_in(&config, &pin, false)?;
+    let key = admin.check(id)?;
+    if let Some(problem) = &key.problem {
+        return Err(Failure::new(Exit::Untrusted, problem.clone()));
+    }
+    let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    let row = match rows.iter().find(|row| row.id == id) {
+        None => change::audited(context, &config, "wrapping_key.register", describe, || {
+            let row = new_row(&admin, &key, &rows)?;
+            insert(&config, &row)?;
+            Ok(row)
+        })?,
+        Some(old) => {
+            let moved = moved_row(&admin, &key, old)?;
+            change::audited(context, &config, "wrapping_key.move", describe, || {
+                block_on(async {
+                    let store = store::open(&config.store).await?;
+                    let updated = store.update_registry(&moved, &old.mac).await;
+                    store.close().await;
+                    Ok::<_, Failure>(updated?)
+                })?
+            })?;
+            moved
+        }
+    };
+    context.output.fields(fields(&row))
+}
+
+/// The row of a key that is not registered yet.
+fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
+    let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
+    let mut row = RegistryRow {
+        id: key.id,
+        fingerprint: key.fingerprint,
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::Active,
+        token_serial: admin.info().serial.clone(),
+        sequence,
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [0; 32],
+    };
+    row.mac = admin.mac(row.id, &row.mac_message())?;
+    Ok(row)
+}
+
+/// The row of a registered key, for the token that holds it now. Its state is kept: a copy of a compromised key is
+/// compromised.
+fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
+    let id = old.id;
+    if hsm::unpadded(&old.token_serial) == admin.info().serial {
+        let what = format!("key {id} is registered already, for this token; nothing was changed");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if old.fingerprint != key.fingerprint {
+        let what = format!("key {id} on this token is another key than the registered one");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if !admin.verify(id, &old.mac_message(), &old.mac)? {
+        let what = format!("the registry row of key {id} was altered; nothing was changed");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    let mut row = RegistryRow {
+        token_serial: admin.info().serial.clone(),
+        backup_confirmed: None,
+        ..old.clone()
+    };
+    row.mac = admin.mac(id, &row.mac_message())?;
+    Ok(row)
+}
+
+fn insert(config: &Config, row: &RegistryRow) -> Result<(), Failure> {
+    block_on(async {
+        let store = store::open(&config.store).await?;
+        let registered = store.register(row).await;
+        store.close().await;
+        Ok(registered?)
+    })?
+}
+
+fn fields(row: &RegistryRow) -> Vec<Field> {
+    vec![
+        ("id", json!(row.id.to_string())),
+        ("purpose", json!(row.purpose.as_str())),
+        ("state", json!(row.state.as_str())),
+        ("sequence", json!(row.sequence)),
+        ("token_serial", json!(row.token_serial)),
+        ("fingerprint", json!(row.fingerprint.to_string())),
+        ("registered", json!(row.registered.to_string())),
+        (
+            "backup_confirmed",
+            json!(row.backup_confirmed.map(|at| at.to_string())),
+        ),
+    ]
+}

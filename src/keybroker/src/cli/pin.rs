@@ -1,0 +1,79 @@
+//! Where a command gets a PIN: a file, a descriptor, or a prompt. Never an argument.
+
+use std::{io::IsTerminal as _, path::PathBuf};
+
+use clap::Args;
+
+use crate::config::Config;
+use keybroker_core::state::StateDirectory;
+use keybroker_hsm::{Pin, PinRecord, Settings, admin::Admin};
+
+use super::exit::{Exit, Failure};
+
+/// Where the user PIN comes from, when not from `token.pin_file`.
+#[derive(Args, Clone, Debug)]
+#[expect(clippy::struct_field_names, reason = "the fields name the options")]
+pub(super) struct UserPin {
+    /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
+    #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]
+    pin_file: Option<PathBuf>,
+    /// Open descriptor to read the user PIN from
+    #[arg(long, value_name = "N")]
+    pin_fd: Option<u32>,
+    /// Ask for the user PIN at the terminal
+    #[arg(long, conflicts_with_all = ["pin_fd", "pin_file"])]
+    pin_prompt: bool,
+}
+
+impl UserPin {
+    pub(super) fn get(&self, settings: &Settings) -> Result<Pin, Failure> {
+        let file = if self.pin_prompt {
+            None
+        } else {
+            self.pin_file.as_ref().or(settings.pin_file.as_ref())
+        };
+        read(file, self.pin_fd, "User PIN: ")
+    }
+}
+
+/// Where the security officer's PIN comes from.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SoPin {
+    /// File with the security officer's PIN, readable by its owner alone
+    #[arg(long, value_name = "FILE", conflicts_with = "so_pin_fd")]
+    so_pin_file: Option<PathBuf>,
+    /// Open descriptor to read the security officer's PIN from
+    #[arg(long, value_name = "N")]
+    so_pin_fd: Option<u32>,
+}
+
+impl SoPin {
+    pub(super) fn get(&self) -> Result<Pin, Failure> {
+        let prompt = "Security officer PIN: ";
+        read(self.so_pin_file.as_ref(), self.so_pin_fd, prompt)
+    }
+}
+
+/// The record of PINs of this instance, shared with its workers.
+pub(super) fn record(config: &Config) -> PinRecord {
+    PinRecord::new(StateDirectory::below(&config.audit.directory))
+}
+
+/// Logs in to the configured token, if the record of PINs allows it.
+pub(super) fn log_in(config: &Config, pin: &Pin, write: bool) -> Result<Admin, Failure> {
+    Ok(Admin::open(&config.token, &record(config), pin, write)?)
+}
+
+fn read(file: Option<&PathBuf>, descriptor: Option<u32>, prompt: &str) -> Result<Pin, Failure> {
+    let pin = match (descriptor, file) {
+        (Some(number), _) => Pin::from_descriptor(number),
+        (None, Some(path)) => Pin::from_file(path),
+        (None, None) if std::io::stdin().is_terminal() => rpassword::prompt_password(prompt)
+            .map_err(|error| format!("cannot read the PIN: {error}"))
+            .and_then(Pin::from_text),
+        (None, None) => Err(
+            "no PIN: name a file or a descriptor, or run this at a terminal to be asked".to_owned(),
+        ),
+    };
+    pin.map_err(|what| Failure::new(Exit::Pin, what))
+}

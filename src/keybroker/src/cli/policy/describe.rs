@@ -1,0 +1,306 @@
+//! A principal that is made up for an explanation: from an entry of the configuration, from a file, from options, each adding to
+//! the one before.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::json;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use keybroker_auth as auth;
+use keybroker_core::{
+    call::Timestamp,
+    key::{KeyName, Tenant, UserId},
+    principal::{Claims, Credential, Grant, Identity, Kind, Reach, Role},
+};
+
+use super::super::{
+    Context,
+    exit::{Exit, Failure},
+};
+
+/// Who asks, and how.
+#[derive(Args, Debug)]
+pub(super) struct Who {
+    /// The `san` of a `[[principal]]` in the configuration
+    #[arg(long, value_name = "SAN")]
+    principal: Option<String>,
+    /// JSON file that describes a principal; its fields are called like the options, in the plural where there may be several
+    #[arg(long, value_name = "FILE")]
+    principal_file: Option<PathBuf>,
+    /// "user" or "service"; left out, whoever has a subject is a user
+    #[arg(long, value_parser = word::<Kind>)]
+    kind: Option<Kind>,
+    /// Name of the principal, as in the audit log
+    #[arg(long)]
+    name: Option<String>,
+    /// Whose records it can reach
+    #[arg(long)]
+    tenant: Option<Tenant>,
+    /// A role of a service; may be repeated, as may all that follow in the singular
+    #[arg(long = "role", value_parser = word::<Role>)]
+    roles: Vec<Role>,
+    /// A user whose keys the service was given to release; without one, all
+    #[arg(long = "release-user", value_name = "USER")]
+    users: Vec<String>,
+    /// A key name that the service was given to release; without one, all
+    #[arg(long = "release-key-name", value_name = "KEY_NAME")]
+    key_names: Vec<String>,
+    /// Of a user: whose keys are its own
+    #[arg(long)]
+    subject: Option<String>,
+    /// How the user authenticated
+    #[arg(long)]
+    amr: Vec<String>,
+    /// Class of that authentication
+    #[arg(long)]
+    acr: Option<String>,
+    /// How long ago that was
+    #[arg(long, value_name = "SECONDS")]
+    auth_age_seconds: Option<u32>,
+    /// The device that the credential is for
+    #[arg(long)]
+    device: Option<String>,
+    /// An organisation of the user
+    #[arg(long = "organisation")]
+    organisations: Vec<String>,
+    /// A mapped claim
+    #[arg(long = "attribute", value_name = "NAME=VALUE")]
+    attributes: Vec<String>,
+    /// Address that the call comes from; left out, 127.0.0.1
+    #[arg(long)]
+    peer: Option<IpAddr>,
+    /// When, such as 2026-11-21T23:00:00Z; left out, now
+    #[arg(long)]
+    time: Option<String>,
+}
+
+/// What is said of a principal; what is not said is left open.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Description {
+    kind: Option<Kind>,
+    name: Option<String>,
+    tenant: Option<Tenant>,
+    roles: Option<BTreeSet<Role>>,
+    release_users: Option<Reach<UserId>>,
+    release_key_names: Option<Reach<KeyName>>,
+    subject: Option<String>,
+    amr: Option<BTreeSet<String>>,
+    acr: Option<String>,
+    auth_age_seconds: Option<u32>,
+    device: Option<String>,
+    organisations: Option<BTreeSet<String>>,
+    attributes: Option<BTreeMap<String, BTreeSet<String>>>,
+    peer: Option<IpAddr>,
+    time: Option<String>,
+}
+
+/// Who asks, from where, and when.
+#[derive(Debug)]
+pub(super) struct Described {
+    pub(super) identity: Identity,
+    pub(super) peer: IpAddr,
+    pub(super) at: Timestamp,
+}
+
+impl Who {
+    pub(super) fn describe(&self, context: &Context) -> Result<Described, Failure> {
+        let mut description = Description::default();
+        if let Some(san) = &self.principal {
+            description = description.and(from_configuration(san, context)?);
+        }
+        if let Some(path) = &self.principal_file {
+            description = description.and(from_file(path)?);
+        }
+        description.and(self.options()?).finish()
+    }
+
+    fn options(&self) -> Result<Description, Failure> {
+        let mut attributes = BTreeMap::<String, BTreeSet<String>>::new();
+        for attribute in &self.attributes {
+            let (name, value) = attribute
+                .split_once('=')
+                .ok_or_else(|| usage(format!("--attribute {attribute:?} is not NAME=VALUE")))?;
+            attributes
+                .entry(name.to_owned())
+                .or_default()
+                .insert(value.to_owned());
+        }
+        Ok(Description {
+            kind: self.kind,
+            name: self.name.clone(),
+            tenant: self.tenant.clone(),
+            roles: some(&self.roles),
+            release_users: reach(&self.users)?,
+            release_key_names: reach(&self.key_names)?,
+            subject: self.subject.clone(),
+            amr: some(&self.amr),
+            acr: self.acr.clone(),
+            auth_age_seconds: self.auth_age_seconds,
+            device: self.device.clone(),
+            organisations: some(&self.organisations),
+            attributes: (!attributes.is_empty()).then_some(attributes),
+            peer: self.peer,
+            time: self.time.clone(),
+        })
+    }
+}
+
+impl Description {
+    /// The same, where `more` does not say otherwise.
+    fn and(self, more: Self) -> Self {
+        Self {
+            kind: more.kind.or(self.kind),
+            name: more.name.or(self.name),
+            tenant: more.tenant.or(self.tenant),
+            roles: more.roles.or(self.roles),
+            release_users: more.release_users.or(self.release_users),
+            release_key_names: more.release_key_names.or(self.release_key_names),
+            subject: more.subject.or(self.subject),
+            amr: more.amr.or(self.amr),
+            acr: more.acr.or(self.acr),
+            auth_age_seconds: more.auth_age_seconds.or(self.auth_age_seconds),
+            device: more.device.or(self.device),
+            organisations: more.organisations.or(self.organisations),
+            attributes: more.attributes.or(self.attributes),
+            peer: more.peer.or(self.peer),
+            time: more.time.or(self.time),
+        }
+    }
+
+    fn finish(self) -> Result<Described, Failure> {
+        let at = match &self.time {
+            Some(text) => moment(text)?,
+            None => Timestamp::now(),
+        };
+        let subject = self.subject.as_deref().map(UserId::parse).transpose();
+        let subject = subject.map_err(|error| usage(format!("the subject: {}", error.detail())))?;
+        let kind = self.kind.unwrap_or(if subject.is_some() {
+            Kind::User
+        } else {
+            Kind::Service
+        });
+        let roles = self.roles.unwrap_or_default();
+        if kind == Kind::User && !roles.is_empty() {
+            return Err(usage(
+                "a user has no roles; say `--kind service`, or leave the roles out",
+            ));
+        }
+        let grant = Grant {
+            tenant: self.tenant.unwrap_or_default(),
+            roles,
+            users: self.release_users,
+            key_names: self.release_key_names,
+        };
+        let name = self.name.unwrap_or_else(|| "described".to_owned());
+        let age = self
+            .auth_age_seconds
+            .map(|seconds| i64::from(seconds) * 1_000_000);
+        let identity = Identity {
+            credential: credential(&name, kind),
+            kind,
+            users: grant.users(),
+            key_names: grant.key_names(),
+            tenant: grant.tenant,
+            roles: grant.roles,
+            subject,
+            claims: Claims {
+                amr: self.amr.unwrap_or_default(),
+                acr: self.acr,
+                authenticated: age
+                    .map(|age| Timestamp::from_micros(at.micros().saturating_sub(age))),
+                device: self.device,
+                organisations: self.organisations.unwrap_or_default(),
+                attributes: self.attributes.unwrap_or_default(),
+                expires: None,
+            },
+            name,
+        };
+        Ok(Described {
+            identity,
+            peer: self.peer.unwrap_or(Ipv4Addr::LOCALHOST.into()),
+            at,
+        })
+    }
+}
+
+fn from_configuration(san: &str, context: &Context) -> Result<Description, Failure> {
+    let principals = context.config()?.principals;
+    let known = principals
+        .into_iter()
+        .find(|principal| principal.san == san);
+    let auth::Settings { san, tenant, roles, users, key_names } = known.ok_or_else(|| {
+        usage(format!("there is no [[principal]] with the san {san:?}")).hint(
+            "`keybroker config show` has all; a user, an API client or a service with a token is described by options",
+        )
+    })?;
+    Ok(Description {
+        kind: Some(Kind::Service),
+        attributes: Some(BTreeMap::from([(
+            "san".to_owned(),
+            BTreeSet::from([san.clone()]),
+        )])),
+        name: Some(san),
+        tenant: Some(tenant),
+        roles: Some(roles),
+        release_users: users,
+        release_key_names: key_names,
+        ..Description::default()
+    })
+}
+
+fn from_file(path: &Path) -> Result<Description, Failure> {
+    let shown = path.display();
+    let text =
+        fs::read_to_string(path).map_err(|error| usage(format!("cannot read {shown}: {error}")))?;
+    serde_json::from_str(&text).map_err(|error| usage(format!("{shown}: {error}")))
+}
+
+/// Names begin with how their holder showed them.
+fn credential(name: &str, kind: Kind) -> Credential {
+    match name.split(':').next() {
+        Some("URI" | "DNS") => Credential::Certificate,
+        Some("client") => Credential::ClientSecret,
+        Some("token") => Credential::Token,
+        _ if kind == Kind::User => Credential::Token,
+        _ => Credential::Certificate,
+    }
+}
+
+fn moment(text: &str) -> Result<Timestamp, Failure> {
+    let at = OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|error| usage(format!("the time {text:?} is not RFC 3339: {error}")))?;
+    let micros = i64::try_from(at.unix_timestamp_nanos() / 1_000);
+    micros
+        .map(Timestamp::from_micros)
+        .map_err(|_| usage(format!("the time {text:?} is too far away")))
+}
+
+/// A word as it stands in a configuration.
+fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(json!(text)).map_err(|error| error.to_string())
+}
+
+fn some<T: Clone + Ord>(values: &[T]) -> Option<BTreeSet<T>> {
+    (!values.is_empty()).then(|| values.iter().cloned().collect())
+}
+
+fn reach<T>(values: &[String]) -> Result<Option<Reach<T>>, Failure>
+where
+    T: Ord,
+    Reach<T>: DeserializeOwned,
+{
+    let named = (!values.is_empty()).then(|| serde_json::from_value(json!(values)));
+    named.transpose().map_err(|error| usage(error.to_string()))
+}
+
+fn usage(what: impl Into<String>) -> Failure {
+    Failure::new(Exit::Usage, what)
+}

@@ -1,0 +1,210 @@
+//! `keybroker policy explain`.
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use keybroker_core::{
+    key::{KeyName, UserId},
+    principal::Action,
+};
+use keybroker_policy::{Applies, Case, Explanation, Policy, PolicyView, Problems, Resource};
+
+use super::{
+    super::{
+        Context,
+        exit::{Exit, Failure},
+        output::Field,
+    },
+    Source,
+    describe::Who,
+    refused,
+};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Arguments {
+    #[command(flatten)]
+    who: Who,
+    /// What is asked for, by its name in the audit log, such as `user_key.unwrap`
+    #[arg(long, value_parser = action)]
+    action: Action,
+    /// Whose key, or whose list; no user is the list of all
+    #[arg(long)]
+    user: Option<UserId>,
+    /// Which of the user's keys
+    #[arg(long)]
+    key_name: Option<KeyName>,
+    /// Fail with code 12 unless the decision is this one
+    #[arg(long)]
+    expect: Option<Expected>,
+    #[command(flatten)]
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Expected {
+    /// It is permitted
+    Allow,
+    /// It is denied
+    Deny,
+}
+
+impl Expected {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+        }
+    }
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let settings = arguments.source.settings(context)?;
+    let policy = Policy::load(&settings)
+        .map_err(|Problems(problems)| refused(settings.directory.as_deref(), &problems))?;
+    let described = arguments.who.describe(context)?;
+    let explanation = policy.explain(&Case {
+        identity: &described.identity,
+        action: arguments.action,
+        resource: arguments.resource(&described.identity.tenant)?,
+        peer: described.peer,
+        at: described.at,
+    });
+    let decision = if explanation.verdict.allowed {
+        Expected::Allow
+    } else {
+        Expected::Deny
+    };
+    show(&explanation, decision, context)?;
+    match arguments.expect {
+        Some(expected) if expected != decision => Err(Failure::new(
+            Exit::Verification,
+            format!(
+                "expected {}, but the decision is {} by {}",
+                expected.as_str(),
+                decision.as_str(),
+                explanation.verdict.policy
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+impl Arguments {
+    fn resource<'a>(
+        &'a self,
+        tenant: &'a keybroker_core::key::Tenant,
+    ) -> Result<Resource<'a>, Failure> {
+        let name = self.action.as_str();
+        let (user, key_name) = (self.user.as_ref(), self.key_name.as_ref());
+        if self.action == Action::List {
+            return Ok(Resource::UserKeys { tenant, user });
+        }
+        match (name.starts_with("user_key."), user, key_name) {
+            (true, Some(user), Some(name)) => Ok(Resource::UserKey { tenant, user, name }),
+            (true, ..) => Err(Failure::new(
+                Exit::Usage,
+                format!("{name} is about one key: say --user and --key-name"),
+            )),
+            (false, None, None) => Ok(Resource::Broker),
+            (false, ..) => Err(Failure::new(
+                Exit::Usage,
+                format!("{name} is about no user key: leave --user and --key-name out"),
+            )),
+        }
+    }
+}
+
+fn show(explanation: &Explanation, decision: Expected, context: &Context) -> Result<(), Failure> {
+    let Explanation { verdict, policies } = explanation;
+    let deciding: Vec<&str> = verdict.deciding.iter().map(AsRef::as_ref).collect();
+    let mut fields = vec![
+        ("decision", json!(decision.as_str())),
+        ("policy", json!(&*verdict.policy)),
+        ("why", json!(why(explanation))),
+    ];
+    if context.output.is_json() {
+        let rows: Vec<Value> = policies
+            .iter()
+            .map(|view| {
+                Value::Object(
+                    row(view)
+                        .into_iter()
+                        .map(|(k, v)| (k.to_owned(), v))
+                        .collect(),
+                )
+            })
+            .collect();
+        fields.push(("deciding", json!(deciding)));
+        fields.push(("policies", json!(rows)));
+        return context.output.fields(fields);
+    }
+    fields.push((
+        "deciding",
+        json!(if deciding.is_empty() {
+            "-".to_owned()
+        } else {
+            deciding.join(", ")
+        }),
+    ));
+    context.output.fields(fields)?;
+    if policies.is_empty() {
+        return Ok(());
+    }
+    let about: Vec<Vec<Field>> = policies
+        .iter()
+        .filter(|view| view.is_about)
+        .map(row)
+        .collect();
+    let others = policies.len() - about.len();
+    context.output.text("")?;
+    context
+        .output
+        .list(about, "no policy is about this action")?;
+    if others > 0 {
+        context
+            .output
+            .note(&format!("{others} policies are about other actions"));
+    }
+    Ok(())
+}
+
+/// The decision in a sentence.
+fn why(Explanation { verdict, policies }: &Explanation) -> String {
+    let policy = &verdict.policy;
+    let failed = policies
+        .iter()
+        .any(|view| view.id == *policy && matches!(view.applies, Applies::Failed(_)));
+    match &**policy {
+        "default-deny" => "no permit applies".to_owned(),
+        "separation-of-duties" => {
+            "the principal has roles that exclude each other; no policy is asked".to_owned()
+        }
+        "own-tenant" => "the key belongs to another tenant; no policy is asked".to_owned(),
+        _ if failed => format!("the forbid `{policy}` could not be evaluated, and then it denies"),
+        _ if verdict.allowed => format!("the permit `{policy}` applies, and no forbid does"),
+        _ => format!("the forbid `{policy}` applies, whatever is permitted"),
+    }
+}
+
+fn row(view: &PolicyView) -> Vec<Field> {
+    let (applies, why) = match &view.applies {
+        Applies::Yes => ("yes", Value::Null),
+        Applies::No(why) => ("no", json!(why)),
+        Applies::Failed(why) => ("error", json!(why)),
+    };
+    vec![
+        ("id", json!(&*view.id)),
+        ("effect", json!(view.effect)),
+        ("file", json!(&*view.file)),
+        ("applies", json!(applies)),
+        ("why_not", why),
+    ]
+}
+
+fn action(text: &str) -> Result<Action, String> {
+    let names = || Action::ALL.map(Action::as_str).join(", ");
+    Action::ALL
+        .into_iter()
+        .find(|action| action.as_str() == text)
+        .ok_or_else(|| format!("actions are {}", names()))
+}

@@ -1,0 +1,117 @@
+//! Passwords, tokens and keys on their way in: from files, descriptors or a prompt, and never from an argument.
+
+use std::{
+    fs::File,
+    io::{self, IsTerminal as _, Read as _},
+    mem,
+    path::Path,
+};
+
+use base64ct::{Base64, Encoding as _};
+use zeroize::Zeroizing;
+
+use keybroker_core::trusted_file::{self, Purpose};
+
+use super::exit::{Exit, Failure};
+
+/// Longest secret that is a line: the longest token that the broker reads.
+const LINE_BYTES_MAX: usize = 8 * 1_024;
+
+/// Where a secret comes from.
+pub(super) struct Source<'a> {
+    /// What it is, for messages.
+    pub(super) what: &'static str,
+    pub(super) file: Option<&'a Path>,
+    pub(super) descriptor: Option<u32>,
+}
+
+impl Source<'_> {
+    pub(super) fn is_none(&self) -> bool {
+        self.file.is_none() && self.descriptor.is_none()
+    }
+
+    /// One line without its end.
+    pub(super) fn line(&self) -> Result<Zeroizing<String>, Failure> {
+        let mut bytes = self.bytes(LINE_BYTES_MAX)?;
+        if bytes.last() == Some(&b'\n') {
+            bytes.pop();
+            if bytes.last() == Some(&b'\r') {
+                bytes.pop();
+            }
+        }
+        match String::from_utf8(mem::take(&mut bytes)) {
+            Ok(text) if text.starts_with('\u{feff}') => {
+                drop(Zeroizing::new(text));
+                Err(self.refuse("begins with a UTF-8 byte order mark; save it without one"))
+            }
+            Ok(text) if text.contains(['\n', '\r']) => {
+                drop(Zeroizing::new(text));
+                Err(self.refuse("has more than one line"))
+            }
+            Ok(text) => Ok(Zeroizing::new(text)),
+            Err(error) => {
+                drop(Zeroizing::new(error.into_bytes()));
+                Err(self.refuse("is not UTF-8"))
+            }
+        }
+    }
+
+    /// One line; the terminal is asked when nothing is named.
+    pub(super) fn line_or_prompt(&self, prompt: &str) -> Result<Zeroizing<String>, Failure> {
+        if !self.is_none() {
+            return self.line();
+        }
+        if !io::stdin().is_terminal() {
+            let what = format!("there is nothing to read {} from", self.what);
+            return Err(Failure::new(Exit::Usage, what)
+                .hint("name a file or a descriptor, or run this at a terminal to be asked"));
+        }
+        rpassword::prompt_password(prompt)
+            .map(Zeroizing::new)
+            .map_err(|error| self.refuse(&format!("cannot be read: {error}")))
+    }
+
+    /// A key of this length: its bytes, or their base64 on a line.
+    pub(super) fn key(&self, length: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let bytes = self.bytes(LINE_BYTES_MAX)?;
+        if bytes.len() == length {
+            return Ok(bytes);
+        }
+        let decoded = str::from_utf8(&bytes)
+            .ok()
+            .and_then(|text| Base64::decode_vec(text.trim_end()).ok())
+            .map(Zeroizing::new);
+        decoded
+            .filter(|decoded| decoded.len() == length)
+            .ok_or_else(|| self.refuse(&format!("is neither {length} bytes nor their base64")))
+    }
+
+    fn bytes(&self, max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let file = match (self.descriptor, self.file) {
+            (Some(number), _) => File::open(format!("/proc/self/fd/{number}"))
+                .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?,
+            (None, Some(path)) => trusted_file::open(path, Purpose::secret("secret"))
+                .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
+            (None, None) => return Err(self.refuse("is not named")),
+        };
+        // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
+        let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
+        file.take(limit)
+            .read_to_end(&mut bytes)
+            .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?;
+        if bytes.len() > max {
+            return Err(self.refuse(&format!("is longer than {max} bytes")));
+        }
+        Ok(bytes)
+    }
+
+    fn refuse(&self, why: &str) -> Failure {
+        let place = match (self.descriptor, self.file) {
+            (Some(number), _) => format!(" (descriptor {number})"),
+            (None, Some(path)) => format!(" ({})", path.display()),
+            (None, None) => String::new(),
+        };
+        Failure::new(Exit::Usage, format!("{}{place} {why}", self.what))
+    }
+}

@@ -1,0 +1,89 @@
+//! `keybroker store`.
+
+use clap::Subcommand;
+use serde_json::json;
+
+use keybroker_audit::Entry;
+use keybroker_store as store;
+use keybroker_store::StoreLock;
+
+use super::{
+    Context, block_on, change,
+    exit::{Exit, Failure},
+    pin::UserPin,
+};
+
+mod check;
+mod copy;
+mod judge;
+mod purge;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Bring the database to the schema of this release, making it if need be
+    Migrate {
+        /// Say what would be done, and do nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Show the schema of the database
+    Status,
+    /// Look at every record and revision, and let the token verify each
+    Check(UserPin),
+    /// Copy everything into another database, of whichever engine, and verify the copy
+    Copy(copy::Arguments),
+    /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
+    Purge(purge::Arguments),
+}
+
+pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::Migrate { dry_run } => migrate(*dry_run, context),
+        Command::Status => status(context),
+        Command::Check(pin) => check::run(pin, context),
+        Command::Copy(arguments) => copy::run(arguments, context),
+        Command::Purge(arguments) => purge::run(arguments, context),
+    }
+}
+
+fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
+    let config = context.config()?;
+    let migrate =
+        || -> Result<_, Failure> { Ok(block_on(store::migrate(&config.store, dry_run))??) };
+    let report = if dry_run {
+        migrate()?
+    } else {
+        let nothing_more = |_: &mut Entry| {};
+        change::audited(context, &config, "store.migrate", nothing_more, migrate)?
+    };
+    let (schema, list) = if dry_run {
+        (report.before, "pending")
+    } else {
+        (report.newest, "applied")
+    };
+    context.output.fields(vec![
+        ("schema_before", json!(report.before)),
+        ("schema", json!(schema)),
+        (list, json!(report.pending.join(", "))),
+    ])
+}
+
+fn status(context: &Context) -> Result<(), Failure> {
+    let status = block_on(store::status(&context.config()?.store))??;
+    context.output.fields(vec![
+        ("schema", json!(status.current)),
+        ("schema_of_this_release", json!(status.newest)),
+        ("ready", json!(status.current == status.newest)),
+    ])
+}
+
+/// The database for this process alone, where it is a file. The hint is for when another has it.
+fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
+    store::lock(settings).map_err(|error| {
+        let failure = Failure::from(error);
+        match failure.exit {
+            Exit::InUse => failure.hint(hint),
+            _ => failure,
+        }
+    })
+}

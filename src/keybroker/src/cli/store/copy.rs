@@ -1,0 +1,295 @@
+//! `keybroker store copy`: a database moved to another engine.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use clap::Args;
+use serde_json::json;
+
+use crate::{
+    cli::{
+        Context, block_on, change,
+        exit::{Exit, Failure},
+        output::Field,
+        pin::{UserPin, log_in},
+        progress::Progress,
+    },
+    config::Config,
+};
+use keybroker_audit::Entry;
+use keybroker_hsm::admin::Admin;
+use keybroker_store as store;
+use keybroker_store::{
+    Settings, Tls,
+    copy::{Copy, CopyError, Lacking},
+    tables::Table,
+    tally::Tally,
+};
+
+use super::check::{self, Report};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Arguments {
+    #[command(flatten)]
+    from: From,
+    #[command(flatten)]
+    to: To,
+    #[command(flatten)]
+    pin: UserPin,
+}
+
+/// A URL that is `store.url` brings the rest of `[store]` with it; for another one the options say the rest.
+#[derive(Args, Debug)]
+#[expect(clippy::struct_field_names, reason = "the fields name the options")]
+struct From {
+    /// The database to copy from, as in `store.url` [default: `store.url`]
+    #[arg(long = "from", value_name = "URL")]
+    from_url: Option<String>,
+    /// File with the password of the database to copy from
+    #[arg(long, value_name = "FILE", requires = "from_url")]
+    from_password_file: Option<PathBuf>,
+    /// How the connection to the database to copy from is protected
+    #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"], requires = "from_url")]
+    from_tls: Option<String>,
+    /// PEM file with the authority of the database server to copy from
+    #[arg(long, value_name = "FILE", requires = "from_url")]
+    from_ca_file: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[expect(clippy::struct_field_names, reason = "the fields name the options")]
+struct To {
+    /// The database to copy to, as in `store.url`; migrated, and empty or filled by the same copy before
+    #[arg(long = "to", value_name = "URL")]
+    to_url: String,
+    /// File with the password of the database to copy to
+    #[arg(long, value_name = "FILE")]
+    to_password_file: Option<PathBuf>,
+    /// How the connection to the database to copy to is protected
+    #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"])]
+    to_tls: Option<String>,
+    /// PEM file with the authority of the database server to copy to
+    #[arg(long, value_name = "FILE")]
+    to_ca_file: Option<PathBuf>,
+}
+
+/// What the options say of one side.
+struct Side<'a> {
+    option: &'static str,
+    url: &'a str,
+    password_file: Option<&'a Path>,
+    tls: Option<&'a str>,
+    ca_file: Option<&'a Path>,
+}
+
+impl Side<'_> {
+    fn settings(&self, configured: &Settings) -> Result<Settings, Failure> {
+        let mut settings = if self.url == configured.url.as_str() {
+            configured.clone()
+        } else {
+            Settings {
+                accept_weaker_durability: configured.accept_weaker_durability.clone(),
+                ..Settings::new(self.url)
+            }
+        };
+        if let Some(path) = self.password_file {
+            settings.password_file = Some(absolute(path)?);
+            settings.password_variable = None;
+        }
+        if let Some(path) = self.ca_file {
+            settings.ca_file = Some(absolute(path)?);
+        }
+        if let Some(tls) = self.tls {
+            settings.tls = if tls == "plaintext" {
+                Tls::Plaintext
+            } else {
+                Tls::Verify
+            };
+        }
+        let mut problems = settings.problems();
+        if problems.is_empty() {
+            problems = settings.file_problems();
+        }
+        if problems.is_empty() {
+            return Ok(settings);
+        }
+        let what = format!("--{}: {}", self.option, problems.join("\n  "));
+        Err(Failure::new(Exit::Usage, what))
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path)
+        .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
+}
+
+/// Rows of the source by table, and what the token says of the copy.
+struct Outcome {
+    rows: Vec<(Table, u64)>,
+    checked: Report,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let (from, to) = sides(arguments, &config)?;
+    // Before anything is written: whoever cannot verify the copy need not make it.
+    let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
+    let hint = "stop the broker: what it writes during the copy would be lost";
+    let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
+    let added = Arc::new(Tally::default());
+    let describe = |entry: &mut Entry| entry.count = added.rows_if_begun();
+    let outcome = change::audited(context, &config, "store.copy", describe, || {
+        block_on(copy(context, &from, &to, &admin, &added))?
+    })?;
+    let mut fields: Vec<Field> = outcome
+        .rows
+        .iter()
+        .map(|(table, rows)| (table.name(), json!(rows)))
+        .collect();
+    fields.push(("added", json!(added.rows())));
+    fields.push(("bad", json!(outcome.checked.bad)));
+    context.output.fields(fields)?;
+    outcome.checked.verdict().map_err(|failure| {
+        failure.hint(
+            "the copy is as the original, byte for byte; `keybroker store check` on the original names the same rows",
+        )
+    })?;
+    context.output.note(
+        "both databases are equal, and the token verified every revision, every API client and the registry of the copy. Put the \
+         new URL into `store.url`, and let no broker use the old database again: what it wrote since the comparison ended is not in the copy.",
+    );
+    Ok(())
+}
+
+fn sides(arguments: &Arguments, config: &Config) -> Result<(Settings, Settings), Failure> {
+    let (from, to) = (&arguments.from, &arguments.to);
+    let from = Side {
+        option: "from",
+        url: from
+            .from_url
+            .as_deref()
+            .unwrap_or(config.store.url.as_str()),
+        password_file: from.from_password_file.as_deref(),
+        tls: from.from_tls.as_deref(),
+        ca_file: from.from_ca_file.as_deref(),
+    };
+    let to = Side {
+        option: "to",
+        url: &to.to_url,
+        password_file: to.to_password_file.as_deref(),
+        tls: to.to_tls.as_deref(),
+        ca_file: to.to_ca_file.as_deref(),
+    };
+    let (from, to) = (from.settings(&config.store)?, to.settings(&config.store)?);
+    let file = |settings: &Settings| settings.file().and_then(|path| fs::canonicalize(path).ok());
+    if from.url == to.url || (file(&from).is_some() && file(&from) == file(&to)) {
+        let what = "--from and --to are the same database; nothing was copied";
+        return Err(Failure::new(Exit::Usage, what));
+    }
+    Ok((from, to))
+}
+
+async fn copy(
+    context: &Context,
+    from: &Settings,
+    to: &Settings,
+    admin: &Admin,
+    added: &Arc<Tally>,
+) -> Result<Outcome, Failure> {
+    let source = store::open_tables(from).await.map_err(CopyError::Source)?;
+    let target = store::open_tables(to).await.map_err(|error| {
+        let is_schema = matches!(error, store::Error::Schema(_));
+        let failure = Failure::from(CopyError::Target(error));
+        if is_schema {
+            failure.hint(
+                "a configuration whose `store.url` is that database makes its schema: `keybroker --config FILE store \
+                 migrate`",
+            )
+        } else {
+            failure
+        }
+    })?;
+    let copy = Copy {
+        from: source,
+        to: target,
+        added: Arc::clone(added),
+    };
+    let result = carry_out(context, &copy, admin).await;
+    copy.from.close().await;
+    copy.to.close().await;
+    result
+}
+
+async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outcome, Failure> {
+    if !copy.is_target_empty().await? {
+        walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
+    }
+    walk_all(context, copy, "copying rows", Lacking::Add).await?;
+    // The token takes its time, and what is written meanwhile would be lost: so both are compared after it.
+    let checked = check::scan(context, &copy.to, admin).await?;
+    let rows = compare(context, copy).await.map_err(|failure| {
+        failure.hint(
+            "the database to copy from was changed during the copy: stop every broker that uses it, empty the other one, \
+             and copy again",
+        )
+    })?;
+    Ok(Outcome { rows, checked })
+}
+
+/// Rows of the source by table, which the target has as well, and nothing else.
+async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
+    let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
+    copy.look_again().await?;
+    Ok(rows)
+}
+
+/// All tables, one after another: the rows of each.
+async fn walk_all(
+    context: &Context,
+    copy: &Copy,
+    what: &'static str,
+    lacking: Lacking,
+) -> Result<Vec<(Table, u64)>, Failure> {
+    let mut total = 0;
+    for table in Table::ALL {
+        total += copy.from.count(table).await.map_err(CopyError::Source)?;
+    }
+    let progress = Progress::new(context.output, what, total);
+    let mut rows = Vec::new();
+    for table in Table::ALL {
+        let walked = copy.walk(table, lacking, || progress.step()).await?;
+        rows.push((table, walked.rows));
+    }
+    Ok(rows)
+}
+
+impl std::convert::From<CopyError> for Failure {
+    fn from(error: CopyError) -> Self {
+        let what = error.to_string();
+        match error {
+            CopyError::Source(error) | CopyError::Target(error) => {
+                let began = !matches!(error, store::Error::Schema(_) | store::Error::Durability(_));
+                let failure = Self {
+                    message: what,
+                    ..Self::from(error)
+                };
+                if !began {
+                    return failure;
+                }
+                failure.hint(
+                    "the same command goes on where this one stopped; a row that is refused is named by `keybroker \
+                     store check` on the database to copy from",
+                )
+            }
+            CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
+                Self::new(Exit::Verification, what).hint(
+                    "nothing of it was changed. It is no earlier part of this copy: choose an empty database, or find \
+                     out which of the two is right",
+                )
+            }
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! `keybroker store purge`.
+
+use std::{collections::HashSet, sync::Arc};
+
+use clap::Args;
+use futures_util::future::try_join_all;
+use serde_json::json;
+
+use crate::{
+    cli::{
+        Context, block_on, change,
+        exit::{Exit, Failure},
+        progress::Progress,
+    },
+    config::Config,
+};
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    key::{KeyAddress, RecordId, Revision},
+};
+use keybroker_store as store;
+use keybroker_store::{
+    purge::{self, Portion, Purge},
+    scan::Superseded,
+    tables::{Head, Table, Tables},
+    tally::Tally,
+};
+
+/// So far may the clocks here and at the server be apart, in microseconds: a minute.
+const CLOCKS_APART_US: u64 = 60 * 1_000_000;
+const DAY_US: i64 = 24 * 3_600 * 1_000_000;
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Arguments {
+    /// Say what would be removed, and remove nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Only what was deleted or superseded so long ago, at least `store.retention_days` [default: `store.retention_days`]
+    #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    older_than: Option<u32>,
+}
+
+/// What was purged, or would be.
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    records: u64,
+    revisions: u64,
+    changes: u64,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let config = &context.config()?;
+    let days = days(arguments, &config.store)?;
+    let before = Timestamp::from_micros(Timestamp::now().micros() - i64::from(days) * DAY_US);
+    let totals = if arguments.dry_run {
+        block_on(purge(context, config, before, None))??
+    } else {
+        let _lock = super::lock(
+            &config.store,
+            "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
+             and MySQL this command runs beside brokers",
+        )?;
+        let gone = Tally::default();
+        let describe = |entry: &mut Entry| entry.count = gone.rows_if_begun();
+        change::audited_in_parts(context, config, "store.purge", describe, |log| {
+            block_on(purge(context, config, before, Some((log, &gone))))?
+        })?
+    };
+    context.output.fields(vec![
+        ("before", json!(before.to_string())),
+        ("records", json!(totals.records)),
+        ("revisions", json!(totals.revisions)),
+        ("changes", json!(totals.changes)),
+        ("dry_run", json!(arguments.dry_run)),
+    ])
+}
+
+/// The retention is a promise to users; a slip on the command line does not break it.
+fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
+    let promised = settings.retention_days;
+    match arguments.older_than {
+        Some(days) if days < promised => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "--older-than {days} is less than `store.retention_days`, which is {promised}: what is younger can \
+                 still be wanted back; nothing was removed"
+            ),
+        )
+        .hint("if it is to be kept for a shorter time, change the configuration first")),
+        Some(days) => Ok(days),
+        None => Ok(promised),
+    }
+}
+
+/// Goes through the database, and with a log removes what is old.
+async fn purge(
+    context: &Context,
+    config: &Config,
+    before: Timestamp,
+    log: Option<(&AuditLog, &Tally)>,
+) -> Result<Totals, Failure> {
+    let store = store::open_tables(&config.store).await?;
+    let result = match compare_clocks(&store).await {
+        Ok(()) => purge_in(context, &store, before, log).await,
+        Err(failure) => Err(failure),
+    };
+    store.close().await;
+    result
+}
+
+/// A clock that is ahead makes everything old, and what is purged is gone for good.
+async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
+    let Some(theirs) = store.clock().await? else {
+        return Ok(());
+    };
+    let ours = Timestamp::now();
+    if ours.micros().abs_diff(theirs.micros()) <= CLOCKS_APART_US {
+        return Ok(());
+    }
+    let what = format!(
+        "it is {ours} here and {theirs} at the database: whichever is wrong, what is old cannot be told; nothing was \
+         removed"
+    );
+    Err(Failure::new(Exit::Store, what).hint("set the clocks, then run this again"))
+}
+
+async fn purge_in(
+    context: &Context,
+    store: &Arc<dyn Tables>,
+    before: Timestamp,
+    log: Option<(&AuditLog, &Tally)>,
+) -> Result<Totals, Failure> {
+    let rows = store.count(Table::Revisions).await?;
+    let progress = Progress::new(context.output, "looking through revisions", rows);
+    let mut work = Purge::new(Arc::clone(store), before);
+    let mut totals = Totals::default();
+    while let Some(portion) = work.next().await? {
+        let (records, revisions) = match log {
+            None => (portion.records.len(), portion.revisions.len()),
+            Some((log, gone)) => carry_out(&work, &portion, log, gone).await?,
+        };
+        totals.records += count(records);
+        totals.revisions += count(revisions);
+        progress.advance(portion.seen);
+    }
+    if let Some((_, gone)) = log {
+        gone.begin();
+    }
+    totals.changes = purge::forget_changes(&**store, before, log.is_none()).await?;
+    Ok(totals)
+}
+
+/// Revisions and records that go.
+async fn carry_out(
+    work: &Purge,
+    portion: &Portion,
+    log: &AuditLog,
+    gone: &Tally,
+) -> Result<(usize, usize), Failure> {
+    let revisions = portion.revisions.iter().map(Part::of_revision).collect();
+    let purged = async { work.revisions(portion).await };
+    let revisions = recorded(log, revisions, gone, purged).await?;
+    let records = portion.records.iter().map(Part::of_record).collect();
+    let purged = async {
+        let ids = work.records(portion).await?;
+        let heads = portion.records.iter();
+        let purged = heads.filter(|head| ids.contains(&head.id));
+        Ok(purged.map(|head| (head.id, head.revision)).collect())
+    };
+    let records = recorded(log, records, gone, purged).await?;
+    Ok((records, revisions))
+}
+
+/// A record or a revision that is to go.
+struct Part<'a> {
+    call: CallId,
+    action: &'static str,
+    record: RecordId,
+    address: &'a KeyAddress,
+    revision: Revision,
+}
+
+impl<'a> Part<'a> {
+    fn of_record(head: &'a Head) -> Self {
+        Self {
+            call: CallId::fresh(),
+            action: "user_key.purge",
+            record: head.id,
+            address: &head.address,
+            revision: head.revision,
+        }
+    }
+
+    fn of_revision(old: &'a Superseded) -> Self {
+        Self {
+            call: CallId::fresh(),
+            action: "user_key.purge_revision",
+            record: old.record,
+            address: &old.address,
+            revision: old.revision,
+        }
+    }
+
+    fn entry(&self, kind: EntryKind, outcome: Outcome) -> Entry {
+        let mut entry = change::local_entry(kind, self.action, outcome, self.call);
+        entry.tenant = Some(self.address.tenant.clone());
+        entry.user = Some(self.address.user.clone());
+        entry.key_name = Some(self.address.name.clone());
+        entry.record_id = Some(self.record);
+        entry.revision = Some(self.revision);
+        entry
+    }
+}
+
+/// What is gone can never be had back, so each part has its own intent and outcome. When the database fails between the two,
+/// intents stay without an outcome: what became of them is not known. Returns how many are gone.
+async fn recorded(
+    log: &AuditLog,
+    parts: Vec<Part<'_>>,
+    gone: &Tally,
+    work: impl Future<Output = Result<HashSet<(RecordId, Revision)>, store::Error>>,
+) -> Result<usize, Failure> {
+    if parts.is_empty() {
+        return Ok(0);
+    }
+    let intents = parts.iter();
+    let intents = intents.map(|part| log.append(part.entry(EntryKind::Intent, Outcome::Ok)));
+    try_join_all(intents).await?;
+    gone.begin();
+    let purged = work.await?;
+    gone.add(purged.len());
+    let outcomes = parts.iter().map(|part| {
+        let outcome = if purged.contains(&(part.record, part.revision)) {
+            Outcome::Ok
+        } else {
+            Outcome::Failed
+        };
+        log.append(part.entry(EntryKind::Outcome, outcome))
+    });
+    try_join_all(outcomes).await?;
+    Ok(purged.len())
+}
+
+fn count(rows: usize) -> u64 {
+    u64::try_from(rows).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,319 @@
+//! `keybroker token`.
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use keybroker_audit::Entry;
+use keybroker_core::call::Timestamp;
+use keybroker_hsm as hsm;
+use keybroker_hsm::{
+    admin::{self, Admin, AdminError, CheckedKey},
+    gate::Finding,
+};
+use keybroker_store as store;
+use keybroker_store::RegistryRow;
+
+use super::{
+    Context, block_on, change, environment,
+    exit::{Exit, Failure},
+    pin::{self, SoPin, UserPin, log_in},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List the tokens that the module shows; needs no PIN
+    List,
+    /// Initialise a blank token and set its user PIN
+    Init(Init),
+    /// Check the token and every registered key: attributes one by one, use, registry
+    Check(UserPin),
+    /// Allow one more login with a PIN that the token rejected; also while `serve` runs
+    ///
+    /// A rejected PIN is remembered by its content in the state directory, and no command and no worker shows it to that
+    /// token again. Run this when the PIN is right after all: the token was unlocked, or its PIN was set to this one.
+    RetryPin(RetryPin),
+    /// Record that the token was backed up and the restore was tested, for every key on it
+    BackupConfirmed(UserPin),
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Init {
+    /// Label of the token, at most 32 bytes [default: `token.label`]
+    #[arg(long)]
+    label: Option<String>,
+    /// Erase the initialised token with this serial number, with every key on it, for ever
+    #[arg(long, value_name = "SERIAL")]
+    erase_serial: Option<String>,
+    #[command(flatten)]
+    so_pin: SoPin,
+    #[command(flatten)]
+    user_pin: UserPin,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct RetryPin {
+    /// Also allow the next login when one more wrong PIN would lock the token
+    #[arg(long)]
+    force: bool,
+}
+
+impl From<AdminError> for Failure {
+    fn from(error: AdminError) -> Self {
+        let exit = match &error {
+            AdminError::Token(_) => Exit::Token,
+            AdminError::Pin(_) => Exit::Pin,
+            AdminError::Untrusted(_) => Exit::Untrusted,
+        };
+        let failure = Self::new(exit, error.to_string());
+        if exit == Exit::Token {
+            return environment::explain(failure);
+        }
+        failure
+    }
+}
+
+pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
+    match command {
+        Command::List => list(context),
+        Command::Init(arguments) => init(&arguments, context),
+        Command::Check(pin) => check(&pin, context),
+        Command::RetryPin(arguments) => retry_pin(&arguments, context),
+        Command::BackupConfirmed(pin) => confirm_backup(&pin, context),
+    }
+}
+
+fn list(context: &Context) -> Result<(), Failure> {
+    let listed = admin::list_tokens(&context.config_for_token()?.token)?;
+    let is_empty = listed.is_empty();
+    let rows = listed
+        .into_iter()
+        .map(|token| {
+            vec![
+                ("slot", json!(token.slot)),
+                ("label", json!(token.info.label)),
+                ("serial", json!(token.info.serial)),
+                ("model", json!(token.info.model)),
+                ("initialised", json!(token.initialised)),
+                ("user_pin", json!(token.pin_state)),
+            ]
+        })
+        .collect();
+    context.output.list(rows, "the module shows no token")?;
+    if is_empty && let Some(hint) = environment::withheld() {
+        context.output.note(&format!("note: {hint}"));
+    }
+    Ok(())
+}
+
+/// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
+fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
+    let config = context.config()?;
+    let record = pin::record(&config);
+    let allowed = change::audited(
+        context,
+        &config,
+        "token.retry_pin",
+        |_: &mut Entry| {},
+        || {
+            record.allow_retry(arguments.force).map_err(|error| {
+                let cause = std::error::Error::source(&error);
+                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+                Failure::new(Exit::Pin, format!("{error}{cause}"))
+            })
+        },
+    )?;
+    context.output.fields(vec![
+        ("pins_allowed", json!(allowed)),
+        ("final_try_allowed", json!(arguments.force)),
+    ])
+}
+
+fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let label = arguments
+        .label
+        .clone()
+        .or_else(|| config.token.label.clone())
+        .ok_or_else(|| Failure::new(Exit::Usage, "name the token with --label"))?;
+    let so_pin = arguments.so_pin.get()?;
+    let user_pin = arguments.user_pin.get(&config.token)?;
+    let erase = arguments.erase_serial.as_deref();
+    let info = change::audited(
+        context,
+        &config,
+        "token.init",
+        |_: &mut Entry| {},
+        || {
+            let info = admin::init_token(&config.token, &label, &so_pin, &user_pin, erase)?;
+            if let Err(error) = pin::record(&config).forget(&info.serial) {
+                context.output.note(&format!(
+                    "note: PINs that this token rejected before it was initialised are still remembered ({error}); if it \
+                     takes no PIN, run `keybroker token retry-pin`"
+                ));
+            }
+            Ok(info)
+        },
+    )?;
+    context.output.fields(vec![
+        ("label", json!(info.label)),
+        ("serial", json!(info.serial)),
+        ("model", json!(info.model)),
+    ])
+}
+
+/// Every registered key, or when none is registered yet every key on the token, with the gate's verdict on each attribute.
+fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
+    let rows = registry(&config)?;
+    let mut problems = Vec::new();
+    let mut shown = Vec::new();
+    let mut ids = admin.key_ids()?;
+    ids.extend(
+        rows.iter()
+            .map(|row| row.id)
+            .filter(|id| !ids.contains(id))
+            .collect::<Vec<_>>(),
+    );
+    for id in ids {
+        let row = rows.iter().find(|row| row.id == id);
+        let checked = match admin.check(id) {
+            Ok(checked) => checked,
+            Err(error) => {
+                problems.push(format!("key {id}: {error}"));
+                continue;
+            }
+        };
+        problems.extend(checked.problem.clone());
+        match row {
+            Some(row) => problems.extend(compare(&admin, row, &checked)?),
+            None => context.output.note(&format!(
+                "note: key {id} is on the token but not in the registry; `keybroker key register {id}` \
+                 registers it"
+            )),
+        }
+        if row.is_some_and(|row| row.backup_confirmed.is_none()) {
+            context.output.note(&format!(
+                "warning: no backup is confirmed for key {id}: if the token is lost, every vault under it \
+                 is lost"
+            ));
+        }
+        shown.extend(verdict("rsa private", &checked, &checked.private));
+        shown.extend(verdict("binding", &checked, &checked.binding));
+    }
+    context
+        .output
+        .list(shown, "the token holds no wrapping key")?;
+    if problems.is_empty() {
+        context.output.note(&format!(
+            "token {:?} (serial {}): every key passes gate and canary",
+            admin.info().label,
+            admin.info().serial
+        ));
+        return Ok(());
+    }
+    Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
+}
+
+fn verdict(object: &str, key: &CheckedKey, findings: &[Finding]) -> Vec<Vec<super::output::Field>> {
+    findings
+        .iter()
+        .map(|finding| {
+            vec![
+                ("key", json!(key.id.to_string())),
+                ("object", json!(object)),
+                ("attribute", json!(finding.attribute)),
+                ("verdict", json!(finding.to_string())),
+                ("passes", json!(finding.passes())),
+            ]
+        })
+        .collect()
+}
+
+/// What the registry says against what the token says.
+pub(super) fn compare(
+    admin: &Admin,
+    row: &RegistryRow,
+    key: &CheckedKey,
+) -> Result<Vec<String>, Failure> {
+    let mut problems = Vec::new();
+    if row.fingerprint != key.fingerprint {
+        problems.push(format!(
+            "key {}: public key {} on the token, {} in the registry",
+            row.id, key.fingerprint, row.fingerprint
+        ));
+    }
+    if hsm::unpadded(&row.token_serial) != admin.info().serial {
+        problems.push(format!(
+            "key {}: registered for the token with serial {:?}, this one has {:?}; if this is its \
+             restored backup, run `keybroker key register {}`",
+            row.id,
+            row.token_serial,
+            admin.info().serial,
+            row.id
+        ));
+    }
+    if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
+        problems.push(format!(
+            "key {}: the registry row's MAC does not verify: the row was altered",
+            row.id
+        ));
+    }
+    Ok(problems)
+}
+
+/// The registry, or nothing while there is no database yet.
+fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
+    block_on(async {
+        if store::status(&config.store).await?.current == 0 {
+            return Ok(Vec::new());
+        }
+        let store = store::open(&config.store).await?;
+        let rows = store.registry().await;
+        store.close().await;
+        Ok(rows?)
+    })?
+}
+
+fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let _lock = store::lock(&config.store)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
+    let now = Timestamp::now();
+    let mut confirmed = Vec::new();
+    for row in registry(&config)? {
+        if hsm::unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some()
+        {
+            continue;
+        }
+        if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
+            let what = format!(
+                "key {}: the registry row was altered; nothing was confirmed",
+                row.id
+            );
+            return Err(Failure::new(Exit::Untrusted, what));
+        }
+        let mut new = RegistryRow {
+            backup_confirmed: Some(now),
+            ..row.clone()
+        };
+        new.mac = admin.mac(new.id, &new.mac_message())?;
+        let describe = |entry: &mut Entry| entry.wrapping_key = Some(new.id);
+        change::audited(context, &config, "token.backup_confirm", describe, || {
+            block_on(async {
+                let store = store::open(&config.store).await?;
+                let updated = store.update_registry(&new, &row.mac).await;
+                store.close().await;
+                Ok(updated?)
+            })?
+        })?;
+        confirmed.push(vec![
+            ("key", json!(new.id.to_string())),
+            ("backup_confirmed", json!(now.to_string())),
+        ]);
+    }
+    context.output.list(
+        confirmed,
+        "nothing to confirm: every key on this token has a confirmed backup",
+    )
+}

@@ -1,0 +1,364 @@
+//! What a configuration must be beyond its shape.
+
+use std::{collections::HashSet, ops::RangeInclusive, path::Path};
+
+use crate::server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSettings};
+use keybroker_auth::{issuer, spiffe};
+use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
+use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
+use keybroker_hsm::gate;
+
+use super::Config;
+
+impl Config {
+    /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = self.problems_for_commands();
+        self.check_selection(&mut problems);
+        self.check_doors(&mut problems);
+        self.check_principals(&mut problems);
+        problems
+    }
+
+    /// What is wrong for any command. A token can be initialised, and keys made on it, before there is a PIN file, a
+    /// certificate or a principal.
+    pub fn problems_for_commands(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        self.check_token(&mut problems);
+        self.check_paths(&mut problems);
+        self.check_limits(&mut problems);
+        self.check_rates(&mut problems);
+        problems.extend(self.store.problems());
+        problems.extend(self.rest.problems());
+        problems.extend(self.client_credentials.problem());
+        problems.extend(self.policy.problem());
+        problems
+    }
+
+    fn check_selection(&self, problems: &mut Vec<String>) {
+        let token = &self.token;
+        let selectors = [&token.label, &token.serial, &token.uri];
+        if selectors
+            .iter()
+            .filter(|selector| selector.is_some())
+            .count()
+            != 1
+        {
+            problems.push(
+                "[token]: set exactly one of `label`, `serial` and `uri`, so that it is clear which \
+                 token is meant"
+                    .to_owned(),
+            );
+        }
+        if token.pin_file.is_none() {
+            problems.push(
+                "[token]: set `pin_file` to a file with the user PIN that only this user can read"
+                    .to_owned(),
+            );
+        }
+    }
+
+    fn check_token(&self, problems: &mut Vec<String>) {
+        let token = &self.token;
+        let mut range = |name: &str, value: usize, range: RangeInclusive<usize>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "[token]: `{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        range("workers", token.workers, 1..=64);
+        range("sessions_per_worker", token.sessions_per_worker, 1..=256);
+        range("queue_length_max", token.queue_length_max, 1..=65_536);
+        problems.extend(self.environment_problems());
+        for exception in &token.attribute_exceptions {
+            if !gate::attribute_names().any(|name| name == exception) {
+                problems.push(format!(
+                    "[token]: `attribute_exceptions` names {exception:?}, which the gate does not look at"
+                ));
+            }
+        }
+    }
+
+    /// Names and values that no environment can hold. A command that begins again with the module's environment would do so
+    /// for ever.
+    fn environment_problems(&self) -> Vec<String> {
+        let is_bad = |name: &str, value: &str| {
+            name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
+        };
+        self.token
+            .environment
+            .iter()
+            .filter(|(name, value)| is_bad(name, value))
+            .map(|(name, _)| {
+                format!(
+                    "[token.environment]: {name:?} cannot be set: a name is not empty and has no `=`, and neither \
+                     name nor value has a zero byte"
+                )
+            })
+            .collect()
+    }
+
+    fn check_paths(&self, problems: &mut Vec<String>) {
+        let mut absolute = |name: &str, path: &Path| {
+            if !path.is_absolute() {
+                problems.push(format!(
+                    "{name} is {:?}: it must be an absolute path, because a service has no folder of \
+                     its own",
+                    path.display().to_string()
+                ));
+            }
+        };
+        absolute("[token] `module`", &self.token.module);
+        absolute("[audit] `directory`", &self.audit.directory);
+        if let Some(path) = &self.token.pin_file
+            && !trusted_file::is_absolute(path)
+        {
+            absolute("[token] `pin_file`", path);
+        }
+        if KeyName::parse(&self.audit.instance).is_err() {
+            problems.push("[audit]: `instance` is 1 to 64 bytes of [a-z0-9._-]".to_owned());
+        }
+    }
+
+    fn check_limits(&self, problems: &mut Vec<String>) {
+        let limits = &self.limits;
+        for (name, value, allowed) in [
+            (
+                "connections_max",
+                wide(limits.connections_max),
+                1..=1_000_000,
+            ),
+            (
+                "connections_per_principal_max",
+                wide(limits.connections_per_principal_max),
+                1..=1_000_000,
+            ),
+            (
+                "handshake_timeout_ms",
+                limits.handshake_timeout_ms,
+                100..=60_000,
+            ),
+            (
+                "streams_per_connection_max",
+                limits.streams_per_connection_max.into(),
+                1..=10_000,
+            ),
+            (
+                "streams_without_certificate_max",
+                limits.streams_without_certificate_max.into(),
+                1..=10_000,
+            ),
+            (
+                "message_bytes_max",
+                wide(limits.message_bytes_max),
+                1_048_576..=2_147_483_648,
+            ),
+            (
+                "call_timeout_max_ms",
+                limits.call_timeout_max_ms,
+                100..=600_000,
+            ),
+            (
+                "connection_age_max_ms",
+                limits.connection_age_max_ms,
+                1_000..=86_400_000,
+            ),
+            (
+                "access_token_bytes_max",
+                wide(limits.access_token_bytes_max),
+                1_024..=32_768,
+            ),
+            ("drain_timeout_ms", limits.drain_timeout_ms, 100..=600_000),
+        ] {
+            range(problems, &format!("[limits] {name}"), value, allowed);
+        }
+    }
+
+    fn check_rates(&self, problems: &mut Vec<String>) {
+        let rates = &self.rates;
+        for (name, value, max) in [
+            (
+                "user_calls_per_minute",
+                rates.user_calls_per_minute,
+                RATE_MAX,
+            ),
+            (
+                "service_calls_per_minute",
+                rates.service_calls_per_minute,
+                RATE_MAX,
+            ),
+            ("failures_per_minute", rates.failures_per_minute, RATE_MAX),
+            (
+                "released_users_per_hour",
+                rates.released_users_per_hour,
+                RELEASED_USERS_MAX,
+            ),
+        ] {
+            range(
+                problems,
+                &format!("[rates] {name}"),
+                value.into(),
+                1..=max.into(),
+            );
+        }
+        let segment = self.audit.segment_bytes_max;
+        range(
+            problems,
+            "[audit] segment_bytes_max",
+            segment,
+            1_048_576..=268_435_456,
+        );
+    }
+
+    fn check_doors(&self, problems: &mut Vec<String>) {
+        if !self.status.address.ip().is_loopback() {
+            problems.push(format!(
+                "[status]: `address` is {}, which others can reach; it must be a loopback address, because \
+                 nothing there asks who calls",
+                self.status.address
+            ));
+        }
+        let connections_max = self.limits.connections_max;
+        if connections_max <= self.listeners.len() {
+            problems.push(format!(
+                "[limits]: `connections_max` is {connections_max}; it must be more than the number of \
+                 listeners, because each keeps a place for its next connection"
+            ));
+        }
+        if self.listeners.is_empty() {
+            problems.push("there is no [[listener]], so nobody could call".to_owned());
+        }
+        let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
+        let mut taken = HashSet::from([self.status.address]);
+        for listener in &self.listeners {
+            check_listener(listener, problems);
+            if listener.doors.contains(&Door::Rest) && !has_users {
+                problems.push(format!(
+                    "[[listener]] {}: the door `rest` is for users, and there is no [[issuer]] whose tokens name one",
+                    listener.address
+                ));
+            }
+            if listener.address.port() != 0 && !taken.insert(listener.address) {
+                problems.push(format!(
+                    "[[listener]] {}: another listener or [status] has this address",
+                    listener.address
+                ));
+            }
+        }
+    }
+
+    fn check_principals(&self, problems: &mut Vec<String>) {
+        if self.principals.is_empty() && self.issuers.is_empty() {
+            problems.push(
+                "there is no [[principal]] and no [[issuer]], so every call would be refused"
+                    .to_owned(),
+            );
+        }
+        problems.extend(issuer::problems(&self.issuers));
+        let mut seen = HashSet::new();
+        for principal in &self.principals {
+            problems.extend(principal.problem());
+            if !seen.insert(&principal.san) {
+                problems.push(format!("principal {:?} is there twice", principal.san));
+            }
+        }
+    }
+}
+
+/// Notes a value that is out of range.
+fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
+    if !allowed.contains(&value) {
+        problems.push(format!(
+            "`{name}` is {value}; it must be {} to {}",
+            allowed.start(),
+            allowed.end()
+        ));
+    }
+}
+
+fn wide(value: usize) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.doors.is_empty() {
+        problems.push(format!(
+            "[[listener]] {address}: `doors` is empty, so it lets nothing in"
+        ));
+    }
+    match (&listener.tls, listener.plaintext) {
+        (Some(_), Some(_)) => problems.push(format!(
+            "[[listener]] {address}: `plaintext` and [listener.tls] exclude each other"
+        )),
+        (None, None) => problems.push(format!(
+            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the door `rest` \
+             alone, say `plaintext = \"loopback\"` instead"
+        )),
+        (Some(tls), None) => check_listener_tls(listener, tls, problems),
+        (None, Some(reach)) => check_plaintext(listener, reach, problems),
+    }
+}
+
+/// Whoever can connect to a listener without TLS can be anybody, and so can whoever is on the path.
+fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.doors != [Door::Rest] {
+        problems.push(format!(
+            "[[listener]] {address}: `plaintext` is for the door `rest` alone; the others need [listener.tls]"
+        ));
+    }
+    if listener.client_certificates != ClientCertificates::None {
+        problems.push(format!(
+            "[[listener]] {address}: without TLS there are no client certificates; say `client_certificates = \"none\"`, so \
+             that it is clear that only tokens and client secrets count here"
+        ));
+    }
+    if reach == Plaintext::Loopback && !address.ip().is_loopback() {
+        problems.push(format!(
+            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\" whoever is on the path \
+             reads keys and tokens"
+        ));
+    }
+}
+
+fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: &mut Vec<String>) {
+    let address = listener.address;
+    if listener.client_certificates != ClientCertificates::None && tls.client_ca_file.is_none() {
+        problems.push(format!(
+            "[[listener]] {address}: client certificates are asked for, but `client_ca_file` is not set; \
+             without it nobody could be recognised"
+        ));
+    }
+    let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
+    if listener.client_certificates == ClientCertificates::None && narrows {
+        problems.push(format!(
+            "[[listener]] {address}: `client_crl_file` and `trust_domains` are about client certificates, and none is asked \
+             for; take them out, or set `client_certificates`"
+        ));
+    }
+    for domain in &tls.trust_domains {
+        if let Err(problem) = spiffe::check_trust_domain(domain) {
+            problems.push(format!(
+                "[[listener]] {address}: `trust_domains` has {domain:?}, which {problem}"
+            ));
+        }
+    }
+    let files = [
+        Some(&tls.certificate_file),
+        Some(&tls.key_file),
+        tls.client_ca_file.as_ref(),
+        tls.client_crl_file.as_ref(),
+    ];
+    for path in files.into_iter().flatten() {
+        if !trusted_file::is_absolute(path) {
+            problems.push(format!(
+                "[[listener]] {address}: {:?} must be an absolute path",
+                path.display().to_string()
+            ));
+        }
+    }
+}

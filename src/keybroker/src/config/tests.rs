@@ -1,0 +1,316 @@
+//! The example is the manual: it parses, is good, and shows the defaults that the code has.
+
+use std::sync::LazyLock;
+
+use super::*;
+
+const WRITTEN: &str = include_str!("../../../../keybroker.example.toml");
+
+/// With the tables in force that not every installation has; `#: ` marks their lines.
+static EXAMPLE: LazyLock<String> = LazyLock::new(|| WRITTEN.replace("\n#: ", "\n"));
+
+/// The example with every default that it shows in a comment put in force.
+fn with_defaults_in_force() -> String {
+    EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(setting) if is_default(setting) => setting,
+            _ => line,
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn is_default(text: &str) -> bool {
+    let Some((name, _)) = text.split_once(" = ") else {
+        return false;
+    };
+    let alternatives = [
+        "serial",
+        "uri",
+        "password_file",
+        "password_variable",
+        "ca_file",
+        "client_crl_file",
+        "plaintext",
+        "profile",
+        "discovery_url",
+        "jwks_url",
+        "jwks_file",
+        "pem_file",
+        "device_claim",
+        "directory",
+    ];
+    name.chars()
+        .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')
+        && !alternatives.contains(&name)
+}
+
+#[test]
+fn the_example_is_a_good_configuration() {
+    for text in [WRITTEN, EXAMPLE.as_str()] {
+        let config = Config::parse(text).unwrap();
+        assert_eq!(config.problems(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn the_example_shows_the_defaults() {
+    let shown = with_defaults_in_force();
+    assert_ne!(shown, *EXAMPLE);
+    let (with, without) = (
+        Config::parse(&shown).unwrap(),
+        Config::parse(&EXAMPLE).unwrap(),
+    );
+    assert_eq!(
+        serde_json::to_value(with).unwrap(),
+        serde_json::to_value(without).unwrap()
+    );
+}
+
+/// Every field that the code knows stands in the example, in force or as a comment.
+#[test]
+fn the_example_names_every_field() {
+    let value = serde_json::to_value(Config::parse(&with_defaults_in_force()).unwrap()).unwrap();
+    let mut names = Vec::new();
+    collect_names(&value, &mut names);
+    for name in names {
+        assert!(EXAMPLE.contains(&name), "{name} is not in the example");
+    }
+}
+
+fn collect_names(value: &serde_json::Value, names: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                names.push(name.clone());
+                collect_names(value, names);
+            }
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|v| collect_names(v, names)),
+        _ => {}
+    }
+}
+
+/// One mistake each: what stands in the example, what stands there instead, and words that the message must have.
+const MISTAKES: &[(&str, &str, &str)] = &[
+    ("label = \"keybroker\"", "", "exactly one of `label`"),
+    (
+        "label = \"keybroker\"",
+        "label = \"a\"\nserial = \"b\"",
+        "exactly one of `label`",
+    ),
+    ("# workers = 2", "workers = 0", "`workers` is 0"),
+    ("# workers = 2", "workers = 65", "1 to 64"),
+    (
+        "# sessions_per_worker = 2",
+        "sessions_per_worker = 0",
+        "1 to 256",
+    ),
+    ("pin_file = \"/etc", "pin_file = \"etc", "absolute path"),
+    ("pin_file = \"/etc/keybroker/pin\"", "", "set `pin_file`"),
+    ("module = \"/usr", "module = \"usr", "absolute path"),
+    (
+        "# attribute_exceptions = []",
+        "attribute_exceptions = [\"CKA_X\"]",
+        "\"CKA_X\"",
+    ),
+    ("sqlite:/var", "sqlite:var", "absolute path"),
+    ("sqlite:/var", "oracle:/var", "must be `sqlite:`"),
+    (
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me:hunter2@db/keys",
+        "`password_file`",
+    ),
+    (
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me@db/keys?sslmode=disable",
+        "parameters",
+    ),
+    (
+        "# password_file = ",
+        "password_variable = \"X\"\npassword_file = ",
+        "not both",
+    ),
+    (
+        "# password_file = \"/",
+        "password_file = \"",
+        "absolute path",
+    ),
+    ("# ca_file = \"/", "ca_file = \"", "absolute path"),
+    (
+        "# tls = \"verify\"",
+        "tls = \"plaintext\"\nca_file = \"/ca.pem\"",
+        "verifies nothing",
+    ),
+    (
+        "# connections_max = 10",
+        "connections_max = 0",
+        "`connections_max` is 0",
+    ),
+    (
+        "# acquire_timeout_ms = 800",
+        "acquire_timeout_ms = 1",
+        "50 to 60000",
+    ),
+    (
+        "# statement_timeout_ms = 2000",
+        "statement_timeout_ms = 1",
+        "100 to 600000",
+    ),
+    (
+        "# lock_timeout_ms = 1000",
+        "lock_timeout_ms = 1",
+        "100 to 600000",
+    ),
+    (
+        "# accept_weaker_durability = []",
+        "accept_weaker_durability = [\"fsinc\"]",
+        "\"fsinc\"",
+    ),
+    (
+        "address = \"127.0.0.1:9464\"",
+        "address = \"0.0.0.0:9464\"",
+        "loopback",
+    ),
+    (
+        "# defaults = true",
+        "defaults = false",
+        "everything would be denied",
+    ),
+    (
+        "# directory = \"/etc/keybroker/policies",
+        "directory = \"policies",
+        "[policy] `directory`",
+    ),
+    ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
+    (
+        "# allowed_origins = []",
+        "allowed_origins = [\"*\"]",
+        "which no browser sends",
+    ),
+    (
+        "# path_prefix = \"\"",
+        "path_prefix = \"keys/\"",
+        "begins with a slash",
+    ),
+    (
+        "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
+        "",
+        "`client_ca_file`",
+    ),
+    (
+        "# call_timeout_max_ms = 30000",
+        "call_timeout_max_ms = 1",
+        "100 to 600000",
+    ),
+    ("# instance = \"serve\"", "instance = \"A/b\"", "`instance`"),
+    ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
+    ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
+    ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
+    ("SOFTHSM2_CONF =", "\"\" =", "cannot be set"),
+    (
+        "\"release\", \"enrol\"",
+        "\"release\", \"admin\"",
+        "must not be able to obtain keys",
+    ),
+    ("\"release\", \"enrol\"", "", "has no role"),
+    (
+        "URI:spiffe://example.org/ops",
+        "URI:spiffe://example.org/vault",
+        "there twice",
+    ),
+    ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
+    (
+        "audience = [\"keybroker\"]",
+        "",
+        "made for any other application",
+    ),
+    (
+        "issuer = \"https://",
+        "issuer = \"http://",
+        "allow_http = true",
+    ),
+    ("# leeway_s = 30", "leeway_s = 3000", "0 to 300"),
+    (
+        "# client_crl_file = \"/",
+        "client_crl_file = \"",
+        "absolute path",
+    ),
+    (
+        "# trust_domains = []",
+        "trust_domains = [\"Example.org\"]",
+        "\"Example.org\"",
+    ),
+    (
+        "spiffe://example.org/vault",
+        "spiffe://example.org/vault/",
+        "no SPIFFE id",
+    ),
+];
+
+/// A password that was written where it does not belong is in no message, and in nothing that is shown.
+#[test]
+fn a_password_in_the_url_is_nowhere_repeated() {
+    let text = EXAMPLE.replace(
+        "sqlite:/var/lib/keybroker/keybroker.db",
+        "postgres://me:hunter2@db/keys",
+    );
+    let config = Config::parse(&text).unwrap();
+    let shown = format!(
+        "{config:?} {:?} {} {}",
+        config.problems(),
+        toml::to_string(&config).unwrap(),
+        serde_json::to_string(&config).unwrap()
+    );
+    assert!(!shown.contains("hunter2"), "{shown}");
+}
+
+#[test]
+fn each_mistake_has_its_message() {
+    let unknown = Config::parse(&EXAMPLE.replace("[status]", "[status]\nport = 1")).unwrap_err();
+    assert!(unknown.contains("unknown field `port`"), "{unknown}");
+    assert!(unknown.contains("line"), "{unknown}");
+
+    for (good, bad, words) in MISTAKES {
+        assert!(EXAMPLE.contains(good), "{good}");
+        let problems = Config::parse(&EXAMPLE.replacen(good, bad, 1))
+            .unwrap()
+            .problems();
+        assert!(
+            problems.iter().any(|p| p.contains(words)),
+            "{bad:?}: {problems:?}"
+        );
+    }
+}
+
+/// REST is for users, and users have tokens.
+#[test]
+fn a_door_for_users_needs_an_issuer_of_users() {
+    let needs = |text: &str| {
+        let text = text.replacen("doors = [\"grpc\"]", "doors = [\"rest\"]", 1);
+        let problems = Config::parse(&text).unwrap().problems();
+        problems.iter().any(|p| p.contains("whose tokens name one"))
+    };
+    assert!(needs(WRITTEN));
+    assert!(!needs(&EXAMPLE));
+    let of_services = EXAMPLE.replace("# kind = \"user\"", "kind = \"service\"");
+    assert!(needs(&of_services));
+}
+
+/// Whoever writes a secret into a field that does not exist must not find it in the log.
+#[test]
+fn a_mistake_has_its_place_and_not_its_line() {
+    let text = EXAMPLE.replace("[store]", "[store]\n  pin = \"hunter2\"");
+    let line = 1 + text
+        .lines()
+        .position(|line| line.contains("hunter2"))
+        .unwrap();
+    let message = Config::parse(&text).unwrap_err();
+    assert!(
+        message.starts_with(&format!("line {line}, column 3: ")),
+        "{message}"
+    );
+    assert!(message.contains("`pin`"), "{message}");
+    assert!(!message.contains("hunter2"), "{message}");
+}

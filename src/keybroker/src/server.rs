@@ -1,0 +1,180 @@
+//! Wiring of `keybroker serve`: listeners, limits, start and stop.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use keybroker_auth::token;
+
+mod clients;
+mod connection;
+mod descriptors;
+mod doors;
+mod frames;
+mod handshake;
+mod identify;
+mod listener;
+mod notify;
+mod opening;
+mod rarely;
+mod run;
+mod status;
+mod tls;
+mod unauthenticated;
+mod waiting;
+mod watch;
+
+pub use run::run;
+pub use tls::Contents as TlsContents;
+
+/// What a listener lets in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// User keys over gRPC.
+    Grpc,
+    /// The control plane over gRPC.
+    Admin,
+    /// User keys over REST, for Bitwarden clients.
+    Rest,
+}
+
+/// Whether a listener asks for client certificates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificates {
+    /// A connection without an accepted one is refused.
+    #[default]
+    Required,
+    /// Accepted when sent; a call without one is `CREDENTIAL`.
+    Optional,
+    /// Never asked for; every call brings its credential in a header.
+    None,
+}
+
+/// From where a listener without TLS may be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Plaintext {
+    /// This machine.
+    Loopback,
+    /// Anywhere: whoever is on the path reads keys and tokens.
+    Any,
+}
+
+/// TLS of a listener. All files are PEM and are read again on SIGHUP and when their content changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSettings {
+    /// Certificate chain, leaf first.
+    pub certificate_file: PathBuf,
+    /// Private key; nobody but its owner may read it.
+    pub key_file: PathBuf,
+    /// CA certificates that client certificates must chain to.
+    pub client_ca_file: Option<PathBuf>,
+    /// Revocation lists of those CAs; without it nobody is asked whether a certificate was taken back.
+    pub client_crl_file: Option<PathBuf>,
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`; otherwise one without any is accepted, too.
+    #[serde(default = "default_client_auth_usage_required")]
+    pub client_auth_usage_required: bool,
+    /// Trust domains of SPIFFE ids that are accepted here; empty: any.
+    #[serde(default)]
+    pub trust_domains: BTreeSet<String>,
+}
+
+const fn default_client_auth_usage_required() -> bool {
+    true
+}
+
+/// One `[[listener]]` of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListenerSettings {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// What it lets in.
+    pub doors: Vec<Door>,
+    /// TLS; required unless `plaintext` says otherwise.
+    pub tls: Option<TlsSettings>,
+    /// HTTP without TLS, for a proxy that ends TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plaintext: Option<Plaintext>,
+    /// Whether client certificates are asked for.
+    #[serde(default)]
+    pub client_certificates: ClientCertificates,
+    /// Networks of load balancers and proxies. Their connections carry many clients, so only the limits for all connections
+    /// together apply to them, not those for one network or one principal.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+impl ListenerSettings {
+    /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
+    /// names the file and the remedy.
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+        Ok(self.load_tls()?.map(|tls| tls.contents()))
+    }
+
+    fn load_tls(&self) -> Result<Option<tls::Tls>, String> {
+        let Some(files) = &self.tls else {
+            return Ok(None);
+        };
+        let speaks_http1 = self.doors.contains(&Door::Rest);
+        tls::Tls::load(files.clone(), self.client_certificates, speaks_http1).map(Some)
+    }
+}
+
+/// The `[status]` section: plain HTTP for probes and metrics.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StatusSettings {
+    /// A loopback address and port for `/livez`, `/readyz` and `/metrics`.
+    pub address: SocketAddr,
+}
+
+/// The `[limits]` section. Every limit has a default; none can be switched off.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Open connections, all listeners together.
+    pub connections_max: usize,
+    /// Open connections of one principal.
+    pub connections_per_principal_max: usize,
+    /// Time for a TLS handshake.
+    pub handshake_timeout_ms: u64,
+    /// Calls under way on one connection.
+    pub streams_per_connection_max: u32,
+    /// The same on a connection without an accepted client certificate.
+    pub streams_without_certificate_max: u32,
+    /// Bytes of gRPC messages under way, all connections together; the first 4 KiB of each message do not count.
+    pub message_bytes_max: usize,
+    /// Deadline of a call that brings none, and the longest one accepted.
+    pub call_timeout_max_ms: u64,
+    /// An idle or old connection is asked to go away (GOAWAY) at this age.
+    pub connection_age_max_ms: u64,
+    /// Time for open calls when the broker stops.
+    pub drain_timeout_ms: u64,
+    /// Longest access token, in bytes.
+    pub access_token_bytes_max: usize,
+    /// gRPC reflection.
+    pub reflection: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 4_096,
+            connections_per_principal_max: 1_024,
+            handshake_timeout_ms: 5_000,
+            streams_per_connection_max: 128,
+            streams_without_certificate_max: 32,
+            message_bytes_max: 64 * 1_024 * 1_024,
+            call_timeout_max_ms: 30_000,
+            connection_age_max_ms: 3_600_000,
+            drain_timeout_ms: 30_000,
+            access_token_bytes_max: token::TOKEN_BYTES_MAX,
+            reflection: false,
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! What must happen on a connection before the first call: TLS, then the first bytes of HTTP/2. Both within one timeout,
+//! so that neither silence before TLS nor silence after it keeps a place. The head of a request on HTTP/1.1 has a timeout of
+//! its own.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use rustls::{CertificateError, ServerConfig};
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use keybroker_core::error::Reason;
+
+/// What every HTTP/2 client says first (RFC 9113 section 3.4).
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Why a connection got no further.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refused {
+    /// TLS failed.
+    #[error("TLS handshake: {0}")]
+    Tls(io::Error),
+    /// The time was up.
+    #[error("no handshake in time")]
+    Timeout,
+    /// TLS went well, and then came something else than HTTP/2.
+    #[error("not HTTP/2")]
+    NotHttp2,
+    /// The peer went away.
+    #[error("closed by the peer")]
+    Closed,
+    /// A newer connection needed the room.
+    #[error("too many handshakes under way")]
+    Displaced,
+}
+
+impl Refused {
+    /// Name in the metrics.
+    pub(super) fn cause(&self) -> &'static str {
+        match self {
+            Self::Tls(error) => tls_cause(error),
+            Self::Timeout => "timeout",
+            Self::NotHttp2 => "not_http2",
+            Self::Closed => "closed",
+            Self::Displaced => "displaced",
+        }
+    }
+
+    /// What the audit log says of it; silence says nothing, and a probe of the port is no refusal.
+    pub(super) fn reason(&self) -> Option<Reason> {
+        match self.cause() {
+            "no_certificate"
+            | "expired"
+            | "unknown_ca"
+            | "bad_certificate"
+            | "revoked"
+            | "revocation_unknown"
+            | "revocation_list_ended" => Some(Reason::Credential),
+            "timeout" | "closed" | "alert" | "displaced" => None,
+            _ => Some(Reason::Request),
+        }
+    }
+}
+
+fn tls_cause(error: &io::Error) -> &'static str {
+    use rustls::Error;
+    let Some(error) = error.get_ref().and_then(|it| it.downcast_ref::<Error>()) else {
+        return "closed";
+    };
+    // A name for each cause that an operator acts on differently; the rest is a client that is wrong.
+    if let Error::InvalidCertificate(why) = error {
+        return certificate_cause(why);
+    }
+    match error {
+        Error::NoCertificatesPresented => "no_certificate",
+        Error::InvalidMessage(_) => "not_tls",
+        Error::AlertReceived(_) => "alert",
+        Error::PeerIncompatible(_) | Error::NoApplicationProtocol => "incompatible",
+        _ => "misbehaved",
+    }
+}
+
+fn certificate_cause(why: &CertificateError) -> &'static str {
+    match why {
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
+        CertificateError::UnknownIssuer => "unknown_ca",
+        CertificateError::Revoked => "revoked",
+        CertificateError::UnknownRevocationStatus => "revocation_unknown",
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => "revocation_list_ended",
+        _ => "bad_certificate",
+    }
+}
+
+/// What HTTP/1.1 is called in the handshake (RFC 7301).
+pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
+
+/// Makes a connection ready for the first request: for HTTP/1.1 where the client asks for that and the listener speaks it, else
+/// for HTTP/2.
+pub(super) async fn greet(
+    stream: TcpStream,
+    config: Arc<ServerConfig>,
+    timeout: Duration,
+) -> Result<Greeted, Refused> {
+    let greeting = async {
+        let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
+        let accepted = TlsAcceptor::from(config).accept(stream).await;
+        let mut tls = accepted.map_err(Refused::Tls)?;
+        // A client that names no protocol means the old one.
+        let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
+        if speaks_http1 && wanted == ALPN_HTTP1 {
+            return Ok(Greeted::Http1(Box::new(tls)));
+        }
+        let mut preface = [0; PREFACE.len()];
+        let read = tls.read_exact(&mut preface).await;
+        read.map_err(|_| Refused::Closed)?;
+        if preface != *PREFACE {
+            return Err(Refused::NotHttp2);
+        }
+        Ok(Greeted::Http2(Box::new(Prefaced { said: 0, tls })))
+    };
+    time::timeout(timeout, greeting)
+        .await
+        .unwrap_or(Err(Refused::Timeout))
+}
+
+/// A connection on which the first request can come.
+#[derive(Debug)]
+pub(super) enum Greeted {
+    Http1(Box<TlsStream<TcpStream>>),
+    Http2(Box<Prefaced>),
+}
+
+impl Greeted {
+    /// The client's certificate, which the handshake verified.
+    pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {
+        let tls = match self {
+            Self::Http1(tls) => tls,
+            Self::Http2(prefaced) => &prefaced.tls,
+        };
+        tls.get_ref().1.peer_certificates()?.first()
+    }
+}
+
+/// A connection whose preface was read; the HTTP/2 library reads it once more.
+#[derive(Debug)]
+pub(super) struct Prefaced {
+    said: usize,
+    tls: TlsStream<TcpStream>,
+}
+
+impl AsyncRead for Prefaced {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let left = &PREFACE[self.said..];
+        if left.is_empty() {
+            return Pin::new(&mut self.tls).poll_read(context, buffer);
+        }
+        let count = left.len().min(buffer.remaining());
+        buffer.put_slice(&left[..count]);
+        self.said += count;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prefaced {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tls).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tls).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tls).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tls).poll_write_vectored(context, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tls.is_write_vectored()
+    }
+}

@@ -1,0 +1,143 @@
+//! Who asks: the one place where credentials of calls become principals, before any door looks at a call.
+//!
+//! The certificate of a connection is asked about once. A call may bring a credential of its own, which then stands in its
+//! place; the doors see the principal and never the credential.
+//!
+//! Mitigations: M2, M18 of `THREAT_MODEL.md`.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, HeaderValue, Response, header::AUTHORIZATION},
+    middleware::{self, Next},
+};
+use zeroize::Zeroizing;
+
+use keybroker_auth as auth;
+use keybroker_auth::Authenticator;
+use keybroker_broker::limits::Limits;
+use keybroker_core::{
+    call::caller::Caller,
+    error::{Error, Reason},
+    principal::Principal,
+};
+
+use super::unauthenticated::Authentication;
+
+/// Knows credentials, and what their holders have left of their limits.
+#[derive(Clone, Debug)]
+pub(super) struct Identifier {
+    pub(super) authenticator: Arc<Authenticator>,
+    pub(super) limits: Arc<Limits>,
+}
+
+impl Identifier {
+    /// Asks before every call of these routes.
+    pub(super) fn wrap(self, routes: Router) -> Router {
+        routes.layer(middleware::from_fn(move |request, next| {
+            let identifier = self.clone();
+            async move { identifier.run(request, next).await }
+        }))
+    }
+
+    async fn run(self, mut request: Request, next: Next) -> Response<Body> {
+        // Nothing behind here needs it, so nothing behind here can show it.
+        let credentials = take_credentials(request.headers_mut());
+        let extensions = request.extensions();
+        if let Some(caller) = extensions.get::<Caller>().cloned()
+            && let Some(authentication) = extensions.get::<Arc<Authentication>>()
+        {
+            let credentials = credentials.filter(|_| authentication.accepts_credentials());
+            let identified = self.identify(&caller, credentials.as_deref()).await;
+            if let Some(caller) = identified {
+                if let Ok(principal) = caller.principal() {
+                    authentication.complete(principal);
+                }
+                request.extensions_mut().insert(caller);
+            }
+        }
+        next.run(request).await
+    }
+
+    /// The caller of a call, if it is another one than that of the connection.
+    async fn identify(
+        &self,
+        caller: &Caller,
+        credentials: Option<&[HeaderValue]>,
+    ) -> Option<Caller> {
+        let found = match credentials {
+            None => caller
+                .principal()
+                .cloned()
+                .map_err(|error| Error::clone(error)),
+            Some(values) => {
+                let values: Vec<&[u8]> = values.iter().map(HeaderValue::as_bytes).collect();
+                self.authenticate(&values, caller.peer().ip()).await
+            }
+        };
+        let admitted = found.and_then(|principal| {
+            self.limits.take_calls(&principal, 1)?;
+            Ok(principal)
+        });
+        let is_unchanged = credentials.is_none() && admitted.is_ok() == caller.is_known();
+        (!is_unchanged).then(|| caller.with_principal(admitted))
+    }
+
+    async fn authenticate(&self, values: &[&[u8]], peer: IpAddr) -> Result<Arc<Principal>, Error> {
+        if !auth::is_costly(values) {
+            return self.try_credential(values, peer).await;
+        }
+        // In a task of its own: whoever hangs up pays all the same.
+        let values: Vec<Zeroizing<Vec<u8>>> = values
+            .iter()
+            .map(|value| Zeroizing::new(value.to_vec()))
+            .collect();
+        let identifier = self.clone();
+        let trying = tokio::spawn(async move {
+            let values: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
+            identifier.try_credential(&values, peer).await
+        });
+        let panicked = |panic| Error::new(Reason::Bug, format!("authentication: {panic}"));
+        trying.await.map_err(panicked)?
+    }
+
+    async fn try_credential(
+        &self,
+        values: &[&[u8]],
+        peer: IpAddr,
+    ) -> Result<Arc<Principal>, Error> {
+        let budget = || {
+            self.limits.check_address(peer)?;
+            self.limits.take_turn(peer)
+        };
+        let found = self.authenticator.authenticate(values, budget).await;
+        if let Err(error) = &found
+            && error.reason() == Reason::Credential
+            && self.limits.may_log(peer)
+        {
+            tracing::info!(peer = %peer, %error, "credential refused");
+        }
+        match found {
+            // Otherwise its holder would be told to come again later, and not to renew it.
+            Err(error) if error.is_renewable() => Err(error),
+            Err(error) if error.reason() == Reason::Credential => {
+                self.limits.fail_address(peer)?;
+                Err(error)
+            }
+            found => found,
+        }
+    }
+}
+
+/// The values of all `authorization` headers of a call, if there are any.
+fn take_credentials(headers: &mut HeaderMap) -> Option<Vec<HeaderValue>> {
+    if !headers.contains_key(AUTHORIZATION) {
+        return None;
+    }
+    let values = headers.get_all(AUTHORIZATION).iter().cloned().collect();
+    headers.remove(AUTHORIZATION);
+    Some(values)
+}

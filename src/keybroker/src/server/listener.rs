@@ -1,0 +1,111 @@
+//! The accept loop: connections under a limit, each in a task of its own. Our own rather than tonic's, which has no cap, no age
+//! with a grace, and no bound on its graceful stop.
+//!
+//! Mitigations: M1, M3 of `THREAT_MODEL.md`.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::Router;
+use ipnet::IpNet;
+use tokio::{net::TcpListener, sync::Semaphore, time};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use keybroker_auth::Authenticator;
+use keybroker_broker::Broker;
+
+use super::{
+    Limits,
+    connection::Connection,
+    rarely::Rarely,
+    tls::Tls,
+    unauthenticated::{self, Places},
+    waiting::Waiting,
+};
+
+/// After an accept that failed for want of descriptors: a moment, so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What every connection of every listener shares.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    pub(super) broker: Arc<Broker>,
+    pub(super) authenticator: Arc<Authenticator>,
+    pub(super) connections: Arc<Semaphore>,
+    /// Those whose handshake is under way.
+    pub(super) handshakes: Arc<Waiting>,
+    /// Who holds the others.
+    pub(super) places: Arc<Places>,
+    /// Limits the log lines about connections that are refused.
+    pub(super) refusals: Arc<Rarely>,
+    pub(super) limits: Arc<Limits>,
+    /// Stop accepting and ask every connection to leave.
+    pub(super) stop: CancellationToken,
+    pub(super) tasks: TaskTracker,
+}
+
+/// One listener: its socket, its TLS and what it lets in.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) socket: TcpListener,
+    /// Absent where the configuration says in so many words that there is none.
+    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) routes: Router,
+    /// Networks of proxies and load balancers, which speak for many clients.
+    pub(super) trusted_proxies: Vec<IpNet>,
+}
+
+impl Listener {
+    /// Accepts until told to stop; dropping the socket then refuses newcomers at once.
+    pub(super) async fn accept(self, shared: Shared) {
+        let failures = Rarely::default();
+        let full = Rarely::default();
+        loop {
+            if shared.connections.available_permits() == 0 {
+                note_full(&shared.limits, &full);
+            }
+            let place = Arc::clone(&shared.connections).acquire_owned();
+            let (permit, accepted) = tokio::select! {
+                () = shared.stop.cancelled() => return,
+                both = async { (place.await, self.socket.accept().await) } => both,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    metrics::counter!("keybroker_accept_failures_total").increment(1);
+                    if let Some(left_out) = failures.count() {
+                        tracing::warn!(%error, left_out, "accept failed; connections wait in the kernel's queue");
+                    }
+                    time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            // Without TLS everything comes through the proxy that ends it.
+            let network = self
+                .tls
+                .as_ref()
+                .and_then(|_| unauthenticated::network(peer.ip(), &self.trusted_proxies));
+            let connection = Connection {
+                peer,
+                network,
+                tls: self.tls.clone(),
+                routes: self.routes.clone(),
+                shared: shared.clone(),
+            };
+            shared.tasks.spawn(async move {
+                connection.serve(stream).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+/// The limit of connections is reached. The next connection waits in the kernel's queue until one ends.
+fn note_full(limits: &Limits, full: &Rarely) {
+    metrics::counter!("keybroker_connections_full_total").increment(1);
+    if let Some(left_out) = full.count() {
+        tracing::warn!(
+            connections_max = limits.connections_max,
+            left_out,
+            "the limit of connections is reached; new connections wait until one ends"
+        );
+    }
+}

@@ -1,0 +1,168 @@
+//! What must be there before the doors open: ports, certificates, audit log, schema, token.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
+use tokio::net::TcpListener;
+
+use crate::{
+    cli::exit::{Exit, Failure},
+    config::Config,
+};
+use keybroker_audit as audit;
+use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
+use keybroker_broker::Serving;
+use keybroker_core::{call::CallId, key::WrappingKeyState, state::StateDirectory};
+use keybroker_hsm::{ExpectedKey, Supervisor};
+use keybroker_store as store;
+use keybroker_store::Store;
+
+use super::{ListenerSettings, tls::Tls};
+
+pub(super) struct Bound {
+    pub(super) socket: TcpListener,
+    pub(super) settings: ListenerSettings,
+    pub(super) tls: Option<Arc<Tls>>,
+}
+
+/// Opening reads and syncs files, and waits for its own first entry.
+pub(super) async fn open_audit(
+    settings: audit::Settings,
+) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
+    let opened = tokio::task::spawn_blocking(move || settings.open_instance()).await;
+    let opened = opened.map_err(|panic| Failure::new(Exit::Internal, panic.to_string()))?;
+    Ok(opened?)
+}
+
+const MIGRATE: &str = "store.migrate";
+
+/// Brings the database to the schema of this release, if the configuration says so: a change like any other, with an intent
+/// before and an outcome after. Takes the lock of the database for as long as that. Before that it closes the intent of a
+/// start that was cut short here.
+pub(super) async fn migrate(
+    settings: &store::Settings,
+    audit: &AuditLog,
+    open: &mut Vec<OpenIntent>,
+) -> Result<(), Failure> {
+    let cut_short: Vec<OpenIntent> = open
+        .extract_if(.., |intent| intent.intent.action == MIGRATE)
+        .collect();
+    if !settings.migrate_at_start && cut_short.is_empty() {
+        return Ok(());
+    }
+    let pending = !store::migrate(settings, true).await?.pending.is_empty();
+    for intent in cut_short {
+        let outcome = if pending {
+            Outcome::Failed
+        } else {
+            Outcome::Ok
+        };
+        audit.append(intent.recovered(outcome)).await?;
+    }
+    if !settings.migrate_at_start || !pending {
+        return Ok(());
+    }
+    let call = CallId::fresh();
+    let entry = |kind, outcome| {
+        let mut entry = Entry::new(kind, MIGRATE, outcome);
+        entry.principal = Some(format!("local-uid:{}", rustix::process::getuid().as_raw()));
+        entry.peer = Some("local".to_owned());
+        entry.call_id = Some(call);
+        entry
+    };
+    audit.append(entry(EntryKind::Intent, Outcome::Ok)).await?;
+    let migrated = store::migrate(settings, false).await;
+    let outcome = if migrated.is_ok() {
+        Outcome::Ok
+    } else {
+        Outcome::Failed
+    };
+    let recorded = audit.append(entry(EntryKind::Outcome, outcome)).await;
+    migrated?;
+    recorded?;
+    Ok(())
+}
+
+pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {
+    let mut bound = Vec::new();
+    for settings in listeners {
+        let tls = settings
+            .load_tls()
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        bound.push(Bound {
+            socket: bind(settings.address).await?,
+            settings: settings.clone(),
+            tls: tls.map(Arc::new),
+        });
+    }
+    Ok(bound)
+}
+
+pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
+        let what = if in_use {
+            format!(
+                "{address} is in use: another keybroker or another program listens there; stop it, or \
+                 choose another address"
+            )
+        } else {
+            format!("cannot listen on {address}: {error}")
+        };
+        let exit = if in_use { Exit::InUse } else { Exit::Configuration };
+        Failure::new(exit, what)
+    })
+}
+
+pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
+    socket
+        .local_addr()
+        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
+}
+
+/// Starts the workers with the keys that the registry names, and waits for the first attempt. Whoever gives this up stops
+/// what is in `started`.
+pub(super) async fn start_token(
+    config: &Config,
+    store: &Arc<dyn Store>,
+    program: PathBuf,
+    started: &OnceLock<Arc<Supervisor>>,
+) -> Result<Arc<Supervisor>, Failure> {
+    let rows = store.registry().await?;
+    let keys: Vec<ExpectedKey> = rows
+        .iter()
+        .filter(|row| row.state != WrappingKeyState::Destroyed)
+        .map(|row| ExpectedKey {
+            id: row.id,
+            fingerprint: row.fingerprint,
+        })
+        .collect();
+    if keys.is_empty() {
+        return Err(Failure::new(
+            Exit::Untrusted,
+            "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
+             generate`",
+        ));
+    }
+    let supervisor = Arc::clone(started.get_or_init(|| {
+        let state = StateDirectory::below(&config.audit.directory);
+        Supervisor::start(config.token.clone(), keys, program, state)
+    }));
+    let serving = supervisor.settled().await;
+    if let Some(error) = supervisor.startup_error() {
+        let exit = if error.untrusted {
+            Exit::Untrusted
+        } else {
+            Exit::Token
+        };
+        return Err(Failure::new(exit, error.message));
+    }
+    if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
+        // Not an end: a token that is unavailable returns, and a rejected PIN is corrected in its file.
+        tracing::error!(%cause, "started without the token; nothing is released until it serves");
+    }
+    Ok(supervisor)
+}

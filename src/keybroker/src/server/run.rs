@@ -1,0 +1,418 @@
+//! The life of `keybroker serve`, from the first check to the last entry of the audit log.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use axum::Router;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::Semaphore,
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    cli::exit::{Exit, Failure},
+    config::Config,
+    telemetry,
+};
+use keybroker_api::rpc;
+use keybroker_audit::AuditLog;
+use keybroker_auth::{
+    Authenticator,
+    client_secret::{self, Secrets},
+    token::Tokens,
+};
+use keybroker_broker::{Broker, ClientRules, Parts, Serving, limits::Limits};
+use keybroker_core::{call::Deadline, state::StateDirectory};
+use keybroker_hsm::{Supervisor, Token};
+use keybroker_policy::Policy;
+use keybroker_store as store;
+use keybroker_store::{Store, StoreLock};
+
+use super::{
+    clients::Clients,
+    descriptors,
+    doors::Doors,
+    identify::Identifier,
+    listener::{Listener, Shared},
+    notify,
+    opening::{self, Bound},
+    status,
+    tls::Tls,
+    unauthenticated::Places,
+    waiting::Waiting,
+    watch,
+};
+
+/// For reading the registry and verifying it on the token.
+pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the first key sets of providers, before the doors open; one that is down then is asked again in the background.
+const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
+const LAME_DUCK: Duration = Duration::from_millis(500);
+/// For what follows the drain of the doors: workers and store.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// One in so many connections may be without a principal.
+const UNAUTHENTICATED_DIVISOR: usize = 4;
+/// One in so many may be in its handshake.
+const HANDSHAKES_DIVISOR: usize = 2;
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// Runs until SIGTERM or SIGINT; a second signal ends it at once.
+pub async fn run(
+    config: Config,
+    program: PathBuf,
+    ready_file: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let no_signals = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
+    let mut signals = Signals::listen().map_err(no_signals)?;
+    // From the first moment: by default it would end the process.
+    let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
+    let token = OnceLock::new();
+    let started = tokio::select! {
+        started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
+        name = signals.next() => {
+            tracing::info!(signal = name, "stopped while starting; nothing was served");
+            Ok(None)
+        }
+    };
+    let started = match started {
+        Ok(Some(started)) => started,
+        unserved => {
+            // Service managers kill what is left behind: a worker in the middle of its login must be gone before we are.
+            if let Some(token) = token.get() {
+                token.drain_and_stop(Deadline::after(Duration::ZERO)).await;
+            }
+            return unserved.map(drop);
+        }
+    };
+    let manager = notify::Manager::serving(started.probes());
+    let name = signals.next().await;
+    tracing::info!(signal = name, "stopping");
+    manager.stopping();
+    tokio::select! {
+        () = started.stop() => Ok(()),
+        name = signals.next() => Err(Failure::new(
+            Exit::Interrupted,
+            format!("stopped at once by a second signal, {name}; the next start resolves what was open"),
+        )),
+    }
+}
+
+fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
+    let tokens = Tokens::new(&config.issuers)?;
+    let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
+    Ok(Arc::new(tokens))
+}
+
+fn client_rules(settings: &client_secret::Settings) -> ClientRules {
+    let hashing = settings.clone();
+    ClientRules {
+        grantable_roles: settings.grantable_roles.clone(),
+        hash: Arc::new(move |secret| hashing.hash(secret)),
+    }
+}
+
+/// The two signals that end a service.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+struct Server {
+    config: Config,
+    broker: Arc<Broker>,
+    supervisor: Arc<Supervisor>,
+    store: Arc<dyn Store>,
+    audit: AuditLog,
+    health: HealthReporter,
+    addresses: Vec<SocketAddr>,
+    status_address: SocketAddr,
+    metrics: PrometheusHandle,
+    /// Connections and the accept loops.
+    connections: TaskTracker,
+    stop_connections: CancellationToken,
+    /// What runs beside them: health, maintenance, reload.
+    background: TaskTracker,
+    stop_background: CancellationToken,
+    /// Probes and metrics answer until the end.
+    status: TaskTracker,
+    stop_status: CancellationToken,
+    _store_lock: StoreLock,
+}
+
+impl Server {
+    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log, database, token,
+    /// registry, then the doors open.
+    async fn start(
+        config: Config,
+        program: PathBuf,
+        ready_file: Option<PathBuf>,
+        hangup: Signal,
+        token_started: &OnceLock<Arc<Supervisor>>,
+    ) -> Result<Self, Failure> {
+        let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
+        let unusable = |what| Failure::new(Exit::Configuration, what);
+        let tokens = access_tokens(&config).map_err(unusable)?;
+        let authenticator = Authenticator::new(&config.principals)
+            .map_err(unusable)?
+            .with_tokens(Arc::clone(&tokens));
+        let limits = Limits::new(&config.rates);
+        let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
+        let bound = opening::bind_all(&config.listeners).await?;
+        let status_socket = opening::bind(config.status.address).await?;
+        let status_address = opening::local(&status_socket)?;
+        let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
+        opening::migrate(&config.store, &audit, &mut open_intents).await?;
+        let store_lock = store::lock(&config.store)?;
+        let store = store::open(&config.store).await?;
+        let supervisor = opening::start_token(&config, &store, program, token_started).await?;
+        let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
+        let broker = Broker::new(Parts {
+            policy: Arc::clone(&policy),
+            audit: audit.clone(),
+            store: Arc::clone(&store),
+            token,
+            limits: Arc::clone(&limits),
+            client_rules: client_rules(&config.client_credentials),
+            state: StateDirectory::below(&config.audit.directory),
+        });
+        let directory = Arc::new(Clients(Arc::clone(&broker)));
+        let secrets = Secrets::new(config.client_credentials.clone(), directory)
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let identifier = Identifier {
+            authenticator: Arc::new(authenticator.with_secrets(secrets)),
+            limits,
+        };
+        broker.recover(open_intents).await;
+        if supervisor.settled().await == Serving::Up {
+            broker
+                .load_registry(Deadline::after(REGISTRY_TIMEOUT))
+                .await?;
+        }
+        let (health, _) = tonic_health::server::health_reporter();
+        let mut server = Self {
+            addresses: Vec::new(),
+            status_address,
+            metrics,
+            connections: TaskTracker::new(),
+            stop_connections: CancellationToken::new(),
+            background: TaskTracker::new(),
+            stop_background: CancellationToken::new(),
+            status: TaskTracker::new(),
+            stop_status: CancellationToken::new(),
+            _store_lock: store_lock,
+            config,
+            broker,
+            supervisor,
+            store,
+            audit,
+            health,
+        };
+        // Nobody is told that it serves before somebody has looked.
+        watch::report(&server.broker.health(), &server.health).await;
+        server.look_after(&bound, policy, hangup);
+        let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
+        server.background.spawn(refresh);
+        server.serve_status(status_socket);
+        tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
+        server.open_doors(bound, &identifier)?;
+        if let Some(path) = &ready_file {
+            server.write_ready_file(path)?;
+        }
+        Ok(server)
+    }
+
+    fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
+        let limits = self.config.limits.clone();
+        let connections_max = descriptors::connections(limits.connections_max);
+        let unauthenticated_max = connections_max.div_ceil(UNAUTHENTICATED_DIVISOR);
+        let shared = Shared {
+            broker: Arc::clone(&self.broker),
+            authenticator: Arc::clone(&identifier.authenticator),
+            connections: Arc::new(Semaphore::new(connections_max)),
+            handshakes: Waiting::new(connections_max.div_ceil(HANDSHAKES_DIVISOR)),
+            places: Places::new(unauthenticated_max, limits.connections_per_principal_max),
+            refusals: Arc::default(),
+            limits: Arc::new(limits),
+            stop: self.stop_connections.clone(),
+            tasks: self.connections.clone(),
+        };
+        let memory = rpc::Memory::new(shared.limits.message_bytes_max);
+        let doors = Doors {
+            config: &self.config,
+            broker: &self.broker,
+            health: &self.health,
+            calls: &self.connections,
+            stop: &self.stop_connections,
+            memory: &memory,
+        };
+        for Bound {
+            socket,
+            settings,
+            tls,
+        } in bound
+        {
+            let routes = doors.routes(&settings)?;
+            let routes = identifier.clone().wrap(routes);
+            let address = opening::local(&socket)?;
+            tracing::info!(%address, doors = ?settings.doors, "listening");
+            self.addresses.push(address);
+            let listener = Listener {
+                socket,
+                tls,
+                routes,
+                trusted_proxies: settings.trusted_proxies,
+            };
+            self.connections.spawn(listener.accept(shared.clone()));
+        }
+        Ok(())
+    }
+
+    /// What the status listener answers, and the watchdog's own question.
+    fn probes(&self) -> Router {
+        status::routes(status::Probe {
+            broker: Arc::clone(&self.broker),
+            metrics: self.metrics.clone(),
+            stopping: self.stop_background.clone(),
+        })
+    }
+
+    fn serve_status(&self, socket: TcpListener) {
+        tracing::info!(address = %self.status_address, "status listener");
+        let serving = status::serve(socket, self.probes(), self.stop_status.clone());
+        self.status.spawn(serving);
+        let metrics = self.metrics.clone();
+        self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
+    }
+
+    /// Starts what runs beside the doors.
+    fn look_after(&self, bound: &[Bound], policy: Arc<Policy>, hangup: Signal) {
+        let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
+        let stop = self.stop_background.clone();
+        self.background
+            .spawn(watch::files(tls, policy, hangup, stop));
+        self.background
+            .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
+        self.background.spawn(watch::health(
+            Arc::clone(&self.broker),
+            self.health.clone(),
+            self.stop_background.clone(),
+        ));
+        self.background.spawn(watch::registry_once_up(
+            Arc::clone(&self.broker),
+            Arc::clone(&self.supervisor),
+            self.stop_background.clone(),
+        ));
+    }
+
+    fn each(&self, interval: Duration, work: impl Fn() + Send + 'static) {
+        let stop = self.stop_background.clone();
+        self.background.spawn(async move {
+            let mut ticks = time::interval(interval);
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    _ = ticks.tick() => work(),
+                }
+            }
+        });
+    }
+
+    /// Says where it listens, for whoever started it with port 0. Written under another name first: a reader never sees
+    /// half of it.
+    fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
+        let text = serde_json::json!({
+            "listeners": self.addresses,
+            "status": self.status_address,
+            "pid": std::process::id(),
+        });
+        let partial = path.with_extension("partial");
+        fs::write(&partial, text.to_string())
+            .and_then(|()| fs::rename(&partial, path))
+            .map_err(|error| {
+                let what = format!("cannot write the ready file {}: {error}", path.display());
+                Failure::new(Exit::Usage, what)
+            })
+    }
+
+    /// The drain, in this order: health says `NOT_SERVING`; load balancers get a moment; no more connections, and GOAWAY on
+    /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
+    /// audit log gets its last entry.
+    async fn stop(self) {
+        // First the one who would say otherwise. It ends at once; whoever is in the middle of a question to the database may
+        // take longer, and nobody waits for that.
+        self.stop_background.cancel();
+        self.background.close();
+        if time::timeout(LAME_DUCK, self.background.wait())
+            .await
+            .is_err()
+        {
+            tracing::debug!("background work has not ended yet");
+        }
+        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE, ""] {
+            self.health
+                .set_service_status(service, ServingStatus::NotServing)
+                .await;
+        }
+        time::sleep(LAME_DUCK).await;
+        self.stop_connections.cancel();
+        self.connections.close();
+        let patience = Duration::from_millis(self.config.limits.drain_timeout_ms);
+        if time::timeout(patience, self.connections.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                connections = self.connections.len(),
+                "connections cut at the end of the drain"
+            );
+        }
+        self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
+        self.supervisor
+            .drain_and_stop(Deadline::after(STOP_TIMEOUT))
+            .await;
+        if time::timeout(STOP_TIMEOUT, self.store.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database does not answer; its connections are cut");
+        }
+        let audit = self.audit;
+        if tokio::task::spawn_blocking(move || audit.close())
+            .await
+            .is_err()
+        {
+            tracing::error!("the audit log was not closed in order");
+        }
+        self.stop_status.cancel();
+        self.status.close();
+        self.status.wait().await;
+        tracing::info!("stopped");
+    }
+}

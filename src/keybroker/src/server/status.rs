@@ -1,0 +1,132 @@
+//! Plain HTTP on loopback for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is the last to close when the
+//! broker stops, so that probes can tell a drain from a crash.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::get,
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use keybroker_broker::Broker;
+
+use super::waiting::Waiting;
+
+/// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
+const CONNECTIONS_MAX: usize = 64;
+/// For a request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
+/// For a request and its answer.
+const AGE_MAX: Duration = Duration::from_secs(10);
+/// Bytes of a request's head: the least that hyper takes.
+const BUFFER_BYTES_MAX: usize = 8 * 1_024;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// The format that Prometheus reads.
+const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// What probes are told.
+#[derive(Clone, Debug)]
+pub(super) struct Probe {
+    pub(super) broker: Arc<Broker>,
+    pub(super) metrics: PrometheusHandle,
+    /// Cancelled when the broker begins to stop.
+    pub(super) stopping: CancellationToken,
+}
+
+/// The routes. `/livez` asks nothing of token, store or audit log: a restart cures none of them.
+pub(super) fn routes(probe: Probe) -> Router {
+    Router::new()
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(probe)
+}
+
+async fn metrics(State(probe): State<Probe>) -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, METRICS_TYPE)],
+        probe.metrics.render(),
+    )
+}
+
+async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
+    let health = probe.broker.health();
+    let problem = if probe.stopping.is_cancelled() {
+        "stopping".to_owned()
+    } else if health.user_keys {
+        let text = if health.detail.is_empty() {
+            "ready\n".to_owned()
+        } else {
+            format!("ready, but {}\n", health.detail)
+        };
+        return (StatusCode::OK, text);
+    } else {
+        health.detail
+    };
+    let text = format!("not ready: {problem}\n");
+    (StatusCode::SERVICE_UNAVAILABLE, text)
+}
+
+/// Answers until `stop`, and then ends at once.
+pub(super) async fn serve(socket: TcpListener, routes: Router, stop: CancellationToken) {
+    let waiting = Waiting::new(CONNECTIONS_MAX);
+    let connections = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = socket.accept() => accepted,
+        };
+        let (stream, _) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed on the status listener");
+                time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let ticket = waiting.enter(None);
+        if ticket.made_room() {
+            metrics::counter!("keybroker_connections_refused_total", "cause" => "status")
+                .increment(1);
+        }
+        let answering = answer(stream, routes.clone());
+        let stop = stop.clone();
+        connections.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = ticket.closed() => {}
+                () = answering => {}
+            }
+        });
+    }
+}
+
+/// Answers one request and closes the connection.
+pub(super) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, routes: Router) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    if let Ok(Err(error)) = time::timeout(AGE_MAX, connection).await {
+        tracing::debug!(%error, "status connection ended");
+    }
+}

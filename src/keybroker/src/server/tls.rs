@@ -1,0 +1,619 @@
+//! TLS of one listener: loaded and checked as a whole, replaced as a whole. A bad file on reload leaves the old
+//! configuration in place.
+//!
+//! Mitigation: M1 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use aws_lc_rs::digest;
+use rustls::{
+    RootCertStore, ServerConfig,
+    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_util::sync::CancellationToken;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+use zeroize::Zeroizing;
+
+use keybroker_core::{
+    call::Timestamp,
+    pem,
+    trusted_file::{self, Purpose},
+};
+
+use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
+
+mod purpose;
+mod revocation;
+#[cfg(test)]
+mod tests;
+
+use purpose::ForClients;
+use revocation::{Age, Life, Lists, Versions};
+
+const SECONDS_PER_DAY: i64 = 86_400;
+const SECONDS_PER_HOUR: i64 = 3_600;
+/// A certificate with less than this left is worth a warning.
+const WARN_DAYS: i64 = 30;
+
+/// Longest chain, key and file of authorities, in bytes.
+const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Longest file of revocation lists, in bytes.
+const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+const CHAIN: Purpose =
+    Purpose::trust("other users could decide which certificate clients are shown");
+const KEY: Purpose = Purpose::secret("private key");
+const AUTHORITIES: Purpose = Purpose::trust(
+    "other users could name a certificate authority of their own, and be any client",
+);
+const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
+
+/// What connections are accepted with, from one moment to the next.
+#[derive(Debug)]
+pub(super) struct Accepting {
+    pub(super) config: Arc<ServerConfig>,
+    /// Cancelled when the trust in clients has changed: a revoked client must not keep its connection.
+    pub(super) outdated: CancellationToken,
+    /// SHA-256 of the files, and of what decides about clients: their CAs, and who is revoked.
+    files: [u8; 32],
+    trust: [u8; 32],
+    /// Of the revocation lists.
+    lists: Option<Life>,
+    /// How new they are.
+    versions: Versions,
+    /// Last second of the certificate, since 1970.
+    until: i64,
+    contents: Contents,
+}
+
+const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
+
+/// How much each file of a listener gave: a number that is too small is how an operator sees that something is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Certificates of the chain.
+    pub certificates: usize,
+    /// Authorities of client certificates.
+    pub authorities: usize,
+    /// Revocation lists.
+    pub revocation_lists: usize,
+    /// Whether each certificate of the chain is followed by its issuer. Some clients refuse a chain that is not.
+    pub is_chain_in_order: bool,
+}
+
+impl fmt::Display for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for (number, one, many) in [
+            (
+                self.certificates,
+                "certificate in the chain",
+                "certificates in the chain",
+            ),
+            (self.authorities, "client authority", "client authorities"),
+            (self.revocation_lists, "revocation list", "revocation lists"),
+        ] {
+            if number > 0 {
+                let what = if number == 1 { one } else { many };
+                write!(f, "{separator}{number} {what}")?;
+                separator = ", ";
+            }
+        }
+        if !self.is_chain_in_order {
+            write!(
+                f,
+                "; {OUT_OF_ORDER}: write the server's certificate first and after each certificate its issuer"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// TLS of a listener, replaceable while it serves.
+#[derive(Debug)]
+pub(super) struct Tls {
+    settings: TlsSettings,
+    clients: ClientCertificates,
+    /// What clients can speak here (RFC 7301).
+    protocols: Vec<Vec<u8>>,
+    current: ArcSwap<Accepting>,
+    /// Chain and key that are in use: with them changed trust counts also while those on disk are bad.
+    shown: Mutex<Shown>,
+    /// What the last reload failed with, so that it is reported once and not each second.
+    refused: Mutex<Option<String>>,
+    /// What was last said of the age of the revocation lists.
+    age: Mutex<Option<Age>>,
+}
+
+/// What clients are shown, as in the files.
+#[derive(Clone)]
+struct Shown {
+    chain: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+}
+
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Shown(…)")
+    }
+}
+
+struct Files {
+    chain: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+    client_ca: Vec<u8>,
+    client_crl: Option<Vec<u8>>,
+}
+
+impl Tls {
+    /// Loads the files; any problem stops the start.
+    pub(super) fn load(
+        settings: TlsSettings,
+        clients: ClientCertificates,
+        speaks_http1: bool,
+    ) -> Result<Self, String> {
+        let mut protocols = vec![b"h2".to_vec()];
+        if speaks_http1 {
+            protocols.push(ALPN_HTTP1.to_vec());
+        }
+        let files = Files::read(&settings, clients)?;
+        let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
+        log_contents("TLS files read", &settings, accepting.contents);
+        Ok(Self {
+            shown: Mutex::new(files.shown()),
+            settings,
+            clients,
+            protocols,
+            current: ArcSwap::from_pointee(accepting),
+            refused: Mutex::default(),
+            age: Mutex::default(),
+        })
+    }
+
+    pub(super) fn current(&self) -> Arc<Accepting> {
+        self.current.load_full()
+    }
+
+    /// How much each file gave.
+    pub(super) fn contents(&self) -> Contents {
+        self.current().contents
+    }
+
+    /// Trust domains of SPIFFE ids that are accepted; empty: any.
+    pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
+        &self.settings.trust_domains
+    }
+
+    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
+    /// who is still trusted comes back.
+    pub(super) fn reload(&self) {
+        let outcome = self.try_reload();
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        match outcome {
+            Ok(changed) => {
+                *refused = None;
+                if changed {
+                    log_contents("TLS files reloaded", &self.settings, self.contents());
+                }
+            }
+            Err(error) if refused.as_ref() == Some(&error) => {}
+            Err(error) => {
+                metrics::counter!("keybroker_tls_reload_failures_total").increment(1);
+                tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
+                *refused = Some(error);
+            }
+        }
+    }
+
+    /// Forgets what was reported: whoever asks for a reload wants to hear of it again.
+    pub(super) fn report_again(&self) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Says again how long the certificate in use is valid: time goes on while it serves.
+    pub(super) fn measure(&self) {
+        let current = self.current();
+        note_days_left(current.until, &self.settings.certificate_file);
+        if let (Some(life), Some(path)) = (current.lists, &self.settings.client_crl_file) {
+            self.note_age(life, path);
+        }
+    }
+
+    fn note_age(&self, life: Life, path: &Path) {
+        let now = Timestamp::now().micros() / 1_000_000;
+        let shown = path.display().to_string();
+        let hours = (life.until - now).div_euclid(SECONDS_PER_HOUR);
+        metrics::gauge!("keybroker_client_crl_hours_left", "file" => shown.clone())
+            .set(f64::from(i32::try_from(hours).unwrap_or(i32::MAX)));
+        let age = life.age(now);
+        let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
+        if *said == Some(age) {
+            return;
+        }
+        match age {
+            Age::Good => {}
+            Age::Late => tracing::error!(
+                alarm = "client-crl", file = %shown, hours_left = hours,
+                "a revocation list ends soon, and there is no newer one; then no client certificate is accepted"
+            ),
+            Age::Over => tracing::error!(
+                alarm = "client-crl", file = %shown,
+                "a revocation list has ended: its authority's clients are refused until there is a newer one"
+            ),
+        }
+        *said = Some(age);
+    }
+
+    fn try_reload(&self) -> Result<bool, String> {
+        let reloaded = self.try_reload_all();
+        if reloaded.is_err() {
+            // A renewal that went wrong must not keep a revoked client in.
+            self.try_reload_trust()?;
+        }
+        reloaded
+    }
+
+    fn try_reload_all(&self) -> Result<bool, String> {
+        let files = Files::read(&self.settings, self.clients)?;
+        if files.digest() == self.current().files {
+            return Ok(false);
+        }
+        let next = files.build(
+            &self.settings,
+            self.clients,
+            &self.protocols,
+            Validity::Judged,
+        )?;
+        self.check_follows(&next)?;
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
+        self.take_over(next);
+        Ok(true)
+    }
+
+    /// Changed authorities and revocation lists, with the chain and key that are in use.
+    fn try_reload_trust(&self) -> Result<(), String> {
+        let shown = self
+            .shown
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let files = Files::with_trust(shown, &self.settings, self.clients)?;
+        let next = files.build(
+            &self.settings,
+            self.clients,
+            &self.protocols,
+            Validity::Unjudged,
+        )?;
+        self.check_follows(&next)?;
+        if next.trust != self.current().trust {
+            self.take_over(next);
+            tracing::warn!("changed trust in clients is taken over without the other TLS files");
+        }
+        Ok(())
+    }
+
+    fn check_follows(&self, next: &Accepting) -> Result<(), String> {
+        let path = self.settings.client_crl_file.as_deref();
+        let shown = path.unwrap_or(Path::new("")).display();
+        next.versions
+            .check_follow(&self.current().versions)
+            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+    }
+
+    fn take_over(&self, mut next: Accepting) {
+        let current = self.current();
+        let trust_changed = next.trust != current.trust;
+        if !trust_changed {
+            // Who was accepted before is to be told when it changes next.
+            next.outdated = current.outdated.clone();
+        }
+        self.current.store(Arc::new(next));
+        if trust_changed {
+            current.outdated.cancel();
+        }
+    }
+}
+
+/// Whether the dates of the server's own certificate matter.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Validity {
+    Judged,
+    /// It is in use already.
+    Unjudged,
+}
+
+impl Files {
+    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, String> {
+        let shown = Shown {
+            chain: read(
+                "certificate_file",
+                &settings.certificate_file,
+                PEM_BYTES_MAX,
+                CHAIN,
+            )?
+            .to_vec(),
+            key: read("key_file", &settings.key_file, PEM_BYTES_MAX, KEY)?,
+        };
+        Self::with_trust(shown, settings, clients)
+    }
+
+    fn with_trust(
+        Shown { chain, key }: Shown,
+        settings: &TlsSettings,
+        clients: ClientCertificates,
+    ) -> Result<Self, String> {
+        let client_ca = match (&settings.client_ca_file, clients) {
+            (_, ClientCertificates::None) => Vec::new(),
+            (Some(path), _) => read("client_ca_file", path, PEM_BYTES_MAX, AUTHORITIES)?.to_vec(),
+            (None, _) => {
+                return Err(
+                    "client certificates are asked for, but `client_ca_file` is not set; without \
+                     it nobody could be recognised"
+                        .to_owned(),
+                );
+            }
+        };
+        let client_crl = match (&settings.client_crl_file, clients) {
+            (Some(path), ClientCertificates::Required | ClientCertificates::Optional) => {
+                Some(read("client_crl_file", path, LISTS_BYTES_MAX, LISTS)?.to_vec())
+            }
+            _ => None,
+        };
+        Ok(Self {
+            chain,
+            key,
+            client_ca,
+            client_crl,
+        })
+    }
+
+    fn shown(&self) -> Shown {
+        Shown {
+            chain: self.chain.clone(),
+            key: self.key.clone(),
+        }
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        let mut context = digest::Context::new(&digest::SHA256);
+        let lists = self.client_crl.as_deref().unwrap_or_default();
+        for part in [&self.chain, &*self.key, &self.client_ca, lists] {
+            context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
+            context.update(part);
+        }
+        to_array(context.finish().as_ref())
+    }
+
+    fn build(
+        &self,
+        settings: &TlsSettings,
+        clients: ClientCertificates,
+        protocols: &[Vec<u8>],
+        validity: Validity,
+    ) -> Result<Accepting, String> {
+        let certificate_file = settings.certificate_file.display();
+        let chain = pem::chain(&self.chain)
+            .map_err(|error| format!("`certificate_file` {certificate_file}: {error}"))?;
+        let leaf = chain
+            .first()
+            .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
+        let until = match validity {
+            Validity::Judged => check_validity(leaf, &settings.certificate_file)?,
+            Validity::Unjudged => not_after(leaf)?,
+        };
+        let key = pem::private_key(&self.key)
+            .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;
+        let lists = self.lists(settings)?;
+        let trust = self.trust(lists.as_ref());
+        let versions = lists
+            .as_ref()
+            .map_or_else(Versions::default, |lists| lists.versions.clone());
+        let life = lists.as_ref().map(|lists| lists.life);
+        let contents = Contents {
+            certificates: chain.len(),
+            authorities: match clients {
+                ClientCertificates::None => 0,
+                ClientCertificates::Optional | ClientCertificates::Required => {
+                    self.authorities(settings)?.len()
+                }
+            },
+            revocation_lists: lists.as_ref().map_or(0, |lists| lists.ders.len()),
+            is_chain_in_order: is_in_order(&chain),
+        };
+        let place = key_place(&chain, &key);
+        let builder = ServerConfig::builder();
+        let builder = match self.verifier(settings, clients, lists)? {
+            Some(verifier) => builder.with_client_cert_verifier(verifier),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| {
+            let key_file = settings.key_file.display();
+            match place {
+                Some(number) if number > 1 => format!(
+                    "{certificate_file}: the certificate of the key {key_file} is number {number} of {}; it must be the \
+                     first, and each certificate after it the issuer of the one before",
+                    contents.certificates
+                ),
+                _ => format!("{certificate_file} and {key_file} do not belong together: {error}"),
+            }
+        })?;
+        config.alpn_protocols = protocols.to_vec();
+        // No resumption: a resumed session brings the client certificate of the first one, unverified.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(Accepting {
+            config: Arc::new(config),
+            outdated: CancellationToken::new(),
+            until,
+            files: self.digest(),
+            trust,
+            lists: life,
+            contents,
+            versions,
+        })
+    }
+
+    /// The revocation lists, if there are to be any.
+    fn lists(&self, settings: &TlsSettings) -> Result<Option<Lists>, String> {
+        let (Some(pem), Some(path)) = (&self.client_crl, &settings.client_crl_file) else {
+            return Ok(None);
+        };
+        let shown = path.display();
+        Lists::read(pem, &self.authorities(settings)?)
+            .map(Some)
+            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+    }
+
+    fn trust(&self, lists: Option<&Lists>) -> [u8; 32] {
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(digest::digest(&digest::SHA256, &self.client_ca).as_ref());
+        if let Some(lists) = lists {
+            context.update(&lists.revoked);
+        }
+        to_array(context.finish().as_ref())
+    }
+
+    fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, String> {
+        let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
+        pem::certificates(&self.client_ca)
+            .map_err(|error| format!("`client_ca_file` {}: {error}", path.display()))
+    }
+
+    fn verifier(
+        &self,
+        settings: &TlsSettings,
+        clients: ClientCertificates,
+        lists: Option<Lists>,
+    ) -> Result<Option<Arc<dyn ClientCertVerifier>>, String> {
+        if clients == ClientCertificates::None {
+            return Ok(None);
+        }
+        let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
+        let shown = path.display();
+        let mut roots = RootCertStore::empty();
+        for certificate in self.authorities(settings)? {
+            roots
+                .add(certificate)
+                .map_err(|error| format!("{shown} holds a certificate that is no CA: {error}"))?;
+        }
+        let mut builder = WebPkiClientVerifier::builder(Arc::new(roots));
+        if clients == ClientCertificates::Optional {
+            builder = builder.allow_unauthenticated();
+        }
+        if let Some(Lists { ders, .. }) = lists {
+            // The whole chain is looked up, and what no list says is refused: both are the defaults.
+            builder = builder.with_crls(ders).enforce_revocation_expiration();
+        }
+        let verifier = builder
+            .build()
+            .map_err(|error| format!("{shown} and its revocation lists are not usable: {error}"))?;
+        if settings.client_auth_usage_required {
+            return Ok(Some(Arc::new(ForClients(verifier))));
+        }
+        Ok(Some(verifier))
+    }
+}
+
+fn read(
+    setting: &str,
+    path: &Path,
+    bytes_max: u64,
+    purpose: Purpose,
+) -> Result<Zeroizing<Vec<u8>>, String> {
+    trusted_file::read(path, bytes_max, purpose).map_err(|error| format!("`{setting}`: {error}"))
+}
+
+fn log_contents(event: &'static str, settings: &TlsSettings, contents: Contents) {
+    tracing::info!(
+        certificate = %settings.certificate_file.display(),
+        certificates = contents.certificates,
+        authorities = contents.authorities,
+        revocation_lists = contents.revocation_lists,
+        "{event}"
+    );
+    if !contents.is_chain_in_order {
+        tracing::warn!(certificate = %settings.certificate_file.display(), "{OUT_OF_ORDER}");
+    }
+}
+
+/// Whether each certificate names the next one as its issuer. What does not parse is not in order.
+fn is_in_order(chain: &[CertificateDer<'_>]) -> bool {
+    let parsed: Result<Vec<_>, _> = chain
+        .iter()
+        .map(|certificate| X509Certificate::from_der(certificate))
+        .collect();
+    parsed.is_ok_and(|parsed| {
+        parsed.windows(2).all(|pair| {
+            let [(_, certificate), (_, next)] = pair else {
+                return true;
+            };
+            certificate.issuer().as_raw() == next.subject().as_raw()
+        })
+    })
+}
+
+/// Which certificate of a chain, counted from 1, has the public half of the key.
+fn key_place(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> Option<usize> {
+    let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
+    let public = key.public_key()?;
+    let position = chain.iter().position(|certificate| {
+        X509Certificate::from_der(certificate)
+            .is_ok_and(|(_, certificate)| certificate.public_key().raw == public.as_ref())
+    });
+    position.map(|position| position + 1)
+}
+
+fn to_array(bytes: &[u8]) -> [u8; 32] {
+    bytes.try_into().expect("SHA-256 gives 32 bytes")
+}
+
+fn not_after(leaf: &CertificateDer<'_>) -> Result<i64, String> {
+    let (_, certificate) = X509Certificate::from_der(leaf)
+        .map_err(|error| format!("the certificate in use does not parse: {error}"))?;
+    Ok(certificate.validity().not_after.timestamp())
+}
+
+/// Refuses a certificate that is expired or not valid yet, and warns of one that soon will be.
+fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String> {
+    let shown = path.display();
+    let (_, certificate) = X509Certificate::from_der(leaf)
+        .map_err(|error| format!("{shown} does not parse: {error}"))?;
+    let (from, until) = (
+        certificate.validity().not_before.timestamp(),
+        certificate.validity().not_after.timestamp(),
+    );
+    let now = Timestamp::now().micros() / 1_000_000;
+    let date = |seconds: i64| Timestamp::from_micros(seconds.saturating_mul(1_000_000));
+    if now > until {
+        return Err(format!(
+            "{shown} expired on {}; every client would refuse it: renew it",
+            date(until)
+        ));
+    }
+    if now < from {
+        return Err(format!(
+            "{shown} is not valid before {}; look at the clock of this machine",
+            date(from)
+        ));
+    }
+    let days = note_days_left(until, path);
+    if days < WARN_DAYS {
+        tracing::warn!(certificate = %shown, days, "the certificate expires soon; renew it");
+    }
+    Ok(until)
+}
+
+fn note_days_left(until: i64, path: &Path) -> i64 {
+    let now = Timestamp::now().micros() / 1_000_000;
+    let days = (until - now).div_euclid(SECONDS_PER_DAY);
+    let name = path.display().to_string();
+    metrics::gauge!("keybroker_certificate_days_left", "file" => name)
+        .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
+    days
+}

@@ -1,0 +1,359 @@
+//! Who holds a connection. Connections without a principal have a part of all places, and one network a part of that; one
+//! principal has a part of all places, too. So neither unauthenticated peers nor one client can take every place.
+//!
+//! Mitigation: M3 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::{IpAddr, Ipv4Addr},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use ipnet::IpNet;
+
+use keybroker_broker::limits;
+use keybroker_core::principal::Principal;
+
+/// One network has so much of the places at most.
+const NETWORK_DIVISOR: usize = 8;
+/// But never fewer places than this.
+const NETWORK_MIN: usize = 8;
+
+/// How many of `places` one network has.
+fn per_network(places: usize) -> usize {
+    (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
+}
+
+/// The network that a peer's connections are counted for: an IPv4 /24, an IPv6 /64. Absent for a trusted proxy, which
+/// speaks for many clients.
+pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr> {
+    const IPV4_HOST_BITS: u32 = 8;
+    let peer = peer.to_canonical();
+    if trusted_proxies
+        .iter()
+        .any(|network| network.contains(&peer))
+    {
+        return None;
+    }
+    Some(match limits::network(peer) {
+        IpAddr::V4(v4) => {
+            let bits = v4.to_bits() >> IPV4_HOST_BITS << IPV4_HOST_BITS;
+            IpAddr::V4(Ipv4Addr::from_bits(bits))
+        }
+        v6 @ IpAddr::V6(_) => v6,
+    })
+}
+
+/// The places of connections, counted by who holds them.
+#[derive(Debug)]
+pub(super) struct Places {
+    unauthenticated_max: usize,
+    unauthenticated: Mutex<Unauthenticated>,
+    per_principal: usize,
+    by_principal: Mutex<HashMap<String, usize>>,
+}
+
+#[derive(Debug, Default)]
+struct Unauthenticated {
+    all: usize,
+    /// No more networks than places.
+    by_network: HashMap<IpAddr, usize>,
+}
+
+impl Places {
+    pub(super) fn new(unauthenticated_max: usize, per_principal: usize) -> Arc<Self> {
+        Arc::new(Self {
+            unauthenticated_max,
+            unauthenticated: Mutex::default(),
+            per_principal,
+            by_principal: Mutex::default(),
+        })
+    }
+
+    /// A place for a connection without a principal. Without a network only the whole counts.
+    fn of_network(self: &Arc<Self>, network: Option<IpAddr>) -> Option<Place> {
+        let mut taken = lock(&self.unauthenticated);
+        if taken.all >= self.unauthenticated_max {
+            return None;
+        }
+        if let Some(network) = network
+            && !take(
+                &mut taken.by_network,
+                network,
+                per_network(self.unauthenticated_max),
+            )
+        {
+            return None;
+        }
+        taken.all += 1;
+        Some(Place {
+            places: Arc::clone(self),
+            holder: Holder::Network(network),
+        })
+    }
+
+    fn of_principal(self: &Arc<Self>, principal: &Principal) -> Option<Place> {
+        let name = principal.to_string();
+        let mut taken = lock(&self.by_principal);
+        take(&mut taken, name.clone(), self.per_principal).then(|| Place {
+            places: Arc::clone(self),
+            holder: Holder::Principal(name),
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn take<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K, max: usize) -> bool {
+    let count = counts.entry(key).or_default();
+    let has_room = *count < max;
+    if has_room {
+        *count += 1;
+    }
+    has_room
+}
+
+fn give_back<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Holder {
+    Network(Option<IpAddr>),
+    Principal(String),
+}
+
+#[derive(Debug)]
+struct Place {
+    places: Arc<Places>,
+    holder: Holder,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        match &self.holder {
+            Holder::Network(network) => {
+                let mut taken = lock(&self.places.unauthenticated);
+                taken.all -= 1;
+                if let Some(network) = network {
+                    give_back(&mut taken.by_network, network);
+                }
+            }
+            Holder::Principal(name) => give_back(&mut lock(&self.places.by_principal), name),
+        }
+    }
+}
+
+/// Why a connection gets no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Full {
+    /// The places for unauthenticated connections, or those of this network.
+    Unauthenticated,
+    /// The places of this principal.
+    Principal,
+}
+
+impl Full {
+    /// Name in the metrics.
+    pub(super) fn cause(self) -> &'static str {
+        match self {
+            Self::Unauthenticated => "unauthenticated",
+            Self::Principal => "principal",
+        }
+    }
+}
+
+/// Whether a principal was authenticated on a connection, and the place that the connection holds.
+#[derive(Debug)]
+pub(super) struct Authentication {
+    places: Arc<Places>,
+    place: Mutex<Option<Place>>,
+    done: Arc<AtomicBool>,
+    /// A proxy's connection carries calls of many principals and counts for none of them.
+    is_proxy: bool,
+    accepts_credentials: bool,
+}
+
+impl Authentication {
+    /// Of a connection whose certificate names a principal.
+    pub(super) fn done(places: &Arc<Places>, principal: &Principal) -> Result<Self, Full> {
+        let place = places.of_principal(principal).ok_or(Full::Principal)?;
+        Ok(Self {
+            places: Arc::clone(places),
+            place: Mutex::new(Some(place)),
+            done: Arc::new(AtomicBool::new(true)),
+            is_proxy: false,
+            accepts_credentials: true,
+        })
+    }
+
+    /// Of any other connection. Without a network it is one of a trusted proxy.
+    pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
+        let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
+        Ok(Self {
+            places: Arc::clone(places),
+            place: Mutex::new(Some(place)),
+            done: Arc::default(),
+            is_proxy: network.is_none(),
+            accepts_credentials: true,
+        })
+    }
+
+    /// The same, whose calls cannot bring a credential of their own.
+    #[must_use]
+    pub(super) fn without_credentials(self) -> Self {
+        Self {
+            accepts_credentials: false,
+            ..self
+        }
+    }
+
+    /// Whether credentials of calls are looked at.
+    pub(super) fn accepts_credentials(&self) -> bool {
+        self.accepts_credentials
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// The same answer, for what outlives this borrow.
+    pub(super) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.done)
+    }
+
+    /// A call's credential was accepted. The connection now counts for that principal; where the principal has no place left, it
+    /// stays an unauthenticated one, which ends soon.
+    pub(super) fn complete(&self, principal: &Principal) {
+        if self.is_done() {
+            return;
+        }
+        let place = if self.is_proxy {
+            None
+        } else {
+            let place = self.places.of_principal(principal);
+            if place.is_none() {
+                refused(Full::Principal);
+                return;
+            }
+            place
+        };
+        // The lock decides which of two calls at once counts.
+        let mut held = lock(&self.place);
+        if !self.done.swap(true, Ordering::Relaxed) {
+            *held = place;
+        }
+    }
+}
+
+/// Counts a connection that got no place.
+pub(super) fn refused(full: Full) {
+    metrics::counter!("keybroker_connections_refused_total", "cause" => full.cause()).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keybroker_core::{
+        key::Tenant,
+        principal::{Claims, Credential, Identity, Kind, Reach, Role},
+    };
+
+    fn service(name: &str) -> Principal {
+        Principal::authenticated(Identity {
+            name: name.to_owned(),
+            credential: Credential::Certificate,
+            kind: Kind::Service,
+            tenant: Tenant::default(),
+            roles: [Role::Release].into(),
+            users: Reach::All,
+            key_names: Reach::All,
+            subject: None,
+            claims: Claims::default(),
+        })
+    }
+
+    fn network_of(text: &str) -> Option<IpAddr> {
+        network(text.parse().unwrap(), &[])
+    }
+
+    #[test]
+    fn one_network_takes_a_part_and_gives_it_back() {
+        let places = Places::new(100, 10);
+        let [one, neighbour, other] = ["192.0.2.1", "192.0.2.200", "192.0.3.1"].map(network_of);
+        let mut held: Vec<_> = (0..12)
+            .map(|number| {
+                let network = if number % 2 == 0 { one } else { neighbour };
+                Authentication::pending(&places, network).unwrap()
+            })
+            .collect();
+        assert!(Authentication::pending(&places, one).is_err());
+        let elsewhere = Authentication::pending(&places, other).unwrap();
+        // An authenticated connection makes room, and so does one that ends.
+        held[0].complete(&service("one"));
+        held[0].complete(&service("two"));
+        let next = Authentication::pending(&places, neighbour).unwrap();
+        assert!(Authentication::pending(&places, one).is_err());
+        held.clear();
+        drop((next, elsewhere));
+        assert_eq!(lock(&places.unauthenticated).all, 0);
+        assert!(lock(&places.unauthenticated).by_network.is_empty());
+        assert!(lock(&places.by_principal).is_empty());
+    }
+
+    #[test]
+    fn one_principal_has_a_part_of_the_places() {
+        let places = Places::new(100, 2);
+        let one = service("one");
+        let held: Vec<_> = (0..2)
+            .map(|_| Authentication::done(&places, &one).unwrap())
+            .collect();
+        let full = Authentication::done(&places, &one).unwrap_err();
+        assert_eq!(full, Full::Principal);
+        // A credential in a header is counted the same way.
+        let header = Authentication::pending(&places, network_of("192.0.2.1")).unwrap();
+        header.complete(&one);
+        assert!(!header.is_done());
+        Authentication::done(&places, &service("other")).unwrap();
+        drop(held);
+        header.complete(&one);
+        assert!(header.is_done());
+    }
+
+    #[test]
+    fn behind_a_proxy_only_the_whole_counts() {
+        let places = Places::new(20, 2);
+        let proxies = ["10.0.0.0/8".parse().unwrap()];
+        let proxy = network("10.1.2.3".parse().unwrap(), &proxies);
+        assert_eq!(proxy, None);
+        assert!(network("11.1.2.3".parse().unwrap(), &proxies).is_some());
+        let held: Vec<_> = (0..20)
+            .map(|_| Authentication::pending(&places, proxy).unwrap())
+            .collect();
+        assert!(Authentication::pending(&places, proxy).is_err());
+        for connection in &held {
+            connection.complete(&service("one"));
+            assert!(connection.is_done());
+        }
+        Authentication::pending(&places, proxy).unwrap();
+    }
+
+    #[test]
+    fn networks_are_24_and_64_bits_wide() {
+        assert_eq!(network_of("192.0.2.1"), network_of("::ffff:192.0.2.77"));
+        assert_ne!(network_of("192.0.2.1"), network_of("192.0.3.1"));
+        assert_eq!(network_of("2001:db8::1"), network_of("2001:db8::ffff:1"));
+        assert_ne!(network_of("2001:db8::1"), network_of("2001:db8:0:1::1"));
+    }
+}

@@ -1,0 +1,123 @@
+//! What is looked at again and again while the broker serves: health, TLS files, policies, a registry that was not yet verified.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{signal::unix::Signal, time};
+use tokio_util::sync::CancellationToken;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use keybroker_api::rpc;
+use keybroker_broker::{Broker, Health, Serving};
+use keybroker_core::{call::Deadline, error::Reason};
+use keybroker_hsm::{Supervisor, Token as _};
+use keybroker_policy::Policy;
+
+use super::{notify, run::REGISTRY_TIMEOUT, tls::Tls};
+
+const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
+const FILES_INTERVAL: Duration = Duration::from_secs(1);
+const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
+
+pub(super) async fn health(broker: Arc<Broker>, reporter: HealthReporter, stop: CancellationToken) {
+    let mut ticks = time::interval(HEALTH_INTERVAL);
+    let mut last = None;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let health = broker.health();
+        if last.as_ref() == Some(&health) {
+            continue;
+        }
+        tracing::info!(user_keys = health.user_keys, control = health.control, detail = %health.detail, "health");
+        notify::health(&health.detail);
+        report(&health, &reporter).await;
+        last = Some(health);
+    }
+}
+
+pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
+    let status = |good| {
+        if good {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        }
+    };
+    for (service, good) in [
+        (rpc::USER_KEY_SERVICE, health.user_keys),
+        (rpc::CONTROL_SERVICE, health.control),
+        ("", health.user_keys && health.control),
+    ] {
+        reporter.set_service_status(service, status(good)).await;
+    }
+}
+
+/// Looks at the TLS files and the policies each second and on SIGHUP.
+pub(super) async fn files(
+    tls: Vec<Arc<Tls>>,
+    policy: Arc<Policy>,
+    mut hangup: Signal,
+    stop: CancellationToken,
+) {
+    let mut ticks = time::interval(FILES_INTERVAL);
+    loop {
+        let asked = tokio::select! {
+            () = stop.cancelled() => return,
+            _ = hangup.recv() => true,
+            _ = ticks.tick() => false,
+        };
+        if asked {
+            tracing::info!("SIGHUP: looking at the TLS files and the policies");
+            notify::reloading();
+        }
+        for one in &tls {
+            if asked {
+                one.report_again();
+            }
+            one.reload();
+            one.measure();
+        }
+        // A large set takes its time to be validated: not on an async thread.
+        let policy = Arc::clone(&policy);
+        if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
+            tracing::error!(alarm = "bug", %panic, "the policies were not looked at");
+        }
+        if asked {
+            notify::reloaded();
+        }
+    }
+}
+
+/// When the token was not up at the start: verifies the registry once it is, again and again until that succeeds.
+pub(super) async fn registry_once_up(
+    broker: Arc<Broker>,
+    supervisor: Arc<Supervisor>,
+    stop: CancellationToken,
+) {
+    let mut ticks = time::interval(REGISTRY_INTERVAL);
+    while !broker.has_registry() {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        if supervisor.state().serving != Serving::Up {
+            continue;
+        }
+        match broker
+            .load_registry(Deadline::after(REGISTRY_TIMEOUT))
+            .await
+        {
+            Ok(()) => return,
+            Err(error) if error.reason() == Reason::TokenUntrusted => {
+                tracing::error!(alarm = "registry", %error, "registry and token disagree; nothing is released");
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = time::sleep(REGISTRY_TIMEOUT) => {}
+                }
+            }
+            Err(error) => tracing::warn!(%error, "registry not verified yet"),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The operator's files: found, judged and read, within limits.
+
+use std::{fs, mem, path::Path};
+
+use aws_lc_rs::digest;
+
+use keybroker_core::trusted_file::{self, Purpose};
+
+use super::{
+    Settings,
+    problem::{Problem, Problems},
+};
+
+/// Files at most.
+pub(super) const FILES_MAX: usize = 64;
+/// Longest file, in bytes.
+pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// Longest name of a file, in bytes: it is in the audit log where a policy has no id.
+const NAME_BYTES_MAX: usize = 64;
+const SUFFIX: &str = ".cedar";
+const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
+
+/// A file of policies.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+/// The operator's files, sorted by name; none without a directory.
+pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
+    let Some(directory) = &settings.directory else {
+        return Ok(Vec::new());
+    };
+    let directory = &trusted_file::check_directory(directory, POLICIES).map_err(|error| {
+        let remedy = if error.is_missing() {
+            "; make the directory, or correct `[policy] directory`"
+        } else {
+            ""
+        };
+        Problem::of(format!("{error}{remedy}"))
+    })?;
+    let shown = directory.display();
+    let unreadable = |error: std::io::Error| Problem::of(format!("cannot read {shown}: {error}"));
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(unreadable)? {
+        let name = entry.map_err(unreadable)?.file_name();
+        let name = name.to_string_lossy();
+        // Hidden ones are an editor's, or the inside of a mounted ConfigMap.
+        if !name.starts_with('.') && name.ends_with(SUFFIX) {
+            names.push(name.into_owned());
+        }
+        if names.len() > FILES_MAX {
+            let what = format!("{shown} holds more than {FILES_MAX} files {SUFFIX}; join some");
+            return Err(Problem::of(what).into());
+        }
+    }
+    names.sort();
+    let mut problems = Vec::new();
+    let mut sources = Vec::new();
+    for name in names {
+        match read_file(&directory.join(&name), &name) {
+            Ok(text) => sources.push(Source { name, text }),
+            Err(what) => problems.push(Problem::in_file(&name, what)),
+        }
+    }
+    if problems.is_empty() {
+        Ok(sources)
+    } else {
+        Err(Problems(problems))
+    }
+}
+
+/// SHA-256 over names and contents.
+pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for part in sources.iter().flat_map(|one| [&one.name, &one.text]) {
+        context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
+        context.update(part.as_bytes());
+    }
+    let digest = context.finish();
+    digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
+}
+
+fn read_file(path: &Path, name: &str) -> Result<String, String> {
+    let stem = name.strip_suffix(SUFFIX).unwrap_or(name);
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if stem.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(is_plain) {
+        return Err(format!(
+            "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
+        ));
+    }
+    let mut bytes =
+        trusted_file::read(path, FILE_BYTES_MAX, POLICIES).map_err(|error| error.to_string())?;
+    String::from_utf8(mem::take(&mut *bytes)).map_err(|error| format!("is not UTF-8: {error}"))
+}

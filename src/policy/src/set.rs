@@ -1,0 +1,344 @@
+//! A set of policies: parsed, named, validated, counted.
+
+use std::{
+    collections::{HashMap, HashSet},
+    str::FromStr as _,
+    sync::Arc,
+};
+
+use cedar_policy::{Effect, PolicyId, PolicySet, ValidationMode, Validator, ffi::DetailedError};
+
+use keybroker_core::principal::{Action, Kind};
+
+use super::{
+    RESERVED, Settings,
+    files::{self, Source},
+    problem::{Problem, Problems, place},
+    shape,
+    vocabulary::VOCABULARY,
+};
+
+const SHIPPED: &str = include_str!("default.cedar");
+const SHIPPED_NAME: &str = "(shipped)";
+/// Policies of the operator at most: each is evaluated for each call.
+pub(super) const POLICIES_MAX: usize = 256;
+const ID_BYTES_MAX: usize = 64;
+/// Names a policy in the audit log.
+const ID_ANNOTATION: &str = "id";
+
+/// How many policies of which kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// That allow.
+    pub permits: usize,
+    /// That deny.
+    pub forbids: usize,
+    /// Of the operator.
+    pub files: usize,
+}
+
+/// What is known of a policy besides its text.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    /// Its place among all: the first of several that decide is the one that is named.
+    pub(super) place: usize,
+    pub(super) effect: Effect,
+    pub(super) id: Arc<str>,
+    /// Name of its file.
+    pub(super) origin: Arc<str>,
+}
+
+/// The policies that can apply in one case. Each that is asked costs about a microsecond, and each attribute that is handed over half
+/// of one: so neither those of other cases are asked, nor is anything handed over that none of these mentions.
+#[derive(Debug, Default)]
+pub(super) struct Slice {
+    pub(super) policies: PolicySet,
+    /// Every attribute and operator that they mention, and other words.
+    pub(super) words: HashSet<String>,
+}
+
+/// The policies in force together.
+#[derive(Debug)]
+pub(super) struct Set {
+    policies: PolicySet,
+    known: HashMap<PolicyId, Known>,
+    /// Every id, also of shipped policies that are not in force, and its file: an id in the audit log means one thing.
+    taken: HashMap<PolicyId, Arc<str>>,
+    /// What is asked for each action and kind of principal.
+    slices: HashMap<(Action, Kind), Slice>,
+    /// Files of the operator, and how many policies each has.
+    files: Vec<(String, usize)>,
+    digest: [u8; 32],
+}
+
+impl Set {
+    pub(super) fn load(settings: &Settings) -> Result<Self, Problems> {
+        Self::build(settings, &files::read(settings)?)
+    }
+
+    /// The shipped policies, and those of the sources.
+    pub(super) fn build(settings: &Settings, sources: &[Source]) -> Result<Self, Problems> {
+        let mut set = Self {
+            policies: PolicySet::new(),
+            known: HashMap::new(),
+            taken: HashMap::new(),
+            slices: HashMap::new(),
+            files: Vec::new(),
+            digest: files::digest(sources),
+        };
+        let shipped = Source {
+            name: SHIPPED_NAME.to_owned(),
+            text: SHIPPED.to_owned(),
+        };
+        set.add(&shipped, |effect| {
+            settings.defaults || effect == Effect::Forbid
+        })?;
+        let mut problems = Vec::new();
+        for source in sources {
+            match set.add(source, |_| true) {
+                Ok(count) => set.files.push((source.name.clone(), count)),
+                Err(Problems(more)) => problems.extend(more),
+            }
+        }
+        let count: usize = set.files.iter().map(|(_, count)| count).sum();
+        if count > POLICIES_MAX {
+            problems.push(Problem::of(format!(
+                "there are {count} policies in the files; at most {POLICIES_MAX}, because each is evaluated for each call"
+            )));
+        }
+        problems.extend(set.validate(sources));
+        if !problems.is_empty() {
+            return Err(Problems(problems));
+        }
+        set.slice().map_err(Problem::of)?;
+        Ok(set)
+    }
+
+    /// Parses a source and takes in those of its policies that are wanted; says how many there were.
+    fn add(&mut self, source: &Source, wanted: impl Fn(Effect) -> bool) -> Result<usize, Problems> {
+        if let Some((offset, what)) = shape::problem(&source.text) {
+            let place = Some(place(&source.text, offset));
+            let problem = Problem::in_file(&source.name, what);
+            return Err(Problem { place, ..problem }.into());
+        }
+        let parsed = PolicySet::from_str(&source.text).map_err(|errors| {
+            let each = errors
+                .iter()
+                .map(|error| Problem::from_cedar(source, &error.into()));
+            Problems(each.collect())
+        })?;
+        if parsed.num_of_templates() > 0 {
+            let what = "has a template (`?principal`, `?resource`); there is nothing here that would fill it in";
+            return Err(Problem::in_file(&source.name, what).into());
+        }
+        let mut policies: Vec<_> = parsed.policies().collect();
+        // The parser names them `policy0`, `policy1`, … as they stand.
+        policies.sort_by_key(|policy| ordinal(policy.id()));
+        let (mut problems, count) = (Vec::new(), policies.len());
+        for (index, policy) in policies.into_iter().enumerate() {
+            let id = match policy.annotation(ID_ANNOTATION) {
+                Some(id) => check_id(id).map(|()| id.to_owned()),
+                None => Ok(format!("{}:{}", source.name, index + 1)),
+            };
+            let effect = policy.effect();
+            let added = id.and_then(|id| {
+                let known = Known {
+                    place: self.known.len(),
+                    effect,
+                    id: id.as_str().into(),
+                    origin: source.name.as_str().into(),
+                };
+                let id = PolicyId::new(&id);
+                if let Some(other) = self.taken.insert(id.clone(), Arc::clone(&known.origin)) {
+                    return Err(format!("policy `{id}` is there twice: also in {other}"));
+                }
+                if wanted(effect) {
+                    let added = self.policies.add(policy.new_id(id.clone()));
+                    added.map_err(|error| error.to_string())?;
+                    self.known.insert(id, known);
+                }
+                Ok(())
+            });
+            problems.extend(added.err().map(|what| Problem::in_file(&source.name, what)));
+        }
+        if problems.is_empty() {
+            Ok(count)
+        } else {
+            Err(Problems(problems))
+        }
+    }
+
+    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that nobody would notice.
+    fn validate(&self, sources: &[Source]) -> Vec<Problem> {
+        let validator = Validator::new(VOCABULARY.schema.clone());
+        let result = validator.validate(&self.policies, ValidationMode::Strict);
+        let errors = result
+            .validation_errors()
+            .map(|error| (error.policy_id(), DetailedError::from(error)));
+        let bad: HashSet<&PolicyId> = result
+            .validation_errors()
+            .map(cedar_policy::ValidationError::policy_id)
+            .collect();
+        let warnings = result
+            .validation_warnings()
+            .filter(|warning| !bad.contains(warning.policy_id()))
+            .map(|warning| (warning.policy_id(), DetailedError::from(warning)));
+        let problem = |(id, error): (&PolicyId, DetailedError)| {
+            let origin = self.known.get(id).map(|known| &*known.origin);
+            let source = sources
+                .iter()
+                .find(|source| Some(source.name.as_str()) == origin);
+            match source {
+                Some(source) => Problem::from_cedar(source, &error),
+                None => Problem::of(error.message),
+            }
+        };
+        let mut problems: Vec<Problem> = errors.chain(warnings).map(problem).collect();
+        // One mistake is one for each action that the policy is about, in no order.
+        problems.sort();
+        problems.dedup_by(|one, other| (&one.file, one.place) == (&other.file, other.place));
+        problems
+    }
+
+    /// Sorts the policies by what they can be asked about.
+    fn slice(&mut self) -> Result<(), String> {
+        for action in Action::ALL {
+            for kind in [Kind::User, Kind::Service] {
+                self.slices.insert((action, kind), Slice::default());
+            }
+        }
+        for policy in self.policies.policies() {
+            let mut words = HashSet::new();
+            collect_words(
+                &policy.to_json().map_err(|error| error.to_string())?,
+                &mut words,
+            );
+            let cases: HashSet<(Action, Kind)> = policy
+                .get_valid_request_envs(&VOCABULARY.schema)
+                .filter_map(|case| VOCABULARY.case(&case))
+                .collect();
+            for case in cases {
+                let slice = self.slices.entry(case).or_default();
+                let added = slice.policies.add(policy.clone());
+                added.map_err(|error| error.to_string())?;
+                slice.words.extend(words.iter().cloned());
+            }
+        }
+        Ok(())
+    }
+
+    /// A file that is gone while its policies are in force is taken for an accident.
+    pub(super) fn check_none_is_gone(&self, sources: &[Source]) -> Result<(), Problems> {
+        let there: HashSet<&str> = sources.iter().map(|source| source.name.as_str()).collect();
+        let gone = self
+            .files
+            .iter()
+            .filter(|(name, count)| *count > 0 && !there.contains(name.as_str()));
+        let problems: Vec<Problem> = gone
+            .map(|(name, count)| {
+                let what = format!(
+                    "is gone, and {count} of the policies in force are its; put it back, or, if they are meant to go, \
+                     put an empty file of this name there first, or restart the broker"
+                );
+                Problem::in_file(name, what)
+            })
+            .collect();
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Problems(problems))
+        }
+    }
+
+    /// All policies.
+    pub(super) fn policies(&self) -> &PolicySet {
+        &self.policies
+    }
+
+    /// The policies that can apply to an action of a kind of principal.
+    pub(super) fn slice_of(&self, action: Action, kind: Kind) -> Option<&Slice> {
+        self.slices.get(&(action, kind))
+    }
+
+    pub(super) fn known(&self, id: &PolicyId) -> Option<&Known> {
+        self.known.get(id)
+    }
+
+    /// All, in their order.
+    pub(super) fn in_order(&self) -> Vec<(&PolicyId, &Known)> {
+        let mut all: Vec<_> = self.known.iter().collect();
+        all.sort_by_key(|(_, known)| known.place);
+        all
+    }
+
+    pub(super) fn digest(&self) -> &[u8; 32] {
+        &self.digest
+    }
+
+    pub(super) fn summary(&self) -> Summary {
+        let forbids = self
+            .known
+            .values()
+            .filter(|known| known.effect == Effect::Forbid)
+            .count();
+        Summary {
+            permits: self.known.len() - forbids,
+            forbids,
+            files: self.files.len(),
+        }
+    }
+
+    /// Tells the metrics what is in force.
+    pub(super) fn report(&self) {
+        let Summary {
+            permits, forbids, ..
+        } = self.summary();
+        for (effect, count) in [("permit", permits), ("forbid", forbids)] {
+            metrics::gauge!("keybroker_policies", "effect" => effect)
+                .set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+        }
+    }
+}
+
+/// Every word of a policy in its JSON form, in which no escape hides one.
+fn collect_words(value: &serde_json::Value, words: &mut HashSet<String>) {
+    match value {
+        serde_json::Value::String(text) => {
+            words.insert(text.clone());
+        }
+        serde_json::Value::Array(values) => {
+            for value in values {
+                collect_words(value, words);
+            }
+        }
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                words.insert(name.clone());
+                collect_words(value, words);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn ordinal(id: &PolicyId) -> usize {
+    let id: &str = id.as_ref();
+    id.trim_start_matches("policy")
+        .parse()
+        .unwrap_or(usize::MAX)
+}
+
+fn check_id(id: &str) -> Result<(), String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if !(1..=ID_BYTES_MAX).contains(&id.len()) || !id.chars().all(is_plain) {
+        return Err(format!(
+            "@id({id:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
+        ));
+    }
+    if RESERVED.contains(&id) {
+        return Err(format!(
+            "@id({id:?}): this name means something else in the audit log"
+        ));
+    }
+    Ok(())
+}

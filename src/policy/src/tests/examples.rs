@@ -1,0 +1,188 @@
+//! The worked examples of `docs/policy.md`: they stand there as they stand in their files, and do what is said of them.
+
+use super::*;
+
+const PAGE: &str = include_str!("../../../../docs/policy.md");
+
+macro_rules! example {
+    ($name:literal) => {
+        (
+            $name,
+            include_str!(concat!("../../../../docs/policies/", $name)),
+        )
+    };
+}
+
+const EXAMPLES: [(&str, &str); 5] = [
+    example!("strong-authentication.cedar"),
+    example!("networks.cedar"),
+    example!("organisations.cedar"),
+    example!("working-hours.cedar"),
+    example!("users-delete.cedar"),
+];
+
+#[test]
+fn the_page_shows_the_examples_as_they_are() {
+    let folder =
+        std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("docs/policies");
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), EXAMPLES.len());
+    for (name, text) in EXAMPLES {
+        assert!(
+            PAGE.contains(&format!("[`{name}`](policies/{name})")),
+            "{name}"
+        );
+        assert!(PAGE.contains(&format!("```cedar\n{text}```\n")), "{name}");
+    }
+}
+
+/// The page has every word of the vocabulary and every shipped policy.
+#[test]
+fn the_page_names_every_word_and_policy() {
+    for line in vocabulary::SCHEMA.lines() {
+        if let Some(word) = line
+            .trim()
+            .strip_prefix('"')
+            .and_then(|rest| rest.split('"').next())
+        {
+            assert!(PAGE.contains(&format!("`{word}`")), "{word}");
+        }
+    }
+    for part in include_str!("../default.cedar").split("@id(\"").skip(1) {
+        let id = part.split('"').next().unwrap();
+        assert!(PAGE.contains(&format!("`{id}`")), "{id}");
+    }
+    for action in Action::ALL {
+        assert!(PAGE.contains(&format!("`{action}`")), "{action}");
+    }
+}
+
+/// What the example decides of a case.
+fn judge(name: &str, case: &Case<'_>) -> String {
+    let example = EXAMPLES
+        .into_iter()
+        .find(|(known, _)| *known == name)
+        .unwrap();
+    let (_folder, policy) = with_files(&[example]).unwrap();
+    policy.judge(case).policy.to_string()
+}
+
+#[test]
+fn strong_authentication() {
+    let decides = |edit: &dyn Fn(&mut Claims)| {
+        let mut ada = ada();
+        edit(&mut ada.claims);
+        with_case(&ada, |case| judge("strong-authentication.cedar", case))
+    };
+    let ago = |seconds: i64| Some(Timestamp::from_micros(NOON.micros() - seconds * 1_000_000));
+    assert_eq!(decides(&|_| {}), "own-keys");
+    assert_eq!(
+        decides(&|claims| claims.authenticated = ago(3_600)),
+        "own-keys"
+    );
+    assert_eq!(
+        decides(&|claims| claims.authenticated = ago(3_601)),
+        "strong-authentication"
+    );
+    assert_eq!(
+        decides(&|claims| claims.authenticated = None),
+        "strong-authentication"
+    );
+    assert_eq!(
+        decides(&|claims| claims.amr = ["pwd".to_owned()].into()),
+        "strong-authentication"
+    );
+    assert_eq!(
+        decides(&|claims| claims.amr.clear()),
+        "strong-authentication"
+    );
+}
+
+#[test]
+fn networks() {
+    for (peer, decides) in [
+        ("10.20.3.4", "release-role"),
+        ("10.21.3.4", "service-networks"),
+        ("2001:db8:20::1", "release-role"),
+        ("2001:db8:21::1", "service-networks"),
+        ("127.0.0.1", "service-networks"),
+    ] {
+        let peer = peer.parse().unwrap();
+        let decided = with_case(&service(&[Role::Release]), |case| {
+            judge("networks.cedar", &Case { peer, ..*case })
+        });
+        assert_eq!(decided, decides, "{peer}");
+    }
+    // Users are not services.
+    assert_eq!(
+        with_case(&ada(), |case| judge("networks.cedar", case)),
+        "own-keys"
+    );
+}
+
+#[test]
+fn organisations() {
+    for (name, organisation, decides) in [
+        ("vault", "acme", "own-keys"),
+        ("payroll", "acme", "payroll-for-finance"),
+        ("payroll-2026", "acme", "payroll-for-finance"),
+        ("payroll-2026", "finance", "own-keys"),
+        ("payrolls", "acme", "own-keys"),
+    ] {
+        let mut ada = ada();
+        ada.claims.organisations = [organisation.to_owned()].into();
+        let (tenant, user, key) = (Tenant::default(), user("ada"), key_name(name));
+        let resource = Resource::UserKey {
+            tenant: &tenant,
+            user: &user,
+            name: &key,
+        };
+        let decided = with_case(&ada, |case| {
+            judge("organisations.cedar", &Case { resource, ..*case })
+        });
+        assert_eq!(decided, decides, "{name} {organisation}");
+    }
+}
+
+#[test]
+fn working_hours() {
+    let export = Identity {
+        name: "URI:spiffe://example.org/export".to_owned(),
+        ..service(&[Role::Release])
+    };
+    let midnight = NOON.micros() - 12 * 3_600_000_000;
+    for (minutes, decides) in [
+        (59, "export-at-night"),
+        (60, "release-role"),
+        (239, "release-role"),
+        (240, "export-at-night"),
+        (720, "export-at-night"),
+    ] {
+        let at = Timestamp::from_micros(midnight + minutes * 60_000_000);
+        let decided = with_case(&export, |case| {
+            judge("working-hours.cedar", &Case { at, ..*case })
+        });
+        assert_eq!(decided, decides, "{minutes}");
+    }
+    let other = with_case(&service(&[Role::Release]), |case| {
+        judge("working-hours.cedar", case)
+    });
+    assert_eq!(other, "release-role");
+}
+
+#[test]
+fn users_delete() {
+    let delete = |identity: &Identity| {
+        with_case(identity, |case| {
+            judge(
+                "users-delete.cedar",
+                &Case {
+                    action: Action::Delete,
+                    ..*case
+                },
+            )
+        })
+    };
+    assert_eq!(delete(&ada()), "users-delete-own");
+    assert_eq!(delete(&person("bob")), "users-own-keys-only");
+    assert_eq!(delete(&service(&[Role::Release])), "default-deny");
+}

@@ -1,0 +1,307 @@
+//! Our words in Cedar's: entities, actions, context.
+//!
+//! What is built here must be what the schema says, because the policies were validated against that. It is not checked again
+//! for each call; a test does it with cases of every kind.
+
+use std::{
+    collections::{HashMap, HashSet},
+    iter,
+    str::FromStr as _,
+    sync::LazyLock,
+};
+
+use cedar_policy::{
+    Context, Entities, Entity, EntityId, EntityTypeName, EntityUid, Request, RequestEnv,
+    RestrictedExpression as Value, Schema,
+};
+
+use keybroker_core::{
+    call::Timestamp,
+    principal::{Action, Identity, Kind, Reach, Role},
+};
+
+use super::{Case, Resource};
+
+pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
+const MICROS_PER_SECOND: i64 = 1_000_000;
+/// How a key leaves.
+const PLAIN: &str = "plain";
+
+pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
+
+/// What is the same for every question.
+pub(super) struct Vocabulary {
+    pub(super) schema: Schema,
+    user: EntityTypeName,
+    service: EntityTypeName,
+    user_key: EntityTypeName,
+    user_keys: EntityTypeName,
+    broker: EntityUid,
+    roles: [EntityUid; Role::ALL.len()],
+    actions: HashMap<Action, Entity>,
+}
+
+/// Which attributes are handed over.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wanted<'a> {
+    /// All that the schema has.
+    All,
+    /// Those that policies mention.
+    Mentioned(&'a HashSet<String>),
+}
+
+impl Wanted<'_> {
+    fn has(self, word: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Mentioned(words) => words.contains(word),
+        }
+    }
+
+    /// Tags have names of the operator's, and may be asked for by any text.
+    fn tags(self) -> bool {
+        self.has("getTag") || self.has("hasTag")
+    }
+}
+
+/// Attributes under way.
+struct Attributes<'a> {
+    wanted: Wanted<'a>,
+    pairs: Vec<(String, Value)>,
+}
+
+impl<'a> Attributes<'a> {
+    fn new(wanted: Wanted<'a>) -> Self {
+        Self {
+            wanted,
+            pairs: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, name: &str, value: impl FnOnce() -> Value) {
+        if self.wanted.has(name) {
+            self.pairs.push((name.to_owned(), value()));
+        }
+    }
+
+    fn add_some<T>(&mut self, name: &str, known: Option<T>, value: impl FnOnce(T) -> Value) {
+        if let Some(known) = known {
+            self.add(name, || value(known));
+        }
+    }
+}
+
+/// A question as Cedar takes it.
+pub(super) struct Asked {
+    pub(super) request: Request,
+    pub(super) entities: Entities,
+}
+
+impl Vocabulary {
+    fn new() -> Self {
+        let (schema, _) = Schema::from_cedarschema_str(SCHEMA)
+            .expect("the shipped schema is valid: a test loads it");
+        let named = |name: &str| {
+            EntityTypeName::from_str(&format!("Keybroker::{name}"))
+                .expect("an identifier is a name")
+        };
+        let uid =
+            |kind: &str, id: &str| EntityUid::from_type_name_and_id(named(kind), EntityId::new(id));
+        let action_type = named("Action");
+        let known: HashMap<EntityUid, Entity> = schema
+            .action_entities()
+            .expect("the actions of the shipped schema have no cycle: a test loads it")
+            .into_iter()
+            .map(|entity| (entity.uid(), entity))
+            .collect();
+        let action = |action: Action| {
+            let uid = EntityUid::from_type_name_and_id(
+                action_type.clone(),
+                EntityId::new(action.as_str()),
+            );
+            let entity = known.get(&uid).cloned();
+            (
+                action,
+                entity.expect("the shipped schema has every action: a test asks for each"),
+            )
+        };
+        Self {
+            actions: Action::ALL.into_iter().map(action).collect(),
+            roles: Role::ALL.map(|role| uid("Role", role.as_str())),
+            user: named("User"),
+            service: named("Service"),
+            user_key: named("UserKey"),
+            user_keys: named("UserKeys"),
+            broker: uid("Broker", "broker"),
+            schema,
+        }
+    }
+
+    /// The action and the kind of principal that a policy can apply to.
+    pub(super) fn case(&self, case: &RequestEnv) -> Option<(Action, Kind)> {
+        let kind = if *case.principal() == self.user {
+            Kind::User
+        } else {
+            Kind::Service
+        };
+        let mut actions = self.actions.iter();
+        let (action, _) = actions.find(|(_, entity)| entity.uid() == *case.action())?;
+        Some((*action, kind))
+    }
+
+    /// A question as Cedar takes it. With a schema, only if it conforms.
+    pub(super) fn ask(
+        &self,
+        case: &Case<'_>,
+        wanted: Wanted<'_>,
+        schema: Option<&Schema>,
+    ) -> Result<Asked, String> {
+        let principal = self.principal(case.identity, wanted)?;
+        let resource = self.resource(case.resource, wanted)?;
+        let action = self
+            .actions
+            .get(&case.action)
+            .ok_or("an action without a name in the schema")?;
+        let context = context(case, wanted)?;
+        let request = Request::new(
+            principal.uid(),
+            action.uid(),
+            resource.uid(),
+            context,
+            schema,
+        )
+        .map_err(|error| error.to_string())?;
+        let entities = Entities::from_entities([principal, resource, action.clone()], schema)
+            .map_err(|error| error.to_string())?;
+        Ok(Asked { request, entities })
+    }
+
+    fn principal(&self, identity: &Identity, wanted: Wanted<'_>) -> Result<Entity, String> {
+        let mut attributes = Attributes::new(wanted);
+        attributes.add("name", || text(&identity.name));
+        attributes.add("tenant", || text(identity.tenant.as_str()));
+        attributes.add("credential", || text(identity.credential.as_str()));
+        let (kind, roles) = match identity.kind {
+            Kind::User => {
+                attributes.add_some("subject", identity.subject.as_ref(), |user| {
+                    text(user.as_str())
+                });
+                // A person has no role, whoever says otherwise.
+                (&self.user, Vec::new())
+            }
+            Kind::Service => {
+                attributes.add("allUsers", || Value::new_bool(identity.users == Reach::All));
+                attributes.add("allKeyNames", || {
+                    Value::new_bool(identity.key_names == Reach::All)
+                });
+                let held = iter::zip(Role::ALL, &self.roles)
+                    .filter(|(role, _)| identity.roles.contains(role));
+                (&self.service, held.map(|(_, uid)| uid.clone()).collect())
+            }
+        };
+        let tags = identity.claims.attributes.iter().filter(|_| wanted.tags());
+        let tags = tags.map(|(name, values)| (name.clone(), texts(values)));
+        let uid = EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(&identity.name));
+        Entity::new_with_tags(uid, attributes.pairs, roles, tags).map_err(|error| error.to_string())
+    }
+
+    fn resource(&self, resource: Resource<'_>, wanted: Wanted<'_>) -> Result<Entity, String> {
+        let mut attributes = Attributes::new(wanted);
+        attributes.add_some("tenant", resource.tenant(), |tenant| text(tenant.as_str()));
+        let (kind, id) = match resource {
+            Resource::Broker => return Ok(Entity::with_uid(self.broker.clone())),
+            Resource::UserKey { tenant, user, name } => {
+                attributes.add("user", || text(user.as_str()));
+                attributes.add("keyName", || text(name.as_str()));
+                // Neither tenant nor key name can hold a slash.
+                (&self.user_key, format!("{tenant}/{name}/{user}"))
+            }
+            Resource::UserKeys { tenant, user: None } => (&self.user_keys, tenant.to_string()),
+            Resource::UserKeys {
+                tenant,
+                user: Some(user),
+            } => {
+                attributes.add("user", || text(user.as_str()));
+                (&self.user_keys, format!("{tenant}/{user}"))
+            }
+        };
+        let uid = EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(&id));
+        Entity::new_with_tags(uid, attributes.pairs, [], []).map_err(|error| error.to_string())
+    }
+}
+
+fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, String> {
+    let claims = &case.identity.claims;
+    let mut attributes = Attributes::new(wanted);
+    attributes.add("amr", || texts(&claims.amr));
+    attributes.add_some("acr", claims.acr.as_deref(), text);
+    attributes.add_some("authAgeSeconds", claims.authenticated, |at| {
+        Value::new_long(age_seconds(case.at, at))
+    });
+    attributes.add_some("device", claims.device.as_deref(), text);
+    attributes.add("organisations", || texts(&claims.organisations));
+    attributes.add("granted", || Value::new_bool(is_granted(case)));
+    // Cedar does not know IPv4 addresses in IPv6 ones, which a socket for both kinds gives: a rule for the one must hold for
+    // the other.
+    attributes.add("peer", || {
+        Value::new_ip(case.peer.to_canonical().to_string())
+    });
+    attributes.add("time", || Value::new_datetime(datetime(case.at)));
+    if case.action == Action::Unwrap {
+        attributes.add("release", || text(PLAIN));
+    }
+    Context::from_pairs(attributes.pairs).map_err(|error| error.to_string())
+}
+
+/// Whether what a service was given to release covers the resource. Asked here and not in a policy: it may be a list of thousands
+/// of users, which would have to be handed over for every call.
+fn is_granted(case: &Case<'_>) -> bool {
+    let Identity {
+        kind,
+        users,
+        key_names,
+        ..
+    } = case.identity;
+    if *kind != Kind::Service {
+        return false;
+    }
+    match case.resource {
+        Resource::UserKey { user, name, .. } => users.contains(user) && key_names.contains(name),
+        // A list shows every key name, and without a user every user.
+        Resource::UserKeys { user, .. } => {
+            *key_names == Reach::All
+                && user.map_or(*users == Reach::All, |user| users.contains(user))
+        }
+        Resource::Broker => false,
+    }
+}
+
+/// Never negative: a provider whose clock is ahead of ours has authenticated just now.
+fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
+    (now.micros().saturating_sub(at.micros()) / MICROS_PER_SECOND).max(0)
+}
+
+/// UTC, to the millisecond.
+fn datetime(at: Timestamp) -> String {
+    let nanos = i128::from(at.micros()) * 1_000;
+    let at = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)
+        .unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+        at.year(),
+        u8::from(at.month()),
+        at.day(),
+        at.hour(),
+        at.minute(),
+        at.second(),
+        at.millisecond()
+    )
+}
+
+fn text(text: &str) -> Value {
+    Value::new_string(text.to_owned())
+}
+
+fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Value {
+    Value::new_set(texts.into_iter().map(|one| text(one)))
+}

@@ -1,0 +1,296 @@
+//! The calls of [`Store`], for any engine.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+
+use crate::{
+    ClientRow, Error, ListQuery, NewRevision, Record, RecordInfo, RegistryRow, RequestRecord,
+    RequestScope, Stamp, Store, StoredRevision,
+    mutations::{self, Change, REQUEST_KEPT_US},
+    rows,
+    session::{Session as _, Value},
+};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    envelope::Mac,
+    key::{ClientId, KeyAddress, RecordId, Revision},
+};
+
+use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
+
+/// A database that answers a probe later than this is away. Below a second, so that whoever probes once a second and waits
+/// no longer has the answer noted.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
+
+/// Request ids that one statement forgets.
+const FORGOTTEN_AT_ONCE: u64 = 500;
+
+impl<E: Engine> EngineStore<E> {
+    async fn mutate(&self, change: Change, stamp: Stamp) -> Result<RecordInfo, Error> {
+        self.transaction(End::Commit, move |session, sql| {
+            let (change, stamp) = (change.clone(), stamp.clone());
+            Box::pin(async move { mutations::apply(session, sql, &change, &stamp).await })
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl<E: Engine> Store for EngineStore<E> {
+    async fn ping(&self) -> Result<(), Error> {
+        let begun = Instant::now();
+        let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
+            Box::pin(async move { Ok(session.execute(sql.probe, Vec::new()).await.map(drop)?) })
+        });
+        let reading = self.query_unprobed(E::SQL.probe_read, Vec::new());
+        let (written, read) = tokio::join!(in_time(writing), in_time(reading));
+        let written = self.probe.judge(Purpose::Write, begun, written);
+        let read = self.probe.judge(Purpose::Read, begun, read);
+        // Keys are released as long as records can be read, but a store that takes no new ones is not well.
+        written.and(read)
+    }
+
+    async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error> {
+        let values = vec![
+            address.tenant.as_str().into(),
+            address.user.as_str().into(),
+            address.name.as_str().into(),
+        ];
+        let found = self.query(E::SQL.record, values).await?;
+        let decode = |row| {
+            Ok(Record {
+                info: rows::info(row, address.clone())?,
+                envelope: rows::bytes(row, 7, "revisions.envelope")?,
+            })
+        };
+        found.first().map(decode).transpose()
+    }
+
+    async fn revision(
+        &self,
+        record: RecordId,
+        revision: Revision,
+    ) -> Result<Option<StoredRevision>, Error> {
+        let values = vec![record.into(), revision.into()];
+        let found = self.query(E::SQL.revision, values).await?;
+        let decode = |row| {
+            Ok(StoredRevision {
+                revision,
+                wrapping_key: rows::wrapping_key(row, 0)?,
+                envelope: rows::bytes(row, 1, "revisions.envelope")?,
+            })
+        };
+        found.first().map(decode).transpose()
+    }
+
+    async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error> {
+        self.mutate(Change::Create(new), stamp).await
+    }
+
+    async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error> {
+        let new: Arc<[NewRevision]> = new.into();
+        self.transaction(End::Commit, move |session, sql| {
+            let new = Arc::clone(&new);
+            Box::pin(async move { mutations::create_many(session, sql, &new, at).await })
+        })
+        .await
+    }
+
+    async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error> {
+        self.mutate(Change::Supersede(new), stamp).await
+    }
+
+    async fn delete(
+        &self,
+        record: RecordId,
+        expected: Revision,
+        stamp: Stamp,
+    ) -> Result<RecordInfo, Error> {
+        self.mutate(Change::Delete(record, expected), stamp).await
+    }
+
+    async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error> {
+        self.mutate(Change::Undelete(record), stamp).await
+    }
+
+    async fn list(&self, query: &ListQuery) -> Result<Vec<RecordInfo>, Error> {
+        let deleted = i64::from(query.deleted);
+        let limit = i64::from(query.limit);
+        // No user and no key name is empty, so the empty ones come before all.
+        let (user, name) = match &query.after {
+            Some((user, name)) => (user.as_str(), name.as_str()),
+            None => ("", ""),
+        };
+        let tenant: Value = query.tenant.as_str().into();
+        let found = match &query.user {
+            None => {
+                let values = vec![
+                    tenant,
+                    user.into(),
+                    user.into(),
+                    name.into(),
+                    deleted.into(),
+                    limit.into(),
+                ];
+                self.query(E::SQL.page, values).await?
+            }
+            Some(wanted) => {
+                let name = match user.cmp(wanted.as_str()) {
+                    std::cmp::Ordering::Less => "",
+                    std::cmp::Ordering::Equal => name,
+                    std::cmp::Ordering::Greater => return Ok(Vec::new()),
+                };
+                let values = vec![
+                    tenant,
+                    wanted.as_str().into(),
+                    name.into(),
+                    deleted.into(),
+                    limit.into(),
+                ];
+                self.query(E::SQL.page_of_user, values).await?
+            }
+        };
+        found
+            .iter()
+            .map(|row| rows::info(row, rows::address(row, query.tenant.clone())?))
+            .collect()
+    }
+
+    async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error> {
+        let values = vec![
+            scope.tenant.as_str().into(),
+            scope.principal.as_str().into(),
+            scope.id.into(),
+            (Timestamp::now().micros() - REQUEST_KEPT_US).into(),
+        ];
+        let found = self.query(E::SQL.request, values).await?;
+        let decode = |row| {
+            Ok(RequestRecord {
+                result: rows::info(row, rows::address(row, scope.tenant.clone())?)?,
+                content: rows::array(row, 9, "requests.content_mac")?,
+                key: rows::wrapping_key(row, 10)?,
+            })
+        };
+        found.first().map(decode).transpose()
+    }
+
+    async fn committed_by(&self, call: CallId) -> Result<bool, Error> {
+        self.transaction(End::Rollback, move |session, sql| {
+            Box::pin(mutations::is_committed(session, sql, call))
+        })
+        .await
+    }
+
+    async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
+        // In small portions: no statement takes long, and nobody waits for its locks.
+        let mut forgotten = 0;
+        loop {
+            let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];
+            let portion = self.execute(E::SQL.forget_requests, values).await?;
+            forgotten += portion;
+            if portion < FORGOTTEN_AT_ONCE {
+                return Ok(forgotten);
+            }
+        }
+    }
+
+    async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error> {
+        self.write_uses(uses).await
+    }
+
+    async fn last_uses(&self, records: &[RecordId]) -> Result<HashMap<RecordId, Timestamp>, Error> {
+        self.read_uses(records).await
+    }
+
+    async fn registry(&self) -> Result<Vec<RegistryRow>, Error> {
+        let found = self.query(E::SQL.registry, Vec::new()).await?;
+        found.iter().map(rows::registry).collect()
+    }
+
+    async fn register(&self, row: &RegistryRow) -> Result<(), Error> {
+        let mut values = vec![row.id.into()];
+        values.extend(said_of_key(row));
+        let inserted = self
+            .transaction(End::Commit, move |session, sql| {
+                let values = values.clone();
+                Box::pin(mutations::insert_unless_taken(
+                    session,
+                    sql.insert_registry,
+                    values,
+                ))
+            })
+            .await?;
+        if inserted { Ok(()) } else { Err(Error::Exists) }
+    }
+
+    async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error> {
+        let mut values = Vec::from(said_of_key(row));
+        values.extend([row.id.into(), expected.into()]);
+        match self.execute(E::SQL.update_registry, values).await? {
+            1 => Ok(()),
+            _ => Err(Error::Conflict),
+        }
+    }
+
+    async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error> {
+        let found = self.query(E::SQL.client, vec![id.into()]).await?;
+        found.first().map(rows::client).transpose()
+    }
+
+    async fn clients(&self, after: Option<ClientId>, limit: u32) -> Result<Vec<ClientRow>, Error> {
+        self.page_of_clients(after, limit).await
+    }
+
+    async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error> {
+        self.change_client(ClientChange::Insert, row, Some(call))
+            .await
+    }
+
+    async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error> {
+        self.change_client(ClientChange::Update, row, call).await
+    }
+
+    async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error> {
+        self.write_client_uses(uses).await
+    }
+
+    async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error> {
+        let found = self
+            .query(E::TABLES.uses_of_client, vec![id.into()])
+            .await?;
+        found.iter().map(rows::client_use).collect()
+    }
+
+    async fn close(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.engine.pool(Purpose::Read).close().await;
+        self.engine.pool(Purpose::Write).close().await;
+    }
+}
+
+/// A registry row's values but for the key's id, in the order of the statements.
+fn said_of_key(row: &RegistryRow) -> [Value; 8] {
+    [
+        row.fingerprint.0.as_slice().into(),
+        row.purpose.as_str().into(),
+        row.state.as_str().into(),
+        row.token_serial.as_str().into(),
+        row.sequence.into(),
+        row.registered.into(),
+        row.backup_confirmed.into(),
+        (&row.mac).into(),
+    ]
+}
+
+async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(PROBE_TIMEOUT, probe).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::Down("the database does not answer".into())),
+    }
+}

@@ -1,0 +1,71 @@
+//! Whether the database answers, apart for reads and writes.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::Error;
+
+use super::Purpose;
+
+/// How long a failed probe speaks for the database. Whoever probes does so every second.
+const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
+
+/// What the last probes said, and when callers last got an answer.
+#[derive(Debug, Default)]
+pub(super) struct Probe {
+    reads: Mutex<Seen>,
+    writes: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// When the last probe failed, unless there was an answer since.
+    failed: Option<Instant>,
+    answered: Option<Instant>,
+}
+
+impl Probe {
+    fn seen(&self, purpose: Purpose) -> MutexGuard<'_, Seen> {
+        let seen = match purpose {
+            Purpose::Read => &self.reads,
+            Purpose::Write => &self.writes,
+        };
+        seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody got an answer.
+    pub(super) fn answered(&self, purpose: Purpose) {
+        let mut seen = self.seen(purpose);
+        seen.answered = Some(Instant::now());
+        seen.failed = None;
+    }
+
+    /// Takes note of what a probe said that began then. A probe stands in line with all others: one that fails while others
+    /// get their answers says that the database is busy, not that it is away.
+    pub(super) fn judge<T>(
+        &self,
+        purpose: Purpose,
+        begun: Instant,
+        result: Result<T, Error>,
+    ) -> Result<(), Error> {
+        let mut seen = self.seen(purpose);
+        if seen.answered.is_some_and(|at| at >= begun) {
+            return Ok(());
+        }
+        seen.failed = result.is_err().then(Instant::now);
+        result.map(drop)
+    }
+
+    /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line.
+    pub(super) fn check(&self, purpose: Purpose) -> Result<(), Error> {
+        let failed = self.seen(purpose).failed;
+        if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) {
+            return Err(Error::Down(
+                "the database did not answer the last probe".into(),
+            ));
+        }
+        Ok(())
+    }
+}

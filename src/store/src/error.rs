@@ -1,0 +1,183 @@
+//! Where the store's errors come from and what they become.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{
+    error::{DatabaseError, ErrorKind},
+    mysql::MySqlDatabaseError,
+    postgres::PgDatabaseError,
+    sqlite::SqliteError,
+};
+
+use keybroker_core::{
+    error::{self, Reason},
+    key::Revision,
+};
+
+/// How long a caller should wait for a store that is away.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// SQLite's primary result codes for a file that is not a good database (`SQLITE_CORRUPT`, `SQLITE_NOTADB`).
+const SQLITE_DAMAGED: [i64; 2] = [11, 26];
+/// `SQLITE_READONLY`, `SQLITE_FULL`: worth a hint.
+const SQLITE_READONLY: i64 = 8;
+const SQLITE_FULL: i64 = 13;
+/// The low byte of an extended result code is the primary one.
+const PRIMARY_CODE: i64 = 0xff;
+
+/// MySQL's `ER_NOT_KEYFILE`, `ER_OLD_KEYFILE`, `ER_CRASHED_ON_USAGE`, `ER_CRASHED_ON_REPAIR`, `ER_INDEX_CORRUPT`.
+const MYSQL_DAMAGED: [u16; 5] = [1_034, 1_035, 1_194, 1_195, 1_712];
+/// `ER_LOCK_WAIT_TIMEOUT`, `ER_LOCK_DEADLOCK`.
+const MYSQL_CONTENDED: [u16; 2] = [1_205, 1_213];
+/// `ER_OPTION_PREVENTS_STATEMENT`, `ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION`, `ER_READ_ONLY_MODE`.
+const MYSQL_READONLY: [u16; 3] = [1_290, 1_792, 1_836];
+/// `ER_DISK_FULL`, `ER_RECORD_FILE_FULL`.
+const MYSQL_FULL: [u16; 2] = [1_021, 1_114];
+
+const READONLY_SERVER: &str =
+    "this server is a standby or was set to read only; name the primary in `store.url`";
+const FULL_SERVER: &str = "free the database server's disk";
+
+/// Class of a store failure.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The address or the id is taken.
+    #[error("exists already")]
+    Exists,
+    /// There is no such record.
+    #[error("not found")]
+    NotFound,
+    /// The current revision is another one.
+    #[error("the current revision is {current}")]
+    Revision {
+        /// What it is.
+        current: Revision,
+    },
+    /// The record is deleted, or for undelete is active.
+    #[error("the record's state forbids this")]
+    State,
+    /// The registry row or the API client is not what it was read as.
+    #[error("the row changed meanwhile")]
+    Conflict,
+    /// The request id was used meanwhile, by a concurrent call.
+    #[error("the request id is in use")]
+    RequestIdTaken,
+    /// A row does not decode. Names table and column, never bytes.
+    #[error("a stored row does not decode: {0}")]
+    Corrupt(String),
+    /// The schema is older or newer than this binary.
+    #[error("{0}")]
+    Schema(String),
+    /// The database may lose what it acknowledges.
+    #[error("{0}")]
+    Durability(String),
+    /// Another transaction won; this one was undone and may be tried again.
+    #[error("the database is busy: {0}")]
+    Contended(Arc<str>),
+    /// Another process has the database.
+    #[error("{0}")]
+    InUse(String),
+    /// The database is away, full, read-only or slow.
+    #[error("store away: {0}")]
+    Down(Arc<str>),
+}
+
+impl From<Error> for error::Error {
+    fn from(error: Error) -> Self {
+        let detail = error.to_string();
+        let reason = match error {
+            Error::Exists => Reason::KeyExists,
+            Error::NotFound => Reason::KeyNotFound,
+            Error::Revision { .. } => Reason::Revision,
+            Error::State => Reason::KeyState,
+            // A concurrent call holds the same request id: the retry will find its result.
+            Error::Conflict | Error::RequestIdTaken => Reason::Revision,
+            Error::Corrupt(_) => Reason::RecordDamaged,
+            Error::Schema(_)
+            | Error::Durability(_)
+            | Error::Contended(_)
+            | Error::InUse(_)
+            | Error::Down(_) => {
+                return Self::new(Reason::StoreDown, detail).retry_after(STORE_RETRY);
+            }
+        };
+        Self::new(reason, detail)
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::ColumnDecode { index, .. } => Self::Corrupt(format!("column {index}")),
+            sqlx::Error::Database(database) => from_database(&**database),
+            sqlx::Error::PoolTimedOut => Self::Down(
+                "no connection in time: the database does not accept any, or all are in use".into(),
+            ),
+            _ => Self::Down(error.to_string().into()),
+        }
+    }
+}
+
+/// Each engine has its own numbers, and the same number means something else on another.
+fn from_database(database: &(dyn DatabaseError + 'static)) -> Error {
+    // No call breaks a constraint of its own, so the rows that it met are not as they were left: to try again is no help.
+    if !matches!(database.kind(), ErrorKind::Other) {
+        return Error::Corrupt(format!(
+            "rows that contradict each other: {database}; compare with a backup"
+        ));
+    }
+    if let Some(error) = database.try_downcast_ref::<PgDatabaseError>() {
+        from_postgres(error)
+    } else if let Some(error) = database.try_downcast_ref::<MySqlDatabaseError>() {
+        from_mysql(error)
+    } else if let Some(error) = database.try_downcast_ref::<SqliteError>() {
+        from_sqlite(error)
+    } else {
+        Error::Down(database.to_string().into())
+    }
+}
+
+fn from_sqlite(error: &SqliteError) -> Error {
+    let code = error.code().and_then(|code| code.parse::<i64>().ok());
+    match code.map(|code| code & PRIMARY_CODE) {
+        Some(code) if SQLITE_DAMAGED.contains(&code) => {
+            Error::Corrupt(format!("the database file: {error}; restore a backup"))
+        }
+        Some(SQLITE_READONLY) => down(error, "check owner and mode of the file and its directory"),
+        Some(SQLITE_FULL) => down(error, "free the disk"),
+        _ => Error::Down(error.to_string().into()),
+    }
+}
+
+fn from_postgres(error: &PgDatabaseError) -> Error {
+    match error.code() {
+        // serialization_failure, deadlock_detected, lock_not_available
+        "40001" | "40P01" | "55P03" => Error::Contended(error.to_string().into()),
+        // data_corrupted, index_corrupted
+        "XX001" | "XX002" => Error::Corrupt(format!("the database: {error}; restore a backup")),
+        // read_only_sql_transaction
+        "25006" => down(error, READONLY_SERVER),
+        // disk_full
+        "53100" => down(error, FULL_SERVER),
+        _ => Error::Down(error.to_string().into()),
+    }
+}
+
+fn from_mysql(error: &MySqlDatabaseError) -> Error {
+    let number = error.number();
+    if MYSQL_CONTENDED.contains(&number) {
+        Error::Contended(error.to_string().into())
+    } else if MYSQL_DAMAGED.contains(&number) {
+        Error::Corrupt(format!("the database: {error}; restore a backup"))
+    } else if MYSQL_READONLY.contains(&number) {
+        down(error, READONLY_SERVER)
+    } else if MYSQL_FULL.contains(&number) {
+        down(error, FULL_SERVER)
+    } else {
+        Error::Down(error.to_string().into())
+    }
+}
+
+fn down(error: &dyn DatabaseError, remedy: &str) -> Error {
+    Error::Down(format!("{error}; {remedy}").into())
+}

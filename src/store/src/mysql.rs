@@ -1,0 +1,244 @@
+//! MySQL 8 and later, MariaDB 10.6 and later.
+
+use std::time::Duration;
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use sqlx::{
+    AssertSqlSafe, MySql, MySqlConnection,
+    migrate::Migrator,
+    mysql::{MySqlConnectOptions, MySqlSslMode},
+};
+
+use super::{
+    Error, Settings,
+    durability::{Found, Weakness},
+    server::{Limits, Server},
+    session::{Columns as _, Session as _},
+    settings::Tls,
+    statements::{Statements, TableStatements},
+    url::{Door, Place},
+};
+
+mod statements;
+mod tables;
+
+static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
+
+const PORT: u16 = 3_306;
+/// Before it CHECK constraints were parsed and ignored.
+const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
+const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
+
+/// A quiet broker keeps its connections by asking once a second; below this they would come and go.
+const IDLE_MIN_S: f64 = 10.0;
+
+#[derive(Debug)]
+pub(super) enum MySqlOrMariaDb {}
+
+impl Server for MySqlOrMariaDb {
+    type Database = MySql;
+
+    const NAME: &'static str = "MySQL";
+    const SQL: &'static Statements = &statements::STATEMENTS;
+    const TABLES: &'static TableStatements = &tables::TABLES;
+
+    fn migrator() -> &'static Migrator {
+        &MIGRATOR
+    }
+
+    fn options(settings: &Settings, place: &Place) -> Result<MySqlConnectOptions, Error> {
+        let mut options = MySqlConnectOptions::new()
+            .username(&place.user)
+            .database(&place.database)
+            .pipes_as_concat(false);
+        if let Some(password) = settings.password()? {
+            options = options.password(&password);
+        }
+        options = match &place.door {
+            Door::Socket(path) => {
+                return Ok(options.socket(path).ssl_mode(MySqlSslMode::Disabled));
+            }
+            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+        };
+        options = match settings.tls {
+            Tls::Verify => options.ssl_mode(MySqlSslMode::VerifyIdentity),
+            Tls::Plaintext => options.ssl_mode(MySqlSslMode::Disabled),
+        };
+        if let Some(pem) = settings.authorities()? {
+            options = options.ssl_ca_from_pem(pem);
+        }
+        Ok(options)
+    }
+
+    /// The strict mode is what refuses a value that does not fit instead of cutting it.
+    fn prepare<'c>(
+        connection: &'c mut MySqlConnection,
+        limits: &'c Limits,
+    ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
+        async move {
+            let is_mariadb = version(connection).await?.is_mariadb;
+            // Numbers of ours, which `SET` takes in no other way.
+            let set = session_settings(limits, is_mariadb);
+            sqlx::raw_sql(AssertSqlSafe(set))
+                .execute(&mut *connection)
+                .await?;
+            connection
+                .control("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE")
+                .await
+        }
+        .boxed()
+    }
+
+    fn check_server(connection: &mut MySqlConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let version = version(connection).await?;
+            let oldest = if version.is_mariadb {
+                OLDEST_MARIADB
+            } else {
+                OLDEST_MYSQL
+            };
+            if version.numbers >= oldest {
+                return Ok(());
+            }
+            Err(Error::Schema(format!(
+                "the server is {}; keybroker needs MySQL 8.0.16 or MariaDB 10.6, or later",
+                version.text
+            )))
+        }
+        .boxed()
+    }
+
+    fn weaknesses(found: &Found) -> Vec<Weakness> {
+        found.mysql()
+    }
+
+    /// Under a lock of our own: the driver's waits with a negative timeout, which MariaDB takes for an error. It ends with
+    /// the connection at the latest.
+    fn migrate(connection: &mut MySqlConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let locked = connection
+                .rows(
+                    "SELECT GET_LOCK(CONCAT('keybroker.', MD5(DATABASE())), 60)",
+                    Vec::new(),
+                )
+                .await?;
+            if locked
+                .first()
+                .map(|row| row.optional_integer(0))
+                .transpose()?
+                .flatten()
+                != Some(1)
+            {
+                return Err(Error::InUse(
+                    "another process is migrating this database; wait for it, then try again"
+                        .to_owned(),
+                ));
+            }
+            let done = run_migrations(connection).await;
+            connection
+                .rows(
+                    "SELECT RELEASE_LOCK(CONCAT('keybroker.', MD5(DATABASE())))",
+                    Vec::new(),
+                )
+                .await?;
+            done
+        }
+        .boxed()
+    }
+}
+
+/// Each statement of a migration commits by itself, so one that was cut short left its mark and a part of its work. All of
+/// them can run again, so it is begun anew.
+async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
+    if !connection
+        .rows(statements::STATEMENTS.has_migrations, Vec::new())
+        .await?
+        .is_empty()
+    {
+        connection
+            .control("DELETE FROM _sqlx_migrations WHERE NOT success")
+            .await?;
+    }
+    let mut migrator = Migrator::with_migrations(MIGRATOR.iter().cloned().collect());
+    migrator.set_locking(false);
+    migrator.run_direct(None, connection, false).await.map_err(|error| {
+        Error::Schema(format!(
+            "migration failed: {error}. What it did so far is kept; once the cause is mended, run `keybroker store \
+             migrate` again"
+        ))
+    })
+}
+
+/// What a session is set to. A transaction whose client is gone without a word, with its machine or its network, is ended by a
+/// limit on idleness, or its locks would be held until TCP gives up, hours later. MySQL has one for whole connections alone;
+/// one that was closed in the pool is found out before it is lent.
+fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
+    // Whole seconds, and at least one.
+    let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
+    let lock = seconds(limits.lock);
+    let idle = seconds(limits.statement * 2);
+    let statement = if is_mariadb {
+        let statement = limits.statement.as_secs_f64();
+        format!("max_statement_time = {statement}, SESSION idle_transaction_timeout = {idle}")
+    } else {
+        let (statement, idle) = (limits.statement.as_millis(), idle.max(IDLE_MIN_S));
+        format!("max_execution_time = {statement}, SESSION wait_timeout = {idle}")
+    };
+    format!(
+        "SET SESSION autocommit = 1, SESSION foreign_key_checks = 1, SESSION unique_checks = 1, \
+         SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
+         SESSION innodb_lock_wait_timeout = {lock}, SESSION {statement}"
+    )
+}
+
+struct Version {
+    text: String,
+    numbers: [u32; 3],
+    is_mariadb: bool,
+}
+
+async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Error> {
+    let rows = connection.rows("SELECT VERSION()", Vec::new()).await?;
+    let text = rows
+        .first()
+        .ok_or(sqlx::Error::RowNotFound)?
+        .text(0)?
+        .to_owned();
+    let mut parts = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    Ok(Version {
+        numbers: [next(), next(), next()],
+        is_mariadb: text.contains("MariaDB"),
+        text,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The suite has no MySQL: what it is told is at least looked at.
+    #[test]
+    fn a_transaction_whose_client_is_gone_ends_on_both() {
+        let limits = Limits {
+            statement: Duration::from_millis(2_500),
+            lock: Duration::from_millis(100),
+        };
+        let (mysql, mariadb) = (
+            session_settings(&limits, false),
+            session_settings(&limits, true),
+        );
+        assert!(mysql.contains("max_execution_time = 2500, SESSION wait_timeout = 10"));
+        assert!(mariadb.contains("max_statement_time = 2.5, SESSION idle_transaction_timeout = 5"));
+        for set in [mysql, mariadb] {
+            assert!(set.contains("innodb_lock_wait_timeout = 1,"), "{set}");
+        }
+        let long = Limits {
+            statement: Duration::from_mins(1),
+            ..limits
+        };
+        assert!(session_settings(&long, false).ends_with("wait_timeout = 120"));
+    }
+}

@@ -1,0 +1,180 @@
+//! PostgreSQL 14 and later.
+
+use std::{env, path::Path, time::Duration};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use sqlx::{
+    PgConnection, Postgres,
+    migrate::Migrator,
+    postgres::{PgConnectOptions, PgSslMode},
+};
+
+use super::{
+    Error, Settings,
+    durability::{Found, Weakness},
+    server::{Limits, Server},
+    session::{Columns as _, Session as _, Value},
+    settings::Tls,
+    statements::{Statements, TableStatements},
+    url::{Door, Place},
+};
+
+mod statements;
+mod tables;
+
+static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
+
+const PORT: u16 = 5_432;
+/// As `server_version_num` has it.
+const OLDEST: i64 = 140_000;
+/// Sockets are named by their port.
+const SOCKET_NAME: &str = ".s.PGSQL.";
+
+/// What the driver takes from the environment and nobody can set anew: other authorities for the server's certificate, a
+/// certificate of ours, settings of the session.
+const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
+
+/// What of the environment would count.
+pub(super) fn environment_problems() -> Vec<String> {
+    let is_set = |name: &&str| env::var_os(name).is_some();
+    let complain = |name: &str| {
+        format!(
+            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; take it out of \
+             keybroker's environment (in a unit: `UnsetEnvironment={name}`); an authority belongs into `ca_file`"
+        )
+    };
+    VARIABLES.into_iter().filter(is_set).map(complain).collect()
+}
+
+#[derive(Debug)]
+pub(super) enum PostgreSql {}
+
+impl Server for PostgreSql {
+    type Database = Postgres;
+
+    const NAME: &'static str = "PostgreSQL";
+    const SQL: &'static Statements = &statements::STATEMENTS;
+    const TABLES: &'static TableStatements = &tables::TABLES;
+
+    fn migrator() -> &'static Migrator {
+        &MIGRATOR
+    }
+
+    fn options(settings: &Settings, place: &Place) -> Result<PgConnectOptions, Error> {
+        // The driver reads the environment: what it finds there is set anew or refused.
+        let problems = environment_problems();
+        if !problems.is_empty() {
+            return Err(Error::Schema(problems.join("; ")));
+        }
+        let options = PgConnectOptions::new_without_pgpass()
+            .username(&place.user)
+            .database(&place.database)
+            .application_name("keybroker")
+            .extra_float_digits(None)
+            .password(
+                settings
+                    .password()?
+                    .as_ref()
+                    .map_or("", |password| password.as_str()),
+            );
+        let mut options = match &place.door {
+            Door::Socket(path) => {
+                let (directory, port) = split_socket(path);
+                return Ok(options
+                    .port(port)
+                    .socket(directory)
+                    .ssl_mode(PgSslMode::Disable));
+            }
+            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+        };
+        options = match settings.tls {
+            Tls::Verify => options.ssl_mode(PgSslMode::VerifyFull),
+            Tls::Plaintext => options.ssl_mode(PgSslMode::Disable),
+        };
+        if let Some(pem) = settings.authorities()? {
+            options = options.ssl_root_cert_from_pem(pem);
+        }
+        Ok(options)
+    }
+
+    fn prepare<'c>(
+        connection: &'c mut PgConnection,
+        limits: &'c Limits,
+    ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
+        async move {
+            let value = |limit: Duration| Value::Text(limit.as_millis().to_string());
+            connection
+                .rows(
+                    "SELECT set_config('statement_timeout', $1, false), \
+                     set_config('lock_timeout', $2, false), \
+                     set_config('idle_in_transaction_session_timeout', $3, false), \
+                     set_config('default_transaction_isolation', 'read committed', false)",
+                    vec![
+                        value(limits.statement),
+                        value(limits.lock),
+                        value(limits.statement * 2),
+                    ],
+                )
+                .await
+                .map(drop)
+        }
+        .boxed()
+    }
+
+    fn check_server(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let rows = connection
+                .rows(
+                    "SELECT current_setting('server_version_num')::bigint, \
+                     current_setting('server_version'), current_setting('server_encoding')",
+                    Vec::new(),
+                )
+                .await?;
+            let row = rows.first().ok_or(Error::NotFound)?;
+            if row.integer(0)? < OLDEST {
+                let version = row.text(1)?;
+                return Err(Error::Schema(format!(
+                    "the server is PostgreSQL {version}; keybroker needs 14 or later"
+                )));
+            }
+            match row.text(2)? {
+                "UTF8" => Ok(()),
+                other => Err(Error::Schema(format!(
+                    "the database has the encoding {other}, in which not every user name can be written; create it \
+                     anew with ENCODING 'UTF8'"
+                ))),
+            }
+        }
+        .boxed()
+    }
+
+    fn weaknesses(found: &Found) -> Vec<Weakness> {
+        found.postgres()
+    }
+
+    /// The driver holds an advisory lock meanwhile, and runs each migration with its mark in one transaction.
+    fn migrate(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            MIGRATOR
+                .run_direct(None, connection, false)
+                .await
+                .map_err(|error| {
+                    Error::Schema(format!(
+                        "migration failed, and what it began was undone: {error}"
+                    ))
+                })
+        }
+        .boxed()
+    }
+}
+
+/// A socket is named by its directory, or by itself where the port is another one.
+fn split_socket(path: &Path) -> (&Path, u16) {
+    let port = path
+        .file_name()
+        .and_then(|name| name.to_str()?.strip_prefix(SOCKET_NAME)?.parse().ok());
+    match (path.parent(), port) {
+        (Some(directory), Some(port)) => (directory, port),
+        _ => (path, PORT),
+    }
+}

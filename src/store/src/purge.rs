@@ -1,0 +1,138 @@
+//! What may be forgotten for good: superseded revisions and deleted records that nobody has wanted back for a time, and the
+//! marks of mutations of that age.
+//!
+//! A purge goes through the database once. What it finds comes in portions, each of which is one short transaction: it can
+//! be stopped at any moment, and begun again, and beside it brokers go on.
+
+use std::{collections::HashSet, sync::Arc};
+
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    key::{RecordId, Revision},
+};
+
+use super::{
+    Error, rows,
+    scan::{Scan, Superseded},
+    tables::{Cursor, Head, PAGE_ROWS, Table, Tables},
+};
+
+/// So many rows are purged in one transaction, about.
+const PURGED_AT_ONCE: usize = 100;
+
+/// A purge under way.
+#[derive(Debug)]
+pub struct Purge {
+    store: Arc<dyn Tables>,
+    scan: Scan,
+    before: Timestamp,
+}
+
+/// What is purged at once: its records in one transaction, its revisions in another.
+#[derive(Clone, Debug, Default)]
+pub struct Portion {
+    /// Deleted records.
+    pub records: Vec<Head>,
+    /// Superseded revisions of other records.
+    pub revisions: Vec<Superseded>,
+    /// How many rows were looked at to find them.
+    pub seen: u64,
+}
+
+impl Purge {
+    /// Of what was deleted or superseded before then.
+    pub fn new(store: Arc<dyn Tables>, before: Timestamp) -> Self {
+        Self {
+            scan: Scan::new(Arc::clone(&store)),
+            store,
+            before,
+        }
+    }
+
+    /// The next portion, which may have nothing in it but what was seen; nothing at the end. Rows that do not decode are
+    /// left alone.
+    pub async fn next(&mut self) -> Result<Option<Portion>, Error> {
+        let mut portion = Portion::default();
+        let (mut seen, mut chosen) = (0, 0);
+        while seen < PAGE_ROWS && chosen < PURGED_AT_ONCE {
+            let Some(found) = self.scan.next().await? else {
+                break;
+            };
+            seen += 1;
+            match found.good_head() {
+                Some(head) if head.is_deleted_since(self.before) => {
+                    if found.is_first {
+                        portion.records.push(head.clone());
+                    }
+                    chosen += 1;
+                }
+                _ => {
+                    let superseded = found.superseded_before(self.before);
+                    chosen += usize::from(superseded.is_some());
+                    portion.revisions.extend(superseded);
+                }
+            }
+        }
+        portion.seen = u64::try_from(seen).unwrap_or(u64::MAX);
+        Ok((seen > 0).then_some(portion))
+    }
+
+    /// Purges a portion's revisions, and says which are gone.
+    pub async fn revisions(
+        &self,
+        portion: &Portion,
+    ) -> Result<HashSet<(RecordId, Revision)>, Error> {
+        if portion.revisions.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let chosen = portion.revisions.iter();
+        let chosen: Vec<_> = chosen.map(|old| (old.record, old.revision)).collect();
+        Ok(self
+            .store
+            .purge_revisions(&chosen)
+            .await?
+            .into_iter()
+            .collect())
+    }
+
+    /// Purges a portion's records, and says which are gone. One that was made active meanwhile is not among them.
+    pub async fn records(&self, portion: &Portion) -> Result<HashSet<RecordId>, Error> {
+        if portion.records.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let ids: Vec<RecordId> = portion.records.iter().map(|head| head.id).collect();
+        let gone = self.store.purge_records(&ids, self.before).await?;
+        Ok(gone.into_iter().collect())
+    }
+}
+
+/// Forgets the marks of mutations that were committed before then, or with `dry_run` counts them. They are kept in the order
+/// of time, so this ends at the first page without an old one.
+pub async fn forget_changes(
+    store: &dyn Tables,
+    before: Timestamp,
+    dry_run: bool,
+) -> Result<u64, Error> {
+    let mut cursor = Cursor::new(Table::Changes);
+    let mut forgotten = 0;
+    loop {
+        let mut old: Vec<CallId> = Vec::new();
+        for _ in 0..PAGE_ROWS {
+            let Some(row) = cursor.take(store).await? else {
+                break;
+            };
+            let (call, at) = rows::change(&row)?;
+            if at < before {
+                old.push(call);
+            }
+        }
+        if old.is_empty() {
+            return Ok(forgotten);
+        }
+        forgotten += if dry_run {
+            u64::try_from(old.len()).unwrap_or(u64::MAX)
+        } else {
+            store.forget_changes(&old).await?
+        };
+    }
+}

@@ -1,0 +1,211 @@
+//! Rows into domain types, the same for every engine. A value that does not decode is an error that names its table and
+//! column, never a panic and never a record that is missing.
+
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    client_credential::DOCUMENT_BYTES_MAX,
+    key::{
+        ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
+        WrappingKeyId, WrappingKeyState,
+    },
+};
+
+use super::{
+    ClientRow, Error, RecordInfo, RecordState, RegistryRow,
+    session::Columns,
+    tables::{Head, RevisionRow},
+};
+
+/// A serial number has 16 bytes in PKCS#11, each at most three in a text. A longer one no token has, and no MAC covers.
+const TOKEN_SERIAL_BYTES_MAX: usize = 48;
+
+fn corrupt(column: &str) -> Error {
+    Error::Corrupt(column.to_owned())
+}
+
+pub(super) fn bytes(row: &impl Columns, index: usize, column: &str) -> Result<Vec<u8>, Error> {
+    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
+    Ok(bytes.to_vec())
+}
+
+pub(super) fn array<const N: usize>(
+    row: &impl Columns,
+    index: usize,
+    column: &str,
+) -> Result<[u8; N], Error> {
+    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
+    bytes.try_into().map_err(|_| corrupt(column))
+}
+
+fn text<'r>(row: &'r impl Columns, index: usize, column: &str) -> Result<&'r str, Error> {
+    row.text(index).map_err(|_| corrupt(column))
+}
+
+fn time(row: &impl Columns, index: usize, column: &str) -> Result<Timestamp, Error> {
+    row.integer(index)
+        .map(Timestamp::from_micros)
+        .map_err(|_| corrupt(column))
+}
+
+fn optional_time(
+    row: &impl Columns,
+    index: usize,
+    column: &str,
+) -> Result<Option<Timestamp>, Error> {
+    let micros = row.optional_integer(index).map_err(|_| corrupt(column))?;
+    Ok(micros.map(Timestamp::from_micros))
+}
+
+pub(super) fn wrapping_key(row: &impl Columns, index: usize) -> Result<WrappingKeyId, Error> {
+    array(row, index, "wrapping_key_id").map(WrappingKeyId::from_bytes)
+}
+
+fn positive(row: &impl Columns, index: usize, column: &str) -> Result<u64, Error> {
+    let number = row.integer(index).map_err(|_| corrupt(column))?;
+    u64::try_from(number).map_err(|_| corrupt(column))
+}
+
+fn revision_number(row: &impl Columns, index: usize, column: &str) -> Result<Revision, Error> {
+    Revision::new(positive(row, index, column)?).ok_or_else(|| corrupt(column))
+}
+
+/// Columns 0 to 6: record id, state, revision, created, updated, deleted, wrapping key.
+pub(super) fn info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
+    let state = text(row, 1, "records.state")?;
+    Ok(RecordInfo {
+        address,
+        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
+        state: parse_state(state).ok_or_else(|| corrupt("records.state"))?,
+        revision: revision_number(row, 2, "records.revision")?,
+        created: time(row, 3, "records.created_us")?,
+        updated: time(row, 4, "records.updated_us")?,
+        deleted: optional_time(row, 5, "records.deleted_us")?,
+        wrapping_key: wrapping_key(row, 6)?,
+    })
+}
+
+/// Columns 7 and 8: user and key name.
+pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, Error> {
+    let user = text(row, 7, "records.user")?;
+    let name = text(row, 8, "records.key_name")?;
+    Ok(KeyAddress {
+        tenant,
+        user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
+        name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
+    })
+}
+
+/// Columns 0 to 9: those of a record, user, key name and tenant.
+pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> {
+    let tenant = text(row, 9, "records.tenant")?;
+    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?;
+    info(row, address(row, tenant)?)
+}
+
+/// All columns of a row of the records, in the order of the table.
+pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
+    let tenant = text(row, 1, "records.tenant")?;
+    let user = text(row, 2, "records.user")?;
+    let name = text(row, 3, "records.key_name")?;
+    let state = text(row, 4, "records.state")?;
+    let state = parse_state(state).ok_or_else(|| corrupt("records.state"))?;
+    time(row, 6, "records.created_us")?;
+    time(row, 7, "records.updated_us")?;
+    let deleted = optional_time(row, 8, "records.deleted_us")?;
+    if deleted.is_some() != (state == RecordState::Deleted) {
+        return Err(corrupt("records.deleted_us"));
+    }
+    Ok(Head {
+        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
+        address: KeyAddress {
+            tenant: Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?,
+            user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
+            name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
+        },
+        state,
+        revision: revision_number(row, 5, "records.revision")?,
+        deleted,
+    })
+}
+
+/// All columns of a row of the revisions, in the order of the table.
+pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
+    Ok(RevisionRow {
+        record: RecordId::from_bytes(array(row, 0, "revisions.record_id")?),
+        revision: revision_number(row, 1, "revisions.revision")?,
+        envelope: bytes(row, 2, "revisions.envelope")?,
+        wrapping_key: wrapping_key(row, 3)?,
+        created: time(row, 4, "revisions.created_us")?,
+    })
+}
+
+/// The call and the time of a row of the changes.
+pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
+    let call = array::<16>(row, 0, "changes.call_id")?;
+    let call = CallId::from_slice(&call).ok_or_else(|| corrupt("changes.call_id"))?;
+    Ok((call, time(row, 2, "changes.changed_us")?))
+}
+
+/// All columns of a row of the last uses.
+pub(super) fn last_use(row: &impl Columns) -> Result<(RecordId, Timestamp), Error> {
+    let record = array(row, 0, "last_uses.record_id").map(RecordId::from_bytes)?;
+    Ok((record, time(row, 1, "last_uses.used_us")?))
+}
+
+/// All columns of a row of the registry, in the order of the table.
+pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
+    let purpose = text(row, 2, "wrapping_keys.purpose")?;
+    let state = text(row, 3, "wrapping_keys.state")?;
+    let token_serial = text(row, 4, "wrapping_keys.token_serial")?;
+    if token_serial.len() > TOKEN_SERIAL_BYTES_MAX {
+        return Err(corrupt("wrapping_keys.token_serial"));
+    }
+    Ok(RegistryRow {
+        id: WrappingKeyId::from_bytes(array(row, 0, "wrapping_keys.key_id")?),
+        fingerprint: Fingerprint(array(row, 1, "wrapping_keys.fingerprint")?),
+        purpose: Purpose::parse(purpose).ok_or_else(|| corrupt("wrapping_keys.purpose"))?,
+        state: WrappingKeyState::parse(state).ok_or_else(|| corrupt("wrapping_keys.state"))?,
+        token_serial: token_serial.to_owned(),
+        sequence: positive(row, 5, "wrapping_keys.sequence")?,
+        registered: time(row, 6, "wrapping_keys.registered_us")?,
+        backup_confirmed: optional_time(row, 7, "wrapping_keys.backup_confirmed_us")?,
+        mac: array(row, 8, "wrapping_keys.mac")?,
+    })
+}
+
+/// All columns of a row of the clients, in the order of the table. What is in the document is for its own parser to say.
+pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
+    let document = bytes(row, 2, "clients.document")?;
+    if document.len() > DOCUMENT_BYTES_MAX {
+        return Err(corrupt("clients.document"));
+    }
+    Ok(ClientRow {
+        id: ClientId::from_bytes(array(row, 0, "clients.client_id")?),
+        revision: revision_number(row, 1, "clients.revision")?.get(),
+        document,
+        mac: array(row, 3, "clients.mac")?,
+        key: WrappingKeyId::from_bytes(array(row, 4, "clients.key_id")?),
+        created: time(row, 5, "clients.created_us")?,
+        updated: time(row, 6, "clients.updated_us")?,
+    })
+}
+
+/// Number of a secret, and when it was last accepted.
+pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
+    let number = positive(row, 0, "client_uses.secret_number")?;
+    let number = u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
+    Ok((number, time(row, 1, "client_uses.used_us")?))
+}
+
+pub(super) const fn state_text(state: RecordState) -> &'static str {
+    match state {
+        RecordState::Active => "active",
+        RecordState::Deleted => "deleted",
+    }
+}
+
+fn parse_state(text: &str) -> Option<RecordState> {
+    [RecordState::Active, RecordState::Deleted]
+        .into_iter()
+        .find(|state| state_text(*state) == text)
+}

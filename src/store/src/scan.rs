@@ -1,0 +1,195 @@
+//! Every revision together with its record, and every API client, whatever is wrong with them.
+
+use std::sync::Arc;
+
+use keybroker_core::{
+    call::Timestamp,
+    key::{ClientId, KeyAddress, RecordId, Revision},
+};
+
+use super::{
+    ClientRow, Error, rows,
+    session::{Columns as _, Value},
+    tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
+};
+
+/// A row of the revisions, a row of the records, or both when they belong together.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The record; absent for a revision without one.
+    pub head: Option<Arc<Result<Head, Error>>>,
+    /// The revision; absent for a record without any.
+    pub revision: Option<Result<RevisionRow, Error>>,
+    /// Whether it is the first that was found of its record.
+    pub is_first: bool,
+    /// When a later revision became current, if one was found.
+    pub superseded: Option<Timestamp>,
+}
+
+impl Found {
+    /// The record, when there is one and it decodes.
+    pub fn good_head(&self) -> Option<&Head> {
+        self.head.as_deref().and_then(|head| head.as_ref().ok())
+    }
+
+    /// The revision, when there is one and it decodes.
+    pub fn good_revision(&self) -> Option<&RevisionRow> {
+        self.revision.as_ref().and_then(|row| row.as_ref().ok())
+    }
+
+    /// Which revision of which record, when it is superseded since before then.
+    pub fn superseded_before(&self, before: Timestamp) -> Option<Superseded> {
+        let (head, row) = (self.good_head()?, self.good_revision()?);
+        let is_old = row.revision < head.revision && self.superseded? < before;
+        is_old.then(|| Superseded {
+            record: row.record,
+            address: head.address.clone(),
+            revision: row.revision,
+        })
+    }
+}
+
+/// A revision that is not current any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superseded {
+    /// Of which record.
+    pub record: RecordId,
+    /// Where that lives.
+    pub address: KeyAddress,
+    /// Which.
+    pub revision: Revision,
+}
+
+/// Goes through records and revisions side by side, in the order of the record ids. Beside a running broker a record that
+/// changes meanwhile may be seen with a revision too few or too many; one that does not change is seen as it is.
+#[derive(Debug)]
+pub struct Scan {
+    store: Arc<dyn Tables>,
+    records: Cursor,
+    revisions: Cursor,
+    /// The record whose revisions come now.
+    current: Option<(Row, Arc<Result<Head, Error>>)>,
+    last_record: Option<Value>,
+}
+
+impl Scan {
+    /// From the beginning.
+    pub fn new(store: Arc<dyn Tables>) -> Self {
+        Self {
+            store,
+            records: Cursor::new(Table::Records),
+            revisions: Cursor::new(Table::Revisions),
+            current: None,
+            last_record: None,
+        }
+    }
+
+    /// What comes next, or nothing at the end.
+    pub async fn next(&mut self) -> Result<Option<Found>, Error> {
+        let store = Arc::clone(&self.store);
+        loop {
+            if self.current.is_none() {
+                let row = self.records.take(&*store).await?;
+                self.current = row.map(|row| {
+                    let head = Arc::new(Head::decode(&row));
+                    (row, head)
+                });
+            }
+            let revision = self.revisions.peek(&*store).await?.map(record_of);
+            let record = self.current.as_ref().map(|(row, _)| record_of(row));
+            let (head, has_revision) = match (&record, &revision) {
+                (None, None) => return Ok(None),
+                (Some(record), Some(revision)) if record == revision => (self.head(), true),
+                // The next revision is of an earlier record, which is not there.
+                (Some(record), Some(revision)) if revision < record => (None, true),
+                (None, Some(_)) => (None, true),
+                (Some(_), _) => {
+                    let head = self.head();
+                    self.current = None;
+                    if record == self.last_record {
+                        // Its revisions came before.
+                        continue;
+                    }
+                    (head, false)
+                }
+            };
+            let record = if has_revision { revision } else { record };
+            return self.found(head, has_revision, record).await.map(Some);
+        }
+    }
+
+    fn head(&self) -> Option<Arc<Result<Head, Error>>> {
+        self.current.as_ref().map(|(_, head)| Arc::clone(head))
+    }
+
+    async fn found(
+        &mut self,
+        head: Option<Arc<Result<Head, Error>>>,
+        has_revision: bool,
+        record: Option<Value>,
+    ) -> Result<Found, Error> {
+        let store = Arc::clone(&self.store);
+        let is_first = record != self.last_record;
+        let mut found = Found {
+            head,
+            revision: None,
+            is_first,
+            superseded: None,
+        };
+        if has_revision {
+            let row = self.revisions.take(&*store).await?;
+            found.revision = row.as_ref().map(RevisionRow::decode);
+            let next = self.revisions.peek(&*store).await?;
+            found.superseded = next
+                .filter(|next| Some(record_of(next)) == record)
+                .and_then(|next| RevisionRow::decode(next).ok())
+                .map(|next| next.created);
+        }
+        self.last_record = record;
+        Ok(found)
+    }
+}
+
+/// The first column of both tables. One that cannot be read comes before all others.
+fn record_of(row: &Row) -> Value {
+    match row.key().first() {
+        Some(Some(id)) => id.clone(),
+        _ => Value::Bytes(Vec::new()),
+    }
+}
+
+/// A row of the API clients.
+#[derive(Clone, Debug)]
+pub struct FoundClient {
+    /// Which; absent for a row whose id is none.
+    pub id: Option<ClientId>,
+    /// All of it, when it decodes.
+    pub row: Result<ClientRow, Error>,
+}
+
+/// Goes through the API clients in the order of their ids. A row is read whole, so a client that changes meanwhile is seen as
+/// it was or as it is.
+#[derive(Debug)]
+pub struct ClientScan {
+    store: Arc<dyn Tables>,
+    clients: Cursor,
+}
+
+impl ClientScan {
+    /// From the beginning.
+    pub fn new(store: Arc<dyn Tables>) -> Self {
+        Self {
+            store,
+            clients: Cursor::new(Table::Clients),
+        }
+    }
+
+    /// What comes next, or nothing at the end.
+    pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
+        let row = self.clients.take(&*self.store).await?;
+        Ok(row.map(|row| FoundClient {
+            id: row.bytes(0).ok().and_then(ClientId::from_slice),
+            row: rows::client(&row),
+        }))
+    }
+}

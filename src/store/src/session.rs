@@ -1,0 +1,208 @@
+//! One connection, of whichever engine: statements with their values, and rows read by position. What the engines' drivers
+//! have in common but give no common name to.
+
+use std::fmt;
+
+use sqlx::{
+    MySqlConnection, PgConnection, Row as _, SqliteConnection, mysql::MySqlRow, postgres::PgRow,
+    sqlite::SqliteRow,
+};
+
+use keybroker_core::{
+    call::{CallId, RequestId, Timestamp},
+    envelope::Mac,
+    key::{ClientId, RecordId, Revision, WrappingKeyId},
+};
+
+/// A value for a statement. Owned, because statements outlive the callers that ask for them.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Value {
+    Bytes(Vec<u8>),
+    Text(String),
+    Integer(i64),
+    OptionalInteger(Option<i64>),
+}
+
+/// Without what it is: envelopes and names are for no log.
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Value")
+    }
+}
+
+/// A connection that runs statements. Placeholders are the engine's own; values come in the order in which the statement
+/// has them.
+pub(super) trait Session: Send {
+    type Row: Columns + Send + 'static;
+
+    /// Runs a statement and says how many rows it changed, or would have if they were not so already.
+    fn execute(
+        &mut self,
+        statement: &'static str,
+        values: Vec<Value>,
+    ) -> impl Future<Output = Result<u64, sqlx::Error>> + Send;
+
+    /// Runs a query.
+    fn rows(
+        &mut self,
+        statement: &'static str,
+        values: Vec<Value>,
+    ) -> impl Future<Output = Result<Vec<Self::Row>, sqlx::Error>> + Send;
+
+    /// Runs a statement that has no values and cannot be prepared on every engine: `BEGIN` and its like.
+    fn control(
+        &mut self,
+        statement: &'static str,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+}
+
+/// A row, read by position.
+pub(super) trait Columns {
+    fn bytes(&self, index: usize) -> Result<&[u8], sqlx::Error>;
+    fn text(&self, index: usize) -> Result<&str, sqlx::Error>;
+    fn integer(&self, index: usize) -> Result<i64, sqlx::Error>;
+    fn optional_integer(&self, index: usize) -> Result<Option<i64>, sqlx::Error>;
+}
+
+/// MySQL keeps texts as bytes: its text types have no collation that compares bytewise on every server.
+fn utf8(index: usize, bytes: &[u8]) -> Result<&str, sqlx::Error> {
+    std::str::from_utf8(bytes).map_err(|error| sqlx::Error::ColumnDecode {
+        index: index.to_string(),
+        source: error.into(),
+    })
+}
+
+macro_rules! engine {
+    ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $index:ident => $read:expr) => {
+        impl Session for $connection {
+            type Row = $row;
+
+            async fn execute(
+                &mut self,
+                statement: &'static str,
+                values: Vec<Value>,
+            ) -> Result<u64, sqlx::Error> {
+                let mut query = sqlx::query(statement);
+                for value in values {
+                    query = match value {
+                        Value::Bytes(bytes) => query.bind(bytes),
+                        Value::Text($text) => query.bind($bound),
+                        Value::Integer(number) => query.bind(number),
+                        Value::OptionalInteger(number) => query.bind(number),
+                    };
+                }
+                Ok(query.execute(self).await?.rows_affected())
+            }
+
+            async fn rows(
+                &mut self,
+                statement: &'static str,
+                values: Vec<Value>,
+            ) -> Result<Vec<$row>, sqlx::Error> {
+                let mut query = sqlx::query(statement);
+                for value in values {
+                    query = match value {
+                        Value::Bytes(bytes) => query.bind(bytes),
+                        Value::Text($text) => query.bind($bound),
+                        Value::Integer(number) => query.bind(number),
+                        Value::OptionalInteger(number) => query.bind(number),
+                    };
+                }
+                query.fetch_all(self).await
+            }
+
+            async fn control(&mut self, statement: &'static str) -> Result<(), sqlx::Error> {
+                sqlx::raw_sql(statement).execute(self).await.map(drop)
+            }
+        }
+
+        impl Columns for $row {
+            fn bytes(&self, index: usize) -> Result<&[u8], sqlx::Error> {
+                self.try_get(index)
+            }
+
+            fn text(&$self, $index: usize) -> Result<&str, sqlx::Error> {
+                $read
+            }
+
+            fn integer(&self, index: usize) -> Result<i64, sqlx::Error> {
+                self.try_get(index)
+            }
+
+            fn optional_integer(&self, index: usize) -> Result<Option<i64>, sqlx::Error> {
+                self.try_get(index)
+            }
+        }
+    };
+}
+
+engine!(SqliteConnection, SqliteRow, text => text, self, index => self.try_get(index));
+engine!(PgConnection, PgRow, text => text, self, index => self.try_get(index));
+engine!(MySqlConnection, MySqlRow, text => text.into_bytes(),
+        self, index => utf8(index, self.try_get(index)?));
+
+impl From<&[u8]> for Value {
+    fn from(bytes: &[u8]) -> Self {
+        Self::Bytes(bytes.to_vec())
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<i64> for Value {
+    fn from(number: i64) -> Self {
+        Self::Integer(number)
+    }
+}
+
+impl From<u32> for Value {
+    fn from(number: u32) -> Self {
+        Self::Integer(number.into())
+    }
+}
+
+/// Numbers are far below 2^63 by construction.
+impl From<u64> for Value {
+    fn from(number: u64) -> Self {
+        Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))
+    }
+}
+
+impl From<Revision> for Value {
+    fn from(revision: Revision) -> Self {
+        revision.get().into()
+    }
+}
+
+impl From<Timestamp> for Value {
+    fn from(at: Timestamp) -> Self {
+        Self::Integer(at.micros())
+    }
+}
+
+impl From<Option<Timestamp>> for Value {
+    fn from(at: Option<Timestamp>) -> Self {
+        Self::OptionalInteger(at.map(Timestamp::micros))
+    }
+}
+
+impl From<&Mac> for Value {
+    fn from(mac: &Mac) -> Self {
+        mac.as_slice().into()
+    }
+}
+
+macro_rules! by_its_bytes {
+    ($($id:ty),*) => {$(
+        impl From<$id> for Value {
+            fn from(id: $id) -> Self {
+                id.as_bytes().as_slice().into()
+            }
+        }
+    )*};
+}
+by_its_bytes!(RecordId, ClientId, WrappingKeyId, CallId, RequestId);

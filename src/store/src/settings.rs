@@ -1,0 +1,433 @@
+//! The `[store]` section of the configuration: which database, how to reach it, and what to expect of it.
+//!
+//! A password never stands in the URL: it is read from a file or from the environment where a connection is made, and it
+//! is in no field that is shown.
+//!
+//! Mitigation: M17 of `THREAT_MODEL.md`.
+
+use std::{
+    env, fmt, mem,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize, Serializer};
+use zeroize::Zeroizing;
+
+use keybroker_core::{
+    pem,
+    trusted_file::{self, Purpose},
+};
+
+use super::{Error, durability, postgres, url::Target};
+
+/// Longest content of a password file.
+const PASSWORD_BYTES_MAX: usize = 4_096;
+/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could decide which database server is believed");
+
+/// Which database: the `[store]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`; with `?socket=` and an
+    /// absolute path for a local socket.
+    pub url: Url,
+    /// File with the database user's password.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// Environment variable with the database user's password.
+    #[serde(default)]
+    pub password_variable: Option<String>,
+    /// Whether the server's certificate is verified, or there is no TLS at all.
+    #[serde(default)]
+    pub tls: Tls,
+    /// PEM file with the authorities that may have issued the server's certificate.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// Run pending migrations at start instead of refusing to start.
+    #[serde(default)]
+    pub migrate_at_start: bool,
+    /// Connections to a database server.
+    #[serde(default = "defaults::connections_max")]
+    pub connections_max: u32,
+    /// How long a call waits for a connection.
+    #[serde(default = "defaults::acquire_timeout_ms")]
+    pub acquire_timeout_ms: u64,
+    /// How long a statement may run on a database server.
+    #[serde(default = "defaults::statement_timeout_ms")]
+    pub statement_timeout_ms: u64,
+    /// How long a statement waits for a lock that another transaction holds.
+    #[serde(default = "defaults::lock_timeout_ms")]
+    pub lock_timeout_ms: u64,
+    /// For how many days a superseded revision or a deleted record can be restored; `store purge` takes nothing younger.
+    #[serde(default = "defaults::retention_days")]
+    pub retention_days: u32,
+    /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
+    #[serde(default)]
+    pub accept_weaker_durability: Vec<String>,
+}
+
+/// How a connection over the network is protected. A local socket needs nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tls {
+    /// TLS with a verified certificate, or no connection.
+    #[default]
+    Verify,
+    /// No TLS: whoever is on the path reads and changes everything but the envelopes.
+    Plaintext,
+}
+
+mod defaults {
+    pub(super) fn connections_max() -> u32 {
+        10
+    }
+
+    /// Below a second, so that a database that is away is known within one.
+    pub(super) fn acquire_timeout_ms() -> u64 {
+        800
+    }
+
+    pub(super) fn statement_timeout_ms() -> u64 {
+        2_000
+    }
+
+    pub(super) fn lock_timeout_ms() -> u64 {
+        1_000
+    }
+
+    pub(super) fn retention_days() -> u32 {
+        30
+    }
+}
+
+/// The URL of a database. Shows itself without a password, should somebody have written one into it.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Url(String);
+
+impl<T: Into<String>> From<T> for Url {
+    fn from(text: T) -> Self {
+        Self(text.into())
+    }
+}
+
+impl Url {
+    /// As written. Not for logs.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((scheme, rest)) = self.0.split_once("://") else {
+            return f.write_str(&self.0);
+        };
+        // The last `@`: a password may have one, too.
+        match rest.rsplit_once('@') {
+            Some((login, place)) if login.contains(':') => {
+                let user = login.split(':').next().unwrap_or("");
+                write!(f, "{scheme}://{user}:[hidden]@{place}")
+            }
+            _ => f.write_str(&self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Url {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Settings {
+    /// The defaults, for a database.
+    pub fn new(url: impl Into<Url>) -> Self {
+        Self {
+            url: url.into(),
+            password_file: None,
+            password_variable: None,
+            tls: Tls::default(),
+            ca_file: None,
+            migrate_at_start: false,
+            connections_max: defaults::connections_max(),
+            acquire_timeout_ms: defaults::acquire_timeout_ms(),
+            statement_timeout_ms: defaults::statement_timeout_ms(),
+            lock_timeout_ms: defaults::lock_timeout_ms(),
+            retention_days: defaults::retention_days(),
+            accept_weaker_durability: Vec::new(),
+        }
+    }
+
+    /// Where the database is.
+    pub(super) fn target(&self) -> Result<Target, Error> {
+        Target::parse(self.url.as_str())
+            .map_err(|what| Error::Schema(format!("`store.url` {what}")))
+    }
+
+    /// The file of an embedded database; a server has none.
+    pub fn file(&self) -> Option<PathBuf> {
+        match Target::parse(self.url.as_str()) {
+            Ok(Target::Sqlite(path)) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Everything that is wrong, each with its remedy.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        match Target::parse(self.url.as_str()) {
+            Ok(_) => {}
+            Err(what) => problems.push(format!("[store]: `url` {what}")),
+        }
+        if self.password_file.is_some() && self.password_variable.is_some() {
+            problems.push(
+                "[store]: set `password_file` or `password_variable`, not both, so that it is clear which counts"
+                    .to_owned(),
+            );
+        }
+        if self.tls == Tls::Plaintext && self.ca_file.is_some() {
+            problems.push(
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; take one of them out"
+                    .to_owned(),
+            );
+        }
+        for (name, path) in [
+            ("password_file", &self.password_file),
+            ("ca_file", &self.ca_file),
+        ] {
+            if let Some(path) = path
+                && !trusted_file::is_absolute(path)
+            {
+                problems.push(format!(
+                    "[store] `{name}` is {:?}: it must be an absolute path, because a service has no folder of its own",
+                    path.display().to_string()
+                ));
+            }
+        }
+        let mut range = |name: &str, value: u64, range: RangeInclusive<u64>| {
+            if !range.contains(&value) {
+                problems.push(format!(
+                    "[store]: `{name}` is {value}; it must be {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        };
+        range("connections_max", self.connections_max.into(), 1..=1_000);
+        range("acquire_timeout_ms", self.acquire_timeout_ms, 50..=60_000);
+        range(
+            "statement_timeout_ms",
+            self.statement_timeout_ms,
+            100..=600_000,
+        );
+        range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
+        range("retention_days", self.retention_days.into(), 1..=36_500);
+        for name in &self.accept_weaker_durability {
+            if !durability::is_known(name) {
+                problems.push(format!(
+                    "[store]: `accept_weaker_durability` names {name:?}, which is not looked at; there are: {}",
+                    durability::NAMES.join(", ")
+                ));
+            }
+        }
+        problems
+    }
+
+    /// What is wrong with the files that are named and with the environment, each with its remedy.
+    pub fn file_problems(&self) -> Vec<String> {
+        let mut problems = match Target::parse(self.url.as_str()) {
+            Ok(Target::Postgres(_)) => postgres::environment_problems(),
+            _ => Vec::new(),
+        };
+        if self.password_file.is_some() || self.password_variable.is_some() {
+            problems.extend(self.password().err().map(|error| error.to_string()));
+        }
+        problems.extend(self.authorities().err().map(|error| error.to_string()));
+        problems
+    }
+
+    /// The password, read anew: it is in no field.
+    pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
+        if let Some(path) = &self.password_file {
+            return read_password(path).map(Some).map_err(Error::Schema);
+        }
+        let Some(name) = &self.password_variable else {
+            return Ok(None);
+        };
+        let password = env::var(name).map_err(|_| {
+            Error::Schema(format!(
+                "[store] `password_variable`: there is no environment variable {name}; set it where keybroker is \
+                 started"
+            ))
+        })?;
+        Ok(Some(Zeroizing::new(password)))
+    }
+
+    /// How many certificates `ca_file` holds; absent without a file that can be used.
+    pub fn authorities_count(&self) -> Option<usize> {
+        let pem = self.authorities().ok()??;
+        pem::certificates(&pem)
+            .ok()
+            .map(|certificates| certificates.len())
+    }
+
+    /// The certificates of `ca_file`, read anew, as PEM without anything else.
+    pub(super) fn authorities(&self) -> Result<Option<Vec<u8>>, Error> {
+        let Some(path) = &self.ca_file else {
+            return Ok(None);
+        };
+        let read = || {
+            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+                .map_err(|error| error.to_string())?;
+            pem::certificates(&text).map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let certificates =
+            read().map_err(|what| Error::Schema(format!("[store] `ca_file`: {what}")))?;
+        tracing::info!(
+            file = %path.display(), certificates = certificates.len(),
+            "authorities of the database server read"
+        );
+        Ok(Some(pem::encode(&certificates).into_bytes()))
+    }
+
+    /// The same database for a command that no caller waits for.
+    pub(super) fn patient(&self) -> Self {
+        const STATEMENT_MS: u64 = 60_000;
+        const CONNECTION_MS: u64 = 10_000;
+        Self {
+            statement_timeout_ms: self.statement_timeout_ms.max(STATEMENT_MS),
+            acquire_timeout_ms: self.acquire_timeout_ms.max(CONNECTION_MS),
+            ..self.clone()
+        }
+    }
+
+    pub(super) fn acquire_timeout(&self) -> Duration {
+        Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    pub(super) fn statement_timeout(&self) -> Duration {
+        Duration::from_millis(self.statement_timeout_ms)
+    }
+}
+
+fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
+    let shown = path.display();
+    let limit = u64::try_from(PASSWORD_BYTES_MAX).expect("a small number");
+    let mut bytes = trusted_file::read(path, limit, Purpose::secret("password"))
+        .map_err(|error| format!("[store] `password_file`: {error}"))?;
+    let mut text = match String::from_utf8(mem::take(&mut *bytes)) {
+        Ok(text) => Zeroizing::new(text),
+        Err(error) => {
+            drop(Zeroizing::new(error.into_bytes()));
+            return Err(format!("[store] `password_file`: {shown} is not UTF-8"));
+        }
+    };
+    if text.starts_with('\u{feff}') {
+        return Err(format!(
+            "[store] `password_file`: {shown} begins with a UTF-8 byte order mark, which is not part of a password; save it \
+             without one"
+        ));
+    }
+    // Editors end a file with a line break; no password does.
+    let length = text.trim_end_matches(['\r', '\n']).len();
+    text.truncate(length);
+    if text.is_empty() {
+        return Err(format!("[store] `password_file`: {shown} is empty"));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    #[test]
+    fn a_password_in_the_url_is_never_shown() {
+        let settings = Settings::new("postgres://me:hunter2@pw@db.example.org/keys");
+        let shown = format!(
+            "{settings:?} {} {} {:?}",
+            settings.url,
+            toml::to_string(&settings).unwrap(),
+            settings.problems()
+        );
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("pw@"),
+            "{shown}"
+        );
+        assert!(shown.contains("me:[hidden]@db.example.org"), "{shown}");
+        let refused = settings.target().unwrap_err().to_string();
+        assert!(
+            refused.contains("password_file") && !refused.contains("hunter2"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn a_password_file_that_others_can_read_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("password");
+        fs::write(&path, "hunter2\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o604)).unwrap();
+        let settings = Settings {
+            password_file: Some(path.clone()),
+            ..Settings::new("postgres://me@db/keys")
+        };
+        let refused = settings.password().unwrap_err().to_string();
+        assert!(refused.contains("chmod 600"), "{refused}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(settings.password().unwrap().unwrap().as_str(), "hunter2");
+        for (content, words) in [("\n".to_owned(), "empty"), ("x".repeat(5_000), "bytes")] {
+            fs::write(&path, content).unwrap();
+            let refused = settings.password().unwrap_err().to_string();
+            assert!(refused.contains(words), "{refused}");
+        }
+    }
+
+    #[test]
+    fn every_authority_of_the_database_server_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        let authority = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            parameters.self_signed(&key).unwrap().pem()
+        };
+        let (first, second) = (authority(), authority());
+        let joined = format!("\u{feff}{}{}", first.trim_end(), second.trim_end());
+        fs::write(&path, joined).unwrap();
+        let settings = Settings {
+            ca_file: Some(path.clone()),
+            ..Settings::new("postgres://me@db/keys")
+        };
+        assert_eq!(settings.authorities_count(), Some(2));
+        fs::write(&path, first.replace("CERTIFICATE", "TRUSTED CERTIFICATE")).unwrap();
+        let problems = settings.file_problems();
+        assert!(problems[0].contains("openssl x509 -in"), "{problems:?}");
+        assert_eq!(settings.authorities_count(), None);
+    }
+
+    #[test]
+    fn a_password_variable_that_is_not_set_is_named() {
+        let settings = Settings {
+            password_variable: Some("KEYBROKER_NO_SUCH_VARIABLE".to_owned()),
+            ..Settings::new("mysql://me@db/keys")
+        };
+        let refused = settings.password().unwrap_err().to_string();
+        assert!(refused.contains("KEYBROKER_NO_SUCH_VARIABLE"), "{refused}");
+        assert_eq!(settings.file_problems().len(), 1);
+    }
+}

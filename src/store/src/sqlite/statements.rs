@@ -1,0 +1,71 @@
+//! The SQL of SQLite.
+
+use crate::statements::Statements;
+
+/// A transaction holds the write lock from its beginning: one that reads first and writes then would fail at once when
+/// another wrote between. Nothing has to be locked after that.
+pub(super) const STATEMENTS: Statements = Statements {
+    begin: "BEGIN IMMEDIATE",
+    probe: "DELETE FROM changes WHERE call_id IS NULL",
+
+    probe_read: "SELECT sequence FROM wrapping_keys LIMIT 1",
+
+    record: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
+             v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
+             ON v.record_id = r.record_id AND v.revision = r.revision \
+             WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name = ?3",
+    revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ?1 AND revision = ?2",
+    page: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
+           v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+           ON v.record_id = r.record_id AND v.revision = r.revision \
+           WHERE r.tenant = ?1 AND r.user >= ?2 AND (r.user > ?3 OR r.key_name > ?4) \
+           AND (?5 = 1 OR r.state = 'active') ORDER BY r.user, r.key_name LIMIT ?6",
+    page_of_user: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
+                   v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+                   ON v.record_id = r.record_id AND v.revision = r.revision \
+                   WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name > ?3 \
+                   AND (?4 = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?5",
+    request: "SELECT record_id, state, revision, created_us, updated_us, deleted_us, wrapping_key_id, \
+              user, key_name, content_mac, key_id FROM requests \
+              WHERE tenant = ?1 AND principal = ?2 AND request_id = ?3 AND used_us > ?4",
+    registry: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
+               backup_confirmed_us, mac FROM wrapping_keys ORDER BY sequence, key_id",
+
+    lock_record: None,
+    record_by_id: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
+                   v.wrapping_key_id, r.user, r.key_name, r.tenant FROM records r LEFT JOIN revisions v \
+                   ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?1",
+    insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?1, ?2, ?3)",
+    insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
+                    created_us, updated_us) VALUES (?1, ?2, ?3, ?4, 'active', ?5, ?6, ?7) \
+                    ON CONFLICT (tenant, user, key_name) DO NOTHING",
+    insert_revision: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, created_us) \
+                      VALUES (?1, ?2, ?3, ?4, ?5)",
+    advance_record: "UPDATE records SET revision = ?1, updated_us = ?2 \
+                     WHERE record_id = ?3 AND revision = ?4",
+    set_state: "UPDATE records SET state = ?1, updated_us = ?2, deleted_us = ?3 WHERE record_id = ?4",
+    forget_request: "DELETE FROM requests WHERE tenant = ?1 AND principal = ?2 AND request_id = ?3 \
+                     AND used_us <= ?4",
+    insert_request: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
+                     record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
+                     updated_us, deleted_us, used_us) \
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
+                     ON CONFLICT (tenant, principal, request_id) DO NOTHING",
+    forget_requests: "DELETE FROM requests WHERE (tenant, principal, request_id) IN (SELECT tenant, \
+                      principal, request_id FROM requests WHERE used_us < ?1 LIMIT ?2)",
+    insert_registry: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
+                      sequence, registered_us, backup_confirmed_us, mac) \
+                      VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (key_id) DO NOTHING",
+    update_registry: "UPDATE wrapping_keys SET fingerprint = ?1, purpose = ?2, state = ?3, \
+                      token_serial = ?4, sequence = ?5, registered_us = ?6, backup_confirmed_us = ?7, \
+                      mac = ?8 WHERE key_id = ?9 AND mac = ?10",
+
+    client: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
+             clients WHERE client_id = ?1",
+    update_client: "UPDATE clients SET revision = ?1, document = ?2, mac = ?3, key_id = ?4, \
+                    updated_us = ?5 WHERE client_id = ?6 AND revision = ?7",
+
+    has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
+    newest_migration: "SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success",
+    durability: "SELECT 'synchronous', CAST(synchronous AS TEXT) FROM pragma_synchronous",
+};

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Installs what building, testing and the demonstration need on Debian 12 with Rust: Debian packages (root or sudo) and,
-# with --tools, the test runner and the dependency checker. Does nothing when all is there.
+# with --tools, the test runner. Does nothing when all is there.
 set -euo pipefail
 
 NEXTEST_VERSION=0.9.143
-DENY_VERSION=0.20.2
 
 # A command, or the path of a file, that shows a package is there, and the package. Of MariaDB the core alone: no service.
 PARTS=(
@@ -85,7 +84,6 @@ main() {
   rust
   if [[ ${1:-} == --tools ]]; then
     cargo_tool cargo-nextest "$NEXTEST_VERSION"
-    cargo_tool cargo-deny "$DENY_VERSION"
     # The dependency check reads every package of the lock file, those of other platforms too, and has no network.
     cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; what it said is above"
   fi

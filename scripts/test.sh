@@ -14,11 +14,13 @@ main() {
   log=$(mktemp)
   # shellcheck disable=SC2064  # The path is fixed here.
   trap "rm -f '$log'" EXIT
-  if ! cargo nextest run --no-fail-fast --color never "$@" 2>&1 | tee "$log"; then
+  if ! cargo nextest run --workspace --no-fail-fast --color never "$@" 2>&1 | tee "$log"; then
     printf '\ntest: FAILED\n'
     grep -E '^ *(FAIL|TIMEOUT|SIGABRT|SIGSEGV) ' "$log" | sort -u || true
     exit 1
   fi
+  # With arguments the caller chooses what runs.
+  [[ $# -gt 0 ]] || scripts/tests-ran.sh "$log"
   printf '\ntest: %s\n' "$(grep -E '^ *Summary ' "$log" | sed 's/^ *//')"
   printf 'test: ok\n'
 }

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
 
-CHECKS=(format lints documentation lengths dependencies scripts words)
+CHECKS=(format lints documentation lengths dependencies scripts workflows glossary words)
 
 format() { cargo fmt --all --check; }
 
@@ -35,6 +35,18 @@ dependencies() { cargo test --quiet --locked --package keybroker-dependency-chec
 scripts() {
   git ls-files -z 'scripts/*.sh' .ci/run | xargs -0 shellcheck
 }
+
+# CI runs the script that developers run, and an action that it uses is fixed to a commit.
+workflows() {
+  local loose
+  grep -qE '^ *run: \.ci/run$' .github/workflows/ci.yml || { printf 'ci.yml does not run .ci/run\n'; return 1; }
+  loose=$(git grep -nE '^[ -]*uses:' -- .github/workflows | grep -vE '@[0-9a-f]{40}( |$)' || true)
+  [[ -z $loose ]] && return
+  printf '%s\n' "$loose"
+  return 1
+}
+
+glossary() { scripts/glossary.sh; }
 
 # Notes to ourselves and paths of one machine have no place in a release.
 words() {

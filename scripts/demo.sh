@@ -14,9 +14,11 @@ USERS=100
 RSA_BITS=3072
 READY_SECONDS=30
 BENCH_SECONDS=5
+PROGRESS_SECONDS=15
 
 KEEP=no
 WORK=
+BUILD_PID=
 BROKER_PID=
 IDENTITY_PID=
 STARTED=$SECONDS
@@ -60,6 +62,7 @@ stop_identity() {
 clean_up() {
   local status=$?
   trap - EXIT INT TERM HUP
+  [[ -z $BUILD_PID ]] || kill -TERM "$BUILD_PID" 2>/dev/null || true
   stop_broker || true
   stop_identity
   [[ -z $WORK ]] || rm -rf "$WORK"
@@ -81,11 +84,35 @@ module() {
   fail 'SoftHSM is installed but its module libsofthsm2.so is in none of the known places'
 }
 
-# What to build besides the program, if anything.
+# Cargo shows its own progress on a terminal. Without one, a line every few seconds shows that the build goes on.
+build_with_progress() {
+  if [[ -t 2 ]]; then
+    cargo build "$@"
+    return
+  fi
+  local log started=$SECONDS shown=$SECONDS status=0
+  log=$(mktemp "${TMPDIR:-/tmp}/keybroker-demo-build.XXXXXX")
+  cargo build "$@" >"$log" 2>&1 &
+  BUILD_PID=$!
+  while kill -0 "$BUILD_PID" 2>/dev/null; do
+    sleep 0.5
+    ((SECONDS - shown < PROGRESS_SECONDS)) && continue
+    shown=$SECONDS
+    note "building: $(grep -c ' Compiling ' "$log" || true) crates started after $((SECONDS - started)) s"
+  done
+  wait "$BUILD_PID" || status=$?
+  BUILD_PID=
+  [[ $status -eq 0 ]] || tail -n 40 "$log" >&2
+  rm -f "$log"
+  [[ $status -eq 0 ]] || fail 'the build failed'
+}
+
+# The dev profile, so that the demonstration and the tests share what they build. The arguments name what to build besides
+# the program, if anything.
 build() {
-  step 'Building in release (minutes the first time)'
-  cargo build --release --locked --quiet --bin keybroker "$@"
-  PATH=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release:$PATH
+  step 'Building with the dev profile (about 10 minutes of CPU time the first time)'
+  build_with_progress --locked --bin keybroker "$@"
+  PATH=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/debug:$PATH
   note "$(keybroker --version)"
 }
 
@@ -265,6 +292,7 @@ audit() {
 
 bench() {
   step 'Five seconds of load'
+  note 'This is a dev build: its figures show that the load is served and are no benchmark.'
   command_line "keybroker bench --seconds $BENCH_SECONDS"
   broker bench --seconds "$BENCH_SECONDS" --warm-up 1 --users 50 --connections 16 \
     --attach "$BROKER_PID" --endpoint "$ENDPOINT" --status "$STATUS" --ca "$WORK/pki/ca.pem" \

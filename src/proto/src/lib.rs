@@ -1,4 +1,7 @@
-//! Types generated from `proto/keybroker/v1`: the public wire format. Messages that carry a secret print without it.
+//! The messages and gRPC stubs of the Keybroker API (`keybroker.v1`), generated from `proto/keybroker/v1` and committed.
+//!
+//! The `Debug` output of a message that carries key material or another secret is redacted. Most programs use the
+//! `keybroker-client` crate instead of the stubs.
 
 // Generated code follows the generator's style, not ours.
 #![allow(
@@ -13,11 +16,11 @@
 
 use std::fmt;
 
-tonic::include_proto!("keybroker.v1");
+include!("generated/keybroker.v1.rs");
 
-/// Descriptors of the public services, for reflection and the wire-compatibility test.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/keybroker_v1.binpb"));
+/// The encoded `google.protobuf.FileDescriptorSet` of the public services, for server reflection and for checks of
+/// wire compatibility.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/keybroker_v1.binpb");
 
 macro_rules! redacted {
     ($($message:ident),*) => {$(

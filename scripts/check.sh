@@ -33,7 +33,7 @@ lengths() {
 dependencies() { cargo test --quiet --locked --package keybroker-dependency-check; }
 
 scripts() {
-  git ls-files -z 'scripts/*.sh' .ci/run | xargs -0 shellcheck
+  git ls-files -z 'scripts/*.sh' 'examples/*.sh' .ci/run | xargs -0 shellcheck
 }
 
 # CI runs the script that developers run, and an action that it uses is fixed to a commit.

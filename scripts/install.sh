@@ -17,6 +17,7 @@ PARTS=(
   "/usr/lib/postgresql/*/bin/initdb postgresql"
   "/usr/sbin/mariadbd mariadb-server-core"
   "mariadb-dump mariadb-client"
+  "/usr/lib/python3*/ensurepip python3-venv"
 )
 
 fail() {

@@ -15,12 +15,14 @@ mod bench;
 mod client;
 mod client_commands;
 mod client_credentials;
+mod client_library;
 mod commands;
 mod copy;
 mod cut_short;
 mod databases;
 mod doors;
 mod end_to_end;
+mod examples;
 mod faults;
 #[allow(dead_code, reason = "the tests inside the product use the rest")]
 mod faulty;

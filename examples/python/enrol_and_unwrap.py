@@ -1,0 +1,124 @@
+"""Enrols a user's key and releases it again, over gRPC with a client certificate.
+
+Shows the three things that every client needs: a deadline on each call, the reason of a refusal, and retries that are
+safe. The environment names the broker and the certificate: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
+KEYBROKER_CERT and KEYBROKER_KEY (PEM files).
+"""
+
+import argparse
+import os
+import random
+import secrets
+import sys
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from keybroker.v1 import user_key_pb2, user_key_pb2_grpc
+
+DOMAIN = "keybroker.v1"
+KEY_NAME = "example"
+# Seconds for a call with all its attempts.
+DEADLINE = 10.0
+# Eight attempts outlast the restart of a broker or of its token worker, about one second.
+ATTEMPTS = 8
+FIRST_PAUSE = 0.02
+LONGEST_PAUSE = 1.0
+# Every other reason fails again in the same way.
+TRANSIENT = {"QUEUE_FULL", "RATE", "TOKEN_DOWN", "STORE_DOWN", "AUDIT_DOWN", "IDENTITY_DOWN", "DEADLINE"}
+# Without a reason the failure comes from the connection.
+CONNECTION = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def connect() -> grpc.Channel:
+    def read(name: str) -> bytes:
+        with open(os.environ[name], "rb") as file:
+            return file.read()
+
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=read("KEYBROKER_CA"),
+        private_key=read("KEYBROKER_KEY"),
+        certificate_chain=read("KEYBROKER_CERT"),
+    )
+    endpoint = urlsplit(os.environ["KEYBROKER_ENDPOINT"])
+    # gRPC's own retries know neither the reasons nor the request id.
+    return grpc.secure_channel(endpoint.netloc, credentials, options=[("grpc.enable_retries", 0)])
+
+
+def details(error: grpc.RpcError) -> tuple[str | None, float]:
+    """The broker's reason, or None, and the delay that it asks for, in seconds."""
+    reason, delay = None, 0.0
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else []:
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            reason = info.reason
+        elif detail.Unpack(retry):
+            delay = retry.retry_delay.ToTimedelta().total_seconds()
+    return reason, delay
+
+
+def call(method, request):
+    """Calls a method. Safe for reads, and for changes whose request has a request id: all attempts send the same one."""
+    ends = time.monotonic() + DEADLINE
+    pause = FIRST_PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return method(request, timeout=max(ends - time.monotonic(), 0.001))
+        except grpc.RpcError as error:
+            reason, delay = details(error)
+            is_transient = reason in TRANSIENT if reason else error.code() in CONNECTION
+            wait = max(pause * random.uniform(0.8, 1.2), delay)
+            if not is_transient or attempt == ATTEMPTS or time.monotonic() + wait >= ends:
+                raise
+            print(f"attempt {attempt}: {reason or error.code().name}, again in {wait:.2f} s", file=sys.stderr)
+            time.sleep(wait)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def enrol(service, user: str, request_id: str) -> None:
+    request = user_key_pb2.CreateUserKeyRequest(
+        user=user,
+        key_name=KEY_NAME,
+        key_material=secrets.token_bytes(32),
+        # One id per change, not per attempt. A service stores it together with the change that it plans.
+        request_id=request_id,
+    )
+    answer = call(service.CreateUserKey, request)
+    # The same request again, as after a lost answer, stores nothing and returns the first answer.
+    assert call(service.CreateUserKey, request) == answer
+    print(f"{user}: stored as revision {answer.user_key.revision}")
+
+
+def unwrap(service, user: str) -> None:
+    request = user_key_pb2.UnwrapUserKeyRequest(user=user, key_name=KEY_NAME)
+    answer = call(service.UnwrapUserKey, request)
+    # Use the key here, and do not print it. Python cannot overwrite it in memory.
+    print(f"{user}: revision {answer.revision}, {len(answer.key_material)} bytes")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Enrol a user's key and release it again")
+    parser.add_argument("command", choices=["enrol", "unwrap"])
+    parser.add_argument("user", help="1 to 255 bytes of UTF-8")
+    arguments = parser.parse_args()
+    with connect() as channel:
+        service = user_key_pb2_grpc.UserKeyServiceStub(channel)
+        try:
+            if arguments.command == "enrol":
+                enrol(service, arguments.user, str(uuid.uuid4()))
+            else:
+                unwrap(service, arguments.user)
+        except grpc.RpcError as error:
+            reason, _ = details(error)
+            print(f"error: {reason or error.code().name}: {error.details()}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

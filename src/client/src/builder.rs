@@ -1,0 +1,335 @@
+//! How a client is set up: endpoint, TLS, credential, deadline and retries.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use keybroker_core::key::ClientId;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use zeroize::Zeroizing;
+
+use crate::{
+    Client,
+    call::Shared,
+    credential::{BearerToken, ClientSecret, Credential},
+    error::{BoxError, BuildError},
+    retry::{Bucket, RetryPolicy},
+};
+
+/// Deadline of a call that sets none.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Longest wait for a TCP connection, so that an address that does not answer leaves time for another attempt.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection that is silent for this long during a call is checked with an HTTP/2 ping.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// A connection that leaves a ping unanswered for this long is closed.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+const USER_AGENT: &str = concat!("keybroker-client/", env!("CARGO_PKG_VERSION"));
+
+/// Bytes in PEM form, or the file that has them.
+#[derive(Debug)]
+enum Pem {
+    File(PathBuf),
+    Bytes(Zeroizing<Vec<u8>>),
+}
+
+impl Pem {
+    fn file(path: impl AsRef<Path>) -> Self {
+        Self::File(path.as_ref().to_owned())
+    }
+
+    fn bytes(pem: impl Into<Vec<u8>>) -> Self {
+        Self::Bytes(Zeroizing::new(pem.into()))
+    }
+
+    fn read(&self) -> Result<Zeroizing<Vec<u8>>, BuildError> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes.clone()),
+            Self::File(path) => fs::read(path).map(Zeroizing::new).map_err(|source| {
+                let path = path.clone();
+                BuildError::File { path, source }
+            }),
+        }
+    }
+}
+
+/// A certificate chain and its private key.
+struct Pair {
+    certificate: Pem,
+    key: Pem,
+}
+
+#[derive(Debug)]
+enum Authorization {
+    ApiClient(ClientId, ClientSecret),
+    Bearer(BearerToken),
+    Ready(Credential),
+}
+
+/// Builds a [`Client`]. Made by [`Client::builder`].
+///
+/// `ca_file` or `ca_pem` is required. Of the credentials (`bearer_token`, `bearer_token_provider`, `api_client`) the last
+/// one that was set counts; it takes the place of the client certificate, because the broker ignores the certificate of a
+/// call with an `authorization` header.
+#[must_use = "a builder does nothing before `build`"]
+pub struct ClientBuilder {
+    endpoint: String,
+    ca: Option<Pem>,
+    identity: Option<Pair>,
+    server_name: Option<String>,
+    authorization: Authorization,
+    deadline: Duration,
+    connect_timeout: Duration,
+    retry: RetryPolicy,
+}
+
+impl std::fmt::Debug for ClientBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClientBuilder")
+            .field("endpoint", &self.endpoint)
+            .field("deadline", &self.deadline)
+            .field("retry", &self.retry)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ClientBuilder {
+    pub(crate) fn new(endpoint: String) -> Self {
+        Self {
+            endpoint,
+            ca: None,
+            identity: None,
+            server_name: None,
+            authorization: Authorization::Ready(Credential::Certificate),
+            deadline: DEADLINE,
+            connect_timeout: CONNECT_TIMEOUT,
+            retry: RetryPolicy::default(),
+        }
+    }
+
+    /// Trusts the CA certificates in a PEM file, which is read by [`build`](Self::build). No other CA is trusted.
+    pub fn ca_file(mut self, path: impl AsRef<Path>) -> Self {
+        self.ca = Some(Pem::file(path));
+        self
+    }
+
+    /// Trusts these CA certificates, in PEM form. No other CA is trusted.
+    pub fn ca_pem(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.ca = Some(Pem::bytes(pem));
+        self
+    }
+
+    /// Authenticates with a client certificate: PEM files with the chain, leaf first, and with its private key.
+    pub fn identity_files(mut self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
+        self.identity = Some(Pair {
+            certificate: Pem::file(certificate),
+            key: Pem::file(key),
+        });
+        self
+    }
+
+    /// Authenticates with a client certificate: the chain, leaf first, and its private key, both in PEM form.
+    pub fn identity_pem(
+        mut self,
+        certificate: impl Into<Vec<u8>>,
+        key: impl Into<Vec<u8>>,
+    ) -> Self {
+        self.identity = Some(Pair {
+            certificate: Pem::bytes(certificate),
+            key: Pem::bytes(key),
+        });
+        self
+    }
+
+    /// Expects this DNS name or IP address in the broker's certificate instead of the endpoint's host.
+    pub fn server_name(mut self, name: impl Into<String>) -> Self {
+        self.server_name = Some(name.into());
+        self
+    }
+
+    /// Authenticates each call with an access token that never changes. For tokens that expire, use
+    /// [`bearer_token_provider`](Self::bearer_token_provider).
+    pub fn bearer_token(mut self, token: BearerToken) -> Self {
+        self.authorization = Authorization::Bearer(token);
+        self
+    }
+
+    /// Authenticates each call with an access token from `provider`.
+    ///
+    /// The provider runs before every attempt and within the call's deadline: let it cache the token and renew it some time
+    /// before it expires. A call whose provider fails is not sent; it fails with
+    /// [`ErrorKind::Credential`](crate::ErrorKind::Credential) and the provider's error as its source.
+    pub fn bearer_token_provider<P, F>(mut self, provider: P) -> Self
+    where
+        P: Fn() -> F + Send + Sync + 'static,
+        F: Future<Output = Result<BearerToken, BoxError>> + Send + 'static,
+    {
+        self.authorization = Authorization::Ready(Credential::provider(provider));
+        self
+    }
+
+    /// Authenticates each call as an API client of the broker, by its id and secret (`authorization: Basic`).
+    pub fn api_client(mut self, id: ClientId, secret: ClientSecret) -> Self {
+        self.authorization = Authorization::ApiClient(id, secret);
+        self
+    }
+
+    /// Deadline of each call, all attempts and pauses included. Default 10 s. [`Read::deadline`](crate::Read::deadline) and
+    /// [`Change::deadline`](crate::Change::deadline) set another one for one call. The broker limits it to its own
+    /// `call_timeout_max`.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Longest wait for a TCP connection. Default 5 s. The TLS handshake is limited by the deadline of the call alone.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// How failed attempts are repeated. Default [`RetryPolicy::default`].
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.retry = policy;
+        self
+    }
+
+    /// Builds the client and reads its files. The connection is made by the first call, and again whenever it was lost.
+    ///
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// If the endpoint is not an `https` URL, no CA is set, a file cannot be read, or a certificate, key or credential
+    /// cannot be used.
+    pub fn build(self) -> Result<Client, BuildError> {
+        let channel = self.endpoint()?.connect_lazy();
+        self.over(channel)
+    }
+
+    /// Builds the client on a channel of your own, for a transport that this builder does not know. Endpoint, CA, identity
+    /// and connection timeout of the builder are not used.
+    ///
+    /// **The channel must authenticate the broker and encrypt**: released keys and credentials travel over it in clear.
+    ///
+    /// # Errors
+    /// If the credential cannot be used.
+    pub fn build_over(self, channel: Channel) -> Result<Client, BuildError> {
+        self.over(channel)
+    }
+
+    fn over(self, channel: Channel) -> Result<Client, BuildError> {
+        let credential = match self.authorization {
+            Authorization::ApiClient(id, secret) => Credential::api_client(id, &secret)?,
+            Authorization::Bearer(token) => Credential::bearer(&token)?,
+            Authorization::Ready(credential) => credential,
+        };
+        let bucket = Bucket::full(self.retry.budget, Instant::now());
+        Ok(Client::new(Shared {
+            channel,
+            credential,
+            deadline: self.deadline,
+            retry: self.retry,
+            bucket: Arc::new(Mutex::new(bucket)),
+        }))
+    }
+
+    fn endpoint(&self) -> Result<Endpoint, BuildError> {
+        let unusable = |problem: String| BuildError::Endpoint {
+            endpoint: self.endpoint.clone(),
+            problem,
+        };
+        if !self.endpoint.starts_with("https://") {
+            return Err(unusable(
+                "must begin with https://; a broker accepts gRPC over TLS only".to_owned(),
+            ));
+        }
+        let ca = self.ca.as_ref().ok_or(BuildError::NoCa)?.read()?;
+        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca.as_slice()));
+        if let Some(name) = &self.server_name {
+            tls = tls.domain_name(name.clone());
+        }
+        if let Some(Pair { certificate, key }) = &self.identity {
+            let (certificate, key) = (certificate.read()?, key.read()?);
+            tls = tls.identity(Identity::from_pem(certificate.as_slice(), key.as_slice()));
+        }
+        let endpoint = Endpoint::from_shared(self.endpoint.clone())
+            .and_then(|endpoint| endpoint.user_agent(USER_AGENT))
+            .map_err(|error| unusable(root_cause(&error)))?
+            .tls_config(tls)
+            .map_err(|source| BuildError::Tls { source })?;
+        Ok(endpoint
+            .connect_timeout(self.connect_timeout)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT))
+    }
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder(endpoint: &str) -> ClientBuilder {
+        Client::builder(endpoint)
+    }
+
+    #[tokio::test]
+    async fn endpoints_are_https_urls() {
+        for bad in [
+            "http://localhost:1",
+            "localhost:1",
+            "https://",
+            "https://a b",
+            "",
+        ] {
+            let built = builder(bad).ca_pem("").build();
+            assert!(
+                matches!(built, Err(BuildError::Endpoint { .. })),
+                "{bad}: {built:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_ca_is_required_and_its_file_is_read() {
+        let built = builder("https://localhost:1").build();
+        assert!(matches!(built, Err(BuildError::NoCa)), "{built:?}");
+        let built = builder("https://localhost:1")
+            .ca_file("/absent/ca.pem")
+            .build();
+        let Err(BuildError::File { path, .. }) = built else {
+            panic!("{built:?}");
+        };
+        assert_eq!(path, Path::new("/absent/ca.pem"));
+    }
+
+    #[tokio::test]
+    async fn a_key_that_is_not_pem_is_refused_and_not_shown() {
+        let built = builder("https://localhost:1")
+            .ca_pem("")
+            .identity_pem("certificate", "secret key")
+            .build();
+        assert!(matches!(built, Err(BuildError::Tls { .. })), "{built:?}");
+        assert!(!format!("{built:?}").contains("secret key"));
+    }
+
+    #[tokio::test]
+    async fn a_credential_that_no_header_can_carry_is_refused() {
+        let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let built = builder("")
+            .bearer_token(BearerToken::new("a\nb"))
+            .build_over(channel);
+        assert!(matches!(built, Err(BuildError::Credential(_))), "{built:?}");
+    }
+}

@@ -1,0 +1,300 @@
+//! One call: its attempts, its deadline and its request id.
+
+use std::{
+    fmt,
+    future::IntoFuture,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use keybroker_core::call::RequestId;
+use tokio::time::{sleep, timeout};
+use tonic::{
+    Request,
+    metadata::{Ascii, MetadataValue},
+    transport::Channel,
+};
+use uuid::Uuid;
+
+use crate::{
+    credential::Credential,
+    error::{AttemptError, Classified, Error, InvalidField},
+    retry::{Bucket, Retries, RetryPolicy, Verdict},
+};
+
+/// A future in a box, as [`IntoFuture`] returns it for [`Read`] and [`Change`].
+pub type CallFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
+
+/// Longer deadlines are cut to this: the clock's arithmetic must not overflow.
+const DEADLINE_MAX: Duration = Duration::from_hours(24);
+
+type AttemptFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, AttemptError>> + Send + 'a>>;
+type Attempts<'a, T> = Box<dyn Fn(Attempt) -> AttemptFuture<'a, T> + Send + Sync + 'a>;
+
+/// What all calls of a client and its clones share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) channel: Channel,
+    pub(crate) credential: Credential,
+    pub(crate) deadline: Duration,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) bucket: Arc<Mutex<Bucket>>,
+}
+
+impl Shared {
+    fn bucket(&self) -> MutexGuard<'_, Bucket> {
+        // A bucket is whole between any two of its operations.
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What one attempt needs to send its message.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    pub(crate) channel: Channel,
+    pub(crate) request_id: String,
+    authorization: Option<MetadataValue<Ascii>>,
+    timeout: Duration,
+}
+
+impl Attempt {
+    /// The message with deadline and credential.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.timeout);
+        if let Some(authorization) = &self.authorization {
+            let metadata = request.metadata_mut();
+            metadata.insert("authorization", authorization.clone());
+        }
+        request
+    }
+}
+
+/// What a call does when an attempt fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Safety {
+    /// Nothing is changed, so it may be repeated.
+    Read,
+    /// A change that carries this request id, so it may be repeated.
+    Identified(RequestId),
+    /// A change that the broker cannot recognise. It is never repeated.
+    Unidentified,
+}
+
+/// A call, before it is awaited.
+struct Call<'a, T> {
+    shared: &'a Shared,
+    safety: Safety,
+    deadline: Duration,
+    attempts: Attempts<'a, T>,
+}
+
+impl<'a, T: Send + 'a> Call<'a, T> {
+    fn new<F>(
+        shared: &'a Shared,
+        safety: Safety,
+        attempts: impl Fn(Attempt) -> F + Send + Sync + 'a,
+    ) -> Self
+    where
+        F: Future<Output = Result<T, AttemptError>> + Send + 'a,
+    {
+        Self {
+            shared,
+            safety,
+            deadline: shared.deadline,
+            attempts: Box::new(move |attempt| Box::pin(attempts(attempt))),
+        }
+    }
+
+    async fn run(self) -> Result<T, Error> {
+        let ends = Instant::now() + self.deadline.min(DEADLINE_MAX);
+        let remaining = || ends.saturating_duration_since(Instant::now());
+        let mut retries = Retries::new(self.shared.retry);
+        let mut made = 0;
+        let mut outcome_unknown = false;
+        loop {
+            let result = timeout(remaining(), self.attempt(&mut made, remaining())).await;
+            let error = match result.unwrap_or(Err(AttemptError::TimedOut)) {
+                Ok(answer) => {
+                    self.shared.bucket().deposit();
+                    return Ok(answer);
+                }
+                Err(error) => error,
+            };
+            let mut failed = Classified::of(error);
+            // One lost answer is enough: a later refusal says nothing about the earlier attempt.
+            outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
+            if self.safety == Safety::Unidentified {
+                failed.verdict = Verdict::Permanent;
+            }
+            let pause = retries.after_failure(
+                failed.verdict,
+                remaining(),
+                &mut self.shared.bucket(),
+                Instant::now(),
+                random(),
+            );
+            match pause {
+                Some(pause) => sleep(pause).await,
+                None => return Err(self.error(failed, made, outcome_unknown)),
+            }
+        }
+    }
+
+    async fn attempt(&self, made: &mut u32, timeout: Duration) -> Result<T, AttemptError> {
+        let authorization = self.shared.credential.header().await;
+        let attempt = Attempt {
+            channel: self.shared.channel.clone(),
+            request_id: match self.safety {
+                Safety::Identified(id) => id.to_string(),
+                Safety::Read | Safety::Unidentified => String::new(),
+            },
+            authorization: authorization.map_err(AttemptError::Credential)?,
+            timeout,
+        };
+        *made += 1;
+        (self.attempts)(attempt).await
+    }
+
+    fn error(&self, failed: Classified, attempts: u32, outcome_unknown: bool) -> Error {
+        Error {
+            kind: failed.kind,
+            refusal: failed.refusal,
+            attempts,
+            request_id: match self.safety {
+                Safety::Identified(id) => Some(id),
+                Safety::Read | Safety::Unidentified => None,
+            },
+            outcome_unknown,
+            detail: failed.detail,
+            source: failed.source,
+        }
+    }
+}
+
+/// A call that changes nothing. Await it, after setting its deadline if it has one of its own.
+///
+/// A read that releases a key leaves an audit entry per attempt that reached the broker.
+#[must_use = "a call is not made before it is awaited"]
+pub struct Read<'a, T>(Call<'a, T>);
+
+impl<'a, T: Send + 'a> Read<'a, T> {
+    pub(crate) fn new<F>(
+        shared: &'a Shared,
+        attempts: impl Fn(Attempt) -> F + Send + Sync + 'a,
+    ) -> Self
+    where
+        F: Future<Output = Result<T, AttemptError>> + Send + 'a,
+    {
+        Self(Call::new(shared, Safety::Read, attempts))
+    }
+
+    /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.0.deadline = deadline;
+        self
+    }
+}
+
+/// A change that the broker recognises by its request id when it is repeated. Await it, after setting what differs from
+/// the default.
+///
+/// The request id is a fresh one unless [`request_id`](Self::request_id) sets it, and all attempts of the call carry it.
+/// A program that must finish a change after its own restart chooses the id with [`new_request_id`], stores it with the
+/// planned change, and repeats the call with the same id and content within 24 hours.
+#[must_use = "a call is not made before it is awaited"]
+pub struct Change<'a, T>(Call<'a, T>);
+
+impl<'a, T: Send + 'a> Change<'a, T> {
+    pub(crate) fn new<F>(
+        shared: &'a Shared,
+        attempts: impl Fn(Attempt) -> F + Send + Sync + 'a,
+    ) -> Self
+    where
+        F: Future<Output = Result<T, AttemptError>> + Send + 'a,
+    {
+        let safety = Safety::Identified(new_request_id());
+        Self(Call::new(shared, safety, attempts))
+    }
+
+    /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.0.deadline = deadline;
+        self
+    }
+
+    /// The request id: the same one for a repetition of the same change, never one for two changes.
+    pub fn request_id(mut self, id: RequestId) -> Self {
+        self.0.safety = Safety::Identified(id);
+        self
+    }
+}
+
+/// A change that has no request id in the protocol, so a repetition would be another change. It is sent once; after an
+/// error with [`outcome_unknown`](Error::outcome_unknown), find out what happened before you make it again.
+#[must_use = "a call is not made before it is awaited"]
+pub struct NonIdempotent<'a, T>(Call<'a, T>);
+
+impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
+    pub(crate) fn new<F>(
+        shared: &'a Shared,
+        attempts: impl Fn(Attempt) -> F + Send + Sync + 'a,
+    ) -> Self
+    where
+        F: Future<Output = Result<T, AttemptError>> + Send + 'a,
+    {
+        Self(Call::new(shared, Safety::Unidentified, attempts))
+    }
+
+    /// Deadline of this call, from the moment it is awaited.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.0.deadline = deadline;
+        self
+    }
+}
+
+macro_rules! awaitable {
+    ($($name:ident),*) => {$(
+        impl<'a, T: Send + 'a> IntoFuture for $name<'a, T> {
+            type Output = Result<T, Error>;
+            type IntoFuture = CallFuture<'a, T>;
+
+            fn into_future(self) -> Self::IntoFuture {
+                Box::pin(self.0.run())
+            }
+        }
+
+        impl<T> fmt::Debug for $name<'_, T> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($name))
+                    .field("safety", &self.0.safety)
+                    .field("deadline", &self.0.deadline)
+                    .finish_non_exhaustive()
+            }
+        }
+    )*};
+}
+awaitable!(Read, Change, NonIdempotent);
+
+/// A random request id for one change.
+pub fn new_request_id() -> RequestId {
+    let text = Uuid::new_v4().to_string();
+    let parsed = RequestId::parse(&text).ok().flatten();
+    parsed.expect("a random UUID has its version bits set, so it is not nil")
+}
+
+/// The request id in a text, such as one that the program stored earlier.
+///
+/// # Errors
+/// If the text is not a UUID, or is the nil UUID.
+pub fn parse_request_id(text: &str) -> Result<RequestId, InvalidField> {
+    let parsed = RequestId::parse(text).map_err(InvalidField::from)?;
+    parsed.ok_or(InvalidField::REQUEST_ID)
+}
+
+/// Uniform over all values.
+fn random() -> u32 {
+    // The first 32 bits of a version 4 UUID are random.
+    Uuid::new_v4().as_fields().0
+}

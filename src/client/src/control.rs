@@ -1,0 +1,155 @@
+//! The control plane: wrapping keys, the token, the audit log and API clients. For administrators and auditors.
+//!
+//! Answers are the messages of the protocol. None of them has a secret, except that of a new API client, which is taken
+//! out into a [`ClientSecret`].
+
+use keybroker_core::key::{ClientId, WrappingKeyId};
+use keybroker_proto::{self as proto, control_service_client::ControlServiceClient};
+use tonic::transport::Channel;
+
+use crate::{
+    Client,
+    call::{Attempt, NonIdempotent, Read},
+    credential::ClientSecret,
+    error::AttemptError,
+};
+
+/// A new secret of an API client. The broker never shows it again.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct IssuedSecret {
+    /// The API client as it is now.
+    pub client_credential: proto::ClientCredential,
+    /// Number of the secret, to revoke it.
+    pub secret_number: u32,
+    /// The secret.
+    pub secret: ClientSecret,
+}
+
+/// Calls of the control plane. Errors of all of them: [`Error`](crate::Error).
+impl Client {
+    /// Lists the registered wrapping keys, ordered by registration time.
+    pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
+        Read::new(self.shared(), |attempt| async move {
+            let request = attempt.request(proto::ListWrappingKeysRequest {});
+            let answer = service(&attempt).list_wrapping_keys(request).await?;
+            Ok(answer.into_inner().wrapping_keys)
+        })
+    }
+
+    /// Returns one wrapping key with its public key.
+    pub fn get_wrapping_key(&self, id: WrappingKeyId) -> Read<'_, proto::WrappingKey> {
+        Read::new(self.shared(), move |attempt| async move {
+            let id = id.as_bytes().to_vec();
+            let request = attempt.request(proto::GetWrappingKeyRequest { id });
+            let answer = service(&attempt).get_wrapping_key(request).await?;
+            let key = answer.into_inner().wrapping_key;
+            key.ok_or(AttemptError::Invalid("wrapping_key is absent"))
+        })
+    }
+
+    /// Returns the state of the token and of the workers that use it.
+    pub fn get_token_state(&self) -> Read<'_, proto::GetTokenStateResponse> {
+        Read::new(self.shared(), |attempt| async move {
+            let request = attempt.request(proto::GetTokenStateRequest {});
+            Ok(service(&attempt)
+                .get_token_state(request)
+                .await?
+                .into_inner())
+        })
+    }
+
+    /// Returns the last entries of this broker's audit log as canonical JSON (RFC 8785), oldest first: `limit` of them,
+    /// 1 to 1,000; 0 means 100.
+    pub fn tail_audit_log(&self, limit: u32) -> Read<'_, Vec<String>> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::TailAuditLogRequest { limit });
+            let answer = service(&attempt).tail_audit_log(request).await?;
+            Ok(answer.into_inner().entries)
+        })
+    }
+
+    /// Lists the API clients of the caller's tenant, revoked ones too.
+    pub fn list_client_credentials(
+        &self,
+        list: proto::ListClientCredentialsRequest,
+    ) -> Read<'_, proto::ListClientCredentialsResponse> {
+        Read::new(self.shared(), move |attempt| {
+            let request = attempt.request(list.clone());
+            async move {
+                let answer = service(&attempt).list_client_credentials(request).await?;
+                Ok(answer.into_inner())
+            }
+        })
+    }
+
+    /// Makes an API client with its first secret.
+    pub fn create_client_credential(
+        &self,
+        grant: proto::CreateClientCredentialRequest,
+    ) -> NonIdempotent<'_, IssuedSecret> {
+        NonIdempotent::new(self.shared(), move |attempt| {
+            let request = attempt.request(grant.clone());
+            async move {
+                let answer = service(&attempt).create_client_credential(request).await?;
+                let made = answer.into_inner();
+                issued(made.client_credential, made.secret_number, made.secret)
+            }
+        })
+    }
+
+    /// Makes another secret of an API client, beside the one it has. It expires at `expire_time`, if that is set.
+    pub fn add_client_secret(
+        &self,
+        id: ClientId,
+        expire_time: Option<prost_types::Timestamp>,
+    ) -> NonIdempotent<'_, IssuedSecret> {
+        NonIdempotent::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::AddClientSecretRequest {
+                id: id.to_string(),
+                expire_time,
+            });
+            let made = service(&attempt)
+                .add_client_secret(request)
+                .await?
+                .into_inner();
+            issued(made.client_credential, made.secret_number, made.secret)
+        })
+    }
+
+    /// Revokes an API client for good, or one of its secrets.
+    pub fn revoke_client_credential(
+        &self,
+        id: ClientId,
+        secret_number: Option<u32>,
+    ) -> NonIdempotent<'_, proto::ClientCredential> {
+        NonIdempotent::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::RevokeClientCredentialRequest {
+                id: id.to_string(),
+                secret_number,
+            });
+            let answer = service(&attempt).revoke_client_credential(request).await?;
+            let revoked = answer.into_inner().client_credential;
+            revoked.ok_or(AttemptError::Invalid("client_credential is absent"))
+        })
+    }
+}
+
+fn service(attempt: &Attempt) -> ControlServiceClient<Channel> {
+    ControlServiceClient::new(attempt.channel.clone())
+}
+
+fn issued(
+    client_credential: Option<proto::ClientCredential>,
+    secret_number: u32,
+    secret: String,
+) -> Result<IssuedSecret, AttemptError> {
+    // First, so that the secret is overwritten whatever else is wrong with the answer.
+    let secret = ClientSecret::new(secret);
+    Ok(IssuedSecret {
+        client_credential: client_credential
+            .ok_or(AttemptError::Invalid("client_credential is absent"))?,
+        secret_number,
+        secret,
+    })
+}

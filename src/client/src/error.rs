@@ -1,0 +1,563 @@
+//! What can go wrong: while a client is built, and while a call is made.
+
+use std::{error::Error as StdError, fmt, path::PathBuf, time::Duration};
+
+use keybroker_core::{
+    call::{CallId, RequestId},
+    error::Reason,
+};
+use tonic::{Code, ConnectError, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::retry::Verdict;
+
+/// `domain` of the broker's `google.rpc.ErrorInfo`.
+const DOMAIN: &str = "keybroker.v1";
+/// Name of the call id in the metadata of `google.rpc.ErrorInfo`.
+const CALL_ID: &str = "call_id";
+/// tonic reports an expired deadline as `CANCELLED` with this text.
+const TONIC_DEADLINE: &str = "Timeout expired";
+
+/// Any error that another crate's code returns to this one.
+pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
+
+/// Why a client cannot be built. Nothing has been sent.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The endpoint is not an `https://host:port` URL.
+    #[error("endpoint {endpoint:?}: {problem}")]
+    Endpoint {
+        /// The endpoint as given.
+        endpoint: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// No CA certificate was given. The library does not use the CAs of the operating system.
+    #[error("no CA certificate given: set `ca_file` or `ca_pem`")]
+    NoCa,
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    File {
+        /// The path as given.
+        path: PathBuf,
+        /// The operating system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The CA certificate, client certificate or private key cannot be used together, or is not PEM.
+    #[error("cannot use the CA certificate, client certificate or private key")]
+    Tls {
+        /// The TLS library's error.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// A bearer token or client secret contains a character that an HTTP header cannot carry.
+    #[error("the {0} contains a character that an HTTP header cannot carry")]
+    Credential(&'static str),
+}
+
+/// A user, key name or request id that is not valid. Nothing has been sent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} must be {requirement}")]
+pub struct InvalidField {
+    field: &'static str,
+    requirement: &'static str,
+}
+
+impl InvalidField {
+    pub(crate) const REQUEST_ID: Self = Self {
+        field: "request_id",
+        requirement: "a UUID that is not nil",
+    };
+
+    /// The field, as the protocol names it.
+    pub fn field(&self) -> &'static str {
+        self.field
+    }
+
+    /// What the field must be.
+    pub fn requirement(&self) -> &'static str {
+        self.requirement
+    }
+}
+
+impl From<keybroker_core::error::Error> for InvalidField {
+    fn from(error: keybroker_core::error::Error) -> Self {
+        let violation = error.violations().first();
+        Self {
+            field: violation.map_or("request", |violation| violation.field),
+            requirement: violation.map_or("valid", |violation| violation.description),
+        }
+    }
+}
+
+/// The kind of a failed call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The broker refused the call and gave a reason: see [`Error::reason`].
+    Refused,
+    /// No answer arrived before the deadline. Set a longer one with `deadline`, or look at the broker's load.
+    DeadlineExceeded,
+    /// The connection could not be made, or ended during the call.
+    ///
+    /// With TLS 1.3 this is also how a broker answers the first call of a client whose certificate it does not accept.
+    Connection,
+    /// The response has no reason, so it does not come from the API of a broker: a proxy answered, another service, or a
+    /// listener without this API.
+    UnexpectedResponse,
+    /// The provider of bearer tokens failed. See [`std::error::Error::source`].
+    Credential,
+    /// The response lacks a required field, or has one that is out of range.
+    InvalidResponse,
+}
+
+/// A failed call.
+///
+/// `Display` says what happened; the [source](std::error::Error::source) is the error of the layer below, such as a
+/// [`tonic::Status`].
+pub struct Error {
+    pub(crate) kind: ErrorKind,
+    pub(crate) refusal: Option<Box<Refusal>>,
+    pub(crate) attempts: u32,
+    pub(crate) request_id: Option<RequestId>,
+    pub(crate) outcome_unknown: bool,
+    pub(crate) detail: &'static str,
+    pub(crate) source: Option<BoxError>,
+}
+
+impl Error {
+    /// The kind.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The broker's reason. `None` if the broker gave none, or one that this release does not know: see
+    /// [`Refusal::reason_name`].
+    pub fn reason(&self) -> Option<Reason> {
+        self.refusal.as_ref()?.reason()
+    }
+
+    /// Everything that the broker said about its refusal. Set for [`ErrorKind::Refused`], and for
+    /// [`ErrorKind::DeadlineExceeded`] if it was the broker that answered.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_deref()
+    }
+
+    /// The attempts that were made, from 0: a call whose credential provider fails makes none.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The request id of a change, which all of its attempts carried. `None` for reads.
+    pub fn request_id(&self) -> Option<RequestId> {
+        self.request_id
+    }
+
+    /// Whether this was a change that may or may not have been made: an attempt got no answer from the broker.
+    ///
+    /// To find out, make the same call with the same content and [request id](Self::request_id) within 24 hours: the
+    /// broker then answers what it answered, or would have answered, the first time. For changes without a request id
+    /// (API clients), list them.
+    pub fn outcome_unknown(&self) -> bool {
+        self.outcome_unknown
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.kind, &self.refusal) {
+            (ErrorKind::Refused, Some(refusal)) => {
+                write!(f, "the broker refused the call: {refusal}")?;
+            }
+            (ErrorKind::Refused, None) => f.write_str("the broker refused the call")?,
+            (ErrorKind::DeadlineExceeded, _) => f.write_str("no answer before the deadline")?,
+            (ErrorKind::Connection, _) => {
+                f.write_str("the connection failed or ended during the call")?;
+            }
+            (ErrorKind::UnexpectedResponse, _) => {
+                f.write_str("the response is not one of a broker; check the endpoint")?;
+            }
+            (ErrorKind::Credential, _) => f.write_str("the provider of bearer tokens failed")?,
+            (ErrorKind::InvalidResponse, _) => {
+                write!(f, "the broker's response is not valid: {}", self.detail)?;
+            }
+        }
+        if self.attempts > 1 {
+            write!(f, " ({} attempts)", self.attempts)?;
+        }
+        if self.outcome_unknown {
+            f.write_str("; the change may or may not have been made")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.kind)
+            .field("refusal", &self.refusal)
+            .field("attempts", &self.attempts)
+            .field("request_id", &self.request_id)
+            .field("outcome_unknown", &self.outcome_unknown)
+            .field("detail", &self.detail)
+            .field("source", &self.source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        let source = self.source.as_deref()?;
+        Some(source)
+    }
+}
+
+/// A field that the broker did not accept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldViolation {
+    /// Path of the field in the request message, such as `key_material`.
+    pub field: String,
+    /// What the field must be.
+    pub description: String,
+}
+
+/// What the broker said about a refused call. `docs/errors.md` in the broker's repository explains each reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    reason_name: String,
+    text: String,
+    violations: Vec<FieldViolation>,
+    retry_delay: Option<Duration>,
+    call_id: Option<CallId>,
+}
+
+impl Refusal {
+    /// The reason, or `None` if this release does not know it.
+    pub fn reason(&self) -> Option<Reason> {
+        Reason::ALL
+            .into_iter()
+            .find(|reason| reason.as_str() == self.reason_name)
+    }
+
+    /// The reason as the broker named it, such as `KEY_NOT_FOUND`. Later brokers may have more reasons.
+    pub fn reason_name(&self) -> &str {
+        &self.reason_name
+    }
+
+    /// The fixed text of the reason, for people.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The fields at fault; empty unless the reason is [`Reason::Request`].
+    pub fn violations(&self) -> &[FieldViolation] {
+        &self.violations
+    }
+
+    /// The delay after which the broker accepts a retry (`google.rpc.RetryInfo`).
+    pub fn retry_delay(&self) -> Option<Duration> {
+        self.retry_delay
+    }
+
+    /// The id that finds the call in the broker's log and audit log. Report it when you ask the operator for help.
+    pub fn call_id(&self) -> Option<CallId> {
+        self.call_id
+    }
+
+    /// A refusal of one item of a batch, which has a reason and a text only.
+    pub(crate) fn of_item(reason_name: String, text: String) -> Self {
+        Self {
+            reason_name,
+            text,
+            violations: Vec::new(),
+            retry_delay: None,
+            call_id: None,
+        }
+    }
+
+    fn of(status: &Status, details: &ErrorDetails) -> Option<Self> {
+        let info = details.error_info().filter(|info| info.domain == DOMAIN)?;
+        let violations = details
+            .bad_request()
+            .map(|bad| bad.field_violations.as_slice());
+        let violation = |violation: &tonic_types::FieldViolation| FieldViolation {
+            field: violation.field.clone(),
+            description: violation.description.clone(),
+        };
+        Some(Self {
+            reason_name: info.reason.clone(),
+            text: status.message().to_owned(),
+            violations: violations.into_iter().flatten().map(violation).collect(),
+            retry_delay: details.retry_info().and_then(|info| info.retry_delay),
+            call_id: info.metadata.get(CALL_ID).and_then(|id| CallId::parse(id)),
+        })
+    }
+
+    /// Whether the same call may succeed later, by the rule in `docs/errors.md`.
+    fn is_transient(&self) -> bool {
+        matches!(
+            self.reason(),
+            Some(
+                Reason::QueueFull
+                    | Reason::Rate
+                    | Reason::TokenDown
+                    | Reason::StoreDown
+                    | Reason::AuditDown
+                    | Reason::IdentityDown
+                    | Reason::Deadline
+            )
+        )
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason_name, self.text)?;
+        for FieldViolation { field, description } in &self.violations {
+            write!(f, "; {field} must be {description}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why one attempt failed.
+#[derive(Debug)]
+pub(crate) enum AttemptError {
+    /// The answer, or the lack of one.
+    Status(Box<Status>),
+    /// An answer that lacks what it must have.
+    Invalid(&'static str),
+    /// Our own timer.
+    TimedOut,
+    /// The provider of bearer tokens failed.
+    Credential(BoxError),
+}
+
+impl From<Status> for AttemptError {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+/// What a failed attempt means.
+#[derive(Debug)]
+pub(crate) struct Classified {
+    pub(crate) kind: ErrorKind,
+    pub(crate) refusal: Option<Box<Refusal>>,
+    pub(crate) verdict: Verdict,
+    /// Whether a change may have been made by the attempt.
+    pub(crate) outcome_unknown: bool,
+    pub(crate) detail: &'static str,
+    pub(crate) source: Option<BoxError>,
+}
+
+impl Classified {
+    pub(crate) fn of(error: AttemptError) -> Self {
+        let plain = |kind, outcome_unknown, detail, source| Self {
+            kind,
+            refusal: None,
+            verdict: Verdict::Permanent,
+            outcome_unknown,
+            detail,
+            source,
+        };
+        match error {
+            AttemptError::Status(status) => Self::of_status(*status),
+            AttemptError::Invalid(detail) => plain(ErrorKind::InvalidResponse, true, detail, None),
+            AttemptError::TimedOut => plain(ErrorKind::DeadlineExceeded, true, "", None),
+            AttemptError::Credential(source) => {
+                plain(ErrorKind::Credential, false, "", Some(source))
+            }
+        }
+    }
+
+    fn of_status(status: Status) -> Self {
+        let refusal = Refusal::of(&status, &status.get_error_details());
+        let Some(refusal) = refusal else {
+            return Self::without_reason(status);
+        };
+        let is_deadline = refusal.reason() == Some(Reason::Deadline);
+        Self {
+            // The same kind as when our own timer fires first: which of the two does is chance.
+            kind: if is_deadline {
+                ErrorKind::DeadlineExceeded
+            } else {
+                ErrorKind::Refused
+            },
+            verdict: if refusal.is_transient() {
+                Verdict::Transient {
+                    delay: refusal.retry_delay,
+                }
+            } else {
+                Verdict::Permanent
+            },
+            outcome_unknown: is_deadline,
+            refusal: Some(Box::new(refusal)),
+            detail: "",
+            source: Some(status.into()),
+        }
+    }
+
+    /// A failure of the connection, or an answer of something between the client and the broker.
+    fn without_reason(status: Status) -> Self {
+        let is_local = status.source().is_some();
+        let (kind, verdict) = match status.code() {
+            // Our own deadline, as tonic says it.
+            Code::Cancelled if status.message().contains(TONIC_DEADLINE) => {
+                (ErrorKind::DeadlineExceeded, Verdict::Permanent)
+            }
+            Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
+            // Without a reason it never comes from the broker. UNAVAILABLE also comes from proxies.
+            Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, TRANSIENT),
+            // "h2 protocol error" and the like, made by tonic on this side.
+            Code::Internal | Code::Unknown if is_local => (ErrorKind::Connection, TRANSIENT),
+            _ => (ErrorKind::UnexpectedResponse, Verdict::Permanent),
+        };
+        Self {
+            kind,
+            refusal: None,
+            verdict,
+            outcome_unknown: !was_never_sent(&status),
+            detail: "",
+            source: Some(status.into()),
+        }
+    }
+}
+
+const TRANSIENT: Verdict = Verdict::Transient { delay: None };
+
+/// Whether there was no connection to send the request on.
+fn was_never_sent(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn details(reason: &str) -> ErrorDetails {
+        let id = "0192f0c1-2345-7000-8000-000000000001";
+        let metadata = HashMap::from([(CALL_ID.to_owned(), id.to_owned())]);
+        ErrorDetails::with_error_info(reason, DOMAIN, metadata)
+    }
+
+    fn classified(reason: &str) -> Classified {
+        let status = Status::with_error_details(Code::Internal, "text", details(reason));
+        Classified::of(status.into())
+    }
+
+    /// The table of `docs/errors.md`: every other reason fails again in the same way.
+    #[test]
+    fn transient_reasons_are_those_of_the_documentation() {
+        let page = include_str!("../../../docs/errors.md");
+        let (_, rule) = page.split_once("## Retrying").unwrap();
+        let named: Vec<&str> = rule
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|word| Reason::ALL.iter().any(|reason| reason.as_str() == *word))
+            .collect();
+        let transient: Vec<&str> = Reason::ALL
+            .into_iter()
+            .map(Reason::as_str)
+            .filter(|reason| classified(reason).verdict != Verdict::Permanent)
+            .collect();
+        assert_eq!(named, transient);
+    }
+
+    #[test]
+    fn a_refusal_keeps_what_the_broker_says() {
+        let mut all = details("REQUEST");
+        all.add_bad_request_violation("user", "not empty");
+        all.set_retry_info(Some(Duration::from_millis(20)));
+        let status = Status::with_error_details(Code::InvalidArgument, "text", all);
+        let refusal = *Classified::of(status.into()).refusal.unwrap();
+        assert_eq!(refusal.reason(), Some(Reason::Request));
+        assert_eq!(refusal.retry_delay(), Some(Duration::from_millis(20)));
+        assert_eq!(
+            refusal.call_id().unwrap().to_string(),
+            "0192f0c1-2345-7000-8000-000000000001"
+        );
+        assert_eq!(refusal.to_string(), "REQUEST: text; user must be not empty");
+    }
+
+    #[test]
+    fn a_reason_of_a_later_release_is_final_and_keeps_its_name() {
+        let classified = classified("LATER");
+        assert_eq!(
+            (classified.kind, classified.verdict),
+            (ErrorKind::Refused, Verdict::Permanent)
+        );
+        let refusal = classified.refusal.unwrap();
+        assert_eq!((refusal.reason(), refusal.reason_name()), (None, "LATER"));
+    }
+
+    #[test]
+    fn all_deadlines_are_the_same_kind_and_leave_the_outcome_open() {
+        for error in [
+            Status::cancelled(TONIC_DEADLINE).into(),
+            Status::deadline_exceeded("proxy").into(),
+            AttemptError::TimedOut,
+        ] {
+            let classified = Classified::of(error);
+            assert_eq!(classified.kind, ErrorKind::DeadlineExceeded);
+            assert_eq!(classified.verdict, Verdict::Permanent);
+            assert!(classified.outcome_unknown);
+        }
+        let broker = classified("DEADLINE");
+        assert_eq!(broker.kind, ErrorKind::DeadlineExceeded);
+        assert_eq!(broker.verdict, TRANSIENT);
+        assert!(broker.outcome_unknown);
+    }
+
+    #[test]
+    fn failures_of_the_connection_are_transient_and_other_responses_are_not() {
+        let local = Status::from_error("h2 protocol error".into());
+        assert_eq!(local.code(), Code::Unknown);
+        for status in [
+            local,
+            Status::unavailable("tcp connect error"),
+            Status::cancelled("operation was canceled"),
+        ] {
+            let classified = Classified::of(status.into());
+            assert_eq!(
+                (classified.kind, classified.verdict),
+                (ErrorKind::Connection, TRANSIENT)
+            );
+        }
+        for status in [
+            Status::unimplemented("no such service"),
+            Status::unknown("from the wire"),
+            Status::internal("from the wire"),
+            Status::permission_denied("a proxy"),
+        ] {
+            let classified = Classified::of(status.into());
+            assert_eq!(
+                (classified.kind, classified.verdict),
+                (ErrorKind::UnexpectedResponse, Verdict::Permanent)
+            );
+        }
+    }
+
+    #[test]
+    fn an_error_info_of_another_domain_is_not_the_brokers() {
+        let info = ErrorDetails::with_error_info("TOKEN_DOWN", "example.org", HashMap::new());
+        let status = Status::with_error_details(Code::PermissionDenied, "text", info);
+        assert_eq!(
+            Classified::of(status.into()).kind,
+            ErrorKind::UnexpectedResponse
+        );
+    }
+}

@@ -1,0 +1,119 @@
+//! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
+//!
+//! It adds to the generated stubs of [`keybroker_proto`] what every program needs: TLS, credentials, a deadline on every
+//! call, retries that are safe, and errors that a program can act on.
+//!
+//! ```no_run
+//! use std::{error::Error, time::Duration};
+//!
+//! use keybroker_client::{Client, KeyMaterial, Reason, UserKeyRef};
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn Error>> {
+//!     let client = Client::builder("https://keys.example.org:8443")
+//!         .ca_file("/etc/vault/keybroker-ca.pem")
+//!         .identity_files("/etc/vault/client.pem", "/etc/vault/client.key")
+//!         .deadline(Duration::from_secs(5))
+//!         .build()?;
+//!
+//!     // Enrol. All attempts carry one request id, so the key is stored once.
+//!     let key = UserKeyRef::parse("ada@example.org", "vault")?;
+//!     let material = KeyMaterial::new(vec![7; 32])?;
+//!     match client.create_user_key(&key, &material).await {
+//!         Ok(record) => println!("stored as revision {}", record.revision),
+//!         Err(error) if error.reason() == Some(Reason::KeyExists) => println!("already enrolled"),
+//!         Err(error) => return Err(error.into()),
+//!     }
+//!
+//!     // Release, with a deadline of its own.
+//!     let released = client
+//!         .unwrap_user_key(&key)
+//!         .deadline(Duration::from_secs(2))
+//!         .await?;
+//!     println!("{} bytes", released.key_material.expose().len());
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Credentials
+//!
+//! A client authenticates with its certificate ([`identity_files`](ClientBuilder::identity_files)), with access tokens of
+//! an OpenID provider ([`bearer_token_provider`](ClientBuilder::bearer_token_provider)), or as an API client with an id and
+//! a secret ([`api_client`](ClientBuilder::api_client)).
+//!
+//! # Deadlines and retries
+//!
+//! Every call has a deadline: 10 s, unless the client or the call sets another one. It covers the connection, all attempts
+//! and the pauses between them, and each attempt tells the broker how much of it is left.
+//!
+//! [`RetryPolicy`] describes the retries. In short: [reads](Read) are repeated, [changes](Change) are repeated under their
+//! request id, and changes without one ([`NonIdempotent`]) never are. Repeated are the reasons `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`,
+//! `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` and `DEADLINE`, and failures of the connection. Everything else fails again
+//! in the same way. A pause is never shorter than the broker's `RetryInfo`, and a [`RetryBudget`] limits the retries of
+//! all calls together.
+//!
+//! Connections are not balanced: a client has one connection to one address of its endpoint, and makes a new one when it
+//! is lost.
+//!
+//! # Errors
+//!
+//! A failed call is an [`Error`]: its [kind](Error::kind), the broker's [reason](Error::reason), the
+//! [fields](Refusal::violations) at fault, the [delay](Refusal::retry_delay) that the broker asks for and the
+//! [call id](Refusal::call_id) that finds the call in the broker's log. After a change,
+//! [`outcome_unknown`](Error::outcome_unknown) says whether it may have been made although the call failed.
+//!
+//! # Secrets in memory
+//!
+//! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
+//! output is redacted. The library also overwrites the key material of a request message after it was encoded.
+//!
+//! Not overwritten are the copies in the libraries below: the encoded message in tonic's buffer, the HTTP/2 frames and TLS
+//! records of hyper, h2 and rustls, the received message before it is decoded, and the `authorization` header with its
+//! copies. They stay in freed memory until it is used again. A memory dump or swap of your process can therefore contain
+//! keys that it released; turn off core dumps and swap where that matters.
+
+use std::sync::Arc;
+
+pub use keybroker_core::{
+    call::{CallId, RequestId, Timestamp},
+    error::Reason,
+    key::{ClientId, KeyName, RecordId, Revision, UserId, WrappingKeyId},
+    secret::KeyMaterial,
+};
+pub use keybroker_proto as proto;
+
+mod builder;
+mod call;
+mod control;
+mod credential;
+mod error;
+mod retry;
+mod sensitive;
+mod user_keys;
+
+pub use builder::ClientBuilder;
+pub use call::{CallFuture, Change, NonIdempotent, Read, new_request_id, parse_request_id};
+pub use control::IssuedSecret;
+pub use credential::{BearerToken, ClientSecret};
+pub use error::{BoxError, BuildError, Error, ErrorKind, FieldViolation, InvalidField, Refusal};
+pub use retry::{RetryBudget, RetryPolicy};
+pub use user_keys::{ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState};
+
+/// A client of one broker. Clones are cheap; they share its connection and its retry budget.
+#[derive(Clone, Debug)]
+pub struct Client(Arc<call::Shared>);
+
+impl Client {
+    /// Sets up a client of the broker at `endpoint`, `https://host:port`.
+    pub fn builder(endpoint: impl Into<String>) -> ClientBuilder {
+        ClientBuilder::new(endpoint.into())
+    }
+
+    fn new(shared: call::Shared) -> Self {
+        Self(Arc::new(shared))
+    }
+
+    fn shared(&self) -> &call::Shared {
+        &self.0
+    }
+}

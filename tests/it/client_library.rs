@@ -8,6 +8,10 @@ use keybroker_client::{
     parse_request_id, proto,
 };
 use rustix::process::Signal;
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+};
 
 use crate::{
     client::{never_in_a_log, sending},
@@ -288,4 +292,37 @@ async fn wrong_certificates_are_errors_of_the_connection() {
         assert_eq!(error.kind(), ErrorKind::Connection, "{error:?}");
         assert_eq!(error.reason(), None);
     }
+}
+
+/// The peer accepts the first connection and says nothing, as a host does that fails at that moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_connection_is_replaced_after_the_deadline() {
+    let broker = Broker::start(Options::default());
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = proxy.local_addr().unwrap().port();
+    let to = broker.grpc;
+    tokio::spawn(async move {
+        let silent = proxy.accept().await.unwrap();
+        for _ in 0..10 {
+            let (mut inbound, _) = proxy.accept().await.unwrap();
+            let mut outbound = TcpStream::connect(to).await.unwrap();
+            tokio::spawn(async move { copy_bidirectional(&mut inbound, &mut outbound).await });
+        }
+        drop(silent);
+    });
+    let pki = &broker.site.pki;
+    let releaser = Client::builder(format!("https://localhost:{port}"))
+        .ca_file(pki.ca_file())
+        .identity_files(pki.certificate_file("releaser"), pki.key_file("releaser"))
+        .build()
+        .unwrap();
+    let ada = key("ada");
+    let silent = releaser
+        .unwrap_user_key(&ada)
+        .deadline(Duration::from_millis(500))
+        .await
+        .unwrap_err();
+    assert_eq!(silent.kind(), ErrorKind::DeadlineExceeded, "{silent:?}");
+    let answered = releaser.unwrap_user_key(&ada).await.unwrap_err();
+    assert_eq!(answered.reason(), Some(Reason::KeyNotFound), "{answered:?}");
 }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -16,6 +16,7 @@ use crate::{
     call::Shared,
     credential::{BearerToken, ClientSecret, Credential},
     error::{BoxError, BuildError},
+    link::Link,
     retry::{Bucket, RetryPolicy},
 };
 
@@ -205,8 +206,8 @@ impl ClientBuilder {
     /// If the endpoint is not an `https` URL, no CA is set, a file cannot be read, or a certificate, key or credential
     /// cannot be used.
     pub fn build(self) -> Result<Client, BuildError> {
-        let channel = self.endpoint()?.connect_lazy();
-        self.over(channel)
+        let link = Link::to(self.endpoint()?);
+        self.over(link)
     }
 
     /// Builds the client on a channel of your own, for a transport that this builder does not know. Endpoint, CA, identity
@@ -217,10 +218,10 @@ impl ClientBuilder {
     /// # Errors
     /// If the credential cannot be used.
     pub fn build_over(self, channel: Channel) -> Result<Client, BuildError> {
-        self.over(channel)
+        self.over(Link::over(channel))
     }
 
-    fn over(self, channel: Channel) -> Result<Client, BuildError> {
+    fn over(self, link: Link) -> Result<Client, BuildError> {
         let credential = match self.authorization {
             Authorization::ApiClient(id, secret) => Credential::api_client(id, &secret)?,
             Authorization::Bearer(token) => Credential::bearer(&token)?,
@@ -228,11 +229,11 @@ impl ClientBuilder {
         };
         let bucket = Bucket::full(self.retry.budget, Instant::now());
         Ok(Client::new(Shared {
-            channel,
+            link,
             credential,
             deadline: self.deadline,
             retry: self.retry,
-            bucket: Arc::new(Mutex::new(bucket)),
+            bucket: Mutex::new(bucket),
         }))
     }
 

@@ -4,7 +4,7 @@ use std::{
     fmt,
     future::IntoFuture,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -19,7 +19,8 @@ use uuid::Uuid;
 
 use crate::{
     credential::Credential,
-    error::{AttemptError, Classified, Error, InvalidField},
+    error::{AttemptError, Classified, Error, ErrorKind, InvalidField},
+    link::Link,
     retry::{Bucket, Retries, RetryPolicy, Verdict},
 };
 
@@ -33,13 +34,13 @@ type AttemptFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, AttemptError>>
 type Attempts<'a, T> = Box<dyn Fn(Attempt) -> AttemptFuture<'a, T> + Send + Sync + 'a>;
 
 /// What all calls of a client and its clones share.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) channel: Channel,
+    pub(crate) link: Link,
     pub(crate) credential: Credential,
     pub(crate) deadline: Duration,
     pub(crate) retry: RetryPolicy,
-    pub(crate) bucket: Arc<Mutex<Bucket>>,
+    pub(crate) bucket: Mutex<Bucket>,
 }
 
 impl Shared {
@@ -114,15 +115,22 @@ impl<'a, T: Send + 'a> Call<'a, T> {
         let mut made = 0;
         let mut outcome_unknown = false;
         loop {
+            let began = Instant::now();
             let result = timeout(remaining(), self.attempt(&mut made, remaining())).await;
             let error = match result.unwrap_or(Err(AttemptError::TimedOut)) {
                 Ok(answer) => {
+                    self.shared.link.answered();
                     self.shared.bucket().deposit();
                     return Ok(answer);
                 }
                 Err(error) => error,
             };
             let mut failed = Classified::of(error);
+            if failed.refusal.is_some() {
+                self.shared.link.answered();
+            } else if failed.kind == ErrorKind::DeadlineExceeded && made > 0 {
+                self.shared.link.timed_out(began);
+            }
             // One lost answer is enough: a later refusal says nothing about the earlier attempt.
             outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
             if self.safety == Safety::Unidentified {
@@ -145,7 +153,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
     async fn attempt(&self, made: &mut u32, timeout: Duration) -> Result<T, AttemptError> {
         let authorization = self.shared.credential.header().await;
         let attempt = Attempt {
-            channel: self.shared.channel.clone(),
+            channel: self.shared.link.channel(),
             request_id: match self.safety {
                 Safety::Identified(id) => id.to_string(),
                 Safety::Read | Safety::Unidentified => String::new(),

@@ -420,7 +420,8 @@ impl Classified {
             kind,
             refusal: None,
             verdict,
-            outcome_unknown: !was_never_sent(&status),
+            // UNIMPLEMENTED comes instead of the call.
+            outcome_unknown: status.code() != Code::Unimplemented && !was_never_sent(&status),
             detail: "",
             source: Some(status.into()),
         }
@@ -543,11 +544,13 @@ mod tests {
             Status::internal("from the wire"),
             Status::permission_denied("a proxy"),
         ] {
+            let code = status.code();
             let classified = Classified::of(status.into());
             assert_eq!(
                 (classified.kind, classified.verdict),
                 (ErrorKind::UnexpectedResponse, Verdict::Permanent)
             );
+            assert_eq!(classified.outcome_unknown, code != Code::Unimplemented);
         }
     }
 

@@ -53,7 +53,7 @@
 //! all calls together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint, and makes a new one when it
-//! is lost.
+//! is lost. It also makes a new one after a call that ran into its deadline while nothing at all was answered.
 //!
 //! # Errors
 //!
@@ -87,6 +87,7 @@ mod call;
 mod control;
 mod credential;
 mod error;
+mod link;
 mod retry;
 mod sensitive;
 mod user_keys;

@@ -1,0 +1,112 @@
+//! The connection of a client, and when it is given up.
+//!
+//! tonic limits the time for TCP, but not for the TLS handshake: a peer that accepts a connection and then stays silent, or
+//! whose host disappears at that moment, would keep all later calls waiting for as long as TCP retransmits. So a channel
+//! on which nothing at all was answered during a call that ran into its deadline is replaced by a new one.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use tonic::transport::{Channel, Endpoint};
+
+/// A channel, and what it takes to make another one.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// `None` for a channel that the caller made.
+    endpoint: Option<Endpoint>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    channel: Channel,
+    made: Instant,
+    answered: Option<Instant>,
+}
+
+impl Link {
+    pub(crate) fn to(endpoint: Endpoint) -> Self {
+        let channel = endpoint.connect_lazy();
+        Self::new(Some(endpoint), channel)
+    }
+
+    pub(crate) fn over(channel: Channel) -> Self {
+        Self::new(None, channel)
+    }
+
+    fn new(endpoint: Option<Endpoint>, channel: Channel) -> Self {
+        let state = State {
+            channel,
+            made: Instant::now(),
+            answered: None,
+        };
+        Self {
+            endpoint,
+            state: Mutex::new(state),
+        }
+    }
+
+    pub(crate) fn channel(&self) -> Channel {
+        self.state().channel.clone()
+    }
+
+    /// An attempt got an answer, also a refusal.
+    pub(crate) fn answered(&self) {
+        self.state().answered = Some(Instant::now());
+    }
+
+    /// An attempt that began then got no answer before its deadline. Many at once replace the channel once.
+    pub(crate) fn timed_out(&self, began: Instant) {
+        let Some(endpoint) = &self.endpoint else {
+            return;
+        };
+        let mut state = self.state();
+        if state.is_silent_since(began) {
+            state.channel = endpoint.connect_lazy();
+            state.made = Instant::now();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is a single assignment, or two that no panic can part.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_silent_since(&self, began: Instant) -> bool {
+        self.made <= began && self.answered.is_none_or(|answered| answered < began)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_channel_is_silent_when_it_is_older_than_the_call_and_answered_nothing_since() {
+        let now = Instant::now();
+        let at = |ms| now + Duration::from_millis(ms);
+        for (made, answered, began, expected) in [
+            (0, None, 0, true),
+            (0, Some(5), 10, true),
+            (0, Some(15), 10, false),
+            (20, None, 10, false),
+        ] {
+            let state = State {
+                channel: Endpoint::from_static("http://127.0.0.1:1").connect_lazy(),
+                made: at(made),
+                answered: answered.map(at),
+            };
+            assert_eq!(
+                state.is_silent_since(at(began)),
+                expected,
+                "{made} {answered:?} {began}"
+            );
+        }
+    }
+}

@@ -352,7 +352,7 @@ fn revision(number: u64) -> Result<Revision, AttemptError> {
     Revision::new(number).ok_or(AttemptError::Invalid("revision is out of range"))
 }
 
-/// A server may name any time: what is too far away reads as the last one.
+/// A server may send any time. One that does not fit becomes the earliest or latest one that does.
 fn timestamp(at: Option<WireTimestamp>) -> Option<Timestamp> {
     let at = at?;
     let micros = at.seconds.saturating_mul(1_000_000);

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Jitter around a pause: it is multiplied by a random factor from 0.8 to 1.2, as gRPC's own retry policy does.
-const JITTER_LOW: f64 = 0.8;
-const JITTER_SPAN: f64 = 0.4;
+/// Jitter around a pause: it is multiplied by a random factor from 0.5 to 1.5, as the documentation of the errors asks.
+const JITTER_LOW: f64 = 0.5;
+const JITTER_SPAN: f64 = 1.0;
 /// A delay that the broker asks for is never shortened. Up to this share of it is added.
 const DELAY_SPAN: f64 = 0.2;
 /// The unit of the budget's account: a thousandth of a retry.
@@ -13,17 +13,17 @@ const MILLI: u64 = 1_000;
 /// How often and how fast a client repeats a failed attempt.
 ///
 /// Only what is safe is repeated: reads, and changes under the request id of their first attempt. The pauses start at
-/// `initial_backoff` and double up to `max_backoff`, each with a jitter of ±20 %. A pause is at least as long as the
+/// `initial_backoff` and double up to `max_backoff`, each with a jitter of ±50 %. A pause is at least as long as the
 /// broker asks for (`google.rpc.RetryInfo`). No attempt starts after the call's deadline, and a call whose next pause
 /// would outlast its deadline fails at once with the last error. Attempts never run side by side (no hedging).
 ///
-/// The default (8 attempts, 20 ms to 1 s) waits 1.8 s or more in total, which outlasts the restart of a token worker or
-/// of a broker, about one second.
+/// The default (14 attempts, 50 ms to 1 s) waits some ten seconds in total, which outlasts the restart of a token worker or
+/// of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 8.
+    /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
-    /// Pause before the second attempt, before jitter. Default 20 ms.
+    /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,
     /// Longest pause, before jitter. Default 1 s.
     pub max_backoff: Duration,
@@ -34,8 +34,8 @@ pub struct RetryPolicy {
 impl Default for RetryPolicy {
     fn default() -> Self {
         Self {
-            max_attempts: 8,
-            initial_backoff: Duration::from_millis(20),
+            max_attempts: 14,
+            initial_backoff: Duration::from_millis(50),
             max_backoff: Duration::from_secs(1),
             budget: RetryBudget::default(),
         }
@@ -67,8 +67,8 @@ impl RetryPolicy {
 /// Each retry takes one from the bucket. The bucket fills with time, and by a fifth of a retry with each call that
 /// succeeds. When it is empty, calls fail with the error of their last attempt.
 ///
-/// A call that waits for a restart of about a second takes six to seven retries, so the default of 100 covers some 14
-/// calls that wait at the same time. Set `capacity` to seven times the number of concurrent calls if all of them must
+/// A call that waits for a restart of about a second takes five to six retries, so the default of 100 covers some 16
+/// calls that wait at the same time. Set `capacity` to six times the number of concurrent calls if all of them must
 /// outlast a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
@@ -219,19 +219,20 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_from_20_ms_to_a_second() {
+    fn pauses_double_from_50_ms_to_a_second() {
         let middle: Vec<u128> = pauses(u32::MAX / 2)
             .iter()
             .map(|pause| (*pause + Duration::from_micros(1)).as_millis())
             .collect();
-        assert_eq!(middle, [20, 40, 80, 160, 320, 640, 1_000]);
+        assert_eq!(middle[..6], [50, 100, 200, 400, 800, 1_000]);
+        assert_eq!(middle[6..], [1_000; 7]);
     }
 
     #[test]
     fn the_shortest_pauses_together_outlast_a_restart() {
         let total: Duration = pauses(0).iter().sum();
         assert!(total > Duration::from_millis(1_800), "{total:?}");
-        assert_eq!(pauses(0).len(), 7);
+        assert_eq!(pauses(0).len(), 13);
     }
 
     #[test]
@@ -311,7 +312,7 @@ mod tests {
                 let pause = retries.after_failure(verdict, LONG, &mut bucket, now, random).unwrap();
                 // Floating-point seconds: to the microsecond.
                 prop_assert!(pause + Duration::from_micros(1) >= asked);
-                prop_assert!(pause <= Duration::from_millis(asked_ms.max(1_000)) * 5 / 4);
+                prop_assert!(pause <= Duration::from_millis(asked_ms.max(1_000)) * 3 / 2);
             }
         }
 

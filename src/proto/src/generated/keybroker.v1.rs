@@ -1330,7 +1330,7 @@ pub struct GetTokenStateResponse {
     /// Whether the token serves.
     #[prost(enumeration = "TokenServing", tag = "1")]
     pub serving: i32,
-    /// Why not, for an administrator; empty when it serves.
+    /// Why not, for an administrator. When it serves: what prevents further workers, or empty.
     #[prost(string, tag = "2")]
     pub detail: ::prost::alloc::string::String,
     /// Token label, as C_GetTokenInfo says.

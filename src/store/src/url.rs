@@ -2,7 +2,7 @@
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
-use std::path::PathBuf;
+use std::{net::Ipv6Addr, path::PathBuf};
 
 const FORMS: &str = "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
                      `mysql://user@host/database`; for a local socket without a host and with `?socket=` and its \
@@ -41,14 +41,7 @@ impl Target {
     pub(super) fn parse(url: &str) -> Result<Self, String> {
         let (scheme, rest) = url.split_once(':').ok_or(FORMS)?;
         match scheme {
-            "sqlite" => {
-                let path = PathBuf::from(rest);
-                if path.is_absolute() && path.file_name().is_some() {
-                    Ok(Self::Sqlite(path))
-                } else {
-                    Err("must be `sqlite:` and the absolute path of a file".to_owned())
-                }
-            }
+            "sqlite" => file(rest).map(Self::Sqlite),
             "postgres" | "postgresql" => Ok(Self::Postgres(Place::parse(rest)?)),
             "mysql" | "mariadb" => Ok(Self::MySql(Place::parse(rest)?)),
             _ => Err(FORMS.to_owned()),
@@ -59,6 +52,12 @@ impl Target {
 impl Place {
     fn parse(rest: &str) -> Result<Self, String> {
         let rest = rest.strip_prefix("//").ok_or(FORMS)?;
+        if rest.contains('#') {
+            return Err(
+                "has a `#`, which begins a fragment and would be ignored; write `%23` where a name has one"
+                    .to_owned(),
+            );
+        }
         let (rest, query) = match rest.split_once('?') {
             Some((rest, query)) => (rest, Some(query)),
             None => (rest, None),
@@ -124,31 +123,70 @@ fn socket(query: &str) -> Result<Door, String> {
     }
 }
 
+/// The path of a file. Parameters, which other programs accept here, would become a part of its name.
+fn file(text: &str) -> Result<PathBuf, String> {
+    if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
+        let encoded = if found == '?' { "%3F" } else { "%23" };
+        return Err(format!(
+            "has a `{found}`: there are no parameters for SQLite, the settings are in the fields of [store]; if the path \
+             itself has one, write `{encoded}`"
+        ));
+    }
+    let path = PathBuf::from(decode(text)?);
+    if path.is_absolute() && path.file_name().is_some() {
+        Ok(path)
+    } else {
+        Err("must be `sqlite:` and the absolute path of a file".to_owned())
+    }
+}
+
 fn network(text: &str) -> Result<Door, String> {
-    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        // IPv6: its colons are not before a port.
-        Some((host, port)) => (host, port.strip_prefix(':')),
+    const BRACKETS: &str =
+        "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port";
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let (host, port) = rest.split_once(']').ok_or(BRACKETS)?;
+            let host = decode(host)?;
+            // A link-local address has the name of its network interface behind a `%`.
+            let address = host.split('%').next().unwrap_or("");
+            if address.parse::<Ipv6Addr>().is_err() {
+                return Err("has something in brackets that is not an IPv6 address".to_owned());
+            }
+            let port = match port.strip_prefix(':') {
+                Some(port) => Some(port),
+                None if port.is_empty() => None,
+                None => {
+                    return Err(
+                        "has text behind the `]` of the host: write a `:` before the port"
+                            .to_owned(),
+                    );
+                }
+            };
+            (host, port)
+        }
         None => match text.split_once(':') {
-            Some((host, port)) => (host, Some(port)),
-            None => (text, None),
+            Some((_, port)) if port.contains(':') => return Err(BRACKETS.to_owned()),
+            Some((host, port)) => (decode(host)?, Some(port)),
+            None => (decode(text)?, None),
         },
     };
+    if host.is_empty() {
+        return Err("names no host before the port".to_owned());
+    }
     let port = match port {
         None => None,
         Some(port) => Some(
-            port.parse()
-                .ok()
+            Some(port)
+                .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|port| port.parse().ok())
                 .filter(|port| *port != 0)
                 .ok_or("has a port that is not 1 to 65535")?,
         ),
     };
-    Ok(Door::Network {
-        host: decode(host)?,
-        port,
-    })
+    Ok(Door::Network { host, port })
 }
 
-/// Undoes percent-encoding: users of managed databases have an `@` in their names.
+/// Undoes percent-encoding, in every part of every URL: users of managed databases have an `@` in their names.
 fn decode(text: &str) -> Result<String, String> {
     let bad = || "has a `%` that is not followed by two hexadecimal digits of UTF-8".to_owned();
     let mut bytes = Vec::with_capacity(text.len());
@@ -163,7 +201,11 @@ fn decode(text: &str) -> Result<String, String> {
             bytes.push(byte);
         }
     }
-    String::from_utf8(bytes).map_err(|_| bad())
+    let text = String::from_utf8(bytes).map_err(|_| bad())?;
+    if text.contains(char::is_control) {
+        return Err("has a control character".to_owned());
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -190,6 +232,14 @@ mod tests {
         let socket = |path: &str| Door::Socket(PathBuf::from(path));
         for (url, expected) in [
             ("sqlite:/a/b.db", Target::Sqlite(PathBuf::from("/a/b.db"))),
+            (
+                "sqlite:/a%20b/c%3Fd%23e%25.db",
+                Target::Sqlite(PathBuf::from("/a b/c?d#e%.db")),
+            ),
+            (
+                "mysql://me@[fe80::1%25eth0]/keys",
+                Target::MySql(place("me", "keys", network("fe80::1%eth0", None))),
+            ),
             (
                 "postgres://me@db.example.org/keys",
                 Target::Postgres(place("me", "keys", network("db.example.org", None))),
@@ -221,6 +271,22 @@ mod tests {
             ("", "must be"),
             ("keys.db", "must be"),
             ("sqlite:keys.db", "absolute path"),
+            ("sqlite:/a/b.db?mode=rwc", "no parameters"),
+            ("sqlite:/a/b.db?mode=rwc", "%3F"),
+            ("sqlite:/a/b.db#1", "%23"),
+            ("sqlite:/a/b%2.db", "hexadecimal"),
+            ("sqlite:/a/b%ff.db", "UTF-8"),
+            ("sqlite:/a/b%00.db", "control character"),
+            ("postgres://me@db/keys%00", "control character"),
+            ("postgres://me@db/keys#1", "%23"),
+            ("postgres://me@[::1]5433/keys", "`:` before the port"),
+            ("mysql://me@[::1]x/keys", "`:` before the port"),
+            ("postgres://me@[::1]:/keys", "port"),
+            ("postgres://me@[::1]:+5433/keys", "port"),
+            ("postgres://me@[::1/keys", "brackets"),
+            ("postgres://me@::1/keys", "brackets"),
+            ("postgres://me@[db]/keys", "IPv6"),
+            ("postgres://me@:5433/keys", "no host"),
             ("oracle://me@db/keys", "must be"),
             ("postgres:me@db/keys", "must be"),
             ("postgres://db/keys", "no user"),

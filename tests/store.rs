@@ -18,6 +18,8 @@
 mod clients;
 #[path = "store/conformance.rs"]
 mod conformance;
+#[path = "store/connections.rs"]
+mod connections;
 #[path = "store/contention.rs"]
 mod contention;
 #[path = "store/copy.rs"]

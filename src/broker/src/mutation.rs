@@ -251,7 +251,7 @@ impl Broker {
             Commit::Delete(record, expected) => self.store.delete(record, expected, stamp).await,
             Commit::Undelete(record, _) => self.store.undelete(record, stamp).await,
         };
-        if let Err(store::Error::Down(_)) = result {
+        if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
             // Whether it was committed is not known: `maintain` asks the store until it is.
             self.resolve_later(intent);
             return result.map_err(Error::from);

@@ -157,6 +157,7 @@ pub struct Error {
     retry_after: Option<Duration>,
     detail: String,
     is_renewable: bool,
+    is_outcome_unknown: bool,
 }
 
 impl Error {
@@ -168,6 +169,7 @@ impl Error {
             retry_after: None,
             detail: detail.into(),
             is_renewable: false,
+            is_outcome_unknown: false,
         }
     }
 
@@ -195,6 +197,20 @@ impl Error {
             is_renewable: true,
             ..self
         }
+    }
+
+    /// The same error of a change that may have been made all the same.
+    #[must_use]
+    pub fn outcome_unknown(self) -> Self {
+        Self {
+            is_outcome_unknown: true,
+            ..self
+        }
+    }
+
+    /// Whether the change may have been made although the call failed.
+    pub fn is_outcome_unknown(&self) -> bool {
+        self.is_outcome_unknown
     }
 
     /// Whether the credential was good and has expired. Such a refusal is no attack, and is not counted as a failure.

@@ -14,10 +14,13 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use sqlx::{Database, Pool, pool::PoolConnection};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
+use keybroker_core::call::CallId;
+
 use super::{
-    Error,
+    Error, mutations,
     session::{Session, Value},
     statements::{Statements, TableStatements},
 };
@@ -33,8 +36,14 @@ const ATTEMPTS_MAX: u32 = 8;
 /// The wait before the second attempt; it doubles, and has a random part so that the losers do not meet again.
 const BACKOFF: Duration = Duration::from_millis(4);
 
-/// A query that failed later than this is not asked again.
-const AT_ONCE: Duration = Duration::from_millis(250);
+/// How long a call waits for a database that has just become unavailable, such as a server that is restarted. Calls fail at
+/// once while an outage lasts longer.
+const OUTAGE_WAITED_OUT: Duration = Duration::from_millis(2_500);
+/// How long a call tries other connections while the database answers other calls: callers wait for about five seconds.
+const RETRIED_FOR: Duration = Duration::from_millis(4_500);
+/// The wait before a call tries another connection; it doubles up to the ceiling.
+const RECONNECT_WAIT: Duration = Duration::from_millis(5);
+const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// What differs between engines beside their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
@@ -49,6 +58,11 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// How long a call may have a connection: longer than the database's own limit on statements, for when the database does
     /// not answer at all.
     fn time_limit(&self) -> Duration;
+
+    /// Limits the connections that a purpose may take at once, and how long a call waits for one.
+    fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
+        None
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +98,7 @@ impl<E: Engine> EngineStore<E> {
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
         match self.tasks.spawn(work).await {
-            Ok(result) => result,
+            Ok(result) => result.map_err(Error::settled),
             Err(panic) => Err(Error::Down(
                 format!("a task of the store failed: {panic}").into(),
             )),
@@ -108,19 +122,23 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<Vec<Row<E>>, Error> {
         let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
         self.spawn(async move {
-            let begun = Instant::now();
-            let lease = Lease::take(&*engine, Purpose::Read).await?;
-            let rows = match lease.query(statement, values.clone()).await {
-                // The connection may have died while it lay in the pool, and a query can be asked again. A dead one says so at
-                // once: what took longer failed otherwise, and would only take as long again.
-                Err(Error::Down(_)) if begun.elapsed() < AT_ONCE => {
-                    let lease = Lease::take(&*engine, Purpose::Read).await?;
-                    lease.query(statement, values).await
+            let mut retry = Retry::new(&probe, Purpose::Read);
+            loop {
+                let result = match Lease::take(&*engine, Purpose::Read).await {
+                    Ok(lease) => lease.query(statement, values.clone()).await,
+                    Err(error) => Err(error),
+                };
+                match result {
+                    // Nothing was changed: a query can be sent again.
+                    Err(Error::Disconnected(what)) => retry.wait(what).await?,
+                    result => {
+                        if result.is_ok() {
+                            probe.answered(Purpose::Read);
+                        }
+                        return result;
+                    }
                 }
-                result => result,
-            }?;
-            probe.answered(Purpose::Read);
-            Ok(rows)
+            }
         })
         .await
     }
@@ -135,7 +153,7 @@ impl<E: Engine> EngineStore<E> {
     }
 
     /// Runs a transaction to its end. Work that fails is rolled back. It may run more than once: when the database undid it
-    /// in favour of another transaction, it is tried again, a bounded number of times.
+    /// in favour of another transaction, and when the connection was lost before the commit was sent.
     async fn transaction<T, W>(&self, end: End, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -152,20 +170,48 @@ impl<E: Engine> EngineStore<E> {
     {
         let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
         self.spawn(async move {
-            let begun = Instant::now();
+            let mut retry = Retry::new(&probe, Purpose::Write);
             let mut attempt = 1;
             loop {
-                let lease = Lease::take(&*engine, Purpose::Write).await?;
-                let result = lease.transaction(end, &work).await;
-                let Err(Error::Contended(what)) = &result else {
-                    // Also when it was not what the caller wanted.
-                    if !matches!(result, Err(Error::Down(_))) {
-                        probe.answered(Purpose::Write);
-                    }
-                    return result;
+                let result = match Lease::take(&*engine, Purpose::Write).await {
+                    Ok(lease) => lease.transaction(end, &work).await,
+                    Err(error) => Err(Ended::Without(error)),
                 };
-                if attempt == ATTEMPTS_MAX || begun.elapsed() > engine.time_limit() {
-                    return result;
+                let what = match result {
+                    Ok(value) => {
+                        probe.answered(Purpose::Write);
+                        return Ok(value);
+                    }
+                    Err(Ended::Without(Error::Disconnected(what))) => {
+                        retry.wait(what).await?;
+                        continue;
+                    }
+                    Err(Ended::Unknown(error, value)) => {
+                        let Some(call) = end.mark() else {
+                            return Err(Error::OutcomeUnknown(error.to_string().into()));
+                        };
+                        if is_committed(&*engine, &mut retry, call).await? {
+                            probe.answered(Purpose::Write);
+                            return Ok(value);
+                        }
+                        // It was not made, and can be tried again.
+                        let Error::Disconnected(what) = error else {
+                            return Err(error);
+                        };
+                        retry.wait(what).await?;
+                        continue;
+                    }
+                    Err(Ended::Without(Error::Contended(what))) => what,
+                    Err(Ended::Without(error)) => {
+                        // Also when it was not what the caller wanted.
+                        if !matches!(error, Error::Down(_)) {
+                            probe.answered(Purpose::Write);
+                        }
+                        return Err(error);
+                    }
+                };
+                if attempt == ATTEMPTS_MAX || retry.begun.elapsed() > engine.time_limit() {
+                    return Err(Error::Contended(what));
                 }
                 metrics::counter!("keybroker_store_retries_total").increment(1);
                 tracing::debug!(attempt, %what, "a transaction is tried again");
@@ -177,12 +223,100 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
+/// Gives a closure the type of [`Work`], which it does not get where it is only named.
+fn as_work<E, T, W>(work: W) -> W
+where
+    E: Engine,
+    W: for<'c> Fn(&'c mut Connection<E>, &'static Statements) -> BoxFuture<'c, Result<T, Error>>,
+{
+    work
+}
+
+/// Learns on another connection whether a change was committed whose connection was lost during the commit.
+async fn is_committed<E: Engine>(
+    engine: &E,
+    retry: &mut Retry<'_>,
+    call: CallId,
+) -> Result<bool, Error> {
+    let work = as_work::<E, bool, _>(move |session, sql| {
+        Box::pin(mutations::is_committed(session, sql, call))
+    });
+    loop {
+        let result = match Lease::take(engine, Purpose::Write).await {
+            Ok(lease) => lease.transaction(End::Rollback, &work).await,
+            Err(error) => Err(Ended::Without(error)),
+        };
+        // The change may have been made, so no other error may say that it was not.
+        match result {
+            Ok(committed) => return Ok(committed),
+            Err(Ended::Without(Error::Disconnected(what) | Error::Contended(what))) => {
+                let waited = retry.wait(what).await;
+                waited.map_err(|error| Error::OutcomeUnknown(error.to_string().into()))?;
+            }
+            Err(Ended::Without(error) | Ended::Unknown(error, _)) => {
+                return Err(Error::OutcomeUnknown(error.to_string().into()));
+            }
+        }
+    }
+}
+
+/// The time that a call may spend on connections that are lost.
+struct Retry<'p> {
+    probe: &'p probe::Probe,
+    purpose: Purpose,
+    begun: Instant,
+    wait: Duration,
+}
+
+impl<'p> Retry<'p> {
+    fn new(probe: &'p probe::Probe, purpose: Purpose) -> Self {
+        Self {
+            probe,
+            purpose,
+            begun: Instant::now(),
+            wait: RECONNECT_WAIT,
+        }
+    }
+
+    /// Waits before the next try, or says that there is none.
+    async fn wait(&mut self, what: Arc<str>) -> Result<(), Error> {
+        self.probe.lost(self.purpose);
+        let has_time = self.begun.elapsed() + self.wait < RETRIED_FOR;
+        if !has_time || self.probe.is_long_outage(self.purpose) {
+            return Err(Error::Down(what));
+        }
+        metrics::counter!("keybroker_store_reconnects_total").increment(1);
+        tokio::time::sleep(self.wait).await;
+        self.wait = (self.wait * 2).min(RECONNECT_WAIT_MAX);
+        Ok(())
+    }
+}
+
 /// How a transaction ends when its work succeeded.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Commit,
+    /// The same, of a change that leaves the mark of its call: whether it was committed can be asked on another connection.
+    CommitMarked(CallId),
     /// For work that only wanted to know what it would do.
     Rollback,
+}
+
+impl End {
+    fn mark(self) -> Option<CallId> {
+        match self {
+            Self::CommitMarked(call) => Some(call),
+            Self::Commit | Self::Rollback => None,
+        }
+    }
+}
+
+/// How a transaction failed.
+enum Ended<T> {
+    /// Nothing of it was committed.
+    Without(Error),
+    /// It may have been committed; then its work gave this.
+    Unknown(Error, T),
 }
 
 /// What is done in a transaction.
@@ -208,14 +342,25 @@ where
 struct Lease<'e, E: Engine> {
     engine: &'e E,
     connection: Option<PoolConnection<E::Database>>,
+    _permit: Option<SemaphorePermit<'e>>,
 }
 
 impl<'e, E: Engine> Lease<'e, E> {
     async fn take(engine: &'e E, purpose: Purpose) -> Result<Self, Error> {
+        let permit = match engine.limit(purpose) {
+            None => None,
+            Some((semaphore, patience)) => {
+                let permit = tokio::time::timeout(patience, semaphore.acquire()).await;
+                let all_in_use = |_| Error::Down(ALL_IN_USE.into());
+                let closed = |_| Error::Down("the store is closed".into());
+                Some(permit.map_err(all_in_use)?.map_err(closed)?)
+            }
+        };
         let connection = engine.pool(purpose).acquire().await?;
         Ok(Self {
             engine,
             connection: Some(connection),
+            _permit: permit,
         })
     }
 
@@ -241,28 +386,47 @@ impl<'e, E: Engine> Lease<'e, E> {
         Ok(rows)
     }
 
-    async fn transaction<T>(mut self, end: End, work: &impl Work<E, T>) -> Result<T, Error> {
+    async fn transaction<T>(mut self, end: End, work: &impl Work<E, T>) -> Result<T, Ended<T>> {
         let limit = self.engine.time_limit();
+        let until = tokio::time::Instant::now() + limit;
         let session = self.session();
         let run = async {
             session.control(E::SQL.begin).await?;
-            let result = work(session, E::SQL).await;
-            let last = match (&result, end) {
-                (Ok(_), End::Commit) => "COMMIT",
-                _ => "ROLLBACK",
-            };
-            let ended = session.control(last).await;
-            Ok::<_, Error>((result, ended))
+            Ok::<_, Error>(work(session, E::SQL).await)
         };
-        match tokio::time::timeout(limit, run).await {
-            Ok(Ok((result, Ok(())))) => {
-                self.give_back();
-                result
-            }
-            // What was wrong first says more than the rollback that failed then.
-            Ok(Ok((Err(error), Err(_))) | Err(error)) => Err(error),
-            Ok(Ok((Ok(_), Err(error)))) => Err(error.into()),
+        let result = match tokio::time::timeout_at(until, run).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(error)) => return Err(Ended::Without(error)),
+            Err(_) => return Err(Ended::Without(no_answer(limit))),
+        };
+        let is_commit = result.is_ok() && !matches!(end, End::Rollback);
+        let last = if is_commit { "COMMIT" } else { "ROLLBACK" };
+        let ended = match tokio::time::timeout_at(until, self.session().control(last)).await {
+            Ok(ended) => ended.map_err(Error::from),
             Err(_) => Err(no_answer(limit)),
+        };
+        match (result, ended) {
+            (Ok(value), Ok(())) => {
+                self.give_back();
+                Ok(value)
+            }
+            (Err(error), Ok(())) => {
+                self.give_back();
+                Err(Ended::Without(error))
+            }
+            (Ok(value), Err(error)) if is_commit => Err(Ended::of_commit(error, value)),
+            // What was wrong first says more than the rollback that failed then; nothing was to be kept, either way.
+            (Err(error), Err(_)) | (Ok(_), Err(error)) => Err(Ended::Without(error)),
+        }
+    }
+}
+
+impl<T> Ended<T> {
+    /// What the error of a commit says about it: a server that undid it in favour of another transaction says so.
+    fn of_commit(error: Error, value: T) -> Self {
+        match error {
+            Error::Contended(_) => Self::Without(error),
+            error => Self::Unknown(error, value),
         }
     }
 }
@@ -275,6 +439,8 @@ impl<E: Engine> Drop for Lease<'_, E> {
         }
     }
 }
+
+const ALL_IN_USE: &str = "no connection in time: the connections for changes are all in use";
 
 fn no_answer(limit: Duration) -> Error {
     Error::Down(format!("no answer within {} ms", limit.as_millis()).into())

@@ -31,6 +31,8 @@ const MYSQL_DAMAGED: [u16; 5] = [1_034, 1_035, 1_194, 1_195, 1_712];
 const MYSQL_CONTENDED: [u16; 2] = [1_205, 1_213];
 /// `ER_OPTION_PREVENTS_STATEMENT`, `ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION`, `ER_READ_ONLY_MODE`.
 const MYSQL_READONLY: [u16; 3] = [1_290, 1_792, 1_836];
+/// `ER_SERVER_SHUTDOWN`, `ER_CONNECTION_KILLED` of MariaDB, `ER_CLIENT_INTERACTION_TIMEOUT`.
+const MYSQL_DISCONNECTED: [u16; 3] = [1_053, 1_927, 4_031];
 /// `ER_DISK_FULL`, `ER_RECORD_FILE_FULL`.
 const MYSQL_FULL: [u16; 2] = [1_021, 1_114];
 
@@ -77,9 +79,26 @@ pub enum Error {
     /// Another process has the database.
     #[error("{0}")]
     InUse(String),
+    /// The connection was lost while a change was committed, and the database could not be asked whether it was made.
+    #[error("the outcome of the change is not known: {0}")]
+    OutcomeUnknown(Arc<str>),
+    /// The connection was lost or refused, so the same may succeed on another one. Becomes [`Self::Down`] before it leaves the
+    /// store.
+    #[error("connection lost: {0}")]
+    Disconnected(Arc<str>),
     /// The database is away, full, read-only or slow.
     #[error("store away: {0}")]
     Down(Arc<str>),
+}
+
+impl Error {
+    /// The same for callers, who do not try again on another connection.
+    pub(super) fn settled(self) -> Self {
+        match self {
+            Self::Disconnected(what) => Self::Down(what),
+            error => error,
+        }
+    }
 }
 
 impl From<Error> for error::Error {
@@ -93,10 +112,16 @@ impl From<Error> for error::Error {
             // A concurrent call holds the same request id: the retry will find its result.
             Error::Conflict | Error::RequestIdTaken => Reason::Revision,
             Error::Corrupt(_) => Reason::RecordDamaged,
+            Error::OutcomeUnknown(_) => {
+                return Self::new(Reason::StoreDown, detail)
+                    .retry_after(STORE_RETRY)
+                    .outcome_unknown();
+            }
             Error::Schema(_)
             | Error::Durability(_)
             | Error::Contended(_)
             | Error::InUse(_)
+            | Error::Disconnected(_)
             | Error::Down(_) => {
                 return Self::new(Reason::StoreDown, detail).retry_after(STORE_RETRY);
             }
@@ -110,9 +135,10 @@ impl From<sqlx::Error> for Error {
         match &error {
             sqlx::Error::ColumnDecode { index, .. } => Self::Corrupt(format!("column {index}")),
             sqlx::Error::Database(database) => from_database(&**database),
-            sqlx::Error::PoolTimedOut => Self::Down(
+            sqlx::Error::PoolTimedOut => Self::Disconnected(
                 "no connection in time: the database does not accept any, or all are in use".into(),
             ),
+            sqlx::Error::Io(_) => Self::Disconnected(error.to_string().into()),
             _ => Self::Down(error.to_string().into()),
         }
     }
@@ -159,6 +185,9 @@ fn from_postgres(error: &PgDatabaseError) -> Error {
         "25006" => down(error, READONLY_SERVER),
         // disk_full
         "53100" => down(error, FULL_SERVER),
+        // admin_shutdown, crash_shutdown, cannot_connect_now, and connection exceptions
+        "57P01" | "57P02" | "57P03" => Error::Disconnected(error.to_string().into()),
+        code if code.starts_with("08") => Error::Disconnected(error.to_string().into()),
         _ => Error::Down(error.to_string().into()),
     }
 }
@@ -171,6 +200,8 @@ fn from_mysql(error: &MySqlDatabaseError) -> Error {
         Error::Corrupt(format!("the database: {error}; restore a backup"))
     } else if MYSQL_READONLY.contains(&number) {
         down(error, READONLY_SERVER)
+    } else if MYSQL_DISCONNECTED.contains(&number) {
+        Error::Disconnected(error.to_string().into())
     } else if MYSQL_FULL.contains(&number) {
         down(error, FULL_SERVER)
     } else {

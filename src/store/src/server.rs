@@ -13,6 +13,7 @@ use futures_util::future::BoxFuture;
 use sqlx::{
     ConnectOptions as _, Connection as _, Database, Pool, migrate::Migrator, pool::PoolOptions,
 };
+use tokio::sync::Semaphore;
 
 use super::{
     Error, MigrationReport, SchemaStatus, Settings,
@@ -106,10 +107,13 @@ pub(super) async fn open<S: Server>(
             "the connection to the database is not encrypted; the configuration says so"
         );
     }
-    let pool = pool::<S>(settings, options);
+    let connections = Connections::of(settings);
+    let pool = pool::<S>(settings, connections, options);
     fill(&pool).await?;
     Ok(EngineStore::new(OnServer::<S> {
         pool,
+        writes: Semaphore::new(usize::try_from(connections.writes).unwrap_or(1)),
+        acquire_timeout: settings.acquire_timeout(),
         time_limit: settings.statement_timeout() + BEYOND_STATEMENT,
     }))
 }
@@ -209,7 +213,9 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
     }
 }
 
-async fn weaknesses<S: Server>(connection: &mut ConnectionOf<S>) -> Result<Vec<Weakness>, Error> {
+async fn weaknesses<S: Server>(
+    connection: &mut ConnectionOf<S>,
+) -> Result<Vec<Weakness>, sqlx::Error> {
     let rows = connection.rows(S::SQL.durability, Vec::new()).await?;
     let mut found = Vec::with_capacity(rows.len());
     for row in &rows {
@@ -225,11 +231,34 @@ async fn close<S: Server>(connection: ConnectionOf<S>) {
     }
 }
 
-fn pool<S: Server>(settings: &Settings, options: OptionsOf<S>) -> Pool<S::Database> {
+/// How many connections there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Connections {
+    all: u32,
+    /// Those that changes may have at once.
+    writes: u32,
+}
+
+impl Connections {
+    /// Half of them for changes. At least two in all, so that there is one for reads.
+    fn of(settings: &Settings) -> Self {
+        let all = settings.connections_max.max(2);
+        Self {
+            all,
+            writes: all / 2,
+        }
+    }
+}
+
+fn pool<S: Server>(
+    settings: &Settings,
+    connections: Connections,
+    options: OptionsOf<S>,
+) -> Pool<S::Database> {
     let limits = Limits::of(settings);
     let accepted: Arc<[String]> = settings.accept_weaker_durability.clone().into();
     PoolOptions::new()
-        .max_connections(settings.connections_max)
+        .max_connections(connections.all)
         .acquire_timeout(settings.acquire_timeout())
         .idle_timeout(IDLE_TIMEOUT)
         .max_lifetime(LIFETIME_MAX)
@@ -246,11 +275,9 @@ fn pool<S: Server>(settings: &Settings, options: OptionsOf<S>) -> Pool<S::Databa
             let accepted = Arc::clone(&accepted);
             Box::pin(async move {
                 S::prepare(connection, &limits).await?;
-                let checked = match weaknesses::<S>(connection).await {
-                    Ok(weaknesses) => durability::judge(&weaknesses, &accepted),
-                    Err(error) => Err(error),
-                };
-                checked.map_err(|error| sqlx::Error::Configuration(error.into()))
+                let weaknesses = weaknesses::<S>(connection).await?;
+                durability::judge(&weaknesses, &accepted)
+                    .map_err(|error| sqlx::Error::Configuration(error.into()))
             })
         })
         .connect_lazy_with(options)
@@ -259,6 +286,9 @@ fn pool<S: Server>(settings: &Settings, options: OptionsOf<S>) -> Pool<S::Databa
 /// A database on a server.
 struct OnServer<S: Server> {
     pool: Pool<S::Database>,
+    /// Changes may wait for locks that somebody holds. They take only a part of the connections, so that reads always have some.
+    writes: Semaphore,
+    acquire_timeout: Duration,
     time_limit: Duration,
 }
 
@@ -283,5 +313,28 @@ impl<S: Server> Engine for OnServer<S> {
 
     fn time_limit(&self) -> Duration {
         self.time_limit
+    }
+
+    fn limit(&self, purpose: Purpose) -> Option<(&Semaphore, Duration)> {
+        match purpose {
+            Purpose::Read => None,
+            Purpose::Write => Some((&self.writes, self.acquire_timeout)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_never_have_every_connection() {
+        for (configured, all, writes) in [(1, 2, 1), (2, 2, 1), (3, 3, 1), (10, 10, 5)] {
+            let settings = Settings {
+                connections_max: configured,
+                ..Settings::new("postgres://me@db/keys")
+            };
+            assert_eq!(Connections::of(&settings), Connections { all, writes });
+        }
     }
 }

@@ -43,11 +43,11 @@ pub(super) const fn code(reason: Reason) -> Code {
 /// The status of an error. Its detail stays inside; the call id finds it in the log.
 pub(super) fn to_status(error: &Error, call: CallId) -> Status {
     let reason = error.reason();
-    let mut details = ErrorDetails::with_error_info(
-        reason.as_str(),
-        DOMAIN,
-        HashMap::from([("call_id".to_owned(), call.to_string())]),
-    );
+    let mut metadata = HashMap::from([("call_id".to_owned(), call.to_string())]);
+    if error.is_outcome_unknown() {
+        metadata.insert("outcome".to_owned(), "unknown".to_owned());
+    }
+    let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if !error.violations().is_empty() {
         let violations: Vec<_> = error
             .violations()
@@ -85,6 +85,20 @@ mod tests {
             );
             let bytes = String::from_utf8_lossy(status.details()).into_owned();
             assert!(!bytes.contains("inside"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn only_a_change_that_may_have_been_made_says_that_its_outcome_is_unknown() {
+        let error = Error::new(Reason::StoreDown, "");
+        for (error, expected) in [
+            (error.clone(), None),
+            (error.outcome_unknown(), Some("unknown")),
+        ] {
+            let status = to_status(&error, CallId::fresh());
+            let details = status.get_error_details();
+            let metadata = &details.error_info().unwrap().metadata;
+            assert_eq!(metadata.get("outcome").map(String::as_str), expected);
         }
     }
 

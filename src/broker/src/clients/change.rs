@@ -88,7 +88,7 @@ impl Broker {
         let result = commit.await;
         // Also when it is not known whether it was done: what is remembered may be out of date.
         self.clients_generation.fetch_add(1, Ordering::Release);
-        if let Err(store::Error::Down(_)) = result {
+        if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
             self.resolve_later(intent);
             return result.map_err(Error::from);
         }

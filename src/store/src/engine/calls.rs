@@ -32,7 +32,7 @@ const FORGOTTEN_AT_ONCE: u64 = 500;
 
 impl<E: Engine> EngineStore<E> {
     async fn mutate(&self, change: Change, stamp: Stamp) -> Result<RecordInfo, Error> {
-        self.transaction(End::Commit, move |session, sql| {
+        self.transaction(End::CommitMarked(stamp.call), move |session, sql| {
             let (change, stamp) = (change.clone(), stamp.clone());
             Box::pin(async move { mutations::apply(session, sql, &change, &stamp).await })
         })

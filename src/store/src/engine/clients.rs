@@ -44,7 +44,8 @@ impl<E: Engine> EngineStore<E> {
         call: Option<CallId>,
     ) -> Result<(), Error> {
         let row = row.clone();
-        self.transaction(End::Commit, move |session, sql| {
+        let end = call.map_or(End::Commit, End::CommitMarked);
+        self.transaction(end, move |session, sql| {
             let row = row.clone();
             Box::pin(async move {
                 if let Some(call) = call {

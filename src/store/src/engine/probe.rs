@@ -7,7 +7,7 @@ use std::{
 
 use crate::Error;
 
-use super::Purpose;
+use super::{OUTAGE_WAITED_OUT, Purpose};
 
 /// How long a failed probe speaks for the database. Whoever probes does so every second.
 const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
@@ -24,6 +24,8 @@ struct Seen {
     /// When the last probe failed, unless there was an answer since.
     failed: Option<Instant>,
     answered: Option<Instant>,
+    /// When calls or probes began to fail, unless there was an answer since.
+    failing_since: Option<Instant>,
 }
 
 impl Probe {
@@ -40,6 +42,14 @@ impl Probe {
         let mut seen = self.seen(purpose);
         seen.answered = Some(Instant::now());
         seen.failed = None;
+        seen.failing_since = None;
+    }
+
+    /// A call lost its connection, or got none.
+    pub(super) fn lost(&self, purpose: Purpose) {
+        self.seen(purpose)
+            .failing_since
+            .get_or_insert_with(Instant::now);
     }
 
     /// Takes note of what a probe said that began then. A probe stands in line with all others: one that fails while others
@@ -54,18 +64,32 @@ impl Probe {
         if seen.answered.is_some_and(|at| at >= begun) {
             return Ok(());
         }
-        seen.failed = result.is_err().then(Instant::now);
+        if result.is_err() {
+            seen.failed = Some(Instant::now());
+            seen.failing_since.get_or_insert(begun);
+        } else {
+            seen.failed = None;
+            seen.failing_since = None;
+        }
         result.map(drop)
     }
 
-    /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line.
+    /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line. An
+    /// outage that is younger than [`OUTAGE_WAITED_OUT`] is waited out.
     pub(super) fn check(&self, purpose: Purpose) -> Result<(), Error> {
         let failed = self.seen(purpose).failed;
-        if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) {
+        if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) && self.is_long_outage(purpose) {
             return Err(Error::Down(
                 "the database did not answer the last probe".into(),
             ));
         }
         Ok(())
+    }
+
+    /// Whether nobody got an answer for longer than a call waits.
+    pub(super) fn is_long_outage(&self, purpose: Purpose) -> bool {
+        self.seen(purpose)
+            .failing_since
+            .is_some_and(|at| at.elapsed() >= OUTAGE_WAITED_OUT)
     }
 }

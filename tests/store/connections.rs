@@ -2,8 +2,9 @@
 //! changes that wait for a lock leave connections to reads.
 
 use std::{
+    io,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -187,7 +188,40 @@ async fn a_short_restart_of_the_server_is_waited_out() {
     panic!("this machine never restarted the server within {SHORT:?}");
 }
 
+/// What is logged, in memory.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    fn start() -> Self {
+        let log = Self::default();
+        let writer = log.clone();
+        tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::DEBUG)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .init();
+        log
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
 async fn waiting_changes_cost_no_read(kind: Kind) {
+    let log = Log::start();
     let server = Arc::new(Server::start(kind));
     let engine = Arc::new(engine_of_a_broker(&server).await);
     let store = open_with_alice(&engine).await;
@@ -233,6 +267,17 @@ async fn waiting_changes_cost_no_read(kind: Kind) {
     println!("{reads} reads beside changes that waited");
     assert!(reads > 20, "{reads}");
     waiting.join_all().await;
+    // Many statements waited: each is in the log once, by its name.
+    let text = log.text();
+    let slow: Vec<_> = text
+        .lines()
+        .filter(|line| line.contains("took long"))
+        .collect();
+    assert!(!slow.is_empty() && slow.len() <= 4, "{slow:#?}");
+    assert!(slow[0].contains("statement=\"insert_"), "{slow:#?}");
+    for words in ["SELECT ", "INSERT ", "select ", "insert "] {
+        assert!(!text.contains(words), "{words} in {text}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

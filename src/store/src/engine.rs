@@ -22,6 +22,7 @@ use keybroker_core::call::CallId;
 use super::{
     Error, mutations,
     session::{Session, Value},
+    slow::{self, Named as _},
     statements::{Statements, TableStatements},
 };
 
@@ -85,6 +86,10 @@ pub(super) struct EngineStore<E> {
 
 impl<E: Engine> EngineStore<E> {
     pub(super) fn new(engine: E) -> Arc<Self> {
+        let mut names = Vec::new();
+        E::SQL.names_below("", &mut names);
+        E::TABLES.names_below("", &mut names);
+        slow::learn(names);
         Arc::new(Self {
             engine: Arc::new(engine),
             probe: Arc::default(),

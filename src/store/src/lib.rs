@@ -39,6 +39,7 @@ mod schema;
 mod server;
 mod session;
 mod settings;
+mod slow;
 mod sqlite;
 mod statements;
 pub mod tables;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
-    AssertSqlSafe, MySql, MySqlConnection,
+    AssertSqlSafe, ConnectOptions as _, MySql, MySqlConnection,
     migrate::Migrator,
     mysql::{MySqlConnectOptions, MySqlSslMode},
 };
@@ -56,7 +56,9 @@ impl Server for MySqlOrMariaDb {
         let mut options = MySqlConnectOptions::new()
             .username(&place.user)
             .database(&place.database)
-            .pipes_as_concat(false);
+            .pipes_as_concat(false)
+            // It would log whole statements, on every call.
+            .disable_statement_logging();
         if let Some(password) = settings.password()? {
             options = options.password(&password);
         }

@@ -4,7 +4,7 @@ use std::{env, path::Path, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
-    PgConnection, Postgres,
+    ConnectOptions as _, PgConnection, Postgres,
     migrate::Migrator,
     postgres::{PgConnectOptions, PgSslMode},
 };
@@ -71,6 +71,8 @@ impl Server for PostgreSql {
             .database(&place.database)
             .application_name("keybroker")
             .extra_float_digits(None)
+            // It would log whole statements, on every call.
+            .disable_statement_logging()
             .password(
                 settings
                     .password()?

@@ -1,7 +1,7 @@
 //! One connection, of whichever engine: statements with their values, and rows read by position. What the engines' drivers
 //! have in common but give no common name to.
 
-use std::fmt;
+use std::{fmt, time::Instant};
 
 use sqlx::{
     MySqlConnection, PgConnection, Row as _, SqliteConnection, mysql::MySqlRow, postgres::PgRow,
@@ -13,6 +13,8 @@ use keybroker_core::{
     envelope::Mac,
     key::{ClientId, RecordId, Revision, WrappingKeyId},
 };
+
+use super::slow;
 
 /// A value for a statement. Owned, because statements outlive the callers that ask for them.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,6 +74,13 @@ fn utf8(index: usize, bytes: &[u8]) -> Result<&str, sqlx::Error> {
     })
 }
 
+async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let done = work.await;
+    slow::note(statement, begun.elapsed());
+    done
+}
+
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $index:ident => $read:expr) => {
         impl Session for $connection {
@@ -91,7 +100,8 @@ macro_rules! engine {
                         Value::OptionalInteger(number) => query.bind(number),
                     };
                 }
-                Ok(query.execute(self).await?.rows_affected())
+                let done = timed(statement, query.execute(self)).await;
+                Ok(done?.rows_affected())
             }
 
             async fn rows(
@@ -108,11 +118,12 @@ macro_rules! engine {
                         Value::OptionalInteger(number) => query.bind(number),
                     };
                 }
-                query.fetch_all(self).await
+                timed(statement, query.fetch_all(self)).await
             }
 
             async fn control(&mut self, statement: &'static str) -> Result<(), sqlx::Error> {
-                sqlx::raw_sql(statement).execute(self).await.map(drop)
+                let done = timed(statement, sqlx::raw_sql(statement).execute(self)).await;
+                done.map(drop)
             }
         }
 

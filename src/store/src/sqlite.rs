@@ -6,7 +6,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
-    Sqlite, SqlitePool,
+    ConnectOptions as _, Sqlite, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
@@ -46,6 +46,8 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "OFF")
         .create_if_missing(false)
+        // It would log whole statements, on every call.
+        .disable_statement_logging()
 }
 
 /// The one connection that writes. It stays open: reopening would check out the WAL again and again.

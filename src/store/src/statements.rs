@@ -1,8 +1,9 @@
 //! What an engine must be able to say. Each engine writes these by hand in its own SQL; the values of each, and the columns
 //! of each answer, are the same for all and in this order.
 
-use super::tables::Table;
+use super::{slow::named, tables::Table};
 
+named! {
 /// The SQL of one engine.
 #[derive(Debug)]
 pub(super) struct Statements {
@@ -64,6 +65,7 @@ pub(super) struct Statements {
     /// Names and values of the settings that durability rests on, as text.
     pub(super) durability: &'static str,
 }
+}
 
 /// How many records one statement asks for, or notes uses of.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
@@ -71,6 +73,7 @@ pub(super) const RECORDS_AT_ONCE: usize = 50;
 /// How many uses of secrets of API clients one statement notes.
 pub(super) const CLIENT_USES_AT_ONCE: usize = 20;
 
+named! {
 /// What an engine must be able to say of whole tables: see `tables.rs`.
 #[derive(Debug)]
 pub(super) struct TableStatements {
@@ -105,7 +108,9 @@ pub(super) struct TableStatements {
     /// client: number of the secret, at, by number.
     pub(super) uses_of_client: &'static str,
 }
+}
 
+named! {
 /// All columns are those of [`Table::columns`], in that order.
 #[derive(Debug)]
 pub(super) struct OfTable {
@@ -115,6 +120,7 @@ pub(super) struct OfTable {
     pub(super) page: &'static str,
     /// All columns. Inserts nothing when the place is taken.
     pub(super) insert: &'static str,
+}
 }
 
 impl TableStatements {

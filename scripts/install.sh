@@ -15,6 +15,7 @@ PARTS=(
   "shellcheck shellcheck"
   "systemd-analyze systemd"
   "/usr/lib/postgresql/*/bin/initdb postgresql"
+  "/usr/sbin/pgbouncer pgbouncer"
   "/usr/sbin/mariadbd mariadb-server-core"
   "mariadb-dump mariadb-client"
   "/usr/lib/python3*/ensurepip python3-venv"
@@ -60,6 +61,9 @@ packages() {
     tail -n 20 "$log" >&2
     fail "apt-get could not install ${missing[*]}; what it said is above and in $log"
   fi
+  # Debian starts it with the package; the tests start their own.
+  [[ " ${missing[*]} " == *" pgbouncer "* && -d /run/systemd/system ]] \
+    && as_root systemctl disable --quiet --now pgbouncer.service
   rm -f "$log"
 }
 

@@ -34,6 +34,8 @@ mod filling;
 mod network;
 #[path = "store/outage.rs"]
 mod outage;
+#[path = "store/pooler.rs"]
+mod pooler;
 #[path = "store/purge.rs"]
 mod purge;
 #[path = "store/schema.rs"]

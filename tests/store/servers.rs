@@ -85,7 +85,7 @@ fn program(name: &str) -> PathBuf {
 }
 
 /// A command that ends with this process, and that is not root.
-fn unprivileged(name: &str, end: &str) -> Command {
+pub(crate) fn unprivileged(name: &str, end: &str) -> Command {
     let mut command = Command::new("setpriv");
     if as_root() {
         let nobody = NOBODY.to_string();

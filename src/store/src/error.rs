@@ -38,6 +38,10 @@ const MYSQL_FULL: [u16; 2] = [1_021, 1_114];
 
 const READONLY_SERVER: &str =
     "this server is a standby or was set to read only; name the primary in `store.url`";
+/// Also what is said of a pooler that was recognised by its behaviour.
+pub(super) const POOLER_REMEDY: &str = "there is a pooler in front of PostgreSQL that gives one session to several clients; set \
+                                        `pool_mode = session` for this database in PgBouncer, or name the server itself in \
+                                        `store.url`";
 const FULL_SERVER: &str = "free the database server's disk";
 
 /// Class of a store failure.
@@ -187,7 +191,11 @@ fn from_postgres(error: &PgDatabaseError) -> Error {
         "53100" => down(error, FULL_SERVER),
         // admin_shutdown, crash_shutdown, cannot_connect_now, and connection exceptions
         "57P01" | "57P02" | "57P03" => Error::Disconnected(error.to_string().into()),
+        // Of PgBouncer: "transaction blocks not allowed in statement pooling mode".
+        "08P01" if error.message().contains("pooling mode") => down(error, POOLER_REMEDY),
         code if code.starts_with("08") => Error::Disconnected(error.to_string().into()),
+        // invalid_sql_statement_name, duplicate_prepared_statement: the session is not the one that prepared the statement
+        "26000" | "42P05" => down(error, POOLER_REMEDY),
         _ => Error::Down(error.to_string().into()),
     }
 }

@@ -9,9 +9,12 @@ use sqlx::{
     postgres::{PgConnectOptions, PgSslMode},
 };
 
+use keybroker_core::call::CallId;
+
 use super::{
     Error, Settings,
     durability::{Found, Weakness},
+    error::POOLER_REMEDY,
     server::{Limits, Server},
     session::{Columns as _, Session as _, Value},
     settings::Tls,
@@ -146,6 +149,38 @@ impl Server for PostgreSql {
                      anew with ENCODING 'UTF8'"
                 ))),
             }
+        }
+        .boxed()
+    }
+
+    /// A setting of the first connection's session is seen by this connection alone, also while another one has a
+    /// transaction. A pooler in transaction mode gives the session that was used last to that transaction. Other clients of
+    /// the pooler may take it in between, so the check is made several times.
+    fn check_pooler<'c>(
+        first: &'c mut PgConnection,
+        second: &'c mut PgConnection,
+    ) -> BoxFuture<'c, Result<(), Error>> {
+        const ROUNDS: u32 = 5;
+        const SEEN: &str = "SELECT coalesce(current_setting('keybroker.session', true), '')";
+        async move {
+            let mark = CallId::fresh().to_string();
+            for _ in 0..ROUNDS {
+                let set = "SELECT set_config('keybroker.session', $1, false)";
+                first.rows(set, vec![mark.as_str().into()]).await?;
+                second.control("BEGIN").await?;
+                let seen = second.rows(SEEN, Vec::new()).await?;
+                let is_shared = seen.first().map(|row| row.text(0)).transpose()? == Some(&mark);
+                if is_shared {
+                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                }
+                let seen = first.rows(SEEN, Vec::new()).await?;
+                let is_kept = seen.first().map(|row| row.text(0)).transpose()? == Some(&mark);
+                if !is_kept {
+                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                }
+                second.control("ROLLBACK").await?;
+            }
+            Ok(())
         }
         .boxed()
     }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
     ConnectOptions as _, Connection as _, Database, Pool, migrate::Migrator, pool::PoolOptions,
 };
@@ -65,6 +65,18 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     /// Refuses a server that is too old or keeps texts otherwise than bytewise.
     fn check_server(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
+
+    /// Refuses a pooler in between that hands one session to several clients: what is set for a session, and what it has
+    /// prepared, would be another client's.
+    fn check_pooler<'c>(
+        _first: &'c mut ConnectionOf<Self>,
+        _second: &'c mut ConnectionOf<Self>,
+    ) -> BoxFuture<'c, Result<(), Error>>
+    where
+        Self: Sized,
+    {
+        async { Ok(()) }.boxed()
+    }
 
     fn weaknesses(found: &Found) -> Vec<Weakness>;
 
@@ -174,17 +186,32 @@ async fn connect<S: Server>(
     place: &Place,
 ) -> Result<ConnectionOf<S>, Error> {
     let shown = format!("{} database {}", S::NAME, place.shown());
-    let mut connection = match tokio::time::timeout(PATIENCE, options.connect()).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return Err(unreachable(&shown, error)),
-        Err(_) => {
-            let what = format!("{shown} does not answer within {} s", PATIENCE.as_secs());
-            return Err(Error::Down(what.into()));
-        }
-    };
+    let mut connection = connect_only::<S>(options, &shown).await?;
     S::prepare(&mut connection, &Limits::of(settings)).await?;
     S::check_server(&mut connection).await?;
+    let mut second = connect_only::<S>(options, &shown).await?;
+    let checked = S::check_pooler(&mut connection, &mut second);
+    match tokio::time::timeout(PATIENCE, checked).await {
+        Ok(checked) => checked?,
+        Err(_) => return Err(no_answer(&shown)),
+    }
+    close::<S>(second).await;
     Ok(connection)
+}
+
+async fn connect_only<S: Server>(
+    options: &OptionsOf<S>,
+    shown: &str,
+) -> Result<ConnectionOf<S>, Error> {
+    match tokio::time::timeout(PATIENCE, options.connect()).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(unreachable(shown, error)),
+        Err(_) => Err(no_answer(shown)),
+    }
+}
+
+fn no_answer(shown: &str) -> Error {
+    Error::Down(format!("{shown} does not answer within {} s", PATIENCE.as_secs()).into())
 }
 
 /// What a failed connection means, and what to do.

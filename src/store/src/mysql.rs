@@ -29,7 +29,7 @@ const PORT: u16 = 3_306;
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
-/// A lock's name has at most 64 characters. Not by MD5(), which MySQL 9 does not have.
+/// A lock's name has at most 64 characters. Not by `MD5()`, which MySQL 9 does not have.
 const LOCK_MIGRATIONS: &str =
     "SELECT GET_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)), 60)";
 const UNLOCK_MIGRATIONS: &str =

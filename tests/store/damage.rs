@@ -132,14 +132,32 @@ pub(crate) async fn a_record_that_was_set_back_is_damaged(engine: &Engine) {
         .await
         .unwrap();
     engine.sql("UPDATE records SET revision = 1");
-    match store.supersede(revision(&alice, 1, 2), stamp()).await {
-        Err(Error::Corrupt(what)) => assert!(what.contains("contradict"), "{what}"),
+    // What its row names was valid once, and must not be released again.
+    match store.record(&alice).await {
+        Err(Error::Corrupt(what)) => {
+            assert!(what.contains("newest stored revision is 2"), "{what}");
+        }
         other => panic!("{other:?}"),
     }
+    match store.supersede(revision(&alice, 1, 2), stamp()).await {
+        Err(Error::Corrupt(what)) => assert!(what.contains("to repair the record"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(
+        store.delete(record_id(1), Revision::FIRST, stamp()).await,
+        Err(Error::Corrupt(_))
+    ));
     // Nothing of it was done.
     let written = engine.sql("SELECT revision FROM records");
     assert_eq!(written.trim(), "1");
     store.ping().await.unwrap();
+    // Repaired as the message says.
+    engine.sql("UPDATE records SET revision = 2");
+    assert!(store.record(&alice).await.unwrap().is_some());
+    store
+        .supersede(revision(&alice, 1, 3), stamp())
+        .await
+        .unwrap();
 }
 
 /// What is in it is for the envelope's own parser to say.

@@ -84,6 +84,27 @@ pub(super) fn info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo
     })
 }
 
+/// A record whose row names another revision than its newest one was set back: what is stored under the named revision was
+/// valid once, and its MAC is still good.
+pub(super) fn require_newest(
+    row: &impl Columns,
+    index: usize,
+    info: &RecordInfo,
+) -> Result<(), Error> {
+    let newest = row
+        .optional_integer(index)
+        .map_err(|_| corrupt("revisions.revision"))?;
+    if newest.is_some_and(|newest| u64::try_from(newest) == Ok(info.revision.get())) {
+        return Ok(());
+    }
+    let newest = newest.unwrap_or(0);
+    Err(Error::Corrupt(format!(
+        "records.revision is {}, but the newest stored revision is {newest}; to repair the record, compare it with the \
+         audit log and a backup, and set `revision` of record {} to {newest} if that is what was acknowledged",
+        info.revision, info.id
+    )))
+}
+
 /// Columns 7 and 8: user and key name.
 pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, Error> {
     let user = text(row, 7, "records.user")?;
@@ -95,11 +116,13 @@ pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, 
     })
 }
 
-/// Columns 0 to 9: those of a record, user, key name and tenant.
+/// Columns 0 to 10: those of a record, user, key name, tenant, and the newest revision.
 pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> {
     let tenant = text(row, 9, "records.tenant")?;
     let tenant = Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?;
-    info(row, address(row, tenant)?)
+    let info = info(row, address(row, tenant)?)?;
+    require_newest(row, 10, &info)?;
+    Ok(info)
 }
 
 /// All columns of a row of the records, in the order of the table.

@@ -14,11 +14,12 @@ pub(super) struct Statements {
     /// Reads a row at most.
     pub(super) probe_read: &'static str,
 
-    /// tenant, user, key name: the record's columns, envelope.
+    /// tenant, user, key name: the record's columns, envelope, newest revision.
     pub(super) record: &'static str,
     /// record, revision: wrapping key, envelope.
     pub(super) revision: &'static str,
-    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit: the record's columns, user, key name.
+    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit: the record's columns, user, key name,
+    /// newest revision.
     pub(super) page: &'static str,
     /// tenant, user, after key name, 1 for deleted ones too, limit: as above.
     pub(super) page_of_user: &'static str,
@@ -29,7 +30,7 @@ pub(super) struct Statements {
 
     /// record: holds it until the transaction ends. None where a transaction holds everything.
     pub(super) lock_record: Option<&'static str>,
-    /// record: the record's columns, user, key name, tenant.
+    /// record: the record's columns, user, key name, tenant, newest revision.
     pub(super) record_by_id: &'static str,
     /// call, record, at. Waits for a transaction that inserts the same call.
     pub(super) insert_change: &'static str,

@@ -63,8 +63,10 @@ impl<E: Engine> Store for EngineStore<E> {
         ];
         let found = self.query(E::SQL.record, values).await?;
         let decode = |row| {
+            let info = rows::info(row, address.clone())?;
+            rows::require_newest(row, 8, &info)?;
             Ok(Record {
-                info: rows::info(row, address.clone())?,
+                info,
                 envelope: rows::bytes(row, 7, "revisions.envelope")?,
             })
         };

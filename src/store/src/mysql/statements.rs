@@ -13,17 +13,23 @@ pub(super) const STATEMENTS: Statements = Statements {
     probe_read: "SELECT sequence FROM wrapping_keys LIMIT 1",
 
     record: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-             v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
+             v.wrapping_key_id, v.envelope, \
+             (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+             FROM records r LEFT JOIN revisions v \
              ON v.record_id = r.record_id AND v.revision = r.revision \
              WHERE r.tenant = ? AND r.user = ? AND r.key_name = ?",
     revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ? AND revision = ?",
     page: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-           v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+           v.wrapping_key_id, r.user, r.key_name, \
+           (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+           FROM records r LEFT JOIN revisions v \
            ON v.record_id = r.record_id AND v.revision = r.revision \
            WHERE r.tenant = ? AND r.user >= ? AND (r.user > ? OR r.key_name > ?) \
            AND (? = 1 OR r.state = 'active') ORDER BY r.user, r.key_name LIMIT ?",
     page_of_user: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-                   v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+                   v.wrapping_key_id, r.user, r.key_name, \
+                   (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+                   FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision \
                    WHERE r.tenant = ? AND r.user = ? AND r.key_name > ? \
                    AND (? = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?",
@@ -35,7 +41,9 @@ pub(super) const STATEMENTS: Statements = Statements {
 
     lock_record: Some("SELECT 1 FROM records WHERE record_id = ? FOR UPDATE"),
     record_by_id: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-                   v.wrapping_key_id, r.user, r.key_name, r.tenant FROM records r LEFT JOIN revisions v \
+                   v.wrapping_key_id, r.user, r.key_name, r.tenant, \
+                   (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+                   FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?",
     insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?, ?, ?)",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \

@@ -11,17 +11,23 @@ pub(super) const STATEMENTS: Statements = Statements {
     probe_read: "SELECT sequence FROM wrapping_keys LIMIT 1",
 
     record: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-             v.wrapping_key_id, v.envelope FROM records r LEFT JOIN revisions v \
+             v.wrapping_key_id, v.envelope, \
+             (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+             FROM records r LEFT JOIN revisions v \
              ON v.record_id = r.record_id AND v.revision = r.revision \
              WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name = ?3",
     revision: "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ?1 AND revision = ?2",
     page: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-           v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+           v.wrapping_key_id, r.user, r.key_name, \
+           (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+           FROM records r LEFT JOIN revisions v \
            ON v.record_id = r.record_id AND v.revision = r.revision \
            WHERE r.tenant = ?1 AND r.user >= ?2 AND (r.user > ?3 OR r.key_name > ?4) \
            AND (?5 = 1 OR r.state = 'active') ORDER BY r.user, r.key_name LIMIT ?6",
     page_of_user: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-                   v.wrapping_key_id, r.user, r.key_name FROM records r LEFT JOIN revisions v \
+                   v.wrapping_key_id, r.user, r.key_name, \
+                   (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+                   FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision \
                    WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name > ?3 \
                    AND (?4 = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?5",
@@ -33,7 +39,9 @@ pub(super) const STATEMENTS: Statements = Statements {
 
     lock_record: None,
     record_by_id: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
-                   v.wrapping_key_id, r.user, r.key_name, r.tenant FROM records r LEFT JOIN revisions v \
+                   v.wrapping_key_id, r.user, r.key_name, r.tenant, \
+                   (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+                   FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?1",
     insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?1, ?2, ?3)",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \

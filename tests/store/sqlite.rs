@@ -166,3 +166,108 @@ async fn a_line_of_writers_is_not_an_outage() {
     }
     panic!("no line was long enough");
 }
+
+/// SQLite goes on writing to a file that was renamed or removed: what it commits there is lost. Whatever of the database is
+/// another file is known at once, and the database is used again when it is the file that was opened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_was_swapped_is_not_used() {
+    async fn is_refused(store: &Arc<dyn store::Store>, number: u8) {
+        let new = revision(&user(&format!("lost-{number}")), number, 1);
+        for result in [
+            store.create(new, stamp()).await.map(drop),
+            store.record(&user("alice")).await.map(drop),
+            store.ping().await,
+        ] {
+            assert!(
+                matches!(&result, Err(Error::Down(_))),
+                "{number}: {result:?}"
+            );
+        }
+        let error = store.ping().await.unwrap_err();
+        assert!(error.to_string().contains("put the file back"), "{error}");
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    fs::create_dir(&data).unwrap();
+    let file = data.join("test.db");
+    let settings = Settings::new(format!("sqlite:{}", file.display()));
+    store::migrate(&settings, false).await.unwrap();
+    let store = store::open(&settings).await.unwrap();
+    let new = revision(&user("alice"), 100, 1);
+    store.create(new, stamp()).await.unwrap();
+
+    let beside = |suffix: &str| data.join(format!("test.db{suffix}"));
+    let aside = folder.path().join("aside");
+    let paths = [file.clone(), beside("-wal"), beside("-shm"), data.clone()];
+    for (number, path) in (0_u8..).zip(&paths) {
+        fs::rename(path, &aside).unwrap();
+        is_refused(&store, number).await;
+        // A copy, as a restore would put it there.
+        if path == &data {
+            fs::create_dir(path).unwrap();
+            for entry in fs::read_dir(&aside).unwrap() {
+                let entry = entry.unwrap();
+                fs::copy(entry.path(), path.join(entry.file_name())).unwrap();
+            }
+        } else {
+            fs::copy(&aside, path).unwrap();
+        }
+        is_refused(&store, number + 10).await;
+        if path == &data {
+            fs::remove_dir_all(path).unwrap();
+        }
+        fs::rename(&aside, path).unwrap();
+        store.ping().await.unwrap();
+        let new = revision(&user(&format!("kept-{number}")), number + 50, 1);
+        store.create(new, stamp()).await.unwrap();
+    }
+    store.close().await;
+
+    let store = store::open(&settings).await.unwrap();
+    for number in 0..4 {
+        let kept = user(&format!("kept-{number}"));
+        assert!(store.record(&kept).await.unwrap().is_some());
+        for number in [number, number + 10] {
+            let lost = user(&format!("lost-{number}"));
+            assert_eq!(store.record(&lost).await.unwrap(), None);
+        }
+    }
+}
+
+/// A creation that is acknowledged while the file is swapped is in the file that was swapped, or in none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_change_is_acknowledged_after_a_swap() {
+    let engine = Engine::sqlite().await;
+    let store = engine.open().await;
+    let writer = {
+        let store = Arc::clone(&store);
+        tokio::spawn(async move {
+            let mut acknowledged = Vec::new();
+            for number in 0..u8::MAX {
+                let begun = Instant::now();
+                let new = revision(&user(&format!("user-{number}")), number, 1);
+                if store.create(new, stamp()).await.is_err() {
+                    break;
+                }
+                acknowledged.push((number, begun));
+            }
+            acknowledged
+        })
+    };
+    while store.record(&user("user-3")).await.unwrap().is_none() {}
+    let aside = engine.folder().join("aside.db");
+    fs::rename(engine.file(), &aside).unwrap();
+    let swapped = Instant::now();
+    let acknowledged = writer.await.unwrap();
+    assert!(
+        acknowledged.len() < usize::from(u8::MAX),
+        "the swap came late"
+    );
+    assert!(acknowledged.iter().all(|(_, begun)| *begun <= swapped));
+    fs::rename(&aside, engine.file()).unwrap();
+    for (number, _) in acknowledged {
+        let at = user(&format!("user-{number}"));
+        assert!(store.record(&at).await.unwrap().is_some(), "{number}");
+    }
+}

@@ -64,6 +64,20 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
         None
     }
+
+    /// Fails when the database is not the one that was opened. Asked before each use of a connection, and after each commit
+    /// before it is acknowledged.
+    fn check_place(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Closes all connections.
+    fn close(&self) -> impl Future<Output = ()> + Send {
+        async {
+            self.pool(Purpose::Read).close().await;
+            self.pool(Purpose::Write).close().await;
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -352,6 +366,7 @@ struct Lease<'e, E: Engine> {
 
 impl<'e, E: Engine> Lease<'e, E> {
     async fn take(engine: &'e E, purpose: Purpose) -> Result<Self, Error> {
+        engine.check_place()?;
         let permit = match engine.limit(purpose) {
             None => None,
             Some((semaphore, patience)) => {
@@ -362,11 +377,14 @@ impl<'e, E: Engine> Lease<'e, E> {
             }
         };
         let connection = engine.pool(purpose).acquire().await?;
-        Ok(Self {
+        let lease = Self {
             engine,
             connection: Some(connection),
             _permit: permit,
-        })
+        };
+        // It may have been opened just now.
+        engine.check_place()?;
+        Ok(lease)
     }
 
     fn session(&mut self) -> &mut Connection<E> {
@@ -412,6 +430,14 @@ impl<'e, E: Engine> Lease<'e, E> {
         };
         match (result, ended) {
             (Ok(value), Ok(())) => {
+                // A commit into a file that was removed is lost when the broker ends: what became of it is not known.
+                if let Err(error) = self.engine.check_place() {
+                    return Err(if is_commit {
+                        Ended::Unknown(error, value)
+                    } else {
+                        Ended::Without(error)
+                    });
+                }
                 self.give_back();
                 Ok(value)
             }

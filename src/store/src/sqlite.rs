@@ -20,6 +20,7 @@ use super::{
 };
 
 pub(super) mod file;
+mod place;
 mod statements;
 mod tables;
 
@@ -35,6 +36,9 @@ const TIME_LIMIT: Duration = Duration::from_mins(1);
 struct SqliteFile {
     writer: SqlitePool,
     reader: SqlitePool,
+    /// One connection that is never lent out: as long as it is open, SQLite itself neither removes nor makes a WAL.
+    keeper: SqlitePool,
+    place: place::Place,
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
@@ -64,8 +68,10 @@ fn writer(path: &Path) -> SqlitePool {
 /// Opens a database whose schema is this binary's.
 pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     file::check(path)?;
+    let keeper = writer(path);
+    file::require_current(&keeper).await?;
+    let place = place::Place::of(path)?;
     let writer = writer(path);
-    file::require_current(&writer).await?;
     let mut connection = writer.acquire().await?;
     let rows = connection
         .rows(statements::STATEMENTS.durability, Vec::new())
@@ -85,7 +91,14 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
         .max_lifetime(None)
         .test_before_acquire(false)
         .connect_lazy_with(options(path).read_only(true));
-    Ok(EngineStore::new(SqliteFile { writer, reader }))
+    // Not another one than the first connection opened.
+    place.check()?;
+    Ok(EngineStore::new(SqliteFile {
+        writer,
+        reader,
+        keeper,
+        place,
+    }))
 }
 
 impl Engine for SqliteFile {
@@ -103,5 +116,16 @@ impl Engine for SqliteFile {
 
     fn time_limit(&self) -> Duration {
         TIME_LIMIT
+    }
+
+    fn check_place(&self) -> Result<(), Error> {
+        self.place.check()
+    }
+
+    async fn close(&self) {
+        self.reader.close().await;
+        self.writer.close().await;
+        // The last to close writes the WAL back.
+        self.keeper.close().await;
     }
 }

@@ -271,8 +271,7 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn close(&self) {
         self.tasks.close();
         self.tasks.wait().await;
-        self.engine.pool(Purpose::Read).close().await;
-        self.engine.pool(Purpose::Write).close().await;
+        self.engine.close().await;
     }
 }
 

@@ -253,6 +253,13 @@ main() {
   quietly token check
   broker store check
   start_broker || fail 'the broker did not start on what was restored'
+  step 'The backup is older than the last acknowledged change: nothing is released until that is accepted'
+  if client releaser unwrap --user user-003 --key-name vault --out "$WORK/back" >"$WORK/said" 2>&1; then
+    fail 'a key was released from a restored database before an operator accepted it'
+  fi
+  stop_broker || fail 'the broker did not stop cleanly'
+  quietly store accept-restored
+  start_broker || fail 'the broker did not start on what was accepted'
   compare
   stop_broker || fail 'the broker did not stop cleanly'
   broker audit verify

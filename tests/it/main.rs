@@ -41,6 +41,7 @@ mod purge;
 mod rates;
 mod recovery;
 mod rest;
+mod restored;
 mod retries;
 mod revocation;
 mod rolling_restart;

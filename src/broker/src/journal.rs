@@ -4,7 +4,7 @@
 
 use keybroker_audit::{Entry, EntryKind, OpenIntent, Outcome};
 use keybroker_core::{
-    call::{Call, RequestId, Timestamp},
+    call::{Call, CallId, RequestId, Timestamp},
     client_credential::Document,
     error::{Error, Reason},
     key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
@@ -56,6 +56,10 @@ impl Draft {
             Resource::Broker => {}
         }
         draft
+    }
+
+    pub(super) fn call(&self) -> CallId {
+        self.0.call_id.expect("a draft is of a call")
     }
 
     pub(super) fn policy(&mut self, policy: &str) {

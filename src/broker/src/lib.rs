@@ -38,6 +38,7 @@ use keybroker_hsm::Token;
 use keybroker_policy::{Denied, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
+pub mod acknowledged;
 mod clients;
 mod control;
 mod journal;
@@ -65,6 +66,7 @@ pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, RecordView};
 pub use release::Released;
 
+use acknowledged::Acknowledged;
 use clients::ClientUses;
 use refusals::Refusals;
 use registry::Registry;
@@ -114,6 +116,8 @@ pub struct Parts {
     pub client_rules: ClientRules,
     /// What this instance remembers across restarts.
     pub state: StateDirectory,
+    /// How long the database keeps the marks of changes at least.
+    pub retention: Duration,
 }
 
 /// The use cases over one store, one token and one audit log.
@@ -134,6 +138,7 @@ pub struct Broker {
     uses: Uses,
     client_rules: ClientRules,
     client_uses: ClientUses,
+    acknowledged: Acknowledged,
     /// Grows with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
@@ -155,6 +160,7 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
+            acknowledged: Acknowledged::new(parts.state.clone(), parts.retention),
             refusals: Refusals::new(parts.state),
             uses: Uses::default(),
             client_rules: parts.client_rules,
@@ -186,6 +192,7 @@ impl Broker {
             );
         }
         self.flush_refusals().await;
+        self.keep_acknowledged();
         let uses = async {
             self.flush_uses(usize::MAX).await;
             self.flush_client_uses().await;

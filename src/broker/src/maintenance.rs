@@ -55,7 +55,10 @@ impl Broker {
             }
         };
         if !self.store_is_up() {
-            problems.push("store: does not answer".to_owned());
+            problems.push(match self.check_acknowledged() {
+                Ok(()) => "store: does not answer".to_owned(),
+                Err(error) => format!("store: {}", error.detail()),
+            });
         }
         let token = self.token.state();
         match token.serving {
@@ -114,6 +117,9 @@ impl Broker {
                 _ = ticks.tick() => {}
             }
             self.look_at_store().await;
+            if !self.acknowledged.is_missing() {
+                self.keep_acknowledged();
+            }
             self.follow_registry().await;
             if count.is_multiple_of(TICKS_PER_MINUTE) {
                 self.flush_refusals().await;
@@ -130,6 +136,7 @@ impl Broker {
     /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once.
     pub async fn recover(&self, open: Vec<OpenIntent>) {
         self.take_over_refusals();
+        self.take_over_acknowledged().await;
         for intent in open {
             self.resolve_later(intent);
         }
@@ -200,6 +207,10 @@ impl Broker {
             tokio::time::timeout(PING_TIMEOUT, self.store.ping()).await,
             Ok(Ok(()))
         );
+        if up {
+            self.look_for_acknowledged().await;
+        }
+        let up = up && !self.acknowledged.is_missing();
         let was_up = self.store_up.swap(up, Ordering::Relaxed);
         if up != was_up {
             tracing::warn!(up, "store");

@@ -201,6 +201,7 @@ impl Broker {
             request,
             ..
         } = mutation;
+        self.check_acknowledged()?;
         let request = match request {
             None => None,
             Some(id) => {
@@ -243,7 +244,7 @@ impl Broker {
             self.record_failure(draft, &error).await?;
             return Err(error);
         }
-        let request = stamp.request.clone();
+        let (request, at) = (stamp.request.clone(), stamp.at);
         let intent = self.record_intent(&draft, stamp.at).await?;
         let result = match commit {
             Commit::Create(new) => self.store.create(new, stamp).await,
@@ -255,6 +256,12 @@ impl Broker {
             // Whether it was committed is not known: `maintain` asks the store until it is.
             self.resolve_later(intent);
             return result.map_err(Error::from);
+        }
+        if result.is_ok()
+            && let Err(error) = self.acknowledge(mutation.call.id, at).await
+        {
+            self.resolve_later(intent);
+            return Err(error);
         }
         let (result, earlier) = match result {
             Ok(info) => (Ok(info), None),

@@ -101,6 +101,7 @@ impl Broker {
         if !(1..=PAGE_SIZE_MAX).contains(&request.limit) {
             return Err(Error::violation("page_size", "at most 1,000"));
         }
+        self.check_acknowledged()?;
         let query = ListQuery {
             tenant: principal.tenant().clone(),
             user: request.user,

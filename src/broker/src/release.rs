@@ -129,6 +129,7 @@ impl Broker {
         address: &KeyAddress,
         draft: &mut Draft,
     ) -> Result<Record, Error> {
+        self.check_acknowledged()?;
         let record = within(call, self.store.record(address))
             .await?
             .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;

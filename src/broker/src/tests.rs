@@ -147,6 +147,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         },
         limits: Limits::new(&limits::Settings::default()),
         state: StateDirectory::below(folder),
+        retention: Duration::from_hours(24),
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

@@ -84,13 +84,20 @@ impl Broker {
         draft: Draft,
         commit: impl Future<Output = Result<(), store::Error>>,
     ) -> Result<(), Error> {
-        let intent = self.record_intent(&draft, Timestamp::now()).await?;
+        let at = Timestamp::now();
+        let intent = self.record_intent(&draft, at).await?;
         let result = commit.await;
         // Also when it is not known whether it was done: what is remembered may be out of date.
         self.clients_generation.fetch_add(1, Ordering::Release);
         if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
             self.resolve_later(intent);
             return result.map_err(Error::from);
+        }
+        if result.is_ok()
+            && let Err(error) = self.acknowledge(draft.call(), at).await
+        {
+            self.resolve_later(intent);
+            return Err(error);
         }
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(Reason::Revision, "the client changed meanwhile"),

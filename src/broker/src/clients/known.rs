@@ -39,6 +39,8 @@ impl Broker {
         wanted: Wanted,
         id: ClientId,
     ) -> Result<Option<ClientCredential>, Error> {
+        // An earlier state may let in what was revoked since.
+        self.check_acknowledged()?;
         let Some(row) = self.store.client(id).await? else {
             return Ok(None);
         };

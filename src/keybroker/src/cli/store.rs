@@ -4,6 +4,8 @@ use clap::Subcommand;
 use serde_json::json;
 
 use keybroker_audit::Entry;
+use keybroker_broker::acknowledged::accept_restored as accept;
+use keybroker_core::state::StateDirectory;
 use keybroker_store as store;
 use keybroker_store::StoreLock;
 
@@ -32,6 +34,8 @@ pub(super) enum Command {
     Check(UserPin),
     /// Copy everything into another database, of whichever engine, and verify the copy
     Copy(copy::Arguments),
+    /// Accept the database as it is after the restore of a backup: forget the newest change that was acknowledged since
+    AcceptRestored,
     /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
     Purge(purge::Arguments),
 }
@@ -42,6 +46,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         Command::Status => status(context),
         Command::Check(pin) => check::run(pin, context),
         Command::Copy(arguments) => copy::run(arguments, context),
+        Command::AcceptRestored => accept_restored(context),
         Command::Purge(arguments) => purge::run(arguments, context),
     }
 }
@@ -75,6 +80,29 @@ fn status(context: &Context) -> Result<(), Failure> {
         ("schema_of_this_release", json!(status.newest)),
         ("ready", json!(status.current == status.newest)),
     ])
+}
+
+/// A broker that runs goes on within a second.
+fn accept_restored(context: &Context) -> Result<(), Failure> {
+    let config = context.config()?;
+    let state = StateDirectory::below(&config.audit.directory);
+    let nothing_more = |_: &mut Entry| {};
+    let forgotten = change::audited(
+        context,
+        &config,
+        "store.accept_restored",
+        nothing_more,
+        || {
+            accept(&state).map_err(|error| {
+                let cause = std::error::Error::source(&error);
+                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+                Failure::new(Exit::Store, format!("{error}{cause}"))
+            })
+        },
+    )?;
+    context
+        .output
+        .fields(vec![("forgotten_call", json!(forgotten))])
 }
 
 /// The database for this process alone, where it is a file. The hint is for when another has it.

@@ -201,6 +201,7 @@ impl Server {
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
             state: StateDirectory::below(&config.audit.directory),
+            retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
         });
         let directory = Arc::new(Clients(Arc::clone(&broker)));
         let secrets = Secrets::new(config.client_credentials.clone(), directory)

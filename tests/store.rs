@@ -216,6 +216,7 @@ fn stamp_with(scope: RequestScope) -> Stamp {
             scope,
             content: [5; 32],
             key: KEY,
+            result: None,
         }),
         ..stamp()
     }

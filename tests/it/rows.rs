@@ -242,3 +242,55 @@ fn an_altered_registry_row_is_refused() {
     }
     drop(Broker::start_on(Arc::new(site)));
 }
+
+/// The answer that is stored for a request id comes under a MAC: whatever of it is edited, a retry is not told what never was.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_altered_answer_to_a_request_id_is_refused() {
+    const ID: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
+    const MATERIAL: &[u8] = b"material of ada";
+    let broker = enrolled(&["bob"]).await;
+    let enroller = Caller::of(&broker, "enroller");
+    let first = enroller.create_with_id("ada", MATERIAL, ID).await.unwrap();
+    let again = enroller.create_with_id("ada", MATERIAL, ID).await.unwrap();
+    assert_eq!(again, first);
+
+    let site = &broker.site;
+    site.sql("CREATE TABLE saved AS SELECT * FROM requests");
+    for (alteration, reason) in [
+        ("user = 'eve'", "RECORD_DAMAGED"),
+        ("key_name = 'other'", "RECORD_DAMAGED"),
+        ("record_id = zeroblob(16)", "RECORD_DAMAGED"),
+        ("record_id = zeroblob(3)", "RECORD_DAMAGED"),
+        ("state = 'deleted'", "RECORD_DAMAGED"),
+        ("state = 'gone'", "RECORD_DAMAGED"),
+        ("revision = 7", "RECORD_DAMAGED"),
+        ("wrapping_key_id = zeroblob(16)", "RECORD_DAMAGED"),
+        ("created_us = created_us - 1", "RECORD_DAMAGED"),
+        ("updated_us = updated_us + 1", "RECORD_DAMAGED"),
+        ("deleted_us = 1", "RECORD_DAMAGED"),
+        ("content_mac = zeroblob(32)", "RECORD_DAMAGED"),
+        ("key_id = zeroblob(16)", "RECORD_DAMAGED"),
+        ("result_mac = zeroblob(32)", "RECORD_DAMAGED"),
+        ("result_mac = zeroblob(5)", "RECORD_DAMAGED"),
+        // As a row of a release before there was a MAC.
+        ("result_mac = x''", "REVISION"),
+        // Not found under its request id any more.
+        ("request_id = zeroblob(16)", "KEY_EXISTS"),
+        ("tenant = 'other'", "KEY_EXISTS"),
+        ("principal = 'other'", "KEY_EXISTS"),
+        ("used_us = 0", "KEY_EXISTS"),
+    ] {
+        site.sql(&format!(
+            "PRAGMA ignore_check_constraints = ON; UPDATE requests SET {alteration}"
+        ));
+        let status = enroller
+            .create_with_id("ada", MATERIAL, ID)
+            .await
+            .expect_err(alteration);
+        assert_eq!(crate::client::reason(&status), reason, "{alteration}");
+        site.sql("DELETE FROM requests; INSERT INTO requests SELECT * FROM saved");
+    }
+    assert_eq!(site.log().matches("record-damaged").count(), 15);
+    let again = enroller.create_with_id("ada", MATERIAL, ID).await.unwrap();
+    assert_eq!(again, first);
+}

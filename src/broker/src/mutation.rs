@@ -223,9 +223,17 @@ impl Broker {
                 return earlier.map(Prepared::Replayed).ok_or(error);
             }
         };
+        let at = Timestamp::now();
+        let request = match request {
+            None => None,
+            Some(request) => {
+                let result = commit.result(at);
+                Some(self.with_result(call, request, result).await?)
+            }
+        };
         let stamp = Stamp {
             call: call.id,
-            at: Timestamp::now(),
+            at,
             request,
         };
         Ok(Prepared::Ready(commit, stamp))
@@ -248,9 +256,9 @@ impl Broker {
         let intent = self.record_intent(&draft, stamp.at).await?;
         let result = match commit {
             Commit::Create(new) => self.store.create(new, stamp).await,
-            Commit::Supersede(new) => self.store.supersede(new, stamp).await,
-            Commit::Delete(record, expected) => self.store.delete(record, expected, stamp).await,
-            Commit::Undelete(record, _) => self.store.undelete(record, stamp).await,
+            Commit::Supersede(new, _) => self.store.supersede(new, stamp).await,
+            Commit::Delete(record) => self.store.delete(record.id, record.revision, stamp).await,
+            Commit::Undelete(record) => self.store.undelete(record.id, stamp).await,
         };
         if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
             // Whether it was committed is not known: `maintain` asks the store until it is.

@@ -1,7 +1,7 @@
 //! What a mutation will commit: the record as it must be, and the new revision made on the token. Nothing is changed yet.
 
 use keybroker_core::{
-    call::Call,
+    call::{Call, Timestamp},
     envelope::{Context, Envelope},
     error::{Error, Reason},
     key::{ID_BYTES, KeyAddress, RecordId, Revision},
@@ -20,22 +20,57 @@ use super::{
 /// What the store is asked to commit.
 pub(super) enum Commit {
     Create(NewRevision),
-    Supersede(NewRevision),
-    Delete(RecordId, Revision),
-    Undelete(RecordId, Revision),
+    /// With the record as it is.
+    Supersede(NewRevision, RecordInfo),
+    Delete(RecordInfo),
+    Undelete(RecordInfo),
 }
 
 impl Commit {
     /// Names record and wrapping key in the entry.
     pub(super) fn describe(&self, draft: &mut Draft) {
         match self {
-            Self::Create(new) | Self::Supersede(new) => {
+            Self::Create(new) | Self::Supersede(new, _) => {
                 draft.record(new.record, new.revision);
                 draft.wrapping_key(new.wrapping_key);
             }
-            Self::Delete(record, revision) | Self::Undelete(record, revision) => {
-                draft.record(*record, *revision);
+            Self::Delete(record) | Self::Undelete(record) => {
+                draft.record(record.id, record.revision);
             }
+        }
+    }
+
+    /// The record as it will be, when it is done at that moment and nothing comes between.
+    pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
+        match self {
+            Self::Create(new) => RecordInfo {
+                address: new.address.clone(),
+                id: new.record,
+                state: RecordState::Active,
+                revision: new.revision,
+                wrapping_key: new.wrapping_key,
+                created: at,
+                updated: at,
+                deleted: None,
+            },
+            Self::Supersede(new, before) => RecordInfo {
+                revision: new.revision,
+                wrapping_key: new.wrapping_key,
+                updated: at,
+                ..before.clone()
+            },
+            Self::Delete(before) => RecordInfo {
+                state: RecordState::Deleted,
+                updated: at,
+                deleted: Some(at),
+                ..before.clone()
+            },
+            Self::Undelete(before) => RecordInfo {
+                state: RecordState::Active,
+                updated: at,
+                deleted: None,
+                ..before.clone()
+            },
         }
     }
 }
@@ -64,25 +99,23 @@ impl Broker {
                 let new = self
                     .wrap(call, address, record.info.id, expected.next(), material)
                     .await?;
-                Ok(Commit::Supersede(new))
+                Ok(Commit::Supersede(new, record.info))
             }
             Change::Restore { revision, expected } => {
                 let record = self.active_record(permit, call, address, draft).await?;
                 check_revision(&record.info, *expected)?;
                 let new = self.rebind(call, &record.info, *revision).await?;
-                Ok(Commit::Supersede(new))
+                Ok(Commit::Supersede(new, record.info))
             }
             Change::Delete { expected } => {
                 let record = self.active_record(permit, call, address, draft).await?;
                 check_revision(&record.info, *expected)?;
-                Ok(Commit::Delete(record.info.id, *expected))
+                Ok(Commit::Delete(record.info))
             }
             Change::Undelete => {
                 let record = self.existing_record(permit, call, address, draft).await?;
                 match record.info.state {
-                    RecordState::Deleted => {
-                        Ok(Commit::Undelete(record.info.id, record.info.revision))
-                    }
+                    RecordState::Deleted => Ok(Commit::Undelete(record.info)),
                     RecordState::Active => {
                         Err(Error::new(Reason::KeyExists, "the record is active"))
                     }

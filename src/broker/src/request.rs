@@ -6,13 +6,13 @@ use subtle::ConstantTimeEq as _;
 
 use keybroker_core::{
     call::{Call, RequestId},
-    envelope::mac::MacMessage,
+    envelope::{Mac, mac::MacMessage},
     error::{Error, Reason},
     key::Revision,
     principal::Principal,
 };
 use keybroker_hsm as hsm;
-use keybroker_store::{RecordInfo, RequestScope, RequestStamp};
+use keybroker_store::{RecordInfo, RecordState, RequestRecord, RequestScope, RequestStamp};
 
 use super::{Broker, UserKeyRef, mutation::Change, within};
 
@@ -37,7 +37,54 @@ impl Broker {
             },
             content: mac,
             key: binding,
+            result: None,
         })
+    }
+
+    /// The same with what the mutation will have done, and the proof of that.
+    pub(super) async fn with_result(
+        &self,
+        call: &Call,
+        stamp: RequestStamp,
+        result: RecordInfo,
+    ) -> Result<RequestStamp, Error> {
+        let message = answer(&stamp.scope, &stamp.content, &result);
+        let mac = within(call, self.token.mac(stamp.key, &message, call.deadline)).await?;
+        Ok(RequestStamp {
+            result: Some((result, mac)),
+            ..stamp
+        })
+    }
+
+    /// Fails when the row of a request id is not as it was written. A row of a release before schema 4 passes: it has no proof.
+    async fn verify_result(
+        &self,
+        call: &Call,
+        scope: &RequestScope,
+        earlier: &RequestRecord,
+    ) -> Result<(), Error> {
+        let Some(mac) = &earlier.result_mac else {
+            return Ok(());
+        };
+        let altered = || {
+            let what = "the stored answer to the request id was altered";
+            Error::new(Reason::RecordDamaged, what)
+        };
+        if !self.registry()?.knows(earlier.key) {
+            self.refresh_registry().await?;
+            if !self.registry()?.knows(earlier.key) {
+                return Err(altered());
+            }
+        }
+        let message = answer(scope, &earlier.content, &earlier.result);
+        let job = self
+            .token
+            .verify_mac(earlier.key, &message, mac, call.deadline);
+        match job.await {
+            Ok(()) => Ok(()),
+            Err(hsm::Error::MacRefused) => Err(altered()),
+            Err(other) => Err(other.into()),
+        }
     }
 
     /// What an earlier call with the same request id and content was answered.
@@ -51,6 +98,7 @@ impl Broker {
         let Some(earlier) = within(call, self.store.request(&stamp.scope)).await? else {
             return Ok(None);
         };
+        self.verify_result(call, &stamp.scope, &earlier).await?;
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
@@ -65,13 +113,41 @@ impl Broker {
                 Err(other) => return Err(other.into()),
             }
         };
-        if same {
+        if same && earlier.result_mac.is_none() {
+            // Whatever is in such a row may be of somebody who can write to the database.
+            let detail = "the answer to the request id was stored without a proof, by an earlier release: read the record";
+            Err(Error::new(Reason::Revision, detail))
+        } else if same {
             Ok(Some(earlier.result))
         } else {
             let detail = "the request id was used with other content";
             Err(Error::new(Reason::RequestIdReused, detail))
         }
     }
+}
+
+fn answer(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
+    let state = match result.state {
+        RecordState::Active => "active",
+        RecordState::Deleted => "deleted",
+    };
+    let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
+    MacMessage::request_result(&[
+        scope.tenant.as_str().as_bytes(),
+        scope.principal.as_bytes(),
+        scope.id.as_bytes(),
+        content,
+        result.address.tenant.as_str().as_bytes(),
+        result.address.user.as_str().as_bytes(),
+        result.address.name.as_str().as_bytes(),
+        result.id.as_bytes(),
+        state.as_bytes(),
+        &result.revision.get().to_be_bytes(),
+        result.wrapping_key.as_bytes(),
+        &result.created.micros().to_be_bytes(),
+        &result.updated.micros().to_be_bytes(),
+        deleted.as_ref().map_or(&[], |at| at.as_slice()),
+    ])
 }
 
 fn content(key: &UserKeyRef, change: &Change) -> MacMessage {

@@ -290,6 +290,8 @@ pub struct RequestStamp {
     pub content: Mac,
     /// The binding key that made it.
     pub key: WrappingKeyId,
+    /// What the mutation will have done, and the on-token HMAC over it. Nothing is changed when it would do anything else.
+    pub result: Option<(RecordInfo, Mac)>,
 }
 
 /// A request id is unique per tenant and principal.
@@ -310,6 +312,8 @@ pub struct RequestRecord {
     pub content: Mac,
     /// The binding key that made it.
     pub key: WrappingKeyId,
+    /// On-token HMAC over scope, content and result; absent in a row of a release before schema 4.
+    pub result_mac: Option<Mac>,
     /// The record as the mutation left it: what the first answer said, whatever happened since.
     pub result: RecordInfo,
 }

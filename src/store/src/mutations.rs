@@ -226,6 +226,12 @@ async fn insert_request(
     at: Timestamp,
     info: &RecordInfo,
 ) -> Result<(), Error> {
+    let mac = match &request.result {
+        // Another change came between.
+        Some((expected, _)) if expected != info => return Err(Error::Conflict),
+        Some((_, mac)) => mac.as_slice(),
+        None => &[],
+    };
     let scope = || -> Vec<Value> {
         vec![
             request.scope.tenant.as_str().into(),
@@ -251,6 +257,7 @@ async fn insert_request(
         info.updated.into(),
         info.deleted.into(),
         at.into(),
+        mac.into(),
     ]);
     if insert_unless_taken(session, sql.insert_request, values).await? {
         Ok(())

@@ -4,6 +4,7 @@
 use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::DOCUMENT_BYTES_MAX,
+    envelope::Mac,
     key::{
         ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
@@ -35,6 +36,18 @@ pub(super) fn array<const N: usize>(
 ) -> Result<[u8; N], Error> {
     let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
     bytes.try_into().map_err(|_| corrupt(column))
+}
+
+/// A MAC, or nothing in a row that was written before there was one.
+pub(super) fn optional_mac(
+    row: &impl Columns,
+    index: usize,
+    column: &str,
+) -> Result<Option<Mac>, Error> {
+    if bytes(row, index, column)?.is_empty() {
+        return Ok(None);
+    }
+    array(row, index, column).map(Some)
 }
 
 fn text<'r>(row: &'r impl Columns, index: usize, column: &str) -> Result<&'r str, Error> {

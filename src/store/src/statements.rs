@@ -23,7 +23,8 @@ pub(super) struct Statements {
     pub(super) page: &'static str,
     /// tenant, user, after key name, 1 for deleted ones too, limit: as above.
     pub(super) page_of_user: &'static str,
-    /// tenant, principal, request id, used after: the record's columns, user, key name, content MAC, its key.
+    /// tenant, principal, request id, used after: the record's columns, user, key name, content MAC, its key, MAC
+    /// of the result.
     pub(super) request: &'static str,
     /// All columns of the registry, by sequence.
     pub(super) registry: &'static str,
@@ -45,7 +46,7 @@ pub(super) struct Statements {
     /// tenant, principal, request id, used until.
     pub(super) forget_request: &'static str,
     /// tenant, principal, request id, content MAC, its key, record, user, key name, state, revision, wrapping key, created,
-    /// updated, deleted, at. Inserts nothing when the request id is taken.
+    /// updated, deleted, at, MAC of the result. Inserts nothing when the request id is taken.
     pub(super) insert_request: &'static str,
     /// used before, at most so many.
     pub(super) forget_requests: &'static str,

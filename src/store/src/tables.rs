@@ -135,6 +135,7 @@ impl Table {
                 Integer,
                 OptionalInteger,
                 Integer,
+                Bytes,
             ],
         }
     }

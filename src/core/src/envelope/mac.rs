@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use aws_lc_rs::digest;
 use zeroize::Zeroizing;
 
 use crate::key::{ClientId, Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
@@ -16,6 +17,8 @@ const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
+
+const REQUEST_RESULT_DOMAIN: &[u8] = b"keybroker/request-result/v1";
 
 /// Longest message, in bytes: an envelope with the longest context fits with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 2_048;
@@ -89,6 +92,19 @@ impl MacMessage {
         message.fixed(id.as_bytes());
         message.fixed(&revision.to_be_bytes());
         message.fixed(document);
+        message.finish()
+    }
+
+    /// What the MAC of the stored answer to a request id covers. The answer may be longer than what a token takes at once, so
+    /// it is the SHA-256 of its fields.
+    pub fn request_result(parts: &[&[u8]]) -> Self {
+        let mut fields = digest::Context::new(&digest::SHA256);
+        for part in parts {
+            fields.update(&(part.len() as u64).to_be_bytes());
+            fields.update(part);
+        }
+        let mut message = Message::new(REQUEST_RESULT_DOMAIN);
+        message.fixed(fields.finish().as_ref());
         message.finish()
     }
 

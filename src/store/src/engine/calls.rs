@@ -176,6 +176,7 @@ impl<E: Engine> Store for EngineStore<E> {
                 result: rows::info(row, rows::address(row, scope.tenant.clone())?)?,
                 content: rows::array(row, 9, "requests.content_mac")?,
                 key: rows::wrapping_key(row, 10)?,
+                result_mac: rows::optional_mac(row, 11, "requests.result_mac")?,
             })
         };
         found.first().map(decode).transpose()

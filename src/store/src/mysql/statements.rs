@@ -34,7 +34,7 @@ pub(super) const STATEMENTS: Statements = Statements {
                    WHERE r.tenant = ? AND r.user = ? AND r.key_name > ? \
                    AND (? = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?",
     request: "SELECT record_id, state, revision, created_us, updated_us, deleted_us, wrapping_key_id, \
-              user, key_name, content_mac, key_id FROM requests \
+              user, key_name, content_mac, key_id, result_mac FROM requests \
               WHERE tenant = ? AND principal = ? AND request_id = ? AND used_us > ?",
     registry: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
                backup_confirmed_us, mac FROM wrapping_keys ORDER BY sequence, key_id",
@@ -56,8 +56,8 @@ pub(super) const STATEMENTS: Statements = Statements {
                      AND used_us <= ?",
     insert_request: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
                      record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
-                     updated_us, deleted_us, used_us) \
-                     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                     updated_us, deleted_us, used_us, result_mac) \
+                     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     forget_requests: "DELETE FROM requests WHERE used_us < ? LIMIT ?",
     insert_registry: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
                       sequence, registered_us, backup_confirmed_us, mac) \

@@ -37,12 +37,12 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM requests",
         page: "SELECT tenant, principal, request_id, content_mac, key_id, record_id, user, \
                key_name, state, revision, wrapping_key_id, created_us, updated_us, deleted_us, \
-               used_us FROM requests WHERE tenant >= ? AND (tenant, principal, request_id) > (?, \
+               used_us, result_mac FROM requests WHERE tenant >= ? AND (tenant, principal, request_id) > (?, \
                ?, ?) ORDER BY tenant, principal, request_id LIMIT ?",
         insert: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
                  record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
-                 updated_us, deleted_us, used_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
-                 ?, ?)",
+                 updated_us, deleted_us, used_us, result_mac) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
+                 ?, ?, ?)",
     },
     last_uses: OfTable {
         count: "SELECT count(*) FROM last_uses",

@@ -32,7 +32,7 @@ pub(super) const STATEMENTS: Statements = Statements {
                    WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name > ?3 \
                    AND (?4 = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?5",
     request: "SELECT record_id, state, revision, created_us, updated_us, deleted_us, wrapping_key_id, \
-              user, key_name, content_mac, key_id FROM requests \
+              user, key_name, content_mac, key_id, result_mac FROM requests \
               WHERE tenant = ?1 AND principal = ?2 AND request_id = ?3 AND used_us > ?4",
     registry: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
                backup_confirmed_us, mac FROM wrapping_keys ORDER BY sequence, key_id",
@@ -56,8 +56,8 @@ pub(super) const STATEMENTS: Statements = Statements {
                      AND used_us <= ?4",
     insert_request: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
                      record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
-                     updated_us, deleted_us, used_us) \
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
+                     updated_us, deleted_us, used_us, result_mac) \
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) \
                      ON CONFLICT (tenant, principal, request_id) DO NOTHING",
     forget_requests: "DELETE FROM requests WHERE (tenant, principal, request_id) IN (SELECT tenant, \
                       principal, request_id FROM requests WHERE used_us < ?1 LIMIT ?2)",

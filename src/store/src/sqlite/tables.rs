@@ -39,12 +39,12 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM requests",
         page: "SELECT tenant, principal, request_id, content_mac, key_id, record_id, user, \
                key_name, state, revision, wrapping_key_id, created_us, updated_us, deleted_us, \
-               used_us FROM requests WHERE tenant >= ?1 AND (tenant, principal, request_id) > \
+               used_us, result_mac FROM requests WHERE tenant >= ?1 AND (tenant, principal, request_id) > \
                (?2, ?3, ?4) ORDER BY tenant, principal, request_id LIMIT ?5",
         insert: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
                  record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
-                 updated_us, deleted_us, used_us) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, \
-                 ?10, ?11, ?12, ?13, ?14, ?15) ON CONFLICT DO NOTHING",
+                 updated_us, deleted_us, used_us, result_mac) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, \
+                 ?10, ?11, ?12, ?13, ?14, ?15, ?16) ON CONFLICT DO NOTHING",
     },
     last_uses: OfTable {
         count: "SELECT count(*) FROM last_uses",

@@ -100,7 +100,7 @@ impl MacMessage {
     pub fn request_result(parts: &[&[u8]]) -> Self {
         let mut fields = digest::Context::new(&digest::SHA256);
         for part in parts {
-            fields.update(&(part.len() as u64).to_be_bytes());
+            fields.update(&length_u16(part.len()));
             fields.update(part);
         }
         let mut message = Message::new(REQUEST_RESULT_DOMAIN);

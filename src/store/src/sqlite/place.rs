@@ -74,12 +74,13 @@ impl Place {
         let found = self.files.iter().find_map(|file| file.check().err());
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if *problem != found {
-            match &found {
-                Some(what) => tracing::error!(
+            if let Some(what) = &found {
+                tracing::error!(
                     alarm = "store-swapped", %what,
                     "the database is not the file that was opened: nothing is read or written until it is"
-                ),
-                None => tracing::warn!("the database is the file that was opened again"),
+                );
+            } else {
+                tracing::warn!("the database is the file that was opened again");
             }
             problem.clone_from(&found);
         }

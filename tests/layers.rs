@@ -111,7 +111,7 @@ fn differences(metadata: &Value, table: &BTreeMap<String, Row>) -> Vec<String> {
         let named = |ours: bool| -> Names {
             let chosen = dependencies
                 .iter()
-                .filter(|dependency| !dependency["path"].is_null() == ours);
+                .filter(|dependency| dependency["path"].is_null() != ours);
             chosen
                 .map(|dependency| short(dependency["name"].as_str().unwrap()).to_owned())
                 .collect()

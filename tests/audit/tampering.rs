@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use keybroker_audit::{AuditLog, Settings, verify};
+use keybroker_audit::{AuditLog, Settings, Tampering, verify};
 use tempfile::TempDir;
 
 use crate::{decision, segment, segments, until};
@@ -157,7 +157,9 @@ async fn tampering_is_noticed_without_a_call_and_latched_until_it_is_acknowledge
         let tampering = settings.tampering().unwrap().unwrap();
         assert!(!tampering.finding.is_empty(), "{name}");
 
-        settings.acknowledge_tampering(OPERATOR).unwrap();
+        settings
+            .acknowledge_tampering(&tampering, OPERATOR)
+            .unwrap();
         until(name, || log.writable().ok());
         log.append(decision()).await.unwrap();
         let lines = log.tail(10).unwrap();
@@ -200,7 +202,10 @@ async fn a_log_that_lost_entries_while_the_broker_was_stopped_is_refused_until_a
             let problems = settings.verify_instance().unwrap().problems;
             assert!(!problems.is_empty(), "{name}");
         }
-        settings.acknowledge_tampering(OPERATOR).unwrap();
+        let tampering = settings.tampering().unwrap().unwrap();
+        settings
+            .acknowledge_tampering(&tampering, OPERATOR)
+            .unwrap();
         let log = open(&settings);
         let sequence = log.append(decision()).await.unwrap();
         log.close();
@@ -251,4 +256,32 @@ async fn lines_cut_off_the_end_are_found_by_verification() {
     assert_eq!(verify(&path).unwrap().problems, Vec::<String>::new());
     let problems = settings.verify_instance().unwrap().problems;
     assert!(problems[0].contains("was durable"), "{problems:?}");
+}
+
+/// The acknowledgement of one finding says nothing of the next.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgement_is_for_one_finding() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(&folder);
+    let path = settings.directory.join(&settings.instance);
+    let log = filled(&settings).await;
+    let never_found = Tampering {
+        finding: "nothing".to_owned(),
+        found_us: 1,
+    };
+    settings
+        .acknowledge_tampering(&never_found, OPERATOR)
+        .unwrap();
+    truncate(&segment(&path), 0);
+    until("the latch", || settings.tampering().unwrap());
+    for _ in 0..3 {
+        assert!(log.append(decision()).await.is_err());
+    }
+    log.close();
+    settings.open_instance().unwrap_err();
+    let tampering = settings.tampering().unwrap().unwrap();
+    settings
+        .acknowledge_tampering(&tampering, OPERATOR)
+        .unwrap();
+    open(&settings).close();
 }

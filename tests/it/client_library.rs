@@ -7,7 +7,6 @@ use keybroker_client::{
     ListUserKeys, Reason, RetryPolicy, Revision, UserKeyRef, UserKeyState, new_request_id,
     parse_request_id, proto,
 };
-use rustix::process::Signal;
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
@@ -16,7 +15,7 @@ use tokio::{
 use crate::{
     client::{never_in_a_log, sending},
     pki::{EXPIRED, Pki},
-    process::{Broker, send},
+    process::Broker,
     site::{Options, Site},
 };
 
@@ -163,7 +162,7 @@ async fn errors_have_their_reason_and_their_call_id() {
 
 /// The pauses of the default policy last longer than the supervisor needs to start another worker.
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_outlast_a_killed_worker() {
+async fn calls_outlast_a_token_that_leaves_and_returns() {
     let broker = Broker::start(Options::default());
     let (enroller, releaser) = (of(&broker, "enroller"), of(&broker, "releaser"));
     let ada = key("ada");
@@ -179,20 +178,27 @@ async fn calls_outlast_a_killed_worker() {
         .retry(RetryPolicy::never())
         .build()
         .unwrap();
-    for worker in broker.workers() {
-        send(worker, Signal::KILL);
-    }
+    let directory = broker.site.token.directory();
+    let elsewhere = directory.with_extension("elsewhere");
+    fs::rename(&directory, &elsewhere).unwrap();
     // The negative twin: without retries a call fails.
     let mut refused = None;
-    for _ in 0..10_000 {
+    for _ in 0..1_000 {
         if let Err(error) = without_retries.unwrap_user_key(&ada).await {
             refused = error.reason();
             break;
         }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(refused, Some(Reason::TokenDown));
-    let released = releaser.unwrap_user_key(&ada).await.unwrap();
-    assert_eq!(released.key_material.expose(), MATERIAL);
+    let waiting = releaser.unwrap_user_key(&ada);
+    let (released, returned) = tokio::join!(waiting, async {
+        // The first attempt is refused meanwhile.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        fs::rename(&elsewhere, &directory)
+    });
+    returned.unwrap();
+    assert_eq!(released.unwrap().key_material.expose(), MATERIAL);
     let other = material(OTHER);
     let replaced = enroller.replace_user_key(&ada, &other, Revision::FIRST);
     assert_eq!(replaced.await.unwrap().revision.get(), 2);
@@ -200,7 +206,10 @@ async fn calls_outlast_a_killed_worker() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_client_is_made_used_and_revoked() {
-    let site = Site::fresh(Options::default());
+    let site = Site::fresh(Options {
+        limits: "\n[client_credentials]\ngrantable_roles = [\"enrol\"]".to_owned(),
+        ..Options::default()
+    });
     site.write_configuration(|text| {
         let doors = "doors = [\"grpc\", \"admin\"]";
         *text = text.replace(

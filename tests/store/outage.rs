@@ -22,7 +22,7 @@ use super::{
 
 /// What calls wait for a database that has just become unavailable, one more wait for a connection, and what a busy machine
 /// adds.
-const WAITED_OUT_WITHIN: Duration = Duration::from_millis(4_000);
+const WAITED_OUT_WITHIN: Duration = Duration::from_secs(4);
 /// Later: a second, and what a busy machine adds.
 const KNOWN_WITHIN: Duration = Duration::from_millis(1_200);
 const BACK_WITHIN: Duration = Duration::from_secs(2);

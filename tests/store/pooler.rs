@@ -1,4 +1,4 @@
-//! PgBouncer in front of PostgreSQL: refused where it gives one session to several clients, and used where it does not.
+//! `PgBouncer` in front of PostgreSQL: refused where it gives one session to several clients, and used where it does not.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use super::{
     stamp, user,
 };
 
-/// A running PgBouncer.
+/// A running `PgBouncer`.
 struct Pooler {
     child: Child,
     settings: Settings,

@@ -84,11 +84,11 @@ impl Files {
     /// Compares what every write depends on: directory, `log-id`, `lock` and one segment. Cheap enough for each group of
     /// entries.
     pub(super) fn check_current(&self, current: u64) -> Result<(), Error> {
-        self.compare(&self.directory, |meta| FileId::of(meta) == self.own)?;
-        self.compare(&self.directory.join(LOG_ID), |meta| {
+        Self::compare(&self.directory, |meta| FileId::of(meta) == self.own)?;
+        Self::compare(&self.directory.join(LOG_ID), |meta| {
             Written::of(meta) == self.log_id
         })?;
-        self.compare(&self.directory.join(LOCK), |meta| {
+        Self::compare(&self.directory.join(LOCK), |meta| {
             FileId::of(meta) == self.lock
         })?;
         self.check_segment(current)
@@ -119,7 +119,7 @@ impl Files {
             return Ok(());
         };
         let path = segment::segment_path(&self.directory, number);
-        self.compare(&path, |meta| {
+        Self::compare(&path, |meta| {
             FileId::of(meta) == written.id && meta.len() >= written.bytes
         })
     }
@@ -129,7 +129,7 @@ impl Files {
             return Ok(());
         };
         let path = segment::segment_path(&self.directory, number);
-        let meta = self.look(&path)?;
+        let meta = Self::look(&path)?;
         if FileId::of(&meta) != written.id {
             return Err(tampered(&path, "was replaced"));
         }
@@ -141,8 +141,8 @@ impl Files {
         Ok(())
     }
 
-    fn compare(&self, path: &Path, same: impl Fn(&Metadata) -> bool) -> Result<(), Error> {
-        if same(&self.look(path)?) {
+    fn compare(path: &Path, same: impl Fn(&Metadata) -> bool) -> Result<(), Error> {
+        if same(&Self::look(path)?) {
             Ok(())
         } else {
             Err(tampered(path, "was replaced"))
@@ -150,7 +150,7 @@ impl Files {
     }
 
     /// A file that is gone was removed by another process. A file system that does not answer was not.
-    fn look(&self, path: &Path) -> Result<Metadata, Error> {
+    fn look(path: &Path) -> Result<Metadata, Error> {
         fs::symlink_metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
                 tampered(path, "was removed or renamed")

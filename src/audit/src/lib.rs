@@ -66,7 +66,7 @@ impl Settings {
         AuditLog::open_remembered(
             &self.directory.join(&self.instance),
             self.segment_bytes_max,
-            self.memory(),
+            &self.memory(),
         )
     }
 
@@ -77,8 +77,12 @@ impl Settings {
 
     /// Acknowledges the tampering that was found, in the name of an operator. A broker that serves takes this in within a
     /// second, another one at its start.
-    pub fn acknowledge_tampering(&self, principal: &str) -> Result<(), Error> {
-        self.memory().acknowledge(principal)
+    pub fn acknowledge_tampering(
+        &self,
+        tampering: &Tampering,
+        principal: &str,
+    ) -> Result<(), Error> {
+        self.memory().acknowledge(tampering, principal)
     }
 
     /// Compares the end of this instance's log with the last entry that is known to have been durable.

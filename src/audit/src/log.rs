@@ -56,7 +56,7 @@ impl AuditLog {
     pub(super) fn open_remembered(
         directory: &Path,
         segment_bytes_max: u64,
-        memory: Memory,
+        memory: &Memory,
     ) -> Result<(Self, Vec<OpenIntent>), Error> {
         Self::open_with(directory, segment_bytes_max, Some(memory))
     }
@@ -64,9 +64,9 @@ impl AuditLog {
     fn open_with(
         directory: &Path,
         segment_bytes_max: u64,
-        memory: Option<Memory>,
+        memory: Option<&Memory>,
     ) -> Result<(Self, Vec<OpenIntent>), Error> {
-        let acknowledgement = match &memory {
+        let acknowledgement = match memory {
             Some(memory) => acknowledgement(memory, directory)?,
             None => None,
         };
@@ -74,7 +74,7 @@ impl AuditLog {
         let lock = segment::lock(directory)?;
         let log_id = segment::log_id(directory)?;
         let mut found = Found::read(directory)?;
-        if let Some(memory) = &memory {
+        if let Some(memory) = memory {
             compare_with_mark(memory, &log_id, &mut found, acknowledgement.is_some())?;
         }
         found.set_aside(directory)?;
@@ -86,7 +86,7 @@ impl AuditLog {
             lock,
             &found,
             Arc::clone(&shared),
-            memory.clone(),
+            memory.cloned(),
         )?;
         writer.segment_bytes_max = segment_bytes_max;
         writer.open = found.open;
@@ -99,7 +99,7 @@ impl AuditLog {
             torn.bytes = Some(found.torn_bytes);
             writer.write(&[&torn])?;
         }
-        if let (Some(acknowledgement), Some(memory)) = (acknowledgement, &memory) {
+        if let (Some(acknowledgement), Some(memory)) = (acknowledgement, memory) {
             writer.write(&[&writer::acknowledged(&acknowledgement.principal)])?;
             memory.forget_tampering()?;
         }

@@ -40,6 +40,8 @@ pub struct Tampering {
 pub(super) struct Acknowledgement {
     /// The operator, as the operating system knows the user.
     pub(super) principal: String,
+    /// When the tampering was found that this is about, as in [`Tampering::found_us`].
+    found_us: i64,
 }
 
 impl Memory {
@@ -70,20 +72,27 @@ impl Memory {
         self.write("tampering", &tampering)
     }
 
+    /// The acknowledgement of the tampering that is remembered. One that is about an earlier finding, or about none, does not
+    /// count.
     pub(super) fn acknowledgement(&self) -> Result<Option<Acknowledgement>, Error> {
-        self.read("acknowledgement")
+        let Some(tampering) = self.tampering()? else {
+            return Ok(None);
+        };
+        let acknowledgement: Option<Acknowledgement> = self.read("acknowledgement")?;
+        Ok(acknowledgement.filter(|one| one.found_us == tampering.found_us))
     }
 
-    pub(super) fn acknowledge(&self, principal: &str) -> Result<(), Error> {
+    pub(super) fn acknowledge(&self, tampering: &Tampering, principal: &str) -> Result<(), Error> {
         let acknowledgement = Acknowledgement {
             principal: principal.to_owned(),
+            found_us: tampering.found_us,
         };
         self.write("acknowledgement", &acknowledgement)
     }
 
     /// The acknowledgement has taken effect.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
-        for fact in ["tampering", "acknowledgement"] {
+        for fact in ["acknowledgement", "tampering"] {
             self.state
                 .remove(&self.name(fact))
                 .map_err(|error| unusable(&error))?;

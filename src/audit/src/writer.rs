@@ -64,6 +64,8 @@ pub(super) struct Writer {
     compared: Instant,
     /// What was found. Nothing is written while it is there.
     latched: Option<Error>,
+    /// A finding that is not in the state directory yet.
+    unremembered: Option<String>,
     /// Absent after a failure.
     current: Option<Current>,
     /// The newest segment, whether open or not; absent in a new log.
@@ -105,6 +107,7 @@ impl Writer {
             marked: 0,
             compared: Instant::now(),
             latched: None,
+            unremembered: None,
             current: None,
             newest: newest(found),
             sequence: found.last_sequence + 1,
@@ -218,11 +221,21 @@ impl Writer {
         metrics::counter!("keybroker_audit_tampering_total").increment(1);
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
-        // Also after a restart. The state directory may be gone with the log: then this process alone remembers.
-        if let Some(memory) = &self.memory
-            && let Err(unwritten) = memory.set_tampering(error.finding())
-        {
-            tracing::error!(error = %unwritten, "tampering is remembered until this process ends, and no longer");
+        self.unremembered = Some(error.finding().to_owned());
+        self.remember_tampering();
+    }
+
+    /// Writes what was found to the state directory, for a restart and for the operator's command. One that cannot be written is
+    /// written with the next probe.
+    fn remember_tampering(&mut self) {
+        let (Some(memory), Some(finding)) = (&self.memory, &self.unremembered) else {
+            return;
+        };
+        match memory.set_tampering(finding) {
+            Ok(()) => self.unremembered = None,
+            Err(error) => {
+                tracing::warn!(%error, "the tampering is not in the state directory yet; it is tried again");
+            }
         }
     }
 
@@ -370,6 +383,7 @@ impl Writer {
         self.shared.busy();
         self.compared = Instant::now();
         if self.latched.is_some() {
+            self.remember_tampering();
             self.try_acknowledgement();
             return;
         }

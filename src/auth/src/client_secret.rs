@@ -7,7 +7,7 @@
 //! For a day after its last use it is also remembered which stored hash the secret matched. After the minute the client is looked up
 //! again, and while it still has that hash, and the hash is not revoked or expired, the secret is accepted without another trial. So
 //! wrong secrets, however many, do not delay a client that this broker knows: it waits for no turn and needs no failures left.
-//! Secrets that were not accepted before wait for a turn in [`turns`]. Calls that show the same secret at the same time share one trial.
+//! Secrets that were not accepted before wait for a turn in `turns`. Calls that show the same secret at the same time share one trial.
 //!
 //! Not promised: that hashes made with older parameters take as long as today's.
 //!

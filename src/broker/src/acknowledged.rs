@@ -36,6 +36,10 @@ struct Newest {
     at_us: i64,
 }
 
+/// The fact cannot be read, or does not parse.
+#[derive(Clone, Copy, Debug)]
+struct Unreadable;
+
 #[derive(Debug)]
 pub(super) struct Acknowledged {
     newest: Mutex<Option<(CallId, Timestamp)>>,
@@ -117,26 +121,24 @@ impl Acknowledged {
         }
     }
 
-    /// What the state directory has. `None` when it cannot be read.
-    fn kept(&self) -> Option<Option<(CallId, Timestamp)>> {
-        match self.state.read(FACT) {
-            Ok(None) => Some(None),
-            Ok(Some(bytes)) => {
-                let newest = serde_json::from_slice::<Newest>(&bytes).ok()?;
-                let call = CallId::parse(&newest.call)?;
-                Some(Some((call, Timestamp::from_micros(newest.at_us))))
-            }
-            Err(_) => None,
-        }
+    /// What the state directory has.
+    fn kept(&self) -> Result<Option<(CallId, Timestamp)>, Unreadable> {
+        let Some(bytes) = self.state.read(FACT).map_err(|_| Unreadable)? else {
+            return Ok(None);
+        };
+        let newest: Newest = serde_json::from_slice(&bytes).map_err(|_| Unreadable)?;
+        let call = CallId::parse(&newest.call).ok_or(Unreadable)?;
+        Ok(Some((call, Timestamp::from_micros(newest.at_us))))
     }
 
     fn take_over(&self) {
-        match self.kept() {
-            Some(newest) => self.set(newest),
-            None => tracing::error!(
+        if let Ok(newest) = self.kept() {
+            self.set(newest);
+        } else {
+            tracing::error!(
                 alarm = "store-restored",
                 "the state file `{FACT}` cannot be read: an earlier state of the database would not be noticed"
-            ),
+            );
         }
     }
 }
@@ -151,7 +153,7 @@ impl Broker {
     /// Takes note of a change that was committed. An error when the database it was committed to is not the one of the change before.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if let Some(before) = self.acknowledged.expected()
-            && matches!(self.store.committed_by(before).await, Ok(false))
+            && matches!(self.store.has_mark(before).await, Ok(false))
         {
             self.look_for_acknowledged().await;
             self.check_acknowledged()?;
@@ -178,13 +180,13 @@ impl Broker {
         let acknowledged = &self.acknowledged;
         let was_missing = acknowledged.is_missing();
         // The operator's command removes the fact.
-        if was_missing && acknowledged.kept() == Some(None) {
+        if was_missing && matches!(acknowledged.kept(), Ok(None)) {
             tracing::warn!("an operator accepted the database as it is");
             acknowledged.set(None);
         }
         let missing = match acknowledged.expected() {
             None => None,
-            Some(call) => match self.store.committed_by(call).await {
+            Some(call) => match self.store.has_mark(call).await {
                 Ok(true) => None,
                 Ok(false) => Some(call),
                 // Not known, so nothing changes.

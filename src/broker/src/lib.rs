@@ -180,7 +180,7 @@ impl Broker {
     /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what was
     /// used. Called once
     /// the doors are shut.
-    pub async fn finish(&self, deadline: Deadline) {
+    pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
             .await

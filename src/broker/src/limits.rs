@@ -208,10 +208,27 @@ impl fmt::Display for Network {
     }
 }
 
-/// Log lines about unauthenticated callers, for each network and for all of them together, per minute. A line has some 300
-/// bytes, so an hour adds less than 5 MB to the log.
+/// Log lines about unauthenticated callers, for each network and for all of them together, per minute. With
+/// [`shortened`] a line has at most some 600 bytes, so an hour adds less than 5 MB to the log.
 const LINES_PER_NETWORK: u32 = 60;
-const LINES_MAX: u32 = 240;
+const LINES_MAX: u32 = 120;
+
+/// Text about a credential for a log line that an unauthenticated caller causes: parts of it are the caller's.
+pub fn shortened(text: &str) -> String {
+    const CHARS_MAX: usize = 300;
+    let printable = |c: char| {
+        if c.is_ascii() && !c.is_ascii_control() {
+            c
+        } else {
+            '?'
+        }
+    };
+    let mut short: String = text.chars().take(CHARS_MAX).map(printable).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        short.push_str("...");
+    }
+    short
+}
 
 /// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
@@ -372,6 +389,15 @@ mod tests {
         limits.take_calls(&service("innocent"), 1).unwrap();
     }
 
+    #[test]
+    fn what_a_caller_puts_into_a_log_line_is_short_and_plain() {
+        let hostile = "\u{10ffff}\n\"".repeat(1_000);
+        let short = shortened(&hostile);
+        assert!(short.len() <= 303, "{}", short.len());
+        assert!(short.chars().all(|c| c.is_ascii() && !c.is_ascii_control()));
+        assert_eq!(shortened("its `exp` has passed"), "its `exp` has passed");
+    }
+
     /// An hour of refusals from ever other addresses adds a bounded number of lines to the log, and the rest are counted.
     #[test]
     fn unauthenticated_callers_do_not_fill_the_log() {
@@ -380,7 +406,7 @@ mod tests {
             .filter(|number| limits.may_log(IpAddr::from((number << 8).to_be_bytes())))
             .count();
         // A bucket fills up again while the test runs.
-        assert!((240..260).contains(&written), "{written}");
+        assert!((120..140).contains(&written), "{written}");
         let suppressed = limits.take_suppressed();
         assert_eq!(suppressed, 100_000 - u64::try_from(written).unwrap());
         assert_eq!(limits.take_suppressed(), 0);

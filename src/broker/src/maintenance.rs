@@ -87,6 +87,7 @@ impl Broker {
         tokio::join!(
             self.look_after(&stop),
             self.resolve_by_and_by(&stop),
+            self.record_refusals(&stop),
             self.write_uses(&stop)
         );
     }
@@ -107,6 +108,25 @@ impl Broker {
         }
     }
 
+    /// Beside everything else: a database that hangs must not make the counts older than a second.
+    async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut count: u64 = 0;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            if count.is_multiple_of(TICKS_PER_MINUTE) {
+                self.flush_refusals().await;
+            } else {
+                self.keep_refusals().await;
+            }
+            count += 1;
+        }
+    }
+
     async fn look_after(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -121,11 +141,6 @@ impl Broker {
                 self.keep_acknowledged();
             }
             self.follow_registry().await;
-            if count.is_multiple_of(TICKS_PER_MINUTE) {
-                self.flush_refusals().await;
-            } else {
-                self.keep_refusals().await;
-            }
             if count.is_multiple_of(TICKS_PER_HOUR) {
                 self.forget_requests().await;
             }

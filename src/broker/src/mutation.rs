@@ -50,7 +50,7 @@ impl Change {
 
 /// A change that is ready, or the answer that an earlier call with the same request id got.
 enum Prepared {
-    Ready(Commit, Stamp),
+    Ready(Box<(Commit, Stamp)>),
     Replayed(RecordInfo),
 }
 
@@ -176,7 +176,8 @@ impl Broker {
         draft.policy(permit.policy());
         draft.request(*request);
         match self.prepare(&permit, &mutation, &mut draft).await {
-            Ok(Prepared::Ready(commit, stamp)) => {
+            Ok(Prepared::Ready(ready)) => {
+                let (commit, stamp) = *ready;
                 self.commit(&mutation, draft, commit, stamp).await
             }
             Ok(Prepared::Replayed(info)) => self.replay(draft, info).await,
@@ -236,7 +237,7 @@ impl Broker {
             at,
             request,
         };
-        Ok(Prepared::Ready(commit, stamp))
+        Ok(Prepared::Ready(Box::new((commit, stamp))))
     }
 
     /// From here on nothing stops at the caller's deadline: what is begun gets its outcome.

@@ -19,7 +19,7 @@ use std::{
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::Network;
+use crate::limits::{Network, shortened};
 use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
     call::CallId,
@@ -148,7 +148,8 @@ impl Broker {
     ) {
         self.note_refusal(at, error.reason());
         if self.limits.may_log(at) {
-            tracing::info!(call_id = %id, peer = %peer, %error, "call refused");
+            let error = shortened(&error.to_string());
+            tracing::info!(call_id = %id, peer = %peer, error, "call refused");
         }
     }
 
@@ -169,7 +170,7 @@ impl Broker {
 
     /// Writes one entry per network and reason. What cannot be written is counted on. All are asked for at once, so that a disk
     /// that hangs costs one wait and not one for each.
-    pub(super) async fn flush_refusals(&self) {
+    pub(super) async fn flush_refusals(self: &std::sync::Arc<Self>) {
         let counted = self.refusals.take();
         if !counted.is_empty() {
             self.refusals.is_changed.store(true, Ordering::Relaxed);
@@ -185,7 +186,7 @@ impl Broker {
         }))
         .await;
         // Before anything else is counted on: what is in the audit log must not be taken over by the next run as well.
-        self.refusals.keep();
+        self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {
             tracing::info!(

@@ -163,6 +163,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What a mutation's call left in the store: for intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
+    /// Whether the mark of a change that was committed is there. A plain read: it waits for no transaction, and says nothing of a
+    /// change that is still under way.
+    async fn has_mark(&self, call: CallId) -> Result<bool, Error>;
+
     /// Forgets request ids older than 24 hours; returns how many.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
 

@@ -35,6 +35,8 @@ pub(super) struct Statements {
     pub(super) record_by_id: &'static str,
     /// call, record, at. Waits for a transaction that inserts the same call.
     pub(super) insert_change: &'static str,
+    /// The mark of one change, if it is there.
+    pub(super) change: &'static str,
     /// record, tenant, user, key name, revision, created, updated. Inserts nothing when the address is taken.
     pub(super) insert_record: &'static str,
     /// record, revision, envelope, wrapping key, at.

@@ -88,7 +88,7 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Usage, what)
             .hint("a running broker reports what is wrong with `keybroker probe ready`"));
     };
-    settings.acknowledge_tampering(&local_operator())?;
+    settings.acknowledge_tampering(&tampering, &local_operator())?;
     let until = Instant::now() + ACKNOWLEDGED_TIMEOUT;
     let mut is_open = settings.tampering()?.is_some();
     while is_open && Instant::now() < until {

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 
 use keybroker_auth as auth;
 use keybroker_auth::Authenticator;
-use keybroker_broker::limits::Limits;
+use keybroker_broker::limits::{Limits, shortened};
 use keybroker_core::{
     call::caller::Caller,
     error::{Error, Reason},
@@ -118,7 +118,8 @@ impl Identifier {
             && error.reason() == Reason::Credential
             && self.limits.may_log(peer)
         {
-            tracing::info!(peer = %peer, %error, "credential refused");
+            let error = shortened(&error.to_string());
+            tracing::info!(peer = %peer, error, "credential refused");
         }
         match found {
             // Otherwise its holder would be told to come again later, and not to renew it.

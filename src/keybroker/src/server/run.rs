@@ -114,6 +114,13 @@ fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
     Ok(Arc::new(tokens))
 }
 
+/// Verifies the secrets of API clients, which the broker's database knows.
+fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Failure> {
+    let directory = Arc::new(Clients(Arc::clone(broker)));
+    Secrets::new(config.client_credentials.clone(), directory)
+        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
+}
+
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     let hashing = settings.clone();
     ClientRules {
@@ -203,9 +210,7 @@ impl Server {
             state: StateDirectory::below(&config.audit.directory),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
         });
-        let directory = Arc::new(Clients(Arc::clone(&broker)));
-        let secrets = Secrets::new(config.client_credentials.clone(), directory)
-            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {
             authenticator: Arc::new(authenticator.with_secrets(secrets)),
             limits,

@@ -189,6 +189,11 @@ impl<E: Engine> Store for EngineStore<E> {
         .await
     }
 
+    async fn has_mark(&self, call: CallId) -> Result<bool, Error> {
+        let found = self.query(E::SQL.change, vec![call.into()]).await?;
+        Ok(!found.is_empty())
+    }
+
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
         // In small portions: no statement takes long, and nobody waits for its locks.
         let mut forgotten = 0;

@@ -46,6 +46,7 @@ pub(super) const STATEMENTS: Statements = Statements {
                    FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?",
     insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?, ?, ?)",
+    change: "SELECT record_id FROM changes WHERE call_id = ?",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
                     created_us, updated_us) VALUES (?, ?, ?, ?, 'active', ?, ?, ?)",
     insert_revision: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, created_us) \

@@ -162,6 +162,9 @@ async fn unwrap_until(releaser: Caller, stop: Arc<AtomicBool>) -> (usize, usize)
     (calls, failures)
 }
 
+/// Calls among which 5 % can be told from one or two that were unlucky.
+const SAMPLE_MIN: usize = 80;
+
 /// Every worker is killed as soon as it is ready, so that none ever serves for long. Calls wait for the next one within their
 /// deadlines, and a client that follows the retry rule sees no error.
 ///
@@ -211,7 +214,13 @@ async fn workers_killed_as_they_become_ready_are_waited_for() {
         "{kills} workers killed as they became ready, within {took:?}: {failures} of {calls} calls with a deadline of 5 s \
          failed; {errors} of {ruled} by the retry rule"
     );
-    assert!(calls > 0 && failures * 20 <= calls, "{failures} of {calls}");
+    // A call fails when five workers in a row were killed with it. With ten kills there are so few calls that one of these is more
+    // than 5 %; calls that are not waited for fail by the hundred.
+    let sample = calls.max(SAMPLE_MIN);
+    assert!(
+        calls > 0 && failures * 20 <= sample,
+        "{failures} of {calls}"
+    );
     assert!(ruled > 0 && errors == 0, "{errors} of {ruled}");
     let log = broker.site.log();
     assert!(

@@ -12,16 +12,17 @@ use std::{
 use faulty::Faulty;
 
 use super::{
-    Pin, PinRecord, Settings,
+    PinRecord,
     admin::{self, Admin, AdminError},
     open::OpenToken,
 };
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_worker_protocol::{Pin, Settings};
 
+mod attribute_check;
 #[allow(dead_code, reason = "the tests of the whole product use the rest")]
 #[path = "../../../tests/it/faulty.rs"]
 mod faulty;
-mod gate;
 mod keys;
 mod session;
 mod tokens;

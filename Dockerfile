@@ -4,8 +4,8 @@
 #   scripts/image.sh --tag keybroker -- --build-arg SOFTHSM=1   with SoftHSM, for development and tests
 #
 # docs/operations.md says how it is run, scripts/image-proof.sh builds and runs it without any registry.
-ARG BUILD_IMAGE=docker.io/library/rust:1.95-slim-bookworm
-ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
+ARG BUILD_IMAGE=rust:1.95-slim-bookworm
+ARG RUNTIME_IMAGE=debian:bookworm-slim
 
 # --- build -----------------------------------------------------------------------------------------------------------
 FROM ${BUILD_IMAGE} AS build

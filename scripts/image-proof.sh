@@ -13,6 +13,7 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/debian-mirror.sh
 . scripts/debian-mirror.sh
 
 CACHE=${IMAGE_CACHE:-/var/tmp/keybroker-image}

@@ -9,6 +9,7 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/debian-mirror.sh
 . scripts/debian-mirror.sh
 
 CACHE=${SERVICE_CACHE:-/var/tmp/keybroker-service}

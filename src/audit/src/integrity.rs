@@ -91,9 +91,16 @@ impl Files {
         self.segments.remove(&number);
     }
 
-    /// Compares what every write depends on: directory, `log-id`, `lock` and one segment. Cheap enough for each group of
-    /// entries.
-    pub(super) fn check_current(&self, current: u64) -> Result<(), Error> {
+    /// Compares the segment that is written, before and after each group of entries. One system call, because a group costs
+    /// little more than its sync; the other files are compared by [`Files::check_all`]. Its path leads through the directory,
+    /// so that one that was moved or replaced is noticed, too.
+    pub(super) fn check_newest(&self, number: u64) -> Result<(), Error> {
+        self.check_segment(number)
+            .or_else(|error| self.check_directory().and(Err(error)))
+    }
+
+    /// Compares every file, and finds segments that this process did not write.
+    pub(super) fn check_all(&self) -> Result<(), Error> {
         self.check_directory()?;
         Self::compare(&self.directory.join(LOG_ID), |meta| {
             Written::of(meta) == self.log_id
@@ -101,7 +108,20 @@ impl Files {
         Self::compare(&self.directory.join(LOCK), |meta| {
             FileId::of(meta) == self.lock
         })?;
-        self.check_segment(current)
+        for number in self.segments.keys() {
+            self.check_segment(*number)?;
+        }
+        let listed = segment::segments(&self.directory)?;
+        match listed
+            .iter()
+            .find(|number| !self.segments.contains_key(number))
+        {
+            None => Ok(()),
+            Some(number) => Err(tampered(
+                &segment::segment_path(&self.directory, *number),
+                "was put there by another process",
+            )),
+        }
     }
 
     fn check_directory(&self) -> Result<(), Error> {
@@ -117,25 +137,6 @@ impl Files {
             return Err(tampered(&self.directory, what));
         }
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
-    }
-
-    /// Compares every file, and finds segments that this process did not write.
-    pub(super) fn check_all(&self, current: u64) -> Result<(), Error> {
-        self.check_current(current)?;
-        for number in self.segments.keys() {
-            self.check_segment(*number)?;
-        }
-        let listed = segment::segments(&self.directory)?;
-        match listed
-            .iter()
-            .find(|number| !self.segments.contains_key(number))
-        {
-            None => Ok(()),
-            Some(number) => Err(tampered(
-                &segment::segment_path(&self.directory, *number),
-                "was put there by another process",
-            )),
-        }
     }
 
     /// Compares which file a segment is, whatever its length: what a failed write left behind is cut back.

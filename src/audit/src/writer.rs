@@ -36,8 +36,8 @@ use super::{
 
 /// Entries in one group at most.
 pub(super) const GROUP_MAX: u64 = 1_024;
-/// How often the files are compared and, while the log is down, it is tried without being asked. Twice this is less than the
-/// second within which tampering is noticed.
+/// How often all files are compared and, while the log is down, the writer tries it again. Twice this is less than the second
+/// within which tampering is noticed.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// The action of the entry that records a removal of old segments.
@@ -282,7 +282,7 @@ impl Writer {
         };
         self.shared.busy();
         // Before the write: a segment that was cut short would have the right length again after it.
-        self.files.check_current(newest.number)?;
+        self.files.check_newest(newest.number)?;
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
         let written = Written::of(&current.file.metadata().map_err(failed)?);
@@ -294,7 +294,7 @@ impl Writer {
                 ..written
             },
         );
-        self.files.check_current(newest.number)?;
+        self.files.check_newest(newest.number)?;
         self.shared.set_durable(newest.number, newest.durable_bytes);
         self.sequence += count(entries.len());
         Ok(())
@@ -337,7 +337,7 @@ impl Writer {
     fn begin_segment(&mut self) -> Result<(), Error> {
         self.shared.busy();
         let number = self.clear_newest()?;
-        self.files.check_all(number)?;
+        self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
         // Known before anything else can fail: the next attempt begins with this file, and makes none beside it.
@@ -403,8 +403,7 @@ impl Writer {
             return;
         }
         if self.current.is_some() {
-            let number = self.newest.as_ref().map_or(0, |newest| newest.number);
-            if let Err(error) = self.files.check_all(number) {
+            if let Err(error) = self.files.check_all() {
                 self.note_failure(&error);
                 return;
             }

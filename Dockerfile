@@ -16,6 +16,8 @@ COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
+# Members of the workspace, and files that the manifests name. None of it gets into the image.
+COPY tests tests
 # Panic messages name source files: not by the paths of the machine that built them.
 ENV RUSTFLAGS="--remap-path-prefix=/usr/local/cargo/registry/src=/cargo --remap-path-prefix=/build=/keybroker" \
     CFLAGS="-ffile-prefix-map=/usr/local/cargo/registry/src=/cargo -ffile-prefix-map=/build=/keybroker"

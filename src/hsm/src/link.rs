@@ -181,7 +181,7 @@ impl Link {
                 Err(error) => return format!("its socket failed: {error}"),
             }
             loop {
-                match inbox.next::<Reply>() {
+                match inbox.take::<Reply>() {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!("it answered job {} that it does not hold", reply.id);
@@ -273,7 +273,7 @@ pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Resu
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        if let Some(reply) = inbox.next()? {
+        if let Some(reply) = inbox.take()? {
             return Ok(reply);
         }
     }

@@ -9,20 +9,17 @@ use std::{
     process::Command,
 };
 
-use faulty::Faulty;
+use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_test_support::faulty::{self, Faulty};
+use keybroker_worker_protocol::{Pin, Settings};
 
 use super::{
     PinRecord,
     admin::{self, Admin, AdminError},
     open::OpenToken,
 };
-use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
-use keybroker_worker_protocol::{Pin, Settings};
 
 mod attribute_check;
-#[allow(dead_code, reason = "the tests of the whole product use the rest")]
-#[path = "../../../tests/it/faulty.rs"]
-mod faulty;
 mod keys;
 mod session;
 mod tokens;

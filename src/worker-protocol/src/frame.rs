@@ -87,7 +87,7 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// The buffer for the next read. It is not empty whenever [`Inbox::next`] found no message.
+    /// The buffer for the next read. It is not empty whenever [`Inbox::take`] found no message.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -104,7 +104,7 @@ impl Inbox {
     }
 
     /// Takes the next complete message out; none if it has not arrived completely.
-    pub fn next<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
+    pub fn take<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
         let Some((prefix, rest)) =
             self.bytes[self.start..self.end].split_first_chunk::<PREFIX_BYTES>()
         else {
@@ -130,7 +130,7 @@ impl Inbox {
         stream: &mut impl Read,
     ) -> io::Result<Option<M>> {
         loop {
-            if let Some(message) = self.next()? {
+            if let Some(message) = self.take()? {
                 return Ok(Some(message));
             }
             match stream.read(self.room()) {

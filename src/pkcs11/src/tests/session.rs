@@ -66,10 +66,10 @@ impl Bench {
         }
     }
 
-    fn run(&mut self, job: Job, patience: Duration) -> Result<Vec<u8>, FailureClass> {
-        let patience = u64::try_from(patience.as_nanos()).unwrap();
+    fn run(&mut self, job: Job, timeout: Duration) -> Result<Vec<u8>, FailureClass> {
+        let timeout = u64::try_from(timeout.as_nanos()).unwrap();
         let mut work = Work::new(job);
-        work.stamped(1, frame::monotonic_ns() + patience);
+        work.stamped(1, frame::monotonic_ns() + timeout);
         let outcome = self.session.run(&work).0;
         outcome
             .map(|bytes| bytes.to_vec())
@@ -77,7 +77,7 @@ impl Bench {
     }
 
     /// Unwraps a row of the first key whose MAC is good.
-    fn unwrap(&mut self, wrapped: &[u8], patience: Duration) -> Result<Vec<u8>, FailureClass> {
+    fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
         let id = self.shared.keys[0].id;
         let pair = keys::find(&self.token.anchor, id).unwrap();
         let mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
@@ -88,7 +88,7 @@ impl Bench {
             algorithm: Algorithm::RsaOaepSha1.number().into(),
             wrapped: wrapped.to_vec(),
         });
-        self.run(job, patience)
+        self.run(job, timeout)
     }
 
     fn wrapped(&self) -> Vec<u8> {

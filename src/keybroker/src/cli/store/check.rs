@@ -16,7 +16,7 @@ use crate::{
     config::Config,
 };
 use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_pkcs11::admin::Admin;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
@@ -65,8 +65,8 @@ pub(super) async fn scan(
     admin: &Admin,
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
-    let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-    let mut judge = Judge::new(verifier, registry);
+    check_registry(admin, &registry)?;
+    let mut judge = Judge::new(admin, registry);
     let rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     let progress = Progress::new(context.output, "checking rows", rows);
     let mut scan = Scan::new(Arc::clone(store));
@@ -100,32 +100,30 @@ pub(super) async fn scan(
 }
 
 /// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
-async fn learn<'a>(
-    judge: &mut Judge<'a>,
+async fn learn(
+    judge: &mut Judge<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
-    admin: &'a Admin,
+    admin: &Admin,
 ) -> Result<(), Failure> {
     if !judge.lacks(key) {
         return Ok(());
     }
     let registry = store.registry().await?;
     if !judge.knows(&registry) {
-        let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-        judge.renew(verifier, registry);
+        check_registry(admin, &registry)?;
+        judge.renew(registry);
     }
     Ok(())
 }
 
-/// The keys that can verify rows. While the registry itself is in doubt no row can be judged.
-fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<WrappingKeyId>, Failure> {
-    let mut ids = Vec::new();
+/// Checks every key that verifies rows. While the registry itself is in doubt no row can be checked.
+fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
     let mut problems = Vec::new();
     for row in registry {
         if row.state == WrappingKeyState::Destroyed {
             continue;
         }
-        ids.push(row.id);
         match admin.check(row.id) {
             Ok(key) => {
                 problems.extend(token::compare(admin, row, &key)?);
@@ -135,7 +133,7 @@ fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<Wrapping
         }
     }
     if problems.is_empty() {
-        return Ok(ids);
+        return Ok(());
     }
     let what = format!(
         "no row was looked at, because the registry and this token do not agree:\n  {}",

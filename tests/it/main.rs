@@ -50,6 +50,7 @@ mod stopping;
 mod store_check;
 mod stored_clients;
 mod tls;
+mod token_messages;
 mod tokens;
 mod trusted_files;
 mod wire;

@@ -111,7 +111,6 @@ fn a_crash_of_the_module_is_named_by_every_command() {
     );
     faulty.clear("C_GenerateKeyPair");
     // A crashed login is not taken for a rejected PIN.
-    site.expect_ok(&["token", "retry-pin"]);
     site.expect_ok(&["token", "check"]);
 }
 
@@ -192,7 +191,8 @@ fn a_file_that_is_no_module_is_named_for_what_it_is() {
         ("other.so", &other, made_for),
         ("text.so", b"not a shared library", "not a shared library"),
         ("empty.so", b"", "not a shared library"),
-        ("cut.so", &real[..4_096], "cannot be loaded"),
+        // The dynamic linker itself crashes in the missing part.
+        ("cut.so", &real[..4_096], "while it loaded"),
     ];
     for (name, content, word) in cases {
         let path = folder.join(name);

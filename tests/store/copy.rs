@@ -126,8 +126,11 @@ pub(crate) async fn a_copy_there_and_back_is_the_same(engine: &Engine) {
     let back = between(engine, &last).await;
     walk(&back, Lacking::Add).await.unwrap();
     walk(&back, Lacking::Refuse).await.unwrap();
+    there.carry_identity().await.unwrap();
+    back.carry_identity().await.unwrap();
     let copies = dump(&last);
-    assert_eq!(u64::try_from(copies.len()).unwrap(), added.rows);
+    // The row with the identity is of no table that is copied row by row.
+    assert_eq!(u64::try_from(copies.len()).unwrap(), added.rows + 1);
     assert_eq!(copies, dump(&first));
     // And it works as a store: the record that was deleted comes back.
     let store = engine.open().await;

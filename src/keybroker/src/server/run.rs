@@ -216,7 +216,7 @@ impl Server {
             authenticator: Arc::new(authenticator.with_secrets(secrets)),
             limits,
         };
-        broker.recover(open_intents).await;
+        broker.recover(open_intents).await?;
         if supervisor.settled().await == Serving::Up {
             broker
                 .load_registry(Deadline::after(REGISTRY_TIMEOUT))

@@ -191,10 +191,12 @@ impl Server {
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
         let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
-        let bound = opening::bind_all(&config.listeners).await?;
+        let state = StateDirectory::below(&config.audit.directory);
+        let bound = opening::bind_all(&config.listeners, &state).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
+        opening::remember_lists(&bound)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
@@ -207,7 +209,7 @@ impl Server {
             token,
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
-            state: StateDirectory::below(&config.audit.directory),
+            state,
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
         });
         let secrets = client_secrets(&config, &broker)?;

@@ -147,7 +147,8 @@ fn fresh_key() -> [u8; 32] {
 /// Waits until no key is in memory: what libraries hold of the last calls takes a moment to be freed and overwritten.
 fn until_none(search: &Search, broker: &Broker) {
     let mut last = Vec::new();
-    let deadline = Instant::now() + PATIENCE;
+    // One search of all memory takes seconds in a debug build on a busy machine.
+    let deadline = Instant::now() + 4 * PATIENCE;
     while Instant::now() < deadline {
         last = search.in_broker(broker);
         if last.is_empty() {

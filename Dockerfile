@@ -4,8 +4,8 @@
 #   scripts/image.sh --tag keybroker -- --build-arg SOFTHSM=1   with SoftHSM, for development and tests
 #
 # docs/operations.md says how it is run, scripts/image-proof.sh builds and runs it without any registry.
-ARG BUILD_IMAGE=docker.io/library/rust:1.95-slim-bookworm
-ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
+ARG BUILD_IMAGE=rust:1.95-slim-bookworm
+ARG RUNTIME_IMAGE=debian:bookworm-slim
 
 # --- build -----------------------------------------------------------------------------------------------------------
 FROM ${BUILD_IMAGE} AS build
@@ -16,6 +16,8 @@ COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
+# Members of the workspace, and files that the manifests name. None of it gets into the image.
+COPY tests tests
 # Panic messages name source files: not by the paths of the machine that built them.
 ENV RUSTFLAGS="--remap-path-prefix=/usr/local/cargo/registry/src=/cargo --remap-path-prefix=/build=/keybroker" \
     CFLAGS="-ffile-prefix-map=/usr/local/cargo/registry/src=/cargo -ffile-prefix-map=/build=/keybroker"

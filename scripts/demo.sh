@@ -111,7 +111,7 @@ build_with_progress() {
 # the program, if anything.
 build() {
   step 'Building with the dev profile (about 10 minutes of CPU time the first time)'
-  build_with_progress --locked --bin keybroker "$@"
+  build_with_progress --locked --package keybroker --bin keybroker "$@"
   PATH=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/debug:$PATH
   note "$(keybroker --version)"
 }
@@ -493,7 +493,7 @@ bitwarden_part() {
   trap clean_up EXIT
   trap interrupted INT TERM HUP
   scripts/install.sh
-  build --example identity
+  build --package keybroker-test-support --example identity
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-demo.XXXXXX")
   prepare
   step 'Starting an identity service and the broker, with a listener for Bitwarden clients'

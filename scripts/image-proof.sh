@@ -13,11 +13,12 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/debian-mirror.sh
+. scripts/debian-mirror.sh
 
 CACHE=${IMAGE_CACHE:-/var/tmp/keybroker-image}
 PROFILE=${IMAGE_PROFILE:-release}
 PROGRAM=${IMAGE_PROGRAM:-}
-MIRROR=http://deb.debian.org/debian
 RELEASE=bookworm
 TAG=localhost/keybroker:proof
 READY_SECONDS=60
@@ -109,7 +110,7 @@ debian_image() {
   step "debootstrap: $1"
   local root=$CACHE/$RELEASE container
   rm -rf "$root"
-  debootstrap --variant=minbase "$RELEASE" "$root" "$MIRROR" >"$CACHE/debootstrap.log" 2>&1 \
+  debootstrap --variant=minbase "$RELEASE" "$root" "$(debian_mirror)" >"$CACHE/debootstrap.log" 2>&1 \
     || { tail -n 5 "$CACHE/debootstrap.log" >&2; fail 'debootstrap failed'; }
   rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
     "$root"/usr/share/{doc,man,locale,info,lintian}/*

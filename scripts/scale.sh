@@ -12,6 +12,8 @@ umask 077
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/database-servers.sh
 . scripts/database-servers.sh
+# shellcheck source=scripts/bench-site.sh
+. scripts/bench-site.sh
 
 ENGINES=()
 FEW=1000
@@ -65,58 +67,7 @@ mariadb_start() {
 mariadb_url() { printf 'mariadb://keybroker@/%s?socket=%s/socket' "$1" "$SERVER"; }
 mariadb_settle() { mariadb_sql "$1" --execute='ANALYZE TABLE records, revisions' >/dev/null; }
 
-# --- the broker ------------------------------------------------------------------------------------------------------
-
-broker() {
-  "$PROGRAM" --config "$WORK/$1/keybroker.toml" "${@:2}" >"$WORK/said" 2>&1 || fail "keybroker ${*:2}: $(cat "$WORK/said")"
-}
-
-token() {
-  local module
-  for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
-  MODULE=$module
-  scripts/dev-ca.sh "$WORK/pki" load
-  mkdir "$WORK/tokens"
-  sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
-  openssl rand -hex 12 >"$WORK/pin"
-  openssl rand -hex 12 >"$WORK/so-pin"
-}
-
-# A configuration, a token and a wrapping key for one database.
-site() {
-  local engine=$1 name=$2
-  rm -rf "${WORK:?}/$name"
-  mkdir "$WORK/$name"
-  cat >"$WORK/$name/keybroker.toml" <<CONF
-[token]
-module = "$MODULE"
-label = "$engine-$name"
-pin_file = "$WORK/pin"
-allow_oaep_sha1 = true
-[token.environment]
-SOFTHSM2_CONF = "$WORK/softhsm2.conf"
-[store]
-url = "$("${engine}_url" "$name")"
-[audit]
-directory = "$WORK/$name/audit"
-[status]
-address = "127.0.0.1:0"
-[[listener]]
-address = "127.0.0.1:0"
-doors = ["grpc"]
-[listener.tls]
-certificate_file = "$WORK/pki/server.pem"
-key_file = "$WORK/pki/server.key"
-client_ca_file = "$WORK/pki/ca.pem"
-[[principal]]
-san = "URI:spiffe://dev.example/load"
-roles = ["enrol", "release"]
-key_names = ["*"]
-CONF
-  broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
-  broker "$name" store migrate
-  broker "$name" key generate --bits 2048
-}
+# --- the measurements ------------------------------------------------------------------------------------------------
 
 # One run; its figures into a file of their own.
 measure() {
@@ -125,8 +76,6 @@ measure() {
     --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key"
   rm -rf "${WORK:?}/$name/audit"
 }
-
-MEDIAN='def median: sort | (.[((length - 1) / 2 | floor)] + .[(length / 2 | floor)]) / 2;'
 
 median() { jq --slurp "$MEDIAN map(.$1) | median" "$WORK"/figures/"$2"-"$3"-*.json; }
 
@@ -140,8 +89,8 @@ engine() {
   local engine=$1 round began name order
   step "$engine: writing $FEW and $MANY records"
   "${engine}_start"
-  site "$engine" few
-  site "$engine" many
+  site "$engine" few "$("${engine}_url" few)"
+  site "$engine" many "$("${engine}_url" many)"
   measure few "$FEW" 1 "$WORK/said.json"
   began=$SECONDS
   measure many "$MANY" 1 "$WORK/said.json"

@@ -9,10 +9,11 @@
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/debian-mirror.sh
+. scripts/debian-mirror.sh
 
 CACHE=${SERVICE_CACHE:-/var/tmp/keybroker-service}
 ROOT=$CACHE/root
-MIRROR=http://deb.debian.org/debian
 BOOT_SECONDS=400
 PROGRAM=${1:-}
 
@@ -36,7 +37,7 @@ debian() {
   printf '== debootstrap\n'
   rm -rf "$ROOT"
   mkdir -p "$CACHE"
-  (umask 022 && debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,libsofthsm2,procps bookworm "$ROOT" "$MIRROR") \
+  (umask 022 && debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,libsofthsm2,procps bookworm "$ROOT" "$(debian_mirror)") \
     >"$CACHE/debootstrap.log" 2>&1 || { tail -n 5 "$CACHE/debootstrap.log" >&2; fail 'debootstrap failed'; }
   touch "$CACHE/complete"
 }

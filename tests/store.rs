@@ -40,8 +40,6 @@ mod pooler;
 mod purge;
 #[path = "store/schema.rs"]
 mod schema;
-#[path = "store/servers.rs"]
-mod servers;
 #[path = "store/sqlite.rs"]
 mod sqlite;
 #[path = "store/suite.rs"]
@@ -59,6 +57,7 @@ use keybroker_store as store;
 use keybroker_store::{
     NewRevision, RequestScope, RequestStamp, Settings, Stamp, Store, tables::Tables,
 };
+use keybroker_test_support::servers;
 use tempfile::TempDir;
 
 use servers::{Kind, Server};

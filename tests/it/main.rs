@@ -24,12 +24,8 @@ mod doors;
 mod end_to_end;
 mod examples;
 mod faults;
-#[allow(dead_code, reason = "the tests inside the product use the rest")]
-mod faulty;
 mod faulty_token;
 mod hang;
-#[path = "../identity/service.rs"]
-mod identity;
 mod json;
 mod last_uses;
 mod logins;
@@ -46,12 +42,8 @@ mod retries;
 mod revocation;
 mod rolling_restart;
 mod rows;
-#[allow(dead_code, reason = "the tests of the store use the rest")]
-#[path = "../store/servers.rs"]
-mod servers;
 mod service_manager;
 mod site;
-mod softhsm;
 mod start_refused;
 mod stopping;
 mod store_check;
@@ -60,3 +52,5 @@ mod tls;
 mod tokens;
 mod trusted_files;
 mod wire;
+
+use keybroker_test_support::{faulty, identity, servers, softhsm};

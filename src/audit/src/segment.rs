@@ -91,8 +91,7 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
         Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),
         // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => {
-            fs::remove_file(&path)
-                .map_err(|error| fail("cannot remove", &path, error, "check owner and mode"))?;
+            remove(&path)?;
         }
         Ok(_) => {
             let remedy = "the log was tampered with; keep it for the auditors and start another";
@@ -133,6 +132,16 @@ pub(super) fn create(path: &Path) -> Result<File, Error> {
         .mode(0o600)
         .open(path)
         .map_err(|error| fail("cannot make", path, error, "check owner, mode and disk"))
+}
+
+/// Removes a file. One that is not there is no error.
+pub(super) fn remove(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(fail("cannot remove", path, error, "check owner and mode"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Cuts a segment back to its first `bytes`.
@@ -190,7 +199,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
 /// Which file it is, whatever path leads to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileId {
-    device: u64,
+    pub(super) device: u64,
     inode: u64,
 }
 
@@ -226,6 +235,13 @@ pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Erro
         visit(line);
     }
     Ok(())
+}
+
+/// Length of a file, in bytes.
+pub(super) fn length(path: &Path) -> Result<u64, Error> {
+    fs::metadata(path)
+        .map(|meta| meta.len())
+        .map_err(|error| fail("cannot read", path, error, "check owner and mode"))
 }
 
 /// The first entry of a segment.

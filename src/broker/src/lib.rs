@@ -116,6 +116,8 @@ pub struct Parts {
     pub client_rules: ClientRules,
     /// What this instance remembers across restarts.
     pub state: StateDirectory,
+    /// Name of this instance among the brokers that share the state directory.
+    pub instance: String,
     /// How long the database keeps the marks of changes at least.
     pub retention: Duration,
 }
@@ -161,7 +163,7 @@ impl Broker {
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
             acknowledged: Acknowledged::new(parts.state.clone(), parts.retention),
-            refusals: Refusals::new(parts.state),
+            refusals: Refusals::new(parts.state, &parts.instance),
             uses: Uses::default(),
             client_rules: parts.client_rules,
             client_uses: ClientUses::default(),

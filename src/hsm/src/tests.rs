@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use faulty::Faulty;
+use keybroker_test_support::faulty::{self, Faulty};
 
 use super::{
     Pin, PinRecord, Settings,
@@ -18,9 +18,6 @@ use super::{
 };
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
 
-#[allow(dead_code, reason = "the tests of the whole product use the rest")]
-#[path = "../../../tests/it/faulty.rs"]
-mod faulty;
 mod gate;
 mod keys;
 mod session;

@@ -14,13 +14,10 @@ use keybroker_core::{
     key::UserId,
     principal::{Kind, Role},
 };
+use keybroker_test_support::identity::{Answer, DISCOVERY, Identity, JWKS, Options, now, user};
 
 use super::*;
 
-use identity::{Answer, DISCOVERY, Identity, JWKS, Options, now, user};
-
-#[path = "../../../../tests/identity/service.rs"]
-mod identity;
 mod provider;
 
 const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";

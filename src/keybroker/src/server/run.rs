@@ -210,6 +210,7 @@ impl Server {
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
             state,
+            instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
         });
         let secrets = client_secrets(&config, &broker)?;

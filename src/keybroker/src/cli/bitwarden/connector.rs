@@ -15,6 +15,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::cli::exit::{Exit, Failure};
 use keybroker_bitwarden::MasterKey;
 use keybroker_core::{
+    error::root_cause,
     pem,
     trusted_file::{self, Purpose},
 };
@@ -290,14 +291,6 @@ impl Broker {
             "look at the URL, and whether the broker has a [[listener]] with the door \"rest\" there"
         })
     }
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 use crate::cli::exit::{Exit, Failure};
 use keybroker_auth::PeerCertificate;
 use keybroker_core::{
+    error::root_cause,
     pem,
     trusted_file::{self, Purpose},
 };
@@ -136,12 +137,4 @@ pub(in crate::cli) async fn connect(
 fn read(option: &str, path: &Path, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Failure> {
     trusted_file::read(path, PEM_BYTES_MAX, purpose)
         .map_err(|error| Failure::new(Exit::Usage, format!("{option}: {error}")))
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }

@@ -1,4 +1,4 @@
-//! A SoftHSM of its own for each test: configuration, token directory, label and PINs.
+//! A separate SoftHSM installation for each test: configuration, token directory, label and PINs.
 
 use std::{
     ffi::OsStr,
@@ -10,7 +10,7 @@ use std::{
 
 use tempfile::TempDir;
 
-/// Where Debian and others put the module.
+/// Where distributions put the module.
 const MODULES: [&str; 4] = [
     "/usr/lib/softhsm/libsofthsm2.so",
     "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
@@ -19,7 +19,7 @@ const MODULES: [&str; 4] = [
 ];
 
 /// The SoftHSM module of this machine.
-pub(crate) fn module() -> PathBuf {
+pub fn module() -> PathBuf {
     MODULES
         .iter()
         .map(PathBuf::from)
@@ -28,7 +28,8 @@ pub(crate) fn module() -> PathBuf {
 }
 
 /// A SoftHSM installation with one initialised token and no keys.
-pub(crate) struct Token {
+#[derive(Debug)]
+pub struct Token {
     folder: TempDir,
     label: String,
     pin: String,
@@ -36,14 +37,14 @@ pub(crate) struct Token {
 
 impl Token {
     /// A fresh token without keys.
-    pub(crate) fn fresh() -> Self {
+    pub fn fresh() -> Self {
         let token = Self::uninitialised();
         token.initialise(&token.label);
         token
     }
 
     /// A SoftHSM configuration whose only slot holds no token yet.
-    pub(crate) fn uninitialised() -> Self {
+    pub fn uninitialised() -> Self {
         let folder = tempfile::Builder::new()
             .prefix("keybroker-token-")
             .tempdir()
@@ -68,7 +69,7 @@ impl Token {
     }
 
     /// Initialises one more token in a free slot, with the same PINs.
-    pub(crate) fn initialise(&self, label: &str) {
+    pub fn initialise(&self, label: &str) {
         let output = self.run(
             "softhsm2-util",
             [
@@ -86,7 +87,7 @@ impl Token {
     }
 
     /// Runs a program with this SoftHSM in its environment.
-    pub(crate) fn run<S: AsRef<OsStr>>(
+    pub fn run<S: AsRef<OsStr>>(
         &self,
         program: &str,
         arguments: impl IntoIterator<Item = S>,
@@ -99,7 +100,7 @@ impl Token {
     }
 
     /// `pkcs11-tool` logged in to this token.
-    pub(crate) fn pkcs11_tool(&self, arguments: &[&str]) -> Output {
+    pub fn pkcs11_tool(&self, arguments: &[&str]) -> Output {
         let module = module();
         let mut all = vec![
             "--module",
@@ -113,33 +114,33 @@ impl Token {
     }
 
     /// `SOFTHSM2_CONF`.
-    pub(crate) fn configuration(&self) -> PathBuf {
+    pub fn configuration(&self) -> PathBuf {
         self.folder.path().join("softhsm2.conf")
     }
 
     /// Where SoftHSM keeps its tokens.
-    pub(crate) fn directory(&self) -> PathBuf {
+    pub fn directory(&self) -> PathBuf {
         self.folder.path().join("tokens")
     }
 
     /// A file with the user PIN, mode 0600.
-    pub(crate) fn pin_file(&self) -> PathBuf {
+    pub fn pin_file(&self) -> PathBuf {
         self.folder.path().join("pin")
     }
 
     /// The user PIN.
-    pub(crate) fn pin(&self) -> &str {
+    pub fn pin(&self) -> &str {
         &self.pin
     }
 
     /// The token's label.
-    pub(crate) fn label(&self) -> &str {
+    pub fn label(&self) -> &str {
         &self.label
     }
 }
 
 /// Writes a file that only its owner may read.
-pub(crate) fn write_private(path: &Path, text: &str) {
+pub fn write_private(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }

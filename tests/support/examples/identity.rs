@@ -5,7 +5,7 @@
 //! curl --data '{"sub": "…"}' "$(cat ready)/mint"
 //! ```
 //!
-//! It vouches for whoever asks: it listens on loopback alone, and belongs on no machine that is used for anything else.
+//! It gives every caller a token: it listens on loopback only, and belongs on no machine with another purpose.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,22 +15,21 @@
 use std::{fs, net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
+use keybroker_test_support::identity as service;
 
-mod service;
-
-/// An identity service that vouches for whoever asks: for demonstrations.
+/// Run an identity service that gives every caller a token, for demonstrations
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// A loopback address; port 0 lets the system choose.
+    /// Loopback address and port to listen on; port 0 lets the system choose
     #[arg(long, default_value = "127.0.0.1:0")]
     address: SocketAddr,
-    /// The `iss` of its tokens, if it is not the URL of the address.
+    /// The `iss` of its tokens [default: the URL of the address]
     #[arg(long)]
     issuer: Option<String>,
-    /// The public half of its key is written here.
+    /// File that the public key is written to
     #[arg(long)]
     pem_file: Option<PathBuf>,
-    /// Its URL is written here once it answers.
+    /// File that the URL is written to once the service answers
     #[arg(long)]
     ready_file: Option<PathBuf>,
 }
@@ -39,7 +38,7 @@ fn main() {
     let arguments = Arguments::parse();
     assert!(
         arguments.address.ip().is_loopback(),
-        "it vouches for whoever asks: give it a loopback address"
+        "it gives every caller a token: pass a loopback address"
     );
     let identity = service::Identity::start(service::Options {
         address: Some(arguments.address),

@@ -1,5 +1,5 @@
-//! Real database servers, started by the tests: each with a data directory, sockets and a port of its own, and stopped by
-//! its process id. Nothing depends on a service that runs already, and nothing of it is touched.
+//! Real database servers, started by the tests: each with its own data directory, sockets and port, and stopped by its process
+//! id. No test uses a service that runs already.
 
 use std::{
     fs,
@@ -18,23 +18,27 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 /// How long a server may take to start or to stop, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_mins(1);
+const START_TIMEOUT: Duration = Duration::from_mins(1);
 const REMEDY: &str = "run scripts/install.sh; the store's tests need real servers and do not skip";
-/// Whom the servers run as when the tests run as root, which neither server likes.
-const NOBODY: u32 = 65_534;
+/// The user that the servers run as when the tests run as root: neither server runs as root.
+const UNPRIVILEGED: u32 = 65_534;
 
-/// Which server.
+/// The database server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
+    /// PostgreSQL.
     PostgreSql,
+    /// MariaDB.
     MariaDb,
 }
 
 /// A running server.
-pub(crate) struct Server {
-    pub(crate) kind: Kind,
+#[derive(Debug)]
+pub struct Server {
+    /// Which server it is.
+    pub kind: Kind,
     folder: TempDir,
-    /// Files of its clients: its own folder belongs to the server's user, whom no client trusts.
+    /// Files of its clients: the server's folder belongs to the user it runs as, whom the broker does not trust.
     client: TempDir,
     port: u16,
     arguments: Vec<String>,
@@ -42,8 +46,7 @@ pub(crate) struct Server {
     databases: AtomicU32,
 }
 
-/// In memory, where there is enough: what the tests take from a server is its process, not its power, and many small
-/// databases are made.
+/// A folder in memory, where there is enough: the tests make many small databases.
 fn fast_folder() -> PathBuf {
     const ENOUGH_BYTES: u64 = 2 << 30;
     let memory = Path::new("/dev/shm");
@@ -59,13 +62,12 @@ fn as_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// A program of the server's package, also where Debian keeps several versions.
+/// The path of a program of the server's package; where several versions are installed, of the newest.
 fn program(name: &str) -> PathBuf {
     let mut folders: Vec<PathBuf> = Vec::new();
     if let Ok(versions) = fs::read_dir("/usr/lib/postgresql") {
         folders.extend(versions.flatten().map(|version| version.path().join("bin")));
     }
-    // The newest last, and first to be asked.
     folders.sort_by_key(|path| {
         let version = path
             .parent()
@@ -84,15 +86,15 @@ fn program(name: &str) -> PathBuf {
         .unwrap_or_else(|| panic!("{name} is not installed; {REMEDY}"))
 }
 
-/// A command that ends with this process, and that is not root.
-pub(crate) fn unprivileged(name: &str, end: &str) -> Command {
+/// A command that ends with this process (by the signal `end`) and does not run as root.
+pub fn unprivileged(name: &str, end: &str) -> Command {
     let mut command = Command::new("setpriv");
     if as_root() {
-        let nobody = NOBODY.to_string();
+        let nobody = UNPRIVILEGED.to_string();
         command.args(["--reuid", &nobody, "--regid", &nobody, "--clear-groups"]);
     }
     command.args(["--pdeathsig", end, "--"]).arg(program(name));
-    // Where the tests were started may be closed to nobody.
+    // The unprivileged user may not be able to enter the current directory.
     command.current_dir("/").env("LC_ALL", "C");
     command
 }
@@ -107,21 +109,21 @@ fn expect_ok(what: &str, output: &Output) {
 }
 
 /// Gives a file to the user that the servers run as.
-pub(crate) fn give(path: &Path, mode: u32) {
+pub fn give(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     if as_root() {
-        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(path, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
     }
 }
 
 impl Server {
     /// Makes a data directory and starts a server on it.
-    pub(crate) fn start(kind: Kind) -> Self {
+    pub fn start(kind: Kind) -> Self {
         Self::start_with(kind, |_| Vec::new())
     }
 
-    /// The same, with arguments of the test's own, which may name files in the server's folder.
-    pub(crate) fn start_with(kind: Kind, arguments: impl FnOnce(&Path) -> Vec<String>) -> Self {
+    /// The same, with further arguments, which may name files in the server's folder.
+    pub fn start_with(kind: Kind, arguments: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("keybroker-db-")
             .tempdir_in(fast_folder())
@@ -185,7 +187,7 @@ impl Server {
     }
 
     /// Starts the server on its data directory and waits until it answers.
-    pub(crate) fn run(&mut self) {
+    pub fn run(&mut self) {
         let folder = self.folder.path().display().to_string();
         let log = fs::File::options()
             .create(true)
@@ -231,12 +233,12 @@ impl Server {
             .stdout(Stdio::null())
             .stderr(log);
         self.child = Some(command.spawn().expect(REMEDY));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_TIMEOUT;
         while !self.try_sql("", "SELECT 1").status.success() {
             let ended = self.child.as_mut().unwrap().try_wait().unwrap();
             if ended.is_some() || Instant::now() > deadline {
                 let log = fs::read_to_string(self.log_file()).unwrap_or_default();
-                // Of a server that was killed a process may still be on its way out, and PostgreSQL does not start beside it.
+                // PostgreSQL does not start while a process of a killed server is still ending.
                 let end = log.lines().rev().take(3);
                 let too_early = end.into_iter().any(|line| line.contains("is still in use"));
                 if ended.is_some() && too_early && Instant::now() < deadline {
@@ -250,8 +252,8 @@ impl Server {
         }
     }
 
-    /// The same, with other arguments of the test's own.
-    pub(crate) fn run_with(&mut self, arguments: Vec<String>) {
+    /// The same, with other further arguments.
+    pub fn run_with(&mut self, arguments: Vec<String>) {
         self.arguments = arguments;
         self.run();
     }
@@ -260,35 +262,36 @@ impl Server {
         self.folder.path().join("log")
     }
 
-    /// The socket that it listens on.
-    pub(crate) fn socket(&self) -> PathBuf {
+    /// Path of the socket that the server listens on.
+    pub fn socket(&self) -> PathBuf {
         self.folder.path().join(match self.kind {
             Kind::PostgreSql => format!(".s.PGSQL.{}", self.port),
             Kind::MariaDb => "socket".to_owned(),
         })
     }
 
-    pub(crate) fn folder(&self) -> &Path {
+    /// The server's folder.
+    pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
     /// Folder of files for clients, which belong to the user who runs the tests.
-    pub(crate) fn client_folder(&self) -> &Path {
+    pub fn client_folder(&self) -> &Path {
         self.client.path()
     }
 
-    /// Of the server's main process.
-    pub(crate) fn pid(&self) -> Pid {
+    /// The id of the server's main process.
+    pub fn pid(&self) -> Pid {
         Pid::from_child(self.child.as_ref().expect("it runs"))
     }
 
     /// Sends a signal to the server's main process.
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();
     }
 
     /// Sends a signal to every process of the server.
-    pub(crate) fn signal_all(&self, signal: Signal) {
+    pub fn signal_all(&self, signal: Signal) {
         let children = children_of(self.pid());
         self.signal(signal);
         for child in children {
@@ -298,15 +301,15 @@ impl Server {
     }
 
     /// Stops it in order, but without waiting for its clients.
-    pub(crate) fn stop(&mut self) {
+    pub fn stop(&mut self) {
         self.end(match self.kind {
             Kind::PostgreSql => Signal::INT,
             Kind::MariaDb => Signal::TERM,
         });
     }
 
-    /// SIGKILL to every process of the server, as when its machine loses power but for the kernel's own buffers.
-    pub(crate) fn kill(&mut self) {
+    /// Sends SIGKILL to every process of the server: as when its machine loses power, except that the kernel keeps its buffers.
+    pub fn kill(&mut self) {
         self.signal_all(Signal::KILL);
         self.wait();
     }
@@ -317,7 +320,7 @@ impl Server {
     }
 
     fn wait(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_TIMEOUT;
         let child = self.child.as_mut().unwrap();
         while child.try_wait().unwrap().is_none() {
             assert!(Instant::now() < deadline, "the server did not end");
@@ -396,14 +399,14 @@ impl Server {
     }
 
     /// Runs SQL as the administrator, with the server's own client.
-    pub(crate) fn sql(&self, database: &str, statements: &str) -> String {
+    pub fn sql(&self, database: &str, statements: &str) -> String {
         let output = self.try_sql(database, statements);
         expect_ok(statements, &output);
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// A new, empty database. On PostgreSQL with a locale that does not compare bytewise, where the version has one.
-    pub(crate) fn database(&self) -> String {
+    pub fn database(&self) -> String {
         let name = format!("keys{}", self.databases.fetch_add(1, Ordering::Relaxed));
         match self.kind {
             Kind::PostgreSql => {
@@ -429,8 +432,8 @@ impl Server {
         name
     }
 
-    /// How to reach a database through the socket.
-    pub(crate) fn settings(&self, database: &str) -> Settings {
+    /// Settings that reach a database through the socket.
+    pub fn settings(&self, database: &str) -> Settings {
         let socket = self.socket();
         Settings::new(match self.kind {
             Kind::PostgreSql => format!("postgres://admin@/{database}?socket={}", socket.display()),
@@ -438,8 +441,8 @@ impl Server {
         })
     }
 
-    /// How to reach a database over the network, with the password in a file.
-    pub(crate) fn network_settings(&self, host: &str, database: &str) -> Settings {
+    /// Settings that reach a database over the network, with the password in a file.
+    pub fn network_settings(&self, host: &str, database: &str) -> Settings {
         let password = "hunter2";
         let scheme = match self.kind {
             Kind::PostgreSql => {

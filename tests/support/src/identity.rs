@@ -1,9 +1,7 @@
 //! An identity service for tests: an RSA key of its own, a discovery document, a key set, and tokens as a test words them.
 //!
-//! It speaks plain HTTP on loopback, from a thread of its own, so that both kinds of tests can use it. Tokens are put
-//! together by hand and not by the library that the broker verifies them with: bad ones are its purpose.
-
-#![allow(dead_code, reason = "each user of this file needs a part of it")]
+//! It speaks plain HTTP on loopback, from a thread of its own, so that blocking and asynchronous tests can use it. It assembles
+//! access tokens itself, and not with the library that the broker verifies them with, because it must make bad ones.
 
 use std::{
     collections::BTreeMap,
@@ -33,42 +31,42 @@ use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
 /// Path of the discovery document.
-pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
+pub const DISCOVERY: &str = "/.well-known/openid-configuration";
 /// Path of the key set.
-pub(crate) const JWKS: &str = "/.well-known/jwks";
+pub const JWKS: &str = "/.well-known/jwks";
 /// Path at which a program has a token made, from claims as JSON.
-pub(crate) const MINT: &str = "/mint";
+pub const MINT: &str = "/mint";
 /// Path at which a program withdraws the key and takes a new one.
-pub(crate) const ROTATE: &str = "/rotate";
+pub const ROTATE: &str = "/rotate";
 
 /// How long a token is good for when its claims do not say.
 const LIFETIME_SECONDS: u64 = 3_600;
 
 /// What is otherwise than usual.
 #[derive(Debug, Default)]
-pub(crate) struct Options {
+pub struct Options {
     /// Address to listen on; a free port of loopback when absent.
-    pub(crate) address: Option<SocketAddr>,
+    pub address: Option<SocketAddr>,
     /// The `iss` of tokens and the `issuer` of discovery; the address as a URL when absent.
-    pub(crate) issuer: Option<String>,
+    pub issuer: Option<String>,
     /// Whether [`MINT`] and [`ROTATE`] are there: for programs that cannot call [`Identity::mint`].
-    pub(crate) mints_over_http: bool,
+    pub mints_over_http: bool,
 }
 
 /// An answer that takes the place of the usual one.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Answer {
+pub struct Answer {
     /// HTTP status; 0 is taken as 200.
-    pub(crate) status: u16,
+    pub status: u16,
     /// `location` header.
-    pub(crate) location: Option<String>,
+    pub location: Option<String>,
     /// Body.
-    pub(crate) body: String,
+    pub body: String,
 }
 
 /// A running identity service.
 #[derive(Debug)]
-pub(crate) struct Identity {
+pub struct Identity {
     address: SocketAddr,
     service: Arc<Service>,
     running: Option<Running>,
@@ -105,7 +103,7 @@ struct Key {
 
 impl Identity {
     /// Starts the service with one key.
-    pub(crate) fn start(options: Options) -> Self {
+    pub fn start(options: Options) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = TcpListener::bind(options.address.unwrap_or(any)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -125,22 +123,22 @@ impl Identity {
     }
 
     /// Where it listens, also while it is stopped.
-    pub(crate) fn address(&self) -> SocketAddr {
+    pub fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Its URL, without a slash at the end.
-    pub(crate) fn url(&self) -> &str {
+    pub fn url(&self) -> &str {
         &self.service.url
     }
 
     /// The `iss` of its tokens.
-    pub(crate) fn issuer(&self) -> &str {
+    pub fn issuer(&self) -> &str {
         &self.service.issuer
     }
 
     /// Stops listening; [`Identity::resume`] listens on the same port again.
-    pub(crate) fn stop(&mut self) {
+    pub fn stop(&mut self) {
         if let Some(running) = self.running.take() {
             running.stop.send(()).ok();
             running.thread.join().unwrap();
@@ -148,14 +146,14 @@ impl Identity {
     }
 
     /// Listens again.
-    pub(crate) fn resume(&mut self) {
+    pub fn resume(&mut self) {
         assert!(self.running.is_none(), "it is not stopped");
         let listener = TcpListener::bind(self.address).unwrap();
         self.running = Some(Running::on(listener, &self.service));
     }
 
     /// Waits until the service is stopped from elsewhere: for programs.
-    pub(crate) fn wait(mut self) {
+    pub fn wait(mut self) {
         if let Some(running) = self.running.take() {
             let _stays_open_while_waiting = &running.stop;
             running.thread.join().unwrap();
@@ -163,38 +161,38 @@ impl Identity {
     }
 
     /// Withdraws all keys and signs with a new one.
-    pub(crate) fn rotate_key(&self) {
+    pub fn rotate_key(&self) {
         self.service.state().rotate();
     }
 
     /// Signs with a new key, and goes on publishing the others.
-    pub(crate) fn add_key(&self) {
+    pub fn add_key(&self) {
         self.service.state().add_key();
     }
 
     /// Name of the key that signs.
-    pub(crate) fn kid(&self) -> String {
+    pub fn kid(&self) -> String {
         self.service.state().signing().kid
     }
 
     /// The key that signs, as the PEM of its public half.
-    pub(crate) fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         self.service.state().signing().pem()
     }
 
     /// The key set as it is published.
-    pub(crate) fn jwks(&self) -> Value {
+    pub fn jwks(&self) -> Value {
         self.service.state().jwks()
     }
 
     /// How often a path was asked for.
-    pub(crate) fn fetches(&self, path: &str) -> usize {
+    pub fn fetches(&self, path: &str) -> usize {
         let state = self.service.state();
         state.fetches.get(path).copied().unwrap_or(0)
     }
 
     /// Answers a path otherwise than usual; `None` as usual again.
-    pub(crate) fn answer(&self, path: &str, answer: Option<Answer>) {
+    pub fn answer(&self, path: &str, answer: Option<Answer>) {
         let mut state = self.service.state();
         match answer {
             Some(answer) => state.answers.insert(path.to_owned(), answer),
@@ -206,12 +204,12 @@ impl Identity {
     ///
     /// `alg` of the header decides how it is signed: `none` leaves the signature empty, and `HS256` takes the public key
     /// for the secret, as the attack does.
-    pub(crate) fn mint(&self, claims: Value, header: Value) -> String {
+    pub fn mint(&self, claims: Value, header: Value) -> String {
         self.service.mint(claims, header)
     }
 
     /// A token as Bitwarden's identity service makes it after a single sign-on.
-    pub(crate) fn user_token(&self, sub: &str) -> String {
+    pub fn user_token(&self, sub: &str) -> String {
         self.mint(user(sub), json!({}))
     }
 }
@@ -223,7 +221,7 @@ impl Drop for Identity {
 }
 
 /// The claims of Bitwarden's identity service for a user after a single sign-on.
-pub(crate) fn user(sub: &str) -> Value {
+pub fn user(sub: &str) -> Value {
     json!({
         "sub": sub,
         "scope": ["api", "offline_access"],
@@ -238,7 +236,7 @@ pub(crate) fn user(sub: &str) -> Value {
 }
 
 /// Seconds since 1970.
-pub(crate) fn now() -> u64 {
+pub fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     since.as_secs()
 }

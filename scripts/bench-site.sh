@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# For scripts that run `keybroker bench`: a broker with SoftHSM in a throwaway folder. The script that sources this sets
+# WORK (the folder) and PROGRAM (the binary), and defines fail.
+
+# Runs a command of the broker in the folder $1 below $WORK.
+broker() {
+  "$PROGRAM" --config "$WORK/$1/keybroker.toml" "${@:2}" >"$WORK/said" 2>&1 || fail "keybroker ${*:2}: $(cat "$WORK/said")"
+}
+
+# The folder of tokens, certificates and PINs.
+token() {
+  local module
+  for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
+  MODULE=$module
+  scripts/dev-ca.sh "$WORK/pki" load
+  mkdir "$WORK/tokens"
+  sed "s|@TOKENS@|$WORK/tokens|" softhsm/softhsm2.conf.template >"$WORK/softhsm2.conf"
+  openssl rand -hex 12 >"$WORK/pin"
+  openssl rand -hex 12 >"$WORK/so-pin"
+}
+
+# A configuration, a token and a wrapping key in the folder $2. $1 begins the label of the token, $3 is the URL of the database.
+site() {
+  local engine=$1 name=$2 url=$3
+  rm -rf "${WORK:?}/$name"
+  mkdir "$WORK/$name"
+  cat >"$WORK/$name/keybroker.toml" <<CONF
+[token]
+module = "$MODULE"
+label = "$engine-$name"
+pin_file = "$WORK/pin"
+allow_oaep_sha1 = true
+[token.environment]
+SOFTHSM2_CONF = "$WORK/softhsm2.conf"
+[store]
+url = "$url"
+[audit]
+directory = "$WORK/$name/audit"
+[status]
+address = "127.0.0.1:0"
+[[listener]]
+address = "127.0.0.1:0"
+doors = ["grpc"]
+[listener.tls]
+certificate_file = "$WORK/pki/server.pem"
+key_file = "$WORK/pki/server.key"
+client_ca_file = "$WORK/pki/ca.pem"
+[[principal]]
+san = "URI:spiffe://dev.example/load"
+roles = ["enrol", "release"]
+key_names = ["*"]
+CONF
+  broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
+  broker "$name" store migrate
+  broker "$name" key generate --bits 2048
+}
+
+# For jq: the median of an array.
+# shellcheck disable=SC2034  # The scripts that source this use it.
+MEDIAN='def median: sort | (.[((length - 1) / 2 | floor)] + .[(length / 2 | floor)]) / 2;'

@@ -1,0 +1,183 @@
+//! A PKCS#11 module that fails on command, with the real SoftHSM behind it: see `faulty.c`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Environment variable that names the folder of faults.
+pub const VARIABLE: &str = "KEYBROKER_FAULTS";
+
+/// Return codes of PKCS#11.
+pub mod code {
+    /// `CKR_GENERAL_ERROR`.
+    pub const GENERAL_ERROR: i64 = 0x05;
+    /// `CKR_FUNCTION_FAILED`.
+    pub const FUNCTION_FAILED: i64 = 0x06;
+    /// `CKR_DEVICE_ERROR`.
+    pub const DEVICE_ERROR: i64 = 0x30;
+    /// `CKR_DEVICE_MEMORY`.
+    pub const DEVICE_MEMORY: i64 = 0x31;
+    /// `CKR_DEVICE_REMOVED`.
+    pub const DEVICE_REMOVED: i64 = 0x32;
+    /// `CKR_HOST_MEMORY`.
+    pub const HOST_MEMORY: i64 = 0x02;
+    /// `CKR_FUNCTION_CANCELED`.
+    pub const FUNCTION_CANCELED: i64 = 0x50;
+    /// `CKR_SESSION_CLOSED`.
+    pub const SESSION_CLOSED: i64 = 0xb0;
+    /// `CKR_TOKEN_NOT_PRESENT`.
+    pub const TOKEN_NOT_PRESENT: i64 = 0xe0;
+    /// `CKR_USER_ALREADY_LOGGED_IN`.
+    pub const USER_ALREADY_LOGGED_IN: i64 = 0x100;
+    /// A code of the vendor.
+    pub const VENDOR_DEFINED: i64 = 0x8000_0001;
+    /// `CKR_SESSION_COUNT`.
+    pub const SESSION_COUNT: i64 = 0xb1;
+    /// `CKR_SESSION_HANDLE_INVALID`.
+    pub const SESSION_HANDLE_INVALID: i64 = 0xb3;
+    /// Not a return code: the real function is called and its failure is hidden.
+    pub const NEVER_FAILS: i64 = 0;
+    /// Not a return code: the real function is called, late.
+    pub const LATE: i64 = -1;
+
+    /// The real function is called, and this code is returned when it succeeds.
+    pub const fn after(code: i64) -> i64 {
+        AFTER + code
+    }
+
+    /// Above every code.
+    const AFTER: i64 = 1 << 40;
+
+    /// The real function is called, and this code is returned when it fails.
+    pub const fn instead(code: i64) -> i64 {
+        -code
+    }
+}
+
+/// Flags of `CK_TOKEN_INFO`.
+pub mod flag {
+    /// A wrong user PIN was given at least once.
+    pub const USER_PIN_COUNT_LOW: u64 = 0x0001_0000;
+    /// One more wrong user PIN locks the token.
+    pub const USER_PIN_FINAL_TRY: u64 = 0x0002_0000;
+    /// The user PIN is locked.
+    pub const USER_PIN_LOCKED: u64 = 0x0004_0000;
+    /// One more wrong SO PIN locks the token.
+    pub const SO_PIN_FINAL_TRY: u64 = 0x0020_0000;
+    /// The SO PIN is locked.
+    pub const SO_PIN_LOCKED: u64 = 0x0040_0000;
+}
+
+/// What happens to the calls of a function of the module.
+#[derive(Clone, Debug)]
+pub struct Fault {
+    /// A return code, or one of the values in [`code`] that are not return codes.
+    pub code: i64,
+    /// Number of calls that pass before the fault begins.
+    pub skip: u32,
+    /// Number of calls that fail; absent for all.
+    pub times: Option<u32>,
+    /// Milliseconds that each call sleeps first.
+    pub milliseconds: u32,
+    /// Process id of the one process that it applies to; 0 for all.
+    pub pid: u32,
+}
+
+impl Fault {
+    /// Every call from now on.
+    pub fn always(code: i64) -> Self {
+        Self {
+            code,
+            skip: 0,
+            times: None,
+            milliseconds: 0,
+            pid: 0,
+        }
+    }
+
+    /// The next `times` calls.
+    pub fn times(code: i64, times: u32) -> Self {
+        Self {
+            times: Some(times),
+            ..Self::always(code)
+        }
+    }
+}
+
+/// The module, and the folder of its faults.
+#[derive(Debug)]
+pub struct Faulty {
+    folder: PathBuf,
+}
+
+impl Faulty {
+    /// Compiles the module in front of the real one, into `folder`. A C compiler is present, because libraries
+    /// of the product need it.
+    pub fn in_folder(folder: PathBuf, real: &Path) -> Self {
+        fs::create_dir_all(&folder).unwrap();
+        let faulty = Self { folder };
+        let output = Command::new("cc")
+            .args(["-O1", "-shared", "-fPIC", "-o"])
+            .arg(faulty.module())
+            .arg(format!("-DREAL_MODULE=\"{}\"", real.display()))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/faulty.c"))
+            .arg("-ldl")
+            .output()
+            .unwrap_or_else(|error| panic!("cc: {error}; run scripts/install.sh"));
+        assert!(output.status.success(), "cc: {output:?}");
+        faulty
+    }
+
+    /// The module's path.
+    pub fn module(&self) -> PathBuf {
+        self.folder().join("faulty.so")
+    }
+
+    /// The value that [`VARIABLE`] must have.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Applies `fault` to `function` from now on.
+    pub fn set(&self, function: &str, fault: &Fault) {
+        let times = fault.times.map_or(-1, i64::from);
+        let text = format!(
+            "{} {times} {} {} {}\n",
+            fault.skip, fault.code, fault.milliseconds, fault.pid
+        );
+        self.write(function, &text);
+    }
+
+    /// Under another name first: a call never reads half of it.
+    fn write(&self, name: &str, text: &str) {
+        let partial = self.folder().join("partial");
+        fs::write(&partial, text).unwrap();
+        fs::rename(partial, self.folder().join(name)).unwrap();
+    }
+
+    /// From now on the token shows `flags` besides its own.
+    pub fn set_flags(&self, flags: u64) {
+        self.write("flags", &format!("{flags}\n"));
+    }
+
+    /// From now on, texts are padded with NUL instead of blanks.
+    pub fn pad_with_nul(&self) {
+        self.write("nul", "");
+    }
+
+    /// Removes the fault of `function`.
+    pub fn clear(&self, function: &str) {
+        fs::remove_file(self.folder().join(function)).unwrap();
+    }
+
+    /// The number of calls so far that left this line in the module's log, such as `C_Login begins` or `C_Login ends 0`.
+    pub fn count(&self, line: &str) -> usize {
+        let calls = fs::read_to_string(self.folder().join("calls")).unwrap_or_default();
+        calls
+            .lines()
+            .filter(|call| call.split_once(' ').is_some_and(|(_, what)| what == line))
+            .count()
+    }
+}

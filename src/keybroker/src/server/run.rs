@@ -121,6 +121,16 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
+/// Verifies the registry now, if the token serves; otherwise that happens in the background.
+async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
+    if supervisor.settled().await == Serving::Up {
+        broker
+            .load_registry(Deadline::after(REGISTRY_TIMEOUT))
+            .await?;
+    }
+    Ok(())
+}
+
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     let hashing = settings.clone();
     ClientRules {
@@ -219,11 +229,7 @@ impl Server {
             limits,
         };
         broker.recover(open_intents).await;
-        if supervisor.settled().await == Serving::Up {
-            broker
-                .load_registry(Deadline::after(REGISTRY_TIMEOUT))
-                .await?;
-        }
+        load_registry(&supervisor, &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {
             addresses: Vec::new(),

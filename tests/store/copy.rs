@@ -86,7 +86,13 @@ fn dump(engine: &Engine) -> Vec<String> {
     let text = String::from_utf8(output.stdout).unwrap();
     let lines = text
         .lines()
-        .filter(|line| line.starts_with("INSERT") && !line.contains("_sqlx"));
+        // The identity is of no table that is copied row by row.
+        .filter(|line| {
+            line.starts_with("INSERT")
+                && !["_sqlx", "store_identity"]
+                    .iter()
+                    .any(|table| line.contains(table))
+        });
     let mut lines: Vec<String> = lines.map(str::to_owned).collect();
     lines.sort();
     lines
@@ -126,11 +132,8 @@ pub(crate) async fn a_copy_there_and_back_is_the_same(engine: &Engine) {
     let back = between(engine, &last).await;
     walk(&back, Lacking::Add).await.unwrap();
     walk(&back, Lacking::Refuse).await.unwrap();
-    there.carry_identity().await.unwrap();
-    back.carry_identity().await.unwrap();
     let copies = dump(&last);
-    // The row with the identity is of no table that is copied row by row.
-    assert_eq!(u64::try_from(copies.len()).unwrap(), added.rows + 1);
+    assert_eq!(u64::try_from(copies.len()).unwrap(), added.rows);
     assert_eq!(copies, dump(&first));
     // And it works as a store: the record that was deleted comes back.
     let store = engine.open().await;

@@ -13,11 +13,15 @@ pub(crate) async fn an_identity_is_written_once(engine: &Engine) {
     let first = opened.evidence(&[]).await.unwrap();
     let id = first.store.expect("an identity");
     assert_ne!(id.as_bytes(), &[0; 16]);
+    opened.close().await;
     store::migrate(&engine.settings, false).await.unwrap();
+    let opened = engine.open().await;
     assert_eq!(opened.evidence(&[]).await.unwrap(), first);
     engine.sql("DELETE FROM store_identity");
     assert_eq!(opened.evidence(&[]).await.unwrap().store, None);
+    opened.close().await;
     store::migrate(&engine.settings, false).await.unwrap();
+    let opened = engine.open().await;
     let fresh = opened.evidence(&[]).await.unwrap().store;
     assert!(
         fresh.is_some_and(|fresh| fresh != id),

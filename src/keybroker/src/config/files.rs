@@ -14,7 +14,7 @@ use keybroker_hsm as hsm;
 use keybroker_hsm::Pin;
 use keybroker_policy::Problems;
 
-use super::Config;
+use super::{Config, certificates};
 
 /// What an examination of the files found.
 #[derive(Debug, Default)]
@@ -44,10 +44,19 @@ impl Config {
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
+        // Policies that cannot be loaded are reported above.
+        report
+            .notes
+            .extend(self.unknown_principals().into_iter().flatten());
+        let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err());
         }
+        for listener in &self.listeners {
+            certificates::examine(listener, &mut report);
+        }
+        let problems = &mut report.problems;
         for listener in &self.listeners {
             let address = listener.address;
             match listener.check_tls() {

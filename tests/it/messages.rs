@@ -66,7 +66,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
         "no subject alternative name",
         |site| {
             site.pki
-                .issue_server_with(|one| one.subject_alt_names.clear())
+                .issue_server_with(|one| one.subject_alt_names.clear());
         },
         &["no DNS name and no IP address", "subjectAltName"],
     ),
@@ -314,10 +314,8 @@ fn a_policy_about_an_unknown_principal_is_reported() {
         fs::write(policies.join("site.cedar"), policy).unwrap();
     };
     site.write_configuration(|text| {
-        text.push_str(&format!(
-            "\n[policy]\ndirectory = \"{}\"\n",
-            policies.display()
-        ));
+        let section = format!("\n[policy]\ndirectory = \"{}\"\n", policies.display());
+        text.push_str(&section);
     });
     let commands = [&["config", "check"][..], &["policy", "check"]];
     let client = format!("client:{}", "0a".repeat(16));

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::{
-    extensions::GeneralName,
+    extensions::{ExtendedKeyUsage, GeneralName, KeyUsage},
     prelude::{FromDer as _, X509Certificate, X509Error},
 };
 
@@ -41,16 +41,23 @@ pub(crate) struct Facts {
     pub(crate) is_authority: Option<bool>,
     /// Subject alternative names that TLS clients look at: DNS names and IP addresses.
     pub(crate) hosts: Vec<String>,
-    /// Whether it may be used by a TLS server.
-    pub(crate) is_for_servers: bool,
-    /// Whether it may be used by a TLS client.
-    pub(crate) is_for_clients: bool,
-    /// Whether its key may make the signature of a handshake.
-    pub(crate) may_sign_handshakes: bool,
-    /// Whether its key may sign certificates.
-    pub(crate) may_sign_certificates: bool,
+    /// What it may be used for by its `keyUsage` and `extendedKeyUsage`.
+    usages: Vec<Usage>,
     /// When its life begins and ends.
     pub(crate) life: Life,
+}
+
+/// What a certificate may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Usage {
+    /// By a TLS server.
+    Server,
+    /// By a TLS client.
+    Client,
+    /// Its key for the signature of a handshake.
+    Handshake,
+    /// Its key for the signatures of certificates.
+    Issuing,
 }
 
 /// First and last second of a certificate, since 1970.
@@ -97,12 +104,12 @@ impl Life {
     }
 
     /// When it begins, for people.
-    pub(crate) fn from_date(self) -> Timestamp {
+    pub(crate) fn begins(self) -> Timestamp {
         date(self.from)
     }
 
     /// When it ends, for people.
-    pub(crate) fn until_date(self) -> Timestamp {
+    pub(crate) fn ends(self) -> Timestamp {
         date(self.until)
     }
 }
@@ -132,25 +139,37 @@ impl Facts {
             // Only version 3 has extensions.
             None => (certificate.version.0 >= 2).then_some(false),
         };
+        let purpose = |is: fn(&ExtendedKeyUsage<'_>) -> bool| {
+            purposes
+                .as_ref()
+                .is_none_or(|purposes| purposes.value.any || is(purposes.value))
+        };
+        let key = |is: fn(&KeyUsage) -> bool| usage.as_ref().is_none_or(|usage| is(usage.value));
+        let usages = [
+            (Usage::Server, purpose(|purposes| purposes.server_auth)),
+            (Usage::Client, purpose(|purposes| purposes.client_auth)),
+            (Usage::Handshake, key(KeyUsage::digital_signature)),
+            (Usage::Issuing, key(KeyUsage::key_cert_sign)),
+        ];
         Ok(Self {
             subject: certificate.subject().to_string(),
             is_self_issued: certificate.subject().as_raw() == certificate.issuer().as_raw(),
             is_authority,
             hosts: names.iter().filter_map(host).collect(),
-            is_for_servers: purposes
-                .as_ref()
-                .is_none_or(|purposes| purposes.value.server_auth || purposes.value.any),
-            is_for_clients: purposes
-                .as_ref()
-                .is_none_or(|purposes| purposes.value.client_auth || purposes.value.any),
-            may_sign_handshakes: usage
-                .as_ref()
-                .is_none_or(|usage| usage.value.digital_signature()),
-            may_sign_certificates: usage
-                .as_ref()
-                .is_none_or(|usage| usage.value.key_cert_sign()),
+            usages: usages
+                .into_iter()
+                .filter(|(_, is)| *is)
+                .map(|(usage, _)| usage)
+                .collect(),
             life: Life::of(&certificate),
         })
+    }
+}
+
+impl Facts {
+    /// Whether it may be used for something. A certificate that does not limit its use may be used for everything.
+    pub(crate) fn allows(&self, usage: Usage) -> bool {
+        self.usages.contains(&usage)
     }
 }
 

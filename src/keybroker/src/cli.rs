@@ -14,7 +14,8 @@ use clap::{Parser, Subcommand};
 
 use crate::{config::Config, telemetry};
 use keybroker_core::{error::chain, hardening};
-use keybroker_hsm as hsm;
+use keybroker_pkcs11 as pkcs11;
+use keybroker_worker_protocol::check_environment;
 
 mod audit;
 mod bench;
@@ -133,7 +134,7 @@ impl Context {
     /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
-        hsm::check_environment(&config.token.environment)
+        check_environment(&config.token.environment)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
         let now = env::vars_os().collect();
         let Some(wanted) = environment::wanted(&now, &config) else {
@@ -185,7 +186,7 @@ pub fn main() -> ExitCode {
     telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
     telemetry::install_panic_hook();
     if matches!(cli.command, Command::TokenWorker) {
-        return hsm::worker::run();
+        return pkcs11::worker::run();
     }
     let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)

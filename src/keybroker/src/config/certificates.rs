@@ -10,7 +10,7 @@ use keybroker_core::{
 };
 
 use crate::{
-    certificate::{self, Age, Facts},
+    certificate::{self, Age, Facts, Usage},
     server::{ClientCertificates, ListenerSettings},
 };
 
@@ -91,7 +91,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
         if facts.life.age(certificate::now()) == Age::Over {
             let what = format!(
                 "this issuer expired on {}; clients refuse the chain: renew it",
-                facts.life.until_date()
+                facts.life.ends()
             );
             found.problems.push(what);
         }
@@ -104,12 +104,12 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
             facts.subject
         ));
     }
-    if !facts.is_for_servers {
+    if !facts.allows(Usage::Server) {
         found.problems.push(
             "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for servers".to_owned(),
         );
     }
-    if !facts.may_sign_handshakes {
+    if !facts.allows(Usage::Handshake) {
         found.problems.push(
             "its keyUsage does not allow digitalSignature, which TLS 1.3 needs; issue it with digitalSignature".to_owned(),
         );
@@ -125,7 +125,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     if facts.life.age(certificate::now()) == Age::Late {
         found.notes.push(format!(
             "it expires on {}, soon for its lifetime; renew it",
-            facts.life.until_date()
+            facts.life.ends()
         ));
     }
 }
@@ -144,7 +144,7 @@ fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
         found.notes.push(format!(
             "{:?} expired on {}; this broker still accepts its clients, and other programs do not",
             facts.subject,
-            facts.life.until_date()
+            facts.life.ends()
         ));
     }
 }
@@ -155,7 +155,7 @@ fn check_issuer(facts: &Facts, found: &mut Found) {
             "{:?} is no certificate authority (CA:FALSE); name the certificate of the authority that issued it",
             facts.subject
         ));
-    } else if !facts.may_sign_certificates {
+    } else if !facts.allows(Usage::Issuing) {
         found.problems.push(format!(
             "the keyUsage of {:?} does not allow keyCertSign, so it cannot vouch for other certificates",
             facts.subject

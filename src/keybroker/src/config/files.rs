@@ -10,9 +10,8 @@ use rustix::fs::{Access, access};
 
 use keybroker_auth::{issuer, token::Tokens};
 use keybroker_core::trusted_file;
-use keybroker_hsm as hsm;
-use keybroker_hsm::Pin;
 use keybroker_policy::Problems;
+use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
 use super::{Config, certificates};
 
@@ -30,9 +29,9 @@ impl Config {
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        let module = hsm::check_module(&self.token.module);
+        let module = check_module(&self.token.module);
         problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
-        problems.extend(hsm::check_environment(&self.token.environment).err());
+        problems.extend(check_environment(&self.token.environment).err());
         if let Some(path) = &self.token.pin_file {
             problems.extend(Pin::from_file(path).err());
         }

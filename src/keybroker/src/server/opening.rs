@@ -86,11 +86,14 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {
+pub(super) async fn bind_all(
+    listeners: &[ListenerSettings],
+    state: &StateDirectory,
+) -> Result<Vec<Bound>, Failure> {
     let mut bound = Vec::new();
     for settings in listeners {
         let tls = settings
-            .load_tls()
+            .load_tls(Some(state))
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
         bound.push(Bound {
             socket: bind(settings.address).await?,
@@ -99,6 +102,16 @@ pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound
         });
     }
     Ok(bound)
+}
+
+/// Stores which revocation lists the listeners have accepted. Only once the audit log is open: it belongs to one broker, and so does
+/// the state beside it.
+pub(super) fn remember_lists(bound: &[Bound]) -> Result<(), Failure> {
+    for tls in bound.iter().filter_map(|one| one.tls.as_ref()) {
+        tls.remember_lists()
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+    }
+    Ok(())
 }
 
 pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {

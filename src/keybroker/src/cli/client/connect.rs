@@ -11,7 +11,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use zeroize::Zeroizing;
 
 use crate::{
-    certificate::{self, Age, Facts},
+    certificate::{self, Age, Facts, Usage},
     cli::exit::{Exit, Failure},
 };
 use keybroker_auth::PeerCertificate;
@@ -202,7 +202,7 @@ fn check_certificate(
     let facts = Facts::read(leaf).map_err(|error| refuse(&chain(&error)))?;
     match facts.life.age(certificate::now()) {
         Age::Over => {
-            let what = format!("the certificate expired on {}", facts.life.until_date());
+            let what = format!("the certificate expired on {}", facts.life.ends());
             return Err(
                 refuse(&what).hint("renew it; if it is new, check the clock of this machine")
             );
@@ -210,13 +210,13 @@ fn check_certificate(
         Age::Early => {
             let what = format!(
                 "the certificate is not valid before {}",
-                facts.life.from_date()
+                facts.life.begins()
             );
             return Err(refuse(&what).hint("check the clock of this machine"));
         }
         Age::Good | Age::Late => {}
     }
-    if !facts.is_for_clients {
+    if !facts.allows(Usage::Client) {
         let what =
             "the certificate's extendedKeyUsage does not allow clientAuth, so brokers refuse it";
         return Err(refuse(what).hint("issue a certificate for clients"));

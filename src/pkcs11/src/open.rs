@@ -8,17 +8,19 @@ use cryptoki::{
     error::{Error, RvError},
     session::{Session, UserType},
     slot::Slot,
+    types::AuthPin,
 };
 
 use keybroker_core::key::WrappingKeyId;
+use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 
-use super::{
-    ExpectedKey, Pin, PinRecord, Settings, TokenInfo,
+use crate::{
+    PinRecord,
     classify::{Class, Fault},
     keys::{self, KeyPair, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
-    operation::{self, Canary},
+    operation::{self, SelfTest},
     pin_record::RecordError,
     select::{self, Selector},
 };
@@ -33,12 +35,12 @@ pub(super) struct OpenToken {
     pub(super) anchor: Session,
 }
 
-/// A key that passed the gate and the canary.
+/// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
     pub(super) id: WrappingKeyId,
     pub(super) public: PublicSide,
-    pub(super) canary: Canary,
+    pub(super) self_test: SelfTest,
 }
 
 impl OpenToken {
@@ -78,7 +80,7 @@ impl OpenToken {
             Decision::Refuse(refusal) => return Err(refused(&refusal, &self.info)),
         };
         login.set(begun.clone().or_else(|| was.clone()))?;
-        let result = self.anchor.login(UserType::User, Some(&pin.to_auth_pin()));
+        let result = self.anchor.login(UserType::User, Some(&auth_pin(pin)));
         let (answer, error) = match result {
             Ok(()) => (Answer::Accepted, None),
             Err(Error::Pkcs11(code, function)) => {
@@ -150,7 +152,7 @@ impl OpenToken {
         }
     }
 
-    /// Finds a key, holds it against what the registry expects, gates and proves it.
+    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test with it.
     pub(super) fn prove(
         &self,
         settings: &Settings,
@@ -169,11 +171,11 @@ impl OpenToken {
                 ),
             ));
         }
-        let canary = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
+        let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
-            canary,
+            self_test,
         })
     }
 
@@ -182,7 +184,7 @@ impl OpenToken {
         id: WrappingKeyId,
         public: &PublicSide,
         allow_oaep_sha1: bool,
-    ) -> Result<Canary, Fault> {
+    ) -> Result<SelfTest, Fault> {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
@@ -190,6 +192,11 @@ impl OpenToken {
     pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, ids)
     }
+}
+
+/// The PIN in the form that the module takes.
+pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
+    AuthPin::new(pin.expose().into())
 }
 
 /// What every message about a PIN that must not be shown again ends with.

@@ -11,13 +11,14 @@ use keybroker_core::{
     envelope::{Algorithm, Mac, mac::MacMessage},
     key::{Fingerprint, WrappingKeyId},
 };
+use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded};
 
-use super::{
-    ExpectedKey, Pin, PinRecord, Settings, TokenInfo,
+use crate::{
+    PinRecord,
+    attribute_check::Finding,
     classify::{Class, Fault},
-    gate::Finding,
     keys, module,
-    open::{KeySession, OpenToken},
+    open::{KeySession, OpenToken, auth_pin},
     operation, select,
 };
 
@@ -71,7 +72,7 @@ pub struct Listed {
     pub pin_state: &'static str,
 }
 
-/// A key on the token, gated and proved.
+/// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub struct CheckedKey {
     /// `CKA_ID`.
@@ -82,11 +83,11 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// What the capability probe chose; absent when the gate refused the key.
+    /// What the capability probe chose; absent when the key was refused.
     pub algorithm: Option<Algorithm>,
-    /// The gate's verdict on the RSA private key, attribute by attribute.
+    /// The attribute check of the RSA private key.
     pub private: Vec<Finding>,
-    /// The gate's verdict on the binding key.
+    /// The attribute check of the binding key.
     pub binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub problem: Option<String>,
@@ -139,7 +140,7 @@ pub fn init_token(
     check_pin("user PIN", user_pin, &info)?;
     check_so_counter(&info)?;
     module
-        .init_token(slot, &so_pin.to_auth_pin(), label)
+        .init_token(slot, &auth_pin(so_pin), label)
         .map_err(Fault::from)?;
     // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
     let selector = Settings {
@@ -152,11 +153,9 @@ pub fn init_token(
     let (slot, info) = select::find(&module, &selector)?;
     let session = module.open_rw_session(slot).map_err(Fault::from)?;
     session
-        .login(UserType::So, Some(&so_pin.to_auth_pin()))
+        .login(UserType::So, Some(&auth_pin(so_pin)))
         .map_err(Fault::from)?;
-    session
-        .init_pin(&user_pin.to_auth_pin())
-        .map_err(Fault::from)?;
+    session.init_pin(&auth_pin(user_pin)).map_err(Fault::from)?;
     session.logout().map_err(Fault::from)?;
     Ok(info)
 }
@@ -180,7 +179,7 @@ fn check_label(label: &str) -> Result<(), AdminError> {
 /// Holds the length of a PIN against what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
 fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
-    let length = pin.length();
+    let length = pin.expose().len();
     if length < shortest || longest >= shortest.max(1) && length > longest {
         return Err(AdminError::Pin(format!(
             "the {what} has {length} bytes; the token takes {shortest} to {longest}. Nothing was changed"
@@ -212,12 +211,12 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
             blank.get_or_insert(slot);
-        } else if select::unpadded(info.label()) == label {
+        } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
                 "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
                  erase it with every key on it, for ever: --erase-serial {}",
-                select::unpadded(info.serial_number()),
-                select::unpadded(info.serial_number())
+                unpadded(info.serial_number()),
+                unpadded(info.serial_number())
             )));
         }
     }
@@ -233,10 +232,10 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
 fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
     let mut wanted = None;
     for (slot, info) in select::list(module)? {
-        let found = select::unpadded(info.serial_number());
+        let found = unpadded(info.serial_number());
         if found == serial {
             wanted = Some(slot);
-        } else if select::unpadded(info.label()) == label {
+        } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
                 "another token has the label {label:?} already (serial {found}), and the two could not be told \
                  apart by it; nothing was erased. Choose another label"
@@ -296,7 +295,7 @@ impl Admin {
         }
     }
 
-    /// Gates and proves one key.
+    /// Checks the attributes of one key and runs a self-test with it.
     pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
         let verdict = keys::inspect(
@@ -315,7 +314,7 @@ impl Admin {
             fingerprint: public.fingerprint,
             spki: public.spki,
             modulus_bits: public.modulus_bits,
-            algorithm: proved.as_ref().ok().map(|key| key.canary.algorithm()),
+            algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
             private: verdict.private,
             binding: verdict.binding,
             problem: proved.err().map(|fault| fault.to_string()),
@@ -357,7 +356,7 @@ impl Admin {
     ) -> Result<u64, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
-        let canary = self
+        let self_test = self
             .token
             .probe(id, &public, self.settings.allow_oaep_sha1)?;
         let sessions: Vec<KeySession> = (0..threads)
@@ -367,12 +366,12 @@ impl Admin {
             let running: Vec<_> = sessions
                 .into_iter()
                 .map(|session| {
-                    let canary = &canary;
+                    let self_test = &self_test;
                     scope.spawn(move || -> Result<u64, Fault> {
                         let pair = session.pair(id).expect("it was opened with this key");
                         let mut count = 0;
                         while Timestamp::now() < until {
-                            canary.decrypt(&session.session, pair)?;
+                            self_test.decrypt(&session.session, pair)?;
                             count += 1;
                         }
                         Ok(count)

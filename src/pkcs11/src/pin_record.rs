@@ -14,8 +14,9 @@ use argon2::{Algorithm, Argon2, Params, Version};
 use serde::{Deserialize, Serialize};
 
 use keybroker_core::state::{Error as StateError, Lock, StateDirectory};
+use keybroker_worker_protocol::Pin;
 
-use super::{Pin, login_policy::Standing};
+use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
@@ -103,7 +104,7 @@ impl PinRecord {
         Self { state }
     }
 
-    /// The operator's word: PINs that a token rejected may be shown once more, and with `allow_final_try` also when the
+    /// The operator's permission: PINs that a token rejected may be shown once more, and with `allow_final_try` also when the
     /// token says that one more wrong PIN locks it. Returns how many PINs that were.
     pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
@@ -245,7 +246,7 @@ fn hash(pin: &Pin, salt: &str) -> Result<String, RecordError> {
         .map_err(|_| RecordError::Hash("the parameters do not fit"))?;
     let mut hash = [0; HASH_BYTES];
     Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
-        .hash_password_into(pin.expose(), salt.as_bytes(), &mut hash)
+        .hash_password_into(pin.expose().as_bytes(), salt.as_bytes(), &mut hash)
         .map_err(|_| RecordError::Hash("not enough memory"))?;
     Ok(hex::encode(hash))
 }

@@ -11,16 +11,19 @@ use super::{
     faulty::{Fault, code},
     init, pin, record, with_softhsm,
 };
-use crate::{
-    ExpectedKey, frame, keys,
+use keybroker_core::envelope::Algorithm;
+use keybroker_worker_protocol::{
+    ExpectedKey, Work, frame,
     oaep::WrapKey,
+    wire::{self, FailureClass, request::Job},
+};
+
+use crate::{
+    keys,
     open::{OpenToken, ProvedKey},
     operation,
-    session::{Shared, Worker},
-    wire::{self, FailureClass, request::Job},
-    work::Work,
+    session::{SessionThread, Shared},
 };
-use keybroker_core::envelope::Algorithm;
 
 const MESSAGE: &[u8] = b"a record at its place";
 
@@ -28,11 +31,11 @@ struct Bench {
     faulty: Faulty,
     token: OpenToken,
     shared: Arc<Shared>,
-    worker: Worker,
+    session: SessionThread,
 }
 
 impl Bench {
-    /// A worker with so many keys.
+    /// A session thread with so many keys.
     fn with_keys(folder: &Path, count: usize) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
@@ -54,27 +57,27 @@ impl Bench {
             keys,
             turn: AtomicUsize::new(0),
         });
-        let worker = Worker::new(Arc::clone(&shared), token.session(&ids).unwrap());
+        let session = SessionThread::new(Arc::clone(&shared), token.session(&ids).unwrap());
         Self {
             faulty,
             token,
             shared,
-            worker,
+            session,
         }
     }
 
-    fn run(&mut self, job: Job, patience: Duration) -> Result<Vec<u8>, FailureClass> {
-        let patience = u64::try_from(patience.as_nanos()).unwrap();
+    fn run(&mut self, job: Job, timeout: Duration) -> Result<Vec<u8>, FailureClass> {
+        let timeout = u64::try_from(timeout.as_nanos()).unwrap();
         let mut work = Work::new(job);
-        work.stamped(1, frame::monotonic_ns() + patience);
-        let outcome = self.worker.run(&work).0;
+        work.stamped(1, frame::monotonic_ns() + timeout);
+        let outcome = self.session.run(&work).0;
         outcome
             .map(|bytes| bytes.to_vec())
             .map_err(|failure| failure.class())
     }
 
     /// Unwraps a row of the first key whose MAC is good.
-    fn unwrap(&mut self, wrapped: &[u8], patience: Duration) -> Result<Vec<u8>, FailureClass> {
+    fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
         let id = self.shared.keys[0].id;
         let pair = keys::find(&self.token.anchor, id).unwrap();
         let mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
@@ -85,7 +88,7 @@ impl Bench {
             algorithm: Algorithm::RsaOaepSha1.number().into(),
             wrapped: wrapped.to_vec(),
         });
-        self.run(job, patience)
+        self.run(job, timeout)
     }
 
     fn wrapped(&self) -> Vec<u8> {
@@ -133,7 +136,7 @@ fn no_token_call_starts_after_the_deadline() {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();
             let opened = bench.faulty.count("C_OpenSession begins");
-            // It fails when the time is over: there is none left to ask the canary.
+            // It fails when the time is over: none is left for a self-test.
             let late = Fault {
                 milliseconds: 300,
                 ..Fault::times(code::FUNCTION_FAILED, 1)
@@ -173,21 +176,21 @@ fn keys_that_are_gone_mean_that_the_token_is() {
     );
 }
 
-/// With many keys a canary costs no more than with one, and comes to each.
+/// With many keys a self-test costs no more than with one, and each key gets its turn.
 #[test]
-fn the_canary_asks_one_key_at_a_time() {
-    with_softhsm("session::the_canary_asks_one_key_at_a_time", |folder| {
+fn the_self_test_uses_one_key_at_a_time() {
+    with_softhsm("session::the_self_test_uses_one_key_at_a_time", |folder| {
         let mut bench = Bench::with_keys(folder, 3);
         for _ in 0..3 {
             let before = bench.faulty.count("C_DecryptInit begins");
-            let canary = Job::Canary(wire::Canary {});
-            assert_eq!(bench.run(canary, LONG), Ok(Vec::new()));
+            let self_test = Job::SelfTest(wire::SelfTest {});
+            assert_eq!(bench.run(self_test, LONG), Ok(Vec::new()));
             assert_eq!(bench.faulty.count("C_DecryptInit begins"), before + 1);
         }
-        // One of the three is lost, and three canaries in a row do not pass it by.
+        // One of the three is lost, and one of three self-tests in a row notices.
         let pair = keys::find(&bench.token.anchor, bench.shared.keys[1].id).unwrap();
         bench.token.anchor.destroy_object(pair.private).unwrap();
-        let noticed = (0..3).any(|_| bench.run(Job::Canary(wire::Canary {}), LONG).is_err());
+        let noticed = (0..3).any(|_| bench.run(Job::SelfTest(wire::SelfTest {}), LONG).is_err());
         assert!(noticed);
     });
 }

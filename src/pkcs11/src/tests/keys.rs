@@ -7,10 +7,11 @@ use super::{
     faulty::{Fault, code},
     id, init, open, pin, record, settings, with_softhsm,
 };
+use keybroker_worker_protocol::Settings;
+
 use crate::{
-    Settings,
+    attribute_check::{Expected, Found},
     classify::Class,
-    gate::{Expected, Found},
     keys,
     open::KeySession,
 };
@@ -80,7 +81,7 @@ fn two_keys_of_one_id_and_none_are_refused() {
         let two = keys::find(session, id(1)).unwrap_err();
         assert_eq!(two.class, Class::Untrusted);
         assert!(two.detail.contains("more than one"), "{two}");
-        // What was there before and is not found now is a token that is away, and nobody's forgery.
+        // A key that was there before and is not found now means that the token is unavailable, not that a key was forged.
         let gone = KeySession::open(&token.module, token.slot, &[id(9)]).unwrap_err();
         assert_eq!(gone.class, Class::KeyMissing);
     });

@@ -1,4 +1,4 @@
-//! The four operations on the token, and the known-answer canary made of them.
+//! The four operations on the token, and the self-test (known-answer test) made of them.
 //!
 //! Mitigations: M9, M10 of `THREAT_MODEL.md`.
 
@@ -16,16 +16,16 @@ use keybroker_core::{
     envelope::{Algorithm, MAC_BYTES, Mac},
     key::WrappingKeyId,
 };
+use keybroker_worker_protocol::oaep::WrapKey;
 
-use super::{
+use crate::{
     classify::{Class, Fault},
     keys::{KeyPair, PublicSide},
-    oaep::WrapKey,
     open::KeySession,
 };
 
-/// Length of the canary's plaintext, in bytes.
-const CANARY_BYTES: usize = 32;
+/// Length of the self-test's plaintext, in bytes.
+const SELF_TEST_BYTES: usize = 32;
 
 fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
     let (hash, mgf) = match algorithm {
@@ -75,17 +75,17 @@ pub(super) fn verify(
 
 /// What the token must be able to do with one key, with an answer that is known. Made once per worker, checked often.
 #[derive(Clone, Debug)]
-pub(super) struct Canary {
+pub(super) struct SelfTest {
     algorithm: Algorithm,
-    plaintext: [u8; CANARY_BYTES],
+    plaintext: [u8; SELF_TEST_BYTES],
     wrapped: Vec<u8>,
 }
 
-impl Canary {
+impl SelfTest {
     /// Makes a ciphertext with the public key.
     pub(super) fn new(public: &PublicSide, algorithm: Algorithm) -> Result<Self, Fault> {
         let unfit = |what: String| Fault::new(Class::Untrusted, what);
-        let mut plaintext = [0; CANARY_BYTES];
+        let mut plaintext = [0; SELF_TEST_BYTES];
         aws_lc_rs::rand::fill(&mut plaintext)
             .map_err(|_| unfit("the random generator failed".to_owned()))?;
         let wrapped = WrapKey::new(&public.spki, algorithm)
@@ -110,7 +110,10 @@ impl Canary {
         }
         Err(Fault::new(
             Class::Untrusted,
-            format!("the token decrypted the canary of key {} wrongly", pair.id),
+            format!(
+                "the token failed the self-test of key {}: it decrypted to another plaintext",
+                pair.id
+            ),
         ))
     }
 
@@ -148,20 +151,20 @@ pub(super) fn probe(
     id: WrappingKeyId,
     public: &PublicSide,
     allow_oaep_sha1: bool,
-) -> Result<Canary, Fault> {
+) -> Result<SelfTest, Fault> {
     let on_session = |work: &dyn Fn(&Session, &KeyPair) -> Result<(), Fault>| {
         let session = open()?;
         let pair = session.pair(id).expect("it was opened with this key");
         work(&session.session, pair)
     };
     let attempt = |algorithm| {
-        let canary = Canary::new(public, algorithm)?;
-        on_session(&|session, pair| canary.check(session, pair))?;
-        Ok(canary)
+        let self_test = SelfTest::new(public, algorithm)?;
+        on_session(&|session, pair| self_test.check(session, pair))?;
+        Ok(self_test)
     };
-    let canary = choose(attempt, allow_oaep_sha1)?;
-    on_session(&|session, pair| canary.refuses_forgery(session, pair))?;
-    Ok(canary)
+    let self_test = choose(attempt, allow_oaep_sha1)?;
+    on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
+    Ok(self_test)
 }
 
 /// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a moment's trouble must not

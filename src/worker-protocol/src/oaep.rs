@@ -13,35 +13,36 @@ use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};
 use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 
 /// Smallest and largest permitted modulus, in bits.
-pub(super) const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
+pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
 /// A public key ready to wrap.
 #[derive(Debug)]
-pub(super) struct WrapKey {
+pub struct WrapKey {
     key: OaepPublicEncryptingKey,
     algorithm: Algorithm,
 }
 
 impl WrapKey {
     /// From a DER SubjectPublicKeyInfo.
-    pub(super) fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, String> {
+    pub fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, String> {
         let unfit = || "the public key is not an RSA key of a permitted size".to_owned();
         let key = PublicEncryptingKey::from_der(spki).map_err(|_| unfit())?;
         let key = OaepPublicEncryptingKey::new(key).map_err(|_| unfit())?;
         Ok(Self { key, algorithm })
     }
 
-    pub(super) fn algorithm(&self) -> Algorithm {
+    /// The algorithm that it wraps with.
+    pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
     /// Modulus length in bits; a permitted one fits.
-    pub(super) fn modulus_bits(&self) -> u32 {
+    pub fn modulus_bits(&self) -> u32 {
         u32::try_from(self.key.key_size_bits()).unwrap_or(0)
     }
 
     /// Wraps, with an empty label.
-    pub(super) fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, String> {
+    pub fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, String> {
         let parameters = match self.algorithm {
             Algorithm::RsaOaepSha256 => &OAEP_SHA256_MGF1SHA256,
             Algorithm::RsaOaepSha1 => &OAEP_SHA1_MGF1SHA1,
@@ -58,7 +59,7 @@ impl WrapKey {
 }
 
 /// DER SubjectPublicKeyInfo and modulus length in bits, from big-endian modulus and exponent.
-pub(super) fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), String> {
+pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), String> {
     let (n, e) = (
         BigUint::from_bytes_be(modulus),
         BigUint::from_bytes_be(exponent),
@@ -77,7 +78,7 @@ pub(super) fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), 
 }
 
 /// SHA-256 of a DER SubjectPublicKeyInfo.
-pub(super) fn fingerprint(spki: &[u8]) -> Fingerprint {
+pub fn fingerprint(spki: &[u8]) -> Fingerprint {
     let digest = digest::digest(&digest::SHA256, spki);
     let bytes = digest.as_ref().try_into().expect("SHA-256 gives 32 bytes");
     Fingerprint(bytes)

@@ -27,17 +27,19 @@ use keybroker_core::{
     key::{Fingerprint, WrappingKeyId},
     state::StateDirectory,
 };
-
-use super::{
-    ExpectedKey, Pin, PinRecord, Settings,
-    classify::{Class, Fault},
+use keybroker_worker_protocol::{
+    ExpectedKey, Pin, Settings, Work,
     frame::{Inbox, Outbox},
-    open::OpenToken,
-    session::{self, Shared, Worker},
     wire::{
         self, FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job,
     },
-    work::Work,
+};
+
+use crate::{
+    PinRecord,
+    classify::{Class, Fault},
+    open::OpenToken,
+    session::{self, SessionThread, Shared},
 };
 
 /// How long session threads may take to come back when the socket has ended.
@@ -82,7 +84,7 @@ fn serve() -> io::Result<()> {
         .map_err(|what| Fault::new(Class::Pin, what))
         .and_then(|pin| open(&setup, &settings, &pin, sessions));
     drop(limit);
-    let (token, shared, workers) = match opened {
+    let (token, shared, sessions_open) = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
@@ -93,7 +95,7 @@ fn serve() -> io::Result<()> {
     first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
-    let threads = start(workers, &input, &output, &ended)?;
+    let threads = start(sessions_open, &input, &output, &ended)?;
     // The first session thread that finds the socket at its end says so; the others follow.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
@@ -101,8 +103,8 @@ fn serve() -> io::Result<()> {
     ended
 }
 
-/// Replaces the default action of both signals, which would end the process, by one that notes them for nobody. (The
-/// handler is installed with the listener and stays.)
+/// Replaces the default action of both signals, which would end the process. Nothing reads the signals that are noted: the
+/// handler is installed with the listener and stays.
 fn ignore_signals() -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -117,8 +119,8 @@ fn ignore_signals() -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix
     Ok((runtime, signals))
 }
 
-/// Ends this process when the module hangs while it opens the token. The front does so, too, but it may be gone: then
-/// nobody else would. What is returned ends the watch when it is dropped.
+/// Ends this process when the module hangs while it opens the token. The front does so as well, but the front may be gone.
+/// The watch ends when the returned value is dropped.
 fn limit_opening() -> Sender<()> {
     let (opened, is_open) = crossbeam_channel::bounded(0);
     thread::spawn(move || {
@@ -165,7 +167,7 @@ fn open(
     settings: &Settings,
     pin: &Pin,
     sessions: usize,
-) -> Result<(OpenToken, Arc<Shared>, Vec<Worker>), Fault> {
+) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
     let token = OpenToken::login(settings, &record, pin, false)?;
     let mut keys = Vec::new();
@@ -180,11 +182,14 @@ fn open(
         turn: AtomicUsize::new(0),
     });
     // One after another: a token that refuses the second session says so before the third is asked for.
-    let mut workers = Vec::with_capacity(sessions);
+    let mut open = Vec::with_capacity(sessions);
     for _ in 0..sessions {
-        workers.push(Worker::new(Arc::clone(&shared), token.session(&ids)?));
+        open.push(SessionThread::new(
+            Arc::clone(&shared),
+            token.session(&ids)?,
+        ));
     }
-    Ok((token, shared, workers))
+    Ok((token, shared, open))
 }
 
 fn settings(setup: &Setup) -> Settings {
@@ -246,7 +251,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
             .map(|key| ReadyKey {
                 id: key.id.as_bytes().to_vec(),
                 spki: key.public.spki.clone(),
-                algorithm: key.canary.algorithm().number().into(),
+                algorithm: key.self_test.algorithm().number().into(),
             })
             .collect(),
     }
@@ -265,21 +270,21 @@ impl Input {
 }
 
 fn start(
-    workers: Vec<Worker>,
+    sessions: Vec<SessionThread>,
     input: &Arc<Mutex<Input>>,
     output: &Arc<Mutex<UnixStream>>,
     ended: &Sender<io::Result<()>>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
-    workers
+    sessions
         .into_iter()
         .enumerate()
-        .map(|(number, mut worker)| {
+        .map(|(number, mut session)| {
             let (input, ended) = (Arc::clone(input), ended.clone());
             let mut replies = Replies::to(output);
             thread::Builder::new()
                 .name(format!("session-{number}"))
                 .spawn(move || {
-                    let result = work(&mut worker, &input, &mut replies);
+                    let result = work(&mut session, &input, &mut replies);
                     // The first to end is heard; there is room for each.
                     let _heard = ended.send(result);
                 })
@@ -289,7 +294,11 @@ fn start(
 
 /// Takes the next job from the socket by turns with the other session threads: none stands between the socket and the
 /// session that does the work.
-fn work(worker: &mut Worker, input: &Mutex<Input>, replies: &mut Replies) -> io::Result<()> {
+fn work(
+    session: &mut SessionThread,
+    input: &Mutex<Input>,
+    replies: &mut Replies,
+) -> io::Result<()> {
     loop {
         let received = input
             .lock()
@@ -300,7 +309,7 @@ fn work(worker: &mut Worker, input: &Mutex<Input>, replies: &mut Replies) -> io:
         };
         let work = Work::from_wire(request);
         let id = work.id();
-        let (outcome, spent) = worker.run(&work);
+        let (outcome, spent) = session.run(&work);
         drop(work);
         let outcome = match outcome {
             Ok(mut bytes) => Outcome::Output(std::mem::take(&mut *bytes)),

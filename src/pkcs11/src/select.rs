@@ -7,10 +7,9 @@ use std::{
 
 use cryptoki::{context::Pkcs11, slot::Slot};
 
-use super::{
-    Settings, TokenInfo,
-    classify::{Class, Fault},
-};
+use keybroker_worker_protocol::{Settings, TokenInfo, unpadded};
+
+use crate::classify::{Class, Fault};
 
 /// How long an absent token is looked for at start: another process that logs in hides it for moments (SoftHSM rewrites
 /// the token's file at every login).
@@ -193,13 +192,6 @@ pub(super) fn describe(info: &cryptoki::slot::TokenInfo) -> TokenInfo {
             unpadded(info.model())
         ),
     }
-}
-
-/// A text of `CK_TOKEN_INFO` without its padding. The standard pads with blanks; some modules pad with NUL, or end the text
-/// with one.
-pub fn unpadded(text: &str) -> &str {
-    let text = text.split('\0').next().unwrap_or_default();
-    text.trim_end()
 }
 
 #[cfg(test)]

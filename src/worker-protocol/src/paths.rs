@@ -1,24 +1,17 @@
-//! The vendor's module: loaded and initialised once per process.
+//! Checks of the files that the settings name: other users must not be able to change them.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{collections::BTreeMap, path::Path};
 
-use cryptoki::{
-    context::{CInitializeArgs, CInitializeFlags, Pkcs11},
-    error::{Error, RvError},
-};
-
 use keybroker_core::trusted_file::{self, Purpose};
-
-use super::classify::{Class, Fault};
 
 const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
 /// Refuses a module that does not exist, or that other users could replace: it is given the PIN.
-pub fn check_file(path: &Path) -> Result<(), String> {
+pub fn check_module(path: &Path) -> Result<(), String> {
     match trusted_file::open(path, MODULE) {
         // The loader opens the path again. That is no race: only root and this user can change what it leads to.
         Ok(_) => Ok(()),
@@ -49,34 +42,6 @@ pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), S
     Ok(())
 }
 
-/// Loads and initialises the module at a path.
-pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
-    let shown = path.display();
-    let unfit = |detail: String| Fault::new(Class::Configuration, detail);
-    if !path.is_absolute() {
-        return Err(unfit(format!(
-            "`token.module` is {shown}: it must be an absolute path, so that no search path decides \
-             which library sees the PIN"
-        )));
-    }
-    check_file(path).map_err(unfit)?;
-    let module = Pkcs11::new(path).map_err(|error| {
-        unfit(format!(
-            "{shown} is not a PKCS#11 module that can be loaded: {error}; correct `token.module`"
-        ))
-    })?;
-    // With locking by the operating system: without it SoftHSM crashes as soon as two threads use it.
-    let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
-    match module.initialize(arguments) {
-        // Another part of this process was first; the module has one state per process.
-        Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(module),
-        Err(error) => Err(unfit(format!(
-            "the module {shown} does not initialise: {error}; look at its own configuration (SoftHSM: \
-             SOFTHSM2_CONF in `token.environment`)"
-        ))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt as _};
@@ -84,19 +49,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_module_that_others_can_replace_is_not_loaded() {
+    fn a_module_that_other_users_can_replace_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let module = folder.path().join("module.so");
-        let problem = check_file(&module).unwrap_err();
+        let problem = check_module(&module).unwrap_err();
         assert!(problem.contains("no PKCS#11 module at"), "{problem}");
-        let problem = check_file(folder.path()).unwrap_err();
+        let problem = check_module(folder.path()).unwrap_err();
         assert!(problem.contains("is a directory"), "{problem}");
         fs::write(&module, "").unwrap();
         for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
             fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(check_file(&module).is_ok(), good, "{mode:o}");
-            let fault = load(&module).unwrap_err();
-            assert_eq!(fault.detail.contains("chmod go-w"), !good, "{fault}");
+            assert_eq!(check_module(&module).is_ok(), good, "{mode:o}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The gate against keys with one attribute wrong, and the known attacks on PKCS#11.
+//! The attribute check against keys with one attribute wrong, and the known attacks on PKCS#11.
 
 use cryptoki::{
     mechanism::{
@@ -11,8 +11,8 @@ use cryptoki::{
 
 use super::{id, init, open, with_softhsm};
 use crate::{
+    attribute_check::{self, Found},
     classify::Class,
-    gate::{self, Found},
     keys,
 };
 
@@ -52,14 +52,18 @@ fn mutants(template: &[Attribute]) -> Vec<(AttributeType, Vec<Attribute>)> {
 }
 
 /// Inspects an object and returns the names that do not pass.
-fn refused(session: &Session, object: ObjectHandle, rules: &[gate::Rule]) -> Vec<&'static str> {
-    let findings = gate::inspect(session, object, rules, &[]).unwrap();
+fn refused(
+    session: &Session,
+    object: ObjectHandle,
+    rules: &[attribute_check::Rule],
+) -> Vec<&'static str> {
+    let findings = attribute_check::inspect(session, object, rules, &[]).unwrap();
     let names = findings
         .iter()
         .filter(|finding| !finding.passes())
         .map(|finding| finding.attribute)
         .collect();
-    let verdict = gate::require("key", &findings);
+    let verdict = attribute_check::require("key", &findings);
     let names: Vec<&'static str> = names;
     match verdict {
         Ok(()) => assert!(names.is_empty()),
@@ -77,7 +81,7 @@ fn refused(session: &Session, object: ObjectHandle, rules: &[gate::Rule]) -> Vec
 #[test]
 fn every_attribute_flipped_alone_is_refused_by_name() {
     with_softhsm(
-        "gate::every_attribute_flipped_alone_is_refused_by_name",
+        "attribute_check::every_attribute_flipped_alone_is_refused_by_name",
         |_| {
             init();
             let token = open();
@@ -87,14 +91,14 @@ fn every_attribute_flipped_alone_is_refused_by_name() {
                 let public = keys::public_template(id(1), 2_048);
                 let pair =
                     session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &template);
-                let names = refused(session, pair.unwrap().1, gate::RSA_PRIVATE);
-                assert_names(kind, gate::RSA_PRIVATE, &names);
+                let names = refused(session, pair.unwrap().1, attribute_check::RSA_PRIVATE);
+                assert_names(kind, attribute_check::RSA_PRIVATE, &names);
                 seen += 1;
             }
             for (kind, template) in mutants(&keys::binding_template(id(2))) {
                 let key = session.generate_key(&Mechanism::GenericSecretKeyGen, &template);
-                let names = refused(session, key.unwrap(), gate::BINDING);
-                assert_names(kind, gate::BINDING, &names);
+                let names = refused(session, key.unwrap(), attribute_check::BINDING);
+                assert_names(kind, attribute_check::BINDING, &names);
                 seen += 1;
             }
             assert!(seen >= 24, "only {seen} attributes were flipped");
@@ -103,7 +107,7 @@ fn every_attribute_flipped_alone_is_refused_by_name() {
 }
 
 /// The flipped attribute is named, and nothing but what follows from it: a key that is not sensitive was not always so.
-fn assert_names(kind: AttributeType, rules: &[gate::Rule], names: &[&str]) {
+fn assert_names(kind: AttributeType, rules: &[attribute_check::Rule], names: &[&str]) {
     let own = rules.iter().find(|rule| rule.1 == kind).unwrap().0;
     let follows: &[&str] = match own {
         "CKA_SENSITIVE" => &["CKA_ALWAYS_SENSITIVE"],
@@ -122,14 +126,14 @@ fn assert_names(kind: AttributeType, rules: &[gate::Rule], names: &[&str]) {
 /// A key that was imported says so: it was outside once, whatever its other attributes are now.
 #[test]
 fn an_imported_key_is_refused() {
-    with_softhsm("gate::an_imported_key_is_refused", |_| {
+    with_softhsm("attribute_check::an_imported_key_is_refused", |_| {
         init();
         let token = open();
         let mut template = keys::binding_template(id(1));
         template.retain(|attribute| !matches!(attribute, Attribute::ValueLen(_)));
         template.push(Attribute::Value(vec![7; 32]));
         let object = token.anchor.create_object(&template).unwrap();
-        let names = refused(&token.anchor, object, gate::BINDING);
+        let names = refused(&token.anchor, object, attribute_check::BINDING);
         assert_eq!(
             names,
             ["CKA_ALWAYS_SENSITIVE", "CKA_NEVER_EXTRACTABLE", "CKA_LOCAL"]
@@ -141,20 +145,21 @@ fn an_imported_key_is_refused() {
 #[test]
 fn an_exception_lets_an_attribute_be_absent_never_wrong() {
     with_softhsm(
-        "gate::an_exception_lets_an_attribute_be_absent_never_wrong",
+        "attribute_check::an_exception_lets_an_attribute_be_absent_never_wrong",
         |_| {
             init();
             let token = open();
             let session = &token.anchor;
             let name = "CKA_SIGN_RECOVER";
-            let rules: Vec<gate::Rule> = gate::RSA_PRIVATE
+            let rules: Vec<attribute_check::Rule> = attribute_check::RSA_PRIVATE
                 .iter()
                 .copied()
                 .filter(|rule| rule.0 == name)
                 .collect();
             let verdict = |object, exceptions: &[String]| {
-                let findings = gate::inspect(session, object, &rules, exceptions).unwrap();
-                let is_good = gate::require("key", &findings).is_ok();
+                let findings =
+                    attribute_check::inspect(session, object, &rules, exceptions).unwrap();
+                let is_good = attribute_check::require("key", &findings).is_ok();
                 (findings[0].found, is_good)
             };
             let exception = [name.to_owned()];
@@ -178,7 +183,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong() {
 /// Clulow 2003: what decrypts must not unwrap, what is kept must not be wrapped, and no attribute may be turned back.
 #[test]
 fn the_attacks_on_pkcs11_are_blocked() {
-    with_softhsm("gate::the_attacks_on_pkcs11_are_blocked", |_| {
+    with_softhsm("attribute_check::the_attacks_on_pkcs11_are_blocked", |_| {
         init();
         let token = open();
         let session = &token.anchor;
@@ -234,7 +239,11 @@ fn the_attacks_on_pkcs11_are_blocked() {
             let copy = session.copy_object(object, &[Attribute::Extractable(true)]);
             assert!(copy.is_err());
             for secret in [AttributeType::Value, AttributeType::PrivateExponent] {
-                assert!(gate::read(session, object, secret).unwrap().is_none());
+                assert!(
+                    attribute_check::read(session, object, secret)
+                        .unwrap()
+                        .is_none()
+                );
             }
         }
     });

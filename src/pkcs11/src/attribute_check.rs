@@ -1,4 +1,4 @@
-//! The attribute gate: what a key must be before it is used, read back from the token one attribute at a time.
+//! The attribute check: what a key must be before it is used, read back from the token one attribute at a time.
 //!
 //! One purpose per RSA key (decrypt, never unwrap or sign) leaves the wrap/decrypt attack on PKCS#11 (Clulow 2003) nothing
 //! to work with; MODIFIABLE and COPYABLE false keep it so.
@@ -13,7 +13,7 @@ use cryptoki::{
     session::Session,
 };
 
-use super::classify::{Class, Fault};
+use crate::classify::{Class, Fault};
 
 /// What an attribute must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +152,7 @@ pub(super) const BINDING: &[Rule] = &[
     ),
 ];
 
-/// Names of all attributes that the gate looks at: what `token.attribute_exceptions` may hold.
+/// Names of all attributes that are checked: what `token.attribute_exceptions` may hold.
 pub fn attribute_names() -> impl Iterator<Item = &'static str> {
     RSA_PRIVATE.iter().chain(BINDING).map(|(name, ..)| *name)
 }

@@ -9,16 +9,17 @@ use std::{
     process::Command,
 };
 
+use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
 use keybroker_test_support::faulty::{self, Faulty};
+use keybroker_worker_protocol::{Pin, Settings};
 
 use super::{
-    Pin, PinRecord, Settings,
+    PinRecord,
     admin::{self, Admin, AdminError},
     open::OpenToken,
 };
-use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
 
-mod gate;
+mod attribute_check;
 mod keys;
 mod session;
 mod tokens;

@@ -14,15 +14,16 @@ use cryptoki::{context::Pkcs11, slot::Slot};
 use zeroize::Zeroizing;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
+use keybroker_worker_protocol::{
+    Work, frame,
+    wire::{self, FailureClass, request::Job},
+};
 
-use super::{
+use crate::{
     classify::{Class, Fault},
-    frame,
     keys::KeyPair,
     open::{KeySession, ProvedKey},
     operation,
-    wire::{self, FailureClass, request::Job},
-    work::Work,
 };
 
 /// What every session thread of a worker shares.
@@ -31,7 +32,7 @@ pub(super) struct Shared {
     pub(super) module: Pkcs11,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Whose canary is next, counted over all threads.
+    /// Number of self-tests begun, over all threads: it chooses the key of the next one.
     pub(super) turn: AtomicUsize,
 }
 
@@ -50,7 +51,7 @@ pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 
 /// One thread's session. It is replaced after every failure of a token call: some tokens leave an operation stuck in it.
 #[derive(Debug)]
-pub(super) struct Worker {
+pub(super) struct SessionThread {
     shared: Arc<Shared>,
     current: Option<KeySession>,
 }
@@ -61,12 +62,12 @@ enum Stop {
     Failed(wire::Failure),
     /// The session is gone, and nothing was done: one more attempt on another.
     SessionLost(Fault),
-    /// The token refused, though its canary passes. It may have been busy for a moment: one more attempt, and only if it
+    /// The token refused, although the self-test passes. It may have been busy for a moment: one more attempt, and only if it
     /// refuses again is this the job's end.
     Doubted(wire::Failure),
 }
 
-impl Worker {
+impl SessionThread {
     pub(super) fn new(shared: Arc<Shared>, session: KeySession) -> Self {
         Self {
             shared,
@@ -102,8 +103,10 @@ impl Worker {
                     None => {}
                     Some(before) if before == refusal.class => return Err(refusal),
                     Some(_) => {
-                        let what =
-                            format!("the token refuses now this, now that: {}", refusal.detail);
+                        let what = format!(
+                            "the token returned inconsistent errors on retry: {}",
+                            refusal.detail
+                        );
                         return Err(failure(FailureClass::BackOff, what));
                     }
                 },
@@ -123,7 +126,7 @@ impl Worker {
         }
         match job {
             Job::Setup(_) => Err(Stop::failed(FailureClass::Unspecified, "setup twice")),
-            Job::Canary(_) => self.canary(deadline).map(|()| Zeroizing::default()),
+            Job::SelfTest(_) => self.self_test(deadline).map(|()| Zeroizing::default()),
             Job::Mac(job) => self.mac(&job.key_id, &job.message, deadline),
             Job::VerifyMac(job) => {
                 self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
@@ -176,7 +179,7 @@ impl Worker {
         check_deadline(deadline)?;
         let (session, pair) = self.session(&job.key_id)?;
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
-        // After a good MAC this is never the caller's fault: the canary tells a damaged row from a sick token.
+        // After a good MAC this is never the caller's fault: the self-test tells a damaged row from a faulty token.
         decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
@@ -192,7 +195,7 @@ impl Worker {
         Ok((session, pair))
     }
 
-    /// What a fault means for the job with that key. `refusal` is what it is called when the token refuses though it is well.
+    /// What a fault means for the job with that key. `refusal` is what it is called when the token refuses although it works.
     fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
         if fault.class == Class::Input && refusal == FailureClass::MacRefused {
             // These codes mean nothing else.
@@ -211,9 +214,9 @@ impl Worker {
             Class::Input | Class::Ambiguous | Class::Configuration => {
                 match self.revive(key, deadline) {
                     Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
-                    Err(Stop::Failed(mut canary)) => {
-                        canary.detail = format!("{fault}; then {}", canary.detail);
-                        Stop::Failed(canary)
+                    Err(Stop::Failed(mut self_test)) => {
+                        self_test.detail = format!("{fault}; then {}", self_test.detail);
+                        Stop::Failed(self_test)
                     }
                     Err(other) => other,
                 }
@@ -221,7 +224,7 @@ impl Worker {
         }
     }
 
-    /// A new session on which the canary of that key passes.
+    /// A new session on which the self-test of that key passes.
     fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let session = self
@@ -235,7 +238,7 @@ impl Worker {
             .iter()
             .find(|known| known.id.as_bytes() == key);
         if let Some(proved) = proved {
-            check(proved, &session).map_err(|fault| Stop::from_canary(&fault))?;
+            check(proved, &session).map_err(|fault| Stop::from_self_test(&fault))?;
         }
         self.current = Some(session);
         Ok(())
@@ -243,7 +246,7 @@ impl Worker {
 
     /// One key at each asking, in turn, so that a token with many keys is not slower to answer for its health than one with
     /// few.
-    fn canary(&mut self, deadline: u64) -> Result<(), Stop> {
+    fn self_test(&mut self, deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
         let keys = &self.shared.keys;
@@ -257,7 +260,7 @@ impl Worker {
         self.current = None;
         match fault.class {
             Class::SessionLost => Err(Stop::SessionLost(fault)),
-            _ => Err(Stop::from_canary(&fault)),
+            _ => Err(Stop::from_self_test(&fault)),
         }
     }
 }
@@ -267,7 +270,7 @@ fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
         let detail = format!("key {} is gone", key.id);
         return Err(Fault::new(Class::TokenLost, detail));
     };
-    key.canary.check(&session.session, pair)
+    key.self_test.check(&session.session, pair)
 }
 
 fn check_deadline(deadline: u64) -> Result<(), Stop> {
@@ -287,7 +290,7 @@ impl Stop {
     }
 
     /// A session that cannot be opened, or in which a key is not found, means that the token is gone: the module shows a
-    /// token that went away, and one that dropped the login, as one without keys.
+    /// token that was removed, and one that dropped the login, as a token without keys.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -298,13 +301,13 @@ impl Stop {
     }
 
     /// A wrong answer is worse than none: such a token must not be used.
-    fn from_canary(fault: &Fault) -> Self {
+    fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
             Class::Untrusted => FailureClass::Untrusted,
             _ => FailureClass::TokenLost,
         };
-        Self::failed(class, format!("the canary failed: {fault}"))
+        Self::failed(class, format!("the self-test failed: {fault}"))
     }
 }
 

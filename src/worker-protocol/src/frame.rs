@@ -5,17 +5,17 @@ use std::io::{self, Read};
 use prost::Message;
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Longest frame, in bytes; nothing that either end sends comes near it.
+/// Longest frame, in bytes. The messages of both ends are far shorter.
 const FRAME_BYTES_MAX: usize = 64 * 1024;
-/// Length of the length.
+/// Bytes of the length in front of each frame.
 const PREFIX_BYTES: usize = 4;
 
-/// Room for the frames that wait at most times, in bytes.
+/// Initial capacity of an [`Outbox`], in bytes: enough for the frames that usually wait.
 const OUTBOX_BYTES: usize = 4 * 1024;
 
-/// What the socket has not taken yet. Overwritten as soon as it is sent.
+/// Bytes that the socket has not accepted yet. They are overwritten as soon as they are sent.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub struct Outbox {
     bytes: Zeroizing<Vec<u8>>,
     sent: usize,
 }
@@ -31,11 +31,11 @@ impl Default for Outbox {
 
 impl Outbox {
     /// Appends a message as a frame.
-    pub(super) fn push(&mut self, message: &impl Message) {
+    pub fn push(&mut self, message: &impl Message) {
         let length = message.encoded_len();
         let needed = self.bytes.len() + PREFIX_BYTES + length;
         if needed > self.bytes.capacity() {
-            // A vector that grows by itself leaves a copy that nobody overwrites.
+            // A vector that grows by itself leaves a copy that is not overwritten.
             let mut grown = Vec::with_capacity(needed * 2);
             grown.extend(&*self.bytes);
             self.bytes = Zeroizing::new(grown);
@@ -47,17 +47,18 @@ impl Outbox {
             .expect("a vector grows as far as it must");
     }
 
-    /// What is to be sent.
-    pub(super) fn rest(&self) -> &[u8] {
+    /// The bytes still to be sent.
+    pub fn rest(&self) -> &[u8] {
         &self.bytes[self.sent..]
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    /// Whether everything was sent.
+    pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// Takes note of so many bytes sent.
-    pub(super) fn sent(&mut self, count: usize) {
+    /// Removes `count` bytes that were sent, and overwrites them.
+    pub fn sent(&mut self, count: usize) {
         self.bytes[self.sent..self.sent + count].zeroize();
         self.sent += count;
         if self.sent == self.bytes.len() {
@@ -67,9 +68,9 @@ impl Outbox {
     }
 }
 
-/// What the socket has brought and is not a whole message yet. What was taken out of it is overwritten.
+/// Bytes received that are not a complete message yet. Messages that were taken out are overwritten.
 #[derive(Debug)]
-pub(super) struct Inbox {
+pub struct Inbox {
     bytes: Zeroizing<Vec<u8>>,
     start: usize,
     end: usize,
@@ -86,8 +87,8 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Room for what comes next: there is some whenever [`Inbox::next`] found no message.
-    pub(super) fn room(&mut self) -> &mut [u8] {
+    /// The buffer for the next read. It is not empty whenever [`Inbox::take`] found no message.
+    pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
             let kept = self.end - self.start;
@@ -97,13 +98,13 @@ impl Inbox {
         &mut self.bytes[self.end..]
     }
 
-    /// Takes note of so many bytes read into the room.
-    pub(super) fn came(&mut self, count: usize) {
+    /// Records that `count` bytes were read into [`Inbox::room`].
+    pub fn received(&mut self, count: usize) {
         self.end += count;
     }
 
-    /// The next whole message.
-    pub(super) fn next<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
+    /// Takes the next complete message out; none if it has not arrived completely.
+    pub fn take<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
         let Some((prefix, rest)) =
             self.bytes[self.start..self.end].split_first_chunk::<PREFIX_BYTES>()
         else {
@@ -123,19 +124,19 @@ impl Inbox {
         Ok(Some(message))
     }
 
-    /// Reads until there is a message. None at the end of the stream.
-    pub(super) fn receive<M: Message + Default>(
+    /// Reads until a message is complete; none at the end of the stream.
+    pub fn receive<M: Message + Default>(
         &mut self,
         stream: &mut impl Read,
     ) -> io::Result<Option<M>> {
         loop {
-            if let Some(message) = self.next()? {
+            if let Some(message) = self.take()? {
                 return Ok(Some(message));
             }
             match stream.read(self.room()) {
                 Ok(0) if self.end == 0 => return Ok(None),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.came(count),
+                Ok(count) => self.received(count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -152,7 +153,7 @@ fn length(prefix: [u8; PREFIX_BYTES]) -> io::Result<usize> {
 }
 
 /// `CLOCK_MONOTONIC` now, in nanoseconds: the one clock that both processes share.
-pub(super) fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
@@ -161,13 +162,13 @@ pub(super) fn monotonic_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Canary, Request, request::Job};
+    use crate::wire::{Request, SelfTest, request::Job};
 
     fn request(id: u64) -> Request {
         Request {
             id,
             deadline_ns: 9,
-            job: Some(Job::Canary(Canary {})),
+            job: Some(Job::SelfTest(SelfTest {})),
         }
     }
 
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_read_as_they_were_written_however_they_are_cut() {
+    fn frames_are_read_as_written_however_the_stream_splits_them() {
         for step in [1, 3, 7, 4_096] {
             let mut outbox = Outbox::default();
             (0..300).for_each(|id| outbox.push(&request(id)));
@@ -195,9 +196,9 @@ mod tests {
         }
     }
 
-    /// Longer in all than an inbox: what is left at its end moves to its front.
+    /// The frames are longer in total than an inbox, so that an incomplete one moves to its front.
     #[test]
-    fn nothing_that_was_taken_out_stays() {
+    fn messages_taken_out_are_overwritten() {
         let mut secret = request(1);
         secret.job = Some(Job::Mac(crate::wire::Mac {
             key_id: vec![1; 16],

@@ -1,15 +1,16 @@
-//! What a token is asked, the same on both ends of the socket.
+//! One job for a token, in the form that both ends of the socket use.
 
 use zeroize::Zeroize as _;
 
-use super::wire::{Request, request::Job};
+use crate::wire::{Request, request::Job};
 
 /// One request. Overwritten when dropped: the message of a MAC may hold key material.
 #[derive(Debug)]
-pub(super) struct Work(Request);
+pub struct Work(Request);
 
 impl Work {
-    pub(super) fn new(job: Job) -> Self {
+    /// A job that has no number and no deadline yet.
+    pub fn new(job: Job) -> Self {
         Self(Request {
             id: 0,
             deadline_ns: 0,
@@ -17,32 +18,36 @@ impl Work {
         })
     }
 
-    /// As it came over the socket.
-    pub(super) fn from_wire(request: Request) -> Self {
+    /// A request as it came over the socket.
+    pub fn from_wire(request: Request) -> Self {
         Self(request)
     }
 
-    /// The form that crosses the socket, under a number and with the moment after which no token call starts.
-    pub(super) fn stamped(&mut self, id: u64, deadline_ns: u64) -> &Request {
+    /// Sets the number and the deadline, after which no token call starts, and returns the form that crosses the socket.
+    pub fn stamped(&mut self, id: u64, deadline_ns: u64) -> &Request {
         self.0.id = id;
         self.0.deadline_ns = deadline_ns;
         &self.0
     }
 
-    pub(super) fn id(&self) -> u64 {
+    /// The number that the front gave the job.
+    pub fn id(&self) -> u64 {
         self.0.id
     }
 
-    pub(super) fn deadline_ns(&self) -> u64 {
+    /// The moment after which no token call starts: `CLOCK_MONOTONIC` nanoseconds.
+    pub fn deadline_ns(&self) -> u64 {
         self.0.deadline_ns
     }
 
-    pub(super) fn job(&self) -> Option<&Job> {
+    /// The job; absent in a malformed request.
+    pub fn job(&self) -> Option<&Job> {
         self.0.job.as_ref()
     }
 
-    pub(super) fn is_canary(&self) -> bool {
-        matches!(self.0.job, Some(Job::Canary(_)))
+    /// Whether this is a self-test of the worker rather than a caller's job.
+    pub fn is_self_test(&self) -> bool {
+        matches!(self.0.job, Some(Job::SelfTest(_)))
     }
 }
 

@@ -17,7 +17,7 @@ pub(super) enum Class {
     SessionLost,
     /// The token or the module is gone; only a new worker helps.
     TokenLost,
-    /// The canary decides.
+    /// The self-test decides.
     Ambiguous,
     /// The token is busy.
     BackOff,
@@ -59,7 +59,7 @@ impl fmt::Display for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         match error {
-            // The return code and the C function's name: what whoever debugs an HSM needs.
+            // The return code and the C function's name: both are needed to debug an HSM.
             Error::Pkcs11(code, function) => {
                 Self::new(classify(code), format!("{code:?} from C_{function:?}"))
             }

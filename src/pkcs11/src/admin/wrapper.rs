@@ -1,9 +1,9 @@
 //! Wrapping many records from a one-shot command.
 
+use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
+
 use crate::{
-    ExpectedKey,
     classify::{Class, Fault},
-    oaep::WrapKey,
     open::KeySession,
     operation,
 };
@@ -24,10 +24,10 @@ pub struct Wrapper {
 }
 
 impl Admin {
-    /// Gates and proves a key, and opens a session to wrap under it.
+    /// Checks a key and opens a session to wrap under it.
     pub fn wrapper(&self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
         let proved = self.token.prove(&self.settings, &key)?;
-        let public = WrapKey::new(&proved.public.spki, proved.canary.algorithm())
+        let public = WrapKey::new(&proved.public.spki, proved.self_test.algorithm())
             .map_err(AdminError::Untrusted)?;
         Ok(Wrapper {
             key,

@@ -9,7 +9,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cryptoki::types::AuthPin;
 use zeroize::Zeroizing;
 
 use keybroker_core::trusted_file::{self, Purpose};
@@ -77,7 +76,7 @@ impl Pin {
     }
 
     fn from_reader(reader: impl Read) -> Result<Self, String> {
-        // The whole capacity at once: a string that grows leaves copies that nobody overwrites.
+        // The whole capacity at once: a string that grows leaves copies that are not overwritten.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
         reader
@@ -87,24 +86,19 @@ impl Pin {
         Self::from_text(std::mem::take(&mut text))
     }
 
-    /// For its hash.
-    pub(super) fn expose(&self) -> &[u8] {
-        self.0.as_bytes()
+    /// The PIN itself: for the module and for its hash.
+    pub fn expose(&self) -> &str {
+        &self.0
     }
 
     /// Number of bytes.
-    pub(super) fn length(&self) -> usize {
+    pub fn length(&self) -> usize {
         self.0.len()
-    }
-
-    /// For the module.
-    pub(super) fn to_auth_pin(&self) -> AuthPin {
-        AuthPin::new(self.0.as_str().into())
     }
 }
 
 /// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
-pub(super) fn resolve(path: &Path) -> Result<PathBuf, String> {
+pub fn resolve(path: &Path) -> Result<PathBuf, String> {
     trusted_file::expand(path).map_err(|error| format!("the PIN file: {error}"))
 }
 

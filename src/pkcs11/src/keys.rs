@@ -1,4 +1,4 @@
-//! Keys on the token: made with every usage flag set, found exactly once, gated, and proved by use.
+//! Keys on the token: made with every usage flag set, found exactly once, checked attribute by attribute, and proved by use.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -9,11 +9,11 @@ use cryptoki::{
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, WrappingKeyId};
+use keybroker_worker_protocol::oaep;
 
-use super::{
+use crate::{
+    attribute_check::{self, Finding},
     classify::{Class, Fault},
-    gate::{self, Finding},
-    oaep,
 };
 
 /// Length of a binding key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
@@ -78,7 +78,7 @@ fn find_one(
     Ok(object)
 }
 
-/// The verdict of the gate on both objects.
+/// The attribute check of both objects.
 #[derive(Clone, Debug)]
 pub(super) struct Verdict {
     pub(super) private: Vec<Finding>,
@@ -87,20 +87,30 @@ pub(super) struct Verdict {
 
 impl Verdict {
     pub(super) fn require(&self, id: WrappingKeyId) -> Result<(), Fault> {
-        gate::require(&format!("RSA private key {id}"), &self.private)?;
-        gate::require(&format!("binding key {id}"), &self.binding)
+        attribute_check::require(&format!("RSA private key {id}"), &self.private)?;
+        attribute_check::require(&format!("binding key {id}"), &self.binding)
     }
 }
 
-/// Reads every attribute that the gate knows.
+/// Reads every attribute that is checked.
 pub(super) fn inspect(
     session: &Session,
     pair: &KeyPair,
     exceptions: &[String],
 ) -> Result<Verdict, Fault> {
     Ok(Verdict {
-        private: gate::inspect(session, pair.private, gate::RSA_PRIVATE, exceptions)?,
-        binding: gate::inspect(session, pair.binding, gate::BINDING, exceptions)?,
+        private: attribute_check::inspect(
+            session,
+            pair.private,
+            attribute_check::RSA_PRIVATE,
+            exceptions,
+        )?,
+        binding: attribute_check::inspect(
+            session,
+            pair.binding,
+            attribute_check::BINDING,
+            exceptions,
+        )?,
     })
 }
 
@@ -113,17 +123,17 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
         )
     };
     let Some(Attribute::KeyType(KeyType::RSA)) =
-        gate::read(session, pair.private, AttributeType::KeyType)?
+        attribute_check::read(session, pair.private, AttributeType::KeyType)?
     else {
         return Err(untrusted("it is not an RSA key".to_owned()));
     };
     let Some(Attribute::Modulus(modulus)) =
-        gate::read(session, pair.private, AttributeType::Modulus)?
+        attribute_check::read(session, pair.private, AttributeType::Modulus)?
     else {
         return Err(untrusted("it has no CKA_MODULUS".to_owned()));
     };
     let Some(Attribute::PublicExponent(exponent)) =
-        gate::read(session, pair.private, AttributeType::PublicExponent)?
+        attribute_check::read(session, pair.private, AttributeType::PublicExponent)?
     else {
         return Err(untrusted("it has no CKA_PUBLIC_EXPONENT".to_owned()));
     };
@@ -143,7 +153,7 @@ pub(super) fn list(session: &Session) -> Result<Vec<WrappingKeyId>, Fault> {
     ];
     let mut ids = Vec::new();
     for object in session.find_objects(&template)? {
-        if let Some(Attribute::Id(id)) = gate::read(session, object, AttributeType::Id)?
+        if let Some(Attribute::Id(id)) = attribute_check::read(session, object, AttributeType::Id)?
             && let Some(id) = WrappingKeyId::from_slice(&id)
         {
             ids.push(id);
@@ -186,7 +196,7 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
 
-/// The public object can do nothing: whoever wraps uses the public key in software.
+/// The public object can do nothing: wrapping uses the public key in software.
 pub(super) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),

@@ -7,7 +7,9 @@ use super::{
     faulty::{Fault, code, flag},
     init, pin, record, settings, with_softhsm,
 };
-use crate::{Settings, classify::Class};
+use keybroker_worker_protocol::Settings;
+
+use crate::classify::Class;
 
 #[test]
 fn selection_names_what_is_wrong() {
@@ -151,7 +153,7 @@ fn a_rejected_pin_is_not_shown_again() {
         assert_eq!(faulty.count("C_Login begins"), 1);
         // Another PIN is another matter.
         drop(login(USER_PIN).unwrap());
-        // The operator's word is good for one more.
+        // The operator's permission is good for one more.
         record().allow_retry(false).unwrap();
         for _ in 0..2 {
             assert_eq!(login("000000").unwrap_err().class, Class::Pin);
@@ -227,7 +229,7 @@ fn the_last_try_is_left_to_the_operator() {
         drop(login().unwrap());
         assert_eq!(login().unwrap_err().class, Class::Pin);
         assert_eq!(faulty.count("C_Login begins"), 1);
-        // Once the counter was reset, nobody needs to act.
+        // Once the counter was reset, logins need no permission.
         faulty.set_flags(0);
         drop(login().unwrap());
     });

@@ -31,7 +31,7 @@ mod writer;
 pub use log::AuditLog;
 pub use memory::Tampering;
 pub use recovery::open_intents;
-pub use tail::tail;
+pub use tail::{tail, tail_matching};
 pub use verify::{Report, verify};
 
 /// Longest wait for an entry to become durable.

@@ -14,7 +14,7 @@ const OURSELVES: &str = "/proc/self/exe";
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Write the addresses that were bound, as JSON, to this file once the doors are open
+    /// Write the addresses that were bound, as JSON, to this file once the listeners accept connections
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
 }
@@ -27,6 +27,10 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
+    }
+    // A set that cannot be loaded stops the start below.
+    for remark in config.unknown_principals().into_iter().flatten() {
+        tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
     }
     block_on(server::run(config, OURSELVES.into(), arguments.ready_file))?
 }

@@ -124,8 +124,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop it first, or ask it through its control plane \
-             (`keybroker client …`)",
+            "{} is in use by process {}; stop the broker first, because SQLite is for one process. What a running broker can do \
+             itself is below `keybroker client`",
             path.display(),
             holder.trim()
         )));

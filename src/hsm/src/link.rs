@@ -236,15 +236,13 @@ pub(super) fn close(stream: &UnixStream) {
 
 /// Waits for a worker to end by itself, else kills it; either way it is reaped. Returns how it ended, if it did so by itself.
 pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStatus> {
-    match tokio::time::timeout(timeout, child.wait()).await {
-        Ok(ended) => ended.ok(),
-        Err(_) => {
-            if let Err(error) = child.kill().await {
-                tracing::error!(%error, "a token worker could not be killed");
-            }
-            None
-        }
+    if let Ok(ended) = tokio::time::timeout(timeout, child.wait()).await {
+        return ended.ok();
     }
+    if let Err(error) = child.kill().await {
+        tracing::error!(%error, "a token worker could not be killed");
+    }
+    None
 }
 
 /// Sends one message and reads its reply, before the worker serves: the setup. `calling` is set to the function of the module

@@ -11,7 +11,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use crate::{config::Config, telemetry};
-use keybroker_core::hardening;
+use keybroker_core::{error::chain, hardening};
 use keybroker_pkcs11 as pkcs11;
 use keybroker_worker_protocol::check_environment;
 
@@ -21,6 +21,7 @@ mod bitwarden;
 mod change;
 mod client;
 mod config;
+mod entries;
 mod environment;
 pub mod exit;
 mod key;
@@ -125,7 +126,10 @@ impl Context {
 
     /// The configuration, for commands that say what is wrong with it themselves.
     fn config_as_written(&self) -> Result<Config, Failure> {
-        Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
+        Config::load(&self.config_file).map_err(|error| Failure {
+            hint: error.hint(),
+            ..Failure::new(Exit::Configuration, chain(&error))
+        })
     }
 
     /// The configuration for a command that starts an admin worker.

@@ -62,8 +62,8 @@ fn serve() -> io::Result<()> {
     let mut state = State::default();
     while let Some(request) = inbox.receive::<AdminRequest>(&mut input)? {
         let outcome = match request.job {
-            Some(job) => state.run(&job).unwrap_or_else(failure),
-            None => failure(AdminError::Token("a request without a job".to_owned())),
+            Some(job) => state.run(&job).unwrap_or_else(|error| failure(&error)),
+            None => failure(&AdminError::Token("a request without a job".to_owned())),
         };
         lock(&replies).send(outcome)?;
     }
@@ -93,8 +93,8 @@ fn lock(replies: &Mutex<Replies>) -> std::sync::MutexGuard<'_, Replies> {
     replies.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn failure(error: AdminError) -> Outcome {
-    let class = match &error {
+fn failure(error: &AdminError) -> Outcome {
+    let class = match error {
         AdminError::Token(_) => AdminFailureClass::Token,
         AdminError::Pin(_) => AdminFailureClass::Pin,
         AdminError::Untrusted(_) => AdminFailureClass::Untrusted,

@@ -125,7 +125,7 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
     match token.pin_state.as_str() {
         "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
         "not set" => {
-            wrong("has no user PIN: set one with the vendor's tool, or initialise the token again")
+            wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
         }
         "final try" => wrong(
             "locks after one more wrong PIN, so the broker makes no login: log in once with the vendor's tool to reset the counter, or \

@@ -13,7 +13,7 @@ use keybroker_core::trusted_file;
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
-use super::Config;
+use super::{Config, certificates};
 
 /// What an examination of the files found.
 #[derive(Debug, Default)]
@@ -43,10 +43,19 @@ impl Config {
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
+        // Policies that cannot be loaded are reported above.
+        report
+            .notes
+            .extend(self.unknown_principals().into_iter().flatten());
+        let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err());
         }
+        for listener in &self.listeners {
+            certificates::examine(listener, &mut report);
+        }
+        let problems = &mut report.problems;
         for listener in &self.listeners {
             let address = listener.address;
             match listener.check_tls() {

@@ -216,3 +216,51 @@ async fn a_worker_that_stays_busy_is_replaced() {
         (workers.len() == 2 && !workers.contains(&sick)).then_some(())
     });
 }
+
+/// Log lines about a job carry the id of its call, so that they are found beside the audit entry of that call.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
+    let (site, faulty) = site(Options::default());
+    let broker = Broker::start_as(site, |site| {
+        let mut serve = site.serve();
+        serve.env("KEYBROKER_LOG", "info,keybroker_hsm=debug");
+        serve
+    });
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    // Ids of the calls of which the log says this.
+    let calls = |text: &str| -> Vec<String> {
+        let log = broker.site.log();
+        let lines = log.lines().filter(|line| line.contains(text));
+        lines
+            .filter_map(|line| {
+                let line: serde_json::Value = serde_json::from_str(line).ok()?;
+                Some(line["span"]["call_id"].as_str()?.to_owned())
+            })
+            .collect()
+    };
+    let before = calls("token job sent to a worker");
+    assert!(!before.is_empty(), "{}", broker.site.log());
+    let pid = until("the worker", || broker.workers().first().copied());
+    let hang = Fault {
+        milliseconds: 60_000,
+        pid,
+        ..Fault::always(code::LATE)
+    };
+    faulty.set("C_Verify", &hang);
+    let releaser = Caller::of(&broker, "releaser");
+    let call = tokio::spawn(async move { releaser.unwrap("ada").await });
+    let id = until("the job at the worker", || {
+        let sent = calls("token job sent to a worker");
+        sent.get(before.len()).cloned()
+    });
+    send(pid, Signal::KILL);
+    assert_eq!(call.await.unwrap().unwrap().key_material, MATERIAL);
+    assert_eq!(calls("a token job goes to another worker"), [id.as_str()]);
+    let audited = broker.site.audit();
+    let entry = audited.lines().find(|line| line.contains(&id));
+    assert!(
+        entry.is_some_and(|line| line.contains("unwrap")),
+        "{id}: {audited}"
+    );
+}

@@ -224,11 +224,12 @@ fn a_wrong_or_short_pin_at_init_changes_nothing() {
     );
     let pin = site.token.pin().to_owned();
     write_private(&site.token.pin_file(), "123");
+    let user_file = format!("PIN file {}", site.token.pin_file().display());
     let long = so_pin(&site, "12345678");
     says(
         &init(&long),
         PIN,
-        &["user PIN has 3 bytes", "Nothing was changed"],
+        &[&user_file, "user PIN has 3 bytes", "Nothing was changed"],
     );
     assert_eq!(faulty.count("C_InitToken begins"), attempts);
     write_private(&site.token.pin_file(), &pin);

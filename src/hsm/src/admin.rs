@@ -2,6 +2,8 @@
 //!
 //! The vendor's module never shares a process with the network or the database, in a command as little as in `serve`. A module
 //! that crashes ends in an [`AdminError`] that names signal, function and path; one that hangs does so within a timeout.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -20,9 +22,9 @@ use keybroker_core::{
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
-    PinSource, Settings, TokenInfo, check_environment,
+    PathError, PinError, PinSource, Settings, TokenInfo, check_environment,
     frame::{Inbox, Outbox},
-    oaep,
+    oaep::{self, OaepError},
     wire::{
         self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
         InitToken, ListKeys, ListTokens, OpenToken, TokenEntry, VerifyMac, admin_reply::Outcome,
@@ -46,7 +48,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     /// No module, no token, or not the one that was meant; or the module crashed or hangs.
     #[error("{0}")]
@@ -57,6 +59,18 @@ pub enum AdminError {
     /// A key, an attribute or a MAC is not as it must be.
     #[error("{0}")]
     Untrusted(String),
+    /// There is no PIN to send.
+    #[error(transparent)]
+    PinSource(#[from] PinError),
+    /// Other users can change what the environment of the module names.
+    #[error(transparent)]
+    Environment(#[from] PathError),
+    /// The public key of a key on the token cannot be used.
+    #[error(transparent)]
+    PublicKey(#[from] OaepError),
+    /// The worker cannot be started.
+    #[error("cannot start an admin worker: {0}")]
+    Start(#[source] io::Error),
 }
 
 impl From<wire::AdminFailure> for AdminError {
@@ -150,8 +164,8 @@ pub fn init_token(
     let job = Job::InitToken(InitToken {
         setup: Some(settings.to_setup(state.path())),
         label: label.to_owned(),
-        so_pin: Some(so_pin.to_wire().map_err(AdminError::Pin)?),
-        user_pin: Some(user_pin.to_wire().map_err(AdminError::Pin)?),
+        so_pin: Some(so_pin.to_wire()?),
+        user_pin: Some(user_pin.to_wire()?),
         erase_serial: erase_serial.unwrap_or_default().to_owned(),
     });
     match worker.ask(job, SLOW_CALL_TIMEOUT_MIN)? {
@@ -184,7 +198,7 @@ impl Admin {
         let mut worker = Worker::start(program, settings)?;
         let job = Job::Open(OpenToken {
             setup: Some(settings.to_setup(state.path())),
-            pin: Some(pin.to_wire().map_err(AdminError::Pin)?),
+            pin: Some(pin.to_wire()?),
             write,
         });
         match worker.ask(job, Duration::ZERO)? {
@@ -363,17 +377,15 @@ struct Worker {
     /// The function of the module that was called last.
     calling: Option<String>,
     /// Why the worker cannot be asked any more.
-    lost: Option<AdminError>,
+    lost: Option<String>,
 }
 
 impl Worker {
     fn start(program: &Path, settings: &Settings) -> Result<Self, AdminError> {
-        check_environment(&settings.environment).map_err(AdminError::Token)?;
-        let not_started =
-            |error: io::Error| AdminError::Token(format!("cannot start an admin worker: {error}"));
+        check_environment(&settings.environment)?;
         let (mut command, stream) =
-            process::command(program, settings, WORKER).map_err(not_started)?;
-        let child = command.spawn().map_err(not_started)?;
+            process::command(program, settings, WORKER).map_err(AdminError::Start)?;
+        let child = command.spawn().map_err(AdminError::Start)?;
         // The worker's end of the socket is in `command`: without this, the end of the worker would not be seen.
         drop(command);
         Ok(Self {
@@ -392,7 +404,7 @@ impl Worker {
     /// longer.
     fn ask(&mut self, job: Job, least: Duration) -> Result<Outcome, AdminError> {
         if let Some(lost) = &self.lost {
-            return Err(lost.clone());
+            return Err(AdminError::Token(lost.clone()));
         }
         let asked = self.exchange(job, self.call_timeout.max(least));
         let failure = match asked {
@@ -401,7 +413,7 @@ impl Worker {
             Err(error) => self.explain(&error, self.call_timeout.max(least)),
         };
         self.lost = Some(failure.clone());
-        Err(failure)
+        Err(AdminError::Token(failure))
     }
 
     fn exchange(&mut self, job: Job, timeout: Duration) -> io::Result<Outcome> {
@@ -448,9 +460,9 @@ impl Worker {
     }
 
     /// What it means that no answer came.
-    fn explain(&mut self, error: &io::Error, timeout: Duration) -> AdminError {
+    fn explain(&mut self, error: &io::Error, timeout: Duration) -> String {
         let place = process::describe_call(self.calling.as_deref(), &self.module);
-        let what = match error.kind() {
+        match error.kind() {
             io::ErrorKind::TimedOut => format!(
                 "the PKCS#11 module did not answer within {} s {place}; its process is ended. If the device needs longer, raise \
                  `token.call_timeout_ms`",
@@ -463,8 +475,7 @@ impl Worker {
                 ),
                 None => format!("the process of the PKCS#11 module failed {place}: {error}"),
             },
-        };
-        AdminError::Token(what)
+        }
     }
 
     /// Waits for the end of the worker, so long at most.

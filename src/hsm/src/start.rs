@@ -162,10 +162,10 @@ fn setup(
         )
     })?;
     check_environment(&settings.environment)
-        .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
+        .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
     // Resolved here, because the worker has no environment.
     let pin_file = resolve_pin_file(pin_file)
-        .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
+        .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
     Ok(Setup {
         pin_file: pin_file.to_string_lossy().into_owned(),
         sessions: u32::try_from(settings.sessions_per_worker).unwrap_or(1),
@@ -192,7 +192,8 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
             .ok()
             .and_then(Algorithm::from_number)
             .ok_or_else(|| untrusted("an unknown algorithm".to_owned()))?;
-        let public = WrapKey::new(&key.spki, algorithm).map_err(untrusted)?;
+        let public =
+            WrapKey::new(&key.spki, algorithm).map_err(|error| untrusted(error.to_string()))?;
         keys.push(TokenKey {
             id,
             fingerprint: oaep::fingerprint(&key.spki),

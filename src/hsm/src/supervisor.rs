@@ -332,6 +332,7 @@ impl Supervisor {
                 let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
                 job.answer(Err(error), Duration::ZERO);
             } else {
+                tracing::info!(parent: &job.span, cause, "a token job goes to another worker");
                 self.queue.push_again(Job {
                     losses: job.losses + 1,
                     ..job

@@ -136,7 +136,7 @@ impl Context {
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
         check_environment(&config.token.environment)
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(|error| Failure::new(Exit::Configuration, error.to_string()))?;
         Ok(config)
     }
 

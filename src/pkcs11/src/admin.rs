@@ -39,9 +39,12 @@ pub(crate) enum AdminError {
     /// No module, no token, or not the one that was meant.
     #[error("{0}")]
     Token(String),
-    /// No PIN, or one that was refused.
+    /// No PIN, or one that was refused: of the user, and of the security officer when a token is initialised.
     #[error("{0}")]
     Pin(String),
+    /// The user PIN that a token would get does not fit.
+    #[error("{0}")]
+    NewPin(String),
     /// A key, an attribute or a MAC is not as it must be.
     #[error("{0}")]
     Untrusted(String),
@@ -179,8 +182,12 @@ pub(crate) fn init_token(
     };
     // Everything that can be refused is refused before anything is erased.
     let token_info = module.get_token_info(slot).map_err(Fault::from)?;
-    check_pin("security officer's PIN", so_pin, &token_info)?;
-    check_pin("user PIN", user_pin, &token_info)?;
+    if let Some(problem) = pin_problem("security officer's PIN", so_pin, &token_info) {
+        return Err(AdminError::Pin(problem));
+    }
+    if let Some(problem) = pin_problem("user PIN", user_pin, &token_info) {
+        return Err(AdminError::NewPin(problem));
+    }
     check_so_counter(&token_info)?;
     calling::next("C_InitToken");
     module
@@ -193,7 +200,8 @@ pub(crate) fn init_token(
         uri: None,
         ..settings.clone()
     };
-    let selector = select::Selector::from_settings(&selector).map_err(AdminError::Token)?;
+    let selector = select::Selector::from_settings(&selector)
+        .map_err(|error| AdminError::Token(error.to_string()))?;
     let (slot, info) = select::find(&module, &selector)?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
@@ -253,16 +261,16 @@ fn check_label(label: &str) -> Result<(), AdminError> {
 }
 
 /// Compares the length of a PIN with what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
-fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
+fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
     let length = pin.expose().len();
-    if length < shortest || longest >= shortest.max(1) && length > longest {
-        return Err(AdminError::Pin(format!(
+    let is_bad = length < shortest || longest >= shortest.max(1) && length > longest;
+    is_bad.then(|| {
+        format!(
             "the {what} has {length} bytes; {}. Nothing was changed",
             takes(info)
-        )));
-    }
-    Ok(())
+        )
+    })
 }
 
 /// A wrong security officer's PIN is counted, too, and a token whose officer is locked out cannot be administered again.

@@ -96,7 +96,7 @@ fn lock(replies: &Mutex<Replies>) -> std::sync::MutexGuard<'_, Replies> {
 fn failure(error: &AdminError) -> Outcome {
     let class = match error {
         AdminError::Token(_) => AdminFailureClass::Token,
-        AdminError::Pin(_) => AdminFailureClass::Pin,
+        AdminError::Pin(_) | AdminError::NewPin(_) => AdminFailureClass::Pin,
         AdminError::Untrusted(_) => AdminFailureClass::Untrusted,
     };
     Outcome::Failure(AdminFailure {
@@ -197,7 +197,7 @@ fn read(source: Option<&PinSource>) -> Result<Pin, AdminError> {
     source
         .ok_or_else(|| AdminError::Pin("a request without a PIN".to_owned()))?
         .read()
-        .map_err(AdminError::Pin)
+        .map_err(|error| AdminError::Pin(error.to_string()))
 }
 
 /// Says which file a rejected PIN came from.
@@ -225,8 +225,12 @@ fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let so_pin = read(job.so_pin.as_ref())?;
     let user_pin = read(job.user_pin.as_ref())?;
     let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
-    let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase)
-        .map_err(|error| of_pin(error, job.so_pin.as_ref()))?;
+    let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase).map_err(
+        |error| match error {
+            AdminError::NewPin(detail) => of_pin(AdminError::Pin(detail), job.user_pin.as_ref()),
+            error => of_pin(error, job.so_pin.as_ref()),
+        },
+    )?;
     let mut entry = entry(&admin::Listed::of(&info));
     if let Err(error) = parsed.record.forget(&info.serial) {
         entry.note = format!(

@@ -141,7 +141,8 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     else {
         return Err(untrusted("it has no CKA_PUBLIC_EXPONENT".to_owned()));
     };
-    let (spki, modulus_bits) = oaep::spki(&modulus, &exponent).map_err(untrusted)?;
+    let (spki, modulus_bits) =
+        oaep::spki(&modulus, &exponent).map_err(|error| untrusted(error.to_string()))?;
     Ok(PublicSide {
         fingerprint: oaep::fingerprint(&spki),
         spki,

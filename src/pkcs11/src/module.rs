@@ -26,7 +26,7 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
              which library sees the PIN"
         )));
     }
-    check_module(path).map_err(unfit)?;
+    check_module(path).map_err(|error| unfit(error.to_string()))?;
     calling::next("dlopen");
     let module = Pkcs11::new(path).map_err(|error| {
         unfit(format!(

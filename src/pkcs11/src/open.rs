@@ -52,7 +52,7 @@ impl OpenToken {
         write: bool,
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
-            .map_err(|what| Fault::new(Class::Configuration, what))?;
+            .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
         let module = module::load(&settings.module)?;
         let (slot, info) = select::find(&module, &selector)?;
         calling::next("C_OpenSession");

@@ -94,7 +94,7 @@ impl SelfTest {
             .map_err(|_| unfit("the random generator failed".to_owned()))?;
         let wrapped = WrapKey::new(&public.spki, algorithm)
             .and_then(|key| key.wrap(&plaintext))
-            .map_err(unfit)?;
+            .map_err(|error| unfit(error.to_string()))?;
         Ok(Self {
             algorithm,
             plaintext,

@@ -19,6 +19,31 @@ use crate::{
 const ABSENT_RETRY: Duration = Duration::from_secs(2);
 const ABSENT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Why the settings choose no token.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SelectorError {
+    #[error("no token is chosen: set one of `token.label`, `token.serial` and `token.uri`")]
+    None,
+    #[error(
+        "the token is chosen twice: set only one of `token.label`, `token.serial` and `token.uri`"
+    )]
+    Twice,
+    #[error("`token.uri` must begin with `pkcs11:`")]
+    Scheme,
+    #[error("`token.uri` must have no query: module and PIN have settings of their own")]
+    Query,
+    #[error("`token.uri`: {0:?} has no value")]
+    NoValue(String),
+    #[error("`token.uri`: {0:?} does not name a token; use token, serial, manufacturer and model")]
+    Attribute(String),
+    #[error("`token.uri` names {0:?} twice")]
+    AttributeTwice(String),
+    #[error("`token.uri` names nothing of the token")]
+    Empty,
+    #[error("`token.uri`: {0:?} is not percent-encoded UTF-8")]
+    Encoding(String),
+}
+
 /// What a token must be to be chosen. Fields that are absent do not matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
@@ -30,7 +55,7 @@ pub(super) struct Selector {
 
 impl Selector {
     /// From the settings: exactly one of the three.
-    pub(super) fn from_settings(settings: &Settings) -> Result<Self, String> {
+    pub(super) fn from_settings(settings: &Settings) -> Result<Self, SelectorError> {
         match (&settings.label, &settings.serial, &settings.uri) {
             (Some(label), None, None) => Ok(Self {
                 label: Some(label.clone()),
@@ -41,52 +66,35 @@ impl Selector {
                 ..Self::default()
             }),
             (None, None, Some(uri)) => Self::from_uri(uri),
-            (None, None, None) => Err("no token is chosen: set one of `token.label`, \
-                 `token.serial` and `token.uri`"
-                .to_owned()),
-            _ => Err(
-                "the token is chosen twice: set only one of `token.label`, `token.serial` and \
-                 `token.uri`"
-                    .to_owned(),
-            ),
+            (None, None, None) => Err(SelectorError::None),
+            _ => Err(SelectorError::Twice),
         }
     }
 
     /// From the path attributes of an RFC 7512 URI that names a token and nothing else.
-    fn from_uri(uri: &str) -> Result<Self, String> {
-        let path = uri
-            .strip_prefix("pkcs11:")
-            .ok_or_else(|| "`token.uri` must begin with `pkcs11:`".to_owned())?;
+    fn from_uri(uri: &str) -> Result<Self, SelectorError> {
+        let path = uri.strip_prefix("pkcs11:").ok_or(SelectorError::Scheme)?;
         if path.contains('?') {
-            return Err(
-                "`token.uri` must have no query: module and PIN have settings of their \
-                 own"
-                .to_owned(),
-            );
+            return Err(SelectorError::Query);
         }
         let mut selector = Self::default();
         for attribute in path.split(';').filter(|attribute| !attribute.is_empty()) {
             let (name, value) = attribute
                 .split_once('=')
-                .ok_or_else(|| format!("`token.uri`: {attribute:?} has no value"))?;
+                .ok_or_else(|| SelectorError::NoValue(attribute.to_owned()))?;
             let field = match name {
                 "token" => &mut selector.label,
                 "serial" => &mut selector.serial,
                 "manufacturer" => &mut selector.manufacturer,
                 "model" => &mut selector.model,
-                other => {
-                    return Err(format!(
-                        "`token.uri`: {other:?} does not name a token; use token, serial, \
-                         manufacturer and model"
-                    ));
-                }
+                other => return Err(SelectorError::Attribute(other.to_owned())),
             };
             if field.replace(percent_decode(value)?).is_some() {
-                return Err(format!("`token.uri` names {name:?} twice"));
+                return Err(SelectorError::AttributeTwice(name.to_owned()));
             }
         }
         if selector == Self::default() {
-            return Err("`token.uri` names nothing of the token".to_owned());
+            return Err(SelectorError::Empty);
         }
         Ok(selector)
     }
@@ -117,8 +125,8 @@ impl Selector {
     }
 }
 
-fn percent_decode(text: &str) -> Result<String, String> {
-    let bad = || format!("`token.uri`: {text:?} is not percent-encoded UTF-8");
+fn percent_decode(text: &str) -> Result<String, SelectorError> {
+    let bad = || SelectorError::Encoding(text.to_owned());
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {

@@ -87,7 +87,7 @@ fn serve() -> io::Result<()> {
     let settings = Settings::from_setup(&setup);
     let limit = limit_opening();
     let opened = Pin::from_file(Path::new(&setup.pin_file))
-        .map_err(|what| Fault::new(Class::Pin, what))
+        .map_err(|error| Fault::new(Class::Pin, error.to_string()))
         .and_then(|pin| open(&setup, &settings, &pin, sessions));
     drop(limit);
     calling::report_no_more();

@@ -15,6 +15,26 @@ use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 /// Smallest and largest permitted modulus, in bits.
 pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
+/// Why a public key cannot be used, or did not wrap.
+#[derive(Debug, thiserror::Error)]
+pub enum OaepError {
+    /// No RSA key, or one of another size.
+    #[error("the public key is not an RSA key of a permitted size")]
+    NotPermitted,
+    /// A modulus of another size.
+    #[error("a modulus of {0} bits; 2048 to 4096 are permitted")]
+    Modulus(usize),
+    /// Modulus and exponent make no key.
+    #[error("not an RSA public key: {0}")]
+    NoKey(#[from] rsa::Error),
+    /// The key does not encode.
+    #[error("the public key does not encode: {0}")]
+    Encode(#[from] rsa::pkcs8::spki::Error),
+    /// The cryptographic library says no more.
+    #[error("RSA-OAEP encryption failed")]
+    Encrypt,
+}
+
 /// A public key ready to wrap.
 #[derive(Debug)]
 pub struct WrapKey {
@@ -24,10 +44,9 @@ pub struct WrapKey {
 
 impl WrapKey {
     /// From a DER SubjectPublicKeyInfo.
-    pub fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, String> {
-        let unfit = || "the public key is not an RSA key of a permitted size".to_owned();
-        let key = PublicEncryptingKey::from_der(spki).map_err(|_| unfit())?;
-        let key = OaepPublicEncryptingKey::new(key).map_err(|_| unfit())?;
+    pub fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, OaepError> {
+        let key = PublicEncryptingKey::from_der(spki).map_err(|_| OaepError::NotPermitted)?;
+        let key = OaepPublicEncryptingKey::new(key).map_err(|_| OaepError::NotPermitted)?;
         Ok(Self { key, algorithm })
     }
 
@@ -42,7 +61,7 @@ impl WrapKey {
     }
 
     /// Wraps, with an empty label.
-    pub fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, String> {
+    pub fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, OaepError> {
         let parameters = match self.algorithm {
             Algorithm::RsaOaepSha256 => &OAEP_SHA256_MGF1SHA256,
             Algorithm::RsaOaepSha1 => &OAEP_SHA1_MGF1SHA1,
@@ -51,7 +70,7 @@ impl WrapKey {
         let length = self
             .key
             .encrypt(parameters, plaintext, &mut wrapped, None)
-            .map_err(|_| "RSA-OAEP encryption failed".to_owned())?
+            .map_err(|_| OaepError::Encrypt)?
             .len();
         wrapped.truncate(length);
         Ok(wrapped)
@@ -59,21 +78,17 @@ impl WrapKey {
 }
 
 /// DER SubjectPublicKeyInfo and modulus length in bits, from big-endian modulus and exponent.
-pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), String> {
+pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), OaepError> {
     let (n, e) = (
         BigUint::from_bytes_be(modulus),
         BigUint::from_bytes_be(exponent),
     );
     let bits = n.bits();
     if !MODULUS_BITS.contains(&bits) {
-        return Err(format!(
-            "a modulus of {bits} bits; 2048 to 4096 are permitted"
-        ));
+        return Err(OaepError::Modulus(bits));
     }
-    let key = RsaPublicKey::new(n, e).map_err(|error| format!("not an RSA public key: {error}"))?;
-    let der = key
-        .to_public_key_der()
-        .map_err(|error| format!("the public key does not encode: {error}"))?;
+    let key = RsaPublicKey::new(n, e)?;
+    let der = key.to_public_key_der()?;
     Ok((der.into_vec(), bits))
 }
 
@@ -114,6 +129,6 @@ mod tests {
     fn small_keys_are_refused() {
         let private = RsaPrivateKey::new(&mut OsRng, 1_024).unwrap();
         let (n, e) = (private.n().to_bytes_be(), private.e().to_bytes_be());
-        assert!(spki(&n, &e).unwrap_err().contains("1024 bits"));
+        assert!(spki(&n, &e).unwrap_err().to_string().contains("1024 bits"));
     }
 }

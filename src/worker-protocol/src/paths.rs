@@ -6,7 +6,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, Read as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::{Access, access};
@@ -21,21 +21,59 @@ const MODULE: Purpose = Purpose::trust("other users could replace the code that 
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
-/// Refuses a module that does not exist, or that other users could replace: it is given the PIN.
-pub fn check_module(path: &Path) -> Result<(), String> {
-    match trusted_file::open(path, MODULE) {
+/// Why a file that the settings name must not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PathError {
+    /// There is no module.
+    #[error(
+        "no PKCS#11 module at {}: {source}; install the vendor's package (Debian: softhsm2) or correct `token.module`",
+        path.display()
+    )]
+    NoModule {
+        /// Where it should be.
+        path: PathBuf,
+        /// What was found.
+        source: trusted_file::Error,
+    },
+    /// Other users can change the module.
+    #[error("the PKCS#11 module: {0}")]
+    Module(#[source] trusted_file::Error),
+    /// The file is no shared library of this machine.
+    #[error("{} {problem}; correct `token.module`", path.display())]
+    NotALibrary {
+        /// The module.
+        path: PathBuf,
+        /// What it is.
+        problem: String,
+    },
+    /// Other users can change what a variable of the module names.
+    #[error("[token.environment] {name}: {source}")]
+    Environment {
+        /// The variable.
+        name: String,
+        /// What it names.
+        source: trusted_file::Error,
+    },
+}
+
+/// Refuses a module that does not exist, that other users could replace, or that is no shared library of this machine: it is
+/// given the PIN.
+pub fn check_module(path: &Path) -> Result<(), PathError> {
+    let file = match trusted_file::open(path, MODULE) {
         // The loader opens the path again. That is no race: only root and this user can change what it leads to.
-        Ok(file) => elf_problem(&file).map_or(Ok(()), |problem| {
-            Err(format!(
-                "{} {problem}; correct `token.module`",
-                path.display()
-            ))
+        Ok(file) => file,
+        Err(source) if source.is_missing() => {
+            let path = path.to_owned();
+            return Err(PathError::NoModule { path, source });
+        }
+        Err(error) => return Err(PathError::Module(error)),
+    };
+    match elf_problem(&file) {
+        None => Ok(()),
+        Some(problem) => Err(PathError::NotALibrary {
+            path: path.to_owned(),
+            problem,
         }),
-        Err(error) if error.is_missing() => Err(format!(
-            "no PKCS#11 module at {}: {error}; install the vendor's package (Debian: softhsm2) or correct `token.module`",
-            path.display()
-        )),
-        Err(error) => Err(format!("the PKCS#11 module: {error}")),
     }
 }
 
@@ -153,7 +191,7 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
 /// Refuses files and directories of `token.environment` that other users could change, such as the file of
 /// `SOFTHSM2_CONF`: modules read from them where their keys are, or load further code. A value counts when it is the absolute
 /// path of something that exists, or a list of such paths separated by colons (`LD_LIBRARY_PATH`).
-pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), String> {
+pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);
         let parts: Vec<&Path> = if whole.exists() {
@@ -162,8 +200,12 @@ pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), S
             value.split(':').map(Path::new).collect()
         };
         for path in parts.into_iter().filter(|path| path.is_absolute()) {
-            trusted_file::check_if_present(path, ENVIRONMENT)
-                .map_err(|error| format!("[token.environment] {name}: {error}"))?;
+            trusted_file::check_if_present(path, ENVIRONMENT).map_err(|source| {
+                PathError::Environment {
+                    name: name.clone(),
+                    source,
+                }
+            })?;
         }
     }
     Ok(())
@@ -190,11 +232,11 @@ mod tests {
             fs::set_permissions(&module, fs::Permissions::from_mode(0o755)).unwrap();
             check_module(&module)
         };
-        assert_eq!(check(&library()), Ok(()));
+        check(&library()).unwrap();
         for (number, name) in MACHINES {
             let mut other = library();
             other[18..20].copy_from_slice(&number.to_le_bytes());
-            let said = check(&other).err().unwrap_or_default();
+            let said = check(&other).map_or_else(|error| error.to_string(), |()| String::new());
             let is_ours = other == library();
             assert_eq!(
                 said.contains(&format!("is made for {name},")),
@@ -207,7 +249,7 @@ mod tests {
             b"MZ",
             b"#!/bin/sh\n# a script of more than twenty bytes",
         ] {
-            let said = check(content).unwrap_err();
+            let said = check(content).unwrap_err().to_string();
             assert!(said.contains("is not a shared library"), "{said}");
         }
     }
@@ -262,9 +304,9 @@ mod tests {
     fn a_module_that_other_users_can_replace_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let module = folder.path().join("module.so");
-        let problem = check_module(&module).unwrap_err();
+        let problem = check_module(&module).unwrap_err().to_string();
         assert!(problem.contains("no PKCS#11 module at"), "{problem}");
-        let problem = check_module(folder.path()).unwrap_err();
+        let problem = check_module(folder.path()).unwrap_err().to_string();
         assert!(problem.contains("is a directory"), "{problem}");
         fs::write(&module, library()).unwrap();
         for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
@@ -288,7 +330,7 @@ mod tests {
         }
         fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
         for value in [shown.as_str(), &list] {
-            let problem = check(value).unwrap_err();
+            let problem = check(value).unwrap_err().to_string();
             assert!(
                 problem.contains("VARIABLE") && problem.contains("chmod go-w"),
                 "{problem}"

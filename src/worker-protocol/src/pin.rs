@@ -5,7 +5,7 @@
 
 use std::{
     fmt, fs,
-    io::{ErrorKind, Read},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -21,6 +21,63 @@ const PIN_BYTES_MAX: usize = 255;
 const UTF8_MARK: &str = "\u{feff}";
 const PIN_FILE: Purpose = Purpose::secret("PIN");
 
+/// Why there is no PIN. No message shows any of it.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// An editor has put a mark at the beginning.
+    #[error(
+        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+    )]
+    ByteOrderMark,
+    /// A space or a tab at one of the ends.
+    #[error(
+        "it begins or ends with a blank, which would cost a login try; remove the blank, or give the token a PIN without one"
+    )]
+    Blank,
+    /// Nothing, or nothing but a line end.
+    #[error("it is empty")]
+    Empty,
+    /// A line end in the middle.
+    #[error(
+        "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
+    )]
+    Lines,
+    /// A character that no keyboard shows.
+    #[error(
+        "it holds a control character, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+    )]
+    ControlCharacter,
+    /// More bytes than a PIN may have.
+    #[error("it is longer than {PIN_BYTES_MAX} bytes")]
+    TooLong,
+    /// The request of a worker has none.
+    #[error("no PIN was given")]
+    Absent,
+    /// It cannot be read.
+    #[error("{}", describe_read(.0))]
+    Read(#[from] io::Error),
+    /// The file is not one that only its owner can read.
+    #[error("the PIN file: {0}")]
+    File(#[from] trusted_file::Error),
+    /// One of the above, with the place where it is.
+    #[error("{place}: {source}")]
+    In {
+        /// A file or a descriptor.
+        place: String,
+        /// What is wrong there.
+        source: Box<PinError>,
+    },
+}
+
+fn describe_read(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::InvalidData => {
+            "it is not UTF-8 text, as a file in UTF-16 is not; save it as UTF-8".to_owned()
+        }
+        _ => format!("it cannot be read: {error}"),
+    }
+}
+
 /// A PIN of a token.
 pub struct Pin(Zeroizing<String>);
 
@@ -33,84 +90,61 @@ impl fmt::Debug for Pin {
 impl Pin {
     /// From text that was typed. One line end, LF or CRLF, is not part of it. What an editor leaves without showing it is
     /// refused before it costs one of the few tries that a token allows.
-    pub fn from_text(text: String) -> Result<Self, String> {
+    pub fn from_text(text: String) -> Result<Self, PinError> {
         let text = Zeroizing::new(text);
         let pin = text.strip_suffix('\n').unwrap_or(&text);
         let pin = pin.strip_suffix('\r').unwrap_or(pin);
         if pin.starts_with(UTF8_MARK) {
-            return Err(
-                "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
-                    .to_owned(),
-            );
+            return Err(PinError::ByteOrderMark);
         }
         if pin.starts_with(char::is_whitespace) || pin.ends_with(char::is_whitespace) {
-            return Err(
-                "it begins or ends with a blank, which would cost a login try; remove the blank, or give the token a PIN \
-                 without one"
-                    .to_owned(),
-            );
+            return Err(PinError::Blank);
         }
         if pin.is_empty() {
-            return Err("it is empty".to_owned());
+            return Err(PinError::Empty);
         }
         if pin.contains(['\n', '\r']) {
-            return Err(
-                "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
-                    .to_owned(),
-            );
+            return Err(PinError::Lines);
         }
         if pin.chars().any(char::is_control) {
-            return Err(
-                "it holds a control character, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
-                    .to_owned(),
-            );
+            return Err(PinError::ControlCharacter);
         }
         if pin.len() > PIN_BYTES_MAX {
-            return Err(format!("it is longer than {PIN_BYTES_MAX} bytes"));
+            return Err(PinError::TooLong);
         }
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
 
     /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
-    pub fn from_file(path: &Path) -> Result<Self, String> {
+    pub fn from_file(path: &Path) -> Result<Self, PinError> {
         let path = resolve(path)?;
-        let file = trusted_file::open(&path, PIN_FILE)
-            .map_err(|error| format!("the PIN file: {error}"))?;
-        let shown = path.display();
-        Self::from_reader(&file).map_err(|what| format!("the PIN file {shown}: {what}"))
+        let file = trusted_file::open(&path, PIN_FILE)?;
+        Self::from_reader(&file).map_err(|error| PinError::In {
+            place: format!("the PIN file {}", path.display()),
+            source: Box::new(error),
+        })
     }
 
     /// From an open descriptor of this process.
-    pub fn from_descriptor(number: u32) -> Result<Self, String> {
-        let file = fs::File::open(format!("/proc/self/fd/{number}"))
-            .map_err(|error| format!("cannot read descriptor {number}: {error}"))?;
-        Self::from_reader(file).map_err(|what| format!("descriptor {number}: {what}"))
+    pub fn from_descriptor(number: u32) -> Result<Self, PinError> {
+        let read = || Self::from_reader(fs::File::open(format!("/proc/self/fd/{number}"))?);
+        read().map_err(|error| PinError::In {
+            place: format!("descriptor {number}"),
+            source: Box::new(error),
+        })
     }
 
-    fn from_reader(reader: impl Read) -> Result<Self, String> {
+    fn from_reader(reader: impl Read) -> Result<Self, PinError> {
         // The whole capacity at once: a string that grows leaves copies that are not overwritten.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
-        reader
-            .take(limit)
-            .read_to_string(&mut text)
-            .map_err(|error| match error.kind() {
-                ErrorKind::InvalidData => {
-                    "it is not UTF-8 text, as a file in UTF-16 is not; save it as UTF-8".to_owned()
-                }
-                _ => error.to_string(),
-            })?;
+        reader.take(limit).read_to_string(&mut text)?;
         Self::from_text(std::mem::take(&mut text))
     }
 
     /// The PIN itself: for the module and for its hash.
     pub fn expose(&self) -> &str {
         &self.0
-    }
-
-    /// Number of bytes.
-    pub fn length(&self) -> usize {
-        self.0.len()
     }
 }
 
@@ -125,7 +159,7 @@ pub enum PinSource {
 
 impl PinSource {
     /// The form that crosses the socket. The path is resolved here, because the worker has no environment.
-    pub fn to_wire(&self) -> Result<wire::PinSource, String> {
+    pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {
             Self::File(path) => Source::File(resolve(path)?.to_string_lossy().into_owned()),
             Self::Text(pin) => Source::Text(pin.expose().to_owned()),
@@ -138,11 +172,11 @@ impl PinSource {
 
 impl wire::PinSource {
     /// The PIN: text, or the content of the file.
-    pub fn read(&self) -> Result<Pin, String> {
+    pub fn read(&self) -> Result<Pin, PinError> {
         match &self.source {
             Some(Source::File(path)) => Pin::from_file(Path::new(path)),
             Some(Source::Text(text)) => Pin::from_text(text.clone()),
-            None => Err("no PIN was given".to_owned()),
+            None => Err(PinError::Absent),
         }
     }
 }
@@ -157,8 +191,8 @@ impl Drop for wire::PinSource {
 }
 
 /// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
-pub fn resolve(path: &Path) -> Result<PathBuf, String> {
-    trusted_file::expand(path).map_err(|error| format!("the PIN file: {error}"))
+pub fn resolve(path: &Path) -> Result<PathBuf, PinError> {
+    Ok(trusted_file::expand(path)?)
 }
 
 #[cfg(test)]
@@ -194,7 +228,7 @@ mod tests {
             ("1234\t\n", "blank"),
         ] {
             let (_directory, path) = file(0o600, content);
-            let message = Pin::from_file(&path).unwrap_err();
+            let message = Pin::from_file(&path).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
             assert!(!message.contains("1234"), "{message}");
         }
@@ -207,7 +241,7 @@ mod tests {
     fn a_file_that_others_can_read_is_refused() {
         for mode in [0o644, 0o604, 0o620] {
             let (_directory, path) = file(mode, "1234");
-            let message = Pin::from_file(&path).unwrap_err();
+            let message = Pin::from_file(&path).unwrap_err().to_string();
             assert!(message.contains("chmod 600"), "{message}");
             assert!(!message.contains("1234"), "{message}");
         }

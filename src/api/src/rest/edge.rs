@@ -12,6 +12,7 @@ use axum::{
     http::{HeaderValue, Method, Response, StatusCode, header},
 };
 use http_body_util::BodyExt as _;
+use tracing::Instrument as _;
 
 use keybroker_broker::UserKeyRef;
 use keybroker_core::{
@@ -82,11 +83,14 @@ impl Surroundings {
             return answer::refusal(&error, id);
         };
         let serving = self.clone().serve(request, principal, call, action);
-        let handle = self.calls.spawn(async move {
-            let response = serving.await;
-            // Until the answer is on its way, or a connection that ends could take it for silence.
-            response.map(|body| held(body, place))
-        });
+        let handle = self.calls.spawn(
+            async move {
+                let response = serving.await;
+                // Until the answer is on its way, or a connection that ends could take it for silence.
+                response.map(|body| held(body, place))
+            }
+            .instrument(tracing::info_span!("call", call_id = %id)),
+        );
         match tokio::time::timeout_at(deadline.into(), handle).await {
             Ok(Ok(response)) => response,
             Ok(Err(_)) => {

@@ -22,6 +22,7 @@ use axum::{
 use http_body_util::BodyExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status};
+use tracing::Instrument as _;
 
 use keybroker_broker::Broker;
 use keybroker_core::{
@@ -111,11 +112,14 @@ impl Surroundings {
             return answer(&error.await, id);
         };
         let serving = self.clone().serve(request, next, entered, call_end, id);
-        let handle = self.calls.spawn(async move {
-            let response = serving.await;
-            // Until the answer is on its way, or a connection that ends could take it for silence.
-            response.map(|body| held(body, place))
-        });
+        let handle = self.calls.spawn(
+            async move {
+                let response = serving.await;
+                // Until the answer is on its way, or a connection that ends could take it for silence.
+                response.map(|body| held(body, place))
+            }
+            .instrument(tracing::info_span!("call", call_id = %id)),
+        );
         match tokio::time::timeout_at(deadline.into(), handle).await {
             Ok(Ok(response)) => response,
             Ok(Err(_)) => {

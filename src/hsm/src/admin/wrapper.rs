@@ -33,7 +33,7 @@ impl Admin {
                 key.id, checked.fingerprint, key.fingerprint
             )));
         };
-        let public = WrapKey::new(&checked.spki, algorithm).map_err(AdminError::Untrusted)?;
+        let public = WrapKey::new(&checked.spki, algorithm)?;
         Ok(Wrapper {
             admin: self,
             key,
@@ -49,10 +49,7 @@ impl Wrapper {
         context: &Context<'_>,
         material: &KeyMaterial,
     ) -> Result<Envelope, AdminError> {
-        let wrapped = self
-            .public
-            .wrap(material.expose())
-            .map_err(AdminError::Untrusted)?;
+        let wrapped = self.public.wrap(material.expose())?;
         let unsealed = Unsealed::new(self.public.algorithm(), self.key.id, wrapped)
             .map_err(|error| AdminError::Untrusted(error.to_string()))?;
         let mac = self

@@ -85,6 +85,7 @@ impl Supervisor {
                     });
                     return;
                 }
+                tracing::debug!(parent: &job.span, pid = link.pid(), ?class, detail = %failure.detail, "token job failed");
                 Err(self.error_of(link, class, failure.detail))
             }
             Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
@@ -152,6 +153,7 @@ impl Supervisor {
                 waited: Duration::ZERO,
                 retried: true,
                 losses: 0,
+                span: tracing::Span::none(),
             });
             match tokio::time::timeout(SELF_TEST_TIMEOUT, answer).await {
                 Ok(Ok(Answer { result: Ok(_), .. })) => {

@@ -7,6 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
+use tracing::Span;
 
 use crate::{
     Error, Serving, Token, TokenState,
@@ -40,6 +41,7 @@ impl Supervisor {
             waited: Duration::ZERO,
             retried: false,
             losses: 0,
+            span: Span::current(),
         })?;
         // The state may have changed between the two: then nothing would answer the job before its deadline.
         if !self.queue.has_links()
@@ -98,7 +100,9 @@ impl Token for Supervisor {
     ) -> Result<Envelope, Error> {
         let found = Arc::clone(&self.found.load());
         let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
-        let wrapped = public.wrap(material.expose()).map_err(Error::Untrusted)?;
+        let wrapped = public
+            .wrap(material.expose())
+            .map_err(|error| Error::Untrusted(error.to_string()))?;
         let unsealed = Unsealed::new(public.algorithm(), key, wrapped)
             .map_err(|error| Error::Untrusted(error.to_string()))?;
         let message = unsealed.mac_message(&context);

@@ -78,16 +78,22 @@ fn read(
     descriptor: Option<u32>,
     prompt: &str,
 ) -> Result<PinSource, Failure> {
+    let no_pin = |what: String| Failure::new(Exit::Pin, what);
     let pin = match (descriptor, file) {
         (Some(number), _) => Pin::from_descriptor(number),
         (None, Some(path)) => return Ok(PinSource::File(path.clone())),
-        (None, None) if std::io::stdin().is_terminal() => rpassword::prompt_password(prompt)
-            .map_err(|error| format!("cannot read the PIN: {error}"))
-            .and_then(Pin::from_text),
-        (None, None) => Err(
-            "no PIN: name a file or a descriptor, or run this at a terminal to be asked".to_owned(),
-        ),
+        (None, None) if std::io::stdin().is_terminal() => {
+            let typed = rpassword::prompt_password(prompt)
+                .map_err(|error| no_pin(format!("cannot read the PIN: {error}")))?;
+            Pin::from_text(typed)
+        }
+        (None, None) => {
+            return Err(no_pin(
+                "no PIN: name a file or a descriptor, or run this at a terminal to be asked"
+                    .to_owned(),
+            ));
+        }
     };
     pin.map(PinSource::Text)
-        .map_err(|what| Failure::new(Exit::Pin, what))
+        .map_err(|error| no_pin(error.to_string()))
 }

@@ -60,9 +60,10 @@ pub(super) struct RetryPin {
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
         let exit = match &error {
-            AdminError::Token(_) => Exit::Token,
-            AdminError::Pin(_) => Exit::Pin,
-            AdminError::Untrusted(_) => Exit::Untrusted,
+            AdminError::Token(_) | AdminError::Start(_) => Exit::Token,
+            AdminError::Pin(_) | AdminError::PinSource(_) => Exit::Pin,
+            AdminError::Untrusted(_) | AdminError::PublicKey(_) => Exit::Untrusted,
+            AdminError::Environment(_) => Exit::Configuration,
         };
         Self::new(exit, error.to_string())
     }

@@ -31,9 +31,10 @@ impl Config {
         let problems = &mut report.problems;
         let module = check_module(&self.token.module);
         problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
-        problems.extend(check_environment(&self.token.environment).err());
+        let environment = check_environment(&self.token.environment);
+        problems.extend(environment.err().map(|error| error.to_string()));
         if let Some(path) = &self.token.pin_file {
-            problems.extend(Pin::from_file(path).err());
+            problems.extend(Pin::from_file(path).err().map(|error| error.to_string()));
         }
         if let Some(path) = self.store.file() {
             problems.extend(check_database(&path).err());

@@ -49,6 +49,7 @@ mod start_refused;
 mod stopping;
 mod store_check;
 mod stored_clients;
+mod stored_columns;
 mod tls;
 mod tokens;
 mod trusted_files;

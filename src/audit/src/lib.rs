@@ -238,6 +238,17 @@ impl Entry {
     }
 }
 
+/// A change whose outcome the log has: it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The call that made it.
+    pub call: CallId,
+    /// When its intent was written.
+    pub at: Timestamp,
+    /// What it did, as in the field `action`.
+    pub action: String,
+}
+
 /// An intent without an outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenIntent {

@@ -247,7 +247,8 @@ fn the_audit_page_has_every_action_and_no_other() {
         "log",
     ];
     let mut written = BTreeSet::new();
-    for (_, text) in sources("src") {
+    let files = sources("src");
+    for (_, text) in files.iter().filter(|(path, _)| !path.contains("/tests")) {
         let code = text.split("#[cfg(test)]").next().unwrap();
         for part in code.split('"') {
             let Some((subject, verb)) = part.split_once('.') else {

@@ -6,7 +6,7 @@ use subtle::ConstantTimeEq as _;
 
 use keybroker_core::{
     call::{Call, RequestId},
-    envelope::{Mac, mac::MacMessage},
+    envelope::mac::MacMessage,
     error::{Error, Reason},
     key::Revision,
     principal::Principal,

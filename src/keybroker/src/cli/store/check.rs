@@ -16,7 +16,7 @@ use crate::{
     config::Config,
 };
 use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_pkcs11::admin::Admin;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
@@ -67,8 +67,8 @@ pub(super) async fn scan(
     admin: &Admin,
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
-    let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-    let mut judge = Judge::new(verifier, registry);
+    check_registry(admin, &registry)?;
+    let mut judge = Judge::new(admin, registry);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -106,10 +106,10 @@ pub(super) async fn scan(
 }
 
 /// The rows that belong to no record and no API client.
-async fn check_others<'a>(
+async fn check_others(
     store: &Arc<dyn Tables>,
-    admin: &'a Admin,
-    judge: &mut Judge<'a>,
+    admin: &Admin,
+    judge: &mut Judge<'_>,
     report: &mut Report,
     progress: &Progress,
 ) -> Result<(), Failure> {
@@ -135,32 +135,30 @@ async fn check_others<'a>(
 }
 
 /// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
-async fn learn<'a>(
-    judge: &mut Judge<'a>,
+async fn learn(
+    judge: &mut Judge<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
-    admin: &'a Admin,
+    admin: &Admin,
 ) -> Result<(), Failure> {
     if !judge.lacks(key) {
         return Ok(());
     }
     let registry = store.registry().await?;
     if !judge.knows(&registry) {
-        let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-        judge.renew(verifier, registry);
+        check_registry(admin, &registry)?;
+        judge.renew(registry);
     }
     Ok(())
 }
 
-/// The keys that can verify rows. While the registry itself is in doubt no row can be judged.
-fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<WrappingKeyId>, Failure> {
-    let mut ids = Vec::new();
+/// Checks every key that verifies rows. While the registry itself is in doubt no row can be checked.
+fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
     let mut problems = Vec::new();
     for row in registry {
         if row.state == WrappingKeyState::Destroyed {
             continue;
         }
-        ids.push(row.id);
         match admin.check(row.id) {
             Ok(key) => {
                 problems.extend(token::compare(admin, row, &key)?);
@@ -170,7 +168,7 @@ fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<Wrapping
         }
     }
     if problems.is_empty() {
-        return Ok(ids);
+        return Ok(());
     }
     let what = format!(
         "no row was looked at, because the registry and this token do not agree:\n  {}",

@@ -5,7 +5,7 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_pkcs11::admin::Verifier;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
@@ -147,17 +147,17 @@ impl Finding {
 /// Goes with a scan from its beginning to its end.
 #[derive(Debug)]
 pub(super) struct Judge<'a> {
-    verifier: Verifier<'a>,
+    admin: &'a Admin,
     registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
 impl<'a> Judge<'a> {
-    /// The verifier has the keys of the registry that are not destroyed.
-    pub(super) fn new(verifier: Verifier<'a>, registry: Vec<RegistryRow>) -> Self {
+    /// The token has the keys of the registry that are not destroyed.
+    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
-            verifier,
+            admin,
             registry,
             awaited: None,
         }
@@ -174,8 +174,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Goes on with the registry as it is now.
-    pub(super) fn renew(&mut self, verifier: Verifier<'a>, registry: Vec<RegistryRow>) {
-        self.verifier = verifier;
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }
 
@@ -259,7 +258,7 @@ impl<'a> Judge<'a> {
             revision: row.revision,
         };
         let message = envelope.mac_message(&context);
-        if self.verifier.verify(key, &message, envelope.mac())? {
+        if self.admin.verify(key, &message, envelope.mac())? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -288,10 +287,7 @@ impl<'a> Judge<'a> {
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
-        if self
-            .verifier
-            .verify(row.key, &row.mac_message(), &row.mac)?
-        {
+        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -332,7 +328,7 @@ impl<'a> Judge<'a> {
             return bad(problem);
         }
         let message = request_message(scope, &record.content, &record.result);
-        if self.verifier.verify(record.key, &message, mac)? {
+        if self.admin.verify(record.key, &message, mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused)

@@ -50,6 +50,7 @@ mod start_refused;
 mod stopping;
 mod store_check;
 mod stored_clients;
+mod stored_columns;
 mod tls;
 mod token_messages;
 mod tokens;

@@ -160,8 +160,8 @@ pub fn main() -> ExitCode {
         config_file: cli.config,
         output: Output::new(cli.output),
     };
-    if let Err(what) = hardening::harden() {
-        return finish(&context, Err(Failure::new(Exit::Internal, what)));
+    if let Err(error) = hardening::harden() {
+        return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
     // Two providers in one process would make rustls panic at its first use; this one is ours.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();

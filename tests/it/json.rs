@@ -73,8 +73,18 @@ fn one_shot_commands_give_the_promised_fields() {
     run("token check", &[]);
     run("token backup-confirmed", &[]);
     run("config check", &[]);
-    let log = fs::read_dir(site.audit_directory()).unwrap().next();
-    let log = log.unwrap().unwrap().path();
+    // Beside the logs there is the state directory, in no particular order.
+    let log = fs::read_dir(site.audit_directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with("cli-")
+        })
+        .unwrap();
     run("audit verify", &[log.to_str().unwrap()]);
 
     let failed = site.run(&["-o", "json", "key", "show", "xyz"]);

@@ -84,7 +84,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// A token that is open, of which no more is told.
+    /// A token that is open: the command needs no more of it than its names.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,

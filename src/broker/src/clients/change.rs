@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
+use tracing::Instrument as _;
+
 use crate::{Broker, journal::Draft, observed};
 use keybroker_audit::EntryKind;
 use keybroker_core::{
@@ -23,7 +25,7 @@ impl Broker {
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
         let work = async move { observed(action, &call, Box::pin(work)).await };
-        match self.mutations.spawn(work).await {
+        match self.mutations.spawn(work.in_current_span()).await {
             Ok(result) => result,
             Err(panic) => Err(Error::new(
                 Reason::Bug,

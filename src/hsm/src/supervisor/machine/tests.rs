@@ -235,7 +235,7 @@ fn logins_that_fail_are_spaced() {
     assert!(logins < 360, "{logins} in an hour");
 }
 
-/// Workers are killed one after another as soon as they are ready: nobody is told that the token is down.
+/// Workers are killed one after another as soon as they are ready: no caller is told that the token is down.
 #[test]
 fn workers_killed_as_they_come_are_no_outage() {
     let mut run = Run::up();
@@ -260,7 +260,7 @@ fn callers_wait_five_seconds_and_no_longer() {
     assert_eq!(run.alerts, [Alert::TokenDown]);
 }
 
-/// The first failed start knows more than the loss: nobody waits for a token that is not there.
+/// The first failed start knows more than the loss: no caller waits for a token that is not there.
 #[test]
 fn callers_do_not_wait_for_a_token_that_is_known_to_be_down() {
     let mut run = Run::up();

@@ -404,7 +404,7 @@ fn root_is_told_which_user_to_be() {
         let said = &made.stderr;
         assert!(said.contains("belongs to user 65534"), "{said}");
         assert!(
-            said.contains("run this as that user") || said.contains("run it as user 65534"),
+            said.contains("run this as that user") || said.contains("run this as user 65534"),
             "{said}"
         );
     }

@@ -42,7 +42,7 @@ fn selection_names_what_is_wrong() {
             module: text,
             ..settings()
         };
-        assert!(class(&no_library).contains("is not a PKCS#11 module"));
+        assert!(class(&no_library).contains("is not a shared library"));
     });
 }
 

@@ -210,3 +210,49 @@ async fn a_backup_copied_over_the_live_file_is_refused() {
     refused(enroller.create("eve", MATERIAL).await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
 }
+
+/// On the right database the command must not switch off the comparison.
+#[tokio::test(flavor = "multi_thread")]
+async fn accepting_the_right_database_forgets_nothing() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let fact = broker
+        .site
+        .audit_directory()
+        .join("state/acknowledged-serve");
+    until("the change in the state file", || {
+        let kept = fs::read_to_string(&fact).unwrap_or_default();
+        kept.contains("\"call\"").then_some(())
+    });
+    let before = fs::read(&fact).unwrap();
+    let said = broker.site.run(&["store", "accept-restored"]);
+    assert_eq!(said.code, Some(0), "{said:#?}");
+    assert!(said.stderr.contains("nothing to accept"), "{said:#?}");
+    assert_eq!(fs::read(&fact).unwrap(), before);
+}
+
+#[test]
+fn a_database_in_a_directory_that_others_can_write_to_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let site = Site::fresh(Options::default());
+    let directory = site.database().parent().unwrap().to_owned();
+    let open = |mode| fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();
+    open(0o777);
+    for arguments in [
+        &["config", "check"][..],
+        &["store", "status"],
+        &["key", "list"],
+    ] {
+        let finished = site.run(arguments);
+        assert_ne!(finished.code, Some(0), "{finished:#?}");
+        let said = format!("{}{}", finished.stdout, finished.stderr);
+        assert!(said.contains("other users could"), "{said}");
+        assert!(said.contains(&*directory.to_string_lossy()), "{said}");
+    }
+    let refused = site.serve_to_its_end();
+    assert!(refused.stderr.contains("other users could"), "{refused:#?}");
+    open(0o700);
+    site.expect_ok(&["store", "status"]);
+}

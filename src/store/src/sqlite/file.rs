@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use keybroker_core::trusted_file::{self, Purpose};
 use sqlx::{SqlitePool, migrate::Migrator};
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
@@ -20,8 +21,26 @@ const OPEN_TO_OTHERS: u32 = 0o027;
 
 const ROOT: u32 = 0;
 
-/// Refuses a file that is not there, or that others can change or read.
+/// The directory, in which SQLite makes the WAL beside the database.
+const DIRECTORY: Purpose = Purpose::trust("other users could replace the database");
+
+/// Refuses a database in a directory that other users can write to.
+fn check_directory(path: &Path) -> Result<(), Error> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let absolute = std::path::absolute(directory);
+    let absolute = absolute.unwrap_or_else(|_| directory.to_owned());
+    match trusted_file::check_directory(&absolute, DIRECTORY) {
+        Err(error) if !error.is_missing() => Err(Error::Down(error.to_string().into())),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a file that is not there, that others can change or read, or whose directory others can change.
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
+    check_directory(path)?;
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::Schema(format!(
@@ -60,10 +79,20 @@ pub(super) async fn require_current(pool: &SqlitePool) -> Result<(), Error> {
 
 /// What migration would do, or has been done.
 pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
-    if !path.exists() {
-        return Ok(schema::status(0, &MIGRATOR));
+    match path.try_exists() {
+        Ok(true) => check(path)?,
+        Ok(false) => {
+            check_directory(path)?;
+            return Ok(schema::status(0, &MIGRATOR));
+        }
+        Err(error) => {
+            let what = format!(
+                "cannot look at {}: {error}; run this as the user to whom the database belongs",
+                path.display()
+            );
+            return Err(Error::Down(what.into()));
+        }
     }
-    check(path)?;
     let pool = super::writer(path);
     let current = current(&pool).await;
     pool.close().await;

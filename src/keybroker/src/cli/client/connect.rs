@@ -15,6 +15,7 @@ use crate::{
     cli::exit::{Exit, Failure},
 };
 use keybroker_auth::PeerCertificate;
+use keybroker_client::PacedConnector;
 use keybroker_core::{
     error::{chain, root_cause},
     pem,
@@ -144,7 +145,8 @@ pub(in crate::cli) async fn connect(
     let url = endpoint.uri();
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-    let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
+    let connecting = endpoint.connect_with_connector(PacedConnector::default());
+    let Ok(connected) = tokio::time::timeout(timeout, connecting).await else {
         return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
     };
     connected.map_err(|error| {

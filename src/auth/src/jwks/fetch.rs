@@ -104,7 +104,8 @@ impl Fetcher {
             .map_err(|error| format!("{url}: it is not a discovery document: {error}"))?;
         if document.issuer != self.issuer {
             return Err(format!(
-                "{url}: its `issuer` is {:?}, and `issuer` of the configuration is {:?}; they must be equal byte for byte",
+                "{url}: its `issuer` is {:?}, and `issuer` of the configuration is {:?}; they must be equal byte for byte; if its tokens have \
+                 the configured issuer all the same, name the key set itself with `jwks_url`",
                 document.issuer, self.issuer
             ));
         }

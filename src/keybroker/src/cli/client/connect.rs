@@ -166,6 +166,10 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     } else if has(&["not valid for name", "NotValidForName"]) {
         "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
             .to_owned()
+    } else if has(&["CaUsedAsEndEntity"]) {
+        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
+         server"
+            .to_owned()
     } else if has(&["expired", "Expired"]) {
         "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {

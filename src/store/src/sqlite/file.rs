@@ -10,6 +10,8 @@ use std::{
 use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
 
+use keybroker_core::trusted_file;
+
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, schema};
 
 use super::statements::STATEMENTS;
@@ -18,6 +20,8 @@ static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
 /// Group may read (backups); nobody else may do anything.
 const OPEN_TO_OTHERS: u32 = 0o027;
+
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
@@ -71,7 +75,7 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
             "is not a regular file".to_owned()
         } else if !trusted.contains(&owner) {
             format!("belongs to user {owner}")
-        } else if mode & OPEN_TO_OTHERS != 0 {
+        } else if mode & WRITABLE_BY_OTHERS != 0 {
             format!("has mode {mode:03o}")
         } else {
             continue;
@@ -178,6 +182,7 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
             holder.trim()
         )));
     }
+    note_open_directory(path);
     note_holder(&mut file)
         .map_err(|error| Error::Down(format!("cannot write {shown}: {error}").into()))?;
     Ok(StoreLock { _file: Some(file) })
@@ -199,6 +204,17 @@ fn check_lock(file: &File) -> Result<(), String> {
         return Err(format!("belongs to user {}", meta.uid()));
     }
     Ok(())
+}
+
+/// A database in such a directory can be moved aside while the broker is stopped.
+fn note_open_directory(path: &Path) {
+    if let Some(open) = trusted_file::open_directory_above(path) {
+        tracing::warn!(
+            database = %path.display(), writable = %open.display(),
+            "every user of this machine can move the database to another place or remove it; run `chmod o-w` on the directory that \
+             they can write to"
+        );
+    }
 }
 
 fn note_holder(file: &mut File) -> io::Result<()> {

@@ -25,7 +25,7 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
-/// Files beside a database whose content SQLite writes into it when it opens it, and the index of the first of them.
+/// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
 /// Refuses a file that is not there, or that others can change or read.
@@ -170,8 +170,7 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
             let remedy = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
             Error::Down(format!("cannot open {shown}: {error}; {remedy}").into())
         })?;
-    check_lock(&file)
-        .map_err(|problem| Error::Down(format!("{shown} {problem}; remove it").into()))?;
+    check_lock(&file, &lock_path)?;
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
@@ -189,21 +188,22 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
 }
 
 /// The process id is written into the lock file, so it must not be another file under a second name.
-fn check_lock(file: &File) -> Result<(), String> {
+fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
+    let shown = path.display();
     let meta = file
         .metadata()
-        .map_err(|error| format!("cannot be examined: {error}"))?;
+        .map_err(|error| Error::Down(format!("cannot look at {shown}: {error}").into()))?;
     let ours = rustix::process::geteuid().as_raw();
-    if !meta.is_file() {
-        return Err("is not a regular file".to_owned());
-    }
-    if meta.nlink() > 1 {
-        return Err("has more than one hard link, and would be overwritten".to_owned());
-    }
-    if is_foreign(meta.uid(), ours) {
-        return Err(format!("belongs to user {}", meta.uid()));
-    }
-    Ok(())
+    let problem = if !meta.is_file() {
+        "is not a regular file".to_owned()
+    } else if meta.nlink() > 1 {
+        "has more than one hard link, and would be overwritten".to_owned()
+    } else if is_foreign(meta.uid(), ours) {
+        format!("belongs to user {}", meta.uid())
+    } else {
+        return Ok(());
+    };
+    Err(Error::Down(format!("{shown} {problem}; remove it").into()))
 }
 
 /// A database in such a directory can be moved aside while the broker is stopped.

@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
 use rustls::{
-    RootCertStore, ServerConfig,
+    InconsistentKeys, RootCertStore, ServerConfig,
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -28,6 +28,8 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
+use crate::certificate::{Age as LifeAge, Life as CertificateLife};
+
 use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
 mod purpose;
@@ -40,8 +42,6 @@ use revocation::{Age, Life, Lists, Newest, Versions};
 
 const SECONDS_PER_DAY: i64 = 86_400;
 const SECONDS_PER_HOUR: i64 = 3_600;
-/// A certificate with less than this left is worth a warning.
-const WARN_DAYS: i64 = 30;
 
 /// Longest chain, key and file of authorities, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -482,7 +482,13 @@ impl Files {
                      first, and each certificate after it the issuer of the one before",
                     contents.certificates
                 ),
-                _ => format!("{certificate_file} and {key_file} do not belong together: {error}"),
+                None if error == rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                    format!(
+                        "`key_file` {key_file} is not the private key of the certificate in `certificate_file` \
+                         {certificate_file}; were both renewed together?"
+                    )
+                }
+                _ => format!("{certificate_file} and {key_file} cannot be used: {error}"),
             }
         })?;
         config.alpn_protocols = protocols.to_vec();
@@ -644,18 +650,18 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
             date(from)
         ));
     }
-    let days = note_days_left(until, path);
-    if days < WARN_DAYS {
-        tracing::warn!(certificate = %shown, days, "the certificate expires soon; renew it");
+    note_days_left(until, path);
+    let life = CertificateLife { from, until };
+    if life.age(now) == LifeAge::Late {
+        tracing::warn!(certificate = %shown, until = %life.ends(), "the certificate expires soon; renew it");
     }
     Ok(until)
 }
 
-fn note_days_left(until: i64, path: &Path) -> i64 {
+fn note_days_left(until: i64, path: &Path) {
     let now = Timestamp::now().micros() / 1_000_000;
     let days = (until - now).div_euclid(SECONDS_PER_DAY);
     let name = path.display().to_string();
     metrics::gauge!("keybroker_certificate_days_left", "file" => name)
         .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
-    days
 }

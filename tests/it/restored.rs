@@ -231,28 +231,3 @@ async fn accepting_the_right_database_forgets_nothing() {
     assert!(said.stderr.contains("nothing to accept"), "{said:#?}");
     assert_eq!(fs::read(&fact).unwrap(), before);
 }
-
-#[test]
-fn a_database_in_a_directory_that_others_can_write_to_is_refused() {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    let site = Site::fresh(Options::default());
-    let directory = site.database().parent().unwrap().to_owned();
-    let open = |mode| fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();
-    open(0o777);
-    for arguments in [
-        &["config", "check"][..],
-        &["store", "status"],
-        &["key", "list"],
-    ] {
-        let finished = site.run(arguments);
-        assert_ne!(finished.code, Some(0), "{finished:#?}");
-        let said = format!("{}{}", finished.stdout, finished.stderr);
-        assert!(said.contains("other users could"), "{said}");
-        assert!(said.contains(&*directory.to_string_lossy()), "{said}");
-    }
-    let refused = site.serve_to_its_end();
-    assert!(refused.stderr.contains("other users could"), "{refused:#?}");
-    open(0o700);
-    site.expect_ok(&["store", "status"]);
-}

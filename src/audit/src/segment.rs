@@ -47,8 +47,15 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail("will not write into", path, cause, &remedy));
     }
     if !meta.is_dir() || meta.mode() & OPEN_TO_OTHERS != 0 || meta.uid() != ours {
-        let cause = format!("mode {:o}, owner {}", meta.mode() & 0o7777, meta.uid());
-        let remedy = format!("it must be a directory of user {ours} with mode 0700");
+        let (mode, owner) = (meta.mode() & 0o7777, meta.uid());
+        let cause = format!("mode {mode:04o}, owner {owner}");
+        let remedy = if meta.is_dir() && owner != ours {
+            format!(
+                "the directory belongs to user {owner}, and this process is user {ours}; run it as user {owner}"
+            )
+        } else {
+            format!("it must be a directory of user {ours} with mode 0700")
+        };
         return Err(fail("will not write into", path, cause, &remedy));
     }
     Ok(())

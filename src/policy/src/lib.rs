@@ -25,6 +25,7 @@ use keybroker_core::{
 };
 
 mod engine;
+mod error;
 mod explain;
 mod files;
 mod problem;

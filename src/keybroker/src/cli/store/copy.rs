@@ -20,7 +20,7 @@ use crate::{
     config::Config,
 };
 use keybroker_audit::Entry;
-use keybroker_pkcs11::admin::Admin;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     Settings, Tls,

@@ -108,7 +108,10 @@ impl Entered {
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();
         entered.ok_or_else(|| {
-            let error = Error::new(Reason::Bug, "a call that did not come through the edge");
+            let error = Error::new(
+                Reason::Bug,
+                "a call that did not pass the request middleware",
+            );
             status::to_status(&error, CallId::fresh())
         })
     }

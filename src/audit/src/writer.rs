@@ -277,7 +277,7 @@ impl Writer {
         let failed = |error| {
             let path = current.path.display();
             Error::new(format!(
-                "cannot write {path}: {error}; free the disk or mend it"
+                "cannot write {path}: {error}; free space on the disk or repair it"
             ))
         };
         self.shared.busy();
@@ -525,12 +525,12 @@ impl Writer {
                 self.complaints.clear();
                 tracing::warn!(
                     principal = %acknowledgement.principal,
-                    "the tampering was acknowledged; the audit log goes on"
+                    "the tampering was acknowledged; the audit log continues"
                 );
             }
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot go on yet");
+                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot continue yet");
                 }
                 self.current = None;
                 let latched = error.latched();

@@ -167,7 +167,7 @@ impl Grant {
         }
         if let Some((one, other)) = conflict(&self.roles) {
             return Some(format!(
-                "has the roles `{}` and `{}`: whoever administers or audits the broker must not be able to obtain keys",
+                "has the roles `{}` and `{}`: administrators and auditors of the broker must not be able to obtain keys",
                 one.as_str(),
                 other.as_str()
             ));

@@ -93,7 +93,7 @@ pub enum Error {
     #[error("connection lost: {0}")]
     Disconnected(Arc<str>),
     /// The database is away, full, read-only or slow.
-    #[error("store away: {0}")]
+    #[error("store unavailable: {0}")]
     Down(Arc<str>),
 }
 

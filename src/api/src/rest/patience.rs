@@ -61,7 +61,7 @@ impl Patience {
                 return Err(error);
             };
             let (first, id) = (self.request.id, self.last());
-            tracing::info!(request = %first, call_id = %id, %error, "waiting out a short trouble");
+            tracing::info!(request = %first, call_id = %id, %error, "retrying after a short outage");
             metrics::counter!("keybroker_rest_retries_total", "reason" => error.reason().as_str())
                 .increment(1);
             tokio::time::sleep(pause).await;

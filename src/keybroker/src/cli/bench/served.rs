@@ -68,7 +68,7 @@ impl Served {
             .iter()
             .position(|listener| listener.doors.contains(&Door::Grpc))
             .ok_or_else(|| {
-                Failure::new(Exit::Configuration, "no [[listener]] has the door `grpc`")
+                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `doors`")
             })?;
         let mut started = Started::spawn(context)?;
         let ready = started.wait().await?;

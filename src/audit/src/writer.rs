@@ -167,7 +167,7 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // Whoever gave up waiting has refused their call: nothing is to be recorded as done for them.
+        // A caller that gave up waiting has refused its call, so nothing must be recorded as done for it.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {

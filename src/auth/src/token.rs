@@ -129,8 +129,8 @@ impl Tokens {
 
     /// Waits until every provider was asked for its keys once, whatever came of it, at most for so long. Whoever calls before that
     /// is refused for no fault of theirs, and some clients take that for the end of their session.
-    pub async fn asked_once(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+    pub async fn asked_once(&self, limit: Duration) {
+        let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
             issuer.keys.current().is_err() && issuer.keys.problem().is_none()
         };

@@ -35,15 +35,15 @@ pub enum Reason {
     Rate,
     /// The caller's budget of failures is used up.
     FailureBudget,
-    /// The token is away.
+    /// The token is unavailable.
     TokenDown,
-    /// The store is away.
+    /// The store is unavailable.
     StoreDown,
     /// The audit log cannot be written.
     AuditDown,
-    /// The identity provider is away, and its keys are not known.
+    /// The identity provider is unavailable, and its keys are not known.
     IdentityDown,
-    /// The token is there but must not be used: attributes, canary or PIN.
+    /// The token answers but must not be used: an attribute, the self-test or the PIN is wrong.
     TokenUntrusted,
     /// The deadline passed or is certain to pass.
     Deadline,

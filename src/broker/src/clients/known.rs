@@ -133,7 +133,7 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // Whoever shows a damaged client is nobody; its administrator is told what is wrong.
+        // A caller with a damaged client is refused; its administrator learns the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,

@@ -15,7 +15,7 @@ use super::statements::STATEMENTS;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
-/// Group may read (backups); nobody else may do anything.
+/// The group may read (backups); others have no access.
 const OPEN_TO_OTHERS: u32 = 0o027;
 
 const ROOT: u32 = 0;
@@ -45,7 +45,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Root may do anything to any file, whoever it belongs to.
+/// Root may do anything to any file, regardless of its owner.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }

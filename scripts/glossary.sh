@@ -4,7 +4,7 @@
 #
 # Usage: glossary.sh             checks the listed files
 #        glossary.sh FILE…       checks these files, for a look before listing them
-#        glossary.sh --update    adds every tracked page (*.md) that is clean to the list
+#        glossary.sh --update    adds every tracked page and every source file of the product that is clean to the list
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,10 +21,12 @@ fail() {
 }
 
 # The text of a file. In a page, what stands as code are names, which keep theirs as long as the wire and stored formats
-# do; its lines stay, so that line numbers are right. The setting `doors` of listeners is such a name.
+# do; its lines stay, so that line numbers are right. The setting `doors` of listeners and
+# the log field `alarm` are such names.
 prose() {
   case $1 in
     *.md) awk '/^ *```/ { code = !code; print ""; next } code { print ""; next } { gsub(/`[^`]*`/, "`"); print }' "$1" ;;
+    *.rs) sed 's/alarm = "[a-z-]*"//' "$1" ;;
     *.toml) sed 's/doors = \[[^]]*\]//' "$1" ;;
     *) cat "$1" ;;
   esac
@@ -43,7 +45,7 @@ listed() { grep -vE '^(#|$)' "$LIST"; }
 
 update() {
   local file
-  git ls-files -z '*.md' | while IFS= read -r -d '' file; do
+  git ls-files -z '*.md' 'src/*.rs' | while IFS= read -r -d '' file; do
     listed | grep -qxF -- "$file" && continue
     clean "$file" >/dev/null && printf '%s\n' "$file"
   done >>"$LIST"

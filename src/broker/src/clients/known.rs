@@ -23,8 +23,8 @@ const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum Wanted {
     /// To be let in or changed: its MAC must be of a key that may be used.
     InForce,
-    /// To be ended for good. Also when the key of its MAC may not be used any more: what follows lets nobody in, so a row that is
-    /// not to be trusted gains nothing by it.
+    /// To be revoked permanently. Also when the key of its MAC may no longer be used: a revoked row admits no caller,
+    /// so a row that is not to be trusted gains nothing by it.
     ToEnd,
 }
 

@@ -92,7 +92,7 @@ fn row(problem: &Problem) -> Vec<Field> {
     ]
 }
 
-/// Policies that nobody can decide by.
+/// Policies that are not valid.
 fn refused(directory: Option<&Path>, problems: &[Problem]) -> Failure {
     let shown = directory.unwrap_or(Path::new("(shipped)")).display();
     let count = problems.len();

@@ -167,7 +167,7 @@ fn open(
     password: &PasswordSource,
     parameters: &Parameters,
 ) -> Result<Opened, Failure> {
-    // First what needs nobody at the terminal.
+    // First the sources that need no person at the terminal.
     let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
     let salt = parameters.salt(&email)?;
     let source = secrets::Source {

@@ -80,7 +80,7 @@ impl Source {
         read(file, &shown)
     }
 
-    /// The call was refused for certain: generated material that nobody wrapped must not be taken for a key.
+    /// The call was refused for certain: generated material that was not wrapped must not be taken for a key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
@@ -92,7 +92,7 @@ impl Source {
 
 /// Reads at most one byte more than is permitted, so that the broker says what is wrong with longer material.
 fn read(from: impl Read, shown: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+    // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
     let mut material = Zeroizing::new(Vec::with_capacity(KEY_MATERIAL_BYTES_MAX + 1));
     let limit = u64::try_from(KEY_MATERIAL_BYTES_MAX + 1).unwrap_or(u64::MAX);
     from.take(limit)

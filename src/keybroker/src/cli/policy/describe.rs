@@ -281,7 +281,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
     let micros = i64::try_from(at.unix_timestamp_nanos() / 1_000);
     micros
         .map(Timestamp::from_micros)
-        .map_err(|_| usage(format!("the time {text:?} is too far away")))
+        .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
 /// A word as it stands in a configuration.

@@ -136,7 +136,7 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Before anything is written: whoever cannot verify the copy need not make it.
+    // Before anything is written: a command that cannot verify the copy must not make it.
     let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
     let hint = "stop the broker: what it writes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);

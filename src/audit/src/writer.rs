@@ -347,7 +347,7 @@ impl Writer {
         });
         let meta = file
             .metadata()
-            .map_err(|error| Error::new(format!("cannot look at {}: {error}", path.display())))?;
+            .map_err(|error| Error::new(format!("cannot examine {}: {error}", path.display())))?;
         self.files.note(number, Written::of(&meta));
         segment::sync_directory(&self.directory)?;
         self.current = Some(Current { file, path });

@@ -1,4 +1,4 @@
-//! May this principal do that? The one place that answers; deny by default.
+//! Decides what a principal may do: the only place with such decisions; deny by default.
 //!
 //! The rules are policies in Cedar: those that come with the broker (`policy/default.cedar`) and those of the
 //! operator, all validated against one schema before they are used. Two rules are in code, so that no file can change

@@ -29,7 +29,7 @@ pub(super) enum Wanted {
 }
 
 impl Broker {
-    /// An API client, once the token has verified its row: what authentication may go by. Absent when there is none.
+    /// An API client, once the token has verified its row: the basis of authentication. `None` if it does not exist.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.client_for(Wanted::InForce, id).await
     }
@@ -124,7 +124,7 @@ impl Broker {
         }
     }
 
-    /// The administrator's own client. One of another tenant is none.
+    /// A client of the administrator's own tenant. One of another tenant is not found.
     pub(super) async fn own_client(
         &self,
         principal: &Principal,

@@ -318,7 +318,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Whoever can connect to a listener without TLS can be anybody, and so can whoever is on the path.
+/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors != [Door::Rest] {

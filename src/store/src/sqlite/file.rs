@@ -27,7 +27,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
         std::io::ErrorKind::NotFound => Error::Schema(format!(
             "there is no database at {shown}; make it with `keybroker store migrate`"
         )),
-        _ => Error::Down(format!("cannot look at {shown}: {error}").into()),
+        _ => Error::Down(format!("cannot examine {shown}: {error}").into()),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {

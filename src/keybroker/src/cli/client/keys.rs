@@ -71,7 +71,7 @@ pub(super) enum Command {
         /// Users whose keys to release, at most 64
         #[arg(long, required = true, num_args = 1..)]
         user: Vec<String>,
-        /// Key name of the keys
+        /// Name of the keys
         #[arg(long, default_value = "default")]
         key_name: String,
         /// Write to standard output even if it is a terminal

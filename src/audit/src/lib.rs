@@ -149,7 +149,8 @@ pub enum EntryKind {
     Intent,
     /// What became of an intent with the same call id.
     Outcome,
-    /// What became of an intent whose outcome could not be written in its time: a crash, a log or a store that was away.
+    /// The result of an intent whose outcome could not be written in time: after a crash, or because the log or the
+    /// store was unavailable.
     Recovered,
     /// About the log itself: opened, torn tail set aside, closed.
     System,
@@ -341,7 +342,7 @@ impl Error {
     }
 }
 
-/// How long a caller should wait for a log that is away.
+/// How long a caller should wait for a log that is unavailable.
 const AUDIT_RETRY: Duration = Duration::from_secs(1);
 
 impl From<Error> for error::Error {

@@ -21,7 +21,8 @@ const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are 
 /// How often things happen.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// Least time between two fetches because of unknown keys: whoever invents names must not hammer the provider.
+    /// Least time between two fetches because of unknown keys: a caller that makes up key ids must not cause load on
+    /// the provider.
     pub(crate) refetch: Duration,
     /// Time between fetches while all is well.
     pub(crate) refresh: Duration,

@@ -22,21 +22,29 @@ mod purge;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Bring the database to the schema of this release, making it if need be
+    /// Migrate the database to the schema of this release, creating it if necessary
     Migrate {
-        /// Say what would be done, and do nothing
+        /// Show the pending migrations without running them
         #[arg(long)]
         dry_run: bool,
     },
-    /// Show the schema of the database
+    /// Show the schema version of the database
     Status,
-    /// Look at every record and revision, and let the token verify each
+    /// Check every row, and have the token verify each MAC
+    ///
+    /// Changes nothing and runs beside a broker. Fails with exit code 12 if a row is bad.
     Check(UserPin),
-    /// Copy everything into another database, of whichever engine, and verify the copy
+    /// Copy everything into another database of any engine, and verify the copy
+    ///
+    /// Stop every broker that uses the databases first. If the copy is interrupted, run it again.
     Copy(copy::Arguments),
-    /// Accept the database as it is, for example after the restore of a backup
+    /// Accept the database as it is, for example after a backup was restored
+    ///
+    /// The broker compares the database with the changes that it acknowledged, and refuses an earlier state. Run
+    /// this only if the restore was intended.
     AcceptRestored,
-    /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
+    /// Permanently remove records and revisions that were deleted or superseded longer than `store.retention_days`
+    /// ago
     Purge(purge::Arguments),
 }
 

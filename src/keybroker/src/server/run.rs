@@ -56,11 +56,12 @@ use super::{
 
 /// For reading the registry and verifying it on the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
-/// For the first key sets of providers, before the doors open; one that is down then is asked again in the background.
+/// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
+/// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
 const LAME_DUCK: Duration = Duration::from_millis(500);
-/// For what follows the drain of the doors: workers and store.
+/// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// One in so many connections may be without a principal.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
@@ -198,8 +199,8 @@ struct Server {
 }
 
 impl Server {
-    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log, database, token,
-    /// registry, then the doors open.
+    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log,
+    /// database, token, registry, then the listeners open.
     async fn start(
         config: Config,
         program: PathBuf,
@@ -263,7 +264,7 @@ impl Server {
             audit,
             health,
         };
-        // Nobody is told that it serves before somebody has looked.
+        // Health does not say SERVING before the first check.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, policy, hangup);
         let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
@@ -340,7 +341,7 @@ impl Server {
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 
-    /// Starts what runs beside the doors.
+    /// Starts what runs beside the listeners.
     fn look_after(&self, bound: &[Bound], policy: Arc<Policy>, hangup: Signal) {
         let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
         let stop = self.stop_background.clone();
@@ -373,8 +374,8 @@ impl Server {
         });
     }
 
-    /// Says where it listens, for whoever started it with port 0. Written under another name first: a reader never sees
-    /// half of it.
+    /// Writes the bound addresses, for a caller that configured port 0. Written under another name first: a reader
+    /// never sees half of it.
     fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
         let text = serde_json::json!({
             "listeners": self.addresses,
@@ -391,8 +392,8 @@ impl Server {
     /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
     /// audit log gets its last entry.
     async fn stop(self) {
-        // First the one who would say otherwise. It ends at once; whoever is in the middle of a question to the database may
-        // take longer, and nobody waits for that.
+        // First the task that would report another state. It ends at once. A check of the database that is under way
+        // may take longer, and nothing waits for it.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())

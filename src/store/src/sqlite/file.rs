@@ -18,7 +18,7 @@ use super::statements::STATEMENTS;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
-/// Group may read (backups); nobody else may do anything.
+/// The group may read (backups); others have no access.
 const OPEN_TO_OTHERS: u32 = 0o027;
 
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -35,7 +35,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
         io::ErrorKind::NotFound => Error::Schema(format!(
             "there is no database at {shown}; make it with `keybroker store migrate`"
         )),
-        _ => Error::Down(format!("cannot look at {shown}: {error}").into()),
+        _ => Error::Down(format!("cannot examine {shown}: {error}").into()),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
@@ -95,7 +95,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Root may do anything to any file, whoever it belongs to.
+/// Root may do anything to any file, regardless of its owner.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }

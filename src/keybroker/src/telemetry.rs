@@ -1,5 +1,7 @@
 //! Logs and metrics of this process.
 
+use std::io::IsTerminal as _;
+
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
@@ -33,7 +35,11 @@ pub fn init_logs(json: bool, default_filter: &str) {
             .with_span_list(false)
             .try_init()
     } else {
-        builder.without_time().with_target(false).try_init()
+        builder
+            .without_time()
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .try_init()
     };
     if let Err(error) = set {
         tracing::debug!(%error, "logs were set up already");

@@ -105,7 +105,10 @@ fn pages() -> Vec<String> {
             let is_ours = !name.starts_with('.') && name != "target";
             if entry.file_type().unwrap().is_dir() && is_ours {
                 folders.push(path);
-            } else if name.ends_with(".md") {
+            } else if Path::new(&name)
+                .extension()
+                .is_some_and(|extension| extension == "md")
+            {
                 pages.push(path);
             }
         }
@@ -123,7 +126,10 @@ fn sources(folder: &str) -> Vec<(String, String)> {
             let path = format!("{folder}/{}", entry.file_name().to_str().unwrap());
             if entry.file_type().unwrap().is_dir() {
                 folders.push(path);
-            } else if path.ends_with(".rs") {
+            } else if Path::new(&path)
+                .extension()
+                .is_some_and(|extension| extension == "rs")
+            {
                 let text = read(&path);
                 found.push((path, text));
             }
@@ -153,7 +159,7 @@ fn settings_of_the_example() -> BTreeMap<String, BTreeSet<String>> {
     for line in read("keybroker.example.toml").lines() {
         let line = line.strip_prefix("#: ").unwrap_or(line);
         if line.starts_with('[') {
-            table = line.trim_matches(['[', ']']).to_owned();
+            line.trim_matches(['[', ']']).clone_into(&mut table);
             tables.entry(table.clone()).or_default();
             continue;
         }

@@ -28,7 +28,7 @@ const READERS: u32 = 4;
 /// How long a call waits for its turn: shorter than the deadlines of most callers, so that they learn why they waited.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far above what a disk takes. There is no server that could be away.
+/// Far above what a disk takes. There is no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.

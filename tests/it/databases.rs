@@ -8,6 +8,7 @@ use std::{
 use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome};
 use keybroker_core::call::CallId;
 use keybroker_proto::{UnwrapUserKeyResponse, UserKey};
+use keybroker_test_support::pooler::Pooler;
 use rustix::process::Signal;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, postgres::PgConnectOptions};
 use tonic::{Code, Status};
@@ -385,4 +386,52 @@ async fn an_intent_that_is_still_held_keeps_no_other_open() {
         .await
         .unwrap();
     until("the one that was held", || recovered(held).then_some(()));
+}
+
+/// A pooler that gives one session to several clients is found before `serve` meets it; a database that is not there yet is no
+/// mistake of the configuration.
+#[test]
+fn config_check_examines_the_database_server() {
+    let server = Server::start(Kind::PostgreSql);
+    let database = server.database();
+    let site = Site::without_keys(Options {
+        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        ..Options::default()
+    });
+    let check = || site.run(&["config", "check"]);
+    let use_database = |settings: &keybroker_store::Settings| {
+        site.write_configuration(|text| {
+            let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+            let url = lines
+                .iter_mut()
+                .find(|line| line.starts_with("url = \"postgres"));
+            *url.expect("a database") = format!("url = \"{}\"", settings.url);
+            *text = lines.join("\n");
+        });
+    };
+    for mode in ["transaction", "statement"] {
+        let pooler = Pooler::start(&server, &database, mode);
+        use_database(pooler.settings());
+        let finished = check();
+        assert_eq!(finished.code, Some(3), "{finished:#?}");
+        assert!(
+            finished.stderr.contains("pool_mode = session"),
+            "{finished:#?}"
+        );
+    }
+    let pooler = Pooler::start(&server, &database, "session");
+    use_database(pooler.settings());
+    let finished = check();
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    assert!(
+        finished.stderr.contains("the database answers"),
+        "{finished:#?}"
+    );
+    drop(pooler);
+    let finished = check();
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    assert!(
+        finished.stderr.contains("the database was not examined"),
+        "{finished:#?}"
+    );
 }

@@ -289,3 +289,46 @@ async fn changes_that_wait_for_a_lock_of_postgresql_cost_no_read() {
 async fn changes_that_wait_for_a_lock_of_mariadb_cost_no_read() {
     waiting_changes_cost_no_read(Kind::MariaDb).await;
 }
+
+/// A database that answers and has more to do than its connections can carry is not an outage: calls that get no connection in
+/// time are told at once and by a reason of its own, the others get their answers, and the probe finds nothing wrong.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_pool_is_answered_at_once_and_is_no_outage() {
+    const CALLS: usize = 150;
+    let server = Arc::new(Server::start(Kind::PostgreSql));
+    let mut engine = engine_of_a_broker(&server).await;
+    engine.settings.connections_max = 2;
+    // Every look at the registry takes 200 ms, so two connections make ten in a second.
+    engine.sql(
+        "ALTER TABLE wrapping_keys RENAME TO keys_themselves; \
+         CREATE VIEW wrapping_keys AS SELECT * FROM keys_themselves \
+         WHERE (SELECT pg_sleep(0.2)) IS NOT NULL",
+    );
+    let store = engine.open().await;
+    // Both connections are open before they are needed.
+    store.ping().await.unwrap();
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..CALLS {
+        let store = Arc::clone(&store);
+        calls.spawn(async move { store.registry().await });
+    }
+    let (mut answered, mut busy) = (0, 0);
+    for result in calls.join_all().await {
+        match result {
+            Ok(_) => answered += 1,
+            Err(error @ Error::Busy(_)) => {
+                busy += 1;
+                assert!(error.to_string().contains("connections_max"), "{error}");
+                let error = keybroker_core::error::Error::from(error);
+                assert_eq!(error.reason(), keybroker_core::error::Reason::QueueFull);
+                assert!(error.retry_delay().is_some() && !error.is_outcome_unknown());
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    println!("{answered} answered, {busy} told that the database is busy");
+    // They did not stand in line for as long as an outage is waited out: in that time all would have been answered.
+    assert!(answered > 0 && busy > answered, "{answered} and {busy}");
+    store.ping().await.unwrap();
+    store.registry().await.unwrap();
+}

@@ -204,7 +204,7 @@ impl Broker {
             Err(error) => {
                 tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
                 return match error {
-                    store::Error::Down(_) => Resolved::Away,
+                    store::Error::Down(_) | store::Error::Busy(_) => Resolved::Away,
                     _ => Resolved::UnderWay,
                 };
             }

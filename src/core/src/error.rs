@@ -120,7 +120,7 @@ impl Reason {
             Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
             Self::KeyState => "the state of the key forbids this",
-            Self::QueueFull => "the token is busy; try again after the given delay",
+            Self::QueueFull => "the token or the database is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",
             Self::FailureBudget => "too many failures; try again after the given delay",
             Self::TokenDown => "the token is unavailable; try again after the given delay",

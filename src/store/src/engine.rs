@@ -143,7 +143,7 @@ impl<E: Engine> EngineStore<E> {
         self.spawn(async move {
             let mut retry = Retry::new(&probe, Purpose::Read);
             loop {
-                let result = match Lease::take(&*engine, Purpose::Read).await {
+                let result = match Lease::take(&*engine, &probe, Purpose::Read).await {
                     Ok(lease) => lease.query(statement, values.clone()).await,
                     Err(error) => Err(error),
                 };
@@ -192,7 +192,7 @@ impl<E: Engine> EngineStore<E> {
             let mut retry = Retry::new(&probe, Purpose::Write);
             let mut attempt = 1;
             loop {
-                let result = match Lease::take(&*engine, Purpose::Write).await {
+                let result = match Lease::take(&*engine, &probe, Purpose::Write).await {
                     Ok(lease) => lease.transaction(end, &work).await,
                     Err(error) => Err(Ended::Without(error)),
                 };
@@ -223,7 +223,7 @@ impl<E: Engine> EngineStore<E> {
                     Err(Ended::Without(Error::Contended(what))) => what,
                     Err(Ended::Without(error)) => {
                         // Also when it was not what the caller wanted.
-                        if !matches!(error, Error::Down(_)) {
+                        if !matches!(error, Error::Down(_) | Error::Busy(_)) {
                             probe.answered(Purpose::Write);
                         }
                         return Err(error);
@@ -261,14 +261,16 @@ async fn is_committed<E: Engine>(
         Box::pin(mutations::is_committed(session, sql, call))
     });
     loop {
-        let result = match Lease::take(engine, Purpose::Write).await {
+        let result = match Lease::take(engine, retry.probe, Purpose::Write).await {
             Ok(lease) => lease.transaction(End::Rollback, &work).await,
             Err(error) => Err(Ended::Without(error)),
         };
         // The change may have been made, so no other error may say that it was not.
         match result {
             Ok(committed) => return Ok(committed),
-            Err(Ended::Without(Error::Disconnected(what) | Error::Contended(what))) => {
+            Err(Ended::Without(
+                Error::Disconnected(what) | Error::Contended(what) | Error::Busy(what),
+            )) => {
                 let waited = retry.wait(what).await;
                 waited.map_err(|error| Error::OutcomeUnknown(error.to_string().into()))?;
             }
@@ -362,29 +364,72 @@ struct Lease<'e, E: Engine> {
     engine: &'e E,
     connection: Option<PoolConnection<E::Database>>,
     _permit: Option<SemaphorePermit<'e>>,
+    _count: probe::Leased<'e>,
 }
 
 impl<'e, E: Engine> Lease<'e, E> {
-    async fn take(engine: &'e E, purpose: Purpose) -> Result<Self, Error> {
+    async fn take(engine: &'e E, probe: &'e probe::Probe, purpose: Purpose) -> Result<Self, Error> {
         engine.check_place()?;
+        let begun = Instant::now();
         let permit = match engine.limit(purpose) {
             None => None,
-            Some((semaphore, patience)) => {
-                let permit = tokio::time::timeout(patience, semaphore.acquire()).await;
-                let all_in_use = |_| Error::Down(ALL_IN_USE.into());
-                let closed = |_| Error::Down("the store is closed".into());
-                Some(permit.map_err(all_in_use)?.map_err(closed)?)
+            Some((semaphore, limit)) => {
+                match tokio::time::timeout(limit, semaphore.acquire()).await {
+                    Ok(Ok(permit)) => Some(permit),
+                    Ok(Err(_)) => return Err(Error::Down("the store is closed".into())),
+                    Err(_) if probe.has_answered_since(purpose, begun) => {
+                        return Err(Error::Busy(ALL_CHANGES_IN_USE.into()));
+                    }
+                    Err(_) => return Err(Error::Down(ALL_CHANGES_IN_USE.into())),
+                }
             }
         };
-        let connection = engine.pool(purpose).acquire().await?;
+        let connection = match engine.pool(purpose).acquire().await {
+            Ok(connection) => connection,
+            Err(sqlx::Error::PoolTimedOut) => {
+                return Err(Self::not_obtained(engine, probe, purpose, begun));
+            }
+            Err(error) => return Err(error.into()),
+        };
         let lease = Self {
             engine,
             connection: Some(connection),
             _permit: permit,
+            _count: probe.leased(purpose),
         };
         // It may have been opened just now.
         engine.check_place()?;
         Ok(lease)
+    }
+
+    /// Why a call got no connection in time. A pool whose connections are all lent to calls that get their answers is full, which
+    /// is no outage: the caller is told at once. Without any answer it is not known whether the database still works.
+    fn not_obtained(engine: &E, probe: &probe::Probe, purpose: Purpose, begun: Instant) -> Error {
+        let pool = engine.pool(purpose);
+        let other = match purpose {
+            Purpose::Read => Purpose::Write,
+            Purpose::Write => Purpose::Read,
+        };
+        let shares_pool = std::ptr::eq(pool, engine.pool(other));
+        let mut lent = probe.leases(purpose);
+        if shares_pool {
+            lent += probe.leases(other);
+        }
+        let all = pool.options().get_max_connections();
+        if lent < all {
+            return Error::Disconnected(
+                "no connection in time: the database does not accept new connections".into(),
+            );
+        }
+        let what =
+            format!("no connection in time: all {all} connections to the database are in use");
+        let is_answering = probe.has_answered_since(purpose, begun)
+            || (shares_pool && probe.has_answered_since(other, begun));
+        if is_answering {
+            Error::Busy(what.into())
+        } else {
+            Error::Disconnected(format!("{what}, and no call on them got an answer").into())
+        }
     }
 
     fn session(&mut self) -> &mut Connection<E> {
@@ -471,7 +516,7 @@ impl<E: Engine> Drop for Lease<'_, E> {
     }
 }
 
-const ALL_IN_USE: &str = "no connection in time: the connections for changes are all in use";
+const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for changes are in use, which are half of `store.connections_max`";
 
 fn no_answer(limit: Duration) -> Error {
     Error::Down(format!("no answer within {} ms", limit.as_millis()).into())

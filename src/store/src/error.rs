@@ -92,6 +92,11 @@ pub enum Error {
     /// store.
     #[error("connection lost: {0}")]
     Disconnected(Arc<str>),
+    /// All connections are in use by calls that get their answers: the database works, and has more to do than it can.
+    #[error(
+        "the database is busy: {0}; raise `store.connections_max` if the server has capacity left"
+    )]
+    Busy(Arc<str>),
     /// The database is unavailable, full, read-only or slow.
     #[error("store unavailable: {0}")]
     Down(Arc<str>),
@@ -118,6 +123,9 @@ impl From<Error> for error::Error {
             // A concurrent call holds the same request id: the retry will find its result.
             Error::Conflict | Error::RequestIdTaken => Reason::Revision,
             Error::Corrupt(_) => Reason::RecordDamaged,
+            Error::Busy(_) => {
+                return Self::new(Reason::QueueFull, detail).retry_after(STORE_RETRY);
+            }
             Error::OutcomeUnknown(_) => {
                 return Self::new(Reason::StoreDown, detail)
                     .retry_after(STORE_RETRY)
@@ -141,9 +149,10 @@ impl From<sqlx::Error> for Error {
         match &error {
             sqlx::Error::ColumnDecode { index, .. } => Self::Corrupt(format!("column {index}")),
             sqlx::Error::Database(database) => from_database(&**database),
-            sqlx::Error::PoolTimedOut => Self::Disconnected(
-                "no connection in time: the database does not accept any, or all are in use".into(),
-            ),
+            // Only while a store is opened, when no connection is in use; later the lease tells a full pool from an outage.
+            sqlx::Error::PoolTimedOut => {
+                Self::Disconnected("no connection in time: the database does not accept any".into())
+            }
             sqlx::Error::Io(_) => Self::Disconnected(error.to_string().into()),
             _ => Self::Down(error.to_string().into()),
         }

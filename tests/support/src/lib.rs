@@ -9,5 +9,6 @@
 
 pub mod faulty;
 pub mod identity;
+pub mod pooler;
 pub mod servers;
 pub mod softhsm;

@@ -59,15 +59,17 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
         || reason.text().to_owned(),
         |violation| format!("{}: {}", violation.field, violation.description),
     );
-    let mut response = json(
-        status,
-        &json!({
-            "object": "error",
-            "message": message,
-            "reason": reason.as_str(),
-            "call_id": id.to_string(),
-        }),
-    );
+    let mut body = json!({
+        "object": "error",
+        "message": message,
+        "reason": reason.as_str(),
+        "call_id": id.to_string(),
+    });
+    if error.is_outcome_unknown() {
+        // As in the metadata of `ErrorInfo` over gRPC.
+        body["outcome"] = "unknown".into();
+    }
+    let mut response = json(status, &body);
     let headers = response.headers_mut();
     if status == StatusCode::UNAUTHORIZED {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -142,6 +144,19 @@ mod tests {
             let body: Value = serde_json::from_str(&body).unwrap();
             assert_eq!(body["reason"], reason.as_str());
             assert_eq!(body["call_id"], id.to_string());
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_change_that_may_have_been_made_says_that_its_outcome_is_unknown() {
+        let error = || Error::new(Reason::StoreDown, "");
+        for (error, expected) in [
+            (error(), Value::Null),
+            (error().outcome_unknown(), json!("unknown")),
+        ] {
+            let body = text(refusal(&error, CallId::fresh())).await;
+            let body: Value = serde_json::from_str(&body).unwrap();
+            assert_eq!(body["outcome"], expected);
         }
     }
 

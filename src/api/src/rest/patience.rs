@@ -52,11 +52,17 @@ impl Patience {
     where
         F: Future<Output = Result<T, Error>>,
     {
+        let mut is_outcome_unknown = false;
         loop {
-            let error = match attempt(self.next()).await {
+            let mut error = match attempt(self.next()).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
+            // What an earlier try may have changed stays unknown, whatever the last one says.
+            is_outcome_unknown |= error.is_outcome_unknown();
+            if is_outcome_unknown {
+                error = error.outcome_unknown();
+            }
             let Some(pause) = self.pause(error.reason()) else {
                 return Err(error);
             };
@@ -161,6 +167,26 @@ mod tests {
         assert_eq!(ids.len(), 4);
         assert!(ids.contains(&request.id));
         assert!(ids.contains(&patience.last()) && patience.last() != request.id);
+    }
+
+    #[tokio::test]
+    async fn an_unknown_outcome_of_an_earlier_try_is_not_forgotten() {
+        for is_unknown in [true, false] {
+            let mut tries = 0;
+            let mut patience = patience(Duration::from_secs(30));
+            let answer = patience.ask(|_| {
+                tries += 1;
+                let error = match tries {
+                    1 if is_unknown => Error::new(Reason::StoreDown, "").outcome_unknown(),
+                    1 => Error::new(Reason::StoreDown, ""),
+                    _ => Error::new(Reason::TokenUntrusted, ""),
+                };
+                async { Err::<(), _>(error) }
+            });
+            let error = answer.await.unwrap_err();
+            assert_eq!(error.reason(), Reason::TokenUntrusted);
+            assert_eq!(error.is_outcome_unknown(), is_unknown);
+        }
     }
 
     /// Steps are calls of their own, also when nothing goes wrong.

@@ -4,13 +4,15 @@ use std::path::Path;
 
 use clap::Subcommand;
 
+use keybroker_core::error::chain;
 use keybroker_hsm::admin::{self, Listed};
+use keybroker_store as store;
 use keybroker_worker_protocol::{check_environment, check_module, softhsm_problem, unpadded};
 
 use crate::config::Config;
 
 use super::{
-    Context, OWN_PROGRAM, environment,
+    Context, OWN_PROGRAM, block_on, environment,
     exit::{Exit, Failure},
 };
 
@@ -18,7 +20,8 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in.
+    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Asks a database server
+    /// for its version, its schema and the way it treats sessions.
     Check,
     /// Show the configuration with all defaults; it names files and holds no secret
     Show,
@@ -33,7 +36,9 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             problems.extend(files.problems);
             let (token_problems, token_note) = examine_token(&config);
             problems.extend(token_problems);
-            for note in files.notes.iter().chain(&token_note) {
+            let (store_problem, store_note) = examine_store(&config.store)?;
+            problems.extend(store_problem);
+            for note in files.notes.iter().chain(&token_note).chain(&store_note) {
                 context.output.note(note);
             }
             if problems.is_empty() {
@@ -53,6 +58,36 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             context.output.text(text.trim_end())
         }
     }
+}
+
+/// The setting that errors of the store name when a pooler shares sessions.
+const POOLER_SETTING: &str = "`pool_mode = session`";
+
+/// Asks a database server what `serve` asks it at the start: a problem, or a note on what was found. A server that is not reachable
+/// from here is a note, because a configuration is often checked before its database exists.
+fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
+    let is_server = settings.file().is_none();
+    // Other problems of the settings are reported with the configuration and its files.
+    if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
+        return Ok((None, None));
+    }
+    let found = match block_on(store::status(settings))? {
+        Ok(status) if status.current == status.newest => {
+            Ok("the database answers and has the schema of this release".to_owned())
+        }
+        Ok(status) => Ok(format!(
+            "the database answers; its schema is {} and this release needs {}: run `keybroker store migrate`",
+            status.current, status.newest
+        )),
+        Err(error @ (store::Error::Schema(_) | store::Error::Durability(_))) => Err(chain(&error)),
+        // A statement that met a session of another client fails before the check for poolers does.
+        Err(store::Error::Down(what)) if what.contains(POOLER_SETTING) => Err(what.to_string()),
+        Err(error) => Ok(format!("the database was not examined: {}", chain(&error))),
+    };
+    Ok(match found {
+        Ok(note) => (None, Some(format!("[store]: {note}"))),
+        Err(problem) => (Some(format!("[store]: {problem}")), None),
+    })
 }
 
 /// Loads the module in an admin worker and looks at the token that the settings choose: problems, and a note on what was found.

@@ -1,7 +1,10 @@
 //! Whether the database answers, apart for reads and writes.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -17,6 +20,19 @@ const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 pub(super) struct Probe {
     reads: Mutex<Seen>,
     writes: Mutex<Seen>,
+    /// How many connections are lent now.
+    read_leases: AtomicU32,
+    write_leases: AtomicU32,
+}
+
+/// Counts one connection as lent until it is dropped.
+#[derive(Debug)]
+pub(super) struct Leased<'p>(&'p AtomicU32);
+
+impl Drop for Leased<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -37,7 +53,31 @@ impl Probe {
         seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody got an answer.
+    fn counter(&self, purpose: Purpose) -> &AtomicU32 {
+        match purpose {
+            Purpose::Read => &self.read_leases,
+            Purpose::Write => &self.write_leases,
+        }
+    }
+
+    /// Counts a connection that was lent for this purpose.
+    pub(super) fn leased(&self, purpose: Purpose) -> Leased<'_> {
+        let counter = self.counter(purpose);
+        counter.fetch_add(1, Ordering::Relaxed);
+        Leased(counter)
+    }
+
+    /// How many connections are lent for this purpose.
+    pub(super) fn leases(&self, purpose: Purpose) -> u32 {
+        self.counter(purpose).load(Ordering::Relaxed)
+    }
+
+    /// Whether a call for this purpose got an answer since that moment.
+    pub(super) fn has_answered_since(&self, purpose: Purpose, moment: Instant) -> bool {
+        self.seen(purpose).answered.is_some_and(|at| at >= moment)
+    }
+
+    /// A call got an answer.
     pub(super) fn answered(&self, purpose: Purpose) {
         let mut seen = self.seen(purpose);
         seen.answered = Some(Instant::now());

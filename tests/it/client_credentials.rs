@@ -222,6 +222,13 @@ async fn a_client_is_made_used_rotated_and_revoked() {
     let revoked = credential(&broker, "admin", &["revoke", &first.id]);
     assert!(revoked["revoked"].is_string(), "{revoked}");
     refused(second.unwrap(&keys, "ada").await, "CREDENTIAL");
+    // The caller is not told why, and the operator is.
+    for reason in [
+        "this is no secret of this API client, or one that has expired or was revoked",
+        "this API client was revoked",
+    ] {
+        until(reason, || broker.site.log().contains(reason).then_some(()));
+    }
     // For ever: no new secret brings it back.
     let dead = credential_refused(&broker, "admin", &["add-secret", &first.id], "REQUEST");
     assert!(dead.contains("revoked"), "{dead}");

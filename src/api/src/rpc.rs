@@ -82,8 +82,22 @@ where
     }
     if services.reflection {
         let builder = || {
-            tonic_reflection::server::Builder::configure()
+            let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                // For the details of errors.
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name(H::NAME);
+            // Only what this listener has.
+            for (has, name) in [
+                (services.user_keys, USER_KEY_SERVICE),
+                (services.control, CONTROL_SERVICE),
+            ] {
+                if has {
+                    builder = builder.with_service_name(name);
+                }
+            }
+            builder
         };
         let v1 = builder().build_v1().map_err(|error| error.to_string())?;
         let alpha = builder()

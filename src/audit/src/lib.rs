@@ -57,6 +57,7 @@ impl Settings {
     /// Opens the log of that name, making its directory, and the one above if that one's parent exists.
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
+        segment::note_open_directory(&self.directory);
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
@@ -64,6 +65,7 @@ impl Settings {
     /// that ends before the last entry that was durable, that is gone, or whose tampering no operator has acknowledged.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
+        segment::note_open_directory(&self.directory);
         AuditLog::open_remembered(
             &self.directory.join(&self.instance),
             self.segment_bytes_max,

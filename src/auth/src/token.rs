@@ -189,8 +189,13 @@ impl Tokens {
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
             // Only now: a token that a new one of the same kind would not replace must not be called renewable.
+            let (exp, now) = (identity.claims.expires, Timestamp::now());
+            let ended = exp.map_or_else(String::new, |exp| {
+                let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
+                format!(": it was {exp}, {age} s ago")
+            });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s",
+                "its `exp` has passed by more than {} s{ended}; its holder needs a new one",
                 issuer.settings.leeway_s
             )));
         }

@@ -41,6 +41,8 @@ mod token;
 use exit::{Exit, Failure};
 use output::{Format, Output};
 
+/// What commands log. They report a failed connection themselves, so the TLS library does not.
+const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
 /// The file that this process runs, for a worker that it starts. It is not the path of that file: after an upgrade another version
@@ -166,7 +168,7 @@ pub fn main() -> ExitCode {
     // Two providers in one process would make rustls panic at its first use; this one is ours.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
-    telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
+    telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
     telemetry::install_panic_hook();
     match cli.command {
         Command::TokenWorker => return pkcs11::worker::run(),

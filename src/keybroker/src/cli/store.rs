@@ -4,8 +4,8 @@ use clap::Subcommand;
 use serde_json::json;
 
 use keybroker_audit::Entry;
-use keybroker_broker::acknowledged::accept_restored as accept;
-use keybroker_core::{error::chain, state::StateDirectory};
+use keybroker_broker::acknowledged::{Acceptance, accept_restored as accept};
+use keybroker_core::state::StateDirectory;
 use keybroker_store as store;
 use keybroker_store::StoreLock;
 
@@ -90,24 +90,38 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// A broker that runs goes on within a second.
+/// A broker that runs continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
     let nothing_more = |_: &mut Entry| {};
-    let forgotten = change::audited(
+    let accept = async {
+        let store = store::open(&config.store).await?;
+        let accepted = accept(&state, &config.audit.instance, &*store).await;
+        store.close().await;
+        Ok::<_, Failure>(accepted?)
+    };
+    let acceptance = change::audited(
         context,
         &config,
         "store.accept_restored",
         nothing_more,
-        || {
-            accept(&state, &config.audit.instance)
-                .map_err(|error| Failure::new(Exit::Store, chain(&error)))
-        },
+        || block_on(accept)?,
     )?;
-    context
-        .output
-        .fields(vec![("forgotten_call", json!(forgotten))])
+    let (accepted, forgotten) = match acceptance {
+        Acceptance::AlreadyKnown => (false, None),
+        Acceptance::Accepted { forgotten } => (true, forgotten),
+    };
+    context.output.fields(vec![
+        ("accepted", json!(accepted)),
+        ("forgotten_call", json!(forgotten)),
+    ])?;
+    if !accepted {
+        context.output.note(
+            "this database is the one that the broker knows: there is nothing to accept, and nothing was forgotten",
+        );
+    }
+    Ok(())
 }
 
 /// The database for this process alone, where it is a file. The hint is for when another has it.

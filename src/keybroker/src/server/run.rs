@@ -1,7 +1,8 @@
 //! The life of `keybroker serve`, from the first check to the last entry of the audit log.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{self, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -74,7 +75,7 @@ pub async fn run(
     program: PathBuf,
     ready_file: Option<PathBuf>,
 ) -> Result<(), Failure> {
-    let no_signals = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
+    let no_signals = |error: io::Error| Failure::new(Exit::Internal, error.to_string());
     let mut signals = Signals::listen().map_err(no_signals)?;
     // From the first moment: by default it would end the process.
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
@@ -140,6 +141,19 @@ fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     }
 }
 
+/// Replaces a file as a whole. In a directory such as `/tmp`, another user could have put a symbolic link where the new content is
+/// written first, so that file is always made anew.
+fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    let partial = path.with_extension("partial");
+    match fs::remove_file(&partial) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::create_new(&partial)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&partial, path)
+}
+
 /// The two signals that end a service.
 struct Signals {
     terminate: Signal,
@@ -147,7 +161,7 @@ struct Signals {
 }
 
 impl Signals {
-    fn listen() -> std::io::Result<Self> {
+    fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
@@ -368,13 +382,10 @@ impl Server {
             "status": self.status_address,
             "pid": std::process::id(),
         });
-        let partial = path.with_extension("partial");
-        fs::write(&partial, text.to_string())
-            .and_then(|()| fs::rename(&partial, path))
-            .map_err(|error| {
-                let what = format!("cannot write the ready file {}: {error}", path.display());
-                Failure::new(Exit::Usage, what)
-            })
+        replace_file(path, &text.to_string()).map_err(|error| {
+            let what = format!("cannot write the ready file {}: {error}", path.display());
+            Failure::new(Exit::Usage, what)
+        })
     }
 
     /// The drain, in this order: health says `NOT_SERVING`; load balancers get a moment; no more connections, and GOAWAY on
@@ -430,5 +441,24 @@ impl Server {
         self.status.close();
         self.status.wait().await;
         tracing::info!("stopped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_file_is_not_written_through_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ready, victim) = (folder.path().join("ready"), folder.path().join("victim"));
+        fs::write(&victim, "content").unwrap();
+        std::os::unix::fs::symlink(&victim, folder.path().join("ready.partial")).unwrap();
+        std::os::unix::fs::symlink(&victim, &ready).unwrap();
+        for text in ["first", "second"] {
+            replace_file(&ready, text).unwrap();
+            assert_eq!(fs::read_to_string(&ready).unwrap(), text);
+        }
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
     }
 }

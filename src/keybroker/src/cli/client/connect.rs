@@ -15,6 +15,7 @@ use crate::{
     cli::exit::{Exit, Failure},
 };
 use keybroker_auth::PeerCertificate;
+use keybroker_client::PacedConnector;
 use keybroker_core::{
     error::{chain, root_cause},
     pem,
@@ -144,7 +145,8 @@ pub(in crate::cli) async fn connect(
     let url = endpoint.uri();
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-    let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
+    let connecting = endpoint.connect_with_connector(PacedConnector::default());
+    let Ok(connected) = tokio::time::timeout(timeout, connecting).await else {
         return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
     };
     connected.map_err(|error| {
@@ -163,6 +165,10 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         format!("the broker's certificate is not signed by an authority in {authorities}")
     } else if has(&["not valid for name", "NotValidForName"]) {
         "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
+            .to_owned()
+    } else if has(&["CaUsedAsEndEntity"]) {
+        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
+         server"
             .to_owned()
     } else if has(&["expired", "Expired"]) {
         "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()

@@ -98,7 +98,7 @@ async fn an_acknowledgement_without_effect_is_logged_once() {
     });
     let acknowledged = broker.site.run(&["audit", "acknowledge"]);
     assert!(field(&acknowledged, "effect").contains("next start"));
-    let reports = broker.site.log().matches("cannot go on yet").count();
+    let reports = broker.site.log().matches("cannot continue yet").count();
     assert_eq!(reports, 1);
     // It takes effect when the cause is gone.
     fs::write(log.join("log-id"), id).unwrap();

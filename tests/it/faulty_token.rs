@@ -189,7 +189,7 @@ fn a_token_that_takes_any_mac_serves_nothing() {
     faulty.set("C_Verify", &Fault::always(code::NEVER_FAILS));
     let ended = site.serve_to_its_end();
     assert_eq!(ended.code, Some(6), "{ended:?}");
-    assert!(ended.stderr.contains("takes a wrong MAC"), "{ended:?}");
+    assert!(ended.stderr.contains("accepts a wrong MAC"), "{ended:?}");
 }
 
 /// Its canary is its own: no other worker may answer it.

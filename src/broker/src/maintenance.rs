@@ -263,7 +263,7 @@ impl Broker {
         {
             tracing::error!(
                 alarm = "registry", %error,
-                "the registry was changed to what does not verify; this broker goes on with what did"
+                "wrapping-key registry update failed MAC verification; keeping the last verified registry"
             );
         }
         *last = complaint;

@@ -138,7 +138,7 @@ impl SelfTest {
             Ok(()) => Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "the token takes a wrong MAC of binding key {} for right: it protects nothing, and must \
+                    "the token accepts a wrong MAC of integrity key {}: it protects nothing, and must \
                      not be used",
                     pair.id
                 ),

@@ -330,7 +330,7 @@ fn what_cannot_be_used_is_explained() {
         format!("unlock {account} --token-file open --protected-key-file protected"),
         "unlock --master-key-file short --token-fd 0 --protected-key-file protected".to_owned(),
     ] {
-        desk.fails(&both, 2, "a token and a key of your own are named");
+        desk.fails(&both, 2, "both an access token and a local key were given");
     }
     let nobodys = desk.run("unlock --password-file password --protected-key-file protected");
     assert_eq!(nobodys.code, Some(2), "{nobodys:#?}");

@@ -116,7 +116,7 @@ fn a_token_that_takes_any_mac_is_refused() {
         let key = admin.generate_key(2_048).unwrap().id;
         faulty.set("C_Verify", &Fault::always(code::NEVER_FAILS));
         let problem = admin.check(key).unwrap().problem.unwrap();
-        assert!(problem.contains("takes a wrong MAC"), "{problem}");
+        assert!(problem.contains("accepts a wrong MAC"), "{problem}");
         faulty.clear("C_Verify");
         assert_eq!(admin.check(key).unwrap().problem, None);
     });

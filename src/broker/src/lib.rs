@@ -41,6 +41,7 @@ use keybroker_store::Store;
 pub mod acknowledged;
 mod clients;
 mod control;
+mod damage;
 mod journal;
 pub mod limits;
 mod maintenance;
@@ -61,9 +62,11 @@ mod uses;
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
-pub use keybroker_store::{RecordInfo, RecordState};
+pub use keybroker_store::{
+    Damage, DamagedClient, DamagedRecord, Position, RecordInfo, RecordState, SKIPPED_MAX,
+};
 pub use maintenance::Health;
-pub use reading::{ListPage, ListRequest, RecordView};
+pub use reading::{ListPage, ListRequest, PageRow, RecordView};
 pub use release::Released;
 
 use acknowledged::Acknowledged;

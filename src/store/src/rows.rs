@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, RecordInfo, RecordState, RegistryRow,
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, RecordInfo, RecordState, RegistryRow,
     session::Columns,
     tables::{Head, RevisionRow},
 };
@@ -127,6 +127,63 @@ pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, 
         user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
         name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
     })
+}
+
+/// A row of a page of records: columns 0 to 8, and the newest revision in column 9.
+pub(super) fn listed_record(
+    row: &impl Columns,
+    tenant: &Tenant,
+) -> Result<RecordInfo, DamagedRecord> {
+    let damaged = |damage: Damage, error: &Error| DamagedRecord {
+        id: array(row, 0, "records.record_id")
+            .ok()
+            .map(RecordId::from_bytes),
+        user: text(row, 7, "records.user")
+            .ok()
+            .and_then(|user| UserId::parse(user).ok()),
+        name: text(row, 8, "records.key_name")
+            .ok()
+            .and_then(|name| KeyName::parse(name).ok()),
+        damage,
+        detail: error.to_string(),
+    };
+    let info = address(row, tenant.clone())
+        .and_then(|address| info(row, address))
+        .map_err(|error| damaged(Damage::Unreadable, &error))?;
+    require_newest(row, 9, &info).map_err(|error| damaged(Damage::SetBack, &error))?;
+    Ok(info)
+}
+
+/// A row of a page of API clients.
+pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClient> {
+    client(row).map_err(|error| DamagedClient {
+        id: client_id(row),
+        damage: Damage::Unreadable,
+        detail: error.to_string(),
+    })
+}
+
+/// The id of an API client, if it can be read whatever is wrong with the rest of the row.
+pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
+    row.bytes(0).ok().and_then(ClientId::from_slice)
+}
+
+/// Decodes the rows of a table that holds nothing but notes. A damaged row is left out and raises an alert: it must not hide the
+/// others.
+pub(super) fn readable<R, T>(
+    table: &'static str,
+    rows: &[R],
+    decode: impl Fn(&R) -> Result<T, Error>,
+) -> Vec<T> {
+    let decoded = rows.iter().filter_map(|row| {
+        decode(row)
+            .inspect_err(|error| {
+                metrics::counter!("keybroker_records_damaged_total").increment(1);
+                tracing::error!(alarm = "record-damaged", table, %error, "a stored row does not decode; it is left out");
+            })
+            .ok()
+    });
+    decoded.collect()
 }
 
 /// Columns 0 to 10: those of a record, user, key name, tenant, and the newest revision.

@@ -9,7 +9,7 @@ use keybroker_core::{
 
 use super::{
     ClientRow, Error, rows,
-    session::{Columns as _, Value},
+    session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
@@ -188,7 +188,7 @@ impl ClientScan {
     pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
         let row = self.clients.take(&*self.store).await?;
         Ok(row.map(|row| FoundClient {
-            id: row.bytes(0).ok().and_then(ClientId::from_slice),
+            id: rows::client_id(&row),
             row: rows::client(&row),
         }))
     }

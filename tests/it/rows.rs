@@ -14,8 +14,9 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, NAME, refused},
+    client_commands::client,
     process::Broker,
-    site::{Options, Site},
+    site::{Finished, Options, Site},
 };
 
 /// Lengths of the parts before the wrapped bytes: version, kind, algorithm, key id, length.
@@ -295,6 +296,10 @@ async fn an_altered_answer_to_a_request_id_is_refused() {
     assert_eq!(again, first);
 }
 
+fn listed(broker: &Broker, arguments: &[&str]) -> Finished {
+    Finished::from(client(broker, "auditor", arguments).output().unwrap())
+}
+
 /// Damaged rows at the beginning, in the middle and at the end of a page: a list names them, raises an alert and goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_records_are_listed_and_hide_no_others() {
@@ -337,7 +342,7 @@ async fn damaged_records_are_listed_and_hide_no_others() {
         ];
         assert_eq!(damaged, expected, "{size}");
     }
-    let listed = broker.client("auditor", &["list", "-o", "json"]);
+    let listed = listed(&broker, &["list", "-o", "json"]);
     let listed: serde_json::Value = serde_json::from_str(&listed.stdout).unwrap();
     let problems = listed.as_array().unwrap().iter();
     let problems: Vec<_> = problems.filter_map(|row| row["problem"].as_str()).collect();
@@ -345,7 +350,7 @@ async fn damaged_records_are_listed_and_hide_no_others() {
         problems,
         ["unreadable", "unreadable", "set-back", "unreadable"]
     );
-    let table = broker.client("auditor", &["list"]);
+    let table = listed(&broker, &["list"]);
     assert!(table.stdout.contains("set-back"), "{table:?}");
     assert!(table.stderr.contains("4 damaged rows"), "{table:?}");
     let log = broker.site.log();

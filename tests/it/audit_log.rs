@@ -85,6 +85,60 @@ async fn a_truncated_audit_log_stops_every_release_until_an_operator_acknowledge
     );
 }
 
+/// An acknowledgement that cannot take effect is tried again with every comparison of the files, and logged once.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgement_without_effect_is_logged_once() {
+    let broker = Broker::start(Options::default());
+    let log = broker.site.audit_directory().join("serve");
+    // Segments without an id are not accepted, whoever acknowledges it.
+    let id = fs::read(log.join("log-id")).unwrap();
+    fs::remove_file(log.join("log-id")).unwrap();
+    until("the alert", || {
+        broker.site.log().contains("audit-tampered").then_some(())
+    });
+    let acknowledged = broker.site.run(&["audit", "acknowledge"]);
+    assert!(field(&acknowledged, "effect").contains("next start"));
+    let reports = broker.site.log().matches("cannot go on yet").count();
+    assert_eq!(reports, 1);
+    // It takes effect when the cause is gone.
+    fs::write(log.join("log-id"), id).unwrap();
+    until("the log", || {
+        broker
+            .site
+            .log()
+            .contains("the audit log goes on")
+            .then_some(())
+    });
+    broker.stop();
+}
+
+/// Old segments are removed by command while the broker serves. The audit directory is not touched by hand.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_segments_are_removed_by_command_while_the_broker_serves() {
+    let (site, _) = Broker::start(Options::default()).stop();
+    let broker = Broker::start_on(site);
+    for wrong in ["2", "0", "99"] {
+        let refused = broker
+            .site
+            .run(&["audit", "remove-segments", "--through", wrong]);
+        assert_eq!(refused.code, Some(2), "{refused:#?}");
+        assert!(refused.stderr.contains("segments 1 to 2"), "{refused:#?}");
+    }
+    let removed = broker
+        .site
+        .run(&["audit", "remove-segments", "--through", "1"]);
+    assert!(field(&removed, "effect").contains("now"));
+    let log = broker.site.audit_directory().join("serve");
+    assert!(!log.join("00000001.jsonl").exists() && log.join("00000002.jsonl").exists());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    let verified = site.run(&["audit", "verify"]);
+    assert_eq!(verified.code, Some(0), "{verified:#?}");
+    let (site, _) = Broker::start_on(site).stop();
+    assert!(site.audit().contains("log.segments_removed"));
+}
+
 /// Refusals before authentication are counted, and written once a minute. A kill loses the last second of them, not more.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_next() {
@@ -94,7 +148,11 @@ async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_n
         let answer = request.bearer_auth("nonsense").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
     }
-    let kept = door.broker.site.audit_directory().join("state/refusals");
+    let kept = door
+        .broker
+        .site
+        .audit_directory()
+        .join("state/refusals-serve");
     until("the counts in the state directory", || {
         let text = fs::read_to_string(&kept).ok()?;
         text.contains("\"count\":5").then_some(())

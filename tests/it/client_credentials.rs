@@ -728,11 +728,7 @@ async fn damaged_clients_are_listed_and_hide_no_others() {
     ];
     expected.sort();
     for size in ["1", "3", "100"] {
-        let listed = credential(
-            &broker,
-            "auditor",
-            &["list", "--all", "--page-size", size],
-        );
+        let listed = credential(&broker, "auditor", &["list", "--all", "--page-size", size]);
         let rows = listed.as_array().unwrap();
         let mut damaged = Vec::new();
         for row in rows {

@@ -1,6 +1,7 @@
 //! The doors: what every caller meets before and after the use case, over real TLS.
 
 mod answers;
+mod flood_costs;
 pub(crate) mod floods;
 mod life;
 mod methods;

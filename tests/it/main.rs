@@ -30,6 +30,7 @@ mod json;
 mod last_uses;
 mod logins;
 mod memory;
+mod messages;
 mod pki;
 mod policy;
 mod process;

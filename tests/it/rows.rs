@@ -342,9 +342,9 @@ async fn damaged_records_are_listed_and_hide_no_others() {
         ];
         assert_eq!(damaged, expected, "{size}");
     }
-    let listed = listed(&broker, &["list", "-o", "json"]);
-    let listed: serde_json::Value = serde_json::from_str(&listed.stdout).unwrap();
-    let problems = listed.as_array().unwrap().iter();
+    let shown = listed(&broker, &["list", "-o", "json"]);
+    let shown: serde_json::Value = serde_json::from_str(&shown.stdout).unwrap();
+    let problems = shown.as_array().unwrap().iter();
     let problems: Vec<_> = problems.filter_map(|row| row["problem"].as_str()).collect();
     assert_eq!(
         problems,

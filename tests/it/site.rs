@@ -218,9 +218,12 @@ client_ca_file = "{ca}"
         }
     }
 
-    /// The real binary with this configuration.
+    /// The real binary with this configuration. `KEYBROKER_TEST_PROGRAM` names another build of it, such as the release build for
+    /// the figures of docs/reliability.md.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
+        let program = std::env::var_os("KEYBROKER_TEST_PROGRAM");
+        let mut command =
+            Command::new(program.unwrap_or_else(|| env!("CARGO_BIN_EXE_keybroker").into()));
         command
             .arg("--config")
             .arg(self.configuration_file())

@@ -10,9 +10,10 @@ use keybroker_core::{
     principal::{Reach, Role},
     state::StateDirectory,
 };
-use keybroker_hsm::{Pin, PinRecord, admin::Admin};
+use keybroker_pkcs11::{PinRecord, admin::Admin};
 use keybroker_store as store;
 use keybroker_store::{ClientRow, Store};
+use keybroker_worker_protocol::Pin;
 use serde_json::Value;
 
 use crate::{

@@ -38,6 +38,8 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
+    /// File system of the directory above: another one means that a volume was unmounted or mounted.
+    parent_device: u64,
     log_id: Written,
     lock: FileId,
     segments: BTreeMap<u64, Written>,
@@ -50,6 +52,7 @@ impl Files {
             Ok(Self {
                 directory: directory.to_owned(),
                 own: FileId::of(&fs::symlink_metadata(directory)?),
+                parent_device: FileId::of(&fs::metadata(parent(directory))?).device,
                 log_id: Written::of(&fs::symlink_metadata(directory.join(LOG_ID))?),
                 lock: FileId::of(&fs::symlink_metadata(directory.join(LOCK))?),
                 segments: BTreeMap::new(),
@@ -64,6 +67,13 @@ impl Files {
         Ok(files)
     }
 
+    /// Number and length of every segment, as this process left it.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.segments
+            .iter()
+            .map(|(number, written)| (*number, written.bytes))
+    }
+
     /// A segment was made, or its durable length changed.
     pub(super) fn note(&mut self, number: u64, written: Written) {
         self.segments.insert(number, written);
@@ -76,27 +86,28 @@ impl Files {
         }
     }
 
-    /// A segment of which nothing was durable was removed.
+    /// This process removed a segment.
     pub(super) fn forget(&mut self, number: u64) {
         self.segments.remove(&number);
     }
 
-    /// Compares what every write depends on: directory, `log-id`, `lock` and one segment. Cheap enough for each group of
-    /// entries.
-    pub(super) fn check_current(&self, current: u64) -> Result<(), Error> {
-        Self::compare(&self.directory, |meta| FileId::of(meta) == self.own)?;
+    /// Compares the segment that is written, before and after each group of entries. One system call, because a group costs
+    /// little more than its sync; the other files are compared by [`Files::check_all`]. Its path leads through the directory,
+    /// so that one that was moved or replaced is noticed, too.
+    pub(super) fn check_newest(&self, number: u64) -> Result<(), Error> {
+        self.check_segment(number)
+            .or_else(|error| self.check_directory().and(Err(error)))
+    }
+
+    /// Compares every file, and finds segments that this process did not write.
+    pub(super) fn check_all(&self) -> Result<(), Error> {
+        self.check_directory()?;
         Self::compare(&self.directory.join(LOG_ID), |meta| {
             Written::of(meta) == self.log_id
         })?;
         Self::compare(&self.directory.join(LOCK), |meta| {
             FileId::of(meta) == self.lock
         })?;
-        self.check_segment(current)
-    }
-
-    /// Compares every file, and finds segments that this process did not write.
-    pub(super) fn check_all(&self, current: u64) -> Result<(), Error> {
-        self.check_current(current)?;
         for number in self.segments.keys() {
             self.check_segment(*number)?;
         }
@@ -111,6 +122,21 @@ impl Files {
                 "was put there by another process",
             )),
         }
+    }
+
+    fn check_directory(&self) -> Result<(), Error> {
+        let looked = Self::look(&self.directory);
+        if matches!(&looked, Ok(meta) if FileId::of(meta) == self.own) {
+            return Ok(());
+        }
+        let is_elsewhere = fs::metadata(parent(&self.directory))
+            .is_ok_and(|meta| FileId::of(&meta).device != self.parent_device)
+            || matches!(&looked, Ok(meta) if FileId::of(meta).device != self.own.device);
+        if is_elsewhere {
+            let what = "is on another file system than before: its volume was unmounted, or another was mounted over it";
+            return Err(tampered(&self.directory, what));
+        }
+        looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
     /// Compares which file a segment is, whatever its length: what a failed write left behind is cut back.
@@ -157,6 +183,14 @@ impl Files {
             }
             _ => unreadable(path, &error),
         })
+    }
+}
+
+/// The directory that a path is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     }
 }
 

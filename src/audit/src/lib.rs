@@ -16,6 +16,7 @@ use keybroker_core::{
     state::StateDirectory,
 };
 
+mod extent;
 mod integrity;
 mod line;
 mod log;
@@ -30,7 +31,7 @@ mod writer;
 pub use log::AuditLog;
 pub use memory::Tampering;
 pub use recovery::open_intents;
-pub use tail::tail;
+pub use tail::{tail, tail_matching};
 pub use verify::{Report, verify};
 
 /// Longest wait for an entry to become durable.
@@ -85,10 +86,37 @@ impl Settings {
         self.memory().acknowledge(tampering, principal)
     }
 
+    /// Numbers of the segments of this instance's log, ascending.
+    pub fn segments(&self) -> Result<Vec<u64>, Error> {
+        segment::segments(&self.directory.join(&self.instance))
+    }
+
+    /// Asks for the removal of the oldest segments, up to this one and without the newest, in the name of an operator. A broker
+    /// that serves removes them within a second, another one at its start. An entry records it.
+    pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
+        let principal = principal.to_owned();
+        let removal = memory::Removal { principal, through };
+        self.memory().request_removal(&removal)
+    }
+
+    /// Whether a removal was asked for and not carried out yet.
+    pub fn is_removal_pending(&self) -> Result<bool, Error> {
+        Ok(self.memory().removal()?.is_some())
+    }
+
     /// Compares the end of this instance's log with the last entry that is known to have been durable.
     pub fn verify_instance(&self) -> Result<Report, Error> {
         let memory = self.memory();
-        let mut report = verify::verify_to(&self.directory.join(&self.instance), memory.mark()?)?;
+        let mark = memory.mark();
+        let directory = self.directory.join(&self.instance);
+        let mut report = match mark {
+            Err(error) if error.is_tampering() => {
+                let mut report = verify(&directory)?;
+                report.problems.push(error.finding().to_owned());
+                report
+            }
+            mark => verify::verify_to(&directory, mark?)?,
+        };
         if let Some(tampering) = memory.tampering()? {
             let what = format!("found while the broker served: {}", tampering.finding);
             report.problems.push(what);
@@ -208,6 +236,17 @@ impl Entry {
             grant: None,
         }
     }
+}
+
+/// A change whose outcome the log has: it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The call that made it.
+    pub call: CallId,
+    /// When its intent was written.
+    pub at: Timestamp,
+    /// What it did, as in the field `action`.
+    pub action: String,
 }
 
 /// An intent without an outcome.

@@ -11,8 +11,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use tokio::sync::oneshot;
 
 use super::{
-    APPEND_TIMEOUT, CLOSE_TIMEOUT, Entry, EntryKind, Error, OpenIntent, Outcome,
-    memory::{Acknowledgement, Memory},
+    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, extent,
+    integrity::Files,
+    memory::{Acknowledgement, Mark, Memory},
     recovery::Found,
     segment,
     state::{Shared, slow},
@@ -33,6 +34,8 @@ struct Inner {
     shared: Arc<Shared>,
     /// Disconnected once the writer's thread has ended.
     ended: Receiver<()>,
+    /// The newest changes that the log had when it was opened.
+    changes: Vec<Change>,
 }
 
 impl fmt::Debug for AuditLog {
@@ -75,11 +78,18 @@ impl AuditLog {
         let log_id = segment::log_id(directory)?;
         let mut found = Found::read(directory)?;
         if let Some(memory) = memory {
-            compare_with_mark(memory, &log_id, &mut found, acknowledgement.is_some())?;
+            compare_with_mark(
+                memory,
+                &log_id,
+                &mut found,
+                &Files::read(directory)?,
+                acknowledgement.is_some(),
+            )?;
         }
         found.set_aside(directory)?;
         let shared = Arc::<Shared>::default();
         let open: Vec<OpenIntent> = found.open.values().cloned().collect();
+        let changes = found.changes.iter().cloned().collect();
         let mut writer = Writer::new(
             directory,
             log_id,
@@ -103,11 +113,17 @@ impl AuditLog {
             writer.write(&[&writer::acknowledged(&acknowledgement.principal)])?;
             memory.forget_tampering()?;
         }
-        let log = Self::start(directory, writer, shared)?;
+        writer.try_removal();
+        let log = Self::start(directory, writer, shared, changes)?;
         Ok((log, open))
     }
 
-    fn start(directory: &Path, writer: Writer, shared: Arc<Shared>) -> Result<Self, Error> {
+    fn start(
+        directory: &Path,
+        writer: Writer,
+        shared: Arc<Shared>,
+        changes: Vec<Change>,
+    ) -> Result<Self, Error> {
         let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
         let (ending, ended) = crossbeam_channel::bounded(0);
         std::thread::Builder::new()
@@ -122,7 +138,13 @@ impl AuditLog {
             commands,
             shared,
             ended,
+            changes,
         })))
+    }
+
+    /// The newest changes that the log had when it was opened, at most 16, oldest first.
+    pub fn changes_before(&self) -> &[Change] {
+        &self.0.changes
     }
 
     /// Makes an entry durable and returns its sequence number. An error within [`APPEND_TIMEOUT`] otherwise, at once while
@@ -188,30 +210,44 @@ fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowled
     if let Some(tampering) = memory.tampering()? {
         return Err(Error::tampered(tampering.finding).latched());
     }
-    if memory.mark()?.is_some() && !directory.join(segment::LOG_ID).exists() {
+    if mark(memory)?.is_some() && !directory.join(segment::LOG_ID).exists() {
         let finding = format!("the log in {} was removed or renamed", directory.display());
         return Err(found_at_start(memory, finding));
     }
     Ok(None)
 }
 
-/// Holds what is in the directory against the last entry that is known to have been durable. After an acknowledgement entries
-/// may be missing: then the sequence goes on behind them, so that the gap stays visible.
+/// The mark. A damaged one is a finding like any other, so that an operator can acknowledge it.
+fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
+    match memory.mark() {
+        Err(error) if error.is_tampering() => {
+            Err(found_at_start(memory, error.finding().to_owned()))
+        }
+        read => read,
+    }
+}
+
+/// Compares what is in the directory with the last entry that is known to have been durable, and with the segments that were
+/// there. After an acknowledgement entries may be missing: then the sequence goes on behind them, so that the gap stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,
     found: &mut Found,
+    files: &Files,
     is_acknowledged: bool,
 ) -> Result<(), Error> {
-    let Some(mark) = memory.mark()? else {
-        return Ok(());
-    };
     if is_acknowledged {
-        if mark.log_id == log_id {
+        // A damaged mark was the finding, perhaps.
+        if let Ok(Some(mark)) = memory.mark()
+            && mark.log_id == log_id
+        {
             found.last_sequence = found.last_sequence.max(mark.sequence);
         }
         return Ok(());
     }
+    let Some(mark) = mark(memory)? else {
+        return Ok(());
+    };
     if mark.log_id != log_id {
         let finding = format!(
             "the log has the id {log_id}, and {} was written",
@@ -226,7 +262,15 @@ fn compare_with_mark(
         );
         return Err(found_at_start(memory, finding));
     }
-    Ok(())
+    let lengths = files.lengths().collect();
+    let missing = mark
+        .segments
+        .iter()
+        .find_map(|extent| extent::missing(extent, &lengths));
+    match missing {
+        Some(finding) => Err(found_at_start(memory, finding)),
+        None => Ok(()),
+    }
 }
 
 fn found_at_start(memory: &Memory, finding: String) -> Error {

@@ -1,15 +1,22 @@
-//! What an instance remembers of its log outside the log's own directory: how far it was durable, and whether its files were
-//! tampered with. Facts in the state directory, so that neither a restart nor a new directory makes the broker forget.
+//! What an instance remembers of its log outside the log's own directory: how far it was durable, which segments it had, and
+//! whether its files were tampered with. Facts in the state directory, so that neither a restart nor a new directory makes the
+//! broker forget.
 //!
-//! Not protected: somebody who can write to the state directory can change these facts, too.
+//! A fact that is damaged counts as tampering, so that `keybroker audit acknowledge` is the remedy for it, too.
+//!
+//! Not protected: a process that can write to the state directory can change these facts.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
-use keybroker_core::{call::Timestamp, state::StateDirectory};
+use keybroker_core::{
+    call::Timestamp,
+    error::chain,
+    state::{self, StateDirectory},
+};
 
-use super::Error;
+use super::{Error, extent::Extent};
 
 /// The facts of one instance's log.
 #[derive(Clone, Debug)]
@@ -24,6 +31,9 @@ pub(super) struct Mark {
     pub(super) log_id: String,
     /// Sequence number of the last entry.
     pub(super) sequence: u64,
+    /// The segments that were there. Empty in a mark of an earlier release, which says nothing of them.
+    #[serde(default)]
+    pub(super) segments: Vec<Extent>,
 }
 
 /// A log whose files were tampered with. Nothing is written to it until an operator acknowledges that.
@@ -44,6 +54,20 @@ pub(super) struct Acknowledgement {
     found_us: i64,
 }
 
+/// The operator's request to remove the oldest segments.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Removal {
+    /// The operator, as the operating system knows the user.
+    pub(super) principal: String,
+    /// Number of the last segment to remove.
+    pub(super) through: u64,
+}
+
+const MARK: &str = "mark";
+const TAMPERING: &str = "tampering";
+const ACKNOWLEDGEMENT: &str = "acknowledgement";
+const REMOVAL: &str = "removal";
+
 impl Memory {
     pub(super) fn new(state: StateDirectory, instance: &str) -> Self {
         Self {
@@ -52,16 +76,24 @@ impl Memory {
         }
     }
 
+    /// The mark. A damaged one is an error for which [`Error::is_tampering`] holds.
     pub(super) fn mark(&self) -> Result<Option<Mark>, Error> {
-        self.read("mark")
+        self.state.read_json(&self.name(MARK)).map_err(unusable)
     }
 
     pub(super) fn set_mark(&self, mark: &Mark) -> Result<(), Error> {
-        self.write("mark", mark)
+        self.write(MARK, mark)
     }
 
+    /// The tampering that was found and that no operator has acknowledged. A damaged file says that there was some.
     pub(super) fn tampering(&self) -> Result<Option<Tampering>, Error> {
-        self.read("tampering")
+        match self.state.read_json(&self.name(TAMPERING)) {
+            Err(error) if error.is_damaged() => Ok(Some(Tampering {
+                finding: chain(&error),
+                found_us: 0,
+            })),
+            read => read.map_err(unusable),
+        }
     }
 
     pub(super) fn set_tampering(&self, finding: &str) -> Result<(), Error> {
@@ -69,16 +101,20 @@ impl Memory {
             finding: finding.to_owned(),
             found_us: Timestamp::now().micros(),
         };
-        self.write("tampering", &tampering)
+        self.write(TAMPERING, &tampering)
     }
 
     /// The acknowledgement of the tampering that is remembered. One that is about an earlier finding, or about none, does not
-    /// count.
+    /// count. A damaged one does not count either: the next one replaces it.
     pub(super) fn acknowledgement(&self) -> Result<Option<Acknowledgement>, Error> {
         let Some(tampering) = self.tampering()? else {
             return Ok(None);
         };
-        let acknowledgement: Option<Acknowledgement> = self.read("acknowledgement")?;
+        let acknowledgement: Option<Acknowledgement> =
+            match self.state.read_json(&self.name(ACKNOWLEDGEMENT)) {
+                Err(error) if error.is_damaged() => None,
+                read => read.map_err(unusable)?,
+            };
         Ok(acknowledgement.filter(|one| one.found_us == tampering.found_us))
     }
 
@@ -87,45 +123,51 @@ impl Memory {
             principal: principal.to_owned(),
             found_us: tampering.found_us,
         };
-        self.write("acknowledgement", &acknowledgement)
+        self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
     /// The acknowledgement has taken effect.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
-        for fact in ["acknowledgement", "tampering"] {
-            self.state
-                .remove(&self.name(fact))
-                .map_err(|error| unusable(&error))?;
+        self.remove(ACKNOWLEDGEMENT)?;
+        self.remove(TAMPERING)
+    }
+
+    /// The request to remove segments that has not been carried out yet. A damaged one asks for nothing.
+    pub(super) fn removal(&self) -> Result<Option<Removal>, Error> {
+        match self.state.read_json(&self.name(REMOVAL)) {
+            Err(error) if error.is_damaged() => Ok(None),
+            read => read.map_err(unusable),
         }
-        Ok(())
+    }
+
+    pub(super) fn request_removal(&self, removal: &Removal) -> Result<(), Error> {
+        self.write(REMOVAL, removal)
+    }
+
+    /// The removal has been carried out, or is withdrawn.
+    pub(super) fn forget_removal(&self) -> Result<(), Error> {
+        self.remove(REMOVAL)
     }
 
     fn name(&self, fact: &str) -> String {
         format!("audit-{}.{fact}", self.instance)
     }
 
-    fn read<T: DeserializeOwned>(&self, fact: &str) -> Result<Option<T>, Error> {
-        let name = self.name(fact);
-        let Some(bytes) = self.state.read(&name).map_err(|error| unusable(&error))? else {
-            return Ok(None);
-        };
-        let parsed = serde_json::from_slice(&bytes);
-        parsed
-            .map(Some)
-            .map_err(|error| Error::tampered(format!("the state file {name} is damaged: {error}")))
+    fn write<T: Serialize>(&self, fact: &str, value: &T) -> Result<(), Error> {
+        let written = self.state.write_json(&self.name(fact), value);
+        written.map_err(unusable)
     }
 
-    fn write<T: Serialize>(&self, fact: &str, value: &T) -> Result<(), Error> {
-        let bytes = serde_json::to_vec(value).map_err(|error| unusable(&error))?;
-        let written = self.state.write(&self.name(fact), &bytes);
-        written.map_err(|error| unusable(&error))
+    fn remove(&self, fact: &str) -> Result<(), Error> {
+        self.state.remove(&self.name(fact)).map_err(unusable)
     }
 }
 
-fn unusable(error: &dyn std::error::Error) -> Error {
-    let mut text = error.to_string();
-    if let Some(source) = error.source() {
-        text = format!("{text}: {source}");
+#[expect(clippy::needless_pass_by_value, reason = "an argument of map_err")]
+fn unusable(error: state::Error) -> Error {
+    if error.is_damaged() {
+        Error::tampered(chain(&error))
+    } else {
+        Error::new(chain(&error))
     }
-    Error::new(text)
 }

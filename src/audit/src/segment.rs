@@ -35,6 +35,17 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     let meta = fs::metadata(path)
         .map_err(|error| fail("cannot read the directory", path, error, "check its owner"))?;
     let ours = rustix::process::geteuid().as_raw();
+    if meta.is_dir() && meta.uid() != ours {
+        let cause = format!(
+            "it belongs to user {}, and this process is user {ours}",
+            meta.uid()
+        );
+        let remedy = format!(
+            "run this as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
+            owner = meta.uid()
+        );
+        return Err(fail("will not write into", path, cause, &remedy));
+    }
     if !meta.is_dir() || meta.mode() & OPEN_TO_OTHERS != 0 || meta.uid() != ours {
         let cause = format!("mode {:o}, owner {}", meta.mode() & 0o7777, meta.uid());
         let remedy = format!("it must be a directory of user {ours} with mode 0700");
@@ -91,8 +102,7 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
         Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),
         // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => {
-            fs::remove_file(&path)
-                .map_err(|error| fail("cannot remove", &path, error, "check owner and mode"))?;
+            remove(&path)?;
         }
         Ok(_) => {
             let remedy = "the log was tampered with; keep it for the auditors and start another";
@@ -133,6 +143,16 @@ pub(super) fn create(path: &Path) -> Result<File, Error> {
         .mode(0o600)
         .open(path)
         .map_err(|error| fail("cannot make", path, error, "check owner, mode and disk"))
+}
+
+/// Removes a file. One that is not there is no error.
+pub(super) fn remove(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(fail("cannot remove", path, error, "check owner and mode"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Cuts a segment back to its first `bytes`.
@@ -190,7 +210,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
 /// Which file it is, whatever path leads to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileId {
-    device: u64,
+    pub(super) device: u64,
     inode: u64,
 }
 
@@ -226,6 +246,31 @@ pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Erro
         visit(line);
     }
     Ok(())
+}
+
+/// Reads the whole lines of a segment as text, without their LF, whatever they hold.
+pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Error> {
+    let mut reader = BufReader::new(open(path)?);
+    loop {
+        let mut line = Vec::new();
+        (&mut reader)
+            .take(LINE_BYTES_MAX)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| fail("cannot read", path, error, "check the disk"))?;
+        if line.is_empty() {
+            return Ok(());
+        }
+        if let Some(text) = line.strip_suffix(b"\n") {
+            visit(String::from_utf8_lossy(text).into_owned());
+        }
+    }
+}
+
+/// Length of a file, in bytes.
+pub(super) fn length(path: &Path) -> Result<u64, Error> {
+    fs::metadata(path)
+        .map(|meta| meta.len())
+        .map_err(|error| fail("cannot read", path, error, "check owner and mode"))
 }
 
 /// The first entry of a segment.

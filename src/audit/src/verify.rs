@@ -7,17 +7,18 @@
 //! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
 };
 
 use keybroker_core::call::CallId;
 
 use super::{
-    Error,
+    Error, extent,
     line::Parsed,
     memory::Mark,
     segment::{self, Line},
+    writer::SEGMENTS_REMOVED,
 };
 
 /// What a check found.
@@ -56,13 +57,21 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
     let mut check = Check {
         log_id: log_id.trim(),
         path: PathBuf::new(),
+        number: 0,
         open: HashSet::new(),
+        removed_through: 0,
+        begins_at: None,
         report: Report::default(),
     };
-    for number in segment::segments(directory)? {
+    let numbers = segment::segments(directory)?;
+    let mut lengths = BTreeMap::new();
+    for number in &numbers {
+        let number = *number;
         let path = segment::segment_path(directory, number);
         check.path.clone_from(&path);
+        check.number = number;
         check.report.segments += 1;
+        lengths.insert(number, segment::length(&path)?);
         let mut readable = true;
         segment::lines(&path, |line: Line| match &line.entry {
             Some(entry) => {
@@ -78,8 +87,9 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
             None => {}
         })?;
     }
+    check.beginning(directory, numbers.first().copied());
     if let Some(mark) = mark {
-        check.end(&mark);
+        check.end(&mark, &lengths);
     }
     check.report.open_intents = u64::try_from(check.open.len()).expect("a count fits in 64 bits");
     Ok(check.report)
@@ -88,7 +98,13 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
 struct Check<'a> {
     log_id: &'a str,
     path: PathBuf,
+    /// Number of the segment that is read.
+    number: u64,
     open: HashSet<CallId>,
+    /// Number of the last segment of which an entry says that an operator removed it.
+    removed_through: u64,
+    /// Sequence number of the first entry.
+    begins_at: Option<u64>,
     report: Report,
 }
 
@@ -100,13 +116,20 @@ impl Check<'_> {
         }
         // No canonical line has a number that cannot be followed by another.
         let expected = self.report.last_sequence + 1;
-        if *sequence != expected {
+        let may_begin_here = self.begins_at.is_none() && self.number > 1;
+        self.begins_at.get_or_insert(*sequence);
+        if *sequence != expected && !may_begin_here {
             self.problem(&format!("sequence {sequence} where {expected} is due"));
         }
         self.report.entries += 1;
         self.report.last_sequence = *sequence;
         if line.action == "log.torn_tail_set_aside" {
             self.report.torn_tails += 1;
+        }
+        if line.action == SEGMENTS_REMOVED
+            && let Some(through) = line.count
+        {
+            self.removed_through = self.removed_through.max(through);
         }
         if let Some(intent) = line.intent() {
             self.open.insert(intent.call);
@@ -117,7 +140,19 @@ impl Check<'_> {
         }
     }
 
-    fn end(&mut self, mark: &Mark) {
+    /// A log begins with its first entry, or after the segments of which an entry says that an operator removed them.
+    fn beginning(&mut self, directory: &Path, first: Option<u64>) {
+        let (Some(number), Some(sequence)) = (first, self.begins_at) else {
+            return;
+        };
+        if number == 1 || sequence == 1 || number.checked_sub(1) == Some(self.removed_through) {
+            return;
+        }
+        self.path = segment::segment_path(directory, number);
+        self.problem(&format!("sequence {sequence} where 1 is due"));
+    }
+
+    fn end(&mut self, mark: &Mark, lengths: &BTreeMap<u64, u64>) {
         if mark.log_id != self.log_id {
             let what = format!("the log of this instance was {}", mark.log_id);
             self.problem(&what);
@@ -128,6 +163,12 @@ impl Check<'_> {
             );
             self.problem(&what);
         }
+        let missing = mark
+            .segments
+            .iter()
+            .filter(|_| mark.log_id == self.log_id)
+            .filter_map(|extent| extent::missing(extent, lengths));
+        self.report.problems.extend(missing);
     }
 
     fn problem(&mut self, what: &str) {

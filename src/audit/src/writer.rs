@@ -11,7 +11,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::File,
     io::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -25,9 +25,10 @@ use keybroker_core::call::{CallId, Timestamp};
 
 use super::{
     Entry, EntryKind, Error, OpenIntent, Outcome,
+    extent::{Extent, extents},
     integrity::{Files, Written},
     line::{self, Place},
-    memory::{Mark, Memory},
+    memory::{Mark, Memory, Removal},
     recovery::Found,
     segment,
     state::Shared,
@@ -35,11 +36,18 @@ use super::{
 
 /// Entries in one group at most.
 pub(super) const GROUP_MAX: u64 = 1_024;
-/// How often the files are compared and, while the log is down, it is tried without being asked. Twice this is less than the
-/// second within which tampering is noticed.
+/// How often all files are compared and, while the log is down, the writer tries it again. Twice this is less than the second
+/// within which tampering is noticed.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// An entry, and whoever waits for it to be durable.
+/// The action of the entry that records a removal of old segments.
+pub(super) const SEGMENTS_REMOVED: &str = "log.segments_removed";
+/// Subjects of complaints.
+const MARK: &str = "mark";
+const REMOVAL: &str = "removal";
+const ACKNOWLEDGEMENT: &str = "acknowledgement";
+
+/// An entry, and the channel on which its caller learns that it is durable.
 pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
@@ -64,8 +72,10 @@ pub(super) struct Writer {
     compared: Instant,
     /// What was found. Nothing is written while it is there.
     latched: Option<Error>,
-    /// A finding that is not in the state directory yet.
-    unremembered: Option<String>,
+    /// What was found, for the state directory.
+    finding: String,
+    /// What was logged last, by its subject: what fails with each probe is logged once.
+    complaints: HashMap<&'static str, String>,
     /// Absent after a failure.
     current: Option<Current>,
     /// The newest segment, whether open or not; absent in a new log.
@@ -107,7 +117,8 @@ impl Writer {
             marked: 0,
             compared: Instant::now(),
             latched: None,
-            unremembered: None,
+            finding: String::new(),
+            complaints: HashMap::new(),
             current: None,
             newest: newest(found),
             sequence: found.last_sequence + 1,
@@ -221,22 +232,33 @@ impl Writer {
         metrics::counter!("keybroker_audit_tampering_total").increment(1);
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
-        self.unremembered = Some(error.finding().to_owned());
+        error.finding().clone_into(&mut self.finding);
         self.remember_tampering();
     }
 
-    /// Writes what was found to the state directory, for a restart and for the operator's command. One that cannot be written is
-    /// written with the next probe.
+    /// Writes what was found to the state directory, for a restart and for the operator's command. What cannot be written is
+    /// written with a later probe, and so is what is gone again: the directory may be on a volume that was unmounted and is back.
     fn remember_tampering(&mut self) {
-        let (Some(memory), Some(finding)) = (&self.memory, &self.unremembered) else {
-            return;
+        let Some(memory) = &self.memory else { return };
+        let remembered = match memory.tampering() {
+            Ok(None) => memory.set_tampering(&self.finding),
+            read => read.map(|_| ()),
         };
-        match memory.set_tampering(finding) {
-            Ok(()) => self.unremembered = None,
-            Err(error) => {
-                tracing::warn!(%error, "the tampering is not in the state directory yet; it is tried again");
+        match remembered {
+            Ok(()) => {}
+            Err(error) if self.is_news("tampering", &error) => {
+                tracing::warn!(%error, "the tampering is not in the state directory yet; the broker tries again");
             }
+            Err(_) => {}
         }
+    }
+
+    /// Whether an error of this subject is another one than the last.
+    fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
+        let text = error.to_string();
+        let is_news = self.complaints.get(subject) != Some(&text);
+        self.complaints.insert(subject, text);
+        is_news
     }
 
     fn try_write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
@@ -260,7 +282,7 @@ impl Writer {
         };
         self.shared.busy();
         // Before the write: a segment that was cut short would have the right length again after it.
-        self.files.check_current(newest.number)?;
+        self.files.check_newest(newest.number)?;
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
         let written = Written::of(&current.file.metadata().map_err(failed)?);
@@ -272,7 +294,7 @@ impl Writer {
                 ..written
             },
         );
-        self.files.check_current(newest.number)?;
+        self.files.check_newest(newest.number)?;
         self.shared.set_durable(newest.number, newest.durable_bytes);
         self.sequence += count(entries.len());
         Ok(())
@@ -315,7 +337,7 @@ impl Writer {
     fn begin_segment(&mut self) -> Result<(), Error> {
         self.shared.busy();
         let number = self.clear_newest()?;
-        self.files.check_all(number)?;
+        self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
         // Known before anything else can fail: the next attempt begins with this file, and makes none beside it.
@@ -348,16 +370,9 @@ impl Writer {
             self.files.cut_back(newest.number, newest.durable_bytes);
             return Ok(newest.number + 1);
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::new(format!(
-                "cannot remove the empty {}: {error}",
-                path.display()
-            ))),
-            _ => {
-                self.files.forget(newest.number);
-                Ok(newest.number)
-            }
-        }
+        segment::remove(&path)?;
+        self.files.forget(newest.number);
+        Ok(newest.number)
     }
 
     /// A full segment is closed when no intent is open, so that recovery never reads further back than the first segment
@@ -387,17 +402,17 @@ impl Writer {
             self.try_acknowledgement();
             return;
         }
-        if self.current.is_some() {
-            let number = self.newest.as_ref().map_or(0, |newest| newest.number);
-            if let Err(error) = self.files.check_all(number) {
-                self.note_failure(&error);
-                return;
-            }
+        if self.current.is_some()
+            && let Err(error) = self.files.check_all()
+        {
+            self.note_failure(&error);
+            return;
         }
         if self.current.is_none() && self.ensure_open().is_ok() {
             tracing::info!("the audit log is writable again");
         }
         self.remember();
+        self.try_removal();
     }
 
     /// Remembers the last entry. A mark that cannot be written is written later: it may lag behind.
@@ -407,14 +422,87 @@ impl Writer {
         if self.latched.is_some() || self.marked == sequence {
             return;
         }
-        let mark = Mark {
-            log_id: self.log_id.clone(),
-            sequence,
-        };
+        let mark = self.mark(extents(self.files.lengths()));
         match memory.set_mark(&mark) {
-            Ok(()) => self.marked = sequence,
-            Err(error) => tracing::debug!(%error, "the end of the audit log is not remembered yet"),
+            Ok(()) => {
+                self.marked = sequence;
+                self.complaints.remove(MARK);
+            }
+            Err(error) if self.is_news(MARK, &error) => {
+                tracing::warn!(%error, "the end of the audit log is not in the state directory yet; the broker tries again");
+            }
+            Err(_) => {}
         }
+    }
+
+    fn mark(&self, segments: Vec<Extent>) -> Mark {
+        Mark {
+            log_id: self.log_id.clone(),
+            sequence: self.sequence - 1,
+            segments,
+        }
+    }
+
+    /// Carries out the operator's request to remove old segments. It waits until no intent is open: recovery reads no segment
+    /// that is older than the current one then.
+    pub(super) fn try_removal(&mut self) {
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        let removal = match memory.removal() {
+            Ok(Some(removal)) => removal,
+            Ok(None) => return,
+            Err(error) => {
+                if self.is_news(REMOVAL, &error) {
+                    tracing::warn!(%error, "the request to remove audit segments cannot be read");
+                }
+                return;
+            }
+        };
+        if self.current.is_none() || !self.open.is_empty() {
+            return;
+        }
+        let removed = self.remove_segments(&memory, &removal);
+        // A request that failed is withdrawn: the operator's command reports which segments are left.
+        let finished = removed.and_then(|()| memory.forget_removal());
+        if let Err(error) = finished
+            && self.is_news(REMOVAL, &error)
+        {
+            tracing::error!(%error, "old audit segments were not removed; run the command again when the cause is gone");
+            if let Err(error) = memory.forget_removal() {
+                tracing::warn!(%error, "the request to remove audit segments cannot be withdrawn");
+            }
+        }
+    }
+
+    /// The entry first, then the mark that does not miss the segments, then the files: whatever is cut short is no tampering.
+    fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
+        let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
+        let is_old = |number: u64| number <= removal.through && number < newest;
+        let old: Vec<(u64, u64)> = self
+            .files
+            .lengths()
+            .filter(|(number, _)| is_old(*number))
+            .collect();
+        let Some(&(last, _)) = old.last() else {
+            return Ok(());
+        };
+        let mut entry = Entry::new(EntryKind::System, SEGMENTS_REMOVED, Outcome::Ok);
+        entry.count = Some(last);
+        entry.bytes = Some(old.iter().map(|(_, bytes)| bytes).sum());
+        entry.principal = Some(removal.principal.clone());
+        entry.peer = Some("local".to_owned());
+        self.write(&[&entry])?;
+        let left = self.files.lengths().filter(|(number, _)| !is_old(*number));
+        memory.set_mark(&self.mark(extents(left)))?;
+        self.marked = self.sequence - 1;
+        for (number, _) in old {
+            segment::remove(&segment::segment_path(&self.directory, number))?;
+            self.files.forget(number);
+        }
+        segment::sync_directory(&self.directory)?;
+        tracing::info!(through = last, principal = %removal.principal, "old audit segments were removed");
+        Ok(())
     }
 
     /// Goes on when an operator has acknowledged what was found.
@@ -425,15 +513,25 @@ impl Writer {
         let acknowledgement = match memory.acknowledgement() {
             Ok(Some(acknowledgement)) => acknowledgement,
             Ok(None) => return,
-            Err(error) => return tracing::warn!(%error, "no acknowledgement can be read"),
+            Err(error) => {
+                if self.is_news(ACKNOWLEDGEMENT, &error) {
+                    tracing::warn!(%error, "the acknowledgement cannot be read");
+                }
+                return;
+            }
         };
         match self.go_on_after_tampering(&memory, &acknowledgement.principal) {
-            Ok(()) => tracing::warn!(
-                principal = %acknowledgement.principal,
-                "the tampering was acknowledged; the audit log goes on"
-            ),
+            Ok(()) => {
+                self.complaints.clear();
+                tracing::warn!(
+                    principal = %acknowledgement.principal,
+                    "the tampering was acknowledged; the audit log goes on"
+                );
+            }
             Err(error) => {
-                tracing::error!(%error, "the tampering was acknowledged, and the audit log cannot go on yet");
+                if self.is_news(ACKNOWLEDGEMENT, &error) {
+                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot go on yet");
+                }
                 self.current = None;
                 let latched = error.latched();
                 self.shared.set_down(Some(latched.clone()));

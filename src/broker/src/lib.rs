@@ -119,6 +119,8 @@ pub struct Parts {
     pub client_rules: ClientRules,
     /// What this instance remembers across restarts.
     pub state: StateDirectory,
+    /// Name of this instance among the brokers that share the state directory.
+    pub instance: String,
     /// How long the database keeps the marks of changes at least.
     pub retention: Duration,
 }
@@ -163,8 +165,8 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
-            acknowledged: Acknowledged::new(parts.state.clone(), parts.retention),
-            refusals: Refusals::new(parts.state),
+            acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
+            refusals: Refusals::new(parts.state, &parts.instance),
             uses: Uses::default(),
             client_rules: parts.client_rules,
             client_uses: ClientUses::default(),

@@ -23,7 +23,7 @@ use crate::limits::{Network, shortened};
 use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
     call::CallId,
-    error::{Error, Reason},
+    error::{Error, Reason, chain},
     state::StateDirectory,
 };
 
@@ -32,7 +32,8 @@ use super::Broker;
 /// Networks counted apart in one minute; those beyond share one entry for each reason. An entry has some 300 bytes, so an hour
 /// of refusals adds less than 5 MB to the audit log.
 const NETWORKS_MAX: usize = 256;
-const FACT: &str = "refusals";
+/// The fact as the release before named it, without the instance.
+const LEGACY_FACT: &str = "refusals";
 
 type Counts = HashMap<(Option<Network>, Reason), u64>;
 
@@ -42,6 +43,8 @@ pub(super) struct Refusals {
     /// Whether something was counted since the counts were kept last.
     is_changed: AtomicBool,
     state: StateDirectory,
+    /// Name of the state file: that of this instance, because two brokers may share the directory.
+    fact: String,
 }
 
 /// One count as it is kept across a restart.
@@ -54,11 +57,12 @@ struct Kept {
 }
 
 impl Refusals {
-    pub(super) fn new(state: StateDirectory) -> Self {
+    pub(super) fn new(state: StateDirectory, instance: &str) -> Self {
         Self {
             counts: Mutex::default(),
             is_changed: AtomicBool::new(false),
             state,
+            fact: format!("refusals-{instance}"),
         }
     }
 
@@ -94,40 +98,39 @@ impl Refusals {
                 count: *count,
             })
             .collect();
-        let written = serde_json::to_vec(&kept)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| self.state.write(FACT, &bytes).map_err(|error| show(&error)));
-        if let Err(error) = written {
+        if let Err(error) = self.state.write_json(&self.fact, &kept) {
+            let error = chain(&error);
             tracing::warn!(%error, "counted refusals are in memory alone until the next audit entry");
         }
     }
 
-    /// Takes over what a broker that was killed had counted.
+    /// Takes over the counts of a run that was killed, also those that a release before wrote without the name of the instance.
     fn take_over(&self) {
-        let kept = match self.state.read(FACT) {
-            Ok(Some(bytes)) => serde_json::from_slice::<Vec<Kept>>(&bytes),
-            Ok(None) => return,
-            Err(error) => {
-                let error = show(&error);
-                return tracing::warn!(%error, "refusals of the run before cannot be read");
-            }
-        };
-        match kept {
-            Ok(kept) => {
-                for one in kept {
-                    if let Some(reason) = Reason::parse(&one.reason) {
-                        self.add(one.network, reason, one.count);
-                    }
+        for fact in [&self.fact, LEGACY_FACT] {
+            match self.state.read_json::<Vec<Kept>>(fact) {
+                Ok(Some(kept)) => self.add_all(&kept),
+                Ok(None) => {}
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::warn!(%error, "the refusals that the run before counted cannot be read");
                 }
             }
-            Err(error) => tracing::warn!(%error, "refusals of the run before cannot be read"),
+        }
+        // Before the old file goes: a kill in between counts twice, and loses nothing.
+        self.keep();
+        if let Err(error) = self.state.remove(LEGACY_FACT) {
+            let error = chain(&error);
+            tracing::warn!(%error, "the refusals of the release before are counted again at the next start");
         }
     }
-}
 
-fn show(error: &dyn std::error::Error) -> String {
-    let source = error.source().map(|source| format!(": {source}"));
-    format!("{error}{}", source.unwrap_or_default())
+    fn add_all(&self, kept: &[Kept]) {
+        for one in kept {
+            if let Some(reason) = Reason::parse(&one.reason) {
+                self.add(one.network, reason, one.count);
+            }
+        }
+    }
 }
 
 impl Broker {
@@ -202,7 +205,7 @@ mod tests {
     use super::*;
 
     fn refusals(folder: &tempfile::TempDir) -> Refusals {
-        Refusals::new(StateDirectory::below(folder.path()))
+        Refusals::new(StateDirectory::below(folder.path()), "serve")
     }
 
     #[test]
@@ -267,5 +270,38 @@ mod tests {
         let third = refusals(&folder);
         third.take_over();
         assert!(third.take().is_empty());
+    }
+
+    /// Two brokers of one audit directory do not overwrite or take over each other's counts.
+    #[test]
+    fn two_instances_of_one_directory_keep_their_own_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(folder.path());
+        let one = Refusals::new(state.clone(), "one");
+        let two = Refusals::new(state.clone(), "two");
+        one.add(None, Reason::Credential, 1);
+        two.add(None, Reason::Credential, 2);
+        one.keep();
+        two.keep();
+        for (instance, count) in [("one", 1), ("two", 2)] {
+            let next = Refusals::new(state.clone(), instance);
+            next.take_over();
+            assert_eq!(next.take()[&(None, Reason::Credential)], count);
+        }
+    }
+
+    /// The release before wrote `refusals` without an instance.
+    #[test]
+    fn counts_of_the_release_before_are_taken_over_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(folder.path());
+        let kept = br#"[{"network":null,"reason":"CREDENTIAL","count":3}]"#;
+        state.write("refusals", kept).unwrap();
+        let first = refusals(&folder);
+        first.take_over();
+        assert_eq!(first.take()[&(None, Reason::Credential)], 3);
+        let other = Refusals::new(state, "other");
+        other.take_over();
+        assert!(other.take().is_empty());
     }
 }

@@ -147,6 +147,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         },
         limits: Limits::new(&limits::Settings::default()),
         state: StateDirectory::below(folder),
+        instance: "serve".to_owned(),
         retention: Duration::from_hours(24),
     });
     broker

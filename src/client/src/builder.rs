@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker_core::key::ClientId;
+use keybroker_core::{error::root_cause, key::ClientId};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use zeroize::Zeroizing;
 
@@ -267,14 +267,6 @@ impl ClientBuilder {
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT))
     }
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! The one domain error, and the frozen list of reasons a caller can see.
 //!
 //! Every layer has an error of its own and converts it into [`Error`] where it leaves that layer. A caller receives the
-//! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never crosses a door.
+//! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never leaves the broker.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 /// Why a call failed, as the caller may know it. The list is frozen: `docs/errors.md` documents each, and the test of
 /// the wire contract fails when one is renamed.
@@ -140,13 +140,13 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. Both parts are fixed text, never the caller's bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A field of a request that breaks its limits. Neither part has bytes of the caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Field path in the request, as in the proto.
     pub field: &'static str,
     /// What the field must be.
-    pub description: &'static str,
+    pub description: Cow<'static, str>,
 }
 
 /// A failed call.
@@ -174,10 +174,12 @@ impl Error {
     }
 
     /// A malformed request: one field and what it must be.
-    pub fn violation(field: &'static str, description: &'static str) -> Self {
+    pub fn violation(field: &'static str, description: impl Into<Cow<'static, str>>) -> Self {
+        let description = description.into();
+        let detail = format!("{field}: {description}");
         Self {
             violations: vec![Violation { field, description }],
-            ..Self::new(Reason::Request, format!("{field}: {description}"))
+            ..Self::new(Reason::Request, detail)
         }
     }
 
@@ -246,3 +248,72 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// An error with its causes, outermost first: `cannot read /x: permission denied`.
+///
+/// A cause whose text its own error already ends with is left out, because many libraries print their cause themselves.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let deeper = error.to_string();
+        if !text.ends_with(&deeper) {
+            text = format!("{text}: {deeper}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// The causes of an error without its own text, or that text if it has no cause. For errors of libraries whose outermost text
+/// says only that a request failed.
+pub fn causes(error: &dyn std::error::Error) -> String {
+    chain(error.source().unwrap_or(error))
+}
+
+/// The innermost cause of an error.
+pub fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        source: Option<Box<Layer>>,
+    }
+
+    fn layers(texts: &[&'static str]) -> Layer {
+        let (text, deeper) = texts.split_first().unwrap();
+        Layer {
+            text,
+            source: (!deeper.is_empty()).then(|| Box::new(layers(deeper))),
+        }
+    }
+
+    #[test]
+    fn an_error_is_printed_with_all_its_causes() {
+        let error = layers(&["cannot start", "cannot read /x", "permission denied"]);
+        assert_eq!(
+            chain(&error),
+            "cannot start: cannot read /x: permission denied"
+        );
+        assert_eq!(causes(&error), "cannot read /x: permission denied");
+        assert_eq!(root_cause(&error), "permission denied");
+        assert_eq!(causes(&layers(&["alone"])), "alone");
+    }
+
+    #[test]
+    fn a_cause_that_its_error_prints_is_not_repeated() {
+        let error = layers(&["cannot read /x: permission denied", "permission denied"]);
+        assert_eq!(chain(&error), "cannot read /x: permission denied");
+    }
+}

@@ -13,6 +13,7 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, OFlags};
+use serde::{Serialize, de::DeserializeOwned};
 
 /// Name of the directory below the audit directory.
 pub const DIRECTORY: &str = "state";
@@ -24,11 +25,32 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} {}", path.display())]
-pub struct Error {
-    action: &'static str,
-    path: PathBuf,
-    source: io::Error,
+pub enum Error {
+    /// The file system refused it, or the file is not one that only this user can change.
+    #[error("{action} {}", path.display())]
+    Unusable {
+        /// What was tried, as the first words of a sentence.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The file holds no fact of this kind.
+    #[error("the state file {} is damaged", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where it is damaged.
+        source: serde_json::Error,
+    },
+}
+
+impl Error {
+    /// Whether the file could be read, but its content is damaged.
+    pub fn is_damaged(&self) -> bool {
+        matches!(self, Self::Damaged { .. })
+    }
 }
 
 /// A lock on a fact, held until it is dropped. The kernel releases it when the process ends.
@@ -75,10 +97,36 @@ impl StateDirectory {
     }
 
     /// Replaces a fact. When this returns, the new fact survives a power failure; a crash meanwhile leaves the old one.
+    ///
+    /// Fails for a fact of more than 64 KiB, which could not be read again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = self.path.join(name);
         self.write_file(&path, bytes)
             .map_err(|source| fail("cannot write the state file", &path, source))
+    }
+
+    /// Reads a fact that is kept as JSON. Fails like [`StateDirectory::read`], and with [`Error::Damaged`] when the content is not
+    /// a fact of this type.
+    pub fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Error> {
+        let Some(bytes) = self.read(name)? else {
+            return Ok(None);
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|source| self.damaged(name, source))
+    }
+
+    /// Replaces a fact that is kept as JSON, as [`StateDirectory::write`] does.
+    pub fn write_json<T: Serialize>(&self, name: &str, fact: &T) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(fact).map_err(|source| self.damaged(name, source))?;
+        self.write(name, &bytes)
+    }
+
+    fn damaged(&self, name: &str, source: serde_json::Error) -> Error {
+        Error::Damaged {
+            path: self.path.join(name),
+            source,
+        }
     }
 
     /// Removes a fact. Removing one that was never written is no error.
@@ -164,6 +212,9 @@ impl StateDirectory {
     }
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        if u64::try_from(bytes.len()).is_ok_and(|length| length > FACT_BYTES_MAX) {
+            return Err(io::Error::other("the fact is longer than 64 KiB"));
+        }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
         // Left by a process of this id that was killed while it wrote.
@@ -181,7 +232,7 @@ impl StateDirectory {
 }
 
 fn fail(action: &'static str, path: &Path, source: io::Error) -> Error {
-    Error {
+    Error::Unusable {
         action,
         path: path.to_owned(),
         source,
@@ -193,8 +244,19 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     if meta.uid() == ours && meta.mode() & OPEN_TO_OTHERS == 0 {
         return Ok(());
     }
+    let what = if meta.is_dir() { "directory" } else { "file" };
+    let remedy = if meta.uid() == ours {
+        let mode = if meta.is_dir() { "0700" } else { "0600" };
+        format!("others can use the {what}; set its mode to {mode}")
+    } else {
+        format!(
+            "the {what} belongs to user {}, and this process is user {ours}; run it as user {}",
+            meta.uid(),
+            meta.uid()
+        )
+    };
     Err(io::Error::other(format!(
-        "mode {:04o}, owner {}: it must belong to user {ours} and be closed to others",
+        "mode {:04o}, owner {}: {remedy}",
         meta.mode() & 0o7777,
         meta.uid()
     )))
@@ -233,6 +295,24 @@ mod tests {
         );
         state.remove("pin").unwrap();
         assert_eq!(state.read("pin").unwrap(), None);
+    }
+
+    #[test]
+    fn a_fact_of_the_wrong_form_is_damaged_and_can_be_replaced() {
+        let audit = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(audit.path());
+        assert_eq!(state.read_json::<u64>("mark").unwrap(), None);
+        for damaged in [&b""[..], b"{", b"\"text\"", b"\xff"] {
+            state.write("mark", damaged).unwrap();
+            let error = state.read_json::<u64>("mark").unwrap_err();
+            assert!(error.is_damaged(), "{error}");
+            assert!(error.to_string().contains("state/mark"), "{error}");
+        }
+        state.write_json("mark", &7).unwrap();
+        assert_eq!(state.read_json::<u64>("mark").unwrap(), Some(7));
+        let unreadable = state.write("mark", &vec![0; 64 * 1024 + 1]).unwrap_err();
+        assert!(!unreadable.is_damaged(), "{unreadable}");
+        assert_eq!(state.read_json::<u64>("mark").unwrap(), Some(7));
     }
 
     #[test]

@@ -20,12 +20,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
+use keybroker_worker_protocol::{
     Settings,
     frame::{self, Inbox, Outbox},
-    queue::Job,
     wire::{Reply, Request},
 };
+
+use crate::queue::Job;
 
 /// A job that is not back this long after its deadline means that the worker is wedged.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
@@ -36,7 +37,7 @@ pub(super) struct Link {
     pid: u32,
     sessions: usize,
     stream: UnixStream,
-    /// Number of jobs in `held`, canaries apart: read without the lock.
+    /// Number of jobs in `held`, without self-tests: read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
@@ -123,7 +124,7 @@ impl Link {
     /// many times what a worker may hold.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        if !job.work.is_canary() {
+        if !job.work.is_self_test() {
             self.busy.fetch_add(1, Ordering::Relaxed);
         }
         let deadline_ns = frame::monotonic_ns()
@@ -175,12 +176,12 @@ impl Link {
             }
             match self.stream.try_read(inbox.room()) {
                 Ok(0) => return "it ended".to_owned(),
-                Ok(count) => inbox.came(count),
+                Ok(count) => inbox.received(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("its socket failed: {error}"),
             }
             loop {
-                match inbox.next::<Reply>() {
+                match inbox.take::<Reply>() {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!("it answered job {} that it does not hold", reply.id);
@@ -196,13 +197,13 @@ impl Link {
 
     fn take_job(&self, id: u64) -> Option<Job> {
         let job = self.state().held.remove(&id)?;
-        if !job.work.is_canary() {
+        if !job.work.is_self_test() {
             self.busy.fetch_sub(1, Ordering::Relaxed);
         }
         Some(job)
     }
 
-    /// Marks the worker as lost; whoever runs it ends it.
+    /// Marks the worker as lost; its worker monitor ends it.
     pub(super) fn give_up(&self, cause: impl Into<String>) {
         self.state().cause.get_or_insert(cause.into());
         self.ended.cancel();
@@ -243,8 +244,8 @@ pub(super) fn close(stream: &UnixStream) {
 }
 
 /// Waits for a worker to end by itself, else kills it; either way it is reaped.
-pub(super) async fn reap(mut child: Child, patience: Duration) {
-    if tokio::time::timeout(patience, child.wait()).await.is_err()
+pub(super) async fn reap(mut child: Child, timeout: Duration) {
+    if tokio::time::timeout(timeout, child.wait()).await.is_err()
         && let Err(error) = child.kill().await
     {
         tracing::error!(%error, "a token worker could not be killed");
@@ -268,11 +269,11 @@ pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Resu
         stream.readable().await?;
         match stream.try_read(inbox.room()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => inbox.came(count),
+            Ok(count) => inbox.received(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        if let Some(reply) = inbox.next()? {
+        if let Some(reply) = inbox.take()? {
             return Ok(reply);
         }
     }

@@ -1,4 +1,4 @@
-//! Starting one worker: process, setup, and what it found on the token held against what must be there.
+//! Starting one worker: process, setup, and a comparison of what it found on the token with what must be there.
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
@@ -6,16 +6,16 @@ use tokio::{net::UnixStream, process::Child};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
-
-use super::{
-    ExpectedKey, Settings, TokenInfo, TokenKey, link, module, oaep,
-    oaep::WrapKey,
-    pin,
-    supervisor::NotReady,
+use keybroker_worker_protocol::{
+    ExpectedKey, Settings, TokenInfo, check_environment,
+    oaep::{self, WrapKey},
+    resolve_pin_file,
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-/// How long a worker may take: login, gate and canary on a slow device.
+use crate::{TokenKey, link, supervisor::NotReady};
+
+/// How long a worker may take: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a worker may take to end by itself once its socket is closed.
 pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
@@ -148,11 +148,11 @@ fn setup(
             "no PIN: set `token.pin_file` to a file that only this user can read",
         )
     })?;
-    module::check_environment(&settings.environment)
+    check_environment(&settings.environment)
         .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
     // Resolved here, because the worker has no environment.
-    let pin_file =
-        pin::resolve(pin_file).map_err(|what| Failure::new(FailureClass::Configuration, what))?;
+    let pin_file = resolve_pin_file(pin_file)
+        .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
     Ok(Setup {
         module: settings.module.to_string_lossy().into_owned(),
         label: settings.label.clone().unwrap_or_default(),
@@ -173,7 +173,7 @@ fn setup(
     })
 }
 
-/// Holds what a worker says against what must be on the token.
+/// Compares what a worker found with what must be on the token.
 fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     let untrusted = |what: String| Failure::new(FailureClass::Untrusted, what);
     let mut keys = Vec::new();

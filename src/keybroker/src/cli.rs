@@ -13,8 +13,9 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use crate::{config::Config, telemetry};
-use keybroker_core::hardening;
-use keybroker_hsm as hsm;
+use keybroker_core::{error::chain, hardening};
+use keybroker_pkcs11 as pkcs11;
+use keybroker_worker_protocol::check_environment;
 
 mod audit;
 mod bench;
@@ -22,6 +23,7 @@ mod bitwarden;
 mod change;
 mod client;
 mod config;
+mod entries;
 mod environment;
 pub mod exit;
 mod key;
@@ -122,14 +124,17 @@ impl Context {
 
     /// The configuration, for commands that say what is wrong with it themselves.
     fn config_as_written(&self) -> Result<Config, Failure> {
-        Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
+        Config::load(&self.config_file).map_err(|error| Failure {
+            hint: error.hint(),
+            ..Failure::new(Exit::Configuration, chain(&error))
+        })
     }
 
     /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which is
     /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
-        hsm::check_environment(&config.token.environment)
+        check_environment(&config.token.environment)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
         let now = env::vars_os().collect();
         let Some(wanted) = environment::wanted(&now, &config) else {
@@ -181,7 +186,7 @@ pub fn main() -> ExitCode {
     telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
     telemetry::install_panic_hook();
     if matches!(cli.command, Command::TokenWorker) {
-        return hsm::worker::run();
+        return pkcs11::worker::run();
     }
     let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)

@@ -6,7 +6,7 @@ use mimalloc::MiMalloc;
 use zeroizing_alloc::ZeroAlloc;
 
 /// Overwrites every heap block before it is freed: the buffers of TLS, HTTP and protobuf hold user keys, and their libraries
-/// do not overwrite them. A block that grows is copied and the old one overwritten.
+/// do not overwrite them. A block that grows is copied and the old one overwritten. `allocator.rs` has its setting.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<MiMalloc> = ZeroAlloc(MiMalloc);
 

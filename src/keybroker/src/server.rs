@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use keybroker_auth::token;
+use keybroker_core::state::StateDirectory;
 
 mod clients;
 mod connection;
@@ -24,6 +25,7 @@ mod tls;
 mod unauthenticated;
 mod waiting;
 mod watch;
+mod zeroed_reads;
 
 pub use run::run;
 pub use tls::Contents as TlsContents;
@@ -113,15 +115,15 @@ impl ListenerSettings {
     /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
     /// names the file and the remedy.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
-        Ok(self.load_tls()?.map(|tls| tls.contents()))
+        Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };
         let speaks_http1 = self.doors.contains(&Door::Rest);
-        tls::Tls::load(files.clone(), self.client_certificates, speaks_http1).map(Some)
+        tls::Tls::load(files.clone(), self.client_certificates, speaks_http1, state).map(Some)
     }
 }
 

@@ -37,6 +37,19 @@ pub struct Summary {
     pub files: usize,
 }
 
+/// A principal that a policy names by itself, and not by a role or an attribute.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NamedPrincipal {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name, as in the audit log.
+    pub name: String,
+    /// The policy.
+    pub policy: Arc<str>,
+    /// Name of the file of the policy.
+    pub file: Arc<str>,
+}
+
 /// What is known of a policy besides its text.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
@@ -255,6 +268,33 @@ impl Set {
         &self.policies
     }
 
+    /// The principals that the operator's policies name, in the order of kind and name.
+    pub(super) fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
+        let mut all = Vec::new();
+        for (id, known) in self.in_order() {
+            let Some(policy) = self.policies.policy(id) else {
+                continue;
+            };
+            if &*known.origin == SHIPPED_NAME {
+                continue;
+            }
+            let mut named = Vec::new();
+            let json = policy.to_json().map_err(|error| {
+                Problem::in_file(&known.origin, format!("policy `{}`: {error}", known.id))
+            })?;
+            collect_principals(&json, &mut named);
+            all.extend(named.into_iter().map(|(kind, name)| NamedPrincipal {
+                kind,
+                name,
+                policy: Arc::clone(&known.id),
+                file: Arc::clone(&known.origin),
+            }));
+        }
+        all.sort();
+        all.dedup();
+        Ok(all)
+    }
+
     /// The policies that can apply to an action of a kind of principal.
     pub(super) fn slice_of(&self, action: Action, kind: Kind) -> Option<&Slice> {
         self.slices.get(&(action, kind))
@@ -315,6 +355,32 @@ fn collect_words(value: &serde_json::Value, words: &mut HashSet<String>) {
             for (name, value) in fields {
                 words.insert(name.clone());
                 collect_words(value, words);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Every entity of a policy in its JSON form that is a user or a service.
+fn collect_principals(value: &serde_json::Value, named: &mut Vec<(Kind, String)>) {
+    match value {
+        serde_json::Value::Array(values) => {
+            for value in values {
+                collect_principals(value, named);
+            }
+        }
+        serde_json::Value::Object(fields) => {
+            let text = |name: &str| fields.get(name).and_then(serde_json::Value::as_str);
+            let kind = match text("type") {
+                Some("Keybroker::User") => Some(Kind::User),
+                Some("Keybroker::Service") => Some(Kind::Service),
+                _ => None,
+            };
+            if let (Some(kind), Some(id)) = (kind, text("id")) {
+                named.push((kind, id.to_owned()));
+            }
+            for value in fields.values() {
+                collect_principals(value, named);
             }
         }
         _ => {}

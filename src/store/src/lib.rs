@@ -29,6 +29,7 @@ pub mod copy;
 mod durability;
 mod engine;
 mod error;
+mod identity;
 mod listing;
 mod mutations;
 mod mysql;
@@ -49,6 +50,7 @@ mod url;
 
 pub use client::ClientRow;
 pub use error::Error;
+pub use identity::{CHANGES_MAX, Evidence, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
@@ -169,9 +171,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What a mutation's call left in the store: for intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
-    /// Whether the mark of a change that was committed is there. A plain read: it waits for no transaction, and says nothing of a
-    /// change that is still under way.
-    async fn has_mark(&self, call: CallId) -> Result<bool, Error>;
+    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`]) left their mark in it. A plain read: it
+    /// waits for no transaction, and says nothing of a change that is still under way.
+    async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Forgets request ids older than 24 hours; returns how many.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;

@@ -3,13 +3,14 @@
 //! Only from where the configuration says, or the discovery document of the issuer that the configuration names: no
 //! redirect is followed, no proxy of the environment is asked, and no answer may be large or slow.
 
-use std::{error::Error as _, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use reqwest::{Certificate, Client, redirect};
 use serde::Deserialize;
 
 use crate::issuer::{KeySource, Settings, url_problem};
 use keybroker_core::{
+    error::causes,
     pem,
     trusted_file::{self, Purpose},
 };
@@ -142,22 +143,11 @@ impl Fetcher {
     }
 }
 
-/// An error with its causes: the outermost alone says only that a request failed.
+/// The causes of an error, whose outermost text says only that a request failed.
 fn whole(error: &reqwest::Error) -> String {
-    let mut text = String::new();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        if !text.is_empty() {
-            text.push_str(": ");
-        }
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    if text.is_empty() {
-        text = error.to_string();
-    }
+    let text = causes(error);
     if error.is_timeout() {
-        text = format!("no answer in time ({text})");
+        return format!("no answer in time ({text})");
     }
     text
 }

@@ -332,6 +332,53 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
+/// An expired token is answered with "renew it" only when a renewed one would be accepted. Everything but the time is verified
+/// first: otherwise a token for another service, which never counts as a failure, could be sent without end.
+#[tokio::test]
+async fn only_a_token_whose_one_fault_is_its_age_is_renewable() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "audience = [\"keybroker\"]").await;
+    let foreign = Identity::start(Options {
+        issuer: Some(service.issuer().to_owned()),
+        ..Options::default()
+    });
+    let expired = |signer: &Identity, edit: Value| {
+        let mut claims = user(ADA);
+        let base = json!({"aud": "keybroker", "iat": now() - 7_200, "nbf": now() - 7_200, "exp": now() - 3_600});
+        for more in [base, edit] {
+            let more = more.as_object().unwrap().clone();
+            claims.as_object_mut().unwrap().extend(more);
+        }
+        signer.mint(claims, json!({}))
+    };
+    let renewable = async |token: String| {
+        let error = running.tokens.verify(token.as_bytes()).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Credential);
+        (error.is_renewable(), error.detail().to_owned())
+    };
+    let (is_renewable, detail) = renewable(expired(&service, json!({}))).await;
+    assert!(
+        is_renewable && detail.contains("`exp` has passed"),
+        "{detail}"
+    );
+    for (edit, words) in [
+        (json!({"aud": "another service"}), "`aud`"),
+        (json!({"aud": null}), "`aud`"),
+        (json!({"iss": "http://other.example"}), "no [[issuer]] has"),
+        (json!({"nbf": now() + 3_600}), "`nbf`"),
+        (json!({"iat": now() + 3_600}), "`iat`"),
+        (json!({"iat": 0}), "token_lifetime_max_minutes"),
+        (json!({"scope": ["api.push"]}), "`scope`"),
+        (json!({"amr": ["none"]}), "`amr`"),
+        (json!({"sub": "ada"}), "not a GUID"),
+    ] {
+        let (is_renewable, detail) = renewable(expired(&service, edit.clone())).await;
+        assert!(!is_renewable && detail.contains(words), "{edit}: {detail}");
+    }
+    let (is_renewable, detail) = renewable(expired(&foreign, json!({}))).await;
+    assert!(!is_renewable && detail.contains("signature"), "{detail}");
+}
+
 #[tokio::test]
 async fn one_changed_byte_anywhere_is_refused() {
     let service = Identity::start(Options::default());

@@ -14,6 +14,7 @@ use keybroker_audit as audit;
 use super::{
     Context,
     change::local_operator,
+    entries::Filter,
     exit::{Exit, Failure},
 };
 
@@ -32,13 +33,27 @@ pub(super) enum Command {
     /// acknowledged it. A running broker writes that into the audit log and goes on within a second, a stopped one at its next
     /// start. Missing entries stay visible as a gap in the sequence.
     Acknowledge,
+    /// Remove the oldest segments of this instance's log, after they were copied to another machine
+    ///
+    /// A running broker removes them within a second, a stopped one at its next start, and an entry in the log records who asked
+    /// for it. The newest segment always stays. Do not remove segments by hand: the broker takes that for tampering.
+    RemoveSegments {
+        /// Number of the last segment to remove, as in its file name: 12 removes 00000012.jsonl and all before it
+        #[arg(long, value_name = "NUMBER")]
+        through: u64,
+    },
     /// Show the last entries of a log
     Show {
         /// Directory of the log [default: that of this instance]
         directory: Option<PathBuf>,
-        /// How many
-        #[arg(long, default_value_t = 20)]
+        /// How many entries at most, the newest ones
+        #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
+        #[command(flatten)]
+        filter: Filter,
+        /// Print the lines byte for byte as they are in the log
+        #[arg(long)]
+        raw: bool,
     },
 }
 
@@ -67,15 +82,29 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             Err(Failure::new(Exit::Verification, what))
         }
         Command::Acknowledge => acknowledge(context),
-        Command::Show { directory, last } => {
-            let lines = audit::tail(&resolve(directory.as_ref(), context)?, *last)?;
-            context.output.json_lines(&lines)
+        Command::RemoveSegments { through } => remove_segments(*through, context),
+        Command::Show {
+            directory,
+            last,
+            filter,
+            raw,
+        } => {
+            let directory = resolve(directory.as_ref(), context)?;
+            let lines = if filter.is_empty() {
+                audit::tail(&directory, *last)?
+            } else {
+                audit::tail_matching(&directory, *last, |line| filter.passes(line))?
+            };
+            if *raw {
+                return lines.iter().try_for_each(|line| context.output.text(line));
+            }
+            context.output.entries(&lines)
         }
     }
 }
 
-/// How long a broker that serves may take to see it.
-const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a running broker may take to carry out a request.
+const TAKEN_IN_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 fn acknowledge(context: &Context) -> Result<(), Failure> {
@@ -89,12 +118,7 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
             .hint("a running broker reports what is wrong with `keybroker probe ready`"));
     };
     settings.acknowledge_tampering(&tampering, &local_operator())?;
-    let until = Instant::now() + ACKNOWLEDGED_TIMEOUT;
-    let mut is_open = settings.tampering()?.is_some();
-    while is_open && Instant::now() < until {
-        thread::sleep(LOOK_INTERVAL);
-        is_open = settings.tampering()?.is_some();
-    }
+    let is_open = is_still(|| Ok(settings.tampering()?.is_some()))?;
     let effect = if is_open { "at the next start" } else { "now" };
     context.output.fields(vec![
         ("finding", json!(tampering.finding)),
@@ -104,6 +128,57 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
     if is_open {
         context.output.note(
             "no running broker has taken this in: if one is running, its log says why the audit log cannot go on",
+        );
+    }
+    Ok(())
+}
+
+/// Whether a request is still there after the time in which a running broker carries it out.
+fn is_still(is_pending: impl Fn() -> Result<bool, audit::Error>) -> Result<bool, audit::Error> {
+    let until = Instant::now() + TAKEN_IN_TIMEOUT;
+    while is_pending()? {
+        if Instant::now() >= until {
+            return Ok(true);
+        }
+        thread::sleep(LOOK_INTERVAL);
+    }
+    Ok(false)
+}
+
+fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
+    let settings = context.config()?.audit;
+    let before = settings.segments()?;
+    let old = |segments: &[u64]| segments.iter().filter(|one| **one <= through).count();
+    if before.last().is_none_or(|newest| *newest <= through) || old(&before) == 0 {
+        let what = match (before.first(), before.last()) {
+            (Some(first), Some(last)) => format!(
+                "--through {through}: the log of instance {} has the segments {first} to {last}, and the newest one stays",
+                settings.instance
+            ),
+            _ => format!("the log of instance {} has no segments", settings.instance),
+        };
+        return Err(Failure::new(Exit::Usage, what));
+    }
+    if let Some(tampering) = settings.tampering()? {
+        let what = format!("the log was tampered with: {}", tampering.finding);
+        return Err(Failure::new(Exit::Audit, what)
+            .hint("investigate, and run `keybroker audit acknowledge` first"));
+    }
+    settings.request_removal(through, &local_operator())?;
+    let is_open = is_still(|| settings.is_removal_pending())?;
+    let left = old(&settings.segments()?);
+    if !is_open && left > 0 {
+        let what = format!("{left} of {} segments could not be removed", old(&before));
+        return Err(Failure::new(Exit::Audit, what).hint("the log of the broker names the cause"));
+    }
+    let effect = if is_open { "at the next start" } else { "now" };
+    context.output.fields(vec![
+        ("segments", json!(old(&before))),
+        ("effect", json!(effect)),
+    ])?;
+    if is_open {
+        context.output.note(
+            "no running broker has removed them yet: it waits while a change is under way, and a stopped one does it at its start",
         );
     }
     Ok(())

@@ -9,10 +9,10 @@ use keybroker_core::{
     call::Timestamp,
     key::{Purpose, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm as hsm;
-use keybroker_hsm::admin::{Admin, CheckedKey};
+use keybroker_pkcs11::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
+use keybroker_worker_protocol::unpadded;
 
 use super::{
     Context, block_on, change,
@@ -185,7 +185,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 /// compromised.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if hsm::unpadded(&old.token_serial) == admin.info().serial {
+    if unpadded(&old.token_serial) == admin.info().serial {
         let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }

@@ -6,7 +6,8 @@ use clap::Args;
 
 use crate::config::Config;
 use keybroker_core::state::StateDirectory;
-use keybroker_hsm::{Pin, PinRecord, Settings, admin::Admin};
+use keybroker_pkcs11::{PinRecord, admin::Admin};
+use keybroker_worker_protocol::{Pin, Settings};
 
 use super::exit::{Exit, Failure};
 

@@ -5,13 +5,13 @@ use serde_json::json;
 
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
-use keybroker_hsm as hsm;
-use keybroker_hsm::{
+use keybroker_pkcs11::{
     admin::{self, Admin, AdminError, CheckedKey},
-    gate::Finding,
+    attribute_check::Finding,
 };
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
+use keybroker_worker_protocol::unpadded;
 
 use super::{
     Context, block_on, change, environment,
@@ -161,7 +161,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Every registered key, or when none is registered yet every key on the token, with the gate's verdict on each attribute.
+/// Every registered key, or when none is registered yet every key on the token, with the attribute check of each.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let admin = log_in(&config, &pin.get(&config.token)?, false)?;
@@ -206,7 +206,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         .list(shown, "the token holds no wrapping key")?;
     if problems.is_empty() {
         context.output.note(&format!(
-            "token {:?} (serial {}): every key passes gate and canary",
+            "token {:?} (serial {}): every key passes attribute check and self-test",
             admin.info().label,
             admin.info().serial
         ));
@@ -243,7 +243,7 @@ pub(super) fn compare(
             row.id, key.fingerprint, row.fingerprint
         ));
     }
-    if hsm::unpadded(&row.token_serial) != admin.info().serial {
+    if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
             "key {}: registered for the token with serial {:?}, this one has {:?}; if this is its \
              restored backup, run `keybroker key register {}`",
@@ -282,8 +282,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
     for row in registry(&config)? {
-        if hsm::unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some()
-        {
+        if unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some() {
             continue;
         }
         if !admin.verify(row.id, &row.mac_message(), &row.mac)? {

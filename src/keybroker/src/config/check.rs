@@ -6,7 +6,7 @@ use crate::server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSe
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
-use keybroker_hsm::gate;
+use keybroker_pkcs11::attribute_check;
 
 use super::Config;
 
@@ -74,7 +74,7 @@ impl Config {
         range("queue_length_max", token.queue_length_max, 1..=65_536);
         problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
-            if !gate::attribute_names().any(|name| name == exception) {
+            if !attribute_check::attribute_names().any(|name| name == exception) {
                 problems.push(format!(
                     "[token]: `attribute_exceptions` names {exception:?}, which the gate does not look at"
                 ));

@@ -10,11 +10,10 @@ use rustix::fs::{Access, access};
 
 use keybroker_auth::{issuer, token::Tokens};
 use keybroker_core::trusted_file;
-use keybroker_hsm as hsm;
-use keybroker_hsm::Pin;
 use keybroker_policy::Problems;
+use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
-use super::Config;
+use super::{Config, certificates};
 
 /// What an examination of the files found.
 #[derive(Debug, Default)]
@@ -30,9 +29,9 @@ impl Config {
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        let module = hsm::check_module(&self.token.module);
+        let module = check_module(&self.token.module);
         problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
-        problems.extend(hsm::check_environment(&self.token.environment).err());
+        problems.extend(check_environment(&self.token.environment).err());
         if let Some(path) = &self.token.pin_file {
             problems.extend(Pin::from_file(path).err());
         }
@@ -44,10 +43,19 @@ impl Config {
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
+        // Policies that cannot be loaded are reported above.
+        report
+            .notes
+            .extend(self.unknown_principals().into_iter().flatten());
+        let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err());
         }
+        for listener in &self.listeners {
+            certificates::examine(listener, &mut report);
+        }
+        let problems = &mut report.problems;
         for listener in &self.listeners {
             let address = listener.address;
             match listener.check_tls() {

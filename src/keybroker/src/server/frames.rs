@@ -1,12 +1,16 @@
-//! The frames of an HTTP/2 connection, before the library reads them.
+//! The frames of an HTTP/2 connection, between TLS and the HTTP/2 library.
 //!
-//! Counts the streams that a client resets. The HTTP/2 library bounds resets that come before it has accepted the stream, with
-//! one number for the whole connection: low enough against a rapid reset (CVE-2023-44487), it ends the connection of an honest client
-//! whose calls expire while the broker stands still. So the library's number is high, and the rate is bounded here.
+//! Counts the streams that a client resets. The HTTP/2 library limits resets that arrive before it has accepted the stream, with
+//! one number for the whole connection. A number low enough against a rapid reset (CVE-2023-44487) would end the connection of an
+//! honest client whose calls expire while the broker is stopped. The library's number is therefore high, and the rate is limited here.
 //!
-//! Overwrites what the library has read. Its read buffer keeps the last messages, keys among them, until new ones take their place.
-//! When a connection falls silent, the library is given frames of an unknown type, filled with zeros, which it must ignore
-//! (RFC 9113 section 5.5).
+//! Overwrites the library's buffers. It keeps the last frames that it read and the last frames that it wrote, user keys among them,
+//! until other frames take their place. When a connection has been silent for a moment, the library is given
+//!
+//! - frames of an unknown type, filled with zeros, which it must ignore (RFC 9113 section 5.5); they overwrite what was read;
+//! - PING frames, which it must answer (section 6.7); the answers overwrite what was written, and are dropped here.
+//!
+//! None of these frames comes from the network, and none reaches it.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -17,7 +21,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -25,14 +29,20 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant as TimerInstant, Sleep, sleep},
 };
+use uuid::Uuid;
 
-/// A connection on which nothing arrives for this long is silent.
+/// A connection on which nothing that needs overwriting was read or written for this long is silent.
 const SILENCE: Duration = Duration::from_millis(250);
 /// A frame of a type that has no meaning, on stream 0, with 1,015 bytes: with its header 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
 const FILLER_BYTES: usize = 1_024;
-/// The library's buffer takes two of the largest frames (16 KiB) at most.
-const FILLERS: usize = 48;
+/// The library's read buffer takes two of the largest frames (16 KiB) at most.
+const FILLERS_BYTES: usize = 48 * FILLER_BYTES;
+const PING_BYTES: usize = 17;
+const PING_HEADER: [u8; 9] = [0, 0, 8, 6, 0, 0, 0, 0, 0];
+const PONG_HEADER: [u8; 9] = [0, 0, 8, 6, 1, 0, 0, 0, 0];
+/// Capacity of the library's write buffer.
+const WRITE_BUFFER_BYTES: usize = 16 * 1_024;
 
 /// Resets at once, and more each second.
 const UNAUTHENTICATED: Rate = Rate {
@@ -52,19 +62,28 @@ struct Rate {
     per_second: f64,
 }
 
-/// The frames of a connection, as far as they matter here (RFC 9113 section 4.1).
+/// Follows the frames in one direction, as far as they matter here (RFC 9113 section 4.1).
 #[derive(Debug)]
 struct Frames {
-    /// What is left to read of the preface.
+    /// Bytes of the preface that are still to come.
     preface: usize,
     header: [u8; 9],
-    /// Bytes of the header that were read.
+    /// Bytes of the header that were seen.
     read: usize,
     /// Bytes of the payload that are still to come.
     payload: usize,
 }
 
+/// What some bytes of a connection contain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Seen {
+    resets: u32,
+    /// Whether there was a byte of a message or of headers.
+    is_confidential: bool,
+}
+
 impl Frames {
+    const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RST_STREAM: u8 = 3;
     const CONTINUATION: u8 = 9;
@@ -79,20 +98,29 @@ impl Frames {
         }
     }
 
-    /// Whether another frame may come now: after a whole one, and not within a block of headers.
+    /// Whether the last frame is complete.
+    fn is_at_boundary(&self) -> bool {
+        self.preface == 0 && self.read == 0 && self.payload == 0
+    }
+
+    /// Whether another frame may follow: after a complete one, and not within a block of headers.
     fn is_between(&self) -> bool {
         let [_, _, _, kind, flags, ..] = self.header;
         let is_headers = matches!(kind, Self::HEADERS | Self::CONTINUATION);
         let is_open = is_headers && flags & Self::END_HEADERS == 0;
-        self.preface == 0 && self.read == 0 && self.payload == 0 && !is_open
+        self.is_at_boundary() && !is_open
     }
 
-    /// How many streams these bytes reset.
-    fn resets(&mut self, mut bytes: &[u8]) -> u32 {
-        let mut resets = 0;
+    /// Follows these bytes.
+    fn see(&mut self, mut bytes: &[u8]) -> Seen {
+        let mut seen = Seen::default();
         skip(&mut bytes, &mut self.preface);
         while !bytes.is_empty() {
             if self.payload > 0 {
+                seen.is_confidential |= matches!(
+                    self.header[3],
+                    Self::DATA | Self::HEADERS | Self::CONTINUATION
+                );
                 skip(&mut bytes, &mut self.payload);
                 continue;
             }
@@ -102,14 +130,31 @@ impl Frames {
             bytes = &bytes[count..];
             if self.read == self.header.len() {
                 self.read = 0;
-                let [high, middle, low, kind, ..] = self.header;
-                let length = u32::from_be_bytes([0, high, middle, low]);
-                self.payload = usize::try_from(length).unwrap_or(usize::MAX);
-                resets += u32::from(kind == Self::RST_STREAM);
+                self.payload = payload_bytes(self.header);
+                seen.resets += u32::from(self.header[3] == Self::RST_STREAM);
             }
         }
-        resets
+        seen
     }
+
+    /// How many of these bytes belong to the frame that they begin with.
+    fn rest_of_frame(&self, bytes: &[u8]) -> usize {
+        if self.payload > 0 {
+            return self.payload.min(bytes.len());
+        }
+        let missing = self.header.len() - self.read;
+        let Some(rest) = bytes.get(..missing) else {
+            return bytes.len();
+        };
+        let mut header = self.header;
+        header[self.read..].copy_from_slice(rest);
+        bytes.len().min(missing + payload_bytes(header))
+    }
+}
+
+fn payload_bytes([high, middle, low, ..]: [u8; 9]) -> usize {
+    let length = u32::from_be_bytes([0, high, middle, low]);
+    usize::try_from(length).unwrap_or(usize::MAX)
 }
 
 fn skip(bytes: &mut &[u8], left: &mut usize) {
@@ -118,20 +163,79 @@ fn skip(bytes: &mut &[u8], left: &mut usize) {
     *bytes = &bytes[count..];
 }
 
-/// A connection that ends when its client resets too many streams.
+/// A connection that ends when its client resets too many streams, and whose HTTP/2 library keeps no message.
 #[derive(Debug)]
 pub(super) struct Watched<I> {
     io: I,
-    frames: Frames,
+    received: Frames,
+    sent: Frames,
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
     /// Ends after a silence; one timer for the life of the connection.
     silence: Pin<Box<Sleep>>,
-    /// Whether something was read that is to be overwritten.
+    /// Whether something was read or written that is to be overwritten.
     is_dirty: bool,
-    /// Bytes of fillers that are still to be read.
-    filling: usize,
+    /// Bytes written since the library's write buffer was overwritten, up to its capacity.
+    written: usize,
+    filler: Filler,
+    /// Answers to our own PING frames that the library has still to write.
+    pongs: usize,
+}
+
+/// The frames that overwrite buffers, as one run of bytes.
+#[derive(Debug)]
+struct Filler {
+    at: usize,
+    end: usize,
+    ping: [u8; PING_BYTES],
+    pong: [u8; PING_BYTES],
+}
+
+impl Filler {
+    fn new() -> Self {
+        // No client knows the payload, so none can have its own PING frames confused with ours.
+        let payload = Uuid::new_v4();
+        let frame = |header: [u8; 9]| {
+            let mut frame = [0; PING_BYTES];
+            frame[..9].copy_from_slice(&header);
+            frame[9..].copy_from_slice(&payload.as_bytes()[..8]);
+            frame
+        };
+        Self {
+            at: 0,
+            end: 0,
+            ping: frame(PING_HEADER),
+            pong: frame(PONG_HEADER),
+        }
+    }
+
+    fn start(&mut self, pings: usize) {
+        self.at = 0;
+        self.end = FILLERS_BYTES + pings * PING_BYTES;
+    }
+
+    fn is_active(&self) -> bool {
+        self.at < self.end
+    }
+
+    /// Puts as many bytes as fit into the buffer.
+    fn fill(&mut self, buffer: &mut ReadBuf<'_>) {
+        while self.is_active() && buffer.remaining() > 0 {
+            let rest = if let Some(at) = self.at.checked_sub(FILLERS_BYTES) {
+                &self.ping[at % PING_BYTES..]
+            } else {
+                let at = self.at % FILLER_BYTES;
+                FILLER_HEADER
+                    .get(at..)
+                    .filter(|rest| !rest.is_empty())
+                    .unwrap_or(&[0; FILLER_BYTES][at..])
+            };
+            let count = rest.len().min(buffer.remaining());
+            buffer.put_slice(&rest[..count]);
+            self.at += count;
+        }
+    }
 }
 
 impl<I> Watched<I> {
@@ -139,32 +243,59 @@ impl<I> Watched<I> {
     pub(super) fn new(io: I, preface: usize, is_authenticated: Arc<AtomicBool>) -> Self {
         Self {
             io,
-            frames: Frames::after(preface),
+            received: Frames::after(preface),
+            sent: Frames::after(0),
             used: 0.0,
             since: Instant::now(),
             is_authenticated,
             silence: Box::pin(sleep(SILENCE)),
             is_dirty: false,
-            filling: 0,
+            written: 0,
+            filler: Filler::new(),
+            pongs: 0,
         }
     }
 
-    /// Puts as much of the fillers into the buffer as fits.
-    fn fill(&mut self, buffer: &mut ReadBuf<'_>) {
-        while self.filling > 0 && buffer.remaining() > 0 {
-            let at = (FILLERS * FILLER_BYTES - self.filling) % FILLER_BYTES;
-            let rest = if at < FILLER_HEADER.len() {
-                &FILLER_HEADER[at..]
-            } else {
-                &[0; FILLER_BYTES][at..]
-            };
-            let count = rest.len().min(buffer.remaining());
-            buffer.put_slice(&rest[..count]);
-            self.filling -= count;
+    /// Begins to overwrite the buffers.
+    fn start_filling(&mut self, buffer: &mut ReadBuf<'_>) {
+        let pings = self.written.div_ceil(PING_BYTES);
+        self.written = 0;
+        self.pongs += pings;
+        self.filler.start(pings);
+        self.filler.fill(buffer);
+    }
+
+    fn note_dirty(&mut self, seen: Seen) {
+        if seen.is_confidential {
+            self.is_dirty = true;
+            self.silence.as_mut().reset(TimerInstant::now() + SILENCE);
         }
     }
 
-    fn note(&mut self, resets: u32, now: Instant) -> io::Result<()> {
+    fn note_written(&mut self, bytes: &[u8], context: &mut Context<'_>) {
+        let seen = self.sent.see(bytes);
+        self.written = (self.written + bytes.len()).min(WRITE_BUFFER_BYTES);
+        self.note_dirty(seen);
+        // The task must be woken at the end of the silence, also when it does not read again before.
+        if self.is_dirty && self.silence.as_mut().poll(context).is_ready() {
+            context.waker().wake_by_ref();
+        }
+    }
+
+    /// How many bytes at the beginning are answers to our own PING frames.
+    fn take_pongs(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while self.pongs > 0
+            && self.sent.is_at_boundary()
+            && bytes[taken..].starts_with(&self.filler.pong)
+        {
+            self.pongs -= 1;
+            taken += PING_BYTES;
+        }
+        taken
+    }
+
+    fn note_resets(&mut self, resets: u32, now: Instant) -> io::Result<()> {
         if resets == 0 {
             return Ok(());
         }
@@ -190,29 +321,27 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.filling > 0 {
-            self.fill(buffer);
+        if self.filler.is_active() {
+            self.filler.fill(buffer);
             return Poll::Ready(Ok(()));
         }
         let before = buffer.filled().len();
         match Pin::new(&mut self.io).poll_read(context, buffer) {
             Poll::Ready(read) => {
                 read?;
-                let resets = self.frames.resets(&buffer.filled()[before..]);
-                self.silence.as_mut().reset(TimerInstant::now() + SILENCE);
-                self.is_dirty = true;
-                Poll::Ready(self.note(resets, Instant::now()))
+                let seen = self.received.see(&buffer.filled()[before..]);
+                self.note_dirty(seen);
+                Poll::Ready(self.note_resets(seen.resets, Instant::now()))
             }
             Poll::Pending => {
                 if !self.is_dirty || self.silence.as_mut().poll(context).is_pending() {
                     return Poll::Pending;
                 }
                 self.is_dirty = false;
-                if !self.frames.is_between() {
+                if !self.received.is_between() {
                     return Poll::Pending;
                 }
-                self.filling = FILLERS * FILLER_BYTES;
-                self.fill(buffer);
+                self.start_filling(buffer);
                 Poll::Ready(Ok(()))
             }
         }
@@ -225,7 +354,19 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(context, bytes)
+        let taken = self.take_pongs(bytes);
+        if taken > 0 {
+            return Poll::Ready(Ok(taken));
+        }
+        // As long as answers are to be dropped, each write ends where a frame ends: the next one is looked at.
+        let part = if self.pongs > 0 {
+            &bytes[..self.sent.rest_of_frame(bytes)]
+        } else {
+            bytes
+        };
+        let count = ready!(Pin::new(&mut self.io).poll_write(context, part))?;
+        self.note_written(&part[..count], context);
+        Poll::Ready(Ok(count))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -241,7 +382,18 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         context: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(context, parts)
+        if self.pongs > 0 {
+            let first = parts.iter().find(|part| !part.is_empty());
+            return self.poll_write(context, first.map_or(&[][..], |part| part));
+        }
+        let count = ready!(Pin::new(&mut self.io).poll_write_vectored(context, parts))?;
+        let mut left = count;
+        for part in parts {
+            let written = part.len().min(left);
+            self.note_written(&part[..written], context);
+            left -= written;
+        }
+        Poll::Ready(Ok(count))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -280,7 +432,7 @@ mod tests {
             let mut rest = &bytes[..];
             for cut in cuts.iter().cycle() {
                 let (part, more) = rest.split_at((*cut).min(rest.len()));
-                resets += counted.resets(part);
+                resets += counted.see(part).resets;
                 rest = more;
                 if rest.is_empty() {
                     break;
@@ -302,7 +454,7 @@ mod tests {
             ([vec![0, 0, 0, 1, 4], vec![0; 4]].concat(), true),
         ] {
             let mut frames = Frames::after(0);
-            frames.resets(&bytes);
+            frames.see(&bytes);
             assert_eq!(frames.is_between(), is_between, "{bytes:?}");
         }
         assert!(!Frames::after(24).is_between());
@@ -318,7 +470,7 @@ mod tests {
         let mut seen = vec![0; 14];
         counted.read_exact(&mut seen).await.unwrap();
         assert_eq!(seen, frame(0, 5));
-        let mut filler = vec![0; FILLERS * FILLER_BYTES];
+        let mut filler = vec![0; FILLERS_BYTES];
         counted.read_exact(&mut filler).await.unwrap();
         for one in filler.chunks(FILLER_BYTES) {
             assert_eq!(one[..9], FILLER_HEADER);
@@ -330,19 +482,62 @@ mod tests {
         assert_eq!(counted.read_u8().await.unwrap(), 7);
     }
 
+    /// What the library writes is followed by as many PING frames as overwrite it, and the answers are dropped, and
+    /// everything else is sent.
+    #[tokio::test]
+    async fn answers_to_own_pings_are_never_sent() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let (mut client, server) = tokio::io::duplex(64 * 1_024);
+        let mut watched = Watched::new(server, 0, Arc::default());
+        let message = frame(Frames::DATA, 100);
+        watched.write_all(&message).await.unwrap();
+        let mut filler = vec![0; FILLERS_BYTES];
+        watched.read_exact(&mut filler).await.unwrap();
+        let pings = message.len().div_ceil(PING_BYTES);
+        let mut answers = Vec::new();
+        for _ in 0..pings {
+            let mut ping = [0; PING_BYTES];
+            watched.read_exact(&mut ping).await.unwrap();
+            assert_eq!(ping[..9], PING_HEADER);
+            ping[4] = 1;
+            answers.push(ping.to_vec());
+        }
+        // An answer to a PING of the client, and a frame that contains what looks like one of ours.
+        let mut other = answers[0].clone();
+        other[9] ^= 1;
+        let mut lookalike = frame(Frames::DATA, PING_BYTES);
+        lookalike[9..].copy_from_slice(&answers[0]);
+        let (first, second) = answers.split_at(2);
+        let written = [
+            first.concat(),
+            other.clone(),
+            lookalike.clone(),
+            second.concat(),
+            message.clone(),
+        ];
+        let written = written.concat();
+        watched.write_all(&written).await.unwrap();
+        watched.shutdown().await.unwrap();
+        let mut arrived = Vec::new();
+        client.read_to_end(&mut arrived).await.unwrap();
+        let expected = [message.clone(), other, lookalike, message].concat();
+        assert_eq!(arrived, expected);
+        assert_eq!(watched.pongs, 0);
+    }
+
     #[tokio::test]
     async fn an_authenticated_client_may_reset_more() {
         for (known, burst, second) in [(false, 64, 8), (true, 1_024, 256)] {
             let mut counted = Watched::new((), 0, Arc::new(AtomicBool::new(known)));
             let start = counted.since;
-            counted.note(burst, start).unwrap();
-            counted.note(1, start).unwrap_err();
+            counted.note_resets(burst, start).unwrap();
+            counted.note_resets(1, start).unwrap_err();
             let mut counted = Watched::new((), 0, Arc::new(AtomicBool::new(known)));
             let start = counted.since;
-            counted.note(burst, start).unwrap();
+            counted.note_resets(burst, start).unwrap();
             let later = start + Duration::from_secs(1);
-            counted.note(second, later).unwrap();
-            counted.note(1, later).unwrap_err();
+            counted.note_resets(second, later).unwrap();
+            counted.note_resets(1, later).unwrap_err();
         }
     }
 }

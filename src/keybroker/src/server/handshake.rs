@@ -21,6 +21,8 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use keybroker_core::error::Reason;
 
+use super::zeroed_reads::ZeroedReads;
+
 /// What every HTTP/2 client says first (RFC 9113 section 3.4).
 pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -114,7 +116,7 @@ pub(super) async fn greet(
 ) -> Result<Greeted, Refused> {
     let greeting = async {
         let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
-        let accepted = TlsAcceptor::from(config).accept(stream).await;
+        let accepted = TlsAcceptor::from(config).accept(ZeroedReads(stream)).await;
         let mut tls = accepted.map_err(Refused::Tls)?;
         // A client that names no protocol means the old one.
         let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
@@ -137,7 +139,7 @@ pub(super) async fn greet(
 /// A connection on which the first request can come.
 #[derive(Debug)]
 pub(super) enum Greeted {
-    Http1(Box<TlsStream<TcpStream>>),
+    Http1(Box<TlsStream<ZeroedReads<TcpStream>>>),
     Http2(Box<Prefaced>),
 }
 
@@ -156,7 +158,7 @@ impl Greeted {
 #[derive(Debug)]
 pub(super) struct Prefaced {
     said: usize,
-    tls: TlsStream<TcpStream>,
+    tls: TlsStream<ZeroedReads<TcpStream>>,
 }
 
 impl AsyncRead for Prefaced {

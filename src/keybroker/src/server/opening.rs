@@ -86,11 +86,14 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound>, Failure> {
+pub(super) async fn bind_all(
+    listeners: &[ListenerSettings],
+    state: &StateDirectory,
+) -> Result<Vec<Bound>, Failure> {
     let mut bound = Vec::new();
     for settings in listeners {
         let tls = settings
-            .load_tls()
+            .load_tls(Some(state))
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
         bound.push(Bound {
             socket: bind(settings.address).await?,
@@ -99,6 +102,16 @@ pub(super) async fn bind_all(listeners: &[ListenerSettings]) -> Result<Vec<Bound
         });
     }
     Ok(bound)
+}
+
+/// Stores which revocation lists the listeners have accepted. Only once the audit log is open: it belongs to one broker, and so does
+/// the state beside it.
+pub(super) fn remember_lists(bound: &[Bound]) -> Result<(), Failure> {
+    for tls in bound.iter().filter_map(|one| one.tls.as_ref()) {
+        tls.remember_lists()
+            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+    }
+    Ok(())
 }
 
 pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
@@ -113,7 +126,17 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
             format!("cannot listen on {address}: {error}")
         };
         let exit = if in_use { Exit::InUse } else { Exit::Configuration };
-        Failure::new(exit, what)
+        let failure = Failure::new(exit, what);
+        match error.kind() {
+            std::io::ErrorKind::PermissionDenied => failure.hint(
+                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the \
+                 systemd unit, or listen on a higher port behind a redirect",
+            ),
+            std::io::ErrorKind::AddrNotAvailable => failure.hint(
+                "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
+            ),
+            _ => failure,
+        }
     })
 }
 

@@ -121,6 +121,16 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
+/// Verifies the registry now, if the token serves; otherwise that happens in the background.
+async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
+    if supervisor.settled().await == Serving::Up {
+        broker
+            .load_registry(Deadline::after(REGISTRY_TIMEOUT))
+            .await?;
+    }
+    Ok(())
+}
+
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     let hashing = settings.clone();
     ClientRules {
@@ -191,10 +201,12 @@ impl Server {
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
         let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
-        let bound = opening::bind_all(&config.listeners).await?;
+        let state = StateDirectory::below(&config.audit.directory);
+        let bound = opening::bind_all(&config.listeners, &state).await?;
         let status_socket = opening::bind(config.status.address).await?;
         let status_address = opening::local(&status_socket)?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
+        opening::remember_lists(&bound)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
@@ -207,7 +219,8 @@ impl Server {
             token,
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
-            state: StateDirectory::below(&config.audit.directory),
+            state,
+            instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
         });
         let secrets = client_secrets(&config, &broker)?;
@@ -215,12 +228,8 @@ impl Server {
             authenticator: Arc::new(authenticator.with_secrets(secrets)),
             limits,
         };
-        broker.recover(open_intents).await;
-        if supervisor.settled().await == Serving::Up {
-            broker
-                .load_registry(Deadline::after(REGISTRY_TIMEOUT))
-                .await?;
-        }
+        broker.recover(open_intents).await?;
+        load_registry(&supervisor, &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {
             addresses: Vec::new(),

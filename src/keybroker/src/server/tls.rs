@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
 use rustls::{
-    RootCertStore, ServerConfig,
+    InconsistentKeys, RootCertStore, ServerConfig,
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -24,8 +24,11 @@ use zeroize::Zeroizing;
 use keybroker_core::{
     call::Timestamp,
     pem,
+    state::StateDirectory,
     trusted_file::{self, Purpose},
 };
+
+use crate::certificate::{Age as LifeAge, Life as CertificateLife};
 
 use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
 
@@ -35,12 +38,10 @@ mod revocation;
 mod tests;
 
 use purpose::ForClients;
-use revocation::{Age, Life, Lists, Versions};
+use revocation::{Age, Life, Lists, Newest, Versions};
 
 const SECONDS_PER_DAY: i64 = 86_400;
 const SECONDS_PER_HOUR: i64 = 3_600;
-/// A certificate with less than this left is worth a warning.
-const WARN_DAYS: i64 = 30;
 
 /// Longest chain, key and file of authorities, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -129,6 +130,8 @@ pub(super) struct Tls {
     refused: Mutex<Option<String>>,
     /// What was last said of the age of the revocation lists.
     age: Mutex<Option<Age>>,
+    /// The newest revocation lists that were accepted, now and before a restart.
+    newest: Mutex<Newest>,
 }
 
 /// What clients are shown, as in the files.
@@ -152,11 +155,13 @@ struct Files {
 }
 
 impl Tls {
-    /// Loads the files; any problem stops the start.
+    /// Loads the files; any problem stops the start. With a state directory, revocation lists that are older than those of
+    /// an earlier start are refused.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
         speaks_http1: bool,
+        state: Option<&StateDirectory>,
     ) -> Result<Self, String> {
         let mut protocols = vec![b"h2".to_vec()];
         if speaks_http1 {
@@ -164,6 +169,14 @@ impl Tls {
         }
         let files = Files::read(&settings, clients)?;
         let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
+        let mut newest = match (state, &settings.client_crl_file) {
+            (Some(state), Some(file)) => {
+                Newest::read(state.clone(), file).map_err(|error| chain_of(&error))?
+            }
+            _ => Newest::default(),
+        };
+        check_follows(&settings, &newest, &accepting)?;
+        newest.accept(&accepting.versions);
         log_contents("TLS files read", &settings, accepting.contents);
         Ok(Self {
             shown: Mutex::new(files.shown()),
@@ -173,7 +186,14 @@ impl Tls {
             current: ArcSwap::from_pointee(accepting),
             refused: Mutex::default(),
             age: Mutex::default(),
+            newest: Mutex::new(newest),
         })
+    }
+
+    /// Stores which revocation lists were accepted, so that a restart does not forget them.
+    pub(super) fn remember_lists(&self) -> Result<(), String> {
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.store().map_err(|error| chain_of(&error))
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {
@@ -270,7 +290,7 @@ impl Tls {
             &self.protocols,
             Validity::Judged,
         )?;
-        self.check_follows(&next)?;
+        self.check_follows_newest(&next)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
         self.take_over(next);
         Ok(true)
@@ -290,7 +310,7 @@ impl Tls {
             &self.protocols,
             Validity::Unjudged,
         )?;
-        self.check_follows(&next)?;
+        self.check_follows_newest(&next)?;
         if next.trust != self.current().trust {
             self.take_over(next);
             tracing::warn!("changed trust in clients is taken over without the other TLS files");
@@ -298,12 +318,9 @@ impl Tls {
         Ok(())
     }
 
-    fn check_follows(&self, next: &Accepting) -> Result<(), String> {
-        let path = self.settings.client_crl_file.as_deref();
-        let shown = path.unwrap_or(Path::new("")).display();
-        next.versions
-            .check_follow(&self.current().versions)
-            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+    fn check_follows_newest(&self, next: &Accepting) -> Result<(), String> {
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        check_follows(&self.settings, &newest, next)
     }
 
     fn take_over(&self, mut next: Accepting) {
@@ -313,11 +330,36 @@ impl Tls {
             // Who was accepted before is to be told when it changes next.
             next.outdated = current.outdated.clone();
         }
+        self.newest
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .accept(&next.versions);
+        if let Err(error) = self.remember_lists() {
+            // The newer list counts all the same; only a restart would not know of it.
+            tracing::error!(
+                alarm = "client-crl", %error,
+                "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
+            );
+        }
         self.current.store(Arc::new(next));
         if trust_changed {
             current.outdated.cancel();
         }
     }
+}
+
+fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> Result<(), String> {
+    let path = settings.client_crl_file.as_deref();
+    let shown = path.unwrap_or(Path::new("")).display();
+    newest
+        .check(&next.versions)
+        .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+}
+
+/// An error with its causes.
+fn chain_of(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Whether the dates of the server's own certificate matter.
@@ -440,7 +482,13 @@ impl Files {
                      first, and each certificate after it the issuer of the one before",
                     contents.certificates
                 ),
-                _ => format!("{certificate_file} and {key_file} do not belong together: {error}"),
+                None if error == rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                    format!(
+                        "`key_file` {key_file} is not the private key of the certificate in `certificate_file` \
+                         {certificate_file}; were both renewed together?"
+                    )
+                }
+                _ => format!("{certificate_file} and {key_file} cannot be used: {error}"),
             }
         })?;
         config.alpn_protocols = protocols.to_vec();
@@ -602,18 +650,18 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
             date(from)
         ));
     }
-    let days = note_days_left(until, path);
-    if days < WARN_DAYS {
-        tracing::warn!(certificate = %shown, days, "the certificate expires soon; renew it");
+    note_days_left(until, path);
+    let life = CertificateLife { from, until };
+    if life.age(now) == LifeAge::Late {
+        tracing::warn!(certificate = %shown, until = %life.ends(), "the certificate expires soon; renew it");
     }
     Ok(until)
 }
 
-fn note_days_left(until: i64, path: &Path) -> i64 {
+fn note_days_left(until: i64, path: &Path) {
     let now = Timestamp::now().micros() / 1_000_000;
     let days = (until - now).div_euclid(SECONDS_PER_DAY);
     let name = path.display().to_string();
     metrics::gauge!("keybroker_certificate_days_left", "file" => name)
         .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
-    days
 }

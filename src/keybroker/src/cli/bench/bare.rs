@@ -19,9 +19,10 @@ use crate::{
     config::Config,
 };
 use keybroker_core::{call::Timestamp, key::WrappingKeyId};
-use keybroker_hsm::{ExpectedKey, Pin, admin::Admin};
+use keybroker_pkcs11::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
+use keybroker_worker_protocol::{ExpectedKey, Pin};
 
 use super::cpu::CpuTime;
 

@@ -29,7 +29,7 @@ use keybroker_core::{
     key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
     secret::KeyMaterial,
 };
-use keybroker_hsm::admin::Wrapper;
+use keybroker_pkcs11::admin::Wrapper;
 use keybroker_store as store;
 use keybroker_store::{NewRevision, Store, tally::Tally};
 

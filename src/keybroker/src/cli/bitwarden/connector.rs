@@ -12,9 +12,13 @@ use reqwest::{
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::cli::exit::{Exit, Failure};
+use crate::cli::{
+    client::connect::hint,
+    exit::{Exit, Failure},
+};
 use keybroker_bitwarden::MasterKey;
 use keybroker_core::{
+    error::root_cause,
     pem,
     trusted_file::{self, Purpose},
 };
@@ -282,22 +286,12 @@ impl Broker {
         } else {
             format!("cannot reach {}: {cause}", self.user_keys)
         };
-        Failure::new(Exit::Unreachable, what).hint(if cause.contains("UnknownIssuer") {
-            "the broker's certificate is not signed by the CA in --ca-file; clients need that CA in the system's trust store"
-        } else if cause.contains("certificate") {
-            "look at the names and the dates of the broker's certificate"
-        } else {
-            "look at the URL, and whether the broker has a [[listener]] with the door \"rest\" there"
-        })
+        let mut hint = hint(&cause, "--ca-file");
+        if cause.contains("UnknownIssuer") {
+            hint.push_str("; Bitwarden clients need that authority in the system's trust store");
+        }
+        Failure::new(Exit::Unreachable, what).hint(hint)
     }
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

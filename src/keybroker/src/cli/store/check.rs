@@ -16,7 +16,7 @@ use crate::{
     config::Config,
 };
 use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_hsm::admin::Admin;
+use keybroker_pkcs11::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,

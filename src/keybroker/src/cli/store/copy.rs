@@ -20,7 +20,7 @@ use crate::{
     config::Config,
 };
 use keybroker_audit::Entry;
-use keybroker_hsm::admin::Admin;
+use keybroker_pkcs11::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     Settings, Tls,
@@ -236,6 +236,7 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
              and copy again",
         )
     })?;
+    copy.carry_identity().await?;
     Ok(Outcome { rows, checked })
 }
 

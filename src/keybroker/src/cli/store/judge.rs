@@ -5,7 +5,7 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm::admin::Verifier;
+use keybroker_pkcs11::admin::Verifier;
 use keybroker_store::{
     ClientRow, RegistryRow,
     scan::{Found, FoundClient},

@@ -1,7 +1,7 @@
 //! Which client certificates their authorities have taken back (RFC 5280 section 5).
 //!
 //! A file of lists is taken over when each list is signed by its authority and counts today, when each configured authority has
-//! one, and when no list is older than the one in use: going back would accept what was revoked since. A client of whose certificate
+//! one, and when no list is older than one accepted before, also before a restart: going back would accept what was revoked since. A client of whose certificate
 //! nothing is known is refused. A list counts until its `nextUpdate`. After that, new connections are refused until there is a newer
 //! one; before, there is an alarm.
 //!
@@ -12,20 +12,29 @@
 use std::{
     cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
 };
 
 use aws_lc_rs::digest;
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
+use serde::{Deserialize, Serialize};
 use x509_parser::{
     num_bigint::BigUint,
     prelude::{CertificateRevocationList, FromDer as _, X509Certificate},
 };
 
-use keybroker_core::{call::Timestamp, pem};
+use keybroker_core::{
+    call::Timestamp,
+    pem,
+    state::{self, StateDirectory},
+};
 
 /// Part of a list's life at whose beginning somebody should ask why there is no newer one.
 const LAST_PART: i64 = 4;
+/// Authorities whose newest list is remembered.
+const AUTHORITIES_MAX: usize = 128;
 
 /// The lists of one file.
 #[derive(Debug)]
@@ -106,8 +115,8 @@ impl Version {
     }
 
     /// Whether a list of this version must not take the place of one of that version.
-    fn goes_back(&self, in_use: &Self) -> bool {
-        self.numbers(in_use) == Some(Ordering::Less) || self.from < in_use.from
+    fn goes_back(&self, accepted: &Self) -> bool {
+        self.numbers(accepted) == Some(Ordering::Less) || self.from < accepted.from
     }
 
     fn shown(&self) -> String {
@@ -119,24 +128,173 @@ impl Version {
     }
 }
 
-impl Versions {
-    /// Refuses lists that are older than those of `in_use`.
-    pub(super) fn check_follow(&self, in_use: &Self) -> Result<(), String> {
-        for (authority, version) in &self.0 {
-            if let Some(before) = in_use.0.get(authority)
+/// The newest list of each authority that a listener has accepted, kept across restarts. A file that holds an older list is
+/// refused: it would accept certificates that were revoked since.
+#[derive(Debug, Default)]
+pub(super) struct Newest {
+    versions: BTreeMap<AuthorityId, Version>,
+    /// Absent for a check of the configuration, which remembers nothing.
+    fact: Option<Fact>,
+}
+
+/// SHA-256 of an authority's name and key.
+type AuthorityId = [u8; 32];
+
+/// Where the newest versions are stored.
+#[derive(Debug)]
+struct Fact {
+    state: StateDirectory,
+    name: String,
+}
+
+/// One entry of the state file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    /// SHA-256 of the authority's name and key, in hex.
+    authority: String,
+    /// `crlNumber` in hex, if the list has one.
+    number: Option<String>,
+    /// `thisUpdate`, in seconds since 1970.
+    this_update: i64,
+}
+
+/// Why the newest versions could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MemoryError {
+    #[error("{0}")]
+    File(#[source] state::Error),
+    #[error("the state file {path} does not list versions of revocation lists")]
+    Content {
+        path: String,
+        source: serde_json::Error,
+    },
+    #[error("the state file {path} holds an entry that is not hexadecimal")]
+    Hex {
+        path: String,
+        source: hex::FromHexError,
+    },
+}
+
+impl Newest {
+    /// What the state directory remembers of the lists in `file`.
+    pub(super) fn read(state: StateDirectory, file: &Path) -> Result<Self, MemoryError> {
+        let digest = digest::digest(&digest::SHA256, file.as_os_str().as_bytes());
+        let name = format!("client-crl-{}.json", hex::encode(&digest.as_ref()[..8]));
+        let path = state.path().join(&name).display().to_string();
+        let bytes = state.read(&name).map_err(MemoryError::File)?;
+        let stored: Vec<Stored> = match bytes {
+            None => Vec::new(),
+            Some(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|source| MemoryError::Content {
+                    path: path.clone(),
+                    source,
+                })?
+            }
+        };
+        let mut versions = BTreeMap::new();
+        for entry in stored {
+            let not_hex = |source| MemoryError::Hex {
+                path: path.clone(),
+                source,
+            };
+            let mut id = AuthorityId::default();
+            hex::decode_to_slice(&entry.authority, &mut id).map_err(not_hex)?;
+            let number = entry.number.map(hex::decode).transpose().map_err(not_hex)?;
+            let version = Version {
+                number,
+                from: entry.this_update,
+            };
+            versions.insert(id, version);
+        }
+        let fact = Some(Fact { state, name });
+        Ok(Self { versions, fact })
+    }
+
+    /// Refuses lists that are older than one accepted before.
+    pub(super) fn check(&self, next: &Versions) -> Result<(), String> {
+        for (authority, version) in &next.0 {
+            if let Some(before) = self.versions.get(&id_of(authority))
                 && version.goes_back(before)
             {
                 return Err(format!(
-                    "holds an older list of \"{}\" than the one in use ({}; in use: {}): it would accept what was revoked \
-                     since. Fetch the newest list; to go back on purpose, restart the broker",
+                    "holds an older list of \"{}\" than one accepted before ({}; accepted: {}): it would accept certificates \
+                     that were revoked since. Fetch the newest list{}",
                     name_of(&authority.0),
                     version.shown(),
-                    before.shown()
+                    before.shown(),
+                    self.how_to_go_back()
                 ));
             }
         }
         Ok(())
     }
+
+    fn how_to_go_back(&self) -> String {
+        self.fact.as_ref().map_or_else(String::new, |fact| {
+            format!(
+                "; to go back on purpose, stop the broker and remove {}",
+                fact.state.path().join(&fact.name).display()
+            )
+        })
+    }
+
+    /// Takes note of lists that were accepted.
+    pub(super) fn accept(&mut self, accepted: &Versions) {
+        for (authority, version) in &accepted.0 {
+            self.versions.insert(id_of(authority), version.clone());
+        }
+        // Authorities that are configured no longer must not fill the state file over the years.
+        let current: BTreeSet<AuthorityId> = accepted.0.keys().map(id_of).collect();
+        while self.versions.len() > AUTHORITIES_MAX {
+            let former = self
+                .versions
+                .iter()
+                .filter(|(id, _)| !current.contains(*id));
+            let Some(oldest) = former.min_by_key(|(_, version)| version.from) else {
+                return;
+            };
+            let oldest = *oldest.0;
+            self.versions.remove(&oldest);
+        }
+    }
+
+    /// Stores the newest versions, so that they survive a restart.
+    pub(super) fn store(&self) -> Result<(), MemoryError> {
+        let Some(fact) = &self.fact else {
+            return Ok(());
+        };
+        let stored: Vec<Stored> = self
+            .versions
+            .iter()
+            .map(|(id, version)| Stored {
+                authority: hex::encode(id),
+                number: version.number.as_ref().map(hex::encode),
+                this_update: version.from,
+            })
+            .collect();
+        let bytes = serde_json::to_vec(&stored).map_err(|source| MemoryError::Content {
+            path: fact.name.clone(),
+            source,
+        })?;
+        // The broker looks at its files each second; a fact that has not changed is not written again.
+        if let Ok(Some(before)) = fact.state.read(&fact.name)
+            && before == bytes
+        {
+            return Ok(());
+        }
+        fact.state
+            .write(&fact.name, &bytes)
+            .map_err(MemoryError::File)
+    }
+}
+
+fn id_of((name, key): &Authority) -> AuthorityId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&u64::try_from(name.len()).unwrap_or(0).to_be_bytes());
+    context.update(name);
+    context.update(key.as_ref().map_or(&[][..], |key| key));
+    super::to_array(context.finish().as_ref())
 }
 
 fn name_of(raw: &[u8]) -> String {

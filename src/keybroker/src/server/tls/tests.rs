@@ -241,6 +241,10 @@ impl Site {
     }
 
     fn try_load(&self) -> Result<Tls, String> {
+        self.try_load_with(None)
+    }
+
+    fn try_load_with(&self, state: Option<&StateDirectory>) -> Result<Tls, String> {
         let settings = TlsSettings {
             certificate_file: self.path("server"),
             key_file: self.path("key"),
@@ -249,7 +253,7 @@ impl Site {
             client_auth_usage_required: true,
             trust_domains: BTreeSet::new(),
         };
-        Tls::load(settings, ClientCertificates::Required, false)
+        Tls::load(settings, ClientCertificates::Required, false, state)
     }
 }
 
@@ -307,7 +311,76 @@ fn a_list_that_goes_back_is_refused() {
     site.write("crl", &numbered(&site.ca, 300, &[], -1, 24));
     tls.reload();
     let refused = tls.refused.lock().unwrap().clone().unwrap();
-    assert!(refused.contains("in use: number 0x012d"), "{refused}");
+    assert!(refused.contains("accepted: number 0x012d"), "{refused}");
+}
+
+/// A restart must not re-admit a client whose certificate was revoked: the newest list is remembered by the state directory.
+#[test]
+fn a_list_that_goes_back_is_refused_after_a_restart_too() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state));
+    site.write("crl", &numbered(&site.ca, 300, &[7], -3, 24));
+    start().unwrap().remember_lists().unwrap();
+    // What a reload accepts is remembered as well.
+    let tls = start().unwrap();
+    site.write("crl", &numbered(&site.ca, 301, &[7, 8], -2, 24));
+    tls.reload();
+    assert_eq!(*tls.refused.lock().unwrap(), None);
+    drop(tls);
+
+    for (number, from) in [(300, -3), (300, -1), (301, -3)] {
+        site.write("crl", &numbered(&site.ca, number, &[], from, 24));
+        let refused = start().unwrap_err();
+        assert!(
+            refused.contains("accepted: number 0x012d") && refused.contains("client-crl-"),
+            "{refused}"
+        );
+        // Checking the configuration neither reads nor writes the state.
+        site.try_load().unwrap();
+    }
+    for number in [301, 302] {
+        site.write("crl", &numbered(&site.ca, number, &[], -2, 24));
+        start().unwrap();
+    }
+
+    // A state that cannot be understood is reported, and not taken for an empty one.
+    let entries = fs::read_dir(state.path()).unwrap();
+    let [file] = &entries
+        .map(|entry| entry.unwrap().path())
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("one fact for one file of lists")
+    };
+    fs::write(file, "[{}]").unwrap();
+    let refused = start().unwrap_err();
+    assert!(refused.contains(file.to_str().unwrap()), "{refused}");
+    // The documented way back.
+    fs::remove_file(file).unwrap();
+    site.write("crl", &numbered(&site.ca, 1, &[], -4, 24));
+    start().unwrap();
+}
+
+/// An authority that was removed for a while, and returns with an older list.
+#[test]
+fn the_newest_list_of_a_removed_authority_is_remembered() {
+    let site = Site::fresh();
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let newest = numbered(&site.ca, 300, &[7], -2, 24);
+    site.write("crl", &newest);
+    let tls = site.load();
+    site.write("ca", &other.pem());
+    site.write("crl", &list(&other, &[], -2, 24));
+    tls.reload();
+    assert_eq!(*tls.refused.lock().unwrap(), None);
+    site.write("ca", &site.ca.pem());
+    site.write("crl", &numbered(&site.ca, 299, &[], -2, 24));
+    tls.reload();
+    let refused = tls.refused.lock().unwrap().clone().unwrap();
+    assert!(refused.contains("accepted: number 0x012c"), "{refused}");
+    site.write("crl", &newest);
+    tls.reload();
+    assert_eq!(*tls.refused.lock().unwrap(), None);
 }
 
 #[test]
@@ -394,7 +467,12 @@ fn a_listeners_file_that_cannot_be_used_is_refused_with_the_remedy() {
             "server",
             "is number 2 of 2; it must be the first",
         ),
-        ("key", other, "do not belong together", "server"),
+        (
+            "key",
+            other,
+            "is not the private key of the certificate",
+            "server",
+        ),
         ("key", encrypted, "`key_file`", "openssl pkey -in"),
         ("key", leaf.clone(), "`key_file`", "no private key"),
         ("ca", trusted, "`client_ca_file`", "openssl x509 -in"),

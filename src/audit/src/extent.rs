@@ -1,0 +1,114 @@
+//! Which segments a log has, and how many bytes they have together, in a form that is short enough for a state file.
+//!
+//! Compared at start: a segment that was removed or cut short while the broker was stopped is missed.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Extents in a mark at most. A log has more than one only after an operator acknowledged that segments are missing.
+const EXTENTS_MAX: usize = 256;
+
+/// Segments without a gap in their numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Extent {
+    /// Number of the first.
+    pub(super) first: u64,
+    /// Number of the last.
+    pub(super) last: u64,
+    /// Durable bytes of all of them.
+    pub(super) bytes: u64,
+}
+
+/// The extents of a log: durable bytes by the number of the segment. A segment of which nothing is durable may be made anew, and is
+/// left out. Of a log with too many gaps only the newest extents are remembered.
+pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for (number, bytes) in segments.filter(|(_, bytes)| *bytes > 0) {
+        match extents.last_mut() {
+            Some(extent) if extent.last + 1 == number => {
+                extent.last = number;
+                extent.bytes = extent.bytes.saturating_add(bytes);
+            }
+            _ => extents.push(Extent {
+                first: number,
+                last: number,
+                bytes,
+            }),
+        }
+    }
+    let surplus = extents.len().saturating_sub(EXTENTS_MAX);
+    extents.split_off(surplus)
+}
+
+/// What is missing of a remembered extent. Segments may have been added since, and the last one may have grown.
+pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<String> {
+    let mut bytes = 0_u64;
+    let mut next = extent.first;
+    for (number, length) in segments.range(extent.first..=extent.last) {
+        if *number != next {
+            break;
+        }
+        bytes = bytes.saturating_add(*length);
+        next = number + 1;
+    }
+    if next <= extent.last {
+        return Some(format!("segment {next:08}.jsonl is missing"));
+    }
+    (bytes < extent.bytes).then(|| {
+        format!(
+            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, and {} were written",
+            extent.first, extent.last, extent.bytes
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segments(lengths: &[(u64, u64)]) -> BTreeMap<u64, u64> {
+        lengths.iter().copied().collect()
+    }
+
+    #[test]
+    fn a_log_without_gaps_is_one_extent() {
+        let log = segments(&[(3, 10), (4, 20), (5, 0)]);
+        let extents = extents(log.iter().map(|(number, bytes)| (*number, *bytes)));
+        let [extent] = extents[..] else {
+            panic!("{extents:?}")
+        };
+        assert_eq!((extent.first, extent.last, extent.bytes), (3, 4, 30));
+        assert_eq!(missing(&extent, &log), None);
+    }
+
+    #[test]
+    fn a_removed_or_shortened_segment_is_missed() {
+        let extent = Extent {
+            first: 3,
+            last: 5,
+            bytes: 30,
+        };
+        let whole = [(2, 10), (3, 10), (4, 10), (5, 15), (6, 1)];
+        assert_eq!(missing(&extent, &segments(&whole)), None);
+        for (position, name) in [(1, "00000003"), (2, "00000004"), (3, "00000005")] {
+            let mut log = whole.to_vec();
+            log.remove(position);
+            let problem = missing(&extent, &segments(&log)).unwrap();
+            assert!(problem.contains(name), "{problem}");
+        }
+        let short = segments(&[(3, 10), (4, 9), (5, 10)]);
+        assert!(missing(&extent, &short).unwrap().contains("29 bytes"));
+        assert!(missing(&extent, &BTreeMap::new()).is_some());
+    }
+
+    #[test]
+    fn a_log_with_many_gaps_still_fits_into_a_state_file() {
+        let extents = extents((0..100_000).map(|number| (number * 2 + 1, u64::MAX)));
+        assert_eq!(extents.len(), EXTENTS_MAX);
+        assert_eq!(extents.last().unwrap().last, 199_999);
+        assert!(serde_json::to_vec(&extents).unwrap().len() < 32 * 1024);
+    }
+}

@@ -29,7 +29,7 @@ use crate::{
 const MATERIAL: &[u8] = b"material of this user";
 
 /// A site whose listener asks for a certificate and does without one.
-fn site(sections: &str) -> Arc<Site> {
+pub(crate) fn site(sections: &str) -> Arc<Site> {
     let site = Site::fresh(Options {
         limits: sections.to_owned(),
         ..Options::default()
@@ -53,7 +53,7 @@ fn configure(site: &Site, sections: &str) {
 
 const GRANT_RELEASE: &str = "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\"]";
 
-const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
+pub(crate) const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
 
 /// What an API client shows.
 #[derive(Clone, Debug)]

@@ -336,6 +336,38 @@ pub struct RequestRecord {
     pub result: RecordInfo,
 }
 
+impl RequestRecord {
+    /// The message of the result's MAC.
+    pub fn result_message(&self, scope: &RequestScope) -> MacMessage {
+        request_result_message(scope, &self.content, &self.result)
+    }
+}
+
+/// The message of the MAC over the stored answer to a request id.
+pub fn request_result_message(
+    scope: &RequestScope,
+    content: &Mac,
+    result: &RecordInfo,
+) -> MacMessage {
+    let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
+    MacMessage::request_result(&[
+        scope.tenant.as_str().as_bytes(),
+        scope.principal.as_bytes(),
+        scope.id.as_bytes(),
+        content,
+        result.address.tenant.as_str().as_bytes(),
+        result.address.user.as_str().as_bytes(),
+        result.address.name.as_str().as_bytes(),
+        result.id.as_bytes(),
+        rows::state_text(result.state).as_bytes(),
+        &result.revision.get().to_be_bytes(),
+        result.wrapping_key.as_bytes(),
+        &result.created.micros().to_be_bytes(),
+        &result.updated.micros().to_be_bytes(),
+        deleted.as_ref().map_or(&[], |at| at.as_slice()),
+    ])
+}
+
 /// Which records to list.
 #[derive(Clone, Debug)]
 pub struct ListQuery {

@@ -8,7 +8,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, rows,
+    ClientRow, Error, RequestRecord, RequestScope, rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -190,6 +190,59 @@ impl ClientScan {
         Ok(row.map(|row| FoundClient {
             id: rows::client_id(&row),
             row: rows::client(&row),
+        }))
+    }
+}
+
+/// A row of a table that holds neither records nor API clients.
+#[derive(Clone, Debug)]
+pub struct FoundRow {
+    /// Table and key of the row, for people.
+    pub place: String,
+    /// The request id and its answer when the row is of [`Table::Requests`], or why the row does not decode.
+    pub request: Result<Option<(RequestScope, RequestRecord)>, Error>,
+}
+
+/// Goes through a table of request ids, marks of changes or uses in the order of its keys.
+#[derive(Debug)]
+pub struct RowScan {
+    store: Arc<dyn Tables>,
+    table: Table,
+    rows: Cursor,
+}
+
+impl RowScan {
+    /// The tables that this can scan. The others have scans of their own, or are verified as a whole.
+    pub const TABLES: [Table; 4] = [
+        Table::Changes,
+        Table::Requests,
+        Table::LastUses,
+        Table::ClientUses,
+    ];
+
+    /// From the beginning.
+    pub fn new(store: Arc<dyn Tables>, table: Table) -> Self {
+        Self {
+            store,
+            table,
+            rows: Cursor::new(table),
+        }
+    }
+
+    /// What comes next, or nothing at the end.
+    pub async fn next(&mut self) -> Result<Option<FoundRow>, Error> {
+        let row = self.rows.take(&*self.store).await?;
+        Ok(row.map(|row| FoundRow {
+            place: row.place(self.table),
+            request: match self.table {
+                Table::Changes => rows::change(&row).map(|_| None),
+                Table::Requests => rows::request_row(&row).map(Some),
+                Table::LastUses => rows::last_use(&row).map(|_| None),
+                Table::ClientUses => rows::client_use_row(&row).map(|()| None),
+                Table::Records | Table::Revisions | Table::Clients | Table::WrappingKeys => {
+                    Ok(None)
+                }
+            },
         }))
     }
 }

@@ -1,4 +1,4 @@
-//! `keybroker store check`: every row of records and revisions, deleted and superseded ones too, and every API client.
+//! `keybroker store check`: every row of every table, deleted records and superseded revisions included.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use keybroker_pkcs11::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
-    scan::{ClientScan, Scan},
+    scan::{ClientScan, RowScan, Scan},
     tables::{Table, Tables},
 };
 
@@ -35,6 +35,8 @@ pub(super) struct Report {
     pub(super) records: u64,
     pub(super) revisions: u64,
     pub(super) clients: u64,
+    /// Rows of the other tables.
+    pub(super) other_rows: u64,
     pub(super) bad: u64,
     findings: Vec<Finding>,
 }
@@ -67,7 +69,10 @@ pub(super) async fn scan(
     let registry = store.registry().await?;
     let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
     let mut judge = Judge::new(verifier, registry);
-    let rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
+    let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
+    for table in RowScan::TABLES {
+        rows += store.count(table).await?;
+    }
     let progress = Progress::new(context.output, "checking rows", rows);
     let mut scan = Scan::new(Arc::clone(store));
     let mut report = Report::default();
@@ -95,6 +100,31 @@ pub(super) async fn scan(
         if let Some(finding) = judge.client(&found)? {
             report.add(&**store, finding).await?;
         }
+    }
+    for table in RowScan::TABLES {
+        let mut scan = RowScan::new(Arc::clone(store), table);
+        while let Some(found) = scan.next().await? {
+            report.other_rows += 1;
+            progress.step();
+            let key = match &found.request {
+                Ok(Some((_, record))) => Some(record.key),
+                _ => None,
+            };
+            learn(&mut judge, key, &**store, admin).await?;
+            if let Some(finding) = judge.row(&found, table)? {
+                report.add(&**store, finding).await?;
+            }
+        }
+    }
+    let problem = match store.evidence(&[]).await {
+        Ok(evidence) if evidence.store.is_some() => None,
+        Ok(_) => Some("the row of store_identity is missing".to_owned()),
+        Err(error @ store::Error::Corrupt(_)) => Some(error.to_string()),
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(detail) = problem {
+        let finding = Finding::of_row(Problem::IdentityMissing, detail);
+        report.add(&**store, finding).await?;
     }
     Ok(report)
 }
@@ -162,6 +192,7 @@ impl Report {
             ("records", json!(self.records)),
             ("revisions", json!(self.revisions)),
             ("clients", json!(self.clients)),
+            ("other_rows", json!(self.other_rows)),
             ("bad", json!(self.bad)),
         ];
         if context.output.is_json() {
@@ -186,9 +217,9 @@ impl Report {
             return Ok(());
         }
         let what = format!(
-            "{} bad rows among {} revisions of {} records and {} API clients: whoever needs such a record gets \
-             RECORD_DAMAGED, and such a client is refused",
-            self.bad, self.revisions, self.records, self.clients
+            "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: calls that need such a \
+             record get RECORD_DAMAGED, and such a client is refused",
+            self.bad, self.revisions, self.records, self.clients, self.other_rows
         );
         Err(Failure::new(Exit::Verification, what).hint(
             "change nothing yet: compare these rows with a backup (docs/operations.md, `record-damaged`)",

@@ -8,8 +8,8 @@ use keybroker_core::{
 use keybroker_pkcs11::admin::Verifier;
 use keybroker_store::{
     ClientRow, RegistryRow,
-    scan::{Found, FoundClient},
-    tables::{Head, RevisionRow},
+    scan::{Found, FoundClient, FoundRow},
+    tables::{Head, RevisionRow, Table},
 };
 
 use crate::cli::exit::Failure;
@@ -30,6 +30,11 @@ pub(super) enum Problem {
     MacRefused,
     ClientUnreadable,
     DocumentUnreadable,
+    ClientDiffers,
+    TimesDiffer,
+    RequestUnreadable,
+    NoteUnreadable,
+    IdentityMissing,
 }
 
 impl Problem {
@@ -49,6 +54,11 @@ impl Problem {
             Self::MacRefused => "mac-refused",
             Self::ClientUnreadable => "client-unreadable",
             Self::DocumentUnreadable => "document-unreadable",
+            Self::ClientDiffers => "client-differs",
+            Self::TimesDiffer => "times-differ",
+            Self::RequestUnreadable => "request-unreadable",
+            Self::NoteUnreadable => "note-unreadable",
+            Self::IdentityMissing => "identity-missing",
         }
     }
 }
@@ -96,6 +106,18 @@ impl Finding {
             head: None,
             revision: row.and_then(|row| Revision::new(row.revision)),
             client,
+        }
+    }
+
+    /// Of a row that is of no record and no client; the detail names it.
+    pub(super) fn of_row(problem: Problem, detail: String) -> Self {
+        Self {
+            problem,
+            detail,
+            record: None,
+            head: None,
+            revision: None,
+            client: None,
         }
     }
 
@@ -237,6 +259,15 @@ impl<'a> Judge<'a> {
         };
         let message = envelope.mac_message(&context);
         if self.verifier.verify(key, &message, envelope.mac())? {
+            // No MAC covers the times, but some are written twice with one value.
+            if row.revision == Revision::FIRST && row.created != head.created {
+                let detail = "created_us of the record is not that of its first revision";
+                return bad(Problem::TimesDiffer, detail.to_owned());
+            }
+            if row.revision == head.revision && head.deleted.is_some_and(|at| at != head.updated) {
+                let detail = "updated_us of the deleted record is not its deleted_us";
+                return bad(Problem::TimesDiffer, detail.to_owned());
+            }
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -259,9 +290,9 @@ impl<'a> Judge<'a> {
                 Some(row),
             )))
         };
-        if Document::from_bytes(&row.document).is_none() {
+        let Some(document) = Document::from_bytes(&row.document) else {
             return bad(Problem::DocumentUnreadable, String::new());
-        }
+        };
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
@@ -269,9 +300,47 @@ impl<'a> Judge<'a> {
             .verifier
             .verify(row.key, &row.mac_message(), &row.mac)?
         {
+            if row.created != document.created {
+                let detail = "clients.created_us is not the time in the document";
+                return bad(Problem::ClientDiffers, detail.to_owned());
+            }
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
+    }
+
+    /// What is wrong with a row of the other tables. A request id without a MAC is of an earlier release, and one under a destroyed
+    /// key can be verified by no token: its retry is refused.
+    pub(super) fn row(
+        &mut self,
+        found: &FoundRow,
+        table: Table,
+    ) -> Result<Option<Finding>, Failure> {
+        let bad = |problem, what: &str| {
+            let detail = format!("{}: {what}", found.place);
+            Ok(Some(Finding::of_row(problem, detail)))
+        };
+        let (scope, record) = match &found.request {
+            Err(error) if table == Table::Requests => {
+                return bad(Problem::RequestUnreadable, &error.to_string());
+            }
+            Err(error) => return bad(Problem::NoteUnreadable, &error.to_string()),
+            Ok(None) => return Ok(None),
+            Ok(Some(request)) => (&request.0, &request.1),
+        };
+        let Some(mac) = &record.result_mac else {
+            return Ok(None);
+        };
+        match self.unusable(record.key) {
+            Some(Problem::WrappingKeyDestroyed) => return Ok(None),
+            Some(problem) => return bad(problem, &record.key.to_string()),
+            None => {}
+        }
+        let message = record.result_message(scope);
+        if self.verifier.verify(record.key, &message, mac)? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused, "the stored answer was altered")
     }
 
     /// Why no MAC of a wrapping key's binding key can be verified.
@@ -314,6 +383,11 @@ mod tests {
             Problem::MacRefused,
             Problem::ClientUnreadable,
             Problem::DocumentUnreadable,
+            Problem::ClientDiffers,
+            Problem::TimesDiffer,
+            Problem::RequestUnreadable,
+            Problem::NoteUnreadable,
+            Problem::IdentityMissing,
         ];
         assert_eq!(documented, problems.map(Problem::as_str));
     }

@@ -62,17 +62,10 @@ impl Broker {
         key: &UserKeyRef,
     ) -> Result<RecordView, Error> {
         observed(Action::Get, call, async {
-            let permit = self
-                .permit(principal, call, Action::Get, key.resource(principal))
-                .await?;
-            let mut draft = Draft::new(principal, call, Action::Get, Some(key));
-            draft.policy(permit.policy());
-            let address = key.address(principal);
-            let record = self
-                .existing_record(&permit, call, &address, &mut draft)
-                .await;
-            let (record, _) = self.conclude(draft, record).await?;
-            let info = record.info;
+            let permit = self.permit_key(principal, call, Action::Get, key).await?;
+            let mut draft = Draft::permitted(principal, call, &permit);
+            let record = self.existing_record(&permit, call, &mut draft).await;
+            let info = self.conclude(draft, record).await?.into_inner().info;
             let uses = self.uses_of(call, [info.id].into_iter()).await;
             Ok(RecordView {
                 used: uses.get(&info.id).copied(),
@@ -95,12 +88,11 @@ impl Broker {
                 user: request.user.as_ref(),
             };
             let permit = self.permit(principal, call, Action::List, resource).await?;
-            let mut draft = Draft::new(principal, call, Action::List, None);
+            let mut draft = Draft::new(principal, call, Action::List);
             draft.policy(permit.policy());
             draft.user(request.user.clone());
             let page = self.page(principal, call, request).await;
-            let (page, _) = self.conclude(draft, page).await?;
-            Ok(page)
+            Ok(self.conclude(draft, page).await?.into_inner())
         })
         .await
     }

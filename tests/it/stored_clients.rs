@@ -30,7 +30,7 @@ fn document(number: u8) -> Document {
         roles: [Role::Release].into(),
         users: Some(Reach::All),
         key_names: None,
-        created: Timestamp::now(),
+        created: Timestamp::from_micros(1_700_000_000_000_000),
         revoked: None,
         secrets: Vec::new(),
     };

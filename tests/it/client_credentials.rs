@@ -53,7 +53,7 @@ fn configure(site: &Site, sections: &str) {
 
 const GRANT_RELEASE: &str = "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\"]";
 
-const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
+pub(crate) const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
 
 /// What an API client shows.
 #[derive(Clone, Debug)]
@@ -705,4 +705,51 @@ async fn a_table_shows_the_secret_on_a_line_of_its_own() {
     let shown = line.strip_prefix("SECRET, shown this once: ").unwrap();
     never_in_a_log(shown.as_bytes());
     assert!(shown.starts_with("kbs_") && shown.len() == 47, "{shown}");
+}
+
+/// A row that does not decode, one that was altered, and a note of a use that does not decode: a list names the rows, raises an
+/// alert and shows the other clients.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_clients_are_listed_and_hide_no_others() {
+    let site = site(GRANT_ENROL);
+    let broker = Broker::start_on(site);
+    let enrol = ["create", "--label", "backup", "--role", "enrol"];
+    let made = || Basic::of(&credential(&broker, "admin", &enrol));
+    let (altered, cut, unreadable, good) = (made(), made(), made(), made());
+    good.create(&keys(&broker), "ada", NAME).await.unwrap();
+    let (site, _) = broker.stop();
+    site.sql(&format!(
+        r#"PRAGMA ignore_check_constraints = ON;
+           UPDATE clients SET document = CAST(replace(CAST(document AS TEXT), '["enrol"]', '["release","enrol"]') AS BLOB)
+               WHERE client_id = x'{}';
+           UPDATE clients SET mac = x'01' WHERE client_id = x'{}';
+           UPDATE clients SET document = CAST('{{' AS BLOB) WHERE client_id = x'{}';
+           INSERT INTO client_uses VALUES (x'{}', -1, 7);"#,
+        altered.id, cut.id, unreadable.id, good.id
+    ));
+    let broker = Broker::start_on(site);
+    let mut expected = [
+        (altered.id, "mac-refused"),
+        (cut.id, "unreadable"),
+        (unreadable.id, "unreadable"),
+    ];
+    expected.sort();
+    for size in ["1", "3", "100"] {
+        let listed = credential(&broker, "auditor", &["list", "--all", "--page-size", size]);
+        let rows = listed.as_array().unwrap();
+        let mut damaged = Vec::new();
+        for row in rows {
+            match row["problem"].as_str() {
+                Some(problem) => damaged.push((row["id"].as_str().unwrap().to_owned(), problem)),
+                None => {
+                    assert_eq!(row["id"].as_str(), Some(&good.id[..]));
+                    assert_eq!(row["verified"], true);
+                }
+            }
+        }
+        damaged.sort();
+        assert_eq!((rows.len(), &damaged[..]), (4, &expected[..]), "{size}");
+    }
+    let log = broker.site.log();
+    assert!(log.contains("client-damaged"), "no alert: {log}");
 }

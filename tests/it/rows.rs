@@ -14,8 +14,9 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, NAME, refused},
+    client_commands::client,
     process::Broker,
-    site::{Options, Site},
+    site::{Finished, Options, Site},
 };
 
 /// Lengths of the parts before the wrapped bytes: version, kind, algorithm, key id, length.
@@ -293,4 +294,65 @@ async fn an_altered_answer_to_a_request_id_is_refused() {
     assert_eq!(site.log().matches("record-damaged").count(), 15);
     let again = enroller.create_with_id("ada", MATERIAL, ID).await.unwrap();
     assert_eq!(again, first);
+}
+
+fn listed(broker: &Broker, arguments: &[&str]) -> Finished {
+    Finished::from(client(broker, "auditor", arguments).output().unwrap())
+}
+
+/// Damaged rows at the beginning, in the middle and at the end of a page: a list names them, raises an alert and goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_records_are_listed_and_hide_no_others() {
+    let (site, _) = enrolled(&["ada", "bob", "carl", "dan", "eve"]).await.stop();
+    site.sql(
+        "PRAGMA ignore_check_constraints = ON; \
+         UPDATE records SET state = 'gone' WHERE user = 'ada'; \
+         UPDATE records SET user = CAST(x'6361ff' AS TEXT) WHERE user = 'carl'; \
+         INSERT INTO revisions SELECT record_id, 2, envelope, wrapping_key_id, created_us FROM revisions \
+             WHERE record_id = (SELECT record_id FROM records WHERE user = 'dan'); \
+         UPDATE records SET record_id = zeroblob(3) WHERE user = 'eve'",
+    );
+    let broker = Broker::start_on(site);
+    let auditor = Caller::of(&broker, "auditor");
+    for size in [1, 2, 5, 1_000] {
+        let (mut good, mut damaged, mut token) = (Vec::new(), Vec::new(), String::new());
+        // A page that does not advance would never end.
+        for _ in 0..10 {
+            let page = auditor.list(size, &token).await.unwrap();
+            good.extend(page.user_keys.into_iter().map(|key| key.user));
+            damaged.extend(page.damaged.into_iter().map(|row| {
+                let has_id = row.record_id.len() == 16;
+                (row.user, row.key_name, has_id, row.problem)
+            }));
+            token = page.next_page_token;
+            if token.is_empty() {
+                break;
+            }
+        }
+        assert!(token.is_empty(), "{size}: the pages do not end");
+        assert_eq!(good, ["bob"], "{size}");
+        let row = |user: &str, has_id, problem: &str| {
+            (user.to_owned(), NAME.to_owned(), has_id, problem.to_owned())
+        };
+        let expected = [
+            row("ada", true, "unreadable"),
+            row("", true, "unreadable"),
+            row("dan", true, "set-back"),
+            row("eve", false, "unreadable"),
+        ];
+        assert_eq!(damaged, expected, "{size}");
+    }
+    let shown = listed(&broker, &["list", "-o", "json"]);
+    let shown: serde_json::Value = serde_json::from_str(&shown.stdout).unwrap();
+    let problems = shown.as_array().unwrap().iter();
+    let problems: Vec<_> = problems.filter_map(|row| row["problem"].as_str()).collect();
+    assert_eq!(
+        problems,
+        ["unreadable", "unreadable", "set-back", "unreadable"]
+    );
+    let table = listed(&broker, &["list"]);
+    assert!(table.stdout.contains("set-back"), "{table:?}");
+    assert!(table.stderr.contains("4 damaged rows"), "{table:?}");
+    let log = broker.site.log();
+    assert!(log.contains("record-damaged"), "no alert: {log}");
 }

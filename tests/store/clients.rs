@@ -7,7 +7,7 @@ use keybroker_core::{
     client_credential::DOCUMENT_BYTES_MAX,
     key::ClientId,
 };
-use keybroker_store::{ClientRow, Error};
+use keybroker_store::{ClientRow, Damage, Error, Position, Store};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY};
@@ -66,7 +66,7 @@ pub(crate) async fn a_client_is_read_as_it_was_written(engine: &Engine) {
         assert!(!store.committed_by(refused).await.unwrap());
     }
     assert_eq!(
-        store.clients(None, 10).await.unwrap(),
+        good_clients(&store, 10).await,
         [client(1, 3)],
         "nothing else was written"
     );
@@ -115,7 +115,7 @@ pub(crate) async fn of_concurrent_changes_of_a_client_one_wins(engine: &Engine) 
 
 pub(crate) async fn pages_of_clients_are_ordered_and_complete(engine: &Engine) {
     let store = engine.open().await;
-    assert!(store.clients(None, 10).await.unwrap().is_empty());
+    assert!(good_clients(&store, 10).await.is_empty());
     let numbers = [0x41, 0, 0x61, 0xff, 0x80, 0x7f, 1];
     for number in numbers {
         store
@@ -126,12 +126,13 @@ pub(crate) async fn pages_of_clients_are_ordered_and_complete(engine: &Engine) {
     let mut sorted = numbers;
     sorted.sort_unstable();
     for limit in [1, 3, 7, 1_000] {
-        let (mut found, mut after) = (Vec::new(), None);
+        let (mut found, mut from) = (Vec::new(), Position::default());
         loop {
-            let page = store.clients(after, limit).await.unwrap();
+            let page = store.clients(&from, limit).await.unwrap();
             assert!(page.len() <= usize::try_from(limit).unwrap());
+            let page: Vec<ClientRow> = page.into_iter().collect::<Result<_, _>>().unwrap();
             let Some(last) = page.last() else { break };
-            after = Some(last.id);
+            from = Some(last.id).into();
             found.extend(page);
         }
         assert_eq!(found, sorted.map(|number| client(number, 1)), "{limit}");
@@ -195,7 +196,7 @@ pub(crate) async fn uses_of_secrets_are_apart_from_the_documents(engine: &Engine
     assert!(latest[..30].iter().all(|(_, used)| *used == at(1_020)));
     for _ in 0..3 {
         store.client(one).await.unwrap().unwrap();
-        store.clients(None, 10).await.unwrap();
+        good_clients(&store, 10).await;
     }
     assert_eq!(look(), before);
 
@@ -235,27 +236,90 @@ pub(crate) async fn clients_that_do_not_decode_are_corrupt_by_name(engine: &Engi
             .await
             .unwrap();
         engine.sql(&format!("UPDATE clients SET {column} = {value}"));
-        let mut answers = vec![store.clients(None, 10).await.map(drop)];
-        // By an id that was cut nobody finds it.
-        if column != "client_id" {
-            answers.push(store.client(client_id(1)).await.map(drop));
-        }
-        for answer in answers {
-            match answer {
+        let page = store.clients(&Position::default(), 10).await.unwrap();
+        let [Err(damaged)] = &page[..] else {
+            panic!("{column}: {page:?}");
+        };
+        let id = (column != "client_id").then(|| client_id(1));
+        assert_eq!((damaged.id, damaged.damage), (id, Damage::Unreadable));
+        let detail = format!("a stored row does not decode: clients.{column}");
+        assert_eq!(damaged.detail, detail);
+        // A lookup does not find a row whose id was cut.
+        if let Some(id) = id {
+            match store.client(id).await {
                 Err(Error::Corrupt(what)) => assert_eq!(what, format!("clients.{column}")),
                 other => panic!("{column}: {other:?}"),
             }
         }
         engine.sql("DELETE FROM clients");
     }
+    let at = Timestamp::from_micros(7);
     store
-        .note_client_uses(&[(client_id(1), 1, Timestamp::now())])
+        .note_client_uses(&[(client_id(1), 1, at), (client_id(1), 2, at)])
         .await
         .unwrap();
-    engine.sql("UPDATE client_uses SET secret_number = -1");
-    let uses = store.client_uses(client_id(1)).await;
-    assert!(
-        matches!(&uses, Err(Error::Corrupt(what)) if what == "client_uses.secret_number"),
-        "{uses:?}"
-    );
+    engine.sql("UPDATE client_uses SET secret_number = -1 WHERE secret_number = 1");
+    let uses = store.client_uses(client_id(1)).await.unwrap();
+    assert_eq!(uses, [(2, at)], "one damaged note must not hide the others");
+}
+
+/// Pages over clients of which some have an id that is none: every page advances, and the good ones are all there.
+pub(crate) async fn damaged_clients_do_not_end_a_page(engine: &Engine) {
+    const CLIENTS: u8 = 6;
+    let store = engine.open().await;
+    for number in 1..=CLIENTS {
+        store
+            .insert_client(&client(number, 1), CallId::fresh())
+            .await
+            .unwrap();
+    }
+    engine.sql(engine.pick(
+        "",
+        "ALTER TABLE clients DROP CONSTRAINT clients_client_id_length",
+        "ALTER TABLE clients DROP CONSTRAINT clients_client_id_length",
+    ));
+    let bytes = |hex: &str| {
+        engine.pick(
+            format!("x'{hex}'"),
+            format!("'\\x{hex}'"),
+            format!("x'{hex}'"),
+        )
+    };
+    // The first, two in the middle, the last, and in the end all of them.
+    let damaged: [&[u8]; 4] = [&[1], &[3, 4], &[6], &[2, 5]];
+    let mut gone: Vec<u8> = Vec::new();
+    for numbers in damaged {
+        for number in numbers {
+            engine.sql(&format!(
+                "UPDATE clients SET client_id = {} WHERE client_id = {}",
+                bytes(&format!("{number:02x}")),
+                bytes(&format!("{number:02x}").repeat(16)),
+            ));
+        }
+        gone.extend(numbers);
+        let expected: Vec<_> = (1..=CLIENTS)
+            .map(|number| (!gone.contains(&number)).then(|| client_id(number)))
+            .collect();
+        for limit in [1, 2, 6, 1_000] {
+            let (mut found, mut from) = (Vec::new(), Position::default());
+            for _ in 0..20 {
+                let page = store.clients(&from, limit).await.unwrap();
+                if page.is_empty() {
+                    break;
+                }
+                for row in page {
+                    let id = row.as_ref().map_or_else(|bad| bad.id, |row| Some(row.id));
+                    from.advance(id);
+                    found.push(id);
+                }
+            }
+            assert_eq!(found, expected, "{limit}");
+        }
+    }
+}
+
+/// A page without damaged rows.
+pub(crate) async fn good_clients(store: &Arc<dyn Store>, limit: u32) -> Vec<ClientRow> {
+    let page = store.clients(&Position::default(), limit).await.unwrap();
+    page.into_iter().collect::<Result<_, _>>().unwrap()
 }

@@ -6,7 +6,7 @@ use keybroker_core::{
     call::Timestamp,
     key::{RecordId, Revision, Tenant},
 };
-use keybroker_store::{Error, ListQuery};
+use keybroker_store::{Damage, DamagedRecord, Error, ListQuery, Position, SKIPPED_MAX, Store};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
@@ -51,17 +51,18 @@ pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine)
             Err(Error::Corrupt(what)) => assert!(what.contains(column), "{column}: {what}"),
             other => panic!("{column}: {other:?}"),
         }
-        // The list does not leave it out, either.
+        // The list names it and does not leave it out.
         let query = ListQuery {
             tenant: Tenant::default(),
             user: Some(alice.user.clone()),
             deleted: true,
-            after: None,
+            from: Position::default(),
             limit: 10,
         };
+        let page = store.list(&query).await.unwrap();
         assert!(
-            matches!(store.list(&query).await, Err(Error::Corrupt(_))),
-            "{column}"
+            matches!(&page[..], [Err(damaged)] if damaged.detail.contains(column)),
+            "{column}: {page:?}"
         );
     }
     let bob = user("bob");
@@ -73,6 +74,134 @@ pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine)
     assert!(
         matches!(store.record(&bob).await, Err(Error::Corrupt(what)) if what.contains("wrapping_key_id"))
     );
+}
+
+/// What a list says of a user: the good record's user, or what could be read of a damaged one.
+type Seen = Result<String, (Option<String>, Damage)>;
+
+/// All pages of the default tenant, each begun where the page before ended.
+async fn all_pages(store: &Arc<dyn Store>, limit: u32, deleted: bool) -> Vec<Seen> {
+    let mut query = ListQuery {
+        tenant: Tenant::default(),
+        user: None,
+        deleted,
+        from: Position::default(),
+        limit,
+    };
+    let mut seen = Vec::new();
+    // Far more pages than there are rows: a page that does not advance would never end.
+    for _ in 0..100 {
+        let page = store.list(&query).await.unwrap();
+        if page.is_empty() {
+            return seen;
+        }
+        for row in page {
+            query.from.advance(match &row {
+                Ok(info) => Some((info.address.user.clone(), info.address.name.clone())),
+                Err(damaged) => damaged.key(),
+            });
+            seen.push(
+                row.map(|info| info.address.user.to_string())
+                    .map_err(|bad: DamagedRecord| {
+                        (bad.user.map(|user| user.to_string()), bad.damage)
+                    }),
+            );
+        }
+    }
+    panic!("the pages do not end: {seen:?}");
+}
+
+/// Damaged records of several kinds, first, last and in the middle: each page goes on, names them, and loses no other record.
+pub(crate) async fn damaged_records_do_not_end_a_page(engine: &Engine) {
+    let store = engine.open().await;
+    let users = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    for (number, name) in (0..).zip(users) {
+        store
+            .create(revision(&user(name), number, 1), stamp())
+            .await
+            .unwrap();
+        store
+            .supersede(revision(&user(name), number, 2), stamp())
+            .await
+            .unwrap();
+    }
+    engine.sql(without_constraints(engine));
+    let column = engine.pick("user", "\"user\"", "user");
+    let x01 = engine.pick("x'01'", "'\\x01'", "x'01'");
+    // Not a user: no UTF-8 where the engine stores that, else a control character.
+    let no_user = engine.pick("CAST(x'63ff' AS TEXT)", "'c' || chr(1)", "x'63ff'");
+    let foreign_keys = engine.pick(
+        "PRAGMA foreign_keys = OFF; ",
+        "",
+        "SET foreign_key_checks = 0; ",
+    );
+    let unchecked = engine.pick(
+        "PRAGMA ignore_check_constraints = ON; ",
+        "",
+        "SET check_constraint_checks = 0; ",
+    );
+    let damage = |name: &str, what: &str| {
+        engine.sql(&format!(
+            "{foreign_keys}{unchecked}UPDATE records SET {what} WHERE {column} = '{name}'"
+        ));
+    };
+    // The first and the last of all; one without a key between two good ones; one that was set back.
+    damage("a", "state = 'gone'");
+    damage("c", &format!("{column} = {no_user}"));
+    damage("e", "revision = 1");
+    damage("f", "key_name = 'NOT A KEY NAME'");
+    damage("h", &format!("record_id = {x01}"));
+    let bad = |name: &str, damage| Err((Some(name.to_owned()), damage));
+    let mut expected: Vec<Seen> = vec![
+        bad("a", Damage::Unreadable),
+        Ok("b".to_owned()),
+        Err((None, Damage::Unreadable)),
+        Ok("d".to_owned()),
+        bad("e", Damage::SetBack),
+        bad("f", Damage::Unreadable),
+        Ok("g".to_owned()),
+        bad("h", Damage::Unreadable),
+    ];
+    for limit in [1, 2, 3, 1_000] {
+        for deleted in [true, false] {
+            assert_eq!(all_pages(&store, limit, deleted).await, expected, "{limit}");
+        }
+    }
+    // Only that user's: the damaged one is there, too.
+    let query = ListQuery {
+        tenant: Tenant::default(),
+        user: Some(user("f").user),
+        deleted: false,
+        from: Position::default(),
+        limit: 1,
+    };
+    let page = store.list(&query).await.unwrap();
+    assert!(
+        matches!(&page[..], [Err(row)] if row.name.is_none()),
+        "{page:?}"
+    );
+
+    // All of them, and none has a readable place in the order.
+    for name in ["a", "b", "d", "e", "f", "g", "h"] {
+        let value = no_user
+            .replace("63", &hex::encode(name))
+            .replace("'c'", &format!("'{name}'"));
+        damage(name, &format!("{column} = {value}"));
+    }
+    expected.fill(Err((None, Damage::Unreadable)));
+    for limit in [1, 3, 8, 1_000] {
+        assert_eq!(all_pages(&store, limit, true).await, expected, "{limit}");
+    }
+    // A position that no page gave makes the database skip nothing.
+    let query = ListQuery {
+        from: Position {
+            after: None,
+            skip: SKIPPED_MAX + 1,
+        },
+        user: None,
+        ..query
+    };
+    assert!(matches!(store.list(&query).await, Err(Error::Corrupt(_))));
 }
 
 /// Lookups under way at the same time share connections. Each gets its own record: beside one that is damaged, beside
@@ -216,7 +345,7 @@ pub(crate) async fn reads_change_nothing(engine: &Engine) {
             tenant: Tenant::default(),
             user: None,
             deleted: true,
-            after: None,
+            from: Position::default(),
             limit: 10,
         };
         store.list(&query).await.unwrap();

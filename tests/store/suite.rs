@@ -55,6 +55,8 @@ on_every_engine!(
     cancelled_calls_poison_nothing,
     reads_change_nothing,
     rows_that_do_not_decode_are_corrupt_by_name,
+    damaged_records_do_not_end_a_page,
+    damaged_clients_do_not_end_a_page,
     lookups_at_once_each_get_their_own,
     a_record_that_was_set_back_is_damaged,
     a_truncated_envelope_is_handed_on_as_it_is,

@@ -18,9 +18,9 @@ use keybroker_core::{
     key::{ClientId, ID_BYTES, KeyName, UserId},
     principal::{Action, Principal, Reach, Role},
 };
-use keybroker_store::ClientRow;
+use keybroker_store::{ClientRow, Damage, DamagedClient, Position};
 
-use super::{Broker, journal::Draft, within};
+use super::{Broker, PageRow, damage, journal::Draft, within};
 
 mod change;
 mod known;
@@ -28,7 +28,7 @@ mod uses;
 
 pub(super) use uses::ClientUses;
 
-use known::{Wanted, document_of};
+use known::{PageVerifier, Verified, Wanted, document_of};
 
 /// What the configuration says of API clients.
 pub struct ClientRules {
@@ -73,6 +73,8 @@ pub struct ClientView {
     pub document: Document,
     /// When each of its secrets was last accepted, by number.
     pub uses: Vec<(u32, Timestamp)>,
+    /// Whether the token verified the row's MAC for this answer. `false` when it could not be asked.
+    pub is_verified: bool,
 }
 
 /// A secret just made, for the one answer that shows it.
@@ -89,10 +91,10 @@ pub struct CreatedSecret {
 /// One page of API clients.
 #[derive(Clone, Debug)]
 pub struct ClientPage {
-    /// In the order of their ids.
-    pub clients: Vec<ClientView>,
+    /// In the order of their ids. A damaged row is listed with what could be read of it, whichever tenant it is of.
+    pub rows: Vec<PageRow<ClientView, DamagedClient, ClientId>>,
     /// Where the next page begins; absent on the last.
-    pub next: Option<ClientId>,
+    pub next: Option<Position<ClientId>>,
 }
 
 impl Broker {
@@ -193,35 +195,94 @@ impl Broker {
             draft.grant(&document);
             broker.update_client(&call, draft, row).await?;
             let uses = broker.store.client_uses(id).await.unwrap_or_default();
-            Ok(ClientView { id, document, uses })
+            Ok(ClientView {
+                id,
+                document,
+                uses,
+                is_verified: true,
+            })
         })
         .await
     }
 
-    /// One page of API clients: an administrator's own tenant's, for an auditor all.
+    /// One page of API clients: an administrator's own tenant's, for an auditor all. Each row's MAC is verified on the token, as
+    /// long as the token answers.
     pub async fn clients(
         &self,
         principal: &Principal,
         call: &Call,
-        after: Option<ClientId>,
+        from: Position<ClientId>,
         limit: u32,
     ) -> Result<ClientPage, Error> {
         self.read_async(principal, call, Action::ListClients, async {
-            let rows = within(call, self.store.clients(after, limit)).await?;
-            let is_full = u32::try_from(rows.len()).is_ok_and(|count| count >= limit);
-            let next = rows.last().map(|row| row.id).filter(|_| is_full);
-            let mut clients = Vec::new();
-            for row in rows {
-                let (id, document) = (row.id, document_of(&row)?);
-                let is_own = document.tenant == *principal.tenant();
-                if is_own || principal.has(Role::Auditor) {
-                    let uses = within(call, self.store.client_uses(id)).await?;
-                    clients.push(ClientView { id, document, uses });
+            let found = within(call, self.store.clients(&from, limit)).await?;
+            let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= limit);
+            let mut verifier = PageVerifier::new(call);
+            let mut end = from;
+            let mut rows = Vec::new();
+            for row in found {
+                end.advance(match &row {
+                    Ok(row) => Some(row.id),
+                    Err(damaged) => damaged.id,
+                });
+                let content = match row {
+                    Ok(row) => self.verified_view(call, &mut verifier, row).await?,
+                    Err(damaged) => Err(damaged),
+                };
+                let is_shown = match &content {
+                    Ok(view) => {
+                        view.document.tenant == *principal.tenant() || principal.has(Role::Auditor)
+                    }
+                    // The tenant in such a row may be forged.
+                    Err(_) => true,
+                };
+                if is_shown {
+                    let end = end.clone();
+                    rows.push(PageRow { content, end });
                 }
             }
-            Ok(ClientPage { clients, next })
+            damage::report_clients(
+                call,
+                Action::ListClients,
+                rows.iter().filter_map(|row| row.content.as_ref().err()),
+            );
+            Ok(ClientPage {
+                rows,
+                next: is_full.then_some(end),
+            })
         })
         .await
+    }
+
+    async fn verified_view(
+        &self,
+        call: &Call,
+        verifier: &mut PageVerifier,
+        row: ClientRow,
+    ) -> Result<Result<ClientView, DamagedClient>, Error> {
+        let id = row.id;
+        let damaged = |damage: Damage, detail: String| {
+            Ok(Err(DamagedClient {
+                id: Some(id),
+                damage,
+                detail,
+            }))
+        };
+        let document = match document_of(&row) {
+            Ok(document) => document,
+            Err(error) => return damaged(Damage::Unreadable, error.detail().to_owned()),
+        };
+        let is_verified = match self.verify_listed(verifier, &row).await {
+            Verified::Yes => true,
+            Verified::NotAsked => false,
+            Verified::No(detail) => return damaged(Damage::MacRefused, detail),
+        };
+        Ok(Ok(ClientView {
+            id,
+            document,
+            uses: within(call, self.store.client_uses(id)).await?,
+            is_verified,
+        }))
     }
 
     fn check_grantable(&self, document: &Document) -> Result<(), Error> {
@@ -305,6 +366,7 @@ fn created(id: ClientId, document: Document, secret: PlainSecret) -> CreatedSecr
             id,
             document,
             uses: Vec::new(),
+            is_verified: true,
         },
         secret,
     }

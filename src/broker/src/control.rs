@@ -128,11 +128,10 @@ impl Broker {
             let permit = self
                 .permit(principal, call, action, Resource::Broker)
                 .await?;
-            let mut draft = Draft::new(principal, call, action, None);
+            let mut draft = Draft::new(principal, call, action);
             draft.policy(permit.policy());
             let found = look.await;
-            let (found, _) = self.conclude(draft, found).await?;
-            Ok(found)
+            Ok(self.conclude(draft, found).await?.into_inner())
         })
         .await
     }

@@ -10,33 +10,46 @@ use keybroker_core::{
     key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
     principal::{Action, Principal},
 };
-use keybroker_policy::Resource;
+use keybroker_policy::{KeyPermit, Resource};
 
-use super::{Broker, UserKeyRef};
+use super::Broker;
 
-/// Proof that an audit entry is durable. Only this module makes one.
+/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] makes one, from the result and the entry
+/// together, so the entry of one release cannot vouch for another.
 #[derive(Debug)]
-pub(super) struct Durable(());
+pub(super) struct Recorded<T>(T);
+
+impl<T> Recorded<T> {
+    pub(super) fn get(&self) -> &T {
+        &self.0
+    }
+
+    pub(super) fn into_inner(self) -> T {
+        self.0
+    }
+}
 
 /// An entry under way: what is known so far of the decision it records.
 #[derive(Clone, Debug)]
 pub(super) struct Draft(Entry);
 
 impl Draft {
-    pub(super) fn new(
-        principal: &Principal,
-        call: &Call,
-        action: Action,
-        key: Option<&UserKeyRef>,
-    ) -> Self {
+    pub(super) fn new(principal: &Principal, call: &Call, action: Action) -> Self {
         let mut entry = Entry::new(EntryKind::Decision, action.as_str(), Outcome::Ok);
         entry.principal = Some(principal.name().to_owned());
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());
-        entry.user = key.map(|key| key.user.clone());
-        entry.key_name = key.map(|key| key.name.clone());
         Self(entry)
+    }
+
+    /// An entry about what a permit allows.
+    pub(super) fn permitted(principal: &Principal, call: &Call, permit: &KeyPermit) -> Self {
+        let mut draft = Self::new(principal, call, permit.action());
+        draft.0.user = Some(permit.address().user.clone());
+        draft.0.key_name = Some(permit.address().name.clone());
+        draft.policy(permit.policy());
+        draft
     }
 
     /// An entry about what policy was asked about.
@@ -46,7 +59,7 @@ impl Draft {
         action: Action,
         resource: Resource<'_>,
     ) -> Self {
-        let mut draft = Self::new(principal, call, action, None);
+        let mut draft = Self::new(principal, call, action);
         match resource {
             Resource::UserKey { user, name, .. } => {
                 draft.0.user = Some(user.clone());
@@ -99,12 +112,6 @@ impl Draft {
 }
 
 impl Broker {
-    /// Makes the entry of a decision that went well durable.
-    pub(super) async fn record_ok(&self, draft: Draft) -> Result<Durable, Error> {
-        self.audit.append(draft.0).await?;
-        Ok(Durable(()))
-    }
-
     /// Makes the intent of a mutation durable. One that was too slow may appear after its caller was refused: `maintain`
     /// closes it.
     pub(super) async fn record_intent(
@@ -136,14 +143,14 @@ impl Broker {
         principal: &Principal,
         call: &Call,
         alarm: &'static str,
-    ) -> Result<Durable, Error> {
+    ) -> Result<(), Error> {
         let mut entry = Entry::new(EntryKind::Decision, alarm, Outcome::Ok);
         entry.principal = Some(principal.name().to_owned());
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());
         self.audit.append(entry).await?;
-        Ok(Durable(()))
+        Ok(())
     }
 
     /// Makes the entry of a refusal or failure durable.
@@ -151,7 +158,7 @@ impl Broker {
         &self,
         mut draft: Draft,
         error: &Error,
-    ) -> Result<Durable, Error> {
+    ) -> Result<(), Error> {
         if error.reason() == Reason::EnvelopeRejected
             && let Some(principal) = &draft.0.principal
             && self.limits.fail_envelope(principal).is_err()
@@ -168,7 +175,7 @@ impl Broker {
         };
         draft.0.reason = Some(error.reason());
         self.audit.append(draft.0).await?;
-        Ok(Durable(()))
+        Ok(())
     }
 
     /// Records how a decision ended and hands its result on. The entry's own failure takes precedence: without it there
@@ -177,9 +184,12 @@ impl Broker {
         &self,
         draft: Draft,
         result: Result<T, Error>,
-    ) -> Result<(T, Durable), Error> {
+    ) -> Result<Recorded<T>, Error> {
         match result {
-            Ok(value) => Ok((value, self.record_ok(draft).await?)),
+            Ok(value) => {
+                self.audit.append(draft.0).await?;
+                Ok(Recorded(value))
+            }
             Err(error) => {
                 self.record_failure(draft, &error).await?;
                 Err(error)

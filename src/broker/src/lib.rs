@@ -5,8 +5,9 @@
 //! ```
 //!
 //! Every API ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that
-//! no path can leave a step out: the record is read with a [`Permit`], which only [`keybroker_policy`] makes; a
-//! [`Released`] key is made with a `Durable` entry, which only `journal` makes once the audit log has synced it.
+//! no path can leave a step out: the record is read at the address of a [`KeyPermit`], which only [`keybroker_policy`]
+//! makes; a [`Released`] key is made of a `Recorded` one, which only `journal` makes of the key and its own entry once
+//! the audit log has synced it.
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it
 //! runs in a task of its own, so that a caller that ends its call cannot stop it between the two.
@@ -35,12 +36,13 @@ use keybroker_core::{
     state::StateDirectory,
 };
 use keybroker_hsm::Token;
-use keybroker_policy::{Denied, Permit, Policy, Question, Resource};
+use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
 pub mod acknowledged;
 mod clients;
 mod control;
+mod damage;
 mod journal;
 pub mod limits;
 mod maintenance;
@@ -61,9 +63,11 @@ mod uses;
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
-pub use keybroker_store::{RecordInfo, RecordState};
+pub use keybroker_store::{
+    Damage, DamagedClient, DamagedRecord, Position, RecordInfo, RecordState, SKIPPED_MAX,
+};
 pub use maintenance::Health;
-pub use reading::{ListPage, ListRequest, RecordView};
+pub use reading::{ListPage, ListRequest, PageRow, RecordView};
 pub use release::Released;
 
 use acknowledged::Acknowledged;
@@ -216,7 +220,7 @@ impl Broker {
         error: Error,
     ) -> Error {
         let started = Instant::now();
-        let entry = journal::Draft::new(principal, call, action, None);
+        let entry = journal::Draft::new(principal, call, action);
         let error = match self.record_failure(entry, &error).await {
             Ok(_) => error,
             Err(audit) => audit,
@@ -256,7 +260,7 @@ impl Broker {
         }
         // Without a key there is nothing to decide, and nothing to release either.
         let Some(denied) = refusal else { return Ok(()) };
-        let draft = journal::Draft::new(principal, call, action, None);
+        let draft = journal::Draft::new(principal, call, action);
         let refused = Err(self.refuse(draft, &denied).await);
         observe(action, call, started.elapsed(), &refused);
         refused
@@ -274,6 +278,26 @@ impl Broker {
             Ok(permit) => Ok(permit),
             Err(denied) => {
                 let draft = journal::Draft::of(principal, call, action, resource);
+                Err(self.refuse(draft, &denied).await)
+            }
+        }
+    }
+
+    /// Asks policy about one user key, and records a refusal. What follows takes the address from the permit.
+    async fn permit_key(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        key: &UserKeyRef,
+    ) -> Result<KeyPermit, Error> {
+        let asked = self
+            .policy
+            .decide_key(principal, call, action, key.address(principal));
+        match asked {
+            Ok(permit) => Ok(permit),
+            Err(denied) => {
+                let draft = journal::Draft::of(principal, call, action, key.resource(principal));
                 Err(self.refuse(draft, &denied).await)
             }
         }

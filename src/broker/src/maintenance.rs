@@ -245,7 +245,14 @@ impl Broker {
         }
         let complaint = match self.refresh_registry().await {
             Ok(()) => None,
-            Err(error) if error.reason() == Reason::TokenUntrusted => Some(error.to_string()),
+            Err(error)
+                if matches!(
+                    error.reason(),
+                    Reason::TokenUntrusted | Reason::RecordDamaged
+                ) =>
+            {
+                Some(error.to_string())
+            }
             Err(error) => return tracing::warn!(%error, "the registry was not looked at"),
         };
         metrics::gauge!("keybroker_registry_altered").set(if complaint.is_some() {

@@ -8,15 +8,20 @@ use keybroker_audit::EntryKind;
 use keybroker_core::{
     call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
-    key::{KeyAddress, Revision},
+    key::Revision,
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
-use keybroker_policy::Permit;
+use keybroker_policy::KeyPermit;
 use keybroker_store as store;
 use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
-use super::{Broker, UserKeyRef, journal::Draft, observed, plan::Commit};
+use super::{
+    Broker, UserKeyRef,
+    journal::{Draft, Recorded},
+    observed,
+    plan::Commit,
+};
 
 /// What a caller wants changed.
 #[derive(Debug)]
@@ -61,7 +66,6 @@ pub(super) struct Mutation {
     principal: Principal,
     pub(super) call: Call,
     key: UserKeyRef,
-    pub(super) address: KeyAddress,
     pub(super) change: Change,
     request: Option<RequestId>,
 }
@@ -146,7 +150,6 @@ impl Broker {
             principal: principal.clone(),
             call: call.clone(),
             key: key.clone(),
-            address: key.address(principal),
             change,
             request,
         };
@@ -171,11 +174,8 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
-        let permit = self
-            .permit(principal, call, action, key.resource(principal))
-            .await?;
-        let mut draft = Draft::new(principal, call, action, Some(key));
-        draft.policy(permit.policy());
+        let permit = self.permit_key(principal, call, action, key).await?;
+        let mut draft = Draft::permitted(principal, call, &permit);
         draft.request(*request);
         match self.prepare(&permit, &mutation, &mut draft).await {
             Ok(Prepared::Ready(ready)) => {
@@ -192,7 +192,7 @@ impl Broker {
 
     async fn prepare(
         &self,
-        permit: &Permit,
+        permit: &KeyPermit,
         mutation: &Mutation,
         draft: &mut Draft,
     ) -> Result<Prepared, Error> {
@@ -291,7 +291,7 @@ impl Broker {
                 Err(error)
             }
             (_, Some(info)) => self.replay(draft, info).await,
-            (outcome, None) => outcome.map(|(info, _)| info),
+            (outcome, None) => outcome.map(Recorded::into_inner),
         }
     }
 
@@ -319,7 +319,9 @@ impl Broker {
     async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
         draft.record(info.id, info.revision);
         draft.wrapping_key(info.wrapping_key);
-        self.conclude(draft, Ok(info)).await.map(|(info, _)| info)
+        self.conclude(draft, Ok(info))
+            .await
+            .map(Recorded::into_inner)
     }
 }
 

@@ -7,7 +7,7 @@ use keybroker_core::{
     key::{ID_BYTES, KeyAddress, RecordId, Revision},
     secret::KeyMaterial,
 };
-use keybroker_policy::Permit;
+use keybroker_policy::KeyPermit;
 use keybroker_store::{NewRevision, RecordInfo, RecordState};
 
 use super::{
@@ -78,11 +78,14 @@ impl Commit {
 impl Broker {
     pub(super) async fn plan(
         &self,
-        permit: &Permit,
+        permit: &KeyPermit,
         mutation: &Mutation,
         draft: &mut Draft,
     ) -> Result<Commit, Error> {
-        let Mutation { call, address, .. } = mutation;
+        let (call, address) = (&mutation.call, permit.address());
+        if permit.action() != mutation.change.action() {
+            return Err(Error::new(Reason::Bug, "the permit is not of this change"));
+        }
         match &mutation.change {
             Change::Create { material } => {
                 if within(call, self.store.record(address)).await?.is_some() {
@@ -94,7 +97,7 @@ impl Broker {
                 Ok(Commit::Create(new))
             }
             Change::Replace { material, expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
+                let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
                 let new = self
                     .wrap(call, address, record.info.id, expected.next(), material)
@@ -102,18 +105,18 @@ impl Broker {
                 Ok(Commit::Supersede(new, record.info))
             }
             Change::Restore { revision, expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
+                let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
                 let new = self.rebind(call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }
             Change::Delete { expected } => {
-                let record = self.active_record(permit, call, address, draft).await?;
+                let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
                 Ok(Commit::Delete(record.info))
             }
             Change::Undelete => {
-                let record = self.existing_record(permit, call, address, draft).await?;
+                let record = self.existing_record(permit, call, draft).await?;
                 match record.info.state {
                     RecordState::Deleted => Ok(Commit::Undelete(record.info)),
                     RecordState::Active => {

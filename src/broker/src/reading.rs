@@ -9,9 +9,9 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_policy::Resource;
-use keybroker_store::{ListQuery, PAGE_SIZE_MAX, RecordInfo};
+use keybroker_store::{DamagedRecord, ListQuery, PAGE_SIZE_MAX, Position, RecordInfo};
 
-use super::{Broker, UserKeyRef, journal::Draft, observed, within};
+use super::{Broker, UserKeyRef, damage, journal::Draft, observed, within};
 
 /// Which records to list within the principal's tenant.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ pub struct ListRequest {
     /// Deleted ones too.
     pub deleted: bool,
     /// Where the page before ended.
-    pub after: Option<(UserId, KeyName)>,
+    pub from: Position<(UserId, KeyName)>,
     /// 1 to 1,000 records.
     pub limit: u32,
 }
@@ -35,13 +35,22 @@ pub struct RecordView {
     pub used: Option<Timestamp>,
 }
 
+/// A row of a page.
+#[derive(Clone, Debug)]
+pub struct PageRow<T, D, K> {
+    /// What the row says, or what is wrong with it.
+    pub content: Result<T, D>,
+    /// Where a page after this row begins.
+    pub end: Position<K>,
+}
+
 /// One page of records, ordered by user, then key name, bytewise.
 #[derive(Clone, Debug)]
 pub struct ListPage {
-    /// The records.
-    pub records: Vec<RecordView>,
-    /// Where the next page begins after; absent at the end.
-    pub next: Option<(UserId, KeyName)>,
+    /// The records. A damaged one is listed with what could be read of it.
+    pub rows: Vec<PageRow<RecordView, DamagedRecord, (UserId, KeyName)>>,
+    /// Where the next page begins; absent at the end.
+    pub next: Option<Position<(UserId, KeyName)>>,
 }
 
 impl Broker {
@@ -53,18 +62,15 @@ impl Broker {
         key: &UserKeyRef,
     ) -> Result<RecordView, Error> {
         observed(Action::Get, call, async {
-            let permit = self
-                .permit(principal, call, Action::Get, key.resource(principal))
-                .await?;
-            let mut draft = Draft::new(principal, call, Action::Get, Some(key));
-            draft.policy(permit.policy());
-            let address = key.address(principal);
-            let record = self
-                .existing_record(&permit, call, &address, &mut draft)
-                .await;
-            let (record, _) = self.conclude(draft, record).await?;
-            let mut views = self.with_uses(call, vec![record.info]).await;
-            Ok(views.remove(0))
+            let permit = self.permit_key(principal, call, Action::Get, key).await?;
+            let mut draft = Draft::permitted(principal, call, &permit);
+            let record = self.existing_record(&permit, call, &mut draft).await;
+            let info = self.conclude(draft, record).await?.into_inner().info;
+            let uses = self.uses_of(call, [info.id].into_iter()).await;
+            Ok(RecordView {
+                used: uses.get(&info.id).copied(),
+                info,
+            })
         })
         .await
     }
@@ -82,12 +88,11 @@ impl Broker {
                 user: request.user.as_ref(),
             };
             let permit = self.permit(principal, call, Action::List, resource).await?;
-            let mut draft = Draft::new(principal, call, Action::List, None);
+            let mut draft = Draft::new(principal, call, Action::List);
             draft.policy(permit.policy());
             draft.user(request.user.clone());
             let page = self.page(principal, call, request).await;
-            let (page, _) = self.conclude(draft, page).await?;
-            Ok(page)
+            Ok(self.conclude(draft, page).await?.into_inner())
         })
         .await
     }
@@ -106,33 +111,52 @@ impl Broker {
             tenant: principal.tenant().clone(),
             user: request.user,
             deleted: request.deleted,
-            after: request.after,
+            from: request.from,
             limit: request.limit,
         };
-        let records = within(call, self.store.list(&query)).await?;
-        let full = u32::try_from(records.len()).is_ok_and(|count| count == request.limit);
-        let next = records
-            .last()
-            .filter(|_| full)
-            .map(|last| (last.address.user.clone(), last.address.name.clone()));
-        let records = self.with_uses(call, records).await;
-        Ok(ListPage { records, next })
+        let found = within(call, self.store.list(&query)).await?;
+        let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= request.limit);
+        damage::report_records(
+            call,
+            Action::List,
+            found.iter().filter_map(|row| row.as_ref().err()),
+        );
+        let good = found.iter().filter_map(|row| row.as_ref().ok());
+        let uses = self.uses_of(call, good.map(|info| info.id)).await;
+        let mut end = query.from;
+        let rows: Vec<_> = found
+            .into_iter()
+            .map(|row| {
+                end.advance(match &row {
+                    Ok(info) => Some((info.address.user.clone(), info.address.name.clone())),
+                    Err(damaged) => damaged.key(),
+                });
+                PageRow {
+                    content: row.map(|info| RecordView {
+                        used: uses.get(&info.id).copied(),
+                        info,
+                    }),
+                    end: end.clone(),
+                }
+            })
+            .collect();
+        let next = rows.last().filter(|_| is_full).map(|row| row.end.clone());
+        Ok(ListPage { rows, next })
     }
 
-    /// Adds when each was last released. Without it everything else is still told.
-    async fn with_uses(&self, call: &Call, records: Vec<RecordInfo>) -> Vec<RecordView> {
-        let ids: Vec<RecordId> = records.iter().map(|info| info.id).collect();
-        let uses = match within(call, self.store.last_uses(&ids)).await {
+    /// When each record was last released. A failure to read this does not fail the call.
+    async fn uses_of(
+        &self,
+        call: &Call,
+        records: impl Iterator<Item = RecordId>,
+    ) -> HashMap<RecordId, Timestamp> {
+        let ids: Vec<RecordId> = records.collect();
+        match within(call, self.store.last_uses(&ids)).await {
             Ok(uses) => uses,
             Err(error) => {
                 tracing::warn!(call_id = %call.id, %error, "last uses not read");
                 HashMap::new()
             }
-        };
-        let view = |info: RecordInfo| RecordView {
-            used: uses.get(&info.id).copied(),
-            info,
-        };
-        records.into_iter().map(view).collect()
+        }
     }
 }

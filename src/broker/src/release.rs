@@ -6,16 +6,16 @@ use keybroker_core::{
     call::Call,
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
-    key::{KeyAddress, RecordId, Revision},
+    key::{RecordId, Revision},
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
-use keybroker_policy::Permit;
+use keybroker_policy::KeyPermit;
 use keybroker_store::{Record, RecordState};
 
 use super::{
     Broker, UserKeyRef,
-    journal::{Draft, Durable},
+    journal::{Draft, Recorded},
     observed, within,
 };
 
@@ -27,7 +27,11 @@ pub struct Released {
 }
 
 impl Released {
-    fn new((material, revision): (KeyMaterial, Revision), _entry: Durable) -> Self {
+    /// Takes the key together with the entry of its own release.
+    fn new(unwrapped: Recorded<Unwrapped>) -> Self {
+        let Unwrapped {
+            material, revision, ..
+        } = unwrapped.into_inner();
         Self { material, revision }
     }
 
@@ -42,6 +46,20 @@ impl Released {
     }
 }
 
+/// A key as the token gave it, before its release is recorded.
+#[derive(Debug)]
+struct Unwrapped {
+    record: RecordId,
+    material: KeyMaterial,
+    revision: Revision,
+}
+
+impl Recorded<Unwrapped> {
+    fn record(&self) -> RecordId {
+        self.get().record
+    }
+}
+
 impl Broker {
     /// Releases a user key in plain: policy, record, one token job, audit entry, answer.
     pub async fn unwrap(
@@ -52,20 +70,16 @@ impl Broker {
     ) -> Result<Released, Error> {
         observed(Action::Unwrap, call, async {
             let permit = self
-                .permit(principal, call, Action::Unwrap, key.resource(principal))
+                .permit_key(principal, call, Action::Unwrap, key)
                 .await?;
-            let mut draft = Draft::new(principal, call, Action::Unwrap, Some(key));
-            draft.policy(permit.policy());
-            let address = key.address(principal);
-            let unwrapped = self
-                .unwrap_record(&permit, call, &address, &mut draft)
-                .await;
-            let ((record, material), entry) = self.conclude(draft, unwrapped).await?;
-            self.uses.note(record);
+            let mut draft = Draft::permitted(principal, call, &permit);
+            let unwrapped = self.unwrap_record(&permit, call, &mut draft).await;
+            let unwrapped = self.conclude(draft, unwrapped).await?;
+            self.uses.note(unwrapped.record());
             if self.limits.note_release(principal, key.user.as_str()) {
                 self.alarm_of_bulk_release(principal, call).await;
             }
-            Ok(Released::new(material, entry))
+            Ok(Released::new(unwrapped))
         })
         .await
     }
@@ -88,49 +102,53 @@ impl Broker {
 
     async fn unwrap_record(
         &self,
-        permit: &Permit,
+        permit: &KeyPermit,
         call: &Call,
-        address: &KeyAddress,
         draft: &mut Draft,
-    ) -> Result<(RecordId, (KeyMaterial, Revision)), Error> {
-        let record = self.active_record(permit, call, address, draft).await?;
+    ) -> Result<Unwrapped, Error> {
+        if permit.action() != Action::Unwrap {
+            return Err(Error::new(Reason::Bug, "the permit is not of a release"));
+        }
+        let record = self.active_record(permit, call, draft).await?;
         let envelope = self.readable_envelope(&record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
         let context = Context::Record {
-            address,
+            address: permit.address(),
             record_id: record.info.id,
             revision: record.info.revision,
         };
         let job = self.token.unwrap(&envelope, context, call.deadline);
         let material = within(call, job).await?;
-        Ok((record.info.id, (material, record.info.revision)))
+        Ok(Unwrapped {
+            record: record.info.id,
+            material,
+            revision: record.info.revision,
+        })
     }
 
-    /// The record at an address, if it is active. Needs the proof that policy was asked.
+    /// The record that a permit is for, if it is active.
     pub(super) async fn active_record(
         &self,
-        permit: &Permit,
+        permit: &KeyPermit,
         call: &Call,
-        address: &KeyAddress,
         draft: &mut Draft,
     ) -> Result<Record, Error> {
-        let record = self.existing_record(permit, call, address, draft).await?;
+        let record = self.existing_record(permit, call, draft).await?;
         match record.info.state {
             RecordState::Active => Ok(record),
             RecordState::Deleted => Err(Error::new(Reason::KeyNotFound, "the record is deleted")),
         }
     }
 
-    /// The record at an address, active or deleted. Needs the proof that policy was asked.
+    /// The record that a permit is for, active or deleted.
     pub(super) async fn existing_record(
         &self,
-        _permit: &Permit,
+        permit: &KeyPermit,
         call: &Call,
-        address: &KeyAddress,
         draft: &mut Draft,
     ) -> Result<Record, Error> {
         self.check_acknowledged()?;
-        let record = within(call, self.store.record(address))
+        let record = within(call, self.store.record(permit.address()))
             .await?
             .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
         draft.record(record.info.id, record.info.revision);

@@ -100,7 +100,9 @@ pub use control::IssuedSecret;
 pub use credential::{BearerToken, ClientSecret};
 pub use error::{BoxError, BuildError, Error, ErrorKind, FieldViolation, InvalidField, Refusal};
 pub use retry::{RetryBudget, RetryPolicy};
-pub use user_keys::{ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState};
+pub use user_keys::{
+    DamagedUserKey, ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState,
+};
 
 /// A client of one broker. Clones are cheap; they share its connection and its retry budget.
 #[derive(Clone, Debug)]

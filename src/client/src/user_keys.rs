@@ -112,12 +112,28 @@ pub struct ListUserKeys {
     pub page_token: String,
 }
 
+/// A stored record that is damaged. It can be neither unwrapped nor changed until an operator has repaired it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedUserKey {
+    /// Whose key it is; `None` when that cannot be read.
+    pub user: Option<UserId>,
+    /// Which of the user's keys; `None` when that cannot be read.
+    pub key_name: Option<KeyName>,
+    /// Identity of the record; `None` when that cannot be read.
+    pub record_id: Option<RecordId>,
+    /// What is wrong, in one word of the API: `unreadable`, `set-back`.
+    pub problem: String,
+}
+
 /// One page of a list, ordered by user, then key name, bytewise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UserKeyPage {
     /// The records.
     pub user_keys: Vec<UserKey>,
+    /// Damaged records of this page, which are not in `user_keys`.
+    pub damaged: Vec<DamagedUserKey>,
     /// For the next page; `None` at the end.
     pub next_page_token: Option<String>,
 }
@@ -233,7 +249,14 @@ impl Client {
                 .into_inner();
             let records = page.user_keys.into_iter().map(|key| record(Some(key)));
             let token = page.next_page_token;
+            let damaged = page.damaged.into_iter().map(|row| DamagedUserKey {
+                user: UserId::parse(&row.user).ok(),
+                key_name: KeyName::parse(&row.key_name).ok(),
+                record_id: RecordId::from_slice(&row.record_id),
+                problem: row.problem,
+            });
             Ok(UserKeyPage {
+                damaged: damaged.collect(),
                 user_keys: records.collect::<Result<_, _>>()?,
                 next_page_token: (!token.is_empty()).then_some(token),
             })

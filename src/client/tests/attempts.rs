@@ -159,6 +159,7 @@ impl UserKeyService for Script {
         request: Request<proto::ListUserKeysRequest>,
     ) -> Result<Response<proto::ListUserKeysResponse>, Status> {
         let good = proto::ListUserKeysResponse {
+            damaged: Vec::new(),
             user_keys: vec![record()],
             next_page_token: String::new(),
         };

@@ -63,11 +63,6 @@ impl fmt::Display for CallId {
 pub struct RequestId(Uuid);
 
 impl RequestId {
-    /// From 16 bytes.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(Uuid::from_bytes(bytes))
-    }
-
     /// From the UUID's text form; empty text is no request id.
     pub fn parse(text: &str) -> Result<Option<Self>, Error> {
         if text.is_empty() {
@@ -80,6 +75,11 @@ impl RequestId {
                 "empty or a UUID that is not nil",
             )),
         }
+    }
+
+    /// From its 16 bytes, as stored.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        Uuid::from_slice(bytes).ok().map(Self)
     }
 
     /// The 16 bytes.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    key::{KeyName, Tenant, UserId},
+    key::{KeyAddress, KeyName, Tenant, UserId},
     principal::{Action, Identity, Principal, conflict},
 };
 
@@ -189,6 +189,32 @@ impl Permit {
     }
 }
 
+/// Proof that policy allowed an action on one user key. Only [`Policy::decide_key`] makes one. The read or the change that follows
+/// takes the address from here alone, so a permit for one record cannot be used for another.
+#[derive(Debug)]
+pub struct KeyPermit {
+    policy: Arc<str>,
+    action: Action,
+    address: KeyAddress,
+}
+
+impl KeyPermit {
+    /// The policy that allowed it.
+    pub fn policy(&self) -> &Arc<str> {
+        &self.policy
+    }
+
+    /// What was allowed.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// The record that it was allowed for.
+    pub fn address(&self) -> &KeyAddress {
+        &self.address
+    }
+}
+
 /// Policy says no.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denied {
@@ -262,6 +288,31 @@ impl Policy {
         } else {
             Err(Denied { policy })
         }
+    }
+
+    /// Decides about one user key.
+    pub fn decide_key(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        address: KeyAddress,
+    ) -> Result<KeyPermit, Denied> {
+        let permit = self.decide(&Question {
+            principal,
+            action,
+            resource: Resource::UserKey {
+                tenant: &address.tenant,
+                user: &address.user,
+                name: &address.name,
+            },
+            call,
+        })?;
+        Ok(KeyPermit {
+            policy: permit.policy,
+            action,
+            address,
+        })
     }
 
     /// What would be decided. Nothing can be done with the answer but to show it.

@@ -68,7 +68,7 @@ impl Copy {
     /// Whether the target has no row in any table.
     pub async fn is_target_empty(&self) -> Result<bool, CopyError> {
         for table in Table::ALL {
-            let page = self.to.page(table, None).await;
+            let page = self.to.page(table, None, 0).await;
             if !page.map_err(CopyError::Target)?.is_empty() {
                 return Ok(false);
             }

@@ -30,6 +30,7 @@ mod durability;
 mod engine;
 mod error;
 mod identity;
+mod listing;
 mod mutations;
 mod mysql;
 mod postgres;
@@ -50,6 +51,7 @@ mod url;
 pub use client::ClientRow;
 pub use error::Error;
 pub use identity::{CHANGES_MAX, Evidence, StoreId};
+pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
 
@@ -157,8 +159,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Makes a deleted record active. [`Error::State`] when it is active already.
     async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// One page of records ordered by user, then key name, bytewise.
-    async fn list(&self, query: &ListQuery) -> Result<Vec<RecordInfo>, Error>;
+    /// One page of records ordered by user, then key name, bytewise. A row that does not decode, or that was set back to an
+    /// earlier revision, is listed as damaged and does not end the page.
+    async fn list(
+        &self,
+        query: &ListQuery,
+    ) -> Result<Vec<Result<RecordInfo, DamagedRecord>>, Error>;
 
     /// What an earlier mutation with that request id did, within the last 24 hours.
     async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error>;
@@ -176,7 +182,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Notes when records were last released: apart from their rows, which no read rewrites. A later time that is known stays.
     async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error>;
 
-    /// When records were last released, of those of which it is known.
+    /// When records were last released, of those of which it is known. A row that does not decode is left out and raises an alert.
     async fn last_uses(&self, records: &[RecordId]) -> Result<HashMap<RecordId, Timestamp>, Error>;
 
     /// All registry rows, by sequence.
@@ -191,8 +197,13 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// An API client.
     async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error>;
 
-    /// API clients after an id, or the first ones, by id, bytewise; at most `limit`, which is 1 to [`PAGE_SIZE_MAX`].
-    async fn clients(&self, after: Option<ClientId>, limit: u32) -> Result<Vec<ClientRow>, Error>;
+    /// API clients from a position on, by id, bytewise; at most `limit`, which is 1 to [`PAGE_SIZE_MAX`]. A row that does not
+    /// decode is listed as damaged and does not end the page.
+    async fn clients(
+        &self,
+        from: &Position<ClientId>,
+        limit: u32,
+    ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error>;
 
     /// Adds an API client, with the mark of the call. [`Error::Exists`] when the id is taken.
     async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error>;
@@ -205,7 +216,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// A later time that is known stays.
     async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error>;
 
-    /// When each secret of a client was last accepted, by number, of those of which it is known.
+    /// When each secret of a client was last accepted, by number, of those of which it is known. A row that does not decode is
+    /// left out and raises an alert.
     async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error>;
 
     /// Closes every connection; later calls fail.
@@ -355,8 +367,8 @@ pub struct ListQuery {
     pub user: Option<UserId>,
     /// Deleted ones too.
     pub deleted: bool,
-    /// Only those after this user and key name, in the order of the list.
-    pub after: Option<(UserId, KeyName)>,
+    /// Where the page begins, in the order of the list.
+    pub from: Position<(UserId, KeyName)>,
     /// 1 to [`PAGE_SIZE_MAX`].
     pub limit: u32,
 }

@@ -107,7 +107,7 @@ impl Purge {
 }
 
 /// Forgets the marks of mutations that were committed before then, or with `dry_run` counts them. They are kept in the order
-/// of time, so this ends at the first page without an old one.
+/// of time, so this ends at the first page without an old one. A mark that does not decode is left alone and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,
@@ -117,14 +117,20 @@ pub async fn forget_changes(
     let mut forgotten = 0;
     loop {
         let mut old: Vec<CallId> = Vec::new();
+        let mut has_damaged = false;
         for _ in 0..PAGE_ROWS {
             let Some(row) = cursor.take(store).await? else {
                 break;
             };
-            let (call, at) = rows::change(&row)?;
-            if at < before {
-                old.push(call);
+            match &rows::readable(Table::Changes.name(), &[row], rows::change)[..] {
+                [(call, at)] if *at < before => old.push(*call),
+                [_, ..] => {}
+                [] => has_damaged = true,
             }
+        }
+        if old.is_empty() && has_damaged {
+            // A page of damaged marks says nothing about those after it.
+            continue;
         }
         if old.is_empty() {
             return Ok(forgotten);

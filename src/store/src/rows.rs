@@ -12,7 +12,8 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope,
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, RecordInfo, RecordState, RegistryRow,
+    RequestRecord, RequestScope,
     session::Columns,
     tables::{Head, RevisionRow},
 };
@@ -129,6 +130,63 @@ pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, 
     })
 }
 
+/// A row of a page of records: columns 0 to 8, and the newest revision in column 9.
+pub(super) fn listed_record(
+    row: &impl Columns,
+    tenant: &Tenant,
+) -> Result<RecordInfo, DamagedRecord> {
+    let damaged = |damage: Damage, error: &Error| DamagedRecord {
+        id: array(row, 0, "records.record_id")
+            .ok()
+            .map(RecordId::from_bytes),
+        user: text(row, 7, "records.user")
+            .ok()
+            .and_then(|user| UserId::parse(user).ok()),
+        name: text(row, 8, "records.key_name")
+            .ok()
+            .and_then(|name| KeyName::parse(name).ok()),
+        damage,
+        detail: error.to_string(),
+    };
+    let info = address(row, tenant.clone())
+        .and_then(|address| info(row, address))
+        .map_err(|error| damaged(Damage::Unreadable, &error))?;
+    require_newest(row, 9, &info).map_err(|error| damaged(Damage::SetBack, &error))?;
+    Ok(info)
+}
+
+/// A row of a page of API clients.
+pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClient> {
+    client(row).map_err(|error| DamagedClient {
+        id: client_id(row),
+        damage: Damage::Unreadable,
+        detail: error.to_string(),
+    })
+}
+
+/// The id of an API client, if it can be read whatever is wrong with the rest of the row.
+pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
+    row.bytes(0).ok().and_then(ClientId::from_slice)
+}
+
+/// Decodes the rows of a table that holds nothing but notes. A damaged row is left out and raises an alert: it must not hide the
+/// others.
+pub(super) fn readable<R, T>(
+    table: &'static str,
+    rows: &[R],
+    decode: impl Fn(&R) -> Result<T, Error>,
+) -> Vec<T> {
+    let decoded = rows.iter().filter_map(|row| {
+        decode(row)
+            .inspect_err(|error| {
+                metrics::counter!("keybroker_records_damaged_total").increment(1);
+                tracing::error!(alarm = "record-damaged", table, %error, "a stored row does not decode; it is left out");
+            })
+            .ok()
+    });
+    decoded.collect()
+}
+
 /// Columns 0 to 10: those of a record, user, key name, tenant, and the newest revision.
 pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> {
     let tenant = text(row, 9, "records.tenant")?;
@@ -145,8 +203,8 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
     let name = text(row, 3, "records.key_name")?;
     let state = text(row, 4, "records.state")?;
     let state = parse_state(state).ok_or_else(|| corrupt("records.state"))?;
-    time(row, 6, "records.created_us")?;
-    time(row, 7, "records.updated_us")?;
+    let created = time(row, 6, "records.created_us")?;
+    let updated = time(row, 7, "records.updated_us")?;
     let deleted = optional_time(row, 8, "records.deleted_us")?;
     if deleted.is_some() != (state == RecordState::Deleted) {
         return Err(corrupt("records.deleted_us"));
@@ -160,6 +218,8 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
         },
         state,
         revision: revision_number(row, 5, "records.revision")?,
+        created,
+        updated,
         deleted,
     })
 }
@@ -177,9 +237,56 @@ pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
 
 /// The call and the time of a row of the changes.
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
+    array::<16>(row, 1, "changes.record_id")?;
     let call = array::<16>(row, 0, "changes.call_id")?;
     let call = CallId::from_slice(&call).ok_or_else(|| corrupt("changes.call_id"))?;
     Ok((call, time(row, 2, "changes.changed_us")?))
+}
+
+/// All columns of a row of the requests, in the order of the table.
+pub(super) fn request_row(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
+    let tenant = text(row, 0, "requests.tenant")?;
+    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("requests.tenant"))?;
+    let user = text(row, 6, "requests.user")?;
+    let name = text(row, 7, "requests.key_name")?;
+    let state = text(row, 8, "requests.state")?;
+    time(row, 14, "requests.used_us")?;
+    let id = array::<16>(row, 2, "requests.request_id")?;
+    let scope = RequestScope {
+        tenant: tenant.clone(),
+        principal: text(row, 1, "requests.principal")?.to_owned(),
+        id: RequestId::from_slice(&id).ok_or_else(|| corrupt("requests.request_id"))?,
+    };
+    let record = RequestRecord {
+        content: array(row, 3, "requests.content_mac")?,
+        key: array(row, 4, "requests.key_id").map(WrappingKeyId::from_bytes)?,
+        result: RecordInfo {
+            id: RecordId::from_bytes(array(row, 5, "requests.record_id")?),
+            address: KeyAddress {
+                tenant,
+                user: UserId::parse(user).map_err(|_| corrupt("requests.user"))?,
+                name: KeyName::parse(name).map_err(|_| corrupt("requests.key_name"))?,
+            },
+            state: parse_state(state).ok_or_else(|| corrupt("requests.state"))?,
+            revision: revision_number(row, 9, "requests.revision")?,
+            wrapping_key: array(row, 10, "requests.wrapping_key_id")
+                .map(WrappingKeyId::from_bytes)?,
+            created: time(row, 11, "requests.created_us")?,
+            updated: time(row, 12, "requests.updated_us")?,
+            deleted: optional_time(row, 13, "requests.deleted_us")?,
+        },
+        result_mac: optional_mac(row, 15, "requests.result_mac")?,
+    };
+    Ok((scope, record))
+}
+
+/// All columns of a row of the uses of secrets, in the order of the table.
+pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
+    array::<16>(row, 0, "client_uses.client_id")?;
+    let number = positive(row, 1, "client_uses.secret_number")?;
+    u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
+    time(row, 2, "client_uses.used_us")?;
+    Ok(())
 }
 
 /// All columns of a row of the last uses.
@@ -224,51 +331,6 @@ pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
         created: time(row, 5, "clients.created_us")?,
         updated: time(row, 6, "clients.updated_us")?,
     })
-}
-
-/// All columns of a row of the requests, in the order of the table.
-pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
-    let tenant = text(row, 0, "requests.tenant")?;
-    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("requests.tenant"))?;
-    let id = array::<16>(row, 2, "requests.request_id")?;
-    let user = text(row, 6, "requests.user")?;
-    let name = text(row, 7, "requests.key_name")?;
-    let state = text(row, 8, "requests.state")?;
-    let result = RecordInfo {
-        address: KeyAddress {
-            tenant: tenant.clone(),
-            user: UserId::parse(user).map_err(|_| corrupt("requests.user"))?,
-            name: KeyName::parse(name).map_err(|_| corrupt("requests.key_name"))?,
-        },
-        id: RecordId::from_bytes(array(row, 5, "requests.record_id")?),
-        state: parse_state(state).ok_or_else(|| corrupt("requests.state"))?,
-        revision: revision_number(row, 9, "requests.revision")?,
-        wrapping_key: wrapping_key(row, 10)?,
-        created: time(row, 11, "requests.created_us")?,
-        updated: time(row, 12, "requests.updated_us")?,
-        deleted: optional_time(row, 13, "requests.deleted_us")?,
-    };
-    time(row, 14, "requests.used_us")?;
-    let scope = RequestScope {
-        tenant,
-        principal: text(row, 1, "requests.principal")?.to_owned(),
-        id: RequestId::from_bytes(id),
-    };
-    let record = RequestRecord {
-        content: array(row, 3, "requests.content_mac")?,
-        key: wrapping_key(row, 4)?,
-        result_mac: optional_mac(row, 15, "requests.result_mac")?,
-        result,
-    };
-    Ok((scope, record))
-}
-
-/// All columns of a row of the uses of secrets, in the order of the table.
-pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
-    array::<16>(row, 0, "client_uses.client_id")?;
-    let number = positive(row, 1, "client_uses.secret_number")?;
-    u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
-    time(row, 2, "client_uses.used_us").map(drop)
 }
 
 /// Number of a secret, and when it was last accepted.

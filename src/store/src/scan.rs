@@ -240,7 +240,7 @@ impl OtherScan {
                 && let Some(row) = cursor.take(&*self.store).await?
             {
                 return Ok(Some(match table {
-                    Table::Requests => FoundOther::Request(Box::new(rows::request(&row))),
+                    Table::Requests => FoundOther::Request(Box::new(rows::request_row(&row))),
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),

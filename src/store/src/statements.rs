@@ -18,10 +18,10 @@ pub(super) struct Statements {
     pub(super) record: &'static str,
     /// record, revision: wrapping key, envelope.
     pub(super) revision: &'static str,
-    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit: the record's columns, user, key name,
-    /// newest revision.
+    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: the record's
+    /// columns, user, key name, newest revision.
     pub(super) page: &'static str,
-    /// tenant, user, after key name, 1 for deleted ones too, limit: as above.
+    /// tenant, user, after key name, 1 for deleted ones too, limit, rows to skip: as above.
     pub(super) page_of_user: &'static str,
     /// tenant, principal, request id, used after: the record's columns, user, key name, content MAC, its key, MAC
     /// of the result.
@@ -125,7 +125,7 @@ named! {
 pub(super) struct OfTable {
     /// How many rows.
     pub(super) count: &'static str,
-    /// After the key, whose first column comes twice if there are several; limit: all columns.
+    /// After the key, whose first column comes twice if there are several; limit; rows to skip: all columns.
     pub(super) page: &'static str,
     /// All columns. Inserts nothing when the place is taken.
     pub(super) insert: &'static str,

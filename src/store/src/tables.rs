@@ -174,6 +174,10 @@ impl Row {
         &self.values[..self.key_columns]
     }
 
+    fn has_readable_key(&self) -> bool {
+        self.key().iter().all(Option::is_some)
+    }
+
     /// Which row it is, for people: its table and its key.
     pub(super) fn place(&self, table: Table) -> String {
         let mut text = table.name().to_owned();
@@ -246,6 +250,10 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
+    /// When it was created.
+    pub created: Timestamp,
+    /// When it last changed.
+    pub updated: Timestamp,
     /// When it was deleted; absent while active.
     pub deleted: Option<Timestamp>,
 }
@@ -293,8 +301,9 @@ pub trait Tables: Store {
     /// How many rows a table has.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// The rows after a row, or the first ones, in the order of their keys; at most [`PAGE_ROWS`].
-    async fn page(&self, table: Table, after: Option<&Row>) -> Result<Vec<Row>, Error>;
+    /// The rows after a row, or the first ones, in the order of their keys, without the first `skip` of them; at most
+    /// [`PAGE_ROWS`].
+    async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
     /// Adds rows as they are, all of them or none. [`Error::Exists`] when the place of one is taken.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
@@ -329,7 +338,9 @@ pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
+    /// The last row whose key could be read, and how many rows came after it: the next page begins there.
     last: Option<Row>,
+    skip: u64,
     at_end: bool,
 }
 
@@ -340,6 +351,7 @@ impl Cursor {
             page: Vec::new().into_iter(),
             next: None,
             last: None,
+            skip: 0,
             at_end: false,
         }
     }
@@ -350,9 +362,17 @@ impl Cursor {
             self.next = self.page.next();
         }
         if self.next.is_none() && !self.at_end {
-            let page = store.page(self.table, self.last.as_ref()).await?;
+            let page = store
+                .page(self.table, self.last.as_ref(), self.skip)
+                .await?;
             self.at_end = page.len() < PAGE_ROWS;
-            self.last = page.last().cloned();
+            match page.iter().rposition(Row::has_readable_key) {
+                Some(at) => {
+                    self.last = page.get(at).cloned();
+                    self.skip = rows_number(page.len() - 1 - at);
+                }
+                None => self.skip += rows_number(page.len()),
+            }
             self.page = page.into_iter();
             self.next = self.page.next();
         }
@@ -363,4 +383,8 @@ impl Cursor {
         self.peek(store).await?;
         Ok(self.next.take())
     }
+}
+
+fn rows_number(rows: usize) -> u64 {
+    u64::try_from(rows).unwrap_or(u64::MAX)
 }

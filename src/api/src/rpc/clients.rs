@@ -3,11 +3,12 @@
 use std::{collections::BTreeSet, str::FromStr, sync::Arc};
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
-use prost::Message as _;
 use prost_types::Timestamp as WireTimestamp;
 use tonic::{Request, Response, Status};
 
-use keybroker_broker::{Broker, ClientPage, ClientView, CreatedSecret, NewClient};
+use keybroker_broker::{
+    Broker, ClientPage, ClientView, CreatedSecret, DamagedClient, NewClient, Position, SKIPPED_MAX,
+};
 use keybroker_core::{
     call::Timestamp,
     client_credential::{LABEL_BYTES_MAX, Secret},
@@ -29,6 +30,8 @@ const ALL: &str = "*";
 const TOKEN_BYTES_MAX: usize = 1_024;
 /// Before the id in a page token: other than that of user keys.
 const TOKEN_PREFIX: &str = "c1";
+/// The same, of a token that also counts rows after it without a readable id.
+const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
 /// A tag and a length before each field: one byte, and at most three for what fits a message.
 const OVERHEAD: usize = 4;
 
@@ -79,10 +82,10 @@ pub(super) async fn list(
     let entered = Entered::of(&request)?;
     let request = request.into_inner();
     let parsed =
-        page_size(request.page_size).and_then(|limit| Ok((after(&request.page_token)?, limit)));
-    let (after, limit) = entered.parsed(broker, Action::ListClients, parsed).await?;
+        page_size(request.page_size).and_then(|limit| Ok((position(&request.page_token)?, limit)));
+    let (from, limit) = entered.parsed(broker, Action::ListClients, parsed).await?;
     let listed = broker
-        .clients(&entered.principal, &entered.call, after, limit)
+        .clients(&entered.principal, &entered.call, from, limit)
         .await
         .map_err(|error| entered.status(&error))?;
     Ok(Response::new(page(listed, MESSAGE_BYTES_MAX)))
@@ -187,46 +190,72 @@ fn page_size(size: u32) -> Result<u32, Error> {
     }
 }
 
-fn token(next: Option<ClientId>) -> String {
-    next.map_or_else(String::new, |id| {
-        Base64UrlUnpadded::encode_string(format!("{TOKEN_PREFIX}{id}").as_bytes())
-    })
+fn token(next: Option<&Position<ClientId>>) -> String {
+    let Some(next) = next else {
+        return String::new();
+    };
+    let id = next.after.map_or_else(String::new, |id| id.to_string());
+    let text = match next.skip {
+        0 => format!("{TOKEN_PREFIX}{id}"),
+        skip => format!("{TOKEN_PREFIX_WITH_SKIP}{skip}.{id}"),
+    };
+    Base64UrlUnpadded::encode_string(text.as_bytes())
 }
 
-fn after(token: &str) -> Result<Option<ClientId>, Error> {
+fn position(token: &str) -> Result<Position<ClientId>, Error> {
     if token.is_empty() {
-        return Ok(None);
+        return Ok(Position::default());
     }
     let parse = || {
         let token = (token.len() <= TOKEN_BYTES_MAX).then_some(token)?;
         let text = String::from_utf8(Base64UrlUnpadded::decode_vec(token).ok()?).ok()?;
-        ClientId::from_hex(text.strip_prefix(TOKEN_PREFIX)?)
+        if let Some(id) = text.strip_prefix(TOKEN_PREFIX) {
+            return Some(Some(ClientId::from_hex(id)?).into());
+        }
+        let (skip, id) = text.strip_prefix(TOKEN_PREFIX_WITH_SKIP)?.split_once('.')?;
+        let after = if id.is_empty() {
+            None
+        } else {
+            Some(ClientId::from_hex(id)?)
+        };
+        let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
+        Some(Position { after, skip })
     };
-    parse()
-        .map(Some)
-        .ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+    parse().ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
 }
 
-/// As many of a page as a message holds; the next page begins after them. The longest document is half as long as a message,
-/// so that every page moves on.
-fn page(mut page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
+/// As many rows of a page as a message holds; the next page begins after them. The longest document is half as long as a
+/// message, so that every page advances.
+fn page(page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
     let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
-    let mut client_credentials = Vec::with_capacity(page.clients.len());
+    let mut answer = proto::ListClientCredentialsResponse::default();
+    let mut next = page.next;
     let mut last = None;
-    for view in &page.clients {
-        let message = client(view);
-        let length = message.encoded_len() + OVERHEAD;
+    for row in page.rows {
+        let (good, damaged) = match &row.content {
+            Ok(view) => (Some(client(view)), None),
+            Err(row) => (None, Some(damaged(row))),
+        };
+        let length = good.as_ref().map_or(0, prost::Message::encoded_len)
+            + damaged.as_ref().map_or(0, prost::Message::encoded_len)
+            + OVERHEAD;
         if length > room {
-            page.next = last;
+            next = last;
             break;
         }
         room -= length;
-        last = Some(view.id);
-        client_credentials.push(message);
+        last = Some(row.end);
+        answer.client_credentials.extend(good);
+        answer.damaged.extend(damaged);
     }
-    proto::ListClientCredentialsResponse {
-        client_credentials,
-        next_page_token: token(page.next),
+    answer.next_page_token = token(next.as_ref());
+    answer
+}
+
+fn damaged(row: &DamagedClient) -> proto::DamagedClientCredential {
+    proto::DamagedClientCredential {
+        id: row.id.map(|id| id.to_string()).unwrap_or_default(),
+        problem: row.damage.as_str().to_owned(),
     }
 }
 
@@ -256,6 +285,7 @@ fn client(view: &ClientView) -> proto::ClientCredential {
             .iter()
             .map(|secret| self::secret(secret, used(secret.number)))
             .collect(),
+        verified: view.is_verified,
     }
 }
 

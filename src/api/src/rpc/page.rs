@@ -1,9 +1,8 @@
 //! Pages of records, and their tokens: opaque to clients, and checked like any other input when they come back.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
-use prost::Message as _;
 
-use keybroker_broker::ListPage;
+use keybroker_broker::{DamagedRecord, ListPage, Position, SKIPPED_MAX};
 use keybroker_core::{
     error::Error,
     key::{KeyName, UserId},
@@ -14,53 +13,84 @@ use super::convert;
 
 /// Longest page token, in bytes.
 const TOKEN_BYTES_MAX: usize = 1_024;
+/// Of a token that names the last row of the page.
 const VERSION: char = '1';
+/// Of a token that also counts rows after it without a readable key.
+const VERSION_WITH_SKIP: char = '2';
 /// Cannot occur in a user: no control characters.
 const SEPARATOR: char = '\u{1f}';
 
 /// A tag and a length before each field: one byte, and at most three for what fits a message.
 const OVERHEAD: usize = 4;
 
-/// As many records of a page as a message holds; the next page begins after them. The longest record is far shorter than
-/// a message, so that every page moves on.
-pub(super) fn message(mut page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
+/// As many rows of a page as a message holds; the next page begins after them. The longest row is far shorter than a message,
+/// so that every page advances.
+pub(super) fn message(page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
     let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
-    let mut user_keys = Vec::with_capacity(page.records.len());
-    for record in &page.records {
-        let user_key = convert::user_key_view(record);
-        let length = user_key.encoded_len() + OVERHEAD;
+    let mut answer = proto::ListUserKeysResponse::default();
+    let mut next = page.next;
+    let mut last = None;
+    for row in page.rows {
+        let (user_key, damaged) = match &row.content {
+            Ok(view) => (Some(convert::user_key_view(view)), None),
+            Err(record) => (None, Some(damaged(record))),
+        };
+        let length = user_key.as_ref().map_or(0, prost::Message::encoded_len)
+            + damaged.as_ref().map_or(0, prost::Message::encoded_len)
+            + OVERHEAD;
         if length > room {
-            let last = user_keys
-                .len()
-                .checked_sub(1)
-                .and_then(|at| page.records.get(at));
-            page.next = last.map(|last| {
-                (
-                    last.info.address.user.clone(),
-                    last.info.address.name.clone(),
-                )
-            });
+            next = last;
             break;
         }
         room -= length;
-        user_keys.push(user_key);
+        last = Some(row.end);
+        answer.user_keys.extend(user_key);
+        answer.damaged.extend(damaged);
     }
-    proto::ListUserKeysResponse {
-        user_keys,
-        next_page_token: encode(page.next.as_ref()),
+    answer.next_page_token = encode(next.as_ref());
+    answer
+}
+
+fn damaged(record: &DamagedRecord) -> proto::DamagedUserKey {
+    proto::DamagedUserKey {
+        user: record
+            .user
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        key_name: record
+            .name
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        record_id: record
+            .id
+            .map(|id| id.as_bytes().to_vec())
+            .unwrap_or_default(),
+        problem: record.damage.as_str().to_owned(),
     }
 }
 
-fn encode(next: Option<&(UserId, KeyName)>) -> String {
-    next.map_or_else(String::new, |(user, name)| {
-        let text = format!("{VERSION}{}{SEPARATOR}{}", user.as_str(), name.as_str());
-        Base64UrlUnpadded::encode_string(text.as_bytes())
-    })
+fn encode(next: Option<&Position<(UserId, KeyName)>>) -> String {
+    let Some(next) = next else {
+        return String::new();
+    };
+    let key = next
+        .after
+        .as_ref()
+        .map_or_else(String::new, |(user, name)| {
+            format!("{}{SEPARATOR}{}", user.as_str(), name.as_str())
+        });
+    let text = match next.skip {
+        0 => format!("{VERSION}{key}"),
+        skip => format!("{VERSION_WITH_SKIP}{skip}{SEPARATOR}{key}"),
+    };
+    Base64UrlUnpadded::encode_string(text.as_bytes())
 }
 
-pub(super) fn decode(token: &str) -> Result<Option<(UserId, KeyName)>, Error> {
+pub(super) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> {
     if token.is_empty() {
-        return Ok(None);
+        return Ok(Position::default());
     }
     let parse = || {
         if token.len() > TOKEN_BYTES_MAX {
@@ -68,12 +98,26 @@ pub(super) fn decode(token: &str) -> Result<Option<(UserId, KeyName)>, Error> {
         }
         let bytes = Base64UrlUnpadded::decode_vec(token).ok()?;
         let text = String::from_utf8(bytes).ok()?;
-        let (user, name) = text.strip_prefix(VERSION)?.split_once(SEPARATOR)?;
-        Some((UserId::parse(user).ok()?, KeyName::parse(name).ok()?))
+        if let Some(key) = text.strip_prefix(VERSION) {
+            return Some(Some(key_of(key)?).into());
+        }
+        let (skip, key) = text
+            .strip_prefix(VERSION_WITH_SKIP)?
+            .split_once(SEPARATOR)?;
+        let after = if key.is_empty() {
+            None
+        } else {
+            Some(key_of(key)?)
+        };
+        let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
+        Some(Position { after, skip })
     };
-    parse()
-        .map(Some)
-        .ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+    parse().ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+}
+
+fn key_of(text: &str) -> Option<(UserId, KeyName)> {
+    let (user, name) = text.split_once(SEPARATOR)?;
+    Some((UserId::parse(user).ok()?, KeyName::parse(name).ok()?))
 }
 
 #[cfg(test)]
@@ -86,15 +130,35 @@ mod tests {
             UserId::parse("Zoë 🔑").unwrap(),
             KeyName::parse("vault").unwrap(),
         );
-        assert_eq!(decode(&encode(Some(&last))).unwrap(), Some(last));
-        assert_eq!(decode(&encode(None)).unwrap(), None);
+        for position in [
+            Some(last.clone()).into(),
+            Position {
+                after: Some(last),
+                skip: 7,
+            },
+            Position {
+                after: None,
+                skip: SKIPPED_MAX,
+            },
+        ] {
+            assert_eq!(decode(&encode(Some(&position))).unwrap(), position);
+        }
+        assert_eq!(decode(&encode(None)).unwrap(), Position::default());
     }
 
     #[test]
     fn other_tokens_are_refused() {
         let other_version = Base64UrlUnpadded::encode_string("2a\u{1f}b".as_bytes());
         let no_name = Base64UrlUnpadded::encode_string("1a".as_bytes());
-        for bad in ["!", "YQ", &other_version, &no_name, &"A".repeat(1_025)] {
+        let skips_all = Base64UrlUnpadded::encode_string("2100001\u{1f}".as_bytes());
+        for bad in [
+            "!",
+            "YQ",
+            &other_version,
+            &no_name,
+            &skips_all,
+            &"A".repeat(1_025),
+        ] {
             assert!(decode(bad).is_err(), "{bad}");
         }
     }

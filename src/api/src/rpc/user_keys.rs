@@ -82,7 +82,7 @@ fn parse_list(request: &proto::ListUserKeysRequest) -> Result<ListRequest, Error
     Ok(ListRequest {
         user: user.transpose()?,
         deleted: request.show_deleted,
-        after: page::decode(&request.page_token)?,
+        from: page::decode(&request.page_token)?,
         limit: match request.page_size {
             0 => PAGE_SIZE_DEFAULT,
             size => size,

@@ -5,7 +5,11 @@ use std::sync::{Arc, atomic::Ordering};
 
 use tracing::Instrument as _;
 
-use crate::{Broker, journal::Draft, observed};
+use crate::{
+    Broker,
+    journal::{Draft, Recorded},
+    observed,
+};
 use keybroker_audit::EntryKind;
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -44,7 +48,7 @@ impl Broker {
         let permit = self
             .permit(principal, call, action, Resource::Broker)
             .await?;
-        let mut draft = Draft::new(principal, call, action, None);
+        let mut draft = Draft::new(principal, call, action);
         draft.policy(permit.policy());
         Ok(draft)
     }
@@ -111,6 +115,6 @@ impl Broker {
         {
             self.resolve_later(intent);
         }
-        concluded.map(|((), _)| ())
+        concluded.map(Recorded::into_inner)
     }
 }

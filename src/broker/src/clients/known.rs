@@ -28,7 +28,83 @@ pub(super) enum Wanted {
     ToEnd,
 }
 
+/// The longest that one page of a list waits for the token to verify MACs. Rows left after that are shown unverified.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Verifies the rows of one page on the token, until the token fails or its time is up.
+#[derive(Debug)]
+pub(super) struct PageVerifier {
+    deadline: Deadline,
+    has_failed: bool,
+}
+
+impl PageVerifier {
+    pub(super) fn new(call: &Call) -> Self {
+        let deadline = Deadline::after(PAGE_TIMEOUT);
+        Self {
+            deadline: if call.deadline.instant() < deadline.instant() {
+                call.deadline
+            } else {
+                deadline
+            },
+            has_failed: false,
+        }
+    }
+}
+
+/// What became of the verification of a listed row.
+#[derive(Debug)]
+pub(super) enum Verified {
+    Yes,
+    /// The MAC does not verify, or its key is not registered.
+    No(String),
+    /// The token or the registry is unavailable, or the state of the key forbids its use.
+    NotAsked,
+}
+
 impl Broker {
+    /// Verifies the MAC of a listed row. The list does not depend on the token: an administrator needs it during an outage as
+    /// well.
+    pub(super) async fn verify_listed(
+        &self,
+        verifier: &mut PageVerifier,
+        row: &ClientRow,
+    ) -> Verified {
+        if verifier.has_failed {
+            return Verified::NotAsked;
+        }
+        let Ok(mut registry) = self.registry() else {
+            verifier.has_failed = true;
+            return Verified::NotAsked;
+        };
+        if !registry.knows(row.key) {
+            // Another broker may have registered the key a moment ago.
+            match self.refresh_registry().await.and_then(|()| self.registry()) {
+                Ok(fresh) => registry = fresh,
+                Err(_) => return Verified::NotAsked,
+            }
+        }
+        if !registry.knows(row.key) {
+            return Verified::No(format!("its wrapping key {} is not registered", row.key));
+        }
+        if registry.check_readable(row.key).is_err() {
+            return Verified::NotAsked;
+        }
+        let message = row.mac_message();
+        let verified = self
+            .token
+            .verify_mac(row.key, &message, &row.mac, verifier.deadline);
+        match verified.await {
+            Ok(()) => Verified::Yes,
+            Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
+            Err(error) => {
+                tracing::info!(%error, "the rows of a page are shown without a verified MAC");
+                verifier.has_failed = true;
+                Verified::NotAsked
+            }
+        }
+    }
+
     /// An API client, once the token has verified its row: the basis of authentication. `None` if it does not exist.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.client_for(Wanted::InForce, id).await

@@ -34,6 +34,23 @@ pub struct UserKey {
     #[prost(message, optional, tag = "10")]
     pub last_use_time: ::core::option::Option<::prost_types::Timestamp>,
 }
+/// A stored record that is damaged: what identifies it, as far as that can be read. It can be neither unwrapped nor changed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DamagedUserKey {
+    /// Whose key it is; empty when that cannot be read.
+    #[prost(string, tag = "1")]
+    pub user: ::prost::alloc::string::String,
+    /// Which of the user's keys; empty when that cannot be read.
+    #[prost(string, tag = "2")]
+    pub key_name: ::prost::alloc::string::String,
+    /// 16 bytes; empty when they cannot be read.
+    #[prost(bytes = "vec", tag = "3")]
+    pub record_id: ::prost::alloc::vec::Vec<u8>,
+    /// What is wrong: "unreadable" when a column does not decode, "set-back" when the record names an earlier revision than its
+    /// newest one. Later releases may add others.
+    #[prost(string, tag = "4")]
+    pub problem: ::prost::alloc::string::String,
+}
 /// Request of CreateUserKey.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
@@ -195,6 +212,9 @@ pub struct ListUserKeysResponse {
     /// For the next page; empty at the end.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// Damaged records of this page, which are not in `user_keys`.
+    #[prost(message, repeated, tag = "3")]
+    pub damaged: ::prost::alloc::vec::Vec<DamagedUserKey>,
 }
 /// Request of DeleteUserKey.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1412,6 +1432,20 @@ pub struct ClientCredential {
     /// In the order in which they were made; long dead ones are forgotten.
     #[prost(message, repeated, tag = "8")]
     pub secrets: ::prost::alloc::vec::Vec<ClientSecret>,
+    /// Whether the token verified the stored row for this answer; false when the token could not be asked.
+    #[prost(bool, tag = "9")]
+    pub verified: bool,
+}
+/// The stored row of an API client that is damaged. Such a client is refused.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DamagedClientCredential {
+    /// 32 hexadecimal digits; empty when they cannot be read.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// What is wrong: "unreadable" when the row does not decode, "mac-refused" when it was altered or its key is not registered.
+    /// Later releases may add others.
+    #[prost(string, tag = "2")]
+    pub problem: ::prost::alloc::string::String,
 }
 /// Request of CreateClientCredential.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1491,6 +1525,9 @@ pub struct ListClientCredentialsResponse {
     /// For the next page; empty when there is none.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// Damaged rows of this page, whichever tenant they are of: what names the tenant cannot be trusted.
+    #[prost(message, repeated, tag = "3")]
+    pub damaged: ::prost::alloc::vec::Vec<DamagedClientCredential>,
 }
 /// Request of RevokeClientCredential.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -9,8 +9,9 @@ use std::{
 use async_trait::async_trait;
 
 use crate::{
-    CHANGES_MAX, ClientRow, Error, Evidence, ListQuery, NewRevision, Record, RecordInfo,
-    RegistryRow, RequestRecord, RequestScope, Stamp, Store, StoreId, StoredRevision,
+    CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, ListQuery, NewRevision,
+    Position, Record, RecordInfo, RegistryRow, RequestRecord, RequestScope, SKIPPED_MAX, Stamp,
+    Store, StoreId, StoredRevision,
     mutations::{self, Change, REQUEST_KEPT_US},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -120,11 +121,16 @@ impl<E: Engine> Store for EngineStore<E> {
         self.mutate(Change::Undelete(record), stamp).await
     }
 
-    async fn list(&self, query: &ListQuery) -> Result<Vec<RecordInfo>, Error> {
+    async fn list(
+        &self,
+        query: &ListQuery,
+    ) -> Result<Vec<Result<RecordInfo, DamagedRecord>>, Error> {
+        check_skipped(query.from.skip)?;
+        let skip: Value = query.from.skip.into();
         let deleted = i64::from(query.deleted);
         let limit = i64::from(query.limit);
         // No user and no key name is empty, so the empty ones come before all.
-        let (user, name) = match &query.after {
+        let (user, name) = match &query.from.after {
             Some((user, name)) => (user.as_str(), name.as_str()),
             None => ("", ""),
         };
@@ -138,13 +144,15 @@ impl<E: Engine> Store for EngineStore<E> {
                     name.into(),
                     deleted.into(),
                     limit.into(),
+                    skip,
                 ];
                 self.query(E::SQL.page, values).await?
             }
             Some(wanted) => {
-                let name = match user.cmp(wanted.as_str()) {
-                    std::cmp::Ordering::Less => "",
-                    std::cmp::Ordering::Equal => name,
+                let (name, skip) = match user.cmp(wanted.as_str()) {
+                    std::cmp::Ordering::Less if query.from.after.is_some() => ("", 0_u32.into()),
+                    std::cmp::Ordering::Less => ("", skip),
+                    std::cmp::Ordering::Equal => (name, skip),
                     std::cmp::Ordering::Greater => return Ok(Vec::new()),
                 };
                 let values = vec![
@@ -153,14 +161,15 @@ impl<E: Engine> Store for EngineStore<E> {
                     name.into(),
                     deleted.into(),
                     limit.into(),
+                    skip,
                 ];
                 self.query(E::SQL.page_of_user, values).await?
             }
         };
-        found
+        Ok(found
             .iter()
-            .map(|row| rows::info(row, rows::address(row, query.tenant.clone())?))
-            .collect()
+            .map(|row| rows::listed_record(row, &query.tenant))
+            .collect())
     }
 
     async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error> {
@@ -263,8 +272,12 @@ impl<E: Engine> Store for EngineStore<E> {
         found.first().map(rows::client).transpose()
     }
 
-    async fn clients(&self, after: Option<ClientId>, limit: u32) -> Result<Vec<ClientRow>, Error> {
-        self.page_of_clients(after, limit).await
+    async fn clients(
+        &self,
+        from: &Position<ClientId>,
+        limit: u32,
+    ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error> {
+        self.page_of_clients(from, limit).await
     }
 
     async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error> {
@@ -284,7 +297,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let found = self
             .query(E::TABLES.uses_of_client, vec![id.into()])
             .await?;
-        found.iter().map(rows::client_use).collect()
+        Ok(rows::readable("client_uses", &found, rows::client_use))
     }
 
     async fn close(&self) {
@@ -292,6 +305,16 @@ impl<E: Engine> Store for EngineStore<E> {
         self.tasks.wait().await;
         self.engine.close().await;
     }
+}
+
+/// Refuses a position that could make the database skip any number of rows.
+pub(super) fn check_skipped(skip: u32) -> Result<(), Error> {
+    if skip <= SKIPPED_MAX {
+        return Ok(());
+    }
+    Err(Error::Corrupt(format!(
+        "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
+    )))
 }
 
 /// A registry row's values but for the key's id, in the order of the statements.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    ClientRow, Error,
+    ClientRow, DamagedClient, Error, Position,
     mutations::{expect_one, insert_unless_taken},
     rows,
     session::{Session as _, Value},
@@ -14,7 +14,7 @@ use keybroker_core::{
     key::ClientId,
 };
 
-use super::{End, Engine, EngineStore, uses::filled};
+use super::{End, Engine, EngineStore, calls::check_skipped, uses::filled};
 
 /// What is done to a client.
 #[derive(Clone, Copy, Debug)]
@@ -26,14 +26,15 @@ pub(super) enum ClientChange {
 impl<E: Engine> EngineStore<E> {
     pub(super) async fn page_of_clients(
         &self,
-        after: Option<ClientId>,
+        from: &Position<ClientId>,
         limit: u32,
-    ) -> Result<Vec<ClientRow>, Error> {
+    ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error> {
+        check_skipped(from.skip)?;
         // No id is empty, so the empty one comes before all.
-        let after = after.map_or(Value::Bytes(Vec::new()), Value::from);
-        let values = vec![after, limit.into()];
+        let after = from.after.map_or(Value::Bytes(Vec::new()), Value::from);
+        let values = vec![after, limit.into(), from.skip.into()];
         let found = self.query(E::TABLES.clients.page, values).await?;
-        found.iter().map(rows::client).collect()
+        Ok(found.iter().map(rows::listed_client).collect())
     }
 
     /// The mark of the call and the change, or nothing.

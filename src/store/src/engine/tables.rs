@@ -53,13 +53,14 @@ impl<E: Engine> Tables for EngineStore<E> {
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
-    async fn page(&self, table: Table, after: Option<&Row>) -> Result<Vec<Row>, Error> {
+    async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {
         let mut values = key_after(table, after)?;
         if let [first, _, ..] = &values[..] {
             // A comparison of several columns uses no index on every engine; one of the first column alone does.
             values.insert(0, first.clone());
         }
         values.push(u64::try_from(PAGE_ROWS).unwrap_or(u64::MAX).into());
+        values.push(skip.into());
         let found = self.query(E::TABLES.of(table).page, values).await?;
         Ok(found.iter().map(|row| Row::read(table, row)).collect())
     }

@@ -43,10 +43,8 @@ impl<E: Engine> EngineStore<E> {
             let values: Vec<Value> = filled(portion, RECORDS_AT_ONCE)
                 .map(|record| (*record).into())
                 .collect();
-            for row in &self.query(E::TABLES.uses, values).await? {
-                let (record, at) = rows::last_use(row)?;
-                uses.insert(record, at);
-            }
+            let found = self.query(E::TABLES.uses, values).await?;
+            uses.extend(rows::readable("last_uses", &found, rows::last_use));
         }
         Ok(uses)
     }

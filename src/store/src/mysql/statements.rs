@@ -25,14 +25,15 @@ pub(super) const STATEMENTS: Statements = Statements {
            FROM records r LEFT JOIN revisions v \
            ON v.record_id = r.record_id AND v.revision = r.revision \
            WHERE r.tenant = ? AND r.user >= ? AND (r.user > ? OR r.key_name > ?) \
-           AND (? = 1 OR r.state = 'active') ORDER BY r.user, r.key_name LIMIT ?",
+           AND (? = 1 OR r.state <> 'deleted' OR r.state IS NULL) ORDER BY r.user, r.key_name LIMIT ? \
+           OFFSET ?",
     page_of_user: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
                    v.wrapping_key_id, r.user, r.key_name, \
                    (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
                    FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision \
                    WHERE r.tenant = ? AND r.user = ? AND r.key_name > ? \
-                   AND (? = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?",
+                   AND (? = 1 OR r.state <> 'deleted' OR r.state IS NULL) ORDER BY r.key_name LIMIT ? OFFSET ?",
     request: "SELECT record_id, state, revision, created_us, updated_us, deleted_us, wrapping_key_id, \
               user, key_name, content_mac, key_id, result_mac FROM requests \
               WHERE tenant = ? AND principal = ? AND request_id = ? AND used_us > ?",

@@ -7,7 +7,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM wrapping_keys",
         page: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
                backup_confirmed_us, mac FROM wrapping_keys WHERE key_id > ? ORDER BY key_id LIMIT \
-               ?",
+               ? OFFSET ?",
         insert: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
                  sequence, registered_us, backup_confirmed_us, mac) VALUES (?, ?, ?, ?, ?, ?, ?, \
                  ?, ?)",
@@ -15,7 +15,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
     records: OfTable {
         count: "SELECT count(*) FROM records",
         page: "SELECT record_id, tenant, user, key_name, state, revision, created_us, updated_us, \
-               deleted_us FROM records WHERE record_id > ? ORDER BY record_id LIMIT ?",
+               deleted_us FROM records WHERE record_id > ? ORDER BY record_id LIMIT ? OFFSET ?",
         insert: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
                  created_us, updated_us, deleted_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
     },
@@ -23,14 +23,14 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM revisions",
         page: "SELECT record_id, revision, envelope, wrapping_key_id, created_us FROM revisions \
                WHERE record_id >= ? AND (record_id, revision) > (?, ?) ORDER BY record_id, \
-               revision LIMIT ?",
+               revision LIMIT ? OFFSET ?",
         insert: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, \
                  created_us) VALUES (?, ?, ?, ?, ?)",
     },
     changes: OfTable {
         count: "SELECT count(*) FROM changes",
         page: "SELECT call_id, record_id, changed_us FROM changes WHERE call_id > ? ORDER BY \
-               call_id LIMIT ?",
+               call_id LIMIT ? OFFSET ?",
         insert: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?, ?, ?)",
     },
     requests: OfTable {
@@ -38,7 +38,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         page: "SELECT tenant, principal, request_id, content_mac, key_id, record_id, user, \
                key_name, state, revision, wrapping_key_id, created_us, updated_us, deleted_us, \
                used_us, result_mac FROM requests WHERE tenant >= ? AND (tenant, principal, request_id) > (?, \
-               ?, ?) ORDER BY tenant, principal, request_id LIMIT ?",
+               ?, ?) ORDER BY tenant, principal, request_id LIMIT ? OFFSET ?",
         insert: "INSERT INTO requests (tenant, principal, request_id, content_mac, key_id, \
                  record_id, user, key_name, state, revision, wrapping_key_id, created_us, \
                  updated_us, deleted_us, used_us, result_mac) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, \
@@ -47,20 +47,20 @@ pub(super) const TABLES: TableStatements = TableStatements {
     last_uses: OfTable {
         count: "SELECT count(*) FROM last_uses",
         page: "SELECT record_id, used_us FROM last_uses WHERE record_id > ? ORDER BY record_id \
-               LIMIT ?",
+               LIMIT ? OFFSET ?",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES (?, ?)",
     },
     clients: OfTable {
         count: "SELECT count(*) FROM clients",
         page: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
-               clients WHERE client_id > ? ORDER BY client_id LIMIT ?",
+               clients WHERE client_id > ? ORDER BY client_id LIMIT ? OFFSET ?",
         insert: "INSERT INTO clients (client_id, revision, document, mac, key_id, created_us, \
                  updated_us) VALUES (?, ?, ?, ?, ?, ?, ?)",
     },
     client_uses: OfTable {
         count: "SELECT count(*) FROM client_uses",
         page: "SELECT client_id, secret_number, used_us FROM client_uses WHERE client_id >= ? \
-               AND (client_id, secret_number) > (?, ?) ORDER BY client_id, secret_number LIMIT ?",
+               AND (client_id, secret_number) > (?, ?) ORDER BY client_id, secret_number LIMIT ? OFFSET ?",
         insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES (?, ?, ?)",
     },
     clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)"),

@@ -7,7 +7,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM wrapping_keys",
         page: "SELECT key_id, fingerprint, purpose, state, token_serial, sequence, registered_us, \
                backup_confirmed_us, mac FROM wrapping_keys WHERE key_id > $1 ORDER BY key_id \
-               LIMIT $2",
+               LIMIT $2 OFFSET $3",
         insert: "INSERT INTO wrapping_keys (key_id, fingerprint, purpose, state, token_serial, \
                  sequence, registered_us, backup_confirmed_us, mac) VALUES ($1, $2, $3, $4, $5, \
                  $6, $7, $8, $9) ON CONFLICT DO NOTHING",
@@ -16,7 +16,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM records",
         page: r#"SELECT record_id, tenant, "user", key_name, state, revision, created_us,
                  updated_us, deleted_us FROM records WHERE record_id > $1 ORDER BY record_id LIMIT
-                 $2"#,
+                 $2 OFFSET $3"#,
         insert: r#"INSERT INTO records (record_id, tenant, "user", key_name, state, revision,
                    created_us, updated_us, deleted_us) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
                    ON CONFLICT DO NOTHING"#,
@@ -25,14 +25,14 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM revisions",
         page: "SELECT record_id, revision, envelope, wrapping_key_id, created_us FROM revisions \
                WHERE record_id >= $1 AND (record_id, revision) > ($2, $3) ORDER BY record_id, \
-               revision LIMIT $4",
+               revision LIMIT $4 OFFSET $5",
         insert: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, \
                  created_us) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
     },
     changes: OfTable {
         count: "SELECT count(*) FROM changes",
         page: "SELECT call_id, record_id, changed_us FROM changes WHERE call_id > $1 ORDER BY \
-               call_id LIMIT $2",
+               call_id LIMIT $2 OFFSET $3",
         insert: "INSERT INTO changes (call_id, record_id, changed_us) VALUES ($1, $2, $3) ON \
                  CONFLICT DO NOTHING",
     },
@@ -41,7 +41,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         page: r#"SELECT tenant, principal, request_id, content_mac, key_id, record_id, "user",
                  key_name, state, revision, wrapping_key_id, created_us, updated_us, deleted_us,
                  used_us, result_mac FROM requests WHERE tenant >= $1 AND (tenant, principal, request_id) >
-                 ($2, $3, $4) ORDER BY tenant, principal, request_id LIMIT $5"#,
+                 ($2, $3, $4) ORDER BY tenant, principal, request_id LIMIT $5 OFFSET $6"#,
         insert: r#"INSERT INTO requests (tenant, principal, request_id, content_mac, key_id,
                    record_id, "user", key_name, state, revision, wrapping_key_id, created_us,
                    updated_us, deleted_us, used_us, result_mac) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
@@ -50,13 +50,13 @@ pub(super) const TABLES: TableStatements = TableStatements {
     last_uses: OfTable {
         count: "SELECT count(*) FROM last_uses",
         page: "SELECT record_id, used_us FROM last_uses WHERE record_id > $1 ORDER BY record_id \
-               LIMIT $2",
+               LIMIT $2 OFFSET $3",
         insert: "INSERT INTO last_uses (record_id, used_us) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     },
     clients: OfTable {
         count: "SELECT count(*) FROM clients",
         page: "SELECT client_id, revision, document, mac, key_id, created_us, updated_us FROM \
-               clients WHERE client_id > $1 ORDER BY client_id LIMIT $2",
+               clients WHERE client_id > $1 ORDER BY client_id LIMIT $2 OFFSET $3",
         insert: "INSERT INTO clients (client_id, revision, document, mac, key_id, created_us, \
                  updated_us) VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
     },
@@ -64,7 +64,7 @@ pub(super) const TABLES: TableStatements = TableStatements {
         count: "SELECT count(*) FROM client_uses",
         page: "SELECT client_id, secret_number, used_us FROM client_uses WHERE client_id >= $1 \
                AND (client_id, secret_number) > ($2, $3) ORDER BY client_id, secret_number LIMIT \
-               $4",
+               $4 OFFSET $5",
         insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES ($1, $2, $3) \
                  ON CONFLICT DO NOTHING",
     },

@@ -23,14 +23,15 @@ pub(super) const STATEMENTS: Statements = Statements {
            FROM records r LEFT JOIN revisions v \
            ON v.record_id = r.record_id AND v.revision = r.revision \
            WHERE r.tenant = ?1 AND r.user >= ?2 AND (r.user > ?3 OR r.key_name > ?4) \
-           AND (?5 = 1 OR r.state = 'active') ORDER BY r.user, r.key_name LIMIT ?6",
+           AND (?5 = 1 OR r.state <> 'deleted' OR r.state IS NULL) ORDER BY r.user, r.key_name LIMIT ?6 \
+           OFFSET ?7",
     page_of_user: "SELECT r.record_id, r.state, r.revision, r.created_us, r.updated_us, r.deleted_us, \
                    v.wrapping_key_id, r.user, r.key_name, \
                    (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
                    FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision \
                    WHERE r.tenant = ?1 AND r.user = ?2 AND r.key_name > ?3 \
-                   AND (?4 = 1 OR r.state = 'active') ORDER BY r.key_name LIMIT ?5",
+                   AND (?4 = 1 OR r.state <> 'deleted' OR r.state IS NULL) ORDER BY r.key_name LIMIT ?5 OFFSET ?6",
     request: "SELECT record_id, state, revision, created_us, updated_us, deleted_us, wrapping_key_id, \
               user, key_name, content_mac, key_id, result_mac FROM requests \
               WHERE tenant = ?1 AND principal = ?2 AND request_id = ?3 AND used_us > ?4",

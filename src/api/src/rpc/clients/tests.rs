@@ -4,6 +4,9 @@ use keybroker_core::{
     key::{KeyName, Tenant, UserId},
 };
 
+use keybroker_broker::PageRow;
+use prost::Message as _;
+
 use super::*;
 
 const NOW: Timestamp = Timestamp::from_micros(1_000_000);
@@ -45,6 +48,7 @@ fn view(number: u8) -> ClientView {
         id: ClientId::from_bytes([number; 16]),
         document,
         uses: vec![(2, Timestamp::from_micros(3_000_000))],
+        is_verified: true,
     }
 }
 
@@ -190,12 +194,32 @@ fn the_message_with_a_secret_does_not_print_it() {
 #[test]
 fn a_page_token_comes_back_as_it_went_and_others_are_refused() {
     let id = ClientId::from_bytes([9; 16]);
-    assert_eq!(after(&token(Some(id))).unwrap(), Some(id));
-    assert_eq!(after(&token(None)).unwrap(), None);
+    for from in [
+        Some(id).into(),
+        Position {
+            after: Some(id),
+            skip: 3,
+        },
+        Position {
+            after: None,
+            skip: SKIPPED_MAX,
+        },
+    ] {
+        assert_eq!(position(&token(Some(&from))).unwrap(), from);
+    }
+    assert_eq!(position(&token(None)).unwrap(), Position::default());
     let other_kind = Base64UrlUnpadded::encode_string("1ada\u{1f}vault".as_bytes());
     let short = Base64UrlUnpadded::encode_string("c109".as_bytes());
-    for bad in ["!", "YQ", &other_kind, &short, &"A".repeat(1_025)] {
-        assert!(after(bad).is_err(), "{bad}");
+    let skips_all = Base64UrlUnpadded::encode_string("c2100001.".as_bytes());
+    for bad in [
+        "!",
+        "YQ",
+        &other_kind,
+        &short,
+        &skips_all,
+        &"A".repeat(1_025),
+    ] {
+        assert!(position(bad).is_err(), "{bad}");
     }
 }
 
@@ -206,23 +230,24 @@ fn a_page_ends_before_its_message_is_too_long() {
     let users = (0..155).map(name).collect();
     longest.document.users = Some(Reach::Only(users));
     assert!(longest.document.to_bytes().unwrap().len() > DOCUMENT_BYTES_MAX - 2_000);
-    let clients = (1..=4)
-        .map(|number| ClientView {
-            id: ClientId::from_bytes([number; 16]),
-            document: longest.document.clone(),
-            uses: Vec::new(),
+    let rows = (1..=4)
+        .map(|number| {
+            let id = ClientId::from_bytes([number; 16]);
+            PageRow {
+                content: Ok(ClientView {
+                    id,
+                    document: longest.document.clone(),
+                    uses: Vec::new(),
+                    is_verified: true,
+                }),
+                end: Some(id).into(),
+            }
         })
         .collect();
-    let answer = page(
-        ClientPage {
-            clients,
-            next: None,
-        },
-        MESSAGE_BYTES_MAX,
-    );
+    let answer = page(ClientPage { rows, next: None }, MESSAGE_BYTES_MAX);
     assert!(answer.encoded_len() <= MESSAGE_BYTES_MAX);
     let shown = u8::try_from(answer.client_credentials.len()).unwrap();
     assert!((1..4).contains(&shown), "{shown}");
-    let next = after(&answer.next_page_token).unwrap();
-    assert_eq!(next, Some(ClientId::from_bytes([shown; 16])));
+    let next = position(&answer.next_page_token).unwrap();
+    assert_eq!(next, Some(ClientId::from_bytes([shown; 16])).into());
 }

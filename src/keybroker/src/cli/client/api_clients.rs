@@ -177,6 +177,7 @@ impl Caller {
             page_token: String::new(),
         };
         let mut rows = Vec::new();
+        let mut damaged = 0;
         loop {
             let call = self.retried(next.clone(), async |request| {
                 service.list_client_credentials(request).await
@@ -184,12 +185,15 @@ impl Caller {
             let page = call.await?;
             let clients = page.client_credentials.iter();
             rows.extend(clients.map(|client| fields(client, self.output.is_json())));
+            rows.extend(page.damaged.iter().map(damaged_fields));
+            damaged += page.damaged.len();
             next.page_token = page.next_page_token;
             if next.page_token.is_empty() || !all {
                 break;
             }
         }
         self.output.list(rows, "no API clients")?;
+        show::note_damaged(self.output, damaged);
         if !next.page_token.is_empty() {
             self.output.note("there are more: --all shows every page");
         }
@@ -264,6 +268,25 @@ fn fields(client: &proto::ClientCredential, json: bool) -> Vec<Field> {
         ("created", show::time(client.create_time.as_ref())),
         ("revoked", show::time(client.revoke_time.as_ref())),
         ("secrets", secrets(&client.secrets, json)),
+        ("verified", json!(client.verified)),
+        ("problem", Value::Null),
+    ]
+}
+
+/// The same columns, of a row that the broker could not read or verify.
+fn damaged_fields(row: &proto::DamagedClientCredential) -> Vec<Field> {
+    let id = (!row.id.is_empty()).then_some(&row.id);
+    vec![
+        ("id", json!(id)),
+        ("label", Value::Null),
+        ("roles", Value::Null),
+        ("users", Value::Null),
+        ("key_names", Value::Null),
+        ("created", Value::Null),
+        ("revoked", Value::Null),
+        ("secrets", Value::Null),
+        ("verified", json!(false)),
+        ("problem", json!(row.problem)),
     ]
 }
 

@@ -336,6 +336,7 @@ impl Caller {
         all: bool,
     ) -> Result<(), Failure> {
         let mut rows = Vec::new();
+        let mut damaged: usize = 0;
         let mut next = first;
         loop {
             let page = self
@@ -344,12 +345,15 @@ impl Caller {
                 })
                 .await?;
             rows.extend(page.user_keys.iter().map(show::record));
+            rows.extend(page.damaged.iter().map(show::damaged_record));
+            damaged += page.damaged.len();
             next.page_token = page.next_page_token;
             if next.page_token.is_empty() || !all {
                 break;
             }
         }
         self.output.list(rows, "no records")?;
+        show::note_damaged(self.output, damaged);
         if !next.page_token.is_empty() {
             self.output.note("there are more: --all shows every page");
         }

@@ -3,7 +3,7 @@
 use prost_types::Timestamp as WireTimestamp;
 use serde_json::{Value, json};
 
-use crate::cli::output::Field;
+use crate::cli::output::{Field, Output};
 use keybroker_core::call::Timestamp;
 use keybroker_proto as proto;
 
@@ -24,7 +24,35 @@ pub(super) fn record(record: &proto::UserKey) -> Vec<Field> {
         ("updated", time(record.update_time.as_ref())),
         ("deleted", time(record.delete_time.as_ref())),
         ("last_used", time(record.last_use_time.as_ref())),
+        ("problem", Value::Null),
     ]
+}
+
+/// The same columns, of a record that the broker could not read or verify.
+pub(super) fn damaged_record(record: &proto::DamagedUserKey) -> Vec<Field> {
+    let known = |text: &str| (!text.is_empty()).then(|| json!(text)).unwrap_or_default();
+    vec![
+        ("user", known(&record.user)),
+        ("key_name", known(&record.key_name)),
+        ("state", json!("damaged")),
+        ("revision", Value::Null),
+        ("record_id", known(&hex::encode(&record.record_id))),
+        ("wrapping_key", Value::Null),
+        ("created", Value::Null),
+        ("updated", Value::Null),
+        ("deleted", Value::Null),
+        ("last_used", Value::Null),
+        ("problem", json!(record.problem)),
+    ]
+}
+
+/// Points an administrator to the command that says more.
+pub(super) fn note_damaged(output: Output, count: usize) {
+    if count > 0 {
+        output.note(&format!(
+            "{count} damaged rows: run `keybroker store check` on the broker's host, and compare them with a backup"
+        ));
+    }
 }
 
 pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {

@@ -1,0 +1,58 @@
+//! Alerts about damaged rows that a list met.
+
+use keybroker_core::{call::Call, principal::Action};
+use keybroker_store::{DamagedClient, DamagedRecord};
+
+/// Rows of one page that are logged one by one. The total is always logged.
+const LOGGED_MAX: usize = 20;
+
+/// Raises an alert about the damaged records of a page.
+pub(super) fn report_records<'a>(
+    call: &Call,
+    action: Action,
+    damaged: impl Iterator<Item = &'a DamagedRecord>,
+) {
+    let mut total: usize = 0;
+    for row in damaged {
+        if total < LOGGED_MAX {
+            let record = row.id.map(|id| id.to_string());
+            tracing::error!(
+                alarm = "record-damaged", call_id = %call.id, action = %action, record,
+                damage = row.damage.as_str(), detail = row.detail,
+                "a stored record is damaged; compare with a backup before anyone replaces it"
+            );
+        }
+        total += 1;
+    }
+    count(call, "records", total);
+}
+
+/// Raises an alert about the damaged API clients of a page.
+pub(super) fn report_clients<'a>(
+    call: &Call,
+    action: Action,
+    damaged: impl Iterator<Item = &'a DamagedClient>,
+) {
+    let mut total: usize = 0;
+    for row in damaged {
+        if total < LOGGED_MAX {
+            let client = row.id.map(|id| id.to_string());
+            tracing::error!(
+                alarm = "client-damaged", call_id = %call.id, action = %action, client,
+                damage = row.damage.as_str(), detail = row.detail,
+                "the stored row of an API client is damaged"
+            );
+        }
+        total += 1;
+    }
+    count(call, "clients", total);
+}
+
+fn count(call: &Call, table: &'static str, total: usize) {
+    if total == 0 {
+        return;
+    }
+    metrics::counter!("keybroker_records_damaged_total")
+        .increment(u64::try_from(total).unwrap_or(u64::MAX));
+    tracing::warn!(call_id = %call.id, table, total, "a page of a list has damaged rows");
+}

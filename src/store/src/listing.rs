@@ -1,0 +1,117 @@
+//! Pages of rows, some of which may be damaged: what a list returns for each row, and where its next page begins.
+
+use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
+
+/// The most damaged rows without a readable key that a page may begin after. Bounds what a page token can make the database
+/// skip.
+pub const SKIPPED_MAX: u32 = 100_000;
+
+/// Where a page begins: after the row with this key, and then after a number of further rows whose key could not be read.
+///
+/// A page therefore advances past any number of damaged rows, up to [`SKIPPED_MAX`] in a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position<K> {
+    /// Key of the last row that had a readable one; `None` before the first.
+    pub after: Option<K>,
+    /// Rows after it without a readable key.
+    pub skip: u32,
+}
+
+impl<K> Default for Position<K> {
+    fn default() -> Self {
+        Self {
+            after: None,
+            skip: 0,
+        }
+    }
+}
+
+impl<K> From<Option<K>> for Position<K> {
+    fn from(after: Option<K>) -> Self {
+        Self { after, skip: 0 }
+    }
+}
+
+impl<K> Position<K> {
+    /// Moves past one row, given its key if that could be read.
+    pub fn advance(&mut self, key: Option<K>) {
+        match key {
+            Some(key) => *self = Some(key).into(),
+            None => self.skip = self.skip.saturating_add(1),
+        }
+    }
+}
+
+/// What is wrong with a stored row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// A column does not decode, or the current revision is missing.
+    Unreadable,
+    /// The record names an earlier revision than its newest one.
+    SetBack,
+    /// The MAC of the row does not verify, or the key that made it is not registered.
+    MacRefused,
+}
+
+impl Damage {
+    /// Stable name, as shown in lists.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::SetBack => "set-back",
+            Self::MacRefused => "mac-refused",
+        }
+    }
+}
+
+/// A damaged row of the records: what identifies it, as far as that could be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedRecord {
+    /// Identity of the record.
+    pub id: Option<RecordId>,
+    /// Whose it is.
+    pub user: Option<UserId>,
+    /// Which of the user's keys.
+    pub name: Option<KeyName>,
+    /// What is wrong.
+    pub damage: Damage,
+    /// Table and column, or the revisions that contradict each other. Never bytes of the row.
+    pub detail: String,
+}
+
+impl DamagedRecord {
+    /// The row's place in the order of a list, if it could be read.
+    pub fn key(&self) -> Option<(UserId, KeyName)> {
+        Some((self.user.clone()?, self.name.clone()?))
+    }
+}
+
+/// A damaged row of the API clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedClient {
+    /// Its id, if it could be read.
+    pub id: Option<ClientId>,
+    /// What is wrong.
+    pub damage: Damage,
+    /// Table and column. Never bytes of the row.
+    pub detail: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_advances_past_rows_without_a_key() {
+        let mut position = Position::default();
+        position.advance(None);
+        position.advance(None);
+        assert_eq!((position.after, position.skip), (None, 2));
+        position.advance(Some(7));
+        position.advance(None);
+        assert_eq!((position.after, position.skip), (Some(7), 1));
+        position.skip = u32::MAX;
+        position.advance(None);
+        assert_eq!(position.skip, u32::MAX);
+    }
+}

@@ -1,6 +1,7 @@
 //! Strangers on the port, and callers that send too much: others are not disturbed.
 
 use std::{
+    collections::BTreeSet,
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     time::Duration,
@@ -143,6 +144,48 @@ fn probes_and_metrics_answer_in_plain_http() {
     }
     let metrics = get(broker.status, "/metrics");
     assert!(metrics.contains("keybroker_token_serving 1"), "{metrics}");
+}
+
+/// What `promtool check metrics` asks of the text, and that no series appears only with its first event.
+#[test]
+fn metrics_are_described_and_counters_exist_from_the_start() {
+    let broker = Broker::start(Options::default());
+    let answer = get(broker.status, "/metrics");
+    let (_, text) = answer.split_once("\r\n\r\n").unwrap();
+    let (mut helped, mut typed) = (BTreeSet::new(), BTreeSet::new());
+    for line in text.lines() {
+        let word = |at: usize| line.split(' ').nth(at).unwrap().to_owned();
+        if line.starts_with("# HELP ") {
+            assert!(helped.insert(word(2)), "{line}");
+            assert!(line.split(' ').count() > 4, "{line}");
+        } else if line.starts_with("# TYPE ") {
+            assert!(typed.insert(word(2)), "{line}");
+        } else if !line.is_empty() {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| name.strip_suffix(suffix).filter(|it| typed.contains(*it)));
+            let family = family.unwrap_or(name);
+            assert!(helped.contains(family) && typed.contains(family), "{line}");
+        }
+    }
+    for expected in [
+        "keybroker_audit_tampering_total 0",
+        "keybroker_bulk_releases_total 0",
+        "keybroker_calls_total{action=\"user_key.unwrap\",reason=\"OK\"} 0",
+        "keybroker_connections_refused_total{cause=\"resets\"} 0",
+        "keybroker_handshakes_failed_total{cause=\"revoked\"} 0",
+        "keybroker_refusals_total{reason=\"CREDENTIAL\"} 0",
+        "keybroker_build_info{version=\"",
+        "process_resident_memory_bytes ",
+        "process_cpu_seconds_total ",
+        "process_open_fds ",
+    ] {
+        assert!(text.contains(expected), "{expected}\n{text}");
+    }
+    if let Some(file) = std::env::var_os("KEYBROKER_TEST_METRICS_FILE") {
+        std::fs::write(file, text).unwrap();
+    }
 }
 
 /// What the status listener answers, headers and body.

@@ -24,6 +24,7 @@ use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
     call::CallId,
     error::{Error, Reason, chain},
+    metrics,
     state::StateDirectory,
 };
 
@@ -136,7 +137,7 @@ impl Refusals {
 impl Broker {
     /// Counts a refusal of a caller that is not authenticated.
     pub fn note_refusal(&self, peer: IpAddr, reason: Reason) {
-        metrics::counter!("keybroker_refusals_total", "reason" => reason.as_str()).increment(1);
+        metrics::REFUSALS.with([reason.as_str()]).increment(1);
         self.refusals.add(Some(Network::of(peer)), reason, 1);
     }
 

@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
-use keybroker_core::call::Deadline;
+use keybroker_core::{call::Deadline, metrics};
 
 use super::{Error, link::Link, work::Work};
 
@@ -174,7 +174,7 @@ impl State {
                 continue;
             }
             job.waited = job.queued.elapsed();
-            metrics::histogram!("keybroker_token_queue_seconds").record(job.waited);
+            metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
             link.assign(job);
         }
     }

@@ -8,7 +8,10 @@ use std::{
 
 use cedar_policy::{Effect, PolicyId, PolicySet, ValidationMode, Validator, ffi::DetailedError};
 
-use keybroker_core::principal::{Action, Kind};
+use keybroker_core::{
+    metrics,
+    principal::{Action, Kind},
+};
 
 use super::{
     RESERVED, Settings,
@@ -294,8 +297,9 @@ impl Set {
             permits, forbids, ..
         } = self.summary();
         for (effect, count) in [("permit", permits), ("forbid", forbids)] {
-            metrics::gauge!("keybroker_policies", "effect" => effect)
-                .set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+            metrics::POLICIES
+                .with([effect])
+                .set(metrics::to_float(count));
         }
     }
 }

@@ -17,7 +17,7 @@ use sqlx::{Database, Pool, pool::PoolConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
-use keybroker_core::call::CallId;
+use keybroker_core::{call::CallId, metrics};
 
 use super::{
     Error, mutations,
@@ -232,7 +232,7 @@ impl<E: Engine> EngineStore<E> {
                 if attempt == ATTEMPTS_MAX || retry.begun.elapsed() > engine.time_limit() {
                     return Err(Error::Contended(what));
                 }
-                metrics::counter!("keybroker_store_retries_total").increment(1);
+                metrics::STORE_RETRIES.increment();
                 tracing::debug!(attempt, %what, "a transaction is tried again");
                 tokio::time::sleep(backoff(attempt)).await;
                 attempt += 1;
@@ -304,7 +304,7 @@ impl<'p> Retry<'p> {
         if !has_time || self.probe.is_long_outage(self.purpose) {
             return Err(Error::Down(what));
         }
-        metrics::counter!("keybroker_store_reconnects_total").increment(1);
+        metrics::STORE_RECONNECTS.increment();
         tokio::time::sleep(self.wait).await;
         self.wait = (self.wait * 2).min(RECONNECT_WAIT_MAX);
         Ok(())

@@ -18,6 +18,7 @@ use keybroker_core::{
     call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
     error::{Error, Reason},
     key::KeyName,
+    metrics,
     principal::{Action, Principal},
 };
 
@@ -37,8 +38,7 @@ pub(super) async fn user_keys(
     let method = request.method().as_str().to_owned();
     let response = around.run(request, action).await;
     let status = response.status().as_str().to_owned();
-    metrics::counter!("keybroker_rest_calls_total", "method" => method, "status" => status)
-        .increment(1);
+    metrics::REST_CALLS.with([method, status]).increment(1);
     response
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use keybroker_core::{
     call::{Call, CallId, Deadline},
     error::{Error, Reason},
+    metrics,
 };
 
 /// How long troubles are waited out, all together. Clients and proxies wait for half a minute and longer.
@@ -62,7 +63,8 @@ impl Patience {
             };
             let (first, id) = (self.request.id, self.last());
             tracing::info!(request = %first, call_id = %id, %error, "waiting out a short trouble");
-            metrics::counter!("keybroker_rest_retries_total", "reason" => error.reason().as_str())
+            metrics::REST_RETRIES
+                .with([error.reason().as_str()])
                 .increment(1);
             tokio::time::sleep(pause).await;
         }

@@ -15,7 +15,7 @@ use crate::{
     wire::{Canary, FailureClass, Reply, reply::Outcome, request},
     work::Work,
 };
-use keybroker_core::call::Deadline;
+use keybroker_core::{call::Deadline, metrics};
 
 use super::{Supervisor, machine::Loss};
 
@@ -51,7 +51,7 @@ impl Supervisor {
         };
         self.dismiss(&link, Loss::Ended, &cause);
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
-        metrics::counter!("keybroker_token_worker_restarts_total").increment(1);
+        metrics::TOKEN_WORKER_RESTARTS.increment();
         self.take_back(
             link.take_jobs(),
             losses_max,
@@ -89,7 +89,7 @@ impl Supervisor {
             }
         };
         if !job.work.is_canary() {
-            metrics::histogram!("keybroker_token_seconds").record(spent);
+            metrics::TOKEN_OPERATION.handle().record(spent);
             self.queue.served(spent);
         }
         job.answer(result, spent);

@@ -60,6 +60,7 @@ pub(super) fn routes(probe: Probe) -> Router {
 }
 
 async fn metrics(State(probe): State<Probe>) -> impl IntoResponse {
+    metrics_process::Collector::default().collect();
     (
         [(header::CONTENT_TYPE, METRICS_TYPE)],
         probe.metrics.render(),
@@ -103,7 +104,8 @@ pub(super) async fn serve(socket: TcpListener, routes: Router, stop: Cancellatio
         };
         let ticket = waiting.enter(None);
         if ticket.made_room() {
-            metrics::counter!("keybroker_connections_refused_total", "cause" => "status")
+            keybroker_core::metrics::CONNECTIONS_REFUSED
+                .with(["status"])
                 .increment(1);
         }
         let answering = answer(stream, routes.clone());

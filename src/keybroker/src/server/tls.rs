@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 use keybroker_core::{
     call::Timestamp,
-    pem,
+    metrics, pem,
     state::StateDirectory,
     trusted_file::{self, Purpose},
 };
@@ -224,7 +224,7 @@ impl Tls {
             }
             Err(error) if refused.as_ref() == Some(&error) => {}
             Err(error) => {
-                metrics::counter!("keybroker_tls_reload_failures_total").increment(1);
+                metrics::TLS_RELOAD_FAILURES.increment();
                 tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
                 *refused = Some(error);
             }
@@ -249,8 +249,9 @@ impl Tls {
         let now = Timestamp::now().micros() / 1_000_000;
         let shown = path.display().to_string();
         let hours = (life.until - now).div_euclid(SECONDS_PER_HOUR);
-        metrics::gauge!("keybroker_client_crl_hours_left", "file" => shown.clone())
-            .set(f64::from(i32::try_from(hours).unwrap_or(i32::MAX)));
+        metrics::CLIENT_CRL_EXPIRY
+            .with([shown.clone()])
+            .set(to_float(life.until));
         let age = life.age(now);
         let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
         if *said == Some(age) {
@@ -654,8 +655,14 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
 fn note_days_left(until: i64, path: &Path) -> i64 {
     let now = Timestamp::now().micros() / 1_000_000;
     let days = (until - now).div_euclid(SECONDS_PER_DAY);
-    let name = path.display().to_string();
-    metrics::gauge!("keybroker_certificate_days_left", "file" => name)
-        .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
+    metrics::CERTIFICATE_EXPIRY
+        .with([path.display().to_string()])
+        .set(to_float(until));
     days
+}
+
+/// A time after 1970 as the value of a metric.
+fn to_float(seconds: i64) -> f64 {
+    // Exact until the year 2106.
+    f64::from(u32::try_from(seconds.max(0)).unwrap_or(u32::MAX))
 }

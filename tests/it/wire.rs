@@ -4,16 +4,20 @@ use std::{
     collections::BTreeSet,
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    sync::Arc,
     time::Duration,
 };
 
 use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, refused},
+    doors::raw::{handshake, tls_config},
+    pki,
     process::{Broker, PATIENCE},
-    site::Options,
+    site::{Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -202,4 +206,69 @@ pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+}
+
+/// A collector on another machine: over TLS, and with a certificate where the configuration asks for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_collected_over_tls_with_a_client_certificate() {
+    let site = Site::fresh(Options::default());
+    let pki = &site.pki;
+    let tls = format!(
+        "\n[status.remote]\naddress = \"127.0.0.1:0\"\n[status.remote.tls]\ncertificate_file = \"{}\"\nkey_file = \"{}\"\n\
+         client_ca_file = \"{}\"\n",
+        pki.certificate_file("server").display(),
+        pki.key_file("server").display(),
+        pki.ca_file().display()
+    );
+    site.write_configuration(|text| text.push_str(&tls));
+    let broker = Broker::start_on(Arc::new(site));
+    let remote = *broker.listeners.last().unwrap();
+    let ask = async |client: Option<&str>| -> std::io::Result<String> {
+        let mut config = (*tls_config(&broker.site.pki, client, rustls::ALL_VERSIONS)).clone();
+        // As collectors do; the answer is HTTP/1.1.
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let mut stream = handshake(remote, Arc::new(config)).await?;
+        let request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        stream.write_all(request).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    };
+    let answer = ask(Some("releaser")).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("keybroker_token_serving 1"), "{answer}");
+    for client in [None, Some(pki::STRANGER)] {
+        ask(client).await.unwrap_err();
+    }
+    let answer = get(broker.status, "/metrics");
+    for cause in ["no_certificate", "unknown_ca"] {
+        let counted = format!("keybroker_handshakes_failed_total{{cause=\"{cause}\"}} 1\n");
+        assert!(answer.contains(&counted), "{answer}");
+    }
+    // The listener on loopback stays as it is.
+    assert!(get(broker.status, "/livez").starts_with("HTTP/1.1 200"));
+}
+
+/// An address that others reach needs TLS, or a word that accepts what goes without.
+#[test]
+fn a_status_listener_for_others_needs_tls_or_an_explicit_word() {
+    let site = Site::fresh(Options::default());
+    let original = std::fs::read_to_string(site.configuration_file()).unwrap();
+    for (lines, problem) in [
+        ("", Some("there is no [status.remote.tls]")),
+        (
+            "plaintext = \"loopback\"",
+            Some("there is no [status.remote.tls]"),
+        ),
+        ("plaintext = \"any\"", None),
+    ] {
+        site.write_configuration(|text| {
+            *text = format!("{original}\n[status.remote]\naddress = \"127.0.0.1:0\"\n{lines}\n");
+        });
+        let finished = site.run(&["config", "check"]);
+        match problem {
+            Some(words) => assert!(finished.stderr.contains(words), "{finished:#?}"),
+            None => assert_eq!(finished.code, Some(0), "{finished:#?}"),
+        }
+    }
 }

@@ -112,9 +112,14 @@ impl Connection {
         let cause = refused.cause();
         debug_assert!(metrics::HANDSHAKE_CAUSES.contains(&cause), "{cause}");
         metrics::HANDSHAKES_FAILED.with([cause]).increment(1);
-        tracing::debug!(peer = %self.peer, cause, error = %refused, "connection refused");
-        if let Some(reason) = refused.reason() {
-            self.shared.broker.note_refusal(self.peer.ip(), reason);
+        match refused.reason() {
+            Some(reason) => {
+                let broker = &self.shared.broker;
+                broker.refuse_connection(self.peer, reason, cause, refused);
+            }
+            None => {
+                tracing::debug!(peer = %self.peer, cause, error = %refused, "connection ended early")
+            }
         }
     }
 

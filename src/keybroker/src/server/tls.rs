@@ -28,7 +28,7 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
+use super::{ClientCertificates, TlsSettings};
 
 mod purpose;
 mod revocation;
@@ -160,13 +160,9 @@ impl Tls {
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
-        speaks_http1: bool,
+        protocols: Vec<Vec<u8>>,
         state: Option<&StateDirectory>,
     ) -> Result<Self, String> {
-        let mut protocols = vec![b"h2".to_vec()];
-        if speaks_http1 {
-            protocols.push(ALPN_HTTP1.to_vec());
-        }
         let files = Files::read(&settings, clients)?;
         let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
         let mut newest = match (state, &settings.client_crl_file) {

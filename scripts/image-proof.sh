@@ -166,7 +166,7 @@ build() {
     "$(du -sh --apparent-size "$MOUNT" | cut -f1)" "$(du -h --apparent-size "$MOUNT/usr/bin/keybroker" | cut -f1)"
   [[ $(buildah inspect --format '{{.OCIv1.Config.User}}' "$CONTAINER") == "$ID:$ID" ]] || fail 'the image runs as another user'
   buildah inspect --format '{{.Docker.Config.Healthcheck}}' "$CONTAINER" | grep -q 'probe live' || fail 'no health check'
-  if grep --quiet --text -e '/usr/local/cargo/registry' -e '/build/' "$MOUNT/usr/bin/keybroker"; then
+  if grep --quiet --text -e '/usr/local/cargo/registry' -e '/build/src/' -e '/build/target/' "$MOUNT/usr/bin/keybroker"; then
     fail 'the program names paths of the machine that built it'
   fi
 }

@@ -151,6 +151,22 @@ fn a_planted_dependency_is_found() {
             json!({"name": "cryptoki", "kind": null, "path": null}),
         ),
         (
+            "keybroker-hsm",
+            json!({"name": "cryptoki", "kind": null, "path": null}),
+        ),
+        (
+            "keybroker-hsm",
+            json!({"name": "keybroker-pkcs11", "kind": null, "path": "/pkcs11"}),
+        ),
+        (
+            "keybroker-pkcs11",
+            json!({"name": "keybroker-hsm", "kind": null, "path": "/hsm"}),
+        ),
+        (
+            "keybroker-worker-protocol",
+            json!({"name": "cryptoki", "kind": null, "path": null}),
+        ),
+        (
             "keybroker-core",
             json!({"name": "keybroker-store", "kind": null, "path": "/store"}),
         ),
@@ -177,7 +193,12 @@ fn a_planted_dependency_is_found() {
 }
 
 /// What the manifests cannot say: a word, the places where it may stand, and why.
-const CALL_SITES: [(&str, &[&str], &str); 5] = [
+const CALL_SITES: [(&str, &[&str], &str); 6] = [
+    (
+        "cryptoki::",
+        &["src/pkcs11/"],
+        "only the crate of the worker process knows PKCS#11",
+    ),
     (
         "Principal::authenticated(",
         &["src/auth/"],
@@ -192,6 +213,8 @@ const CALL_SITES: [(&str, &[&str], &str); 5] = [
         "keybroker_core::secret",
         &[
             "src/hsm/",
+            "src/worker-protocol/",
+            "src/pkcs11/",
             "src/broker/",
             "src/api/",
             "src/keybroker/src/cli/",
@@ -272,11 +295,12 @@ fn a_planted_word_is_found() {
             "src/broker/src/release.rs",
             "Principal::authenticated(identity)",
         ),
-        ("src/hsm/src/oaep.rs", "use rsa::RsaPrivateKey;"),
+        ("src/worker-protocol/src/oaep.rs", "use rsa::RsaPrivateKey;"),
         (
             "src/keybroker/src/config.rs",
             "use keybroker_core::secret::KeyMaterial;",
         ),
+        ("src/hsm/src/link.rs", "use cryptoki::session::Session;"),
         ("src/broker/src/lib.rs", "use axum::Router;"),
         ("src/keybroker/src/config/check.rs", "use tonic::Status;"),
     ] {
@@ -289,7 +313,7 @@ fn a_planted_word_is_found() {
             "Principal::authenticated(identity)".to_owned(),
         ),
         (
-            "src/hsm/src/oaep.rs".to_owned(),
+            "src/worker-protocol/src/oaep.rs".to_owned(),
             "// RsaPrivateKey\n#[cfg(test)]\nmod tests { use rsa::RsaPrivateKey; }".to_owned(),
         ),
     ];

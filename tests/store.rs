@@ -30,6 +30,8 @@ mod damage;
 mod durability;
 #[path = "store/filling.rs"]
 mod filling;
+#[path = "store/identity.rs"]
+mod identity;
 #[path = "store/network.rs"]
 mod network;
 #[path = "store/outage.rs"]

@@ -29,7 +29,7 @@ use crate::{
 const MATERIAL: &[u8] = b"material of this user";
 
 /// A site whose listener asks for a certificate and does without one.
-fn site(sections: &str) -> Arc<Site> {
+pub(crate) fn site(sections: &str) -> Arc<Site> {
     let site = Site::fresh(Options {
         limits: sections.to_owned(),
         ..Options::default()
@@ -57,7 +57,7 @@ const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
 
 /// What an API client shows.
 #[derive(Clone, Debug)]
-struct Basic {
+pub(crate) struct Basic {
     id: String,
     secret: String,
 }
@@ -169,7 +169,7 @@ fn credential_refused(broker: &Broker, who: &str, arguments: &[&str], expected: 
 }
 
 /// An API client that enrols, and releases keys called [`NAME`].
-fn made(broker: &Broker) -> Basic {
+pub(crate) fn made(broker: &Broker) -> Basic {
     let both = ["--role", "enrol", "release", "--key-name", NAME];
     let create = [&["create", "--label", "backup"][..], &both].concat();
     Basic::of(&credential(broker, "admin", &create))

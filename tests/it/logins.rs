@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use crate::{
     client::{Caller, eventually, reason},
-    faulty::{Fault, Faulty, code},
+    faulty::{Fault, Faulty, code, flag},
     faulty_token::site,
     process::{Broker, send, until},
     site::{Options, Site},
@@ -273,6 +273,84 @@ fn commands_share_one_try_of_a_wrong_pin() {
     site.expect_ok(&["token", "check"]);
     // Who allowed it is in the audit log.
     assert!(site.audit().contains("token.retry_pin"));
+}
+
+/// A restart is no new try: the rejected PIN is remembered in the state directory, by brokers and commands alike.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_pin_is_remembered_over_runs() {
+    let (mut site, faulty) = site(two_workers());
+    let before = faulty.count("C_Login begins");
+    for run in 1..=3 {
+        set_pin(&site, "0000000000");
+        let broker = Broker::start_on(site);
+        until("the alert of this run", || {
+            let alerts = broker
+                .site
+                .log()
+                .matches("\"alarm\":\"pin-latched\"")
+                .count();
+            (alerts >= run).then_some(())
+        });
+        let (stopped, status) = broker.stop();
+        assert!(status.success(), "{status}");
+        site = stopped;
+        let checked = site.run(&["token", "check"]);
+        assert_eq!(checked.code, Some(5), "{checked:?}");
+    }
+    assert_eq!(faulty.count("C_Login begins"), before + 1);
+    // The right PIN needs no permission.
+    set_pin(&site, site.token.pin());
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    eventually(|| enroller.create("ada", MATERIAL)).await;
+}
+
+/// While the token says that one more wrong PIN locks it, only `retry-pin --force` allows a login, and only one.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_try_needs_force_and_is_used_once() {
+    let (site, faulty) = site(Options::default());
+    faulty.set_flags(flag::USER_PIN_FINAL_TRY);
+    let logins = || faulty.count("C_Login begins");
+    let before = logins();
+    let refused = || {
+        let checked = site.run(&["token", "check"]);
+        assert_eq!(checked.code, Some(5), "{checked:?}");
+        assert!(
+            checked.stderr.contains("CKF_USER_PIN_FINAL_TRY"),
+            "{checked:?}"
+        );
+        assert!(checked.stderr.contains("retry-pin --force"), "{checked:?}");
+    };
+    refused();
+    site.expect_ok(&["token", "retry-pin"]);
+    refused();
+    assert_eq!(logins(), before);
+    // The right PIN: one login, and the permission is used up.
+    site.expect_ok(&["token", "retry-pin", "--force"]);
+    site.expect_ok(&["token", "check"]);
+    refused();
+    assert_eq!(logins(), before + 1);
+    // A wrong PIN: one login, whatever is started afterwards.
+    site.expect_ok(&["token", "retry-pin", "--force"]);
+    set_pin(&site, "0000000000");
+    for _ in 0..3 {
+        assert_eq!(site.run(&["token", "check"]).code, Some(5));
+    }
+    assert_eq!(logins(), before + 2);
+    // While the PIN is locked, not even that.
+    faulty.set_flags(flag::USER_PIN_LOCKED);
+    set_pin(&site, site.token.pin());
+    site.expect_ok(&["token", "retry-pin", "--force"]);
+    let checked = site.run(&["token", "check"]);
+    assert_eq!(checked.code, Some(5), "{checked:?}");
+    assert!(
+        checked.stderr.contains("CKF_USER_PIN_LOCKED"),
+        "{checked:?}"
+    );
+    assert_eq!(logins(), before + 2);
+    // Once the counter was reset, no further permission is needed.
+    faulty.set_flags(0);
+    site.expect_ok(&["token", "check"]);
 }
 
 /// What `serve` does not hand on to the module, a command does not hand on either.

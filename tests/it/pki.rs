@@ -97,6 +97,20 @@ impl Pki {
         self.write("server", &server_parameters(), &self.authority);
     }
 
+    /// Writes a server certificate with other properties over the good one.
+    pub(crate) fn issue_server_with(&self, edit: impl FnOnce(&mut CertificateParams)) {
+        let mut parameters = server_parameters();
+        edit(&mut parameters);
+        self.write("server", &parameters, &self.authority);
+    }
+
+    /// Writes a client certificate with other properties under a name.
+    pub(crate) fn issue_client_with(&self, name: &str, edit: impl FnOnce(&mut CertificateParams)) {
+        let mut parameters = client_parameters(name);
+        edit(&mut parameters);
+        self.write(name, &parameters, &self.authority);
+    }
+
     /// Writes a server certificate that has expired over the good one.
     pub(crate) fn issue_expired_server(&self) {
         let mut parameters = server_parameters();

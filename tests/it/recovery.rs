@@ -6,8 +6,9 @@ use std::{
     process::Command,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -18,8 +19,9 @@ use tonic::{Code, Request, Status};
 
 use crate::{
     client::{Caller, NAME, eventually, reason, retrying},
+    client_commands::client,
     process::{Broker, send, until},
-    site::{Options, Site},
+    site::{Finished, Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -227,6 +229,79 @@ async fn workers_killed_as_they_become_ready_are_waited_for() {
         log.matches("\"alarm\":\"token-down\"").count() <= 1,
         "{log}"
     );
+}
+
+/// The `client` command follows the retry rule: a script that calls it again and again sees no failure while every worker is
+/// killed as soon as it is ready.
+///
+/// `KEYBROKER_TEST_WORKER_KILLS=100` kills so many; the suite kills five.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_command_outlasts_killed_workers() {
+    const SCRIPTS: usize = 2;
+    let kills = env::var("KEYBROKER_TEST_WORKER_KILLS").map_or(5, |text| text.parse().unwrap());
+    let broker = Broker::start(Options {
+        workers: 2,
+        ..Options::default()
+    });
+    Caller::of(&broker, "enroller")
+        .create("ada", MATERIAL)
+        .await
+        .unwrap();
+    let stop = AtomicBool::new(false);
+    let calls = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for number in 0..SCRIPTS {
+            let (broker, stop, calls) = (&broker, &stop, &calls);
+            scope.spawn(move || {
+                let out = broker.site.folder().join(format!("released-{number}"));
+                let out_text = out.to_str().unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    let arguments = [
+                        "unwrap",
+                        "--user",
+                        "ada",
+                        "--key-name",
+                        NAME,
+                        "--out",
+                        out_text,
+                    ];
+                    let finished =
+                        Finished::from(client(broker, "releaser", &arguments).output().unwrap());
+                    assert_eq!(finished.code, Some(0), "{finished:#?}");
+                    assert_eq!(fs::read(&out).unwrap(), MATERIAL);
+                    fs::remove_file(&out).unwrap();
+                    calls.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        // Ends the scripts also when this thread panics, so that the scope ends.
+        let _stop_at_the_end = StopOnDrop(&stop);
+        let mut killed = Vec::new();
+        while killed.len() < kills {
+            let pid = until("a worker that is ready", || {
+                ready_workers(&broker).find(|pid| !killed.contains(pid))
+            });
+            send(pid, Signal::KILL);
+            killed.push(pid);
+        }
+        // At least one call ends after the last kill.
+        let before = calls.load(Ordering::Relaxed);
+        until("a call after the last kill", || {
+            (calls.load(Ordering::Relaxed) > before).then_some(())
+        });
+    });
+    let calls = calls.into_inner();
+    println!("{kills} workers killed as they became ready: 0 of {calls} client commands failed");
+    assert!(calls > SCRIPTS, "{calls}");
+}
+
+/// Sets the flag when it is dropped.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Process ids of all workers that have ever been ready.

@@ -74,7 +74,10 @@ async fn a_database_that_goes_back_under_a_broker_takes_no_change() {
     let releaser = Caller::of(&broker, "releaser");
     refused(releaser.unwrap("ada").await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
-    let fact = broker.site.audit_directory().join("state/acknowledged");
+    let fact = broker
+        .site
+        .audit_directory()
+        .join("state/acknowledged-serve");
     until("the fact", || fact.exists().then_some(()));
 
     let broker = Broker::start_on(broker.kill());
@@ -82,4 +85,128 @@ async fn a_database_that_goes_back_under_a_broker_takes_no_change() {
     refused(releaser.unwrap("ada").await, "STORE_DOWN");
     broker.site.expect_ok(&["store", "accept-restored"]);
     eventually(|| releaser.unwrap("ada")).await;
+}
+
+/// The database with another identity is another one, whatever it holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_database_is_refused_until_it_is_accepted() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let releaser = Caller::of(&broker, "releaser");
+    releaser.unwrap("ada").await.unwrap();
+    let fact = broker
+        .site
+        .audit_directory()
+        .join("state/acknowledged-serve");
+    until("the fact", || fact.exists().then_some(()));
+    broker
+        .site
+        .sql("UPDATE store_identity SET store_id = randomblob(16)");
+    refused(enroller.create("bob", MATERIAL).await, "STORE_DOWN");
+    refused(releaser.unwrap("ada").await, "STORE_DOWN");
+    is_refused_with_an_alert(&broker.site);
+
+    let (site, _) = broker.stop();
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    refused(releaser.unwrap("ada").await, "STORE_DOWN");
+    broker.site.expect_ok(&["store", "accept-restored"]);
+    eventually(|| releaser.unwrap("ada")).await;
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("eve", MATERIAL).await.unwrap();
+}
+
+/// The state directory is a second old at most, and the audit log has what was acknowledged since.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_changes_before_a_kill_are_remembered_by_the_audit_log() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    let backup = fs::read(site.database()).unwrap();
+    let fact = site.audit_directory().join("state/acknowledged-serve");
+    let before = fs::read(&fact).unwrap();
+
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "enroller")
+        .create("bob", MATERIAL)
+        .await
+        .unwrap();
+    let site = broker.kill();
+    // As if it had been killed before it wrote the fact.
+    fs::write(&fact, before).unwrap();
+    for suffix in ["-wal", "-shm"] {
+        let mut path = site.database().into_os_string();
+        path.push(suffix);
+        fs::remove_file(path).ok();
+    }
+    fs::write(site.database(), backup).unwrap();
+
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    refused(releaser.unwrap("ada").await, "STORE_DOWN");
+    broker.site.expect_ok(&["store", "accept-restored"]);
+    eventually(|| releaser.unwrap("ada")).await;
+    // What the log has from before does not count any more.
+    let (site, _) = broker.stop();
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+}
+
+#[test]
+fn a_damaged_memory_of_the_database_stops_the_start_and_can_be_replaced() {
+    let site = Site::fresh(Options::default());
+    let state = site.audit_directory().join("state");
+    site.expect_ok(&["store", "accept-restored"]);
+    for damaged in ["{", "{\"store\": \"xyz\", \"changes\": []}"] {
+        fs::write(state.join("acknowledged-serve"), damaged).unwrap();
+        let finished = site.serve_to_its_end();
+        assert!(finished.code.is_some_and(|code| code != 0), "{finished:#?}");
+        for part in ["acknowledged-serve", "damaged", "store accept-restored"] {
+            assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
+        }
+    }
+    site.expect_ok(&["store", "accept-restored"]);
+    let broker = Broker::start_on(std::sync::Arc::new(site));
+    broker.stop();
+}
+
+/// The form in which the release before kept the one change that it remembered.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_memory_of_the_release_before_is_taken_over() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    let state = site.audit_directory().join("state");
+    let kept = fs::read_to_string(state.join("acknowledged-serve")).unwrap();
+    let (_, change) = kept.split_once("\"changes\":[").unwrap();
+    let (change, _) = change.split_once(']').unwrap();
+    assert!(change.starts_with("{\"call\""), "{kept}");
+    fs::rename(state.join("acknowledged-serve"), state.join("acknowledged")).unwrap();
+    fs::write(state.join("acknowledged"), change).unwrap();
+    site.sql("DELETE FROM changes");
+    let broker = Broker::start_on(site);
+    refused(
+        Caller::of(&broker, "releaser").unwrap("ada").await,
+        "STORE_DOWN",
+    );
+}
+
+/// `cp backup live` keeps device and inode of the file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_copied_over_the_live_file_is_refused() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    let backup = fs::read(site.database()).unwrap();
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("bob", MATERIAL).await.unwrap();
+    broker.site.sql("PRAGMA wal_checkpoint(TRUNCATE)");
+    fs::write(broker.site.database(), &backup).unwrap();
+    refused(enroller.create("eve", MATERIAL).await, "STORE_DOWN");
+    is_refused_with_an_alert(&broker.site);
 }

@@ -8,7 +8,16 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 4] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 5] = [
+    (
+        5,
+        "store identity",
+        [
+            include_str!("../../migrations/sqlite/0005_store_identity.down.sql"),
+            include_str!("../../migrations/postgres/0005_store_identity.down.sql"),
+            include_str!("../../migrations/mysql/0005_store_identity.down.sql"),
+        ],
+    ),
     (
         4,
         "request results",
@@ -68,7 +77,7 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
     ));
     assert_eq!(left.trim(), "");
     let report = store::migrate(&engine.settings, false).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 4));
+    assert_eq!((report.before, report.pending.len()), (0, 5));
     let store = engine.open().await;
     store
         .create(revision(&user("alice"), 1, 1), stamp())
@@ -80,13 +89,13 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
         .unwrap();
 }
 
-/// One step back and forth again, with records there, then two, then three: what the steps did not make is left alone.
+/// One step back and forth again, with records there, then two, three, four: what the steps did not make is left alone.
 pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
     let alice = user("alice");
     let store = engine.open().await;
     let created = store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     store.close().await;
-    for steps in 1..=3 {
+    for steps in 1..=4 {
         let store = engine.open().await;
         let row = client(1, 1);
         if store.client(row.id).await.unwrap().is_none() {
@@ -104,15 +113,15 @@ pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
         let older = store::open(&engine.settings).await.unwrap_err();
         assert!(matches!(&older, Error::Schema(what) if what.contains("store migrate")));
         let report = store::migrate(&engine.settings, false).await.unwrap();
-        let before = 4 - i64::try_from(steps).unwrap();
+        let before = 5 - i64::try_from(steps).unwrap();
         assert_eq!((report.before, report.pending), (before, undone));
         let store = engine.open().await;
         assert_eq!(store.record(&alice).await.unwrap().unwrap().info, created);
         let uses = store.last_uses(&[created.id]).await.unwrap();
-        assert_eq!(uses.is_empty(), steps == 3);
-        assert_eq!(store.client(row.id).await.unwrap().is_none(), steps >= 2);
+        assert_eq!(uses.is_empty(), steps == 4);
+        assert_eq!(store.client(row.id).await.unwrap().is_none(), steps >= 3);
         let uses = store.client_uses(row.id).await.unwrap();
-        assert_eq!(uses.is_empty(), steps >= 2);
+        assert_eq!(uses.is_empty(), steps >= 3);
         store.close().await;
     }
 }
@@ -123,7 +132,7 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
         Place::Server(server, _) => Engine::bare_on(server),
     };
     let report = store::migrate(&engine.settings, true).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 4));
+    assert_eq!((report.before, report.pending.len()), (0, 5));
     let status = store::status(&engine.settings).await.unwrap();
     assert_eq!((status.current, status.newest), (0, report.newest));
     let refused = store::open(&engine.settings).await.unwrap_err();
@@ -181,7 +190,7 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
             .unwrap();
     }
     let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version");
-    assert_eq!(applied.trim(), "1\n2\n3\n4");
+    assert_eq!(applied.trim(), "1\n2\n3\n4\n5");
 }
 
 /// An administrator who looks into the database finds what each column means.

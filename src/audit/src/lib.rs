@@ -31,7 +31,7 @@ mod writer;
 pub use log::AuditLog;
 pub use memory::Tampering;
 pub use recovery::open_intents;
-pub use tail::tail;
+pub use tail::{tail, tail_matching};
 pub use verify::{Report, verify};
 
 /// Longest wait for an entry to become durable.
@@ -239,6 +239,17 @@ impl Entry {
             cause: None,
         }
     }
+}
+
+/// A change whose outcome the log has: it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The call that made it.
+    pub call: CallId,
+    /// When its intent was written.
+    pub at: Timestamp,
+    /// What it did, as in the field `action`.
+    pub action: String,
 }
 
 /// An intent without an outcome.

@@ -167,6 +167,17 @@ impl Parsed {
         })
     }
 
+    /// Whether this line says that what was intended was done.
+    pub(super) fn is_done(&self) -> bool {
+        let outcome = self.fields.get("outcome").and_then(Value::as_str);
+        self.closes_intent() && outcome == Some(outcome_name(Outcome::Ok))
+    }
+
+    /// When the line was written.
+    pub(super) fn at(&self) -> Timestamp {
+        Timestamp::from_micros(self.time_us)
+    }
+
     /// Whether this line closes the intent with its call id.
     pub(super) fn closes_intent(&self) -> bool {
         [EntryKind::Outcome, EntryKind::Recovered]

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use tokio::sync::oneshot;
 
 use super::{
-    APPEND_TIMEOUT, CLOSE_TIMEOUT, Entry, EntryKind, Error, OpenIntent, Outcome, extent,
+    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, extent,
     integrity::Files,
     memory::{Acknowledgement, Mark, Memory},
     recovery::Found,
@@ -34,6 +34,8 @@ struct Inner {
     shared: Arc<Shared>,
     /// Disconnected once the writer's thread has ended.
     ended: Receiver<()>,
+    /// The newest changes that the log had when it was opened.
+    changes: Vec<Change>,
 }
 
 impl fmt::Debug for AuditLog {
@@ -87,6 +89,7 @@ impl AuditLog {
         found.set_aside(directory)?;
         let shared = Arc::<Shared>::default();
         let open: Vec<OpenIntent> = found.open.values().cloned().collect();
+        let changes = found.changes.iter().cloned().collect();
         let mut writer = Writer::new(
             directory,
             log_id,
@@ -111,11 +114,16 @@ impl AuditLog {
             memory.forget_tampering()?;
         }
         writer.try_removal();
-        let log = Self::start(directory, writer, shared)?;
+        let log = Self::start(directory, writer, shared, changes)?;
         Ok((log, open))
     }
 
-    fn start(directory: &Path, writer: Writer, shared: Arc<Shared>) -> Result<Self, Error> {
+    fn start(
+        directory: &Path,
+        writer: Writer,
+        shared: Arc<Shared>,
+        changes: Vec<Change>,
+    ) -> Result<Self, Error> {
         let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
         let (ending, ended) = crossbeam_channel::bounded(0);
         std::thread::Builder::new()
@@ -130,7 +138,13 @@ impl AuditLog {
             commands,
             shared,
             ended,
+            changes,
         })))
+    }
+
+    /// The newest changes that the log had when it was opened, at most 16, oldest first.
+    pub fn changes_before(&self) -> &[Change] {
+        &self.0.changes
     }
 
     /// Makes an entry durable and returns its sequence number. An error within [`APPEND_TIMEOUT`] otherwise, at once while

@@ -8,7 +8,7 @@
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::File,
     io::{Read as _, Seek as _, SeekFrom},
     path::Path,
@@ -17,11 +17,17 @@ use std::{
 use keybroker_core::call::{CallId, Timestamp};
 
 use super::{
-    Error, OpenIntent,
+    Change, Error, OpenIntent,
     line::Parsed,
     segment::{self, Line},
     writer::GROUP_MAX,
 };
+
+/// Changes that are remembered.
+const CHANGES_MAX: usize = 16;
+/// Changes before the end of the log that the state directory may lack, in microseconds: a minute, where it is at most a second
+/// old.
+const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// What one group may leave behind, with an ample measure for a line.
 const TORN_BYTES_MAX: u64 = 4 * 1024 * GROUP_MAX;
@@ -43,6 +49,10 @@ pub(super) struct Found {
     /// Of the last entry.
     pub(super) last_sequence: u64,
     pub(super) open: HashMap<CallId, OpenIntent>,
+    /// The newest changes that were made, oldest first.
+    pub(super) changes: VecDeque<Change>,
+    /// When the last entry was written.
+    last_at: Option<Timestamp>,
 }
 
 impl Found {
@@ -64,7 +74,43 @@ impl Found {
         for number in &numbers[first..] {
             found.read_segment(directory, *number)?;
         }
+        if let Some(before) = first.checked_sub(1) {
+            found.read_older_changes(directory, numbers[before], numbers[first])?;
+        }
         Ok(found)
+    }
+
+    /// Reads the changes of the segment before those that were read, if it was closed shortly before the log ended: it may have
+    /// the newest ones.
+    fn read_older_changes(
+        &mut self,
+        directory: &Path,
+        number: u64,
+        next: u64,
+    ) -> Result<(), Error> {
+        let opened = segment::first_line(&segment::segment_path(directory, next))?;
+        let (Some(opened), Some(end)) = (opened, self.last_at) else {
+            return Ok(());
+        };
+        if end.micros() - opened.at().micros() > CHANGES_WITHIN_US {
+            return Ok(());
+        }
+        let mut older = Self::default();
+        // Damage there is the business of `audit verify`.
+        segment::lines(&segment::segment_path(directory, number), |line: Line| {
+            if let Some(entry) = line.entry {
+                older.track(&entry);
+            }
+        })?;
+        older.changes.append(&mut self.changes);
+        self.changes = older.changes;
+        self.drop_old_changes();
+        Ok(())
+    }
+
+    fn drop_old_changes(&mut self) {
+        let surplus = self.changes.len().saturating_sub(CHANGES_MAX);
+        self.changes.drain(..surplus);
     }
 
     fn read_segment(&mut self, directory: &Path, number: u64) -> Result<(), Error> {
@@ -95,12 +141,20 @@ impl Found {
 
     fn track(&mut self, line: &Parsed) {
         self.last_sequence = self.last_sequence.max(line.sequence);
+        self.last_at = Some(line.at());
         if let Some(intent) = line.intent() {
             self.open.insert(intent.call, intent);
         } else if line.closes_intent()
-            && let Some(call) = &line.call_id
+            && let Some(call) = line.call_id
+            && let Some(intent) = self.open.remove(&call)
+            && line.is_done()
         {
-            self.open.remove(call);
+            self.changes.push_back(Change {
+                call,
+                at: intent.at,
+                action: line.action.clone(),
+            });
+            self.drop_old_changes();
         }
     }
 

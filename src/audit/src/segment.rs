@@ -35,9 +35,27 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     let meta = fs::metadata(path)
         .map_err(|error| fail("cannot read the directory", path, error, "check its owner"))?;
     let ours = rustix::process::geteuid().as_raw();
+    if meta.is_dir() && meta.uid() != ours {
+        let cause = format!(
+            "it belongs to user {}, and this process is user {ours}",
+            meta.uid()
+        );
+        let remedy = format!(
+            "run this as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
+            owner = meta.uid()
+        );
+        return Err(fail("will not write into", path, cause, &remedy));
+    }
     if !meta.is_dir() || meta.mode() & OPEN_TO_OTHERS != 0 || meta.uid() != ours {
-        let cause = format!("mode {:o}, owner {}", meta.mode() & 0o7777, meta.uid());
-        let remedy = format!("it must be a directory of user {ours} with mode 0700");
+        let (mode, owner) = (meta.mode() & 0o7777, meta.uid());
+        let cause = format!("mode {mode:04o}, owner {owner}");
+        let remedy = if meta.is_dir() && owner != ours {
+            format!(
+                "the directory belongs to user {owner}, and this process is user {ours}; run it as user {owner}"
+            )
+        } else {
+            format!("it must be a directory of user {ours} with mode 0700")
+        };
         return Err(fail("will not write into", path, cause, &remedy));
     }
     Ok(())
@@ -235,6 +253,24 @@ pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Erro
         visit(line);
     }
     Ok(())
+}
+
+/// Reads the whole lines of a segment as text, without their LF, whatever they hold.
+pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Error> {
+    let mut reader = BufReader::new(open(path)?);
+    loop {
+        let mut line = Vec::new();
+        (&mut reader)
+            .take(LINE_BYTES_MAX)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| fail("cannot read", path, error, "check the disk"))?;
+        if line.is_empty() {
+            return Ok(());
+        }
+        if let Some(text) = line.strip_suffix(b"\n") {
+            visit(String::from_utf8_lossy(text).into_owned());
+        }
+    }
 }
 
 /// Length of a file, in bytes.

@@ -1,6 +1,6 @@
 //! The last lines of a log, read from its end: as much of it as they need, however long it is.
 
-use std::{fs::File, os::unix::fs::FileExt as _, path::Path};
+use std::{collections::VecDeque, fs::File, os::unix::fs::FileExt as _, path::Path};
 
 use super::{
     Error,
@@ -13,6 +13,34 @@ const BLOCK_BYTES: u64 = 64 * 1024;
 /// The last lines of the log in a directory, oldest first, without their LF. A line that is being written is left out.
 pub fn tail(directory: &Path, limit: usize) -> Result<Vec<String>, Error> {
     last_lines(directory, limit, None)
+}
+
+/// The last lines that pass a test, oldest first, without their LF. Reads as many segments as it needs, from the newest on.
+pub fn tail_matching(
+    directory: &Path,
+    limit: usize,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Vec<String>, Error> {
+    let mut lines = VecDeque::new();
+    for number in segment::segments(directory)?.into_iter().rev() {
+        let room = limit.saturating_sub(lines.len());
+        if room == 0 {
+            break;
+        }
+        let path = segment::segment_path(directory, number);
+        let mut found = VecDeque::new();
+        segment::texts(&path, |text| {
+            if wanted(&text) {
+                found.push_back(text);
+            }
+            if found.len() > room {
+                found.pop_front();
+            }
+        })?;
+        found.append(&mut lines);
+        lines = found;
+    }
+    Ok(lines.into())
 }
 
 /// The last lines up to `durable`: what follows may still be taken back.

@@ -406,11 +406,11 @@ impl Writer {
             self.try_acknowledgement();
             return;
         }
-        if self.current.is_some() {
-            if let Err(error) = self.files.check_all() {
-                self.note_failure(&error);
-                return;
-            }
+        if self.current.is_some()
+            && let Err(error) = self.files.check_all()
+        {
+            self.note_failure(&error);
+            return;
         }
         if self.current.is_none() && self.ensure_open().is_ok() {
             tracing::info!("the audit log is writable again");

@@ -179,8 +179,17 @@ impl Authenticator {
         }
         let sans = peer.sans().iter();
         let mut matching = sans.filter_map(|san| self.certificates.get(san));
+        if peer.sans().is_empty() {
+            return refuse(
+                "the client certificate has no subject alternative name of the kind URI or DNS, and no other part of it names a \
+                 principal",
+            );
+        }
         let Some(principal) = matching.next() else {
-            return refuse(format!("no principal is named by any of {:?}", peer.sans()));
+            return refuse(format!(
+                "no [[principal]] has one of the names of the client certificate: {:?}",
+                peer.sans()
+            ));
         };
         if matching.next().is_some() {
             return refuse(format!("several principals are named by {:?}", peer.sans()));

@@ -1,12 +1,14 @@
-//! The newest change that this instance acknowledged. Its mark is in the database that it was made in: a database without the
-//! mark is another one, or an earlier state of the same, and nothing is released or changed until an operator accepts it.
+//! What this instance remembers of its database: the identity of the database, and the newest changes that it acknowledged. Each
+//! of them left a mark in the database. A database with another identity, or without one of the marks, is another database or an
+//! earlier state of the same: nothing is released or changed until an operator accepts it.
 //!
-//! The change is written to the state directory at most a second later, so that a broker that is killed forgets no more than
-//! that second. Each instance looks for its own.
+//! The state directory has what is remembered, at most a second old. What a broker acknowledged in the last second before it was
+//! killed is taken from its audit log. Each instance looks for its own changes.
 
 use std::{
+    collections::VecDeque,
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -14,147 +16,302 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use keybroker_audit::Change;
 use keybroker_core::{
     call::{CallId, Timestamp},
-    error::{Error, Reason},
+    error::{Error, Reason, chain},
     state::{self, StateDirectory},
 };
+use keybroker_store::{CHANGES_MAX, StoreId};
 
 use super::Broker;
 
-/// Name of the fact in the state directory.
-const FACT: &str = "acknowledged";
+/// The fact as the release before named it, without the instance.
+const LEGACY_FACT: &str = "acknowledged";
 /// How long a caller should wait for an operator.
 const RETRY: Duration = Duration::from_secs(1);
-/// Marks are purged after the retention by the clock of another machine, perhaps.
+/// Marks are purged after the retention period, perhaps by the clock of another machine.
 const CLOCKS_APART: Duration = Duration::from_hours(1);
 
-/// A change as it is remembered across a restart.
+/// What is kept across a restart.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Kept {
+    /// The identity of the database, once one was seen.
+    store: Option<String>,
+    /// The newest changes, oldest first.
+    changes: Vec<KeptChange>,
+    /// When an operator accepted a database last. Changes of the audit log before that do not count.
+    #[serde(default)]
+    accepted_us: i64,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Newest {
+struct KeptChange {
     call: String,
     at_us: i64,
 }
 
-/// The fact cannot be read, or does not parse.
-#[derive(Clone, Copy, Debug)]
-struct Unreadable;
+/// The fact in the form of this release, or in that of the release before, which remembered one change.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Fact {
+    Now(Kept),
+    Before(KeptChange),
+}
+
+/// What is remembered while the broker runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Known {
+    store: Option<StoreId>,
+    /// At most [`CHANGES_MAX`], oldest first.
+    changes: VecDeque<(CallId, Timestamp)>,
+    accepted: Option<Timestamp>,
+}
+
+/// Why a database is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mismatch {
+    /// It has another identity, or none.
+    OtherStore,
+    /// It lacks the mark of a change that was acknowledged.
+    NoMark,
+}
+
+impl Mismatch {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::OtherStore => "the database is another one than before: its identity differs",
+            Self::NoMark => {
+                "the database lacks a change that was acknowledged: it is an earlier state of itself"
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Acknowledged {
-    newest: Mutex<Option<(CallId, Timestamp)>>,
-    /// Whether there is a newer one than the state directory has.
+    known: Mutex<Known>,
+    /// Whether the state directory lacks a part of what is known.
     is_changed: AtomicBool,
-    /// Whether the database has no mark of it.
-    is_missing: AtomicBool,
+    /// Why the database is refused, if it is.
+    mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
+    /// Name of the state file: that of this instance, because two brokers may share the directory.
+    fact: String,
 }
 
-/// Accepts that the database is an earlier state: forgets the newest acknowledged change, and says which it was.
-pub fn accept_restored(state: &StateDirectory) -> Result<Option<String>, state::Error> {
-    let fact = state.read(FACT)?;
-    state.remove(FACT)?;
-    let newest = fact.and_then(|bytes| serde_json::from_slice::<Newest>(&bytes).ok());
+fn fact_of(instance: &str) -> String {
+    format!("acknowledged-{instance}")
+}
+
+/// What the state directory has of an instance, also where a release before wrote it.
+fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::Error> {
+    let found = match state.read_json::<Fact>(fact)? {
+        None => state.read_json::<Fact>(LEGACY_FACT)?,
+        found => found,
+    };
+    Ok(found.map(Kept::from))
+}
+
+/// Accepts the database as it is: forgets its identity and the changes that were acknowledged. Returns the newest of them.
+///
+/// A damaged fact is replaced. Fails when the state directory cannot be used.
+pub fn accept_restored(
+    state: &StateDirectory,
+    instance: &str,
+) -> Result<Option<String>, state::Error> {
+    let fact = fact_of(instance);
+    let newest = match read_fact(state, &fact) {
+        Ok(kept) => kept.and_then(|mut kept| kept.changes.pop()),
+        Err(error) if error.is_damaged() => None,
+        Err(error) => return Err(error),
+    };
+    let accepted = Kept {
+        accepted_us: Timestamp::now().micros(),
+        ..Kept::default()
+    };
+    state.write_json(&fact, &accepted)?;
     Ok(newest.map(|newest| newest.call))
 }
 
-impl Acknowledged {
-    pub(super) fn new(state: StateDirectory, retention: Duration) -> Self {
+impl From<Fact> for Kept {
+    fn from(fact: Fact) -> Self {
+        match fact {
+            Fact::Now(kept) => kept,
+            Fact::Before(change) => Self {
+                changes: vec![change],
+                ..Self::default()
+            },
+        }
+    }
+}
+
+impl From<&Known> for Kept {
+    fn from(known: &Known) -> Self {
+        let kept = |(call, at): &(CallId, Timestamp)| KeptChange {
+            call: call.to_string(),
+            at_us: at.micros(),
+        };
         Self {
-            newest: Mutex::default(),
+            store: known.store.map(|id| id.to_string()),
+            changes: known.changes.iter().map(kept).collect(),
+            accepted_us: known.accepted.map_or(0, Timestamp::micros),
+        }
+    }
+}
+
+impl Known {
+    /// `None` when an id does not parse.
+    fn read(kept: &Kept) -> Option<Self> {
+        let store = match &kept.store {
+            Some(id) => Some(StoreId::from_hex(id)?),
+            None => None,
+        };
+        let mut known = Self {
+            store,
+            accepted: (kept.accepted_us > 0).then(|| Timestamp::from_micros(kept.accepted_us)),
+            ..Self::default()
+        };
+        for change in &kept.changes {
+            let call = CallId::parse(&change.call)?;
+            known.note(call, Timestamp::from_micros(change.at_us));
+        }
+        Some(known)
+    }
+
+    fn note(&mut self, call: CallId, at: Timestamp) {
+        if self.changes.iter().any(|(known, _)| *known == call) {
+            return;
+        }
+        self.changes.push_back((call, at));
+        if self.changes.len() > CHANGES_MAX {
+            self.changes.pop_front();
+        }
+    }
+}
+
+impl Acknowledged {
+    pub(super) fn new(state: StateDirectory, instance: &str, retention: Duration) -> Self {
+        Self {
+            known: Mutex::default(),
             is_changed: AtomicBool::new(false),
-            is_missing: AtomicBool::new(false),
+            mismatch: Mutex::default(),
             retention,
             state,
+            fact: fact_of(instance),
         }
     }
 
-    fn newest(&self) -> Option<(CallId, Timestamp)> {
-        *self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, newest: Option<(CallId, Timestamp)>) {
-        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = newest;
+    fn mismatch(&self) -> Option<Mismatch> {
+        *self.mismatch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The newest one, unless its mark may have been purged.
-    fn expected(&self) -> Option<CallId> {
-        let (call, at) = self.newest()?;
+    /// The identity, and those of the newest changes whose marks cannot have been purged.
+    fn expected(&self) -> (Option<StoreId>, Vec<CallId>) {
         let kept = self.retention.saturating_sub(CLOCKS_APART).as_micros();
-        let age = Timestamp::now().micros().saturating_sub(at.micros());
-        (i128::from(age) < i128::try_from(kept).unwrap_or(i128::MAX)).then_some(call)
+        let kept = i128::try_from(kept).unwrap_or(i128::MAX);
+        let now = Timestamp::now().micros();
+        let known = self.known();
+        let changes = known.changes.iter();
+        let in_time = changes.filter(|(_, at)| i128::from(now.saturating_sub(at.micros())) < kept);
+        (known.store, in_time.map(|(call, _)| *call).collect())
     }
 
     fn note(&self, call: CallId, at: Timestamp) {
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        if newest.is_none_or(|(_, before)| before <= at) {
-            *newest = Some((call, at));
-            self.is_changed.store(true, Ordering::Release);
-        }
+        self.known().note(call, at);
+        self.is_changed.store(true, Ordering::Release);
     }
 
     pub(super) fn is_missing(&self) -> bool {
-        self.is_missing.load(Ordering::Acquire)
+        self.mismatch().is_some()
     }
 
     fn keep(&self) {
         if !self.is_changed.swap(false, Ordering::AcqRel) {
             return;
         }
-        let Some((call, at)) = self.newest() else {
-            return;
-        };
-        let newest = Newest {
-            call: call.to_string(),
-            at_us: at.micros(),
-        };
-        let written = serde_json::to_vec(&newest)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| {
-                let written = self.state.write(FACT, &bytes);
-                written.map_err(|error| error.to_string())
-            });
-        if let Err(error) = written {
+        let kept = Kept::from(&*self.known());
+        if let Err(error) = self.state.write_json(&self.fact, &kept) {
             self.is_changed.store(true, Ordering::Release);
-            tracing::warn!(%error, "the newest acknowledged change is in memory alone");
+            tracing::warn!(
+                error = chain(&error),
+                "the newest acknowledged changes are in memory only"
+            );
         }
     }
 
     /// What the state directory has.
-    fn kept(&self) -> Result<Option<(CallId, Timestamp)>, Unreadable> {
-        let Some(bytes) = self.state.read(FACT).map_err(|_| Unreadable)? else {
+    fn kept(&self) -> Result<Option<Known>, Error> {
+        let kept = read_fact(&self.state, &self.fact).map_err(|error| unusable(&chain(&error)))?;
+        let Some(kept) = kept else {
             return Ok(None);
         };
-        let newest: Newest = serde_json::from_slice(&bytes).map_err(|_| Unreadable)?;
-        let call = CallId::parse(&newest.call).ok_or(Unreadable)?;
-        Ok(Some((call, Timestamp::from_micros(newest.at_us))))
+        let path = self.state.path().join(&self.fact);
+        let damaged = || unusable(&format!("the state file {} is damaged", path.display()));
+        Known::read(&kept).ok_or_else(damaged).map(Some)
     }
 
-    fn take_over(&self) {
-        if let Ok(newest) = self.kept() {
-            self.set(newest);
-        } else {
-            tracing::error!(
-                alarm = "store-restored",
-                "the state file `{FACT}` cannot be read: an earlier state of the database would not be noticed"
-            );
+    /// Takes over what the run before acknowledged. The changes of the audit log are newer than the fact when that run was killed.
+    fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
+        let mut known = self.kept()?.unwrap_or_default();
+        let accepted = known.accepted;
+        // Only changes of records and of API clients leave a mark in the database.
+        let marked = |change: &&Change| {
+            ["user_key.", "client_credential."]
+                .iter()
+                .any(|kind| change.action.starts_with(kind))
+        };
+        for change in logged.iter().filter(marked) {
+            if accepted.is_none_or(|accepted| change.at > accepted) {
+                known.note(change.call, change.at);
+            }
+        }
+        *self.known() = known;
+        self.is_changed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes over the word of an operator who accepted the database since.
+    fn take_over_acceptance(&self) {
+        let Ok(Some(kept)) = self.kept() else {
+            return;
+        };
+        let mut known = self.known();
+        if kept.accepted > known.accepted {
+            tracing::warn!("an operator accepted the database as it is");
+            *known = kept;
         }
     }
 }
 
+fn unusable(what: &str) -> Error {
+    Error::new(
+        Reason::StoreDown,
+        format!(
+            "{what}: without it an earlier state of the database would not be noticed. If the database is the right one, \
+             run `keybroker store accept-restored`"
+        ),
+    )
+}
+
 impl Broker {
     /// Takes over what the run before acknowledged, and looks for it.
-    pub(super) async fn take_over_acknowledged(&self) {
-        self.acknowledged.take_over();
+    pub(super) async fn take_over_acknowledged(&self) -> Result<(), Error> {
+        self.acknowledged.take_over(self.audit.changes_before())?;
         self.look_for_acknowledged().await;
+        self.acknowledged.keep();
+        Ok(())
     }
 
-    /// Takes note of a change that was committed. An error when the database it was committed to is not the one of the change before.
+    /// Takes note of a change that was committed. An error when the database that it was committed to is not the one that this
+    /// broker knows.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
-        if let Some(before) = self.acknowledged.expected()
-            && matches!(self.store.has_mark(before).await, Ok(false))
-        {
+        if matches!(self.compare_store().await, Ok(Some(_))) {
             self.look_for_acknowledged().await;
             self.check_acknowledged()?;
         }
@@ -162,51 +319,66 @@ impl Broker {
         Ok(())
     }
 
-    /// Fails while the database has no mark of the newest acknowledged change.
+    /// Fails while the database is not the one that this broker knows.
     pub(super) fn check_acknowledged(&self) -> Result<(), Error> {
-        if !self.acknowledged.is_missing() {
-            return Ok(());
+        match self.acknowledged.mismatch() {
+            None => Ok(()),
+            Some(mismatch) => {
+                Err(Error::new(Reason::StoreDown, mismatch.text()).retry_after(RETRY))
+            }
         }
-        let detail = "the database has no mark of the newest acknowledged change: it is another one, or an earlier state";
-        Err(Error::new(Reason::StoreDown, detail).retry_after(RETRY))
     }
 
     pub(super) fn keep_acknowledged(&self) {
         self.acknowledged.keep();
     }
 
-    /// Looks for the mark of the newest acknowledged change.
+    /// Compares the database with what this broker knows of it. Fails when the database does not answer.
+    async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
+        let (store, changes) = self.acknowledged.expected();
+        let evidence = self.store.evidence(&changes).await?;
+        if store.is_some() && evidence.store != store {
+            return Ok(Some(Mismatch::OtherStore));
+        }
+        if evidence.marks < changes.len() {
+            return Ok(Some(Mismatch::NoMark));
+        }
+        if store.is_none()
+            && let Some(id) = evidence.store
+        {
+            self.acknowledged.known().store = Some(id);
+            self.acknowledged.is_changed.store(true, Ordering::Release);
+        }
+        Ok(None)
+    }
+
+    /// Looks whether the database is the one that this broker knows.
     pub(super) async fn look_for_acknowledged(&self) {
         let acknowledged = &self.acknowledged;
-        let was_missing = acknowledged.is_missing();
-        // The operator's command removes the fact.
-        if was_missing && matches!(acknowledged.kept(), Ok(None)) {
-            tracing::warn!("an operator accepted the database as it is");
-            acknowledged.set(None);
+        let before = acknowledged.mismatch();
+        if before.is_some() {
+            acknowledged.take_over_acceptance();
         }
-        let missing = match acknowledged.expected() {
-            None => None,
-            Some(call) => match self.store.has_mark(call).await {
-                Ok(true) => None,
-                Ok(false) => Some(call),
-                // Not known, so nothing changes.
-                Err(_) => return,
-            },
+        // Not known when the database does not answer, so nothing changes.
+        let Ok(mismatch) = self.compare_store().await else {
+            return;
         };
-        if missing.is_some() {
-            // Before anybody looks whether it was removed.
+        if mismatch.is_some() {
+            // Before the operator's command reads it.
             acknowledged.keep();
         }
-        acknowledged
-            .is_missing
-            .store(missing.is_some(), Ordering::Release);
-        match missing {
-            Some(call) if !was_missing => tracing::error!(
-                alarm = "store-restored", %call,
-                "the database has no mark of the newest acknowledged change: it is another one, or an earlier state; \
-                 nothing is released or changed until it is put right, or accepted with `keybroker store accept-restored`"
+        *acknowledged
+            .mismatch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = mismatch;
+        match mismatch {
+            Some(mismatch) if before.is_none() => tracing::error!(
+                alarm = "store-restored",
+                cause = mismatch.text(),
+                "the database is not the one that this broker knows; nothing is released or changed until the right one is \
+                 back, or `keybroker store accept-restored` accepts this one"
             ),
-            None if was_missing => tracing::warn!("the database is accepted again"),
+            None if before.is_some() => tracing::warn!("the database is accepted again"),
             _ => {}
         }
     }

@@ -225,10 +225,21 @@ impl Broker {
 
     fn check_grantable(&self, document: &Document) -> Result<(), Error> {
         let grantable = &self.client_rules.grantable_roles;
-        if document.roles.iter().all(|role| grantable.contains(role)) {
+        let refused = document.roles.iter().find(|role| !grantable.contains(role));
+        let Some(refused) = refused else {
             return Ok(());
-        }
-        let what = "only roles that `client_credentials.grantable_roles` in the broker's configuration lists; the default is none";
+        };
+        let names: Vec<&str> = grantable.iter().map(|role| role.as_str()).collect();
+        let allowed = if names.is_empty() {
+            "which is empty".to_owned()
+        } else {
+            format!("which lists {}", names.join(", "))
+        };
+        let what = format!(
+            "the role `{refused}` may not be granted; the roles that may are in `client_credentials.grantable_roles` of the \
+             broker's configuration, {allowed}",
+            refused = refused.as_str()
+        );
         Err(Error::violation("roles", what))
     }
 

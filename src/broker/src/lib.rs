@@ -163,7 +163,7 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
-            acknowledged: Acknowledged::new(parts.state.clone(), parts.retention),
+            acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
             uses: Uses::default(),
             client_rules: parts.client_rules,

@@ -9,7 +9,11 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use keybroker_audit::{OpenIntent, Outcome};
-use keybroker_core::{call::Timestamp, error::Reason, metrics};
+use keybroker_core::{
+    call::Timestamp,
+    error::{Error, Reason},
+    metrics,
+};
 use keybroker_hsm::Serving;
 use keybroker_store as store;
 
@@ -148,14 +152,16 @@ impl Broker {
         }
     }
 
-    /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once.
-    pub async fn recover(&self, open: Vec<OpenIntent>) {
+    /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once. Fails when what this
+    /// instance remembers of its database cannot be read.
+    pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
-        self.take_over_acknowledged().await;
+        self.take_over_acknowledged().await?;
         for intent in open {
             self.resolve_later(intent);
         }
         self.resolve_intents().await;
+        Ok(())
     }
 
     /// Leaves an intent to the next tick: whether it was committed could not be learned or recorded.

@@ -6,13 +6,13 @@ use subtle::ConstantTimeEq as _;
 
 use keybroker_core::{
     call::{Call, RequestId},
-    envelope::{Mac, mac::MacMessage},
+    envelope::mac::MacMessage,
     error::{Error, Reason},
     key::Revision,
     principal::Principal,
 };
 use keybroker_hsm as hsm;
-use keybroker_store::{RecordInfo, RecordState, RequestRecord, RequestScope, RequestStamp};
+use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, request_message};
 
 use super::{Broker, UserKeyRef, mutation::Change, within};
 
@@ -48,7 +48,7 @@ impl Broker {
         stamp: RequestStamp,
         result: RecordInfo,
     ) -> Result<RequestStamp, Error> {
-        let message = answer(&stamp.scope, &stamp.content, &result);
+        let message = request_message(&stamp.scope, &stamp.content, &result);
         let mac = within(call, self.token.mac(stamp.key, &message, call.deadline)).await?;
         Ok(RequestStamp {
             result: Some((result, mac)),
@@ -76,7 +76,7 @@ impl Broker {
                 return Err(altered());
             }
         }
-        let message = answer(scope, &earlier.content, &earlier.result);
+        let message = request_message(scope, &earlier.content, &earlier.result);
         let job = self
             .token
             .verify_mac(earlier.key, &message, mac, call.deadline);
@@ -124,30 +124,6 @@ impl Broker {
             Err(Error::new(Reason::RequestIdReused, detail))
         }
     }
-}
-
-fn answer(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
-    let state = match result.state {
-        RecordState::Active => "active",
-        RecordState::Deleted => "deleted",
-    };
-    let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
-    MacMessage::request_result(&[
-        scope.tenant.as_str().as_bytes(),
-        scope.principal.as_bytes(),
-        scope.id.as_bytes(),
-        content,
-        result.address.tenant.as_str().as_bytes(),
-        result.address.user.as_str().as_bytes(),
-        result.address.name.as_str().as_bytes(),
-        result.id.as_bytes(),
-        state.as_bytes(),
-        &result.revision.get().to_be_bytes(),
-        result.wrapping_key.as_bytes(),
-        &result.created.micros().to_be_bytes(),
-        &result.updated.micros().to_be_bytes(),
-        deleted.as_ref().map_or(&[], |at| at.as_slice()),
-    ])
 }
 
 fn content(key: &UserKeyRef, change: &Change) -> MacMessage {

@@ -1,6 +1,6 @@
 //! What can go wrong: while a client is built, and while a call is made.
 
-use std::{error::Error as StdError, fmt, path::PathBuf, time::Duration};
+use std::{borrow::Cow, error::Error as StdError, fmt, path::PathBuf, time::Duration};
 
 use keybroker_core::{
     call::{CallId, RequestId},
@@ -62,13 +62,13 @@ pub enum BuildError {
 #[error("{field} must be {requirement}")]
 pub struct InvalidField {
     field: &'static str,
-    requirement: &'static str,
+    requirement: Cow<'static, str>,
 }
 
 impl InvalidField {
     pub(crate) const REQUEST_ID: Self = Self {
         field: "request_id",
-        requirement: "a UUID that is not nil",
+        requirement: Cow::Borrowed("a UUID that is not nil"),
     };
 
     /// The field, as the protocol names it.
@@ -77,8 +77,8 @@ impl InvalidField {
     }
 
     /// What the field must be.
-    pub fn requirement(&self) -> &'static str {
-        self.requirement
+    pub fn requirement(&self) -> &str {
+        &self.requirement
     }
 }
 
@@ -87,7 +87,9 @@ impl From<keybroker_core::error::Error> for InvalidField {
         let violation = error.violations().first();
         Self {
             field: violation.map_or("request", |violation| violation.field),
-            requirement: violation.map_or("valid", |violation| violation.description),
+            requirement: violation.map_or(Cow::Borrowed("valid"), |violation| {
+                violation.description.clone()
+            }),
         }
     }
 }

@@ -63,6 +63,11 @@ impl fmt::Display for CallId {
 pub struct RequestId(Uuid);
 
 impl RequestId {
+    /// From 16 bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
     /// From the UUID's text form; empty text is no request id.
     pub fn parse(text: &str) -> Result<Option<Self>, Error> {
         if text.is_empty() {

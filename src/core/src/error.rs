@@ -3,7 +3,7 @@
 //! Every layer has an error of its own and converts it into [`Error`] where it leaves that layer. A caller receives the
 //! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never leaves the broker.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 /// Why a call failed, as the caller may know it. The list is frozen: `docs/errors.md` documents each, and the test of
 /// the wire contract fails when one is renamed.
@@ -140,13 +140,13 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. Both parts are fixed text, never the caller's bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A field of a request that breaks its limits. Neither part has bytes of the caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Field path in the request, as in the proto.
     pub field: &'static str,
     /// What the field must be.
-    pub description: &'static str,
+    pub description: Cow<'static, str>,
 }
 
 /// A failed call.
@@ -174,10 +174,12 @@ impl Error {
     }
 
     /// A malformed request: one field and what it must be.
-    pub fn violation(field: &'static str, description: &'static str) -> Self {
+    pub fn violation(field: &'static str, description: impl Into<Cow<'static, str>>) -> Self {
+        let description = description.into();
+        let detail = format!("{field}: {description}");
         Self {
             violations: vec![Violation { field, description }],
-            ..Self::new(Reason::Request, format!("{field}: {description}"))
+            ..Self::new(Reason::Request, detail)
         }
     }
 

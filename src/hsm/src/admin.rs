@@ -1,42 +1,57 @@
-//! The token for one-shot commands: the module in this process, used by one thread, gone with the command.
+//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
+//!
+//! The vendor's module never shares a process with the network or the database, in a command as little as in `serve`. A module
+//! that crashes ends in an [`AdminError`] that names signal, function and path; one that hangs does so within a timeout.
 
-use cryptoki::{
-    context::Pkcs11,
-    session::UserType,
-    slot::{Slot, TokenInfo as PkcsTokenInfo},
+use std::{
+    io::{self, Read as _, Write as _},
+    ops::RangeInclusive,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, ExitStatus},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use keybroker_core::{
-    call::Timestamp,
     envelope::{Algorithm, Mac, mac::MacMessage},
     key::{Fingerprint, WrappingKeyId},
+    state::StateDirectory,
 };
-
-use super::{
-    ExpectedKey, Pin, PinRecord, Settings, TokenInfo,
-    classify::{Class, Fault},
-    gate::Finding,
-    keys, module,
-    open::{KeySession, OpenToken},
-    operation, select,
+use keybroker_worker_protocol::{
+    PinSource, Settings, TokenInfo, check_environment,
+    frame::{Inbox, Outbox},
+    oaep,
+    wire::{
+        self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
+        InitToken, ListKeys, ListTokens, OpenToken, TokenEntry, VerifyMac, admin_reply::Outcome,
+        admin_request::Job,
+    },
 };
+use zeroize::Zeroize as _;
 
-mod verifier;
+use crate::process;
+
 mod wrapper;
 
-pub use verifier::Verifier;
 pub use wrapper::Wrapper;
 
-/// Length of `CK_TOKEN_INFO.label`.
-const LABEL_BYTES: usize = 32;
+/// The hidden command of the worker.
+const WORKER: &str = "token-admin-worker";
+/// Least time for a call that makes a key or initialises a token: some devices take minutes.
+const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
+/// How long a worker may take to end by itself once its socket is closed: longer than it gives the module.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
+const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AdminError {
-    /// No module, no token, or not the one that was meant.
+    /// No module, no token, or not the one that was meant; or the module crashed or hangs.
     #[error("{0}")]
     Token(String),
-    /// No PIN, or one that was refused.
+    /// No PIN, or one that was rejected.
     #[error("{0}")]
     Pin(String),
     /// A key, an attribute or a MAC is not as it must be.
@@ -44,16 +59,14 @@ pub enum AdminError {
     Untrusted(String),
 }
 
-impl From<Fault> for AdminError {
-    fn from(fault: Fault) -> Self {
-        match fault.class {
-            Class::Pin => Self::Pin(fault.detail),
-            Class::Login => Self::Token(format!(
-                "{}. This login was counted; run the command again when the token works",
-                fault.detail
-            )),
-            Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
-            _ => Self::Token(fault.detail),
+impl From<wire::AdminFailure> for AdminError {
+    fn from(failure: wire::AdminFailure) -> Self {
+        match failure.class() {
+            AdminFailureClass::Pin => Self::Pin(failure.detail),
+            AdminFailureClass::Untrusted => Self::Untrusted(failure.detail),
+            AdminFailureClass::Token | AdminFailureClass::Unspecified => {
+                Self::Token(failure.detail)
+            }
         }
     }
 }
@@ -68,10 +81,16 @@ pub struct Listed {
     /// Whether it was initialised.
     pub initialised: bool,
     /// Whether its user PIN is locked, or one wrong PIN away from it.
-    pub pin_state: &'static str,
+    pub pin_state: String,
+    /// The modulus lengths of RSA-OAEP, in bits; absent when the token does not list the mechanism.
+    pub oaep_bits: Option<RangeInclusive<u64>>,
+    /// Whether the token lists HMAC with SHA-256.
+    pub sha256_hmac: bool,
+    /// Whether the settings choose this token.
+    pub is_chosen: bool,
 }
 
-/// A key on the token, gated and proved.
+/// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub struct CheckedKey {
     /// `CKA_ID`.
@@ -82,308 +101,395 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// What the capability probe chose; absent when the gate refused the key.
+    /// What the capability probe chose; absent when the key was refused.
     pub algorithm: Option<Algorithm>,
-    /// The gate's verdict on the RSA private key, attribute by attribute.
+    /// The attribute check of the RSA private key.
     pub private: Vec<Finding>,
-    /// The gate's verdict on the binding key.
+    /// The attribute check of the binding key.
     pub binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub problem: Option<String>,
 }
 
+/// The result for one attribute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Name in the standard, such as `CKA_SENSITIVE`.
+    pub attribute: String,
+    /// What was found and what is required.
+    pub verdict: String,
+    /// Whether the key may be used as far as this attribute goes.
+    pub passes: bool,
+}
+
 /// All slots with a token, initialised or not. Needs no PIN.
-pub fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
-    let module = module::load(&settings.module)?;
-    let mut listed = Vec::new();
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
-        let info = module.get_token_info(slot).map_err(Fault::from)?;
-        listed.push(Listed {
-            slot: slot.id(),
-            info: select::describe(&info),
-            initialised: info.token_initialized(),
-            pin_state: if info.user_pin_locked() {
-                "locked"
-            } else if info.user_pin_final_try() {
-                "final try"
-            } else if info.user_pin_count_low() {
-                "wrong PIN tried"
-            } else if info.user_pin_initialized() {
-                "ok"
-            } else {
-                "not set"
-            },
-        });
+pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, AdminError> {
+    let mut worker = Worker::start(program, settings)?;
+    let job = Job::ListTokens(ListTokens {
+        setup: Some(settings.to_setup(Path::new(""))),
+    });
+    match worker.ask(job, Duration::ZERO)? {
+        Outcome::Tokens(list) => Ok(list.tokens.into_iter().map(listed).collect()),
+        _ => Err(unexpected()),
     }
-    Ok(listed)
 }
 
 /// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
-/// given: everything on it is lost for ever.
+/// given: everything on it is lost for ever. PINs that the token rejected before are forgotten. Returns the token, and what
+/// the operator must know besides.
 pub fn init_token(
+    program: &Path,
     settings: &Settings,
+    state: &StateDirectory,
     label: &str,
-    so_pin: &Pin,
-    user_pin: &Pin,
+    so_pin: &PinSource,
+    user_pin: &PinSource,
     erase_serial: Option<&str>,
-) -> Result<TokenInfo, AdminError> {
-    check_label(label)?;
-    let module = module::load(&settings.module)?;
-    let slot = match erase_serial {
-        None => blank_slot(&module, label)?,
-        Some(serial) => slot_to_erase(&module, serial, label)?,
-    };
-    // Everything that can be refused is refused before anything is erased.
-    let info = module.get_token_info(slot).map_err(Fault::from)?;
-    check_pin("security officer's PIN", so_pin, &info)?;
-    check_pin("user PIN", user_pin, &info)?;
-    check_so_counter(&info)?;
-    module
-        .init_token(slot, &so_pin.to_auth_pin(), label)
-        .map_err(Fault::from)?;
-    // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
-    let selector = Settings {
-        label: Some(label.to_owned()),
-        serial: None,
-        uri: None,
-        ..settings.clone()
-    };
-    let selector = select::Selector::from_settings(&selector).map_err(AdminError::Token)?;
-    let (slot, info) = select::find(&module, &selector)?;
-    let session = module.open_rw_session(slot).map_err(Fault::from)?;
-    session
-        .login(UserType::So, Some(&so_pin.to_auth_pin()))
-        .map_err(Fault::from)?;
-    session
-        .init_pin(&user_pin.to_auth_pin())
-        .map_err(Fault::from)?;
-    session.logout().map_err(Fault::from)?;
-    Ok(info)
-}
-
-/// A label that the token gives back as it was set, so that the token is found by it.
-fn check_label(label: &str) -> Result<(), AdminError> {
-    let problem = if label.is_empty() || label.chars().any(char::is_control) {
-        "must have 1 to 32 bytes and no control characters"
-    } else if label.len() > LABEL_BYTES {
-        "is longer than 32 bytes of UTF-8"
-    } else if label != label.trim() {
-        "begins or ends with a blank, which tokens do not keep apart from padding"
-    } else {
-        return Ok(());
-    };
-    Err(AdminError::Token(format!(
-        "the token label {label:?} {problem}. Nothing was changed"
-    )))
-}
-
-/// Holds the length of a PIN against what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
-fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
-    let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
-    let length = pin.length();
-    if length < shortest || longest >= shortest.max(1) && length > longest {
-        return Err(AdminError::Pin(format!(
-            "the {what} has {length} bytes; the token takes {shortest} to {longest}. Nothing was changed"
-        )));
-    }
-    Ok(())
-}
-
-/// A wrong security officer's PIN is counted, too, and a token whose officer is locked out cannot be administered again.
-fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
-    // A blank token takes any, and its flags say nothing.
-    if !info.token_initialized() {
-        return Ok(());
-    }
-    let problem = if info.so_pin_locked() {
-        "the security officer's PIN is locked"
-    } else if info.so_pin_final_try() {
-        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
-         counter"
-    } else {
-        return Ok(());
-    };
-    Err(AdminError::Pin(format!("{problem}. Nothing was changed")))
-}
-
-fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
-    let mut blank = None;
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
-        let info = module.get_token_info(slot).map_err(Fault::from)?;
-        if !info.token_initialized() {
-            blank.get_or_insert(slot);
-        } else if select::unpadded(info.label()) == label {
-            return Err(AdminError::Token(format!(
-                "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
-                 erase it with every key on it, for ever: --erase-serial {}",
-                select::unpadded(info.serial_number()),
-                select::unpadded(info.serial_number())
-            )));
+) -> Result<(TokenInfo, Option<String>), AdminError> {
+    let mut worker = Worker::start(program, settings)?;
+    let job = Job::InitToken(InitToken {
+        setup: Some(settings.to_setup(state.path())),
+        label: label.to_owned(),
+        so_pin: Some(so_pin.to_wire().map_err(AdminError::Pin)?),
+        user_pin: Some(user_pin.to_wire().map_err(AdminError::Pin)?),
+        erase_serial: erase_serial.unwrap_or_default().to_owned(),
+    });
+    match worker.ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+        Outcome::Token(entry) => {
+            let note = (!entry.note.is_empty()).then(|| entry.note.clone());
+            Ok((listed(entry).info, note))
         }
+        _ => Err(unexpected()),
     }
-    blank.ok_or_else(|| {
-        AdminError::Token(
-            "every token of this module is initialised, and none is erased without \
-             --erase-serial"
-                .to_owned(),
-        )
-    })
 }
 
-fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
-    let mut wanted = None;
-    for (slot, info) in select::list(module)? {
-        let found = select::unpadded(info.serial_number());
-        if found == serial {
-            wanted = Some(slot);
-        } else if select::unpadded(info.label()) == label {
-            return Err(AdminError::Token(format!(
-                "another token has the label {label:?} already (serial {found}), and the two could not be told \
-                 apart by it; nothing was erased. Choose another label"
-            )));
-        }
-    }
-    wanted.ok_or_else(|| {
-        AdminError::Token(format!(
-            "no initialised token has the serial number {serial:?}; nothing was erased"
-        ))
-    })
-}
-
-/// A token that this command is logged in to.
+/// A token that an admin worker is logged in to.
 #[derive(Debug)]
 pub struct Admin {
-    settings: Settings,
-    token: OpenToken,
+    worker: Mutex<Worker>,
+    pid: u32,
+    info: TokenInfo,
 }
 
 impl Admin {
-    /// Logs in if the record of PINs allows it, read-write if keys are to be made.
+    /// Logs in if the record of PINs in the state directory allows it, read-write if keys are to be made. `program` is the binary
+    /// of the worker: that which runs now.
     pub fn open(
+        program: &Path,
         settings: &Settings,
-        record: &PinRecord,
-        pin: &Pin,
+        state: &StateDirectory,
+        pin: &PinSource,
         write: bool,
     ) -> Result<Self, AdminError> {
-        Ok(Self {
-            settings: settings.clone(),
-            token: OpenToken::login(settings, record, pin, write)?,
-        })
+        let mut worker = Worker::start(program, settings)?;
+        let job = Job::Open(OpenToken {
+            setup: Some(settings.to_setup(state.path())),
+            pin: Some(pin.to_wire().map_err(AdminError::Pin)?),
+            write,
+        });
+        match worker.ask(job, Duration::ZERO)? {
+            Outcome::Token(entry) => Ok(Self {
+                pid: worker.child.id(),
+                worker: Mutex::new(worker),
+                info: listed(entry).info,
+            }),
+            _ => Err(unexpected()),
+        }
     }
 
     /// The token.
     pub fn info(&self) -> &TokenInfo {
-        &self.token.info
+        &self.info
+    }
+
+    /// Process id of the worker.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn worker(&self) -> MutexGuard<'_, Worker> {
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ids of all RSA private keys on the token.
     pub fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
-        Ok(keys::list(&self.token.anchor)?)
-    }
-
-    /// Makes a wrapping key and its binding key, reads every attribute back and proves both. The keys stay on the token
-    /// whatever comes after; nothing is registered here.
-    pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
-        let pair = keys::generate(&self.token.anchor, modulus_bits)?;
-        let checked = self.check(pair.id)?;
-        match &checked.problem {
-            None => Ok(checked),
-            Some(problem) => Err(AdminError::Untrusted(format!(
-                "the token made key {} otherwise than asked; it is not registered and will not be used: \
-                 {problem}",
-                pair.id
-            ))),
+        match self
+            .worker()
+            .ask(Job::ListKeys(ListKeys {}), Duration::ZERO)?
+        {
+            Outcome::KeyIds(list) => list
+                .ids
+                .iter()
+                .map(|id| WrappingKeyId::from_slice(id).ok_or_else(unexpected))
+                .collect(),
+            _ => Err(unexpected()),
         }
     }
 
-    /// Gates and proves one key.
+    /// Makes a wrapping key and its binding key, reads every attribute back and runs a self-test with both. The keys stay on the
+    /// token whatever comes after; nothing is registered here.
+    pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        let job = Job::GenerateKey(GenerateKey { modulus_bits });
+        match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+            Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Checks the attributes of one key and runs a self-test with it.
     pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
-        let verdict = keys::inspect(
-            &self.token.anchor,
-            &pair,
-            &self.settings.attribute_exceptions,
-        )?;
-        let public = keys::public_side(&self.token.anchor, &pair)?;
-        let expected = ExpectedKey {
-            id,
-            fingerprint: public.fingerprint,
-        };
-        let proved = self.token.prove(&self.settings, &expected);
-        Ok(CheckedKey {
-            id,
-            fingerprint: public.fingerprint,
-            spki: public.spki,
-            modulus_bits: public.modulus_bits,
-            algorithm: proved.as_ref().ok().map(|key| key.canary.algorithm()),
-            private: verdict.private,
-            binding: verdict.binding,
-            problem: proved.err().map(|fault| fault.to_string()),
-        })
+        let job = Job::CheckKey(CheckKey {
+            key_id: id.as_bytes().to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
     }
 
     /// Makes a MAC with the binding key of that id.
     pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
-        Ok(operation::mac(
-            &self.token.anchor,
-            &pair,
-            message.as_bytes(),
-        )?)
+        let job = Job::Mac(wire::Mac {
+            key_id: id.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Mac(mac) => mac.try_into().map_err(|_| unexpected()),
+            _ => Err(unexpected()),
+        }
     }
 
-    /// Whether a MAC verifies.
+    /// Whether a MAC verifies. The worker finds a key at its first MAC and keeps it.
     pub fn verify(
         &self,
         id: WrappingKeyId,
         message: &MacMessage,
         mac: &Mac,
     ) -> Result<bool, AdminError> {
-        self.verifier(&[id])?.verify(id, message, mac)
+        let job = Job::VerifyMac(VerifyMac {
+            key_id: id.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+            mac: mac.to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Verified(verified) => Ok(verified),
+            _ => Err(unexpected()),
+        }
     }
 
-    /// For many MACs one after another, by the binding keys of these ids.
-    pub fn verifier(&self, ids: &[WrappingKeyId]) -> Result<Verifier<'_>, AdminError> {
-        Verifier::new(self, ids)
-    }
-
-    /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
-    /// of operations.
+    /// Decrypts in a loop with so many threads for so many seconds: what the token can do with nothing around it. Returns the
+    /// number of operations.
     pub fn decrypt_loop(
         &self,
         id: WrappingKeyId,
-        threads: usize,
-        until: Timestamp,
+        threads: u32,
+        seconds: u32,
     ) -> Result<u64, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
-        let public = keys::public_side(&self.token.anchor, &pair)?;
-        let canary = self
-            .token
-            .probe(id, &public, self.settings.allow_oaep_sha1)?;
-        let sessions: Vec<KeySession> = (0..threads)
-            .map(|_| self.token.session(&[id]))
-            .collect::<Result<_, _>>()?;
-        let counts = std::thread::scope(|scope| {
-            let running: Vec<_> = sessions
-                .into_iter()
-                .map(|session| {
-                    let canary = &canary;
-                    scope.spawn(move || -> Result<u64, Fault> {
-                        let pair = session.pair(id).expect("it was opened with this key");
-                        let mut count = 0;
-                        while Timestamp::now() < until {
-                            canary.decrypt(&session.session, pair)?;
-                            count += 1;
-                        }
-                        Ok(count)
-                    })
-                })
-                .collect();
-            running
-                .into_iter()
-                .map(|thread| thread.join().expect("the loop does not panic"))
-                .sum::<Result<u64, Fault>>()
-        })?;
-        Ok(counts)
+        let job = Job::DecryptLoop(DecryptLoop {
+            key_id: id.as_bytes().to_vec(),
+            threads,
+            seconds,
+        });
+        let mut worker = self.worker();
+        let least = worker.call_timeout + Duration::from_secs(seconds.into());
+        match worker.ask(job, least)? {
+            Outcome::Count(count) => Ok(count),
+            _ => Err(unexpected()),
+        }
+    }
+}
+
+fn unexpected() -> AdminError {
+    AdminError::Token("the admin worker sent an unexpected answer".to_owned())
+}
+
+fn listed(entry: TokenEntry) -> Listed {
+    Listed {
+        slot: entry.slot,
+        info: TokenInfo {
+            label: entry.label,
+            serial: entry.serial,
+            model: entry.model,
+        },
+        initialised: entry.initialised,
+        pin_state: entry.pin_state,
+        oaep_bits: entry.oaep.map(|oaep| oaep.bits_min..=oaep.bits_max),
+        sha256_hmac: entry.sha256_hmac,
+        is_chosen: entry.is_chosen,
+    }
+}
+
+fn checked(key: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
+    let algorithm = match key.algorithm {
+        0 => None,
+        number => Some(
+            u8::try_from(number)
+                .ok()
+                .and_then(Algorithm::from_number)
+                .ok_or_else(unexpected)?,
+        ),
+    };
+    let findings = |findings: Vec<wire::AttributeFinding>| {
+        findings
+            .into_iter()
+            .map(|finding| Finding {
+                attribute: finding.attribute,
+                verdict: finding.verdict,
+                passes: finding.passes,
+            })
+            .collect()
+    };
+    Ok(CheckedKey {
+        id: WrappingKeyId::from_slice(&key.id).ok_or_else(unexpected)?,
+        fingerprint: oaep::fingerprint(&key.spki),
+        spki: key.spki,
+        modulus_bits: usize::try_from(key.modulus_bits).map_err(|_| unexpected())?,
+        algorithm,
+        private: findings(key.private_key),
+        binding: findings(key.binding_key),
+        problem: (!key.problem.is_empty()).then_some(key.problem),
+    })
+}
+
+/// An admin worker: its process and our end of its socket. It is ended when this is dropped.
+#[derive(Debug)]
+struct Worker {
+    child: Child,
+    stream: UnixStream,
+    inbox: Inbox,
+    outbox: Outbox,
+    module: PathBuf,
+    call_timeout: Duration,
+    /// The function of the module that was called last.
+    calling: Option<String>,
+    /// Why the worker cannot be asked any more.
+    lost: Option<AdminError>,
+}
+
+impl Worker {
+    fn start(program: &Path, settings: &Settings) -> Result<Self, AdminError> {
+        check_environment(&settings.environment).map_err(AdminError::Token)?;
+        let not_started =
+            |error: io::Error| AdminError::Token(format!("cannot start an admin worker: {error}"));
+        let (mut command, stream) =
+            process::command(program, settings, WORKER).map_err(not_started)?;
+        let child = command.spawn().map_err(not_started)?;
+        // The worker's end of the socket is in `command`: without this, the end of the worker would not be seen.
+        drop(command);
+        Ok(Self {
+            child,
+            stream,
+            inbox: Inbox::default(),
+            outbox: Outbox::default(),
+            module: settings.module.clone(),
+            call_timeout: Duration::from_millis(settings.call_timeout_ms),
+            calling: None,
+            lost: None,
+        })
+    }
+
+    /// Sends a job and waits for its answer. Each call of the module may take the timeout of the settings, or `least` if that is
+    /// longer.
+    fn ask(&mut self, job: Job, least: Duration) -> Result<Outcome, AdminError> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone());
+        }
+        let asked = self.exchange(job, self.call_timeout.max(least));
+        let failure = match asked {
+            Ok(Outcome::Failure(failure)) => return Err(failure.into()),
+            Ok(outcome) => return Ok(outcome),
+            Err(error) => self.explain(&error, self.call_timeout.max(least)),
+        };
+        self.lost = Some(failure.clone());
+        Err(failure)
+    }
+
+    fn exchange(&mut self, job: Job, timeout: Duration) -> io::Result<Outcome> {
+        let mut request = AdminRequest { job: Some(job) };
+        self.outbox.push(&request);
+        match &mut request.job {
+            Some(Job::Mac(job)) => job.message.zeroize(),
+            Some(Job::VerifyMac(job)) => job.message.zeroize(),
+            _ => {}
+        }
+        drop(request);
+        self.stream.set_write_timeout(Some(timeout))?;
+        let written = self.stream.write_all(self.outbox.rest());
+        self.outbox.sent(self.outbox.rest().len());
+        written?;
+        let mut deadline = Instant::now() + timeout;
+        loop {
+            while let Some(reply) = self.inbox.take::<AdminReply>()? {
+                match reply.outcome {
+                    Some(Outcome::Calling(function)) => {
+                        self.calling = Some(function);
+                        deadline = Instant::now() + timeout;
+                    }
+                    Some(outcome) => return Ok(outcome),
+                    None => return Err(io::ErrorKind::InvalidData.into()),
+                }
+            }
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(remaining))?;
+            match self.stream.read(self.inbox.room()) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.inbox.received(count),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// What it means that no answer came.
+    fn explain(&mut self, error: &io::Error, timeout: Duration) -> AdminError {
+        let place = process::describe_call(self.calling.as_deref(), &self.module);
+        let what = match error.kind() {
+            io::ErrorKind::TimedOut => format!(
+                "the PKCS#11 module did not answer within {} s {place}; its process is ended. If the device needs longer, raise \
+                 `token.call_timeout_ms`",
+                timeout.as_secs()
+            ),
+            _ => match self.wait(EXIT_TIMEOUT) {
+                Some(status) => format!(
+                    "the process of the PKCS#11 module {} {place}; the defect is in the module or in what it loads",
+                    process::describe_end(status)
+                ),
+                None => format!("the process of the PKCS#11 module failed {place}: {error}"),
+            },
+        };
+        AdminError::Token(what)
+    }
+
+    /// Waits for the end of the worker, so long at most.
+    fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        let until = Instant::now() + timeout;
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            if Instant::now() > until {
+                return None;
+            }
+            thread::sleep(EXIT_PAUSE);
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// Lets the worker close its sessions. It ends itself when the module does not let it: SIGKILL in the middle of a login can
+    /// cost SoftHSM its token, and so comes last.
+    fn drop(&mut self) {
+        let _already_closed = self.stream.shutdown(std::net::Shutdown::Write);
+        if self.wait(EXIT_TIMEOUT).is_none() {
+            let _ended_meanwhile = self.child.kill();
+            let _reaped = self.child.wait();
+        }
     }
 }

@@ -1,17 +1,16 @@
-//! The token: everything that knows PKCS#11. Nothing outside this folder names a mechanism, an attribute, a handle or a
-//! return code; what leaves is a [`Token`], an [`Error`] class and text for the log.
+//! The front's side of the token: a [`Token`] that the broker calls, and the [`Supervisor`] behind it.
 //!
-//! The vendor's module never shares a process with the network. [`Supervisor`] (in the front) starts worker processes,
-//! which load the module, log in once and serve a closed set of jobs over a socket pair; it replaces a worker that
-//! crashes, hangs or loses its token. One-shot commands of the command line (`admin`) load the module themselves.
+//! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes, which load the
+//! module, log in once and serve a closed set of jobs over a socket pair; it replaces a worker that crashes, hangs or loses
+//! its token. The worker is in crate `pkcs11`, which this crate does not know: what both sides share is in
+//! `worker-protocol`. No mechanism, attribute, handle or return code reaches this crate; a failure is an [`Error`] class
+//! with text for the log.
 //!
 //! What is not promised: isolation from an attacker who runs code as the same user as the worker.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
-
 use keybroker_core::{
     call::{Deadline, Timestamp},
     envelope::{Algorithm, Context, Envelope, Mac, mac::MacMessage},
@@ -21,92 +20,14 @@ use keybroker_core::{
 };
 
 pub mod admin;
-mod classify;
-mod frame;
-pub mod gate;
-mod keys;
 mod link;
-mod login_policy;
-mod module;
-mod oaep;
-mod open;
-mod operation;
-mod pin;
-mod pin_record;
+mod process;
 mod queue;
-mod select;
-mod session;
 mod start;
 mod supervisor;
-#[cfg(test)]
-mod tests;
-mod wire;
-mod work;
-pub mod worker;
 
-pub use module::{check_environment, check_file as check_module};
-pub use pin::Pin;
-pub use pin_record::{PinRecord, RecordError};
-pub use select::unpadded;
+pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
 pub use supervisor::{StartupError, Supervisor};
-
-/// Which token, and how to reach it: the `[token]` section of the configuration.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Path of the vendor's PKCS#11 library.
-    pub module: PathBuf,
-    /// The token by its label. Exactly one of `label`, `serial` and `uri` is set.
-    pub label: Option<String>,
-    /// The token by its serial number.
-    pub serial: Option<String>,
-    /// The token by an RFC 7512 PKCS#11 URI with token attributes only (`pkcs11:token=…;serial=…`).
-    pub uri: Option<String>,
-    /// File that holds the user PIN; nobody but its owner may read it. `$CREDENTIALS_DIRECTORY/` at the front stands for
-    /// the directory of systemd credentials.
-    pub pin_file: Option<PathBuf>,
-    /// Worker processes; 1 where the token allows only one client.
-    #[serde(default = "Settings::default_workers")]
-    pub workers: usize,
-    /// Session threads in each worker.
-    #[serde(default = "Settings::default_sessions_per_worker")]
-    pub sessions_per_worker: usize,
-    /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
-    #[serde(default = "Settings::default_queue_length_max")]
-    pub queue_length_max: usize,
-    /// Allows RSA-OAEP with SHA-1 when the token can do no other.
-    #[serde(default)]
-    pub allow_oaep_sha1: bool,
-    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): the gate lets them be absent, never wrong.
-    #[serde(default)]
-    pub attribute_exceptions: Vec<String>,
-    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is handed on.
-    #[serde(default)]
-    pub environment: BTreeMap<String, String>,
-}
-
-impl Settings {
-    fn default_workers() -> usize {
-        2
-    }
-
-    fn default_sessions_per_worker() -> usize {
-        2
-    }
-
-    fn default_queue_length_max() -> usize {
-        256
-    }
-}
-
-/// A wrapping key that must be on the token, as the registry knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExpectedKey {
-    /// `CKA_ID`.
-    pub id: WrappingKeyId,
-    /// Of the public key.
-    pub fingerprint: Fingerprint,
-}
 
 /// What the broker asks of a token. The RSA key is used by [`Token::unwrap`] alone, after the MAC has verified.
 #[async_trait]
@@ -174,7 +95,7 @@ pub struct TokenState {
     pub workers: Vec<WorkerInfo>,
     /// Jobs waiting in the queue.
     pub queue_length: usize,
-    /// When a canary last passed.
+    /// When a self-test last passed.
     pub last_canary: Option<Timestamp>,
 }
 
@@ -190,18 +111,7 @@ pub enum Serving {
     Untrusted(String),
 }
 
-/// What a token says of itself (`C_GetTokenInfo`).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenInfo {
-    /// Label, padding removed.
-    pub label: String,
-    /// Serial number, padding removed.
-    pub serial: String,
-    /// Manufacturer and model.
-    pub model: String,
-}
-
-/// A wrapping key as found on the token and gated there.
+/// A wrapping key as found on the token and accepted by the attribute check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenKey {
     /// `CKA_ID`.
@@ -235,8 +145,8 @@ pub enum Error {
     /// A MAC does not verify: the bytes are not what was stored for that context.
     #[error("the MAC does not verify")]
     MacRefused,
-    /// The MAC verified, the RSA operation failed and the canary passes: the wrapped bytes were damaged before the MAC.
-    #[error("unwrap failed after a good MAC while the canary passes: {0}")]
+    /// The MAC verified, the RSA operation failed and the self-test passes: the wrapped bytes were damaged before the MAC.
+    #[error("unwrap failed after a good MAC while the self-test passes: {0}")]
     Damaged(String),
     /// The deadline passed before a token call began, or before its result came.
     #[error("deadline passed before the token answered")]

@@ -3,9 +3,8 @@
 use std::{
     collections::HashMap,
     fmt, io,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::Path,
-    process::Stdio,
+    process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -20,12 +19,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
+use keybroker_worker_protocol::{
     Settings,
     frame::{self, Inbox, Outbox},
-    queue::Job,
-    wire::{Reply, Request},
+    wire::{Reply, Request, reply::Outcome},
 };
+
+use crate::{process, queue::Job};
 
 /// A job that is not back this long after its deadline means that the worker is wedged.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
@@ -36,7 +36,7 @@ pub(super) struct Link {
     pid: u32,
     sessions: usize,
     stream: UnixStream,
-    /// Number of jobs in `held`, canaries apart: read without the lock.
+    /// Number of jobs in `held`, without self-tests: read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
@@ -64,17 +64,9 @@ impl fmt::Debug for Link {
 
 /// Starts a worker process and returns it with our end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
-    let (ours, theirs) = StdUnixStream::pair()?;
+    let (command, ours) = process::command(program, settings, "token-worker")?;
     ours.set_nonblocking(true)?;
-    let child = Command::new(program)
-        .arg0("keybroker")
-        .arg("token-worker")
-        .env_clear()
-        .envs(&settings.environment)
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
-        .process_group(0)
+    let child = Command::from(command)
         // Never killed for being dropped: it may be inside `C_Login`, where SIGKILL can cost SoftHSM its token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
@@ -123,7 +115,7 @@ impl Link {
     /// many times what a worker may hold.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        if !job.work.is_canary() {
+        if !job.work.is_self_test() {
             self.busy.fetch_add(1, Ordering::Relaxed);
         }
         let deadline_ns = frame::monotonic_ns()
@@ -175,12 +167,12 @@ impl Link {
             }
             match self.stream.try_read(inbox.room()) {
                 Ok(0) => return "it ended".to_owned(),
-                Ok(count) => inbox.came(count),
+                Ok(count) => inbox.received(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("its socket failed: {error}"),
             }
             loop {
-                match inbox.next::<Reply>() {
+                match inbox.take::<Reply>() {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!("it answered job {} that it does not hold", reply.id);
@@ -196,13 +188,13 @@ impl Link {
 
     fn take_job(&self, id: u64) -> Option<Job> {
         let job = self.state().held.remove(&id)?;
-        if !job.work.is_canary() {
+        if !job.work.is_self_test() {
             self.busy.fetch_sub(1, Ordering::Relaxed);
         }
         Some(job)
     }
 
-    /// Marks the worker as lost; whoever runs it ends it.
+    /// Marks the worker as lost; its worker monitor ends it.
     pub(super) fn give_up(&self, cause: impl Into<String>) {
         self.state().cause.get_or_insert(cause.into());
         self.ended.cancel();
@@ -242,17 +234,24 @@ pub(super) fn close(stream: &UnixStream) {
     }
 }
 
-/// Waits for a worker to end by itself, else kills it; either way it is reaped.
-pub(super) async fn reap(mut child: Child, patience: Duration) {
-    if tokio::time::timeout(patience, child.wait()).await.is_err()
-        && let Err(error) = child.kill().await
-    {
+/// Waits for a worker to end by itself, else kills it; either way it is reaped. Returns how it ended, if it did so by itself.
+pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStatus> {
+    if let Ok(ended) = tokio::time::timeout(timeout, child.wait()).await {
+        return ended.ok();
+    }
+    if let Err(error) = child.kill().await {
         tracing::error!(%error, "a token worker could not be killed");
     }
+    None
 }
 
-/// Sends one message and reads one reply, before the worker serves: the setup.
-pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Result<Reply> {
+/// Sends one message and reads its reply, before the worker serves: the setup. `calling` is set to the function of the module
+/// that the worker calls meanwhile.
+pub(super) async fn exchange(
+    stream: &UnixStream,
+    request: &Request,
+    calling: &mut Option<String>,
+) -> io::Result<Reply> {
     let mut outbox = Outbox::default();
     outbox.push(request);
     while !outbox.is_empty() {
@@ -268,12 +267,15 @@ pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Resu
         stream.readable().await?;
         match stream.try_read(inbox.room()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => inbox.came(count),
+            Ok(count) => inbox.received(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        if let Some(reply) = inbox.next()? {
-            return Ok(reply);
+        while let Some(reply) = inbox.take::<Reply>()? {
+            match reply.outcome {
+                Some(Outcome::Calling(function)) => *calling = Some(function),
+                _ => return Ok(reply),
+            }
         }
     }
 }

@@ -13,8 +13,9 @@ use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
 use keybroker_core::{call::Deadline, metrics};
+use keybroker_worker_protocol::Work;
 
-use super::{Error, link::Link, work::Work};
+use crate::{Error, link::Link};
 
 /// Bytes from the token: a MAC, key material, or nothing.
 pub(super) type Output = Zeroizing<Vec<u8>>;
@@ -40,7 +41,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Answers whoever asked for it, unless they have gone away. `on_token` is the time of the module.
+    /// Answers the caller, unless it has gone. `on_token` is the time of the module.
     pub(super) fn answer(self, result: Result<Output, Error>, on_token: Duration) {
         let away = self.waited + on_token;
         let _gone = self.done.send(Answer { result, away });
@@ -86,7 +87,7 @@ impl Queue {
     pub(super) fn push(&self, job: Job) -> Result<(), Error> {
         let mut state = self.state();
         if state.waiting.len() >= self.length_max {
-            // Those whose callers went away hold no place.
+            // A job whose caller has gone keeps no place.
             state.waiting.retain(|job| !job.done.is_closed());
         }
         if state.waiting.len() >= self.length_max {

@@ -21,13 +21,13 @@ use keybroker_core::{
     metrics,
     state::StateDirectory,
 };
+use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, wire::FailureClass};
 
-use super::{
-    Error, ExpectedKey, Serving, Settings, TokenInfo, TokenState, WorkerInfo,
+use crate::{
+    Error, Serving, TokenState, WorkerInfo,
     link::Link,
     queue::{Job, Queue},
     start::{self, Started},
-    wire::FailureClass,
 };
 
 use alerts::{Alerts, Line};
@@ -72,7 +72,7 @@ pub struct Supervisor {
     start: Notify,
     settled: watch::Sender<bool>,
     startup_error: Mutex<Option<StartupError>>,
-    last_canary_us: AtomicU64,
+    last_self_test_us: AtomicU64,
     generation: AtomicU64,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -137,7 +137,7 @@ impl Supervisor {
             start: Notify::new(),
             settled: watch::Sender::new(false),
             startup_error: Mutex::default(),
-            last_canary_us: AtomicU64::new(0),
+            last_self_test_us: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -244,7 +244,7 @@ impl Supervisor {
         let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
         tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
         self.found.store(Arc::new(found));
-        self.note_canary();
+        self.note_self_test();
         self.welcome(&link);
         self.tasks.spawn(Arc::clone(self).monitor(link, child));
     }
@@ -329,7 +329,7 @@ impl Supervisor {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());
         for job in jobs {
-            if job.work.is_canary() || job.losses >= losses_max || refusal.is_some() {
+            if job.work.is_self_test() || job.losses >= losses_max || refusal.is_some() {
                 let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
                 job.answer(Err(error), Duration::ZERO);
             } else {
@@ -341,13 +341,13 @@ impl Supervisor {
         }
     }
 
-    fn note_canary(&self) {
+    fn note_self_test(&self) {
         let now = u64::try_from(Timestamp::now().micros()).unwrap_or(0);
-        self.last_canary_us.store(now, Ordering::Relaxed);
+        self.last_self_test_us.store(now, Ordering::Relaxed);
     }
 
-    fn last_canary(&self) -> Option<Timestamp> {
-        match self.last_canary_us.load(Ordering::Relaxed) {
+    fn last_self_test(&self) -> Option<Timestamp> {
+        match self.last_self_test_us.load(Ordering::Relaxed) {
             0 => None,
             micros => i64::try_from(micros).ok().map(Timestamp::from_micros),
         }
@@ -357,7 +357,7 @@ impl Supervisor {
         metrics::TOKEN_WORKERS.set_count(self.queue.links().len());
         metrics::TOKEN_QUEUE_LENGTH.set_count(self.queue.len());
         metrics::TOKEN_SERVING.set_flag(*self.serving.borrow() == Serving::Up);
-        if let Some(last) = self.last_canary() {
+        if let Some(last) = self.last_self_test() {
             let age = Timestamp::now().micros().saturating_sub(last.micros());
             let seconds = Duration::from_micros(u64::try_from(age).unwrap_or(0)).as_secs_f64();
             metrics::TOKEN_SELF_TEST_AGE.handle().set(seconds);
@@ -392,7 +392,7 @@ impl Supervisor {
                 })
                 .collect(),
             queue_length: self.queue.len(),
-            last_canary: self.last_canary(),
+            last_canary: self.last_self_test(),
         }
     }
 }

@@ -1,20 +1,19 @@
 //! The command line.
 
 use std::{
-    env,
     num::NonZero,
-    os::unix::process::CommandExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    process::{self, ExitCode},
+    process::ExitCode,
     thread,
 };
 
 use clap::{Parser, Subcommand};
 
 use crate::{config::Config, telemetry};
-use keybroker_core::hardening;
-use keybroker_hsm as hsm;
+use keybroker_core::{error::chain, hardening};
+use keybroker_pkcs11 as pkcs11;
+use keybroker_worker_protocol::check_environment;
 
 mod audit;
 mod bench;
@@ -22,6 +21,7 @@ mod bitwarden;
 mod change;
 mod client;
 mod config;
+mod entries;
 mod environment;
 pub mod exit;
 mod key;
@@ -42,6 +42,10 @@ use exit::{Exit, Failure};
 use output::{Format, Output};
 
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
+
+/// The file that this process runs, for a worker that it starts. It is not the path of that file: after an upgrade another version
+/// is there, and workers must be of the same.
+const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keeps users' keys wrapped under a key in an HSM and releases them one decision at a time.
 #[derive(Debug, Parser)]
@@ -97,9 +101,9 @@ enum Command {
     /// Started by `serve`: holds the vendor's module
     #[command(hide = true)]
     TokenWorker,
-    /// Started by `bench`: the bare decrypt loop
+    /// Started by other commands: holds the vendor's module
     #[command(hide = true)]
-    TokenBench(bench::BareArguments),
+    TokenAdminWorker,
 }
 
 /// What every command is given.
@@ -122,34 +126,18 @@ impl Context {
 
     /// The configuration, for commands that say what is wrong with it themselves.
     fn config_as_written(&self) -> Result<Config, Failure> {
-        Config::load(&self.config_file).map_err(|what| Failure::new(Exit::Configuration, what))
+        Config::load(&self.config_file).map_err(|error| Failure {
+            hint: error.hint(),
+            ..Failure::new(Exit::Configuration, chain(&error))
+        })
     }
 
-    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which is
-    /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
+    /// The configuration for a command that starts an admin worker.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
-        hsm::check_environment(&config.token.environment)
+        check_environment(&config.token.environment)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
-        let now = env::vars_os().collect();
-        let Some(wanted) = environment::wanted(&now, &config) else {
-            return Ok(config);
-        };
-        let program = env::current_exe().map_err(|error| {
-            Failure::new(
-                Exit::Internal,
-                format!("cannot find the path of this program: {error}"),
-            )
-        })?;
-        let error = process::Command::new(program)
-            .args(env::args_os().skip(1))
-            .env_clear()
-            .envs(wanted)
-            .exec();
-        Err(Failure::new(
-            Exit::Internal,
-            format!("cannot start again with the environment of the module: {error}"),
-        ))
+        Ok(config)
     }
 
     /// All that is wrong with the configuration at once.
@@ -172,16 +160,18 @@ pub fn main() -> ExitCode {
         config_file: cli.config,
         output: Output::new(cli.output),
     };
-    if let Err(what) = hardening::harden() {
-        return finish(&context, Err(Failure::new(Exit::Internal, what)));
+    if let Err(error) = hardening::harden() {
+        return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
     // Two providers in one process would make rustls panic at its first use; this one is ours.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
     telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
     telemetry::install_panic_hook();
-    if matches!(cli.command, Command::TokenWorker) {
-        return hsm::worker::run();
+    match cli.command {
+        Command::TokenWorker => return pkcs11::worker::run(),
+        Command::TokenAdminWorker => return pkcs11::admin_worker::run(),
+        _ => {}
     }
     let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)
@@ -212,8 +202,9 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),
         Command::Man(arguments) => manual::manual(&arguments, context),
-        Command::TokenBench(arguments) => bench::run_bare(&arguments, context),
-        Command::TokenWorker => Err(Failure::new(Exit::Usage, "handled before")),
+        Command::TokenWorker | Command::TokenAdminWorker => {
+            Err(Failure::new(Exit::Usage, "handled before"))
+        }
     }
 }
 

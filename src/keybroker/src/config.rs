@@ -1,6 +1,9 @@
 //! The configuration file: one typed document, unknown fields refused. `keybroker.example.toml` is its manual.
 
-use std::{mem, path::Path};
+use std::{
+    path::{Path, PathBuf},
+    str,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,8 +17,11 @@ use keybroker_hsm as hsm;
 use keybroker_policy as policy;
 use keybroker_store as store;
 
+mod advice;
+mod certificates;
 mod check;
 mod files;
+mod named;
 #[cfg(test)]
 mod tests;
 
@@ -63,32 +69,94 @@ pub struct Config {
     pub issuers: Vec<auth::issuer::Settings>,
 }
 
+/// Why a configuration file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// It cannot be read, or other users could change it.
+    #[error("the configuration: {0}")]
+    File(#[source] trusted_file::Error),
+    /// It is not text.
+    #[error("{} is not UTF-8", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Where it is not.
+        source: str::Utf8Error,
+    },
+    /// It is not a configuration.
+    #[error("{}: {source}", path.display())]
+    Document {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with the text.
+        source: ParseError,
+    },
+}
+
+impl LoadError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::File(error) if error.is_missing() => Some(
+                "name another file with --config, or begin with keybroker.example.toml".to_owned(),
+            ),
+            Self::File(_) | Self::NotUtf8 { .. } => None,
+            Self::Document { source, .. } => Some(
+                source
+                    .hint
+                    .clone()
+                    .unwrap_or_else(|| "keybroker.example.toml explains every setting".to_owned()),
+            ),
+        }
+    }
+}
+
+/// Why a text is no configuration. It names the place, and does not repeat the line: whoever writes a secret into a field that
+/// does not exist must not find it in the log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct ParseError {
+    text: String,
+    /// What to write instead, where that can be told.
+    hint: Option<String>,
+}
+
+impl ParseError {
+    /// What to write instead, where that can be told.
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
 impl Config {
     /// Reads a file. The error says where and what.
-    pub fn load(path: &Path) -> Result<Self, String> {
-        let mut bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(|error| {
-            let remedy = if error.is_missing() {
-                "; name another file with --config, or begin with keybroker.example.toml"
-            } else {
-                ""
-            };
-            format!("the configuration: {error}{remedy}")
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
+        let text = str::from_utf8(&bytes).map_err(|source| LoadError::NotUtf8 {
+            path: path.to_owned(),
+            source,
         })?;
-        let text = String::from_utf8(mem::take(&mut *bytes))
-            .map_err(|error| format!("{}: it is not UTF-8: {error}", path.display()))?;
         // An editor's byte order mark is not part of the document.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-        Self::parse(text).map_err(|what| format!("{}: {what}", path.display()))
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        Self::parse(text).map_err(|source| LoadError::Document {
+            path: path.to_owned(),
+            source,
+        })
     }
 
-    /// Parses the text of a file. The error names the place, and does not repeat the line: whoever writes a secret into a
-    /// field that does not exist must not find it in the log.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    /// Parses the text of a file.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
         toml::from_str(text).map_err(|error| {
             let message = error.message().trim_end().replace('\n', "; ");
-            match error.span() {
-                Some(span) => format!("{}: {message}", place(text, span.start)),
-                None => message,
+            let Some(span) = error.span() else {
+                return ParseError {
+                    text: message,
+                    hint: None,
+                };
+            };
+            ParseError {
+                hint: advice::on(text, span.clone(), &message),
+                text: format!("{}: {message}", place(text, span.start)),
             }
         })
     }

@@ -6,6 +6,7 @@
 //! RSA), write a durable audit entry, answer.
 
 mod allocator;
+mod certificate;
 pub mod cli;
 pub mod config;
 pub mod server;

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cedar_policy::{AuthorizationError, Authorizer, Decision, Effect, Response};
 
+use keybroker_core::error::chain;
+
 use super::{
     Case, DEFAULT_DENY, UNASKED,
     set::{Known, Set},
@@ -42,6 +44,7 @@ pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
     let asked = match VOCABULARY.ask(case, wanted, None) {
         Ok(asked) => asked,
         Err(error) => {
+            let error = chain(&error);
             tracing::error!(alarm = "bug", action = %case.action, %error, "policy was not asked");
             return Verdict::denied(UNASKED);
         }

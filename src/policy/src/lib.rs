@@ -26,6 +26,7 @@ use keybroker_core::{
 };
 
 mod engine;
+mod error;
 mod explain;
 mod files;
 mod problem;
@@ -38,7 +39,7 @@ mod vocabulary;
 pub use engine::Verdict;
 pub use explain::{Applies, Explanation, PolicyView};
 pub use problem::{Problem, Problems};
-pub use set::Summary;
+pub use set::{NamedPrincipal, Summary};
 
 use set::Set;
 
@@ -92,6 +93,11 @@ impl Settings {
     /// Reads and validates the policies as `serve` would.
     pub fn check(&self) -> Result<Summary, Problems> {
         Ok(Set::load(self)?.summary())
+    }
+
+    /// The principals that the operator's policies name, each with the policy that does so. Whether they exist is not known here.
+    pub fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
+        Set::load(self)?.named_principals()
     }
 }
 

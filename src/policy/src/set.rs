@@ -6,15 +6,19 @@ use std::{
     sync::Arc,
 };
 
-use cedar_policy::{Effect, PolicyId, PolicySet, ValidationMode, Validator, ffi::DetailedError};
+use cedar_policy::{
+    Effect, PolicyId, PolicySet, PolicySetError, ValidationMode, Validator, ffi::DetailedError,
+};
 
 use keybroker_core::{
+    error::chain,
     metrics,
     principal::{Action, Kind},
 };
 
 use super::{
     RESERVED, Settings,
+    error::Error,
     files::{self, Source},
     problem::{Problem, Problems, place},
     shape,
@@ -38,6 +42,19 @@ pub struct Summary {
     pub forbids: usize,
     /// Of the operator.
     pub files: usize,
+}
+
+/// A principal that a policy names by itself, and not by a role or an attribute.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NamedPrincipal {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name, as in the audit log.
+    pub name: String,
+    /// The policy.
+    pub policy: Arc<str>,
+    /// Name of the file of the policy.
+    pub file: Arc<str>,
 }
 
 /// What is known of a policy besides its text.
@@ -113,7 +130,7 @@ impl Set {
         if !problems.is_empty() {
             return Err(Problems(problems));
         }
-        set.slice().map_err(Problem::of)?;
+        set.slice().map_err(|error| Problem::of(chain(&error)))?;
         Ok(set)
     }
 
@@ -153,16 +170,23 @@ impl Set {
                 };
                 let id = PolicyId::new(&id);
                 if let Some(other) = self.taken.insert(id.clone(), Arc::clone(&known.origin)) {
-                    return Err(format!("policy `{id}` is there twice: also in {other}"));
+                    return Err(IdError::Taken { id, other });
                 }
                 if wanted(effect) {
                     let added = self.policies.add(policy.new_id(id.clone()));
-                    added.map_err(|error| error.to_string())?;
+                    added.map_err(|source| IdError::Refused {
+                        id: id.clone(),
+                        source: Box::new(source),
+                    })?;
                     self.known.insert(id, known);
                 }
                 Ok(())
             });
-            problems.extend(added.err().map(|what| Problem::in_file(&source.name, what)));
+            problems.extend(
+                added
+                    .err()
+                    .map(|error| Problem::in_file(&source.name, chain(&error))),
+            );
         }
         if problems.is_empty() {
             Ok(count)
@@ -204,7 +228,7 @@ impl Set {
     }
 
     /// Sorts the policies by what they can be asked about.
-    fn slice(&mut self) -> Result<(), String> {
+    fn slice(&mut self) -> Result<(), Error> {
         for action in Action::ALL {
             for kind in [Kind::User, Kind::Service] {
                 self.slices.insert((action, kind), Slice::default());
@@ -213,7 +237,9 @@ impl Set {
         for policy in self.policies.policies() {
             let mut words = HashSet::new();
             collect_words(
-                &policy.to_json().map_err(|error| error.to_string())?,
+                &policy
+                    .to_json()
+                    .map_err(Error::on("write a policy as JSON"))?,
                 &mut words,
             );
             let cases: HashSet<(Action, Kind)> = policy
@@ -223,7 +249,7 @@ impl Set {
             for case in cases {
                 let slice = self.slices.entry(case).or_default();
                 let added = slice.policies.add(policy.clone());
-                added.map_err(|error| error.to_string())?;
+                added.map_err(Error::on("sort a policy by what it is about"))?;
                 slice.words.extend(words.iter().cloned());
             }
         }
@@ -256,6 +282,36 @@ impl Set {
     /// All policies.
     pub(super) fn policies(&self) -> &PolicySet {
         &self.policies
+    }
+
+    /// The principals that the operator's policies name, in the order of kind and name.
+    pub(super) fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
+        let mut all = Vec::new();
+        for (id, known) in self.in_order() {
+            let Some(policy) = self.policies.policy(id) else {
+                continue;
+            };
+            if &*known.origin == SHIPPED_NAME {
+                continue;
+            }
+            let mut named = Vec::new();
+            let json = policy.to_json().map_err(|error| {
+                Problem::in_file(
+                    &known.origin,
+                    format!("policy `{}`: {}", known.id, chain(&error)),
+                )
+            })?;
+            collect_principals(&json, &mut named);
+            all.extend(named.into_iter().map(|(kind, name)| NamedPrincipal {
+                kind,
+                name,
+                policy: Arc::clone(&known.id),
+                file: Arc::clone(&known.origin),
+            }));
+        }
+        all.sort();
+        all.dedup();
+        Ok(all)
     }
 
     /// The policies that can apply to an action of a kind of principal.
@@ -325,6 +381,32 @@ fn collect_words(value: &serde_json::Value, words: &mut HashSet<String>) {
     }
 }
 
+/// Every entity of a policy in its JSON form that is a user or a service.
+fn collect_principals(value: &serde_json::Value, named: &mut Vec<(Kind, String)>) {
+    match value {
+        serde_json::Value::Array(values) => {
+            for value in values {
+                collect_principals(value, named);
+            }
+        }
+        serde_json::Value::Object(fields) => {
+            let text = |name: &str| fields.get(name).and_then(serde_json::Value::as_str);
+            let kind = match text("type") {
+                Some("Keybroker::User") => Some(Kind::User),
+                Some("Keybroker::Service") => Some(Kind::Service),
+                _ => None,
+            };
+            if let (Some(kind), Some(id)) = (kind, text("id")) {
+                named.push((kind, id.to_owned()));
+            }
+            for value in fields.values() {
+                collect_principals(value, named);
+            }
+        }
+        _ => {}
+    }
+}
+
 fn ordinal(id: &PolicyId) -> usize {
     let id: &str = id.as_ref();
     id.trim_start_matches("policy")
@@ -332,17 +414,31 @@ fn ordinal(id: &PolicyId) -> usize {
         .unwrap_or(usize::MAX)
 }
 
-fn check_id(id: &str) -> Result<(), String> {
+/// Why a policy cannot be taken in under its id.
+#[derive(Debug, thiserror::Error)]
+enum IdError {
+    #[error(
+        "@id({0:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+    )]
+    Malformed(String),
+    #[error("@id({0:?}): this name means something else in the audit log")]
+    Reserved(String),
+    #[error("policy `{id}` is there twice: also in {other}")]
+    Taken { id: PolicyId, other: Arc<str> },
+    #[error("policy `{id}` cannot be added")]
+    Refused {
+        id: PolicyId,
+        source: Box<PolicySetError>,
+    },
+}
+
+fn check_id(id: &str) -> Result<(), IdError> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if !(1..=ID_BYTES_MAX).contains(&id.len()) || !id.chars().all(is_plain) {
-        return Err(format!(
-            "@id({id:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
-        ));
+        return Err(IdError::Malformed(id.to_owned()));
     }
     if RESERVED.contains(&id) {
-        return Err(format!(
-            "@id({id:?}): this name means something else in the audit log"
-        ));
+        return Err(IdError::Reserved(id.to_owned()));
     }
     Ok(())
 }

@@ -126,6 +126,15 @@ impl Copy {
         Ok(())
     }
 
+    /// Gives the target the identity of the source, once it is equal: the brokers that know the source then accept the copy.
+    pub async fn carry_identity(&self) -> Result<(), CopyError> {
+        let source = self.from.evidence(&[]).await.map_err(CopyError::Source)?;
+        let Some(id) = source.store else {
+            return Ok(());
+        };
+        self.to.adopt_identity(id).await.map_err(CopyError::Target)
+    }
+
     async fn add(&self, table: Table, waiting: &mut Vec<Row>) -> Result<(), CopyError> {
         if waiting.is_empty() {
             return Ok(());

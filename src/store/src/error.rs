@@ -17,11 +17,13 @@ use keybroker_core::{
 /// How long a caller should wait for a store that is away.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
-/// SQLite's primary result codes for a file that is not a good database (`SQLITE_CORRUPT`, `SQLITE_NOTADB`).
-const SQLITE_DAMAGED: [i64; 2] = [11, 26];
+/// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
+const SQLITE_DAMAGED: i64 = 11;
+const SQLITE_NOTADB: i64 = 26;
 /// `SQLITE_READONLY`, `SQLITE_FULL`: worth a hint.
 const SQLITE_READONLY: i64 = 8;
 const SQLITE_FULL: i64 = 13;
+const SQLITE_CANTOPEN: i64 = 14;
 /// The low byte of an extended result code is the primary one.
 const PRIMARY_CODE: i64 = 0xff;
 
@@ -170,9 +172,18 @@ fn from_database(database: &(dyn DatabaseError + 'static)) -> Error {
 fn from_sqlite(error: &SqliteError) -> Error {
     let code = error.code().and_then(|code| code.parse::<i64>().ok());
     match code.map(|code| code & PRIMARY_CODE) {
-        Some(code) if SQLITE_DAMAGED.contains(&code) => {
+        Some(SQLITE_DAMAGED) => {
             Error::Corrupt(format!("the database file: {error}; restore a backup"))
         }
+        Some(SQLITE_NOTADB) => Error::Schema(
+            "the file that `store.url` names is no SQLite database; name another file, or restore a backup if it was overwritten"
+                .to_owned(),
+        ),
+        Some(SQLITE_CANTOPEN) => down(
+            error,
+            "this user must be able to write to the directory of the database, because SQLite makes files of its own there, also \
+             to read; is the file system mounted read-only?",
+        ),
         Some(SQLITE_READONLY) => down(error, "check owner and mode of the file and its directory"),
         Some(SQLITE_FULL) => down(error, "free the disk"),
         _ => Error::Down(error.to_string().into()),

@@ -29,6 +29,7 @@ pub mod copy;
 mod durability;
 mod engine;
 mod error;
+mod identity;
 mod mutations;
 mod mysql;
 mod postgres;
@@ -48,6 +49,7 @@ mod url;
 
 pub use client::ClientRow;
 pub use error::Error;
+pub use identity::{CHANGES_MAX, Evidence, StoreId};
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
 
@@ -163,9 +165,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What a mutation's call left in the store: for intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
-    /// Whether the mark of a change that was committed is there. A plain read: it waits for no transaction, and says nothing of a
-    /// change that is still under way.
-    async fn has_mark(&self, call: CallId) -> Result<bool, Error>;
+    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`]) left their mark in it. A plain read: it
+    /// waits for no transaction, and says nothing of a change that is still under way.
+    async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Forgets request ids older than 24 hours; returns how many.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
@@ -320,6 +322,27 @@ pub struct RequestRecord {
     pub result_mac: Option<Mac>,
     /// The record as the mutation left it: what the first answer said, whatever happened since.
     pub result: RecordInfo,
+}
+
+/// What the MAC of a stored answer must be over: whose request id, the MAC over its content, and the answer.
+pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
+    let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
+    MacMessage::request_result(&[
+        scope.tenant.as_str().as_bytes(),
+        scope.principal.as_bytes(),
+        scope.id.as_bytes(),
+        content,
+        result.address.tenant.as_str().as_bytes(),
+        result.address.user.as_str().as_bytes(),
+        result.address.name.as_str().as_bytes(),
+        result.id.as_bytes(),
+        rows::state_text(result.state).as_bytes(),
+        &result.revision.get().to_be_bytes(),
+        result.wrapping_key.as_bytes(),
+        &result.created.micros().to_be_bytes(),
+        &result.updated.micros().to_be_bytes(),
+        deleted.as_ref().map_or(&[], |at| at.as_slice()),
+    ])
 }
 
 /// Which records to list.

@@ -12,6 +12,7 @@ use sqlx::{
 use super::{
     Error, Settings,
     durability::{Found, Weakness},
+    schema,
     server::{Limits, Server},
     session::{Columns as _, Session as _},
     settings::Tls,
@@ -145,8 +146,25 @@ impl Server for MySqlOrMariaDb {
     }
 }
 
-/// Each statement of a migration commits by itself, so one that was cut short left its mark and a part of its work. All of
-/// them can run again, so it is begun anew.
+/// A migration that adds a column: MySQL has no form of that statement that can run again.
+struct AddedColumn {
+    /// Version of the migration.
+    version: i64,
+    /// Finds the column if it is there.
+    find: &'static str,
+    /// Removes it.
+    remove: &'static str,
+}
+
+const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
+    version: 4,
+    find: "SELECT 1 FROM information_schema.columns WHERE table_schema = DATABASE() \
+           AND table_name = 'requests' AND column_name = 'result_mac'",
+    remove: "ALTER TABLE requests DROP COLUMN result_mac",
+}];
+
+/// Each statement of a migration commits by itself, so a migration that was interrupted left its mark and a part of its work. All
+/// statements can run again, except those that add a column, so the migration starts again from its beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
         .rows(statements::STATEMENTS.has_migrations, Vec::new())
@@ -156,6 +174,14 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
         connection
             .control("DELETE FROM _sqlx_migrations WHERE NOT success")
             .await?;
+        let current = schema::current(connection, &statements::STATEMENTS).await?;
+        for added in ADDED_COLUMNS {
+            // No release has used the column: none opens a database before its migration is complete.
+            if added.version > current && !connection.rows(added.find, Vec::new()).await?.is_empty()
+            {
+                connection.control(added.remove).await?;
+            }
+        }
     }
     let mut migrator = Migrator::with_migrations(MIGRATOR.iter().cloned().collect());
     migrator.set_locking(false);

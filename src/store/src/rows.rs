@@ -2,7 +2,7 @@
 //! column, never a panic and never a record that is missing.
 
 use keybroker_core::{
-    call::{CallId, Timestamp},
+    call::{CallId, RequestId, Timestamp},
     client_credential::DOCUMENT_BYTES_MAX,
     envelope::Mac,
     key::{
@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, RecordInfo, RecordState, RegistryRow,
+    ClientRow, Error, RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope,
     session::Columns,
     tables::{Head, RevisionRow},
 };
@@ -224,6 +224,51 @@ pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
         created: time(row, 5, "clients.created_us")?,
         updated: time(row, 6, "clients.updated_us")?,
     })
+}
+
+/// All columns of a row of the requests, in the order of the table.
+pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
+    let tenant = text(row, 0, "requests.tenant")?;
+    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("requests.tenant"))?;
+    let id = array::<16>(row, 2, "requests.request_id")?;
+    let user = text(row, 6, "requests.user")?;
+    let name = text(row, 7, "requests.key_name")?;
+    let state = text(row, 8, "requests.state")?;
+    let result = RecordInfo {
+        address: KeyAddress {
+            tenant: tenant.clone(),
+            user: UserId::parse(user).map_err(|_| corrupt("requests.user"))?,
+            name: KeyName::parse(name).map_err(|_| corrupt("requests.key_name"))?,
+        },
+        id: RecordId::from_bytes(array(row, 5, "requests.record_id")?),
+        state: parse_state(state).ok_or_else(|| corrupt("requests.state"))?,
+        revision: revision_number(row, 9, "requests.revision")?,
+        wrapping_key: wrapping_key(row, 10)?,
+        created: time(row, 11, "requests.created_us")?,
+        updated: time(row, 12, "requests.updated_us")?,
+        deleted: optional_time(row, 13, "requests.deleted_us")?,
+    };
+    time(row, 14, "requests.used_us")?;
+    let scope = RequestScope {
+        tenant,
+        principal: text(row, 1, "requests.principal")?.to_owned(),
+        id: RequestId::from_bytes(id),
+    };
+    let record = RequestRecord {
+        content: array(row, 3, "requests.content_mac")?,
+        key: wrapping_key(row, 4)?,
+        result_mac: optional_mac(row, 15, "requests.result_mac")?,
+        result,
+    };
+    Ok((scope, record))
+}
+
+/// All columns of a row of the uses of secrets, in the order of the table.
+pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
+    array::<16>(row, 0, "client_uses.client_id")?;
+    let number = positive(row, 1, "client_uses.secret_number")?;
+    u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
+    time(row, 2, "client_uses.used_us").map(drop)
 }
 
 /// Number of a secret, and when it was last accepted.

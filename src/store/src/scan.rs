@@ -1,4 +1,4 @@
-//! Every revision together with its record, and every API client, whatever is wrong with them.
+//! Every revision together with its record, every API client, and every row of the other tables, whatever is wrong with them.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, rows,
+    ClientRow, Error, RequestRecord, RequestScope, rows,
     session::{Columns as _, Value},
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -191,5 +191,65 @@ impl ClientScan {
             id: row.bytes(0).ok().and_then(ClientId::from_slice),
             row: rows::client(&row),
         }))
+    }
+}
+
+/// A row of a table that belongs to no record and no API client.
+#[derive(Clone, Debug)]
+pub enum FoundOther {
+    /// A request id and the answer that is stored for it.
+    Request(Box<Result<(RequestScope, RequestRecord), Error>>),
+    /// The mark of a change.
+    Change(Result<(), Error>),
+    /// When a record was last released.
+    LastUse(Result<(), Error>),
+    /// When a secret of an API client was last accepted.
+    ClientUse(Result<(), Error>),
+}
+
+/// Goes through the tables of [`OtherScan::TABLES`], one after another.
+#[derive(Debug)]
+pub struct OtherScan {
+    store: Arc<dyn Tables>,
+    tables: std::vec::IntoIter<Table>,
+    current: Option<(Table, Cursor)>,
+}
+
+impl OtherScan {
+    /// The tables, in the order in which they are read.
+    pub const TABLES: [Table; 4] = [
+        Table::Requests,
+        Table::Changes,
+        Table::LastUses,
+        Table::ClientUses,
+    ];
+
+    /// From the beginning.
+    pub fn new(store: Arc<dyn Tables>) -> Self {
+        Self {
+            store,
+            tables: Vec::from(Self::TABLES).into_iter(),
+            current: None,
+        }
+    }
+
+    /// What comes next, or nothing at the end.
+    pub async fn next(&mut self) -> Result<Option<FoundOther>, Error> {
+        loop {
+            if let Some((table, cursor)) = &mut self.current
+                && let Some(row) = cursor.take(&*self.store).await?
+            {
+                return Ok(Some(match table {
+                    Table::Requests => FoundOther::Request(Box::new(rows::request(&row))),
+                    Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
+                    Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
+                    _ => FoundOther::ClientUse(rows::client_use_row(&row)),
+                }));
+            }
+            let Some(table) = self.tables.next() else {
+                return Ok(None);
+            };
+            self.current = Some((table, Cursor::new(table)));
+        }
     }
 }

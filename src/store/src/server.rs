@@ -19,7 +19,7 @@ use super::{
     Error, MigrationReport, SchemaStatus, Settings,
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
-    schema,
+    identity, schema,
     session::{Columns as _, Session},
     settings::Tls,
     statements::{Statements, TableStatements},
@@ -163,8 +163,11 @@ pub(super) async fn migrate<S: Server>(
     let mut connection = connect::<S>(&options, settings, place).await?;
     let current = schema::current(&mut connection, S::SQL).await?;
     let report = schema::plan(current, S::migrator())?;
-    if !dry_run && !report.pending.is_empty() {
-        run_migrations::<S>(&mut connection).await?;
+    if !dry_run {
+        if !report.pending.is_empty() {
+            run_migrations::<S>(&mut connection).await?;
+        }
+        identity::ensure(&mut connection, S::SQL).await?;
     }
     close::<S>(connection).await;
     Ok(report)

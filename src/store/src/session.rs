@@ -14,7 +14,7 @@ use keybroker_core::{
     key::{ClientId, RecordId, Revision, WrappingKeyId},
 };
 
-use super::slow;
+use super::{StoreId, slow};
 
 /// A value for a statement. Owned, because statements outlive the callers that ask for them.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -216,4 +216,11 @@ macro_rules! by_its_bytes {
         }
     )*};
 }
-by_its_bytes!(RecordId, ClientId, WrappingKeyId, CallId, RequestId);
+by_its_bytes!(
+    RecordId,
+    ClientId,
+    WrappingKeyId,
+    CallId,
+    RequestId,
+    StoreId
+);

@@ -20,7 +20,7 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{Error, durability, postgres, url::Target};
+use super::{Error, durability, postgres, sqlite, url::Target};
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
@@ -249,6 +249,11 @@ impl Settings {
     pub fn file_problems(&self) -> Vec<String> {
         let mut problems = match Target::parse(self.url.as_str()) {
             Ok(Target::Postgres(_)) => postgres::environment_problems(),
+            Ok(Target::Sqlite(path)) if path.exists() => sqlite::file::check(&path)
+                .err()
+                .map(|error| format!("[store] `url`: {error}"))
+                .into_iter()
+                .collect(),
             _ => Vec::new(),
         };
         if self.password_file.is_some() || self.password_variable.is_some() {

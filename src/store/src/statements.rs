@@ -35,8 +35,13 @@ pub(super) struct Statements {
     pub(super) record_by_id: &'static str,
     /// call, record, at. Waits for a transaction that inserts the same call.
     pub(super) insert_change: &'static str,
-    /// The mark of one change, if it is there.
-    pub(super) change: &'static str,
+    /// Calls, as many as [`CHANGES_MAX`](super::identity::CHANGES_MAX): the identity of the database, and how many of the calls
+    /// left a mark. No row when the database has no identity.
+    pub(super) evidence: &'static str,
+    /// identity, at. Inserts nothing when the database has an identity.
+    pub(super) insert_identity: &'static str,
+    /// identity.
+    pub(super) update_identity: &'static str,
     /// record, tenant, user, key name, revision, created, updated. Inserts nothing when the address is taken.
     pub(super) insert_record: &'static str,
     /// record, revision, envelope, wrapping key, at.

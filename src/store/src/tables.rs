@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 
 use super::{
-    Error, RecordInfo, RecordState, Store, rows,
+    Error, RecordInfo, RecordState, Store, StoreId, rows,
     session::{Columns, Value},
 };
 
@@ -315,6 +315,9 @@ pub trait Tables: Store {
         records: &[RecordId],
         deleted_before: Timestamp,
     ) -> Result<Vec<RecordId>, Error>;
+
+    /// Gives the database the identity of another one that was copied into it.
+    async fn adopt_identity(&self, id: StoreId) -> Result<(), Error>;
 
     /// Forgets that these calls were committed. Returns how many were known.
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error>;

@@ -45,7 +45,7 @@ pub(super) async fn health(State(around): State<Surroundings>, method: Method) -
 pub(super) async fn nothing() -> Response<Body> {
     let error = Error::violation(
         "path",
-        "/user-keys, /alive, /now or /health, behind the prefix",
+        "there is no such path; /user-keys, /alive, /now and /health are, each after the configured `prefix`",
     );
     answer::refusal_as(StatusCode::NOT_FOUND, &error, CallId::fresh())
 }

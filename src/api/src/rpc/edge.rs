@@ -161,7 +161,9 @@ impl Surroundings {
         match Own::of(&response) {
             Own::No => response,
             Own::NoMethod => {
-                let text = format!("there is no such method here (call {id})");
+                let text = format!(
+                    "this listener has no such method: the gRPC API and the admin API may have listeners of their own (call {id})"
+                );
                 Status::unimplemented(text).into_http()
             }
             Own::Malformed(what) => {

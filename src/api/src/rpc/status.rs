@@ -52,7 +52,7 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
         let violations: Vec<_> = error
             .violations()
             .iter()
-            .map(|violation| FieldViolation::new(violation.field, violation.description))
+            .map(|violation| FieldViolation::new(violation.field, violation.description.clone()))
             .collect();
         details.set_bad_request(violations);
     }

@@ -1,37 +1,42 @@
 //! Wrapping many records from a one-shot command.
 
-use crate::{
-    ExpectedKey,
-    classify::{Class, Fault},
-    oaep::WrapKey,
-    open::KeySession,
-    operation,
-};
 use keybroker_core::{
     envelope::{Context, Envelope, Unsealed},
     secret::KeyMaterial,
 };
+use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
 
 use super::{Admin, AdminError};
 
-/// Wraps under one key with a session of its own, for one thread. As in the broker: the public key in software, the MAC on
+/// Wraps under one key with an admin worker of its own, for one thread. As in the broker: the public key in software, the MAC on
 /// the token.
 #[derive(Debug)]
 pub struct Wrapper {
+    admin: Admin,
     key: ExpectedKey,
-    session: KeySession,
     public: WrapKey,
 }
 
 impl Admin {
-    /// Gates and proves a key, and opens a session to wrap under it.
-    pub fn wrapper(&self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
-        let proved = self.token.prove(&self.settings, &key)?;
-        let public = WrapKey::new(&proved.public.spki, proved.canary.algorithm())
-            .map_err(AdminError::Untrusted)?;
+    /// Checks a key, to wrap under it.
+    pub fn into_wrapper(self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
+        let checked = self.check(key.id)?;
+        if let Some(problem) = checked.problem {
+            return Err(AdminError::Untrusted(problem));
+        }
+        let algorithm = checked
+            .algorithm
+            .filter(|_| checked.fingerprint == key.fingerprint);
+        let Some(algorithm) = algorithm else {
+            return Err(AdminError::Untrusted(format!(
+                "key {} on the token has the public key {}, the registry says {}",
+                key.id, checked.fingerprint, key.fingerprint
+            )));
+        };
+        let public = WrapKey::new(&checked.spki, algorithm).map_err(AdminError::Untrusted)?;
         Ok(Wrapper {
+            admin: self,
             key,
-            session: self.token.session(&[key.id])?,
             public,
         })
     }
@@ -44,16 +49,15 @@ impl Wrapper {
         context: &Context<'_>,
         material: &KeyMaterial,
     ) -> Result<Envelope, AdminError> {
-        let untrusted = |what: String| Fault::new(Class::Untrusted, what);
-        let wrapped = self.public.wrap(material.expose()).map_err(untrusted)?;
+        let wrapped = self
+            .public
+            .wrap(material.expose())
+            .map_err(AdminError::Untrusted)?;
         let unsealed = Unsealed::new(self.public.algorithm(), self.key.id, wrapped)
-            .map_err(|error| untrusted(error.to_string()))?;
-        let pair = self
-            .session
-            .pair(self.key.id)
-            .expect("the session was opened with this key");
-        let message = unsealed.mac_message(context);
-        let mac = operation::mac(&self.session.session, pair, message.as_bytes())?;
+            .map_err(|error| AdminError::Untrusted(error.to_string()))?;
+        let mac = self
+            .admin
+            .mac(self.key.id, &unsealed.mac_message(context))?;
         Ok(unsealed.seal(context, mac))
     }
 }

@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use crate::{Serving, wire::FailureClass};
+use keybroker_worker_protocol::wire::FailureClass;
+
+use crate::Serving;
 
 /// Before the next start when a worker was lost sooner after it became ready than this, so that a worker that dies at once
 /// does not become a loop of logins.
@@ -21,7 +23,7 @@ const LOGIN_MAX: Duration = Duration::from_secs(3);
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 /// Between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record; it logs in
-/// only with another PIN, on another token, or on the operator's word.
+/// only with another PIN, on another token, or after `keybroker token retry-pin`.
 const LATCHED: Duration = Duration::from_secs(2);
 /// Between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);

@@ -7,24 +7,27 @@ use std::{
 
 use tokio::{process::Child, sync::oneshot};
 
+use keybroker_core::{call::Deadline, metrics};
+use keybroker_worker_protocol::{
+    Work,
+    wire::{FailureClass, Reply, SelfTest, reply::Outcome, request},
+};
+
 use crate::{
     Error,
     link::{Link, reap},
     queue::{Answer, Job},
     start::EXIT_TIMEOUT,
-    wire::{Canary, FailureClass, Reply, reply::Outcome, request},
-    work::Work,
 };
-use keybroker_core::{call::Deadline, metrics};
 
 use super::{Supervisor, machine::Loss};
 
 /// How often the self-test runs; a token that is gone is noticed within twice this time.
-const CANARY_INTERVAL: Duration = Duration::from_secs(1);
+const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 /// A self-test that is not back by then has failed.
-const CANARY_TIMEOUT: Duration = Duration::from_secs(2);
+const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// A worker whose self-test fails so many times in a row is replaced.
-const CANARY_FAILURES_MAX: u32 = 3;
+const SELF_TEST_FAILURES_MAX: u32 = 3;
 /// How long a token that said it is busy is left alone.
 const BACK_OFF: Duration = Duration::from_millis(5);
 /// How often a job is handed to another worker after its worker's process has ended. A job that ends the module itself ends
@@ -40,14 +43,15 @@ impl Supervisor {
         let ended = tokio::select! {
             cause = reading => Some((cause, LOSSES_MAX_ENDED)),
             cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
-            () = self.ask_canaries(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
+            () = self.run_self_tests(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
             () = link.keep_flushing() => Some(("its socket failed".to_owned(), LOSSES_MAX_ENDED)),
             () = self.stop.cancelled() => None,
         };
         let Some((cause, losses_max)) = ended else {
             self.queue.remove(link.generation());
             link.close();
-            return reap(child, EXIT_TIMEOUT).await;
+            reap(child, EXIT_TIMEOUT).await;
+            return;
         };
         self.dismiss(&link, Loss::Ended, &cause);
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
@@ -68,8 +72,8 @@ impl Supervisor {
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
                 let in_time = !job.deadline.remaining().is_zero();
-                // Never a canary: another worker would answer for this one.
-                if class == FailureClass::BackOff && in_time && !job.work.is_canary() {
+                // Never a self-test: another worker would answer for this one.
+                if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
                     self.try_later(job);
                     return self.queue.dispatch();
                 }
@@ -83,12 +87,12 @@ impl Supervisor {
                 }
                 Err(self.error_of(link, class, failure.detail))
             }
-            Some(Outcome::Ready(_)) | None => {
+            Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
                 link.give_up("a reply that answers nothing");
                 Err(self.down("the worker sent an unexpected reply"))
             }
         };
-        if !job.work.is_canary() {
+        if !job.work.is_self_test() {
             metrics::TOKEN_OPERATION.handle().record(spent);
             self.queue.served(spent);
         }
@@ -131,28 +135,28 @@ impl Supervisor {
     }
 
     /// Runs a self-test each second, past the queue: a queue that is full says nothing of the token.
-    async fn ask_canaries(&self, link: &Link) {
+    async fn run_self_tests(&self, link: &Link) {
         let mut failures = 0;
         loop {
-            tokio::time::sleep(CANARY_INTERVAL).await;
+            tokio::time::sleep(SELF_TEST_INTERVAL).await;
             if link.is_wedged() {
                 link.give_up("a job is stuck in the module long past its deadline");
                 return std::future::pending().await;
             }
             let (done, answer) = oneshot::channel();
             link.assign(Job {
-                work: Work::new(request::Job::Canary(Canary {})),
-                deadline: Deadline::after(CANARY_TIMEOUT),
+                work: Work::new(request::Job::SelfTest(SelfTest {})),
+                deadline: Deadline::after(SELF_TEST_TIMEOUT),
                 done,
                 queued: Instant::now(),
                 waited: Duration::ZERO,
                 retried: true,
                 losses: 0,
             });
-            match tokio::time::timeout(CANARY_TIMEOUT, answer).await {
+            match tokio::time::timeout(SELF_TEST_TIMEOUT, answer).await {
                 Ok(Ok(Answer { result: Ok(_), .. })) => {
                     failures = 0;
-                    self.note_canary();
+                    self.note_self_test();
                 }
                 // Most causes have ended the worker already, in `error_of`.
                 Ok(Ok(Answer {
@@ -160,7 +164,7 @@ impl Supervisor {
                 })) => {
                     tracing::warn!(%error, pid = link.pid(), "self-test failed");
                     failures += 1;
-                    if failures >= CANARY_FAILURES_MAX {
+                    if failures >= SELF_TEST_FAILURES_MAX {
                         link.give_up(format!("its self-test failed {failures} times: {error}"));
                     }
                 }

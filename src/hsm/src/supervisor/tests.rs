@@ -4,9 +4,9 @@ use std::{os::unix::net::UnixStream as StdUnixStream, thread};
 
 use tokio::{net::UnixStream, sync::oneshot};
 
-use crate::{
-    wire::{Canary, VerifyMac, request},
-    work::Work,
+use keybroker_worker_protocol::{
+    Work,
+    wire::{SelfTest, VerifyMac, request},
 };
 
 use super::*;
@@ -118,7 +118,7 @@ async fn a_job_outlasts_two_lost_workers_and_no_more() {
 async fn a_self_test_is_not_handed_on() {
     let supervisor = idle();
     supervisor.welcome(&link(1));
-    let (canary, answer) = job(request::Job::Canary(Canary {}));
-    supervisor.take_back(vec![canary], 2, "it ended");
+    let (self_test, answer) = job(request::Job::SelfTest(SelfTest {}));
+    supervisor.take_back(vec![self_test], 2, "it ended");
     assert!(answer.await.unwrap().result.is_err());
 }

@@ -11,14 +11,16 @@ use tokio::sync::oneshot;
 use crate::{
     Error, Serving, Token, TokenState,
     queue::{Job, Output},
-    wire::{self, request},
-    work::Work,
 };
 use keybroker_core::{
     call::{Deadline, away},
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     key::WrappingKeyId,
     secret::KeyMaterial,
+};
+use keybroker_worker_protocol::{
+    Work,
+    wire::{self, request},
 };
 
 use super::Supervisor;

@@ -14,6 +14,7 @@ use keybroker_audit as audit;
 use super::{
     Context,
     change::local_operator,
+    entries::Filter,
     exit::{Exit, Failure},
 };
 
@@ -45,9 +46,14 @@ pub(super) enum Command {
     Show {
         /// Directory of the log [default: that of this instance]
         directory: Option<PathBuf>,
-        /// How many
-        #[arg(long, default_value_t = 20)]
+        /// How many entries at most, the newest ones
+        #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
+        #[command(flatten)]
+        filter: Filter,
+        /// Print the lines byte for byte as they are in the log
+        #[arg(long)]
+        raw: bool,
     },
 }
 
@@ -77,9 +83,22 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         }
         Command::Acknowledge => acknowledge(context),
         Command::RemoveSegments { through } => remove_segments(*through, context),
-        Command::Show { directory, last } => {
-            let lines = audit::tail(&resolve(directory.as_ref(), context)?, *last)?;
-            context.output.json_lines(&lines)
+        Command::Show {
+            directory,
+            last,
+            filter,
+            raw,
+        } => {
+            let directory = resolve(directory.as_ref(), context)?;
+            let lines = if filter.is_empty() {
+                audit::tail(&directory, *last)?
+            } else {
+                audit::tail_matching(&directory, *last, |line| filter.passes(line))?
+            };
+            if *raw {
+                return lines.iter().try_for_each(|line| context.output.text(line));
+            }
+            context.output.entries(&lines)
         }
     }
 }

@@ -24,8 +24,6 @@ mod seed;
 mod served;
 mod users;
 
-pub(super) use bare::{Arguments as BareArguments, run as run_bare};
-
 use bare::Bare;
 use load::Measured;
 use metrics::Added;

@@ -9,10 +9,10 @@ use keybroker_core::{
     call::Timestamp,
     key::{Purpose, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm as hsm;
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
+use keybroker_worker_protocol::unpadded;
 
 use super::{
     Context, block_on, change,
@@ -38,9 +38,9 @@ pub(super) enum Command {
 
 #[derive(Args, Debug)]
 pub(super) struct Generate {
-    /// Length of the modulus
-    #[arg(long, default_value_t = 3072, value_parser = clap::value_parser!(u32).range(2048..=4096))]
-    bits: u32,
+    /// Length of the modulus in bits
+    #[arg(long, default_value = "3072", value_parser = ["2048", "3072", "4096"])]
+    bits: String,
     #[command(flatten)]
     pin: UserPin,
 }
@@ -94,6 +94,10 @@ async fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
 
 fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
+    let bits = arguments
+        .bits
+        .parse()
+        .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
     // Everything that could refuse the row later is asked before anything is made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
@@ -105,11 +109,11 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         "wrapping_key.generate",
         |_: &mut Entry| {},
         || {
-            let key = admin.generate_key(arguments.bits)?;
+            let key = admin.generate_key(bits)?;
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row).map_err(|failure| {
             let what = format!(
-                "key {} is on the token, but not registered: {failure}. When that is mended, run \
+                "key {} is on the token, but not registered: {failure}. When that is repaired, run \
                  `keybroker key register {}`",
                 row.id, row.id
             );
@@ -185,7 +189,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 /// compromised.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if hsm::unpadded(&old.token_serial) == admin.info().serial {
+    if unpadded(&old.token_serial) == admin.info().serial {
         let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }

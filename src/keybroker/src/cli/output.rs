@@ -6,7 +6,13 @@ use clap::ValueEnum;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
 
-use super::exit::{Exit, Failure};
+use super::{
+    entries,
+    exit::{Exit, Failure},
+};
+
+/// Columns that a table may have. A wider one is shown as blocks.
+pub(super) const WIDTH_MAX: usize = 100;
 
 /// How results are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -41,12 +47,7 @@ impl Output {
             let object: Map<_, _> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
             return self.json(&Value::Object(object));
         }
-        let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        let lines: Vec<String> = fields
-            .iter()
-            .map(|(name, value)| format!("{name:width$}  {}", plain(value)))
-            .collect();
-        self.text(&lines.join("\n"))
+        self.text(&block(&fields))
     }
 
     /// Many things of one kind.
@@ -58,20 +59,16 @@ impl Output {
                 .collect();
             return self.json(&Value::Array(objects));
         }
-        let Some(first) = rows.first() else {
+        if rows.is_empty() {
             return self.text(when_empty);
-        };
-        let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_content_arrangement(ContentArrangement::Disabled)
-            .set_header(first.iter().map(|(name, _)| *name));
-        for row in &rows {
-            table.add_row(row.iter().map(|(_, value)| plain(value)));
         }
-        let text = table.to_string();
-        let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
-        self.text(&lines.join("\n"))
+        let table = table(&rows);
+        if table.lines().all(|line| line.chars().count() <= WIDTH_MAX) {
+            return self.text(&table);
+        }
+        // A line that a terminal breaks cannot be read, and a value that is cut cannot be copied.
+        let blocks: Vec<String> = rows.iter().map(|row| block(row)).collect();
+        self.text(&blocks.join("\n\n"))
     }
 
     /// A JSON value, whatever the format.
@@ -80,10 +77,13 @@ impl Output {
         self.text(&text)
     }
 
-    /// Lines that are JSON themselves: as they are, because their hashes depend on every byte, or as one array.
-    pub(super) fn json_lines(self, lines: &[String]) -> Result<(), Failure> {
+    /// Entries of an audit log, which are lines of JSON: readable, or as one array.
+    pub(super) fn entries(self, lines: &[String]) -> Result<(), Failure> {
         if !self.is_json() {
-            return self.text(&lines.join("\n"));
+            return match lines {
+                [] => self.text("no entries"),
+                lines => self.text(&entries::text(lines)),
+            };
         }
         let parsed: Result<Vec<Value>, _> = lines
             .iter()
@@ -91,7 +91,8 @@ impl Output {
             .collect();
         let parsed = parsed.map_err(|error| {
             let what = format!("a line of the log is not JSON: {error}");
-            Failure::new(Exit::Verification, what).hint("`-o table` shows the lines as they are")
+            Failure::new(Exit::Verification, what)
+                .hint("`keybroker audit show --raw` shows the lines as they are")
         })?;
         self.json(&Value::Array(parsed))
     }
@@ -159,6 +160,47 @@ fn complain(text: &str) {
     }
 }
 
+/// Columns side by side. A column without any value is left out.
+fn table(rows: &[Vec<Field>]) -> String {
+    let is_filled = |column: &usize| {
+        rows.iter()
+            .any(|row| row.get(*column).is_some_and(|(_, value)| !value.is_null()))
+    };
+    let columns: Vec<usize> = (0..rows.first().map_or(0, Vec::len))
+        .filter(is_filled)
+        .collect();
+    let cells = |row: &[Field], cell: fn(&Field) -> String| -> Vec<String> {
+        columns
+            .iter()
+            .filter_map(|column| row.get(*column))
+            .map(cell)
+            .collect()
+    };
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
+    for row in rows.iter().take(1) {
+        table.set_header(cells(row, |(name, _)| (*name).to_owned()));
+    }
+    for row in rows {
+        table.add_row(cells(row, |(_, value)| plain(value)));
+    }
+    let text = table.to_string();
+    let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    lines.join("\n")
+}
+
+/// One thing: its fields, one a line.
+fn block(fields: &[Field]) -> String {
+    let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let lines: Vec<String> = fields
+        .iter()
+        .map(|(name, value)| format!("{name:width$}  {}", plain(value)))
+        .collect();
+    lines.join("\n")
+}
+
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -166,5 +208,22 @@ fn plain(value: &Value) -> String {
         Value::Bool(true) => "yes".to_owned(),
         Value::Bool(false) => "no".to_owned(),
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_column_without_values_is_left_out() {
+        let row = |user: &str, deleted: Value| vec![("user", json!(user)), ("deleted", deleted)];
+        let shown = table(&[row("ada", Value::Null), row("bob", Value::Null)]);
+        assert!(!shown.contains("deleted"), "{shown}");
+        let shown = table(&[row("ada", Value::Null), row("bob", json!("today"))]);
+        assert!(
+            shown.contains("deleted") && shown.contains("today"),
+            "{shown}"
+        );
     }
 }

@@ -49,19 +49,31 @@ impl Source {
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     match command {
-        Command::Check(source) => check(&source.settings(context)?, context),
+        Command::Check(source) => check(source, context),
         Command::Explain(arguments) => explain::run(arguments, context),
     }
 }
 
-fn check(settings: &Settings, context: &Context) -> Result<(), Failure> {
+fn check(source: &Source, context: &Context) -> Result<(), Failure> {
+    let settings = source.settings(context)?;
     let problems = match settings.check() {
         Ok(summary) => {
+            // Without a configuration there is nothing to compare names with.
+            let unknown = if source.directory.is_none() {
+                let config = context.config()?;
+                config.unknown_principals().unwrap_or_default()
+            } else {
+                Vec::new()
+            };
+            for remark in &unknown {
+                context.output.note(&format!("warning: {remark}"));
+            }
             return context.output.fields(vec![
                 ("verdict", json!("the policies are good")),
                 ("files", json!(summary.files)),
                 ("permits", json!(summary.permits)),
                 ("forbids", json!(summary.forbids)),
+                ("unknown_principals", json!(unknown.len())),
             ]);
         }
         Err(Problems(problems)) => problems,

@@ -6,15 +6,11 @@ use clap::Args;
 
 use crate::{allocator, server};
 
-use super::{Context, block_on, exit::Failure};
-
-/// The file that this process runs, for a child that it starts. Not the path it had: after an upgrade another version lies
-/// there, and workers must be of the same.
-const OURSELVES: &str = "/proc/self/exe";
+use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Write the addresses that were bound, as JSON, to this file once the doors are open
+    /// Write the addresses that were bound, as JSON, to this file once the listeners accept connections
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
 }
@@ -28,5 +24,13 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
     }
-    block_on(server::run(config, OURSELVES.into(), arguments.ready_file))?
+    // A set that cannot be loaded stops the start below.
+    for remark in config.unknown_principals().into_iter().flatten() {
+        tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
+    }
+    block_on(server::run(
+        config,
+        OWN_PROGRAM.into(),
+        arguments.ready_file,
+    ))?
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use keybroker_audit::Entry;
 use keybroker_broker::acknowledged::accept_restored as accept;
-use keybroker_core::state::StateDirectory;
+use keybroker_core::{error::chain, state::StateDirectory};
 use keybroker_store as store;
 use keybroker_store::StoreLock;
 
@@ -34,7 +34,7 @@ pub(super) enum Command {
     Check(UserPin),
     /// Copy everything into another database, of whichever engine, and verify the copy
     Copy(copy::Arguments),
-    /// Accept the database as it is after the restore of a backup: forget the newest change that was acknowledged since
+    /// Accept the database as it is, for example after the restore of a backup
     AcceptRestored,
     /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
     Purge(purge::Arguments),
@@ -93,11 +93,8 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
         "store.accept_restored",
         nothing_more,
         || {
-            accept(&state).map_err(|error| {
-                let cause = std::error::Error::source(&error);
-                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
-                Failure::new(Exit::Store, format!("{error}{cause}"))
-            })
+            accept(&state, &config.audit.instance)
+                .map_err(|error| Failure::new(Exit::Store, chain(&error)))
         },
     )?;
     context

@@ -1,20 +1,20 @@
 //! `keybroker token`.
 
+use std::path::Path;
+
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
-use keybroker_hsm as hsm;
-use keybroker_hsm::{
-    admin::{self, Admin, AdminError, CheckedKey},
-    gate::Finding,
-};
+use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
+use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
+use keybroker_worker_protocol::unpadded;
 
 use super::{
-    Context, block_on, change, environment,
+    Context, OWN_PROGRAM, block_on, change, environment,
     exit::{Exit, Failure},
     pin::{self, SoPin, UserPin, log_in},
 };
@@ -64,11 +64,7 @@ impl From<AdminError> for Failure {
             AdminError::Pin(_) => Exit::Pin,
             AdminError::Untrusted(_) => Exit::Untrusted,
         };
-        let failure = Self::new(exit, error.to_string());
-        if exit == Exit::Token {
-            return environment::explain(failure);
-        }
-        failure
+        Self::new(exit, error.to_string())
     }
 }
 
@@ -83,7 +79,9 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
 }
 
 fn list(context: &Context) -> Result<(), Failure> {
-    let listed = admin::list_tokens(&context.config_for_token()?.token)?;
+    let config = context.config_for_token()?;
+    let listed = admin::list_tokens(Path::new(OWN_PROGRAM), &config.token)
+        .map_err(|error| environment::explain(error.into(), &config))?;
     let is_empty = listed.is_empty();
     let rows = listed
         .into_iter()
@@ -99,7 +97,7 @@ fn list(context: &Context) -> Result<(), Failure> {
         })
         .collect();
     context.output.list(rows, "the module shows no token")?;
-    if is_empty && let Some(hint) = environment::withheld() {
+    if is_empty && let Some(hint) = environment::withheld(&config) {
         context.output.note(&format!("note: {hint}"));
     }
     Ok(())
@@ -108,7 +106,7 @@ fn list(context: &Context) -> Result<(), Failure> {
 /// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
-    let record = pin::record(&config);
+    let record = PinRecord::new(pin::state(&config));
     let allowed = change::audited(
         context,
         &config,
@@ -144,12 +142,18 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         "token.init",
         |_: &mut Entry| {},
         || {
-            let info = admin::init_token(&config.token, &label, &so_pin, &user_pin, erase)?;
-            if let Err(error) = pin::record(&config).forget(&info.serial) {
-                context.output.note(&format!(
-                    "note: PINs that this token rejected before it was initialised are still remembered ({error}); if it \
-                     takes no PIN, run `keybroker token retry-pin`"
-                ));
+            let (info, note) = admin::init_token(
+                Path::new(OWN_PROGRAM),
+                &config.token,
+                &pin::state(&config),
+                &label,
+                &so_pin,
+                &user_pin,
+                erase,
+            )
+            .map_err(|error| environment::explain(error.into(), &config))?;
+            if let Some(note) = note {
+                context.output.note(&format!("note: {note}"));
             }
             Ok(info)
         },
@@ -161,7 +165,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Every registered key, or when none is registered yet every key on the token, with the gate's verdict on each attribute.
+/// Every registered key, or when none is registered yet every key on the token, with the attribute check of each.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let admin = log_in(&config, &pin.get(&config.token)?, false)?;
@@ -206,7 +210,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         .list(shown, "the token holds no wrapping key")?;
     if problems.is_empty() {
         context.output.note(&format!(
-            "token {:?} (serial {}): every key passes gate and canary",
+            "token {:?} (serial {}): every key passes attribute check and self-test",
             admin.info().label,
             admin.info().serial
         ));
@@ -223,8 +227,8 @@ fn verdict(object: &str, key: &CheckedKey, findings: &[Finding]) -> Vec<Vec<supe
                 ("key", json!(key.id.to_string())),
                 ("object", json!(object)),
                 ("attribute", json!(finding.attribute)),
-                ("verdict", json!(finding.to_string())),
-                ("passes", json!(finding.passes())),
+                ("verdict", json!(finding.verdict)),
+                ("passes", json!(finding.passes)),
             ]
         })
         .collect()
@@ -243,7 +247,7 @@ pub(super) fn compare(
             row.id, key.fingerprint, row.fingerprint
         ));
     }
-    if hsm::unpadded(&row.token_serial) != admin.info().serial {
+    if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
             "key {}: registered for the token with serial {:?}, this one has {:?}; if this is its \
              restored backup, run `keybroker key register {}`",
@@ -282,8 +286,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
     for row in registry(&config)? {
-        if hsm::unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some()
-        {
+        if unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some() {
             continue;
         }
         if !admin.verify(row.id, &row.mac_message(), &row.mac)? {

@@ -8,9 +8,12 @@ use crate::server::{
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
-use keybroker_hsm::gate;
+use keybroker_pkcs11::attribute_check;
 
 use super::Config;
+
+/// Length of `CK_TOKEN_INFO.label`.
+const LABEL_BYTES: usize = 32;
 
 impl Config {
     /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
@@ -74,11 +77,23 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
+        range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
+        if let Some(label) = token
+            .label
+            .as_ref()
+            .filter(|label| label.len() > LABEL_BYTES)
+        {
+            problems.push(format!(
+                "[token]: `label` has {} bytes; the label of a token has at most {LABEL_BYTES}, so no token has this one",
+                label.len()
+            ));
+        }
         problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
-            if !gate::attribute_names().any(|name| name == exception) {
+            if !attribute_check::attribute_names().any(|name| name == exception) {
                 problems.push(format!(
-                    "[token]: `attribute_exceptions` names {exception:?}, which the gate does not look at"
+                    "[token]: `attribute_exceptions` names {exception:?}, which is not an attribute that is checked"
                 ));
             }
         }

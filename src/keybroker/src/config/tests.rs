@@ -41,6 +41,8 @@ fn is_default(text: &str) -> bool {
         "device_claim",
         "directory",
         "remote",
+        "users",
+        "key_names",
     ];
     name.chars()
         .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')
@@ -269,7 +271,9 @@ fn a_password_in_the_url_is_nowhere_repeated() {
 
 #[test]
 fn each_mistake_has_its_message() {
-    let unknown = Config::parse(&EXAMPLE.replace("[status]", "[status]\nport = 1")).unwrap_err();
+    let unknown = Config::parse(&EXAMPLE.replace("[status]", "[status]\nport = 1"))
+        .unwrap_err()
+        .to_string();
     assert!(unknown.contains("unknown field `port`"), "{unknown}");
     assert!(unknown.contains("line"), "{unknown}");
 
@@ -307,11 +311,75 @@ fn a_mistake_has_its_place_and_not_its_line() {
         .lines()
         .position(|line| line.contains("hunter2"))
         .unwrap();
-    let message = Config::parse(&text).unwrap_err();
+    let message = Config::parse(&text).unwrap_err().to_string();
     assert!(
         message.starts_with(&format!("line {line}, column 3: ")),
         "{message}"
     );
     assert!(message.contains("`pin`"), "{message}");
     assert!(!message.contains("hunter2"), "{message}");
+}
+
+/// What people write, and what they are told to write instead.
+#[test]
+fn a_value_of_the_wrong_type_is_answered_with_the_right_one() {
+    for (good, bad, advice) in [
+        (
+            "# drain_timeout_ms = 30000",
+            "drain_timeout_ms = \"30s\"",
+            "`drain_timeout_ms = 30000`",
+        ),
+        (
+            "# drain_timeout_ms = 30000",
+            "drain_timeout_ms = '2 min'",
+            "`drain_timeout_ms = 120000`",
+        ),
+        (
+            "# drain_timeout_ms = 30000",
+            "drain_timeout_ms = \"soon\"",
+            "milliseconds without unit",
+        ),
+        (
+            "# segment_bytes_max = 67108864",
+            "segment_bytes_max = \"64MiB\"",
+            "`segment_bytes_max = 67108864`",
+        ),
+        ("# workers = 2", "workers = \"2\"", "`workers = 2`"),
+        (
+            "# defaults = true",
+            "defaults = \"yes\"",
+            "`defaults = true`",
+        ),
+        (
+            "roles = [\"release\", \"enrol\"]",
+            "roles = \"release\"",
+            "`roles = [\"release\"]`",
+        ),
+        (
+            "address = \"127.0.0.1:9464\"",
+            "address = \"::1:8443\"",
+            "[::1]:8443",
+        ),
+        (
+            "address = \"127.0.0.1:9464\"",
+            "address = \"localhost:8443\"",
+            "`localhost` is 127.0.0.1",
+        ),
+        ("# workers = 2", "worker = 2", "did you mean `workers`?"),
+        (
+            "key_names = [\"vault\"]",
+            "key_names = [\"backup-*\"]",
+            "no patterns",
+        ),
+        (
+            "# instance = \"serve\"",
+            "instance = 7",
+            "`instance = \"7\"`",
+        ),
+    ] {
+        assert!(EXAMPLE.contains(good), "{good}");
+        let error = Config::parse(&EXAMPLE.replacen(good, bad, 1)).unwrap_err();
+        let hint = error.hint().unwrap_or_default();
+        assert!(hint.contains(advice), "{bad}: {error}\nhint: {hint}");
+    }
 }

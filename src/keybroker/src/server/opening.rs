@@ -173,7 +173,17 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
             format!("cannot listen on {address}: {error}")
         };
         let exit = if in_use { Exit::InUse } else { Exit::Configuration };
-        Failure::new(exit, what)
+        let failure = Failure::new(exit, what);
+        match error.kind() {
+            std::io::ErrorKind::PermissionDenied => failure.hint(
+                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the \
+                 systemd unit, or listen on a higher port behind a redirect",
+            ),
+            std::io::ErrorKind::AddrNotAvailable => failure.hint(
+                "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
+            ),
+            _ => failure,
+        }
     })
 }
 

@@ -227,7 +227,7 @@ impl Server {
             authenticator: Arc::new(authenticator.with_secrets(secrets)),
             limits,
         };
-        broker.recover(open_intents).await;
+        broker.recover(open_intents).await?;
         load_registry(&supervisor, &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {

@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
 use rustls::{
-    RootCertStore, ServerConfig,
+    InconsistentKeys, RootCertStore, ServerConfig,
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -23,10 +23,13 @@ use zeroize::Zeroizing;
 
 use keybroker_core::{
     call::Timestamp,
+    error::chain,
     metrics, pem,
     state::StateDirectory,
     trusted_file::{self, Purpose},
 };
+
+use crate::certificate::{Age as LifeAge, Life as CertificateLife};
 
 use super::{ClientCertificates, TlsSettings};
 
@@ -38,10 +41,7 @@ mod tests;
 use purpose::ForClients;
 use revocation::{Age, Life, Lists, Newest, Versions};
 
-const SECONDS_PER_DAY: i64 = 86_400;
 const SECONDS_PER_HOUR: i64 = 3_600;
-/// A certificate with less than this left is worth a warning.
-const WARN_DAYS: i64 = 30;
 
 /// Longest chain, key and file of authorities, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -167,7 +167,7 @@ impl Tls {
         let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
         let mut newest = match (state, &settings.client_crl_file) {
             (Some(state), Some(file)) => {
-                Newest::read(state.clone(), file).map_err(|error| chain_of(&error))?
+                Newest::read(state.clone(), file).map_err(|error| chain(&error))?
             }
             _ => Newest::default(),
         };
@@ -189,7 +189,7 @@ impl Tls {
     /// Stores which revocation lists were accepted, so that a restart does not forget them.
     pub(super) fn remember_lists(&self) -> Result<(), String> {
         let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.store().map_err(|error| chain_of(&error))
+        newest.store().map_err(|error| chain(&error))
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {
@@ -235,7 +235,7 @@ impl Tls {
     /// Says again how long the certificate in use is valid: time goes on while it serves.
     pub(super) fn measure(&self) {
         let current = self.current();
-        note_days_left(current.until, &self.settings.certificate_file);
+        note_expiry(current.until, &self.settings.certificate_file);
         if let (Some(life), Some(path)) = (current.lists, &self.settings.client_crl_file) {
             self.note_age(life, path);
         }
@@ -351,12 +351,6 @@ fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> R
     newest
         .check(&next.versions)
         .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
-}
-
-/// An error with its causes.
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Whether the dates of the server's own certificate matter.
@@ -479,7 +473,13 @@ impl Files {
                      first, and each certificate after it the issuer of the one before",
                     contents.certificates
                 ),
-                _ => format!("{certificate_file} and {key_file} do not belong together: {error}"),
+                None if error == rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                    format!(
+                        "`key_file` {key_file} is not the private key of the certificate in `certificate_file` \
+                         {certificate_file}; were both renewed together?"
+                    )
+                }
+                _ => format!("{certificate_file} and {key_file} cannot be used: {error}"),
             }
         })?;
         config.alpn_protocols = protocols.to_vec();
@@ -641,20 +641,18 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
             date(from)
         ));
     }
-    let days = note_days_left(until, path);
-    if days < WARN_DAYS {
-        tracing::warn!(certificate = %shown, days, "the certificate expires soon; renew it");
+    note_expiry(until, path);
+    let life = CertificateLife { from, until };
+    if life.age(now) == LifeAge::Late {
+        tracing::warn!(certificate = %shown, until = %life.ends(), "the certificate expires soon; renew it");
     }
     Ok(until)
 }
 
-fn note_days_left(until: i64, path: &Path) -> i64 {
-    let now = Timestamp::now().micros() / 1_000_000;
-    let days = (until - now).div_euclid(SECONDS_PER_DAY);
+fn note_expiry(until: i64, path: &Path) {
     metrics::CERTIFICATE_EXPIRY
         .with([path.display().to_string()])
         .set(to_float(until));
-    days
 }
 
 /// A time after 1970 as the value of a metric.

@@ -9,11 +9,11 @@ use std::{
 use async_trait::async_trait;
 
 use crate::{
-    ClientRow, Error, ListQuery, NewRevision, Record, RecordInfo, RegistryRow, RequestRecord,
-    RequestScope, Stamp, Store, StoredRevision,
+    CHANGES_MAX, ClientRow, Error, Evidence, ListQuery, NewRevision, Record, RecordInfo,
+    RegistryRow, RequestRecord, RequestScope, Stamp, Store, StoreId, StoredRevision,
     mutations::{self, Change, REQUEST_KEPT_US},
     rows,
-    session::{Session as _, Value},
+    session::{Columns as _, Session as _, Value},
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -189,9 +189,22 @@ impl<E: Engine> Store for EngineStore<E> {
         .await
     }
 
-    async fn has_mark(&self, call: CallId) -> Result<bool, Error> {
-        let found = self.query(E::SQL.change, vec![call.into()]).await?;
-        Ok(!found.is_empty())
+    async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error> {
+        let calls = calls.iter().take(CHANGES_MAX);
+        let mut values: Vec<Value> = calls.map(|call| (*call).into()).collect();
+        // No call has an empty id.
+        values.resize(CHANGES_MAX, Value::Bytes(Vec::new()));
+        let found = self.query(E::SQL.evidence, values).await?;
+        let Some(row) = found.first() else {
+            return Ok(Evidence {
+                store: None,
+                marks: 0,
+            });
+        };
+        Ok(Evidence {
+            store: StoreId::from_slice(row.bytes(0)?),
+            marks: usize::try_from(row.integer(1)?).unwrap_or(0),
+        })
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 
 use crate::{
-    Error, RecordInfo,
+    Error, RecordInfo, StoreId,
     mutations::{self, insert_unless_taken},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -127,6 +127,12 @@ impl<E: Engine> Tables for EngineStore<E> {
             })
         })
         .await
+    }
+
+    async fn adopt_identity(&self, id: StoreId) -> Result<(), Error> {
+        self.execute(E::SQL.update_identity, vec![id.into()])
+            .await
+            .map(drop)
     }
 
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error> {

@@ -46,7 +46,11 @@ pub(super) const STATEMENTS: Statements = Statements {
                    FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?",
     insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?, ?, ?)",
-    change: "SELECT record_id FROM changes WHERE call_id = ?",
+    evidence: "SELECT store_id, (SELECT count(*) FROM changes WHERE call_id IN \
+               (?, ?, ?, ?, ?, ?, ?, ?, \
+               ?, ?, ?, ?, ?, ?, ?, ?)) FROM store_identity",
+    insert_identity: "INSERT INTO store_identity (singleton, store_id, created_us) VALUES (1, ?, ?)",
+    update_identity: "UPDATE store_identity SET store_id = ? WHERE singleton = 1",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
                     created_us, updated_us) VALUES (?, ?, ?, ?, 'active', ?, ?, ?)",
     insert_revision: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, created_us) \

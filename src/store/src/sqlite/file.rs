@@ -9,7 +9,7 @@ use std::{
 
 use sqlx::{SqlitePool, migrate::Migrator};
 
-use crate::{Error, MigrationReport, SchemaStatus, StoreLock, schema};
+use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
 
 use super::statements::STATEMENTS;
 
@@ -73,16 +73,21 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
 /// Brings a database to the newest schema, making the file if need be. The caller holds the lock.
 pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationReport, Error> {
     let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
-    if !dry_run && !report.pending.is_empty() {
+    if !dry_run {
         make_file(path)?;
         let pool = super::writer(path);
-        let run = MIGRATOR.run(&pool).await;
+        let done = run_migrations(&pool).await;
         pool.close().await;
-        run.map_err(|error| {
-            Error::Schema(format!("migration failed, nothing was changed: {error}"))
-        })?;
+        done?;
     }
     Ok(report)
+}
+
+async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
+    MIGRATOR.run(pool).await.map_err(|error| {
+        Error::Schema(format!("migration failed, nothing was changed: {error}"))
+    })?;
+    identity::ensure(&mut *pool.acquire().await?, &STATEMENTS).await
 }
 
 fn make_file(path: &Path) -> Result<(), Error> {
@@ -119,8 +124,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop it first, or ask it through its control plane \
-             (`keybroker client …`)",
+            "{} is in use by process {}; stop the broker first, because SQLite is for one process. What a running broker can do \
+             itself is below `keybroker client`",
             path.display(),
             holder.trim()
         )));

@@ -44,7 +44,12 @@ pub(super) const STATEMENTS: Statements = Statements {
                    FROM records r LEFT JOIN revisions v \
                    ON v.record_id = r.record_id AND v.revision = r.revision WHERE r.record_id = ?1",
     insert_change: "INSERT INTO changes (call_id, record_id, changed_us) VALUES (?1, ?2, ?3)",
-    change: "SELECT record_id FROM changes WHERE call_id = ?1",
+    evidence: "SELECT store_id, (SELECT count(*) FROM changes WHERE call_id IN \
+               (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, \
+               ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)) FROM store_identity",
+    insert_identity: "INSERT INTO store_identity (singleton, store_id, created_us) VALUES (1, ?1, ?2) \
+                      ON CONFLICT (singleton) DO NOTHING",
+    update_identity: "UPDATE store_identity SET store_id = ?1 WHERE singleton = 1",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
                     created_us, updated_us) VALUES (?1, ?2, ?3, ?4, 'active', ?5, ?6, ?7) \
                     ON CONFLICT (tenant, user, key_name) DO NOTHING",

@@ -12,7 +12,10 @@ use reqwest::{
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::cli::exit::{Exit, Failure};
+use crate::cli::{
+    client::connect::hint,
+    exit::{Exit, Failure},
+};
 use keybroker_bitwarden::MasterKey;
 use keybroker_core::{
     error::root_cause,
@@ -283,13 +286,11 @@ impl Broker {
         } else {
             format!("cannot reach {}: {cause}", self.user_keys)
         };
-        Failure::new(Exit::Unreachable, what).hint(if cause.contains("UnknownIssuer") {
-            "the broker's certificate is not signed by the CA in --ca-file; clients need that CA in the system's trust store"
-        } else if cause.contains("certificate") {
-            "look at the names and the dates of the broker's certificate"
-        } else {
-            "look at the URL, and whether the broker has a [[listener]] with the door \"rest\" there"
-        })
+        let mut hint = hint(&cause, "--ca-file");
+        if cause.contains("UnknownIssuer") {
+            hint.push_str("; Bitwarden clients need that authority in the system's trust store");
+        }
+        Failure::new(Exit::Unreachable, what).hint(hint)
     }
 }
 

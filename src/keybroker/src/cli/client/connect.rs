@@ -6,13 +6,17 @@ use std::{
 };
 
 use clap::Args;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use zeroize::Zeroizing;
 
-use crate::cli::exit::{Exit, Failure};
+use crate::{
+    certificate::{self, Age, Facts, Usage},
+    cli::exit::{Exit, Failure},
+};
 use keybroker_auth::PeerCertificate;
 use keybroker_core::{
-    error::root_cause,
+    error::{chain, root_cause},
     pem,
     trusted_file::{self, Purpose},
 };
@@ -27,20 +31,20 @@ const KEY: Purpose = Purpose::secret("private key");
 #[derive(Args, Clone, Debug)]
 pub(in crate::cli) struct Connection {
     /// The broker, `https://host:port`
-    #[arg(long, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
+    #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
-    /// PEM file with the CA of the broker's certificate
-    #[arg(long, env = "KEYBROKER_CA", value_name = "FILE")]
-    ca: PathBuf,
-    /// PEM file with our certificate chain, if we have one
-    #[arg(long, env = "KEYBROKER_CERT", value_name = "FILE", requires = "key")]
+    /// PEM file with the authorities that may have issued the broker's certificate (required)
+    #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// PEM file with the client's certificate chain, for callers that a certificate names; needs --key
+    #[arg(long, global = true, env = "KEYBROKER_CERT", value_name = "FILE")]
     cert: Option<PathBuf>,
-    /// PEM file with our private key
-    #[arg(long, env = "KEYBROKER_KEY", value_name = "FILE", requires = "cert")]
+    /// PEM file with the private key of that certificate
+    #[arg(long, global = true, env = "KEYBROKER_KEY", value_name = "FILE")]
     key: Option<PathBuf>,
     /// Longest wait for the connection, and for each answer
     #[arg(
-        long, env = "KEYBROKER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MILLISECONDS",
+        long, global = true, env = "KEYBROKER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MILLISECONDS",
         value_parser = clap::value_parser!(u64).range(1..=600_000)
     )]
     timeout_ms: u64,
@@ -50,8 +54,8 @@ impl Connection {
     /// The endpoint that was named.
     pub(in crate::cli) fn named_endpoint(&self) -> Result<String, Failure> {
         self.endpoint.clone().ok_or_else(|| {
-            Failure::new(Exit::Usage, "it is not said which broker to call")
-                .hint("name it with --endpoint https://host:port or KEYBROKER_ENDPOINT")
+            Failure::new(Exit::Usage, "no broker is named")
+                .hint("pass --endpoint https://host:port or set KEYBROKER_ENDPOINT")
         })
     }
 
@@ -59,8 +63,8 @@ impl Connection {
     pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
         let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
         let Some(cert) = &self.cert else {
-            let what = "it is not said which certificate is ours";
-            return Err(Failure::new(Exit::Usage, what).hint("name it with --cert and --key"));
+            return Err(Failure::new(Exit::Usage, "no client certificate is named")
+                .hint("pass --cert and --key"));
         };
         let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
             .map_err(|error| unusable(error.to_string()))?;
@@ -79,22 +83,44 @@ impl Connection {
     pub(in crate::cli) fn endpoint(&self, url: &str) -> Result<Endpoint, Failure> {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
-            return Err(Failure::new(Exit::Usage, what).hint("a broker speaks gRPC over TLS alone"));
+            return Err(Failure::new(Exit::Usage, what).hint("a broker offers gRPC only over TLS"));
         }
         let malformed = |option: &str, path: &Path, error: pem::Error| {
             Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
         };
-        let authorities = pem::certificates(&read("--ca", &self.ca, AUTHORITIES)?)
-            .map_err(|error| malformed("--ca", &self.ca, error))?;
+        let Some(ca) = &self.ca else {
+            return Err(Failure::new(Exit::Usage, "no certificate authority is named")
+                .hint("pass --ca FILE or set KEYBROKER_CA: the authorities that may have issued the broker's certificate"));
+        };
+        let authorities = pem::certificates(&read("--ca", ca, AUTHORITIES)?)
+            .map_err(|error| malformed("--ca", ca, error))?;
         let authorities = Certificate::from_pem(pem::encode(&authorities));
         let mut tls = ClientTlsConfig::new().ca_certificate(authorities);
+        let (missing, given) = match (&self.cert, &self.key) {
+            (Some(_), None) => ("--key", "--cert"),
+            (None, Some(_)) => ("--cert", "--key"),
+            _ => ("", ""),
+        };
+        if !missing.is_empty() {
+            let what = format!(
+                "{given} needs {missing}: a certificate and its private key are used together"
+            );
+            return Err(Failure::new(Exit::Usage, what));
+        }
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
-            let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
+            let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
                 .map_err(|error| malformed("--cert", cert, error))?;
             let text = read("--key", key, KEY)?;
-            let key = pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
-            let key = pem::encode_key(&key);
-            tls = tls.identity(Identity::from_pem(pem::encode(&chain), key.as_bytes()));
+            let private =
+                pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
+            if let Some(leaf) = certificates.first() {
+                check_certificate(cert, leaf, key, &private)?;
+            }
+            let key = pem::encode_key(&private);
+            tls = tls.identity(Identity::from_pem(
+                pem::encode(&certificates),
+                key.as_bytes(),
+            ));
         }
         let unusable = |what: &str, error: tonic::transport::Error| {
             Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))
@@ -118,20 +144,93 @@ pub(in crate::cli) async fn connect(
     let url = endpoint.uri();
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-    let running = "look at the address, and whether the broker runs: its `/readyz` answers there";
     let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
-        return Err(unreachable("no answer within --timeout-ms").hint(running));
+        return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
     };
     connected.map_err(|error| {
         let cause = root_cause(&error);
-        unreachable(&cause).hint(if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
-            "the broker's certificate is not signed by the CA in --ca"
-        } else if cause.contains("certificate") {
-            "look at the names and the dates of the broker's certificate: `openssl x509 -text -in …`"
-        } else {
-            running
-        })
+        let hint = hint(&cause, "--ca");
+        unreachable(&cause).hint(hint)
     })
+}
+
+const NO_ANSWER: &str = "check the address, the firewall, and whether the broker runs there";
+
+/// What to do about a connection that failed, by its innermost cause. `authorities` is the option with the trusted authorities.
+pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
+    let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
+    if has(&["UnknownIssuer", "BadSignature"]) {
+        format!("the broker's certificate is not signed by an authority in {authorities}")
+    } else if has(&["not valid for name", "NotValidForName"]) {
+        "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
+            .to_owned()
+    } else if has(&["expired", "Expired"]) {
+        "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
+    } else if has(&["NotValidYet", "not valid yet"]) {
+        "the broker's certificate is not valid yet: is the clock of this machine right?".to_owned()
+    } else if has(&["InvalidContentType", "corrupt message"]) {
+        "no TLS is spoken at this address: it is perhaps the status listener ([status] address); name a [[listener]] with TLS"
+            .to_owned()
+    } else if has(&[
+        "peer doesn't support",
+        "NoApplicationProtocol",
+        "frame with invalid size",
+    ]) {
+        "another program answers at this address, or a listener that does not have the API `grpc` or `admin`".to_owned()
+    } else if has(&["certificate"]) {
+        "check the names and the dates of the broker's certificate: `openssl s_client -connect HOST:PORT -showcerts`".to_owned()
+    } else if has(&["lookup address", "resolve", "Name or service not known"]) {
+        "the host name does not resolve: check its spelling, DNS and /etc/hosts".to_owned()
+    } else if has(&["refused"]) {
+        "nothing listens at this address: check the port against the [[listener]] sections of the broker's configuration, and \
+         whether the broker runs"
+            .to_owned()
+    } else {
+        NO_ANSWER.to_owned()
+    }
+}
+
+/// Why our certificate cannot be used, where that shows before a connection.
+fn check_certificate(
+    path: &Path,
+    leaf: &CertificateDer<'_>,
+    key_file: &Path,
+    key: &PrivateKeyDer<'_>,
+) -> Result<(), Failure> {
+    let refuse =
+        |what: &str| Failure::new(Exit::Usage, format!("--cert {}: {what}", path.display()));
+    let facts = Facts::read(leaf).map_err(|error| refuse(&chain(&error)))?;
+    match facts.life.age(certificate::now()) {
+        Age::Over => {
+            let what = format!("the certificate expired on {}", facts.life.ends());
+            return Err(
+                refuse(&what).hint("renew it; if it is new, check the clock of this machine")
+            );
+        }
+        Age::Early => {
+            let what = format!(
+                "the certificate is not valid before {}",
+                facts.life.begins()
+            );
+            return Err(refuse(&what).hint("check the clock of this machine"));
+        }
+        Age::Good | Age::Late => {}
+    }
+    if !facts.allows(Usage::Client) {
+        let what =
+            "the certificate's extendedKeyUsage does not allow clientAuth, so brokers refuse it";
+        return Err(refuse(what).hint("issue a certificate for clients"));
+    }
+    if certificate::is_key_of(leaf, key) == Some(false) {
+        let what = format!(
+            "--key {} is not the private key of the certificate in --cert {}",
+            key_file.display(),
+            path.display()
+        );
+        return Err(Failure::new(Exit::Usage, what)
+            .hint("name the key that was made for this certificate; in a chain, the client's certificate is the first"));
+    }
+    Ok(())
 }
 
 fn read(option: &str, path: &Path, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Failure> {

@@ -86,7 +86,7 @@ impl Caller {
                         service.tail_audit_log(request).await
                     })
                     .await?;
-                self.output.json_lines(&tail.entries)
+                self.output.entries(&tail.entries)
             }
             Command::Health => self.health().await,
         }

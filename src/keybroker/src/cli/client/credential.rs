@@ -16,14 +16,14 @@ use keybroker_core::key::ClientId;
 /// Who we are, when not whom our certificate names.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Credential {
-    /// Id of an API client: calls are made in its name
-    #[arg(long, value_name = "ID", requires = "client_secret_file")]
+    /// Id of an API client: calls are made in its name; needs --client-secret-file
+    #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
     /// File with its secret, which others must not be able to read
-    #[arg(long, value_name = "FILE", requires = "client_id")]
+    #[arg(long, global = true, value_name = "FILE")]
     client_secret_file: Option<PathBuf>,
     /// File with a bearer token, which others must not be able to read: calls are made in the name of its holder
-    #[arg(long, value_name = "FILE", conflicts_with = "client_id")]
+    #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
@@ -32,11 +32,19 @@ impl Credential {
     /// are not overwritten.
     pub(super) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>, Failure> {
         let text = match (&self.client_id, &self.client_secret_file, &self.token_file) {
-            (Some(id), Some(file), _) => basic(id, &line("--client-secret-file", file)?)?,
-            (_, _, Some(file)) => {
+            (None, None, None) => return Ok(None),
+            (Some(id), Some(file), None) => basic(id, &line("--client-secret-file", file)?)?,
+            (None, None, Some(file)) => {
                 Zeroizing::new(format!("Bearer {}", *line("--token-file", file)?))
             }
-            _ => return Ok(None),
+            (_, _, Some(_)) => {
+                let what = "both an access token and an API client were given; pass only one";
+                return Err(Failure::new(Exit::Usage, what));
+            }
+            _ => {
+                let what = "--client-id and --client-secret-file belong together; pass both";
+                return Err(Failure::new(Exit::Usage, what));
+            }
         };
         let mut value = MetadataValue::try_from(text.as_str()).map_err(|_| {
             let what = "--token-file has characters that no token has";

@@ -39,7 +39,7 @@ pub(in crate::cli) fn failure(status: &Status) -> Failure {
     }
 }
 
-/// Whether nobody can say if the call was carried out.
+/// Whether the call may or may not have been carried out.
 pub(in crate::cli) fn is_uncertain(failure: &Failure) -> bool {
     failure.exit == Exit::Unreachable
 }
@@ -60,7 +60,8 @@ fn without_reason(status: &Status) -> Failure {
         ),
         Code::Unimplemented => (
             format!("this listener does not have the service: {message}"),
-            "user keys (door `grpc`) and the control plane (door `admin`) may have listeners of their own",
+            "user keys (API `grpc`) and the admin API may be at different listeners: compare --endpoint with the `doors` of \
+             each [[listener]] in the broker's configuration",
         ),
         code => (
             format!("{code:?}: {message}"),
@@ -74,12 +75,12 @@ fn without_reason(status: &Status) -> Failure {
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn hint(reason: Reason) -> &'static str {
     match reason {
-        Reason::Request => "mend the fields named above",
+        Reason::Request => "correct the fields named above",
         Reason::RequestIdReused => {
             "a retry must send what the first call sent; a new change needs a new id"
         }
         Reason::Credential => {
-            "the broker knows nobody of this certificate, token or secret, or it has expired or was revoked; its log says which"
+            "the credential is unknown, expired or revoked; the broker's log says which"
         }
         Reason::Policy => {
             "no policy permits this to this principal; the operator asks `keybroker policy explain`"

@@ -236,6 +236,7 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
              and copy again",
         )
     })?;
+    copy.carry_identity().await?;
     Ok(Outcome { rows, checked })
 }
 

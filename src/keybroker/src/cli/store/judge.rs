@@ -5,10 +5,11 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm::admin::Verifier;
+use keybroker_hsm::admin::Admin;
+use keybroker_store as store;
 use keybroker_store::{
-    ClientRow, RegistryRow,
-    scan::{Found, FoundClient},
+    ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
+    scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
 };
 
@@ -30,6 +31,11 @@ pub(super) enum Problem {
     MacRefused,
     ClientUnreadable,
     DocumentUnreadable,
+    RequestUnreadable,
+    ChangeUnreadable,
+    LastUseUnreadable,
+    ClientUseUnreadable,
+    IdentityMissing,
 }
 
 impl Problem {
@@ -49,6 +55,11 @@ impl Problem {
             Self::MacRefused => "mac-refused",
             Self::ClientUnreadable => "client-unreadable",
             Self::DocumentUnreadable => "document-unreadable",
+            Self::RequestUnreadable => "request-unreadable",
+            Self::ChangeUnreadable => "change-unreadable",
+            Self::LastUseUnreadable => "last-use-unreadable",
+            Self::ClientUseUnreadable => "client-use-unreadable",
+            Self::IdentityMissing => "identity-missing",
         }
     }
 }
@@ -78,6 +89,18 @@ impl Finding {
             record: Some(row.record),
             head: head.cloned(),
             revision: Some(row.revision),
+            client: None,
+        }
+    }
+
+    /// Of a row that belongs to no record and no API client.
+    pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: None,
+            head: None,
+            revision: None,
             client: None,
         }
     }
@@ -124,17 +147,17 @@ impl Finding {
 /// Goes with a scan from its beginning to its end.
 #[derive(Debug)]
 pub(super) struct Judge<'a> {
-    verifier: Verifier<'a>,
+    admin: &'a Admin,
     registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
 impl<'a> Judge<'a> {
-    /// The verifier has the keys of the registry that are not destroyed.
-    pub(super) fn new(verifier: Verifier<'a>, registry: Vec<RegistryRow>) -> Self {
+    /// The token has the keys of the registry that are not destroyed.
+    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
-            verifier,
+            admin,
             registry,
             awaited: None,
         }
@@ -151,8 +174,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Goes on with the registry as it is now.
-    pub(super) fn renew(&mut self, verifier: Verifier<'a>, registry: Vec<RegistryRow>) {
-        self.verifier = verifier;
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }
 
@@ -236,7 +258,7 @@ impl<'a> Judge<'a> {
             revision: row.revision,
         };
         let message = envelope.mac_message(&context);
-        if self.verifier.verify(key, &message, envelope.mac())? {
+        if self.admin.verify(key, &message, envelope.mac())? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -265,13 +287,51 @@ impl<'a> Judge<'a> {
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
-        if self
-            .verifier
-            .verify(row.key, &row.mac_message(), &row.mac)?
-        {
+        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
+    }
+
+    /// What is wrong with a row of the other tables.
+    pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
+        let unreadable = |problem, result: &Result<(), store::Error>| {
+            let error = result.as_ref().err();
+            error.map(|error| Finding::of_other(problem, error.to_string()))
+        };
+        Ok(match found {
+            FoundOther::Request(row) => match &**row {
+                Ok((scope, record)) => self.request(scope, record)?,
+                Err(error) => {
+                    let problem = Problem::RequestUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
+            FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
+            FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
+            FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
+        })
+    }
+
+    fn request(
+        &mut self,
+        scope: &RequestScope,
+        record: &RequestRecord,
+    ) -> Result<Option<Finding>, Failure> {
+        let of = format!("request id {} of {}", scope.id, scope.principal);
+        let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
+        // A row of a release before schema 4. Its retry is refused, so nothing rests on it.
+        let Some(mac) = &record.result_mac else {
+            return Ok(None);
+        };
+        if let Some(problem) = self.unusable(record.key) {
+            return bad(problem);
+        }
+        let message = request_message(scope, &record.content, &record.result);
+        if self.admin.verify(record.key, &message, mac)? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused)
     }
 
     /// Why no MAC of a wrapping key's binding key can be verified.
@@ -314,6 +374,11 @@ mod tests {
             Problem::MacRefused,
             Problem::ClientUnreadable,
             Problem::DocumentUnreadable,
+            Problem::RequestUnreadable,
+            Problem::ChangeUnreadable,
+            Problem::LastUseUnreadable,
+            Problem::ClientUseUnreadable,
+            Problem::IdentityMissing,
         ];
         assert_eq!(documented, problems.map(Problem::as_str));
     }

@@ -472,7 +472,12 @@ fn a_listeners_file_that_cannot_be_used_is_refused_with_the_remedy() {
             "server",
             "is number 2 of 2; it must be the first",
         ),
-        ("key", other, "do not belong together", "server"),
+        (
+            "key",
+            other,
+            "is not the private key of the certificate",
+            "server",
+        ),
         ("key", encrypted, "`key_file`", "openssl pkey -in"),
         ("key", leaf.clone(), "`key_file`", "no private key"),
         ("ca", trusted, "`client_ca_file`", "openssl x509 -in"),

@@ -1,0 +1,226 @@
+//! What a certificate says of itself, for messages to people: who it is, what it may be used for, and until when.
+//!
+//! Nothing here decides whether a peer is accepted. That is the work of the TLS library.
+
+use std::net::IpAddr;
+
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::{
+    extensions::{ExtendedKeyUsage, GeneralName, KeyUsage},
+    prelude::{FromDer as _, X509Certificate, X509Error},
+};
+
+use keybroker_core::call::Timestamp;
+
+const MICROS_PER_SECOND: i64 = 1_000_000;
+const SECONDS_PER_DAY: i64 = 86_400;
+/// A certificate that lives for a year or longer is worth a warning so many days before its end.
+const WARN_DAYS_MAX: i64 = 30;
+/// Others are worth one when this part of their life is left. Automatic renewal takes place at a third or a half.
+const WARN_PART: i64 = 5;
+
+/// Why a certificate cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// It is no X.509 certificate.
+    #[error("the certificate does not parse")]
+    Certificate(#[source] x509_parser::nom::Err<X509Error>),
+    /// One of its extensions is malformed, or there twice.
+    #[error("an extension of the certificate does not parse")]
+    Extension(#[source] X509Error),
+}
+
+/// What a certificate says of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    /// Distinguished name.
+    pub(crate) subject: String,
+    /// Whether it names itself as its issuer.
+    pub(crate) is_self_issued: bool,
+    /// Whether it may issue certificates; absent when it is too old to say (X.509 version 1).
+    pub(crate) is_authority: Option<bool>,
+    /// Subject alternative names that TLS clients look at: DNS names and IP addresses.
+    pub(crate) hosts: Vec<String>,
+    /// What it may be used for by its `keyUsage` and `extendedKeyUsage`.
+    usages: Vec<Usage>,
+    /// When its life begins and ends.
+    pub(crate) life: Life,
+}
+
+/// What a certificate may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Usage {
+    /// By a TLS server.
+    Server,
+    /// By a TLS client.
+    Client,
+    /// Its key for the signature of a handshake.
+    Handshake,
+    /// Its key for the signatures of certificates.
+    Issuing,
+}
+
+/// First and last second of a certificate, since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub(crate) from: i64,
+    pub(crate) until: i64,
+}
+
+/// Where a moment lies in the life of a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Age {
+    /// Before its first second.
+    Early,
+    Good,
+    /// Near its end: it should have been renewed.
+    Late,
+    /// After its last second.
+    Over,
+}
+
+impl Life {
+    pub(crate) fn of(certificate: &X509Certificate<'_>) -> Self {
+        let validity = certificate.validity();
+        Self {
+            from: validity.not_before.timestamp(),
+            until: validity.not_after.timestamp(),
+        }
+    }
+
+    /// Where a moment lies, in seconds since 1970.
+    pub(crate) fn age(self, at: i64) -> Age {
+        let length = self.until.saturating_sub(self.from);
+        let warned = (length / WARN_PART).min(WARN_DAYS_MAX * SECONDS_PER_DAY);
+        if at < self.from {
+            Age::Early
+        } else if at > self.until {
+            Age::Over
+        } else if self.until - at < warned {
+            Age::Late
+        } else {
+            Age::Good
+        }
+    }
+
+    /// When it begins, for people.
+    pub(crate) fn begins(self) -> Timestamp {
+        date(self.from)
+    }
+
+    /// When it ends, for people.
+    pub(crate) fn ends(self) -> Timestamp {
+        date(self.until)
+    }
+}
+
+/// Now, in seconds since 1970.
+pub(crate) fn now() -> i64 {
+    Timestamp::now().micros() / MICROS_PER_SECOND
+}
+
+fn date(seconds: i64) -> Timestamp {
+    Timestamp::from_micros(seconds.saturating_mul(MICROS_PER_SECOND))
+}
+
+impl Facts {
+    /// Reads a certificate.
+    pub(crate) fn read(der: &CertificateDer<'_>) -> Result<Self, Error> {
+        let (_, certificate) = X509Certificate::from_der(der).map_err(Error::Certificate)?;
+        let constraints = certificate.basic_constraints().map_err(Error::Extension)?;
+        let usage = certificate.key_usage().map_err(Error::Extension)?;
+        let purposes = certificate.extended_key_usage().map_err(Error::Extension)?;
+        let names = certificate
+            .subject_alternative_name()
+            .map_err(Error::Extension)?;
+        let names = names.map_or(&[][..], |names| &names.value.general_names);
+        let is_authority = match constraints {
+            Some(constraints) => Some(constraints.value.ca),
+            // Only version 3 has extensions.
+            None => (certificate.version.0 >= 2).then_some(false),
+        };
+        let purpose = |is: fn(&ExtendedKeyUsage<'_>) -> bool| {
+            purposes
+                .as_ref()
+                .is_none_or(|purposes| purposes.value.any || is(purposes.value))
+        };
+        let key = |is: fn(&KeyUsage) -> bool| usage.as_ref().is_none_or(|usage| is(usage.value));
+        let usages = [
+            (Usage::Server, purpose(|purposes| purposes.server_auth)),
+            (Usage::Client, purpose(|purposes| purposes.client_auth)),
+            (Usage::Handshake, key(KeyUsage::digital_signature)),
+            (Usage::Issuing, key(KeyUsage::key_cert_sign)),
+        ];
+        Ok(Self {
+            subject: certificate.subject().to_string(),
+            is_self_issued: certificate.subject().as_raw() == certificate.issuer().as_raw(),
+            is_authority,
+            hosts: names.iter().filter_map(host).collect(),
+            usages: usages
+                .into_iter()
+                .filter(|(_, is)| *is)
+                .map(|(usage, _)| usage)
+                .collect(),
+            life: Life::of(&certificate),
+        })
+    }
+}
+
+impl Facts {
+    /// Whether it may be used for something. A certificate that does not limit its use may be used for everything.
+    pub(crate) fn allows(&self, usage: Usage) -> bool {
+        self.usages.contains(&usage)
+    }
+}
+
+fn host(name: &GeneralName<'_>) -> Option<String> {
+    match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => match bytes.len() {
+            4 => <[u8; 4]>::try_from(*bytes)
+                .ok()
+                .map(|bytes| IpAddr::from(bytes).to_string()),
+            _ => <[u8; 16]>::try_from(*bytes)
+                .ok()
+                .map(|bytes| IpAddr::from(bytes).to_string()),
+        },
+        _ => None,
+    }
+}
+
+/// Whether a key is the private half of a certificate's; absent for a key of a kind that is not known.
+pub(crate) fn is_key_of(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_>) -> Option<bool> {
+    let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
+    let public = key.public_key()?;
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    Some(certificate.public_key().raw == public.as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A certificate that lives for a day is renewed after half of it; thirty days before its end it does not exist.
+    #[test]
+    fn a_certificate_is_late_by_its_own_lifetime() {
+        for (days, late_hours) in [
+            (1, 4),
+            (7, 33),
+            (90, 18 * 24),
+            (365, 30 * 24),
+            (3_650, 30 * 24),
+        ] {
+            let life = Life {
+                from: 1_000,
+                until: 1_000 + days * SECONDS_PER_DAY,
+            };
+            let before = |hours: i64| life.until - hours * 3_600;
+            assert_eq!(life.age(999), Age::Early);
+            assert_eq!(life.age(1_000), Age::Good);
+            assert_eq!(life.age(before(late_hours + 1)), Age::Good, "{days}");
+            assert_eq!(life.age(before(late_hours) + 1), Age::Late, "{days}");
+            assert_eq!(life.age(life.until), Age::Late);
+            assert_eq!(life.age(life.until + 1), Age::Over);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The certificates that a listener names: whether clients will accept the server's, and whether the authorities can vouch for
+//! clients. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
+
+use std::path::Path;
+
+use keybroker_core::{
+    error::chain,
+    pem,
+    trusted_file::{self, Purpose},
+};
+
+use crate::{
+    certificate::{self, Age, Facts, Usage},
+    server::{ClientCertificates, ListenerSettings},
+};
+
+use super::files::FileReport;
+
+/// Longest chain and file of authorities, in bytes.
+const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const CHAIN: Purpose =
+    Purpose::trust("other users could decide which certificate clients are shown");
+const AUTHORITIES: Purpose = Purpose::trust(
+    "other users could name a certificate authority of their own, and be any client",
+);
+
+/// Examines the certificates of a listener.
+pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
+    let Some(tls) = &listener.tls else { return };
+    let address = listener.address;
+    let mut examine = |setting: &str, path: &Path, purpose, check: Check| {
+        // What cannot be read is a problem of TLS as a whole, and is reported there.
+        let Some(certificates) = read(path, purpose) else {
+            return;
+        };
+        let count = certificates.len();
+        for (number, facts) in (1..).zip(certificates) {
+            let shown = path.display();
+            let wrong = |what: String| {
+                let which = if count == 1 {
+                    String::new()
+                } else {
+                    format!(", certificate {number} of {count}")
+                };
+                format!("[[listener]] {address}: `{setting}` {shown}{which}: {what}")
+            };
+            match facts {
+                Ok(facts) => {
+                    let mut found = Found::default();
+                    check(&facts, number, &mut found);
+                    report
+                        .problems
+                        .extend(found.problems.into_iter().map(wrong));
+                    report.notes.extend(found.notes.into_iter().map(wrong));
+                }
+                Err(error) => report.problems.push(wrong(chain(&error))),
+            }
+        }
+    };
+    examine(
+        "certificate_file",
+        &tls.certificate_file,
+        CHAIN,
+        check_chain,
+    );
+    if listener.client_certificates != ClientCertificates::None
+        && let Some(path) = &tls.client_ca_file
+    {
+        examine("client_ca_file", path, AUTHORITIES, check_authority);
+    }
+}
+
+#[derive(Default)]
+struct Found {
+    problems: Vec<String>,
+    notes: Vec<String>,
+}
+
+/// Of one certificate and its number in the file, from 1.
+type Check = fn(&Facts, usize, &mut Found);
+
+fn read(path: &Path, purpose: Purpose) -> Option<Vec<Result<Facts, certificate::Error>>> {
+    let bytes = trusted_file::read(path, PEM_BYTES_MAX, purpose).ok()?;
+    let chain = pem::chain(&bytes).ok()?;
+    Some(chain.iter().map(Facts::read).collect())
+}
+
+fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
+    if number > 1 {
+        check_issuer(facts, found);
+        if facts.life.age(certificate::now()) == Age::Over {
+            let what = format!(
+                "this issuer expired on {}; clients refuse the chain: renew it",
+                facts.life.ends()
+            );
+            found.problems.push(what);
+        }
+        return;
+    }
+    if facts.hosts.is_empty() {
+        found.problems.push(format!(
+            "{:?} has no DNS name and no IP address among its subject alternative names, and clients do not look at the common \
+             name; issue it with the names that clients call, such as `subjectAltName = DNS:keys.example.org`",
+            facts.subject
+        ));
+    }
+    if !facts.allows(Usage::Server) {
+        found.problems.push(
+            "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for servers".to_owned(),
+        );
+    }
+    if !facts.allows(Usage::Handshake) {
+        found.problems.push(
+            "its keyUsage does not allow digitalSignature, which TLS 1.3 needs; issue it with digitalSignature".to_owned(),
+        );
+    }
+    if facts.is_authority == Some(true) {
+        found.problems.push(
+            "it is a certificate authority (CA:TRUE), and many clients refuse one as the certificate of a server; issue a \
+             certificate of its own for the server"
+                .to_owned(),
+        );
+    }
+    // Expired and early ones are refused where TLS is set up.
+    if facts.life.age(certificate::now()) == Age::Late {
+        found.notes.push(format!(
+            "it expires on {}, soon for its lifetime; renew it",
+            facts.life.ends()
+        ));
+    }
+}
+
+fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
+    if facts.is_self_issued && facts.is_authority == Some(false) {
+        // A client's own certificate that is pinned works, for this one client.
+        found.notes.push(format!(
+            "{:?} is no certificate authority (CA:FALSE): it can only be the certificate of one client itself",
+            facts.subject
+        ));
+    } else {
+        check_issuer(facts, found);
+    }
+    if facts.life.age(certificate::now()) == Age::Over {
+        found.notes.push(format!(
+            "{:?} expired on {}; this broker still accepts its clients, and other programs do not",
+            facts.subject,
+            facts.life.ends()
+        ));
+    }
+}
+
+fn check_issuer(facts: &Facts, found: &mut Found) {
+    if facts.is_authority == Some(false) {
+        found.problems.push(format!(
+            "{:?} is no certificate authority (CA:FALSE); name the certificate of the authority that issued it",
+            facts.subject
+        ));
+    } else if !facts.allows(Usage::Issuing) {
+        found.problems.push(format!(
+            "the keyUsage of {:?} does not allow keyCertSign, so it cannot vouch for other certificates",
+            facts.subject
+        ));
+    }
+}

@@ -1,0 +1,64 @@
+//! Principals that policies name and that the configuration does not know. Such a policy is valid and never applies: a forbid with
+//! a slip of the pen forbids nothing.
+
+use keybroker_core::{key::ClientId, principal::Kind};
+use keybroker_policy::{NamedPrincipal, Problems};
+
+use super::Config;
+
+/// Names closer than this are taken for a slip of the pen (Jaro-Winkler similarity).
+const SIMILAR: f64 = 0.9;
+
+impl Config {
+    /// One remark for each principal that a policy names and that no part of the configuration knows. Fails when the policies
+    /// cannot be loaded.
+    pub fn unknown_principals(&self) -> Result<Vec<String>, Problems> {
+        let named = self.policy.named_principals()?;
+        let unknown = named.iter().filter(|named| !self.is_known(named));
+        Ok(unknown.map(|named| self.remark(named)).collect())
+    }
+
+    fn is_known(&self, named: &NamedPrincipal) -> bool {
+        let name = named.name.as_str();
+        if let Some(id) = name.strip_prefix("client:") {
+            // API clients are in the database.
+            return named.kind == Kind::Service && ClientId::from_hex(id).is_some();
+        }
+        if let Some(rest) = name.strip_prefix("token:") {
+            let issuer = rest.split_once(':').map_or(rest, |(issuer, _)| issuer);
+            return self
+                .issuers
+                .iter()
+                .any(|one| one.name == issuer && one.kind == named.kind);
+        }
+        named.kind == Kind::Service && self.principals.iter().any(|one| one.san == name)
+    }
+
+    fn remark(&self, named: &NamedPrincipal) -> String {
+        let NamedPrincipal {
+            kind,
+            name,
+            policy,
+            file,
+        } = named;
+        let kind = match kind {
+            Kind::User => "User",
+            Kind::Service => "Service",
+        };
+        let nearest = self
+            .principals
+            .iter()
+            .map(|one| (strsim::jaro_winkler(name, &one.san), one.san.as_str()))
+            .filter(|(similarity, _)| *similarity >= SIMILAR)
+            .max_by(|(one, _), (other, _)| one.total_cmp(other));
+        let advice = match nearest {
+            Some((_, san)) if kind == "Service" => format!("did you mean {san:?}?"),
+            _ => "names are a `san` of a [[principal]], `client:ID`, or `token:ISSUER:SUBJECT` with an [[issuer]] of this kind"
+                .to_owned(),
+        };
+        format!(
+            "[policy]: {file}: policy `{policy}` names {kind}::{name:?}, which no part of the configuration knows, so it never applies \
+             to anyone; {advice}"
+        )
+    }
+}

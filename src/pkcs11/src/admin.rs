@@ -1,0 +1,477 @@
+//! Administration of tokens and keys, in the admin worker: one thread uses the module.
+
+use std::ops::RangeInclusive;
+
+use cryptoki::{
+    context::Pkcs11,
+    mechanism::{MechanismInfo, MechanismType},
+    session::UserType,
+    slot::{Slot, TokenInfo as PkcsTokenInfo},
+};
+
+use keybroker_core::{
+    call::Timestamp,
+    envelope::{Algorithm, Mac},
+    key::WrappingKeyId,
+};
+use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded};
+
+use crate::{
+    PinRecord,
+    attribute_check::Finding,
+    calling,
+    classify::{Class, Fault},
+    keys, module,
+    open::{KeySession, OpenToken, auth_pin},
+    operation, select,
+};
+
+mod verifier;
+
+pub(crate) use verifier::Verifier;
+
+/// Length of `CK_TOKEN_INFO.label`.
+const LABEL_BYTES: usize = 32;
+
+/// Class of an administrative failure, with its message.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum AdminError {
+    /// No module, no token, or not the one that was meant.
+    #[error("{0}")]
+    Token(String),
+    /// No PIN, or one that was refused.
+    #[error("{0}")]
+    Pin(String),
+    /// A key, an attribute or a MAC is not as it must be.
+    #[error("{0}")]
+    Untrusted(String),
+}
+
+impl From<Fault> for AdminError {
+    fn from(fault: Fault) -> Self {
+        match fault.class {
+            Class::Pin => Self::Pin(fault.detail),
+            Class::Login => Self::Token(format!(
+                "{}. This login was counted; run the command again when the token works",
+                fault.detail
+            )),
+            Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
+            _ => Self::Token(fault.detail),
+        }
+    }
+}
+
+/// A token as `token list` shows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Listed {
+    /// Slot number; changes when tokens are initialised.
+    pub(crate) slot: u64,
+    /// What the token says of itself.
+    pub(crate) info: TokenInfo,
+    /// Whether it was initialised.
+    pub(crate) initialised: bool,
+    /// Whether its user PIN is locked, or one wrong PIN away from it.
+    pub(crate) pin_state: &'static str,
+    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
+    pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
+    /// Whether the slot lists `CKM_SHA256_HMAC`.
+    pub(crate) sha256_hmac: bool,
+    /// Whether the settings choose this token.
+    pub(crate) is_chosen: bool,
+}
+
+impl Listed {
+    /// A token that is open, of which no more is told.
+    pub(crate) fn of(info: &TokenInfo) -> Self {
+        Self {
+            slot: 0,
+            info: info.clone(),
+            initialised: true,
+            pin_state: "",
+            oaep_bits: None,
+            sha256_hmac: false,
+            is_chosen: true,
+        }
+    }
+}
+
+/// A key on the token, with the results of attribute check and self-test.
+#[derive(Clone, Debug)]
+pub(crate) struct CheckedKey {
+    /// `CKA_ID`.
+    pub(crate) id: WrappingKeyId,
+    /// DER SubjectPublicKeyInfo.
+    pub(crate) spki: Vec<u8>,
+    /// Modulus length in bits.
+    pub(crate) modulus_bits: usize,
+    /// What the capability probe chose; absent when the key was refused.
+    pub(crate) algorithm: Option<Algorithm>,
+    /// The attribute check of the RSA private key.
+    pub(crate) private: Vec<Finding>,
+    /// The attribute check of the binding key.
+    pub(crate) binding: Vec<Finding>,
+    /// Why the key must not be used; absent for a good one.
+    pub(crate) problem: Option<String>,
+}
+
+/// All slots with a token, initialised or not. Needs no PIN.
+pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
+    let module = module::load(&settings.module)?;
+    // `token list` also helps to find the right settings.
+    let selector = select::Selector::from_settings(settings).ok();
+    let mut listed = Vec::new();
+    calling::next("C_GetSlotList");
+    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+        calling::next("C_GetTokenInfo");
+        let info = module.get_token_info(slot).map_err(Fault::from)?;
+        listed.push(Listed {
+            slot: slot.id(),
+            info: select::describe(&info),
+            initialised: info.token_initialized(),
+            pin_state: if info.user_pin_locked() {
+                "locked"
+            } else if info.user_pin_final_try() {
+                "final try"
+            } else if info.user_pin_count_low() {
+                "wrong PIN tried"
+            } else if info.user_pin_initialized() {
+                "ok"
+            } else {
+                "not set"
+            },
+            oaep_bits: oaep_bits(&module, slot),
+            sha256_hmac: mechanism(&module, slot, MechanismType::SHA256_HMAC).is_some(),
+            is_chosen: info.token_initialized()
+                && selector
+                    .as_ref()
+                    .is_some_and(|selector| selector.fits(&info)),
+        });
+    }
+    Ok(listed)
+}
+
+/// What a slot says of a mechanism; nothing when it does not list it.
+fn mechanism(module: &Pkcs11, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
+    calling::next("C_GetMechanismInfo");
+    module.get_mechanism_info(slot, kind).ok()
+}
+
+fn oaep_bits(module: &Pkcs11, slot: Slot) -> Option<RangeInclusive<u64>> {
+    let info = mechanism(module, slot, MechanismType::RSA_PKCS_OAEP)?;
+    let bits = |size: usize| u64::try_from(size).unwrap_or(u64::MAX);
+    Some(bits(info.min_key_size())..=bits(info.max_key_size()))
+}
+
+/// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
+/// given: everything on it is lost for ever.
+pub(crate) fn init_token(
+    settings: &Settings,
+    label: &str,
+    so_pin: &Pin,
+    user_pin: &Pin,
+    erase_serial: Option<&str>,
+) -> Result<TokenInfo, AdminError> {
+    check_label(label)?;
+    let module = module::load(&settings.module)?;
+    let slot = match erase_serial {
+        None => blank_slot(&module, label)?,
+        Some(serial) => slot_to_erase(&module, serial, label)?,
+    };
+    // Everything that can be refused is refused before anything is erased.
+    let token_info = module.get_token_info(slot).map_err(Fault::from)?;
+    check_pin("security officer's PIN", so_pin, &token_info)?;
+    check_pin("user PIN", user_pin, &token_info)?;
+    check_so_counter(&token_info)?;
+    calling::next("C_InitToken");
+    module
+        .init_token(slot, &auth_pin(so_pin), label)
+        .map_err(|error| refused_so_pin(error.into()))?;
+    // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
+    let selector = Settings {
+        label: Some(label.to_owned()),
+        serial: None,
+        uri: None,
+        ..settings.clone()
+    };
+    let selector = select::Selector::from_settings(&selector).map_err(AdminError::Token)?;
+    let (slot, info) = select::find(&module, &selector)?;
+    set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
+        AdminError::Token(format!(
+            "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
+             `--erase-serial {}`",
+            info.serial, takes(&token_info), info.serial
+        ))
+    })?;
+    Ok(info)
+}
+
+fn set_user_pin(module: &Pkcs11, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Result<(), Fault> {
+    calling::next("C_OpenSession");
+    let session = module.open_rw_session(slot)?;
+    calling::next("C_Login");
+    session.login(UserType::So, Some(&auth_pin(so_pin)))?;
+    calling::next("C_InitPIN");
+    session.init_pin(&auth_pin(user_pin))?;
+    session.logout()?;
+    Ok(())
+}
+
+/// `C_InitToken` with a wrong security officer's PIN changes nothing.
+fn refused_so_pin(fault: Fault) -> AdminError {
+    if fault.class != Class::Pin {
+        return fault.into();
+    }
+    AdminError::Pin(format!(
+        "the token rejected the security officer's PIN ({fault}). Nothing was changed. Tokens count wrong PINs and lock after a \
+         few: correct the PIN before you run the command again"
+    ))
+}
+
+/// What the token says of the length of PINs.
+fn takes(info: &PkcsTokenInfo) -> String {
+    format!(
+        "the token takes PINs of {} to {} bytes",
+        info.min_pin_length(),
+        info.max_pin_length()
+    )
+}
+
+/// A label that the token gives back as it was set, so that the token is found by it.
+fn check_label(label: &str) -> Result<(), AdminError> {
+    let problem = if label.is_empty() || label.chars().any(char::is_control) {
+        "must have 1 to 32 bytes and no control characters"
+    } else if label.len() > LABEL_BYTES {
+        "is longer than 32 bytes of UTF-8"
+    } else if label != label.trim() {
+        "begins or ends with a blank, which tokens do not keep apart from padding"
+    } else {
+        return Ok(());
+    };
+    Err(AdminError::Token(format!(
+        "the token label {label:?} {problem}. Nothing was changed"
+    )))
+}
+
+/// Compares the length of a PIN with what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
+fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
+    let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
+    let length = pin.expose().len();
+    if length < shortest || longest >= shortest.max(1) && length > longest {
+        return Err(AdminError::Pin(format!(
+            "the {what} has {length} bytes; {}. Nothing was changed",
+            takes(info)
+        )));
+    }
+    Ok(())
+}
+
+/// A wrong security officer's PIN is counted, too, and a token whose officer is locked out cannot be administered again.
+fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
+    // A blank token takes any, and its flags say nothing.
+    if !info.token_initialized() {
+        return Ok(());
+    }
+    let problem = if info.so_pin_locked() {
+        "the security officer's PIN is locked"
+    } else if info.so_pin_final_try() {
+        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
+         counter"
+    } else {
+        return Ok(());
+    };
+    Err(AdminError::Pin(format!("{problem}. Nothing was changed")))
+}
+
+fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
+    let mut blank = None;
+    calling::next("C_GetSlotList");
+    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+        let info = module.get_token_info(slot).map_err(Fault::from)?;
+        if !info.token_initialized() {
+            blank.get_or_insert(slot);
+        } else if unpadded(info.label()) == label {
+            return Err(AdminError::Token(format!(
+                "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
+                 erase it with every key on it, for ever: --erase-serial {}",
+                unpadded(info.serial_number()),
+                unpadded(info.serial_number())
+            )));
+        }
+    }
+    blank.ok_or_else(|| {
+        AdminError::Token(
+            "every token of this module is initialised, and none is erased without \
+             --erase-serial"
+                .to_owned(),
+        )
+    })
+}
+
+fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
+    let mut wanted = None;
+    for (slot, info) in select::list(module)? {
+        let found = unpadded(info.serial_number());
+        if found == serial {
+            wanted = Some(slot);
+        } else if unpadded(info.label()) == label {
+            return Err(AdminError::Token(format!(
+                "another token has the label {label:?} already (serial {found}), and the two could not be told \
+                 apart by it; nothing was erased. Choose another label"
+            )));
+        }
+    }
+    wanted.ok_or_else(|| {
+        AdminError::Token(format!(
+            "no initialised token has the serial number {serial:?}; nothing was erased"
+        ))
+    })
+}
+
+/// A token that this command is logged in to.
+#[derive(Debug)]
+pub(crate) struct Admin {
+    settings: Settings,
+    token: OpenToken,
+}
+
+impl Admin {
+    /// Logs in if the record of PINs allows it, read-write if keys are to be made.
+    pub(crate) fn open(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: &Pin,
+        write: bool,
+    ) -> Result<Self, AdminError> {
+        Ok(Self {
+            settings: settings.clone(),
+            token: OpenToken::login(settings, record, pin, write)?,
+        })
+    }
+
+    /// The token.
+    pub(crate) fn info(&self) -> &TokenInfo {
+        &self.token.info
+    }
+
+    /// Ids of all RSA private keys on the token.
+    pub(crate) fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
+        Ok(keys::list(&self.token.anchor)?)
+    }
+
+    /// Makes a wrapping key and its binding key, reads every attribute back and proves both. The keys stay on the token
+    /// whatever comes after; nothing is registered here.
+    pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        self.try_for_a_session()?;
+        let pair = keys::generate(&self.token.anchor, modulus_bits)?;
+        let mut checked = self.check(pair.id)?;
+        if checked.problem.is_none() && u32::try_from(checked.modulus_bits) != Ok(modulus_bits) {
+            checked.problem = Some(format!(
+                "it has {} bits instead of {modulus_bits}",
+                checked.modulus_bits
+            ));
+        }
+        match &checked.problem {
+            None => Ok(checked),
+            Some(problem) => Err(AdminError::Untrusted(format!(
+                "the token made key {} otherwise than asked; it is not registered and will not be used: \
+                 {problem}",
+                pair.id
+            ))),
+        }
+    }
+
+    /// Tries with a pair of keys that ends with its session whether the token can do what is needed, so that a token that cannot is
+    /// left without a pair that no command removes. A token that has no session keys is not tried.
+    fn try_for_a_session(&self) -> Result<(), AdminError> {
+        let session = &self.token.anchor;
+        let Ok(pair) = keys::generate_for_session(session) else {
+            return Ok(());
+        };
+        let tried = keys::public_side(session, &pair).and_then(|public| {
+            self.token
+                .probe(pair.id, &public, self.settings.allow_oaep_sha1)
+        });
+        for object in [pair.private, pair.binding] {
+            calling::next("C_DestroyObject");
+            // It ends with the session at the latest.
+            let _destroyed = session.destroy_object(object);
+        }
+        match tried {
+            Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
+                Err(AdminError::Untrusted(format!("{fault}. No key was made")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks the attributes of one key and runs a self-test with it.
+    pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
+        let pair = keys::find(&self.token.anchor, id)?;
+        let verdict = keys::inspect(
+            &self.token.anchor,
+            &pair,
+            &self.settings.attribute_exceptions,
+        )?;
+        let public = keys::public_side(&self.token.anchor, &pair)?;
+        let expected = ExpectedKey {
+            id,
+            fingerprint: public.fingerprint,
+        };
+        let proved = self.token.prove(&self.settings, &expected);
+        Ok(CheckedKey {
+            id,
+            spki: public.spki,
+            modulus_bits: public.modulus_bits,
+            algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
+            private: verdict.private,
+            binding: verdict.binding,
+            problem: proved.err().map(|fault| fault.to_string()),
+        })
+    }
+
+    /// Makes a MAC with the binding key of that id.
+    pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
+        let pair = keys::find(&self.token.anchor, id)?;
+        Ok(operation::mac(&self.token.anchor, &pair, message)?)
+    }
+
+    /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
+    /// of operations.
+    pub(crate) fn decrypt_loop(
+        &self,
+        id: WrappingKeyId,
+        threads: usize,
+        until: Timestamp,
+    ) -> Result<u64, AdminError> {
+        let pair = keys::find(&self.token.anchor, id)?;
+        let public = keys::public_side(&self.token.anchor, &pair)?;
+        let self_test = self
+            .token
+            .probe(id, &public, self.settings.allow_oaep_sha1)?;
+        let sessions: Vec<KeySession> = (0..threads)
+            .map(|_| self.token.session(&[id]))
+            .collect::<Result<_, _>>()?;
+        let counts = std::thread::scope(|scope| {
+            let running: Vec<_> = sessions
+                .into_iter()
+                .map(|session| {
+                    let self_test = &self_test;
+                    scope.spawn(move || -> Result<u64, Fault> {
+                        let pair = session.pair(id).expect("it was opened with this key");
+                        let mut count = 0;
+                        while Timestamp::now() < until {
+                            self_test.decrypt(&session.session, pair)?;
+                            count += 1;
+                        }
+                        Ok(count)
+                    })
+                })
+                .collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().expect("the loop does not panic"))
+                .sum::<Result<u64, Fault>>()
+        })?;
+        Ok(counts)
+    }
+}

@@ -1,0 +1,381 @@
+//! Whether a PIN may be shown to a token, and what the answer means: pure rules, without a token, a file or a clock.
+//!
+//! Tokens count wrong PINs and lock after a few. Their modules have many answers to a wrong PIN, and give the same answers
+//! while a device restarts. So a code alone decides only when it names the PIN. Otherwise the history of this PIN on this
+//! token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use cryptoki::{error::RvError, slot::TokenInfo};
+use serde::{Deserialize, Serialize};
+
+/// Logins that may fail without a code of the PIN family before a PIN has logged in once.
+const UNPROVEN_TRIES_MAX: u32 = 2;
+
+/// What a token says of its counter of wrong user PINs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Counter {
+    /// `CKF_USER_PIN_COUNT_LOW`: a wrong PIN was shown since the last login.
+    #[serde(default)]
+    pub(super) low: bool,
+    /// `CKF_USER_PIN_FINAL_TRY`: one more wrong PIN locks the token.
+    #[serde(default)]
+    pub(super) final_try: bool,
+    /// `CKF_USER_PIN_LOCKED`.
+    #[serde(default)]
+    pub(super) locked: bool,
+}
+
+impl Counter {
+    pub(super) fn of(info: &TokenInfo) -> Self {
+        Self {
+            low: info.user_pin_count_low(),
+            final_try: info.user_pin_final_try(),
+            locked: info.user_pin_locked(),
+        }
+    }
+
+    /// What the token says of the tries that are left, to append to a message.
+    pub(super) fn describe(self) -> &'static str {
+        if self.locked {
+            "; the user PIN is locked now"
+        } else if self.final_try {
+            "; one more wrong PIN locks the token"
+        } else if self.low {
+            "; the token counts wrong PINs and locks after a few"
+        } else {
+            ""
+        }
+    }
+
+    /// Whether a flag is set that was not set in `earlier`.
+    fn rose_since(self, earlier: Self) -> bool {
+        self.low && !earlier.low
+            || self.final_try && !earlier.final_try
+            || self.locked && !earlier.locked
+    }
+}
+
+/// History of one PIN on one token. Absent for a PIN that was never shown to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "standing", rename_all = "kebab-case")]
+pub(super) enum Standing {
+    /// Shown to the token, and neither accepted nor rejected. Also recorded before the first login, so that a process
+    /// that is killed meanwhile does not make that login free.
+    Unproven {
+        /// Logins so far.
+        tries: u32,
+        /// The counter before the first of them.
+        counter: Counter,
+    },
+    /// Logged in to this token before.
+    Proven {
+        /// The counter before the first login that has failed since; absent when none has.
+        failing_since: Option<Counter>,
+    },
+    /// Rejected. It is not shown to this token again.
+    Rejected {
+        /// What the token answered.
+        answer: String,
+    },
+}
+
+/// Whether a login may be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// Log in. The standing is recorded before, unless it is absent.
+    Login(Option<Standing>),
+    /// Do not log in.
+    Refuse(Refusal),
+}
+
+/// Why no login is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The token says that the user PIN is locked.
+    Locked,
+    /// One more wrong PIN would lock the token.
+    FinalTry,
+    /// A wrong PIN was counted since a login failed.
+    CounterRose,
+    /// The PIN has never logged in, and was shown as often as an unproven PIN may be.
+    Unproven,
+    /// The token rejected this PIN before.
+    Rejected(String),
+}
+
+/// What a token answered to a login.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// The PIN was accepted.
+    Accepted,
+    /// The code proves that the PIN was not checked, so that nothing was counted.
+    NotChecked,
+    /// A code of the PIN family.
+    Rejected,
+    /// The code says nothing of the PIN.
+    Unclear,
+}
+
+impl Answer {
+    /// What a return code of `C_Login` says of the PIN.
+    pub(super) fn of(code: RvError) -> Self {
+        use RvError as Rv;
+        match code {
+            Rv::PinIncorrect
+            | Rv::PinInvalid
+            | Rv::PinLenRange
+            | Rv::PinExpired
+            | Rv::PinLocked
+            | Rv::PinTooWeak
+            | Rv::NewPinMode => Self::Rejected,
+            Rv::CryptokiNotInitialized
+            | Rv::SlotIdInvalid
+            | Rv::TokenNotPresent
+            | Rv::TokenNotRecognized
+            | Rv::DeviceRemoved
+            | Rv::SessionHandleInvalid
+            | Rv::SessionClosed
+            | Rv::SessionCount
+            | Rv::SessionReadOnlyExists
+            | Rv::HostMemory
+            | Rv::UserAlreadyLoggedIn
+            | Rv::UserAnotherAlreadyLoggedIn
+            | Rv::UserTooManyTypes
+            | Rv::UserTypeInvalid
+            | Rv::UserPinNotInitialized
+            | Rv::FunctionNotSupported => Self::NotChecked,
+            _ => Self::Unclear,
+        }
+    }
+}
+
+/// Decides on a login. `final_try_allowed` is the operator's word for this one login.
+pub(super) fn decide(
+    standing: Option<&Standing>,
+    counter: Counter,
+    final_try_allowed: bool,
+) -> Decision {
+    if counter.locked {
+        return Decision::Refuse(Refusal::Locked);
+    }
+    if let Some(Standing::Rejected { answer }) = standing {
+        return Decision::Refuse(Refusal::Rejected(answer.clone()));
+    }
+    if counter.final_try && !final_try_allowed {
+        return Decision::Refuse(Refusal::FinalTry);
+    }
+    match standing {
+        None => Decision::Login(Some(Standing::Unproven { tries: 1, counter })),
+        Some(Standing::Unproven {
+            tries,
+            counter: first,
+        }) => {
+            if counter.rose_since(*first) {
+                Decision::Refuse(Refusal::CounterRose)
+            } else if *tries >= UNPROVEN_TRIES_MAX {
+                Decision::Refuse(Refusal::Unproven)
+            } else {
+                Decision::Login(Some(Standing::Unproven {
+                    tries: tries + 1,
+                    counter: *first,
+                }))
+            }
+        }
+        Some(Standing::Proven {
+            failing_since: Some(first),
+        }) if counter.rose_since(*first) => Decision::Refuse(Refusal::CounterRose),
+        Some(Standing::Proven { .. }) => Decision::Login(None),
+        Some(Standing::Rejected { answer }) => Decision::Refuse(Refusal::Rejected(answer.clone())),
+    }
+}
+
+/// The standing after a login. `was` is the standing before [`decide`], `begun` the one that it recorded. `after` is absent
+/// when the token no longer answers.
+pub(super) fn conclude(
+    was: Option<&Standing>,
+    begun: Option<&Standing>,
+    answer: Answer,
+    text: &str,
+    before: Counter,
+    after: Option<Counter>,
+) -> Option<Standing> {
+    let rejected = || {
+        Some(Standing::Rejected {
+            answer: text.to_owned(),
+        })
+    };
+    match answer {
+        Answer::Accepted => Some(Standing::Proven {
+            failing_since: None,
+        }),
+        Answer::NotChecked => was.cloned(),
+        Answer::Rejected => rejected(),
+        Answer::Unclear if after.is_some_and(|after| after.rose_since(before)) => rejected(),
+        Answer::Unclear => match was {
+            Some(Standing::Proven { failing_since }) => Some(Standing::Proven {
+                failing_since: failing_since.or(Some(before)),
+            }),
+            _ => begun.or(was).cloned(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUIET: Counter = Counter {
+        low: false,
+        final_try: false,
+        locked: false,
+    };
+    const LOW: Counter = Counter { low: true, ..QUIET };
+    const FINAL: Counter = Counter {
+        final_try: true,
+        ..LOW
+    };
+    const LOCKED: Counter = Counter {
+        locked: true,
+        ..FINAL
+    };
+
+    /// A token with a counter, as strict as tokens are, and a PIN that is shown to it again and again.
+    struct History {
+        standing: Option<Standing>,
+        logins: u32,
+    }
+
+    impl History {
+        fn new() -> Self {
+            Self {
+                standing: None,
+                logins: 0,
+            }
+        }
+
+        /// Returns whether a login was made.
+        fn show(&mut self, answer: Answer, before: Counter, after: Counter) -> bool {
+            let Decision::Login(begun) = decide(self.standing.as_ref(), before, false) else {
+                return false;
+            };
+            self.logins += 1;
+            self.standing = conclude(
+                self.standing.as_ref(),
+                begun.as_ref(),
+                answer,
+                "answer",
+                before,
+                Some(after),
+            );
+            true
+        }
+    }
+
+    #[test]
+    fn a_rejected_pin_is_shown_once() {
+        let mut history = History::new();
+        for _ in 0..5 {
+            history.show(Answer::Rejected, QUIET, QUIET);
+        }
+        assert_eq!(history.logins, 1);
+    }
+
+    #[test]
+    fn a_proven_pin_outlasts_any_number_of_passing_errors() {
+        let mut history = History::new();
+        assert!(history.show(Answer::Accepted, QUIET, QUIET));
+        for _ in 0..100 {
+            assert!(history.show(Answer::Unclear, QUIET, QUIET));
+        }
+        assert!(history.show(Answer::Accepted, QUIET, QUIET));
+        assert_eq!(
+            history.standing,
+            Some(Standing::Proven {
+                failing_since: None
+            })
+        );
+    }
+
+    /// The token counted the failure: its code was an answer to a wrong PIN.
+    #[test]
+    fn a_counter_that_rises_ends_the_tries_of_a_proven_pin() {
+        let mut history = History::new();
+        history.show(Answer::Accepted, QUIET, QUIET);
+        history.show(Answer::Unclear, QUIET, LOW);
+        assert!(!history.show(Answer::Accepted, LOW, LOW));
+        assert_eq!(history.logins, 2);
+
+        let mut history = History::new();
+        history.show(Answer::Accepted, QUIET, QUIET);
+        history.show(Answer::Unclear, QUIET, QUIET);
+        // Seen only before the next login.
+        assert!(!history.show(Answer::Accepted, LOW, LOW));
+    }
+
+    /// Somebody else's wrong PIN, shown with the vendor's tool while the broker served.
+    #[test]
+    fn a_counter_that_was_low_before_does_not_stop_a_proven_pin() {
+        let mut history = History::new();
+        history.show(Answer::Accepted, QUIET, QUIET);
+        assert!(history.show(Answer::Unclear, LOW, LOW));
+        assert!(history.show(Answer::Accepted, LOW, QUIET));
+    }
+
+    #[test]
+    fn an_unproven_pin_gets_one_further_try_and_only_with_a_still_counter() {
+        let mut history = History::new();
+        for _ in 0..5 {
+            history.show(Answer::Unclear, QUIET, QUIET);
+        }
+        assert_eq!(history.logins, 2);
+        let mut history = History::new();
+        history.show(Answer::Unclear, QUIET, QUIET);
+        assert!(!history.show(Answer::Unclear, LOW, LOW));
+    }
+
+    #[test]
+    fn a_login_that_checked_nothing_costs_nothing() {
+        let mut history = History::new();
+        for _ in 0..10 {
+            assert!(history.show(Answer::NotChecked, QUIET, QUIET));
+        }
+        assert_eq!(history.standing, None);
+        assert!(history.show(Answer::Accepted, QUIET, QUIET));
+    }
+
+    #[test]
+    fn the_last_try_is_the_operators() {
+        let proven = Standing::Proven {
+            failing_since: None,
+        };
+        for standing in [None, Some(&proven)] {
+            assert_eq!(
+                decide(standing, FINAL, false),
+                Decision::Refuse(Refusal::FinalTry)
+            );
+            assert!(matches!(decide(standing, FINAL, true), Decision::Login(_)));
+            assert_eq!(
+                decide(standing, LOCKED, true),
+                Decision::Refuse(Refusal::Locked)
+            );
+        }
+        // The flag is the token's, not the PIN's: once it is gone, logins go on.
+        assert_eq!(decide(Some(&proven), QUIET, false), Decision::Login(None));
+    }
+
+    /// A process that is killed between the two calls has used its try.
+    #[test]
+    fn a_login_is_recorded_before_it_is_made() {
+        let Decision::Login(Some(begun)) = decide(None, QUIET, false) else {
+            panic!("a PIN that was never shown is refused");
+        };
+        let Decision::Login(Some(second)) = decide(Some(&begun), QUIET, false) else {
+            panic!("the further try is refused");
+        };
+        assert_eq!(
+            decide(Some(&second), QUIET, false),
+            Decision::Refuse(Refusal::Unproven)
+        );
+    }
+}

@@ -1,0 +1,289 @@
+//! Opening a token: module, selection, one login, keys found, checked and self-tested. Workers and one-shot commands use
+//! the same code.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use cryptoki::{
+    context::Pkcs11,
+    error::{Error, RvError},
+    session::{Session, UserType},
+    slot::Slot,
+    types::AuthPin,
+};
+
+use keybroker_core::key::WrappingKeyId;
+use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
+
+use crate::{
+    PinRecord, calling,
+    classify::{Class, Fault},
+    keys::{self, KeyPair, PublicSide},
+    login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
+    module,
+    operation::{self, SelfTest},
+    pin_record::RecordError,
+    select::{self, Selector},
+};
+
+/// A token that this process is logged in to.
+#[derive(Debug)]
+pub(super) struct OpenToken {
+    pub(super) module: Pkcs11,
+    pub(super) slot: Slot,
+    pub(super) info: TokenInfo,
+    /// Keeps the login alive: when the last session of a process closes, the token forgets it.
+    pub(super) anchor: Session,
+}
+
+/// A key that passed the attribute check and the self-test.
+#[derive(Clone, Debug)]
+pub(super) struct ProvedKey {
+    pub(super) id: WrappingKeyId,
+    pub(super) public: PublicSide,
+    pub(super) self_test: SelfTest,
+}
+
+impl OpenToken {
+    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it.
+    pub(super) fn login(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: &Pin,
+        write: bool,
+    ) -> Result<Self, Fault> {
+        let selector = Selector::from_settings(settings)
+            .map_err(|what| Fault::new(Class::Configuration, what))?;
+        let module = module::load(&settings.module)?;
+        let (slot, info) = select::find(&module, &selector)?;
+        calling::next("C_OpenSession");
+        let anchor = if write {
+            module.open_rw_session(slot)?
+        } else {
+            module.open_ro_session(slot)?
+        };
+        let token = Self {
+            module,
+            slot,
+            info,
+            anchor,
+        };
+        token.log_in(record, pin)?;
+        Ok(token)
+    }
+
+    /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said.
+    fn log_in(&self, record: &PinRecord, pin: &Pin) -> Result<(), Fault> {
+        let mut login = record.begin(&self.info.serial, pin)?;
+        let before = self.counter()?;
+        let was = login.standing().cloned();
+        let begun = match login_policy::decide(was.as_ref(), before, login.final_try_allowed()) {
+            Decision::Login(begun) => begun,
+            Decision::Refuse(refusal) => return Err(refused(&refusal, &self.info)),
+        };
+        login.set(begun.clone().or_else(|| was.clone()))?;
+        calling::next("C_Login");
+        let result = self.anchor.login(UserType::User, Some(&auth_pin(pin)));
+        let (answer, error) = match result {
+            Ok(()) => (Answer::Accepted, None),
+            Err(Error::Pkcs11(code, function)) => {
+                (Answer::of(code), Some(Error::Pkcs11(code, function)))
+            }
+            Err(error) => (Answer::Unclear, Some(error)),
+        };
+        let after = error.as_ref().and_then(|_| self.counter().ok());
+        let text = error.as_ref().map(|error| fault_of(error).detail);
+        let now = login_policy::conclude(
+            was.as_ref(),
+            begun.as_ref(),
+            answer,
+            text.as_deref().unwrap_or_default(),
+            before,
+            after,
+        );
+        let recorded = login.set(now.clone());
+        drop(login);
+        let Some(error) = error else {
+            // The login itself is good. If the PIN was unproven, the next login has one try less.
+            if let Err(error) = recorded {
+                tracing::warn!(%error, "an accepted PIN could not be recorded");
+            }
+            return Ok(());
+        };
+        // Where a login belongs to more than one process, another one was first. The PIN was not checked; the attribute
+        // check and the self-test decide whether this login is of use.
+        if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
+            return Ok(());
+        }
+        recorded?;
+        Err(self.failed_login(&error, answer, now.as_ref(), after))
+    }
+
+    fn counter(&self) -> Result<Counter, Fault> {
+        calling::next("C_GetTokenInfo");
+        Ok(Counter::of(&self.module.get_token_info(self.slot)?))
+    }
+
+    /// What a failed login means. `after` is the token's counter of wrong PINs; absent when the token does not answer.
+    fn failed_login(
+        &self,
+        error: &Error,
+        answer: Answer,
+        now: Option<&Standing>,
+        after: Option<Counter>,
+    ) -> Fault {
+        let fault = fault_of(error);
+        let token = named(&self.info);
+        if answer == Answer::NotChecked {
+            return fault;
+        }
+        match now {
+            Some(Standing::Rejected { .. }) => Fault::new(
+                Class::Pin,
+                format!(
+                    "{token} rejected the PIN: {fault}{}. {ONCE}",
+                    after.map_or("", Counter::describe)
+                ),
+            ),
+            _ if after.is_none() => Fault::new(Class::TokenLost, fault.detail),
+            Some(Standing::Unproven { tries, .. }) if *tries > 1 => {
+                let what = refused(&Refusal::Unproven, &self.info);
+                Fault::new(Class::Pin, format!("{fault}: {what}"))
+            }
+            _ => Fault::new(
+                Class::Login,
+                format!(
+                    "{token} failed the login with a code that says nothing of the PIN: {fault}"
+                ),
+            ),
+        }
+    }
+
+    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test with it.
+    pub(super) fn prove(
+        &self,
+        settings: &Settings,
+        expected: &ExpectedKey,
+    ) -> Result<ProvedKey, Fault> {
+        let pair = keys::find(&self.anchor, expected.id)?;
+        keys::inspect(&self.anchor, &pair, &settings.attribute_exceptions)?.require(pair.id)?;
+        let public = keys::public_side(&self.anchor, &pair)?;
+        if public.fingerprint != expected.fingerprint {
+            return Err(Fault::new(
+                Class::Untrusted,
+                format!(
+                    "wrapping key {} on the token has the public key {}, the registry says {}: this is \
+                     another key under the same CKA_ID",
+                    pair.id, public.fingerprint, expected.fingerprint
+                ),
+            ));
+        }
+        let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
+        Ok(ProvedKey {
+            id: pair.id,
+            public,
+            self_test,
+        })
+    }
+
+    pub(super) fn probe(
+        &self,
+        id: WrappingKeyId,
+        public: &PublicSide,
+        allow_oaep_sha1: bool,
+    ) -> Result<SelfTest, Fault> {
+        operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
+    }
+
+    /// Another session of the same login, with the handles of the keys.
+    pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
+        KeySession::open(&self.module, self.slot, ids)
+    }
+}
+
+/// The PIN in the form that the module takes.
+pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
+    AuthPin::new(pin.expose().into())
+}
+
+/// What every message about a PIN that must not be shown again ends with.
+const ONCE: &str = "The broker does not show this PIN to this token again, because tokens lock after a few wrong PINs. \
+                    Correct the PIN file, or run `keybroker token retry-pin` if the PIN is right";
+
+fn named(info: &TokenInfo) -> String {
+    format!("token {:?} (serial {:?})", info.label, info.serial)
+}
+
+fn fault_of(error: &Error) -> Fault {
+    match error {
+        Error::Pkcs11(code, function) => Fault::from(Error::Pkcs11(*code, *function)),
+        other => Fault::new(Class::Ambiguous, other.to_string()),
+    }
+}
+
+/// Why no login was made.
+fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
+    let token = named(info);
+    let what = match refusal {
+        Refusal::Locked => format!(
+            "{token}: the user PIN is locked (CKF_USER_PIN_LOCKED); no login was tried. Unlock it with the security \
+             officer's PIN"
+        ),
+        Refusal::FinalTry => format!(
+            "{token}: one more wrong PIN would lock it (CKF_USER_PIN_FINAL_TRY); no login was tried. Log in once with \
+             the vendor's tool to reset the counter, or run `keybroker token retry-pin --force` if you are sure of the PIN"
+        ),
+        Refusal::CounterRose => format!(
+            "{token}: its counter of wrong PINs has risen since a login of the broker failed; no login was tried. \
+             {ONCE}"
+        ),
+        Refusal::Unproven => format!(
+            "{token}: this PIN has never logged in, and two logins failed or were cut short; no further login is tried. \
+             Run `keybroker token retry-pin` once the cause is gone"
+        ),
+        Refusal::Rejected(answer) => {
+            format!("{token} rejected this PIN before ({answer}); no login was tried. {ONCE}")
+        }
+    };
+    Fault::new(Class::Pin, what)
+}
+
+impl From<RecordError> for Fault {
+    /// Without a record a wrong PIN could be shown again and again. A full disk or a busy lock passes.
+    fn from(error: RecordError) -> Self {
+        let mut detail = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(source) = cause {
+            detail = format!("{detail}: {source}");
+            cause = source.source();
+        }
+        Self::new(
+            Class::TokenLost,
+            format!("no login without the record of PINs: {detail}"),
+        )
+    }
+}
+
+/// One session with the handles of the keys, owned by one thread for its life.
+#[derive(Debug)]
+pub(super) struct KeySession {
+    pub(super) session: Session,
+    pairs: Vec<KeyPair>,
+}
+
+impl KeySession {
+    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
+    /// another object.
+    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
+        calling::next("C_OpenSession");
+        let session = module.open_ro_session(slot)?;
+        let pairs = ids
+            .iter()
+            .map(|id| keys::find(&session, *id))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { session, pairs })
+    }
+
+    pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
+        self.pairs.iter().find(|pair| pair.id == id)
+    }
+}

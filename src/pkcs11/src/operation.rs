@@ -1,0 +1,240 @@
+//! The four operations on the token, and the self-test (known-answer test) made of them.
+//!
+//! Mitigations: M9, M10 of `THREAT_MODEL.md`.
+
+use cryptoki::{
+    mechanism::{
+        Mechanism, MechanismType,
+        rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
+    },
+    session::Session,
+};
+use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
+
+use keybroker_core::{
+    envelope::{Algorithm, MAC_BYTES, Mac},
+    key::WrappingKeyId,
+};
+use keybroker_worker_protocol::oaep::WrapKey;
+
+use crate::{
+    calling,
+    classify::{Class, Fault},
+    keys::{KeyPair, PublicSide},
+    open::KeySession,
+};
+
+/// Length of the self-test's plaintext, in bytes.
+const SELF_TEST_BYTES: usize = 32;
+
+fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
+    let (hash, mgf) = match algorithm {
+        Algorithm::RsaOaepSha256 => (MechanismType::SHA256, PkcsMgfType::MGF1_SHA256),
+        Algorithm::RsaOaepSha1 => (MechanismType::SHA1, PkcsMgfType::MGF1_SHA1),
+    };
+    Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()))
+}
+
+/// `C_Decrypt` with the RSA key.
+pub(super) fn decrypt(
+    session: &Session,
+    pair: &KeyPair,
+    algorithm: Algorithm,
+    wrapped: &[u8],
+) -> Result<Zeroizing<Vec<u8>>, Fault> {
+    calling::next("C_Decrypt");
+    let plaintext = session.decrypt(&oaep(algorithm), pair.private, wrapped)?;
+    Ok(Zeroizing::new(plaintext))
+}
+
+/// `C_Sign` with the binding key.
+pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
+    calling::next("C_Sign");
+    let mac = session.sign(&Mechanism::Sha256Hmac, pair.binding, message)?;
+    mac.try_into().map_err(|mac: Vec<u8>| {
+        Fault::new(
+            Class::Untrusted,
+            format!(
+                "the token made a MAC of {} bytes, not {MAC_BYTES}",
+                mac.len()
+            ),
+        )
+    })
+}
+
+/// `C_Verify` with the binding key. A MAC that is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+pub(super) fn verify(
+    session: &Session,
+    pair: &KeyPair,
+    message: &[u8],
+    mac: &[u8],
+) -> Result<(), Fault> {
+    if mac.len() != MAC_BYTES {
+        return Err(Fault::new(Class::Input, "a MAC of another length"));
+    }
+    calling::next("C_Verify");
+    Ok(session.verify(&Mechanism::Sha256Hmac, pair.binding, message, mac)?)
+}
+
+/// What the token must be able to do with one key, with an answer that is known. Made once per worker, checked often.
+#[derive(Clone, Debug)]
+pub(super) struct SelfTest {
+    algorithm: Algorithm,
+    plaintext: [u8; SELF_TEST_BYTES],
+    wrapped: Vec<u8>,
+}
+
+impl SelfTest {
+    /// Makes a ciphertext with the public key.
+    pub(super) fn new(public: &PublicSide, algorithm: Algorithm) -> Result<Self, Fault> {
+        let unfit = |what: String| Fault::new(Class::Untrusted, what);
+        let mut plaintext = [0; SELF_TEST_BYTES];
+        aws_lc_rs::rand::fill(&mut plaintext)
+            .map_err(|_| unfit("the random generator failed".to_owned()))?;
+        let wrapped = WrapKey::new(&public.spki, algorithm)
+            .and_then(|key| key.wrap(&plaintext))
+            .map_err(unfit)?;
+        Ok(Self {
+            algorithm,
+            plaintext,
+            wrapped,
+        })
+    }
+
+    pub(super) fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// Decrypts on the token and compares.
+    pub(super) fn decrypt(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let plaintext = decrypt(session, pair, self.algorithm, &self.wrapped)?;
+        if bool::from(plaintext.as_slice().ct_eq(&self.plaintext)) {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Class::Untrusted,
+            format!(
+                "the token failed the self-test of key {}: it decrypted to another plaintext",
+                pair.id
+            ),
+        ))
+    }
+
+    /// Decrypts on the token and compares; makes and verifies a MAC.
+    pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        self.decrypt(session, pair)?;
+        let mac = mac(session, pair, &self.plaintext)?;
+        verify(session, pair, &self.plaintext, &mac)
+    }
+
+    /// A token that takes any MAC for right would make every row of the database right.
+    fn refuses_forgery(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let mut forged = mac(session, pair, &self.plaintext)?;
+        forged[0] ^= 1;
+        match verify(session, pair, &self.plaintext, &forged) {
+            Err(fault) if matches!(fault.class, Class::Input | Class::Ambiguous) => Ok(()),
+            Err(fault) => Err(fault),
+            Ok(()) => Err(Fault::new(
+                Class::Untrusted,
+                format!(
+                    "the token takes a wrong MAC of binding key {} for right: it protects nothing, and must \
+                     not be used",
+                    pair.id
+                ),
+            )),
+        }
+    }
+}
+
+/// What the token can do with a key, found out by doing it: OAEP with SHA-256, else with SHA-1 where the operator allows it;
+/// and that it refuses a wrong MAC. `open` gives a session for each try, because some tokens leave a failed operation stuck
+/// in theirs.
+pub(super) fn probe(
+    open: impl Fn() -> Result<KeySession, Fault>,
+    id: WrappingKeyId,
+    public: &PublicSide,
+    allow_oaep_sha1: bool,
+) -> Result<SelfTest, Fault> {
+    let on_session = |work: &dyn Fn(&Session, &KeyPair) -> Result<(), Fault>| {
+        let session = open()?;
+        let pair = session.pair(id).expect("it was opened with this key");
+        work(&session.session, pair)
+    };
+    let attempt = |algorithm| {
+        let self_test = SelfTest::new(public, algorithm)?;
+        on_session(&|session, pair| self_test.check(session, pair))?;
+        Ok(self_test)
+    };
+    let self_test = choose(attempt, allow_oaep_sha1)?;
+    on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
+    Ok(self_test)
+}
+
+/// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a moment's trouble must not
+/// choose the weaker one.
+fn choose<T>(
+    attempt: impl Fn(Algorithm) -> Result<T, Fault>,
+    allow_oaep_sha1: bool,
+) -> Result<T, Fault> {
+    let cannot = |fault: &Fault| {
+        matches!(
+            fault.class,
+            Class::Input | Class::Ambiguous | Class::Configuration
+        )
+    };
+    let sha256 = || attempt(Algorithm::RsaOaepSha256);
+    let refusal = match sha256().or_else(|fault| if cannot(&fault) { sha256() } else { Err(fault) })
+    {
+        Ok(works) => return Ok(works),
+        Err(fault) if cannot(&fault) => fault,
+        Err(fault) => return Err(fault),
+    };
+    match attempt(Algorithm::RsaOaepSha1) {
+        Ok(works) if allow_oaep_sha1 => Ok(works),
+        Ok(_) => Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "the token cannot do RSA-OAEP with SHA-256 ({refusal}), only with SHA-1; if that is what \
+                 you want, say `allow_oaep_sha1 = true` in [token]"
+            ),
+        )),
+        Err(fault) => Err(Fault::new(
+            fault.class,
+            format!(
+                "the token does RSA-OAEP neither with SHA-256 ({refusal}) nor with SHA-1 ({fault})"
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// What is chosen when SHA-256 fails so many times with that class.
+    fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
+        let left = Cell::new(failures);
+        let attempt = |algorithm| {
+            if algorithm == Algorithm::RsaOaepSha256 && left.get() > 0 {
+                left.set(left.get() - 1);
+                return Err(Fault::new(class, "refused"));
+            }
+            Ok(algorithm)
+        };
+        choose(attempt, true).map_err(|fault| fault.class)
+    }
+
+    #[test]
+    fn only_a_token_that_cannot_do_sha256_gets_sha1() {
+        for class in [Class::Input, Class::Ambiguous, Class::Configuration] {
+            assert_eq!(chosen(1, class), Ok(Algorithm::RsaOaepSha256));
+            assert_eq!(chosen(2, class), Ok(Algorithm::RsaOaepSha1));
+        }
+        for class in [Class::SessionLost, Class::TokenLost, Class::BackOff] {
+            assert_eq!(chosen(1, class), Err(class));
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! What is remembered of the PINs that were shown to tokens, across processes and restarts: a fact of the state directory.
+//!
+//! A PIN is known again by its content, as a salted Argon2id hash for each serial number: a touched file or a refreshed
+//! Secret holds the same PIN. The worker or the command that has read the PIN compares; the front never holds it.
+//!
+//! Not protected: a reader of the state directory can try all short PINs against a hash. The directory is as confidential
+//! as the PIN file.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use argon2::{Algorithm, Argon2, Params, Version};
+use serde::{Deserialize, Serialize};
+
+use keybroker_core::state::{Error as StateError, Lock, StateDirectory};
+use keybroker_worker_protocol::Pin;
+
+use crate::login_policy::Standing;
+
+const FACT: &str = "pins.json";
+const LOCK: &str = "pins.lock";
+/// How long another process may hold the lock: longer than a login takes on a slow device.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Version of the fact's format.
+const FORMAT: u32 = 1;
+/// PINs remembered for each token, and tokens remembered. The oldest PIN, and any other token, are forgotten first.
+const PINS_MAX: usize = 8;
+const TOKENS_MAX: usize = 16;
+const SALT_BYTES: usize = 16;
+const HASH_BYTES: usize = 32;
+/// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker's start waits for one hash.
+const MEMORY_KIB: u32 = 19_456;
+const ITERATIONS: u32 = 2;
+
+/// Why the record could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The content of the fact.
+    #[error(
+        "the record of PINs ({FACT} in the state directory) is damaged; `keybroker token retry-pin` replaces it"
+    )]
+    Damaged(#[source] serde_json::Error),
+    /// A later release wrote it.
+    #[error(
+        "the record of PINs ({FACT} in the state directory) has format {0}, which is of a later release"
+    )]
+    Format(u32),
+    /// No random salt, or no memory for the hash.
+    #[error("cannot compute the hash of the PIN: {0}")]
+    Hash(&'static str),
+}
+
+/// The record of the PINs of one broker instance.
+#[derive(Clone, Debug)]
+pub struct PinRecord {
+    state: StateDirectory,
+}
+
+/// The fact as stored.
+#[derive(Debug, Serialize, Deserialize)]
+struct Fact {
+    format: u32,
+    /// The operator allowed the next login to use a token's last try.
+    #[serde(default)]
+    final_try_allowed: bool,
+    /// By serial number.
+    #[serde(default)]
+    tokens: BTreeMap<String, TokenPins>,
+}
+
+impl Fact {
+    fn empty() -> Self {
+        Self {
+            format: FORMAT,
+            final_try_allowed: false,
+            tokens: BTreeMap::new(),
+        }
+    }
+}
+
+/// The PINs of one token, oldest first.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct TokenPins {
+    /// Hexadecimal digits, used as they are.
+    salt: String,
+    pins: Vec<KnownPin>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KnownPin {
+    /// In hexadecimal digits.
+    hash: String,
+    #[serde(flatten)]
+    standing: Standing,
+}
+
+impl PinRecord {
+    /// The record in a state directory.
+    pub fn new(state: StateDirectory) -> Self {
+        Self { state }
+    }
+
+    /// The operator's permission: PINs that a token rejected may be shown once more, and with `allow_final_try` also when the
+    /// token says that one more wrong PIN locks it. Returns how many PINs that were.
+    pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
+        let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
+        // A damaged record is replaced.
+        let mut fact = match self.read() {
+            Err(RecordError::Damaged(_)) => Fact::empty(),
+            read => read?,
+        };
+        let mut forgotten = 0;
+        for token in fact.tokens.values_mut() {
+            token.pins.retain_mut(|pin| match &mut pin.standing {
+                Standing::Proven { failing_since } => {
+                    forgotten += usize::from(failing_since.take().is_some());
+                    true
+                }
+                Standing::Unproven { .. } | Standing::Rejected { .. } => {
+                    forgotten += 1;
+                    false
+                }
+            });
+        }
+        fact.final_try_allowed = allow_final_try;
+        self.write(&fact)?;
+        Ok(forgotten)
+    }
+
+    /// Forgets the PINs of a token that was initialised: it has a new one.
+    pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
+        let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
+        let mut fact = self.read()?;
+        if fact.tokens.remove(serial).is_none() {
+            return Ok(());
+        }
+        self.write(&fact)
+    }
+
+    /// Begins a login with a PIN on the token of a serial number. Until it is dropped no other process of this instance
+    /// logs in.
+    pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
+        let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
+        let mut fact = self.read()?;
+        if !fact.tokens.contains_key(serial) && fact.tokens.len() >= TOKENS_MAX {
+            fact.tokens.pop_first();
+        }
+        let token = fact.tokens.entry(serial.to_owned()).or_default();
+        if token.salt.len() != 2 * SALT_BYTES {
+            let mut salt = [0; SALT_BYTES];
+            aws_lc_rs::rand::fill(&mut salt)
+                .map_err(|_| RecordError::Hash("the random generator failed"))?;
+            token.salt = hex::encode(salt);
+            token.pins.clear();
+        }
+        let hash = hash(pin, &token.salt)?;
+        Ok(Login {
+            record: self,
+            fact,
+            serial: serial.to_owned(),
+            hash,
+            _lock: lock,
+        })
+    }
+
+    fn read(&self) -> Result<Fact, RecordError> {
+        let Some(bytes) = self.state.read(FACT)? else {
+            return Ok(Fact::empty());
+        };
+        let fact: Fact = serde_json::from_slice(&bytes).map_err(RecordError::Damaged)?;
+        if fact.format > FORMAT {
+            return Err(RecordError::Format(fact.format));
+        }
+        Ok(fact)
+    }
+
+    fn write(&self, fact: &Fact) -> Result<(), RecordError> {
+        let bytes = serde_json::to_vec(fact).map_err(RecordError::Damaged)?;
+        Ok(self.state.write(FACT, &bytes)?)
+    }
+}
+
+/// One login under way.
+pub(super) struct Login<'a> {
+    record: &'a PinRecord,
+    fact: Fact,
+    serial: String,
+    hash: String,
+    _lock: Lock,
+}
+
+impl fmt::Debug for Login<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login")
+            .field("serial", &self.serial)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Login<'_> {
+    /// What is known of this PIN on this token.
+    pub(super) fn standing(&self) -> Option<&Standing> {
+        let token = self.fact.tokens.get(&self.serial)?;
+        let known = token.pins.iter().find(|pin| pin.hash == self.hash)?;
+        Some(&known.standing)
+    }
+
+    /// Whether the operator allowed the token's last try.
+    pub(super) fn final_try_allowed(&self) -> bool {
+        self.fact.final_try_allowed
+    }
+
+    /// Records a standing, unless nothing changes. The permission for the last try ends with it.
+    pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
+        if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
+            return Ok(());
+        }
+        self.fact.final_try_allowed = false;
+        let token = self.fact.tokens.entry(self.serial.clone()).or_default();
+        token.pins.retain(|pin| pin.hash != self.hash);
+        if let Some(standing) = standing {
+            if matches!(standing, Standing::Proven { .. }) {
+                // A token has one user PIN: another one that was right before is not right any more.
+                token
+                    .pins
+                    .retain(|pin| !matches!(pin.standing, Standing::Proven { .. }));
+            }
+            if token.pins.len() >= PINS_MAX {
+                token.pins.remove(0);
+            }
+            token.pins.push(KnownPin {
+                hash: self.hash.clone(),
+                standing,
+            });
+        }
+        self.record.write(&self.fact)
+    }
+}
+
+fn hash(pin: &Pin, salt: &str) -> Result<String, RecordError> {
+    let params = Params::new(MEMORY_KIB, ITERATIONS, 1, Some(HASH_BYTES))
+        .map_err(|_| RecordError::Hash("the parameters do not fit"))?;
+    let mut hash = [0; HASH_BYTES];
+    Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+        .hash_password_into(pin.expose().as_bytes(), salt.as_bytes(), &mut hash)
+        .map_err(|_| RecordError::Hash("not enough memory"))?;
+    Ok(hex::encode(hash))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pin(text: &str) -> Pin {
+        Pin::from_text(text.to_owned()).unwrap()
+    }
+
+    fn rejected() -> Standing {
+        Standing::Rejected {
+            answer: "PinIncorrect from C_Login".to_owned(),
+        }
+    }
+
+    fn proven() -> Standing {
+        Standing::Proven {
+            failing_since: None,
+        }
+    }
+
+    fn record(folder: &tempfile::TempDir) -> PinRecord {
+        PinRecord::new(StateDirectory::below(folder.path()))
+    }
+
+    fn standing(record: &PinRecord, serial: &str, text: &str) -> Option<Standing> {
+        record
+            .begin(serial, &pin(text))
+            .unwrap()
+            .standing()
+            .cloned()
+    }
+
+    fn set(record: &PinRecord, serial: &str, text: &str, standing: Standing) {
+        let mut login = record.begin(serial, &pin(text)).unwrap();
+        login.set(Some(standing)).unwrap();
+    }
+
+    #[test]
+    fn a_pin_is_known_by_its_content_and_the_serial_number() {
+        let folder = tempfile::tempdir().unwrap();
+        set(&record(&folder), "1", "123456", rejected());
+        // As another process sees it.
+        let again = record(&folder);
+        assert_eq!(standing(&again, "1", "123456"), Some(rejected()));
+        assert_eq!(standing(&again, "1", "123457"), None);
+        assert_eq!(standing(&again, "2", "123456"), None);
+        let file = folder
+            .path()
+            .join(keybroker_core::state::DIRECTORY)
+            .join(FACT);
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(!text.contains("123456"), "{text}");
+    }
+
+    #[test]
+    fn a_retry_forgets_what_was_rejected_and_keeps_what_was_proven() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        set(&record, "1", "right", proven());
+        set(&record, "1", "wrong", rejected());
+        assert_eq!(record.allow_retry(true).unwrap(), 1);
+        assert_eq!(standing(&record, "1", "right"), Some(proven()));
+        let mut login = record.begin("1", &pin("wrong")).unwrap();
+        assert_eq!(login.standing(), None);
+        // The permission is for one login.
+        assert!(login.final_try_allowed());
+        login.set(Some(rejected())).unwrap();
+        drop(login);
+        assert!(
+            !record
+                .begin("1", &pin("wrong"))
+                .unwrap()
+                .final_try_allowed()
+        );
+    }
+
+    #[test]
+    fn an_initialised_token_knows_no_pin() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        set(&record, "1", "wrong", rejected());
+        set(&record, "2", "wrong", rejected());
+        record.forget("1").unwrap();
+        record.forget("3").unwrap();
+        assert_eq!(standing(&record, "1", "wrong"), None);
+        assert_eq!(standing(&record, "2", "wrong"), Some(rejected()));
+    }
+
+    #[test]
+    fn the_pin_before_is_not_proven_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        set(&record, "1", "old", proven());
+        set(&record, "1", "new", proven());
+        assert_eq!(standing(&record, "1", "old"), None);
+    }
+
+    #[test]
+    fn the_record_stays_small() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        let long = Standing::Rejected {
+            answer: "x".repeat(100),
+        };
+        let mut fact = record.read().unwrap();
+        for token in 0..TOKENS_MAX {
+            let pins = (0..PINS_MAX).map(|_| KnownPin {
+                hash: "0".repeat(2 * HASH_BYTES),
+                standing: long.clone(),
+            });
+            let token_pins = TokenPins {
+                salt: "0".repeat(2 * SALT_BYTES),
+                pins: pins.collect(),
+            };
+            fact.tokens.insert(format!("{token:016}"), token_pins);
+        }
+        record.write(&fact).unwrap();
+        set(&record, "another", "1234", long);
+        assert_eq!(record.read().unwrap().tokens.len(), TOKENS_MAX);
+    }
+
+    #[test]
+    fn a_damaged_record_is_said_and_replaced_by_the_operator() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = record(&folder);
+        record.state.write(FACT, b"{").unwrap();
+        let error = record.begin("1", &pin("1234")).unwrap_err();
+        assert!(error.to_string().contains("retry-pin"), "{error}");
+        record.allow_retry(false).unwrap();
+        record.begin("1", &pin("1234")).unwrap();
+    }
+}

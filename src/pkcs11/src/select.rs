@@ -1,0 +1,254 @@
+//! Which token: exactly one of label, serial number and RFC 7512 URI, and exactly one token that fits.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use cryptoki::{context::Pkcs11, slot::Slot};
+
+use keybroker_worker_protocol::{Settings, TokenInfo, unpadded};
+
+use crate::{
+    calling,
+    classify::{Class, Fault},
+};
+
+/// How long an absent token is looked for at start: another process that logs in hides it for moments (SoftHSM rewrites
+/// the token's file at every login).
+const ABSENT_RETRY: Duration = Duration::from_secs(2);
+const ABSENT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a token must be to be chosen. Fields that are absent do not matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Selector {
+    label: Option<String>,
+    serial: Option<String>,
+    manufacturer: Option<String>,
+    model: Option<String>,
+}
+
+impl Selector {
+    /// From the settings: exactly one of the three.
+    pub(super) fn from_settings(settings: &Settings) -> Result<Self, String> {
+        match (&settings.label, &settings.serial, &settings.uri) {
+            (Some(label), None, None) => Ok(Self {
+                label: Some(label.clone()),
+                ..Self::default()
+            }),
+            (None, Some(serial), None) => Ok(Self {
+                serial: Some(serial.clone()),
+                ..Self::default()
+            }),
+            (None, None, Some(uri)) => Self::from_uri(uri),
+            (None, None, None) => Err("no token is chosen: set one of `token.label`, \
+                 `token.serial` and `token.uri`"
+                .to_owned()),
+            _ => Err(
+                "the token is chosen twice: set only one of `token.label`, `token.serial` and \
+                 `token.uri`"
+                    .to_owned(),
+            ),
+        }
+    }
+
+    /// From the path attributes of an RFC 7512 URI that names a token and nothing else.
+    fn from_uri(uri: &str) -> Result<Self, String> {
+        let path = uri
+            .strip_prefix("pkcs11:")
+            .ok_or_else(|| "`token.uri` must begin with `pkcs11:`".to_owned())?;
+        if path.contains('?') {
+            return Err(
+                "`token.uri` must have no query: module and PIN have settings of their \
+                 own"
+                .to_owned(),
+            );
+        }
+        let mut selector = Self::default();
+        for attribute in path.split(';').filter(|attribute| !attribute.is_empty()) {
+            let (name, value) = attribute
+                .split_once('=')
+                .ok_or_else(|| format!("`token.uri`: {attribute:?} has no value"))?;
+            let field = match name {
+                "token" => &mut selector.label,
+                "serial" => &mut selector.serial,
+                "manufacturer" => &mut selector.manufacturer,
+                "model" => &mut selector.model,
+                other => {
+                    return Err(format!(
+                        "`token.uri`: {other:?} does not name a token; use token, serial, \
+                         manufacturer and model"
+                    ));
+                }
+            };
+            if field.replace(percent_decode(value)?).is_some() {
+                return Err(format!("`token.uri` names {name:?} twice"));
+            }
+        }
+        if selector == Self::default() {
+            return Err("`token.uri` names nothing of the token".to_owned());
+        }
+        Ok(selector)
+    }
+
+    pub(super) fn fits(&self, info: &cryptoki::slot::TokenInfo) -> bool {
+        let same = |wanted: &Option<String>, found: &str| {
+            wanted
+                .as_deref()
+                .is_none_or(|wanted| unpadded(wanted) == unpadded(found))
+        };
+        same(&self.label, info.label())
+            && same(&self.serial, info.serial_number())
+            && same(&self.manufacturer, info.manufacturer_id())
+            && same(&self.model, info.model())
+    }
+
+    fn describe(&self) -> String {
+        [
+            ("label", &self.label),
+            ("serial", &self.serial),
+            ("manufacturer", &self.manufacturer),
+            ("model", &self.model),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some(format!("{name} {:?}", value.as_ref()?)))
+        .collect::<Vec<_>>()
+        .join(", ")
+    }
+}
+
+fn percent_decode(text: &str) -> Result<String, String> {
+    let bad = || format!("`token.uri`: {text:?} is not percent-encoded UTF-8");
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        rest = tail;
+        if *first == b'%' {
+            let (digits, tail) = rest.split_at_checked(2).ok_or_else(bad)?;
+            let mut byte = [0];
+            hex::decode_to_slice(digits, &mut byte).map_err(|_| bad())?;
+            bytes.extend(byte);
+            rest = tail;
+        } else {
+            bytes.push(*first);
+        }
+    }
+    String::from_utf8(bytes).map_err(|_| bad())
+}
+
+/// Finds the one initialised token that fits, and looks again for a while when there is none.
+pub(super) fn find(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+    let until = Instant::now() + ABSENT_RETRY;
+    loop {
+        match find_now(module, selector) {
+            Err(_) if Instant::now() < until => thread::sleep(ABSENT_PAUSE),
+            result => return result,
+        }
+    }
+}
+
+fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+    let tokens = list(module)?;
+    let mut fitting = tokens.iter().filter(|(_, info)| selector.fits(info));
+    let wanted = selector.describe();
+    if tokens.is_empty() {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
+                 SOFTHSM2_CONF)? Look with `keybroker token list`, make one with `keybroker token init`"
+            ),
+        ));
+    }
+    let Some((slot, info)) = fitting.next() else {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "no token with {wanted}; {} initialised token(s) seen: {}. Look with `keybroker token \
+                 list`, make one with `keybroker token init`",
+                tokens.len(),
+                tokens
+                    .iter()
+                    .map(|(_, info)| format!("{:?}", unpadded(info.label())))
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
+        ));
+    };
+    if fitting.next().is_some() {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!("more than one token with {wanted}: choose it by `token.serial`"),
+        ));
+    }
+    Ok((*slot, describe(info)))
+}
+
+/// All initialised tokens.
+pub(super) fn list(module: &Pkcs11) -> Result<Vec<(Slot, cryptoki::slot::TokenInfo)>, Fault> {
+    let mut tokens = Vec::new();
+    calling::next("C_GetSlotList");
+    for slot in module.get_slots_with_initialized_token()? {
+        calling::next("C_GetTokenInfo");
+        tokens.push((slot, module.get_token_info(slot)?));
+    }
+    Ok(tokens)
+}
+
+/// What a token says of itself, padding removed.
+pub(super) fn describe(info: &cryptoki::slot::TokenInfo) -> TokenInfo {
+    TokenInfo {
+        label: unpadded(info.label()).to_owned(),
+        serial: unpadded(info.serial_number()).to_owned(),
+        model: format!(
+            "{} {}",
+            unpadded(info.manufacturer_id()),
+            unpadded(info.model())
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uri_names_a_token() {
+        let selector = Selector::from_uri("pkcs11:token=My%20token;serial=0a1b").unwrap();
+        assert_eq!(selector.label.as_deref(), Some("My token"));
+        assert_eq!(selector.serial.as_deref(), Some("0a1b"));
+        assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+    }
+
+    #[test]
+    fn padding_is_not_part_of_a_text() {
+        for padded in [
+            "demo",
+            "demo  ",
+            "demo\0\0",
+            "demo\0  ",
+            "demo  \0",
+            "demo\0old label",
+        ] {
+            assert_eq!(unpadded(padded), "demo", "{padded:?}");
+        }
+        assert_eq!(unpadded("\0\0"), "");
+        assert_eq!(unpadded("  a b "), "  a b");
+    }
+
+    #[test]
+    fn a_uri_that_names_more_or_less_is_refused() {
+        for bad in [
+            "token=x",
+            "pkcs11:",
+            "pkcs11:token",
+            "pkcs11:object=key",
+            "pkcs11:token=a;token=b",
+            "pkcs11:token=%2",
+            "pkcs11:token=%ff",
+            "pkcs11:token=a?pin-value=1234",
+        ] {
+            assert!(Selector::from_uri(bad).is_err(), "{bad}");
+        }
+    }
+}

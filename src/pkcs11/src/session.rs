@@ -1,0 +1,319 @@
+//! One session thread of a worker: takes jobs, one at a time, on the one session that it owns.
+//!
+//! Mitigations: M8, M10 of `THREAT_MODEL.md`.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use cryptoki::{context::Pkcs11, slot::Slot};
+use zeroize::Zeroizing;
+
+use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
+use keybroker_worker_protocol::{
+    Work, frame,
+    wire::{self, FailureClass, request::Job},
+};
+
+use crate::{
+    classify::{Class, Fault},
+    keys::KeyPair,
+    open::{KeySession, ProvedKey},
+    operation,
+};
+
+/// What every session thread of a worker shares.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) module: Pkcs11,
+    pub(super) slot: Slot,
+    pub(super) keys: Vec<ProvedKey>,
+    /// Number of self-tests begun, over all threads: it chooses the key of the next one.
+    pub(super) turn: AtomicUsize,
+}
+
+impl Shared {
+    fn ids(&self) -> Vec<WrappingKeyId> {
+        self.keys.iter().map(|key| key.id).collect()
+    }
+
+    fn open(&self) -> Result<KeySession, Fault> {
+        KeySession::open(&self.module, self.slot, &self.ids())
+    }
+}
+
+/// A job's end: bytes for the front, or a failure.
+pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
+
+/// One thread's session. It is replaced after every failure of a token call: some tokens leave an operation stuck in it.
+#[derive(Debug)]
+pub(super) struct SessionThread {
+    shared: Arc<Shared>,
+    current: Option<KeySession>,
+}
+
+/// How an attempt ended, when it was not with bytes.
+enum Stop {
+    /// The job's own end.
+    Failed(wire::Failure),
+    /// The session is gone, and nothing was done: one more attempt on another.
+    SessionLost(Fault),
+    /// The token refused, although the self-test passes. It may have been busy for a moment: one more attempt, and only if it
+    /// refuses again is this the job's end.
+    Doubted(wire::Failure),
+}
+
+impl SessionThread {
+    pub(super) fn new(shared: Arc<Shared>, session: KeySession) -> Self {
+        Self {
+            shared,
+            current: Some(session),
+        }
+    }
+
+    /// Runs a job; says how long the module had it.
+    pub(super) fn run(&mut self, work: &Work) -> (Outcome, Duration) {
+        let started = Instant::now();
+        let outcome = match work.job() {
+            Some(job) => self.run_job(job, work.deadline_ns()),
+            None => Err(failure(
+                FailureClass::Unspecified,
+                "a request without a job",
+            )),
+        };
+        (outcome, started.elapsed())
+    }
+
+    /// At most one more attempt for each of the two causes.
+    fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
+        let (mut lost, mut doubted) = (false, None);
+        loop {
+            match self.attempt(job, deadline) {
+                Ok(bytes) => return Ok(bytes),
+                Err(Stop::Failed(failure)) => return Err(failure),
+                Err(Stop::SessionLost(fault)) if lost => {
+                    return Err(failure(FailureClass::SessionLost, fault.to_string()));
+                }
+                Err(Stop::SessionLost(_)) => lost = true,
+                Err(Stop::Doubted(refusal)) => match doubted.replace(refusal.class) {
+                    None => {}
+                    Some(before) if before == refusal.class => return Err(refusal),
+                    Some(_) => {
+                        let what = format!(
+                            "the token returned inconsistent errors on retry: {}",
+                            refusal.detail
+                        );
+                        return Err(failure(FailureClass::BackOff, what));
+                    }
+                },
+            }
+        }
+    }
+
+    fn attempt(&mut self, job: &Job, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
+        // Opening a session is a token call, too.
+        check_deadline(deadline)?;
+        if self.current.is_none() {
+            let session = self
+                .shared
+                .open()
+                .map_err(|fault| Stop::from_open(&fault))?;
+            self.current = Some(session);
+        }
+        match job {
+            Job::Setup(_) => Err(Stop::failed(FailureClass::Unspecified, "setup twice")),
+            Job::SelfTest(_) => self.self_test(deadline).map(|()| Zeroizing::default()),
+            Job::Mac(job) => self.mac(&job.key_id, &job.message, deadline),
+            Job::VerifyMac(job) => {
+                self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
+                Ok(Zeroizing::default())
+            }
+            Job::Rebind(job) => {
+                self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
+                self.mac(&job.key_id, &job.new_message, deadline)
+            }
+            Job::Unwrap(job) => {
+                // The MAC first: bytes that were not stored for this context never reach the RSA key.
+                self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
+                self.decrypt(job, deadline)
+            }
+        }
+    }
+
+    fn mac(
+        &mut self,
+        key: &[u8],
+        message: &[u8],
+        deadline: u64,
+    ) -> Result<Zeroizing<Vec<u8>>, Stop> {
+        check_deadline(deadline)?;
+        let (session, pair) = self.session(key)?;
+        let made = operation::mac(&session.session, pair, message);
+        made.map(|mac| Zeroizing::new(mac.to_vec()))
+            // Nothing of the caller's can make a MAC fail: the token is busy with something.
+            .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
+    }
+
+    fn verify(
+        &mut self,
+        key: &[u8],
+        message: &[u8],
+        mac: &[u8],
+        deadline: u64,
+    ) -> Result<(), Stop> {
+        check_deadline(deadline)?;
+        let (session, pair) = self.session(key)?;
+        let verified = operation::verify(&session.session, pair, message, mac);
+        verified.map_err(|fault| self.stop(fault, key, deadline, FailureClass::MacRefused))
+    }
+
+    fn decrypt(&mut self, job: &wire::Unwrap, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
+        let algorithm = u8::try_from(job.algorithm)
+            .ok()
+            .and_then(Algorithm::from_number)
+            .ok_or_else(|| Stop::failed(FailureClass::Damaged, "unknown algorithm"))?;
+        check_deadline(deadline)?;
+        let (session, pair) = self.session(&job.key_id)?;
+        let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
+        // After a good MAC this is never the caller's fault: the self-test tells a damaged row from a faulty token.
+        decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
+    }
+
+    fn session(&self, key: &[u8]) -> Result<(&KeySession, &KeyPair), Stop> {
+        let session = self.current.as_ref().ok_or_else(|| {
+            Stop::SessionLost(Fault::new(Class::SessionLost, "the session was lost"))
+        })?;
+        let pair = WrappingKeyId::from_slice(key)
+            .and_then(|id| session.pair(id))
+            .ok_or_else(|| {
+                Stop::failed(FailureClass::UnknownKey, "the key was not in the setup")
+            })?;
+        Ok((session, pair))
+    }
+
+    /// What a fault means for the job with that key. `refusal` is what it is called when the token refuses although it works.
+    fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
+        if fault.class == Class::Input && refusal == FailureClass::MacRefused {
+            // These codes mean nothing else.
+            return Stop::failed(refusal, fault.to_string());
+        }
+        self.current = None;
+        match fault.class {
+            Class::SessionLost => Stop::SessionLost(fault),
+            Class::TokenLost | Class::KeyMissing => {
+                Stop::failed(FailureClass::TokenLost, fault.to_string())
+            }
+            Class::BackOff => Stop::failed(FailureClass::BackOff, fault.to_string()),
+            Class::Pin | Class::Login | Class::Untrusted => {
+                Stop::failed(FailureClass::Untrusted, fault.to_string())
+            }
+            Class::Input | Class::Ambiguous | Class::Configuration => {
+                match self.revive(key, deadline) {
+                    Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
+                    Err(Stop::Failed(mut self_test)) => {
+                        self_test.detail = format!("{fault}; then {}", self_test.detail);
+                        Stop::Failed(self_test)
+                    }
+                    Err(other) => other,
+                }
+            }
+        }
+    }
+
+    /// A new session on which the self-test of that key passes.
+    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
+        check_deadline(deadline)?;
+        let session = self
+            .shared
+            .open()
+            .map_err(|fault| Stop::from_open(&fault))?;
+        check_deadline(deadline)?;
+        let proved = self
+            .shared
+            .keys
+            .iter()
+            .find(|known| known.id.as_bytes() == key);
+        if let Some(proved) = proved {
+            check(proved, &session).map_err(|fault| Stop::from_self_test(&fault))?;
+        }
+        self.current = Some(session);
+        Ok(())
+    }
+
+    /// One key at each asking, in turn, so that a token with many keys is not slower to answer for its health than one with
+    /// few.
+    fn self_test(&mut self, deadline: u64) -> Result<(), Stop> {
+        check_deadline(deadline)?;
+        let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
+        let keys = &self.shared.keys;
+        let proved = turn.checked_rem(keys.len()).and_then(|turn| keys.get(turn));
+        let (Some(session), Some(proved)) = (&self.current, proved) else {
+            return Ok(());
+        };
+        let Err(fault) = check(proved, session) else {
+            return Ok(());
+        };
+        self.current = None;
+        match fault.class {
+            Class::SessionLost => Err(Stop::SessionLost(fault)),
+            _ => Err(Stop::from_self_test(&fault)),
+        }
+    }
+}
+
+fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
+    let Some(pair) = session.pair(key.id) else {
+        let detail = format!("key {} is gone", key.id);
+        return Err(Fault::new(Class::TokenLost, detail));
+    };
+    key.self_test.check(&session.session, pair)
+}
+
+fn check_deadline(deadline: u64) -> Result<(), Stop> {
+    if frame::monotonic_ns() < deadline {
+        Ok(())
+    } else {
+        Err(Stop::failed(
+            FailureClass::Deadline,
+            "deadline passed before the token call",
+        ))
+    }
+}
+
+impl Stop {
+    fn failed(class: FailureClass, detail: impl Into<String>) -> Self {
+        Self::Failed(failure(class, detail))
+    }
+
+    /// A session that cannot be opened, or in which a key is not found, means that the token is gone: the module shows a
+    /// token that was removed, and one that dropped the login, as a token without keys.
+    fn from_open(fault: &Fault) -> Self {
+        let class = match fault.class {
+            Class::BackOff => FailureClass::BackOff,
+            Class::Untrusted => FailureClass::Untrusted,
+            _ => FailureClass::TokenLost,
+        };
+        Self::failed(class, fault.to_string())
+    }
+
+    /// A wrong answer is worse than none: such a token must not be used.
+    fn from_self_test(fault: &Fault) -> Self {
+        let class = match fault.class {
+            Class::BackOff => FailureClass::BackOff,
+            Class::Untrusted => FailureClass::Untrusted,
+            _ => FailureClass::TokenLost,
+        };
+        Self::failed(class, format!("the self-test failed: {fault}"))
+    }
+}
+
+pub(super) fn failure(class: FailureClass, detail: impl Into<String>) -> wire::Failure {
+    wire::Failure {
+        class: class.into(),
+        detail: detail.into(),
+    }
+}

@@ -1,0 +1,113 @@
+//! What needs a real token inside this process.
+//!
+//! SoftHSM reads its configuration from the environment, which a running test cannot change safely. So each test starts
+//! itself again as a child with an environment and a token folder of its own.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_test_support::faulty::{self, Faulty};
+use keybroker_worker_protocol::{Pin, Settings};
+
+use super::{
+    PinRecord,
+    admin::{self, Admin, AdminError},
+    open::OpenToken,
+};
+
+mod attribute_check;
+mod keys;
+mod session;
+mod tokens;
+
+const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
+const CHILD: &str = "KEYBROKER_TEST_TOKEN_FOLDER";
+const USER_PIN: &str = "123456";
+
+/// Runs `body` in a child of this test that has a token folder of its own.
+fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
+    if let Some(folder) = env::var_os(CHILD) {
+        return body(Path::new(&folder));
+    }
+    assert!(
+        Path::new(MODULE).is_file(),
+        "SoftHSM is not installed; run scripts/install.sh"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    fs::create_dir(&tokens).unwrap();
+    let faults = folder.path().join("faults");
+    fs::create_dir(&faults).unwrap();
+    let conf = folder.path().join("softhsm2.conf");
+    let text = format!(
+        "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+        tokens.display()
+    );
+    fs::write(&conf, text).unwrap();
+    let output = Command::new(env::current_exe().unwrap())
+        .args([&format!("tests::{test}"), "--exact", "--nocapture"])
+        .env("SOFTHSM2_CONF", conf)
+        .env(CHILD, folder.path())
+        .env(faulty::VARIABLE, faults)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn settings() -> Settings {
+    Settings {
+        module: PathBuf::from(MODULE),
+        label: Some("test".to_owned()),
+        serial: None,
+        uri: None,
+        pin_file: None,
+        workers: 1,
+        sessions_per_worker: 1,
+        queue_length_max: 1,
+        call_timeout_ms: 30_000,
+        allow_oaep_sha1: true,
+        attribute_exceptions: Vec::new(),
+        environment: std::collections::BTreeMap::new(),
+    }
+}
+
+fn pin(text: &str) -> Pin {
+    Pin::from_text(text.to_owned()).unwrap()
+}
+
+fn init() {
+    admin::init_token(&settings(), "test", &pin("654321"), &pin(USER_PIN), None).unwrap();
+}
+
+fn open() -> OpenToken {
+    OpenToken::login(&settings(), &record(), &pin(USER_PIN), true).unwrap()
+}
+
+/// The record of PINs of this test, as long as it runs.
+fn record() -> PinRecord {
+    let folder = env::var_os(CHILD).unwrap();
+    PinRecord::new(StateDirectory::below(&Path::new(&folder).join("audit")))
+}
+
+/// The same token through the module that fails on command.
+fn faulty(folder: &Path) -> (Settings, Faulty) {
+    let faulty = Faulty::in_folder(folder.join("faults"), Path::new(MODULE));
+    let settings = Settings {
+        module: faulty.module(),
+        ..settings()
+    };
+    (settings, faulty)
+}
+
+fn id(number: u8) -> WrappingKeyId {
+    WrappingKeyId::from_bytes([number; 16])
+}

@@ -1,0 +1,123 @@
+//! Keys as they are made, found and proved.
+
+use cryptoki::mechanism::Mechanism;
+
+use super::{
+    Admin, USER_PIN, faulty,
+    faulty::{Fault, code},
+    id, init, open, pin, record, settings, with_softhsm,
+};
+use keybroker_worker_protocol::Settings;
+
+use crate::{
+    attribute_check::{Expected, Found},
+    classify::Class,
+    keys,
+    open::KeySession,
+};
+
+#[test]
+fn a_generated_key_passes_and_is_proved() {
+    with_softhsm("keys::a_generated_key_passes_and_is_proved", |_| {
+        init();
+        let admin = Admin::open(&settings(), &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap();
+        assert_eq!(key.problem, None);
+        assert_eq!(key.modulus_bits, 2_048);
+        assert_eq!(key.private.len() + key.binding.len(), 32);
+        assert!(
+            key.private
+                .iter()
+                .chain(&key.binding)
+                .all(|f| f.found == Found::AsExpected)
+        );
+        assert!(matches!(key.private[0].expected, Expected::Flag(true)));
+        assert_eq!(admin.key_ids().unwrap(), [key.id]);
+    });
+}
+
+#[test]
+fn sha1_is_refused_unless_allowed() {
+    with_softhsm("keys::sha1_is_refused_unless_allowed", |_| {
+        init();
+        let key = Admin::open(&settings(), &record(), &pin(USER_PIN), true)
+            .unwrap()
+            .generate_key(2_048)
+            .unwrap();
+        let strict = Settings {
+            allow_oaep_sha1: false,
+            ..settings()
+        };
+        let checked = Admin::open(&strict, &record(), &pin(USER_PIN), false)
+            .unwrap()
+            .check(key.id)
+            .unwrap();
+        assert!(checked.problem.unwrap().contains("allow_oaep_sha1 = true"));
+    });
+}
+
+#[test]
+fn two_keys_of_one_id_and_none_are_refused() {
+    with_softhsm("keys::two_keys_of_one_id_and_none_are_refused", |_| {
+        init();
+        let token = open();
+        let session = &token.anchor;
+        let make = || {
+            session
+                .generate_key_pair(
+                    &Mechanism::RsaPkcsKeyPairGen,
+                    &keys::public_template(id(1), 2_048),
+                    &keys::private_template(id(1)),
+                )
+                .unwrap();
+        };
+        let none = keys::find(session, id(1)).unwrap_err();
+        assert!(none.detail.contains("is not on the token"), "{none}");
+        assert_eq!(none.class, Class::KeyMissing);
+        make();
+        let no_binding = keys::find(session, id(1)).unwrap_err();
+        assert!(no_binding.detail.contains("binding key"), "{no_binding}");
+        make();
+        let two = keys::find(session, id(1)).unwrap_err();
+        assert_eq!(two.class, Class::Untrusted);
+        assert!(two.detail.contains("more than one"), "{two}");
+        // A key that was there before and is not found now means that the token is unavailable, not that a key was forged.
+        let gone = KeySession::open(&token.module, token.slot, &[id(9)]).unwrap_err();
+        assert_eq!(gone.class, Class::KeyMissing);
+    });
+}
+
+/// A session that is lost says nothing of what the token can do.
+#[test]
+fn a_lost_session_does_not_choose_sha1() {
+    with_softhsm("keys::a_lost_session_does_not_choose_sha1", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap().id;
+        let lost = Fault::times(code::SESSION_HANDLE_INVALID, 1);
+        faulty.set("C_DecryptInit", &lost);
+        let problem = admin.check(key).unwrap().problem.unwrap();
+        assert!(
+            problem.contains("SessionHandleInvalid from C_DecryptInit"),
+            "{problem}"
+        );
+        assert_eq!(admin.check(key).unwrap().problem, None);
+    });
+}
+
+/// A MAC that verifies whatever it is protects nothing.
+#[test]
+fn a_token_that_takes_any_mac_is_refused() {
+    with_softhsm("keys::a_token_that_takes_any_mac_is_refused", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap().id;
+        faulty.set("C_Verify", &Fault::always(code::NEVER_FAILS));
+        let problem = admin.check(key).unwrap().problem.unwrap();
+        assert!(problem.contains("takes a wrong MAC"), "{problem}");
+        faulty.clear("C_Verify");
+        assert_eq!(admin.check(key).unwrap().problem, None);
+    });
+}

@@ -1,0 +1,359 @@
+//! The token worker: the process that holds the vendor's module, and nothing else.
+//!
+//! Life: the first frame on standard input says which token and which keys; the worker reads the PIN itself, opens its
+//! sessions one after another, proves every key, says so, and serves jobs until its socket ends. It ignores SIGINT and
+//! SIGTERM: the front decides when it ends, by closing the socket, so that jobs under way in a drain are finished.
+//!
+//! A process that ends while threads are inside the module crashes in most vendors' clean-up code. So the threads are
+//! joined first; if one does not come back, the worker kills itself, which runs no clean-up at all.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
+
+use std::{
+    io::{self, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    path::Path,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{RecvTimeoutError, Sender};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use zeroize::Zeroize as _;
+
+use keybroker_core::{
+    key::{Fingerprint, WrappingKeyId},
+    state::StateDirectory,
+};
+use keybroker_worker_protocol::{
+    ExpectedKey, Pin, Settings, Work,
+    frame::{Inbox, Outbox},
+    wire::{
+        self, FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job,
+    },
+};
+
+use crate::{
+    PinRecord, calling,
+    classify::{Class, Fault},
+    open::OpenToken,
+    session::{self, SessionThread, Shared},
+};
+
+/// How long session threads may take to come back when the socket has ended.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether the front is there.
+const FRONT_INTERVAL: Duration = Duration::from_secs(1);
+const JOIN_PAUSE: Duration = Duration::from_millis(10);
+/// How long the module may take to open the token: longer than the front waits for it.
+const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Body of the hidden command `keybroker token-worker`.
+pub fn run() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "token worker");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    let _signals = ignore_signals()?;
+    let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    end_with_front(stream.try_clone()?);
+    let mut input = Input {
+        stream: stream.try_clone()?,
+        inbox: Inbox::default(),
+    };
+    let Some(first) = input.receive()? else {
+        return Ok(());
+    };
+    let Some(Job::Setup(setup)) = first.job else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "no setup"));
+    };
+    let output = Arc::new(Mutex::new(stream));
+    let mut first_reply = Replies::to(&output);
+    let mut progress = Replies::to(&output);
+    calling::report_to(move |function| {
+        let calling = Outcome::Calling(function.to_owned());
+        // When the front is gone, the end of the socket ends this process.
+        let _sent = progress.send(0, calling, Duration::ZERO);
+    });
+    let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
+    let settings = Settings::from_setup(&setup);
+    let limit = limit_opening();
+    let opened = Pin::from_file(Path::new(&setup.pin_file))
+        .map_err(|what| Fault::new(Class::Pin, what))
+        .and_then(|pin| open(&setup, &settings, &pin, sessions));
+    drop(limit);
+    calling::report_no_more();
+    let (token, shared, sessions_open) = match opened {
+        Ok(opened) => opened,
+        Err(fault) => {
+            let class = startup_class(fault.class);
+            let failure = session::failure(class, fault.to_string());
+            return first_reply.send(0, Outcome::Failure(failure), Duration::ZERO);
+        }
+    };
+    first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
+    let input = Arc::new(Mutex::new(input));
+    let (ended, end) = crossbeam_channel::bounded(sessions);
+    let threads = start(sessions_open, &input, &output, &ended)?;
+    // The first session thread that finds the socket at its end says so; the others follow.
+    let ended = end.recv().unwrap_or(Ok(()));
+    join(threads);
+    drop(token);
+    ended
+}
+
+/// Replaces the default action of both signals, which would end the process. Nothing reads the signals that are noted: the
+/// handler is installed with the listener and stays.
+pub(crate) fn ignore_signals()
+-> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let guard = runtime.enter();
+    let signals = [
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    ];
+    drop(guard);
+    Ok((runtime, signals))
+}
+
+/// Ends this process when the module hangs while it opens the token. The front does so as well, but the front may be gone.
+/// The watch ends when the returned value is dropped.
+fn limit_opening() -> Sender<()> {
+    let (opened, is_open) = crossbeam_channel::bounded(0);
+    thread::spawn(move || {
+        if is_open.recv_timeout(OPEN_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            kill_ourselves();
+        }
+    });
+    opened
+}
+
+/// Runs no clean-up: that of most modules crashes while threads are inside.
+fn kill_ourselves() {
+    let ourselves = rustix::process::getpid();
+    let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
+}
+
+/// Ends this process some seconds after the front closed its end of the socket or is gone, whatever this process is doing. What
+/// hangs in the module, or before the socket is read, would otherwise keep the token's sessions from the next front.
+///
+/// The socket is watched, and not the parent's death signal: Linux sends that when the *thread* ends that started this
+/// process. The parent is looked at as well, in case another process holds a copy of the front's end.
+pub(crate) fn end_with_front(stream: UnixStream) {
+    let front = rustix::process::getppid();
+    thread::spawn(move || {
+        let interval = Timespec::try_from(FRONT_INTERVAL).ok();
+        loop {
+            let mut watched = [PollFd::new(&stream, PollFlags::RDHUP)];
+            let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+            let heard = poll(&mut watched, interval.as_ref()).is_ok_and(|count| count > 0);
+            if heard && watched[0].revents().intersects(gone) {
+                break;
+            }
+            if rustix::process::getppid() != front {
+                break;
+            }
+        }
+        thread::sleep(JOIN_TIMEOUT);
+        kill_ourselves();
+    });
+}
+
+fn open(
+    setup: &Setup,
+    settings: &Settings,
+    pin: &Pin,
+    sessions: usize,
+) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
+    let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
+    let token = OpenToken::login(settings, &record, pin, false)?;
+    let mut keys = Vec::new();
+    for key in &setup.keys {
+        keys.push(token.prove(settings, &expected(key)?)?);
+    }
+    let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
+    let shared = Arc::new(Shared {
+        module: token.module.clone(),
+        slot: token.slot,
+        keys,
+        turn: AtomicUsize::new(0),
+    });
+    // One after another: a token that refuses the second session says so before the third is asked for.
+    let mut open = Vec::with_capacity(sessions);
+    for _ in 0..sessions {
+        open.push(SessionThread::new(
+            Arc::clone(&shared),
+            token.session(&ids)?,
+        ));
+    }
+    Ok((token, shared, open))
+}
+
+fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
+    let id = WrappingKeyId::from_slice(&key.id);
+    let fingerprint: Option<[u8; 32]> = key.fingerprint.as_slice().try_into().ok();
+    match (id, fingerprint) {
+        (Some(id), Some(fingerprint)) => Ok(ExpectedKey {
+            id,
+            fingerprint: Fingerprint(fingerprint),
+        }),
+        _ => Err(Fault::new(
+            Class::Configuration,
+            "a malformed key in the setup",
+        )),
+    }
+}
+
+/// The class that the front acts on.
+fn startup_class(class: Class) -> FailureClass {
+    match class {
+        Class::Pin => FailureClass::Pin,
+        Class::Login => FailureClass::Login,
+        Class::Untrusted => FailureClass::Untrusted,
+        Class::KeyMissing => FailureClass::KeyMissing,
+        Class::Configuration => FailureClass::Configuration,
+        Class::BackOff => FailureClass::BackOff,
+        // An input that the token refuses is our own known-answer input: it may have been in trouble for a moment.
+        Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
+            FailureClass::TokenLost
+        }
+    }
+}
+
+fn ready(token: &OpenToken, shared: &Shared) -> Ready {
+    Ready {
+        label: token.info.label.clone(),
+        serial: token.info.serial.clone(),
+        model: token.info.model.clone(),
+        keys: shared
+            .keys
+            .iter()
+            .map(|key| ReadyKey {
+                id: key.id.as_bytes().to_vec(),
+                spki: key.public.spki.clone(),
+                algorithm: key.self_test.algorithm().number().into(),
+            })
+            .collect(),
+    }
+}
+
+/// The socket, and what came of it beyond the message that was read last.
+struct Input {
+    stream: UnixStream,
+    inbox: Inbox,
+}
+
+impl Input {
+    fn receive(&mut self) -> io::Result<Option<Request>> {
+        self.inbox.receive(&mut self.stream)
+    }
+}
+
+fn start(
+    sessions: Vec<SessionThread>,
+    input: &Arc<Mutex<Input>>,
+    output: &Arc<Mutex<UnixStream>>,
+    ended: &Sender<io::Result<()>>,
+) -> io::Result<Vec<JoinHandle<()>>> {
+    sessions
+        .into_iter()
+        .enumerate()
+        .map(|(number, mut session)| {
+            let (input, ended) = (Arc::clone(input), ended.clone());
+            let mut replies = Replies::to(output);
+            thread::Builder::new()
+                .name(format!("session-{number}"))
+                .spawn(move || {
+                    let result = work(&mut session, &input, &mut replies);
+                    // The first to end is heard; there is room for each.
+                    let _heard = ended.send(result);
+                })
+        })
+        .collect()
+}
+
+/// Takes the next job from the socket by turns with the other session threads: none stands between the socket and the
+/// session that does the work.
+fn work(
+    session: &mut SessionThread,
+    input: &Mutex<Input>,
+    replies: &mut Replies,
+) -> io::Result<()> {
+    loop {
+        let received = input
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .receive()?;
+        let Some(request) = received else {
+            return Ok(());
+        };
+        let work = Work::from_wire(request);
+        let id = work.id();
+        let (outcome, spent) = session.run(&work);
+        drop(work);
+        let outcome = match outcome {
+            Ok(mut bytes) => Outcome::Output(std::mem::take(&mut *bytes)),
+            Err(failure) => Outcome::Failure(failure),
+        };
+        replies.send(id, outcome, spent)?;
+    }
+}
+
+/// The way back to the front, shared by the session threads; each makes its frames ready in a buffer of its own.
+struct Replies {
+    stream: Arc<Mutex<UnixStream>>,
+    outbox: Outbox,
+}
+
+impl Replies {
+    fn to(stream: &Arc<Mutex<UnixStream>>) -> Self {
+        Self {
+            stream: Arc::clone(stream),
+            outbox: Outbox::default(),
+        }
+    }
+
+    fn send(&mut self, id: u64, outcome: Outcome, spent: Duration) -> io::Result<()> {
+        let mut message = Reply {
+            id,
+            outcome: Some(outcome),
+            token_ns: u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX),
+        };
+        self.outbox.push(&message);
+        if let Some(Outcome::Output(bytes)) = &mut message.outcome {
+            bytes.zeroize();
+        }
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = stream.write_all(self.outbox.rest());
+        drop(stream);
+        self.outbox.sent(self.outbox.rest().len());
+        written
+    }
+}
+
+/// Waits for the session threads; a process that must not wait any longer kills itself.
+fn join(threads: Vec<JoinHandle<()>>) {
+    let until = Instant::now() + JOIN_TIMEOUT;
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        if Instant::now() > until {
+            kill_ourselves();
+        }
+        thread::sleep(JOIN_PAUSE);
+    }
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("a session thread panicked");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker remembers it beside its audit log and
+//! so notices when another database is in the place of its own. What a server says of itself is of no use for that: a server's
+//! own identifier changes legitimately, and SQLite has none.
+
+use std::fmt;
+
+use keybroker_core::call::Timestamp;
+use uuid::Uuid;
+
+use super::{
+    Error, mutations,
+    session::{Session, Value},
+    statements::Statements,
+};
+
+/// Changes that one call of [`crate::Store::evidence`] can ask for.
+pub const CHANGES_MAX: usize = 16;
+
+/// The identity of a database: 16 random bytes, shown as 32 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct StoreId([u8; 16]);
+
+/// What shows that a database is the one that a broker knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evidence {
+    /// The identity of the database; absent when its row was removed.
+    pub store: Option<StoreId>,
+    /// How many of the changes in question left their mark in it.
+    pub marks: usize,
+}
+
+impl StoreId {
+    fn fresh() -> Self {
+        Self(*Uuid::new_v4().as_bytes())
+    }
+
+    /// Reads the 32 hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let bytes = hex::decode(text).ok()?;
+        Self::from_slice(&bytes)
+    }
+
+    pub(super) fn from_slice(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// The 16 bytes.
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl fmt::Display for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StoreId({self})")
+    }
+}
+
+/// Writes an identity if the database has none.
+pub(super) async fn ensure(session: &mut impl Session, sql: &Statements) -> Result<(), Error> {
+    let values: Vec<Value> = vec![StoreId::fresh().into(), Timestamp::now().into()];
+    mutations::insert_unless_taken(session, sql.insert_identity, values).await?;
+    Ok(())
+}

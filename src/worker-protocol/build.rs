@@ -1,0 +1,30 @@
+//! Generates the messages between the front and its token workers.
+
+use std::error::Error;
+
+const ROOT: &str = "../../proto";
+const WORKER: &[&str] = &[
+    "keybroker/worker/v1/worker.proto",
+    "keybroker/worker/v1/admin.proto",
+];
+
+/// Messages that carry key material or a PIN: a derived `Debug` would print it, so it is written by hand.
+const SECRET: &[&str] = &[
+    ".keybroker.worker.v1.Mac",
+    ".keybroker.worker.v1.VerifyMac",
+    ".keybroker.worker.v1.Reply",
+    ".keybroker.worker.v1.Reply.outcome",
+    ".keybroker.worker.v1.PinSource",
+    ".keybroker.worker.v1.PinSource.source",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed={ROOT}/keybroker/worker");
+    let worker = protox::compile(WORKER, [ROOT])?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .build_server(false)
+        .skip_debug(SECRET)
+        .compile_fds(worker)?;
+    Ok(())
+}

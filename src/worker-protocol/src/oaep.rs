@@ -1,0 +1,119 @@
+//! RSA-OAEP with the public key, in software: wrapping needs no secret, so it does not need the token.
+//!
+//! Mitigation: M9 of `THREAT_MODEL.md`.
+
+use aws_lc_rs::{
+    digest,
+    rsa::{
+        OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPublicEncryptingKey, PublicEncryptingKey,
+    },
+};
+use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};
+
+use keybroker_core::{envelope::Algorithm, key::Fingerprint};
+
+/// Smallest and largest permitted modulus, in bits.
+pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
+
+/// A public key ready to wrap.
+#[derive(Debug)]
+pub struct WrapKey {
+    key: OaepPublicEncryptingKey,
+    algorithm: Algorithm,
+}
+
+impl WrapKey {
+    /// From a DER SubjectPublicKeyInfo.
+    pub fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, String> {
+        let unfit = || "the public key is not an RSA key of a permitted size".to_owned();
+        let key = PublicEncryptingKey::from_der(spki).map_err(|_| unfit())?;
+        let key = OaepPublicEncryptingKey::new(key).map_err(|_| unfit())?;
+        Ok(Self { key, algorithm })
+    }
+
+    /// The algorithm that it wraps with.
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// Modulus length in bits; a permitted one fits.
+    pub fn modulus_bits(&self) -> u32 {
+        u32::try_from(self.key.key_size_bits()).unwrap_or(0)
+    }
+
+    /// Wraps, with an empty label.
+    pub fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, String> {
+        let parameters = match self.algorithm {
+            Algorithm::RsaOaepSha256 => &OAEP_SHA256_MGF1SHA256,
+            Algorithm::RsaOaepSha1 => &OAEP_SHA1_MGF1SHA1,
+        };
+        let mut wrapped = vec![0; self.key.ciphertext_size()];
+        let length = self
+            .key
+            .encrypt(parameters, plaintext, &mut wrapped, None)
+            .map_err(|_| "RSA-OAEP encryption failed".to_owned())?
+            .len();
+        wrapped.truncate(length);
+        Ok(wrapped)
+    }
+}
+
+/// DER SubjectPublicKeyInfo and modulus length in bits, from big-endian modulus and exponent.
+pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), String> {
+    let (n, e) = (
+        BigUint::from_bytes_be(modulus),
+        BigUint::from_bytes_be(exponent),
+    );
+    let bits = n.bits();
+    if !MODULUS_BITS.contains(&bits) {
+        return Err(format!(
+            "a modulus of {bits} bits; 2048 to 4096 are permitted"
+        ));
+    }
+    let key = RsaPublicKey::new(n, e).map_err(|error| format!("not an RSA public key: {error}"))?;
+    let der = key
+        .to_public_key_der()
+        .map_err(|error| format!("the public key does not encode: {error}"))?;
+    Ok((der.into_vec(), bits))
+}
+
+/// SHA-256 of a DER SubjectPublicKeyInfo.
+pub fn fingerprint(spki: &[u8]) -> Fingerprint {
+    let digest = digest::digest(&digest::SHA256, spki);
+    let bytes = digest.as_ref().try_into().expect("SHA-256 gives 32 bytes");
+    Fingerprint(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use rsa::{Oaep, RsaPrivateKey, rand_core::OsRng, traits::PublicKeyParts as _};
+
+    use super::*;
+
+    /// Another implementation opens what this one wraps.
+    #[test]
+    fn an_independent_implementation_unwraps() {
+        let private = RsaPrivateKey::new(&mut OsRng, 2_048).unwrap();
+        let (n, e) = (private.n().to_bytes_be(), private.e().to_bytes_be());
+        let (spki, bits) = spki(&n, &e).unwrap();
+        assert_eq!(bits, 2_048);
+        for algorithm in [Algorithm::RsaOaepSha256, Algorithm::RsaOaepSha1] {
+            let wrapped = WrapKey::new(&spki, algorithm)
+                .unwrap()
+                .wrap(&[7; 190])
+                .unwrap();
+            let padding = match algorithm {
+                Algorithm::RsaOaepSha256 => Oaep::new::<rsa::sha2::Sha256>(),
+                Algorithm::RsaOaepSha1 => Oaep::new::<sha1::Sha1>(),
+            };
+            assert_eq!(private.decrypt(padding, &wrapped).unwrap(), [7; 190]);
+        }
+    }
+
+    #[test]
+    fn small_keys_are_refused() {
+        let private = RsaPrivateKey::new(&mut OsRng, 1_024).unwrap();
+        let (n, e) = (private.n().to_bytes_be(), private.e().to_bytes_be());
+        assert!(spki(&n, &e).unwrap_err().contains("1024 bits"));
+    }
+}

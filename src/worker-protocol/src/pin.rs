@@ -1,0 +1,229 @@
+//! The user PIN: from a file that only its owner can read, from a descriptor, or typed. Never from an argument, never from
+//! an environment variable.
+//!
+//! Mitigation: M15 of `THREAT_MODEL.md`.
+
+use std::{
+    fmt, fs,
+    io::{ErrorKind, Read},
+    path::{Path, PathBuf},
+};
+
+use zeroize::{Zeroize as _, Zeroizing};
+
+use keybroker_core::trusted_file::{self, Purpose};
+
+use crate::wire::{self, pin_source::Source};
+
+/// Longest PIN, in bytes.
+const PIN_BYTES_MAX: usize = 255;
+
+const UTF8_MARK: &str = "\u{feff}";
+const PIN_FILE: Purpose = Purpose::secret("PIN");
+
+/// A PIN of a token.
+pub struct Pin(Zeroizing<String>);
+
+impl fmt::Debug for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pin(redacted)")
+    }
+}
+
+impl Pin {
+    /// From text that was typed. One line end, LF or CRLF, is not part of it. What an editor leaves without showing it is
+    /// refused before it costs one of the few tries that a token allows.
+    pub fn from_text(text: String) -> Result<Self, String> {
+        let text = Zeroizing::new(text);
+        let pin = text.strip_suffix('\n').unwrap_or(&text);
+        let pin = pin.strip_suffix('\r').unwrap_or(pin);
+        if pin.starts_with(UTF8_MARK) {
+            return Err(
+                "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+                    .to_owned(),
+            );
+        }
+        if pin.starts_with(char::is_whitespace) || pin.ends_with(char::is_whitespace) {
+            return Err(
+                "it begins or ends with a blank, which would cost a login try; remove the blank, or give the token a PIN \
+                 without one"
+                    .to_owned(),
+            );
+        }
+        if pin.is_empty() {
+            return Err("it is empty".to_owned());
+        }
+        if pin.contains(['\n', '\r']) {
+            return Err(
+                "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
+                    .to_owned(),
+            );
+        }
+        if pin.chars().any(char::is_control) {
+            return Err(
+                "it holds a control character, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+                    .to_owned(),
+            );
+        }
+        if pin.len() > PIN_BYTES_MAX {
+            return Err(format!("it is longer than {PIN_BYTES_MAX} bytes"));
+        }
+        Ok(Self(Zeroizing::new(pin.to_owned())))
+    }
+
+    /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
+    pub fn from_file(path: &Path) -> Result<Self, String> {
+        let path = resolve(path)?;
+        let file = trusted_file::open(&path, PIN_FILE)
+            .map_err(|error| format!("the PIN file: {error}"))?;
+        let shown = path.display();
+        Self::from_reader(&file).map_err(|what| format!("the PIN file {shown}: {what}"))
+    }
+
+    /// From an open descriptor of this process.
+    pub fn from_descriptor(number: u32) -> Result<Self, String> {
+        let file = fs::File::open(format!("/proc/self/fd/{number}"))
+            .map_err(|error| format!("cannot read descriptor {number}: {error}"))?;
+        Self::from_reader(file).map_err(|what| format!("descriptor {number}: {what}"))
+    }
+
+    fn from_reader(reader: impl Read) -> Result<Self, String> {
+        // The whole capacity at once: a string that grows leaves copies that are not overwritten.
+        let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
+        let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
+        reader
+            .take(limit)
+            .read_to_string(&mut text)
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidData => {
+                    "it is not UTF-8 text, as a file in UTF-16 is not; save it as UTF-8".to_owned()
+                }
+                _ => error.to_string(),
+            })?;
+        Self::from_text(std::mem::take(&mut text))
+    }
+
+    /// The PIN itself: for the module and for its hash.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Number of bytes.
+    pub fn length(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Where a worker gets a PIN.
+#[derive(Debug)]
+pub enum PinSource {
+    /// A file, which the worker reads itself: the process that starts it does not hold the PIN.
+    File(PathBuf),
+    /// A PIN that a person typed, or that was read from a descriptor.
+    Text(Pin),
+}
+
+impl PinSource {
+    /// The form that crosses the socket. The path is resolved here, because the worker has no environment.
+    pub fn to_wire(&self) -> Result<wire::PinSource, String> {
+        let source = match self {
+            Self::File(path) => Source::File(resolve(path)?.to_string_lossy().into_owned()),
+            Self::Text(pin) => Source::Text(pin.expose().to_owned()),
+        };
+        Ok(wire::PinSource {
+            source: Some(source),
+        })
+    }
+}
+
+impl wire::PinSource {
+    /// The PIN: text, or the content of the file.
+    pub fn read(&self) -> Result<Pin, String> {
+        match &self.source {
+            Some(Source::File(path)) => Pin::from_file(Path::new(path)),
+            Some(Source::Text(text)) => Pin::from_text(text.clone()),
+            None => Err("no PIN was given".to_owned()),
+        }
+    }
+}
+
+impl Drop for wire::PinSource {
+    /// Overwrites a PIN that was sent as text.
+    fn drop(&mut self) {
+        if let Some(Source::Text(text)) = &mut self.source {
+            text.zeroize();
+        }
+    }
+}
+
+/// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
+pub fn resolve(path: &Path) -> Result<PathBuf, String> {
+    trusted_file::expand(path).map_err(|error| format!("the PIN file: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pin");
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        (directory, path)
+    }
+
+    #[test]
+    fn one_line_end_is_not_part_of_the_pin() {
+        let (_directory, path) = file(0o600, "1234\n");
+        assert_eq!(Pin::from_file(&path).unwrap().0.as_str(), "1234");
+    }
+
+    #[test]
+    fn what_an_editor_leaves_costs_no_login_try() {
+        for content in ["1234\r\n", "1234\r"] {
+            let (_directory, path) = file(0o600, content);
+            assert_eq!(Pin::from_file(&path).unwrap().0.as_str(), "1234");
+        }
+        for (content, word) in [
+            ("\u{feff}1234\n", "byte order mark"),
+            ("1234 \n", "blank"),
+            (" 1234", "blank"),
+            ("1234\t\n", "blank"),
+        ] {
+            let (_directory, path) = file(0o600, content);
+            let message = Pin::from_file(&path).unwrap_err();
+            assert!(message.contains(word), "{message}");
+            assert!(!message.contains("1234"), "{message}");
+        }
+        let (_directory, path) = file(0o600, "");
+        fs::write(&path, b"\xff\xfe1\x002\x00").unwrap();
+        Pin::from_file(&path).unwrap_err();
+    }
+
+    #[test]
+    fn a_file_that_others_can_read_is_refused() {
+        for mode in [0o644, 0o604, 0o620] {
+            let (_directory, path) = file(mode, "1234");
+            let message = Pin::from_file(&path).unwrap_err();
+            assert!(message.contains("chmod 600"), "{message}");
+            assert!(!message.contains("1234"), "{message}");
+        }
+    }
+
+    #[test]
+    fn empty_long_and_odd_pins_are_refused() {
+        for content in ["", "\n", "12\n34\n", &"x".repeat(256)] {
+            let (_directory, path) = file(0o600, content);
+            assert!(Pin::from_file(&path).is_err(), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let pin = Pin::from_text("1234".to_owned()).unwrap();
+        assert_eq!(format!("{pin:?}"), "Pin(redacted)");
+    }
+}

@@ -1,0 +1,129 @@
+//! Which token a worker opens, which keys must be on it, and what the token says of itself.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use keybroker_core::key::{Fingerprint, WrappingKeyId};
+
+use crate::wire::Setup;
+
+/// Which token to use and how to reach it: the `[token]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Path of the vendor's PKCS#11 library.
+    pub module: PathBuf,
+    /// The token by its label. Exactly one of `label`, `serial` and `uri` is set.
+    pub label: Option<String>,
+    /// The token by its serial number.
+    pub serial: Option<String>,
+    /// The token by an RFC 7512 PKCS#11 URI with token attributes only (`pkcs11:token=…;serial=…`).
+    pub uri: Option<String>,
+    /// File that holds the user PIN; only its owner may read it. `$CREDENTIALS_DIRECTORY/` at the front stands for
+    /// the directory of systemd credentials.
+    pub pin_file: Option<PathBuf>,
+    /// Worker processes; 1 where the token allows only one client.
+    #[serde(default = "Settings::default_workers")]
+    pub workers: usize,
+    /// Session threads in each worker.
+    #[serde(default = "Settings::default_sessions_per_worker")]
+    pub sessions_per_worker: usize,
+    /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
+    #[serde(default = "Settings::default_queue_length_max")]
+    pub queue_length_max: usize,
+    /// Longest time for one call of the module in a command, in milliseconds; a command that makes a key or initialises a token
+    /// allows at least five minutes for that call.
+    #[serde(default = "Settings::default_call_timeout_ms")]
+    pub call_timeout_ms: u64,
+    /// Allows RSA-OAEP with SHA-1 when the token can do no other.
+    #[serde(default)]
+    pub allow_oaep_sha1: bool,
+    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): the attribute check accepts that they are absent, never that they are wrong.
+    #[serde(default)]
+    pub attribute_exceptions: Vec<String>,
+    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is handed on.
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Settings {
+    fn default_workers() -> usize {
+        2
+    }
+
+    fn default_sessions_per_worker() -> usize {
+        2
+    }
+
+    fn default_queue_length_max() -> usize {
+        256
+    }
+
+    fn default_call_timeout_ms() -> u64 {
+        30_000
+    }
+
+    /// How a worker is told which token to open. Sessions, PIN and keys are set by the caller.
+    pub fn to_setup(&self, state_directory: &Path) -> Setup {
+        Setup {
+            module: self.module.to_string_lossy().into_owned(),
+            label: self.label.clone().unwrap_or_default(),
+            serial: self.serial.clone().unwrap_or_default(),
+            uri: self.uri.clone().unwrap_or_default(),
+            state_directory: state_directory.to_string_lossy().into_owned(),
+            allow_oaep_sha1: self.allow_oaep_sha1,
+            attribute_exceptions: self.attribute_exceptions.clone(),
+            ..Setup::default()
+        }
+    }
+
+    /// The part of the settings that a worker needs.
+    pub fn from_setup(setup: &Setup) -> Self {
+        let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Self {
+            module: PathBuf::from(&setup.module),
+            label: given(&setup.label),
+            serial: given(&setup.serial),
+            uri: given(&setup.uri),
+            pin_file: None,
+            workers: 1,
+            sessions_per_worker: 1,
+            queue_length_max: 1,
+            call_timeout_ms: Self::default_call_timeout_ms(),
+            allow_oaep_sha1: setup.allow_oaep_sha1,
+            attribute_exceptions: setup.attribute_exceptions.clone(),
+            environment: BTreeMap::new(),
+        }
+    }
+}
+
+/// A wrapping key that must be on the token, as the registry knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpectedKey {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+}
+
+/// What a token says of itself (`C_GetTokenInfo`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenInfo {
+    /// Label, padding removed.
+    pub label: String,
+    /// Serial number, padding removed.
+    pub serial: String,
+    /// Manufacturer and model.
+    pub model: String,
+}
+
+/// A text of `CK_TOKEN_INFO` without its padding. The standard pads with blanks; some modules pad with NUL, or end the text
+/// with one.
+pub fn unpadded(text: &str) -> &str {
+    let text = text.split('\0').next().unwrap_or_default();
+    text.trim_end()
+}

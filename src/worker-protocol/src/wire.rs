@@ -1,0 +1,68 @@
+//! Frames between front and worker, generated from `proto/keybroker/worker/v1`.
+
+// Generated code follows the generator's style, not ours.
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    unused_qualifications,
+    clippy::pedantic,
+    clippy::as_conversions,
+    clippy::wildcard_enum_match_arm
+)]
+
+use std::fmt;
+
+include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
+
+impl fmt::Debug for Mac {
+    /// Without the message: with a request id it holds key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mac").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for VerifyMac {
+    /// Without the message: with a request id it holds key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifyMac").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Reply {
+    /// Without the outcome: it may be key material.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reply")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for reply::Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ready(ready) => ready.fmt(f),
+            Self::Output(_) => f.write_str("Output(redacted)"),
+            Self::Failure(failure) => failure.fmt(f),
+            Self::Calling(function) => f.debug_tuple("Calling").field(function).finish(),
+        }
+    }
+}
+
+impl fmt::Debug for PinSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinSource")
+            .field("source", &self.source)
+            .finish()
+    }
+}
+
+impl fmt::Debug for pin_source::Source {
+    /// Without the PIN.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Text(_) => f.write_str("Text(redacted)"),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! One job for a token, in the form that both ends of the socket use.
+
+use zeroize::Zeroize as _;
+
+use crate::wire::{Request, request::Job};
+
+/// One request. Overwritten when dropped: the message of a MAC may hold key material.
+#[derive(Debug)]
+pub struct Work(Request);
+
+impl Work {
+    /// A job that has no number and no deadline yet.
+    pub fn new(job: Job) -> Self {
+        Self(Request {
+            id: 0,
+            deadline_ns: 0,
+            job: Some(job),
+        })
+    }
+
+    /// A request as it came over the socket.
+    pub fn from_wire(request: Request) -> Self {
+        Self(request)
+    }
+
+    /// Sets the number and the deadline, after which no token call starts, and returns the form that crosses the socket.
+    pub fn stamped(&mut self, id: u64, deadline_ns: u64) -> &Request {
+        self.0.id = id;
+        self.0.deadline_ns = deadline_ns;
+        &self.0
+    }
+
+    /// The number that the front gave the job.
+    pub fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// The moment after which no token call starts: `CLOCK_MONOTONIC` nanoseconds.
+    pub fn deadline_ns(&self) -> u64 {
+        self.0.deadline_ns
+    }
+
+    /// The job; absent in a malformed request.
+    pub fn job(&self) -> Option<&Job> {
+        self.0.job.as_ref()
+    }
+
+    /// Whether this is a self-test of the worker rather than a caller's job.
+    pub fn is_self_test(&self) -> bool {
+        matches!(self.0.job, Some(Job::SelfTest(_)))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        match &mut self.0.job {
+            Some(Job::Mac(job)) => job.message.zeroize(),
+            Some(Job::VerifyMac(job)) => job.message.zeroize(),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Mac, Reply, VerifyMac, reply::Outcome};
+
+    /// As bytes, as text and as a list of numbers.
+    #[test]
+    fn debug_shows_no_message_of_a_mac() {
+        let message = b"material".to_vec();
+        let mac = Work::new(Job::Mac(Mac {
+            key_id: vec![1; 16],
+            message: message.clone(),
+        }));
+        let verify = Work::new(Job::VerifyMac(VerifyMac {
+            key_id: vec![1; 16],
+            message: message.clone(),
+            mac: vec![2; 32],
+        }));
+        let reply = Reply {
+            outcome: Some(Outcome::Output(message.clone())),
+            ..Reply::default()
+        };
+        for shown in [
+            format!("{mac:?}"),
+            format!("{verify:?}"),
+            format!("{reply:?}"),
+        ] {
+            assert!(!shown.contains("material"), "{shown}");
+            let numbers = format!("{message:?}");
+            assert!(!shown.contains(numbers.trim_matches(['[', ']'])), "{shown}");
+        }
+    }
+}

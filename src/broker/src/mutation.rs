@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tracing::Instrument as _;
+
 use keybroker_audit::EntryKind;
 use keybroker_core::{
     call::{Call, RequestId, Timestamp},
@@ -153,7 +155,7 @@ impl Broker {
             let work = Box::pin(broker.mutate_to_the_end(mutation));
             observed(action, &call, work).await
         };
-        match self.mutations.spawn(work).await {
+        match self.mutations.spawn(work.in_current_span()).await {
             Ok(result) => result,
             Err(panic) => Err(Error::new(Reason::Bug, format!("mutation: {panic}"))),
         }

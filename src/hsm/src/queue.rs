@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::sync::oneshot;
+use tracing::Span;
 use zeroize::Zeroizing;
 
 use keybroker_core::{call::Deadline, metrics};
@@ -38,6 +39,8 @@ pub(super) struct Job {
     pub(super) retried: bool,
     /// Workers that were lost while they held it.
     pub(super) losses: u32,
+    /// The span of its call, for log lines about it.
+    pub(super) span: Span,
 }
 
 impl Job {

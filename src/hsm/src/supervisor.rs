@@ -333,6 +333,9 @@ impl Supervisor {
                 let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
                 job.answer(Err(error), Duration::ZERO);
             } else {
+                job.span.in_scope(
+                    || tracing::warn!(%cause, "a job is repeated: its token worker was lost"),
+                );
                 self.queue.push_again(Job {
                     losses: job.losses + 1,
                     ..job

@@ -19,7 +19,12 @@ pub fn init_logs(json: bool, default_filter: &str) {
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let set = if json {
-        builder.json().flatten_event(true).try_init()
+        builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .try_init()
     } else {
         builder.without_time().with_target(false).try_init()
     };

@@ -17,6 +17,8 @@ use sqlx::{Database, Pool, pool::PoolConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
+use tracing::Instrument as _;
+
 use keybroker_core::{call::CallId, metrics};
 
 use super::{
@@ -116,7 +118,7 @@ impl<E: Engine> EngineStore<E> {
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
-        match self.tasks.spawn(work).await {
+        match self.tasks.spawn(work.in_current_span()).await {
             Ok(result) => result.map_err(Error::settled),
             Err(panic) => Err(Error::Down(
                 format!("a task of the store failed: {panic}").into(),

@@ -4,6 +4,8 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use crate::{Broker, journal::Draft, observed};
+use tracing::Instrument as _;
+
 use keybroker_audit::EntryKind;
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -23,7 +25,7 @@ impl Broker {
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
         let work = async move { observed(action, &call, Box::pin(work)).await };
-        match self.mutations.spawn(work).await {
+        match self.mutations.spawn(work.in_current_span()).await {
             Ok(result) => result,
             Err(panic) => Err(Error::new(
                 Reason::Bug,

@@ -81,6 +81,7 @@ impl Supervisor {
                     self.queue.push_again(Job {
                         retried: true,
                         losses: 0,
+                        span: tracing::Span::current(),
                         ..job
                     });
                     return;
@@ -152,6 +153,7 @@ impl Supervisor {
                 waited: Duration::ZERO,
                 retried: true,
                 losses: 0,
+                span: tracing::Span::current(),
             });
             match tokio::time::timeout(SELF_TEST_TIMEOUT, answer).await {
                 Ok(Ok(Answer { result: Ok(_), .. })) => {

@@ -39,6 +39,7 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::queue::Answer>) {
         waited: Duration::ZERO,
         retried: false,
         losses: 0,
+        span: tracing::Span::current(),
     };
     (job, answer)
 }

@@ -40,6 +40,7 @@ impl Supervisor {
             waited: Duration::ZERO,
             retried: false,
             losses: 0,
+            span: tracing::Span::current(),
         })?;
         // The state may have changed between the two: then nothing would answer the job before its deadline.
         if !self.queue.has_links()

@@ -366,11 +366,11 @@ declare! {
     counters {
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
-        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of more users than released_users_per_hour.";
+        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Calls that met a stored record which does not verify.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited out a short fault instead of failing.";
-        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because message_bytes_max was reached.";
+        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
         ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
@@ -380,7 +380,7 @@ declare! {
         LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
-        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because connections_max was reached.";
+        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Connections that the operating system did not hand over.";
         HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
         TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were not taken over.";

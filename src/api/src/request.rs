@@ -6,7 +6,7 @@
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
-use std::{sync::Arc, time::Instant};
+use std::{pin::Pin, sync::Arc, time::Instant};
 
 use axum::{body::Body, http::Response};
 use http_body_util::BodyExt as _;
@@ -44,7 +44,7 @@ pub(crate) async fn run(
     places: &Arc<Semaphore>,
     deadline: Deadline,
     calls: &TaskTracker,
-    work: impl Future<Output = Response<Body>> + Send + 'static,
+    work: Pin<Box<dyn Future<Output = Response<Body>> + Send>>,
 ) -> Result<Response<Body>, Unanswered> {
     let deadline = deadline.instant();
     let place = Arc::clone(places).acquire_owned();

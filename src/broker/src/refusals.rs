@@ -140,10 +140,8 @@ impl Refusals {
     fn add_all(&self, kept: &[Kept]) {
         for one in kept {
             if let Some(reason) = Reason::parse(&one.reason) {
-                let known = metrics::HANDSHAKE_CAUSES.into_iter();
-                let cause = known
-                    .filter(|known| one.cause.as_deref() == Some(*known))
-                    .next();
+                let mut known = metrics::HANDSHAKE_CAUSES.into_iter();
+                let cause = known.find(|known| one.cause.as_deref() == Some(*known));
                 self.add(one.network, Refused { reason, cause }, one.count);
             }
         }

@@ -90,7 +90,14 @@ impl Surroundings {
         let serving = self
             .clone()
             .serve(request, Arc::clone(&principal), call.clone(), action);
-        match request::run(caller.calls(), call.deadline, &self.calls, serving).await {
+        match request::run(
+            caller.calls(),
+            call.deadline,
+            &self.calls,
+            Box::pin(serving),
+        )
+        .await
+        {
             Ok(response) => response,
             Err(Unanswered::NotBegun(error)) => {
                 let error = self.broker.unserved(&principal, &call, action, error).await;

@@ -116,7 +116,7 @@ impl Surroundings {
         let serving = self
             .clone()
             .serve(request, next, entered.clone(), call_end, id);
-        match request::run(places, call_end, &self.calls, serving).await {
+        match request::run(places, call_end, &self.calls, Box::pin(serving)).await {
             Ok(response) => response,
             Err(Unanswered::NotBegun(error)) => {
                 let error = self.unserved(entered.as_ref(), &path, error).await;

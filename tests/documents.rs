@@ -396,3 +396,60 @@ fn the_operations_guide_has_every_reason_and_no_other() {
         assert_eq!(documented, expected, "{page}");
     }
 }
+
+/// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.
+#[test]
+fn the_page_of_metrics_has_every_metric_and_no_other() {
+    let declared: Vec<String> = keybroker_core::metrics::ALL
+        .iter()
+        .map(|metric| {
+            let labels = metric.labels();
+            let labels: Vec<String> = labels.iter().map(|label| format!("`{label}`")).collect();
+            format!(
+                "| `{}` | {} | {} | {} |",
+                metric.name(),
+                metric.kind(),
+                labels.join(", "),
+                metric.help()
+            )
+        })
+        .collect();
+    let page = read("docs/metrics.md");
+    let documented: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `keybroker_"))
+        .collect();
+    assert_eq!(documented, declared);
+    for document in [
+        "docs/operations.md",
+        "docs/identity.md",
+        "docs/clients.md",
+        "docs/cli.md",
+    ] {
+        let text = read(document);
+        for word in text.split(|c: char| !(c.is_ascii_lowercase() || c == '_')) {
+            let is_metric = ["_total", "_seconds"].iter().any(|end| word.ends_with(end));
+            let is_known = keybroker_core::metrics::ALL
+                .iter()
+                .any(|metric| metric.name() == word);
+            assert!(
+                !word.starts_with("keybroker_") || !is_metric || is_known,
+                "{document} names {word}"
+            );
+        }
+    }
+    let mut folders = vec![Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                for made in ["counter!(", "gauge!(", "histogram!("] {
+                    assert!(!text.contains(made), "{} has {made}", path.display());
+                }
+            }
+        }
+    }
+}

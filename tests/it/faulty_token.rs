@@ -256,7 +256,10 @@ async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
     });
     send(pid, Signal::KILL);
     assert_eq!(call.await.unwrap().unwrap().key_material, MATERIAL);
-    assert_eq!(calls("a token job goes to another worker"), [id.as_str()]);
+    assert_eq!(
+        calls("a job is repeated: its token worker was lost"),
+        [id.as_str()]
+    );
     let audited = broker.site.audit();
     let entry = audited.lines().find(|line| line.contains(&id));
     assert!(

@@ -46,6 +46,7 @@ mod rolling_restart;
 mod rows;
 mod service_manager;
 mod site;
+mod spans;
 mod start_refused;
 mod stopping;
 mod store_check;

@@ -35,6 +35,8 @@ pub(crate) const COMMON_NAME: &str = "common-name";
 pub(crate) const NO_USAGE: &str = "no-usage";
 /// A releaser's certificate that has expired.
 pub(crate) const EXPIRED: &str = "expired";
+/// A releaser's certificate that is not valid yet.
+pub(crate) const NOT_YET_VALID: &str = "not-yet-valid";
 /// A releaser's certificate made by another CA.
 pub(crate) const STRANGER: &str = "stranger";
 
@@ -77,6 +79,10 @@ impl Pki {
         expired.not_before = date_time_ymd(2020, 1, 1);
         expired.not_after = date_time_ymd(2020, 2, 1);
         pki.write(EXPIRED, &expired, &pki.authority);
+        let mut early = client_parameters("releaser");
+        early.not_before = date_time_ymd(2090, 1, 1);
+        early.not_after = date_time_ymd(2090, 2, 1);
+        pki.write(NOT_YET_VALID, &early, &pki.authority);
         let mut no_usage = client_parameters("releaser");
         no_usage.extended_key_usages.clear();
         pki.write(NO_USAGE, &no_usage, &pki.authority);

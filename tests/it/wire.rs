@@ -1,18 +1,23 @@
 //! Strangers on the port, and callers that send too much: others are not disturbed.
 
 use std::{
+    collections::BTreeSet,
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    sync::Arc,
     time::Duration,
 };
 
 use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, refused},
+    doors::raw::{handshake, tls_config},
+    pki,
     process::{Broker, PATIENCE},
-    site::Options,
+    site::{Options, Site},
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -145,6 +150,48 @@ fn probes_and_metrics_answer_in_plain_http() {
     assert!(metrics.contains("keybroker_token_serving 1"), "{metrics}");
 }
 
+/// What `promtool check metrics` asks of the text, and that no series appears only with its first event.
+#[test]
+fn metrics_are_described_and_counters_exist_from_the_start() {
+    let broker = Broker::start(Options::default());
+    let answer = get(broker.status, "/metrics");
+    let (_, text) = answer.split_once("\r\n\r\n").unwrap();
+    let (mut helped, mut typed) = (BTreeSet::new(), BTreeSet::new());
+    for line in text.lines() {
+        let word = |at: usize| line.split(' ').nth(at).unwrap().to_owned();
+        if line.starts_with("# HELP ") {
+            assert!(helped.insert(word(2)), "{line}");
+            assert!(line.split(' ').count() > 4, "{line}");
+        } else if line.starts_with("# TYPE ") {
+            assert!(typed.insert(word(2)), "{line}");
+        } else if !line.is_empty() {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| name.strip_suffix(suffix).filter(|it| typed.contains(*it)));
+            let family = family.unwrap_or(name);
+            assert!(helped.contains(family) && typed.contains(family), "{line}");
+        }
+    }
+    for expected in [
+        "keybroker_audit_tampering_total 0",
+        "keybroker_bulk_releases_total 0",
+        "keybroker_calls_total{action=\"user_key.unwrap\",reason=\"OK\"} 0",
+        "keybroker_connections_refused_total{cause=\"resets\"} 0",
+        "keybroker_handshakes_failed_total{cause=\"revoked\"} 0",
+        "keybroker_refusals_total{reason=\"CREDENTIAL\"} 0",
+        "keybroker_build_info{version=\"",
+        "process_resident_memory_bytes ",
+        "process_cpu_seconds_total ",
+        "process_open_fds ",
+    ] {
+        assert!(text.contains(expected), "{expected}\n{text}");
+    }
+    if let Some(file) = std::env::var_os("KEYBROKER_TEST_METRICS_FILE") {
+        std::fs::write(file, text).unwrap();
+    }
+}
+
 /// What the status listener answers, headers and body.
 pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -159,4 +206,69 @@ pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+}
+
+/// A collector on another machine: over TLS, and with a certificate where the configuration asks for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_collected_over_tls_with_a_client_certificate() {
+    let site = Site::fresh(Options::default());
+    let pki = &site.pki;
+    let tls = format!(
+        "\n[status.remote]\naddress = \"127.0.0.1:0\"\n[status.remote.tls]\ncertificate_file = \"{}\"\nkey_file = \"{}\"\n\
+         client_ca_file = \"{}\"\n",
+        pki.certificate_file("server").display(),
+        pki.key_file("server").display(),
+        pki.ca_file().display()
+    );
+    site.write_configuration(|text| text.push_str(&tls));
+    let broker = Broker::start_on(Arc::new(site));
+    let remote = *broker.listeners.last().unwrap();
+    let ask = async |client: Option<&str>| -> std::io::Result<String> {
+        let mut config = (*tls_config(&broker.site.pki, client, rustls::ALL_VERSIONS)).clone();
+        // As collectors do; the answer is HTTP/1.1.
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let mut stream = handshake(remote, Arc::new(config)).await?;
+        let request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        stream.write_all(request).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    };
+    let answer = ask(Some("releaser")).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("keybroker_token_serving 1"), "{answer}");
+    for client in [None, Some(pki::STRANGER)] {
+        ask(client).await.unwrap_err();
+    }
+    let answer = get(broker.status, "/metrics");
+    for cause in ["no_certificate", "unknown_ca"] {
+        let counted = format!("keybroker_handshakes_failed_total{{cause=\"{cause}\"}} 1\n");
+        assert!(answer.contains(&counted), "{answer}");
+    }
+    // The listener on loopback stays as it is.
+    assert!(get(broker.status, "/livez").starts_with("HTTP/1.1 200"));
+}
+
+/// An address that others reach needs TLS, or a word that accepts what goes without.
+#[test]
+fn a_status_listener_for_others_needs_tls_or_an_explicit_word() {
+    let site = Site::fresh(Options::default());
+    let original = std::fs::read_to_string(site.configuration_file()).unwrap();
+    for (lines, problem) in [
+        ("", Some("there is no [status.remote.tls]")),
+        (
+            "plaintext = \"loopback\"",
+            Some("there is no [status.remote.tls]"),
+        ),
+        ("plaintext = \"any\"", None),
+    ] {
+        site.write_configuration(|text| {
+            *text = format!("{original}\n[status.remote]\naddress = \"127.0.0.1:0\"\n{lines}\n");
+        });
+        let finished = site.run(&["config", "check"]);
+        match problem {
+            Some(words) => assert!(finished.stderr.contains(words), "{finished:#?}"),
+            None => assert_eq!(finished.code, Some(0), "{finished:#?}"),
+        }
+    }
 }

@@ -1,4 +1,5 @@
 //! The APIs: gRPC ([`rpc`]) and REST for Bitwarden clients ([`rest`]). Both end in the broker.
 
+mod request;
 pub mod rest;
 pub mod rpc;

@@ -23,10 +23,10 @@ use keybroker_broker::Broker;
 
 mod answer;
 mod body;
-mod edge;
 mod origins;
 mod patience;
 mod probes;
+mod requests;
 mod settings;
 mod user_keys;
 
@@ -54,7 +54,7 @@ pub fn routes(around: Surroundings, settings: &Settings) -> Router {
         router = router
             .route(
                 &format!("{prefix}/user-keys"),
-                routing::any(edge::user_keys),
+                routing::any(requests::user_keys),
             )
             .route(&format!("{prefix}/alive"), routing::any(probes::now))
             .route(&format!("{prefix}/now"), routing::any(probes::now))

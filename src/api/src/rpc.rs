@@ -19,17 +19,17 @@ use keybroker_proto::{
 mod clients;
 mod control;
 mod convert;
-mod edge;
 mod ending;
 mod message;
 mod method;
+mod middleware;
 mod page;
 mod status;
 mod timeout;
 mod user_keys;
 
-pub use edge::Surroundings;
 pub use message::Memory;
+pub use middleware::Surroundings;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
@@ -107,10 +107,13 @@ where
             .add_service(v1.max_decoding_message_size(MESSAGE_BYTES_MAX))
             .add_service(alpha.max_decoding_message_size(MESSAGE_BYTES_MAX));
     }
-    Ok(edge::wrap(routes.prepare().into_axum_router(), around))
+    Ok(middleware::wrap(
+        routes.prepare().into_axum_router(),
+        around,
+    ))
 }
 
-/// An authenticated call under way. Only the request middleware makes one, after authentication.
+/// An authenticated call under way. Only the middleware makes one, after the caller was authenticated.
 #[derive(Clone, Debug)]
 struct Entered {
     principal: Arc<Principal>,
@@ -118,14 +121,11 @@ struct Entered {
 }
 
 impl Entered {
-    /// What the request middleware knows about the caller.
+    /// What the middleware found out about the caller.
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();
         entered.ok_or_else(|| {
-            let error = Error::new(
-                Reason::Bug,
-                "a call that did not pass the request middleware",
-            );
+            let error = Error::new(Reason::Bug, "a call that did not pass the middleware");
             status::to_status(&error, CallId::fresh())
         })
     }

@@ -202,6 +202,8 @@ pub struct Entry {
     pub call_id: Option<CallId>,
     /// The client's request id.
     pub request_id: Option<RequestId>,
+    /// What exactly was wrong, where one reason has several causes.
+    pub cause: Option<Cow<'static, str>>,
     /// Where the connection came from.
     pub peer: Option<String>,
     /// How many events this entry stands for, when more than one.
@@ -237,6 +239,7 @@ impl Entry {
             bytes: None,
             client: None,
             grant: None,
+            cause: None,
         }
     }
 }

@@ -27,6 +27,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("action", Some(&entry.action));
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
+    object.text("cause", entry.cause.as_deref());
     object.shown("client", entry.client.as_ref());
     object.number("count", entry.count);
     object.text("grant", entry.grant.as_deref());

@@ -5,6 +5,8 @@ use std::{
     time::Instant,
 };
 
+use keybroker_core::metrics;
+
 use super::{APPEND_TIMEOUT, Class, Error};
 
 #[derive(Debug, Default)]
@@ -103,8 +105,7 @@ impl State {
 }
 
 fn measure(state: &State) {
-    let writable = state.down.is_none() && !state.hangs();
-    metrics::gauge!("keybroker_audit_writable").set(if writable { 1.0 } else { 0.0 });
+    metrics::AUDIT_WRITABLE.set_flag(state.down.is_none() && !state.hangs());
 }
 
 /// An entry did not become durable in time. Whether it will is not known.

@@ -21,7 +21,10 @@ use std::{
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use tokio::sync::oneshot;
 
-use keybroker_core::call::{CallId, Timestamp};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    metrics,
+};
 
 use super::{
     Entry, EntryKind, Error, OpenIntent, Outcome,
@@ -181,8 +184,9 @@ impl Writer {
                 self.track(entry);
             }
         }
-        metrics::histogram!("keybroker_audit_group_entries")
-            .record(f64::from(u32::try_from(group.len()).unwrap_or(u32::MAX)));
+        metrics::AUDIT_GROUP_ENTRIES
+            .handle()
+            .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
             // A receiver that is gone since then has refused its call; the entry says more than happened, never less.
             let _gone = done.send(result.clone().map(|()| position));
@@ -229,7 +233,7 @@ impl Writer {
         self.remember();
         let latched = error.clone().latched();
         tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
-        metrics::counter!("keybroker_audit_tampering_total").increment(1);
+        metrics::AUDIT_TAMPERING.increment();
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
         error.finding().clone_into(&mut self.finding);

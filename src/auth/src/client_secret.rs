@@ -29,6 +29,7 @@ use keybroker_core::{
     client_credential::{ClientCredential, LIVE_SECRETS_MAX},
     error::{Error, Reason},
     key::ClientId,
+    metrics,
     principal::{Claims, Credential, Identity, Kind, Principal, Role},
 };
 
@@ -430,7 +431,7 @@ impl Secrets {
 }
 
 fn turned_away() -> Error {
-    metrics::counter!("keybroker_client_secrets_turned_away_total").increment(1);
+    metrics::CLIENT_SECRETS_REFUSED.increment();
     let detail = "too many client secrets are being verified";
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }

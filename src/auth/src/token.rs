@@ -18,7 +18,7 @@ use moka::sync::Cache;
 use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
-use keybroker_core::{call::Timestamp, error::Error, principal::Principal};
+use keybroker_core::{call::Timestamp, error::Error, metrics, principal::Principal};
 
 use super::{
     issuer::{self, Algorithm, Settings},
@@ -41,6 +41,8 @@ pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// What a remembered access token takes besides its claims, in bytes.
 const VERIFIED_OVERHEAD: usize = 1024;
+/// What is counted for tokens of no configured issuer.
+const UNKNOWN_ISSUER: &str = "unknown";
 /// For how long, at most.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
 
@@ -87,11 +89,16 @@ impl Tokens {
             return Err(problem);
         }
         let mut known = Vec::with_capacity(issuers.len());
+        register_series(UNKNOWN_ISSUER);
         let mut by_name = HashMap::new();
         for settings in issuers {
             let keys = Keys::new(settings, pace(settings))
                 .map_err(|problem| format!("issuer {:?}: {problem}", settings.name))?;
             by_name.insert(settings.issuer.clone(), known.len());
+            register_series(&settings.name);
+            metrics::ISSUER_FETCH_FAILURES
+                .with([settings.name.clone()])
+                .increment(0);
             known.push(Arc::new(Issuer {
                 settings: settings.clone(),
                 keys: Arc::new(keys),
@@ -144,12 +151,15 @@ impl Tokens {
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";
         self.find(token, &mut name).await.map_err(|refusal| {
-            let issuer = if name.is_empty() { "unknown" } else { name };
-            metrics::counter!(
-                "keybroker_token_refusals_total",
-                "issuer" => issuer.to_owned(), "cause" => refusal.cause.as_str()
-            )
-            .increment(1);
+            let issuer = if name.is_empty() {
+                UNKNOWN_ISSUER
+            } else {
+                name
+            };
+            debug_assert!(metrics::TOKEN_CAUSES.contains(&refusal.cause.as_str()));
+            metrics::ACCESS_TOKEN_REFUSALS
+                .with([issuer.to_owned(), refusal.cause.as_str().to_owned()])
+                .increment(1);
             let detail = if name.is_empty() {
                 format!("token refused: {}", refusal.detail)
             } else {
@@ -367,6 +377,15 @@ impl From<Algorithm> for jsonwebtoken::Algorithm {
             Algorithm::ES384 => Self::ES384,
             Algorithm::EdDSA => Self::EdDSA,
         }
+    }
+}
+
+/// Makes the counters of an issuer, so that they are there before the first refusal.
+fn register_series(issuer: &str) {
+    for cause in metrics::TOKEN_CAUSES {
+        metrics::ACCESS_TOKEN_REFUSALS
+            .with([issuer.to_owned(), cause.to_owned()])
+            .increment(0);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Alerts about damaged rows that a list met.
 
-use keybroker_core::{call::Call, principal::Action};
+use keybroker_core::{call::Call, metrics, principal::Action};
 use keybroker_store::{DamagedClient, DamagedRecord};
 
 /// Rows of one page that are logged one by one. The total is always logged.
@@ -52,7 +52,8 @@ fn count(call: &Call, table: &'static str, total: usize) {
     if total == 0 {
         return;
     }
-    metrics::counter!("keybroker_records_damaged_total")
+    metrics::RECORDS_DAMAGED
+        .with::<&str>([])
         .increment(u64::try_from(total).unwrap_or(u64::MAX));
     tracing::warn!(call_id = %call.id, table, total, "a page of a list has damaged rows");
 }

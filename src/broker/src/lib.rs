@@ -32,6 +32,7 @@ use keybroker_core::{
     call::{Call, Deadline, away},
     error::{Error, Reason},
     key::{KeyAddress, KeyName, UserId},
+    metrics,
     principal::{Action, Principal},
     state::StateDirectory,
 };
@@ -344,7 +345,9 @@ async fn observed<T>(
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
         // One job on the token: what is left is the broker's own.
-        metrics::histogram!("keybroker_added_seconds").record(total.saturating_sub(away));
+        metrics::CALL_OVERHEAD
+            .handle()
+            .record(total.saturating_sub(away));
     }
     observe(action, call, total, &result);
     result
@@ -355,13 +358,12 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
         Ok(_) => "OK",
         Err(error) => error.reason().as_str(),
     };
-    metrics::counter!("keybroker_calls_total", "action" => action.as_str(), "reason" => reason)
-        .increment(1);
-    metrics::histogram!("keybroker_call_seconds", "action" => action.as_str()).record(total);
+    metrics::CALLS.with([action.as_str(), reason]).increment(1);
+    metrics::CALL_DURATION.with([action.as_str()]).record(total);
     let Err(error) = result else { return };
     match error.reason() {
         Reason::RecordDamaged => {
-            metrics::counter!("keybroker_records_damaged_total").increment(1);
+            metrics::RECORDS_DAMAGED.increment();
             tracing::error!(
                 alarm = "record-damaged", call_id = %call.id, action = %action, error = %error,
                 "a stored record does not verify; compare with a backup before anyone replaces it"

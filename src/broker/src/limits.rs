@@ -30,6 +30,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use keybroker_core::{
     error::{Error, Reason},
+    metrics,
     principal::{Kind, Principal},
 };
 
@@ -116,7 +117,7 @@ impl Limits {
         let may =
             self.lines_by_network.take(&network, 1).is_ok() && self.lines.take(&(), 1).is_ok();
         if !may {
-            metrics::counter!("keybroker_log_lines_suppressed_total").increment(1);
+            metrics::LOG_LINES_SUPPRESSED.increment();
             self.suppressed.fetch_add(1, Ordering::Relaxed);
         }
         may

@@ -12,6 +12,7 @@ use keybroker_audit::{OpenIntent, Outcome};
 use keybroker_core::{
     call::Timestamp,
     error::{Error, Reason},
+    metrics,
 };
 use keybroker_hsm::Serving;
 use keybroker_store as store;
@@ -235,7 +236,7 @@ impl Broker {
         if up != was_up {
             tracing::warn!(up, "store");
         }
-        metrics::gauge!("keybroker_store_up").set(if up { 1.0 } else { 0.0 });
+        metrics::STORE_UP.set_flag(up);
     }
 
     /// Other processes change the registry: commands, beside brokers on a database server.
@@ -255,11 +256,7 @@ impl Broker {
             }
             Err(error) => return tracing::warn!(%error, "the registry was not looked at"),
         };
-        metrics::gauge!("keybroker_registry_altered").set(if complaint.is_some() {
-            1.0
-        } else {
-            0.0
-        });
+        metrics::REGISTRY_ALTERED.set_flag(complaint.is_some());
         let mut last = self
             .registry_complaint
             .lock()

@@ -9,7 +9,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -24,6 +24,7 @@ use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
     call::CallId,
     error::{Error, Reason, chain},
+    metrics,
     state::StateDirectory,
 };
 
@@ -35,7 +36,15 @@ const NETWORKS_MAX: usize = 256;
 /// The fact as the release before named it, without the instance.
 const LEGACY_FACT: &str = "refusals";
 
-type Counts = HashMap<(Option<Network>, Reason), u64>;
+type Counts = HashMap<(Option<Network>, Refused), u64>;
+
+/// What was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Refused {
+    reason: Reason,
+    /// Why the handshake failed; absent for a call.
+    cause: Option<&'static str>,
+}
 
 #[derive(Debug)]
 pub(super) struct Refusals {
@@ -53,6 +62,9 @@ struct Kept {
     /// Absent for all the networks that were not counted apart.
     network: Option<Network>,
     reason: String,
+    /// The release before knew no causes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cause: Option<String>,
     count: u64,
 }
 
@@ -70,10 +82,10 @@ impl Refusals {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, network: Option<Network>, reason: Reason, count: u64) {
+    fn add(&self, network: Option<Network>, refused: Refused, count: u64) {
         let mut counts = self.counts();
-        let is_known = counts.len() < NETWORKS_MAX || counts.contains_key(&(network, reason));
-        let key = (network.filter(|_| is_known), reason);
+        let is_known = counts.len() < NETWORKS_MAX || counts.contains_key(&(network, refused));
+        let key = (network.filter(|_| is_known), refused);
         let total = counts.entry(key).or_default();
         *total = total.saturating_add(count);
         drop(counts);
@@ -92,9 +104,10 @@ impl Refusals {
         let kept: Vec<Kept> = self
             .counts()
             .iter()
-            .map(|((network, reason), count)| Kept {
+            .map(|((network, refused), count)| Kept {
                 network: *network,
-                reason: reason.as_str().to_owned(),
+                reason: refused.reason.as_str().to_owned(),
+                cause: refused.cause.map(str::to_owned),
                 count: *count,
             })
             .collect();
@@ -127,7 +140,9 @@ impl Refusals {
     fn add_all(&self, kept: &[Kept]) {
         for one in kept {
             if let Some(reason) = Reason::parse(&one.reason) {
-                self.add(one.network, reason, one.count);
+                let mut known = metrics::HANDSHAKE_CAUSES.into_iter();
+                let cause = known.find(|known| one.cause.as_deref() == Some(*known));
+                self.add(one.network, Refused { reason, cause }, one.count);
             }
         }
     }
@@ -136,8 +151,39 @@ impl Refusals {
 impl Broker {
     /// Counts a refusal of a caller that is not authenticated.
     pub fn note_refusal(&self, peer: IpAddr, reason: Reason) {
-        metrics::counter!("keybroker_refusals_total", "reason" => reason.as_str()).increment(1);
-        self.refusals.add(Some(Network::of(peer)), reason, 1);
+        self.count_refusal(
+            peer,
+            Refused {
+                reason,
+                cause: None,
+            },
+        );
+    }
+
+    /// Counts a connection that was refused in its handshake, and logs it within the limits for a network.
+    pub fn refuse_connection(
+        &self,
+        peer: SocketAddr,
+        reason: Reason,
+        cause: &'static str,
+        error: impl fmt::Display,
+    ) {
+        let refused = Refused {
+            reason,
+            cause: Some(cause),
+        };
+        self.count_refusal(peer.ip(), refused);
+        if self.limits.may_log(peer.ip()) {
+            let error = shortened(&error.to_string());
+            tracing::warn!(%peer, cause, error, "connection refused");
+        }
+    }
+
+    fn count_refusal(&self, peer: IpAddr, refused: Refused) {
+        metrics::REFUSALS
+            .with([refused.reason.as_str()])
+            .increment(1);
+        self.refusals.add(Some(Network::of(peer)), refused, 1);
     }
 
     /// Counts the refusal of a call of an unauthenticated caller, and logs it unless its network, or all of them, had their
@@ -171,22 +217,29 @@ impl Broker {
         self.refusals.take_over();
     }
 
-    /// Writes one entry per network and reason. What cannot be written is counted on. All are asked for at once, so that a disk
+    /// Writes one entry per network, reason and cause. What cannot be written is counted on. All are asked for at once, so that a disk
     /// that hangs costs one wait and not one for each.
     pub(super) async fn flush_refusals(self: &std::sync::Arc<Self>) {
         let counted = self.refusals.take();
         if !counted.is_empty() {
             self.refusals.is_changed.store(true, Ordering::Relaxed);
         }
-        join_all(counted.into_iter().map(async |((network, reason), count)| {
-            let mut entry = Entry::new(EntryKind::Decision, "connection.refused", Outcome::Denied);
-            entry.reason = Some(reason);
-            entry.peer = Some(network.map_or_else(|| "others".to_owned(), |one| one.to_string()));
-            entry.count = Some(count);
-            if self.audit.append(entry).await.is_err() {
-                self.refusals.add(network, reason, count);
-            }
-        }))
+        join_all(
+            counted
+                .into_iter()
+                .map(async |((network, refused), count)| {
+                    let mut entry =
+                        Entry::new(EntryKind::Decision, "connection.refused", Outcome::Denied);
+                    entry.reason = Some(refused.reason);
+                    entry.cause = refused.cause.map(Into::into);
+                    entry.peer =
+                        Some(network.map_or_else(|| "others".to_owned(), |one| one.to_string()));
+                    entry.count = Some(count);
+                    if self.audit.append(entry).await.is_err() {
+                        self.refusals.add(network, refused, count);
+                    }
+                }),
+        )
         .await;
         // Before anything else is counted on: what is in the audit log must not be taken over by the next run as well.
         self.keep_refusals().await;
@@ -204,6 +257,15 @@ impl Broker {
 mod tests {
     use super::*;
 
+    const CREDENTIAL: Refused = Refused {
+        reason: Reason::Credential,
+        cause: None,
+    };
+    const EXPIRED: Refused = Refused {
+        reason: Reason::Credential,
+        cause: Some("expired"),
+    };
+
     fn refusals(folder: &tempfile::TempDir) -> Refusals {
         Refusals::new(StateDirectory::below(folder.path()), "serve")
     }
@@ -214,13 +276,13 @@ mod tests {
         let refusals = refusals(&folder);
         for number in 0..2_000_u32 {
             let peer = IpAddr::from((number << 8).to_be_bytes());
-            refusals.add(Some(Network::of(peer)), Reason::Credential, 1);
-            refusals.add(Some(Network::of(peer)), Reason::Credential, 1);
+            refusals.add(Some(Network::of(peer)), CREDENTIAL, 1);
+            refusals.add(Some(Network::of(peer)), CREDENTIAL, 1);
         }
         let counts = refusals.take();
         assert_eq!(counts.len(), NETWORKS_MAX + 1);
         assert_eq!(counts.values().sum::<u64>(), 4_000);
-        assert_eq!(counts[&(None, Reason::Credential)], 2 * (2_000 - 256));
+        assert_eq!(counts[&(None, CREDENTIAL)], 2 * (2_000 - 256));
         assert!(refusals.take().is_empty());
     }
 
@@ -232,13 +294,13 @@ mod tests {
         for host in 0..=255_u8 {
             refusals.add(
                 Some(Network::of(IpAddr::from([192, 0, 2, host]))),
-                Reason::Credential,
+                CREDENTIAL,
                 1,
             );
         }
         for host in 0..1_300_u128 {
             let address = IpAddr::from((0x2001_0db8_u128 << 96 | host).to_be_bytes());
-            refusals.add(Some(Network::of(address)), Reason::Credential, 1);
+            refusals.add(Some(Network::of(address)), CREDENTIAL, 1);
         }
         let counts = refusals.take();
         let mut shown: Vec<String> = counts
@@ -255,15 +317,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let peer = Network::of(IpAddr::from([192, 0, 2, 1]));
         let killed = refusals(&folder);
-        killed.add(Some(peer), Reason::Credential, 5);
-        killed.add(None, Reason::Request, 7);
+        killed.add(Some(peer), CREDENTIAL, 5);
+        killed.add(None, EXPIRED, 7);
         killed.keep();
         drop(killed);
         let next = refusals(&folder);
         next.take_over();
         let counts = next.take();
-        assert_eq!(counts[&(Some(peer), Reason::Credential)], 5);
-        assert_eq!(counts[&(None, Reason::Request)], 7);
+        assert_eq!(counts[&(Some(peer), CREDENTIAL)], 5);
+        assert_eq!(counts[&(None, EXPIRED)], 7);
         // In the audit log now, and not again.
         next.is_changed.store(true, Ordering::Relaxed);
         next.keep();
@@ -279,14 +341,14 @@ mod tests {
         let state = StateDirectory::below(folder.path());
         let one = Refusals::new(state.clone(), "one");
         let two = Refusals::new(state.clone(), "two");
-        one.add(None, Reason::Credential, 1);
-        two.add(None, Reason::Credential, 2);
+        one.add(None, CREDENTIAL, 1);
+        two.add(None, CREDENTIAL, 2);
         one.keep();
         two.keep();
         for (instance, count) in [("one", 1), ("two", 2)] {
             let next = Refusals::new(state.clone(), instance);
             next.take_over();
-            assert_eq!(next.take()[&(None, Reason::Credential)], count);
+            assert_eq!(next.take()[&(None, CREDENTIAL)], count);
         }
     }
 
@@ -299,7 +361,7 @@ mod tests {
         state.write("refusals", kept).unwrap();
         let first = refusals(&folder);
         first.take_over();
-        assert_eq!(first.take()[&(None, Reason::Credential)], 3);
+        assert_eq!(first.take()[&(None, CREDENTIAL)], 3);
         let other = Refusals::new(state, "other");
         other.take_over();
         assert!(other.take().is_empty());

@@ -7,6 +7,7 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
     key::{RecordId, Revision},
+    metrics,
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
@@ -87,7 +88,7 @@ impl Broker {
     /// A service that releases the keys of unusually many users may be one that somebody has taken over. Said once an hour, in
     /// the audit log too; the release itself was permitted, and has its own entry.
     async fn alarm_of_bulk_release(&self, principal: &Principal, call: &Call) {
-        metrics::counter!("keybroker_bulk_releases_total").increment(1);
+        metrics::BULK_RELEASES.increment();
         tracing::error!(
             alarm = "bulk-release", call_id = %call.id, %principal,
             "keys of more users than `released_users_per_hour` were released within an hour"

@@ -12,7 +12,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use keybroker_core::{call::Timestamp, key::RecordId};
+use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
 use super::Broker;
 
@@ -41,7 +41,7 @@ impl Uses {
         let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         if noted.len() >= NOTED_MAX && !noted.contains_key(&record) {
             drop(noted);
-            metrics::counter!("keybroker_last_uses_dropped_total").increment(1);
+            metrics::LAST_USES_DROPPED.increment();
             return;
         }
         let latest = noted.entry(record).or_insert(at);

@@ -6,6 +6,7 @@ pub mod envelope;
 pub mod error;
 pub mod hardening;
 pub mod key;
+pub mod metrics;
 pub mod pem;
 pub mod principal;
 pub mod secret;

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tracing::Span;
 use zeroize::Zeroizing;
 
-use keybroker_core::call::Deadline;
+use keybroker_core::{call::Deadline, metrics};
 use keybroker_worker_protocol::Work;
 
 use crate::{Error, link::Link};
@@ -178,7 +178,7 @@ impl State {
                 continue;
             }
             job.waited = job.queued.elapsed();
-            metrics::histogram!("keybroker_token_queue_seconds").record(job.waited);
+            metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
             link.assign(job);
         }
     }

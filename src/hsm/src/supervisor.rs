@@ -18,6 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use keybroker_core::{
     call::{Deadline, Timestamp},
+    metrics,
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, wire::FailureClass};
@@ -332,7 +333,9 @@ impl Supervisor {
                 let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
                 job.answer(Err(error), Duration::ZERO);
             } else {
-                tracing::info!(parent: &job.span, cause, "a token job goes to another worker");
+                job.span.in_scope(
+                    || tracing::warn!(%cause, "a job is repeated: its token worker was lost"),
+                );
                 self.queue.push_again(Job {
                     losses: job.losses + 1,
                     ..job
@@ -354,22 +357,15 @@ impl Supervisor {
     }
 
     fn publish_metrics(&self) {
-        let gauge = |name: &'static str, value: usize| {
-            metrics::gauge!(name).set(f64::from(u32::try_from(value).unwrap_or(u32::MAX)));
-        };
-        gauge("keybroker_token_workers", self.queue.links().len());
-        gauge("keybroker_token_queue_length", self.queue.len());
-        let up = *self.serving.borrow() == Serving::Up;
-        gauge("keybroker_token_serving", usize::from(up));
+        metrics::TOKEN_WORKERS.set_count(self.queue.links().len());
+        metrics::TOKEN_QUEUE_LENGTH.set_count(self.queue.len());
+        metrics::TOKEN_SERVING.set_flag(*self.serving.borrow() == Serving::Up);
         if let Some(last) = self.last_self_test() {
             let age = Timestamp::now().micros().saturating_sub(last.micros());
             let seconds = Duration::from_micros(u64::try_from(age).unwrap_or(0)).as_secs_f64();
-            metrics::gauge!("keybroker_token_canary_age_seconds").set(seconds);
+            metrics::TOKEN_SELF_TEST_AGE.handle().set(seconds);
         }
-        gauge(
-            "keybroker_token_pin_latched",
-            usize::from(self.decider().machine.latched().is_some()),
-        );
+        metrics::TOKEN_PIN_LATCHED.set_flag(self.decider().machine.latched().is_some());
     }
 
     fn current_state(&self) -> TokenState {

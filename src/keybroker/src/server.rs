@@ -122,8 +122,11 @@ impl ListenerSettings {
         let Some(files) = &self.tls else {
             return Ok(None);
         };
-        let speaks_http1 = self.doors.contains(&Door::Rest);
-        tls::Tls::load(files.clone(), self.client_certificates, speaks_http1, state).map(Some)
+        let mut protocols = vec![b"h2".to_vec()];
+        if self.doors.contains(&Door::Rest) {
+            protocols.push(handshake::ALPN_HTTP1.to_vec());
+        }
+        tls::Tls::load(files.clone(), self.client_certificates, protocols, state).map(Some)
     }
 }
 
@@ -133,6 +136,50 @@ impl ListenerSettings {
 pub struct StatusSettings {
     /// A loopback address and port for `/livez`, `/readyz` and `/metrics`.
     pub address: SocketAddr,
+    /// The same answers on an address that other machines reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<RemoteStatusSettings>,
+}
+
+/// The `[status.remote]` section: a listener for a central collector of metrics.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteStatusSettings {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// TLS. With `client_ca_file`, a client certificate is required.
+    pub tls: Option<TlsSettings>,
+    /// HTTP without TLS; only `any` has a meaning here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plaintext: Option<Plaintext>,
+}
+
+impl RemoteStatusSettings {
+    /// Whether clients must have a certificate.
+    pub fn client_certificates(&self) -> ClientCertificates {
+        let has_authorities = self
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.client_ca_file.is_some());
+        if has_authorities {
+            ClientCertificates::Required
+        } else {
+            ClientCertificates::None
+        }
+    }
+
+    /// Reads the TLS files as `serve` would.
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+        Ok(self.load_tls(None)?.map(|tls| tls.contents()))
+    }
+
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+        let Some(files) = &self.tls else {
+            return Ok(None);
+        };
+        let protocols = vec![handshake::ALPN_HTTP1.to_vec()];
+        tls::Tls::load(files.clone(), self.client_certificates(), protocols, state).map(Some)
+    }
 }
 
 /// The `[limits]` section. Every limit has a default; none can be switched off.

@@ -5,17 +5,10 @@ use std::io::IsTerminal as _;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
+use keybroker_core::metrics;
+
 /// Environment variable with the log filter, such as `info` or `keybroker=debug`.
 pub const FILTER_VARIABLE: &str = "KEYBROKER_LOG";
-
-/// Seconds: from far below one token operation to the longest deadline.
-const SECONDS: [f64; 16] = [
-    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
-    10.0, 30.0,
-];
-const ENTRIES: [f64; 11] = [
-    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
-];
 
 /// Sends log lines to standard error: JSON for a service, text for a person at a terminal.
 pub fn init_logs(json: bool, default_filter: &str) {
@@ -32,6 +25,7 @@ pub fn init_logs(json: bool, default_filter: &str) {
         builder
             .json()
             .flatten_event(true)
+            .with_current_span(true)
             .with_span_list(false)
             .try_init()
     } else {
@@ -60,14 +54,24 @@ pub fn install_panic_hook() {
     }));
 }
 
-/// Installs the recorder that `/metrics` renders.
+/// Installs the recorder that `/metrics` renders, with every metric of the broker.
 pub fn init_metrics() -> Result<PrometheusHandle, String> {
-    PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
-        .and_then(|builder| {
-            builder.set_buckets_for_metric(Matcher::Suffix("_entries".to_owned()), &ENTRIES)
-        })
-        .map_err(|error| error.to_string())?
+    let mut builder = PrometheusBuilder::new();
+    for metric in metrics::ALL {
+        if let Some(buckets) = metric.buckets() {
+            let name = Matcher::Full(metric.name().to_owned());
+            builder = builder
+                .set_buckets_for_metric(name, buckets)
+                .map_err(|error| error.to_string())?;
+        }
+    }
+    let handle = builder
         .install_recorder()
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.to_string())?;
+    metrics::register_all();
+    metrics_process::Collector::default().describe();
+    metrics::BUILD_INFO
+        .with([env!("CARGO_PKG_VERSION")])
+        .set(1.0);
+    Ok(handle)
 }

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use keybroker_core::{
     call::{Call, Timestamp},
     key::{KeyAddress, KeyName, Tenant, UserId},
+    metrics,
     principal::{Action, Identity, Principal, conflict},
 };
 
@@ -278,7 +279,8 @@ impl Policy {
         };
         let verdict = self.judge(&case);
         for (policy, error) in &verdict.errors {
-            metrics::counter!("keybroker_policy_errors_total", "policy" => policy.to_string())
+            metrics::POLICY_ERRORS
+                .with([policy.to_string()])
                 .increment(1);
             tracing::warn!(call_id = %question.call.id, %policy, %error, "a policy could not be evaluated");
         }
@@ -358,7 +360,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    metrics::counter!("keybroker_policy_reload_failures_total").increment(1);
+                    metrics::POLICY_RELOAD_FAILURES.increment();
                     tracing::error!(alarm = "policy-reload", %error, "policies not taken over; the old ones stay in force");
                     watch.refused = Some(error);
                 }

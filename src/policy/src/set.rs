@@ -12,6 +12,7 @@ use cedar_policy::{
 
 use keybroker_core::{
     error::chain,
+    metrics,
     principal::{Action, Kind},
 };
 
@@ -352,8 +353,9 @@ impl Set {
             permits, forbids, ..
         } = self.summary();
         for (effect, count) in [("permit", permits), ("forbid", forbids)] {
-            metrics::gauge!("keybroker_policies", "effect" => effect)
-                .set(f64::from(u32::try_from(count).unwrap_or(u32::MAX)));
+            metrics::POLICIES
+                .with([effect])
+                .set(metrics::to_float(count));
         }
     }
 }

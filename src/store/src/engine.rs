@@ -17,7 +17,9 @@ use sqlx::{Database, Pool, pool::PoolConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
-use keybroker_core::call::CallId;
+use tracing::Instrument as _;
+
+use keybroker_core::{call::CallId, metrics};
 
 use super::{
     Error, mutations,
@@ -116,7 +118,7 @@ impl<E: Engine> EngineStore<E> {
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
-        match self.tasks.spawn(work).await {
+        match self.tasks.spawn(work.in_current_span()).await {
             Ok(result) => result.map_err(Error::settled),
             Err(panic) => Err(Error::Down(
                 format!("a task of the store failed: {panic}").into(),
@@ -232,7 +234,7 @@ impl<E: Engine> EngineStore<E> {
                 if attempt == ATTEMPTS_MAX || retry.begun.elapsed() > engine.time_limit() {
                     return Err(Error::Contended(what));
                 }
-                metrics::counter!("keybroker_store_retries_total").increment(1);
+                metrics::STORE_RETRIES.increment();
                 tracing::debug!(attempt, %what, "a transaction is tried again");
                 tokio::time::sleep(backoff(attempt)).await;
                 attempt += 1;
@@ -306,7 +308,7 @@ impl<'p> Retry<'p> {
         if !has_time || self.probe.is_long_outage(self.purpose) {
             return Err(Error::Down(what));
         }
-        metrics::counter!("keybroker_store_reconnects_total").increment(1);
+        metrics::STORE_RECONNECTS.increment();
         tokio::time::sleep(self.wait).await;
         self.wait = (self.wait * 2).min(RECONNECT_WAIT_MAX);
         Ok(())

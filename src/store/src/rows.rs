@@ -9,6 +9,7 @@ use keybroker_core::{
         ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
         WrappingKeyId, WrappingKeyState,
     },
+    metrics,
 };
 
 use super::{
@@ -179,7 +180,7 @@ pub(super) fn readable<R, T>(
     let decoded = rows.iter().filter_map(|row| {
         decode(row)
             .inspect_err(|error| {
-                metrics::counter!("keybroker_records_damaged_total").increment(1);
+                metrics::RECORDS_DAMAGED.increment();
                 tracing::error!(alarm = "record-damaged", table, %error, "a stored row does not decode; it is left out");
             })
             .ok()

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use keybroker_core::metrics;
+
 /// A statement is slow when it took longer, with its wait for locks.
 const SLOW: Duration = Duration::from_secs(1);
 /// How often a statement is in the log at most; the line says how many were not.
@@ -22,7 +24,7 @@ pub(super) fn note(statement: &'static str, took: Duration) {
     let name = seen.name(statement);
     let line = seen.line(name, Instant::now());
     drop(seen);
-    metrics::counter!("keybroker_store_slow_statements_total", "statement" => name).increment(1);
+    metrics::STORE_SLOW_STATEMENTS.with([name]).increment(1);
     if let Some(unlogged) = line {
         tracing::warn!(
             statement = name,

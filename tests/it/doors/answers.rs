@@ -231,7 +231,7 @@ async fn a_caller_that_goes_away_is_audited_all_the_same() {
     until("the call to reach the token", || {
         get(broker.status, "/metrics")
             .lines()
-            .any(|line| line.starts_with("keybroker_calls_under_way") && line.ends_with(" 1"))
+            .any(|line| line.starts_with("keybroker_calls_in_progress") && line.ends_with(" 1"))
             .then_some(())
     });
     call.abort();

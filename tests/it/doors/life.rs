@@ -173,7 +173,7 @@ async fn a_stop_waits_for_the_call_under_way() {
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     until("the call to arrive", || {
         get(broker.status, "/metrics")
-            .contains("keybroker_calls_under_way 1")
+            .contains("keybroker_calls_in_progress 1")
             .then_some(())
     });
     broker.signal(Signal::TERM);
@@ -208,7 +208,7 @@ async fn a_second_signal_stops_at_once() {
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     until("the call to arrive", || {
         get(broker.status, "/metrics")
-            .contains("keybroker_calls_under_way 1")
+            .contains("keybroker_calls_in_progress 1")
             .then_some(())
     });
     broker.signal(Signal::TERM);

@@ -381,7 +381,7 @@ async fn while_the_queue_is_full() {
         .collect();
     until("the queue to fill", || {
         get(broker.status, "/metrics")
-            .contains("keybroker_calls_under_way 2")
+            .contains("keybroker_calls_in_progress 2")
             .then_some(())
     });
     asked

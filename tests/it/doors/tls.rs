@@ -225,13 +225,16 @@ async fn a_changed_client_ca_ends_old_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_days_left_and_the_connections_are_measured() {
+async fn the_expiry_of_the_certificate_and_the_connections_are_measured() {
     let broker = Broker::start(Options::default());
     enrol(&broker).await;
     let metrics = get(broker.status, "/metrics");
     let line = metrics
         .lines()
-        .find(|line| line.starts_with("keybroker_certificate_days_left{"));
-    assert!(line.unwrap().contains("server.pem"), "{metrics}");
+        .find(|line| line.starts_with("keybroker_certificate_expiry_timestamp_seconds{"));
+    let (series, expiry) = line.unwrap().rsplit_once(' ').unwrap();
+    assert!(series.contains("server.pem"), "{metrics}");
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+    assert!(expiry.parse::<f64>().unwrap() > now, "{metrics}");
     assert!(metrics.contains("keybroker_connections "), "{metrics}");
 }

@@ -131,16 +131,35 @@ async fn http_1_inside_tls_is_cut() {
     served(&broker).await;
 }
 
+/// Each cause of a refused handshake is in the metrics, in one warning that names the peer, and in the audit log.
 #[tokio::test(flavor = "multi_thread")]
-async fn failed_handshakes_are_counted_by_cause() {
-    let broker = with_ada(Options::default()).await;
-    for client in [pki::EXPIRED, pki::STRANGER] {
+async fn a_refused_handshake_is_counted_logged_and_audited_by_its_cause() {
+    let site = Site::fresh(Options::default());
+    site.pki.revoke(&["lifecycle"], 86_400);
+    let list = format!("client_crl_file = \"{}\"", site.pki.crl_file().display());
+    site.write_configuration(|text| {
+        *text = text.replace("client_ca_file", &format!("{list}\nclient_ca_file"));
+    });
+    let broker = Broker::start_on(Arc::new(site));
+    let pki = &broker.site.pki;
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    for client in [
+        pki::EXPIRED,
+        pki::NOT_YET_VALID,
+        pki::STRANGER,
+        pki::NO_USAGE,
+        "lifecycle",
+    ] {
         Caller::of(&broker, client).unwrap("ada").await.unwrap_err();
     }
-    let nobody = tls_config(&broker.site.pki, None, rustls::ALL_VERSIONS);
+    let nobody = tls_config(pki, None, rustls::ALL_VERSIONS);
     // With TLS 1.3 the client learns of its refusal only when it reads.
     let mut stream = handshake(broker.grpc, nobody).await.unwrap();
     stream.read_to_end(&mut Vec::new()).await.unwrap_err();
+    let mut other = (*tls_config(pki, Some("releaser"), rustls::ALL_VERSIONS)).clone();
+    other.alpn_protocols = vec![b"another protocol".to_vec()];
+    handshake(broker.grpc, Arc::new(other)).await.unwrap_err();
     let mut plain = TcpStream::connect(broker.grpc).unwrap();
     plain.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     let mut answer = Vec::new();
@@ -148,27 +167,40 @@ async fn failed_handshakes_are_counted_by_cause() {
     plain.read_to_end(&mut answer).ok();
     assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
     drop(TcpStream::connect(broker.grpc).unwrap());
-    for cause in [
-        "expired",
-        "unknown_ca",
-        "no_certificate",
-        "not_tls",
-        "closed",
-    ] {
+    let causes = [
+        ("expired", "CREDENTIAL"),
+        ("not_yet_valid", "CREDENTIAL"),
+        ("unknown_ca", "CREDENTIAL"),
+        ("bad_certificate", "CREDENTIAL"),
+        ("revoked", "CREDENTIAL"),
+        ("no_certificate", "CREDENTIAL"),
+        ("incompatible", "REQUEST"),
+        ("not_tls", "REQUEST"),
+    ];
+    for cause in causes.map(|(cause, _)| cause).into_iter().chain(["closed"]) {
         until(cause, || {
             (handshakes_failed(&broker, cause) >= 1).then_some(())
         });
     }
     served(&broker).await;
-    // Who says nothing has refused nothing: a load balancer's probe leaves no trace in the audit log.
     let (site, _) = broker.stop();
-    let audit = site.audit();
-    let refused: Vec<_> = audit
-        .lines()
-        .filter(|line| line.contains("connection.refused"))
-        .collect();
-    let credential = refused.iter().find(|line| line.contains("CREDENTIAL"));
-    assert!(credential.unwrap().contains("\"count\":3"), "{refused:?}");
+    let (log, audit) = (site.log(), site.audit());
+    for (cause, reason) in causes {
+        let named = format!("\"cause\":\"{cause}\"");
+        let has = |words: &[&str], line: &&str| {
+            line.contains(&named) && words.iter().all(|word| line.contains(word))
+        };
+        let warning = ["\"WARN\"", "connection refused", "\"peer\":\"127.0.0.1:"];
+        assert!(
+            log.lines().any(|line| has(&warning, &line)),
+            "{cause}: {log}"
+        );
+        let entry = ["connection.refused", reason, "\"peer\":\"127.0.0.0/24\""];
+        let entries = audit.lines().filter(|line| has(&entry, line));
+        assert_eq!(entries.count(), 1, "{cause}: {audit}");
+    }
+    // A connection that says nothing was refused nothing: a load balancer's probe leaves no trace.
+    assert!(!audit.contains("\"closed\"") && !log.contains("\"closed\""));
 }
 
 /// With few file descriptors to begin with, the broker takes what the system allows, and unauthenticated connections cannot use

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use keybroker_core::{
     call::{Call, CallId, Deadline},
     error::{Error, Reason},
+    metrics,
 };
 
 /// Total time of all retries of one request. Clients and proxies wait for half a minute and longer.
@@ -68,7 +69,8 @@ impl Patience {
             };
             let (first, id) = (self.request.id, self.last());
             tracing::info!(request = %first, call_id = %id, %error, "retrying after a short outage");
-            metrics::counter!("keybroker_rest_retries_total", "reason" => error.reason().as_str())
+            metrics::REST_RETRIES
+                .with([error.reason().as_str()])
                 .increment(1);
             tokio::time::sleep(pause).await;
         }

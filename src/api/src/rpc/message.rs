@@ -15,7 +15,10 @@ use axum::{body::Body, extract::Request};
 use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use keybroker_core::error::{Error, Reason};
+use keybroker_core::{
+    error::{Error, Reason},
+    metrics,
+};
 
 use super::{HEALTH_BYTES_MAX, MESSAGE_BYTES_MAX, method};
 
@@ -102,7 +105,7 @@ impl Memory {
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let taken = Arc::clone(&self.0).try_acquire_many_owned(permits);
         taken.map(Some).map_err(|_| {
-            metrics::counter!("keybroker_messages_refused_total").increment(1);
+            metrics::MESSAGES_REFUSED.increment();
             Error::new(Reason::Rate, "no memory left for messages under way").retry_after(RETRY)
         })
     }

@@ -11,7 +11,10 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::issuer::{KeySource, Settings};
-use keybroker_core::trusted_file::{self, Purpose};
+use keybroker_core::{
+    metrics,
+    trusted_file::{self, Purpose},
+};
 
 use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
 
@@ -221,7 +224,8 @@ impl Keys {
     fn report_refused(&self, set: &KeySet) {
         let (refused, count) = (set.refused(), set.refused_count());
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        metrics::gauge!("keybroker_issuer_refused_keys", "issuer" => self.name.clone())
+        metrics::ISSUER_REFUSED_KEYS
+            .with([self.name.clone()])
             .set(f64::from(count));
         if !refused.is_empty() {
             tracing::error!(
@@ -233,7 +237,8 @@ impl Keys {
 
     fn report(&self, new: &str) {
         let new = super::brief(new);
-        metrics::counter!("keybroker_issuer_fetch_failures_total", "issuer" => self.name.clone())
+        metrics::ISSUER_FETCH_FAILURES
+            .with([self.name.clone()])
             .increment(1);
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.as_ref() == Some(&new) {
@@ -255,7 +260,8 @@ impl Keys {
 
     fn measure(&self) {
         if let (Source::Provider(_), Some(held)) = (&self.source, self.current.load().as_ref()) {
-            metrics::gauge!("keybroker_issuer_keys_age_seconds", "issuer" => self.name.clone())
+            metrics::ISSUER_KEYS_AGE
+                .with([self.name.clone()])
                 .set(held.since.elapsed().as_secs_f64());
         }
     }

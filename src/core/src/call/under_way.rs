@@ -1,6 +1,6 @@
 //! The number of calls under way, over all APIs.
 
-const GAUGE: &str = "keybroker_calls_under_way";
+use crate::metrics::CALLS_IN_PROGRESS;
 
 /// One call, counted until this is dropped, also when it panics.
 #[derive(Debug)]
@@ -13,13 +13,13 @@ impl UnderWay {
         reason = "a default that counts would surprise"
     )]
     pub fn new() -> Self {
-        metrics::gauge!(GAUGE).increment(1.0);
+        CALLS_IN_PROGRESS.handle().increment(1.0);
         Self(())
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        metrics::gauge!(GAUGE).decrement(1.0);
+        CALLS_IN_PROGRESS.handle().decrement(1.0);
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::{process::Child, sync::oneshot};
 
-use keybroker_core::call::Deadline;
+use keybroker_core::{call::Deadline, metrics};
 use keybroker_worker_protocol::{
     Work,
     wire::{FailureClass, Reply, SelfTest, reply::Outcome, request},
@@ -55,7 +55,7 @@ impl Supervisor {
         };
         self.dismiss(&link, Loss::Ended, &cause);
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
-        metrics::counter!("keybroker_token_worker_restarts_total").increment(1);
+        metrics::TOKEN_WORKER_RESTARTS.increment();
         self.take_back(
             link.take_jobs(),
             losses_max,
@@ -81,6 +81,7 @@ impl Supervisor {
                     self.queue.push_again(Job {
                         retried: true,
                         losses: 0,
+                        span: tracing::Span::current(),
                         ..job
                     });
                     return;
@@ -94,7 +95,7 @@ impl Supervisor {
             }
         };
         if !job.work.is_self_test() {
-            metrics::histogram!("keybroker_token_seconds").record(spent);
+            metrics::TOKEN_OPERATION.handle().record(spent);
             self.queue.served(spent);
         }
         job.answer(result, spent);

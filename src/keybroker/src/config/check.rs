@@ -2,7 +2,9 @@
 
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
-use crate::server::{ClientCertificates, Door, ListenerSettings, Plaintext, TlsSettings};
+use crate::server::{
+    ClientCertificates, Door, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
+};
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
@@ -236,6 +238,9 @@ impl Config {
                 self.status.address
             ));
         }
+        if let Some(remote) = &self.status.remote {
+            check_remote_status(remote, problems);
+        }
         let connections_max = self.limits.connections_max;
         if connections_max <= self.listeners.len() {
             problems.push(format!(
@@ -248,6 +253,15 @@ impl Config {
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
+        if let Some(remote) = &self.status.remote
+            && remote.address.port() != 0
+            && !taken.insert(remote.address)
+        {
+            problems.push(format!(
+                "[status.remote] {}: [status] has this address",
+                remote.address
+            ));
+        }
         for listener in &self.listeners {
             check_listener(listener, problems);
             if listener.doors.contains(&Door::Rest) && !has_users {
@@ -313,7 +327,10 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the door `rest` \
              alone, say `plaintext = \"loopback\"` instead"
         )),
-        (Some(tls), None) => check_listener_tls(listener, tls, problems),
+        (Some(tls), None) => {
+            let name = format!("[[listener]] {address}");
+            check_listener_tls(&name, listener.client_certificates, tls, problems);
+        }
         (None, Some(reach)) => check_plaintext(listener, reach, problems),
     }
 }
@@ -340,25 +357,52 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
 }
 
-fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: &mut Vec<String>) {
-    let address = listener.address;
-    if listener.client_certificates != ClientCertificates::None && tls.client_ca_file.is_none() {
+/// Without TLS, every client that reaches the address reads metrics and health.
+fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>) {
+    let name = format!("[status.remote] {}", remote.address);
+    match (&remote.tls, remote.plaintext) {
+        (Some(_), Some(_)) => problems.push(format!(
+            "{name}: `plaintext` and [status.remote.tls] exclude each other"
+        )),
+        (None, None | Some(Plaintext::Loopback)) => problems.push(format!(
+            "{name}: there is no [status.remote.tls]; set it, or accept with `plaintext = \"any\"` that everyone who reaches \
+             the address reads metrics and health"
+        )),
+        (None, Some(Plaintext::Any)) => {}
+        (Some(tls), None) => {
+            check_listener_tls(&name, remote.client_certificates(), tls, problems);
+            if !tls.trust_domains.is_empty() {
+                problems.push(format!(
+                    "{name}: `trust_domains` has no effect here; let a CA of its own sign the collector's certificate"
+                ));
+            }
+        }
+    }
+}
+
+fn check_listener_tls(
+    name: &str,
+    clients: ClientCertificates,
+    tls: &TlsSettings,
+    problems: &mut Vec<String>,
+) {
+    if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "[[listener]] {address}: client certificates are asked for, but `client_ca_file` is not set; \
+            "{name}: client certificates are asked for, but `client_ca_file` is not set; \
              without it nobody could be recognised"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
-    if listener.client_certificates == ClientCertificates::None && narrows {
+    if clients == ClientCertificates::None && narrows {
         problems.push(format!(
-            "[[listener]] {address}: `client_crl_file` and `trust_domains` are about client certificates, and none is asked \
+            "{name}: `client_crl_file` and `trust_domains` are about client certificates, and none is asked \
              for; take them out, or set `client_certificates`"
         ));
     }
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
-                "[[listener]] {address}: `trust_domains` has {domain:?}, which {problem}"
+                "{name}: `trust_domains` has {domain:?}, which {problem}"
             ));
         }
     }
@@ -371,7 +415,7 @@ fn check_listener_tls(listener: &ListenerSettings, tls: &TlsSettings, problems: 
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {
             problems.push(format!(
-                "[[listener]] {address}: {:?} must be an absolute path",
+                "{name}: {:?} must be an absolute path",
                 path.display().to_string()
             ));
         }

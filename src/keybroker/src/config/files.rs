@@ -75,6 +75,14 @@ impl Config {
                 Err(what) => problems.push(format!("[[listener]] {address}: {what}")),
             }
         }
+        if let Some(remote) = &self.status.remote {
+            let name = format!("[status.remote] {}", remote.address);
+            match remote.check_tls() {
+                Ok(Some(contents)) => report.notes.push(format!("{name}: {contents}")),
+                Ok(None) => {}
+                Err(what) => problems.push(format!("{name}: {what}")),
+            }
+        }
         if let Some(count) = self.store.authorities_count() {
             let what = if count == 1 {
                 "authority"

@@ -40,6 +40,7 @@ fn is_default(text: &str) -> bool {
         "pem_file",
         "device_claim",
         "directory",
+        "remote",
         "users",
         "key_names",
     ];

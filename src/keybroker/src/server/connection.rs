@@ -19,7 +19,7 @@ use tokio::{net::TcpStream, sync::Semaphore, time};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_auth::PeerCertificate;
-use keybroker_core::call::caller::Caller;
+use keybroker_core::{call::caller::Caller, metrics};
 
 use super::{
     frames::{self, Watched},
@@ -110,10 +110,16 @@ impl Connection {
 
     fn refuse(&self, refused: &Refused) {
         let cause = refused.cause();
-        metrics::counter!("keybroker_handshakes_failed_total", "cause" => cause).increment(1);
-        tracing::debug!(peer = %self.peer, cause, error = %refused, "connection refused");
-        if let Some(reason) = refused.reason() {
-            self.shared.broker.note_refusal(self.peer.ip(), reason);
+        debug_assert!(metrics::HANDSHAKE_CAUSES.contains(&cause), "{cause}");
+        metrics::HANDSHAKES_FAILED.with([cause]).increment(1);
+        match refused.reason() {
+            Some(reason) => {
+                let broker = &self.shared.broker;
+                broker.refuse_connection(self.peer, reason, cause, refused);
+            }
+            None => {
+                tracing::debug!(peer = %self.peer, cause, error = %refused, "connection ended early")
+            }
         }
     }
 
@@ -357,14 +363,14 @@ struct Open;
 
 impl Open {
     fn new() -> Self {
-        metrics::gauge!("keybroker_connections").increment(1.0);
+        metrics::CONNECTIONS.handle().increment(1.0);
         Self
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        metrics::gauge!("keybroker_connections").decrement(1.0);
+        metrics::CONNECTIONS.handle().decrement(1.0);
     }
 }
 

@@ -31,6 +31,8 @@ use tokio::{
 };
 use uuid::Uuid;
 
+use keybroker_core::metrics;
+
 /// A connection on which nothing that needs overwriting was read or written for this long is silent.
 const SILENCE: Duration = Duration::from_millis(250);
 /// A frame of a type that has no meaning, on stream 0, with 1,015 bytes: with its header 1 KiB.
@@ -310,7 +312,7 @@ impl<I> Watched<I> {
         if self.used <= rate.burst {
             return Ok(());
         }
-        metrics::counter!("keybroker_connections_refused_total", "cause" => "resets").increment(1);
+        metrics::CONNECTIONS_REFUSED.with(["resets"]).increment(1);
         Err(io::Error::other("the client resets too many streams"))
     }
 }

@@ -63,6 +63,7 @@ impl Refused {
         match self.cause() {
             "no_certificate"
             | "expired"
+            | "not_yet_valid"
             | "unknown_ca"
             | "bad_certificate"
             | "revoked"
@@ -95,6 +96,9 @@ fn tls_cause(error: &io::Error) -> &'static str {
 fn certificate_cause(why: &CertificateError) -> &'static str {
     match why {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "not_yet_valid"
+        }
         CertificateError::UnknownIssuer => "unknown_ca",
         CertificateError::Revoked => "revoked",
         CertificateError::UnknownRevocationStatus => "revocation_unknown",

@@ -12,6 +12,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use keybroker_auth::Authenticator;
 use keybroker_broker::Broker;
+use keybroker_core::metrics;
 
 use super::{
     Limits,
@@ -70,7 +71,7 @@ impl Listener {
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    metrics::counter!("keybroker_accept_failures_total").increment(1);
+                    metrics::ACCEPT_FAILURES.increment();
                     if let Some(left_out) = failures.count() {
                         tracing::warn!(%error, left_out, "accept failed; connections wait in the kernel's queue");
                     }
@@ -100,7 +101,7 @@ impl Listener {
 
 /// The limit of connections is reached. The next connection waits in the kernel's queue until one ends.
 fn note_full(limits: &Limits, full: &Rarely) {
-    metrics::counter!("keybroker_connections_full_total").increment(1);
+    metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {
         tracing::warn!(
             connections_max = limits.connections_max,

@@ -20,12 +20,58 @@ use keybroker_hsm::{ExpectedKey, Supervisor};
 use keybroker_store as store;
 use keybroker_store::Store;
 
-use super::{ListenerSettings, tls::Tls};
+use super::{ListenerSettings, StatusSettings, tls::Tls};
 
 pub(super) struct Bound {
     pub(super) socket: TcpListener,
     pub(super) settings: ListenerSettings,
     pub(super) tls: Option<Arc<Tls>>,
+}
+
+/// The status listener, and the one for other machines.
+pub(super) struct BoundStatus {
+    pub(super) socket: TcpListener,
+    pub(super) address: SocketAddr,
+    pub(super) remote: Option<BoundRemote>,
+}
+
+pub(super) struct BoundRemote {
+    pub(super) socket: TcpListener,
+    pub(super) address: SocketAddr,
+    pub(super) tls: Option<Arc<Tls>>,
+}
+
+impl BoundStatus {
+    /// The TLS of the listener for other machines.
+    pub(super) fn tls(&self) -> Option<Arc<Tls>> {
+        self.remote.as_ref()?.tls.clone()
+    }
+}
+
+pub(super) async fn bind_status(
+    settings: &StatusSettings,
+    state: &StateDirectory,
+) -> Result<BoundStatus, Failure> {
+    let socket = bind(settings.address).await?;
+    let remote = match &settings.remote {
+        None => None,
+        Some(remote) => {
+            let tls = remote
+                .load_tls(Some(state))
+                .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            let socket = bind(remote.address).await?;
+            Some(BoundRemote {
+                address: local(&socket)?,
+                socket,
+                tls: tls.map(Arc::new),
+            })
+        }
+    };
+    Ok(BoundStatus {
+        address: local(&socket)?,
+        socket,
+        remote,
+    })
 }
 
 /// Opening reads and syncs files, and waits for its own first entry.
@@ -106,8 +152,9 @@ pub(super) async fn bind_all(
 
 /// Stores which revocation lists the listeners have accepted. Only once the audit log is open: it belongs to one broker, and so does
 /// the state beside it.
-pub(super) fn remember_lists(bound: &[Bound]) -> Result<(), Failure> {
-    for tls in bound.iter().filter_map(|one| one.tls.as_ref()) {
+pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
+    let listeners = bound.iter().filter_map(|one| one.tls.clone());
+    for tls in listeners.chain(status.tls()) {
         tls.remember_lists()
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
     }

@@ -12,7 +12,6 @@ use std::{
 use axum::Router;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
-    net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::Semaphore,
     time,
@@ -46,7 +45,7 @@ use super::{
     identify::Identifier,
     listener::{Listener, Shared},
     notify,
-    opening::{self, Bound},
+    opening::{self, Bound, BoundStatus},
     status,
     tls::Tls,
     unauthenticated::Places,
@@ -185,6 +184,7 @@ struct Server {
     health: HealthReporter,
     addresses: Vec<SocketAddr>,
     status_address: SocketAddr,
+    remote_status_address: Option<SocketAddr>,
     metrics: PrometheusHandle,
     /// Connections and the accept loops.
     connections: TaskTracker,
@@ -218,10 +218,9 @@ impl Server {
         let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
-        let status_socket = opening::bind(config.status.address).await?;
-        let status_address = opening::local(&status_socket)?;
+        let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        opening::remember_lists(&bound)?;
+        opening::remember_lists(&bound, &status)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
@@ -248,7 +247,8 @@ impl Server {
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {
             addresses: Vec::new(),
-            status_address,
+            status_address: status.address,
+            remote_status_address: status.remote.as_ref().map(|remote| remote.address),
             metrics,
             connections: TaskTracker::new(),
             stop_connections: CancellationToken::new(),
@@ -266,10 +266,10 @@ impl Server {
         };
         // Health does not say SERVING before the first check.
         watch::report(&server.broker.health(), &server.health).await;
-        server.look_after(&bound, policy, hangup);
+        server.look_after(&bound, status.tls(), policy, hangup);
         let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
         server.background.spawn(refresh);
-        server.serve_status(status_socket);
+        server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
         server.open_doors(bound, &identifier)?;
         if let Some(path) = &ready_file {
@@ -333,17 +333,39 @@ impl Server {
         })
     }
 
-    fn serve_status(&self, socket: TcpListener) {
-        tracing::info!(address = %self.status_address, "status listener");
-        let serving = status::serve(socket, self.probes(), self.stop_status.clone());
+    fn serve_status(&self, bound: BoundStatus) {
+        let BoundStatus {
+            socket,
+            address,
+            remote,
+        } = bound;
+        tracing::info!(%address, "status listener");
+        let serving = status::serve(socket, None, self.probes(), self.stop_status.clone());
         self.status.spawn(serving);
+        if let Some(remote) = remote {
+            tracing::info!(address = %remote.address, tls = remote.tls.is_some(), "remote status listener");
+            let serving = status::serve(
+                remote.socket,
+                remote.tls,
+                self.probes(),
+                self.stop_status.clone(),
+            );
+            self.status.spawn(serving);
+        }
         let metrics = self.metrics.clone();
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 
     /// Starts what runs beside the listeners.
-    fn look_after(&self, bound: &[Bound], policy: Arc<Policy>, hangup: Signal) {
-        let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
+    fn look_after(
+        &self,
+        bound: &[Bound],
+        status: Option<Arc<Tls>>,
+        policy: Arc<Policy>,
+        hangup: Signal,
+    ) {
+        let listeners = bound.iter().filter_map(|one| one.tls.clone());
+        let tls: Vec<Arc<Tls>> = listeners.chain(status).collect();
         let stop = self.stop_background.clone();
         self.background
             .spawn(watch::files(tls, policy, hangup, stop));
@@ -379,6 +401,7 @@ impl Server {
     fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
         let text = serde_json::json!({
             "listeners": self.addresses,
+            "remote_status": self.remote_status_address,
             "status": self.status_address,
             "pid": std::process::id(),
         });

@@ -1,4 +1,5 @@
-//! Plain HTTP on loopback for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is the last to close when the
+//! HTTP for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is plain on loopback. Where the configuration has
+//! `[status.remote]`, another address has the same, with TLS unless the configuration accepts that there is none. It is the last to close when the
 //! broker stops, so that probes can tell a drain from a crash.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
@@ -20,14 +21,16 @@ use hyper_util::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     time,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use keybroker_broker::Broker;
+use keybroker_core::metrics;
 
-use super::waiting::Waiting;
+use super::{handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting};
 
 /// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
 const CONNECTIONS_MAX: usize = 64;
@@ -55,11 +58,12 @@ pub(super) fn routes(probe: Probe) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(show_metrics))
         .with_state(probe)
 }
 
-async fn metrics(State(probe): State<Probe>) -> impl IntoResponse {
+async fn show_metrics(State(probe): State<Probe>) -> impl IntoResponse {
+    metrics_process::Collector::default().collect();
     (
         [(header::CONTENT_TYPE, METRICS_TYPE)],
         probe.metrics.render(),
@@ -85,7 +89,12 @@ async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
 }
 
 /// Answers until `stop`, and then ends at once.
-pub(super) async fn serve(socket: TcpListener, routes: Router, stop: CancellationToken) {
+pub(super) async fn serve(
+    socket: TcpListener,
+    tls: Option<Arc<Tls>>,
+    routes: Router,
+    stop: CancellationToken,
+) {
     let waiting = Waiting::new(CONNECTIONS_MAX);
     let connections = TaskTracker::new();
     loop {
@@ -93,7 +102,7 @@ pub(super) async fn serve(socket: TcpListener, routes: Router, stop: Cancellatio
             () = stop.cancelled() => return,
             accepted = socket.accept() => accepted,
         };
-        let (stream, _) = match accepted {
+        let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!(%error, "accept failed on the status listener");
@@ -101,12 +110,15 @@ pub(super) async fn serve(socket: TcpListener, routes: Router, stop: Cancellatio
                 continue;
             }
         };
-        let ticket = waiting.enter(None);
+        // On loopback every client has the same address.
+        let network = tls
+            .is_some()
+            .then(|| unauthenticated::network(peer.ip(), &[]));
+        let ticket = waiting.enter(network.flatten());
         if ticket.made_room() {
-            metrics::counter!("keybroker_connections_refused_total", "cause" => "status")
-                .increment(1);
+            metrics::CONNECTIONS_REFUSED.with(["status"]).increment(1);
         }
-        let answering = answer(stream, routes.clone());
+        let answering = answer_over(stream, tls.clone(), routes.clone());
         let stop = stop.clone();
         connections.spawn(async move {
             tokio::select! {
@@ -116,6 +128,22 @@ pub(super) async fn serve(socket: TcpListener, routes: Router, stop: Cancellatio
             }
         });
     }
+}
+
+async fn answer_over(stream: TcpStream, tls: Option<Arc<Tls>>, routes: Router) {
+    let Some(tls) = tls else {
+        return answer(stream, routes).await;
+    };
+    let acceptor = TlsAcceptor::from(Arc::clone(&tls.current().config));
+    let refused = match time::timeout(HEADER_TIMEOUT, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => return answer(stream, routes).await,
+        Ok(Err(error)) => Refused::Tls(error),
+        Err(_) => Refused::Timeout,
+    };
+    metrics::HANDSHAKES_FAILED
+        .with([refused.cause()])
+        .increment(1);
+    tracing::debug!(error = %refused, "status connection refused");
 }
 
 /// Answers one request and closes the connection.

@@ -23,14 +23,15 @@ use zeroize::Zeroizing;
 
 use keybroker_core::{
     call::Timestamp,
-    pem,
+    error::chain,
+    metrics, pem,
     state::StateDirectory,
     trusted_file::{self, Purpose},
 };
 
 use crate::certificate::{Age as LifeAge, Life as CertificateLife};
 
-use super::{ClientCertificates, TlsSettings, handshake::ALPN_HTTP1};
+use super::{ClientCertificates, TlsSettings};
 
 mod purpose;
 mod revocation;
@@ -40,7 +41,6 @@ mod tests;
 use purpose::ForClients;
 use revocation::{Age, Life, Lists, Newest, Versions};
 
-const SECONDS_PER_DAY: i64 = 86_400;
 const SECONDS_PER_HOUR: i64 = 3_600;
 
 /// Longest chain, key and file of authorities, in bytes.
@@ -160,18 +160,14 @@ impl Tls {
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
-        speaks_http1: bool,
+        protocols: Vec<Vec<u8>>,
         state: Option<&StateDirectory>,
     ) -> Result<Self, String> {
-        let mut protocols = vec![b"h2".to_vec()];
-        if speaks_http1 {
-            protocols.push(ALPN_HTTP1.to_vec());
-        }
         let files = Files::read(&settings, clients)?;
         let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
         let mut newest = match (state, &settings.client_crl_file) {
             (Some(state), Some(file)) => {
-                Newest::read(state.clone(), file).map_err(|error| chain_of(&error))?
+                Newest::read(state.clone(), file).map_err(|error| chain(&error))?
             }
             _ => Newest::default(),
         };
@@ -193,7 +189,7 @@ impl Tls {
     /// Stores which revocation lists were accepted, so that a restart does not forget them.
     pub(super) fn remember_lists(&self) -> Result<(), String> {
         let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.store().map_err(|error| chain_of(&error))
+        newest.store().map_err(|error| chain(&error))
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {
@@ -224,7 +220,7 @@ impl Tls {
             }
             Err(error) if refused.as_ref() == Some(&error) => {}
             Err(error) => {
-                metrics::counter!("keybroker_tls_reload_failures_total").increment(1);
+                metrics::TLS_RELOAD_FAILURES.increment();
                 tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
                 *refused = Some(error);
             }
@@ -239,7 +235,7 @@ impl Tls {
     /// Says again how long the certificate in use is valid: time goes on while it serves.
     pub(super) fn measure(&self) {
         let current = self.current();
-        note_days_left(current.until, &self.settings.certificate_file);
+        note_expiry(current.until, &self.settings.certificate_file);
         if let (Some(life), Some(path)) = (current.lists, &self.settings.client_crl_file) {
             self.note_age(life, path);
         }
@@ -249,8 +245,9 @@ impl Tls {
         let now = Timestamp::now().micros() / 1_000_000;
         let shown = path.display().to_string();
         let hours = (life.until - now).div_euclid(SECONDS_PER_HOUR);
-        metrics::gauge!("keybroker_client_crl_hours_left", "file" => shown.clone())
-            .set(f64::from(i32::try_from(hours).unwrap_or(i32::MAX)));
+        metrics::CLIENT_CRL_EXPIRY
+            .with([shown.clone()])
+            .set(to_float(life.until));
         let age = life.age(now);
         let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
         if *said == Some(age) {
@@ -354,12 +351,6 @@ fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> R
     newest
         .check(&next.versions)
         .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
-}
-
-/// An error with its causes.
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Whether the dates of the server's own certificate matter.
@@ -650,7 +641,7 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
             date(from)
         ));
     }
-    note_days_left(until, path);
+    note_expiry(until, path);
     let life = CertificateLife { from, until };
     if life.age(now) == LifeAge::Late {
         tracing::warn!(certificate = %shown, until = %life.ends(), "the certificate expires soon; renew it");
@@ -658,10 +649,14 @@ fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String>
     Ok(until)
 }
 
-fn note_days_left(until: i64, path: &Path) {
-    let now = Timestamp::now().micros() / 1_000_000;
-    let days = (until - now).div_euclid(SECONDS_PER_DAY);
-    let name = path.display().to_string();
-    metrics::gauge!("keybroker_certificate_days_left", "file" => name)
-        .set(f64::from(i32::try_from(days).unwrap_or(i32::MAX)));
+fn note_expiry(until: i64, path: &Path) {
+    metrics::CERTIFICATE_EXPIRY
+        .with([path.display().to_string()])
+        .set(to_float(until));
+}
+
+/// A time after 1970 as the value of a metric.
+fn to_float(seconds: i64) -> f64 {
+    // Exact until the year 2106.
+    f64::from(u32::try_from(seconds.max(0)).unwrap_or(u32::MAX))
 }

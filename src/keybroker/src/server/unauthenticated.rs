@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use keybroker_broker::limits;
-use keybroker_core::principal::Principal;
+use keybroker_core::{metrics, principal::Principal};
 
 /// One network has so much of the places at most.
 const NETWORK_DIVISOR: usize = 8;
@@ -259,7 +259,9 @@ impl Authentication {
 
 /// Counts a connection that got no place.
 pub(super) fn refused(full: Full) {
-    metrics::counter!("keybroker_connections_refused_total", "cause" => full.cause()).increment(1);
+    metrics::CONNECTIONS_REFUSED
+        .with([full.cause()])
+        .increment(1);
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 const TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-const ADDED: &str = "keybroker_added_seconds";
+const ADDED: &str = "keybroker_call_overhead_seconds";
 
 /// The histogram at one moment, or between two.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -97,14 +97,14 @@ impl Added {
 mod tests {
     use super::*;
 
-    const PAGE: &str = "HTTP/1.0 200 OK\r\n\r\n# TYPE keybroker_added_seconds histogram\n\
-        keybroker_added_seconds_bucket{le=\"0.001\"} 50\n\
-        keybroker_added_seconds_bucket{le=\"0.002\"} 90\n\
-        keybroker_added_seconds_bucket{le=\"0.01\"} 98\n\
-        keybroker_added_seconds_bucket{le=\"+Inf\"} 100\n\
-        keybroker_added_seconds_sum 0.25\n\
-        keybroker_added_seconds_count 100\n\
-        keybroker_call_seconds_sum{action=\"user_key.get\"} 7\n";
+    const PAGE: &str = "HTTP/1.0 200 OK\r\n\r\n# TYPE keybroker_call_overhead_seconds histogram\n\
+        keybroker_call_overhead_seconds_bucket{le=\"0.001\"} 50\n\
+        keybroker_call_overhead_seconds_bucket{le=\"0.002\"} 90\n\
+        keybroker_call_overhead_seconds_bucket{le=\"0.01\"} 98\n\
+        keybroker_call_overhead_seconds_bucket{le=\"+Inf\"} 100\n\
+        keybroker_call_overhead_seconds_sum 0.25\n\
+        keybroker_call_overhead_seconds_count 100\n\
+        keybroker_call_duration_seconds_sum{action=\"user_key.get\"} 7\n";
 
     fn close(figure: Option<f64>, expected: f64) -> bool {
         figure.is_some_and(|figure| (figure - expected).abs() < 1e-9)

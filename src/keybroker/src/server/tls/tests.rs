@@ -253,7 +253,12 @@ impl Site {
             client_auth_usage_required: true,
             trust_domains: BTreeSet::new(),
         };
-        Tls::load(settings, ClientCertificates::Required, false, state)
+        Tls::load(
+            settings,
+            ClientCertificates::Required,
+            vec![b"h2".to_vec()],
+            state,
+        )
     }
 }
 

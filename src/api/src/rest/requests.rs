@@ -1,17 +1,14 @@
-//! What happens around every call of `/user-keys`: its id, who calls, its deadline, its panics.
-//!
-//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit entry.
+//! Request handling of `/user-keys`: the id of a call, who calls, its deadline and its answer.
 //!
 //! Mitigations: M3, M21 of `THREAT_MODEL.md`.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     body::Body,
     extract::{Request, State},
     http::{HeaderValue, Method, Response, StatusCode, header},
 };
-use http_body_util::BodyExt as _;
 use tracing::Instrument as _;
 
 use keybroker_broker::UserKeyRef;
@@ -19,8 +16,11 @@ use keybroker_core::{
     call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
     error::{Error, Reason},
     key::KeyName,
+    metrics,
     principal::{Action, Principal},
 };
+
+use crate::request::{self, Unanswered};
 
 use super::{Surroundings, answer, body, patience::Patience, probes, user_keys::Entered};
 
@@ -38,8 +38,7 @@ pub(super) async fn user_keys(
     let method = request.method().as_str().to_owned();
     let response = around.run(request, action).await;
     let status = response.status().as_str().to_owned();
-    metrics::counter!("keybroker_rest_calls_total", "method" => method, "status" => status)
-        .increment(1);
+    metrics::REST_CALLS.with([method, status]).increment(1);
     response
 }
 
@@ -74,30 +73,37 @@ impl Surroundings {
             peer: caller.peer().to_string(),
             deadline: Deadline::after(self.call_timeout_max),
         };
-        let deadline = call.deadline.instant();
-        let place = Arc::clone(caller.calls()).acquire_owned();
-        let place = tokio::time::timeout_at(deadline.into(), place).await;
-        let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
-            let error = Error::new(Reason::Deadline, "no time left for a call that just begins");
-            let error = self.broker.unserved(&principal, &call, action, error).await;
-            return answer::refusal(&error, id);
-        };
-        let serving = self.clone().serve(request, principal, call, action);
-        let handle = self.calls.spawn(
-            async move {
-                let response = serving.await;
-                // Until the answer is on its way, or a connection that ends could take it for silence.
-                response.map(|body| held(body, place))
+        let span = request::span(id, Some(action), Some(&principal));
+        self.run_known(request, caller, principal, call, action)
+            .instrument(span)
+            .await
+    }
+
+    async fn run_known(
+        self,
+        request: Request,
+        caller: Caller,
+        principal: Arc<Principal>,
+        call: Call,
+        action: Action,
+    ) -> Response<Body> {
+        let serving = self
+            .clone()
+            .serve(request, Arc::clone(&principal), call.clone(), action);
+        match request::run(
+            caller.calls(),
+            call.deadline,
+            &self.calls,
+            Box::pin(serving),
+        )
+        .await
+        {
+            Ok(response) => response,
+            Err(Unanswered::NotBegun(error)) => {
+                let error = self.broker.unserved(&principal, &call, action, error).await;
+                answer::refusal(&error, call.id)
             }
-            .instrument(tracing::info_span!("call", call_id = %id)),
-        );
-        match tokio::time::timeout_at(deadline.into(), handle).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(_)) => {
-                tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
-                answer::refusal(&Error::new(Reason::Bug, "a handler panicked"), id)
-            }
-            Err(_) => answer::refusal(&Error::new(Reason::Deadline, "deadline passed"), id),
+            Err(Unanswered::Ended(error)) => answer::refusal(&error, call.id),
         }
     }
 
@@ -167,12 +173,4 @@ fn own_key(principal: &Principal) -> Result<UserKeyRef, Error> {
         user: user.clone(),
         name: KeyName::parse(KEY_NAME)?,
     })
-}
-
-/// A body that keeps something until it was sent or given up.
-fn held(body: Body, what: impl Send + 'static) -> Body {
-    Body::new(body.map_frame(move |frame| {
-        let _ = &what;
-        frame
-    }))
 }

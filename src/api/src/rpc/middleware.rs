@@ -1,16 +1,8 @@
-//! What happens around every call: its id, who calls, its deadline, its panics, and the statuses that tonic makes by
-//! itself.
-//!
-//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit
-//! entry. It keeps its place among the calls of its connection until then, so that a client that closes its calls
-//! gets no more work done than waiting does.
+//! The middleware of every gRPC call: its id, who calls, its deadline, and the statuses that tonic makes by itself.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -19,7 +11,6 @@ use axum::{
     http::Response,
     middleware::{self, Next},
 };
-use http_body_util::BodyExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status};
 use tracing::Instrument as _;
@@ -28,7 +19,10 @@ use keybroker_broker::Broker;
 use keybroker_core::{
     call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
     error::{Error, Reason},
+    principal::Principal,
 };
+
+use crate::request::{self, Unanswered};
 
 use super::{Entered, Memory, ending, method, status, timeout};
 
@@ -55,13 +49,13 @@ pub struct Surroundings {
 }
 
 pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
-    let edge = middleware::from_fn(move |request, next| {
+    let layer = middleware::from_fn(move |request, next| {
         let around = around.clone();
         async move { around.run(request, next).await }
     });
-    // Around one fallback: axum adds a header to the answers of known routes alone, which would tell an
-    // unauthenticated caller what there is.
-    Router::new().fallback_service(routes).layer(edge)
+    // Around one fallback: axum adds a header to the answers of known routes alone, which would show an unauthenticated
+    // caller which routes there are.
+    Router::new().fallback_service(routes).layer(layer)
 }
 
 impl Surroundings {
@@ -70,13 +64,29 @@ impl Surroundings {
         let Some(caller) = request.extensions_mut().remove::<Caller>() else {
             return answer(&Error::new(Reason::Bug, "a call without a connection"), id);
         };
-        // Health is for load balancers, which have no principal. Everything else is for callers we know, and nobody
-        // else learns even which methods there are.
+        // Health is for load balancers, which have no principal. Everything else is for authenticated callers, and no other
+        // caller learns which methods there are.
         let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,
             Err(error) => return self.refuse(&caller, error, id),
         };
+        let action = method::action(request.uri().path());
+        let span = request::span(id, action, principal.as_deref());
+        self.run_known(request, next, caller, principal, id)
+            .instrument(span)
+            .await
+    }
+
+    /// Runs a call whose caller is known, or needs not be.
+    async fn run_known(
+        self,
+        mut request: Request,
+        next: Next,
+        caller: Caller,
+        principal: Option<Arc<Principal>>,
+        id: CallId,
+    ) -> Response<Body> {
         let wanted = timeout::take(request.headers_mut());
         let timeout = wanted.as_ref().ok().copied().flatten();
         let mut timeout = timeout.unwrap_or(self.call_timeout_max);
@@ -88,7 +98,6 @@ impl Surroundings {
             peer: caller.peer().to_string(),
             deadline: Deadline::after(timeout.min(self.call_timeout_max)),
         };
-        let deadline = call.deadline.instant();
         let call_end = call.deadline;
         let entered = principal.map(|principal| Entered { principal, call });
         if let Err(error) = wanted {
@@ -103,30 +112,17 @@ impl Surroundings {
         } else {
             caller.calls()
         };
-        let place = Arc::clone(places).acquire_owned();
-        let place = tokio::time::timeout_at(deadline.into(), place).await;
-        // What is due already is not begun, also where the place was free at once.
-        let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
-            let error = Error::new(Reason::Deadline, "no time left for a call that just begins");
-            let error = self.unserved(entered.as_ref(), request.uri().path(), error);
-            return answer(&error.await, id);
-        };
-        let serving = self.clone().serve(request, next, entered, call_end, id);
-        let handle = self.calls.spawn(
-            async move {
-                let response = serving.await;
-                // Until the answer is on its way, or a connection that ends could take it for silence.
-                response.map(|body| held(body, place))
+        let path = path.to_owned();
+        let serving = self
+            .clone()
+            .serve(request, next, entered.clone(), call_end, id);
+        match request::run(places, call_end, &self.calls, Box::pin(serving)).await {
+            Ok(response) => response,
+            Err(Unanswered::NotBegun(error)) => {
+                let error = self.unserved(entered.as_ref(), &path, error).await;
+                answer(&error, id)
             }
-            .instrument(tracing::info_span!("call", call_id = %id)),
-        );
-        match tokio::time::timeout_at(deadline.into(), handle).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(_)) => {
-                tracing::error!(alarm = "bug", call_id = %id, "a handler panicked");
-                answer(&Error::new(Reason::Bug, "a handler panicked"), id)
-            }
-            Err(_) => answer(&Error::new(Reason::Deadline, "deadline passed"), id),
+            Err(Unanswered::Ended(error)) => answer(&error, id),
         }
     }
 
@@ -185,14 +181,6 @@ impl Surroundings {
         let Entered { principal, call } = entered;
         self.broker.unserved(principal, call, action, error).await
     }
-}
-
-/// A body that keeps something until it was sent or given up.
-fn held(body: Body, what: impl Send + 'static) -> Body {
-    Body::new(body.map_frame(move |frame| {
-        let _ = &what;
-        frame
-    }))
 }
 
 fn answer(error: &Error, id: CallId) -> Response<Body> {

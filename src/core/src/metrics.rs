@@ -1,0 +1,487 @@
+//! Every metric of the broker: name, unit, help and labels in one place. `docs/metrics.md` lists the same, which a test compares.
+//!
+//! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, no unit in a label. Each
+//! counter exists with 0 from the start for each value of its labels that is known in advance, so that a rate does not miss the first event.
+
+use metrics::{
+    Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
+    Label as Pair, Level, Metadata, SharedString, Unit, with_recorder,
+};
+
+use crate::{error::Reason, principal::Action};
+
+/// Time, from far below one token operation to the longest deadline.
+const SECONDS: &[f64] = &[
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    10.0, 30.0,
+];
+/// Entries that are written together.
+const ENTRIES: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
+];
+const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+/// A label, and its values as far as they are known in advance.
+#[derive(Debug)]
+pub struct Label {
+    name: &'static str,
+    values: fn() -> Vec<&'static str>,
+}
+
+impl Label {
+    const fn fixed(name: &'static str, values: fn() -> Vec<&'static str>) -> Self {
+        Self { name, values }
+    }
+
+    /// A label whose values come from the configuration or the operator.
+    const fn open(name: &'static str) -> Self {
+        Self {
+            name,
+            values: Vec::new,
+        }
+    }
+}
+
+static ACTION: Label = Label::fixed("action", || Action::ALL.map(Action::as_str).to_vec());
+static REASON: Label = Label::fixed("reason", reasons);
+/// A reason, or `OK`.
+static OUTCOME: Label = Label::fixed("reason", || [vec!["OK"], reasons()].concat());
+static CONNECTION_CAUSE: Label = Label::fixed("cause", || {
+    vec!["unauthenticated", "principal", "resets", "status"]
+});
+static HANDSHAKE_CAUSE: Label = Label::fixed("cause", || HANDSHAKE_CAUSES.to_vec());
+static TOKEN_CAUSE: Label = Label::fixed("cause", || TOKEN_CAUSES.to_vec());
+static EFFECT: Label = Label::fixed("effect", || vec!["permit", "forbid"]);
+static METHOD: Label = Label::fixed("method", || vec!["GET", "POST", "PUT"]);
+static STATUS: Label = Label::open("status");
+static ISSUER: Label = Label::open("issuer");
+static POLICY: Label = Label::open("policy");
+static STATEMENT: Label = Label::open("statement");
+static FILE: Label = Label::open("file");
+static VERSION: Label = Label::open("version");
+
+/// Why a connection ended before its first call.
+pub const HANDSHAKE_CAUSES: [&str; 16] = [
+    "alert",
+    "bad_certificate",
+    "closed",
+    "displaced",
+    "expired",
+    "incompatible",
+    "misbehaved",
+    "no_certificate",
+    "not_http2",
+    "not_tls",
+    "not_yet_valid",
+    "revocation_list_ended",
+    "revocation_unknown",
+    "revoked",
+    "timeout",
+    "unknown_ca",
+];
+
+/// Why an access token was refused.
+pub const TOKEN_CAUSES: [&str; 16] = [
+    "algorithm",
+    "audience",
+    "claim",
+    "expired",
+    "header",
+    "issuer",
+    "kid",
+    "lifetime",
+    "malformed",
+    "no-keys",
+    "not-yet-valid",
+    "oversized",
+    "scope",
+    "signature",
+    "subject",
+    "type",
+];
+
+fn reasons() -> Vec<&'static str> {
+    Reason::ALL.map(Reason::as_str).to_vec()
+}
+
+/// What is common to all metrics.
+#[derive(Debug)]
+struct Declared<const N: usize> {
+    name: &'static str,
+    help: &'static str,
+    labels: [&'static Label; N],
+}
+
+impl<const N: usize> Declared<N> {
+    fn key<V: Into<SharedString>>(&self, values: [V; N]) -> Key {
+        let pairs = self.labels.iter().zip(values);
+        let pairs = pairs.map(|(label, value)| Pair::new(label.name, value));
+        Key::from_parts(self.name, pairs.collect::<Vec<_>>())
+    }
+
+    fn unit(&self) -> Option<Unit> {
+        self.name.ends_with("_seconds").then_some(Unit::Seconds)
+    }
+
+    /// Each combination of label values that is known in advance.
+    fn known(&self) -> Vec<[&'static str; N]> {
+        let mut known = vec![[""; N]];
+        for (at, label) in self.labels.iter().enumerate() {
+            let values = (label.values)();
+            known = known
+                .into_iter()
+                .flat_map(|row| {
+                    values.iter().map(move |value| {
+                        let mut row = row;
+                        row[at] = value;
+                        row
+                    })
+                })
+                .collect();
+        }
+        known
+    }
+}
+
+/// A count of events since the start.
+#[derive(Debug)]
+pub struct Counter<const N: usize>(Declared<N>);
+
+impl<const N: usize> Counter<N> {
+    /// The series with these label values, in the order of the declaration.
+    pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> CounterHandle {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_counter(&key, &METADATA))
+    }
+}
+
+impl Counter<0> {
+    /// Counts one event.
+    pub fn increment(&self) {
+        self.with::<&str>([]).increment(1);
+    }
+}
+
+/// A value that rises and falls.
+#[derive(Debug)]
+pub struct Gauge<const N: usize>(Declared<N>);
+
+impl<const N: usize> Gauge<N> {
+    /// The series with these label values, in the order of the declaration.
+    pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> GaugeHandle {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_gauge(&key, &METADATA))
+    }
+}
+
+impl Gauge<0> {
+    /// The only series.
+    pub fn handle(&self) -> GaugeHandle {
+        self.with::<&str>([])
+    }
+
+    /// Sets the value to 1 or 0.
+    pub fn set_flag(&self, is_set: bool) {
+        self.handle().set(f64::from(u8::from(is_set)));
+    }
+
+    /// Sets the value to a number of things.
+    pub fn set_count(&self, count: usize) {
+        self.handle().set(to_float(count));
+    }
+}
+
+/// A number of things as the value of a metric.
+pub fn to_float(count: usize) -> f64 {
+    f64::from(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+/// A distribution of values.
+#[derive(Debug)]
+pub struct Histogram<const N: usize> {
+    declared: Declared<N>,
+    buckets: &'static [f64],
+}
+
+impl<const N: usize> Histogram<N> {
+    /// The series with these label values, in the order of the declaration.
+    pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> HistogramHandle {
+        let key = self.declared.key(values);
+        with_recorder(|recorder| recorder.register_histogram(&key, &METADATA))
+    }
+}
+
+impl Histogram<0> {
+    /// The only series.
+    pub fn handle(&self) -> HistogramHandle {
+        self.with::<&str>([])
+    }
+}
+
+/// Any declared metric.
+pub trait Metric: Sync {
+    /// `counter`, `gauge` or `histogram`.
+    fn kind(&self) -> &'static str;
+    /// Name, as a collector sees it.
+    fn name(&self) -> &'static str;
+    /// One sentence.
+    fn help(&self) -> &'static str;
+    /// Names of its labels.
+    fn labels(&self) -> Vec<&'static str>;
+    /// Upper bounds of the buckets of a histogram.
+    fn buckets(&self) -> Option<&'static [f64]> {
+        None
+    }
+    /// Describes it to the recorder, and makes the series of a counter that are known in advance.
+    fn register(&self);
+}
+
+impl<const N: usize> Metric for Counter<N> {
+    fn kind(&self) -> &'static str {
+        "counter"
+    }
+
+    fn name(&self) -> &'static str {
+        self.0.name
+    }
+
+    fn help(&self) -> &'static str {
+        self.0.help
+    }
+
+    fn labels(&self) -> Vec<&'static str> {
+        self.0.labels.iter().map(|label| label.name).collect()
+    }
+
+    fn register(&self) {
+        with_recorder(|recorder| {
+            recorder.describe_counter(self.0.name.into(), self.0.unit(), self.0.help.into());
+        });
+        for values in self.0.known() {
+            self.with(values).increment(0);
+        }
+    }
+}
+
+impl<const N: usize> Metric for Gauge<N> {
+    fn kind(&self) -> &'static str {
+        "gauge"
+    }
+
+    fn name(&self) -> &'static str {
+        self.0.name
+    }
+
+    fn help(&self) -> &'static str {
+        self.0.help
+    }
+
+    fn labels(&self) -> Vec<&'static str> {
+        self.0.labels.iter().map(|label| label.name).collect()
+    }
+
+    fn register(&self) {
+        with_recorder(|recorder| {
+            recorder.describe_gauge(self.0.name.into(), self.0.unit(), self.0.help.into());
+        });
+    }
+}
+
+impl<const N: usize> Metric for Histogram<N> {
+    fn kind(&self) -> &'static str {
+        "histogram"
+    }
+
+    fn name(&self) -> &'static str {
+        self.declared.name
+    }
+
+    fn help(&self) -> &'static str {
+        self.declared.help
+    }
+
+    fn labels(&self) -> Vec<&'static str> {
+        let labels = self.declared.labels.iter();
+        labels.map(|label| label.name).collect()
+    }
+
+    fn buckets(&self) -> Option<&'static [f64]> {
+        Some(self.buckets)
+    }
+
+    fn register(&self) {
+        with_recorder(|recorder| {
+            let Declared { name, help, .. } = self.declared;
+            recorder.describe_histogram(name.into(), self.declared.unit(), help.into());
+        });
+    }
+}
+
+/// Registers every metric with the recorder of this process.
+pub fn register_all() {
+    for metric in ALL {
+        metric.register();
+    }
+}
+
+macro_rules! declare {
+    (
+        counters { $($counter:ident = $counter_name:literal [$($counter_label:ident),*] $counter_help:literal;)* }
+        gauges { $($gauge:ident = $gauge_name:literal [$($gauge_label:ident),*] $gauge_help:literal;)* }
+        histograms { $($histogram:ident = $histogram_name:literal [$($histogram_label:ident),*] $buckets:ident $histogram_help:literal;)* }
+    ) => {
+        $(
+            #[doc = $counter_help]
+            pub static $counter: Counter<{ <[&Label]>::len(&[$(&$counter_label),*]) }> = Counter(Declared {
+                name: $counter_name,
+                help: $counter_help,
+                labels: [$(&$counter_label),*],
+            });
+        )*
+        $(
+            #[doc = $gauge_help]
+            pub static $gauge: Gauge<{ <[&Label]>::len(&[$(&$gauge_label),*]) }> = Gauge(Declared {
+                name: $gauge_name,
+                help: $gauge_help,
+                labels: [$(&$gauge_label),*],
+            });
+        )*
+        $(
+            #[doc = $histogram_help]
+            pub static $histogram: Histogram<{ <[&Label]>::len(&[$(&$histogram_label),*]) }> = Histogram {
+                declared: Declared {
+                    name: $histogram_name,
+                    help: $histogram_help,
+                    labels: [$(&$histogram_label),*],
+                },
+                buckets: $buckets,
+            };
+        )*
+        /// Every metric, in the order of the documentation.
+        pub static ALL: &[&dyn Metric] = &[$(&$counter,)* $(&$gauge,)* $(&$histogram,)*];
+    };
+}
+
+declare! {
+    counters {
+        CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
+        REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
+        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
+        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
+        REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
+        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited out a short fault instead of failing.";
+        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
+        CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
+        ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
+        ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
+        POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
+        POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were not taken over.";
+        AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the files of the audit log were found changed by something else.";
+        LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
+        LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
+        CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
+        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
+        ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Connections that the operating system did not hand over.";
+        HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
+        TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were not taken over.";
+        STORE_RETRIES = "keybroker_store_retries_total" [] "Database transactions that were tried again because of contention.";
+        STORE_RECONNECTS = "keybroker_store_reconnects_total" [] "Database statements that were tried again on another connection.";
+        STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
+        TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [] "Token workers that ended and were replaced.";
+    }
+    gauges {
+        BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
+        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls that have begun and not ended.";
+        CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
+        CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
+        CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";
+        ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
+        ISSUER_REFUSED_KEYS = "keybroker_issuer_refused_keys" [ISSUER] "Weak or malformed keys in the key set of an issuer.";
+        POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";
+        AUDIT_WRITABLE = "keybroker_audit_writable" [] "1 while audit entries become durable, else 0.";
+        STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
+        REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
+        TOKEN_SERVING = "keybroker_token_serving" [] "1 while the token serves, else 0.";
+        TOKEN_WORKERS = "keybroker_token_workers" [] "Token workers that are ready.";
+        TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [] "Jobs that wait for a session of the token.";
+        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [] "Time since the last self-test of the token succeeded.";
+        TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [] "1 when the token rejected the PIN and no login is tried, else 0.";
+    }
+    histograms {
+        CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
+        CALL_OVERHEAD = "keybroker_call_overhead_seconds" [] SECONDS "Time of an unwrap in the broker, without the queue and the token.";
+        TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [] SECONDS "Time that jobs waited for a session of the token.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time of jobs on the token.";
+        AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The rules of `promtool check metrics`.
+    #[test]
+    fn names_follow_the_rules_of_prometheus() {
+        const OTHER_UNITS: [&str; 14] = [
+            "s",
+            "ms",
+            "us",
+            "ns",
+            "sec",
+            "milliseconds",
+            "minutes",
+            "hours",
+            "days",
+            "weeks",
+            "b",
+            "kb",
+            "mb",
+            "kilobytes",
+        ];
+        let mut names = BTreeSet::new();
+        for metric in ALL {
+            let (name, kind) = (metric.name(), metric.kind());
+            assert!(names.insert(name), "{name} is declared twice");
+            assert!(name.starts_with("keybroker_"), "{name}");
+            let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            assert!(name.chars().all(is_plain), "{name}");
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{name}");
+            for suffix in ["_count", "_sum", "_bucket", "_info"] {
+                let is_info = suffix == "_info" && name == BUILD_INFO.name();
+                assert!(is_info || !name.ends_with(suffix), "{name}");
+            }
+            for word in name.split('_') {
+                assert!(!OTHER_UNITS.contains(&word), "{name}: {word}");
+                assert!(
+                    !["counter", "gauge", "histogram", "summary"].contains(&word),
+                    "{name}"
+                );
+            }
+            if name.contains("_seconds") {
+                assert!(name.ends_with("_seconds"), "{name}");
+            }
+            assert!(metric.help().ends_with('.'), "{name}");
+            for label in metric.labels() {
+                assert!(
+                    !["le", "quantile", "job", "instance"].contains(&label),
+                    "{name}"
+                );
+            }
+            assert_eq!(metric.buckets().is_some(), kind == "histogram");
+        }
+        assert!(names.len() > 40);
+    }
+
+    #[test]
+    fn known_label_values_are_combined() {
+        let calls = CALLS.0.known();
+        assert_eq!(calls.len(), Action::ALL.len() * (Reason::ALL.len() + 1));
+        assert!(calls.contains(&["user_key.unwrap", "OK"]));
+        // Without a label there is one series; with one whose values are not known in advance, none.
+        assert_eq!(BULK_RELEASES.0.known(), [[""; 0]]);
+        assert!(POLICY_ERRORS.0.known().is_empty());
+    }
+}

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use keybroker_core::trusted_file;
+
 use super::{
     Class, Error,
     line::{self, Parsed},
@@ -59,6 +61,17 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail("will not write into", path, cause, &remedy));
     }
     Ok(())
+}
+
+/// Warns of a directory above the log in which every user could put another one in its place.
+pub(super) fn note_open_directory(path: &Path) {
+    if let Some(open) = trusted_file::open_directory_above(path) {
+        tracing::warn!(
+            directory = %path.display(), writable = %open.display(),
+            "every user of this machine can move the audit directory to another place, and the next start would begin a new log; \
+             run `chmod o-w` on the directory that they can write to"
+        );
+    }
 }
 
 /// The lock that makes this process the only writer. Held while the file is open.

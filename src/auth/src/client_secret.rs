@@ -309,7 +309,7 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // With the generation: whoever comes after a change is not answered with what was known before it.
+        // With the generation: a call that arrives after a change is not answered from the state before it.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
@@ -435,7 +435,7 @@ fn turned_away() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// What a secret is compared with: always as many hashes, whoever is asked for.
+/// The hashes that a secret is compared with: the same number for every id.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

@@ -127,10 +127,11 @@ impl Tokens {
         futures_util::future::join_all(refreshing).await;
     }
 
-    /// Waits until every provider was asked for its keys once, whatever came of it, at most for so long. Whoever calls before that
-    /// is refused for no fault of theirs, and some clients take that for the end of their session.
-    pub async fn asked_once(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+    /// Waits until every provider was asked for its keys once, with or without success, or until the limit has
+    /// passed. A caller that comes earlier is refused without a fault of its own, and some clients then end their
+    /// session.
+    pub async fn asked_once(&self, limit: Duration) {
+        let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
             issuer.keys.current().is_err() && issuer.keys.problem().is_none()
         };

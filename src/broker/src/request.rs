@@ -102,7 +102,7 @@ impl Broker {
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
-            // The wrapping key was rotated since: only the old binding key can tell.
+            // The wrapping key was rotated since: only the old integrity key can verify it.
             let message = content(key, change);
             let job = self
                 .token

@@ -94,7 +94,7 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// The moment after which nobody waits for the answer any more.
+/// The moment after which the caller no longer waits for the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline(Instant);
 

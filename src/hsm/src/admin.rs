@@ -2,6 +2,8 @@
 //!
 //! The vendor's module never shares a process with the network or the database, in a command as little as in `serve`. A module
 //! that crashes ends in an [`AdminError`] that names signal, function and path; one that hangs does so within a timeout.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
     io::{self, Read as _, Write as _},

@@ -49,14 +49,14 @@ const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 /// is there, and workers must be of the same.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Keeps users' keys wrapped under a key in an HSM and releases them one decision at a time.
+/// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
     /// Configuration file
     #[arg(long, global = true, env = "KEYBROKER_CONFIG", default_value = CONFIG_DEFAULT, value_name = "FILE")]
     config: PathBuf,
-    /// How results are shown
+    /// Format of results
     #[arg(short, long, global = true, default_value = "table")]
     output: Format,
     #[command(subcommand)]
@@ -67,43 +67,43 @@ struct Cli {
 enum Command {
     /// Run the broker
     Serve(serve::Arguments),
-    /// Tokens: list, initialise, check
+    /// List, initialise and check tokens
     #[command(subcommand)]
     Token(token::Command),
-    /// Wrapping keys on the token and in the registry
+    /// Manage wrapping keys on the token and in the registry
     #[command(subcommand)]
     Key(key::Command),
-    /// The database
+    /// Manage the database
     #[command(subcommand)]
     Store(store::Command),
-    /// The configuration
+    /// Check and show the configuration
     #[command(subcommand)]
     Config(config::Command),
-    /// What principals may do
+    /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// The audit log, offline
+    /// Verify and show the audit log, without a broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
     Client(client::Arguments),
-    /// API clients, services with an id and a secret: make, rotate, list and revoke them through a running broker
+    /// Manage API clients (services with an id and a secret) through a running broker
     ClientCredential(client::CredentialArguments),
-    /// Do what a Bitwarden client does with its keys: to rehearse replacing a Key Connector
+    /// Do what a Bitwarden client does with its keys, to rehearse the replacement of a Key Connector
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
     /// Measure the bare token and the served broker in one run
     Bench(bench::Arguments),
-    /// Ask the broker beside us how it is: for the health check of a container
+    /// Check the local broker's health (for container health checks)
     Probe(probe::Arguments),
     /// Print the completion script of a shell
     Completions(manual::Completions),
     /// Write the manual pages
     Man(manual::Manual),
-    /// Started by `serve`: holds the vendor's module
+    /// Run a token worker (started by `serve`)
     #[command(hide = true)]
     TokenWorker,
-    /// Started by other commands: holds the vendor's module
+    /// Run an admin worker (started by other commands)
     #[command(hide = true)]
     TokenAdminWorker,
 }

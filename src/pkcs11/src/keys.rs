@@ -44,7 +44,7 @@ pub(super) fn find(session: &Session, id: WrappingKeyId) -> Result<KeyPair, Faul
     Ok(KeyPair {
         id,
         private: find_one(session, ObjectClass::PRIVATE_KEY, id, "RSA private key")?,
-        binding: find_one(session, ObjectClass::SECRET_KEY, id, "binding key")?,
+        binding: find_one(session, ObjectClass::SECRET_KEY, id, "integrity key")?,
     })
 }
 
@@ -92,7 +92,7 @@ pub(super) struct Verdict {
 impl Verdict {
     pub(super) fn require(&self, id: WrappingKeyId) -> Result<(), Fault> {
         attribute_check::require(&format!("RSA private key {id}"), &self.private)?;
-        attribute_check::require(&format!("binding key {id}"), &self.binding)
+        attribute_check::require(&format!("integrity key {id}"), &self.binding)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The operator's files: found, judged and read, within limits.
+//! The operator's files: found, checked and read, within limits.
 
 use std::{fs, mem, path::Path, string::FromUtf8Error};
 

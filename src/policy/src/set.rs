@@ -194,7 +194,7 @@ impl Set {
         }
     }
 
-    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that nobody would notice.
+    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that would stay unnoticed.
     fn validate(&self, sources: &[Source]) -> Vec<Problem> {
         let validator = Validator::new(VOCABULARY.schema.clone());
         let result = validator.validate(&self.policies, ValidationMode::Strict);

@@ -186,7 +186,7 @@ impl Vocabulary {
                 attributes.add_some("subject", identity.subject.as_ref(), |user| {
                     text(user.as_str())
                 });
-                // A person has no role, whoever says otherwise.
+                // A person has no role, also if a claim names one.
                 (&self.user, Vec::new())
             }
             Kind::Service => {

@@ -161,7 +161,7 @@ fn record_of(row: &Row) -> Value {
 /// A row of the API clients.
 #[derive(Clone, Debug)]
 pub struct FoundClient {
-    /// Which; absent for a row whose id is none.
+    /// Its id; absent for a row without a valid id.
     pub id: Option<ClientId>,
     /// All of it, when it decodes.
     pub row: Result<ClientRow, Error>,

@@ -95,7 +95,10 @@ impl Fetcher {
             }
         };
         let bytes = self.get(&url).await?;
-        KeySet::parse_jwks(&bytes).map_err(|problem| format!("{url}: {problem}"))
+        // A set full of long RSA keys takes a good part of a second to examine.
+        let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
+        let parsed = parsing.await.unwrap_or_else(|error| Err(error.to_string()));
+        parsed.map_err(|problem| format!("{url}: {problem}"))
     }
 
     async fn discover(&self, url: &str) -> Result<String, String> {

@@ -16,11 +16,11 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Report everything that is wrong with the configuration, its files and the token
+    /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a process of its own and lists its tokens. Makes no login.
+    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in.
     Check,
-    /// Show the configuration with every default filled in; it names files, and holds no secret
+    /// Show the configuration with all defaults; it names files and holds no secret
     Show,
 }
 

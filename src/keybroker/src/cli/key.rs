@@ -23,22 +23,28 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make a wrapping key and its binding key on the token, prove both and register them
+    /// Generate a wrapping key and its integrity key on the token, test both and register them
+    ///
+    /// The private key can never be exported. Back up the token before the first user enrols, then run `keybroker
+    /// token backup-confirmed`. The broker must be stopped.
     Generate(Generate),
-    /// Register a key that is on the token: completes an interrupted `generate`, or moves a key to a restored token
+    /// Register a key that is already on the token
+    ///
+    /// Use it to complete an interrupted `key generate`, or after the token was restored to a device with another
+    /// serial number. The key keeps its state. The broker must be stopped.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
     /// Show one registered key; needs no PIN
     Show {
-        /// `CKA_ID`, 32 hexadecimal digits
+        /// `CKA_ID` of the key, 32 hexadecimal digits
         id: String,
     },
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Generate {
-    /// Length of the modulus in bits
+    /// Length of the RSA modulus in bits
     #[arg(long, default_value = "3072", value_parser = ["2048", "3072", "4096"])]
     bits: String,
     #[command(flatten)]
@@ -47,7 +53,7 @@ pub(super) struct Generate {
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// `CKA_ID`, 32 hexadecimal digits
+    /// `CKA_ID` of the key, 32 hexadecimal digits
     id: String,
     #[command(flatten)]
     pin: UserPin,

@@ -24,10 +24,10 @@ pub(super) struct UserPin {
     /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]
     pin_file: Option<PathBuf>,
-    /// Open descriptor to read the user PIN from
+    /// Number of an open file descriptor to read the user PIN from
     #[arg(long, value_name = "N")]
     pin_fd: Option<u32>,
-    /// Ask for the user PIN at the terminal
+    /// Prompt for the user PIN at the terminal
     #[arg(long, conflicts_with_all = ["pin_fd", "pin_file"])]
     pin_prompt: bool,
 }
@@ -49,7 +49,7 @@ pub(super) struct SoPin {
     /// File with the security officer's PIN, readable by its owner alone
     #[arg(long, value_name = "FILE", conflicts_with = "so_pin_fd")]
     so_pin_file: Option<PathBuf>,
-    /// Open descriptor to read the security officer's PIN from
+    /// Number of an open file descriptor to read the security officer's PIN from
     #[arg(long, value_name = "N")]
     so_pin_fd: Option<u32>,
 }

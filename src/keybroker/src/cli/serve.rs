@@ -10,7 +10,7 @@ use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Write the addresses that were bound, as JSON, to this file once the listeners accept connections
+    /// Write the bound addresses as JSON to this file once the listeners accept connections
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
 }

@@ -21,11 +21,11 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// List the tokens that the module shows; needs no PIN
+    /// List the tokens of the module; needs no PIN
     List,
     /// Initialise a blank token and set its user PIN
     Init(Init),
-    /// Check the token and every registered key: attributes one by one, use, registry
+    /// Check the token and every registered key: attributes, self-test and registry
     Check(UserPin),
     /// Allow one more login with a PIN that the token rejected; also while `serve` runs
     ///
@@ -41,7 +41,7 @@ pub(super) struct Init {
     /// Label of the token, at most 32 bytes [default: `token.label`]
     #[arg(long)]
     label: Option<String>,
-    /// Erase the initialised token with this serial number, with every key on it, for ever
+    /// Permanently erase the initialised token with this serial number and every key on it
     #[arg(long, value_name = "SERIAL")]
     erase_serial: Option<String>,
     #[command(flatten)]

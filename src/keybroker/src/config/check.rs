@@ -244,7 +244,7 @@ impl Config {
             ));
         }
         if self.listeners.is_empty() {
-            problems.push("there is no [[listener]], so nobody could call".to_owned());
+            problems.push("there is no [[listener]], so the broker could not be called".to_owned());
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
@@ -252,7 +252,7 @@ impl Config {
             check_listener(listener, problems);
             if listener.doors.contains(&Door::Rest) && !has_users {
                 problems.push(format!(
-                    "[[listener]] {}: the door `rest` is for users, and there is no [[issuer]] whose tokens name one",
+                    "[[listener]] {}: the REST API is for users, but no [[issuer]] has tokens of users",
                     listener.address
                 ));
             }
@@ -302,7 +302,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors.is_empty() {
         problems.push(format!(
-            "[[listener]] {address}: `doors` is empty, so it lets nothing in"
+            "[[listener]] {address}: `doors` is empty, so it serves no API"
         ));
     }
     match (&listener.tls, listener.plaintext) {
@@ -318,12 +318,12 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Whoever can connect to a listener without TLS can be anybody, and so can whoever is on the path.
+/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors != [Door::Rest] {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext` is for the door `rest` alone; the others need [listener.tls]"
+            "[[listener]] {address}: `plaintext` is allowed only with `doors = [\"rest\"]`; the other APIs need [listener.tls]"
         ));
     }
     if listener.client_certificates != ClientCertificates::None {

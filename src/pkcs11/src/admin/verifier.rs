@@ -87,7 +87,9 @@ impl Verifier {
 
     fn pair(&self, id: WrappingKeyId) -> Result<&KeyPair, AdminError> {
         self.session.pair(id).ok_or_else(|| {
-            AdminError::Untrusted(format!("binding key {id} was not looked for on the token"))
+            AdminError::Untrusted(format!(
+                "the integrity key {id} was not looked up on the token"
+            ))
         })
     }
 

@@ -334,7 +334,7 @@ impl<'a> Judge<'a> {
         bad(Problem::MacRefused)
     }
 
-    /// Why no MAC of a wrapping key's binding key can be verified.
+    /// Why no MAC of a wrapping key's integrity key can be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
         match self.registry.iter().find(|known| known.id == key) {
             None => Some(Problem::WrappingKeyUnknown),
@@ -350,7 +350,7 @@ impl<'a> Judge<'a> {
 mod tests {
     use super::*;
 
-    /// Whoever reads the name of a problem finds what it means.
+    /// The page explains the name of every problem.
     #[test]
     fn the_documentation_has_every_problem() {
         let page = include_str!("../../../../../docs/store.md");

@@ -608,7 +608,7 @@ fn a_method_of_another_listener_is_explained() {
     says(
         "the admin API",
         &finished,
-        11,
+        10,
         &["listeners of their own", "[[listener]]"],
     );
 }

@@ -294,7 +294,7 @@ fn a_door_for_users_needs_an_issuer_of_users() {
     let needs = |text: &str| {
         let text = text.replacen("doors = [\"grpc\"]", "doors = [\"rest\"]", 1);
         let problems = Config::parse(&text).unwrap().problems();
-        problems.iter().any(|p| p.contains("whose tokens name one"))
+        problems.iter().any(|p| p.contains("has tokens of users"))
     };
     assert!(needs(WRITTEN));
     assert!(!needs(&EXAMPLE));

@@ -187,6 +187,16 @@ fn config_check_reports_certificates_that_clients_would_refuse() {
         site.pki.issue_server();
     }
     says("corrected", &site.run(&["config", "check"]), 0, &[]);
+    // The authorities of an issuer are read in the same way.
+    let leaf = site.pki.certificate_file("releaser");
+    let issuer = format!(
+        "\n[[issuer]]\nname = \"sso\"\nissuer = \"https://sso.example\"\naudience = [\"keybroker\"]\nca_file = \"{}\"\n",
+        leaf.display()
+    );
+    site.write_configuration(|text| text.push_str(&issuer));
+    let finished = site.run(&["config", "check"]);
+    let words = ["[[issuer]] sso: `ca_file`", "CA:FALSE"];
+    says("a leaf as an authority", &finished, 3, &words);
 }
 
 /// A certificate that lives for a day is renewed every day; only one that is late for its own lifetime is worth a warning.
@@ -298,6 +308,33 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
         7,
         &["is no SQLite database"],
     );
+}
+
+/// SQLite makes files beside the database even to read it.
+#[test]
+fn a_database_on_a_read_only_file_system_is_named_as_such() {
+    let site = Site::without_keys(Options::default());
+    site.expect_ok(&["store", "migrate"]);
+    let folder = site.data_directory();
+    let plain = site.command(&["store", "status"]);
+    let command = if rustix::process::geteuid().is_root() {
+        // Root may write to every file, so a read-only mount of its own stands in for the mode.
+        let shown = folder.display();
+        let line = format!(
+            "mount --bind '{shown}' '{shown}' && mount -o remount,bind,ro '{shown}' && exec \"$0\" \"$@\""
+        );
+        let mut unshared = Command::new("unshare");
+        unshared.args(["--mount", "sh", "-c", &line]);
+        unshared.arg(plain.get_program()).args(plain.get_args());
+        unshared
+    } else {
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o500)).unwrap();
+        plain
+    };
+    let finished = site.run_to_its_end(command);
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+    let words = ["write to the directory of the database", "read-only"];
+    says("a read-only file system", &finished, 7, &words);
 }
 
 /// A forbid with a slip of the pen is valid, and forbids nothing.
@@ -571,7 +608,7 @@ fn a_method_of_another_listener_is_explained() {
     says(
         "the admin API",
         &finished,
-        11,
+        10,
         &["listeners of their own", "[[listener]]"],
     );
 }

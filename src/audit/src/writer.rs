@@ -45,6 +45,8 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// The action of the entry that records a removal of old segments.
 pub(super) const SEGMENTS_REMOVED: &str = "log.segments_removed";
+/// Longest name of an operator, in characters.
+const PRINCIPAL_MAX: usize = 256;
 /// Subjects of complaints.
 const MARK: &str = "mark";
 const REMOVAL: &str = "removal";
@@ -494,7 +496,7 @@ impl Writer {
         let mut entry = Entry::new(EntryKind::System, SEGMENTS_REMOVED, Outcome::Ok);
         entry.count = Some(last);
         entry.bytes = Some(old.iter().map(|(_, bytes)| bytes).sum());
-        entry.principal = Some(removal.principal.clone());
+        entry.principal = Some(shortened(&removal.principal));
         entry.peer = Some("local".to_owned());
         self.write(&[&entry])?;
         let left = self.files.lengths().filter(|(number, _)| !is_old(*number));
@@ -574,9 +576,14 @@ impl Writer {
 /// The entry that says that a log goes on after its files were tampered with.
 pub(super) fn acknowledged(principal: &str) -> Entry {
     let mut entry = Entry::new(EntryKind::System, "log.tampering_acknowledged", Outcome::Ok);
-    entry.principal = Some(principal.to_owned());
+    entry.principal = Some(shortened(principal));
     entry.peer = Some("local".to_owned());
     entry
+}
+
+/// A principal from a state file, of a length that a line of the log can hold.
+fn shortened(principal: &str) -> String {
+    principal.chars().take(PRINCIPAL_MAX).collect()
 }
 
 fn newest(found: &Found) -> Option<Newest> {

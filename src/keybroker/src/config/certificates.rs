@@ -1,5 +1,5 @@
-//! The certificates that a listener names: whether clients will accept the server's, and whether the authorities can vouch for
-//! clients. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
+//! The certificates that the configuration names: whether clients will accept the server's, and whether the authorities can vouch for
+//! others. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
 
 use std::path::Path;
 
@@ -20,53 +20,59 @@ use super::files::FileReport;
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
-const AUTHORITIES: Purpose = Purpose::trust(
-    "other users could name a certificate authority of their own, and be any client",
-);
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could name a certificate authority of their own, and be any peer");
 
 /// Examines the certificates of a listener.
 pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
     let Some(tls) = &listener.tls else { return };
     let address = listener.address;
-    let mut examine = |setting: &str, path: &Path, purpose, check: Check| {
-        // What cannot be read is a problem of TLS as a whole, and is reported there.
-        let Some(certificates) = read(path, purpose) else {
-            return;
-        };
-        let count = certificates.len();
-        for (number, facts) in (1..).zip(certificates) {
-            let shown = path.display();
-            let wrong = |what: String| {
-                let which = if count == 1 {
-                    String::new()
-                } else {
-                    format!(", certificate {number} of {count}")
-                };
-                format!("[[listener]] {address}: `{setting}` {shown}{which}: {what}")
-            };
-            match facts {
-                Ok(facts) => {
-                    let mut found = Found::default();
-                    check(&facts, number, &mut found);
-                    report
-                        .problems
-                        .extend(found.problems.into_iter().map(wrong));
-                    report.notes.extend(found.notes.into_iter().map(wrong));
-                }
-                Err(error) => report.problems.push(wrong(chain(&error))),
-            }
-        }
-    };
-    examine(
-        "certificate_file",
-        &tls.certificate_file,
-        CHAIN,
-        check_chain,
-    );
+    let setting = format!("[[listener]] {address}: `certificate_file`");
+    examine_file(&setting, &tls.certificate_file, CHAIN, check_chain, report);
     if listener.client_certificates != ClientCertificates::None
         && let Some(path) = &tls.client_ca_file
     {
-        examine("client_ca_file", path, AUTHORITIES, check_authority);
+        let setting = format!("[[listener]] {address}: `client_ca_file`");
+        examine_authorities(&setting, path, report);
+    }
+}
+
+/// Examines the certificates of a file of authorities.
+pub(super) fn examine_authorities(setting: &str, path: &Path, report: &mut FileReport) {
+    examine_file(setting, path, AUTHORITIES, check_authority, report);
+}
+
+/// What cannot be read is a problem of TLS as a whole, and is reported there.
+fn examine_file(
+    setting: &str,
+    path: &Path,
+    purpose: Purpose,
+    check: Check,
+    report: &mut FileReport,
+) {
+    let Some(certificates) = read(path, purpose) else {
+        return;
+    };
+    let count = certificates.len();
+    for (number, facts) in (1..).zip(certificates) {
+        let shown = path.display();
+        let which = if count == 1 {
+            String::new()
+        } else {
+            format!(", certificate {number} of {count}")
+        };
+        let place = |what: String| format!("{setting} {shown}{which}: {what}");
+        match facts {
+            Ok(facts) => {
+                let mut found = Found::default();
+                check(&facts, number, &mut found);
+                report
+                    .problems
+                    .extend(found.problems.into_iter().map(place));
+                report.notes.extend(found.notes.into_iter().map(place));
+            }
+            Err(error) => report.problems.push(place(chain(&error))),
+        }
     }
 }
 
@@ -132,9 +138,9 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
 
 fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     if facts.is_self_issued && facts.is_authority == Some(false) {
-        // A client's own certificate that is pinned works, for this one client.
+        // A peer's own certificate that is pinned works, for this one peer.
         found.notes.push(format!(
-            "{:?} is no certificate authority (CA:FALSE): it can only be the certificate of one client itself",
+            "{:?} is no certificate authority (CA:FALSE): it can only be the certificate of one peer itself",
             facts.subject
         ));
     } else {
@@ -142,7 +148,7 @@ fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     }
     if facts.life.age(certificate::now()) == Age::Over {
         found.notes.push(format!(
-            "{:?} expired on {}; this broker still accepts its clients, and other programs do not",
+            "{:?} expired on {}; the broker does not look at the dates of an authority, and other programs do",
             facts.subject,
             facts.life.ends()
         ));

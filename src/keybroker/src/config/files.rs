@@ -63,6 +63,15 @@ impl Config {
         for listener in &self.listeners {
             certificates::examine(listener, &mut report);
         }
+        for issuer in &self.issuers {
+            if let Some(path) = &issuer.ca_file {
+                let setting = format!("[[issuer]] {}: `ca_file`", issuer.name);
+                certificates::examine_authorities(&setting, path, &mut report);
+            }
+        }
+        if let Some(path) = &self.store.ca_file {
+            certificates::examine_authorities("[store] `ca_file`", path, &mut report);
+        }
         let problems = &mut report.problems;
         for listener in &self.listeners {
             let address = listener.address;

@@ -170,10 +170,10 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
          server"
             .to_owned()
-    } else if has(&["expired", "Expired"]) {
-        "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {
         "the broker's certificate is not valid yet: is the clock of this machine right?".to_owned()
+    } else if has(&["expired", "Expired"]) {
+        "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
     } else if has(&["InvalidContentType", "corrupt message"]) {
         "no TLS is spoken at this address: it is perhaps the status listener ([status] address); name a [[listener]] with TLS"
             .to_owned()
@@ -242,4 +242,52 @@ fn check_certificate(
 fn read(option: &str, path: &Path, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Failure> {
     trusted_file::read(path, PEM_BYTES_MAX, purpose)
         .map_err(|error| Failure::new(Exit::Usage, format!("{option}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The texts of the libraries, as they were seen.
+    #[test]
+    fn each_cause_of_a_failed_connection_has_its_remedy() {
+        for (cause, remedy) in [
+            (
+                "invalid peer certificate: UnknownIssuer",
+                "authority in --ca",
+            ),
+            (
+                "invalid peer certificate: certificate not valid for name \"localhost\"; certificate is only valid for DnsName(\"x\")",
+                "by a name of its certificate",
+            ),
+            (
+                "invalid peer certificate: certificate expired: verification time 2 (UNIX), but certificate is not valid after 1",
+                "has expired",
+            ),
+            (
+                "invalid peer certificate: certificate not valid yet: verification time 1 (UNIX)",
+                "not valid yet",
+            ),
+            (
+                "invalid peer certificate: Other(OtherError(CaUsedAsEndEntity))",
+                "CA:TRUE",
+            ),
+            (
+                "received corrupt message of type InvalidContentType",
+                "no TLS is spoken",
+            ),
+            (
+                "failed to lookup address information: Name or service not known",
+                "does not resolve",
+            ),
+            ("Connection refused (os error 111)", "nothing listens"),
+            (
+                "Connection reset by peer (os error 104)",
+                "whether the broker runs",
+            ),
+        ] {
+            let hint = hint(cause, "--ca");
+            assert!(hint.contains(remedy), "{cause}: {hint}");
+        }
+    }
 }

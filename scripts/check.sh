@@ -11,7 +11,13 @@ format() { cargo fmt --all --check; }
 
 lints() { cargo clippy --quiet --workspace --all-targets -- -D warnings; }
 
-documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items; }
+# The sample is for a reader; here it only has to be complete: 40 sentences, their four headings and the commit.
+documentation() {
+  RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items || return 1
+  local lines
+  lines=$(scripts/sample-prose.sh | wc -l) || return 1
+  [[ $lines -eq 45 ]] || { printf 'scripts/sample-prose.sh printed %s lines instead of 45\n' "$lines"; return 1; }
+}
 
 # A report, not a limit: a file of 420 lines that reads like one thought is better than two that don't.
 lengths() {

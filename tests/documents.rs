@@ -5,12 +5,21 @@
     reason = "a test that meets a surprise stops there"
 )]
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
+use keybroker::config::Config;
 use keybroker_core::error::Reason;
 
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
 fn read(path: &str) -> String {
-    fs::read_to_string(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join(path)).unwrap()
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
 /// Every mitigation of the threat model names its files, and each of them says which mitigations it carries.
@@ -80,27 +89,259 @@ fn the_page_of_earlier_mistakes_names_tests_that_exist() {
     assert!(named >= 20, "only {named} tests are named");
 }
 
+/// Every page of the repository, by its path from the root.
+fn pages() -> Vec<String> {
+    let mut pages = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(root().join(&folder)).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            let path = if folder.is_empty() {
+                name.clone()
+            } else {
+                format!("{folder}/{name}")
+            };
+            let is_ours = !name.starts_with('.') && name != "target";
+            if entry.file_type().unwrap().is_dir() && is_ours {
+                folders.push(path);
+            } else if Path::new(&name)
+                .extension()
+                .is_some_and(|extension| extension == "md")
+            {
+                pages.push(path);
+            }
+        }
+    }
+    pages
+}
+
+/// The text of every Rust file below a folder, by its path from the root.
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(root().join(&folder)).unwrap() {
+            let entry = entry.unwrap();
+            let path = format!("{folder}/{}", entry.file_name().to_str().unwrap());
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(path);
+            } else if Path::new(&path)
+                .extension()
+                .is_some_and(|extension| extension == "rs")
+            {
+                let text = read(&path);
+                found.push((path, text));
+            }
+        }
+    }
+    found
+}
+
+/// Words in back quotes.
+fn code_words(text: &str) -> Vec<&str> {
+    text.split('`').skip(1).step_by(2).collect()
+}
+
+/// The fields that a table of the configuration accepts, as the parser itself lists them.
+fn settings(table: &str) -> BTreeSet<String> {
+    let error = Config::parse(&format!("{table}\nno_such_setting = 1\n")).unwrap_err();
+    let text = error.to_string();
+    let words = code_words(&text);
+    assert_eq!(words.first(), Some(&"no_such_setting"), "{table}: {text}");
+    words[1..].iter().map(ToString::to_string).collect()
+}
+
+/// The settings that the example writes or shows in a comment, by their table.
+fn settings_of_the_example() -> BTreeMap<String, BTreeSet<String>> {
+    let mut tables: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut table = String::new();
+    for line in read("keybroker.example.toml").lines() {
+        let line = line.strip_prefix("#: ").unwrap_or(line);
+        if line.starts_with('[') {
+            line.trim_matches(['[', ']']).clone_into(&mut table);
+            tables.entry(table.clone()).or_default();
+            continue;
+        }
+        let line = line.strip_prefix("# ").unwrap_or(line);
+        let Some((name, _)) = line.split_once(" = ") else {
+            continue;
+        };
+        if name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
+        {
+            tables.get_mut(&table).unwrap().insert(name.to_owned());
+        }
+    }
+    tables
+}
+
+/// The example is the manual: it has every setting of every table, and no other.
+#[test]
+fn the_example_configuration_has_every_setting_and_no_other() {
+    let example = settings_of_the_example();
+    let tables = [
+        ("token", "[token]"),
+        ("store", "[store]"),
+        ("audit", "[audit]"),
+        ("status", "[status]"),
+        ("policy", "[policy]"),
+        ("limits", "[limits]"),
+        ("rates", "[rates]"),
+        ("rest", "[rest]"),
+        ("client_credentials", "[client_credentials]"),
+        ("listener", "[[listener]]"),
+        ("listener.tls", "[[listener]]\n[listener.tls]"),
+        ("principal", "[[principal]]"),
+        ("issuer", "[[issuer]]"),
+    ];
+    let mut count = 0;
+    for (name, header) in tables {
+        let mut accepted = settings(header);
+        // Tables of their own.
+        if name == "token" {
+            assert!(accepted.remove("environment"));
+        }
+        if name == "listener" {
+            assert!(accepted.remove("tls"));
+        }
+        assert_eq!(example[name], accepted, "[{name}]");
+        count += accepted.len();
+    }
+    assert!(count > 60, "only {count} settings");
+    let mut known: BTreeSet<&str> = tables.iter().map(|(name, _)| *name).collect();
+    known.insert("token.environment");
+    let shown: BTreeSet<&str> = example.keys().map(String::as_str).collect();
+    assert_eq!(shown, known);
+    let top: BTreeSet<String> = settings("");
+    let sections: BTreeSet<String> = tables
+        .iter()
+        .map(|(name, _)| (*name).to_owned())
+        .filter(|name| !name.contains('.'))
+        .collect();
+    assert_eq!(top, sections);
+}
+
+/// The first column of the table of fields, without its header.
+fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
+    read("docs/audit.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once(" | "))
+        .map(|(names, rest)| {
+            let first = format!("`{names}");
+            let names = code_words(&first).iter().map(ToString::to_string).collect();
+            (names, rest.to_owned())
+        })
+        .collect()
+}
+
+/// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
+#[test]
+fn the_audit_page_has_every_action_and_no_other() {
+    const SUBJECTS: [&str; 11] = [
+        "user_key",
+        "wrapping_key",
+        "token",
+        "audit",
+        "client_credential",
+        "connection",
+        "alarm",
+        "store",
+        "bench",
+        "segment",
+        "log",
+    ];
+    let mut written = BTreeSet::new();
+    let files = sources("src");
+    for (_, text) in files.iter().filter(|(path, _)| !path.contains("/tests")) {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for part in code.split('"') {
+            let Some((subject, verb)) = part.split_once('.') else {
+                continue;
+            };
+            let is_verb =
+                !verb.is_empty() && verb.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+            if is_verb && SUBJECTS.contains(&subject) {
+                written.insert(part.to_owned());
+            }
+        }
+    }
+    let rows = rows_of_the_audit_page();
+    let (_, actions) = rows.iter().find(|(names, _)| names == &["action"]).unwrap();
+    let mut documented = BTreeSet::new();
+    let mut subject = "";
+    for word in code_words(actions) {
+        if let Some(verb) = word.strip_prefix('.') {
+            documented.insert(format!("{subject}.{verb}"));
+        } else {
+            subject = word.split('.').next().unwrap();
+            documented.insert(word.to_owned());
+        }
+    }
+    assert!(documented.len() > 30, "{documented:?}");
+    assert_eq!(documented, written);
+}
+
+/// Every field of an entry is on the page of the audit log, and no other.
+#[test]
+fn the_audit_page_has_every_field_and_no_other() {
+    let code = read("src/audit/src/line.rs");
+    let body = code.split("pub(super) fn encode").nth(1).unwrap();
+    let body = body.split("\n}").next().unwrap();
+    let written: BTreeSet<String> = body
+        .split("(\"")
+        .skip(1)
+        .map(|part| part.split('"').next().unwrap().to_owned())
+        .collect();
+    let documented: BTreeSet<String> = rows_of_the_audit_page()
+        .into_iter()
+        .flat_map(|(names, _)| names)
+        .collect();
+    assert!(written.len() > 15, "{written:?}");
+    assert_eq!(documented, written);
+}
+
+/// A file that says that it carries a mitigation is named there by the threat model.
+#[test]
+fn every_cited_mitigation_names_the_file() {
+    let model = read("THREAT_MODEL.md");
+    let mut cited = 0;
+    for (path, text) in sources("src") {
+        let lines = text
+            .lines()
+            .filter(|line| line.starts_with("//! Mitigation"));
+        for number in lines.flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric())) {
+            let is_number = number
+                .strip_prefix('M')
+                .is_some_and(|rest| !rest.is_empty() && rest.chars().all(|c| c.is_ascii_digit()));
+            if !is_number {
+                continue;
+            }
+            let item = model.split(&format!("\n- **{number}**")).nth(1);
+            let item = item.unwrap_or_else(|| panic!("{path} cites {number}, which is not there"));
+            let item = item.split("\n- **").next().unwrap();
+            let is_named = item.contains(&format!("`{path}`"));
+            assert!(is_named, "{number} of THREAT_MODEL.md does not name {path}");
+            cited += 1;
+        }
+    }
+    assert!(cited > 30, "only {cited} citations");
+}
+
 /// Links between the documents lead somewhere.
 #[test]
 fn links_lead_to_files() {
-    let documents = [
-        "README.md",
-        "softhsm/README.md",
-        "docs/operations.md",
-        "docs/identity.md",
-        "THREAT_MODEL.md",
-        "deploy/kubernetes/README.md",
-    ];
-    for document in documents {
+    let pages = pages();
+    assert!(pages.len() > 15, "{pages:?}");
+    for document in &pages {
         let folder = Path::new(document).parent().unwrap().to_owned();
         for part in read(document).split("](").skip(1) {
             let target = part.split([')', '#']).next().unwrap();
             if target.starts_with("http") || target.is_empty() {
                 continue;
             }
-            let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
-                .join(&folder)
-                .join(target);
+            let path = root().join(&folder).join(target);
             assert!(path.exists(), "{document} links to {target}");
         }
     }

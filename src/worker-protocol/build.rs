@@ -3,14 +3,19 @@
 use std::error::Error;
 
 const ROOT: &str = "../../proto";
-const WORKER: &[&str] = &["keybroker/worker/v1/worker.proto"];
+const WORKER: &[&str] = &[
+    "keybroker/worker/v1/worker.proto",
+    "keybroker/worker/v1/admin.proto",
+];
 
-/// Messages that carry key material: a derived `Debug` would print it, so it is written by hand.
+/// Messages that carry key material or a PIN: a derived `Debug` would print it, so it is written by hand.
 const SECRET: &[&str] = &[
     ".keybroker.worker.v1.Mac",
     ".keybroker.worker.v1.VerifyMac",
     ".keybroker.worker.v1.Reply",
     ".keybroker.worker.v1.Reply.outcome",
+    ".keybroker.worker.v1.PinSource",
+    ".keybroker.worker.v1.PinSource.source",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -106,7 +106,7 @@ async fn an_acknowledgement_without_effect_is_logged_once() {
         broker
             .site
             .log()
-            .contains("the audit log goes on")
+            .contains("the audit log continues")
             .then_some(())
     });
     broker.stop();

@@ -16,6 +16,7 @@ use crate::{
     pki,
     process::Broker,
     site::{Finished, Options},
+    wire::get,
 };
 
 /// `keybroker client` with the certificate of that name.
@@ -307,14 +308,22 @@ fn the_control_plane_answers_in_json() {
 #[test]
 fn a_broker_that_is_not_there_or_not_trusted_is_told_apart() {
     let broker = Broker::start(Options::default());
-    let get = ["get", "--user", "ada"];
+    let ask = ["get", "--user", "ada"];
     // A certificate of another CA: in TLS 1.3 only the first call tells.
-    let stranger = run(&broker, pki::STRANGER, &get);
+    let stranger = run(&broker, pki::STRANGER, &ask);
     assert_eq!(stranger.code, Some(11), "{stranger:#?}");
     assert!(stranger.stderr.contains("--cert"), "{stranger:#?}");
+    // Such a client must not connect again and again: each attempt costs the broker a handshake, and counts against its network.
+    let counted = get(broker.status, "/metrics");
+    let failed = counted
+        .lines()
+        .filter(|line| line.starts_with("keybroker_handshakes_failed_total{"))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum::<f64>();
+    assert!((1.0..=20.0).contains(&failed), "{counted}");
     // The broker's certificate is of another CA than ours.
     let (port, elsewhere) = (broker.grpc.port(), pki::Pki::fresh());
-    let mut distrusting = client_to(&broker, port, &elsewhere.ca_file(), "releaser", &get);
+    let mut distrusting = client_to(&broker, port, &elsewhere.ca_file(), "releaser", &ask);
     let distrusting = distrusting.output();
     let distrusting = Finished::from(distrusting.unwrap());
     assert_eq!(distrusting.code, Some(11), "{distrusting:#?}");
@@ -323,7 +332,7 @@ fn a_broker_that_is_not_there_or_not_trusted_is_told_apart() {
         "{distrusting:#?}"
     );
     // Nobody listens there any more.
-    let mut late = client(&broker, "releaser", &get);
+    let mut late = client(&broker, "releaser", &ask);
     let (_site, _status) = broker.stop();
     let late = Finished::from(late.output().unwrap());
     assert_eq!(late.code, Some(11), "{late:#?}");

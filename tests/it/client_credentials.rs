@@ -57,7 +57,7 @@ pub(crate) const GRANT_ENROL: &str = "[client_credentials]\ngrantable_roles = [\
 
 /// What an API client shows.
 #[derive(Clone, Debug)]
-struct Basic {
+pub(crate) struct Basic {
     id: String,
     secret: String,
 }
@@ -169,7 +169,7 @@ fn credential_refused(broker: &Broker, who: &str, arguments: &[&str], expected: 
 }
 
 /// An API client that enrols, and releases keys called [`NAME`].
-fn made(broker: &Broker) -> Basic {
+pub(crate) fn made(broker: &Broker) -> Basic {
     let both = ["--role", "enrol", "release", "--key-name", NAME];
     let create = [&["create", "--label", "backup"][..], &both].concat();
     Basic::of(&credential(broker, "admin", &create))
@@ -222,6 +222,13 @@ async fn a_client_is_made_used_rotated_and_revoked() {
     let revoked = credential(&broker, "admin", &["revoke", &first.id]);
     assert!(revoked["revoked"].is_string(), "{revoked}");
     refused(second.unwrap(&keys, "ada").await, "CREDENTIAL");
+    // The caller is not told why, and the operator is.
+    for reason in [
+        "this is no secret of this API client, or one that has expired or was revoked",
+        "this API client was revoked",
+    ] {
+        until(reason, || broker.site.log().contains(reason).then_some(()));
+    }
     // For ever: no new secret brings it back.
     let dead = credential_refused(&broker, "admin", &["add-secret", &first.id], "REQUEST");
     assert!(dead.contains("revoked"), "{dead}");

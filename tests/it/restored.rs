@@ -210,3 +210,24 @@ async fn a_backup_copied_over_the_live_file_is_refused() {
     refused(enroller.create("eve", MATERIAL).await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
 }
+
+/// On the right database the command must not switch off the comparison.
+#[tokio::test(flavor = "multi_thread")]
+async fn accepting_the_right_database_forgets_nothing() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let fact = broker
+        .site
+        .audit_directory()
+        .join("state/acknowledged-serve");
+    until("the change in the state file", || {
+        let kept = fs::read_to_string(&fact).unwrap_or_default();
+        kept.contains("\"call\"").then_some(())
+    });
+    let before = fs::read(&fact).unwrap();
+    let said = broker.site.run(&["store", "accept-restored"]);
+    assert_eq!(said.code, Some(0), "{said:#?}");
+    assert!(said.stderr.contains("nothing to accept"), "{said:#?}");
+    assert_eq!(fs::read(&fact).unwrap(), before);
+}

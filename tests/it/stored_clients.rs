@@ -1,6 +1,6 @@
 //! API clients in the database: `store check` lets the token verify each, and names those that are bad.
 
-use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
+use std::{collections::BTreeMap, path::Path, process::Command};
 
 use keybroker::config::Config;
 use keybroker_core::{
@@ -10,18 +10,16 @@ use keybroker_core::{
     principal::{Reach, Role},
     state::StateDirectory,
 };
-use keybroker_pkcs11::{PinRecord, admin::Admin};
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{ClientRow, Store};
-use keybroker_worker_protocol::Pin;
+use keybroker_worker_protocol::PinSource;
 use serde_json::Value;
 
 use crate::{
     copy,
     site::{Options, Site},
 };
-
-const CHILD: &str = "KEYBROKER_TEST_CONFIGURATION";
 
 fn document(number: u8) -> Document {
     let mut document = Document {
@@ -30,7 +28,7 @@ fn document(number: u8) -> Document {
         roles: [Role::Release].into(),
         users: Some(Reach::All),
         key_names: None,
-        created: Timestamp::from_micros(1_700_000_000_000_000),
+        created: Timestamp::now(),
         revoked: None,
         secrets: Vec::new(),
     };
@@ -41,14 +39,13 @@ fn document(number: u8) -> Document {
 /// As a broker writes it: the MAC is made by the token.
 fn signed(admin: &Admin, number: u8, revision: u64, document: Vec<u8>) -> ClientRow {
     let key = admin.key_ids().unwrap()[0];
-    let created = Document::from_bytes(&document).map_or_else(Timestamp::now, |is| is.created);
     let mut row = ClientRow {
         id: ClientId::from_bytes([number; 16]),
         revision,
         document,
         mac: [0; 32],
         key,
-        created,
+        created: Timestamp::now(),
         updated: Timestamp::now(),
     };
     row.mac = admin.mac(key, &row.mac_message()).unwrap();
@@ -67,41 +64,19 @@ async fn fill(store: &dyn Store, admin: &Admin) {
     store.insert_client(&row, CallId::fresh()).await.unwrap();
 }
 
-/// SoftHSM reads its configuration from the environment, which a running test cannot change safely: this starts itself again
-/// as a child that has one.
-#[test]
-#[ignore = "the other tests here start it as a child"]
-fn the_token_signs_clients() {
-    let file = env::var_os(CHILD).expect("a configuration");
-    let config = Config::load(&PathBuf::from(file)).unwrap();
-    let pin = Pin::from_file(config.token.pin_file.as_deref().unwrap()).unwrap();
-    let record = PinRecord::new(StateDirectory::below(&config.audit.directory));
-    let admin = Admin::open(&config.token, &record, &pin, false).unwrap();
+fn with_clients() -> Site {
+    let site = Site::fresh(Options::default());
+    let config = Config::load(&site.configuration_file()).unwrap();
+    let pin = PinSource::File(config.token.pin_file.clone().unwrap());
+    let state = StateDirectory::below(&config.audit.directory);
+    let program = Path::new(env!("CARGO_BIN_EXE_keybroker"));
+    let admin = Admin::open(program, &config.token, &state, &pin, false).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let store = store::open(&config.store).await.unwrap();
         fill(&*store, &admin).await;
         store.close().await;
     });
-}
-
-fn with_clients() -> Site {
-    let site = Site::fresh(Options::default());
-    let output = Command::new(env::current_exe().unwrap())
-        .args([
-            "stored_clients::the_token_signs_clients",
-            "--exact",
-            "--ignored",
-        ])
-        .env("SOFTHSM2_CONF", site.token.configuration())
-        .env(CHILD, site.configuration_file())
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && text.contains("1 passed"),
-        "{output:?}"
-    );
     site
 }
 

@@ -5,7 +5,7 @@
  *   TIMES         calls that it hits; -1 for all
  *   CODE          what is returned instead of calling the real function; 0: it is called, and its failure hidden;
  *                 -1: it is called, and its result kept; below: it is called, and its failure becomes -CODE;
- *                 2^40 and more: it is called, and its success becomes CODE - 2^40
+ *                 2^40 and more: it is called, and its success becomes CODE - 2^40; 2^41: the process crashes
  *   MILLISECONDS  slept before anything else
  *   PID           the one process that is hit; 0 for all
  *
@@ -17,6 +17,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,6 +87,13 @@ static void sleep_for(long milliseconds) {
 }
 
 #define AFTER (1L << 40)
+#define CRASH (1L << 41)
+
+/* Without the handler of the Rust runtime, which looks for a stack overflow and returns from a signal that is only raised. */
+static void crash(void) {
+  signal(SIGSEGV, SIG_DFL);
+  raise(SIGSEGV);
+}
 
 /* What the token shows of itself. The layout of CK_TOKEN_INFO: label 32, manufacturer 32, model 16, serial 16, flags. */
 static void edit_info(char *info) {
@@ -117,6 +125,7 @@ static void edit_info(char *info) {
     note(#name, "begins", -1);                                           \
     int hit = is_hit(#name, &plan);                                      \
     if (hit) sleep_for(plan.milliseconds);                               \
+    if (hit && plan.code == CRASH) crash();                              \
     if (hit && plan.code > 0 && plan.code < AFTER) {                     \
       code = (ulong_t)plan.code;                                         \
     } else {                                                             \
@@ -137,6 +146,12 @@ static ulong_t get_edited_info(ulong_t slot, void *info) {
   return code;
 }
 
+FAULTY(C_Initialize, 0, (void *arguments), (arguments))
+FAULTY(C_InitPIN, 10, (ulong_t session, unsigned char *pin, ulong_t length), (session, pin, length))
+FAULTY(C_GenerateKeyPair, 59,
+       (ulong_t session, void *mechanism, void *public_template, ulong_t public_count, void *private_template,
+        ulong_t private_count, ulong_t *public_key, ulong_t *private_key),
+       (session, mechanism, public_template, public_count, private_template, private_count, public_key, private_key))
 FAULTY(C_InitToken, 9, (ulong_t slot, unsigned char *pin, ulong_t length, unsigned char *label), (slot, pin, length, label))
 FAULTY(C_GetTokenInfo, 6, (ulong_t slot, void *info), (slot, info))
 FAULTY(C_OpenSession, 12, (ulong_t slot, ulong_t flags, void *app, void *call, ulong_t *session),
@@ -161,7 +176,10 @@ ulong_t C_GetFunctionList(struct list **list) {
     edited.functions[6] = (void *)get_edited_info;
     real = &edited;
     ours = *real;
+    ours.functions[0] = (void *)C_Initialize;
     ours.functions[9] = (void *)C_InitToken;
+    ours.functions[10] = (void *)C_InitPIN;
+    ours.functions[59] = (void *)C_GenerateKeyPair;
     ours.functions[3] = (void *)C_GetFunctionList;
     ours.functions[6] = (void *)C_GetTokenInfo;
     ours.functions[12] = (void *)C_OpenSession;

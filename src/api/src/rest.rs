@@ -1,5 +1,5 @@
-//! The REST door: what Bitwarden clients ask of a Key Connector. Requests into vocabulary, calls of the broker, answers and
-//! errors back.
+//! The REST API: what Bitwarden clients ask of a Key Connector. Requests into vocabulary, calls of the broker,
+//! answers and errors back.
 //!
 //! | Request | Answer |
 //! |---|---|
@@ -8,9 +8,9 @@
 //! | `PUT /user-keys` | 200 when it was stored, over another one if there is one |
 //! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; for anybody |
 //!
-//! Clients log their user out on any error, and take anything but 200 for one: short troubles of token, store and audit log
-//! are waited out here, and 404 is said only of a user who has no key. The user is the subject of the credential; nothing in a
-//! request can name another one.
+//! Clients log their user out on any error, and treat every status except 200 as one: short outages of token, store
+//! and audit log are waited out here, and 404 is said only of a user who has no key. The user is the subject of the
+//! credential; nothing in a request can name another one.
 //!
 //! Mitigation: M21 of `THREAT_MODEL.md`.
 
@@ -43,7 +43,7 @@ pub struct Surroundings {
     pub calls: TaskTracker,
 }
 
-/// The routes of the door. Whoever serves them has put a `Caller` among the extensions of each request.
+/// The routes of the REST API. The server must have put a `Caller` among the extensions of each request.
 pub fn routes(around: Surroundings, settings: &Settings) -> Router {
     let mut router = Router::new();
     // Clients join the URL that an administrator typed with a path that begins with a slash.

@@ -1,4 +1,4 @@
-//! The gRPC door: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
+//! The gRPC API: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
 
 use std::sync::Arc;
 
@@ -82,8 +82,22 @@ where
     }
     if services.reflection {
         let builder = || {
-            tonic_reflection::server::Builder::configure()
+            let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                // For the details of errors.
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name(H::NAME);
+            // Only what this listener has.
+            for (has, name) in [
+                (services.user_keys, USER_KEY_SERVICE),
+                (services.control, CONTROL_SERVICE),
+            ] {
+                if has {
+                    builder = builder.with_service_name(name);
+                }
+            }
+            builder
         };
         let v1 = builder().build_v1().map_err(|error| error.to_string())?;
         let alpha = builder()
@@ -96,7 +110,7 @@ where
     Ok(edge::wrap(routes.prepare().into_axum_router(), around))
 }
 
-/// An authenticated call under way. Only the edge makes one, after it has asked who calls.
+/// An authenticated call under way. Only the request middleware makes one, after authentication.
 #[derive(Clone, Debug)]
 struct Entered {
     principal: Arc<Principal>,
@@ -104,11 +118,14 @@ struct Entered {
 }
 
 impl Entered {
-    /// What the edge has found out about the caller.
+    /// What the request middleware knows about the caller.
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();
         entered.ok_or_else(|| {
-            let error = Error::new(Reason::Bug, "a call that did not come through the edge");
+            let error = Error::new(
+                Reason::Bug,
+                "a call that did not pass the request middleware",
+            );
             status::to_status(&error, CallId::fresh())
         })
     }

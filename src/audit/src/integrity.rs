@@ -200,7 +200,7 @@ fn tampered(path: &Path, what: &str) -> Error {
 
 fn unreadable(path: &Path, error: &io::Error) -> Error {
     Error::new(format!(
-        "cannot look at {}: {error}; check the file system",
+        "cannot examine {}: {error}; check the file system",
         path.display()
     ))
 }

@@ -57,6 +57,7 @@ impl Settings {
     /// Opens the log of that name, making its directory, and the one above if that one's parent exists.
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
+        segment::note_open_directory(&self.directory);
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
@@ -64,6 +65,7 @@ impl Settings {
     /// that ends before the last entry that was durable, that is gone, or whose tampering no operator has acknowledged.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
+        segment::note_open_directory(&self.directory);
         AuditLog::open_remembered(
             &self.directory.join(&self.instance),
             self.segment_bytes_max,
@@ -147,7 +149,8 @@ pub enum EntryKind {
     Intent,
     /// What became of an intent with the same call id.
     Outcome,
-    /// What became of an intent whose outcome could not be written in its time: a crash, a log or a store that was away.
+    /// The result of an intent whose outcome could not be written in time: after a crash, or because the log or the
+    /// store was unavailable.
     Recovered,
     /// About the log itself: opened, torn tail set aside, closed.
     System,
@@ -339,7 +342,7 @@ impl Error {
     }
 }
 
-/// How long a caller should wait for a log that is away.
+/// How long a caller should wait for a log that is unavailable.
 const AUDIT_RETRY: Duration = Duration::from_secs(1);
 
 impl From<Error> for error::Error {

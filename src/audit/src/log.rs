@@ -175,7 +175,7 @@ impl AuditLog {
         }
     }
 
-    /// Whether the log was writable when last seen, and its disk does not hang; asks nobody.
+    /// Whether the log was writable at the last check and its disk does not hang. Reads memory only.
     pub fn writable(&self) -> Result<(), Error> {
         self.0.shared.writable()
     }

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use keybroker_core::trusted_file;
+
 use super::{
     Class, Error,
     line::{self, Parsed},
@@ -47,11 +49,29 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail("will not write into", path, cause, &remedy));
     }
     if !meta.is_dir() || meta.mode() & OPEN_TO_OTHERS != 0 || meta.uid() != ours {
-        let cause = format!("mode {:o}, owner {}", meta.mode() & 0o7777, meta.uid());
-        let remedy = format!("it must be a directory of user {ours} with mode 0700");
+        let (mode, owner) = (meta.mode() & 0o7777, meta.uid());
+        let cause = format!("mode {mode:04o}, owner {owner}");
+        let remedy = if meta.is_dir() && owner != ours {
+            format!(
+                "the directory belongs to user {owner}, and this process is user {ours}; run it as user {owner}"
+            )
+        } else {
+            format!("it must be a directory of user {ours} with mode 0700")
+        };
         return Err(fail("will not write into", path, cause, &remedy));
     }
     Ok(())
+}
+
+/// Warns of a directory above the log in which every user could put another one in its place.
+pub(super) fn note_open_directory(path: &Path) {
+    if let Some(open) = trusted_file::open_directory_above(path) {
+        tracing::warn!(
+            directory = %path.display(), writable = %open.display(),
+            "every user of this machine can move the audit directory to another place, and the next start would begin a new log; \
+             run `chmod o-w` on the directory that they can write to"
+        );
+    }
 }
 
 /// The lock that makes this process the only writer. Held while the file is open.

@@ -167,7 +167,7 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // Whoever gave up waiting has refused their call: nothing is to be recorded as done for them.
+        // A caller that gave up waiting has refused its call, so nothing must be recorded as done for it.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {
@@ -277,7 +277,7 @@ impl Writer {
         let failed = |error| {
             let path = current.path.display();
             Error::new(format!(
-                "cannot write {path}: {error}; free the disk or mend it"
+                "cannot write {path}: {error}; free space on the disk or repair it"
             ))
         };
         self.shared.busy();
@@ -347,7 +347,7 @@ impl Writer {
         });
         let meta = file
             .metadata()
-            .map_err(|error| Error::new(format!("cannot look at {}: {error}", path.display())))?;
+            .map_err(|error| Error::new(format!("cannot examine {}: {error}", path.display())))?;
         self.files.note(number, Written::of(&meta));
         segment::sync_directory(&self.directory)?;
         self.current = Some(Current { file, path });
@@ -525,12 +525,12 @@ impl Writer {
                 self.complaints.clear();
                 tracing::warn!(
                     principal = %acknowledgement.principal,
-                    "the tampering was acknowledged; the audit log goes on"
+                    "the tampering was acknowledged; the audit log continues"
                 );
             }
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot go on yet");
+                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot continue yet");
                 }
                 self.current = None;
                 let latched = error.latched();

@@ -52,7 +52,8 @@ impl PeerCertificate {
         &self.sans
     }
 
-    /// Whether a listener that names trust domains accepts it. One without a SPIFFE id has none, and is not judged by them.
+    /// Whether a listener that names trust domains accepts it. The setting does not apply to a certificate without a
+    /// SPIFFE id.
     pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), String> {
         match &self.trust_domain {
             Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => Err(format!(

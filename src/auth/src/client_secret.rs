@@ -309,7 +309,7 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // With the generation: whoever comes after a change is not answered with what was known before it.
+        // With the generation: a call that arrives after a change is not answered from the state before it.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
@@ -384,8 +384,17 @@ impl Secrets {
         });
         let panicked = |panic| Error::new(Reason::Bug, format!("Argon2id: {panic}"));
         let matched = verifying.await.map_err(panicked)?;
-        let (Some(credential), Some(matched)) = (credential, matched) else {
-            return refuse("an unknown API client, or not its secret");
+        let Some(credential) = credential else {
+            return refuse("there is no API client of this id");
+        };
+        let Some(matched) = matched else {
+            return refuse(if credential.document.revoked.is_some() {
+                "this API client was revoked"
+            } else if credential.document.live_secrets(now).next().is_none() {
+                "every secret of this API client has expired or was revoked"
+            } else {
+                "this is no secret of this API client, or one that has expired or was revoked"
+            });
         };
         if let Some(proof) = Proof::of(&credential, &matched) {
             self.proven.insert(tag, proof);
@@ -426,7 +435,7 @@ fn turned_away() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// What a secret is compared with: always as many hashes, whoever is asked for.
+/// The hashes that a secret is compared with: the same number for every id.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

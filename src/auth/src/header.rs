@@ -20,7 +20,7 @@ pub(super) enum Presented<'a> {
     },
 }
 
-/// Reads what a call presents. Exactly one header: with two, whoever stands between might have looked at the other one.
+/// Reads the credential of a call. Exactly one header: with two, a proxy might have checked the other one.
 pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static str> {
     let [value] = values else {
         return Err("several `authorization` headers");

@@ -21,7 +21,7 @@ mod check;
 
 pub use check::problems;
 
-/// An algorithm of signatures. Only asymmetric ones: with a shared secret whoever verifies could also sign.
+/// An algorithm of signatures. Only asymmetric ones: with a shared secret the verifier could also sign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names of RFC 7518 and RFC 8037")]
 pub enum Algorithm {
@@ -365,7 +365,7 @@ pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> 
         "https" => None,
         "http" if allow_http => None,
         "http" => Some(
-            "is plain http, so that whoever is on the path could put his own keys in place; use https, or say \
+            "is plain http, so that anybody on the network path could replace the keys; use https, or set \
              `allow_http = true` if that path is a network of yours",
         ),
         _ => Some("is neither https nor http"),

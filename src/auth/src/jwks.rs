@@ -37,6 +37,10 @@ const KEYS_MAX: usize = 64;
 const TRIES_MAX: usize = 4;
 /// Longest name of a key that is repeated in the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
+/// Longest text about a key, or about a provider's answer, that is repeated in the log, in characters.
+const PROBLEM_CHARS_MAX: usize = 200;
+/// Refused keys of a set that the log names one by one. A provider decides how many there are.
+const REFUSED_NAMED_MAX: usize = KEYS_MAX;
 
 const RSA: [Algorithm; 6] = [
     Algorithm::RS256,
@@ -144,7 +148,7 @@ impl KeySet {
             match read {
                 Ok(key) => keys.push(key),
                 Err(Unused::Other(why)) => left_out.push(format!("{name}: {why}")),
-                Err(Unused::Bad(why)) => refused.push(format!("{name}: {why}")),
+                Err(Unused::Bad(why)) => refused.push(format!("{name}: {}", brief(&why))),
             }
         }
         if !left_out.is_empty() {
@@ -154,7 +158,8 @@ impl KeySet {
             if left_out.is_empty() {
                 problem
             } else {
-                format!("{problem}; left out: {left_out:?}")
+                let named = &left_out[..left_out.len().min(REFUSED_NAMED_MAX)];
+                format!("{problem}; left out: {named:?}")
             }
         })
     }
@@ -201,7 +206,8 @@ impl KeySet {
         if keys.is_empty() {
             let mut problem = "it holds no public key that verifies signatures".to_owned();
             if !refused.is_empty() {
-                problem = format!("{problem}; weak or malformed: {}", refused.join("; "));
+                let named = &refused[..refused.len().min(REFUSED_NAMED_MAX)];
+                problem = format!("{problem}; weak or malformed: {}", named.join("; "));
             }
             return Err(problem);
         }
@@ -222,14 +228,21 @@ impl KeySet {
     }
 
     /// Names of its keys, for the log.
-    pub(super) fn names(&self) -> Vec<&str> {
+    pub(super) fn names(&self) -> Vec<String> {
         let names = self.keys.iter().map(|key| key.kid.as_deref());
-        names.map(|name| name.unwrap_or("(no name)")).collect()
+        names
+            .map(|name| plain(name.unwrap_or("(no name)"), SHOWN_CHARS_MAX))
+            .collect()
     }
 
-    /// Keys of the set that are weak or malformed, for the log: name and reason of each.
+    /// How many keys of the set are weak or malformed.
+    pub(super) fn refused_count(&self) -> usize {
+        self.refused.len()
+    }
+
+    /// The first of those keys, for the log: name and reason of each.
     pub(super) fn refused(&self) -> &[String] {
-        &self.refused
+        &self.refused[..self.refused.len().min(REFUSED_NAMED_MAX)]
     }
 
     /// The keys that a token may be signed with: those that its header names, or without a name those that fit its algorithm.
@@ -427,11 +440,28 @@ fn edwards(point: &[u8]) -> Result<Key, String> {
 
 /// Text of a provider for the log: quoted, and not at any length.
 fn shown(text: &str) -> String {
-    let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
-    if cut.len() < text.len() {
-        cut.push('…');
+    format!("{:?}", plain(text, SHOWN_CHARS_MAX))
+}
+
+/// A problem for the log. Parsers repeat what they do not understand, and a provider decides how long that is.
+fn brief(problem: &str) -> String {
+    plain(problem, PROBLEM_CHARS_MAX)
+}
+
+/// The first characters of a text in printable ASCII, which an escape cannot lengthen.
+fn plain(text: &str, chars_max: usize) -> String {
+    let printable = |c: char| {
+        if c.is_ascii() && !c.is_ascii_control() {
+            c
+        } else {
+            '?'
+        }
+    };
+    let mut cut: String = text.chars().take(chars_max).map(printable).collect();
+    if text.chars().nth(chars_max).is_some() {
+        cut.push_str("...");
     }
-    format!("{cut:?}")
+    cut
 }
 
 fn trim_zeros(number: &[u8]) -> &[u8] {

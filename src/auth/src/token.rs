@@ -127,10 +127,11 @@ impl Tokens {
         futures_util::future::join_all(refreshing).await;
     }
 
-    /// Waits until every provider was asked for its keys once, whatever came of it, at most for so long. Whoever calls before that
-    /// is refused for no fault of theirs, and some clients take that for the end of their session.
-    pub async fn asked_once(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+    /// Waits until every provider was asked for its keys once, with or without success, or until the limit has
+    /// passed. A caller that comes earlier is refused without a fault of its own, and some clients then end their
+    /// session.
+    pub async fn asked_once(&self, limit: Duration) {
+        let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
             issuer.keys.current().is_err() && issuer.keys.problem().is_none()
         };
@@ -188,8 +189,13 @@ impl Tokens {
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
             // Only now: a token that a new one of the same kind would not replace must not be called renewable.
+            let (exp, now) = (identity.claims.expires, Timestamp::now());
+            let ended = exp.map_or_else(String::new, |exp| {
+                let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
+                format!(": it was {exp}, {age} s ago")
+            });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s",
+                "its `exp` has passed by more than {} s{ended}; its holder needs a new one",
                 issuer.settings.leeway_s
             )));
         }

@@ -10,9 +10,9 @@ use super::Error;
 const EMAIL_BYTES_MAX: usize = 256;
 /// Longest password, in bytes. Clients know no maximum; this one keeps a wrong file from being taken for a password.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
-/// JavaScript's `trim` takes it away, Rust's does not.
+/// JavaScript's `trim` removes it, Rust's does not.
 const BYTE_ORDER_MARK: char = '\u{feff}';
-/// Rust's `trim` takes it away, JavaScript's does not.
+/// Rust's `trim` removes it, JavaScript's does not.
 const NEXT_LINE: char = '\u{85}';
 
 /// An e-mail address as the salt of a master key: trimmed and in lower case, as every client does it.

@@ -46,7 +46,7 @@ impl MasterKey {
         self.0.ct_eq(&other.0).into()
     }
 
-    /// What a client sends to log in, in base64. Whoever has it can log in where no second factor stops them.
+    /// What a client sends to log in, in base64. A person who has it can log in unless a second factor is required.
     pub fn authentication_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, AUTHENTICATION_ITERATIONS)
     }

@@ -31,13 +31,13 @@ pub use keys::{MASTER_KEY_BYTES, MasterKey, SymmetricKey};
 /// Why something of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// An e-mail address that is none.
+    /// An invalid e-mail address.
     #[error("the e-mail address is empty, longer than 256 bytes, or has control characters")]
     Email,
-    /// A salt that is none.
+    /// An invalid salt.
     #[error("the salt is empty, longer than 256 bytes, or has control characters")]
     Salt,
-    /// A password that is none.
+    /// An invalid password.
     #[error("a password is 1 to {PASSWORD_BYTES_MAX} bytes of UTF-8")]
     Password,
     /// A parameter that no client accepts, or that is more than is computed here.
@@ -74,7 +74,7 @@ pub enum Error {
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
-    /// MAC, padding or OAEP: which of them is nobody's business.
+    /// MAC, padding or OAEP failed. The error does not tell which, so that it is no oracle.
     #[error("the key does not fit, or the encrypted text was changed")]
     Decrypt,
     /// The plain text does not fit into what it is to be encrypted as.

@@ -22,7 +22,7 @@ use keybroker_core::{
     error::{Error, Reason, chain},
     state::{self, StateDirectory},
 };
-use keybroker_store::{CHANGES_MAX, StoreId};
+use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
 use super::Broker;
 
@@ -114,25 +114,50 @@ fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::
     Ok(found.map(Kept::from))
 }
 
-/// Accepts the database as it is: forgets its identity and the changes that were acknowledged. Returns the newest of them.
-///
-/// A damaged fact is replaced. Fails when the state directory cannot be used.
-pub fn accept_restored(
+/// What [`accept_restored`] did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Acceptance {
+    /// The database is the one that the broker knows: there was nothing to accept, and nothing was forgotten.
+    AlreadyKnown,
+    /// The database was accepted.
+    Accepted {
+        /// The call of the newest change that was forgotten, if one was remembered.
+        forgotten: Option<String>,
+    },
+}
+
+/// Accepts the database as it is, unless it is the one that the broker knows: forgets its identity and the changes that were
+/// acknowledged. A damaged fact is replaced. Fails when the state directory cannot be used, or the database does not answer.
+pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
-) -> Result<Option<String>, state::Error> {
+    store: &dyn Store,
+) -> Result<Acceptance, Error> {
+    let failed = |error: &state::Error| Error::new(Reason::StoreDown, chain(error));
     let fact = fact_of(instance);
-    let newest = match read_fact(state, &fact) {
-        Ok(kept) => kept.and_then(|mut kept| kept.changes.pop()),
+    let known = match read_fact(state, &fact) {
+        Ok(kept) => kept.as_ref().and_then(Known::read),
         Err(error) if error.is_damaged() => None,
-        Err(error) => return Err(error),
+        Err(error) => return Err(failed(&error)),
     };
+    if let Some(known) = &known
+        && known.store.is_some()
+    {
+        let calls: Vec<CallId> = known.changes.iter().map(|(call, _)| *call).collect();
+        let evidence = store.evidence(&calls).await?;
+        if evidence.store == known.store && evidence.marks == calls.len() {
+            return Ok(Acceptance::AlreadyKnown);
+        }
+    }
+    let forgotten = known.and_then(|known| known.changes.back().map(|(call, _)| call.to_string()));
     let accepted = Kept {
         accepted_us: Timestamp::now().micros(),
         ..Kept::default()
     };
-    state.write_json(&fact, &accepted)?;
-    Ok(newest.map(|newest| newest.call))
+    state
+        .write_json(&fact, &accepted)
+        .map_err(|error| failed(&error))?;
+    Ok(Acceptance::Accepted { forgotten })
 }
 
 impl From<Fact> for Kept {

@@ -2,7 +2,8 @@
 //! SQL says of them.
 //!
 //! An administrator gives an API client only roles that the configuration lets be given at run time, and only in the
-//! administrator's own tenant: without a word in the configuration nobody makes a client that releases keys.
+//! administrator's own tenant: unless the configuration allows it, no administrator can create a client that releases
+//! keys.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 

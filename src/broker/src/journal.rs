@@ -137,7 +137,7 @@ impl Broker {
         }
     }
 
-    /// Makes the entry of an alarm about a principal durable.
+    /// Makes the entry of an alert about a principal durable.
     pub(super) async fn record_alarm(
         &self,
         principal: &Principal,

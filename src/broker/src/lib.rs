@@ -4,12 +4,13 @@
 //! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
 //! ```
 //!
-//! Every door ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that no
-//! path can leave a step out: the record is read at the address of a [`KeyPermit`], which only [`keybroker_policy`] makes; a [`Released`]
-//! key is made of a `Recorded` one, which only `journal` makes of the key and its own entry once the audit log has synced that.
+//! Every API ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that
+//! no path can leave a step out: the record is read at the address of a [`KeyPermit`], which only [`keybroker_policy`]
+//! makes; a [`Released`] key is made of a `Recorded` one, which only `journal` makes of the key and its own audit entry
+//! once the audit log has synced that.
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it runs in a
-//! task of its own, so that a caller that goes away cannot stop it between the two.
+//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it
+//! runs in a task of its own, so that a caller that ends its call cannot stop it between the two.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
@@ -135,7 +136,7 @@ pub struct Broker {
     limits: Arc<Limits>,
     /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
     registry: ArcSwapOption<Registry>,
-    /// Held by whoever brings it up to date.
+    /// Held while it is updated.
     registry_refresh: tokio::sync::Mutex<()>,
     /// What was wrong with the registry when it was last looked at.
     registry_complaint: Mutex<Option<String>>,
@@ -182,9 +183,8 @@ impl Broker {
         self.limits.may_log(address)
     }
 
-    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what was
-    /// used. Called once
-    /// the doors are shut.
+    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what
+    /// was used. Called once the listeners are closed.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
@@ -210,8 +210,8 @@ impl Broker {
         }
     }
 
-    /// Records that a call of an authenticated principal went no further than the door, because it did not parse or had
-    /// to wait for too long, and hands the error back. An audit log that is away takes precedence, as everywhere.
+    /// Records that a call of an authenticated principal ended in the API, because it did not parse or had to wait
+    /// for too long, and hands the error back. An unavailable audit log takes precedence, as everywhere.
     pub async fn unserved(
         &self,
         principal: &Principal,
@@ -318,7 +318,7 @@ impl Broker {
         })
     }
 
-    /// Records a refusal; an audit log that is away takes precedence.
+    /// Records a refusal; an unavailable audit log takes precedence.
     async fn refuse(&self, mut draft: journal::Draft, denied: &Denied) -> Error {
         draft.policy(denied.policy());
         let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy()));

@@ -1,9 +1,9 @@
-//! How much one caller may ask for: rates of calls, a budget for failures, and an alarm when one service releases the keys of
-//! unusually many users. All state is bounded, and forgets those who have been silent for long enough that it makes no
-//! difference.
+//! How much one caller may ask for: rates of calls, a limit of failures, and an alert when one service releases the
+//! keys of unusually many users. All state is bounded, and forgets those who have been silent for long enough that it
+//! makes no difference.
 //!
-//! A budget that is used up refuses what would be tried at a cost, and what fails; who is known already and shows a credential
-//! that is good goes on. So nobody is locked out by a neighbour behind the same address.
+//! A budget that is used up refuses what would be tried at a cost, and what fails; who is known already and shows a
+//! credential that is good goes on. So no caller is locked out by another one behind the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -47,7 +47,7 @@ pub struct Settings {
     pub service_calls_per_minute: u32,
     /// Refused credentials of one address, and refused envelopes of one principal.
     pub failures_per_minute: u32,
-    /// Different users whose keys one service may release before it is an alarm.
+    /// Number of different users whose keys one service may release before an alert is raised.
     pub released_users_per_hour: u32,
 }
 
@@ -64,12 +64,12 @@ impl Default for Settings {
 
 /// No rate is higher than this.
 pub const RATE_MAX: u32 = 60_000_000;
-/// No more users than this are told apart for an alarm.
+/// Largest number of users that are counted for an alert.
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 
 /// Callers that are told apart.
 const CALLERS_MAX: u64 = 100_000;
-/// A bucket of a minute is full again after a minute: whoever is forgotten later loses nothing.
+/// A bucket of a minute is full again after a minute: an entry that is forgotten later loses nothing.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
 /// Credentials of one address that may be checked at once where that costs much.
@@ -346,7 +346,7 @@ mod tests {
             wait > Duration::from_secs(15) && wait <= Duration::from_secs(20),
             "{wait:?}"
         );
-        // What was refused took nothing, and nobody else pays for it.
+        // A refused call takes nothing from the rate, and does not affect other callers.
         limits.take_calls(&service("one"), 1).unwrap();
         limits.take_calls(&service("other"), 3).unwrap();
         limits.take_calls(&service("large-batch"), 1_000).unwrap();

@@ -19,7 +19,7 @@ use keybroker_store as store;
 use super::Broker;
 
 const TICK: Duration = Duration::from_secs(1);
-/// A store that answers later than this is away.
+/// A store that answers later than this counts as unavailable.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const TICKS_PER_MINUTE: u64 = 60;
 const TICKS_PER_HOUR: u64 = 3_600;
@@ -42,12 +42,12 @@ enum Resolved {
     Yes,
     /// Somebody still holds it: a transaction that has not ended.
     UnderWay,
-    /// The store or the log is away, for the others as well: each would only wait for it anew.
+    /// The store or the log is unavailable, also for the other intents: each would only wait for it again.
     Away,
 }
 
 impl Broker {
-    /// How the broker is, as last seen; asks nobody.
+    /// The state of the broker at the last check. Reads memory only.
     pub fn health(&self) -> Health {
         let mut problems = Vec::new();
         let control = match self.audit.writable() {

@@ -37,8 +37,8 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
     }
 
-    /// The binding key that vouches for request ids: that of the wrapping key, or when none is active, of the last that
-    /// may still unwrap.
+    /// The integrity key that authenticates request ids: that of the wrapping key, or when none is active, of the
+    /// last that may still unwrap.
     pub(super) fn binding_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -174,8 +174,8 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // Its binding key is gone as well, so nothing can verify the row; such a key is never used. While the key is there,
-            // such a row is proved like any other: nobody takes a key away with SQL alone.
+            // Its integrity key is gone as well, so nothing can verify the row; such a key is never used. While the
+            // key is there, such a row is verified like any other: a key cannot be removed with SQL alone.
             return Ok(());
         }
         let untrusted = |what: String| {

@@ -96,7 +96,7 @@ impl Broker {
             .record_alarm(principal, call, "alarm.bulk_release")
             .await
         {
-            tracing::error!(%error, "the alarm has no audit entry");
+            tracing::error!(%error, "no audit entry was written for the alert");
         }
     }
 

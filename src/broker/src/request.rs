@@ -12,9 +12,7 @@ use keybroker_core::{
     principal::Principal,
 };
 use keybroker_hsm as hsm;
-use keybroker_store::{
-    RecordInfo, RequestRecord, RequestScope, RequestStamp, request_result_message,
-};
+use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, request_message};
 
 use super::{Broker, UserKeyRef, mutation::Change, within};
 
@@ -50,7 +48,7 @@ impl Broker {
         stamp: RequestStamp,
         result: RecordInfo,
     ) -> Result<RequestStamp, Error> {
-        let message = request_result_message(&stamp.scope, &stamp.content, &result);
+        let message = request_message(&stamp.scope, &stamp.content, &result);
         let mac = within(call, self.token.mac(stamp.key, &message, call.deadline)).await?;
         Ok(RequestStamp {
             result: Some((result, mac)),
@@ -78,7 +76,7 @@ impl Broker {
                 return Err(altered());
             }
         }
-        let message = earlier.result_message(scope);
+        let message = request_message(scope, &earlier.content, &earlier.result);
         let job = self
             .token
             .verify_mac(earlier.key, &message, mac, call.deadline);
@@ -104,7 +102,7 @@ impl Broker {
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
-            // The wrapping key was rotated since: only the old binding key can tell.
+            // The wrapping key was rotated since: only the old integrity key can verify it.
             let message = content(key, change);
             let job = self
                 .token

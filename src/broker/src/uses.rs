@@ -16,7 +16,7 @@ use keybroker_core::{call::Timestamp, key::RecordId};
 
 use super::Broker;
 
-/// Records noted at most; the uses of others are lost while the database is away or slow.
+/// Records noted at most; further ones are lost while the database is unavailable or slow.
 const NOTED_MAX: usize = 65_536;
 /// So many are written in one transaction.
 const WRITTEN_AT_ONCE: usize = 500;

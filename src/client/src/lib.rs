@@ -81,6 +81,7 @@ pub use keybroker_core::{
     secret::KeyMaterial,
 };
 pub use keybroker_proto as proto;
+pub use pace::PacedConnector;
 
 mod builder;
 mod call;
@@ -88,6 +89,7 @@ mod control;
 mod credential;
 mod error;
 mod link;
+mod pace;
 mod retry;
 mod sensitive;
 mod user_keys;

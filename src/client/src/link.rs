@@ -11,11 +11,15 @@ use std::{
 
 use tonic::transport::{Channel, Endpoint};
 
+use crate::pace::PacedConnector;
+
 /// A channel, and what it takes to make another one.
 #[derive(Debug)]
 pub(crate) struct Link {
     /// `None` for a channel that the caller made.
     endpoint: Option<Endpoint>,
+    /// Shared by all channels of the client.
+    connector: PacedConnector,
     state: Mutex<State>,
 }
 
@@ -28,15 +32,16 @@ struct State {
 
 impl Link {
     pub(crate) fn to(endpoint: Endpoint) -> Self {
-        let channel = endpoint.connect_lazy();
-        Self::new(Some(endpoint), channel)
+        let connector = PacedConnector::default();
+        let channel = endpoint.connect_with_connector_lazy(connector.clone());
+        Self::new(Some(endpoint), connector, channel)
     }
 
     pub(crate) fn over(channel: Channel) -> Self {
-        Self::new(None, channel)
+        Self::new(None, PacedConnector::default(), channel)
     }
 
-    fn new(endpoint: Option<Endpoint>, channel: Channel) -> Self {
+    fn new(endpoint: Option<Endpoint>, connector: PacedConnector, channel: Channel) -> Self {
         let state = State {
             channel,
             made: Instant::now(),
@@ -44,6 +49,7 @@ impl Link {
         };
         Self {
             endpoint,
+            connector,
             state: Mutex::new(state),
         }
     }
@@ -64,7 +70,7 @@ impl Link {
         };
         let mut state = self.state();
         if state.is_silent_since(began) {
-            state.channel = endpoint.connect_lazy();
+            state.channel = endpoint.connect_with_connector_lazy(self.connector.clone());
             state.made = Instant::now();
         }
     }

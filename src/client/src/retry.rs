@@ -61,8 +61,8 @@ impl RetryPolicy {
     }
 }
 
-/// A token bucket that limits the retries of a client and all its clones, so that clients of a broker in trouble do not
-/// multiply its load.
+/// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
+/// not multiply its load.
 ///
 /// Each retry takes one from the bucket. The bucket fills with time, and by a fifth of a retry with each call that
 /// succeeds. When it is empty, calls fail with the error of their last attempt.

@@ -63,6 +63,11 @@ impl fmt::Display for CallId {
 pub struct RequestId(Uuid);
 
 impl RequestId {
+    /// From 16 bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
     /// From the UUID's text form; empty text is no request id.
     pub fn parse(text: &str) -> Result<Option<Self>, Error> {
         if text.is_empty() {
@@ -77,11 +82,6 @@ impl RequestId {
         }
     }
 
-    /// From its 16 bytes, as stored.
-    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
-        Uuid::from_slice(bytes).ok().map(Self)
-    }
-
     /// The 16 bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()
@@ -94,7 +94,7 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// The moment after which nobody waits for the answer any more.
+/// The moment after which the caller no longer waits for the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline(Instant);
 

@@ -1,8 +1,9 @@
 //! API clients: services that have neither a certificate nor a provider of tokens, and show an id and a secret.
 //!
-//! What is known of one is a document, kept in SQL under a MAC of the token: whoever can write to the database cannot make a
-//! client that releases keys, nor give one another secret or another role. Not protected: an older document of the same client,
-//! put back, verifies; a client that must never come back is ended by an expiry in its secrets, or by its roles.
+//! An API client is a document, kept in SQL under a MAC of the token: a person who can write to the database cannot
+//! make a client that releases keys, nor give one another secret or another role. Not protected: an older document of
+//! the same client, put back, verifies; a client that must never come back is ended by an expiry in its secrets, or
+//! by its roles.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -186,7 +187,7 @@ pub fn digest_of(document: &[u8]) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// The secret itself, shown once to whoever made it: a prefix and 32 random bytes in base64url.
+/// The secret itself, shown once to the administrator who made it: a prefix and 32 random bytes in base64url.
 pub struct PlainSecret(Zeroizing<String>);
 
 impl PlainSecret {

@@ -10,7 +10,7 @@
 //! | 3 | 16 | wrapping key id (`CKA_ID`) |
 //! | 19 | 2 | length of the wrapped bytes, 256 to 512 |
 //! | 21 | n | wrapped bytes |
-//! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's binding key over [`Envelope::mac_message`] |
+//! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's integrity key over [`Envelope::mac_message`] |
 //!
 //! What the MAC protects: a row cannot be moved to another tenant, user, key name, record or revision, forged with the
 //! public key alone, or altered, without the token refusing it before the RSA key is used.
@@ -205,7 +205,7 @@ impl Unsealed {
         })
     }
 
-    /// What the token's binding key has to authenticate.
+    /// The bytes that the token's integrity key authenticates.
     pub fn mac_message(&self, context: &Context<'_>) -> MacMessage {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }

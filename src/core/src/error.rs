@@ -35,15 +35,15 @@ pub enum Reason {
     Rate,
     /// The caller's budget of failures is used up.
     FailureBudget,
-    /// The token is away.
+    /// The token is unavailable.
     TokenDown,
-    /// The store is away.
+    /// The store is unavailable.
     StoreDown,
     /// The audit log cannot be written.
     AuditDown,
-    /// The identity provider is away, and its keys are not known.
+    /// The identity provider is unavailable, and its keys are not known.
     IdentityDown,
-    /// The token is there but must not be used: attributes, canary or PIN.
+    /// The token answers but must not be used: an attribute, the self-test or the PIN is wrong.
     TokenUntrusted,
     /// The deadline passed or is certain to pass.
     Deadline,
@@ -117,17 +117,19 @@ impl Reason {
             Self::KeyNotFound => "there is no such key",
             Self::KeyExists => "a key of that name exists",
             Self::Revision => "the expected revision is not the current one",
-            Self::RecordDamaged => "the stored record is damaged; the operator has been alarmed",
+            Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
             Self::KeyState => "the state of the key forbids this",
             Self::QueueFull => "the token is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",
             Self::FailureBudget => "too many failures; try again after the given delay",
-            Self::TokenDown => "the token is away; try again after the given delay",
-            Self::StoreDown => "the store is away; try again after the given delay",
-            Self::AuditDown => "the audit log is away; try again after the given delay",
-            Self::IdentityDown => "the identity provider is away; try again after the given delay",
-            Self::TokenUntrusted => "the token must not be used; the operator has been alarmed",
+            Self::TokenDown => "the token is unavailable; try again after the given delay",
+            Self::StoreDown => "the store is unavailable; try again after the given delay",
+            Self::AuditDown => "the audit log is unavailable; try again after the given delay",
+            Self::IdentityDown => {
+                "the identity provider is unavailable; try again after the given delay"
+            }
+            Self::TokenUntrusted => "the token must not be used; the operator has been alerted",
             Self::Deadline => "the deadline has passed",
             Self::Bug => "internal error",
         }

@@ -1,4 +1,4 @@
-//! Names of the things the broker keeps. Each is parsed once, at a door or at a row, and is valid from then on.
+//! Names of what the broker keeps. Each is parsed once, from a request or a row, and is valid from then on.
 
 use std::{fmt, str::FromStr};
 
@@ -193,7 +193,7 @@ id!(
     ClientId
 );
 id!(
-    /// `CKA_ID` of a wrapping key and of its binding key.
+    /// `CKA_ID` of a wrapping key and of its integrity key.
     WrappingKeyId
 );
 

@@ -52,7 +52,7 @@ impl Role {
         }
     }
 
-    /// Separation of duties: whoever administers the broker, or audits it, must not also be able to obtain keys.
+    /// Separation of duties: administrators and auditors of the broker must not also be able to obtain keys.
     pub fn conflicts_with(self, other: Self) -> bool {
         let pair = [self, other];
         pair.contains(&Self::Release)
@@ -140,7 +140,7 @@ impl<'de, T: Ord + FromStr<Err = Error>> Deserialize<'de> for Reach<T> {
     }
 }
 
-/// What a service is given by whoever makes it known: in the configuration, or as an API client.
+/// The rights of a service, from the configuration or from its API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// Whose records it can reach.
@@ -154,7 +154,7 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// What is wrong with it: the sentence goes after the name of whoever it is for.
+    /// What is wrong with it: the sentence follows the name of the service.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
             return Some("has no role, so it could do nothing".to_owned());
@@ -167,7 +167,7 @@ impl Grant {
         }
         if let Some((one, other)) = conflict(&self.roles) {
             return Some(format!(
-                "has the roles `{}` and `{}`: whoever administers or audits the broker must not be able to obtain keys",
+                "has the roles `{}` and `{}`: administrators and auditors of the broker must not be able to obtain keys",
                 one.as_str(),
                 other.as_str()
             ));

@@ -53,6 +53,7 @@ const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 const ROOT: u32 = 0;
 const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
+const WRITABLE_BY_ALL: u32 = 0o002;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
 /// Permissions that only the owner may have on a secret.
@@ -309,6 +310,17 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
         Err(error) if error.is_missing() => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// The first directory above a path in which every user of this machine could put something else in place of what the path leads
+/// through. For directories that are written to, which a volume of a container may open to everybody.
+pub fn open_directory_above(path: &Path) -> Option<PathBuf> {
+    let resolved = std::fs::canonicalize(path).ok()?;
+    let above = resolved.ancestors().skip(1).find(|directory| {
+        std::fs::metadata(directory)
+            .is_ok_and(|meta| meta.mode() & WRITABLE_BY_ALL != 0 && meta.mode() & STICKY == 0)
+    });
+    above.map(Path::to_owned)
 }
 
 /// The group that can read a file, if its group can and others cannot. Unknown counts as none.

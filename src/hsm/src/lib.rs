@@ -19,7 +19,9 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 
+pub mod admin;
 mod link;
+mod process;
 mod queue;
 mod start;
 mod supervisor;

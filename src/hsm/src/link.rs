@@ -3,9 +3,8 @@
 use std::{
     collections::HashMap,
     fmt, io,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::Path,
-    process::Stdio,
+    process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -23,10 +22,10 @@ use tokio_util::sync::CancellationToken;
 use keybroker_worker_protocol::{
     Settings,
     frame::{self, Inbox, Outbox},
-    wire::{Reply, Request},
+    wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::queue::Job;
+use crate::{process, queue::Job};
 
 /// A job that is not back this long after its deadline means that the worker is wedged.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
@@ -65,17 +64,9 @@ impl fmt::Debug for Link {
 
 /// Starts a worker process and returns it with our end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
-    let (ours, theirs) = StdUnixStream::pair()?;
+    let (command, ours) = process::command(program, settings, "token-worker")?;
     ours.set_nonblocking(true)?;
-    let child = Command::new(program)
-        .arg0("keybroker")
-        .arg("token-worker")
-        .env_clear()
-        .envs(&settings.environment)
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
-        .process_group(0)
+    let child = Command::from(command)
         // Never killed for being dropped: it may be inside `C_Login`, where SIGKILL can cost SoftHSM its token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
@@ -243,17 +234,24 @@ pub(super) fn close(stream: &UnixStream) {
     }
 }
 
-/// Waits for a worker to end by itself, else kills it; either way it is reaped.
-pub(super) async fn reap(mut child: Child, timeout: Duration) {
-    if tokio::time::timeout(timeout, child.wait()).await.is_err()
-        && let Err(error) = child.kill().await
-    {
+/// Waits for a worker to end by itself, else kills it; either way it is reaped. Returns how it ended, if it did so by itself.
+pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStatus> {
+    if let Ok(ended) = tokio::time::timeout(timeout, child.wait()).await {
+        return ended.ok();
+    }
+    if let Err(error) = child.kill().await {
         tracing::error!(%error, "a token worker could not be killed");
     }
+    None
 }
 
-/// Sends one message and reads one reply, before the worker serves: the setup.
-pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Result<Reply> {
+/// Sends one message and reads its reply, before the worker serves: the setup. `calling` is set to the function of the module
+/// that the worker calls meanwhile.
+pub(super) async fn exchange(
+    stream: &UnixStream,
+    request: &Request,
+    calling: &mut Option<String>,
+) -> io::Result<Reply> {
     let mut outbox = Outbox::default();
     outbox.push(request);
     while !outbox.is_empty() {
@@ -273,8 +271,11 @@ pub(super) async fn exchange(stream: &UnixStream, request: &Request) -> io::Resu
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        if let Some(reply) = inbox.take()? {
-            return Ok(reply);
+        while let Some(reply) = inbox.take::<Reply>()? {
+            match reply.outcome {
+                Some(Outcome::Calling(function)) => *calling = Some(function),
+                _ => return Ok(reply),
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use keybroker_worker_protocol::{
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{TokenKey, link, supervisor::NotReady};
+use crate::{TokenKey, link, process, supervisor::NotReady};
 
 /// How long a worker may take: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -85,13 +85,14 @@ pub(super) async fn worker(
     stop: &CancellationToken,
 ) -> Result<Started, Failure> {
     let setup = setup(settings, expected, state)?;
+    let mut calling = None;
     let (child, stream) = link::spawn(program, settings).map_err(|error| {
         Failure::crashed(format!("cannot start {}: {error}", program.display()))
     })?;
     let pid = child.id().unwrap_or(0);
     let ready = tokio::select! {
         () = stop.cancelled() => Err(Failure::crashed("the broker is stopping")),
-        ready = ready(&stream, setup, expected) => ready,
+        ready = ready(&stream, setup, expected, &mut calling) => ready,
     };
     match ready {
         Ok(found) => Ok(Started {
@@ -100,9 +101,16 @@ pub(super) async fn worker(
             pid,
             found,
         }),
-        Err(failure) => {
+        Err(mut failure) => {
             link::close(&stream);
-            link::reap(child, EXIT_TIMEOUT).await;
+            let ended = link::reap(child, EXIT_TIMEOUT).await;
+            // The worker said nothing itself: its end, and the function that it called last, say more.
+            if failure.class.is_none() && !stop.is_cancelled() {
+                let place = process::describe_call(calling.as_deref(), &settings.module);
+                let end =
+                    ended.map(|status| format!(": the worker {}", process::describe_end(status)));
+                failure.detail = format!("{} {place}{}", failure.detail, end.unwrap_or_default());
+            }
             Err(failure)
         }
     }
@@ -113,17 +121,22 @@ async fn ready(
     stream: &UnixStream,
     setup: Setup,
     expected: &[ExpectedKey],
+    calling: &mut Option<String>,
 ) -> Result<Found, Failure> {
     let request = Request {
         id: 0,
         deadline_ns: 0,
         job: Some(request::Job::Setup(setup)),
     };
-    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request))
+    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request, calling))
         .await
-        .map_err(|_| Failure::crashed("the worker was not ready within 30 s: the module hangs"))?
+        .map_err(|_| {
+            Failure::crashed("the token worker was not ready within 30 s, the PKCS#11 module hangs")
+        })?
         .map_err(|error| {
-            Failure::crashed(format!("the worker ended before it was ready: {error}"))
+            Failure::crashed(format!(
+                "the token worker ended before it was ready ({error})"
+            ))
         })?;
     match reply.outcome {
         Some(Outcome::Ready(ready)) => check(ready, expected),
@@ -131,7 +144,7 @@ async fn ready(
             class: Some(failure.class()),
             detail: failure.detail,
         }),
-        Some(Outcome::Output(_)) | None => {
+        Some(Outcome::Output(_) | Outcome::Calling(_)) | None => {
             Err(Failure::crashed("the worker sent an unexpected reply"))
         }
     }
@@ -154,15 +167,8 @@ fn setup(
     let pin_file = resolve_pin_file(pin_file)
         .map_err(|what| Failure::new(FailureClass::Configuration, what))?;
     Ok(Setup {
-        module: settings.module.to_string_lossy().into_owned(),
-        label: settings.label.clone().unwrap_or_default(),
-        serial: settings.serial.clone().unwrap_or_default(),
-        uri: settings.uri.clone().unwrap_or_default(),
         pin_file: pin_file.to_string_lossy().into_owned(),
-        state_directory: state.path().to_string_lossy().into_owned(),
         sessions: u32::try_from(settings.sessions_per_worker).unwrap_or(1),
-        allow_oaep_sha1: settings.allow_oaep_sha1,
-        attribute_exceptions: settings.attribute_exceptions.clone(),
         keys: expected
             .iter()
             .map(|key| wire::setup::Key {
@@ -170,6 +176,7 @@ fn setup(
                 fingerprint: key.fingerprint.0.to_vec(),
             })
             .collect(),
+        ..settings.to_setup(state.path())
     })
 }
 

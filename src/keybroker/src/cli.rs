@@ -1,12 +1,10 @@
 //! The command line.
 
 use std::{
-    env,
     num::NonZero,
-    os::unix::process::CommandExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    process::{self, ExitCode},
+    process::ExitCode,
     thread,
 };
 
@@ -43,16 +41,22 @@ mod token;
 use exit::{Exit, Failure};
 use output::{Format, Output};
 
+/// What commands log. They report a failed connection themselves, so the TLS library does not.
+const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// Keeps users' keys wrapped under a key in an HSM and releases them one decision at a time.
+/// The file that this process runs, for a worker that it starts. It is not the path of that file: after an upgrade another version
+/// is there, and workers must be of the same.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
     /// Configuration file
     #[arg(long, global = true, env = "KEYBROKER_CONFIG", default_value = CONFIG_DEFAULT, value_name = "FILE")]
     config: PathBuf,
-    /// How results are shown
+    /// Format of results
     #[arg(short, long, global = true, default_value = "table")]
     output: Format,
     #[command(subcommand)]
@@ -63,45 +67,45 @@ struct Cli {
 enum Command {
     /// Run the broker
     Serve(serve::Arguments),
-    /// Tokens: list, initialise, check
+    /// List, initialise and check tokens
     #[command(subcommand)]
     Token(token::Command),
-    /// Wrapping keys on the token and in the registry
+    /// Manage wrapping keys on the token and in the registry
     #[command(subcommand)]
     Key(key::Command),
-    /// The database
+    /// Manage the database
     #[command(subcommand)]
     Store(store::Command),
-    /// The configuration
+    /// Check and show the configuration
     #[command(subcommand)]
     Config(config::Command),
-    /// What principals may do
+    /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// The audit log, offline
+    /// Verify and show the audit log, without a broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
     Client(client::Arguments),
-    /// API clients, services with an id and a secret: make, rotate, list and revoke them through a running broker
+    /// Manage API clients (services with an id and a secret) through a running broker
     ClientCredential(client::CredentialArguments),
-    /// Do what a Bitwarden client does with its keys: to rehearse replacing a Key Connector
+    /// Do what a Bitwarden client does with its keys, to rehearse the replacement of a Key Connector
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
     /// Measure the bare token and the served broker in one run
     Bench(bench::Arguments),
-    /// Ask the broker beside us how it is: for the health check of a container
+    /// Check the local broker's health (for container health checks)
     Probe(probe::Arguments),
     /// Print the completion script of a shell
     Completions(manual::Completions),
     /// Write the manual pages
     Man(manual::Manual),
-    /// Started by `serve`: holds the vendor's module
+    /// Run a token worker (started by `serve`)
     #[command(hide = true)]
     TokenWorker,
-    /// Started by `bench`: the bare decrypt loop
+    /// Run an admin worker (started by other commands)
     #[command(hide = true)]
-    TokenBench(bench::BareArguments),
+    TokenAdminWorker,
 }
 
 /// What every command is given.
@@ -130,31 +134,12 @@ impl Context {
         })
     }
 
-    /// The configuration for a command that loads the vendor's module itself. The module may read its environment, which is
-    /// that of a worker; a running process cannot change its own safely, so this one begins again with it.
+    /// The configuration for a command that starts an admin worker.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
         check_environment(&config.token.environment)
             .map_err(|what| Failure::new(Exit::Configuration, what))?;
-        let now = env::vars_os().collect();
-        let Some(wanted) = environment::wanted(&now, &config) else {
-            return Ok(config);
-        };
-        let program = env::current_exe().map_err(|error| {
-            Failure::new(
-                Exit::Internal,
-                format!("cannot find the path of this program: {error}"),
-            )
-        })?;
-        let error = process::Command::new(program)
-            .args(env::args_os().skip(1))
-            .env_clear()
-            .envs(wanted)
-            .exec();
-        Err(Failure::new(
-            Exit::Internal,
-            format!("cannot start again with the environment of the module: {error}"),
-        ))
+        Ok(config)
     }
 
     /// All that is wrong with the configuration at once.
@@ -177,16 +162,18 @@ pub fn main() -> ExitCode {
         config_file: cli.config,
         output: Output::new(cli.output),
     };
-    if let Err(what) = hardening::harden() {
-        return finish(&context, Err(Failure::new(Exit::Internal, what)));
+    if let Err(error) = hardening::harden() {
+        return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
     // Two providers in one process would make rustls panic at its first use; this one is ours.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
-    telemetry::init_logs(is_service, if is_service { "info" } else { "error" });
+    telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
     telemetry::install_panic_hook();
-    if matches!(cli.command, Command::TokenWorker) {
-        return pkcs11::worker::run();
+    match cli.command {
+        Command::TokenWorker => return pkcs11::worker::run(),
+        Command::TokenAdminWorker => return pkcs11::admin_worker::run(),
+        _ => {}
     }
     let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)
@@ -217,8 +204,9 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),
         Command::Man(arguments) => manual::manual(&arguments, context),
-        Command::TokenBench(arguments) => bench::run_bare(&arguments, context),
-        Command::TokenWorker => Err(Failure::new(Exit::Usage, "handled before")),
+        Command::TokenWorker | Command::TokenAdminWorker => {
+            Err(Failure::new(Exit::Usage, "handled before"))
+        }
     }
 }
 

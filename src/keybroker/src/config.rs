@@ -111,8 +111,8 @@ impl LoadError {
     }
 }
 
-/// Why a text is no configuration. It names the place, and does not repeat the line: whoever writes a secret into a field that
-/// does not exist must not find it in the log.
+/// Why a text is no configuration. It names the place, and does not repeat the line: a person who writes a secret
+/// into a field that does not exist must not find it in the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub struct ParseError {

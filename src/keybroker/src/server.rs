@@ -61,7 +61,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// This machine.
     Loopback,
-    /// Anywhere: whoever is on the path reads keys and tokens.
+    /// Any address: anybody on the network path can read keys and tokens.
     Any,
 }
 
@@ -71,11 +71,11 @@ pub enum Plaintext {
 pub struct TlsSettings {
     /// Certificate chain, leaf first.
     pub certificate_file: PathBuf,
-    /// Private key; nobody but its owner may read it.
+    /// Private key; only its owner may read it.
     pub key_file: PathBuf,
     /// CA certificates that client certificates must chain to.
     pub client_ca_file: Option<PathBuf>,
-    /// Revocation lists of those CAs; without it nobody is asked whether a certificate was taken back.
+    /// Revocation lists of those CAs; without it certificates are not checked for revocation.
     pub client_crl_file: Option<PathBuf>,
     /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`; otherwise one without any is accepted, too.
     #[serde(default = "default_client_auth_usage_required")]
@@ -153,7 +153,7 @@ pub struct Limits {
     pub message_bytes_max: usize,
     /// Deadline of a call that brings none, and the longest one accepted.
     pub call_timeout_max_ms: u64,
-    /// An idle or old connection is asked to go away (GOAWAY) at this age.
+    /// An idle or old connection gets GOAWAY at this age.
     pub connection_age_max_ms: u64,
     /// Time for open calls when the broker stops.
     pub drain_timeout_ms: u64,

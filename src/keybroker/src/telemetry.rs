@@ -1,5 +1,7 @@
 //! Logs and metrics of this process.
 
+use std::io::IsTerminal as _;
+
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
@@ -28,7 +30,11 @@ pub fn init_logs(json: bool, default_filter: &str) {
     let set = if json {
         builder.json().flatten_event(true).try_init()
     } else {
-        builder.without_time().with_target(false).try_init()
+        builder
+            .without_time()
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .try_init()
     };
     if let Err(error) = set {
         tracing::debug!(%error, "logs were set up already");

@@ -1,21 +1,25 @@
-//! The token for one-shot commands: the module in this process, used by one thread, gone with the command.
+//! Administration of tokens and keys, in the admin worker: one thread uses the module.
+
+use std::ops::RangeInclusive;
 
 use cryptoki::{
     context::Pkcs11,
+    mechanism::{MechanismInfo, MechanismType},
     session::UserType,
     slot::{Slot, TokenInfo as PkcsTokenInfo},
 };
 
 use keybroker_core::{
     call::Timestamp,
-    envelope::{Algorithm, Mac, mac::MacMessage},
-    key::{Fingerprint, WrappingKeyId},
+    envelope::{Algorithm, Mac},
+    key::WrappingKeyId,
 };
 use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded};
 
 use crate::{
     PinRecord,
     attribute_check::Finding,
+    calling,
     classify::{Class, Fault},
     keys, module,
     open::{KeySession, OpenToken, auth_pin},
@@ -23,17 +27,15 @@ use crate::{
 };
 
 mod verifier;
-mod wrapper;
 
-pub use verifier::Verifier;
-pub use wrapper::Wrapper;
+pub(crate) use verifier::Verifier;
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
 /// Class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum AdminError {
+pub(crate) enum AdminError {
     /// No module, no token, or not the one that was meant.
     #[error("{0}")]
     Token(String),
@@ -61,43 +63,66 @@ impl From<Fault> for AdminError {
 
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// Slot number; changes when tokens are initialised.
-    pub slot: u64,
+    pub(crate) slot: u64,
     /// What the token says of itself.
-    pub info: TokenInfo,
+    pub(crate) info: TokenInfo,
     /// Whether it was initialised.
-    pub initialised: bool,
+    pub(crate) initialised: bool,
     /// Whether its user PIN is locked, or one wrong PIN away from it.
-    pub pin_state: &'static str,
+    pub(crate) pin_state: &'static str,
+    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
+    pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
+    /// Whether the slot lists `CKM_SHA256_HMAC`.
+    pub(crate) sha256_hmac: bool,
+    /// Whether the settings choose this token.
+    pub(crate) is_chosen: bool,
+}
+
+impl Listed {
+    /// A token that is open, of which no more is told.
+    pub(crate) fn of(info: &TokenInfo) -> Self {
+        Self {
+            slot: 0,
+            info: info.clone(),
+            initialised: true,
+            pin_state: "",
+            oaep_bits: None,
+            sha256_hmac: false,
+            is_chosen: true,
+        }
+    }
 }
 
 /// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
-pub struct CheckedKey {
+pub(crate) struct CheckedKey {
     /// `CKA_ID`.
-    pub id: WrappingKeyId,
-    /// Of the public key.
-    pub fingerprint: Fingerprint,
+    pub(crate) id: WrappingKeyId,
     /// DER SubjectPublicKeyInfo.
-    pub spki: Vec<u8>,
+    pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
-    pub modulus_bits: usize,
+    pub(crate) modulus_bits: usize,
     /// What the capability probe chose; absent when the key was refused.
-    pub algorithm: Option<Algorithm>,
+    pub(crate) algorithm: Option<Algorithm>,
     /// The attribute check of the RSA private key.
-    pub private: Vec<Finding>,
+    pub(crate) private: Vec<Finding>,
     /// The attribute check of the binding key.
-    pub binding: Vec<Finding>,
+    pub(crate) binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
-    pub problem: Option<String>,
+    pub(crate) problem: Option<String>,
 }
 
 /// All slots with a token, initialised or not. Needs no PIN.
-pub fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
+pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let module = module::load(&settings.module)?;
+    // `token list` also helps to find the right settings.
+    let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
+    calling::next("C_GetSlotList");
     for slot in module.get_slots_with_token().map_err(Fault::from)? {
+        calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         listed.push(Listed {
             slot: slot.id(),
@@ -114,14 +139,32 @@ pub fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
             } else {
                 "not set"
             },
+            oaep_bits: oaep_bits(&module, slot),
+            sha256_hmac: mechanism(&module, slot, MechanismType::SHA256_HMAC).is_some(),
+            is_chosen: info.token_initialized()
+                && selector
+                    .as_ref()
+                    .is_some_and(|selector| selector.fits(&info)),
         });
     }
     Ok(listed)
 }
 
+/// What a slot says of a mechanism; nothing when it does not list it.
+fn mechanism(module: &Pkcs11, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
+    calling::next("C_GetMechanismInfo");
+    module.get_mechanism_info(slot, kind).ok()
+}
+
+fn oaep_bits(module: &Pkcs11, slot: Slot) -> Option<RangeInclusive<u64>> {
+    let info = mechanism(module, slot, MechanismType::RSA_PKCS_OAEP)?;
+    let bits = |size: usize| u64::try_from(size).unwrap_or(u64::MAX);
+    Some(bits(info.min_key_size())..=bits(info.max_key_size()))
+}
+
 /// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
 /// given: everything on it is lost for ever.
-pub fn init_token(
+pub(crate) fn init_token(
     settings: &Settings,
     label: &str,
     so_pin: &Pin,
@@ -135,13 +178,14 @@ pub fn init_token(
         Some(serial) => slot_to_erase(&module, serial, label)?,
     };
     // Everything that can be refused is refused before anything is erased.
-    let info = module.get_token_info(slot).map_err(Fault::from)?;
-    check_pin("security officer's PIN", so_pin, &info)?;
-    check_pin("user PIN", user_pin, &info)?;
-    check_so_counter(&info)?;
+    let token_info = module.get_token_info(slot).map_err(Fault::from)?;
+    check_pin("security officer's PIN", so_pin, &token_info)?;
+    check_pin("user PIN", user_pin, &token_info)?;
+    check_so_counter(&token_info)?;
+    calling::next("C_InitToken");
     module
         .init_token(slot, &auth_pin(so_pin), label)
-        .map_err(Fault::from)?;
+        .map_err(|error| refused_so_pin(error.into()))?;
     // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
     let selector = Settings {
         label: Some(label.to_owned()),
@@ -151,13 +195,45 @@ pub fn init_token(
     };
     let selector = select::Selector::from_settings(&selector).map_err(AdminError::Token)?;
     let (slot, info) = select::find(&module, &selector)?;
-    let session = module.open_rw_session(slot).map_err(Fault::from)?;
-    session
-        .login(UserType::So, Some(&auth_pin(so_pin)))
-        .map_err(Fault::from)?;
-    session.init_pin(&auth_pin(user_pin)).map_err(Fault::from)?;
-    session.logout().map_err(Fault::from)?;
+    set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
+        AdminError::Token(format!(
+            "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
+             `--erase-serial {}`",
+            info.serial, takes(&token_info), info.serial
+        ))
+    })?;
     Ok(info)
+}
+
+fn set_user_pin(module: &Pkcs11, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Result<(), Fault> {
+    calling::next("C_OpenSession");
+    let session = module.open_rw_session(slot)?;
+    calling::next("C_Login");
+    session.login(UserType::So, Some(&auth_pin(so_pin)))?;
+    calling::next("C_InitPIN");
+    session.init_pin(&auth_pin(user_pin))?;
+    session.logout()?;
+    Ok(())
+}
+
+/// `C_InitToken` with a wrong security officer's PIN changes nothing.
+fn refused_so_pin(fault: Fault) -> AdminError {
+    if fault.class != Class::Pin {
+        return fault.into();
+    }
+    AdminError::Pin(format!(
+        "the token rejected the security officer's PIN ({fault}). Nothing was changed. Tokens count wrong PINs and lock after a \
+         few: correct the PIN before you run the command again"
+    ))
+}
+
+/// What the token says of the length of PINs.
+fn takes(info: &PkcsTokenInfo) -> String {
+    format!(
+        "the token takes PINs of {} to {} bytes",
+        info.min_pin_length(),
+        info.max_pin_length()
+    )
 }
 
 /// A label that the token gives back as it was set, so that the token is found by it.
@@ -176,13 +252,14 @@ fn check_label(label: &str) -> Result<(), AdminError> {
     )))
 }
 
-/// Holds the length of a PIN against what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
+/// Compares the length of a PIN with what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
 fn check_pin(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Result<(), AdminError> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
     let length = pin.expose().len();
     if length < shortest || longest >= shortest.max(1) && length > longest {
         return Err(AdminError::Pin(format!(
-            "the {what} has {length} bytes; the token takes {shortest} to {longest}. Nothing was changed"
+            "the {what} has {length} bytes; {}. Nothing was changed",
+            takes(info)
         )));
     }
     Ok(())
@@ -207,6 +284,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
 
 fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
+    calling::next("C_GetSlotList");
     for slot in module.get_slots_with_token().map_err(Fault::from)? {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
@@ -251,14 +329,14 @@ fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, Adm
 
 /// A token that this command is logged in to.
 #[derive(Debug)]
-pub struct Admin {
+pub(crate) struct Admin {
     settings: Settings,
     token: OpenToken,
 }
 
 impl Admin {
     /// Logs in if the record of PINs allows it, read-write if keys are to be made.
-    pub fn open(
+    pub(crate) fn open(
         settings: &Settings,
         record: &PinRecord,
         pin: &Pin,
@@ -271,20 +349,27 @@ impl Admin {
     }
 
     /// The token.
-    pub fn info(&self) -> &TokenInfo {
+    pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
     }
 
     /// Ids of all RSA private keys on the token.
-    pub fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
+    pub(crate) fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
         Ok(keys::list(&self.token.anchor)?)
     }
 
     /// Makes a wrapping key and its binding key, reads every attribute back and proves both. The keys stay on the token
     /// whatever comes after; nothing is registered here.
-    pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+    pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        self.try_for_a_session()?;
         let pair = keys::generate(&self.token.anchor, modulus_bits)?;
-        let checked = self.check(pair.id)?;
+        let mut checked = self.check(pair.id)?;
+        if checked.problem.is_none() && u32::try_from(checked.modulus_bits) != Ok(modulus_bits) {
+            checked.problem = Some(format!(
+                "it has {} bits instead of {modulus_bits}",
+                checked.modulus_bits
+            ));
+        }
         match &checked.problem {
             None => Ok(checked),
             Some(problem) => Err(AdminError::Untrusted(format!(
@@ -295,8 +380,32 @@ impl Admin {
         }
     }
 
+    /// Tries with a pair of keys that ends with its session whether the token can do what is needed, so that a token that cannot is
+    /// left without a pair that no command removes. A token that has no session keys is not tried.
+    fn try_for_a_session(&self) -> Result<(), AdminError> {
+        let session = &self.token.anchor;
+        let Ok(pair) = keys::generate_for_session(session) else {
+            return Ok(());
+        };
+        let tried = keys::public_side(session, &pair).and_then(|public| {
+            self.token
+                .probe(pair.id, &public, self.settings.allow_oaep_sha1)
+        });
+        for object in [pair.private, pair.binding] {
+            calling::next("C_DestroyObject");
+            // It ends with the session at the latest.
+            let _destroyed = session.destroy_object(object);
+        }
+        match tried {
+            Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
+                Err(AdminError::Untrusted(format!("{fault}. No key was made")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Checks the attributes of one key and runs a self-test with it.
-    pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
+    pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
         let verdict = keys::inspect(
             &self.token.anchor,
@@ -311,7 +420,6 @@ impl Admin {
         let proved = self.token.prove(&self.settings, &expected);
         Ok(CheckedKey {
             id,
-            fingerprint: public.fingerprint,
             spki: public.spki,
             modulus_bits: public.modulus_bits,
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
@@ -322,33 +430,14 @@ impl Admin {
     }
 
     /// Makes a MAC with the binding key of that id.
-    pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
+    pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
-        Ok(operation::mac(
-            &self.token.anchor,
-            &pair,
-            message.as_bytes(),
-        )?)
-    }
-
-    /// Whether a MAC verifies.
-    pub fn verify(
-        &self,
-        id: WrappingKeyId,
-        message: &MacMessage,
-        mac: &Mac,
-    ) -> Result<bool, AdminError> {
-        self.verifier(&[id])?.verify(id, message, mac)
-    }
-
-    /// For many MACs one after another, by the binding keys of these ids.
-    pub fn verifier(&self, ids: &[WrappingKeyId]) -> Result<Verifier<'_>, AdminError> {
-        Verifier::new(self, ids)
+        Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
     /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
     /// of operations.
-    pub fn decrypt_loop(
+    pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,
         threads: usize,

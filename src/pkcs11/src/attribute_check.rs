@@ -13,7 +13,10 @@ use cryptoki::{
     session::Session,
 };
 
-use crate::classify::{Class, Fault};
+use crate::{
+    calling,
+    classify::{Class, Fault},
+};
 
 /// What an attribute must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,6 +213,7 @@ pub(super) fn read(
     kind: AttributeType,
 ) -> Result<Option<Attribute>, Fault> {
     use cryptoki::error::{Error, RvError};
+    calling::next("C_GetAttributeValue");
     match session.get_attributes(object, &[kind]) {
         Ok(attributes) => Ok(attributes.into_iter().next()),
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {

@@ -13,11 +13,14 @@ use keybroker_worker_protocol::oaep;
 
 use crate::{
     attribute_check::{self, Finding},
+    calling,
     classify::{Class, Fault},
 };
 
 /// Length of a binding key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
 const BINDING_KEY_BYTES: u64 = 32;
+/// Length of the modulus of a pair that ends with its session.
+const SESSION_PAIR_BITS: u32 = 2_048;
 const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
 
 /// A wrapping key and its binding key as objects of one session family.
@@ -41,7 +44,7 @@ pub(super) fn find(session: &Session, id: WrappingKeyId) -> Result<KeyPair, Faul
     Ok(KeyPair {
         id,
         private: find_one(session, ObjectClass::PRIVATE_KEY, id, "RSA private key")?,
-        binding: find_one(session, ObjectClass::SECRET_KEY, id, "binding key")?,
+        binding: find_one(session, ObjectClass::SECRET_KEY, id, "integrity key")?,
     })
 }
 
@@ -56,6 +59,7 @@ fn find_one(
         Attribute::Class(class),
         Attribute::Id(id.as_bytes().to_vec()),
     ];
+    calling::next("C_FindObjects");
     let mut found = session.find_objects(&template)?.into_iter();
     let Some(object) = found.next() else {
         return Err(Fault::new(
@@ -88,7 +92,7 @@ pub(super) struct Verdict {
 impl Verdict {
     pub(super) fn require(&self, id: WrappingKeyId) -> Result<(), Fault> {
         attribute_check::require(&format!("RSA private key {id}"), &self.private)?;
-        attribute_check::require(&format!("binding key {id}"), &self.binding)
+        attribute_check::require(&format!("integrity key {id}"), &self.binding)
     }
 }
 
@@ -152,6 +156,7 @@ pub(super) fn list(session: &Session) -> Result<Vec<WrappingKeyId>, Fault> {
         Attribute::KeyType(KeyType::RSA),
     ];
     let mut ids = Vec::new();
+    calling::next("C_FindObjects");
     for object in session.find_objects(&template)? {
         if let Some(Attribute::Id(id)) = attribute_check::read(session, object, AttributeType::Id)?
             && let Some(id) = WrappingKeyId::from_slice(&id)
@@ -164,7 +169,17 @@ pub(super) fn list(session: &Session) -> Result<Vec<WrappingKeyId>, Fault> {
 
 /// Makes an RSA pair and a binding key under one fresh id. The session must be read-write.
 pub(super) fn generate(session: &Session, modulus_bits: u32) -> Result<KeyPair, Fault> {
+    make(session, modulus_bits, true)
+}
+
+/// The same with keys that end with the session, to try what the token can do. The public object stays until then.
+pub(super) fn generate_for_session(session: &Session) -> Result<KeyPair, Fault> {
+    make(session, SESSION_PAIR_BITS, false)
+}
+
+fn make(session: &Session, modulus_bits: u32, on_token: bool) -> Result<KeyPair, Fault> {
     let id = fresh_id()?;
+    calling::next("C_FindObjects");
     let taken = session.find_objects(&[Attribute::Id(id.as_bytes().to_vec())])?;
     if !taken.is_empty() {
         return Err(Fault::new(
@@ -172,12 +187,23 @@ pub(super) fn generate(session: &Session, modulus_bits: u32) -> Result<KeyPair, 
             format!("the token already holds an object with the fresh CKA_ID {id}"),
         ));
     }
+    let kept = |mut template: Vec<Attribute>| {
+        for attribute in &mut template {
+            if let Attribute::Token(is_on_token) = attribute {
+                *is_on_token = on_token;
+            }
+        }
+        template
+    };
+    calling::next("C_GenerateKeyPair");
     let (_public, private) = session.generate_key_pair(
         &Mechanism::RsaPkcsKeyPairGen,
-        &public_template(id, modulus_bits),
-        &private_template(id),
+        &kept(public_template(id, modulus_bits)),
+        &kept(private_template(id)),
     )?;
-    let binding = session.generate_key(&Mechanism::GenericSecretKeyGen, &binding_template(id))?;
+    calling::next("C_GenerateKey");
+    let binding =
+        session.generate_key(&Mechanism::GenericSecretKeyGen, &kept(binding_template(id)))?;
     Ok(KeyPair {
         id,
         private,

@@ -35,6 +35,19 @@ impl Counter {
         }
     }
 
+    /// What the token says of the tries that are left, to append to a message.
+    pub(super) fn describe(self) -> &'static str {
+        if self.locked {
+            "; the user PIN is locked now"
+        } else if self.final_try {
+            "; one more wrong PIN locks the token"
+        } else if self.low {
+            "; the token counts wrong PINs and locks after a few"
+        } else {
+            ""
+        }
+    }
+
     /// Whether a flag is set that was not set in `earlier`.
     fn rose_since(self, earlier: Self) -> bool {
         self.low && !earlier.low

@@ -2,16 +2,19 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use cryptoki::{
     context::{CInitializeArgs, CInitializeFlags, Pkcs11},
     error::{Error, RvError},
 };
 
-use keybroker_worker_protocol::check_module;
+use keybroker_worker_protocol::{check_module, softhsm_problem};
 
-use crate::classify::{Class, Fault};
+use crate::{
+    calling,
+    classify::{Class, Fault},
+};
 
 /// Loads and initialises the module at a path.
 pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
@@ -24,20 +27,33 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
         )));
     }
     check_module(path).map_err(unfit)?;
+    calling::next("dlopen");
     let module = Pkcs11::new(path).map_err(|error| {
         unfit(format!(
-            "{shown} is not a PKCS#11 module that can be loaded: {error}; correct `token.module`"
+            "{shown} is not a PKCS#11 module: it cannot be loaded, or it has no C_GetFunctionList ({error}); correct \
+             `token.module`"
         ))
     })?;
     // With locking by the operating system: without it SoftHSM crashes as soon as two threads use it.
     let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
+    calling::next("C_Initialize");
     match module.initialize(arguments) {
         // Another part of this process was first; the module has one state per process.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(module),
-        Err(error) => Err(unfit(format!(
-            "the module {shown} does not initialise: {error}; look at its own configuration (SoftHSM: \
-             SOFTHSM2_CONF in `token.environment`)"
-        ))),
+        Err(error) => {
+            let fault = Fault::from(error);
+            let environment: BTreeMap<String, String> = std::env::vars_os()
+                .filter_map(|(name, value)| {
+                    Some((name.into_string().ok()?, value.into_string().ok()?))
+                })
+                .collect();
+            let hint = softhsm_problem(path, &environment).unwrap_or_else(|| {
+                "look at its own configuration, and at [token.environment], which is all that it is given".to_owned()
+            });
+            Err(unfit(format!(
+                "the PKCS#11 module {shown} does not initialise ({fault}): {hint}"
+            )))
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 
 use crate::{
-    PinRecord,
+    PinRecord, calling,
     classify::{Class, Fault},
     keys::{self, KeyPair, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
@@ -55,6 +55,7 @@ impl OpenToken {
             .map_err(|what| Fault::new(Class::Configuration, what))?;
         let module = module::load(&settings.module)?;
         let (slot, info) = select::find(&module, &selector)?;
+        calling::next("C_OpenSession");
         let anchor = if write {
             module.open_rw_session(slot)?
         } else {
@@ -80,6 +81,7 @@ impl OpenToken {
             Decision::Refuse(refusal) => return Err(refused(&refusal, &self.info)),
         };
         login.set(begun.clone().or_else(|| was.clone()))?;
+        calling::next("C_Login");
         let result = self.anchor.login(UserType::User, Some(&auth_pin(pin)));
         let (answer, error) = match result {
             Ok(()) => (Answer::Accepted, None),
@@ -113,20 +115,21 @@ impl OpenToken {
             return Ok(());
         }
         recorded?;
-        Err(self.failed_login(&error, answer, now.as_ref(), after.is_some()))
+        Err(self.failed_login(&error, answer, now.as_ref(), after))
     }
 
     fn counter(&self) -> Result<Counter, Fault> {
+        calling::next("C_GetTokenInfo");
         Ok(Counter::of(&self.module.get_token_info(self.slot)?))
     }
 
-    /// What a failed login means. `answers` says whether the token still answers.
+    /// What a failed login means. `after` is the token's counter of wrong PINs; absent when the token does not answer.
     fn failed_login(
         &self,
         error: &Error,
         answer: Answer,
         now: Option<&Standing>,
-        answers: bool,
+        after: Option<Counter>,
     ) -> Fault {
         let fault = fault_of(error);
         let token = named(&self.info);
@@ -136,9 +139,12 @@ impl OpenToken {
         match now {
             Some(Standing::Rejected { .. }) => Fault::new(
                 Class::Pin,
-                format!("{token} rejected the PIN: {fault}. {ONCE}"),
+                format!(
+                    "{token} rejected the PIN: {fault}{}. {ONCE}",
+                    after.map_or("", Counter::describe)
+                ),
             ),
-            _ if !answers => Fault::new(Class::TokenLost, fault.detail),
+            _ if after.is_none() => Fault::new(Class::TokenLost, fault.detail),
             Some(Standing::Unproven { tries, .. }) if *tries > 1 => {
                 let what = refused(&Refusal::Unproven, &self.info);
                 Fault::new(Class::Pin, format!("{fault}: {what}"))
@@ -268,6 +274,7 @@ impl KeySession {
     /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
     /// another object.
     pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
+        calling::next("C_OpenSession");
         let session = module.open_ro_session(slot)?;
         let pairs = ids
             .iter()

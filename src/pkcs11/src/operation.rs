@@ -19,6 +19,7 @@ use keybroker_core::{
 use keybroker_worker_protocol::oaep::WrapKey;
 
 use crate::{
+    calling,
     classify::{Class, Fault},
     keys::{KeyPair, PublicSide},
     open::KeySession,
@@ -42,12 +43,14 @@ pub(super) fn decrypt(
     algorithm: Algorithm,
     wrapped: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>, Fault> {
+    calling::next("C_Decrypt");
     let plaintext = session.decrypt(&oaep(algorithm), pair.private, wrapped)?;
     Ok(Zeroizing::new(plaintext))
 }
 
 /// `C_Sign` with the binding key.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
+    calling::next("C_Sign");
     let mac = session.sign(&Mechanism::Sha256Hmac, pair.binding, message)?;
     mac.try_into().map_err(|mac: Vec<u8>| {
         Fault::new(
@@ -70,6 +73,7 @@ pub(super) fn verify(
     if mac.len() != MAC_BYTES {
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
+    calling::next("C_Verify");
     Ok(session.verify(&Mechanism::Sha256Hmac, pair.binding, message, mac)?)
 }
 

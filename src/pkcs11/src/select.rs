@@ -9,7 +9,10 @@ use cryptoki::{context::Pkcs11, slot::Slot};
 
 use keybroker_worker_protocol::{Settings, TokenInfo, unpadded};
 
-use crate::classify::{Class, Fault};
+use crate::{
+    calling,
+    classify::{Class, Fault},
+};
 
 /// How long an absent token is looked for at start: another process that logs in hides it for moments (SoftHSM rewrites
 /// the token's file at every login).
@@ -88,7 +91,7 @@ impl Selector {
         Ok(selector)
     }
 
-    fn fits(&self, info: &cryptoki::slot::TokenInfo) -> bool {
+    pub(super) fn fits(&self, info: &cryptoki::slot::TokenInfo) -> bool {
         let same = |wanted: &Option<String>, found: &str| {
             wanted
                 .as_deref()
@@ -148,6 +151,15 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
     let tokens = list(module)?;
     let mut fitting = tokens.iter().filter(|(_, info)| selector.fits(info));
     let wanted = selector.describe();
+    if tokens.is_empty() {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
+                 SOFTHSM2_CONF)? Look with `keybroker token list`, make one with `keybroker token init`"
+            ),
+        ));
+    }
     let Some((slot, info)) = fitting.next() else {
         return Err(Fault::new(
             Class::Configuration,
@@ -175,7 +187,9 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
 /// All initialised tokens.
 pub(super) fn list(module: &Pkcs11) -> Result<Vec<(Slot, cryptoki::slot::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
+    calling::next("C_GetSlotList");
     for slot in module.get_slots_with_initialized_token()? {
+        calling::next("C_GetTokenInfo");
         tokens.push((slot, module.get_token_info(slot)?));
     }
     Ok(tokens)

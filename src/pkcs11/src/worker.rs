@@ -12,7 +12,7 @@
 use std::{
     io::{self, Write as _},
     os::{fd::AsFd as _, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread::{self, JoinHandle},
@@ -36,7 +36,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    PinRecord,
+    PinRecord, calling,
     classify::{Class, Fault},
     open::OpenToken,
     session::{self, SessionThread, Shared},
@@ -77,13 +77,20 @@ fn serve() -> io::Result<()> {
     };
     let output = Arc::new(Mutex::new(stream));
     let mut first_reply = Replies::to(&output);
+    let mut progress = Replies::to(&output);
+    calling::report_to(move |function| {
+        let calling = Outcome::Calling(function.to_owned());
+        // When the front is gone, the end of the socket ends this process.
+        let _sent = progress.send(0, calling, Duration::ZERO);
+    });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
-    let settings = settings(&setup);
+    let settings = Settings::from_setup(&setup);
     let limit = limit_opening();
     let opened = Pin::from_file(Path::new(&setup.pin_file))
         .map_err(|what| Fault::new(Class::Pin, what))
         .and_then(|pin| open(&setup, &settings, &pin, sessions));
     drop(limit);
+    calling::report_no_more();
     let (token, shared, sessions_open) = match opened {
         Ok(opened) => opened,
         Err(fault) => {
@@ -105,7 +112,8 @@ fn serve() -> io::Result<()> {
 
 /// Replaces the default action of both signals, which would end the process. Nothing reads the signals that are noted: the
 /// handler is installed with the listener and stays.
-fn ignore_signals() -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
+pub(crate) fn ignore_signals()
+-> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -142,7 +150,7 @@ fn kill_ourselves() {
 ///
 /// The socket is watched, and not the parent's death signal: Linux sends that when the *thread* ends that started this
 /// process. The parent is looked at as well, in case another process holds a copy of the front's end.
-fn end_with_front(stream: UnixStream) {
+pub(crate) fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {
         let interval = Timespec::try_from(FRONT_INTERVAL).ok();
@@ -190,23 +198,6 @@ fn open(
         ));
     }
     Ok((token, shared, open))
-}
-
-fn settings(setup: &Setup) -> Settings {
-    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
-    Settings {
-        module: PathBuf::from(&setup.module),
-        label: given(&setup.label),
-        serial: given(&setup.serial),
-        uri: given(&setup.uri),
-        pin_file: None,
-        workers: 1,
-        sessions_per_worker: 1,
-        queue_length_max: 1,
-        allow_oaep_sha1: setup.allow_oaep_sha1,
-        attribute_exceptions: setup.attribute_exceptions.clone(),
-        environment: std::collections::BTreeMap::new(),
-    }
 }
 
 fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cedar_policy::{AuthorizationError, Authorizer, Decision, Effect, Response};
 
+use keybroker_core::error::chain;
+
 use super::{
     Case, DEFAULT_DENY, UNASKED,
     set::{Known, Set},
@@ -42,6 +44,7 @@ pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
     let asked = match VOCABULARY.ask(case, wanted, None) {
         Ok(asked) => asked,
         Err(error) => {
+            let error = chain(&error);
             tracing::error!(alarm = "bug", action = %case.action, %error, "policy was not asked");
             return Verdict::denied(UNASKED);
         }
@@ -63,9 +66,9 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     )
 }
 
-/// Cedar leaves a policy out that it cannot evaluate (an overflow, an attribute of an entity that does not exist). For a permit
-/// that is right: nothing is allowed by it. For a forbid it would open what the forbid is there to close, to whoever finds the
-/// input that breaks it. So a forbid that cannot be evaluated denies.
+/// Cedar leaves a policy out that it cannot evaluate (an overflow, an attribute of an entity that does not exist).
+/// For a permit that is right: nothing is allowed by it. For a forbid it would permit what the forbid is meant to
+/// deny, to a caller who finds the input that breaks it. So a forbid that cannot be evaluated denies.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

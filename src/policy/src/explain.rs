@@ -8,8 +8,11 @@ use std::sync::Arc;
 use cedar_policy::{AuthorizationError, Authorizer, Effect, Policy, PolicyId, PolicySet};
 use serde_json::{Value, json};
 
+use keybroker_core::error::chain;
+
 use super::{
     Case, Verdict,
+    error::Error,
     set::Set,
     vocabulary::{Asked, VOCABULARY, Wanted},
 };
@@ -65,7 +68,8 @@ pub(super) fn explain(set: &Set, case: &Case<'_>) -> Vec<PolicyView> {
                 },
                 file: Arc::clone(&known.origin),
                 is_about: matches!(ask_part(&asked, policy, "action"), Ok(Answer::Yes)),
-                applies: view(&asked, policy).unwrap_or_else(Applies::Failed),
+                applies: view(&asked, policy)
+                    .unwrap_or_else(|error| Applies::Failed(chain(&error))),
             })
         })
         .collect()
@@ -78,8 +82,8 @@ enum Answer {
     Failed(String),
 }
 
-fn ask(asked: &Asked, policy: Policy) -> Result<Answer, String> {
-    let alone = PolicySet::from_policies([policy]).map_err(|error| error.to_string())?;
+fn ask(asked: &Asked, policy: Policy) -> Result<Answer, Error> {
+    let alone = PolicySet::from_policies([policy]).map_err(Error::on("ask one policy alone"))?;
     let response = Authorizer::new().is_authorized(&asked.request, &alone, &asked.entities);
     let mut errors = response.diagnostics().errors();
     if let Some(AuthorizationError::PolicyEvaluationError(error)) = errors.next() {
@@ -93,7 +97,7 @@ fn ask(asked: &Asked, policy: Policy) -> Result<Answer, String> {
     })
 }
 
-fn view(asked: &Asked, policy: &Policy) -> Result<Applies, String> {
+fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
     match ask(asked, policy.clone())? {
         Answer::Yes => return Ok(Applies::Yes),
         Answer::Failed(error) => return Ok(Applies::Failed(error)),
@@ -108,7 +112,9 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, String> {
     if !others.is_empty() {
         return Ok(Applies::No(others.join(", ")));
     }
-    let json = policy.to_json().map_err(|error| error.to_string())?;
+    let json = policy
+        .to_json()
+        .map_err(Error::on("write a policy as JSON"))?;
     let clauses = json["conditions"].as_array().cloned().unwrap_or_default();
     for clause in clauses {
         let is_when = clause["kind"] == "when";
@@ -128,15 +134,17 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, String> {
 }
 
 /// Whether one part of the scope matches.
-fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, String> {
-    let json = policy.to_json().map_err(|error| error.to_string())?;
+fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, Error> {
+    let json = policy
+        .to_json()
+        .map_err(Error::on("write a policy as JSON"))?;
     let mut bare = bare();
     bare[part] = json[part].clone();
     ask(asked, from_json(bare)?)
 }
 
 /// Whether one condition holds, and its text.
-fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), String> {
+fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), Error> {
     let mut bare = bare();
     bare["conditions"] = json!([{ "kind": "when", "body": condition }]);
     let policy = from_json(bare)?;
@@ -160,8 +168,9 @@ fn bare() -> Value {
     })
 }
 
-fn from_json(json: Value) -> Result<Policy, String> {
-    Policy::from_json(Some(PolicyId::new("part")), json).map_err(|error| error.to_string())
+fn from_json(json: Value) -> Result<Policy, Error> {
+    Policy::from_json(Some(PolicyId::new("part")), json)
+        .map_err(Error::on("read a part of a policy"))
 }
 
 /// The parts of `a && b && c`, from left to right.

@@ -1,10 +1,13 @@
-//! The operator's files: found, judged and read, within limits.
+//! The operator's files: found, checked and read, within limits.
 
-use std::{fs, mem, path::Path};
+use std::{fs, mem, path::Path, string::FromUtf8Error};
 
 use aws_lc_rs::digest;
 
-use keybroker_core::trusted_file::{self, Purpose};
+use keybroker_core::{
+    error::chain,
+    trusted_file::{self, Purpose},
+};
 
 use super::{
     Settings,
@@ -61,7 +64,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     for name in names {
         match read_file(&directory.join(&name), &name) {
             Ok(text) => sources.push(Source { name, text }),
-            Err(what) => problems.push(Problem::in_file(&name, what)),
+            Err(error) => problems.push(Problem::in_file(&name, chain(&error))),
         }
     }
     if problems.is_empty() {
@@ -82,15 +85,25 @@ pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-fn read_file(path: &Path, name: &str) -> Result<String, String> {
+/// Why a file of policies cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum FileError {
+    #[error(
+        "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+    )]
+    Name,
+    #[error(transparent)]
+    File(#[from] trusted_file::Error),
+    #[error("is not UTF-8")]
+    NotUtf8(#[from] FromUtf8Error),
+}
+
+fn read_file(path: &Path, name: &str) -> Result<String, FileError> {
     let stem = name.strip_suffix(SUFFIX).unwrap_or(name);
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if stem.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(is_plain) {
-        return Err(format!(
-            "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
-        ));
+        return Err(FileError::Name);
     }
-    let mut bytes =
-        trusted_file::read(path, FILE_BYTES_MAX, POLICIES).map_err(|error| error.to_string())?;
-    String::from_utf8(mem::take(&mut *bytes)).map_err(|error| format!("is not UTF-8: {error}"))
+    let mut bytes = trusted_file::read(path, FILE_BYTES_MAX, POLICIES)?;
+    Ok(String::from_utf8(mem::take(&mut *bytes))?)
 }

@@ -1,8 +1,8 @@
-//! May this principal do that? The one place that answers; deny by default.
+//! Decides what a principal may do: the only place with such decisions; deny by default.
 //!
-//! The rules are policies in Cedar: those that come with the broker (`policy/default.cedar`) and those of the operator, all
-//! validated against one schema before they are used. Two rules stand above them, in code, so that no file can mend them away:
-//! a principal whose roles exclude each other may do nothing, and nobody reaches another tenant's keys.
+//! The rules are policies in Cedar: those that come with the broker (`policy/default.cedar`) and those of the
+//! operator, all validated against one schema before they are used. Two rules are in code, so that no file can change
+//! them: a principal whose roles exclude each other may do nothing, and no principal reaches another tenant's keys.
 //!
 //! The set is loaded as a whole and replaced as a whole. A bad file at the start stops it; a bad one later leaves the policies
 //! that are in force in place.
@@ -25,6 +25,7 @@ use keybroker_core::{
 };
 
 mod engine;
+mod error;
 mod explain;
 mod files;
 mod problem;
@@ -242,7 +243,7 @@ struct Watch {
     refused: Option<String>,
     /// Digest of new content that was seen.
     seen: Option<[u8; 32]>,
-    /// Digest of content that was judged: it gets no better by being parsed each second.
+    /// Digest of content that was checked, so that it is not parsed again each second.
     judged: Option<[u8; 32]>,
 }
 
@@ -260,7 +261,8 @@ impl Policy {
 
     /// Decides.
     pub fn decide(&self, question: &Question<'_>) -> Result<Permit, Denied> {
-        // The doors know where a call comes from. One that does not is not asked for, rather than asked with a made-up address.
+        // The APIs know the address of a caller. Without one there is no decision, rather than one for a made-up
+        // address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
             tracing::error!(alarm = "bug", call_id = %question.call.id, "a call without the address of its peer");
             return Err(Denied {
@@ -330,9 +332,9 @@ impl Policy {
         }
     }
 
-    /// Takes over changed files, and keeps the policies in force when any of them is bad or gone. A change that nobody
-    /// announced is taken over when two looks have found the same: an editor that writes in place leaves half a file, or an
-    /// empty one, for a moment, and that may be a good set without its forbids.
+    /// Takes over changed files, and keeps the policies in force when a file is invalid or missing. A change that was
+    /// not announced is taken over when two looks have found the same: an editor that writes in place leaves half a
+    /// file, or an empty one, for a moment, and that may be a good set without its forbids.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {

@@ -6,12 +6,18 @@ use std::{
     sync::Arc,
 };
 
-use cedar_policy::{Effect, PolicyId, PolicySet, ValidationMode, Validator, ffi::DetailedError};
+use cedar_policy::{
+    Effect, PolicyId, PolicySet, PolicySetError, ValidationMode, Validator, ffi::DetailedError,
+};
 
-use keybroker_core::principal::{Action, Kind};
+use keybroker_core::{
+    error::chain,
+    principal::{Action, Kind},
+};
 
 use super::{
     RESERVED, Settings,
+    error::Error,
     files::{self, Source},
     problem::{Problem, Problems, place},
     shape,
@@ -123,7 +129,7 @@ impl Set {
         if !problems.is_empty() {
             return Err(Problems(problems));
         }
-        set.slice().map_err(Problem::of)?;
+        set.slice().map_err(|error| Problem::of(chain(&error)))?;
         Ok(set)
     }
 
@@ -163,16 +169,23 @@ impl Set {
                 };
                 let id = PolicyId::new(&id);
                 if let Some(other) = self.taken.insert(id.clone(), Arc::clone(&known.origin)) {
-                    return Err(format!("policy `{id}` is there twice: also in {other}"));
+                    return Err(IdError::Taken { id, other });
                 }
                 if wanted(effect) {
                     let added = self.policies.add(policy.new_id(id.clone()));
-                    added.map_err(|error| error.to_string())?;
+                    added.map_err(|source| IdError::Refused {
+                        id: id.clone(),
+                        source: Box::new(source),
+                    })?;
                     self.known.insert(id, known);
                 }
                 Ok(())
             });
-            problems.extend(added.err().map(|what| Problem::in_file(&source.name, what)));
+            problems.extend(
+                added
+                    .err()
+                    .map(|error| Problem::in_file(&source.name, chain(&error))),
+            );
         }
         if problems.is_empty() {
             Ok(count)
@@ -181,7 +194,7 @@ impl Set {
         }
     }
 
-    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that nobody would notice.
+    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that would stay unnoticed.
     fn validate(&self, sources: &[Source]) -> Vec<Problem> {
         let validator = Validator::new(VOCABULARY.schema.clone());
         let result = validator.validate(&self.policies, ValidationMode::Strict);
@@ -214,7 +227,7 @@ impl Set {
     }
 
     /// Sorts the policies by what they can be asked about.
-    fn slice(&mut self) -> Result<(), String> {
+    fn slice(&mut self) -> Result<(), Error> {
         for action in Action::ALL {
             for kind in [Kind::User, Kind::Service] {
                 self.slices.insert((action, kind), Slice::default());
@@ -223,7 +236,9 @@ impl Set {
         for policy in self.policies.policies() {
             let mut words = HashSet::new();
             collect_words(
-                &policy.to_json().map_err(|error| error.to_string())?,
+                &policy
+                    .to_json()
+                    .map_err(Error::on("write a policy as JSON"))?,
                 &mut words,
             );
             let cases: HashSet<(Action, Kind)> = policy
@@ -233,7 +248,7 @@ impl Set {
             for case in cases {
                 let slice = self.slices.entry(case).or_default();
                 let added = slice.policies.add(policy.clone());
-                added.map_err(|error| error.to_string())?;
+                added.map_err(Error::on("sort a policy by what it is about"))?;
                 slice.words.extend(words.iter().cloned());
             }
         }
@@ -280,7 +295,10 @@ impl Set {
             }
             let mut named = Vec::new();
             let json = policy.to_json().map_err(|error| {
-                Problem::in_file(&known.origin, format!("policy `{}`: {error}", known.id))
+                Problem::in_file(
+                    &known.origin,
+                    format!("policy `{}`: {}", known.id, chain(&error)),
+                )
             })?;
             collect_principals(&json, &mut named);
             all.extend(named.into_iter().map(|(kind, name)| NamedPrincipal {
@@ -394,17 +412,31 @@ fn ordinal(id: &PolicyId) -> usize {
         .unwrap_or(usize::MAX)
 }
 
-fn check_id(id: &str) -> Result<(), String> {
+/// Why a policy cannot be taken in under its id.
+#[derive(Debug, thiserror::Error)]
+enum IdError {
+    #[error(
+        "@id({0:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+    )]
+    Malformed(String),
+    #[error("@id({0:?}): this name means something else in the audit log")]
+    Reserved(String),
+    #[error("policy `{id}` is there twice: also in {other}")]
+    Taken { id: PolicyId, other: Arc<str> },
+    #[error("policy `{id}` cannot be added")]
+    Refused {
+        id: PolicyId,
+        source: Box<PolicySetError>,
+    },
+}
+
+fn check_id(id: &str) -> Result<(), IdError> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if !(1..=ID_BYTES_MAX).contains(&id.len()) || !id.chars().all(is_plain) {
-        return Err(format!(
-            "@id({id:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-]: it stands in the audit log"
-        ));
+        return Err(IdError::Malformed(id.to_owned()));
     }
     if RESERVED.contains(&id) {
-        return Err(format!(
-            "@id({id:?}): this name means something else in the audit log"
-        ));
+        return Err(IdError::Reserved(id.to_owned()));
     }
     Ok(())
 }

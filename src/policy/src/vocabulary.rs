@@ -20,7 +20,7 @@ use keybroker_core::{
     principal::{Action, Identity, Kind, Reach, Role},
 };
 
-use super::{Case, Resource};
+use super::{Case, Resource, error::Error};
 
 pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
 const MICROS_PER_SECOND: i64 = 1_000_000;
@@ -155,13 +155,13 @@ impl Vocabulary {
         case: &Case<'_>,
         wanted: Wanted<'_>,
         schema: Option<&Schema>,
-    ) -> Result<Asked, String> {
+    ) -> Result<Asked, Error> {
         let principal = self.principal(case.identity, wanted)?;
         let resource = self.resource(case.resource, wanted)?;
         let action = self
             .actions
             .get(&case.action)
-            .ok_or("an action without a name in the schema")?;
+            .expect("the vocabulary has every action: it is made of all of them");
         let context = context(case, wanted)?;
         let request = Request::new(
             principal.uid(),
@@ -170,13 +170,13 @@ impl Vocabulary {
             context,
             schema,
         )
-        .map_err(|error| error.to_string())?;
+        .map_err(Error::on("make the question"))?;
         let entities = Entities::from_entities([principal, resource, action.clone()], schema)
-            .map_err(|error| error.to_string())?;
+            .map_err(Error::on("make the entities of the question"))?;
         Ok(Asked { request, entities })
     }
 
-    fn principal(&self, identity: &Identity, wanted: Wanted<'_>) -> Result<Entity, String> {
+    fn principal(&self, identity: &Identity, wanted: Wanted<'_>) -> Result<Entity, Error> {
         let mut attributes = Attributes::new(wanted);
         attributes.add("name", || text(&identity.name));
         attributes.add("tenant", || text(identity.tenant.as_str()));
@@ -186,7 +186,7 @@ impl Vocabulary {
                 attributes.add_some("subject", identity.subject.as_ref(), |user| {
                     text(user.as_str())
                 });
-                // A person has no role, whoever says otherwise.
+                // A person has no role, also if a claim names one.
                 (&self.user, Vec::new())
             }
             Kind::Service => {
@@ -202,10 +202,11 @@ impl Vocabulary {
         let tags = identity.claims.attributes.iter().filter(|_| wanted.tags());
         let tags = tags.map(|(name, values)| (name.clone(), texts(values)));
         let uid = EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(&identity.name));
-        Entity::new_with_tags(uid, attributes.pairs, roles, tags).map_err(|error| error.to_string())
+        Entity::new_with_tags(uid, attributes.pairs, roles, tags)
+            .map_err(Error::on("describe the principal"))
     }
 
-    fn resource(&self, resource: Resource<'_>, wanted: Wanted<'_>) -> Result<Entity, String> {
+    fn resource(&self, resource: Resource<'_>, wanted: Wanted<'_>) -> Result<Entity, Error> {
         let mut attributes = Attributes::new(wanted);
         attributes.add_some("tenant", resource.tenant(), |tenant| text(tenant.as_str()));
         let (kind, id) = match resource {
@@ -226,11 +227,12 @@ impl Vocabulary {
             }
         };
         let uid = EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(&id));
-        Entity::new_with_tags(uid, attributes.pairs, [], []).map_err(|error| error.to_string())
+        Entity::new_with_tags(uid, attributes.pairs, [], [])
+            .map_err(Error::on("describe the resource"))
     }
 }
 
-fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, String> {
+fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     let claims = &case.identity.claims;
     let mut attributes = Attributes::new(wanted);
     attributes.add("amr", || texts(&claims.amr));
@@ -250,7 +252,7 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, String> {
     if case.action == Action::Unwrap {
         attributes.add("release", || text(PLAIN));
     }
-    Context::from_pairs(attributes.pairs).map_err(|error| error.to_string())
+    Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
 
 /// Whether what a service was given to release covers the resource. Asked here and not in a policy: it may be a list of thousands

@@ -16,10 +16,10 @@ pub struct ClientRow {
     pub revision: u64,
     /// As bytes not yet parsed.
     pub document: Vec<u8>,
-    /// By a binding key over all of the above, so that a writer of the database cannot give a client another secret or
-    /// another role.
+    /// By an integrity key over all of the above, so that a writer of the database cannot give a client another
+    /// secret or another role.
     pub mac: Mac,
-    /// The wrapping key whose binding key made the MAC.
+    /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
     /// When it was created.
     pub created: Timestamp,

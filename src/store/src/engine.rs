@@ -1,9 +1,9 @@
 //! The store over any engine: what is the same wherever the rows are kept.
 //!
-//! Everything that touches a connection runs in a task of its own. A caller that goes away drops only its wait: the task
-//! ends its statement or its transaction and gives the connection back as it found it. A connection that cannot be given
-//! back like that, because something failed on the way, because it took too long or because the task itself died, is closed.
-//! So none is ever lent out inside somebody else's transaction.
+//! Everything that touches a connection runs in a task of its own. A caller that ends its call drops only its wait:
+//! the task ends its statement or its transaction and gives the connection back as it found it. A connection that
+//! cannot be given back like that, because something failed on the way, because it took too long or because the task
+//! itself died, is closed. So none is ever lent out inside somebody else's transaction.
 
 use std::{
     fmt,

@@ -14,7 +14,7 @@ use keybroker_core::{
     key::Revision,
 };
 
-/// How long a caller should wait for a store that is away.
+/// How long a caller should wait for a store that is unavailable.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
@@ -92,8 +92,8 @@ pub enum Error {
     /// store.
     #[error("connection lost: {0}")]
     Disconnected(Arc<str>),
-    /// The database is away, full, read-only or slow.
-    #[error("store away: {0}")]
+    /// The database is unavailable, full, read-only or slow.
+    #[error("store unavailable: {0}")]
     Down(Arc<str>),
 }
 

@@ -60,12 +60,13 @@ use postgres::PostgreSql;
 use tables::Tables;
 use url::Target;
 
-/// Opens a database whose schema is this binary's. Whoever changes anything in it holds the lock of [`lock`].
+/// Opens a database whose schema is this binary's. A process that changes anything in it must hold the lock of
+/// [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings).await?)
 }
 
-/// The same, for a command that goes through whole tables. Nobody's deadline waits for it, so it waits longer itself.
+/// The same, for a command that goes through whole tables. No call's deadline depends on it, so it waits longer.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.patient()).await
 }
@@ -138,8 +139,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Inserts a record at [`Revision::FIRST`]. [`Error::Exists`] when the address is taken, also by a deleted record.
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// Inserts many records in one transaction: all of them or, when an address is taken ([`Error::Exists`]), none. They
-    /// have no mark of a call: this is for whoever fills a database, and not for a mutation with an intent.
+    /// Inserts many records in one transaction: all of them or, when an address is taken ([`Error::Exists`]), none.
+    /// They have no mark of a call: use it to fill a database, not for a mutation with an intent.
     async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
 
     /// Makes `new` the current revision of an active record: a replace, or the restore of an earlier revision.
@@ -306,7 +307,7 @@ pub struct RequestStamp {
     pub scope: RequestScope,
     /// On-token HMAC over action and content.
     pub content: Mac,
-    /// The binding key that made it.
+    /// The integrity key that made it.
     pub key: WrappingKeyId,
     /// What the mutation will have done, and the on-token HMAC over it. Nothing is changed when it would do anything else.
     pub result: Option<(RecordInfo, Mac)>,
@@ -328,7 +329,7 @@ pub struct RequestScope {
 pub struct RequestRecord {
     /// On-token HMAC over action and content.
     pub content: Mac,
-    /// The binding key that made it.
+    /// The integrity key that made it.
     pub key: WrappingKeyId,
     /// On-token HMAC over scope, content and result; absent in a row of a release before schema 4.
     pub result_mac: Option<Mac>,
@@ -336,19 +337,8 @@ pub struct RequestRecord {
     pub result: RecordInfo,
 }
 
-impl RequestRecord {
-    /// The message of the result's MAC.
-    pub fn result_message(&self, scope: &RequestScope) -> MacMessage {
-        request_result_message(scope, &self.content, &self.result)
-    }
-}
-
-/// The message of the MAC over the stored answer to a request id.
-pub fn request_result_message(
-    scope: &RequestScope,
-    content: &Mac,
-    result: &RecordInfo,
-) -> MacMessage {
+/// What the MAC of a stored answer must be over: whose request id, the MAC over its content, and the answer.
+pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[
         scope.tenant.as_str().as_bytes(),
@@ -402,8 +392,8 @@ pub struct RegistryRow {
     pub registered: Timestamp,
     /// When a backup of its token was confirmed.
     pub backup_confirmed: Option<Timestamp>,
-    /// By the key's own binding key over all of the above, so that a writer of the database cannot turn `compromised`
-    /// back into `active`.
+    /// By the key's own integrity key over all of the above, so that a writer of the database cannot turn
+    /// `compromised` back into `active`.
     pub mac: Mac,
 }
 

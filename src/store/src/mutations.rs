@@ -1,8 +1,8 @@
 //! Changes of records, inside a transaction: the same steps on every engine.
 //!
-//! The mark of the call comes first. Each statement is answered before the next is sent, so once the mark is in, either the
-//! transaction holds it until it ends, or nothing that follows was sent: whoever tries to insert the same mark later learns
-//! for certain what became of the call ([`is_committed`]).
+//! The mark of the call comes first. Each statement is answered before the next is sent, so once the mark is in,
+//! either the transaction holds it until it ends, or nothing that follows was sent: a later insert of the same mark
+//! learns for certain what became of the call ([`is_committed`]).
 
 use keybroker_core::{
     call::{CallId, Timestamp},

@@ -187,7 +187,7 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
         Error::Schema(format!(
-            "migration failed: {error}. What it did so far is kept; once the cause is mended, run `keybroker store \
+            "migration failed: {error}. What it did so far is kept; once the cause is repaired, run `keybroker store \
              migrate` again"
         ))
     })

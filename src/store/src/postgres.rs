@@ -33,8 +33,8 @@ const OLDEST: i64 = 140_000;
 /// Sockets are named by their port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
 
-/// What the driver takes from the environment and nobody can set anew: other authorities for the server's certificate, a
-/// certificate of ours, settings of the session.
+/// What the driver takes from the environment and the program cannot reset: other authorities for the server's
+/// certificate, a certificate of ours, settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
 /// What of the environment would count.

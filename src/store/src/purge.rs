@@ -1,5 +1,5 @@
-//! What may be forgotten for good: superseded revisions and deleted records that nobody has wanted back for a time, and the
-//! marks of mutations of that age.
+//! What may be removed permanently: superseded revisions and deleted records after the retention time, and the marks
+//! of mutations of that age.
 //!
 //! A purge goes through the database once. What it finds comes in portions, each of which is one short transaction: it can
 //! be stopped at any moment, and begun again, and beside it brokers go on.

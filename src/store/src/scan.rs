@@ -1,4 +1,4 @@
-//! Every revision together with its record, and every API client, whatever is wrong with them.
+//! Every revision together with its record, every API client, and every row of the other tables, whatever is wrong with them.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use keybroker_core::{
 
 use super::{
     ClientRow, Error, RequestRecord, RequestScope, rows,
-    session::Value,
+    session::{Columns as _, Value},
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
@@ -161,7 +161,7 @@ fn record_of(row: &Row) -> Value {
 /// A row of the API clients.
 #[derive(Clone, Debug)]
 pub struct FoundClient {
-    /// Which; absent for a row whose id is none.
+    /// Its id; absent for a row without a valid id.
     pub id: Option<ClientId>,
     /// All of it, when it decodes.
     pub row: Result<ClientRow, Error>,
@@ -188,61 +188,68 @@ impl ClientScan {
     pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
         let row = self.clients.take(&*self.store).await?;
         Ok(row.map(|row| FoundClient {
-            id: rows::client_id(&row),
+            id: row.bytes(0).ok().and_then(ClientId::from_slice),
             row: rows::client(&row),
         }))
     }
 }
 
-/// A row of a table that holds neither records nor API clients.
+/// A row of a table that belongs to no record and no API client.
 #[derive(Clone, Debug)]
-pub struct FoundRow {
-    /// Table and key of the row, for people.
-    pub place: String,
-    /// The request id and its answer when the row is of [`Table::Requests`], or why the row does not decode.
-    pub request: Result<Option<(RequestScope, RequestRecord)>, Error>,
+pub enum FoundOther {
+    /// A request id and the answer that is stored for it.
+    Request(Box<Result<(RequestScope, RequestRecord), Error>>),
+    /// The mark of a change.
+    Change(Result<(), Error>),
+    /// When a record was last released.
+    LastUse(Result<(), Error>),
+    /// When a secret of an API client was last accepted.
+    ClientUse(Result<(), Error>),
 }
 
-/// Goes through a table of request ids, marks of changes or uses in the order of its keys.
+/// Goes through the tables of [`OtherScan::TABLES`], one after another.
 #[derive(Debug)]
-pub struct RowScan {
+pub struct OtherScan {
     store: Arc<dyn Tables>,
-    table: Table,
-    rows: Cursor,
+    tables: std::vec::IntoIter<Table>,
+    current: Option<(Table, Cursor)>,
 }
 
-impl RowScan {
-    /// The tables that this can scan. The others have scans of their own, or are verified as a whole.
+impl OtherScan {
+    /// The tables, in the order in which they are read.
     pub const TABLES: [Table; 4] = [
-        Table::Changes,
         Table::Requests,
+        Table::Changes,
         Table::LastUses,
         Table::ClientUses,
     ];
 
     /// From the beginning.
-    pub fn new(store: Arc<dyn Tables>, table: Table) -> Self {
+    pub fn new(store: Arc<dyn Tables>) -> Self {
         Self {
             store,
-            table,
-            rows: Cursor::new(table),
+            tables: Vec::from(Self::TABLES).into_iter(),
+            current: None,
         }
     }
 
     /// What comes next, or nothing at the end.
-    pub async fn next(&mut self) -> Result<Option<FoundRow>, Error> {
-        let row = self.rows.take(&*self.store).await?;
-        Ok(row.map(|row| FoundRow {
-            place: row.place(self.table),
-            request: match self.table {
-                Table::Changes => rows::change(&row).map(|_| None),
-                Table::Requests => rows::request_row(&row).map(Some),
-                Table::LastUses => rows::last_use(&row).map(|_| None),
-                Table::ClientUses => rows::client_use_row(&row).map(|()| None),
-                Table::Records | Table::Revisions | Table::Clients | Table::WrappingKeys => {
-                    Ok(None)
-                }
-            },
-        }))
+    pub async fn next(&mut self) -> Result<Option<FoundOther>, Error> {
+        loop {
+            if let Some((table, cursor)) = &mut self.current
+                && let Some(row) = cursor.take(&*self.store).await?
+            {
+                return Ok(Some(match table {
+                    Table::Requests => FoundOther::Request(Box::new(rows::request(&row))),
+                    Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
+                    Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
+                    _ => FoundOther::ClientUse(rows::client_use_row(&row)),
+                }));
+            }
+            let Some(table) = self.tables.next() else {
+                return Ok(None);
+            };
+            self.current = Some((table, Cursor::new(table)));
+        }
     }
 }

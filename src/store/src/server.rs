@@ -130,8 +130,8 @@ pub(super) async fn open<S: Server>(
     }))
 }
 
-/// Waits for the pool's first connection: the pool itself has the patience of callers with deadlines, and a server may be slow
-/// when everything starts at once.
+/// Waits for the pool's first connection: the pool itself waits only as long as callers with deadlines do, and a
+/// server may be slow when everything starts at once.
 async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
     let until = Instant::now() + PATIENCE;
     loop {

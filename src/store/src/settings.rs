@@ -78,7 +78,7 @@ pub enum Tls {
     /// TLS with a verified certificate, or no connection.
     #[default]
     Verify,
-    /// No TLS: whoever is on the path reads and changes everything but the envelopes.
+    /// No TLS: anybody on the network path can read and change everything except the envelopes.
     Plaintext,
 }
 
@@ -87,7 +87,7 @@ mod defaults {
         10
     }
 
-    /// Below a second, so that a database that is away is known within one.
+    /// Below a second, so that an unavailable database is noticed within one.
     pub(super) fn acquire_timeout_ms() -> u64 {
         800
     }

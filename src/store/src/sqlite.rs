@@ -28,7 +28,7 @@ const READERS: u32 = 4;
 /// Shorter than any call's deadline, so that a store that hangs is an error and not a pile of waiting calls.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far above what a disk takes. There is no server that could be away.
+/// Far above what a disk takes. There is no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.

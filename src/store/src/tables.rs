@@ -19,8 +19,8 @@ use super::{
 /// Rows per page.
 pub const PAGE_ROWS: usize = 500;
 
-/// The tables. A copy is filled in the order of [`Table::ALL`]: each after those that its rows refer to, and the registry last,
-/// because nobody serves from a database without it.
+/// The tables. A copy is filled in the order of [`Table::ALL`]: each after those that its rows refer to, and the
+/// registry last, because no broker serves from a database without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
     /// The registry of wrapping keys.
@@ -250,10 +250,6 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
-    /// When it was created.
-    pub created: Timestamp,
-    /// When it last changed.
-    pub updated: Timestamp,
     /// When it was deleted; absent while active.
     pub deleted: Option<Timestamp>,
 }

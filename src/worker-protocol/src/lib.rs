@@ -9,7 +9,7 @@ mod settings;
 pub mod wire;
 mod work;
 
-pub use paths::{check_environment, check_module};
-pub use pin::{Pin, resolve as resolve_pin_file};
+pub use paths::{check_environment, check_module, softhsm_problem};
+pub use pin::{Pin, PinSource, resolve as resolve_pin_file};
 pub use settings::{ExpectedKey, Settings, TokenInfo, unpadded};
 pub use work::Work;

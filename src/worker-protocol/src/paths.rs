@@ -2,10 +2,21 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read as _},
+    path::Path,
+};
+
+use rustix::fs::{Access, access};
 
 use keybroker_core::trusted_file::{self, Purpose};
 
+/// The variable that names SoftHSM's configuration file.
+const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
+/// The file that SoftHSM reads without the variable, as Debian builds it.
+const SOFTHSM_DEFAULT: &str = "/etc/softhsm/softhsm2.conf";
 const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
@@ -14,13 +25,129 @@ const ENVIRONMENT: Purpose =
 pub fn check_module(path: &Path) -> Result<(), String> {
     match trusted_file::open(path, MODULE) {
         // The loader opens the path again. That is no race: only root and this user can change what it leads to.
-        Ok(_) => Ok(()),
+        Ok(file) => elf_problem(&file).map_or(Ok(()), |problem| {
+            Err(format!(
+                "{} {problem}; correct `token.module`",
+                path.display()
+            ))
+        }),
         Err(error) if error.is_missing() => Err(format!(
             "no PKCS#11 module at {}: {error}; install the vendor's package (Debian: softhsm2) or correct `token.module`",
             path.display()
         )),
         Err(error) => Err(format!("the PKCS#11 module: {error}")),
     }
+}
+
+/// Bytes of an ELF header up to the machine (`e_machine`), which are the same for 32 and 64 bits.
+const ELF_BYTES: usize = 20;
+/// Numbers of `e_machine`, and whether the machine has 64 bits.
+const MACHINES: [(u16, &str); 8] = [
+    (3, "32-bit x86"),
+    (20, "32-bit PowerPC"),
+    (21, "PowerPC"),
+    (22, "s390x"),
+    (40, "32-bit ARM"),
+    (62, "x86-64"),
+    (183, "aarch64"),
+    (243, "RISC-V"),
+];
+
+/// Why a file is no shared library of this machine. The dynamic linker says "No such file or directory" of one that is made
+/// for another.
+fn elf_problem(mut file: &File) -> Option<String> {
+    let mut header = [0; ELF_BYTES];
+    if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
+        return Some("is not a shared library".to_owned());
+    }
+    // Byte 5: 2 stands for big endian.
+    let pair = [header[18], header[19]];
+    let machine = if header[5] == 2 {
+        u16::from_be_bytes(pair)
+    } else {
+        u16::from_le_bytes(pair)
+    };
+    let ours = match std::env::consts::ARCH {
+        "x86_64" => 62,
+        "aarch64" => 183,
+        // The dynamic linker decides.
+        _ => return None,
+    };
+    let name = |number: u16| {
+        let known = MACHINES.iter().find(|(known, _)| *known == number);
+        known.map_or_else(
+            || format!("machine {number}"),
+            |(_, name)| (*name).to_owned(),
+        )
+    };
+    (machine != ours).then(|| {
+        format!(
+            "is made for {}, and this machine is {}: install the module of this architecture",
+            name(machine),
+            name(ours)
+        )
+    })
+}
+
+/// What is wrong with the configuration file of SoftHSM, whose own message names neither file nor cause. `environment` is that
+/// of the module.
+pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) -> Option<String> {
+    let named = environment.get(SOFTHSM_VARIABLE);
+    let is_softhsm = module
+        .file_name()
+        .is_some_and(|name| name.to_string_lossy().contains("softhsm"));
+    let (path, origin) = match named {
+        Some(path) => (
+            path.as_str(),
+            format!("[token.environment] {SOFTHSM_VARIABLE}"),
+        ),
+        None if is_softhsm => (
+            SOFTHSM_DEFAULT,
+            format!(
+                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default"
+            ),
+        ),
+        None => return None,
+    };
+    let user = rustix::process::geteuid().as_raw();
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Some(format!(
+                "{origin}: there is no file {path}; create it with the line `directories.tokendir = DIRECTORY`"
+            ));
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Some(format!(
+                "{origin}: user {user} cannot read {path}; change its owner or mode"
+            ));
+        }
+        Err(error) => return Some(format!("{origin}: cannot read {path}: {error}")),
+    };
+    let directory = text.lines().find_map(|line| {
+        let (name, value) = line.split_once('=')?;
+        (name.trim() == "directories.tokendir").then(|| value.trim())
+    });
+    let Some(directory) = directory.filter(|directory| !directory.is_empty()) else {
+        return Some(format!(
+            "{origin}: {path} has no line `directories.tokendir = DIRECTORY`"
+        ));
+    };
+    let directory = Path::new(directory);
+    let shown = directory.display();
+    if !directory.is_dir() {
+        return Some(format!(
+            "{origin}: {path} names the token directory {shown}, which does not exist; create it, owned by user {user}, with mode \
+             0700"
+        ));
+    }
+    // SoftHSM rewrites the file of a token at every login.
+    let needed = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
+    access(directory, needed).is_err().then(|| {
+        format!(
+            "{origin}: user {user} cannot read and write the token directory {shown} that {path} names; change its owner or mode"
+        )
+    })
 }
 
 /// Refuses files and directories of `token.environment` that other users could change, such as the file of
@@ -44,9 +171,92 @@ pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), S
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt as _};
+    use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    /// The beginning of a shared library of this machine.
+    fn library() -> Vec<u8> {
+        let program = fs::read(std::env::current_exe().unwrap()).unwrap();
+        program[..64].to_vec()
+    }
+
+    #[test]
+    fn a_module_of_another_machine_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let module = folder.path().join("module.so");
+        let check = |content: &[u8]| {
+            fs::write(&module, content).unwrap();
+            fs::set_permissions(&module, fs::Permissions::from_mode(0o755)).unwrap();
+            check_module(&module)
+        };
+        assert_eq!(check(&library()), Ok(()));
+        for (number, name) in MACHINES {
+            let mut other = library();
+            other[18..20].copy_from_slice(&number.to_le_bytes());
+            let said = check(&other).err().unwrap_or_default();
+            let is_ours = other == library();
+            assert_eq!(
+                said.contains(&format!("is made for {name},")),
+                !is_ours,
+                "{said}"
+            );
+        }
+        for content in [
+            &b""[..],
+            b"MZ",
+            b"#!/bin/sh\n# a script of more than twenty bytes",
+        ] {
+            let said = check(content).unwrap_err();
+            assert!(said.contains("is not a shared library"), "{said}");
+        }
+    }
+
+    #[test]
+    fn each_mistake_with_the_file_of_softhsm_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("softhsm2.conf");
+        let tokens = folder.path().join("tokens");
+        let shown = file.display().to_string();
+        let environment = BTreeMap::from([("SOFTHSM2_CONF".to_owned(), shown.clone())]);
+        let problem = || softhsm_problem(Path::new("/usr/lib/other.so"), &environment);
+        let missing = problem().unwrap();
+        assert!(
+            missing.contains(&format!("there is no file {shown}")),
+            "{missing}"
+        );
+        fs::write(&file, "log.level = INFO\n").unwrap();
+        let without = problem().unwrap();
+        assert!(
+            without.contains("has no line `directories.tokendir"),
+            "{without}"
+        );
+        fs::write(
+            &file,
+            format!("# a comment\ndirectories.tokendir = {}\n", tokens.display()),
+        )
+        .unwrap();
+        let absent = problem().unwrap();
+        assert!(
+            absent.contains(&format!("{}, which does not exist", tokens.display())),
+            "{absent}"
+        );
+        fs::create_dir(&tokens).unwrap();
+        assert_eq!(problem(), None);
+        // Root reads everything, so these two show nothing to root.
+        if !rustix::process::geteuid().is_root() {
+            fs::set_permissions(&tokens, fs::Permissions::from_mode(0o500)).unwrap();
+            assert!(
+                problem()
+                    .unwrap()
+                    .contains("cannot read and write the token directory")
+            );
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
+            assert!(problem().unwrap().contains("cannot read"));
+        }
+        let none = softhsm_problem(Path::new("/usr/lib/other.so"), &BTreeMap::new());
+        assert_eq!(none, None);
+    }
 
     #[test]
     fn a_module_that_other_users_can_replace_is_refused() {
@@ -56,7 +266,7 @@ mod tests {
         assert!(problem.contains("no PKCS#11 module at"), "{problem}");
         let problem = check_module(folder.path()).unwrap_err();
         assert!(problem.contains("is a directory"), "{problem}");
-        fs::write(&module, "").unwrap();
+        fs::write(&module, library()).unwrap();
         for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
             fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
             assert_eq!(check_module(&module).is_ok(), good, "{mode:o}");

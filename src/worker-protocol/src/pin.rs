@@ -5,13 +5,15 @@
 
 use std::{
     fmt, fs,
-    io::Read,
+    io::{ErrorKind, Read},
     path::{Path, PathBuf},
 };
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use keybroker_core::trusted_file::{self, Purpose};
+
+use crate::wire::{self, pin_source::Source};
 
 /// Longest PIN, in bytes.
 const PIN_BYTES_MAX: usize = 255;
@@ -49,12 +51,22 @@ impl Pin {
             );
         }
         if pin.is_empty() {
-            return Err("the PIN is empty".to_owned());
+            return Err("it is empty".to_owned());
         }
-        if pin.len() > PIN_BYTES_MAX || pin.chars().any(char::is_control) {
-            return Err(format!(
-                "a PIN is one line of at most {PIN_BYTES_MAX} bytes"
-            ));
+        if pin.contains(['\n', '\r']) {
+            return Err(
+                "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
+                    .to_owned(),
+            );
+        }
+        if pin.chars().any(char::is_control) {
+            return Err(
+                "it holds a control character, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+                    .to_owned(),
+            );
+        }
+        if pin.len() > PIN_BYTES_MAX {
+            return Err(format!("it is longer than {PIN_BYTES_MAX} bytes"));
         }
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
@@ -82,7 +94,12 @@ impl Pin {
         reader
             .take(limit)
             .read_to_string(&mut text)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidData => {
+                    "it is not UTF-8 text, as a file in UTF-16 is not; save it as UTF-8".to_owned()
+                }
+                _ => error.to_string(),
+            })?;
         Self::from_text(std::mem::take(&mut text))
     }
 
@@ -94,6 +111,48 @@ impl Pin {
     /// Number of bytes.
     pub fn length(&self) -> usize {
         self.0.len()
+    }
+}
+
+/// Where a worker gets a PIN.
+#[derive(Debug)]
+pub enum PinSource {
+    /// A file, which the worker reads itself: the process that starts it does not hold the PIN.
+    File(PathBuf),
+    /// A PIN that a person typed, or that was read from a descriptor.
+    Text(Pin),
+}
+
+impl PinSource {
+    /// The form that crosses the socket. The path is resolved here, because the worker has no environment.
+    pub fn to_wire(&self) -> Result<wire::PinSource, String> {
+        let source = match self {
+            Self::File(path) => Source::File(resolve(path)?.to_string_lossy().into_owned()),
+            Self::Text(pin) => Source::Text(pin.expose().to_owned()),
+        };
+        Ok(wire::PinSource {
+            source: Some(source),
+        })
+    }
+}
+
+impl wire::PinSource {
+    /// The PIN: text, or the content of the file.
+    pub fn read(&self) -> Result<Pin, String> {
+        match &self.source {
+            Some(Source::File(path)) => Pin::from_file(Path::new(path)),
+            Some(Source::Text(text)) => Pin::from_text(text.clone()),
+            None => Err("no PIN was given".to_owned()),
+        }
+    }
+}
+
+impl Drop for wire::PinSource {
+    /// Overwrites a PIN that was sent as text.
+    fn drop(&mut self) {
+        if let Some(Source::Text(text)) = &mut self.source {
+            text.zeroize();
+        }
     }
 }
 

@@ -1,10 +1,15 @@
 //! Which token a worker opens, which keys must be on it, and what the token says of itself.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
 use keybroker_core::key::{Fingerprint, WrappingKeyId};
+
+use crate::wire::Setup;
 
 /// Which token to use and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,6 +35,10 @@ pub struct Settings {
     /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
+    /// Longest time for one call of the module in a command, in milliseconds; a command that makes a key or initialises a token
+    /// allows at least five minutes for that call.
+    #[serde(default = "Settings::default_call_timeout_ms")]
+    pub call_timeout_ms: u64,
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
@@ -52,6 +61,43 @@ impl Settings {
 
     fn default_queue_length_max() -> usize {
         256
+    }
+
+    fn default_call_timeout_ms() -> u64 {
+        30_000
+    }
+
+    /// How a worker is told which token to open. Sessions, PIN and keys are set by the caller.
+    pub fn to_setup(&self, state_directory: &Path) -> Setup {
+        Setup {
+            module: self.module.to_string_lossy().into_owned(),
+            label: self.label.clone().unwrap_or_default(),
+            serial: self.serial.clone().unwrap_or_default(),
+            uri: self.uri.clone().unwrap_or_default(),
+            state_directory: state_directory.to_string_lossy().into_owned(),
+            allow_oaep_sha1: self.allow_oaep_sha1,
+            attribute_exceptions: self.attribute_exceptions.clone(),
+            ..Setup::default()
+        }
+    }
+
+    /// The part of the settings that a worker needs.
+    pub fn from_setup(setup: &Setup) -> Self {
+        let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Self {
+            module: PathBuf::from(&setup.module),
+            label: given(&setup.label),
+            serial: given(&setup.serial),
+            uri: given(&setup.uri),
+            pin_file: None,
+            workers: 1,
+            sessions_per_worker: 1,
+            queue_length_max: 1,
+            call_timeout_ms: Self::default_call_timeout_ms(),
+            allow_oaep_sha1: setup.allow_oaep_sha1,
+            attribute_exceptions: setup.attribute_exceptions.clone(),
+            environment: BTreeMap::new(),
+        }
     }
 }
 

@@ -44,6 +44,25 @@ impl fmt::Debug for reply::Outcome {
             Self::Ready(ready) => ready.fmt(f),
             Self::Output(_) => f.write_str("Output(redacted)"),
             Self::Failure(failure) => failure.fmt(f),
+            Self::Calling(function) => f.debug_tuple("Calling").field(function).finish(),
+        }
+    }
+}
+
+impl fmt::Debug for PinSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinSource")
+            .field("source", &self.source)
+            .finish()
+    }
+}
+
+impl fmt::Debug for pin_source::Source {
+    /// Without the PIN.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Text(_) => f.write_str("Text(redacted)"),
         }
     }
 }

@@ -276,7 +276,45 @@ async fn reflection_answers_only_when_it_is_configured() {
             .unwrap();
         assert_eq!(answer.status().code(), Code::Ok);
         let text = String::from_utf8_lossy(&answer.body).into_owned();
-        assert!(text.contains("keybroker.v1.UserKeyService"), "{text}");
+        for service in [
+            "keybroker.v1.UserKeyService",
+            "keybroker.v1.ControlService",
+            "grpc.health.v1.Health",
+        ] {
+            assert!(text.contains(service), "{text}");
+        }
     }
     // Without configuration it is not there: see `a_method_behind_a_closed_door_is_not_there`.
+}
+
+/// A tool that asks which services there are is told those of this listener, and can read the details of errors.
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_lists_the_services_of_its_listener() {
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_request::MessageRequest,
+    };
+    const PATH: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    let site = Site::fresh(Options {
+        limits: "reflection = true".to_owned(),
+        ..Options::default()
+    });
+    site.write_configuration(|text| {
+        *text = text.replace("doors = [\"grpc\", \"admin\"]", "doors = [\"grpc\"]");
+    });
+    let broker = Broker::start_on(Arc::new(site));
+    let admin = Raw::connect(&broker.site.pki, Some("admin"), broker.grpc).await;
+    let ask = async |request: MessageRequest| {
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(request),
+        };
+        let answer = admin.post(PATH, frame(&request.encode_to_vec()), &[]);
+        String::from_utf8_lossy(&answer.await.unwrap().body).into_owned()
+    };
+    let listed = ask(MessageRequest::ListServices(String::new())).await;
+    assert!(listed.contains("keybroker.v1.UserKeyService"), "{listed}");
+    assert!(!listed.contains("ControlService"), "{listed}");
+    let details = MessageRequest::FileContainingSymbol("google.rpc.ErrorInfo".to_owned());
+    let details = ask(details).await;
+    assert!(details.contains("error_details.proto"), "{details}");
 }

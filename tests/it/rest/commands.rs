@@ -159,6 +159,20 @@ fn an_account_migrates_and_unlocks() {
     );
 }
 
+/// The command reports a failed connection itself: no line of a library's log stands before it, and no colour in a file.
+#[test]
+fn a_broker_that_is_not_trusted_is_reported_once() {
+    let (door, desk) = (Door::open(), Desk::new());
+    desk.write_token("ada", &door);
+    let failed = desk.run(&format!(
+        "fetch --url https://localhost:{} --token-file ada",
+        door.tls.port()
+    ));
+    assert!(failed.stderr.starts_with("error: "), "{failed:#?}");
+    assert!(failed.stderr.contains("\nhint: "), "{failed:#?}");
+    assert!(!failed.stderr.contains('\u{1b}'), "{failed:#?}");
+}
+
 #[test]
 fn keys_that_do_not_fit_are_not_enrolled() {
     let (door, desk) = (Door::open(), Desk::new());

@@ -316,6 +316,15 @@ async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
         answer.expect_refused(401, "CREDENTIAL");
     }
     knock().await.expect_refused(429, "FAILURE_BUDGET");
+    let log = door.broker.site.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("its `exp` has passed"));
+    let line = line.unwrap_or_else(|| panic!("{log}"));
+    assert!(
+        line.contains(" s ago; its holder needs a new one"),
+        "{line}"
+    );
     let (site, _) = door.broker.stop();
     let audit = site.audit();
     let refusals: Vec<&str> = audit

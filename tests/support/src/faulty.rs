@@ -42,6 +42,9 @@ pub mod code {
     /// Not a return code: the real function is called, late.
     pub const LATE: i64 = -1;
 
+    /// Not a return code: the process crashes.
+    pub const CRASH: i64 = 1 << 41;
+
     /// The real function is called, and this code is returned when it succeeds.
     pub const fn after(code: i64) -> i64 {
         AFTER + code

@@ -41,7 +41,7 @@ const fn status(reason: Reason) -> StatusCode {
         | Reason::KeyState
         | Reason::Deadline
         | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
-        // Trying again mends neither: no 503, which would invite to it.
+        // A retry does not help in either case, so not 503, after which clients retry.
         Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -89,7 +89,7 @@ fn seconds(delay: Option<Duration>) -> u64 {
     })
 }
 
-/// A JSON body that nobody keeps.
+/// A JSON body that must not be cached.
 pub(super) fn json(status: StatusCode, value: &Value) -> Response<Body> {
     let mut response = empty(status);
     response.headers_mut().insert(header::CONTENT_TYPE, JSON);

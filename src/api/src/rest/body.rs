@@ -96,7 +96,7 @@ async fn read_within(timeout: Duration, body: &mut Body) -> Result<Zeroizing<Vec
 }
 
 async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
-    // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+    // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
     let mut text = Zeroizing::new(Vec::with_capacity(BODY_BYTES_MAX));
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| Malformed::Broken)?.into_data() else {
@@ -110,7 +110,7 @@ async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
     Ok(text)
 }
 
-/// Takes what is still on its way, within limits: a connection that ends on bytes which nobody read may take the answer with
+/// Takes what is still on its way, within limits: a connection that ends with unread bytes may take the answer with
 /// it.
 async fn discard(body: &mut Body) {
     let discarding = async {

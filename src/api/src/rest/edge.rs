@@ -153,7 +153,7 @@ impl Entered {
     }
 }
 
-/// The one key that this door knows of the caller. Services have certificates and gRPC; here only users have keys.
+/// The only key that this API offers to the caller. Services use gRPC; over REST only users have keys.
 fn own_key(principal: &Principal) -> Result<UserKeyRef, Error> {
     let Some(user) = principal.subject() else {
         let detail = format!("{principal} is no user, and has no key of its own");

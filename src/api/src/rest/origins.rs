@@ -1,5 +1,6 @@
-//! Pages of which origins may ask: those that are configured, compared as text, and no other. Nothing here guards a key, for
-//! which a token is needed; it keeps pages of strangers from asking with the browser of somebody who has one.
+//! Pages of which origins may ask: those that are configured, compared as text, and no other. Nothing here guards a
+//! key, for which a token is needed; it keeps pages of other origins from sending requests from the browser of a user
+//! who has one.
 
 use std::time::Duration;
 

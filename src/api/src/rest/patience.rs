@@ -1,4 +1,4 @@
-//! Short troubles are waited out: a client would log its user out for each.
+//! Retries during short outages, because a client would log its user out after an error.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
-/// How long troubles are waited out, all together. Clients and proxies wait for half a minute and longer.
+/// Total time of all retries of one request. Clients and proxies wait for half a minute and longer.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// How often one request is tried again, all its steps together.
 const REPETITIONS_MAX: u32 = 5;
@@ -18,7 +18,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// What a try needs at least: none is begun that could not end.
 const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
-/// What is left of the time in which one request waits out troubles, whatever number of calls it takes.
+/// The remaining time for retries of one request, over all of its calls.
 ///
 /// Every try and every step is a call of its own in the audit log: the mark of a change whose fate is unknown must not be
 /// that of another one.
@@ -47,7 +47,7 @@ impl Patience {
         self.last.unwrap_or(self.request.id)
     }
 
-    /// Asks until there is an answer that waiting does not change, or no patience left.
+    /// Repeats the call until a retry cannot change the answer or no time is left.
     pub(super) async fn ask<T, F>(&mut self, mut attempt: impl FnMut(Call) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
@@ -61,7 +61,7 @@ impl Patience {
                 return Err(error);
             };
             let (first, id) = (self.request.id, self.last());
-            tracing::info!(request = %first, call_id = %id, %error, "waiting out a short trouble");
+            tracing::info!(request = %first, call_id = %id, %error, "retrying after a short outage");
             metrics::counter!("keybroker_rest_retries_total", "reason" => error.reason().as_str())
                 .increment(1);
             tokio::time::sleep(pause).await;
@@ -99,7 +99,7 @@ impl Patience {
     }
 }
 
-/// Four fifths of it and a part of the rest: those who met a trouble together do not all come back together.
+/// Four fifths of it and a part of the rest: callers that failed together do not all return together.
 fn jittered(pause: Duration) -> Duration {
     let [.., random] = *CallId::fresh().as_bytes();
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)

@@ -7,7 +7,7 @@ use super::origins;
 /// Longest path prefix, in bytes.
 const PREFIX_BYTES_MAX: usize = 128;
 
-/// The `[rest]` section: for every listener with the door `rest`.
+/// The `[rest]` section: for every listener that serves the REST API.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {

@@ -39,7 +39,7 @@ impl Entered {
             .await?;
         let key = released.material().expose();
         if key.len() != KEY_BYTES {
-            // Stored by other doors, which know other lengths; clients would refuse it.
+            // Stored over another API, which accepts other lengths; clients would refuse it.
             let detail = format!("the key named {} has {} bytes", self.key.name, key.len());
             return Err(Error::new(Reason::KeyState, detail));
         }
@@ -154,7 +154,7 @@ fn request_id() -> Result<Option<RequestId>, Error> {
     RequestId::parse(&CallId::fresh().to_string())
 }
 
-/// Each try gives its own away.
+/// Each attempt consumes its own copy.
 fn copy(material: &KeyMaterial) -> Result<KeyMaterial, Error> {
     KeyMaterial::new(material.expose().to_vec())
 }

@@ -1,9 +1,9 @@
 //! What happens around every call: its id, who calls, its deadline, its panics, and the statuses that tonic makes by
 //! itself.
 //!
-//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit entry.
-//! It keeps its place among the calls of its connection until then, so that hanging up buys nobody more work than
-//! waiting does.
+//! A call runs in a task of its own: one whose caller hangs up, or whose deadline passes, still reaches its audit
+//! entry. It keeps its place among the calls of its connection until then, so that a client that closes its calls
+//! gets no more work done than waiting does.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -58,8 +58,8 @@ pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
         let around = around.clone();
         async move { around.run(request, next).await }
     });
-    // Around one fallback: axum adds a header to the answers of known routes alone, which would tell a stranger what
-    // there is.
+    // Around one fallback: axum adds a header to the answers of known routes alone, which would tell an
+    // unauthenticated caller what there is.
     Router::new().fallback_service(routes).layer(edge)
 }
 

@@ -107,8 +107,8 @@ impl Turns {
         Some(Lookup(self.clone()))
     }
 
-    /// Waits for a turn. `None` when the lane is full, or when the wait takes longer than `patience`.
-    pub(super) async fn wait(&self, lane: Lane, patience: Duration) -> Option<Turn> {
+    /// Waits for a turn. `None` when the lane is full, or when the wait takes longer than `limit`.
+    pub(super) async fn wait(&self, lane: Lane, limit: Duration) -> Option<Turn> {
         let waiting = {
             let mut state = self.state();
             if state.free > 0 {
@@ -121,7 +121,7 @@ impl Turns {
             }
             waiting
         };
-        let turn = tokio::time::timeout(patience, waiting).await;
+        let turn = tokio::time::timeout(limit, waiting).await;
         turn.ok()?.ok()
     }
 

@@ -95,7 +95,10 @@ impl Fetcher {
             }
         };
         let bytes = self.get(&url).await?;
-        KeySet::parse_jwks(&bytes).map_err(|problem| format!("{url}: {problem}"))
+        // A set full of long RSA keys takes a good part of a second to examine.
+        let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
+        let parsed = parsing.await.unwrap_or_else(|error| Err(error.to_string()));
+        parsed.map_err(|problem| format!("{url}: {problem}"))
     }
 
     async fn discover(&self, url: &str) -> Result<String, String> {
@@ -104,7 +107,8 @@ impl Fetcher {
             .map_err(|error| format!("{url}: it is not a discovery document: {error}"))?;
         if document.issuer != self.issuer {
             return Err(format!(
-                "{url}: its `issuer` is {:?}, and `issuer` of the configuration is {:?}; they must be equal byte for byte",
+                "{url}: its `issuer` is {:?}, and `issuer` of the configuration is {:?}; they must be equal byte for byte; if its tokens have \
+                 the configured issuer all the same, name the key set itself with `jwks_url`",
                 document.issuer, self.issuer
             ));
         }

@@ -21,7 +21,8 @@ const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are 
 /// How often things happen.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// Least time between two fetches because of unknown keys: whoever invents names must not hammer the provider.
+    /// Least time between two fetches because of unknown keys: a caller that makes up key ids must not cause load on
+    /// the provider.
     pub(crate) refetch: Duration,
     /// Time between fetches while all is well.
     pub(crate) refresh: Duration,
@@ -56,7 +57,7 @@ pub(crate) struct Keys {
     source: Source,
     current: ArcSwapOption<Held>,
     /// When a fetch because of an unknown key last began.
-    refetched: Mutex<Option<Instant>>,
+    refetched: Arc<Mutex<Option<Instant>>>,
     /// What the last attempt failed with: for refusals, and so that it is reported once.
     problem: SyncMutex<Option<String>>,
 }
@@ -86,7 +87,7 @@ impl Keys {
                 }
             },
             current: ArcSwapOption::empty(),
-            refetched: Mutex::default(),
+            refetched: Arc::default(),
             problem: SyncMutex::default(),
         };
         if let Source::File(source) = &keys.source {
@@ -123,7 +124,7 @@ impl Keys {
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
     /// wait for one fetch. The set in use afterwards, if it is another one.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Option<Arc<KeySet>> {
-        let mut refetched = self.refetched.lock().await;
+        let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {
             let current = self.current().ok()?;
             (current.digest() != seen.digest()).then_some(current)
@@ -135,9 +136,13 @@ impl Keys {
             return None;
         }
         *refetched = Some(Instant::now());
-        // In a task of its own: a caller that hangs up must not take the fetch of the others with it.
+        // In a task of its own, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
+        // them be refused before it is over.
         let keys = Arc::clone(self);
-        let fetch = tokio::spawn(async move { keys.update().await });
+        let fetch = tokio::spawn(async move {
+            keys.update().await;
+            drop(refetched);
+        });
         fetch.await.ok();
         newer()
     }
@@ -187,7 +192,7 @@ impl Keys {
                 true
             }
             Err(problem) => {
-                self.report(problem);
+                self.report(&problem);
                 false
             }
         }
@@ -201,7 +206,7 @@ impl Keys {
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
                 tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
-                self.report_refused(set.refused());
+                self.report_refused(&set);
                 Arc::new(set)
             }
         };
@@ -213,19 +218,21 @@ impl Keys {
         }
     }
 
-    fn report_refused(&self, refused: &[String]) {
-        let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
+    fn report_refused(&self, set: &KeySet) {
+        let (refused, count) = (set.refused(), set.refused_count());
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
         metrics::gauge!("keybroker_issuer_refused_keys", "issuer" => self.name.clone())
             .set(f64::from(count));
         if !refused.is_empty() {
             tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, ?refused,
+                alarm = "issuer-keys", issuer = %self.name, ?refused, count,
                 "weak or malformed keys of the key set are refused; its other keys are in use"
             );
         }
     }
 
-    fn report(&self, new: String) {
+    fn report(&self, new: &str) {
+        let new = super::brief(new);
         metrics::counter!("keybroker_issuer_fetch_failures_total", "issuer" => self.name.clone())
             .increment(1);
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);

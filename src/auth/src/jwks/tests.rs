@@ -267,3 +267,29 @@ fn a_thumbprint_chooses_where_the_set_knows_it() {
     };
     assert_eq!(count(&known, both), Ok(1));
 }
+
+/// A hostile provider decides what its names and its mistakes are, and not how much of them is logged.
+#[test]
+fn what_a_provider_puts_into_a_log_line_is_short_and_plain() {
+    let hostile = "\u{10ffff}\n\"".repeat(5_000);
+    let good = encode(&point_of(&fresh(&rcgen::PKCS_ED25519)));
+    let mut keys = vec![json!({"kid": hostile, "kty": "OKP", "crv": "Ed25519", "x": good})];
+    keys.push(json!({"kid": "operations", "kty": "RSA", "key_ops": hostile}));
+    keys.extend((0..1_000).map(|_| json!({"kty": "RSA"})));
+    let set = KeySet::parse_jwks(json!({"keys": keys}).to_string().as_bytes()).unwrap();
+    let line = format!("{:?} {:?}", set.names(), set.refused());
+    assert!(line.len() < 8_000, "{}", line.len());
+    assert!(line.is_ascii());
+    assert_eq!(set.refused_count(), 1_001);
+    // The whole name still chooses the key.
+    let named = Named {
+        kid: Some(&hostile),
+        ..Named::default()
+    };
+    assert_eq!(set.find(named, Algorithm::EdDSA).unwrap().len(), 1);
+    let no_key = json!({"keys": keys[1..]}).to_string();
+    let problem = KeySet::parse_jwks(no_key.as_bytes()).unwrap_err();
+    assert!(problem.len() < 8_000, "{}", problem.len());
+    let issuer = format!("not {hostile}");
+    assert!(brief(&issuer).len() < 310);
+}

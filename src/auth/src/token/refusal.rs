@@ -16,7 +16,7 @@ pub(super) enum Cause {
     Oversized,
     /// Not three parts, not base64url, not JSON.
     Malformed,
-    /// An `iss` that nobody configured.
+    /// An `iss` that is not configured.
     Issuer,
     /// An `alg` that is not allowed, or not the key's.
     Algorithm,
@@ -76,11 +76,11 @@ impl Cause {
         }
     }
 
-    /// The error that the caller is told of. A token that nobody can judge is not a bad one.
+    /// The error for the caller. A token that cannot be verified now is not a rejected one.
     pub(super) fn error(self, detail: String) -> Error {
         match self {
             Self::NoKeys => Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY),
-            // The signature was verified before: nobody else can make such a token.
+            // The signature was verified before: only the issuer can make such a token.
             Self::Expired => Error::new(Reason::Credential, detail).renewable(),
             _ => Error::new(Reason::Credential, detail),
         }

@@ -23,8 +23,8 @@ const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum Wanted {
     /// To be let in or changed: its MAC must be of a key that may be used.
     InForce,
-    /// To be ended for good. Also when the key of its MAC may not be used any more: what follows lets nobody in, so a row that is
-    /// not to be trusted gains nothing by it.
+    /// To be revoked permanently. Also when the key of its MAC may no longer be used: a revoked row admits no caller,
+    /// so a row that is not to be trusted gains nothing by it.
     ToEnd,
 }
 
@@ -105,7 +105,7 @@ impl Broker {
         }
     }
 
-    /// An API client, once the token has verified its row: what authentication may go by. Absent when there is none.
+    /// An API client, once the token has verified its row: the basis of authentication. `None` if it does not exist.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.client_for(Wanted::InForce, id).await
     }
@@ -200,7 +200,7 @@ impl Broker {
         }
     }
 
-    /// The administrator's own client. One of another tenant is none.
+    /// A client of the administrator's own tenant. One of another tenant is not found.
     pub(super) async fn own_client(
         &self,
         principal: &Principal,
@@ -209,7 +209,7 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // Whoever shows a damaged client is nobody; its administrator is told what is wrong.
+        // A caller with a damaged client is refused; its administrator learns the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,

@@ -1,5 +1,5 @@
-//! Time that a call spends away from the broker: in the token's queue and in its module. Whoever measures a call takes it
-//! off, and what is left is what the broker adds.
+//! Time that a call spends outside the broker: in the token's queue and in its module. The measurement of a call
+//! takes it off, and what is left is what the broker adds.
 
 use std::{cell::Cell, time::Duration};
 
@@ -7,7 +7,7 @@ tokio::task_local! {
     static AWAY: Cell<Duration>;
 }
 
-/// Runs work, and says how long it was away by the notes made in its own task.
+/// Runs work, and returns the time outside the broker that was noted in its task.
 pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let work = async {
         let result = work.await;
@@ -16,7 +16,7 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     AWAY.scope(Cell::default(), work).await
 }
 
-/// Notes that the work of this task was away so long. Where nobody measures, nothing is noted.
+/// Notes that the work of this task spent this time outside the broker. Without a measurement it does nothing.
 pub fn note(away: Duration) {
     AWAY.try_with(|total| total.set(total.get() + away)).ok();
 }

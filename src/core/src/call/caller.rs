@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection: what the server knows of a call before any door looks at it.
+//! The caller at the other end of a connection: what the server knows about a call before an API handles it.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -6,7 +6,7 @@ use tokio::sync::Semaphore;
 
 use crate::{error::Error, principal::Principal};
 
-/// A peer, and what authentication said of it. Doors find it among the extensions of each request.
+/// A peer and the result of its authentication. The APIs find it among the extensions of each request.
 #[derive(Clone, Debug)]
 pub struct Caller {
     peer: SocketAddr,

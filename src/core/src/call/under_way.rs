@@ -1,4 +1,4 @@
-//! How many calls are under way, whichever door they came through.
+//! The number of calls under way, over all APIs.
 
 const GAUGE: &str = "keybroker_calls_under_way";
 

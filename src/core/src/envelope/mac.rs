@@ -1,5 +1,5 @@
-//! The messages that a binding key authenticates. Each use has its own domain string, so that a MAC made for one never
-//! verifies for another, and every field of variable length is preceded by its length, so that no two different
+//! The messages that an integrity key authenticates. Each use has its own domain string, so that a MAC made for one
+//! never verifies for another, and every field of variable length is preceded by its length, so that no two different
 //! inputs give the same message.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
@@ -23,8 +23,8 @@ const REQUEST_RESULT_DOMAIN: &[u8] = b"keybroker/request-result/v1";
 /// Longest message, in bytes: an envelope with the longest context fits with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 2_048;
 
-/// Bytes to be authenticated by a binding key. Can be made only by the functions here, so that domains stay apart. May
-/// hold key material (see [`MacMessage::request`]), so it is treated as a secret.
+/// Bytes to be authenticated by an integrity key. Can be made only by the functions here, so that domains stay apart.
+/// May hold key material (see [`MacMessage::request`]), so it is treated as a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MacMessage(Zeroizing<Vec<u8>>);
 
@@ -144,7 +144,7 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message

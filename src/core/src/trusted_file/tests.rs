@@ -302,3 +302,27 @@ fn a_credential_of_systemd_needs_its_directory() {
     let error = read(path, LIMIT, SECRET).unwrap_err();
     assert!(error.to_string().contains("LoadCredential="), "{error}");
 }
+
+#[test]
+fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = fs::canonicalize(folder.path()).unwrap();
+    let (open, inner) = (root.join("open"), root.join("open/inner"));
+    let file = inner.join("file");
+    fs::create_dir_all(&inner).unwrap();
+    fs::write(&file, b"").unwrap();
+    for (mode, expected) in [
+        (0o755, None),
+        (0o775, None),
+        (0o1777, None),
+        (0o777, Some(open.clone())),
+        (0o757, Some(open.clone())),
+    ] {
+        fs::set_permissions(&open, Permissions::from_mode(mode)).unwrap();
+        assert_eq!(open_directory_above(&file), expected, "{mode:o}");
+        assert_eq!(open_directory_above(&inner), expected, "{mode:o}");
+    }
+    // The directory itself is not above itself.
+    fs::set_permissions(&open, Permissions::from_mode(0o777)).unwrap();
+    assert_eq!(open_directory_above(&open), None);
+}

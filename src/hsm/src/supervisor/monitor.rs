@@ -50,7 +50,8 @@ impl Supervisor {
         let Some((cause, losses_max)) = ended else {
             self.queue.remove(link.generation());
             link.close();
-            return reap(child, EXIT_TIMEOUT).await;
+            reap(child, EXIT_TIMEOUT).await;
+            return;
         };
         self.dismiss(&link, Loss::Ended, &cause);
         tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
@@ -86,7 +87,7 @@ impl Supervisor {
                 }
                 Err(self.error_of(link, class, failure.detail))
             }
-            Some(Outcome::Ready(_)) | None => {
+            Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
                 link.give_up("a reply that answers nothing");
                 Err(self.down("the worker sent an unexpected reply"))
             }

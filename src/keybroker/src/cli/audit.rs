@@ -20,14 +20,15 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Check every line of a log: canonical, one log id, no gap in the sequence
+    /// Check every line of a log: canonical form, log id, sequence without gaps
     ///
-    /// The log of this instance is also compared with the last entry that was durable, so lines cut off its end are found.
+    /// The log of this instance is also compared with the last durable entry, so lines removed from its end are
+    /// found. Values that were replaced by other valid values are not found.
     Verify {
         /// Directory of the log [default: that of this instance]
         directory: Option<PathBuf>,
     },
-    /// Acknowledge that the files of the audit log were tampered with, so that the broker goes on
+    /// Acknowledge that the files of the audit log were tampered with, so that the broker continues
     ///
     /// Investigate first, and copy the log directory for the auditors. The command prints what was found and records who
     /// acknowledged it. A running broker writes that into the audit log and goes on within a second, a stopped one at its next
@@ -46,7 +47,7 @@ pub(super) enum Command {
     Show {
         /// Directory of the log [default: that of this instance]
         directory: Option<PathBuf>,
-        /// How many entries at most, the newest ones
+        /// Number of entries to show at most, the newest ones
         #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
         #[command(flatten)]

@@ -24,8 +24,6 @@ mod seed;
 mod served;
 mod users;
 
-pub(super) use bare::{Arguments as BareArguments, run as run_bare};
-
 use bare::Bare;
 use load::Measured;
 use metrics::Added;
@@ -36,35 +34,34 @@ use users::Users;
 pub(super) struct Arguments {
     #[command(flatten)]
     connection: Connection,
-    /// Process id of a running broker to measure, with --endpoint; without it one is started for the measurement
+    /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Its status listener, where the configuration leaves the port to chance
+    /// Address of its status listener, if the configuration has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
-    /// Callers, each with one call under way at a time, on a TLS connection of its own (above 256 they share)
+    /// Number of callers, each with one call at a time on its own TLS connection (above 256 they share)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,
-    /// Seconds of each of the two measurements
+    /// Duration of each of the two measurements, in seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Seconds before the served broker is measured
+    /// Warm-up before the served broker is measured, in seconds
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
-    /// Users to enrol and release keys of; those of an earlier run are used again
+    /// Number of users whose keys are enrolled and released; users of an earlier run are reused
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     users: u32,
-    /// So many users instead, with records that are written to the database in large transactions and not through the
-    /// broker: for a database of a million
+    /// Pre-populate the database with this many records, bypassing the broker
     #[arg(
         long, value_name = "RECORDS", conflicts_with = "users",
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Calls a second at most, all callers together [default: as many as are answered]
+    /// Calls per second, all callers together [default: unlimited]
     #[arg(long, value_name = "CALLS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: Option<u32>,
-    /// Threads of the bare loop [default: processors]
+    /// Threads of the bare loop [default: number of processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
     /// Also write the figures to this file, as JSON

@@ -15,15 +15,15 @@ mod secrets;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make the master key of an account from its password
+    /// Derive the master key of an account from its password
     Derive(derive::Derive),
-    /// Give the broker a user's master key, as a client does when it migrates
+    /// Store a user's master key at the broker, as a client does when it migrates
     Enrol(keys::Enrol),
-    /// Ask the broker for the key of the token's user
+    /// Fetch the key of the token's user from the broker
     Fetch(keys::Fetch),
-    /// Open a protected user key, and then an item, with the key that the broker keeps
+    /// Open a protected user key, and optionally an item, with the key that the broker keeps
     Unlock(keys::Unlock),
-    /// Protect a user key by the master key of another KDF, without changing it
+    /// Protect a user key with the master key of another KDF; the user key stays the same
     ChangeKdf(derive::ChangeKdf),
 }
 

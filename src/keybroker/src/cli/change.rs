@@ -56,8 +56,8 @@ pub(super) fn audited_in_parts<T>(
     recorded.map(|()| value)
 }
 
-/// Closes the intents of commands that were killed before their outcome: nobody else opens their logs again. Whether they
-/// were done only token and registry tell.
+/// Closes the intents of commands that were killed before their outcome: no other command opens their logs again.
+/// Whether they were done only token and registry tell.
 fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
     for name in logs_of_commands(settings) {
         match cut_short(settings, &name) {
@@ -112,7 +112,7 @@ fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, 
     Ok(open)
 }
 
-/// An entry about what whoever runs the command does.
+/// An entry about an action of the person who runs the command.
 pub(super) fn local_entry(
     kind: EntryKind,
     action: &'static str,
@@ -131,7 +131,7 @@ fn append(log: &AuditLog, entry: Entry) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whoever runs the command, as the operating system knows them.
+/// The person who runs the command, as the operating system knows them.
 pub(super) fn local_operator() -> String {
     format!("local-uid:{}", rustix::process::getuid().as_raw())
 }

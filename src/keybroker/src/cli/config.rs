@@ -1,17 +1,26 @@
 //! `keybroker config`.
 
+use std::path::Path;
+
 use clap::Subcommand;
 
+use keybroker_hsm::admin::{self, Listed};
+use keybroker_worker_protocol::{check_environment, check_module, softhsm_problem, unpadded};
+
+use crate::config::Config;
+
 use super::{
-    Context,
+    Context, OWN_PROGRAM, environment,
     exit::{Exit, Failure},
 };
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Report everything that is wrong with the configuration, and with the files it names
+    /// Check the configuration, its files and the token, and report every problem
+    ///
+    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in.
     Check,
-    /// Show the configuration with every default filled in; it names files, and holds no secret
+    /// Show the configuration with all defaults; it names files and holds no secret
     Show,
 }
 
@@ -22,7 +31,9 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             let mut problems = config.problems();
             let files = config.examine_files();
             problems.extend(files.problems);
-            for note in &files.notes {
+            let (token_problems, token_note) = examine_token(&config);
+            problems.extend(token_problems);
+            for note in files.notes.iter().chain(&token_note) {
                 context.output.note(note);
             }
             if problems.is_empty() {
@@ -42,4 +53,93 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             context.output.text(text.trim_end())
         }
     }
+}
+
+/// Loads the module in an admin worker and looks at the token that the settings choose: problems, and a note on what was found.
+fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
+    let token = &config.token;
+    // These are reported with the files.
+    if check_module(&token.module).is_err() || check_environment(&token.environment).is_err() {
+        let note = "[token]: the module was not loaded, so no token was looked for".to_owned();
+        return (Vec::new(), Some(note));
+    }
+    if let Some(problem) = softhsm_problem(&token.module, &token.environment) {
+        return (vec![problem], None);
+    }
+    match admin::list_tokens(Path::new(OWN_PROGRAM), token) {
+        Ok(listed) => examine_listed(&listed),
+        Err(error) => {
+            let hint = environment::withheld(config);
+            let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
+            (vec![format!("[token]: {error}{hint}")], None)
+        }
+    }
+}
+
+fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
+    let shown = |token: &Listed| {
+        format!(
+            "{:?} (serial {:?})",
+            unpadded(&token.info.label),
+            token.info.serial
+        )
+    };
+    let mut chosen = listed.iter().filter(|token| token.is_chosen);
+    let (first, second) = (chosen.next(), chosen.next());
+    let token = match (first, second) {
+        (Some(token), None) => token,
+        (Some(first), Some(second)) => {
+            let problem = format!(
+                "[token]: more than one token fits: {} and {}; choose by `serial`",
+                shown(first),
+                shown(second)
+            );
+            return (vec![problem], None);
+        }
+        (None, _) => {
+            let others: Vec<_> = listed
+                .iter()
+                .filter(|token| token.initialised)
+                .map(shown)
+                .collect();
+            if others.is_empty() {
+                let note = "[token]: the module loads and shows no initialised token; make one with `keybroker token init`";
+                return (Vec::new(), Some(note.to_owned()));
+            }
+            let problem = format!(
+                "[token]: no token fits `label`, `serial` or `uri`; the module shows {}",
+                others.join(", ")
+            );
+            return (vec![problem], None);
+        }
+    };
+    let name = shown(token);
+    let mut problems = Vec::new();
+    let mut wrong = |what: &str| problems.push(format!("[token]: token {name} {what}"));
+    if token.oaep_bits.is_none() {
+        wrong("does not list CKM_RSA_PKCS_OAEP, without which it cannot be used");
+    }
+    if !token.sha256_hmac {
+        wrong("does not list CKM_SHA256_HMAC, without which it cannot be used");
+    }
+    match token.pin_state.as_str() {
+        "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
+        "not set" => {
+            wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
+        }
+        "final try" => wrong(
+            "locks after one more wrong PIN, so the broker makes no login: log in once with the vendor's tool to reset the counter, or \
+             run `keybroker token retry-pin --force`",
+        ),
+        _ => {}
+    }
+    let note = token.oaep_bits.as_ref().map(|bits| {
+        format!(
+            "[token]: token {name} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in and shows which \
+             hash it can use",
+            bits.start(),
+            bits.end()
+        )
+    });
+    (problems, note)
 }

@@ -12,13 +12,13 @@ const ACTION_WIDTH: usize = 26;
 /// Fields that the first line of a block shows, or that are the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];
 
-/// Which entries.
+/// Filters for entries of an audit log.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Filter {
     /// Only entries of this action, such as `user_key.unwrap`
     #[arg(long, value_name = "ACTION")]
     action: Option<String>,
-    /// Only entries that ended so: `ok`, `denied`, `failed` or `unknown`
+    /// Only entries with this outcome: `ok`, `denied`, `failed` or `unknown`
     #[arg(long, value_name = "OUTCOME")]
     outcome: Option<String>,
     /// Only entries with this reason, such as `POLICY`

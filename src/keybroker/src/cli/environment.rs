@@ -1,30 +1,15 @@
-//! The environment of a command that loads the vendor's module: what `serve` gives its workers, and the few variables that
-//! keybroker itself reads. A module that finds its token here finds it in `serve`, too.
+//! The environment of the vendor's module. Workers of `serve` and of commands get `[token.environment]` and nothing else, so that
+//! a module that finds its token in a command finds it in `serve`, too. A message names the variables of the shell that are
+//! set but not handed on.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, ffi::OsString};
-
 use crate::config::Config;
 
-use super::exit::Failure;
+use super::exit::{Exit, Failure};
 
-/// Names of variables that were set and not handed on, for the message when no token is found. Names only: values may be
-/// secrets.
-const WITHHELD: &str = "KEYBROKER_WITHHELD_VARIABLES";
-
-/// What keybroker reads itself: its options, log filter, credentials, terminal, language and time zone.
-const OURS: &[&str] = &[
-    "CREDENTIALS_DIRECTORY",
-    "RUST_LOG",
-    "TERM",
-    "COLUMNS",
-    "LINES",
-    "NO_COLOR",
-    "LANG",
-    "TZ",
-];
-const OURS_PREFIXES: &[&str] = &["KEYBROKER_", "LC_"];
+/// Variables of keybroker itself.
+const OURS_PREFIX: &str = "KEYBROKER_";
 
 /// Parts of names that modules read: their own, and those of the dynamic linker.
 const OF_MODULES: &[&str] = &[
@@ -42,35 +27,16 @@ const OF_MODULES: &[&str] = &[
 ];
 const OF_MODULES_SUFFIXES: &[&str] = &["_CONF", "_CONFIG", "_CFG", "_INI"];
 
-/// Variables by name.
-pub(super) type Environment = BTreeMap<OsString, OsString>;
-
-/// The environment that the command must have, if it is another one than `now`.
-pub(super) fn wanted(now: &Environment, config: &Config) -> Option<Environment> {
-    let password = config.store.password_variable.as_deref();
-    let is_ours = |name: &str| {
-        OURS.contains(&name)
-            || OURS_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-            || password == Some(name)
-    };
-    let mut wanted: Environment = now
-        .iter()
-        .filter(|(name, _)| name.to_str().is_some_and(is_ours))
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect();
-    for (name, value) in &config.token.environment {
-        wanted.insert(name.into(), value.into());
-    }
-    let withheld: Vec<&str> = now
-        .keys()
-        .filter(|name| !wanted.contains_key(*name))
-        .filter_map(|name| name.to_str())
+/// The names of variables in `set` that a module could read and that it is not given. Names only: values may be secrets.
+fn not_handed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
+    let mut names: Vec<&str> = set
         .filter(|name| is_of_a_module(name))
+        .filter(|name| !config.token.environment.contains_key(*name))
+        .filter(|name| !name.starts_with(OURS_PREFIX))
+        .filter(|name| config.store.password_variable.as_deref() != Some(*name))
         .collect();
-    if !withheld.is_empty() {
-        wanted.insert(WITHHELD.into(), withheld.join(",").into());
-    }
-    (wanted != *now).then_some(wanted)
+    names.sort_unstable();
+    names
 }
 
 fn is_of_a_module(name: &str) -> bool {
@@ -81,21 +47,30 @@ fn is_of_a_module(name: &str) -> bool {
             .any(|suffix| name.ends_with(suffix))
 }
 
-/// Says which variables the module did not see, when it does not show its token.
-pub(super) fn explain(failure: Failure) -> Failure {
-    match withheld() {
+/// Adds to a failure of the token which variables of the shell the module did not see.
+pub(super) fn explain(failure: Failure, config: &Config) -> Failure {
+    if failure.exit != Exit::Token {
+        return failure;
+    }
+    match withheld(config) {
         Some(hint) => failure.hint(hint),
         None => failure,
     }
 }
 
-/// The hint about variables that were not handed on; absent when there was none.
-pub(super) fn withheld() -> Option<String> {
-    let names = std::env::var(WITHHELD).ok()?;
+/// The hint about variables that are not handed on; absent when there are none.
+pub(super) fn withheld(config: &Config) -> Option<String> {
+    let set: Vec<String> = std::env::vars_os()
+        .filter_map(|(name, _)| name.into_string().ok())
+        .collect();
+    let names = not_handed_on(set.iter().map(String::as_str), config);
+    if names.is_empty() {
+        return None;
+    }
     Some(format!(
         "set in this shell but not handed on to the module, here and in `serve`: {}. If the module needs them, add them to \
          [token.environment]",
-        names.replace(',', ", ")
+        names.join(", ")
     ))
 }
 
@@ -103,44 +78,27 @@ pub(super) fn withheld() -> Option<String> {
 mod tests {
     use super::*;
 
-    fn config(lines: &str) -> Config {
+    #[test]
+    fn variables_that_a_module_could_read_are_named_unless_it_is_given_them() {
         let text = include_str!("../../../../keybroker.example.toml");
         let text = text.replace(
             "[token.environment]\n",
-            &format!("[token.environment]\n{lines}\n"),
+            "[token.environment]\nYUBIHSM_PKCS11_CONF = \"/etc/yubihsm.conf\"\n",
         );
-        toml::from_str(&text).unwrap()
-    }
-
-    fn environment(variables: &[(&str, &str)]) -> Environment {
-        variables
-            .iter()
-            .map(|(name, value)| (name.into(), value.into()))
-            .collect()
-    }
-
-    #[test]
-    fn a_module_sees_what_is_configured_and_nothing_else() {
-        let config = config("YUBIHSM_PKCS11_CONF = \"/etc/yubihsm.conf\"");
-        let now = environment(&[
-            ("SOFTHSM2_CONF", "/tmp/other.conf"),
-            ("LD_PRELOAD", "/tmp/evil.so"),
-            ("HOME", "/root"),
-            ("PATH", "/bin"),
-            ("NSS_LIB_PARAMS", "x"),
-            ("KEYBROKER_CONFIG", "/etc/k.toml"),
-            ("LC_ALL", "C"),
-        ]);
-        let first = wanted(&now, &config).unwrap();
-        let expected = environment(&[
-            ("SOFTHSM2_CONF", "/etc/keybroker/softhsm2.conf"),
-            ("YUBIHSM_PKCS11_CONF", "/etc/yubihsm.conf"),
-            ("KEYBROKER_CONFIG", "/etc/k.toml"),
-            ("LC_ALL", "C"),
-            (WITHHELD, "LD_PRELOAD,NSS_LIB_PARAMS"),
-        ]);
-        assert_eq!(first, expected);
-        // The command begins again once, not for ever.
-        assert_eq!(wanted(&first, &config), None);
+        let config: Config = toml::from_str(&text).unwrap();
+        let set = [
+            "SOFTHSM2_CONF",
+            "YUBIHSM_PKCS11_CONF",
+            "LD_PRELOAD",
+            "HOME",
+            "PATH",
+            "NSS_LIB_PARAMS",
+            "KEYBROKER_CONFIG",
+            "KUBECONFIG_CFG",
+        ];
+        assert_eq!(
+            not_handed_on(set.into_iter(), &config),
+            ["KUBECONFIG_CFG", "LD_PRELOAD", "NSS_LIB_PARAMS"]
+        );
     }
 }

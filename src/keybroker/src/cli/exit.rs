@@ -76,17 +76,19 @@ impl Exit {
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Internal => "internal error",
-            Self::Usage => "usage: an argument, or a file that one names",
+            Self::Usage => "usage: an argument, or a file that an argument names",
             Self::Configuration => "configuration",
-            Self::Token => "module or token: absent, not a module, not the one that was meant",
-            Self::Pin => "PIN: none, not readable safely, refused",
-            Self::Untrusted => "a key, an attribute or the registry is not as it must be",
+            Self::Token => {
+                "module or token: missing, not a PKCS#11 module, or not the configured token"
+            }
+            Self::Pin => "PIN: missing, in a file that others can read, or rejected",
+            Self::Untrusted => "a key, an attribute or the registry does not meet the requirements",
             Self::Store => "database",
             Self::Audit => "audit log",
             Self::InUse => "in use: a port, the database or the audit log",
             Self::Refused => "refused by the broker",
             Self::Unreachable => "broker unreachable, or no answer in time",
-            Self::Verification => "what was checked does not hold",
+            Self::Verification => "a check failed",
             Self::Interrupted => "interrupted by a signal",
         }
     }

@@ -9,7 +9,7 @@ use keybroker_core::{
     call::Timestamp,
     key::{Purpose, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_pkcs11::admin::{Admin, CheckedKey};
+use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
@@ -23,31 +23,37 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make a wrapping key and its binding key on the token, prove both and register them
+    /// Generate a wrapping key and its integrity key on the token, test both and register them
+    ///
+    /// The private key can never be exported. Back up the token before the first user enrols, then run `keybroker
+    /// token backup-confirmed`. The broker must be stopped.
     Generate(Generate),
-    /// Register a key that is on the token: completes an interrupted `generate`, or moves a key to a restored token
+    /// Register a key that is already on the token
+    ///
+    /// Use it to complete an interrupted `key generate`, or after the token was restored to a device with another
+    /// serial number. The key keeps its state. The broker must be stopped.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
     /// Show one registered key; needs no PIN
     Show {
-        /// `CKA_ID`, 32 hexadecimal digits
+        /// `CKA_ID` of the key, 32 hexadecimal digits
         id: String,
     },
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Generate {
-    /// Length of the modulus
-    #[arg(long, default_value_t = 3072, value_parser = clap::value_parser!(u32).range(2048..=4096))]
-    bits: u32,
+    /// Length of the RSA modulus in bits
+    #[arg(long, default_value = "3072", value_parser = ["2048", "3072", "4096"])]
+    bits: String,
     #[command(flatten)]
     pin: UserPin,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// `CKA_ID`, 32 hexadecimal digits
+    /// `CKA_ID` of the key, 32 hexadecimal digits
     id: String,
     #[command(flatten)]
     pin: UserPin,
@@ -94,6 +100,10 @@ async fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
 
 fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
+    let bits = arguments
+        .bits
+        .parse()
+        .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
     // Everything that could refuse the row later is asked before anything is made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
@@ -105,11 +115,11 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         "wrapping_key.generate",
         |_: &mut Entry| {},
         || {
-            let key = admin.generate_key(arguments.bits)?;
+            let key = admin.generate_key(bits)?;
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row).map_err(|failure| {
             let what = format!(
-                "key {} is on the token, but not registered: {failure}. When that is mended, run \
+                "key {} is on the token, but not registered: {failure}. When that is repaired, run \
                  `keybroker key register {}`",
                 row.id, row.id
             );

@@ -17,13 +17,13 @@ const NAME: &str = "keybroker";
 
 #[derive(Args, Debug)]
 pub(super) struct Completions {
-    /// Shell to complete for
+    /// Shell of the completion script
     shell: Shell,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Manual {
-    /// Folder to write the pages to, one for each command; made if it is missing
+    /// Directory for the pages, one for each command; created if missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }

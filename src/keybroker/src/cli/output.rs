@@ -110,7 +110,7 @@ impl Output {
         self.bytes(format!("{text}\n").as_bytes())
     }
 
-    /// Bytes as they are, whatever the format. A reader that went away is not an error.
+    /// Bytes as they are, whatever the format. A reader that closed the pipe is not an error.
     #[expect(
         clippy::unused_self,
         reason = "output goes through an `Output`, or it could go anywhere"

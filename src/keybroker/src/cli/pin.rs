@@ -1,15 +1,21 @@
 //! Where a command gets a PIN: a file, a descriptor, or a prompt. Never an argument.
 
-use std::{io::IsTerminal as _, path::PathBuf};
+use std::{
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 
 use crate::config::Config;
 use keybroker_core::state::StateDirectory;
-use keybroker_pkcs11::{PinRecord, admin::Admin};
-use keybroker_worker_protocol::{Pin, Settings};
+use keybroker_hsm::admin::Admin;
+use keybroker_worker_protocol::{Pin, PinSource, Settings};
 
-use super::exit::{Exit, Failure};
+use super::{
+    OWN_PROGRAM, environment,
+    exit::{Exit, Failure},
+};
 
 /// Where the user PIN comes from, when not from `token.pin_file`.
 #[derive(Args, Clone, Debug)]
@@ -18,16 +24,16 @@ pub(super) struct UserPin {
     /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]
     pin_file: Option<PathBuf>,
-    /// Open descriptor to read the user PIN from
+    /// Number of an open file descriptor to read the user PIN from
     #[arg(long, value_name = "N")]
     pin_fd: Option<u32>,
-    /// Ask for the user PIN at the terminal
+    /// Prompt for the user PIN at the terminal
     #[arg(long, conflicts_with_all = ["pin_fd", "pin_file"])]
     pin_prompt: bool,
 }
 
 impl UserPin {
-    pub(super) fn get(&self, settings: &Settings) -> Result<Pin, Failure> {
+    pub(super) fn get(&self, settings: &Settings) -> Result<PinSource, Failure> {
         let file = if self.pin_prompt {
             None
         } else {
@@ -43,32 +49,38 @@ pub(super) struct SoPin {
     /// File with the security officer's PIN, readable by its owner alone
     #[arg(long, value_name = "FILE", conflicts_with = "so_pin_fd")]
     so_pin_file: Option<PathBuf>,
-    /// Open descriptor to read the security officer's PIN from
+    /// Number of an open file descriptor to read the security officer's PIN from
     #[arg(long, value_name = "N")]
     so_pin_fd: Option<u32>,
 }
 
 impl SoPin {
-    pub(super) fn get(&self) -> Result<Pin, Failure> {
+    pub(super) fn get(&self) -> Result<PinSource, Failure> {
         let prompt = "Security officer PIN: ";
         read(self.so_pin_file.as_ref(), self.so_pin_fd, prompt)
     }
 }
 
-/// The record of PINs of this instance, shared with its workers.
-pub(super) fn record(config: &Config) -> PinRecord {
-    PinRecord::new(StateDirectory::below(&config.audit.directory))
+/// The state directory of this instance, with the record of PINs, which commands and the workers of `serve` share.
+pub(super) fn state(config: &Config) -> StateDirectory {
+    StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token, if the record of PINs allows it.
-pub(super) fn log_in(config: &Config, pin: &Pin, write: bool) -> Result<Admin, Failure> {
-    Ok(Admin::open(&config.token, &record(config), pin, write)?)
+/// Logs in to the configured token in an admin worker, if the record of PINs allows it.
+pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
+    let program = Path::new(OWN_PROGRAM);
+    Admin::open(program, &config.token, &state(config), pin, write)
+        .map_err(|error| environment::explain(error.into(), config))
 }
 
-fn read(file: Option<&PathBuf>, descriptor: Option<u32>, prompt: &str) -> Result<Pin, Failure> {
+fn read(
+    file: Option<&PathBuf>,
+    descriptor: Option<u32>,
+    prompt: &str,
+) -> Result<PinSource, Failure> {
     let pin = match (descriptor, file) {
         (Some(number), _) => Pin::from_descriptor(number),
-        (None, Some(path)) => Pin::from_file(path),
+        (None, Some(path)) => return Ok(PinSource::File(path.clone())),
         (None, None) if std::io::stdin().is_terminal() => rpassword::prompt_password(prompt)
             .map_err(|error| format!("cannot read the PIN: {error}"))
             .and_then(Pin::from_text),
@@ -76,5 +88,6 @@ fn read(file: Option<&PathBuf>, descriptor: Option<u32>, prompt: &str) -> Result
             "no PIN: name a file or a descriptor, or run this at a terminal to be asked".to_owned(),
         ),
     };
-    pin.map_err(|what| Failure::new(Exit::Pin, what))
+    pin.map(PinSource::Text)
+        .map_err(|what| Failure::new(Exit::Pin, what))
 }

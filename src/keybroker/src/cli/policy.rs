@@ -18,19 +18,19 @@ mod explain;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Validate policies as `serve` would, and report everything that is wrong with them
+    /// Validate policies as `serve` does, and report every problem
     Check(Source),
-    /// Say what would be decided of a question, by which policies, and why the others do not apply
+    /// Show how a request would be decided, and which policies decide it
     Explain(Box<explain::Arguments>),
 }
 
 /// Which policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Policies of this directory, in place of `policy.directory`; the configuration is then not needed
+    /// Use the policies of this directory instead of `policy.directory`; needs no configuration
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// With --directory: without the permits that come with the broker
+    /// Leave out the permits that come with the broker; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }
@@ -92,7 +92,7 @@ fn row(problem: &Problem) -> Vec<Field> {
     ]
 }
 
-/// Policies that nobody can decide by.
+/// Policies that are not valid.
 fn refused(directory: Option<&Path>, problems: &[Problem]) -> Failure {
     let shown = directory.unwrap_or(Path::new("(shipped)")).display();
     let count = problems.len();

@@ -19,22 +19,22 @@ const ANSWER_BYTES_MAX: u64 = 16_384;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// What to ask
+    /// Question to ask
     #[arg(default_value = "ready")]
     question: Question,
-    /// Address of the status listener, instead of the configuration's
+    /// Address of the status listener [default: `status.address` of the configuration]
     #[arg(long, value_name = "ADDRESS")]
     status: Option<SocketAddr>,
-    /// Longest wait for the answer
+    /// Timeout for the answer, in milliseconds
     #[arg(long, default_value_t = 3_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600_000))]
     timeout_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Does the process answer? If not, a restart may help
+    /// Check that the process answers; if it does not, a restart may help
     Live,
-    /// Does it release keys? If not, send callers elsewhere
+    /// Check that the broker can release keys; if it cannot, route callers to another broker
     Ready,
 }
 

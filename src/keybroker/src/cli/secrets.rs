@@ -94,7 +94,7 @@ impl Source<'_> {
                 .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
             (None, None) => return Err(self.refuse("is not named")),
         };
-        // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
         let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
         file.take(limit)

@@ -6,15 +6,11 @@ use clap::Args;
 
 use crate::{allocator, server};
 
-use super::{Context, block_on, exit::Failure};
-
-/// The file that this process runs, for a child that it starts. Not the path it had: after an upgrade another version lies
-/// there, and workers must be of the same.
-const OURSELVES: &str = "/proc/self/exe";
+use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Write the addresses that were bound, as JSON, to this file once the listeners accept connections
+    /// Write the bound addresses as JSON to this file once the listeners accept connections
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
 }
@@ -32,5 +28,9 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     for remark in config.unknown_principals().into_iter().flatten() {
         tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
     }
-    block_on(server::run(config, OURSELVES.into(), arguments.ready_file))?
+    block_on(server::run(
+        config,
+        OWN_PROGRAM.into(),
+        arguments.ready_file,
+    ))?
 }

@@ -4,8 +4,8 @@ use clap::Subcommand;
 use serde_json::json;
 
 use keybroker_audit::Entry;
-use keybroker_broker::acknowledged::accept_restored as accept;
-use keybroker_core::{error::chain, state::StateDirectory};
+use keybroker_broker::acknowledged::{Acceptance, accept_restored as accept};
+use keybroker_core::state::StateDirectory;
 use keybroker_store as store;
 use keybroker_store::StoreLock;
 
@@ -22,21 +22,29 @@ mod purge;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Bring the database to the schema of this release, making it if need be
+    /// Migrate the database to the schema of this release, creating it if necessary
     Migrate {
-        /// Say what would be done, and do nothing
+        /// Show the pending migrations without running them
         #[arg(long)]
         dry_run: bool,
     },
-    /// Show the schema of the database
+    /// Show the schema version of the database
     Status,
-    /// Look at every record and revision, and let the token verify each
+    /// Check every row, and have the token verify each MAC
+    ///
+    /// Changes nothing and runs beside a broker. Fails with exit code 12 if a row is bad.
     Check(UserPin),
-    /// Copy everything into another database, of whichever engine, and verify the copy
+    /// Copy everything into another database of any engine, and verify the copy
+    ///
+    /// Stop every broker that uses the databases first. If the copy is interrupted, run it again.
     Copy(copy::Arguments),
-    /// Accept the database as it is, for example after the restore of a backup
+    /// Accept the database as it is, for example after a backup was restored
+    ///
+    /// The broker compares the database with the changes that it acknowledged, and refuses an earlier state. Run
+    /// this only if the restore was intended.
     AcceptRestored,
-    /// Remove for good what was deleted or superseded longer ago than `store.retention_days`
+    /// Permanently remove records and revisions that were deleted or superseded longer than `store.retention_days`
+    /// ago
     Purge(purge::Arguments),
 }
 
@@ -82,24 +90,38 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// A broker that runs goes on within a second.
+/// A broker that runs continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
     let nothing_more = |_: &mut Entry| {};
-    let forgotten = change::audited(
+    let accept = async {
+        let store = store::open(&config.store).await?;
+        let accepted = accept(&state, &config.audit.instance, &*store).await;
+        store.close().await;
+        Ok::<_, Failure>(accepted?)
+    };
+    let acceptance = change::audited(
         context,
         &config,
         "store.accept_restored",
         nothing_more,
-        || {
-            accept(&state, &config.audit.instance)
-                .map_err(|error| Failure::new(Exit::Store, chain(&error)))
-        },
+        || block_on(accept)?,
     )?;
-    context
-        .output
-        .fields(vec![("forgotten_call", json!(forgotten))])
+    let (accepted, forgotten) = match acceptance {
+        Acceptance::AlreadyKnown => (false, None),
+        Acceptance::Accepted { forgotten } => (true, forgotten),
+    };
+    context.output.fields(vec![
+        ("accepted", json!(accepted)),
+        ("forgotten_call", json!(forgotten)),
+    ])?;
+    if !accepted {
+        context.output.note(
+            "this database is the one that the broker knows: there is nothing to accept, and nothing was forgotten",
+        );
+    }
+    Ok(())
 }
 
 /// The database for this process alone, where it is a file. The hint is for when another has it.

@@ -146,7 +146,7 @@ fn completions_name_every_command_and_no_hidden_one() {
                 assert!(script.contains(word), "{shell}: {name}");
             }
         }
-        for hidden in ["token-worker", "token-bench"] {
+        for hidden in ["token-worker", "token-admin-worker"] {
             assert!(!script.contains(hidden), "{shell}: {hidden}");
         }
     }

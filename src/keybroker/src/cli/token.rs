@@ -1,31 +1,31 @@
 //! `keybroker token`.
 
+use std::path::Path;
+
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
-use keybroker_pkcs11::{
-    admin::{self, Admin, AdminError, CheckedKey},
-    attribute_check::Finding,
-};
+use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
+use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
 
 use super::{
-    Context, block_on, change, environment,
+    Context, OWN_PROGRAM, block_on, change, environment,
     exit::{Exit, Failure},
     pin::{self, SoPin, UserPin, log_in},
 };
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// List the tokens that the module shows; needs no PIN
+    /// List the tokens of the module; needs no PIN
     List,
     /// Initialise a blank token and set its user PIN
     Init(Init),
-    /// Check the token and every registered key: attributes one by one, use, registry
+    /// Check the token and every registered key: attributes, self-test and registry
     Check(UserPin),
     /// Allow one more login with a PIN that the token rejected; also while `serve` runs
     ///
@@ -41,7 +41,7 @@ pub(super) struct Init {
     /// Label of the token, at most 32 bytes [default: `token.label`]
     #[arg(long)]
     label: Option<String>,
-    /// Erase the initialised token with this serial number, with every key on it, for ever
+    /// Permanently erase the initialised token with this serial number and every key on it
     #[arg(long, value_name = "SERIAL")]
     erase_serial: Option<String>,
     #[command(flatten)]
@@ -64,11 +64,7 @@ impl From<AdminError> for Failure {
             AdminError::Pin(_) => Exit::Pin,
             AdminError::Untrusted(_) => Exit::Untrusted,
         };
-        let failure = Self::new(exit, error.to_string());
-        if exit == Exit::Token {
-            return environment::explain(failure);
-        }
-        failure
+        Self::new(exit, error.to_string())
     }
 }
 
@@ -83,7 +79,9 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
 }
 
 fn list(context: &Context) -> Result<(), Failure> {
-    let listed = admin::list_tokens(&context.config_for_token()?.token)?;
+    let config = context.config_for_token()?;
+    let listed = admin::list_tokens(Path::new(OWN_PROGRAM), &config.token)
+        .map_err(|error| environment::explain(error.into(), &config))?;
     let is_empty = listed.is_empty();
     let rows = listed
         .into_iter()
@@ -99,7 +97,7 @@ fn list(context: &Context) -> Result<(), Failure> {
         })
         .collect();
     context.output.list(rows, "the module shows no token")?;
-    if is_empty && let Some(hint) = environment::withheld() {
+    if is_empty && let Some(hint) = environment::withheld(&config) {
         context.output.note(&format!("note: {hint}"));
     }
     Ok(())
@@ -108,7 +106,7 @@ fn list(context: &Context) -> Result<(), Failure> {
 /// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
-    let record = pin::record(&config);
+    let record = PinRecord::new(pin::state(&config));
     let allowed = change::audited(
         context,
         &config,
@@ -144,12 +142,18 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         "token.init",
         |_: &mut Entry| {},
         || {
-            let info = admin::init_token(&config.token, &label, &so_pin, &user_pin, erase)?;
-            if let Err(error) = pin::record(&config).forget(&info.serial) {
-                context.output.note(&format!(
-                    "note: PINs that this token rejected before it was initialised are still remembered ({error}); if it \
-                     takes no PIN, run `keybroker token retry-pin`"
-                ));
+            let (info, note) = admin::init_token(
+                Path::new(OWN_PROGRAM),
+                &config.token,
+                &pin::state(&config),
+                &label,
+                &so_pin,
+                &user_pin,
+                erase,
+            )
+            .map_err(|error| environment::explain(error.into(), &config))?;
+            if let Some(note) = note {
+                context.output.note(&format!("note: {note}"));
             }
             Ok(info)
         },
@@ -223,8 +227,8 @@ fn verdict(object: &str, key: &CheckedKey, findings: &[Finding]) -> Vec<Vec<supe
                 ("key", json!(key.id.to_string())),
                 ("object", json!(object)),
                 ("attribute", json!(finding.attribute)),
-                ("verdict", json!(finding.to_string())),
-                ("passes", json!(finding.passes())),
+                ("verdict", json!(finding.verdict)),
+                ("passes", json!(finding.passes)),
             ]
         })
         .collect()

@@ -10,6 +10,9 @@ use keybroker_pkcs11::attribute_check;
 
 use super::Config;
 
+/// Length of `CK_TOKEN_INFO.label`.
+const LABEL_BYTES: usize = 32;
+
 impl Config {
     /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
     pub fn problems(&self) -> Vec<String> {
@@ -72,11 +75,23 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
+        range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
+        if let Some(label) = token
+            .label
+            .as_ref()
+            .filter(|label| label.len() > LABEL_BYTES)
+        {
+            problems.push(format!(
+                "[token]: `label` has {} bytes; the label of a token has at most {LABEL_BYTES}, so no token has this one",
+                label.len()
+            ));
+        }
         problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
             if !attribute_check::attribute_names().any(|name| name == exception) {
                 problems.push(format!(
-                    "[token]: `attribute_exceptions` names {exception:?}, which the gate does not look at"
+                    "[token]: `attribute_exceptions` names {exception:?}, which is not an attribute that is checked"
                 ));
             }
         }
@@ -229,7 +244,7 @@ impl Config {
             ));
         }
         if self.listeners.is_empty() {
-            problems.push("there is no [[listener]], so nobody could call".to_owned());
+            problems.push("there is no [[listener]], so the broker could not be called".to_owned());
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
@@ -237,7 +252,7 @@ impl Config {
             check_listener(listener, problems);
             if listener.doors.contains(&Door::Rest) && !has_users {
                 problems.push(format!(
-                    "[[listener]] {}: the door `rest` is for users, and there is no [[issuer]] whose tokens name one",
+                    "[[listener]] {}: the REST API is for users, but no [[issuer]] has tokens of users",
                     listener.address
                 ));
             }
@@ -287,7 +302,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors.is_empty() {
         problems.push(format!(
-            "[[listener]] {address}: `doors` is empty, so it lets nothing in"
+            "[[listener]] {address}: `doors` is empty, so it serves no API"
         ));
     }
     match (&listener.tls, listener.plaintext) {
@@ -303,12 +318,12 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Whoever can connect to a listener without TLS can be anybody, and so can whoever is on the path.
+/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors != [Door::Rest] {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext` is for the door `rest` alone; the others need [listener.tls]"
+            "[[listener]] {address}: `plaintext` is allowed only with `doors = [\"rest\"]`; the other APIs need [listener.tls]"
         ));
     }
     if listener.client_certificates != ClientCertificates::None {

@@ -1,15 +1,18 @@
 //! The files that a configuration names: present, complete, and safe from changes by other users.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Access, access};
+use rustix::{
+    fs::{Access, access},
+    io::Errno,
+};
 
 use keybroker_auth::{issuer, token::Tokens};
-use keybroker_core::trusted_file;
+use keybroker_core::{error::chain, trusted_file};
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
@@ -36,10 +39,14 @@ impl Config {
             problems.extend(Pin::from_file(path).err());
         }
         if let Some(path) = self.store.file() {
-            problems.extend(check_database(&path).err());
+            problems.extend(check_database(&path).err().map(|error| chain(&error)));
         }
         problems.extend(self.store.file_problems());
-        problems.extend(check_audit(&self.audit.directory).err());
+        problems.extend(
+            check_audit(&self.audit.directory)
+                .err()
+                .map(|error| chain(&error)),
+        );
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
@@ -105,49 +112,113 @@ impl Config {
     }
 }
 
+/// Why a file or directory of the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("{setting}: there is no directory {}; make it, owned by the broker's user", path.display())]
+    Missing {
+        setting: &'static str,
+        path: PathBuf,
+    },
+    #[error("{setting}: this user cannot write to {}; change its owner or mode", path.display())]
+    NotWritable {
+        setting: &'static str,
+        path: PathBuf,
+        source: Errno,
+    },
+    #[error("{setting}: this user cannot read and write {}", path.display())]
+    NotAccessible {
+        setting: &'static str,
+        path: PathBuf,
+        source: Errno,
+    },
+    #[error("{setting}: cannot examine {}", path.display())]
+    NotExamined {
+        setting: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "{setting}: {} belongs to user {owner}, and this process is user {ours}; run this as user {owner}, or give the directory to \
+         user {ours}",
+        path.display()
+    )]
+    Foreign {
+        setting: &'static str,
+        path: PathBuf,
+        owner: u32,
+        ours: u32,
+    },
+    #[error("{setting}: {} has mode {mode:04o}: others can use it; run `chmod 700 {}`", path.display(), path.display())]
+    OpenToOthers {
+        setting: &'static str,
+        path: PathBuf,
+        mode: u32,
+    },
+}
+
 /// SQLite makes files of its own beside the database, so the folder must be writable, too.
-fn check_database(path: &Path) -> Result<(), String> {
+fn check_database(path: &Path) -> Result<(), Unusable> {
+    let setting = "[store] `url`";
     let folder = path.parent().unwrap_or(path);
-    check_writable("[store] `url`", folder)?;
-    if path.exists() && access(path, Access::READ_OK | Access::WRITE_OK).is_err() {
-        let shown = path.display();
-        return Err(format!(
-            "[store] `url`: this user cannot read and write {shown}"
-        ));
+    check_writable(setting, folder)?;
+    if !path.exists() {
+        return Ok(());
     }
-    Ok(())
+    access(path, Access::READ_OK | Access::WRITE_OK).map_err(|source| Unusable::NotAccessible {
+        setting,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// The directory is made when it is missing and the one above it is there.
-fn check_audit(directory: &Path) -> Result<(), String> {
-    let name = "[audit] `directory`";
+fn check_audit(directory: &Path) -> Result<(), Unusable> {
+    let setting = "[audit] `directory`";
     if !directory.exists() {
         let above = directory.parent().map(PathBuf::from).unwrap_or_default();
-        return check_writable(name, &above);
+        return check_writable(setting, &above);
     }
-    check_writable(name, directory)?;
-    let meta = fs::metadata(directory).map_err(|error| format!("{name}: {error}"))?;
-    let (mode, ours) = (meta.mode() & 0o7777, rustix::process::geteuid().as_raw());
-    if mode & 0o077 != 0 || meta.uid() != ours {
-        let shown = directory.display();
-        return Err(format!(
-            "{name}: {shown} has mode {mode:04o} and belongs to user {}; it must have mode 0700 and belong to \
-             user {ours}",
-            meta.uid()
-        ));
+    let path = directory.to_owned();
+    let meta = match fs::metadata(directory) {
+        Ok(meta) => meta,
+        Err(source) => {
+            return Err(Unusable::NotExamined {
+                setting,
+                path,
+                source,
+            });
+        }
+    };
+    let (mode, owner) = (meta.mode() & 0o7777, meta.uid());
+    let ours = rustix::process::geteuid().as_raw();
+    if owner != ours {
+        return Err(Unusable::Foreign {
+            setting,
+            path,
+            owner,
+            ours,
+        });
     }
-    Ok(())
+    if mode & 0o077 != 0 {
+        return Err(Unusable::OpenToOthers {
+            setting,
+            path,
+            mode,
+        });
+    }
+    check_writable(setting, directory)
 }
 
-fn check_writable(name: &str, folder: &Path) -> Result<(), String> {
-    let shown = folder.display();
+fn check_writable(setting: &'static str, folder: &Path) -> Result<(), Unusable> {
+    let path = folder.to_owned();
     if !folder.is_dir() {
-        return Err(format!(
-            "{name}: there is no directory {shown}; make it, owned by the broker's user"
-        ));
+        return Err(Unusable::Missing { setting, path });
     }
-    access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
-        format!("{name}: this user cannot write to {shown}: {error}; change its owner or mode")
+    access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|source| Unusable::NotWritable {
+        setting,
+        path,
+        source,
     })
 }
 
@@ -164,11 +235,17 @@ mod tests {
         assert!(
             check_database(&missing.join("x.db"))
                 .unwrap_err()
+                .to_string()
                 .contains("no directory")
         );
-        assert!(check_audit(&missing).unwrap_err().contains("no directory"));
-        assert_eq!(check_database(&folder.path().join("x.db")), Ok(()));
-        assert_eq!(check_audit(&folder.path().join("audit")), Ok(()));
+        assert!(
+            check_audit(&missing)
+                .unwrap_err()
+                .to_string()
+                .contains("no directory")
+        );
+        check_database(&folder.path().join("x.db")).unwrap();
+        check_audit(&folder.path().join("audit")).unwrap();
     }
 
     #[test]

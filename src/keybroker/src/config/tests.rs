@@ -40,6 +40,8 @@ fn is_default(text: &str) -> bool {
         "pem_file",
         "device_claim",
         "directory",
+        "users",
+        "key_names",
     ];
     name.chars()
         .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')

@@ -1,4 +1,4 @@
-//! API clients, as the broker knows them and authentication asks for them: neither knows the other.
+//! Connects authentication to the broker's API clients, so that neither crate depends on the other.
 
 use std::sync::Arc;
 

@@ -209,7 +209,7 @@ impl Connection {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
-        // The handshake looked at the certificate's dates once; nobody looks again while the connection lasts.
+        // The handshake checked the certificate's dates once; they are not checked again while the connection lasts.
         let valid = link.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
         let unauthenticated = async {
@@ -233,7 +233,7 @@ impl Connection {
             () = time::sleep(age_max.min(valid)) => {}
             () = unauthenticated => {}
         }
-        // Goodbye: calls under way end, new ones go to another connection. No call is longer than this.
+        // GOAWAY: calls under way end, new ones go to another connection. No call is longer than this.
         connection.as_mut().say_goodbye();
         let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {

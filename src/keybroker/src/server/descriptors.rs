@@ -1,4 +1,5 @@
-//! File descriptors: connections must leave some for store, audit log and token, or unauthenticated peers could take those away.
+//! File descriptors: connections must leave some for store, audit log and token, or unauthenticated peers could use
+//! them up.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -21,7 +21,7 @@ use keybroker_broker::Broker;
 
 use super::{Door, ListenerSettings};
 
-/// What the doors of every listener share.
+/// What the APIs of all listeners share.
 pub(super) struct Doors<'a> {
     pub(super) config: &'a Config,
     pub(super) broker: &'a Arc<Broker>,

@@ -38,7 +38,7 @@ pub(super) enum Refused {
     /// TLS went well, and then came something else than HTTP/2.
     #[error("not HTTP/2")]
     NotHttp2,
-    /// The peer went away.
+    /// The peer closed the connection.
     #[error("closed by the peer")]
     Closed,
     /// A newer connection needed the room.

@@ -1,4 +1,4 @@
-//! What must be there before the doors open: ports, certificates, audit log, schema, token.
+//! What must be ready before the listeners open: ports, certificates, audit log, schema, token.
 
 use std::{
     net::SocketAddr,
@@ -146,8 +146,8 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
-/// Starts the workers with the keys that the registry names, and waits for the first attempt. Whoever gives this up stops
-/// what is in `started`.
+/// Starts the workers with the keys that the registry names, and waits for the first attempt. A caller that gives
+/// this up stops what is in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,

@@ -1,7 +1,8 @@
 //! The life of `keybroker serve`, from the first check to the last entry of the audit log.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{self, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -55,11 +56,12 @@ use super::{
 
 /// For reading the registry and verifying it on the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
-/// For the first key sets of providers, before the doors open; one that is down then is asked again in the background.
+/// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
+/// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
 const LAME_DUCK: Duration = Duration::from_millis(500);
-/// For what follows the drain of the doors: workers and store.
+/// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// One in so many connections may be without a principal.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
@@ -73,7 +75,7 @@ pub async fn run(
     program: PathBuf,
     ready_file: Option<PathBuf>,
 ) -> Result<(), Failure> {
-    let no_signals = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
+    let no_signals = |error: io::Error| Failure::new(Exit::Internal, error.to_string());
     let mut signals = Signals::listen().map_err(no_signals)?;
     // From the first moment: by default it would end the process.
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
@@ -139,6 +141,19 @@ fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     }
 }
 
+/// Replaces a file as a whole. In a directory such as `/tmp`, another user could have put a symbolic link where the new content is
+/// written first, so that file is always made anew.
+fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    let partial = path.with_extension("partial");
+    match fs::remove_file(&partial) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::create_new(&partial)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&partial, path)
+}
+
 /// The two signals that end a service.
 struct Signals {
     terminate: Signal,
@@ -146,7 +161,7 @@ struct Signals {
 }
 
 impl Signals {
-    fn listen() -> std::io::Result<Self> {
+    fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
@@ -184,8 +199,8 @@ struct Server {
 }
 
 impl Server {
-    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log, database, token,
-    /// registry, then the doors open.
+    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log,
+    /// database, token, registry, then the listeners open.
     async fn start(
         config: Config,
         program: PathBuf,
@@ -249,7 +264,7 @@ impl Server {
             audit,
             health,
         };
-        // Nobody is told that it serves before somebody has looked.
+        // Health does not say SERVING before the first check.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, policy, hangup);
         let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
@@ -326,7 +341,7 @@ impl Server {
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 
-    /// Starts what runs beside the doors.
+    /// Starts what runs beside the listeners.
     fn look_after(&self, bound: &[Bound], policy: Arc<Policy>, hangup: Signal) {
         let tls: Vec<Arc<Tls>> = bound.iter().filter_map(|one| one.tls.clone()).collect();
         let stop = self.stop_background.clone();
@@ -359,29 +374,26 @@ impl Server {
         });
     }
 
-    /// Says where it listens, for whoever started it with port 0. Written under another name first: a reader never sees
-    /// half of it.
+    /// Writes the bound addresses, for a caller that configured port 0. Written under another name first: a reader
+    /// never sees half of it.
     fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
         let text = serde_json::json!({
             "listeners": self.addresses,
             "status": self.status_address,
             "pid": std::process::id(),
         });
-        let partial = path.with_extension("partial");
-        fs::write(&partial, text.to_string())
-            .and_then(|()| fs::rename(&partial, path))
-            .map_err(|error| {
-                let what = format!("cannot write the ready file {}: {error}", path.display());
-                Failure::new(Exit::Usage, what)
-            })
+        replace_file(path, &text.to_string()).map_err(|error| {
+            let what = format!("cannot write the ready file {}: {error}", path.display());
+            Failure::new(Exit::Usage, what)
+        })
     }
 
     /// The drain, in this order: health says `NOT_SERVING`; load balancers get a moment; no more connections, and GOAWAY on
     /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
     /// audit log gets its last entry.
     async fn stop(self) {
-        // First the one who would say otherwise. It ends at once; whoever is in the middle of a question to the database may
-        // take longer, and nobody waits for that.
+        // First the task that would report another state. It ends at once. A check of the database that is under way
+        // may take longer, and nothing waits for it.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())
@@ -429,5 +441,24 @@ impl Server {
         self.status.close();
         self.status.wait().await;
         tracing::info!("stopped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_file_is_not_written_through_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ready, victim) = (folder.path().join("ready"), folder.path().join("victim"));
+        fs::write(&victim, "content").unwrap();
+        std::os::unix::fs::symlink(&victim, folder.path().join("ready.partial")).unwrap();
+        std::os::unix::fs::symlink(&victim, &ready).unwrap();
+        for text in ["first", "second"] {
+            replace_file(&ready, text).unwrap();
+            assert_eq!(fs::read_to_string(&ready).unwrap(), text);
+        }
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
     }
 }

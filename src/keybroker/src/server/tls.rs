@@ -134,7 +134,7 @@ pub(super) struct Tls {
     newest: Mutex<Newest>,
 }
 
-/// What clients are shown, as in the files.
+/// The server's certificate chain and key, as in the files.
 #[derive(Clone)]
 struct Shown {
     chain: Vec<u8>,
@@ -231,7 +231,7 @@ impl Tls {
         }
     }
 
-    /// Forgets what was reported: whoever asks for a reload wants to hear of it again.
+    /// Forgets what was reported: after a requested reload, problems are reported again.
     pub(super) fn report_again(&self) {
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

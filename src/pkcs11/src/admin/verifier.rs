@@ -1,61 +1,71 @@
 //! MACs verified one after another, on a session of their own.
 
+use keybroker_core::key::WrappingKeyId;
+
 use crate::{
     classify::{Class, Fault},
     keys::KeyPair,
     open::KeySession,
     operation,
 };
-use keybroker_core::{
-    envelope::{Mac, mac::MacMessage},
-    key::WrappingKeyId,
-};
 
 use super::{Admin, AdminError};
 
-/// What a token in doubt makes a MAC of. No row has such a message.
+/// The message whose MAC must verify when the token's answer is ambiguous. No row has such a message.
 const PROOF: &[u8] = b"keybroker: is this token well?";
 
 /// Verifies MACs without looking for the key each time.
 #[derive(Debug)]
-pub struct Verifier<'a> {
-    admin: &'a Admin,
+pub(crate) struct Verifier {
     ids: Vec<WrappingKeyId>,
     session: KeySession,
 }
 
-impl<'a> Verifier<'a> {
-    pub(super) fn new(admin: &'a Admin, ids: &[WrappingKeyId]) -> Result<Self, AdminError> {
+impl Verifier {
+    /// With one binding key.
+    pub(crate) fn new(admin: &Admin, id: WrappingKeyId) -> Result<Self, AdminError> {
         Ok(Self {
-            admin,
-            ids: ids.to_vec(),
-            session: admin.token.session(ids)?,
+            ids: vec![id],
+            session: admin.token.session(&[id])?,
         })
     }
 
-    /// Whether a MAC verifies. The key is one of those that this was made for.
-    pub fn verify(
+    /// Finds another binding key, unless it was found before.
+    pub(crate) fn add(&mut self, admin: &Admin, id: WrappingKeyId) -> Result<(), AdminError> {
+        if self.ids.contains(&id) {
+            return Ok(());
+        }
+        let ids: Vec<_> = self.ids.iter().copied().chain([id]).collect();
+        self.session = admin.token.session(&ids)?;
+        self.ids = ids;
+        Ok(())
+    }
+
+    /// Whether a MAC verifies. The key was given to [`Verifier::new`] or [`Verifier::add`].
+    pub(crate) fn verify(
         &mut self,
+        admin: &Admin,
         id: WrappingKeyId,
-        message: &MacMessage,
-        mac: &Mac,
+        message: &[u8],
+        mac: &[u8],
     ) -> Result<bool, AdminError> {
         match self.ask(id, message, mac)? {
             Answer::Good => Ok(true),
             Answer::Wrong => Ok(false),
-            Answer::Doubtful(_) => self.verify_in_doubt(id, message, mac),
+            Answer::Doubtful(_) => self.verify_in_doubt(admin, id, message, mac),
         }
     }
 
-    /// Some tokens call a wrong MAC by a code that also means trouble of their own, and may leave the session stuck. So
-    /// there is another session, on which a good MAC must verify; then the same answer is about this MAC.
+    /// Some tokens answer to a wrong MAC with a code that also means trouble of their own, and may leave the session stuck. So a
+    /// good MAC must verify on another session; then the same answer is about this MAC.
     fn verify_in_doubt(
         &mut self,
+        admin: &Admin,
         id: WrappingKeyId,
-        message: &MacMessage,
-        mac: &Mac,
+        message: &[u8],
+        mac: &[u8],
     ) -> Result<bool, AdminError> {
-        self.renew()?;
+        self.renew(admin)?;
         let pair = self.pair(id)?;
         let good = operation::mac(&self.session.session, pair, PROOF)?;
         operation::verify(&self.session.session, pair, PROOF, &good)?;
@@ -64,31 +74,28 @@ impl<'a> Verifier<'a> {
             Answer::Wrong => Ok(false),
             Answer::Doubtful(fault) => {
                 tracing::debug!(%fault, "a MAC was refused ambiguously, twice");
-                self.renew()?;
+                self.renew(admin)?;
                 Ok(false)
             }
         }
     }
 
-    fn renew(&mut self) -> Result<(), AdminError> {
-        self.session = self.admin.token.session(&self.ids)?;
+    fn renew(&mut self, admin: &Admin) -> Result<(), AdminError> {
+        self.session = admin.token.session(&self.ids)?;
         Ok(())
     }
 
     fn pair(&self, id: WrappingKeyId) -> Result<&KeyPair, AdminError> {
         self.session.pair(id).ok_or_else(|| {
-            AdminError::Untrusted(format!("binding key {id} was not looked for on the token"))
+            AdminError::Untrusted(format!(
+                "the integrity key {id} was not looked up on the token"
+            ))
         })
     }
 
-    fn ask(
-        &self,
-        id: WrappingKeyId,
-        message: &MacMessage,
-        mac: &Mac,
-    ) -> Result<Answer, AdminError> {
+    fn ask(&self, id: WrappingKeyId, message: &[u8], mac: &[u8]) -> Result<Answer, AdminError> {
         let pair = self.pair(id)?;
-        match operation::verify(&self.session.session, pair, message.as_bytes(), mac) {
+        match operation::verify(&self.session.session, pair, message, mac) {
             Ok(()) => Ok(Answer::Good),
             Err(fault) => match fault.class {
                 Class::Input => Ok(Answer::Wrong),

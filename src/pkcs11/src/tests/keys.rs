@@ -76,7 +76,7 @@ fn two_keys_of_one_id_and_none_are_refused() {
         assert_eq!(none.class, Class::KeyMissing);
         make();
         let no_binding = keys::find(session, id(1)).unwrap_err();
-        assert!(no_binding.detail.contains("binding key"), "{no_binding}");
+        assert!(no_binding.detail.contains("integrity key"), "{no_binding}");
         make();
         let two = keys::find(session, id(1)).unwrap_err();
         assert_eq!(two.class, Class::Untrusted);

@@ -24,8 +24,8 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
 
-/// A database that answers a probe later than this is away. Below a second, so that whoever probes once a second and waits
-/// no longer has the answer noted.
+/// A database that answers a probe later than this counts as unavailable. Below a second, so that a caller that
+/// probes once a second and waits no longer has the answer noted.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Request ids that one statement forgets.
@@ -217,7 +217,7 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
-        // In small portions: no statement takes long, and nobody waits for its locks.
+        // In small portions: no statement takes long, and no call waits for its locks.
         let mut forgotten = 0;
         loop {
             let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];

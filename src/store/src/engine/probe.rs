@@ -9,7 +9,7 @@ use crate::Error;
 
 use super::{OUTAGE_WAITED_OUT, Purpose};
 
-/// How long a failed probe speaks for the database. Whoever probes does so every second.
+/// How long the result of a failed probe holds. The broker probes every second.
 const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 
 /// What the last probes said, and when callers last got an answer.
@@ -52,8 +52,8 @@ impl Probe {
             .get_or_insert_with(Instant::now);
     }
 
-    /// Takes note of what a probe said that began then. A probe stands in line with all others: one that fails while others
-    /// get their answers says that the database is busy, not that it is away.
+    /// Takes note of what a probe said that began then. A probe stands in line with all others: one that fails while
+    /// others get their answers says that the database is busy, not that it is unavailable.
     pub(super) fn judge<T>(
         &self,
         purpose: Purpose,
@@ -86,7 +86,7 @@ impl Probe {
         Ok(())
     }
 
-    /// Whether nobody got an answer for longer than a call waits.
+    /// Whether no call got an answer for longer than a call waits.
     pub(super) fn is_long_outage(&self, purpose: Purpose) -> bool {
         self.seen(purpose)
             .failing_since

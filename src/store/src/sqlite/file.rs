@@ -2,12 +2,15 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
+use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
+
+use keybroker_core::trusted_file;
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
 
@@ -15,19 +18,24 @@ use super::statements::STATEMENTS;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
-/// Group may read (backups); nobody else may do anything.
+/// The group may read (backups); others have no access.
 const OPEN_TO_OTHERS: u32 = 0o027;
 
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
 const ROOT: u32 = 0;
+
+/// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
+const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
 /// Refuses a file that is not there, or that others can change or read.
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::Schema(format!(
+        io::ErrorKind::NotFound => Error::Schema(format!(
             "there is no database at {shown}; make it with `keybroker store migrate`"
         )),
-        _ => Error::Down(format!("cannot look at {shown}: {error}").into()),
+        _ => Error::Down(format!("cannot examine {shown}: {error}").into()),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
@@ -42,10 +50,52 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
         );
         return Err(Error::Down(what.into()));
     }
+    check_side_files(path, owner)
+}
+
+/// Refuses files beside a database that another user made. In a directory that others can write to, a WAL that another user puts
+/// beside the database would replace its whole content at the next start.
+fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
+    // SQLite resolves symbolic links before it looks for these files.
+    let failed = |path: &Path, error: io::Error| {
+        Error::Down(format!("cannot look at {}: {error}", path.display()).into())
+    };
+    let resolved = fs::canonicalize(path).map_err(|error| failed(path, error))?;
+    let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
+    for suffix in SIDE_FILES {
+        let file = with_suffix(&resolved, suffix);
+        let shown = file.display();
+        let meta = match fs::symlink_metadata(&file) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(&file, error)),
+        };
+        let (mode, owner) = (meta.mode() & 0o777, meta.uid());
+        let problem = if !meta.is_file() {
+            "is not a regular file".to_owned()
+        } else if !trusted.contains(&owner) {
+            format!("belongs to user {owner}")
+        } else if mode & WRITABLE_BY_OTHERS != 0 {
+            format!("has mode {mode:03o}")
+        } else {
+            continue;
+        };
+        let what = format!(
+            "{shown} {problem}: another user could have written it, and SQLite would write its content into the database. If it is \
+             not the database's own, remove it; then take the write permission of others from its directory"
+        );
+        return Err(Error::Down(what.into()));
+    }
     Ok(())
 }
 
-/// Root may do anything to any file, whoever it belongs to.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Root may do anything to any file, regardless of its owner.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }
@@ -60,10 +110,17 @@ pub(super) async fn require_current(pool: &SqlitePool) -> Result<(), Error> {
 
 /// What migration would do, or has been done.
 pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
-    if !path.exists() {
-        return Ok(schema::status(0, &MIGRATOR));
+    match path.try_exists() {
+        Ok(true) => check(path)?,
+        Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
+        Err(error) => {
+            let what = format!(
+                "cannot look at {}: {error}; run this as the user to whom the database belongs",
+                path.display()
+            );
+            return Err(Error::Down(what.into()));
+        }
     }
-    check(path)?;
     let pool = super::writer(path);
     let current = current(&pool).await;
     pool.close().await;
@@ -75,6 +132,7 @@ pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationRepor
     let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
     if !dry_run {
         make_file(path)?;
+        check(path)?;
         let pool = super::writer(path);
         let done = run_migrations(&pool).await;
         pool.close().await;
@@ -91,8 +149,12 @@ async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
 }
 
 fn make_file(path: &Path) -> Result<(), Error> {
+    if path.exists() {
+        return Ok(());
+    }
+    // Not through a symbolic link that leads to a file that does not exist.
     let made = OpenOptions::new()
-        .create(true)
+        .create_new(true)
         .append(true)
         .mode(0o600)
         .open(path);
@@ -105,9 +167,7 @@ fn make_file(path: &Path) -> Result<(), Error> {
 
 /// Takes the database for this process alone.
 pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let lock_path = PathBuf::from(name);
+    let lock_path = with_suffix(path, ".lock");
     let shown = lock_path.display();
     let mut file = OpenOptions::new()
         .read(true)
@@ -115,11 +175,14 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .create(true)
         .truncate(false)
         .mode(0o600)
+        // A FIFO in its place would otherwise block, and a symbolic link would lead to a file that is overwritten below.
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
-            let remedy = "its directory must exist and belong to the user that runs keybroker";
+            let remedy = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
             Error::Down(format!("cannot open {shown}: {error}; {remedy}").into())
         })?;
+    check_lock(&file, &lock_path)?;
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
@@ -130,19 +193,54 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
             holder.trim()
         )));
     }
+    note_open_directory(path);
     note_holder(&mut file)
         .map_err(|error| Error::Down(format!("cannot write {shown}: {error}").into()))?;
     Ok(StoreLock { _file: Some(file) })
 }
 
-fn note_holder(file: &mut File) -> std::io::Result<()> {
+/// The process id is written into the lock file, so it must not be another file under a second name.
+fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
+    let shown = path.display();
+    let meta = file
+        .metadata()
+        .map_err(|error| Error::Down(format!("cannot look at {shown}: {error}").into()))?;
+    let ours = rustix::process::geteuid().as_raw();
+    let problem = if !meta.is_file() {
+        "is not a regular file".to_owned()
+    } else if meta.nlink() > 1 {
+        "has more than one hard link, and would be overwritten".to_owned()
+    } else if is_foreign(meta.uid(), ours) {
+        format!("belongs to user {}", meta.uid())
+    } else {
+        return Ok(());
+    };
+    Err(Error::Down(format!("{shown} {problem}; remove it").into()))
+}
+
+/// A database in such a directory can be moved aside while the broker is stopped.
+fn note_open_directory(path: &Path) {
+    if let Some(open) = trusted_file::open_directory_above(path) {
+        tracing::warn!(
+            database = %path.display(), writable = %open.display(),
+            "every user of this machine can move the database to another place or remove it; run `chmod o-w` on the directory that \
+             they can write to"
+        );
+    }
+}
+
+fn note_holder(file: &mut File) -> io::Result<()> {
     file.set_len(0)?;
     file.write_all(std::process::id().to_string().as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+
     use super::*;
+
+    const OTHER_USER: u32 = 65_534;
 
     #[test]
     fn a_file_is_ours_or_roots() {
@@ -152,5 +250,97 @@ mod tests {
         for (owner, ours) in [(BROKER, BROKER), (ROOT, BROKER), (SOMEBODY, ROOT)] {
             assert!(!is_foreign(owner, ours), "{owner} {ours}");
         }
+    }
+
+    /// A migrated database in a directory that every user can write to.
+    async fn database(folder: &tempfile::TempDir) -> PathBuf {
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let path = folder.path().join("keybroker.db");
+        migrate(&path, false).await.unwrap();
+        path
+    }
+
+    fn refusal<T>(result: Result<T, Error>) -> String {
+        match result {
+            Ok(_) => panic!("not refused"),
+            Err(error) => keybroker_core::error::causes(&error),
+        }
+    }
+
+    /// A file that another user puts beside the database is not written into it.
+    #[tokio::test]
+    async fn a_side_file_of_another_user_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = database(&folder).await;
+        for suffix in SIDE_FILES {
+            let planted = with_suffix(&path, suffix);
+            for harm in ["link", "mode", "owner"] {
+                match harm {
+                    "link" => symlink("/etc/hostname", &planted).unwrap(),
+                    _ => fs::write(&planted, b"planted").unwrap(),
+                }
+                let mode = if harm == "mode" { 0o666 } else { 0o600 };
+                if harm != "link" {
+                    fs::set_permissions(&planted, fs::Permissions::from_mode(mode)).unwrap();
+                }
+                if harm == "owner" && chown(&planted, Some(OTHER_USER), None).is_err() {
+                    eprintln!("SKIPPED without root: a side file of another user");
+                    fs::remove_file(&planted).unwrap();
+                    continue;
+                }
+                for refused in [
+                    refusal(status(&path).await),
+                    refusal(migrate(&path, false).await),
+                ] {
+                    assert!(
+                        refused.contains(planted.to_str().unwrap()),
+                        "{harm}: {refused}"
+                    );
+                }
+                fs::remove_file(&planted).unwrap();
+            }
+        }
+        let status = status(&path).await.unwrap();
+        assert_eq!(status.current, status.newest);
+    }
+
+    /// The lock file is not a way to overwrite another file of this user.
+    #[tokio::test]
+    async fn a_lock_that_leads_to_another_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = database(&folder).await;
+        let (victim, lock_path) = (folder.path().join("victim"), with_suffix(&path, ".lock"));
+        fs::write(&victim, b"content").unwrap();
+        symlink(&victim, &lock_path).unwrap();
+        refusal(lock(&path));
+        fs::remove_file(&lock_path).unwrap();
+        fs::hard_link(&victim, &lock_path).unwrap();
+        assert!(refusal(lock(&path)).contains("hard link"));
+        fs::remove_file(&lock_path).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &lock_path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        assert!(refusal(lock(&path)).contains("regular file"));
+        fs::remove_file(&lock_path).unwrap();
+        assert_eq!(fs::read(&victim).unwrap(), b"content");
+        drop(lock(&path).unwrap());
+    }
+
+    /// A database is not made through a symbolic link that leads nowhere yet.
+    #[tokio::test]
+    async fn a_database_is_not_made_through_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, target) = (
+            folder.path().join("keybroker.db"),
+            folder.path().join("target"),
+        );
+        symlink(&target, &path).unwrap();
+        refusal(migrate(&path, false).await);
+        assert!(!target.exists());
     }
 }

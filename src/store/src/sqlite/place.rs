@@ -61,7 +61,7 @@ impl Place {
         };
         let files = look().map_err(|error| {
             let shown = path.display();
-            Error::Down(format!("cannot look at {shown} and its WAL: {error}").into())
+            Error::Down(format!("cannot examine {shown} and its WAL: {error}").into())
         })?;
         Ok(Self {
             files,

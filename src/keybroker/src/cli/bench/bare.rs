@@ -6,9 +6,7 @@ use std::{
     time::Instant,
 };
 
-use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::{
     cli::{
@@ -18,24 +16,13 @@ use crate::{
     },
     config::Config,
 };
-use keybroker_core::{call::Timestamp, key::WrappingKeyId};
-use keybroker_pkcs11::admin::Admin;
+use keybroker_core::key::WrappingKeyId;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
-use keybroker_worker_protocol::{ExpectedKey, Pin};
+use keybroker_worker_protocol::{ExpectedKey, PinSource};
 
 use super::cpu::CpuTime;
-
-/// Arguments of the child that runs the bare loop.
-#[derive(Args, Debug)]
-pub(in crate::cli) struct Arguments {
-    #[arg(long)]
-    key: String,
-    #[arg(long)]
-    threads: u32,
-    #[arg(long)]
-    seconds: u64,
-}
 
 /// What the bare loop did.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -73,46 +60,21 @@ impl Bare {
     }
 }
 
-/// Body of the child: runs the loop and prints what it did.
-pub(in crate::cli) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
-    let config = context.config_for_token()?;
-    let id = WrappingKeyId::from_hex(&arguments.key)
-        .ok_or_else(|| Failure::new(Exit::Usage, "--key is not a CKA_ID"))?;
-    let admin = open(&config)?;
-    let threads = usize::try_from(arguments.threads).unwrap_or(1);
-    let duration = i64::try_from(arguments.seconds.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
-    let ourselves = std::process::id();
-    let (began, before) = (Instant::now(), CpuTime::of(ourselves)?);
-    let until = Timestamp::from_micros(Timestamp::now().micros().saturating_add(duration));
-    let operations = admin.decrypt_loop(id, threads, until)?;
-    let done = Bare {
-        operations: u32::try_from(operations).unwrap_or(u32::MAX),
-        seconds: began.elapsed().as_secs_f64(),
-        cpu_ms: CpuTime::of(ourselves)?.since_ms(&before),
-    };
-    context.output.json(&json!(done))
-}
-
-/// Runs the child.
+/// Runs the loop in an admin worker, whose CPU time is counted.
 pub(super) fn measure(
     context: &Context,
     key: WrappingKeyId,
     threads: u32,
     seconds: u64,
 ) -> Result<Bare, Failure> {
-    let output = ourselves(context)?
-        .args(["-o", "json", "token-bench", "--key", &key.to_string()])
-        .args(["--threads", &threads.to_string()])
-        .args(["--seconds", &seconds.to_string()])
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
-    serde_json::from_slice(&output.stdout).map_err(|_| {
-        Failure::new(
-            Exit::Token,
-            format!("the bare loop failed: {}", output.status),
-        )
-        .hint("its own message stands above; `keybroker token check` looks at the token")
+    let admin = open(&context.config_for_token()?)?;
+    let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+    let (began, before) = (Instant::now(), CpuTime::of(admin.pid())?);
+    let operations = admin.decrypt_loop(key, threads, seconds)?;
+    Ok(Bare {
+        operations: u32::try_from(operations).unwrap_or(u32::MAX),
+        seconds: began.elapsed().as_secs_f64(),
+        cpu_ms: CpuTime::of(admin.pid())?.since_ms(&before),
     })
 }
 
@@ -163,6 +125,5 @@ pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
             "bench reads the PIN from `token.pin_file`, which is not set",
         )
     })?;
-    let pin = Pin::from_file(path).map_err(|what| Failure::new(Exit::Pin, what))?;
-    log_in(config, &pin, false)
+    log_in(config, &PinSource::File(path.to_owned()), false)
 }

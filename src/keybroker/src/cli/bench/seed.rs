@@ -29,7 +29,7 @@ use keybroker_core::{
     key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
     secret::KeyMaterial,
 };
-use keybroker_pkcs11::admin::Wrapper;
+use keybroker_hsm::admin::Wrapper;
 use keybroker_store as store;
 use keybroker_store::{NewRevision, Store, tally::Tally};
 
@@ -96,10 +96,9 @@ struct Seed {
 impl Seed {
     async fn run(self, config: &Config) -> Result<(), Failure> {
         let key = bare::active(&self.store.registry().await?)?;
-        let admin = bare::open(config)?;
         let wrappers: Vec<Wrapper> = (0..super::processors())
-            .map(|_| admin.wrapper(key))
-            .collect::<Result<_, _>>()?;
+            .map(|_| Ok(bare::open(config)?.into_wrapper(key)?))
+            .collect::<Result<_, Failure>>()?;
         let (runtime, seed) = (Handle::current(), Arc::new(self));
         let threads: Vec<_> = wrappers
             .into_iter()

@@ -26,7 +26,7 @@ use crate::{
 
 use super::{Arguments, bare};
 
-/// How long the broker may take to open its doors.
+/// How long the broker may take to open its listeners.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 const START_PAUSE: Duration = Duration::from_millis(50);
 
@@ -68,7 +68,7 @@ impl Served {
             .iter()
             .position(|listener| listener.doors.contains(&Door::Grpc))
             .ok_or_else(|| {
-                Failure::new(Exit::Configuration, "no [[listener]] has the door `grpc`")
+                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `doors`")
             })?;
         let mut started = Started::spawn(context)?;
         let ready = started.wait().await?;
@@ -91,7 +91,7 @@ impl Served {
 impl Started {
     fn spawn(context: &Context) -> Result<Self, Failure> {
         let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
-        // A folder of our own: nobody else can put a ready file of theirs there.
+        // A directory of our own: no other user can put a ready file there.
         let folder = std::env::temp_dir().join(format!("keybroker-bench-{}", Uuid::new_v4()));
         DirBuilder::new()
             .mode(0o700)

@@ -34,7 +34,7 @@ pub(super) struct Parameters {
     /// Iterations [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     iterations: Option<u32>,
-    /// Memory of Argon2id [default: 64]
+    /// Memory of Argon2id in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     memory_mib: Option<u32>,
     /// Parallelism of Argon2id [default: 4]
@@ -110,7 +110,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
-    /// File with the master password, readable by its owner alone; without it the terminal is asked
+    /// File with the master password, readable by its owner alone [default: prompt at the terminal]
     #[arg(
         long,
         value_name = "FILE",
@@ -118,7 +118,7 @@ pub(super) struct PasswordSource {
         requires = "email"
     )]
     password_file: Option<PathBuf>,
-    /// Open descriptor to read the master password from
+    /// Number of an open file descriptor to read the master password from
     #[arg(long, value_name = "N", requires = "email")]
     password_fd: Option<u32>,
 }
@@ -167,7 +167,7 @@ fn open(
     password: &PasswordSource,
     parameters: &Parameters,
 ) -> Result<Opened, Failure> {
-    // First what needs nobody at the terminal.
+    // First the sources that need no person at the terminal.
     let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
     let salt = parameters.salt(&email)?;
     let source = secrets::Source {
@@ -192,10 +192,10 @@ pub(super) struct KeySource {
     /// File with the master key, 32 bytes or their base64, readable by its owner alone
     #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
     master_key_file: Option<PathBuf>,
-    /// Open descriptor to read the master key from
+    /// Number of an open file descriptor to read the master key from
     #[arg(long, value_name = "N", conflicts_with = "email")]
     master_key_fd: Option<u32>,
-    /// E-mail address of the account, to make the key from its password
+    /// E-mail address of the account, to derive the key from its password
     #[arg(long, value_name = "ADDRESS")]
     email: Option<String>,
     #[command(flatten)]

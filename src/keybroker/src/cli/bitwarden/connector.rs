@@ -34,25 +34,25 @@ const ANSWER_BYTES_MAX: usize = 16 * 1_024;
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
 
-/// Which broker, and with whose token.
+/// Options that name the broker and the access token.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Connector {
-    /// The broker as Bitwarden is told it, such as <https://keys.example.org>, with its prefix if it has one
+    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, including a path prefix
     #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
     url: Option<String>,
     /// File with the user's access token, readable by its owner alone
     #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
     token_file: Option<PathBuf>,
-    /// Open descriptor to read the user's access token from
+    /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
     /// PEM file with the CA of the broker's certificate [default: the CAs of the system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
-    /// Speak plain HTTP, to an address of this machine alone
+    /// Allow plain HTTP to an address of this machine
     #[arg(long)]
     allow_http: bool,
-    /// Longest wait for an answer
+    /// Timeout for an answer, in milliseconds
     #[arg(
         long, default_value_t = 30_000, value_name = "MILLISECONDS",
         value_parser = clap::value_parser!(u64).range(1..=600_000)
@@ -64,10 +64,8 @@ impl Connector {
     /// Everything read and ready for requests.
     pub(super) fn open(&self) -> Result<Broker, Failure> {
         let Some(url) = &self.url else {
-            return Err(
-                Failure::new(Exit::Usage, "it is not said which broker to call")
-                    .hint("name it with --url https://host or KEYBROKER_CONNECTOR_URL"),
-            );
+            return Err(Failure::new(Exit::Usage, "no broker specified")
+                .hint("name it with --url https://host or KEYBROKER_CONNECTOR_URL"));
         };
         self.check(url)?;
         let source = secrets::Source {
@@ -165,9 +163,9 @@ fn is_loopback(url: &Url) -> bool {
 /// How a key is stored.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Method {
-    /// Never over a key that is there.
+    /// Never overwrites an existing key.
     Post,
-    /// Also over one.
+    /// Overwrites an existing key.
     Put,
 }
 

@@ -23,7 +23,7 @@ pub(in crate::cli) struct Derive {
     /// New file for the master key, mode 0600; without it the key is not shown
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
-    /// Open descriptor to write the master key to
+    /// Number of an open file descriptor to write the master key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
 }
@@ -49,22 +49,22 @@ impl Derive {
 pub(in crate::cli) struct ChangeKdf {
     #[command(flatten)]
     account: Account,
-    /// File with the user key as the account has it now: `2.…|…|…`
+    /// File with the account's current protected user key: `2.…|…|…`
     #[arg(long, value_name = "FILE")]
     protected_key_file: PathBuf,
-    /// Key derivation function that the account is to have
+    /// New key derivation function of the account
     #[arg(long, value_enum)]
     new_kdf: Function,
-    /// Its iterations [default: 600000 for PBKDF2, 3 for Argon2id]
+    /// Iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Its memory, of Argon2id [default: 64]
+    /// Memory of Argon2id in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
-    /// Its parallelism, of Argon2id [default: 4]
+    /// Parallelism of Argon2id [default: 4]
     #[arg(long, value_name = "COUNT")]
     new_parallelism: Option<u32>,
-    /// New file for the protected key; it is shown, too
+    /// New file for the protected key, which is also shown
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }

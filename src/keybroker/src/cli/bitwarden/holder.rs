@@ -1,5 +1,5 @@
-//! Whose token it is. What stands in a token is not verified here: the broker does that. It is shown, and compared with what
-//! was typed, so that nobody writes to the record of somebody else by taking the wrong file.
+//! Whose token it is. What stands in a token is not verified here: the broker does that. It is shown, and compared
+//! with what was typed, so that a wrong file does not write to another user's record.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde::Deserialize;

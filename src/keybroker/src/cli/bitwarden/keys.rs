@@ -33,7 +33,7 @@ pub(in crate::cli) struct Enrol {
     /// Replace the key that the broker has (PUT). Without a user key protected by the new one, the vault is lost
     #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
-    /// Whose key it is: `sub` of the token must be this
+    /// User of the key; must be the `sub` of the token
     #[arg(long, value_name = "GUID")]
     user: Option<Uuid>,
 }
@@ -48,7 +48,7 @@ impl Enrol {
             None => None,
         };
         let Some(key) = self.key.master_key(output)? else {
-            let what = "it is not said which key to enrol";
+            let what = "no key specified to enrol";
             return Err(Failure::new(Exit::Usage, what)
                 .hint("name it with --master-key-file, or the account with --email"));
         };
@@ -73,7 +73,7 @@ impl Enrol {
         if !kept.is(&key) {
             let what = "the broker answers with another key than the one it was just given";
             return Err(Failure::new(Exit::Verification, what)
-                .hint("do not convert the account; tell whoever runs the broker"));
+                .hint("do not convert the account; tell the operator of the broker"));
         }
         output.fields(vec![
             field("url", broker.url()),
@@ -93,7 +93,7 @@ pub(in crate::cli) struct Fetch {
     /// New file for the key, mode 0600
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
-    /// Open descriptor to write the key to
+    /// Number of an open file descriptor to write the key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
     /// Show the key even on a terminal
@@ -156,7 +156,7 @@ impl Unlock {
         }
         let source = self.key.name();
         if source.is_some() && self.connector.has_token() {
-            let what = "a token and a key of your own are named: it is not said which of them is to open the account";
+            let what = "both an access token and a local key were given; pass only one";
             return Err(Failure::new(Exit::Usage, what).hint(
                 "leave out --token-file and --token-fd, or --email, --master-key-file and --master-key-fd",
             ));

@@ -116,9 +116,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
         }
         (404, _) => "no Key Connector has this path: look at the prefix in --url",
         (429, _) => "wait for that long, then try again",
-        (503, _) => {
-            "token, database or audit log are away: the operator sees it in the broker's log"
-        }
+        (503, _) => "token, database or audit log are unavailable: the broker's log names which",
         (200..=299, _) => "clients take anything but 200 for an error",
         (300..=399, _) => {
             "clients follow no redirect here: name the address that it points to in --url"

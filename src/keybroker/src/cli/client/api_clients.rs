@@ -23,34 +23,34 @@ const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make an API client with its first secret, and show the secret once
+    /// Create an API client with its first secret, and show the secret once
     Create {
         #[command(flatten)]
         grant: Grant,
         #[command(flatten)]
         fresh: Fresh,
     },
-    /// Make another secret of an API client, beside the one it has, and show it once
+    /// Add a second secret to an API client, and show it once
     AddSecret {
-        /// 32 hexadecimal digits
+        /// Id of the API client, 32 hexadecimal digits
         id: String,
         #[command(flatten)]
         fresh: Fresh,
     },
-    /// List the API clients, revoked ones too
+    /// List the API clients, including revoked ones
     List {
-        /// All pages, not only the first
+        /// Show all pages, not only the first
         #[arg(long)]
         all: bool,
-        /// API clients on a page, 1 to 1000
+        /// API clients per page, 1 to 1000
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         page_size: u32,
     },
-    /// Revoke an API client for ever, or one of its secrets
+    /// Revoke an API client permanently, or one of its secrets
     Revoke {
-        /// 32 hexadecimal digits
+        /// Id of the API client, 32 hexadecimal digits
         id: String,
-        /// Only the secret of this number
+        /// Revoke only the secret with this number
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         secret: Option<u32>,
     },
@@ -59,24 +59,24 @@ pub(super) enum Command {
 /// What an API client may do.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Grant {
-    /// What it is, for people: 1 to 128 bytes
+    /// Description for people, 1 to 128 bytes
     #[arg(long)]
     label: String,
-    /// What it may do; the broker's configuration says which roles can be given
+    /// Role of the client; must be listed in `client_credentials.grantable_roles` of the broker
     #[arg(
         long, required = true, num_args = 1..,
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))
     )]
     role: Vec<String>,
-    /// With the role `release`: whose keys, or `*` for all
+    /// With the role `release`: users whose keys it may release, or `*` for all
     #[arg(long, num_args = 1..)]
     user: Vec<String>,
-    /// With the role `release`: which of their keys, or `*` for all
+    /// With the role `release`: key names that it may release, or `*` for all
     #[arg(long, num_args = 1..)]
     key_name: Vec<String>,
 }
 
-/// How long a new secret is good, and where it goes.
+/// Lifetime and destination of a new secret.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Fresh {
     /// Days until the secret is refused [default: it does not expire]
@@ -102,7 +102,7 @@ impl Fresh {
 }
 
 impl Command {
-    /// What can be refused before anybody is called: a secret must not be made when it has nowhere to go.
+    /// Checks that need no call: a secret must not be created if it cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if let Self::Create { grant, .. } = self
             && grant.role.iter().any(|role| role == Role::Release.as_str())
@@ -238,7 +238,7 @@ fn present(client: Option<proto::ClientCredential>) -> Result<proto::ClientCrede
     })
 }
 
-/// Nobody knows the secret of a client that was made without an answer.
+/// The secret of a client that was created without an answer is lost.
 fn uncertain(failure: Failure) -> Failure {
     if !refusal::is_uncertain(&failure) {
         return failure;

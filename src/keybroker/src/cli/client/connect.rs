@@ -15,6 +15,7 @@ use crate::{
     cli::exit::{Exit, Failure},
 };
 use keybroker_auth::PeerCertificate;
+use keybroker_client::PacedConnector;
 use keybroker_core::{
     error::{chain, root_cause},
     pem,
@@ -27,22 +28,22 @@ const AUTHORITIES: Purpose = Purpose::trust("other users could decide which brok
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
 const KEY: Purpose = Purpose::secret("private key");
 
-/// Which broker, and who we are to it.
+/// Options that name the broker and the client's certificate.
 #[derive(Args, Clone, Debug)]
 pub(in crate::cli) struct Connection {
-    /// The broker, `https://host:port`
+    /// Broker to call, `https://host:port`
     #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
     /// PEM file with the authorities that may have issued the broker's certificate (required)
     #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// PEM file with the client's certificate chain, for callers that a certificate names; needs --key
+    /// PEM file with the client's certificate chain; requires --key
     #[arg(long, global = true, env = "KEYBROKER_CERT", value_name = "FILE")]
     cert: Option<PathBuf>,
     /// PEM file with the private key of that certificate
     #[arg(long, global = true, env = "KEYBROKER_KEY", value_name = "FILE")]
     key: Option<PathBuf>,
-    /// Longest wait for the connection, and for each answer
+    /// Timeout for the connection and for each answer, in milliseconds
     #[arg(
         long, global = true, env = "KEYBROKER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MILLISECONDS",
         value_parser = clap::value_parser!(u64).range(1..=600_000)
@@ -59,7 +60,7 @@ impl Connection {
         })
     }
 
-    /// What our certificate says of us.
+    /// The identity in the client's certificate.
     pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
         let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
         let Some(cert) = &self.cert else {
@@ -144,7 +145,8 @@ pub(in crate::cli) async fn connect(
     let url = endpoint.uri();
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-    let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
+    let connecting = endpoint.connect_with_connector(PacedConnector::default());
+    let Ok(connected) = tokio::time::timeout(timeout, connecting).await else {
         return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
     };
     connected.map_err(|error| {
@@ -163,6 +165,10 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         format!("the broker's certificate is not signed by an authority in {authorities}")
     } else if has(&["not valid for name", "NotValidForName"]) {
         "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
+            .to_owned()
+    } else if has(&["CaUsedAsEndEntity"]) {
+        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
+         server"
             .to_owned()
     } else if has(&["expired", "Expired"]) {
         "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
@@ -190,7 +196,7 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     }
 }
 
-/// Why our certificate cannot be used, where that shows before a connection.
+/// Why the client's certificate cannot be used, if that is known before a connection.
 fn check_certificate(
     path: &Path,
     leaf: &CertificateDer<'_>,

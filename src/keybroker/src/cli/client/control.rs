@@ -21,18 +21,18 @@ pub(super) enum Command {
     WrappingKeys,
     /// Show one wrapping key with its public key
     WrappingKey {
-        /// `CKA_ID`, 32 hexadecimal digits
+        /// `CKA_ID` of the key, 32 hexadecimal digits
         id: String,
     },
     /// Show the token and its workers
     TokenState,
     /// Show the last entries of the broker's audit log
     AuditTail {
-        /// How many, 1 to 1000
+        /// Number of entries, 1 to 1000
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         limit: u32,
     },
-    /// Show the health of the services; fails unless all serve
+    /// Show the health of the services; fails unless all of them serve
     Health,
 }
 

@@ -13,16 +13,16 @@ use crate::cli::{
 };
 use keybroker_core::key::ClientId;
 
-/// Who we are, when not whom our certificate names.
+/// Credentials that replace the client's certificate.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Credential {
-    /// Id of an API client: calls are made in its name; needs --client-secret-file
+    /// Id of the API client to call as; requires --client-secret-file
     #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
-    /// File with its secret, which others must not be able to read
+    /// File with the secret of the API client; other users must not be able to read it
     #[arg(long, global = true, value_name = "FILE")]
     client_secret_file: Option<PathBuf>,
-    /// File with a bearer token, which others must not be able to read: calls are made in the name of its holder
+    /// File with an access token, to call as its holder; other users must not be able to read it
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }

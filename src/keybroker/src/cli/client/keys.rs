@@ -16,16 +16,16 @@ use super::{
     refusal, show,
 };
 
-/// Records that the broker puts on a page at most.
+/// Largest number of records on one page.
 const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// Which of whose keys.
+/// Options that name a user key.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Key {
-    /// Whose key: 1 to 255 bytes
+    /// User of the key, 1 to 255 bytes
     #[arg(long)]
     user: String,
-    /// Which of the user's keys: 1 to 64 bytes of [a-z0-9._-]
+    /// Key name, 1 to 64 bytes of [a-z0-9._-]
     #[arg(long, default_value = "default")]
     key_name: String,
 }
@@ -33,7 +33,7 @@ pub(super) struct Key {
 /// Makes the retry of a mutation safe.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Retry {
-    /// UUID that makes a retry safe; to be sent again with the same content [default: a fresh one]
+    /// UUID that makes a retry safe: send it again with the same content [default: a new one]
     #[arg(long, value_name = "UUID")]
     request_id: Option<Uuid>,
 }
@@ -68,10 +68,10 @@ pub(super) enum Command {
     },
     /// Release the keys of several users, in base64
     BatchUnwrap {
-        /// Whose keys, at most 64
+        /// Users whose keys to release, at most 64
         #[arg(long, required = true, num_args = 1..)]
         user: Vec<String>,
-        /// Which of the users' keys
+        /// Name of the keys
         #[arg(long, default_value = "default")]
         key_name: String,
         /// Write to standard output even if it is a terminal
@@ -84,29 +84,29 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// The revision believed current
+        /// Revision that you expect to be current; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
         retry: Retry,
     },
-    /// Show what is known of a record
+    /// Show the metadata of a record
     Get {
         #[command(flatten)]
         key: Key,
     },
     /// List records
     List {
-        /// Only this user's
+        /// Only records of this user
         #[arg(long, default_value = "")]
         user: String,
-        /// Deleted ones too
+        /// Include deleted records
         #[arg(long)]
         deleted: bool,
-        /// All pages, not only the first
+        /// Show all pages, not only the first
         #[arg(long)]
         all: bool,
-        /// Records on a page, 1 to 1000
+        /// Records per page, 1 to 1000
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=i64::from(PAGE_SIZE_MAX)))]
         page_size: u32,
     },
@@ -114,7 +114,7 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// The revision believed current
+        /// Revision that you expect to be current; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
@@ -131,10 +131,10 @@ pub(super) enum Command {
     Restore {
         #[command(flatten)]
         key: Key,
-        /// The earlier revision
+        /// Number of the earlier revision
         #[arg(long)]
         revision: u64,
-        /// The revision believed current
+        /// Revision that you expect to be current; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
@@ -143,7 +143,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// What can be refused before anybody is called: a key must not be released when it has nowhere to go.
+    /// Checks that need no call: a key must not be released if it cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self {
             Self::Unwrap {
@@ -369,7 +369,7 @@ impl Caller {
     }
 }
 
-/// Generated material stays while nobody can say whether it was stored.
+/// Keeps generated material as long as it is unknown whether it was stored.
 fn discard(source: &Source, failure: &Failure) {
     if !refusal::is_uncertain(failure) {
         source.discard();

@@ -27,10 +27,10 @@ pub(super) struct Source {
         conflicts_with_all = ["material_fd", "generate"]
     )]
     material_file: Option<PathBuf>,
-    /// Open descriptor to read the key material from
+    /// Number of an open file descriptor to read the key material from
     #[arg(long, value_name = "N", conflicts_with = "generate")]
     material_fd: Option<u32>,
-    /// Make that many random bytes, 1 to 190, and keep them in the file of --out
+    /// Generate this many random bytes, 1 to 190, and write them to the file of --out
     #[arg(
         long, value_name = "BYTES", requires = "out",
         value_parser = clap::value_parser!(u16).range(1..=190)
@@ -61,7 +61,7 @@ impl Source {
         Ok(material)
     }
 
-    /// The bytes; generated ones are on disk before anybody can wrap them.
+    /// The bytes; generated ones are on disk before they are sent.
     fn read(&self) -> Result<Zeroizing<Vec<u8>>, Failure> {
         if let (Some(length), Some(path)) = (self.generate, &self.out) {
             let mut material = Zeroizing::new(vec![0; usize::from(length)]);
@@ -80,7 +80,7 @@ impl Source {
         read(file, &shown)
     }
 
-    /// The call was refused for certain: generated material that nobody wrapped must not be taken for a key.
+    /// The call was refused for certain: generated material that was not wrapped must not be taken for a key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
@@ -92,7 +92,7 @@ impl Source {
 
 /// Reads at most one byte more than is permitted, so that the broker says what is wrong with longer material.
 fn read(from: impl Read, shown: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    // The whole capacity at once: a vector that grows leaves copies that nobody overwrites.
+    // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
     let mut material = Zeroizing::new(Vec::with_capacity(KEY_MATERIAL_BYTES_MAX + 1));
     let limit = u64::try_from(KEY_MATERIAL_BYTES_MAX + 1).unwrap_or(u64::MAX);
     from.take(limit)

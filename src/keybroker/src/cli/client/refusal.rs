@@ -46,6 +46,8 @@ pub(in crate::cli) fn is_uncertain(failure: &Failure) -> bool {
 
 fn without_reason(status: &Status) -> Failure {
     let message = status.message();
+    // What hyper says when the answer is HTTP, and no gRPC.
+    let is_other_protocol = message.contains("invalid compression flag");
     let (what, hint) = match status.code() {
         // What tonic's own timer says when a deadline passes on this side.
         Code::Cancelled if message.contains("Timeout expired") => (
@@ -53,10 +55,25 @@ fn without_reason(status: &Status) -> Failure {
             "the call may or may not have been carried out",
         ),
         // In TLS 1.3 a client without an accepted certificate learns so only at its first call.
+        Code::Unknown | Code::Unavailable
+            if message.contains("right after the TLS handshake")
+                || format!("{status:?}").contains("right after the TLS handshake") =>
+        {
+            (
+                "the broker closes the connection after the TLS handshake".to_owned(),
+                "it does not accept the certificate in --cert, or requires one: pass --cert and --key, and compare its issuer with \
+             `client_ca_file` of the listener; the broker's log names the cause",
+            )
+        }
         Code::Cancelled | Code::Unknown | Code::Unavailable => (
             format!("the connection ended during the call: {message}"),
             "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
              CA, its dates and the broker's log",
+        ),
+        _ if is_other_protocol => (
+            "the listener at this address does not offer gRPC".to_owned(),
+            "perhaps it is the listener of the REST API: compare --endpoint with the [[listener]] sections of the broker's \
+             configuration",
         ),
         Code::Unimplemented => (
             format!("this listener does not have the service: {message}"),
@@ -68,7 +85,13 @@ fn without_reason(status: &Status) -> Failure {
             "the answer carries no reason: is it a broker that listens there?",
         ),
     };
-    Failure::new(Exit::Unreachable, what).hint(hint)
+    let exit = match status.code() {
+        // An answer: the call was not carried out, and another attempt changes nothing.
+        Code::Unimplemented => Exit::Refused,
+        _ if is_other_protocol => Exit::Refused,
+        _ => Exit::Unreachable,
+    };
+    Failure::new(exit, what).hint(hint)
 }
 
 /// What to do next. Exhaustive on purpose: a new reason must say.

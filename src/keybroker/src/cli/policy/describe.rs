@@ -25,63 +25,64 @@ use super::super::{
     exit::{Exit, Failure},
 };
 
-/// Who asks, and how.
+/// Options that describe the principal and the circumstances of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
     /// The `san` of a `[[principal]]` in the configuration
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
-    /// JSON file that describes a principal; its fields are called like the options, in the plural where there may be several
+    /// JSON file that describes a principal; its fields are named like the options, in the plural if an option may
+    /// be repeated
     #[arg(long, value_name = "FILE")]
     principal_file: Option<PathBuf>,
-    /// "user" or "service"; left out, whoever has a subject is a user
+    /// Kind of principal: "user" or "service" [default: "user" with --subject, otherwise "service"]
     #[arg(long, value_parser = word::<Kind>)]
     kind: Option<Kind>,
     /// Name of the principal, as in the audit log
     #[arg(long)]
     name: Option<String>,
-    /// Whose records it can reach
+    /// Tenant whose records the principal can reach
     #[arg(long)]
     tenant: Option<Tenant>,
-    /// A role of a service; may be repeated, as may all that follow in the singular
+    /// Role of a service; may be repeated
     #[arg(long = "role", value_parser = word::<Role>)]
     roles: Vec<Role>,
-    /// A user whose keys the service was given to release; without one, all
+    /// User whose keys the service may release; may be repeated [default: all users]
     #[arg(long = "release-user", value_name = "USER")]
     users: Vec<String>,
-    /// A key name that the service was given to release; without one, all
+    /// Key name that the service may release; may be repeated [default: all key names]
     #[arg(long = "release-key-name", value_name = "KEY_NAME")]
     key_names: Vec<String>,
-    /// Of a user: whose keys are its own
+    /// Subject of a user: the user whose keys are its own
     #[arg(long)]
     subject: Option<String>,
-    /// How the user authenticated
+    /// Authentication method of the user (`amr`), such as `mfa`; may be repeated
     #[arg(long)]
     amr: Vec<String>,
-    /// Class of that authentication
+    /// Class of the authentication (`acr`)
     #[arg(long)]
     acr: Option<String>,
-    /// How long ago that was
+    /// Seconds since the user authenticated
     #[arg(long, value_name = "SECONDS")]
     auth_age_seconds: Option<u32>,
-    /// The device that the credential is for
+    /// Device of the credential
     #[arg(long)]
     device: Option<String>,
-    /// An organisation of the user
+    /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// A mapped claim
+    /// Attribute from a mapped claim; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
-    /// Address that the call comes from; left out, 127.0.0.1
+    /// Address of the caller [default: 127.0.0.1]
     #[arg(long)]
     peer: Option<IpAddr>,
-    /// When, such as 2026-11-21T23:00:00Z; left out, now
+    /// Time of the call, such as 2026-11-21T23:00:00Z [default: now]
     #[arg(long)]
     time: Option<String>,
 }
 
-/// What is said of a principal; what is not said is left open.
+/// A description of a principal; absent fields are unknown.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Description {
@@ -102,7 +103,7 @@ struct Description {
     time: Option<String>,
 }
 
-/// Who asks, from where, and when.
+/// A principal with the address and the time of its request.
 #[derive(Debug)]
 pub(super) struct Described {
     pub(super) identity: Identity,
@@ -154,7 +155,7 @@ impl Who {
 }
 
 impl Description {
-    /// The same, where `more` does not say otherwise.
+    /// Merges two descriptions; fields of `more` win.
     fn and(self, more: Self) -> Self {
         Self {
             kind: more.kind.or(self.kind),
@@ -263,7 +264,7 @@ fn from_file(path: &Path) -> Result<Description, Failure> {
     serde_json::from_str(&text).map_err(|error| usage(format!("{shown}: {error}")))
 }
 
-/// Names begin with how their holder showed them.
+/// Names begin with the kind of credential.
 fn credential(name: &str, kind: Kind) -> Credential {
     match name.split(':').next() {
         Some("URI" | "DNS") => Credential::Certificate,
@@ -280,7 +281,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
     let micros = i64::try_from(at.unix_timestamp_nanos() / 1_000);
     micros
         .map(Timestamp::from_micros)
-        .map_err(|_| usage(format!("the time {text:?} is too far away")))
+        .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
 /// A word as it stands in a configuration.

@@ -24,16 +24,16 @@ use super::{
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     who: Who,
-    /// What is asked for, by its name in the audit log, such as `user_key.unwrap`
+    /// Action to decide, by its name in the audit log, such as `user_key.unwrap`
     #[arg(long, value_parser = action)]
     action: Action,
-    /// Whose key, or whose list; no user is the list of all
+    /// User whose key or list is requested [default for lists: all users]
     #[arg(long)]
     user: Option<UserId>,
-    /// Which of the user's keys
+    /// Key name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
-    /// Fail with code 12 unless the decision is this one
+    /// Fail with exit code 12 unless this is the decision
     #[arg(long)]
     expect: Option<Expected>,
     #[command(flatten)]
@@ -42,9 +42,9 @@ pub(in crate::cli) struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Expected {
-    /// It is permitted
+    /// The request is permitted
     Allow,
-    /// It is denied
+    /// The request is denied
     Deny,
 }
 

@@ -1,4 +1,4 @@
-//! `keybroker store check`: every row of every table, deleted records and superseded revisions included.
+//! `keybroker store check`: every row of every table, those of deleted and superseded revisions included.
 
 use std::sync::Arc;
 
@@ -16,11 +16,11 @@ use crate::{
     config::Config,
 };
 use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_pkcs11::admin::Admin;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
-    scan::{ClientScan, RowScan, Scan},
+    scan::{ClientScan, FoundOther, OtherScan, Scan},
     tables::{Table, Tables},
 };
 
@@ -35,8 +35,8 @@ pub(super) struct Report {
     pub(super) records: u64,
     pub(super) revisions: u64,
     pub(super) clients: u64,
-    /// Rows of the other tables.
-    pub(super) other_rows: u64,
+    /// Rows of the other tables: request ids, marks of changes, and last uses.
+    pub(super) others: u64,
     pub(super) bad: u64,
     findings: Vec<Finding>,
 }
@@ -67,10 +67,10 @@ pub(super) async fn scan(
     admin: &Admin,
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
-    let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-    let mut judge = Judge::new(verifier, registry);
+    check_registry(admin, &registry)?;
+    let mut judge = Judge::new(admin, registry);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
-    for table in RowScan::TABLES {
+    for table in OtherScan::TABLES {
         rows += store.count(table).await?;
     }
     let progress = Progress::new(context.output, "checking rows", rows);
@@ -101,61 +101,64 @@ pub(super) async fn scan(
             report.add(&**store, finding).await?;
         }
     }
-    for table in RowScan::TABLES {
-        let mut scan = RowScan::new(Arc::clone(store), table);
-        while let Some(found) = scan.next().await? {
-            report.other_rows += 1;
-            progress.step();
-            let key = match &found.request {
-                Ok(Some((_, record))) => Some(record.key),
-                _ => None,
-            };
-            learn(&mut judge, key, &**store, admin).await?;
-            if let Some(finding) = judge.row(&found, table)? {
-                report.add(&**store, finding).await?;
-            }
-        }
-    }
-    let problem = match store.evidence(&[]).await {
-        Ok(evidence) if evidence.store.is_some() => None,
-        Ok(_) => Some("the row of store_identity is missing".to_owned()),
-        Err(error @ store::Error::Corrupt(_)) => Some(error.to_string()),
-        Err(error) => return Err(error.into()),
-    };
-    if let Some(detail) = problem {
-        let finding = Finding::of_row(Problem::IdentityMissing, detail);
-        report.add(&**store, finding).await?;
-    }
+    check_others(store, admin, &mut judge, &mut report, &progress).await?;
     Ok(report)
 }
 
+/// The rows that belong to no record and no API client.
+async fn check_others(
+    store: &Arc<dyn Tables>,
+    admin: &Admin,
+    judge: &mut Judge<'_>,
+    report: &mut Report,
+    progress: &Progress,
+) -> Result<(), Failure> {
+    let mut scan = OtherScan::new(Arc::clone(store));
+    while let Some(found) = scan.next().await? {
+        report.others += 1;
+        progress.step();
+        if let FoundOther::Request(row) = &found
+            && let Ok((_, record)) = &**row
+        {
+            learn(judge, Some(record.key), &**store, admin).await?;
+        }
+        if let Some(finding) = judge.other(&found)? {
+            report.add(&**store, finding).await?;
+        }
+    }
+    if store.evidence(&[]).await?.store.is_none() {
+        let remedy = "run `keybroker store migrate`, then `keybroker store accept-restored`";
+        let finding = Finding::of_other(Problem::IdentityMissing, remedy);
+        report.add(&**store, finding).await?;
+    }
+    Ok(())
+}
+
 /// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
-async fn learn<'a>(
-    judge: &mut Judge<'a>,
+async fn learn(
+    judge: &mut Judge<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
-    admin: &'a Admin,
+    admin: &Admin,
 ) -> Result<(), Failure> {
     if !judge.lacks(key) {
         return Ok(());
     }
     let registry = store.registry().await?;
     if !judge.knows(&registry) {
-        let verifier = admin.verifier(&verified_keys(admin, &registry)?)?;
-        judge.renew(verifier, registry);
+        check_registry(admin, &registry)?;
+        judge.renew(registry);
     }
     Ok(())
 }
 
-/// The keys that can verify rows. While the registry itself is in doubt no row can be judged.
-fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<WrappingKeyId>, Failure> {
-    let mut ids = Vec::new();
+/// Checks every key that verifies rows. While the registry itself is in doubt no row can be checked.
+fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
     let mut problems = Vec::new();
     for row in registry {
         if row.state == WrappingKeyState::Destroyed {
             continue;
         }
-        ids.push(row.id);
         match admin.check(row.id) {
             Ok(key) => {
                 problems.extend(token::compare(admin, row, &key)?);
@@ -165,7 +168,7 @@ fn verified_keys(admin: &Admin, registry: &[RegistryRow]) -> Result<Vec<Wrapping
         }
     }
     if problems.is_empty() {
-        return Ok(ids);
+        return Ok(());
     }
     let what = format!(
         "no row was looked at, because the registry and this token do not agree:\n  {}",
@@ -192,7 +195,7 @@ impl Report {
             ("records", json!(self.records)),
             ("revisions", json!(self.revisions)),
             ("clients", json!(self.clients)),
-            ("other_rows", json!(self.other_rows)),
+            ("other_rows", json!(self.others)),
             ("bad", json!(self.bad)),
         ];
         if context.output.is_json() {
@@ -217,9 +220,9 @@ impl Report {
             return Ok(());
         }
         let what = format!(
-            "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: calls that need such a \
-             record get RECORD_DAMAGED, and such a client is refused",
-            self.bad, self.revisions, self.records, self.clients, self.other_rows
+            "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: a caller who needs such a \
+             record gets RECORD_DAMAGED, and such a client is refused",
+            self.bad, self.revisions, self.records, self.clients, self.others
         );
         Err(Failure::new(Exit::Verification, what).hint(
             "change nothing yet: compare these rows with a backup (docs/operations.md, `record-damaged`)",

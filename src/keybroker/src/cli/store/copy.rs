@@ -20,7 +20,7 @@ use crate::{
     config::Config,
 };
 use keybroker_audit::Entry;
-use keybroker_pkcs11::admin::Admin;
+use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     Settings, Tls,
@@ -45,13 +45,13 @@ pub(in crate::cli) struct Arguments {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
-    /// The database to copy from, as in `store.url` [default: `store.url`]
+    /// URL of the database to copy from, as in `store.url` [default: `store.url`]
     #[arg(long = "from", value_name = "URL")]
     from_url: Option<String>,
     /// File with the password of the database to copy from
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_password_file: Option<PathBuf>,
-    /// How the connection to the database to copy from is protected
+    /// TLS mode of the connection to copy from
     #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"], requires = "from_url")]
     from_tls: Option<String>,
     /// PEM file with the authority of the database server to copy from
@@ -62,13 +62,14 @@ struct From {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct To {
-    /// The database to copy to, as in `store.url`; migrated, and empty or filled by the same copy before
+    /// URL of the database to copy to, as in `store.url`. It must be migrated, and empty or partly filled by the
+    /// same copy
     #[arg(long = "to", value_name = "URL")]
     to_url: String,
     /// File with the password of the database to copy to
     #[arg(long, value_name = "FILE")]
     to_password_file: Option<PathBuf>,
-    /// How the connection to the database to copy to is protected
+    /// TLS mode of the connection to copy to
     #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"])]
     to_tls: Option<String>,
     /// PEM file with the authority of the database server to copy to
@@ -76,7 +77,7 @@ struct To {
     to_ca_file: Option<PathBuf>,
 }
 
-/// What the options say of one side.
+/// The options for one of the two databases.
 struct Side<'a> {
     option: &'static str,
     url: &'a str,
@@ -126,7 +127,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
 }
 
-/// Rows of the source by table, and what the token says of the copy.
+/// Rows of the source by table, and the result of the token's check of the copy.
 struct Outcome {
     rows: Vec<(Table, u64)>,
     checked: Report,
@@ -135,7 +136,7 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Before anything is written: whoever cannot verify the copy need not make it.
+    // Before anything is written: a command that cannot verify the copy must not make it.
     let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
     let hint = "stop the broker: what it writes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);

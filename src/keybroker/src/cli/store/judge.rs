@@ -5,11 +5,12 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_pkcs11::admin::Verifier;
+use keybroker_hsm::admin::Admin;
+use keybroker_store as store;
 use keybroker_store::{
-    ClientRow, RegistryRow,
-    scan::{Found, FoundClient, FoundRow},
-    tables::{Head, RevisionRow, Table},
+    ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
+    scan::{Found, FoundClient, FoundOther},
+    tables::{Head, RevisionRow},
 };
 
 use crate::cli::exit::Failure;
@@ -30,10 +31,10 @@ pub(super) enum Problem {
     MacRefused,
     ClientUnreadable,
     DocumentUnreadable,
-    ClientDiffers,
-    TimesDiffer,
     RequestUnreadable,
-    NoteUnreadable,
+    ChangeUnreadable,
+    LastUseUnreadable,
+    ClientUseUnreadable,
     IdentityMissing,
 }
 
@@ -54,10 +55,10 @@ impl Problem {
             Self::MacRefused => "mac-refused",
             Self::ClientUnreadable => "client-unreadable",
             Self::DocumentUnreadable => "document-unreadable",
-            Self::ClientDiffers => "client-differs",
-            Self::TimesDiffer => "times-differ",
             Self::RequestUnreadable => "request-unreadable",
-            Self::NoteUnreadable => "note-unreadable",
+            Self::ChangeUnreadable => "change-unreadable",
+            Self::LastUseUnreadable => "last-use-unreadable",
+            Self::ClientUseUnreadable => "client-use-unreadable",
             Self::IdentityMissing => "identity-missing",
         }
     }
@@ -92,6 +93,18 @@ impl Finding {
         }
     }
 
+    /// Of a row that belongs to no record and no API client.
+    pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: None,
+            head: None,
+            revision: None,
+            client: None,
+        }
+    }
+
     /// The revision is that of the document.
     fn of_client(
         problem: Problem,
@@ -106,18 +119,6 @@ impl Finding {
             head: None,
             revision: row.and_then(|row| Revision::new(row.revision)),
             client,
-        }
-    }
-
-    /// Of a row that is of no record and no client; the detail names it.
-    pub(super) fn of_row(problem: Problem, detail: String) -> Self {
-        Self {
-            problem,
-            detail,
-            record: None,
-            head: None,
-            revision: None,
-            client: None,
         }
     }
 
@@ -146,17 +147,17 @@ impl Finding {
 /// Goes with a scan from its beginning to its end.
 #[derive(Debug)]
 pub(super) struct Judge<'a> {
-    verifier: Verifier<'a>,
+    admin: &'a Admin,
     registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
 impl<'a> Judge<'a> {
-    /// The verifier has the keys of the registry that are not destroyed.
-    pub(super) fn new(verifier: Verifier<'a>, registry: Vec<RegistryRow>) -> Self {
+    /// The token has the keys of the registry that are not destroyed.
+    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
-            verifier,
+            admin,
             registry,
             awaited: None,
         }
@@ -173,8 +174,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Goes on with the registry as it is now.
-    pub(super) fn renew(&mut self, verifier: Verifier<'a>, registry: Vec<RegistryRow>) {
-        self.verifier = verifier;
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }
 
@@ -258,16 +258,7 @@ impl<'a> Judge<'a> {
             revision: row.revision,
         };
         let message = envelope.mac_message(&context);
-        if self.verifier.verify(key, &message, envelope.mac())? {
-            // No MAC covers the times, but some are written twice with one value.
-            if row.revision == Revision::FIRST && row.created != head.created {
-                let detail = "created_us of the record is not that of its first revision";
-                return bad(Problem::TimesDiffer, detail.to_owned());
-            }
-            if row.revision == head.revision && head.deleted.is_some_and(|at| at != head.updated) {
-                let detail = "updated_us of the deleted record is not its deleted_us";
-                return bad(Problem::TimesDiffer, detail.to_owned());
-            }
+        if self.admin.verify(key, &message, envelope.mac())? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -290,60 +281,60 @@ impl<'a> Judge<'a> {
                 Some(row),
             )))
         };
-        let Some(document) = Document::from_bytes(&row.document) else {
+        if Document::from_bytes(&row.document).is_none() {
             return bad(Problem::DocumentUnreadable, String::new());
-        };
+        }
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
-        if self
-            .verifier
-            .verify(row.key, &row.mac_message(), &row.mac)?
-        {
-            if row.created != document.created {
-                let detail = "clients.created_us is not the time in the document";
-                return bad(Problem::ClientDiffers, detail.to_owned());
-            }
+        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
     }
 
-    /// What is wrong with a row of the other tables. A request id without a MAC is of an earlier release, and one under a destroyed
-    /// key can be verified by no token: its retry is refused.
-    pub(super) fn row(
+    /// What is wrong with a row of the other tables.
+    pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
+        let unreadable = |problem, result: &Result<(), store::Error>| {
+            let error = result.as_ref().err();
+            error.map(|error| Finding::of_other(problem, error.to_string()))
+        };
+        Ok(match found {
+            FoundOther::Request(row) => match &**row {
+                Ok((scope, record)) => self.request(scope, record)?,
+                Err(error) => {
+                    let problem = Problem::RequestUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
+            FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
+            FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
+            FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
+        })
+    }
+
+    fn request(
         &mut self,
-        found: &FoundRow,
-        table: Table,
+        scope: &RequestScope,
+        record: &RequestRecord,
     ) -> Result<Option<Finding>, Failure> {
-        let bad = |problem, what: &str| {
-            let detail = format!("{}: {what}", found.place);
-            Ok(Some(Finding::of_row(problem, detail)))
-        };
-        let (scope, record) = match &found.request {
-            Err(error) if table == Table::Requests => {
-                return bad(Problem::RequestUnreadable, &error.to_string());
-            }
-            Err(error) => return bad(Problem::NoteUnreadable, &error.to_string()),
-            Ok(None) => return Ok(None),
-            Ok(Some(request)) => (&request.0, &request.1),
-        };
+        let of = format!("request id {} of {}", scope.id, scope.principal);
+        let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
+        // A row of a release before schema 4. Its retry is refused, so nothing rests on it.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };
-        match self.unusable(record.key) {
-            Some(Problem::WrappingKeyDestroyed) => return Ok(None),
-            Some(problem) => return bad(problem, &record.key.to_string()),
-            None => {}
+        if let Some(problem) = self.unusable(record.key) {
+            return bad(problem);
         }
-        let message = record.result_message(scope);
-        if self.verifier.verify(record.key, &message, mac)? {
+        let message = request_message(scope, &record.content, &record.result);
+        if self.admin.verify(record.key, &message, mac)? {
             return Ok(None);
         }
-        bad(Problem::MacRefused, "the stored answer was altered")
+        bad(Problem::MacRefused)
     }
 
-    /// Why no MAC of a wrapping key's binding key can be verified.
+    /// Why no MAC of a wrapping key's integrity key can be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
         match self.registry.iter().find(|known| known.id == key) {
             None => Some(Problem::WrappingKeyUnknown),
@@ -359,7 +350,7 @@ impl<'a> Judge<'a> {
 mod tests {
     use super::*;
 
-    /// Whoever reads the name of a problem finds what it means.
+    /// The page explains the name of every problem.
     #[test]
     fn the_documentation_has_every_problem() {
         let page = include_str!("../../../../../docs/store.md");
@@ -383,10 +374,10 @@ mod tests {
             Problem::MacRefused,
             Problem::ClientUnreadable,
             Problem::DocumentUnreadable,
-            Problem::ClientDiffers,
-            Problem::TimesDiffer,
             Problem::RequestUnreadable,
-            Problem::NoteUnreadable,
+            Problem::ChangeUnreadable,
+            Problem::LastUseUnreadable,
+            Problem::ClientUseUnreadable,
             Problem::IdentityMissing,
         ];
         assert_eq!(documented, problems.map(Problem::as_str));

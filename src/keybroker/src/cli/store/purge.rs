@@ -27,21 +27,21 @@ use keybroker_store::{
     tally::Tally,
 };
 
-/// So far may the clocks here and at the server be apart, in microseconds: a minute.
+/// Largest accepted difference between local and database time, in microseconds: one minute.
 const CLOCKS_APART_US: u64 = 60 * 1_000_000;
 const DAY_US: i64 = 24 * 3_600 * 1_000_000;
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Arguments {
-    /// Say what would be removed, and remove nothing
+    /// Count what would be removed without removing it
     #[arg(long)]
     dry_run: bool,
-    /// Only what was deleted or superseded so long ago, at least `store.retention_days` [default: `store.retention_days`]
+    /// Days since the deletion or replacement; at least `store.retention_days` [default: `store.retention_days`]
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
     older_than: Option<u32>,
 }
 
-/// What was purged, or would be.
+/// Counts of what was purged, or would be.
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     records: u64,
@@ -151,7 +151,7 @@ async fn purge_in(
     Ok(totals)
 }
 
-/// Revisions and records that go.
+/// Revisions and records to remove.
 async fn carry_out(
     work: &Purge,
     portion: &Portion,
@@ -172,7 +172,7 @@ async fn carry_out(
     Ok((records, revisions))
 }
 
-/// A record or a revision that is to go.
+/// A record or a revision to remove.
 struct Part<'a> {
     call: CallId,
     action: &'static str,

@@ -1,9 +1,9 @@
 //! Which client certificates their authorities have taken back (RFC 5280 section 5).
 //!
-//! A file of lists is taken over when each list is signed by its authority and counts today, when each configured authority has
-//! one, and when no list is older than one accepted before, also before a restart: going back would accept what was revoked since. A client of whose certificate
-//! nothing is known is refused. A list counts until its `nextUpdate`. After that, new connections are refused until there is a newer
-//! one; before, there is an alarm.
+//! A file of lists is taken over when each list is signed by its authority and counts today, when each configured
+//! authority has one, and when no list is older than one accepted before, also before a restart: going back would
+//! accept what was revoked since. A client of whose certificate nothing is known is refused. A list counts until its
+//! `nextUpdate`. After that, new connections are refused until there is a newer one; before that, an alert is raised.
 //!
 //! Signatures are verified with the algorithms that the handshake verifies with, so that a list that is taken over works there.
 //!

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Prints 40 sentences for a reader's verdict: ten each of pages, help texts, messages and comments, with their files. The
+# commit's hash chooses them, so that the same commit gives the same sentences and nobody picks the good ones.
+#
+# Usage: sample-prose.sh [COMMIT]      default: HEAD; the text is that of the work tree
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+EACH=10
+WORDS_MIN=5
+
+fail() {
+  printf 'sample-prose: %s\n' "$1" >&2
+  exit 1
+}
+
+# Splits the paragraphs of files into sentences, one for each line, after the file's name. `kind` says what is text: the
+# whole of a page without its code and tables, all comments of a source file, or its doc comments alone, which clap shows.
+sentences() {
+  awk -v kind="$1" -v words_min="$WORDS_MIN" '
+    function flush(   count, part, i, text, rest) {
+      gsub(/[ \t]+/, " ", paragraph)
+      count = 0
+      rest = paragraph
+      while (match(rest, /[.?!] +[A-Z`]/)) {
+        part[++count] = substr(rest, 1, RSTART)
+        rest = substr(rest, RSTART + RLENGTH - 1)
+      }
+      part[++count] = rest
+      for (i = 1; i <= count; i++) {
+        text = part[i]
+        sub(/^ +/, "", text); sub(/ +$/, "", text)
+        if (split(text, unused, " ") >= words_min) print file ": " text
+      }
+      paragraph = ""
+    }
+    FNR == 1 { flush(); file = FILENAME; code = 0 }
+    kind == "page" && /^ *```/ { flush(); code = !code; next }
+    kind == "page" && (code || /^\|/ || /^#/ || /^    / || /^ *$/) { flush(); next }
+    kind == "page" { line = $0; if (line ~ /^ *([-*]|[0-9]+\.) /) { flush(); sub(/^ *([-*]|[0-9]+\.) /, "", line) } }
+    kind == "help" && !/^ *\/\/\/( |$)/ { flush(); next }
+    kind != "page" { line = $0; sub(/^ *\/\/[\/!]? ?/, "", line) }
+    kind == "comment" && !/^ *\/\/[\/!]?( |$)/ { flush(); next }
+    kind != "page" && line == "" { flush(); next }
+    { paragraph = paragraph " " line }
+    END { flush() }' "${@:2}"
+}
+
+product() { git ls-files 'src/*.rs' | grep -vE '(^|/)(tests?|generated|benches)(/|\.rs$|_)'; }
+
+pages() { git ls-files -z '*.md' | xargs -0 grep -lZ . | xargs -0 bash -c 'sentences page "$@"' sentences; }
+
+help_texts() { product | xargs grep -lE 'derive\(.*(Args|Subcommand|Parser|ValueEnum)' | xargs bash -c 'sentences help "$@"' sentences; }
+
+comments() { product | xargs bash -c 'sentences comment "$@"' sentences; }
+
+# String literals of five words or more that are no SQL.
+messages() {
+  product | xargs grep -oHE '"([^" ]+ ){4,}[^"]*"' | grep -vE ':"[^"]*(SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE) ' | sed 's/:"/: "/'
+}
+
+chosen() {
+  local kind=$1 list
+  list=$("$kind" | sort -u)
+  (($(wc -l <<<"$list") >= EACH)) || fail "there are fewer than $EACH $kind"
+  printf '== %s\n' "${kind//_/ }"
+  shuf --head-count "$EACH" --random-source=<(noise "$kind") <<<"$list"
+}
+
+# Bytes without an end that follow from the commit.
+noise() { openssl enc -aes-256-ctr -pbkdf2 -nosalt -pass "pass:$COMMIT $1" </dev/zero 2>/dev/null; }
+
+export -f sentences
+export WORDS_MIN
+COMMIT=$(git rev-parse --verify --quiet "${1:-HEAD}^{commit}") || fail "there is no commit $1"
+printf 'sentences of commit %s\n' "$COMMIT"
+for kind in pages help_texts messages comments; do chosen "$kind"; done

@@ -1,0 +1,497 @@
+//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
+//!
+//! The vendor's module never shares a process with the network or the database, in a command as little as in `serve`. A module
+//! that crashes ends in an [`AdminError`] that names signal, function and path; one that hangs does so within a timeout.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    ops::RangeInclusive,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, ExitStatus},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use keybroker_core::{
+    envelope::{Algorithm, Mac, mac::MacMessage},
+    key::{Fingerprint, WrappingKeyId},
+    state::StateDirectory,
+};
+use keybroker_worker_protocol::{
+    PinSource, Settings, TokenInfo, check_environment,
+    frame::{Inbox, Outbox},
+    oaep,
+    wire::{
+        self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
+        InitToken, ListKeys, ListTokens, OpenToken, TokenEntry, VerifyMac, admin_reply::Outcome,
+        admin_request::Job,
+    },
+};
+use zeroize::Zeroize as _;
+
+use crate::process;
+
+mod wrapper;
+
+pub use wrapper::Wrapper;
+
+/// The hidden command of the worker.
+const WORKER: &str = "token-admin-worker";
+/// Least time for a call that makes a key or initialises a token: some devices take minutes.
+const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
+/// How long a worker may take to end by itself once its socket is closed: longer than it gives the module.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
+const EXIT_PAUSE: Duration = Duration::from_millis(5);
+
+/// Class of an administrative failure, with its message.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AdminError {
+    /// No module, no token, or not the one that was meant; or the module crashed or hangs.
+    #[error("{0}")]
+    Token(String),
+    /// No PIN, or one that was rejected.
+    #[error("{0}")]
+    Pin(String),
+    /// A key, an attribute or a MAC is not as it must be.
+    #[error("{0}")]
+    Untrusted(String),
+}
+
+impl From<wire::AdminFailure> for AdminError {
+    fn from(failure: wire::AdminFailure) -> Self {
+        match failure.class() {
+            AdminFailureClass::Pin => Self::Pin(failure.detail),
+            AdminFailureClass::Untrusted => Self::Untrusted(failure.detail),
+            AdminFailureClass::Token | AdminFailureClass::Unspecified => {
+                Self::Token(failure.detail)
+            }
+        }
+    }
+}
+
+/// A token as `token list` shows it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Slot number; changes when tokens are initialised.
+    pub slot: u64,
+    /// What the token says of itself.
+    pub info: TokenInfo,
+    /// Whether it was initialised.
+    pub initialised: bool,
+    /// Whether its user PIN is locked, or one wrong PIN away from it.
+    pub pin_state: String,
+    /// The modulus lengths of RSA-OAEP, in bits; absent when the token does not list the mechanism.
+    pub oaep_bits: Option<RangeInclusive<u64>>,
+    /// Whether the token lists HMAC with SHA-256.
+    pub sha256_hmac: bool,
+    /// Whether the settings choose this token.
+    pub is_chosen: bool,
+}
+
+/// A key on the token, with the results of attribute check and self-test.
+#[derive(Clone, Debug)]
+pub struct CheckedKey {
+    /// `CKA_ID`.
+    pub id: WrappingKeyId,
+    /// Of the public key.
+    pub fingerprint: Fingerprint,
+    /// DER SubjectPublicKeyInfo.
+    pub spki: Vec<u8>,
+    /// Modulus length in bits.
+    pub modulus_bits: usize,
+    /// What the capability probe chose; absent when the key was refused.
+    pub algorithm: Option<Algorithm>,
+    /// The attribute check of the RSA private key.
+    pub private: Vec<Finding>,
+    /// The attribute check of the binding key.
+    pub binding: Vec<Finding>,
+    /// Why the key must not be used; absent for a good one.
+    pub problem: Option<String>,
+}
+
+/// The result for one attribute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Name in the standard, such as `CKA_SENSITIVE`.
+    pub attribute: String,
+    /// What was found and what is required.
+    pub verdict: String,
+    /// Whether the key may be used as far as this attribute goes.
+    pub passes: bool,
+}
+
+/// All slots with a token, initialised or not. Needs no PIN.
+pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, AdminError> {
+    let mut worker = Worker::start(program, settings)?;
+    let job = Job::ListTokens(ListTokens {
+        setup: Some(settings.to_setup(Path::new(""))),
+    });
+    match worker.ask(job, Duration::ZERO)? {
+        Outcome::Tokens(list) => Ok(list.tokens.into_iter().map(listed).collect()),
+        _ => Err(unexpected()),
+    }
+}
+
+/// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
+/// given: everything on it is lost for ever. PINs that the token rejected before are forgotten. Returns the token, and what
+/// the operator must know besides.
+pub fn init_token(
+    program: &Path,
+    settings: &Settings,
+    state: &StateDirectory,
+    label: &str,
+    so_pin: &PinSource,
+    user_pin: &PinSource,
+    erase_serial: Option<&str>,
+) -> Result<(TokenInfo, Option<String>), AdminError> {
+    let mut worker = Worker::start(program, settings)?;
+    let job = Job::InitToken(InitToken {
+        setup: Some(settings.to_setup(state.path())),
+        label: label.to_owned(),
+        so_pin: Some(so_pin.to_wire().map_err(AdminError::Pin)?),
+        user_pin: Some(user_pin.to_wire().map_err(AdminError::Pin)?),
+        erase_serial: erase_serial.unwrap_or_default().to_owned(),
+    });
+    match worker.ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+        Outcome::Token(entry) => {
+            let note = (!entry.note.is_empty()).then(|| entry.note.clone());
+            Ok((listed(entry).info, note))
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+/// A token that an admin worker is logged in to.
+#[derive(Debug)]
+pub struct Admin {
+    worker: Mutex<Worker>,
+    pid: u32,
+    info: TokenInfo,
+}
+
+impl Admin {
+    /// Logs in if the record of PINs in the state directory allows it, read-write if keys are to be made. `program` is the binary
+    /// of the worker: that which runs now.
+    pub fn open(
+        program: &Path,
+        settings: &Settings,
+        state: &StateDirectory,
+        pin: &PinSource,
+        write: bool,
+    ) -> Result<Self, AdminError> {
+        let mut worker = Worker::start(program, settings)?;
+        let job = Job::Open(OpenToken {
+            setup: Some(settings.to_setup(state.path())),
+            pin: Some(pin.to_wire().map_err(AdminError::Pin)?),
+            write,
+        });
+        match worker.ask(job, Duration::ZERO)? {
+            Outcome::Token(entry) => Ok(Self {
+                pid: worker.child.id(),
+                worker: Mutex::new(worker),
+                info: listed(entry).info,
+            }),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The token.
+    pub fn info(&self) -> &TokenInfo {
+        &self.info
+    }
+
+    /// Process id of the worker.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn worker(&self) -> MutexGuard<'_, Worker> {
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ids of all RSA private keys on the token.
+    pub fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
+        match self
+            .worker()
+            .ask(Job::ListKeys(ListKeys {}), Duration::ZERO)?
+        {
+            Outcome::KeyIds(list) => list
+                .ids
+                .iter()
+                .map(|id| WrappingKeyId::from_slice(id).ok_or_else(unexpected))
+                .collect(),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Makes a wrapping key and its binding key, reads every attribute back and runs a self-test with both. The keys stay on the
+    /// token whatever comes after; nothing is registered here.
+    pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        let job = Job::GenerateKey(GenerateKey { modulus_bits });
+        match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+            Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Checks the attributes of one key and runs a self-test with it.
+    pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
+        let job = Job::CheckKey(CheckKey {
+            key_id: id.as_bytes().to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Makes a MAC with the binding key of that id.
+    pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
+        let job = Job::Mac(wire::Mac {
+            key_id: id.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Mac(mac) => mac.try_into().map_err(|_| unexpected()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Whether a MAC verifies. The worker finds a key at its first MAC and keeps it.
+    pub fn verify(
+        &self,
+        id: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+    ) -> Result<bool, AdminError> {
+        let job = Job::VerifyMac(VerifyMac {
+            key_id: id.as_bytes().to_vec(),
+            message: message.as_bytes().to_vec(),
+            mac: mac.to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::Verified(verified) => Ok(verified),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Decrypts in a loop with so many threads for so many seconds: what the token can do with nothing around it. Returns the
+    /// number of operations.
+    pub fn decrypt_loop(
+        &self,
+        id: WrappingKeyId,
+        threads: u32,
+        seconds: u32,
+    ) -> Result<u64, AdminError> {
+        let job = Job::DecryptLoop(DecryptLoop {
+            key_id: id.as_bytes().to_vec(),
+            threads,
+            seconds,
+        });
+        let mut worker = self.worker();
+        let least = worker.call_timeout + Duration::from_secs(seconds.into());
+        match worker.ask(job, least)? {
+            Outcome::Count(count) => Ok(count),
+            _ => Err(unexpected()),
+        }
+    }
+}
+
+fn unexpected() -> AdminError {
+    AdminError::Token("the admin worker sent an unexpected answer".to_owned())
+}
+
+fn listed(entry: TokenEntry) -> Listed {
+    Listed {
+        slot: entry.slot,
+        info: TokenInfo {
+            label: entry.label,
+            serial: entry.serial,
+            model: entry.model,
+        },
+        initialised: entry.initialised,
+        pin_state: entry.pin_state,
+        oaep_bits: entry.oaep.map(|oaep| oaep.bits_min..=oaep.bits_max),
+        sha256_hmac: entry.sha256_hmac,
+        is_chosen: entry.is_chosen,
+    }
+}
+
+fn checked(key: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
+    let algorithm = match key.algorithm {
+        0 => None,
+        number => Some(
+            u8::try_from(number)
+                .ok()
+                .and_then(Algorithm::from_number)
+                .ok_or_else(unexpected)?,
+        ),
+    };
+    let findings = |findings: Vec<wire::AttributeFinding>| {
+        findings
+            .into_iter()
+            .map(|finding| Finding {
+                attribute: finding.attribute,
+                verdict: finding.verdict,
+                passes: finding.passes,
+            })
+            .collect()
+    };
+    Ok(CheckedKey {
+        id: WrappingKeyId::from_slice(&key.id).ok_or_else(unexpected)?,
+        fingerprint: oaep::fingerprint(&key.spki),
+        spki: key.spki,
+        modulus_bits: usize::try_from(key.modulus_bits).map_err(|_| unexpected())?,
+        algorithm,
+        private: findings(key.private_key),
+        binding: findings(key.binding_key),
+        problem: (!key.problem.is_empty()).then_some(key.problem),
+    })
+}
+
+/// An admin worker: its process and our end of its socket. It is ended when this is dropped.
+#[derive(Debug)]
+struct Worker {
+    child: Child,
+    stream: UnixStream,
+    inbox: Inbox,
+    outbox: Outbox,
+    module: PathBuf,
+    call_timeout: Duration,
+    /// The function of the module that was called last.
+    calling: Option<String>,
+    /// Why the worker cannot be asked any more.
+    lost: Option<AdminError>,
+}
+
+impl Worker {
+    fn start(program: &Path, settings: &Settings) -> Result<Self, AdminError> {
+        check_environment(&settings.environment).map_err(AdminError::Token)?;
+        let not_started =
+            |error: io::Error| AdminError::Token(format!("cannot start an admin worker: {error}"));
+        let (mut command, stream) =
+            process::command(program, settings, WORKER).map_err(not_started)?;
+        let child = command.spawn().map_err(not_started)?;
+        // The worker's end of the socket is in `command`: without this, the end of the worker would not be seen.
+        drop(command);
+        Ok(Self {
+            child,
+            stream,
+            inbox: Inbox::default(),
+            outbox: Outbox::default(),
+            module: settings.module.clone(),
+            call_timeout: Duration::from_millis(settings.call_timeout_ms),
+            calling: None,
+            lost: None,
+        })
+    }
+
+    /// Sends a job and waits for its answer. Each call of the module may take the timeout of the settings, or `least` if that is
+    /// longer.
+    fn ask(&mut self, job: Job, least: Duration) -> Result<Outcome, AdminError> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone());
+        }
+        let asked = self.exchange(job, self.call_timeout.max(least));
+        let failure = match asked {
+            Ok(Outcome::Failure(failure)) => return Err(failure.into()),
+            Ok(outcome) => return Ok(outcome),
+            Err(error) => self.explain(&error, self.call_timeout.max(least)),
+        };
+        self.lost = Some(failure.clone());
+        Err(failure)
+    }
+
+    fn exchange(&mut self, job: Job, timeout: Duration) -> io::Result<Outcome> {
+        let mut request = AdminRequest { job: Some(job) };
+        self.outbox.push(&request);
+        match &mut request.job {
+            Some(Job::Mac(job)) => job.message.zeroize(),
+            Some(Job::VerifyMac(job)) => job.message.zeroize(),
+            _ => {}
+        }
+        drop(request);
+        self.stream.set_write_timeout(Some(timeout))?;
+        let written = self.stream.write_all(self.outbox.rest());
+        self.outbox.sent(self.outbox.rest().len());
+        written?;
+        let mut deadline = Instant::now() + timeout;
+        loop {
+            while let Some(reply) = self.inbox.take::<AdminReply>()? {
+                match reply.outcome {
+                    Some(Outcome::Calling(function)) => {
+                        self.calling = Some(function);
+                        deadline = Instant::now() + timeout;
+                    }
+                    Some(outcome) => return Ok(outcome),
+                    None => return Err(io::ErrorKind::InvalidData.into()),
+                }
+            }
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(remaining))?;
+            match self.stream.read(self.inbox.room()) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.inbox.received(count),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// What it means that no answer came.
+    fn explain(&mut self, error: &io::Error, timeout: Duration) -> AdminError {
+        let place = process::describe_call(self.calling.as_deref(), &self.module);
+        let what = match error.kind() {
+            io::ErrorKind::TimedOut => format!(
+                "the PKCS#11 module did not answer within {} s {place}; its process is ended. If the device needs longer, raise \
+                 `token.call_timeout_ms`",
+                timeout.as_secs()
+            ),
+            _ => match self.wait(EXIT_TIMEOUT) {
+                Some(status) => format!(
+                    "the process of the PKCS#11 module {} {place}; the defect is in the module or in what it loads",
+                    process::describe_end(status)
+                ),
+                None => format!("the process of the PKCS#11 module failed {place}: {error}"),
+            },
+        };
+        AdminError::Token(what)
+    }
+
+    /// Waits for the end of the worker, so long at most.
+    fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        let until = Instant::now() + timeout;
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            if Instant::now() > until {
+                return None;
+            }
+            thread::sleep(EXIT_PAUSE);
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// Lets the worker close its sessions. It ends itself when the module does not let it: SIGKILL in the middle of a login can
+    /// cost SoftHSM its token, and so comes last.
+    fn drop(&mut self) {
+        let _already_closed = self.stream.shutdown(std::net::Shutdown::Write);
+        if self.wait(EXIT_TIMEOUT).is_none() {
+            let _ended_meanwhile = self.child.kill();
+            let _reaped = self.child.wait();
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Wrapping many records from a one-shot command.
+
+use keybroker_core::{
+    envelope::{Context, Envelope, Unsealed},
+    secret::KeyMaterial,
+};
+use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
+
+use super::{Admin, AdminError};
+
+/// Wraps under one key with an admin worker of its own, for one thread. As in the broker: the public key in software, the MAC on
+/// the token.
+#[derive(Debug)]
+pub struct Wrapper {
+    admin: Admin,
+    key: ExpectedKey,
+    public: WrapKey,
+}
+
+impl Admin {
+    /// Checks a key, to wrap under it.
+    pub fn into_wrapper(self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
+        let checked = self.check(key.id)?;
+        if let Some(problem) = checked.problem {
+            return Err(AdminError::Untrusted(problem));
+        }
+        let algorithm = checked
+            .algorithm
+            .filter(|_| checked.fingerprint == key.fingerprint);
+        let Some(algorithm) = algorithm else {
+            return Err(AdminError::Untrusted(format!(
+                "key {} on the token has the public key {}, the registry says {}",
+                key.id, checked.fingerprint, key.fingerprint
+            )));
+        };
+        let public = WrapKey::new(&checked.spki, algorithm).map_err(AdminError::Untrusted)?;
+        Ok(Wrapper {
+            admin: self,
+            key,
+            public,
+        })
+    }
+}
+
+impl Wrapper {
+    /// Wraps key material for the place where it will be kept.
+    pub fn wrap(
+        &self,
+        context: &Context<'_>,
+        material: &KeyMaterial,
+    ) -> Result<Envelope, AdminError> {
+        let wrapped = self
+            .public
+            .wrap(material.expose())
+            .map_err(AdminError::Untrusted)?;
+        let unsealed = Unsealed::new(self.public.algorithm(), self.key.id, wrapped)
+            .map_err(|error| AdminError::Untrusted(error.to_string()))?;
+        let mac = self
+            .admin
+            .mac(self.key.id, &unsealed.mac_message(context))?;
+        Ok(unsealed.seal(context, mac))
+    }
+}

@@ -1,0 +1,101 @@
+//! The process of a worker: how it is started, and what its end says.
+
+use std::{
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            net::UnixStream,
+            process::{CommandExt as _, ExitStatusExt as _},
+        },
+    },
+    path::Path,
+    process::{Command, ExitStatus, Stdio},
+};
+
+use keybroker_worker_protocol::Settings;
+
+/// Prepares a worker process; `worker` is its hidden command. Returns it with our end of its socket, which is the worker's
+/// standard input.
+///
+/// The environment is `[token.environment]` and nothing else, for workers of `serve` and of commands alike.
+pub(crate) fn command(
+    program: &Path,
+    settings: &Settings,
+    worker: &str,
+) -> io::Result<(Command, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut command = Command::new(program);
+    command
+        .arg0("keybroker")
+        .arg(worker)
+        .env_clear()
+        .envs(&settings.environment)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
+        .process_group(0);
+    Ok((command, ours))
+}
+
+/// Names of the signals that end a process whose library has a defect, or that others send.
+const SIGNALS: [(i32, &str); 10] = [
+    (3, "SIGQUIT"),
+    (4, "SIGILL"),
+    (5, "SIGTRAP"),
+    (6, "SIGABRT"),
+    (7, "SIGBUS"),
+    (8, "SIGFPE"),
+    (9, "SIGKILL"),
+    (11, "SIGSEGV"),
+    (15, "SIGTERM"),
+    (31, "SIGSYS"),
+];
+
+/// How a process ended, for a message.
+pub(crate) fn describe_end(status: ExitStatus) -> String {
+    let Some(signal) = status.signal() else {
+        return match status.code() {
+            Some(code) => format!("exited with code {code}"),
+            None => "ended".to_owned(),
+        };
+    };
+    match SIGNALS.iter().find(|(number, _)| *number == signal) {
+        Some((_, name)) => format!("was ended by signal {signal} ({name})"),
+        None => format!("was ended by signal {signal}"),
+    }
+}
+
+/// Where the module was: the function that the worker called last, if it told one.
+pub(crate) fn describe_call(calling: Option<&str>, module: &Path) -> String {
+    match calling {
+        Some("dlopen") => format!("while it loaded {}", module.display()),
+        Some(function) => format!("in {function} of {}", module.display()),
+        None => format!("before it loaded {}", module.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_names_signal_function_and_module() {
+        let crashed = ExitStatus::from_raw(11);
+        assert_eq!(describe_end(crashed), "was ended by signal 11 (SIGSEGV)");
+        assert_eq!(
+            describe_end(ExitStatus::from_raw(3 << 8)),
+            "exited with code 3"
+        );
+        let module = Path::new("/lib/m.so");
+        assert_eq!(
+            describe_call(Some("C_Login"), module),
+            "in C_Login of /lib/m.so"
+        );
+        assert_eq!(
+            describe_call(Some("dlopen"), module),
+            "while it loaded /lib/m.so"
+        );
+        assert_eq!(describe_call(None, module), "before it loaded /lib/m.so");
+    }
+}

@@ -1,0 +1,278 @@
+//! The admin worker: the process that holds the vendor's module for a one-shot command such as `keybroker key generate`.
+//!
+//! The command sends one request at a time over a socket pair and gets one answer to each. The worker ends when the socket
+//! does. A module that crashes or hangs ends this process and not the command, which has the network and the database.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
+
+use std::{
+    io::{self, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    path::Path,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use keybroker_core::{call::Timestamp, key::WrappingKeyId, state::StateDirectory};
+use keybroker_worker_protocol::{
+    Pin, Settings,
+    frame::{Inbox, Outbox},
+    wire::{
+        AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
+        DecryptLoop, InitToken, KeyIds, OaepSupport, OpenToken, PinSource, Setup, TokenEntry,
+        TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+    },
+};
+
+use crate::{
+    PinRecord,
+    admin::{self, Admin, AdminError, Verifier},
+    attribute_check::Finding,
+    calling, worker,
+};
+
+/// Body of the hidden command `keybroker token-admin-worker`.
+pub fn run() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "admin worker");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    let _signals = worker::ignore_signals()?;
+    let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    worker::end_with_front(stream.try_clone()?);
+    let mut input = stream.try_clone()?;
+    let replies = Arc::new(Mutex::new(Replies {
+        stream,
+        outbox: Outbox::default(),
+    }));
+    let reported = Arc::clone(&replies);
+    calling::report_to(move |function| {
+        let calling = Outcome::Calling(function.to_owned());
+        // When the command is gone, the end of the socket ends this process.
+        let _sent = lock(&reported).send(calling);
+    });
+    let mut inbox = Inbox::default();
+    let mut state = State::default();
+    while let Some(request) = inbox.receive::<AdminRequest>(&mut input)? {
+        let outcome = match request.job {
+            Some(job) => state.run(&job).unwrap_or_else(|error| failure(&error)),
+            None => failure(&AdminError::Token("a request without a job".to_owned())),
+        };
+        lock(&replies).send(outcome)?;
+    }
+    drop(state);
+    calling::report_no_more();
+    Ok(())
+}
+
+/// The way back to the command.
+struct Replies {
+    stream: UnixStream,
+    outbox: Outbox,
+}
+
+impl Replies {
+    fn send(&mut self, outcome: Outcome) -> io::Result<()> {
+        self.outbox.push(&AdminReply {
+            outcome: Some(outcome),
+        });
+        let written = self.stream.write_all(self.outbox.rest());
+        self.outbox.sent(self.outbox.rest().len());
+        written
+    }
+}
+
+fn lock(replies: &Mutex<Replies>) -> std::sync::MutexGuard<'_, Replies> {
+    replies.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failure(error: &AdminError) -> Outcome {
+    let class = match error {
+        AdminError::Token(_) => AdminFailureClass::Token,
+        AdminError::Pin(_) => AdminFailureClass::Pin,
+        AdminError::Untrusted(_) => AdminFailureClass::Untrusted,
+    };
+    Outcome::Failure(AdminFailure {
+        class: class.into(),
+        detail: error.to_string(),
+    })
+}
+
+/// What the worker holds between two requests.
+#[derive(Default)]
+struct State {
+    // Before the token: its session ends first.
+    verifier: Option<Verifier>,
+    token: Option<Admin>,
+}
+
+impl State {
+    fn run(&mut self, job: &Job) -> Result<Outcome, AdminError> {
+        match job {
+            Job::ListTokens(job) => list_tokens(&parse(job.setup.as_ref())?.settings),
+            Job::InitToken(job) => init_token(job),
+            Job::Open(job) => self.open(job),
+            Job::ListKeys(_) => {
+                let ids = self.token()?.key_ids()?;
+                let ids = ids.iter().map(|id| id.as_bytes().to_vec()).collect();
+                Ok(Outcome::KeyIds(KeyIds { ids }))
+            }
+            Job::GenerateKey(job) => Ok(key(self.token()?.generate_key(job.modulus_bits)?)),
+            Job::CheckKey(job) => Ok(key(self.token()?.check(key_id(&job.key_id)?)?)),
+            Job::Mac(job) => {
+                let mac = self.token()?.mac(key_id(&job.key_id)?, &job.message)?;
+                Ok(Outcome::Mac(mac.to_vec()))
+            }
+            Job::VerifyMac(job) => self.verify(&job.key_id, &job.message, &job.mac),
+            Job::DecryptLoop(job) => self.decrypt_loop(job),
+        }
+    }
+
+    fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {
+        let parsed = parse(job.setup.as_ref())?;
+        let pin = read(job.pin.as_ref())?;
+        let admin = Admin::open(&parsed.settings, &parsed.record, &pin, job.write)
+            .map_err(|error| of_pin(error, job.pin.as_ref()))?;
+        let entry = entry(&admin::Listed::of(admin.info()));
+        self.token = Some(admin);
+        Ok(Outcome::Token(entry))
+    }
+
+    fn token(&self) -> Result<&Admin, AdminError> {
+        self.token
+            .as_ref()
+            .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
+    }
+
+    /// Finds a key once, at its first MAC.
+    fn verify(&mut self, id: &[u8], message: &[u8], mac: &[u8]) -> Result<Outcome, AdminError> {
+        let id = key_id(id)?;
+        let admin = self
+            .token
+            .as_ref()
+            .ok_or_else(|| AdminError::Token("no token is open".to_owned()))?;
+        let verifier = match &mut self.verifier {
+            Some(verifier) => {
+                verifier.add(admin, id)?;
+                verifier
+            }
+            None => self.verifier.insert(Verifier::new(admin, id)?),
+        };
+        Ok(Outcome::Verified(verifier.verify(admin, id, message, mac)?))
+    }
+
+    fn decrypt_loop(&self, job: &DecryptLoop) -> Result<Outcome, AdminError> {
+        let threads = usize::try_from(job.threads).unwrap_or(1);
+        let duration = Duration::from_secs(job.seconds.into());
+        let micros = i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
+        let until = Timestamp::from_micros(Timestamp::now().micros().saturating_add(micros));
+        let count = self
+            .token()?
+            .decrypt_loop(key_id(&job.key_id)?, threads, until)?;
+        Ok(Outcome::Count(count))
+    }
+}
+
+struct Parsed {
+    settings: Settings,
+    record: PinRecord,
+}
+
+fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
+    let setup = setup.ok_or_else(|| AdminError::Token("a request without a setup".to_owned()))?;
+    Ok(Parsed {
+        settings: Settings::from_setup(setup),
+        record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory))),
+    })
+}
+
+fn read(source: Option<&PinSource>) -> Result<Pin, AdminError> {
+    source
+        .ok_or_else(|| AdminError::Pin("a request without a PIN".to_owned()))?
+        .read()
+        .map_err(AdminError::Pin)
+}
+
+/// Says which file a rejected PIN came from.
+fn of_pin(error: AdminError, source: Option<&PinSource>) -> AdminError {
+    match (error, source.and_then(|source| source.source.as_ref())) {
+        (AdminError::Pin(detail), Some(Source::File(path))) => {
+            AdminError::Pin(format!("PIN file {path}: {detail}"))
+        }
+        (error, _) => error,
+    }
+}
+
+fn key_id(bytes: &[u8]) -> Result<WrappingKeyId, AdminError> {
+    WrappingKeyId::from_slice(bytes)
+        .ok_or_else(|| AdminError::Untrusted("a key id of another length".to_owned()))
+}
+
+fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
+    let tokens = admin::list_tokens(settings)?.iter().map(entry).collect();
+    Ok(Outcome::Tokens(TokenList { tokens }))
+}
+
+fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
+    let parsed = parse(job.setup.as_ref())?;
+    let so_pin = read(job.so_pin.as_ref())?;
+    let user_pin = read(job.user_pin.as_ref())?;
+    let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
+    let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase)
+        .map_err(|error| of_pin(error, job.so_pin.as_ref()))?;
+    let mut entry = entry(&admin::Listed::of(&info));
+    if let Err(error) = parsed.record.forget(&info.serial) {
+        entry.note = format!(
+            "PINs that this token rejected before it was initialised are still remembered ({error}). If the broker refuses to \
+             log in, run `keybroker token retry-pin`"
+        );
+    }
+    Ok(Outcome::Token(entry))
+}
+
+fn entry(listed: &admin::Listed) -> TokenEntry {
+    TokenEntry {
+        slot: listed.slot,
+        label: listed.info.label.clone(),
+        serial: listed.info.serial.clone(),
+        model: listed.info.model.clone(),
+        initialised: listed.initialised,
+        pin_state: listed.pin_state.to_owned(),
+        oaep: listed.oaep_bits.as_ref().map(|bits| OaepSupport {
+            bits_min: *bits.start(),
+            bits_max: *bits.end(),
+        }),
+        sha256_hmac: listed.sha256_hmac,
+        note: String::new(),
+        is_chosen: listed.is_chosen,
+    }
+}
+
+fn key(checked: admin::CheckedKey) -> Outcome {
+    Outcome::Key(CheckedKey {
+        id: checked.id.as_bytes().to_vec(),
+        modulus_bits: u32::try_from(checked.modulus_bits).unwrap_or(u32::MAX),
+        algorithm: checked
+            .algorithm
+            .map_or(0, |algorithm| algorithm.number().into()),
+        private_key: checked.private.iter().map(finding).collect(),
+        binding_key: checked.binding.iter().map(finding).collect(),
+        problem: checked.problem.unwrap_or_default(),
+        spki: checked.spki,
+    })
+}
+
+fn finding(finding: &Finding) -> AttributeFinding {
+    AttributeFinding {
+        attribute: finding.attribute.to_owned(),
+        verdict: finding.to_string(),
+        passes: finding.passes(),
+    }
+}

@@ -1,0 +1,41 @@
+//! Tells the process that started this one which PKCS#11 function is called next, so that it can name the function in which the
+//! module crashed or hangs.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+/// Takes the name of the function.
+type Report = Box<dyn FnMut(&'static str) + Send>;
+
+static IS_REPORTED: AtomicBool = AtomicBool::new(false);
+static REPORT: Mutex<Option<Report>> = Mutex::new(None);
+
+/// Reports calls to `report` from now on, each function once in a row.
+pub(crate) fn report_to(mut report: impl FnMut(&'static str) + Send + 'static) {
+    let mut last = "";
+    *REPORT.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(move |function| {
+        if function != last {
+            last = function;
+            report(function);
+        }
+    }));
+    IS_REPORTED.store(true, Ordering::Relaxed);
+}
+
+/// Reports no further call.
+pub(crate) fn report_no_more() {
+    IS_REPORTED.store(false, Ordering::Relaxed);
+    *REPORT.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+/// Reports that `function` is called next.
+pub(crate) fn next(function: &'static str) {
+    if !IS_REPORTED.load(Ordering::Relaxed) {
+        return;
+    }
+    if let Some(report) = &mut *REPORT.lock().unwrap_or_else(PoisonError::into_inner) {
+        report(function);
+    }
+}

@@ -28,7 +28,7 @@ fn document(number: u8) -> Document {
         roles: [Role::Release].into(),
         users: Some(Reach::All),
         key_names: None,
-        created: Timestamp::from_micros(1_700_000_000_000_000),
+        created: Timestamp::now(),
         revoked: None,
         secrets: Vec::new(),
     };
@@ -39,14 +39,13 @@ fn document(number: u8) -> Document {
 /// As a broker writes it: the MAC is made by the token.
 fn signed(admin: &Admin, number: u8, revision: u64, document: Vec<u8>) -> ClientRow {
     let key = admin.key_ids().unwrap()[0];
-    let created = Document::from_bytes(&document).map_or_else(Timestamp::now, |is| is.created);
     let mut row = ClientRow {
         id: ClientId::from_bytes([number; 16]),
         revision,
         document,
         mac: [0; 32],
         key,
-        created,
+        created: Timestamp::now(),
         updated: Timestamp::now(),
     };
     row.mac = admin.mac(key, &row.mac_message()).unwrap();

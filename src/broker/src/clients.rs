@@ -214,43 +214,46 @@ impl Broker {
         from: Position<ClientId>,
         limit: u32,
     ) -> Result<ClientPage, Error> {
-        self.read_async(principal, call, Action::ListClients, async {
-            let found = within(call, self.store.clients(&from, limit)).await?;
-            let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= limit);
-            let mut verifier = PageVerifier::new(call);
-            let mut end = from;
-            let mut rows = Vec::new();
-            for row in found {
-                end.advance(match &row {
-                    Ok(row) => Some(row.id),
-                    Err(damaged) => damaged.id,
-                });
-                let content = match row {
-                    Ok(row) => self.verified_view(call, &mut verifier, row).await?,
-                    Err(damaged) => Err(damaged),
-                };
-                let is_shown = match &content {
-                    Ok(view) => {
-                        view.document.tenant == *principal.tenant() || principal.has(Role::Auditor)
+        Box::pin(
+            self.read_async(principal, call, Action::ListClients, async {
+                let found = within(call, self.store.clients(&from, limit)).await?;
+                let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= limit);
+                let mut verifier = PageVerifier::new(call);
+                let mut end = from;
+                let mut rows = Vec::new();
+                for row in found {
+                    end.advance(match &row {
+                        Ok(row) => Some(row.id),
+                        Err(damaged) => damaged.id,
+                    });
+                    let content = match row {
+                        Ok(row) => self.verified_view(call, &mut verifier, row).await?,
+                        Err(damaged) => Err(damaged),
+                    };
+                    let is_shown = match &content {
+                        Ok(view) => {
+                            view.document.tenant == *principal.tenant()
+                                || principal.has(Role::Auditor)
+                        }
+                        // The tenant in such a row may be forged.
+                        Err(_) => true,
+                    };
+                    if is_shown {
+                        let end = end.clone();
+                        rows.push(PageRow { content, end });
                     }
-                    // The tenant in such a row may be forged.
-                    Err(_) => true,
-                };
-                if is_shown {
-                    let end = end.clone();
-                    rows.push(PageRow { content, end });
                 }
-            }
-            damage::report_clients(
-                call,
-                Action::ListClients,
-                rows.iter().filter_map(|row| row.content.as_ref().err()),
-            );
-            Ok(ClientPage {
-                rows,
-                next: is_full.then_some(end),
-            })
-        })
+                damage::report_clients(
+                    call,
+                    Action::ListClients,
+                    rows.iter().filter_map(|row| row.content.as_ref().err()),
+                );
+                Ok(ClientPage {
+                    rows,
+                    next: is_full.then_some(end),
+                })
+            }),
+        )
         .await
     }
 

@@ -223,7 +223,7 @@ impl Broker {
         let started = Instant::now();
         let entry = journal::Draft::new(principal, call, action);
         let error = match self.record_failure(entry, &error).await {
-            Ok(_) => error,
+            Ok(()) => error,
             Err(audit) => audit,
         };
         observe(
@@ -324,7 +324,7 @@ impl Broker {
         draft.policy(denied.policy());
         let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy()));
         match self.record_failure(draft, &error).await {
-            Ok(_) => error,
+            Ok(()) => error,
             Err(audit) => audit,
         }
     }

@@ -77,6 +77,11 @@ impl RequestId {
         }
     }
 
+    /// From its 16 bytes, as stored.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        Uuid::from_slice(bytes).ok().map(Self)
+    }
+
     /// The 16 bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()

@@ -204,8 +204,8 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
     let name = text(row, 3, "records.key_name")?;
     let state = text(row, 4, "records.state")?;
     let state = parse_state(state).ok_or_else(|| corrupt("records.state"))?;
-    time(row, 6, "records.created_us")?;
-    time(row, 7, "records.updated_us")?;
+    let created = time(row, 6, "records.created_us")?;
+    let updated = time(row, 7, "records.updated_us")?;
     let deleted = optional_time(row, 8, "records.deleted_us")?;
     if deleted.is_some() != (state == RecordState::Deleted) {
         return Err(corrupt("records.deleted_us"));
@@ -219,6 +219,8 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
         },
         state,
         revision: revision_number(row, 5, "records.revision")?,
+        created,
+        updated,
         deleted,
     })
 }
@@ -236,9 +238,56 @@ pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
 
 /// The call and the time of a row of the changes.
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
+    array::<16>(row, 1, "changes.record_id")?;
     let call = array::<16>(row, 0, "changes.call_id")?;
     let call = CallId::from_slice(&call).ok_or_else(|| corrupt("changes.call_id"))?;
     Ok((call, time(row, 2, "changes.changed_us")?))
+}
+
+/// All columns of a row of the requests, in the order of the table.
+pub(super) fn request_row(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
+    let tenant = text(row, 0, "requests.tenant")?;
+    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("requests.tenant"))?;
+    let user = text(row, 6, "requests.user")?;
+    let name = text(row, 7, "requests.key_name")?;
+    let state = text(row, 8, "requests.state")?;
+    time(row, 14, "requests.used_us")?;
+    let id = array::<16>(row, 2, "requests.request_id")?;
+    let scope = RequestScope {
+        tenant: tenant.clone(),
+        principal: text(row, 1, "requests.principal")?.to_owned(),
+        id: RequestId::from_slice(&id).ok_or_else(|| corrupt("requests.request_id"))?,
+    };
+    let record = RequestRecord {
+        content: array(row, 3, "requests.content_mac")?,
+        key: array(row, 4, "requests.key_id").map(WrappingKeyId::from_bytes)?,
+        result: RecordInfo {
+            id: RecordId::from_bytes(array(row, 5, "requests.record_id")?),
+            address: KeyAddress {
+                tenant,
+                user: UserId::parse(user).map_err(|_| corrupt("requests.user"))?,
+                name: KeyName::parse(name).map_err(|_| corrupt("requests.key_name"))?,
+            },
+            state: parse_state(state).ok_or_else(|| corrupt("requests.state"))?,
+            revision: revision_number(row, 9, "requests.revision")?,
+            wrapping_key: array(row, 10, "requests.wrapping_key_id")
+                .map(WrappingKeyId::from_bytes)?,
+            created: time(row, 11, "requests.created_us")?,
+            updated: time(row, 12, "requests.updated_us")?,
+            deleted: optional_time(row, 13, "requests.deleted_us")?,
+        },
+        result_mac: optional_mac(row, 15, "requests.result_mac")?,
+    };
+    Ok((scope, record))
+}
+
+/// All columns of a row of the uses of secrets, in the order of the table.
+pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
+    array::<16>(row, 0, "client_uses.client_id")?;
+    let number = positive(row, 1, "client_uses.secret_number")?;
+    u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
+    time(row, 2, "client_uses.used_us")?;
+    Ok(())
 }
 
 /// All columns of a row of the last uses.

@@ -250,6 +250,10 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
+    /// When it was created.
+    pub created: Timestamp,
+    /// When it last changed.
+    pub updated: Timestamp,
     /// When it was deleted; absent while active.
     pub deleted: Option<Timestamp>,
 }

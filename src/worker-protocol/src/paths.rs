@@ -33,7 +33,7 @@ pub enum PathError {
         /// Where it should be.
         path: PathBuf,
         /// What was found.
-        source: trusted_file::Error,
+        source: Box<trusted_file::Error>,
     },
     /// Other users can change the module.
     #[error("the PKCS#11 module: {0}")]
@@ -52,7 +52,7 @@ pub enum PathError {
         /// The variable.
         name: String,
         /// What it names.
-        source: trusted_file::Error,
+        source: Box<trusted_file::Error>,
     },
 }
 
@@ -64,6 +64,7 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
         Ok(file) => file,
         Err(source) if source.is_missing() => {
             let path = path.to_owned();
+            let source = Box::new(source);
             return Err(PathError::NoModule { path, source });
         }
         Err(error) => return Err(PathError::Module(error)),
@@ -203,7 +204,7 @@ pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), P
             trusted_file::check_if_present(path, ENVIRONMENT).map_err(|source| {
                 PathError::Environment {
                     name: name.clone(),
-                    source,
+                    source: Box::new(source),
                 }
             })?;
         }

@@ -60,18 +60,7 @@ impl Config {
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err());
         }
-        for listener in &self.listeners {
-            certificates::examine(listener, &mut report);
-        }
-        for issuer in &self.issuers {
-            if let Some(path) = &issuer.ca_file {
-                let setting = format!("[[issuer]] {}: `ca_file`", issuer.name);
-                certificates::examine_authorities(&setting, path, &mut report);
-            }
-        }
-        if let Some(path) = &self.store.ca_file {
-            certificates::examine_authorities("[store] `ca_file`", path, &mut report);
-        }
+        self.examine_certificates(&mut report);
         let problems = &mut report.problems;
         for listener in &self.listeners {
             let address = listener.address;
@@ -105,6 +94,22 @@ impl Config {
             report.notes.extend(self.secrets_of_groups());
         }
         report
+    }
+
+    /// Examines what is in the certificates: of listeners, and of the authorities of issuers and of the database.
+    fn examine_certificates(&self, report: &mut FileReport) {
+        for listener in &self.listeners {
+            certificates::examine(listener, report);
+        }
+        for issuer in &self.issuers {
+            if let Some(path) = &issuer.ca_file {
+                let setting = format!("[[issuer]] {}: `ca_file`", issuer.name);
+                certificates::examine_authorities(&setting, path, report);
+            }
+        }
+        if let Some(path) = &self.store.ca_file {
+            certificates::examine_authorities("[store] `ca_file`", path, report);
+        }
     }
 
     /// The secrets that the group of root's file can read. A broker that runs as root needs no such group.

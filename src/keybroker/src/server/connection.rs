@@ -118,7 +118,7 @@ impl Connection {
                 broker.refuse_connection(self.peer, reason, cause, refused);
             }
             None => {
-                tracing::debug!(peer = %self.peer, cause, error = %refused, "connection ended early")
+                tracing::debug!(peer = %self.peer, cause, error = %refused, "connection ended early");
             }
         }
     }

@@ -30,7 +30,13 @@ pub(super) fn record(record: &proto::UserKey) -> Vec<Field> {
 
 /// The same columns, of a record that the broker could not read or verify.
 pub(super) fn damaged_record(record: &proto::DamagedUserKey) -> Vec<Field> {
-    let known = |text: &str| (!text.is_empty()).then(|| json!(text)).unwrap_or_default();
+    let known = |text: &str| {
+        if text.is_empty() {
+            Value::Null
+        } else {
+            json!(text)
+        }
+    };
     vec![
         ("user", known(&record.user)),
         ("key_name", known(&record.key_name)),

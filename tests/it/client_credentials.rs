@@ -739,12 +739,11 @@ async fn damaged_clients_are_listed_and_hide_no_others() {
         let rows = listed.as_array().unwrap();
         let mut damaged = Vec::new();
         for row in rows {
-            match row["problem"].as_str() {
-                Some(problem) => damaged.push((row["id"].as_str().unwrap().to_owned(), problem)),
-                None => {
-                    assert_eq!(row["id"].as_str(), Some(&good.id[..]));
-                    assert_eq!(row["verified"], true);
-                }
+            if let Some(problem) = row["problem"].as_str() {
+                damaged.push((row["id"].as_str().unwrap().to_owned(), problem));
+            } else {
+                assert_eq!(row["id"].as_str(), Some(&good.id[..]));
+                assert_eq!(row["verified"], true);
             }
         }
         damaged.sort();

@@ -138,6 +138,21 @@ async fn a_user_reaches_their_own_keys_and_nobody_elses() {
     }
 }
 
+/// The metric of refused tokens counts the cause.
+fn assert_is_counted(broker: &Broker, cause: &str) {
+    let counted = get(broker.status, "/metrics");
+    let label = format!("cause=\"{cause}\"");
+    let lines = counted
+        .lines()
+        .filter(|line| line.starts_with("keybroker_access_token_refusals_total"));
+    let is_counted = |line: &str| line.contains(&label) && !line.ends_with(" 0");
+    assert!(
+        lines.clone().any(is_counted),
+        "{cause}: {:?}",
+        lines.collect::<Vec<_>>()
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_bad_token_is_credential_and_no_more() {
     let service = Identity::start(IdentityOptions::default());
@@ -183,18 +198,7 @@ async fn every_bad_token_is_credential_and_no_more() {
             message.starts_with("no accepted credential (call "),
             "{cause}: {message}"
         );
-        let counted = get(broker.status, "/metrics");
-        let label = format!("cause=\"{cause}\"");
-        let lines = counted
-            .lines()
-            .filter(|line| line.starts_with("keybroker_access_token_refusals_total"));
-        assert!(
-            lines
-                .clone()
-                .any(|line| line.contains(&label) && !line.ends_with(" 0")),
-            "{cause}: {:?}",
-            lines.collect::<Vec<_>>()
-        );
+        assert_is_counted(&broker, cause);
     }
     refused(
         Holder::of(&broker, &oversized).unwrap(ADA).await,

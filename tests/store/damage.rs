@@ -111,20 +111,20 @@ async fn all_pages(store: &Arc<dyn Store>, limit: u32, deleted: bool) -> Vec<See
     panic!("the pages do not end: {seen:?}");
 }
 
+/// A record for each user, at its second revision.
+async fn fill(store: &dyn Store, users: [&str; 8]) {
+    for (number, name) in (0..).zip(users) {
+        let created = store.create(revision(&user(name), number, 1), stamp());
+        created.await.unwrap();
+        let replaced = store.supersede(revision(&user(name), number, 2), stamp());
+        replaced.await.unwrap();
+    }
+}
+
 /// Damaged records of several kinds, first, last and in the middle: each page goes on, names them, and loses no other record.
 pub(crate) async fn damaged_records_do_not_end_a_page(engine: &Engine) {
     let store = engine.open().await;
-    let users = ["a", "b", "c", "d", "e", "f", "g", "h"];
-    for (number, name) in (0..).zip(users) {
-        store
-            .create(revision(&user(name), number, 1), stamp())
-            .await
-            .unwrap();
-        store
-            .supersede(revision(&user(name), number, 2), stamp())
-            .await
-            .unwrap();
-    }
+    fill(&*store, ["a", "b", "c", "d", "e", "f", "g", "h"]).await;
     engine.sql(without_constraints(engine));
     let column = engine.pick("user", "\"user\"", "user");
     let x01 = engine.pick("x'01'", "'\\x01'", "x'01'");
@@ -192,14 +192,20 @@ pub(crate) async fn damaged_records_do_not_end_a_page(engine: &Engine) {
     for limit in [1, 3, 8, 1_000] {
         assert_eq!(all_pages(&store, limit, true).await, expected, "{limit}");
     }
-    // A position that no page gave makes the database skip nothing.
+    a_position_of_no_page_is_refused(&*store).await;
+}
+
+/// It must not make the database skip rows without end.
+async fn a_position_of_no_page_is_refused(store: &dyn Store) {
     let query = ListQuery {
+        tenant: Tenant::default(),
+        user: None,
+        deleted: false,
         from: Position {
             after: None,
             skip: SKIPPED_MAX + 1,
         },
-        user: None,
-        ..query
+        limit: 1,
     };
     assert!(matches!(store.list(&query).await, Err(Error::Corrupt(_))));
 }

@@ -147,7 +147,12 @@ impl Engine {
             Place::Sqlite(folder) => {
                 let text = format!("PRAGMA ignore_check_constraints = ON; {statements}");
                 let file = folder.path().join("test.db");
-                let output = Command::new("sqlite3").arg(file).arg(text).output();
+                let mut command = Command::new("sqlite3");
+                let output = command
+                    .args(["-cmd", ".timeout 10000"])
+                    .arg(file)
+                    .arg(text)
+                    .output();
                 let output = output.expect("sqlite3 is not installed; run scripts/install.sh");
                 assert!(output.status.success(), "{statements}: {output:?}");
                 String::from_utf8_lossy(&output.stdout).into_owned()

@@ -312,7 +312,8 @@ client_ca_file = "{ca}"
     /// Runs SQL on the database while no broker has it open.
     pub(crate) fn sql(&self, statements: &str) -> String {
         let output = Command::new("sqlite3")
-            .args(["-bail", "-batch"])
+            // A broker that serves writes beside it: wait for its lock instead of failing at once.
+            .args(["-bail", "-batch", "-cmd", ".timeout 10000"])
             .arg(self.database())
             .arg(statements)
             .output()

@@ -316,7 +316,8 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             &format!("UPDATE wrapping_keys SET state = '{state}', sequence = sequence + 10;"),
         );
         until("the alarm of both brokers", || {
-            (site.log().matches("update failed MAC verification").count() == 2 * forgeries).then_some(())
+            (site.log().matches("update failed MAC verification").count() == 2 * forgeries)
+                .then_some(())
         });
         assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
         // Put back as it was, everything is well again.

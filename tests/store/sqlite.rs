@@ -110,7 +110,7 @@ async fn a_database_that_cannot_grow_loses_nothing() {
     fs::write(engine.file(), &bytes).unwrap();
     let error = store::open(&engine.settings).await.unwrap_err();
     assert!(
-        matches!(&error, Error::Corrupt(what) if what.contains("backup")),
+        matches!(&error, Error::Schema(what) if what.contains("backup")),
         "{error}"
     );
 }

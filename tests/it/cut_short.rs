@@ -17,7 +17,9 @@ fn logs(site: &Site) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(site.audit_directory()) else {
         return Vec::new();
     };
-    entries.map(|entry| entry.unwrap().path()).collect()
+    // Beside the logs there is the state directory, in no particular order.
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.filter(|path| !path.ends_with("state")).collect()
 }
 
 fn verified(site: &Site, log: &Path) -> Value {

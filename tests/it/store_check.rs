@@ -15,7 +15,7 @@ use crate::{
     faulty::{Fault, code},
     faulty_token,
     process::{Broker, until},
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Finished, Options, Site},
 };
 
@@ -185,10 +185,7 @@ async fn writes_beside_a_check_are_not_called_bad() {
     for kind in [Kind::PostgreSql, Kind::MariaDb] {
         let server = Server::start(kind);
         let options = Options {
-            store: Some(format!(
-                "url = \"{}\"",
-                server.settings(&server.database()).url
-            )),
+            store: Some(section(&server.settings(&server.database()))),
             ..Options::default()
         };
         let users: Vec<String> = (0..20).map(|number| format!("user-{number}")).collect();

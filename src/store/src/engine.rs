@@ -73,6 +73,12 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
+    /// Fails when another user may listen where a new connection would lead. Asked before a connection is taken from the pool, which
+    /// may have to open one.
+    fn check_socket(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Closes all connections.
     fn close(&self) -> impl Future<Output = ()> + Send {
         async {
@@ -386,6 +392,7 @@ impl<'e, E: Engine> Lease<'e, E> {
                 }
             }
         };
+        engine.check_socket()?;
         let connection = match engine.pool(purpose).acquire().await {
             Ok(connection) => connection,
             Err(sqlx::Error::PoolTimedOut) => {

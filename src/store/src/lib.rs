@@ -42,6 +42,7 @@ mod server;
 mod session;
 mod settings;
 mod slow;
+mod socket;
 mod sqlite;
 mod statements;
 pub mod tables;

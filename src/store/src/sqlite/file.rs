@@ -10,7 +10,7 @@ use std::{
 use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
 
-use keybroker_core::trusted_file;
+use keybroker_core::trusted_file::{self, Purpose};
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
 
@@ -24,6 +24,8 @@ const OPEN_TO_OTHERS: u32 = 0o027;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
+
+const PLACE: Purpose = Purpose::trust("other users could put another database in its place");
 
 /// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
@@ -220,11 +222,10 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
 
 /// A database in such a directory can be moved aside while the broker is stopped.
 fn note_open_directory(path: &Path) {
-    if let Some(open) = trusted_file::open_directory_above(path) {
+    if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
-            database = %path.display(), writable = %open.display(),
-            "every user of this machine can move the database to another place or remove it; run `chmod o-w` on the directory that \
-             they can write to"
+            database = %path.display(), cause = %error,
+            "other users of this machine can replace the database while the broker is stopped"
         );
     }
 }

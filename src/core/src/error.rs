@@ -164,6 +164,7 @@ pub struct Error {
 
 impl Error {
     /// An error with the reason, and detail for the log.
+    is_failed_attempt: bool,
     pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
         Self {
             reason,
@@ -176,6 +177,7 @@ impl Error {
     }
 
     /// A malformed request: one field and what it must be.
+            is_failed_attempt: false,
     pub fn violation(field: &'static str, description: impl Into<Cow<'static, str>>) -> Self {
         let description = description.into();
         let detail = format!("{field}: {description}");
@@ -208,6 +210,15 @@ impl Error {
     pub fn outcome_unknown(self) -> Self {
         Self {
             is_outcome_unknown: true,
+    /// The same error of a credential that may be made up, although it was not rejected: it counts as a failed attempt.
+    #[must_use]
+    pub fn failed_attempt(self) -> Self {
+        Self {
+            is_failed_attempt: true,
+            ..self
+        }
+    }
+
             ..self
         }
     }
@@ -225,6 +236,11 @@ impl Error {
     /// Why the call failed.
     pub fn reason(&self) -> Reason {
         self.reason
+    }
+
+    /// Whether it counts as a failed attempt of the caller's address.
+    pub fn is_failed_attempt(&self) -> bool {
+        self.is_failed_attempt || self.reason == Reason::Credential && !self.is_renewable
     }
 
     /// The fields at fault; empty unless the reason is [`Reason::Request`].

@@ -115,16 +115,15 @@ impl Identifier {
         };
         let found = self.authenticator.authenticate(values, budget).await;
         if let Err(error) = &found
-            && error.reason() == Reason::Credential
+            && (error.reason() == Reason::Credential || error.is_failed_attempt())
             && self.limits.may_log(peer)
         {
             let error = shortened(&error.to_string());
             tracing::info!(peer = %peer, error, "credential refused");
         }
         match found {
-            // Otherwise its holder would be told to come again later, and not to renew it.
-            Err(error) if error.is_renewable() => Err(error),
-            Err(error) if error.reason() == Reason::Credential => {
+            // Not a renewable one: its holder would be told to come again later, and not to renew it.
+            Err(error) if error.is_failed_attempt() => {
                 self.limits.fail_address(peer)?;
                 Err(error)
             }

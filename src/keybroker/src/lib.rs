@@ -9,5 +9,6 @@ mod allocator;
 mod certificate;
 pub mod cli;
 pub mod config;
+mod output_file;
 pub mod server;
 pub mod telemetry;

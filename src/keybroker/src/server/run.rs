@@ -1,8 +1,7 @@
 //! The life of `keybroker serve`, from the first check to the last entry of the audit log.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -22,7 +21,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
-    telemetry,
+    output_file, telemetry,
 };
 use keybroker_api::rpc;
 use keybroker_audit::AuditLog;
@@ -138,19 +137,6 @@ fn client_rules(settings: &client_secret::Settings) -> ClientRules {
         grantable_roles: settings.grantable_roles.clone(),
         hash: Arc::new(move |secret| hashing.hash(secret)),
     }
-}
-
-/// Replaces a file as a whole. In a directory such as `/tmp`, another user could have put a symbolic link where the new content is
-/// written first, so that file is always made anew.
-fn replace_file(path: &Path, text: &str) -> io::Result<()> {
-    let partial = path.with_extension("partial");
-    match fs::remove_file(&partial) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = File::create_new(&partial)?;
-    file.write_all(text.as_bytes())?;
-    fs::rename(&partial, path)
 }
 
 /// The two signals that end a service.
@@ -405,7 +391,7 @@ impl Server {
             "status": self.status_address,
             "pid": std::process::id(),
         });
-        replace_file(path, &text.to_string()).map_err(|error| {
+        output_file::replace(path, &text.to_string()).map_err(|error| {
             let what = format!("cannot write the ready file {}: {error}", path.display());
             Failure::new(Exit::Usage, what)
         })
@@ -464,24 +450,5 @@ impl Server {
         self.status.close();
         self.status.wait().await;
         tracing::info!("stopped");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_ready_file_is_not_written_through_a_link() {
-        let folder = tempfile::tempdir().unwrap();
-        let (ready, victim) = (folder.path().join("ready"), folder.path().join("victim"));
-        fs::write(&victim, "content").unwrap();
-        std::os::unix::fs::symlink(&victim, folder.path().join("ready.partial")).unwrap();
-        std::os::unix::fs::symlink(&victim, &ready).unwrap();
-        for text in ["first", "second"] {
-            replace_file(&ready, text).unwrap();
-            assert_eq!(fs::read_to_string(&ready).unwrap(), text);
-        }
-        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
     }
 }

@@ -293,3 +293,20 @@ async fn a_key_that_is_registered_meanwhile_is_known() {
     assert_eq!(finished.code, Some(0), "{finished:#?}");
     assert_eq!(report["revisions"], 4, "{report}");
 }
+
+/// A row without a key is on no page. The columns do not take NULL, so its writer changed the table first.
+#[test]
+fn a_row_without_a_key_is_counted() {
+    let site = Site::fresh(Options::default());
+    assert_good(&site, 0, 0);
+    site.sql(
+        "ALTER TABLE last_uses RENAME TO before; CREATE TABLE last_uses AS SELECT * FROM before; \
+         INSERT INTO last_uses VALUES (NULL, 1)",
+    );
+    let (finished, report) = check(&site);
+    assert_eq!(finished.code, Some(12), "{finished:#?}");
+    let finding = &report["findings"][0];
+    assert_eq!(finding["problem"], "key-missing", "{finished:#?}");
+    let detail = finding["detail"].as_str().unwrap();
+    assert!(detail.contains("found by: 1;"), "{finding}");
+}

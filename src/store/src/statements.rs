@@ -102,6 +102,8 @@ pub(super) struct TableStatements {
     pub(super) delete_revisions: &'static str,
     /// record.
     pub(super) delete_record: &'static str,
+    /// How many rows of all tables have NULL in a column that they are found by.
+    pub(super) keyless: &'static str,
     /// call.
     pub(super) delete_change: &'static str,
     /// record.

@@ -53,6 +53,12 @@ impl<E: Engine> Tables for EngineStore<E> {
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
+    async fn keyless_rows(&self) -> Result<u64, Error> {
+        let found = self.query(E::TABLES.keyless, Vec::new()).await?;
+        let count = found.first().map_or(Ok(0), |row| row.integer(0))?;
+        Ok(u64::try_from(count).unwrap_or(0))
+    }
+
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {
         let mut values = key_after(table, after)?;
         if let [first, _, ..] = &values[..] {

@@ -63,6 +63,14 @@ pub(super) const TABLES: TableStatements = TableStatements {
                AND (client_id, secret_number) > (?, ?) ORDER BY client_id, secret_number LIMIT ? OFFSET ?",
         insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES (?, ?, ?)",
     },
+    keyless: "SELECT (SELECT count(*) FROM wrapping_keys WHERE key_id IS NULL) \
+                   + (SELECT count(*) FROM records WHERE record_id IS NULL OR tenant IS NULL OR user IS NULL OR key_name IS NULL) \
+                   + (SELECT count(*) FROM revisions WHERE record_id IS NULL OR revision IS NULL) \
+                   + (SELECT count(*) FROM changes WHERE call_id IS NULL) \
+                   + (SELECT count(*) FROM requests WHERE tenant IS NULL OR principal IS NULL OR request_id IS NULL) \
+                   + (SELECT count(*) FROM last_uses WHERE record_id IS NULL) \
+                   + (SELECT count(*) FROM clients WHERE client_id IS NULL) \
+                   + (SELECT count(*) FROM client_uses WHERE client_id IS NULL OR secret_number IS NULL)",
     clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)"),
     delete_superseded: "DELETE FROM revisions WHERE record_id = ? AND revision = ? AND revision < \
                         (SELECT r.revision FROM records r WHERE r.record_id = \

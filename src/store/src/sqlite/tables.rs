@@ -67,6 +67,14 @@ pub(super) const TABLES: TableStatements = TableStatements {
         insert: "INSERT INTO client_uses (client_id, secret_number, used_us) VALUES (?1, ?2, ?3) \
                  ON CONFLICT DO NOTHING",
     },
+    keyless: "SELECT (SELECT count(*) FROM wrapping_keys WHERE key_id IS NULL) \
+                   + (SELECT count(*) FROM records WHERE record_id IS NULL OR tenant IS NULL OR user IS NULL OR key_name IS NULL) \
+                   + (SELECT count(*) FROM revisions WHERE record_id IS NULL OR revision IS NULL) \
+                   + (SELECT count(*) FROM changes WHERE call_id IS NULL) \
+                   + (SELECT count(*) FROM requests WHERE tenant IS NULL OR principal IS NULL OR request_id IS NULL) \
+                   + (SELECT count(*) FROM last_uses WHERE record_id IS NULL) \
+                   + (SELECT count(*) FROM clients WHERE client_id IS NULL) \
+                   + (SELECT count(*) FROM client_uses WHERE client_id IS NULL OR secret_number IS NULL)",
     clock: None,
     delete_superseded: "DELETE FROM revisions WHERE record_id = ?1 AND revision = ?2 AND revision \
                         < (SELECT r.revision FROM records r WHERE r.record_id = \

@@ -23,7 +23,7 @@ use keybroker_core::{call::CallId, metrics};
 
 use super::{
     Error, mutations,
-    session::{Session, Value},
+    session::{Columns as _, Session, Value},
     slow::{self, Named as _},
     statements::{Statements, TableStatements},
 };
@@ -168,6 +168,13 @@ impl<E: Engine> EngineStore<E> {
             }
         })
         .await
+    }
+
+    /// Runs a query that counts up to a limit.
+    async fn count_up_to(&self, statement: &'static str, values: Vec<Value>) -> Result<u32, Error> {
+        let found = self.query(statement, values).await?;
+        let count = found.first().ok_or(Error::NotFound)?.integer(0)?;
+        Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
     /// Runs one statement that changes rows, and says how many.

@@ -75,6 +75,12 @@ pub struct Settings {
     /// For how many days a superseded revision or a deleted record can be restored; `store purge` takes nothing younger.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
+    /// How many revisions of a record may be stored, superseded ones included.
+    #[serde(default = "defaults::revisions_max")]
+    pub revisions_max: u32,
+    /// How many keys a user may have, deleted ones included.
+    #[serde(default = "defaults::keys_per_user_max")]
+    pub keys_per_user_max: u32,
     /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
     #[serde(default)]
     pub accept_weaker_durability: Vec<String>,
@@ -111,6 +117,14 @@ mod defaults {
 
     pub(super) fn retention_days() -> u32 {
         30
+    }
+
+    pub(super) fn revisions_max() -> u32 {
+        1_000
+    }
+
+    pub(super) fn keys_per_user_max() -> u32 {
+        1_000
     }
 }
 
@@ -176,6 +190,8 @@ impl Settings {
             statement_timeout_ms: defaults::statement_timeout_ms(),
             lock_timeout_ms: defaults::lock_timeout_ms(),
             retention_days: defaults::retention_days(),
+            revisions_max: defaults::revisions_max(),
+            keys_per_user_max: defaults::keys_per_user_max(),
             accept_weaker_durability: Vec::new(),
         }
     }
@@ -268,6 +284,13 @@ impl Settings {
         );
         range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
         range("retention_days", self.retention_days.into(), 1..=36_500);
+        // A replaced key needs two.
+        range("revisions_max", self.revisions_max.into(), 2..=1_000_000);
+        range(
+            "keys_per_user_max",
+            self.keys_per_user_max.into(),
+            1..=1_000_000,
+        );
         for name in &self.accept_weaker_durability {
             if !durability::is_known(name) {
                 problems.push(format!(

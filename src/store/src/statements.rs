@@ -42,6 +42,14 @@ pub(super) struct Statements {
     pub(super) insert_identity: &'static str,
     /// identity.
     pub(super) update_identity: &'static str,
+    /// log, instance: how many logs the instance has, how many of them are this one.
+    pub(super) audit_logs: &'static str,
+    /// instance, log, at. Inserts nothing when the instance has the log.
+    pub(super) insert_audit_log: &'static str,
+    /// tenant, user, at most so many: how many records, deleted ones too.
+    pub(super) count_keys: &'static str,
+    /// record, at most so many: how many revisions.
+    pub(super) count_revisions: &'static str,
     /// record, tenant, user, key name, revision, created, updated. Inserts nothing when the address is taken.
     pub(super) insert_record: &'static str,
     /// record, revision, envelope, wrapping key, at.
@@ -94,6 +102,8 @@ pub(super) struct TableStatements {
     pub(super) last_uses: OfTable,
     pub(super) clients: OfTable,
     pub(super) client_uses: OfTable,
+    /// How many rows of all tables have NULL in a column that they are found by.
+    pub(super) keyless: &'static str,
     /// The server's time in microseconds since 1970. A file has none.
     pub(super) clock: Option<&'static str>,
     /// record, revision. Deletes nothing that is current.
@@ -102,8 +112,6 @@ pub(super) struct TableStatements {
     pub(super) delete_revisions: &'static str,
     /// record.
     pub(super) delete_record: &'static str,
-    /// How many rows of all tables have NULL in a column that they are found by.
-    pub(super) keyless: &'static str,
     /// call.
     pub(super) delete_change: &'static str,
     /// record.

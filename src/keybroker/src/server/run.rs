@@ -30,7 +30,7 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, ClientRules, Parts, Serving, limits::Limits};
+use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
 use keybroker_core::{call::Deadline, state::StateDirectory};
 use keybroker_hsm::{Supervisor, Token};
 use keybroker_policy::Policy;
@@ -210,6 +210,7 @@ impl Server {
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
+        opening::bind_log(&audit, &store, &config.audit.instance).await?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
@@ -222,6 +223,10 @@ impl Server {
             state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
+            capacity: Capacity {
+                revisions_max: config.store.revisions_max,
+                keys_per_user_max: config.store.keys_per_user_max,
+            },
         });
         let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {

@@ -52,6 +52,12 @@ pub(super) const STATEMENTS: Statements = Statements {
                ?, ?, ?, ?, ?, ?, ?, ?)) FROM store_identity",
     insert_identity: "INSERT INTO store_identity (singleton, store_id, created_us) VALUES (1, ?, ?)",
     update_identity: "UPDATE store_identity SET store_id = ? WHERE singleton = 1",
+    audit_logs: "SELECT count(*), count(CASE WHEN log_id = ? THEN 1 END) FROM audit_logs WHERE instance = ?",
+    insert_audit_log: "INSERT INTO audit_logs (instance, log_id, bound_us) VALUES (?, ?, ?)",
+    count_keys: "SELECT count(*) FROM (SELECT 1 AS one FROM records \
+                 WHERE tenant = ? AND user = ? LIMIT ?) AS found",
+    count_revisions: "SELECT count(*) FROM (SELECT 1 AS one FROM revisions \
+                      WHERE record_id = ? LIMIT ?) AS found",
     insert_record: "INSERT INTO records (record_id, tenant, user, key_name, state, revision, \
                     created_us, updated_us) VALUES (?, ?, ?, ?, 'active', ?, ?, ?)",
     insert_revision: "INSERT INTO revisions (record_id, revision, envelope, wrapping_key_id, created_us) \

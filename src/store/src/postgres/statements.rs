@@ -50,6 +50,13 @@ pub(super) const STATEMENTS: Statements = Statements {
     insert_identity: "INSERT INTO store_identity (singleton, store_id, created_us) VALUES (1, $1, $2) \
                       ON CONFLICT (singleton) DO NOTHING",
     update_identity: "UPDATE store_identity SET store_id = $1 WHERE singleton = 1",
+    audit_logs: "SELECT count(*), count(CASE WHEN log_id = $1 THEN 1 END) FROM audit_logs WHERE instance = $2",
+    insert_audit_log: "INSERT INTO audit_logs (instance, log_id, bound_us) VALUES ($1, $2, $3) \
+                       ON CONFLICT (instance, log_id) DO NOTHING",
+    count_keys: r#"SELECT count(*) FROM (SELECT 1 AS one FROM records
+                 WHERE tenant = $1 AND "user" = $2 LIMIT $3) AS found"#,
+    count_revisions: "SELECT count(*) FROM (SELECT 1 AS one FROM revisions \
+                      WHERE record_id = $1 LIMIT $2) AS found",
     insert_record: r#"INSERT INTO records (record_id, tenant, "user", key_name, state, revision,
                       created_us, updated_us) VALUES ($1, $2, $3, $4, 'active', $5, $6, $7)
                       ON CONFLICT ON CONSTRAINT records_address_unique DO NOTHING"#,

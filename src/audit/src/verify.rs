@@ -8,10 +8,12 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
-use keybroker_core::call::CallId;
+use keybroker_core::{call::CallId, remedy::with_remedy};
 
 use super::{
     Error, extent,
@@ -48,11 +50,19 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
 
 /// The same, up to an entry that must be there.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
-    let log_id = std::fs::read_to_string(directory.join("log-id")).map_err(|error| {
-        Error::new(format!(
-            "cannot read log-id in {}: {error}",
-            directory.display()
-        ))
+    let path = directory.join(segment::LOG_ID);
+    let log_id = fs::read_to_string(&path).map_err(|error| {
+        let shown = directory.display();
+        Error::new(match (error.kind(), &mark) {
+            (ErrorKind::NotFound, None) => format!(
+                "there is no audit log in {shown}; {}", segment::BEGINS
+            ),
+            (ErrorKind::NotFound, Some(_)) => format!(
+                "the audit log of {shown} is gone: there is no file {}, although this instance has written entries",
+                path.display()
+            ),
+            _ => format!("cannot read {}: {}", path.display(), with_remedy(&path, &error)),
+        })
     })?;
     let mut check = Check {
         log_id: log_id.trim(),

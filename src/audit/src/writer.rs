@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use keybroker_core::{
     call::{CallId, Timestamp},
     metrics,
+    remedy::remedy,
 };
 
 use super::{
@@ -281,9 +282,12 @@ impl Writer {
             line::encode(entry, place, &mut bytes);
         }
         let failed = |error| {
-            let path = current.path.display();
+            let path = &current.path;
+            let remedy = remedy(path, &error);
+            let remedy = remedy.as_deref().unwrap_or("repair the disk");
             Error::new(format!(
-                "cannot write {path}: {error}; free space on the disk or repair it"
+                "cannot write {}: {error}; {remedy}",
+                path.display()
             ))
         };
         self.shared.busy();

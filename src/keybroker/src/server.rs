@@ -42,6 +42,17 @@ pub enum Door {
     Rest,
 }
 
+impl Door {
+    /// Its name in the configuration.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+            Self::Rest => "rest",
+        }
+    }
+}
+
 /// Whether a listener asks for client certificates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -89,10 +89,7 @@ impl Settings {
             if let Some(path) = path
                 && !trusted_file::is_absolute(path)
             {
-                problems.push(format!(
-                    "`{name}` is {:?}: it must be an absolute path",
-                    path.display().to_string()
-                ));
+                problems.push(format!("`{name}` is {}", trusted_file::not_absolute(path)));
             }
         }
         let (name, url) = match self.key_source() {

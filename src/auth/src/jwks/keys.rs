@@ -208,7 +208,7 @@ impl Keys {
             // The same one, so that what was verified with it stays verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
-                tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
+                tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
                 self.report_refused(&set);
                 Arc::new(set)
             }

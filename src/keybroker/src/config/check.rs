@@ -121,11 +121,7 @@ impl Config {
     fn check_paths(&self, problems: &mut Vec<String>) {
         let mut absolute = |name: &str, path: &Path| {
             if !path.is_absolute() {
-                problems.push(format!(
-                    "{name} is {:?}: it must be an absolute path, because a service has no folder of \
-                     its own",
-                    path.display().to_string()
-                ));
+                problems.push(format!("{name} is {}", trusted_file::not_absolute(path)));
             }
         };
         absolute("[token] `module`", &self.token.module);
@@ -414,10 +410,7 @@ fn check_listener_tls(
     ];
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {
-            problems.push(format!(
-                "{name}: {:?} must be an absolute path",
-                path.display().to_string()
-            ));
+            problems.push(format!("{name}: {}", trusted_file::not_absolute(path)));
         }
     }
 }

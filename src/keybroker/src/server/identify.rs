@@ -114,19 +114,21 @@ impl Identifier {
             self.limits.take_turn(peer)
         };
         let found = self.authenticator.authenticate(values, budget).await;
-        if let Err(error) = &found
-            && error.reason() == Reason::Credential
-            && self.limits.may_log(peer)
-        {
-            let error = shortened(&error.to_string());
-            tracing::info!(peer = %peer, error, "credential refused");
-        }
         match found {
             // Otherwise its holder would be told to come again later, and not to renew it.
             Err(error) if error.is_renewable() => Err(error),
             Err(error) if error.reason() == Reason::Credential => {
-                self.limits.fail_address(peer)?;
-                Err(error)
+                match self.limits.fail_address(peer) {
+                    // The refusal of the call is logged with it.
+                    Ok(()) => Err(error),
+                    Err(exhausted) => {
+                        if self.limits.may_log(peer) {
+                            let error = shortened(&error.to_string());
+                            tracing::info!(peer = %peer, error, "credential refused");
+                        }
+                        Err(exhausted)
+                    }
+                }
             }
             found => found,
         }

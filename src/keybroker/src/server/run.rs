@@ -311,7 +311,8 @@ impl Server {
             let routes = doors.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, doors = ?settings.doors, "listening");
+            let doors: Vec<&str> = settings.doors.iter().map(|door| door.as_str()).collect();
+            tracing::info!(%address, doors = %doors.join(", "), "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

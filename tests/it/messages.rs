@@ -21,10 +21,10 @@ use crate::{
     softhsm::write_private,
 };
 
-const OTHER_USER: u32 = 65_534;
+pub(crate) const OTHER_USER: u32 = 65_534;
 
 #[track_caller]
-fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
+pub(crate) fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
     assert_eq!(finished.code, Some(code), "{what}: {finished:#?}");
     for word in words {
         assert!(
@@ -34,7 +34,7 @@ fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
     }
 }
 
-fn replaced(site: &Site, from: &str, to: &str) {
+pub(crate) fn replaced(site: &Site, from: &str, to: &str) {
     site.write_configuration(|text| {
         assert!(text.contains(from), "{from}");
         *text = text.replacen(from, to, 1);
@@ -224,10 +224,12 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
     }
 }
 
+const LIMIT: &str = "drain_timeout_ms = \"30s\"";
+
 #[test]
 fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
     let site = Site::without_keys(Options {
-        limits: "drain_timeout_ms = \"30s\"".to_owned(),
+        limits: LIMIT.to_owned(),
         ..Options::default()
     });
     let check = || site.run(&["config", "check"]);
@@ -239,7 +241,7 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
     );
     replaced(&site, "drain_timeout_ms = \"30s\"", "drain_timout_ms = 1");
     says(
-        "a slip of the pen",
+        "a typing error",
         &check(),
         3,
         &["did you mean `drain_timeout_ms`?"],
@@ -265,11 +267,40 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
             "key_names = [\"backup-*\"]",
             "no patterns",
         ),
+        (
+            LIMIT,
+            "drain_timeout_ms = -1",
+            "write milliseconds: a whole number that is not negative",
+        ),
+        (
+            LIMIT,
+            "drain_timeout_ms = 30.5",
+            "write milliseconds: a whole number that is not negative",
+        ),
+        (
+            LIMIT,
+            "drain_timeout_ms = 30s",
+            "`drain_timeout_ms = 30000`",
+        ),
+        (
+            "label = \"",
+            "label = keybroker # \"",
+            "`label = \"keybroker\"`",
+        ),
+        (
+            "[[listener]]",
+            "[listener]",
+            "double brackets: `[[listener]]`",
+        ),
+        (
+            "roles = [\"release\"]",
+            "roles = [\"relaese\"]",
+            "did you mean `release`?",
+        ),
     ] {
         site.write_configuration(|text| {
-            *text = text
-                .replace("drain_timeout_ms = \"30s\"", "")
-                .replacen(from, to, 1);
+            assert!(text.contains(from), "{from}: {text}");
+            *text = text.replacen(from, to, 1).replace(LIMIT, "");
         });
         says(to, &check(), 3, &["line ", advice]);
     }
@@ -337,7 +368,7 @@ fn a_database_on_a_read_only_file_system_is_named_as_such() {
     says("a read-only file system", &finished, 7, &words);
 }
 
-/// A forbid with a slip of the pen is valid, and forbids nothing.
+/// A forbid with a typing error is valid, and forbids nothing.
 #[test]
 fn a_policy_about_an_unknown_principal_is_reported() {
     let site = Site::without_keys(Options::default());
@@ -512,7 +543,16 @@ fn a_client_that_cannot_connect_says_why() {
         "another authority",
         &to(&grpc, &strangers),
         11,
-        &["not signed by an authority in --ca"],
+        &[
+            "certificate is not signed by an authority in --ca (",
+            "hint: name the authority",
+        ],
+    );
+    says(
+        "no port",
+        &to("https://127.0.0.3", &ca),
+        11,
+        &["no port is named in --endpoint, so 443 was tried"],
     );
     let by_name = to(&grpc.replace("localhost", "127.0.0.2"), &ca);
     says(

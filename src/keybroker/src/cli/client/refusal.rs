@@ -82,7 +82,7 @@ fn without_reason(status: &Status) -> Failure {
         ),
         code => (
             format!("{code:?}: {message}"),
-            "the answer carries no reason: is it a broker that listens there?",
+            "the answer carries no reason, as every answer of a broker does: check which program listens at --endpoint",
         ),
     };
     let exit = match status.code() {

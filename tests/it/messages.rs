@@ -94,7 +94,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             site.pki
                 .issue_server_with(|one| one.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
         },
-        &["CA:TRUE", "certificate of its own"],
+        &["CA:TRUE", "separate certificate"],
     ),
     (
         "an expired certificate",
@@ -226,6 +226,60 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
 
 const LIMIT: &str = "drain_timeout_ms = \"30s\"";
 
+/// What stands in a good configuration, what is written instead, and the advice.
+const VALUES: &[(&str, &str, &str)] = &[
+    (
+        "address = \"127.0.0.1:0\"",
+        "address = \"localhost:8443\"",
+        "`localhost` is 127.0.0.1",
+    ),
+    (
+        "address = \"127.0.0.1:0\"",
+        "address = \"::1:8443\"",
+        "[::1]:8443",
+    ),
+    (
+        "roles = [\"release\"]",
+        "roles = \"release\"",
+        "`roles = [\"release\"]`",
+    ),
+    (
+        "key_names = [\"*\"]",
+        "key_names = [\"backup-*\"]",
+        "no patterns",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = -1",
+        "write milliseconds: a whole number that is not negative",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = 30.5",
+        "write milliseconds: a whole number that is not negative",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = 30s",
+        "`drain_timeout_ms = 30000`",
+    ),
+    (
+        "label = \"",
+        "label = keybroker # \"",
+        "`label = \"keybroker\"`",
+    ),
+    (
+        "[[listener]]",
+        "[listener]",
+        "double brackets: `[[listener]]`",
+    ),
+    (
+        "roles = [\"release\"]",
+        "roles = [\"relaese\"]",
+        "did you mean `release`?",
+    ),
+];
+
 #[test]
 fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
     let site = Site::without_keys(Options {
@@ -246,58 +300,7 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
         3,
         &["did you mean `drain_timeout_ms`?"],
     );
-    for (from, to, advice) in [
-        (
-            "address = \"127.0.0.1:0\"",
-            "address = \"localhost:8443\"",
-            "`localhost` is 127.0.0.1",
-        ),
-        (
-            "address = \"127.0.0.1:0\"",
-            "address = \"::1:8443\"",
-            "[::1]:8443",
-        ),
-        (
-            "roles = [\"release\"]",
-            "roles = \"release\"",
-            "`roles = [\"release\"]`",
-        ),
-        (
-            "key_names = [\"*\"]",
-            "key_names = [\"backup-*\"]",
-            "no patterns",
-        ),
-        (
-            LIMIT,
-            "drain_timeout_ms = -1",
-            "write milliseconds: a whole number that is not negative",
-        ),
-        (
-            LIMIT,
-            "drain_timeout_ms = 30.5",
-            "write milliseconds: a whole number that is not negative",
-        ),
-        (
-            LIMIT,
-            "drain_timeout_ms = 30s",
-            "`drain_timeout_ms = 30000`",
-        ),
-        (
-            "label = \"",
-            "label = keybroker # \"",
-            "`label = \"keybroker\"`",
-        ),
-        (
-            "[[listener]]",
-            "[listener]",
-            "double brackets: `[[listener]]`",
-        ),
-        (
-            "roles = [\"release\"]",
-            "roles = [\"relaese\"]",
-            "did you mean `release`?",
-        ),
-    ] {
+    for &(from, to, advice) in VALUES {
         site.write_configuration(|text| {
             assert!(text.contains(from), "{from}: {text}");
             *text = text.replacen(from, to, 1).replace(LIMIT, "");
@@ -324,7 +327,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
         "others can read it",
         &site.run(&["config", "check"]),
         3,
-        &["mode 644", "chmod 600"],
+        &["mode 0644", "chmod 600"],
     );
     mode(0o600);
     says("corrected", &site.run(&["config", "check"]), 0, &[]);
@@ -515,7 +518,13 @@ fn a_client_that_cannot_connect_says_why() {
         2,
         &["--key", "is not the private key of the certificate"],
     );
+}
 
+/// The name of the host, the port and the authority: each has its own message.
+#[test]
+fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
+    let broker = Broker::start(Options::default());
+    let pki = &broker.site.pki;
     let to = |endpoint: &str, ca: &Path| {
         let mut command =
             broker
@@ -638,7 +647,7 @@ fn options_of_the_connection_are_taken_at_either_end() {
     }
 }
 
-/// Where the gRPC API and the admin API have listeners of their own.
+/// Where the gRPC API and the admin API have separate listeners.
 #[test]
 fn a_method_of_another_listener_is_explained() {
     let site = Site::fresh(Options::default());
@@ -649,7 +658,7 @@ fn a_method_of_another_listener_is_explained() {
         "the admin API",
         &finished,
         10,
-        &["listeners of their own", "[[listener]]"],
+        &["separate listeners", "[[listener]]"],
     );
 }
 

@@ -79,7 +79,7 @@ impl Shared {
         self.moving()
     }
 
-    /// An error while the disk has not answered the writer for longer than anybody waits for an entry.
+    /// An error while the disk has not answered the writer for longer than a call waits for an entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {

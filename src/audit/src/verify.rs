@@ -3,7 +3,7 @@
 //! The log of an instance is also held against the last entry that the instance remembers as durable, so lines cut off its
 //! end are found up to the last second before the broker stopped.
 //!
-//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by somebody who can
+//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by an attacker who can
 //! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
 
 use std::{
@@ -91,7 +91,7 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
             // One problem for all that follows, until there is a line again.
             None if readable => {
                 readable = false;
-                let what = format!("byte {} begins what is not a canonical entry", line.at);
+                let what = format!("no canonical entry begins at byte {}", line.at);
                 check.problem(&what);
             }
             None => {}

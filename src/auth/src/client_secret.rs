@@ -1,4 +1,4 @@
-//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a limit of its own, because it costs memory and
+//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a separate limit, because it costs memory and
 //! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
 //!
 //! A secret that was accepted is remembered for a minute under a keyed hash, so that most calls pay neither for Argon2 nor for a look-up.

@@ -147,9 +147,9 @@ pub struct Grant {
     pub tenant: Tenant,
     /// What it may do at most.
     pub roles: BTreeSet<Role>,
-    /// Whose keys it may release; absent where that is not said.
+    /// Whose keys it may release; absent when not set.
     pub users: Option<Reach<UserId>>,
-    /// Which of their keys; absent where that is not said.
+    /// Which of their keys; absent when not set.
     pub key_names: Option<Reach<KeyName>>,
 }
 

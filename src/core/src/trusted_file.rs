@@ -335,7 +335,7 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
 }
 
 /// The first directory above a path in which every user of this machine could put something else in place of what the path leads
-/// through. For directories that are written to, which a volume of a container may open to everybody.
+/// through. For directories that are written to, which a container's volume may open to every user.
 pub fn open_directory_above(path: &Path) -> Option<PathBuf> {
     let resolved = std::fs::canonicalize(path).ok()?;
     let above = resolved.ancestors().skip(1).find(|directory| {

@@ -72,7 +72,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// This machine.
     Loopback,
-    /// Any address: anybody on the network path can read keys and tokens.
+    /// Any address: everyone on the network path can read keys and tokens.
     Any,
 }
 

@@ -118,7 +118,7 @@ pub(super) fn inspect(
     })
 }
 
-/// The public key, from modulus and exponent of the *private* object: a public object could be anybody's.
+/// The public key, from modulus and exponent of the *private* object: any user of the token can replace a public object.
 pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSide, Fault> {
     let untrusted = |what: String| {
         Fault::new(

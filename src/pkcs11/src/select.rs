@@ -30,7 +30,7 @@ pub(super) enum SelectorError {
     Twice,
     #[error("`token.uri` must begin with `pkcs11:`")]
     Scheme,
-    #[error("`token.uri` must have no query: module and PIN have settings of their own")]
+    #[error("`token.uri` must have no query: module and PIN have their own settings")]
     Query,
     #[error("`token.uri`: {0:?} has no value")]
     NoValue(String),

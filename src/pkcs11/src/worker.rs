@@ -310,7 +310,7 @@ fn work(
     }
 }
 
-/// The way back to the front, shared by the session threads; each makes its frames ready in a buffer of its own.
+/// The way back to the front, shared by the session threads; each makes its frames ready in its own buffer.
 struct Replies {
     stream: Arc<Mutex<UnixStream>>,
     outbox: Outbox,

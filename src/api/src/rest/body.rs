@@ -29,7 +29,7 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a body is none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
-    /// Not said to be JSON.
+    /// The content type is not JSON.
     ContentType,
     /// More than a client would send.
     TooLarge,

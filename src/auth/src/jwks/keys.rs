@@ -139,7 +139,7 @@ impl Keys {
             return None;
         }
         *refetched = Some(Instant::now());
-        // In a task of its own, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
+        // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
         // them be refused before it is over.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {

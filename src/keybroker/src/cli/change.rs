@@ -24,7 +24,7 @@ pub(super) fn audited<T>(
     audited_in_parts(context, config, action, describe, |_| work())
 }
 
-/// The same for work whose parts have entries of their own.
+/// The same for work whose parts have their own entries.
 pub(super) fn audited_in_parts<T>(
     context: &Context,
     config: &Config,
@@ -105,7 +105,7 @@ fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
 }
 
 fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, audit::Error> {
-    // First without a lock: opening leaves entries of its own.
+    // First without a lock: opening leaves its own entries.
     if audit::open_intents(&settings.directory.join(name))?.is_empty() {
         return Ok(Vec::new());
     }

@@ -45,7 +45,7 @@ fn set(under_way: Option<UnderWay>) {
     *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
 }
 
-/// Ends the process at the first SIGINT, from a thread of its own.
+/// Ends the process at the first SIGINT, from a separate thread.
 pub(super) fn watch(output: Output) -> Result<(), Failure> {
     let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
     let runtime = runtime::Builder::new_current_thread()

@@ -229,7 +229,7 @@ fn findings(
     findings
         .iter()
         .map(|finding| {
-            // Its sentences begin with the attribute, which is a column of its own here.
+            // Its sentences begin with the attribute, which is a separate column here.
             let name = format!("{} ", finding.attribute);
             let found = finding.verdict.strip_prefix(&name);
             let found = found.unwrap_or(&finding.verdict);

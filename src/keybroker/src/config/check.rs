@@ -331,7 +331,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
+/// Anyone who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.doors != [Door::Rest] {
@@ -347,8 +347,8 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
     if reach == Plaintext::Loopback && !address.ip().is_loopback() {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\" whoever is on the path \
-             reads keys and tokens"
+            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\", everyone on the \
+             network path can read keys and tokens"
         ));
     }
 }
@@ -385,7 +385,7 @@ fn check_listener_tls(
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
             "{name}: client certificates are asked for, but `client_ca_file` is not set; \
-             without it nobody could be recognised"
+             without it no client could be recognised"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();

@@ -208,7 +208,7 @@ enum Unusable {
     },
 }
 
-/// SQLite makes files of its own beside the database, so the folder must be writable, too.
+/// SQLite makes its own files beside the database, so the folder must be writable, too.
 fn check_database(path: &Path) -> Result<(), Unusable> {
     let setting = "[store] `url`";
     let folder = path.parent().unwrap_or(path);

@@ -286,7 +286,7 @@ impl Connection {
         });
         let principal = self.shared.authenticator.certificate(certificate.as_ref());
         if let Err(error) = &principal {
-            tracing::debug!(peer = %self.peer, %error, "connection without a principal of its own");
+            tracing::debug!(peer = %self.peer, %error, "connection without its own principal");
         }
         let calls_max = usize::try_from(self.shared.limits.streams_per_connection_max);
         let caller = Caller::new(

@@ -1,6 +1,6 @@
 //! Authentication of calls: the only place where credentials become principals, before an API handles the call.
 //!
-//! The certificate of a connection is asked about once. A call may bring a credential of its own, which then stands
+//! The certificate of a connection is asked about once. A call may bring its own credential, which then stands
 //! in its place; the APIs see the principal and never the credential.
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
@@ -90,7 +90,7 @@ impl Identifier {
         if !auth::is_costly(values) {
             return self.try_credential(values, peer).await;
         }
-        // In a task of its own: a caller that closes the connection is still counted.
+        // In a separate task: a caller that closes the connection is still counted.
         let values: Vec<Zeroizing<Vec<u8>>> = values
             .iter()
             .map(|value| Zeroizing::new(value.to_vec()))

@@ -1,4 +1,4 @@
-//! The accept loop: connections under a limit, each in a task of its own. Our own rather than tonic's, which has no cap, no age
+//! The accept loop: connections under a limit, each in a separate task. Our own rather than tonic's, which has no cap, no age
 //! with a grace, and no bound on its graceful stop.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.

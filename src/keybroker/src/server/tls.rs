@@ -50,9 +50,8 @@ const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const KEY: Purpose = Purpose::secret("private key");
-const AUTHORITIES: Purpose = Purpose::trust(
-    "other users could name a certificate authority of their own, and be any client",
-);
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could name a certificate authority, and be any client");
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
 
 /// What connections are accepted with, from one moment to the next.
@@ -387,7 +386,7 @@ impl Files {
             (None, _) => {
                 return Err(
                     "client certificates are asked for, but `client_ca_file` is not set; without \
-                     it nobody could be recognised"
+                     it no client could be recognised"
                         .to_owned(),
                 );
             }

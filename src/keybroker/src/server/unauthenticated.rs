@@ -210,7 +210,7 @@ impl Authentication {
         })
     }
 
-    /// The same, whose calls cannot bring a credential of their own.
+    /// The same, whose calls cannot bring their own credential.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {

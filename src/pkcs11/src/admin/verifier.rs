@@ -1,4 +1,4 @@
-//! MACs verified one after another, on a session of their own.
+//! MACs verified one after another, on a separate session.
 
 use keybroker_core::key::WrappingKeyId;
 

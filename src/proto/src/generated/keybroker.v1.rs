@@ -1417,10 +1417,10 @@ pub struct ClientCredential {
     /// Roles, by their names in the configuration.
     #[prost(string, repeated, tag = "3")]
     pub roles: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: whose keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: whose keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "4")]
     pub users: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: which of their keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: which of their keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "5")]
     pub key_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// When it was made.
@@ -1478,7 +1478,7 @@ pub struct CreateClientCredentialResponse {
     /// Number of the secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The secret: the password of Basic. Nobody can show it again.
+    /// The secret: the password of Basic. It cannot be shown again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }
@@ -1502,7 +1502,7 @@ pub struct AddClientSecretResponse {
     /// Number of the new secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The new secret. Nobody can show it again.
+    /// The new secret. It cannot be shown again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }

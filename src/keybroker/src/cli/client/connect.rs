@@ -183,7 +183,7 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
             .to_owned()
     } else if has(&["CaUsedAsEndEntity"]) {
-        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
+        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a separate certificate for the \
          server"
             .to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {

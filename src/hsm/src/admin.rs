@@ -50,9 +50,12 @@ const EXIT_PAUSE: Duration = Duration::from_millis(5);
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// No module, no token, or not the one that was meant; or the module crashed or hangs.
+    /// The token refuses, the module crashed or hangs, or a request does not fit the token.
     #[error("{0}")]
     Token(String),
+    /// The module does not load, or shows no token that fits: its environment may be incomplete.
+    #[error("{0}")]
+    NoToken(String),
     /// No PIN, or one that was rejected.
     #[error("{0}")]
     Pin(String),
@@ -78,6 +81,7 @@ impl From<wire::AdminFailure> for AdminError {
         match failure.class() {
             AdminFailureClass::Pin => Self::Pin(failure.detail),
             AdminFailureClass::Untrusted => Self::Untrusted(failure.detail),
+            AdminFailureClass::NoToken => Self::NoToken(failure.detail),
             AdminFailureClass::Token | AdminFailureClass::Unspecified => {
                 Self::Token(failure.detail)
             }

@@ -96,6 +96,7 @@ fn lock(replies: &Mutex<Replies>) -> std::sync::MutexGuard<'_, Replies> {
 fn failure(error: &AdminError) -> Outcome {
     let class = match error {
         AdminError::Token(_) => AdminFailureClass::Token,
+        AdminError::NoToken(_) => AdminFailureClass::NoToken,
         AdminError::Pin(_) | AdminError::NewPin(_) => AdminFailureClass::Pin,
         AdminError::Untrusted(_) => AdminFailureClass::Untrusted,
     };

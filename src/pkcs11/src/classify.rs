@@ -27,8 +27,11 @@ pub(super) enum Class {
     Login,
     /// The configuration or the key does not fit: a retry cannot help.
     Configuration,
-    /// A key that must be there is not found. At first an administrator's matter; once it was there, a token that is away
-    /// or has lost its login looks so. Found by our own search, never a return code.
+    /// The module does not load, or shows no token that fits: its environment may be incomplete. Found by our own search,
+    /// never a return code.
+    NoToken,
+    /// A registered key is not found. At the first start an administrator has to act; later a token that is unavailable or
+    /// has lost its login looks the same. Found by our own search, never a return code.
     KeyMissing,
     /// Something on the token is not as it must be: found by our own checks, never a return code.
     Untrusted,

@@ -19,7 +19,7 @@ use crate::{
 /// Loads and initialises the module at a path.
 pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
     let shown = path.display();
-    let unfit = |detail: String| Fault::new(Class::Configuration, detail);
+    let unfit = |detail: String| Fault::new(Class::NoToken, detail);
     if !path.is_absolute() {
         return Err(unfit(format!(
             "`token.module` is {shown}: it must be an absolute path, so that no search path decides \

@@ -161,7 +161,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
     let wanted = selector.describe();
     if tokens.is_empty() {
         return Err(Fault::new(
-            Class::Configuration,
+            Class::NoToken,
             format!(
                 "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
                  SOFTHSM2_CONF)? Look with `keybroker token list`, make one with `keybroker token init`"
@@ -170,7 +170,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
     }
     let Some((slot, info)) = fitting.next() else {
         return Err(Fault::new(
-            Class::Configuration,
+            Class::NoToken,
             format!(
                 "no token with {wanted}; {} initialised token(s) seen: {}. Look with `keybroker token \
                  list`, make one with `keybroker token init`",

@@ -211,7 +211,7 @@ impl SessionThread {
             Class::Pin | Class::Login | Class::Untrusted => {
                 Stop::failed(FailureClass::Untrusted, fault.to_string())
             }
-            Class::Input | Class::Ambiguous | Class::Configuration => {
+            Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 match self.revive(key, deadline) {
                     Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
                     Err(Stop::Failed(mut self_test)) => {

@@ -222,7 +222,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::Login => FailureClass::Login,
         Class::Untrusted => FailureClass::Untrusted,
         Class::KeyMissing => FailureClass::KeyMissing,
-        Class::Configuration => FailureClass::Configuration,
+        Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
         // An input that the token refuses is our own known-answer input: it may have been in trouble for a moment.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {

@@ -72,7 +72,7 @@ pub(super) fn state(config: &Config) -> StateDirectory {
 pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
     Admin::open(program, &config.token, &state(config), pin, write)
-        .map_err(|error| environment::explain(error.into(), config))
+        .map_err(|error| environment::explain(error, config))
 }
 
 /// Names the option, because the configuration names a PIN file, too.

@@ -60,7 +60,7 @@ pub(super) struct RetryPin {
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
         let exit = match &error {
-            AdminError::Token(_) | AdminError::Start(_) => Exit::Token,
+            AdminError::Token(_) | AdminError::NoToken(_) | AdminError::Start(_) => Exit::Token,
             AdminError::Pin(_) | AdminError::PinSource(_) => Exit::Pin,
             AdminError::Untrusted(_) | AdminError::PublicKey(_) => Exit::Untrusted,
             AdminError::Environment(_) => Exit::Configuration,
@@ -82,7 +82,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
 fn list(context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let listed = admin::list_tokens(Path::new(OWN_PROGRAM), &config.token)
-        .map_err(|error| environment::explain(error.into(), &config))?;
+        .map_err(|error| environment::explain(error, &config))?;
     let is_empty = listed.is_empty();
     let rows = listed
         .into_iter()
@@ -152,7 +152,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
                 &user_pin,
                 erase,
             )
-            .map_err(|error| environment::explain(error.into(), &config))?;
+            .map_err(|error| environment::explain(error, &config))?;
             if let Some(note) = note {
                 context.output.note(&format!("note: {note}"));
             }

@@ -275,7 +275,7 @@ impl FileId {
 /// Longer lines are damage: what the log writes is far shorter.
 pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 
-/// A line of a segment, or what stands where one should be.
+/// A line of a segment, or the bytes in its place.
 #[derive(Debug)]
 pub(super) struct Line {
     /// Where it begins.

@@ -86,7 +86,7 @@ impl Shared {
             return Ok(());
         }
         let error = Error::new(format!(
-            "the disk has not answered for {} ms; look at it",
+            "the disk has not answered for {} ms; check the disk and the kernel's log",
             APPEND_TIMEOUT.as_millis()
         ));
         if !std::mem::replace(&mut state.stall_reported, true) {

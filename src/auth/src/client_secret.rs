@@ -346,7 +346,7 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // Before the database and the token are asked: they have a limit, too.
+                // Before the database and the token are asked, because their capacity is limited, too.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;

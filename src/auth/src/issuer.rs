@@ -1,6 +1,6 @@
 //! `[[issuer]]`: whose tokens are believed, with which keys they are verified, and what they must say.
 //!
-//! Everything that decides about a token stands here. Nothing of it is ever taken from the token.
+//! Every rule about a token is here. None of them is ever taken from the token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 

@@ -102,7 +102,7 @@ enum Unused {
 pub(super) enum NoKey {
     /// None of that name. A newer set may have it.
     Unknown,
-    /// The token names none, and so many fit that not all of them are tried.
+    /// The token names none, and more keys fit than are tried.
     TooMany,
     /// It is not for that algorithm.
     OtherAlgorithm,

@@ -266,7 +266,7 @@ impl Envelope {
         bytes
     }
 
-    /// Who keeps it.
+    /// Who stores the envelope: the broker or the client.
     pub fn kind(&self) -> Kind {
         self.kind
     }

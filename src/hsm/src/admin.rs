@@ -94,7 +94,7 @@ impl From<wire::AdminFailure> for AdminError {
 pub struct Listed {
     /// Slot number; changes when tokens are initialised.
     pub slot: u64,
-    /// What the token says of itself.
+    /// Label, serial number and model of the token.
     pub info: TokenInfo,
     /// Whether it was initialised.
     pub initialised: bool,
@@ -113,7 +113,7 @@ pub struct Listed {
 pub struct CheckedKey {
     /// `CKA_ID`.
     pub id: WrappingKeyId,
-    /// Of the public key.
+    /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// DER SubjectPublicKeyInfo.
     pub spki: Vec<u8>,
@@ -295,7 +295,7 @@ impl Admin {
         }
     }
 
-    /// Decrypts in a loop with so many threads for so many seconds: what the token can do with nothing around it. Returns the
+    /// Decrypts in a loop with a number of threads for a number of seconds: what the token can do by itself. Returns the
     /// number of operations.
     pub fn decrypt_loop(
         &self,

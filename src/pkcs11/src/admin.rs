@@ -73,7 +73,7 @@ impl From<Fault> for AdminError {
 pub(crate) struct Listed {
     /// Slot number; changes when tokens are initialised.
     pub(crate) slot: u64,
-    /// What the token says of itself.
+    /// Label, serial number and model of the token.
     pub(crate) info: TokenInfo,
     /// Whether it was initialised.
     pub(crate) initialised: bool,
@@ -239,7 +239,7 @@ fn refused_so_pin(fault: Fault) -> AdminError {
     ))
 }
 
-/// What the token says of the length of PINs.
+/// The lengths of PINs that the token accepts.
 fn takes(info: &PkcsTokenInfo) -> String {
     format!(
         "the token takes PINs of {} to {} bytes",
@@ -447,7 +447,7 @@ impl Admin {
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
-    /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
+    /// The bare decrypt loop of `threads` threads, until `until`: what the token can do by itself. Returns the number
     /// of operations.
     pub(crate) fn decrypt_loop(
         &self,

@@ -1,7 +1,7 @@
 //! What a return code means for the job, the session and the worker: one table.
 //!
 //! The same code means different things on different tokens: `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext and to a token that is gone; `CKR_DEVICE_ERROR` is a wrong MAC on NSS. Such codes are ambiguous, and a
+//! ciphertext and to a token that was removed; `CKR_DEVICE_ERROR` is a wrong MAC on NSS. Such codes are ambiguous, and a
 //! known-answer operation decides, never the code.
 
 use std::fmt;
@@ -15,7 +15,7 @@ pub(super) enum Class {
     Input,
     /// The session or its handles are gone; a new session may help.
     SessionLost,
-    /// The token or the module is gone; only a new worker helps.
+    /// The token or the module is lost; only a new worker helps.
     TokenLost,
     /// The self-test decides.
     Ambiguous,

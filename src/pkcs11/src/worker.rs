@@ -80,7 +80,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // When the front is gone, the end of the socket ends this process.
+        // When the front ends, the end of the socket ends this process.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);

@@ -51,7 +51,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let name = entry.map_err(unreadable)?.file_name();
         let name = name.to_string_lossy();
-        // Hidden ones are an editor's, or the inside of a mounted ConfigMap.
+        // Hidden files belong to an editor, or are the links inside a mounted ConfigMap.
         if !name.starts_with('.') && name.ends_with(SUFFIX) {
             names.push(name.into_owned());
         }

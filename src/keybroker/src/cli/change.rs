@@ -47,7 +47,7 @@ pub(super) fn audited_in_parts<T>(
     let mut last = entry(EntryKind::Outcome, Outcome::Ok);
     if result.is_err() {
         last.outcome = match last.count {
-            // So many at least: what was under way may have been done or not.
+            // At least that many: the part in progress may have been done or not.
             Some(_) => Outcome::Unknown,
             None => Outcome::Failed,
         };
@@ -86,8 +86,8 @@ fn next_after(action: &str) -> &'static str {
     match action {
         "store.copy" => "run the same command again: it continues the copy",
         "store.migrate" => "run the same command again",
-        "bench.seed" => "what it had written stays; run it again for the rest",
-        "store.purge" => "what it had removed is gone; run it again for the rest",
+        "bench.seed" => "what it wrote stays; run it again for the rest",
+        "store.purge" => "what it removed stays removed; run it again for the rest",
         _ => "`keybroker token check` shows what it left",
     }
 }

@@ -1,6 +1,6 @@
 //! Authentication of calls: the only place where credentials become principals, before an API handles the call.
 //!
-//! The certificate of a connection is asked about once. A call may bring its own credential, which then stands
+//! The certificate of a connection is evaluated once. A call may bring its own credential, which then stands
 //! in its place; the APIs see the principal and never the credential.
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
@@ -44,7 +44,7 @@ impl Identifier {
     }
 
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
-        // Nothing behind here needs it, so nothing behind here can show it.
+        // No later handler needs the credential, so none can leak it.
         let credentials = take_credentials(request.headers_mut());
         let extensions = request.extensions();
         if let Some(caller) = extensions.get::<Caller>().cloned()

@@ -205,8 +205,8 @@ impl Tls {
         &self.settings.trust_domains
     }
 
-    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
-    /// who is still trusted comes back.
+    /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
+    /// clients that are still trusted reconnect.
     pub(super) fn reload(&self) {
         let outcome = self.try_reload();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);

@@ -249,7 +249,7 @@ fn uncertain(failure: Failure) -> Failure {
     ))
 }
 
-/// What is not found here is no user's key.
+/// The reason's hint is about user keys, and here it is an API client that was not found.
 fn unknown(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyNotFound.as_str()) {
         return failure

@@ -68,8 +68,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     }
 
     /// Fails when the database is not the one that was opened. Asked before each use of a connection, and after each commit
-    /// before it is acknowledged.
-    fn check_place(&self) -> Result<(), Error> {
+    /// before it is acknowledged. A read may rely on what was found shortly before.
+    fn check_place(&self, _purpose: Purpose) -> Result<(), Error> {
         Ok(())
     }
 
@@ -371,7 +371,7 @@ struct Lease<'e, E: Engine> {
 
 impl<'e, E: Engine> Lease<'e, E> {
     async fn take(engine: &'e E, probe: &'e probe::Probe, purpose: Purpose) -> Result<Self, Error> {
-        engine.check_place()?;
+        engine.check_place(purpose)?;
         let begun = Instant::now();
         let permit = match engine.limit(purpose) {
             None => None,
@@ -399,8 +399,8 @@ impl<'e, E: Engine> Lease<'e, E> {
             _permit: permit,
             _count: probe.leased(purpose),
         };
-        // It may have been opened just now.
-        engine.check_place()?;
+        // It may have waited.
+        engine.check_place(purpose)?;
         Ok(lease)
     }
 
@@ -478,7 +478,7 @@ impl<'e, E: Engine> Lease<'e, E> {
         match (result, ended) {
             (Ok(value), Ok(())) => {
                 // A commit into a file that was removed is lost when the broker ends: what became of it is not known.
-                if let Err(error) = self.engine.check_place() {
+                if let Err(error) = self.engine.check_place(Purpose::Write) {
                     return Err(if is_commit {
                         Ended::Unknown(error, value)
                     } else {

@@ -3,7 +3,7 @@
 //! One connection writes, several read. WAL with `synchronous = FULL`: a commit that was acknowledged survives power loss
 //! (NORMAL may lose the last ones).
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
     ConnectOptions as _, Sqlite, SqlitePool,
@@ -38,7 +38,7 @@ struct SqliteFile {
     reader: SqlitePool,
     /// One connection that is never lent out: as long as it is open, SQLite itself neither removes nor makes a WAL.
     keeper: SqlitePool,
-    place: place::Place,
+    place: Arc<place::Place>,
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
@@ -70,7 +70,7 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     file::check(path)?;
     let keeper = writer(path);
     file::require_current(&keeper).await?;
-    let place = place::Place::of(path)?;
+    let place = Arc::new(place::Place::of(path)?);
     let writer = writer(path);
     let mut connection = writer.acquire().await?;
     let rows = connection
@@ -84,12 +84,17 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     let weaknesses = Found(found).sqlite();
     durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
+    let opened = Arc::clone(&place);
     let reader = SqlitePoolOptions::new()
         .max_connections(READERS)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(None)
         .max_lifetime(None)
         .test_before_acquire(false)
+        .after_connect(move |_, _| {
+            let found = opened.check();
+            Box::pin(async move { found.map_err(|error| sqlx::Error::Io(io::Error::other(error))) })
+        })
         .connect_lazy_with(options(path).read_only(true));
     // Not another one than the first connection opened.
     place.check()?;
@@ -118,8 +123,11 @@ impl Engine for SqliteFile {
         TIME_LIMIT
     }
 
-    fn check_place(&self) -> Result<(), Error> {
-        self.place.check()
+    fn check_place(&self, purpose: Purpose) -> Result<(), Error> {
+        match purpose {
+            Purpose::Read => self.place.check_recent(),
+            Purpose::Write => self.place.check(),
+        }
     }
 
     async fn close(&self) {

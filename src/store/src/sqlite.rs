@@ -3,7 +3,11 @@
 //! One connection writes, several read. WAL with `synchronous = FULL`: a commit that was acknowledged survives power loss
 //! (NORMAL may lose the last ones).
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use sqlx::{
     ConnectOptions as _, Sqlite, SqlitePool,
@@ -12,17 +16,35 @@ use sqlx::{
 
 use super::{
     Error, Settings,
+    dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
     engine::{Engine, EngineStore, Purpose},
-    session::{Columns as _, Session as _},
-    statements::{Statements, TableStatements},
+    session::Session as _,
+    statements::Statements,
     tables::Tables,
 };
 
 pub(super) mod file;
 mod place;
-mod statements;
-mod tables;
+
+/// A transaction holds the write lock from its beginning: one that reads first and writes then would fail at once when
+/// another wrote between. No row has to be locked after that.
+const DIALECT: Dialect = Dialect {
+    placeholder: Placeholder::Question,
+    // SQLite takes a name in double quotes for a text when there is no such column.
+    quote: '`',
+    begin: "BEGIN IMMEDIATE",
+    lock: None,
+    unless_taken: " ON CONFLICT DO NOTHING",
+    upsert: Upsert::OnConflict,
+    limited_delete: LimitedDelete::Subquery,
+    clock: None,
+    has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
+    durability: "SELECT 'synchronous' AS name, CAST(synchronous AS TEXT) AS value FROM pragma_synchronous",
+    durability_columns: ["name", "value"],
+};
+
+static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 const READERS: u32 = 4;
 /// How long a call waits for its turn: shorter than the deadlines of most callers, so that they learn why they waited.
@@ -73,15 +95,9 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     let place = place::Place::of(path)?;
     let writer = writer(path);
     let mut connection = writer.acquire().await?;
-    let rows = connection
-        .rows(statements::STATEMENTS.durability, Vec::new())
-        .await?;
+    let rows = connection.rows(SQL.durability, Vec::new()).await?;
     drop(connection);
-    let mut found = Vec::new();
-    for row in &rows {
-        found.push((row.text(0)?.to_owned(), row.text(1)?.to_owned()));
-    }
-    let weaknesses = Found(found).sqlite();
+    let weaknesses = Found::read(&rows, DIALECT.durability_columns)?.sqlite();
     durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = SqlitePoolOptions::new()
@@ -104,8 +120,9 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
 impl Engine for SqliteFile {
     type Database = Sqlite;
 
-    const SQL: &'static Statements = &statements::STATEMENTS;
-    const TABLES: &'static TableStatements = &tables::TABLES;
+    fn sql() -> &'static Statements {
+        &SQL
+    }
 
     fn pool(&self, purpose: Purpose) -> &SqlitePool {
         match purpose {

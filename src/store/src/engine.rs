@@ -25,7 +25,7 @@ use super::{
     Error, mutations,
     session::{Session, Value},
     slow::{self, Named as _},
-    statements::{Statements, TableStatements},
+    statements::Statements,
 };
 
 mod calls;
@@ -52,8 +52,8 @@ const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
-    const SQL: &'static Statements;
-    const TABLES: &'static TableStatements;
+    /// The statements of the engine, which stay the same.
+    fn sql() -> &'static Statements;
 
     /// The connections for a purpose.
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;
@@ -103,8 +103,7 @@ pub(super) struct EngineStore<E> {
 impl<E: Engine> EngineStore<E> {
     pub(super) fn new(engine: E) -> Arc<Self> {
         let mut names = Vec::new();
-        E::SQL.names_below("", &mut names);
-        E::TABLES.names_below("", &mut names);
+        E::sql().names_below("", &mut names);
         slow::learn(names);
         Arc::new(Self {
             engine: Arc::new(engine),
@@ -461,8 +460,8 @@ impl<'e, E: Engine> Lease<'e, E> {
         let until = tokio::time::Instant::now() + limit;
         let session = self.session();
         let run = async {
-            session.control(E::SQL.begin).await?;
-            Ok::<_, Error>(work(session, E::SQL).await)
+            session.control(E::sql().begin).await?;
+            Ok::<_, Error>(work(session, E::sql()).await)
         };
         let result = match tokio::time::timeout_at(until, run).await {
             Ok(Ok(result)) => result,

@@ -38,9 +38,9 @@ use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
 
 use super::{
+    apis::Apis,
     clients::Clients,
     descriptors,
-    doors::Doors,
     identify::Identifier,
     listener::{Listener, Shared},
     notify,
@@ -61,9 +61,9 @@ const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// One in so many connections may be without a principal.
+/// The share of connections that may be without a principal, as a divisor.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// One in so many may be in its handshake.
+/// The share of connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -262,14 +262,18 @@ impl Server {
         server.background.spawn(refresh);
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
-        server.open_doors(bound, &identifier)?;
+        server.open_listeners(bound, &identifier)?;
         if let Some(path) = &ready_file {
             server.write_ready_file(path)?;
         }
         Ok(server)
     }
 
-    fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
+    fn open_listeners(
+        &mut self,
+        bound: Vec<Bound>,
+        identifier: &Identifier,
+    ) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
         let unauthenticated_max = connections_max.div_ceil(UNAUTHENTICATED_DIVISOR);
@@ -285,7 +289,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
-        let doors = Doors {
+        let apis = Apis {
             config: &self.config,
             broker: &self.broker,
             health: &self.health,
@@ -299,10 +303,11 @@ impl Server {
             tls,
         } in bound
         {
-            let routes = doors.routes(&settings)?;
+            let routes = apis.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, doors = ?settings.doors, "listening");
+            let apis: Vec<&str> = settings.apis.iter().map(|api| api.as_str()).collect();
+            tracing::info!(%address, apis = %apis.join(", "), "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

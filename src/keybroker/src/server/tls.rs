@@ -50,9 +50,8 @@ const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const KEY: Purpose = Purpose::secret("private key");
-const AUTHORITIES: Purpose = Purpose::trust(
-    "other users could name a certificate authority of their own, and be any client",
-);
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could name a certificate authority, and be any client");
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
 
 /// What connections are accepted with, from one moment to the next.
@@ -164,7 +163,7 @@ impl Tls {
         state: Option<&StateDirectory>,
     ) -> Result<Self, String> {
         let files = Files::read(&settings, clients)?;
-        let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
+        let accepting = files.build(&settings, clients, &protocols, Validity::Checked)?;
         let mut newest = match (state, &settings.client_crl_file) {
             (Some(state), Some(file)) => {
                 Newest::read(state.clone(), file).map_err(|error| chain(&error))?
@@ -206,8 +205,8 @@ impl Tls {
         &self.settings.trust_domains
     }
 
-    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
-    /// who is still trusted comes back.
+    /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
+    /// clients that are still trusted reconnect.
     pub(super) fn reload(&self) {
         let outcome = self.try_reload();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
@@ -285,7 +284,7 @@ impl Tls {
             &self.settings,
             self.clients,
             &self.protocols,
-            Validity::Judged,
+            Validity::Checked,
         )?;
         self.check_follows_newest(&next)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
@@ -305,7 +304,7 @@ impl Tls {
             &self.settings,
             self.clients,
             &self.protocols,
-            Validity::Unjudged,
+            Validity::Unchecked,
         )?;
         self.check_follows_newest(&next)?;
         if next.trust != self.current().trust {
@@ -356,9 +355,9 @@ fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> R
 /// Whether the dates of the server's own certificate matter.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Validity {
-    Judged,
+    Checked,
     /// It is in use already.
-    Unjudged,
+    Unchecked,
 }
 
 impl Files {
@@ -387,7 +386,7 @@ impl Files {
             (None, _) => {
                 return Err(
                     "client certificates are asked for, but `client_ca_file` is not set; without \
-                     it nobody could be recognised"
+                     it no client could be recognised"
                         .to_owned(),
                 );
             }
@@ -437,8 +436,8 @@ impl Files {
             .first()
             .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
         let until = match validity {
-            Validity::Judged => check_validity(leaf, &settings.certificate_file)?,
-            Validity::Unjudged => not_after(leaf)?,
+            Validity::Checked => check_validity(leaf, &settings.certificate_file)?,
+            Validity::Unchecked => not_after(leaf)?,
         };
         let key = pem::private_key(&self.key)
             .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;

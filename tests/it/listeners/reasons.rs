@@ -48,7 +48,7 @@ type Expected = [&'static str; 17];
 /// How every method is asked once.
 #[derive(Clone, Copy)]
 struct Asked {
-    /// Whose keys: each method has a user of its own, so that none finds what another did.
+    /// Whose keys: each method has its own user, so that none finds what another did.
     users: &'static str,
     /// Who asks; absent for whoever may.
     caller: Option<&'static str>,
@@ -307,7 +307,7 @@ async fn while_the_audit_log_is_full() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_token_is_away() {
+async fn while_the_token_is_down() {
     const AWAY: &str = "TOKEN_DOWN";
     let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;

@@ -1,4 +1,4 @@
-//! What is wrong with a row, if anything: the same that a broker would find when somebody wants the key, and more.
+//! What is wrong with a row, if anything: what a broker would find when a caller asks for the key, and more.
 
 use keybroker_core::{
     client_credential::Document,
@@ -146,16 +146,16 @@ impl Finding {
     }
 }
 
-/// Goes with a scan from its beginning to its end.
+/// Checks the rows of one scan, from its beginning to its end.
 #[derive(Debug)]
-pub(super) struct Judge<'a> {
+pub(super) struct RowChecker<'a> {
     admin: &'a Admin,
     registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
-impl<'a> Judge<'a> {
+impl<'a> RowChecker<'a> {
     /// The token has the keys of the registry that are not destroyed.
     pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
@@ -181,7 +181,7 @@ impl<'a> Judge<'a> {
     }
 
     /// What is wrong with what a scan found, and with the record that it has left.
-    pub(super) fn judge(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
+    pub(super) fn check(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
         let mut findings = Vec::new();
         if found.is_first {
             findings.extend(self.end());

@@ -125,11 +125,11 @@ pub struct Parts {
     pub instance: String,
     /// How long the database keeps the marks of changes at least.
     pub retention: Duration,
-    /// How much may be stored.
+    /// Limits on what is stored for one user.
     pub capacity: Capacity,
 }
 
-/// How much may be stored of one user. Calls under way at the same time may exceed it by one each.
+/// Limits on what is stored for one user. Concurrent calls can exceed a limit by one each.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
     /// Revisions of a record, superseded ones included: `store.revisions_max`.

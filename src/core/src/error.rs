@@ -210,7 +210,7 @@ impl Error {
         }
     }
 
-    /// The same error of a credential that may be made up, although it was not rejected: it counts as a failed attempt.
+    /// The same error for a credential that was not rejected but may be invented: it counts as a failed attempt.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {

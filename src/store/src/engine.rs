@@ -73,8 +73,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Fails when another user may listen where a new connection would lead. Asked before a connection is taken from the pool, which
-    /// may have to open one.
+    /// Fails when another user may listen on the socket of the server. Called before a connection is taken from the pool, which may
+    /// open a new one.
     fn check_socket(&self) -> Result<(), Error> {
         Ok(())
     }

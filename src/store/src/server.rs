@@ -188,7 +188,7 @@ async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(
     S::migrate(connection).await
 }
 
-/// Connects, once the local socket of the server has been checked. Returns that socket as well if it has to be checked again.
+/// Checks the local socket of the server, then connects. Also returns the socket if it must be checked again before later connections.
 async fn connect<S: Server>(
     options: &OptionsOf<S>,
     settings: &Settings,
@@ -323,7 +323,7 @@ fn pool<S: Server>(
 /// A database on a server.
 struct OnServer<S: Server> {
     pool: Pool<S::Database>,
-    /// Where another user could make a socket while the server is stopped.
+    /// The socket, if another user could create one in its place while the server is stopped.
     socket: Option<Socket>,
     /// Changes may wait for locks that somebody holds. They take only a part of the connections, so that reads always have some.
     writes: Semaphore,

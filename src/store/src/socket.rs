@@ -1,10 +1,10 @@
-//! The local socket of a database server, before anything is sent through it. The driver sends a password in clear to a server that
-//! asks for it, so a process of another user must not be able to listen in the server's place.
+//! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear to a server
+//! that asks for it, so a process of another user must not be able to listen in place of the server.
 //!
 //! The path obeys the rule of `trusted_file`, with the users of the database server as further owners, and the process that listens
 //! must run as one of them, as this user or as root. In a sticky directory such as `/tmp` another user can make a socket while the
-//! server is stopped, so there the path is checked again before each use of a connection. What remains: a socket that is replaced
-//! there between that check and the driver's `connect`, which takes a server that stops in that moment.
+//! server is stopped, so there the path is checked again before each use of a connection. Not protected: a socket that another user
+//! creates there between that check and the driver's `connect`, if the server stops in that moment.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -33,7 +33,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// A socket on which one of these users may listen, by name or number. Those of `usual` who do not exist are passed over.
+    /// A socket on which these users may listen, given by name or number. Users in `usual` that do not exist are ignored.
     pub(super) fn new(
         path: PathBuf,
         named: Option<&[String]>,
@@ -74,7 +74,7 @@ impl Socket {
         }
     }
 
-    /// Checks the path and the process that listens, with a connection of its own through which nothing is sent.
+    /// Checks the path and the process that listens, with a separate connection through which nothing is sent.
     pub(super) async fn check_listener(&self) -> Result<SocketPlace, Error> {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
@@ -106,7 +106,7 @@ impl Socket {
         )))
     }
 
-    /// Checks the path again, while the server may be stopped and started.
+    /// Checks the path again. A missing socket counts as a lost connection: the server may be restarting.
     pub(super) fn check_again(&self) -> Result<(), Error> {
         match self.check() {
             Ok(_) => Ok(()),

@@ -201,8 +201,10 @@ impl Statements {
                 "INSERT INTO audit_logs (instance, log_id, bound_us) VALUES (?, ?, ?){}",
                 dialect.unless_taken
             )),
-            count_keys: sql("SELECT count(*) AS total FROM (SELECT 1 AS one FROM records \
-                 WHERE tenant = ? AND \"user\" = ? LIMIT ?) AS found"),
+            count_keys: sql(
+                "SELECT count(*) AS total FROM (SELECT 1 AS one FROM records \
+                 WHERE tenant = ? AND \"user\" = ? LIMIT ?) AS found",
+            ),
             count_revisions: sql(
                 "SELECT count(*) AS total FROM (SELECT 1 AS one FROM revisions \
                  WHERE record_id = ? LIMIT ?) AS found",

@@ -45,8 +45,8 @@ pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         let thread = std::thread::current();
-        tracing::error!(
-            alarm = "bug",
+        keybroker_core::alert!(
+            Bug,
             place = place.as_deref().unwrap_or("unknown"),
             thread = thread.name().unwrap_or("unnamed"),
             "panic"

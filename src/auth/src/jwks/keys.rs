@@ -228,8 +228,8 @@ impl Keys {
             .with([self.name.clone()])
             .set(f64::from(count));
         if !refused.is_empty() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, ?refused, count,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, ?refused, count,
                 "weak or malformed keys of the key set are refused; its other keys are in use"
             );
         }
@@ -245,13 +245,13 @@ impl Keys {
             return;
         }
         if self.current.load().is_some() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "key set not renewed; the last good one stays in use"
             );
         } else {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "no key set yet: its tokens are refused until there is one"
             );
         }

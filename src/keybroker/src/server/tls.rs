@@ -220,8 +220,7 @@ impl Tls {
             }
             Err(error) if refused.as_ref() == Some(&error) => {}
             Err(error) => {
-                metrics::TLS_RELOAD_FAILURES.increment();
-                tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
+                keybroker_core::alert!(TlsReload, %error, "TLS files not taken over; the old ones stay in use");
                 *refused = Some(error);
             }
         }
@@ -255,12 +254,12 @@ impl Tls {
         }
         match age {
             Age::Good => {}
-            Age::Late => tracing::error!(
-                alarm = "client-crl", file = %shown, hours_left = hours,
+            Age::Late => keybroker_core::alert!(
+                ClientCrl, file = %shown, hours_left = hours,
                 "a revocation list ends soon, and there is no newer one; then no client certificate is accepted"
             ),
-            Age::Over => tracing::error!(
-                alarm = "client-crl", file = %shown,
+            Age::Over => keybroker_core::alert!(
+                ClientCrl, file = %shown,
                 "a revocation list has ended: its authority's clients are refused until there is a newer one"
             ),
         }
@@ -333,8 +332,8 @@ impl Tls {
             .accept(&next.versions);
         if let Err(error) = self.remember_lists() {
             // The newer list counts all the same; only a restart would not know of it.
-            tracing::error!(
-                alarm = "client-crl", %error,
+            keybroker_core::alert!(
+                ClientCrl, %error,
                 "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
             );
         }

@@ -75,8 +75,8 @@ impl Place {
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if *problem != found {
             if let Some(what) = &found {
-                tracing::error!(
-                    alarm = "store-swapped", %what,
+                keybroker_core::alert!(
+                    StoreSwapped, %what,
                     "the database is not the file that was opened: nothing is read or written until it is"
                 );
             } else {

@@ -259,7 +259,7 @@ address = "127.0.0.1:19464"
 
 [[listener]]
 address = "$GRPC"
-doors = ["grpc", "admin"]
+apis = ["grpc", "admin"]
 
 [listener.tls]
 certificate_file = "/run/secrets/server.pem"

@@ -205,6 +205,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         }
         if name == "listener" {
             assert!(accepted.remove("tls"));
+            assert!(accepted.remove("doors"), "the earlier name of `apis`");
         }
         assert_eq!(example[name], accepted, "[{name}]");
         count += accepted.len();

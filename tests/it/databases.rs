@@ -57,7 +57,7 @@ async fn serving(broker: &Broker, service: &str) -> ServingStatus {
 const USER_KEYS: &str = "keybroker.v1.UserKeyService";
 const CONTROL: &str = "keybroker.v1.ControlService";
 
-fn assert_away<T: std::fmt::Debug>(result: Result<T, Status>) {
+fn assert_store_down<T: std::fmt::Debug>(result: Result<T, Status>) {
     let status = result.unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
@@ -89,8 +89,8 @@ async fn an_outage_is_survived(kind: Kind) {
     while stopped.elapsed() < outage() {
         let asked = Instant::now();
         let (one, other) = tokio::join!(releaser.unwrap("ada"), enroller.create("bob", MATERIAL));
-        assert_away(one);
-        assert_away(other);
+        assert_store_down(one);
+        assert_store_down(other);
         let is_new = asked - stopped < WAITED_OUT;
         let limit = if is_new {
             WAITED_OUT + KNOWN_WITHIN

@@ -16,7 +16,7 @@ use crate::{
     client_commands::client,
     pki,
     process::{Broker, until},
-    rest::door::Door,
+    rest::site::RestSite,
     site::{Finished, Options, Site},
     softhsm::write_private,
 };
@@ -507,10 +507,10 @@ fn a_client_that_cannot_connect_says_why() {
         &["nothing listens"],
     );
     let grpc = format!("https://localhost:{}", broker.grpc.port());
-    let strangers = pki.certificate_file("stranger-ca");
+    let others = pki.certificate_file("other-ca");
     says(
         "another authority",
-        &to(&grpc, &strangers),
+        &to(&grpc, &others),
         11,
         &["not signed by an authority in --ca"],
     );
@@ -602,7 +602,7 @@ fn options_of_the_connection_are_taken_at_either_end() {
 #[test]
 fn a_method_of_another_listener_is_explained() {
     let site = Site::fresh(Options::default());
-    replaced(&site, "doors = [\"grpc\", \"admin\"]", "doors = [\"grpc\"]");
+    replaced(&site, "apis = [\"grpc\", \"admin\"]", "apis = [\"grpc\"]");
     let broker = Broker::start_on(site.into());
     let finished = Finished::from(client(&broker, "admin", &["token-state"]).output().unwrap());
     says(
@@ -636,8 +636,8 @@ fn a_client_certificate_without_a_name_is_told_from_an_unknown_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_path_of_the_rest_api_is_answered_with_the_right_ones() {
-    let door = Door::open();
-    let answer = door.request(Method::GET, "/nothing").send().await.unwrap();
+    let rest = RestSite::open();
+    let answer = rest.request(Method::GET, "/nothing").send().await.unwrap();
     assert_eq!(answer.status(), 404);
     let text = answer.text().await.unwrap();
     for word in ["there is no such path", "/user-keys", "`prefix`"] {

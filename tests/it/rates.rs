@@ -87,7 +87,7 @@ async fn presenting(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_credentials_use_up_the_budget_of_their_address_and_nobody_elses() {
+async fn wrong_credentials_use_up_the_budget_of_their_own_address_alone() {
     let broker = Broker::start(with_rates("failures_per_minute = 4"));
     Caller::of(&broker, "enroller")
         .create("ada", MATERIAL)

@@ -63,7 +63,7 @@ async fn with_a_list_in_force_only_good_certificates_are_accepted() {
         let answer = Caller::of(&broker, client).unwrap("ada").await;
         refused(answer, "KEY_NOT_FOUND");
     }
-    for client in ["enroller", pki::EXPIRED, pki::STRANGER] {
+    for client in ["enroller", pki::EXPIRED, pki::OTHER_CA] {
         let answer = Caller::of(&broker, client).unwrap("ada").await;
         assert!(answer.is_err(), "{client}");
         assert_ne!(
@@ -167,7 +167,7 @@ async fn a_new_list_counts_beside_a_bad_server_certificate() {
 
 /// A list that has ended says nothing of anybody.
 #[tokio::test(flavor = "multi_thread")]
-async fn when_the_list_ends_nobody_is_let_in_until_there_is_a_new_one() {
+async fn an_expired_revocation_list_refuses_every_client_until_there_is_a_new_one() {
     let site = site(&[], 4);
     let broker = Broker::start_on(Arc::clone(&site));
     until_logged(&site, "a revocation list ends soon");

@@ -113,7 +113,7 @@ address = "127.0.0.1:0"
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["grpc", "admin"]
+apis = ["grpc", "admin"]
 
 [listener.tls]
 certificate_file = "{certificate}"

@@ -19,17 +19,17 @@ use keybroker_proto::{
 mod clients;
 mod control;
 mod convert;
-mod ending;
 mod message;
 mod method;
 mod middleware;
 mod page;
 mod status;
+mod stream_end;
 mod timeout;
 mod user_keys;
 
 pub use message::Memory;
-pub use middleware::Surroundings;
+pub use middleware::Context;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
@@ -53,7 +53,7 @@ pub struct Services {
 }
 
 /// The routes of a listener.
-pub fn routes<H>(around: Surroundings, services: Services, health: H) -> Result<Router, String>
+pub fn routes<H>(context: Context, services: Services, health: H) -> Result<Router, String>
 where
     H: tower::Service<
             http::Request<tonic::body::Body>,
@@ -66,7 +66,7 @@ where
         + 'static,
     H::Future: Send + 'static,
 {
-    let broker = &around.broker;
+    let broker = &context.broker;
     let mut routes = Routes::new(health);
     if services.user_keys {
         let service = user_keys::UserKeys::new(Arc::clone(broker));
@@ -109,7 +109,7 @@ where
     }
     Ok(middleware::wrap(
         routes.prepare().into_axum_router(),
-        around,
+        context,
     ))
 }
 

@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expired_certificate_is_nobody() {
+    fn an_expired_certificate_has_no_principal() {
         let expired = rcgen::date_time_ymd(2020, 1, 1);
         let certificate = certificate_until(&["URI:spiffe://example.org/app"], expired);
         let refused = known().certificate(Some(&certificate)).unwrap_err();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_several_and_nothing_are_refused_alike() {
+    fn no_several_and_unknown_principals_are_refused_alike() {
         let cases = [
             Some(certificate(&["URI:spiffe://example.org/other"])),
             Some(certificate(&["URI:spiffe://example.org/app2"])),

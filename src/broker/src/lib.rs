@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use crate::limits::Limits;
 use keybroker_audit::{AuditLog, OpenIntent};
 use keybroker_core::{
-    call::{Call, Deadline, away},
+    call::{Call, Deadline, outside_time},
     error::{Error, Reason},
     key::{KeyAddress, KeyName, UserId},
     metrics,
@@ -341,13 +341,13 @@ async fn observed<T>(
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
     let started = Instant::now();
-    let (result, away) = away::measured(work).await;
+    let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
         // One job on the token: what is left is the broker's own.
         metrics::CALL_OVERHEAD
             .handle()
-            .record(total.saturating_sub(away));
+            .record(total.saturating_sub(outside));
     }
     observe(action, call, total, &result);
     result

@@ -245,7 +245,7 @@ impl Supervisor {
         tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
         self.found.store(Arc::new(found));
         self.note_self_test();
-        self.welcome(&link);
+        self.admit(&link);
         self.tasks.spawn(Arc::clone(self).monitor(link, child));
     }
 
@@ -274,7 +274,7 @@ impl Supervisor {
     }
 
     /// Takes in a worker that is ready.
-    fn welcome(&self, link: &Arc<Link>) {
+    fn admit(&self, link: &Arc<Link>) {
         let mut decider = self.decider();
         self.queue.add(Arc::clone(link));
         self.apply(&mut decider, Event::Ready);
@@ -395,7 +395,7 @@ impl Supervisor {
                 })
                 .collect(),
             queue_length: self.queue.len(),
-            last_canary: self.last_self_test(),
+            last_self_test: self.last_self_test(),
         }
     }
 }

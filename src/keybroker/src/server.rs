@@ -8,17 +8,17 @@ use serde::{Deserialize, Serialize};
 use keybroker_auth::token;
 use keybroker_core::state::StateDirectory;
 
+mod apis;
 mod clients;
 mod connection;
 mod descriptors;
-mod doors;
 mod frames;
 mod handshake;
 mod identify;
 mod listener;
+mod log_limit;
 mod notify;
 mod opening;
-mod rarely;
 mod run;
 mod status;
 mod tls;
@@ -30,10 +30,10 @@ mod zeroed_reads;
 pub use run::run;
 pub use tls::Contents as TlsContents;
 
-/// What a listener lets in.
+/// An API that a listener can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Door {
+pub enum Api {
     /// User keys over gRPC.
     Grpc,
     /// The control plane over gRPC.
@@ -95,8 +95,9 @@ const fn default_client_auth_usage_required() -> bool {
 pub struct ListenerSettings {
     /// Address and port.
     pub address: SocketAddr,
-    /// What it lets in.
-    pub doors: Vec<Door>,
+    /// The APIs that it serves. Earlier releases called this setting `doors`.
+    #[serde(alias = "doors")]
+    pub apis: Vec<Api>,
     /// TLS; required unless `plaintext` says otherwise.
     pub tls: Option<TlsSettings>,
     /// HTTP without TLS, for a proxy that ends TLS.
@@ -123,7 +124,7 @@ impl ListenerSettings {
             return Ok(None);
         };
         let mut protocols = vec![b"h2".to_vec()];
-        if self.doors.contains(&Door::Rest) {
+        if self.apis.contains(&Api::Rest) {
             protocols.push(handshake::ALPN_HTTP1.to_vec());
         }
         tls::Tls::load(files.clone(), self.client_certificates, protocols, state).map(Some)

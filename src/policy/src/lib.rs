@@ -245,7 +245,7 @@ struct Watch {
     /// Digest of new content that was seen.
     seen: Option<[u8; 32]>,
     /// Digest of content that was checked, so that it is not parsed again each second.
-    judged: Option<[u8; 32]>,
+    checked: Option<[u8; 32]>,
 }
 
 impl Policy {
@@ -277,7 +277,7 @@ impl Policy {
             peer: peer.ip(),
             at: Timestamp::now(),
         };
-        let verdict = self.judge(&case);
+        let verdict = self.evaluate(&case);
         for (policy, error) in &verdict.errors {
             metrics::POLICY_ERRORS
                 .with([policy.to_string()])
@@ -318,7 +318,7 @@ impl Policy {
     }
 
     /// What would be decided. Nothing can be done with the answer but to show it.
-    pub fn judge(&self, case: &Case<'_>) -> Verdict {
+    pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
 
@@ -329,7 +329,7 @@ impl Policy {
             None => explain::explain(&self.current.load(), case),
         };
         Explanation {
-            verdict: self.judge(case),
+            verdict: self.evaluate(case),
             policies,
         }
     }
@@ -375,13 +375,13 @@ impl Policy {
         if digest == *current.digest() {
             return Ok(Look::Same);
         }
-        if watch.judged == Some(digest) {
+        if watch.checked == Some(digest) {
             return Ok(Look::Waiting);
         }
         if !announced && watch.seen.replace(digest) != Some(digest) {
             return Ok(Look::Waiting);
         }
-        watch.judged = Some(digest);
+        watch.checked = Some(digest);
         current.check_none_is_gone(&sources)?;
         Set::build(&self.settings, &sources).map(|set| Look::New(Box::new(set)))
     }

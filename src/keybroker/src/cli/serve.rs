@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::{allocator, server};
+use crate::server;
 
 use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
@@ -16,9 +16,6 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure> {
-    if let Err(error) = allocator::apply() {
-        tracing::warn!(%error, "the allocator keeps its default settings; memory is returned later than it could be");
-    }
     let config = context.config_as_written()?;
     let problems = config.problems();
     if !problems.is_empty() {

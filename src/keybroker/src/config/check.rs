@@ -3,7 +3,7 @@
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
 use crate::server::{
-    ClientCertificates, Door, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
+    Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
@@ -20,7 +20,7 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         self.check_selection(&mut problems);
-        self.check_doors(&mut problems);
+        self.check_apis(&mut problems);
         self.check_principals(&mut problems);
         problems
     }
@@ -230,7 +230,7 @@ impl Config {
         );
     }
 
-    fn check_doors(&self, problems: &mut Vec<String>) {
+    fn check_apis(&self, problems: &mut Vec<String>) {
         if !self.status.address.ip().is_loopback() {
             problems.push(format!(
                 "[status]: `address` is {}, which others can reach; it must be a loopback address, because \
@@ -264,7 +264,7 @@ impl Config {
         }
         for listener in &self.listeners {
             check_listener(listener, problems);
-            if listener.doors.contains(&Door::Rest) && !has_users {
+            if listener.apis.contains(&Api::Rest) && !has_users {
                 problems.push(format!(
                     "[[listener]] {}: the REST API is for users, but no [[issuer]] has tokens of users",
                     listener.address
@@ -314,9 +314,9 @@ fn wide(value: usize) -> u64 {
 
 fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
-    if listener.doors.is_empty() {
+    if listener.apis.is_empty() {
         problems.push(format!(
-            "[[listener]] {address}: `doors` is empty, so it serves no API"
+            "[[listener]] {address}: `apis` is empty, so it serves no API"
         ));
     }
     match (&listener.tls, listener.plaintext) {
@@ -324,7 +324,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: `plaintext` and [listener.tls] exclude each other"
         )),
         (None, None) => problems.push(format!(
-            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the door `rest` \
+            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the API `rest` \
              alone, say `plaintext = \"loopback\"` instead"
         )),
         (Some(tls), None) => {
@@ -338,9 +338,9 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
 /// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
-    if listener.doors != [Door::Rest] {
+    if listener.apis != [Api::Rest] {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext` is allowed only with `doors = [\"rest\"]`; the other APIs need [listener.tls]"
+            "[[listener]] {address}: `plaintext` is allowed only with `apis = [\"rest\"]`; the other APIs need [listener.tls]"
         ));
     }
     if listener.client_certificates != ClientCertificates::None {

@@ -17,7 +17,7 @@ use keybroker_core::metrics;
 use super::{
     Limits,
     connection::Connection,
-    rarely::Rarely,
+    log_limit::LogLimit,
     tls::Tls,
     unauthenticated::{self, Places},
     waiting::Waiting,
@@ -36,7 +36,7 @@ pub(super) struct Shared {
     /// Who holds the others.
     pub(super) places: Arc<Places>,
     /// Limits the log lines about connections that are refused.
-    pub(super) refusals: Arc<Rarely>,
+    pub(super) refusals: Arc<LogLimit>,
     pub(super) limits: Arc<Limits>,
     /// Stop accepting and ask every connection to leave.
     pub(super) stop: CancellationToken,
@@ -57,8 +57,8 @@ pub(super) struct Listener {
 impl Listener {
     /// Accepts until told to stop; dropping the socket then refuses newcomers at once.
     pub(super) async fn accept(self, shared: Shared) {
-        let failures = Rarely::default();
-        let full = Rarely::default();
+        let failures = LogLimit::default();
+        let full = LogLimit::default();
         loop {
             if shared.connections.available_permits() == 0 {
                 note_full(&shared.limits, &full);
@@ -100,7 +100,7 @@ impl Listener {
 }
 
 /// The limit of connections is reached. The next connection waits in the kernel's queue until one ends.
-fn note_full(limits: &Limits, full: &Rarely) {
+fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {
         tracing::warn!(

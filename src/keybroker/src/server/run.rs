@@ -39,9 +39,9 @@ use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
 
 use super::{
+    apis::Apis,
     clients::Clients,
     descriptors,
-    doors::Doors,
     identify::Identifier,
     listener::{Listener, Shared},
     notify,
@@ -271,14 +271,18 @@ impl Server {
         server.background.spawn(refresh);
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
-        server.open_doors(bound, &identifier)?;
+        server.open_listeners(bound, &identifier)?;
         if let Some(path) = &ready_file {
             server.write_ready_file(path)?;
         }
         Ok(server)
     }
 
-    fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
+    fn open_listeners(
+        &mut self,
+        bound: Vec<Bound>,
+        identifier: &Identifier,
+    ) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
         let unauthenticated_max = connections_max.div_ceil(UNAUTHENTICATED_DIVISOR);
@@ -294,7 +298,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
-        let doors = Doors {
+        let apis = Apis {
             config: &self.config,
             broker: &self.broker,
             health: &self.health,
@@ -308,10 +312,10 @@ impl Server {
             tls,
         } in bound
         {
-            let routes = doors.routes(&settings)?;
+            let routes = apis.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, doors = ?settings.doors, "listening");
+            tracing::info!(%address, apis = ?settings.apis, "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

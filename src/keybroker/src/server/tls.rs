@@ -164,7 +164,7 @@ impl Tls {
         state: Option<&StateDirectory>,
     ) -> Result<Self, String> {
         let files = Files::read(&settings, clients)?;
-        let accepting = files.build(&settings, clients, &protocols, Validity::Judged)?;
+        let accepting = files.build(&settings, clients, &protocols, Validity::Checked)?;
         let mut newest = match (state, &settings.client_crl_file) {
             (Some(state), Some(file)) => {
                 Newest::read(state.clone(), file).map_err(|error| chain(&error))?
@@ -285,7 +285,7 @@ impl Tls {
             &self.settings,
             self.clients,
             &self.protocols,
-            Validity::Judged,
+            Validity::Checked,
         )?;
         self.check_follows_newest(&next)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
@@ -305,7 +305,7 @@ impl Tls {
             &self.settings,
             self.clients,
             &self.protocols,
-            Validity::Unjudged,
+            Validity::Unchecked,
         )?;
         self.check_follows_newest(&next)?;
         if next.trust != self.current().trust {
@@ -356,9 +356,9 @@ fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> R
 /// Whether the dates of the server's own certificate matter.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Validity {
-    Judged,
+    Checked,
     /// It is in use already.
-    Unjudged,
+    Unchecked,
 }
 
 impl Files {
@@ -437,8 +437,8 @@ impl Files {
             .first()
             .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
         let until = match validity {
-            Validity::Judged => check_validity(leaf, &settings.certificate_file)?,
-            Validity::Unjudged => not_after(leaf)?,
+            Validity::Checked => check_validity(leaf, &settings.certificate_file)?,
+            Validity::Unchecked => not_after(leaf)?,
         };
         let key = pem::private_key(&self.key)
             .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;

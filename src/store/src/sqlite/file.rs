@@ -14,7 +14,7 @@ use keybroker_core::trusted_file;
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
 
-use super::statements::STATEMENTS;
+use super::SQL;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
@@ -101,7 +101,7 @@ fn is_foreign(owner: u32, ours: u32) -> bool {
 }
 
 async fn current(pool: &SqlitePool) -> Result<i64, Error> {
-    schema::current(&mut *pool.acquire().await?, &STATEMENTS).await
+    schema::current(&mut *pool.acquire().await?, &SQL).await
 }
 
 pub(super) async fn require_current(pool: &SqlitePool) -> Result<(), Error> {
@@ -145,7 +145,7 @@ async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
     MIGRATOR.run(pool).await.map_err(|error| {
         Error::Schema(format!("migration failed, nothing was changed: {error}"))
     })?;
-    identity::ensure(&mut *pool.acquire().await?, &STATEMENTS).await
+    identity::ensure(&mut *pool.acquire().await?, &SQL).await
 }
 
 fn make_file(path: &Path) -> Result<(), Error> {

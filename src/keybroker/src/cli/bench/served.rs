@@ -20,7 +20,7 @@ use crate::{
         exit::{Exit, Failure},
     },
     config::Config,
-    server::Door,
+    server::Api,
     telemetry,
 };
 
@@ -63,16 +63,16 @@ impl Served {
                 _started: None,
             });
         }
-        let door = config
+        let listener = config
             .listeners
             .iter()
-            .position(|listener| listener.doors.contains(&Door::Grpc))
+            .position(|listener| listener.apis.contains(&Api::Grpc))
             .ok_or_else(|| {
-                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `doors`")
+                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `apis`")
             })?;
         let mut started = Started::spawn(context)?;
         let ready = started.wait().await?;
-        let address = ready.listeners.get(door).ok_or_else(|| {
+        let address = ready.listeners.get(listener).ok_or_else(|| {
             Failure::new(
                 Exit::Internal,
                 "the ready file names fewer listeners than the configuration",

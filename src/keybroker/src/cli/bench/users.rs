@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_comes_and_nobody_else() {
+    fn every_user_and_no_other_is_drawn() {
         let users = Users::new(5);
         let seen: BTreeSet<String> = (0..1_000).map(|_| users.any().name).collect();
         let all: BTreeSet<String> = (0..5).map(|number| users.user(number).name).collect();

@@ -77,7 +77,7 @@ fn without_reason(status: &Status) -> Failure {
         ),
         Code::Unimplemented => (
             format!("this listener does not have the service: {message}"),
-            "user keys (API `grpc`) and the admin API may be at different listeners: compare --endpoint with the `doors` of \
+            "user keys (API `grpc`) and the admin API may be at different listeners: compare --endpoint with the `apis` of \
              each [[listener]] in the broker's configuration",
         ),
         code => (

@@ -78,11 +78,11 @@ async fn client_certificates_are_required_optional_or_not_asked_for() {
         let until = text.find("[limits]").unwrap();
         let listener = text[from..until].to_owned();
         for clients in ["optional", "none"] {
-            let doors = "doors = [\"grpc\", \"admin\"]";
-            let with = format!("{doors}\nclient_certificates = \"{clients}\"");
+            let apis = "apis = [\"grpc\", \"admin\"]";
+            let with = format!("{apis}\nclient_certificates = \"{clients}\"");
             text.insert_str(
                 text.find("[limits]").unwrap(),
-                &listener.replace(doors, &with),
+                &listener.replace(apis, &with),
             );
         }
     });
@@ -109,8 +109,8 @@ async fn client_certificates_are_required_optional_or_not_asked_for() {
     // One that is sent must be good, also where none need be.
     for (certificate, address) in [
         (None, required),
-        (Some(pki::STRANGER), required),
-        (Some(pki::STRANGER), optional),
+        (Some(pki::OTHER_CA), required),
+        (Some(pki::OTHER_CA), optional),
         (Some(pki::EXPIRED), optional),
     ] {
         let config = tls_config(pki, certificate, rustls::ALL_VERSIONS);
@@ -201,7 +201,7 @@ async fn a_changed_client_ca_ends_old_connections() {
         tonic::Code::Ok
     );
 
-    fs::copy(broker.site.pki.certificate_file("stranger-ca"), &ca).unwrap();
+    fs::copy(broker.site.pki.certificate_file("other-ca"), &ca).unwrap();
     let body = super::raw::frame(&prost::Message::encode_to_vec(&ada()));
     for _ in 0..100 {
         if old.post(UNWRAP, body.clone(), &[]).await.is_err() {
@@ -213,7 +213,7 @@ async fn a_changed_client_ca_ends_old_connections() {
         .await
         .expect_err("the old connection is gone");
     // The other CA's client is the releaser now, and the first one's is nobody.
-    let releaser = Caller::of(&broker, pki::STRANGER);
+    let releaser = Caller::of(&broker, pki::OTHER_CA);
     assert_eq!(
         eventually(|| releaser.unwrap("ada")).await.key_material,
         MATERIAL

@@ -1,4 +1,4 @@
-//! The doors: what every caller meets before and after the use case, over real TLS.
+//! Listeners: what every API does before and after the use case, over real TLS.
 
 mod answers;
 mod flood_costs;

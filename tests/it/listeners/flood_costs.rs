@@ -32,7 +32,7 @@ use crate::{
     client::Caller,
     pki,
     process::{Broker, until},
-    rest::door::Door,
+    rest::site::RestSite,
     site::Options,
 };
 
@@ -73,13 +73,13 @@ enum Length {
 }
 
 /// 128 requests at once on each of four connections, each with 4 MiB that arrive slowly and never end.
-async fn flood_rest_over_http2(door: &Door, token: Option<&str>, length: Length) {
-    let mut config = (*tls_config(&door.broker.site.pki, None, rustls::ALL_VERSIONS)).clone();
+async fn flood_rest_over_http2(rest: &RestSite, token: Option<&str>, length: Length) {
+    let mut config = (*tls_config(&rest.broker.site.pki, None, rustls::ALL_VERSIONS)).clone();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let config = Arc::new(config);
     let mut under_way = Vec::new();
     for _ in 0..4 {
-        let stream = handshake(door.tls, Arc::clone(&config)).await.unwrap();
+        let stream = handshake(rest.tls, Arc::clone(&config)).await.unwrap();
         let io = TokioIo::new(stream);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
@@ -109,7 +109,7 @@ async fn flood_rest_over_http2(door: &Door, token: Option<&str>, length: Length)
 }
 
 /// The same on 128 connections of HTTP/1.1. Each sends as long as the broker takes bytes, at most 4 MiB.
-async fn flood_rest_over_http1(door: &Door, token: Option<&str>, length: Length) {
+async fn flood_rest_over_http1(rest: &RestSite, token: Option<&str>, length: Length) {
     let mut head =
         "POST /user-keys HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             .to_owned();
@@ -128,7 +128,7 @@ async fn flood_rest_over_http1(door: &Door, token: Option<&str>, length: Length)
     let part = Arc::new(part);
     let sending = (0..128).map(|_| {
         let (head, part) = (head.clone(), Arc::clone(&part));
-        let target = door.plain;
+        let target = rest.plain;
         async move {
             let mut stream = tokio::net::TcpStream::connect(target).await?;
             stream.write_all(head.as_bytes()).await?;
@@ -148,19 +148,19 @@ async fn flood_rest_over_http1(door: &Door, token: Option<&str>, length: Length)
 /// is up to 2 GiB.
 #[tokio::test(flavor = "multi_thread")]
 async fn large_rest_bodies_do_not_fill_the_memory() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let user = uuid::Uuid::new_v4().to_string();
-    door.get(&user).await.expect_refused(404, "KEY_NOT_FOUND");
-    let before = reset_peak(&door.broker);
-    let token = door.token(&user);
+    rest.get(&user).await.expect_refused(404, "KEY_NOT_FOUND");
+    let before = reset_peak(&rest.broker);
+    let token = rest.token(&user);
     for token in [None, Some(token.as_str())] {
         for length in [Length::Declared, Length::Chunked] {
             let who = token.map_or("unauthenticated", |_| "authenticated");
-            flood_rest_over_http2(&door, token, length).await;
-            assert_bounded(&door.broker, before, &format!("{who}, HTTP/2, {length:?}"));
-            flood_rest_over_http1(&door, token, length).await;
+            flood_rest_over_http2(&rest, token, length).await;
+            assert_bounded(&rest.broker, before, &format!("{who}, HTTP/2, {length:?}"));
+            flood_rest_over_http1(&rest, token, length).await;
             assert_bounded(
-                &door.broker,
+                &rest.broker,
                 before,
                 &format!("{who}, HTTP/1.1, {length:?}"),
             );
@@ -168,7 +168,7 @@ async fn large_rest_bodies_do_not_fill_the_memory() {
     }
     // Another user is served all the same.
     let other = uuid::Uuid::new_v4().to_string();
-    door.get(&other).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.get(&other).await.expect_refused(404, "KEY_NOT_FOUND");
 }
 
 /// 128 messages of 4 MiB on each of four connections, over gRPC, also to reflection and with a certificate.
@@ -410,23 +410,23 @@ async fn unauthenticated_calls_do_not_fill_the_disk_with_log_lines() {
     const HOUR_BYTES_MAX: f64 = 10e6;
     let seconds = std::env::var("KEYBROKER_TEST_LOG_FLOOD_SECONDS").ok();
     let length = seconds.map_or(6, |text| text.parse().unwrap());
-    let door = Door::open();
-    let before = bytes_written(&door.broker);
-    let config = tls_config(&door.broker.site.pki, None, rustls::ALL_VERSIONS);
+    let rest = RestSite::open();
+    let before = bytes_written(&rest.broker);
+    let config = tls_config(&rest.broker.site.pki, None, rustls::ALL_VERSIONS);
     let stop = Arc::new(AtomicBool::new(false));
     let calling: Vec<_> = (0..NETWORKS)
         .map(|network| {
             let (config, stop) = (Arc::clone(&config), Arc::clone(&stop));
-            let target = door.tls;
+            let target = rest.tls;
             tokio::spawn(async move { call_unauthenticated(target, network, config, &stop).await })
         })
         .collect();
     // The first lines come at once, and their limits are by the minute: they count once a minute. What comes after them is constant.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let burst = bytes_written(&door.broker) - before;
+    let burst = bytes_written(&rest.broker) - before;
     let started = Instant::now();
     tokio::time::sleep(Duration::from_secs(length)).await;
-    let more = bytes_written(&door.broker) - before - burst;
+    let more = bytes_written(&rest.broker) - before - burst;
     let elapsed = started.elapsed().as_secs_f64();
     stop.store(true, Ordering::Relaxed);
     let calls: u64 = join_all(calling)

@@ -1,5 +1,4 @@
-//! An end for streams that have none: watchers of health and reflection clients stay for as long as they like, and a stop
-//! must not wait for them.
+//! Ends the streams that would not end by themselves, of health watchers and reflection clients, when the broker stops.
 
 use axum::body::Body;
 use futures_util::{StreamExt as _, stream};
@@ -9,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// The body until `stop`, then `UNAVAILABLE`, which tells the client to look for another broker.
-pub(super) fn until(body: Body, stop: CancellationToken) -> Body {
+pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
     let last = stream::iter(std::iter::once_with(|| {
         let mut trailers = http::HeaderMap::new();
         let status = Status::unavailable("the broker is stopping");

@@ -147,7 +147,7 @@ async fn a_refused_handshake_is_counted_logged_and_audited_by_its_cause() {
     for client in [
         pki::EXPIRED,
         pki::NOT_YET_VALID,
-        pki::STRANGER,
+        pki::OTHER_CA,
         pki::NO_USAGE,
         "lifecycle",
     ] {

@@ -1,4 +1,4 @@
-//! What answers on a listener: gRPC, REST, or both side by side.
+//! The APIs of a listener: gRPC, REST, or both.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,10 +19,10 @@ use crate::{
 use keybroker_api::{rest, rpc};
 use keybroker_broker::Broker;
 
-use super::{Door, ListenerSettings};
+use super::{Api, ListenerSettings};
 
-/// What the APIs of all listeners share.
-pub(super) struct Doors<'a> {
+/// What the APIs of all listeners share: broker, limits and stop signal.
+pub(super) struct Apis<'a> {
     pub(super) config: &'a Config,
     pub(super) broker: &'a Arc<Broker>,
     pub(super) health: &'a HealthReporter,
@@ -31,12 +31,12 @@ pub(super) struct Doors<'a> {
     pub(super) memory: &'a rpc::Memory,
 }
 
-impl Doors<'_> {
+impl Apis<'_> {
     /// The routes of a listener.
     pub(super) fn routes(&self, listener: &ListenerSettings) -> Result<Router, Failure> {
-        let has = |door| listener.doors.contains(&door);
-        let speaks_grpc = has(Door::Grpc) || has(Door::Admin);
-        match (has(Door::Rest), speaks_grpc) {
+        let has = |api| listener.apis.contains(&api);
+        let speaks_grpc = has(Api::Grpc) || has(Api::Admin);
+        match (has(Api::Rest), speaks_grpc) {
             (false, _) => self.grpc(listener),
             (true, false) => Ok(self.rest()),
             (true, true) => Ok(side_by_side(self.rest(), self.grpc(listener)?)),
@@ -45,31 +45,31 @@ impl Doors<'_> {
 
     fn grpc(&self, listener: &ListenerSettings) -> Result<Router, Failure> {
         let services = rpc::Services {
-            user_keys: listener.doors.contains(&Door::Grpc),
-            control: listener.doors.contains(&Door::Admin),
+            user_keys: listener.apis.contains(&Api::Grpc),
+            control: listener.apis.contains(&Api::Admin),
             reflection: self.config.limits.reflection,
         };
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(self.health.clone()),
         )
         .max_decoding_message_size(rpc::HEALTH_BYTES_MAX);
-        let around = rpc::Surroundings {
+        let context = rpc::Context {
             broker: Arc::clone(self.broker),
             call_timeout_max: self.call_timeout_max(),
             calls: self.calls.clone(),
             stop: self.stop.clone(),
             memory: self.memory.clone(),
         };
-        rpc::routes(around, services, health).map_err(|what| Failure::new(Exit::Internal, what))
+        rpc::routes(context, services, health).map_err(|what| Failure::new(Exit::Internal, what))
     }
 
     fn rest(&self) -> Router {
-        let around = rest::Surroundings {
+        let context = rest::Context {
             broker: Arc::clone(self.broker),
             call_timeout_max: self.call_timeout_max(),
             calls: self.calls.clone(),
         };
-        rest::routes(around, &self.config.rest)
+        rest::routes(context, &self.config.rest)
     }
 
     fn call_timeout_max(&self) -> Duration {
@@ -77,7 +77,7 @@ impl Doors<'_> {
     }
 }
 
-/// gRPC says what it is, and everything else is REST's.
+/// Routes requests with a gRPC content type to gRPC and all others to REST.
 fn side_by_side(rest: Router, grpc: Router) -> Router {
     let choose = move |request: Request| {
         let router = if is_grpc(&request) { &grpc } else { &rest };

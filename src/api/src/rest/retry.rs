@@ -9,12 +9,12 @@ use keybroker_core::{
 };
 
 /// Total time of all retries of one request. Clients and proxies wait for half a minute and longer.
-const PATIENCE: Duration = Duration::from_secs(8);
+const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 /// How often one request is tried again, all its steps together.
 const REPETITIONS_MAX: u32 = 5;
 /// Longest time for one try: the next one may meet another worker, or another connection.
 const TRY: Duration = Duration::from_secs(5);
-/// Before the second try; doubled before each other one. All of them together fill [`PATIENCE`].
+/// Before the second try; doubled before each other one. All of them together fill [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// What a try needs at least: none is begun that could not end.
 const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
@@ -23,7 +23,7 @@ const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 ///
 /// Every try and every step is a call of its own in the audit log: the mark of a change whose fate is unknown must not be
 /// that of another one.
-pub(super) struct Patience {
+pub(super) struct Retry {
     request: Call,
     until: Instant,
     repetitions: u32,
@@ -31,10 +31,10 @@ pub(super) struct Patience {
     last: Option<CallId>,
 }
 
-impl Patience {
+impl Retry {
     /// That of a request, whose first call has its id.
     pub(super) fn new(request: Call) -> Self {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + RETRY_TIME_MAX;
         Self {
             until: request.deadline.instant().min(until),
             request,
@@ -96,7 +96,7 @@ impl Patience {
 
     /// How long to wait before the next try; `None` when there is none.
     fn pause(&mut self, reason: Reason) -> Option<Duration> {
-        if !passes(reason) || self.repetitions == REPETITIONS_MAX {
+        if !is_transient(reason) || self.repetitions == REPETITIONS_MAX {
             return None;
         }
         let left = self.until.saturating_duration_since(Instant::now());
@@ -113,10 +113,10 @@ fn jittered(pause: Duration) -> Duration {
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
 }
 
-/// Whether it may be over in a moment. A rate is not: it is the caller's own. A deadline is that of a try, or no time is left
-/// anyway.
+/// Whether a retry may succeed soon. A rate limit is not transient, because it is the caller's own. A deadline is that of one
+/// try, or no time is left anyway.
 #[deny(clippy::wildcard_enum_match_arm)]
-const fn passes(reason: Reason) -> bool {
+const fn is_transient(reason: Reason) -> bool {
     match reason {
         Reason::QueueFull
         | Reason::TokenDown
@@ -151,32 +151,32 @@ mod tests {
         Call::start("127.0.0.1:1", Deadline::after(timeout))
     }
 
-    fn patience(timeout: Duration) -> Patience {
-        Patience::new(call(timeout))
+    fn retry(timeout: Duration) -> Retry {
+        Retry::new(call(timeout))
     }
 
     #[tokio::test]
-    async fn a_short_trouble_is_waited_out_with_an_id_for_each_try() {
+    async fn a_short_outage_is_waited_out_with_an_id_for_each_try() {
         let mut ids = HashSet::new();
         let request = call(Duration::from_secs(30));
-        let mut patience = Patience::new(request.clone());
-        let answer = patience.ask(|call| {
+        let mut retry = Retry::new(request.clone());
+        let answer = retry.ask(|call| {
             ids.insert(call.id);
-            let away = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "away"));
-            async { away.map_or(Ok(7), Err) }
+            let outage = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "unavailable"));
+            async { outage.map_or(Ok(7), Err) }
         });
         assert_eq!(answer.await.unwrap(), 7);
         assert_eq!(ids.len(), 4);
         assert!(ids.contains(&request.id));
-        assert!(ids.contains(&patience.last()) && patience.last() != request.id);
+        assert!(ids.contains(&retry.last()) && retry.last() != request.id);
     }
 
     #[tokio::test]
     async fn an_unknown_outcome_of_an_earlier_try_is_not_forgotten() {
         for is_unknown in [true, false] {
             let mut tries = 0;
-            let mut patience = patience(Duration::from_secs(30));
-            let answer = patience.ask(|_| {
+            let mut retry = retry(Duration::from_secs(30));
+            let answer = retry.ask(|_| {
                 tries += 1;
                 let error = match tries {
                     1 if is_unknown => Error::new(Reason::StoreDown, "").outcome_unknown(),
@@ -195,16 +195,16 @@ mod tests {
     #[tokio::test]
     async fn every_step_has_an_id_and_a_deadline_of_its_own() {
         let request = call(Duration::from_secs(30));
-        let mut patience = Patience::new(request.clone());
+        let mut retry = Retry::new(request.clone());
         let mut ids = HashSet::new();
         for _ in 0..4 {
-            let step = patience.ask(|call| async { Ok(call) }).await.unwrap();
+            let step = retry.ask(|call| async { Ok(call) }).await.unwrap();
             assert!(ids.insert(step.id));
             assert!(step.deadline.remaining() <= TRY);
         }
         assert!(ids.contains(&request.id));
         let short = call(Duration::from_secs(1));
-        let step = Patience::new(short.clone()).next();
+        let step = Retry::new(short.clone()).next();
         assert_eq!(step.deadline, short.deadline);
     }
 
@@ -212,44 +212,43 @@ mod tests {
     async fn what_waiting_does_not_change_is_answered_at_once() {
         for reason in Reason::ALL {
             let mut tries = 0;
-            let mut patience = patience(Duration::from_secs(30));
-            let answer = patience.ask(|_| {
+            let mut retry = retry(Duration::from_secs(30));
+            let answer = retry.ask(|_| {
                 tries += 1;
                 let first = (tries == 1).then(|| Error::new(reason, ""));
                 async { first.map_or(Ok(()), Err) }
             });
-            assert_eq!(answer.await.is_ok(), passes(reason), "{reason}");
+            assert_eq!(answer.await.is_ok(), is_transient(reason), "{reason}");
         }
     }
 
     /// Over all steps of a request.
     #[test]
     fn repetitions_are_counted() {
-        let mut patience = patience(Duration::from_secs(30));
-        let pauses: Vec<Duration> =
-            std::iter::from_fn(|| patience.pause(Reason::QueueFull)).collect();
+        let mut retry = retry(Duration::from_secs(30));
+        let pauses: Vec<Duration> = std::iter::from_fn(|| retry.pause(Reason::QueueFull)).collect();
         assert_eq!(pauses.len(), 5);
         assert!(pauses.is_sorted());
-        assert_eq!(patience.pause(Reason::Deadline), None);
+        assert_eq!(retry.pause(Reason::Deadline), None);
     }
 
     #[tokio::test]
-    async fn a_trouble_that_lasts_is_answered_before_the_deadline() {
+    async fn an_outage_that_lasts_is_answered_before_the_deadline() {
         for reason in [Reason::TokenDown, Reason::Deadline] {
             let call = call(Duration::from_millis(900));
-            let mut patience = Patience::new(call.clone());
-            let answer = patience.ask(|_| async { Err::<(), _>(Error::new(reason, "away")) });
+            let mut retry = Retry::new(call.clone());
+            let answer = retry.ask(|_| async { Err::<(), _>(Error::new(reason, "unavailable")) });
             assert_eq!(answer.await.unwrap_err().reason(), reason);
             assert!(!call.deadline.remaining().is_zero());
         }
     }
 
     #[test]
-    fn pauses_fill_the_patience_and_differ() {
+    fn pauses_fill_the_retry_time_and_differ() {
         let all: Duration = (0..REPETITIONS_MAX)
             .map(|round| FIRST_PAUSE * (1 << round))
             .sum();
-        assert!(all < PATIENCE && all + LEFT_FOR_A_TRY >= PATIENCE);
+        assert!(all < RETRY_TIME_MAX && all + LEFT_FOR_A_TRY >= RETRY_TIME_MAX);
         let pauses: HashSet<Duration> = (0..64).map(|_| jittered(FIRST_PAUSE)).collect();
         assert!(pauses.len() > 8);
         for pause in pauses {

@@ -284,7 +284,7 @@ async fn reflection_answers_only_when_it_is_configured() {
             assert!(text.contains(service), "{text}");
         }
     }
-    // Without configuration it is not there: see `a_method_behind_a_closed_door_is_not_there`.
+    // Without configuration it is not there: see `a_method_of_an_api_that_the_listener_does_not_serve_is_unimplemented`.
 }
 
 /// A tool that asks which services there are is told those of this listener, and can read the details of errors.
@@ -299,7 +299,7 @@ async fn reflection_lists_the_services_of_its_listener() {
         ..Options::default()
     });
     site.write_configuration(|text| {
-        *text = text.replace("doors = [\"grpc\", \"admin\"]", "doors = [\"grpc\"]");
+        *text = text.replace("apis = [\"grpc\", \"admin\"]", "apis = [\"grpc\"]");
     });
     let broker = Broker::start_on(Arc::new(site));
     let admin = Raw::connect(&broker.site.pki, Some("admin"), broker.grpc).await;

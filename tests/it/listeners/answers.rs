@@ -85,7 +85,7 @@ async fn the_same_cause_gives_the_same_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_unknown_learns_anything() {
+async fn an_unknown_caller_learns_nothing() {
     let broker = Broker::start(Options::default());
     let unknown = Raw::connect(&broker.site.pki, Some(pki::UNKNOWN), broker.grpc).await;
     let bodies = [frame(b""), frame(&[0xff; 40]), frame(&vec![0x42; 70_000])];
@@ -215,7 +215,7 @@ async fn a_passed_deadline_is_answered_and_audited() {
 
 /// A caller that hangs up cannot make its call unseen.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_goes_away_is_audited_all_the_same() {
+async fn a_caller_that_disconnects_is_audited_all_the_same() {
     let broker = Broker::start(Options::default());
     Caller::of(&broker, "enroller")
         .create("ada", MATERIAL)
@@ -342,10 +342,10 @@ async fn a_page_is_never_longer_than_a_message_may_be() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_method_behind_a_closed_door_is_not_there() {
+async fn a_method_of_an_api_that_the_listener_does_not_serve_is_unimplemented() {
     let site = Site::fresh(Options::default());
     site.write_configuration(|text| {
-        *text = text.replace(r#"doors = ["grpc", "admin"]"#, r#"doors = ["grpc"]"#);
+        *text = text.replace(r#"apis = ["grpc", "admin"]"#, r#"apis = ["grpc"]"#);
     });
     let broker = Broker::start_on(Arc::new(site));
     let admin = Raw::connect(&broker.site.pki, Some("admin"), broker.grpc).await;
@@ -368,7 +368,7 @@ async fn a_method_behind_a_closed_door_is_not_there() {
         answers.iter().all(|text| *text == answers[0]),
         "{answers:?}"
     );
-    // The door that is open is.
+    // The API that this listener serves is.
     let releaser = Raw::connect(&broker.site.pki, Some("releaser"), broker.grpc).await;
     let answer = releaser.call(UNWRAP, &unwrap_of("nobody")).await;
     assert_eq!(answer.status().code(), Code::NotFound);

@@ -4,21 +4,23 @@
 use std::{cell::Cell, time::Duration};
 
 tokio::task_local! {
-    static AWAY: Cell<Duration>;
+    static OUTSIDE: Cell<Duration>;
 }
 
 /// Runs work, and returns the time outside the broker that was noted in its task.
 pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let work = async {
         let result = work.await;
-        (result, AWAY.with(Cell::get))
+        (result, OUTSIDE.with(Cell::get))
     };
-    AWAY.scope(Cell::default(), work).await
+    OUTSIDE.scope(Cell::default(), work).await
 }
 
 /// Notes that the work of this task spent this time outside the broker. Without a measurement it does nothing.
-pub fn note(away: Duration) {
-    AWAY.try_with(|total| total.set(total.get() + away)).ok();
+pub fn note(outside: Duration) {
+    OUTSIDE
+        .try_with(|total| total.set(total.get() + outside))
+        .ok();
 }
 
 #[cfg(test)]
@@ -34,7 +36,7 @@ mod tests {
             note(Duration::from_secs(2));
             "done"
         };
-        let (result, away) = measured(work).await;
-        assert_eq!((result, away), ("done", Duration::from_secs(3)));
+        let (result, outside) = measured(work).await;
+        assert_eq!((result, outside), ("done", Duration::from_secs(3)));
     }
 }

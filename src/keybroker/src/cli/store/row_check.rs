@@ -144,16 +144,16 @@ impl Finding {
     }
 }
 
-/// Goes with a scan from its beginning to its end.
+/// Checks the rows of one scan, from its beginning to its end.
 #[derive(Debug)]
-pub(super) struct Judge<'a> {
+pub(super) struct RowChecker<'a> {
     admin: &'a Admin,
     registry: Vec<RegistryRow>,
     /// The record under way, until its current revision is seen.
     awaited: Option<Head>,
 }
 
-impl<'a> Judge<'a> {
+impl<'a> RowChecker<'a> {
     /// The token has the keys of the registry that are not destroyed.
     pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
@@ -179,7 +179,7 @@ impl<'a> Judge<'a> {
     }
 
     /// What is wrong with what a scan found, and with the record that it has left.
-    pub(super) fn judge(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
+    pub(super) fn check(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
         let mut findings = Vec::new();
         if found.is_first {
             findings.extend(self.end());

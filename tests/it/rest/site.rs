@@ -28,7 +28,7 @@ pub(crate) const BOB: &str = "c1a0fd0c-3bd3-4a59-8a55-5f3b0c9a3d11";
 pub(crate) const VAULT: &str = "https://vault.example.org";
 
 /// A broker and the identity service whose tokens it believes.
-pub(crate) struct Door {
+pub(crate) struct RestSite {
     pub(crate) broker: Broker,
     pub(crate) identity: Identity,
     /// REST over TLS without client certificates.
@@ -38,7 +38,7 @@ pub(crate) struct Door {
     client: Client,
 }
 
-impl Door {
+impl RestSite {
     /// With the defaults.
     pub(crate) fn open() -> Self {
         Self::open_with(Options::default(), "", "")
@@ -78,13 +78,13 @@ impl Door {
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["rest"]
+apis = ["rest"]
 client_certificates = "none"
 tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["rest"]
+apis = ["rest"]
 client_certificates = "none"
 plaintext = "loopback"
 

@@ -307,7 +307,7 @@ async fn while_the_audit_log_is_full() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_token_is_away() {
+async fn while_the_token_is_down() {
     const AWAY: &str = "TOKEN_DOWN";
     let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;

@@ -4,9 +4,9 @@ use crate::metrics::CALLS_IN_PROGRESS;
 
 /// One call, counted until this is dropped, also when it panics.
 #[derive(Debug)]
-pub struct UnderWay(());
+pub struct CallInProgress(());
 
-impl UnderWay {
+impl CallInProgress {
     /// A call that begins now.
     #[expect(
         clippy::new_without_default,
@@ -18,7 +18,7 @@ impl UnderWay {
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for CallInProgress {
     fn drop(&mut self) {
         CALLS_IN_PROGRESS.handle().decrement(1.0);
     }

@@ -235,8 +235,7 @@ impl Writer {
         // What was durable until now must be missed by a later check.
         self.remember();
         let latched = error.clone().latched();
-        tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
-        metrics::AUDIT_TAMPERING.increment();
+        keybroker_core::alert!(AuditTampered, error = %latched, "the files of the audit log were tampered with");
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
         error.finding().clone_into(&mut self.finding);

@@ -60,7 +60,7 @@ impl Config {
         let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
-            problems.extend(Tokens::new(&self.issuers).err());
+            problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
         self.examine_certificates(&mut report);
         let problems = &mut report.problems;
@@ -72,7 +72,9 @@ impl Config {
                     report.notes.push(note);
                 }
                 Ok(None) => {}
-                Err(what) => problems.push(format!("[[listener]] {address}: {what}")),
+                Err(error) => {
+                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
+                }
             }
         }
         if let Some(remote) = &self.status.remote {
@@ -80,7 +82,7 @@ impl Config {
             match remote.check_tls() {
                 Ok(Some(contents)) => report.notes.push(format!("{name}: {contents}")),
                 Ok(None) => {}
-                Err(what) => problems.push(format!("{name}: {what}")),
+                Err(error) => problems.push(format!("{name}: {}", chain(&error))),
             }
         }
         if let Some(count) = self.store.authorities_count() {

@@ -149,7 +149,7 @@ fn counts_every_behaviour_and_profile() {
     println!(
         "scriptable module: {} behaviours, each with a test that fails without it; {} profiles with {} sources",
         BEHAVIOURS.len(),
-        profiles::NAMES.len(),
+        profiles::COVERED.len(),
         profiles::sources()
     );
 }

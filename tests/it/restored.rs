@@ -231,3 +231,77 @@ async fn accepting_the_right_database_forgets_nothing() {
     assert!(said.stderr.contains("nothing to accept"), "{said:#?}");
     assert_eq!(fs::read(&fact).unwrap(), before);
 }
+
+/// The whole audit directory moved while the broker was stopped: with it go the log and all that the state directory remembers.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledged() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    assert_eq!(entries(&site, "log.store_bound"), 1);
+    let (directory, moved) = (site.audit_directory(), site.folder().join("moved"));
+    fs::rename(&directory, &moved).unwrap();
+    // A new log does not come to look like an old one by being refused.
+    for _ in 0..2 {
+        let finished = site.serve_to_its_end();
+        assert_eq!(finished.code, Some(8), "{finished:#?}");
+        for part in ["other logs of this instance", "keybroker audit acknowledge"] {
+            assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
+        }
+    }
+    // Put right, it serves without a word of an operator.
+    let wrong = site.folder().join("wrong");
+    fs::rename(&directory, &wrong).unwrap();
+    fs::rename(&moved, &directory).unwrap();
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    let (site, _) = broker.stop();
+    assert_eq!(entries(&site, "log.store_bound"), 1);
+
+    fs::rename(&directory, &moved).unwrap();
+    fs::rename(&wrong, &directory).unwrap();
+    site.expect_ok(&["audit", "acknowledge"]);
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    let (site, _) = broker.stop();
+    for action in ["log.tampering_acknowledged", "log.store_bound"] {
+        assert_eq!(entries(&site, action), 1, "{action}");
+    }
+    // From now on it is the log of this database.
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+}
+
+/// A log from before the database recorded logs, and the first log of another instance, need no word of an operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() {
+    let broker = Broker::start(Options::default());
+    let (site, _) = broker.stop();
+    let known = || site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'");
+    assert_eq!(known().trim(), "1");
+    // As another host with the same name left it, which was upgraded first.
+    site.sql("UPDATE audit_logs SET log_id = '00112233445566778899aabbccddeeff'");
+    fs::remove_file(site.audit_directory().join("state/audit-serve.binding")).unwrap();
+    let (site, _) = Broker::start_on(std::sync::Arc::clone(&site)).stop();
+    assert_eq!(
+        site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'")
+            .trim(),
+        "2"
+    );
+    site.write_configuration(|text| {
+        *text = text.replace("[audit]", "[audit]\ninstance = \"another\"");
+    });
+    let (site, _) = Broker::start_on(site).stop();
+    let instances = site.sql("SELECT DISTINCT instance FROM audit_logs ORDER BY instance");
+    assert_eq!(
+        instances.split_whitespace().collect::<Vec<_>>(),
+        ["another", "serve"]
+    );
+}
+
+fn entries(site: &Site, action: &str) -> usize {
+    site.audit()
+        .matches(&format!("\"action\":\"{action}\""))
+        .count()
+}

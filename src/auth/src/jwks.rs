@@ -33,7 +33,7 @@ use error::{KeyError, LeftOut};
 
 pub use error::{SetError, SourceError};
 pub(super) use fetch::SET_BYTES_MAX;
-pub(super) use keys::{Keys, Pace};
+pub(super) use keys::{Keys, Newer, Pace};
 
 /// Most keys in a set. Providers publish two or three.
 const KEYS_MAX: usize = 64;

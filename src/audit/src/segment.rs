@@ -14,6 +14,8 @@ use super::{
     line::{self, Parsed},
 };
 
+/// Entries that are written together, in one group, at most.
+pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 /// Name of the file whose lock makes a process the only writer.
 pub(super) const LOCK: &str = "lock";

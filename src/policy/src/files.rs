@@ -11,7 +11,7 @@ use keybroker_core::{
 
 use super::{
     Settings,
-    problem::{Problem, Problems},
+    problem::{Problem, Problems, Source},
 };
 
 /// Files at most.
@@ -22,13 +22,6 @@ pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
 const NAME_BYTES_MAX: usize = 64;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
-
-/// A file of policies.
-#[derive(Clone, Debug)]
-pub(super) struct Source {
-    pub(super) name: String,
-    pub(super) text: String,
-}
 
 /// The operator's files, sorted by name; none without a directory.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {

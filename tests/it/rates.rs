@@ -121,7 +121,7 @@ async fn wrong_credentials_use_up_the_budget_of_their_own_address_alone() {
     // Good credentials from that address are good.
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
     let log = broker.site.log();
-    assert!(log.contains("credential refused"), "{log}");
+    assert!(log.contains("call refused"), "{log}");
     // 205 refusals: a network has 60 lines a minute, and what was suppressed is counted.
     let lines = log
         .lines()

@@ -36,7 +36,7 @@ fn until_logged(site: &Site, words: &str) {
     until(words, || site.log().contains(words).then_some(()));
 }
 
-/// Asks with a connection of its own until it is refused.
+/// Asks with its own connection until it is refused.
 async fn until_refused(broker: &Broker, client: &str) {
     for _ in 0..100 {
         if Caller::of(broker, client)

@@ -68,7 +68,7 @@ fn fifo(path: &Path) {
     mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
 }
 
-/// One file in a directory of its own. Harm is undone when it is dropped.
+/// One file in a separate directory. Harm is undone when it is dropped.
 struct Harmed {
     file: PathBuf,
     kept: PathBuf,
@@ -133,7 +133,7 @@ impl Drop for Harmed {
     }
 }
 
-/// A site whose files each have a directory of their own.
+/// A site whose files each have a separate directory.
 struct Trust {
     site: Arc<Site>,
 }

@@ -1,4 +1,4 @@
-//! Runs one call: within a place among the calls of its connection, within its deadline, in a task of its own, and in a span that
+//! Runs one call: within a place among the calls of its connection, within its deadline, in a separate task, and in a span that
 //! every log line below it carries.
 //!
 //! The task lets a call whose caller hangs up, or whose deadline passes, still reach its audit entry. The call keeps its place until

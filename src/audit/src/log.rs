@@ -201,7 +201,7 @@ impl AuditLog {
 }
 
 /// The operator's acknowledgement, if tampering was found earlier. An error when it was found and not acknowledged, or when the
-/// directory is gone that had entries.
+/// directory that had entries is missing.
 fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
     let acknowledgement = memory.acknowledgement()?;
     if acknowledgement.is_some() {

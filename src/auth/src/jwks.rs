@@ -45,6 +45,8 @@ const EXPONENT_MIN: u32 = 65_537;
 const EXPONENT_BITS_MAX: usize = 33;
 /// Keys that are tried for a token that does not name one of several.
 const TRIES_MAX: usize = 4;
+/// What the log calls a key without a name.
+const WITHOUT_NAME: &str = "(key without `kid`)";
 /// Longest name of a key that is repeated in the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 /// Longest text about a key, or about a provider's answer, that is repeated in the log, in characters.
@@ -110,7 +112,7 @@ enum Unused {
 pub(super) enum NoKey {
     /// None of that name. A newer set may have it.
     Unknown,
-    /// The token names none, and so many fit that not all of them are tried.
+    /// The token names none, and more keys fit than are tried.
     TooMany,
     /// It is not for that algorithm.
     OtherAlgorithm,
@@ -229,7 +231,7 @@ impl KeySet {
     pub(super) fn names(&self) -> Vec<String> {
         let names = self.keys.iter().map(|key| key.kid.as_deref());
         names
-            .map(|name| plain(name.unwrap_or("(no name)"), SHOWN_CHARS_MAX))
+            .map(|name| plain(name.unwrap_or(WITHOUT_NAME), SHOWN_CHARS_MAX))
             .collect()
     }
 

@@ -63,7 +63,7 @@ struct Issuer {
     keys: Arc<Keys>,
 }
 
-/// A token that was found good, and until when that may be said again.
+/// A token that was verified, and until when the result may be reused.
 #[derive(Clone, Debug)]
 struct Verified {
     principal: Arc<Principal>,
@@ -153,7 +153,7 @@ impl Tokens {
     }
 
     /// Waits until every provider was asked for its keys once, with or without success, or until the limit has
-    /// passed. A caller that comes earlier is refused without a fault of its own, and some clients then end their
+    /// passed. A caller that comes earlier is refused although it did nothing wrong, and some clients then end their
     /// session.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;

@@ -10,6 +10,7 @@ pub mod key;
 pub mod metrics;
 pub mod pem;
 pub mod principal;
+pub mod remedy;
 pub mod secret;
 pub mod state;
 pub mod trusted_file;

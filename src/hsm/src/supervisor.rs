@@ -198,7 +198,7 @@ impl Supervisor {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                // In a task of its own, so that time goes on for those who wait. The machine has one start under way at a time.
+                // In a separate task, so that time goes on for those who wait. The machine has one start under way at a time.
                 () = self.start.notified() => {
                     let start = Arc::clone(&self).start_worker();
                     self.tasks.spawn(start);

@@ -43,6 +43,17 @@ pub enum Api {
     Rest,
 }
 
+impl Api {
+    /// Its name in the configuration.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+            Self::Rest => "rest",
+        }
+    }
+}
+
 /// Whether a listener asks for client certificates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -62,7 +73,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// This machine.
     Loopback,
-    /// Any address: anybody on the network path can read keys and tokens.
+    /// Any address: everyone on the network path can read keys and tokens.
     Any,
 }
 

@@ -91,16 +91,16 @@ impl Copy {
             step();
             let other = to.peek(&*self.to).await.map_err(CopyError::Target)?;
             match other.map(|other| other.key().cmp(row.key())) {
-                Some(Ordering::Less) => return Err(extra(table, other)),
+                Some(Ordering::Less) => return Err(extra(other)),
                 Some(Ordering::Equal) if other == Some(&row) => {
                     to.take(&*self.to).await.map_err(CopyError::Target)?;
                 }
-                Some(Ordering::Equal) => return Err(CopyError::Differs(row.place(table))),
+                Some(Ordering::Equal) => return Err(CopyError::Differs(row.place())),
                 Some(Ordering::Greater) | None => {
                     walked.lacking += 1;
                     match lacking {
                         Lacking::Ignore => {}
-                        Lacking::Refuse => return Err(CopyError::Missing(row.place(table))),
+                        Lacking::Refuse => return Err(CopyError::Missing(row.place())),
                         Lacking::Add => waiting.push(row),
                     }
                 }
@@ -112,7 +112,7 @@ impl Copy {
         self.add(table, &mut waiting).await?;
         let left = to.peek(&*self.to).await.map_err(CopyError::Target)?;
         if left.is_some() {
-            return Err(extra(table, left));
+            return Err(extra(left));
         }
         Ok(walked)
     }
@@ -157,6 +157,6 @@ impl Copy {
     }
 }
 
-fn extra(table: Table, row: Option<&Row>) -> CopyError {
-    CopyError::Extra(row.map_or_else(String::new, |row| row.place(table)))
+fn extra(row: Option<&Row>) -> CopyError {
+    CopyError::Extra(row.map_or_else(String::new, Row::place))
 }

@@ -2,7 +2,7 @@
 //! that the server's administrator can weaken, so they are read before anything is served. A failover can lead to a server
 //! with other settings: each new connection is asked.
 
-use super::Error;
+use super::{Error, session::Columns};
 
 /// The settings that are looked at, as `accept_weaker_durability` names them.
 pub(super) const NAMES: [&str; 7] = [
@@ -33,6 +33,20 @@ pub(super) fn is_known(name: &str) -> bool {
 pub(super) struct Found(pub(super) Vec<(String, String)>);
 
 impl Found {
+    /// Reads the answer to [`Dialect::durability`](super::dialect::Dialect::durability).
+    pub(super) fn read(
+        rows: &[impl Columns],
+        [name, value]: [&str; 2],
+    ) -> Result<Self, sqlx::Error> {
+        let read = |row| {
+            Ok((
+                Columns::text(row, name)?.to_owned(),
+                Columns::text(row, value)?.to_owned(),
+            ))
+        };
+        rows.iter().map(read).collect::<Result<_, _>>().map(Self)
+    }
+
     fn value(&self, name: &str) -> Option<String> {
         let found = self
             .0

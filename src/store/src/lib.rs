@@ -25,7 +25,9 @@ use keybroker_core::{
 };
 
 mod client;
+mod columns;
 pub mod copy;
+mod dialect;
 mod durability;
 mod engine;
 mod error;

@@ -10,9 +10,10 @@ use keybroker_core::{
 };
 
 use super::{
-    Error, NewRevision, RecordInfo, RecordState, RequestStamp, Stamp, rows,
+    Error, NewRevision, RecordInfo, RecordState, RequestRecord, RequestStamp, Stamp, rows,
     session::{Session, Value},
-    statements::{Statements, TableStatements},
+    statements::Statements,
+    tables::Table,
 };
 
 /// How long a request id is remembered, in microseconds: 24 hours.
@@ -43,7 +44,7 @@ pub(super) async fn apply(
     change: &Change,
     stamp: &Stamp,
 ) -> Result<RecordInfo, Error> {
-    let mark = vec![stamp.call.into(), change.record().into(), stamp.at.into()];
+    let mark = rows::new_change(stamp.call, change.record(), stamp.at);
     expect_one(session.execute(sql.insert_change, mark).await?)?;
     let info = match change {
         Change::Create(new) => create(session, sql, new, stamp.at).await?,
@@ -78,16 +79,8 @@ async fn create(
     new: &NewRevision,
     at: Timestamp,
 ) -> Result<RecordInfo, Error> {
-    let values = vec![
-        new.record.into(),
-        new.address.tenant.as_str().into(),
-        new.address.user.as_str().into(),
-        new.address.name.as_str().into(),
-        new.revision.into(),
-        at.into(),
-        at.into(),
-    ];
-    if !insert_unless_taken(session, sql.insert_record, values).await? {
+    let values = rows::new_record(new, at);
+    if !insert_unless_taken(session, sql.of(Table::Records).insert, values).await? {
         return Err(Error::Exists);
     }
     insert_revision(session, sql, new, at).await?;
@@ -140,13 +133,7 @@ async fn insert_revision(
     new: &NewRevision,
     at: Timestamp,
 ) -> Result<(), Error> {
-    let values = vec![
-        new.record.into(),
-        new.revision.into(),
-        new.envelope.as_slice().into(),
-        new.wrapping_key.into(),
-        at.into(),
-    ];
+    let values = rows::new_revision(new, at);
     expect_one(session.execute(sql.insert_revision, values).await?)
 }
 
@@ -216,7 +203,7 @@ async fn locked(
         session.rows(lock, vec![record.into()]).await?;
     }
     let found = session.rows(sql.record_by_id, vec![record.into()]).await?;
-    rows::info_with_tenant(found.first().ok_or(Error::NotFound)?)
+    rows::info(found.first().ok_or(Error::NotFound)?)
 }
 
 async fn insert_request(
@@ -226,68 +213,47 @@ async fn insert_request(
     at: Timestamp,
     info: &RecordInfo,
 ) -> Result<(), Error> {
-    let mac = match &request.result {
+    let result_mac = match &request.result {
         // Another change came between.
         Some((expected, _)) if expected != info => return Err(Error::Conflict),
-        Some((_, mac)) => mac.as_slice(),
-        None => &[],
+        result => result.as_ref().map(|(_, mac)| *mac),
     };
-    let scope = || -> Vec<Value> {
-        vec![
-            request.scope.tenant.as_str().into(),
-            request.scope.principal.as_str().into(),
-            request.scope.id.into(),
-        ]
+    // A request that is older than a day no longer counts, whether or not it was cleaned up.
+    let mut key = rows::request_key(&request.scope);
+    key.push((at.micros() - REQUEST_KEPT_US).into());
+    session.execute(sql.forget_request, key).await?;
+    let record = RequestRecord {
+        content: request.content,
+        key: request.key,
+        result_mac,
+        result: info.clone(),
     };
-    // One that is older than a day does not count any more, whether or not it was cleaned up.
-    let mut values = scope();
-    values.push((at.micros() - REQUEST_KEPT_US).into());
-    session.execute(sql.forget_request, values).await?;
-    let mut values = scope();
-    values.extend([
-        (&request.content).into(),
-        request.key.into(),
-        info.id.into(),
-        info.address.user.as_str().into(),
-        info.address.name.as_str().into(),
-        rows::state_text(info.state).into(),
-        info.revision.into(),
-        info.wrapping_key.into(),
-        info.created.into(),
-        info.updated.into(),
-        info.deleted.into(),
-        at.into(),
-        mac.into(),
-    ]);
-    if insert_unless_taken(session, sql.insert_request, values).await? {
+    let values = rows::new_request(&request.scope, &record, at);
+    if insert_unless_taken(session, sql.of(Table::Requests).insert, values).await? {
         Ok(())
     } else {
         Err(Error::RequestIdTaken)
     }
 }
 
-/// Removes a record that is still deleted and was so before then, with all of its revisions. Says whether it was one.
+/// Removes a record that is still deleted and was so before then, with all of its revisions. Returns whether it was removed.
 pub(super) async fn purge(
     session: &mut impl Session,
     sql: &Statements,
-    tables: &TableStatements,
     record: RecordId,
     deleted_before: Timestamp,
 ) -> Result<bool, Error> {
-    // Somebody may have made it active since it was looked for.
+    // It may have become active since it was looked for.
     match locked(session, sql, record).await {
         Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => {}
         Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
         Err(error) => return Err(error),
     }
-    for statement in [tables.delete_use, tables.delete_revisions] {
+    for statement in [sql.delete_use, sql.delete_revisions] {
         session.execute(statement, vec![record.into()]).await?;
     }
-    expect_one(
-        session
-            .execute(tables.delete_record, vec![record.into()])
-            .await?,
-    )?;
+    let deleted = session.execute(sql.delete_record, vec![record.into()]);
+    expect_one(deleted.await?)?;
     Ok(true)
 }
 
@@ -298,19 +264,12 @@ pub(super) async fn is_committed(
     sql: &Statements,
     call: CallId,
 ) -> Result<bool, Error> {
-    let mark = vec![
-        call.into(),
-        RecordId::from_bytes([0; 16]).into(),
-        0_i64.into(),
-    ];
-    match session.execute(sql.insert_change, mark).await {
-        Ok(_) => Ok(false),
-        Err(error) if is_taken(&error) => Ok(true),
-        Err(error) => Err(error.into()),
-    }
+    let none = RecordId::from_bytes([0; 16]);
+    let mark = rows::new_change(call, none, Timestamp::from_micros(0));
+    Ok(!insert_unless_taken(session, sql.insert_change, mark).await?)
 }
 
-/// Inserts a row, or says that its key is taken. Most engines can be told to insert nothing then; MySQL cannot without
+/// Inserts a row, or returns `false` when its key is taken. Most engines can be told to insert nothing then; MySQL cannot without
 /// hiding other errors, and reports the duplicate.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,

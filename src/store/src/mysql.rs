@@ -1,6 +1,6 @@
 //! MySQL 8 and later, MariaDB 10.6 and later.
 
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
@@ -11,17 +11,37 @@ use sqlx::{
 
 use super::{
     Error, Settings,
+    dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{Found, Weakness},
     schema,
     server::{Limits, Server},
     session::{Columns as _, Session as _},
     settings::Tls,
-    statements::{Statements, TableStatements},
+    statements::Statements,
     url::{Door, Place},
 };
 
-mod statements;
-mod tables;
+/// READ COMMITTED, which the session is set to, with the row locked: see `postgres.rs`. The default, REPEATABLE READ, would lock
+/// gaps between rows and go on reading what was before it waited.
+///
+/// Inserts are plain: `INSERT IGNORE` would also hide values that do not fit.
+const DIALECT: Dialect = Dialect {
+    placeholder: Placeholder::Question,
+    quote: '`',
+    begin: "START TRANSACTION READ WRITE",
+    lock: Some("FOR UPDATE"),
+    unless_taken: "",
+    upsert: Upsert::OnDuplicateKey,
+    limited_delete: LimitedDelete::Limit,
+    clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED) AS now_us"),
+    has_migrations: "SELECT 1 FROM information_schema.tables \
+                     WHERE table_schema = DATABASE() AND table_name = '_sqlx_migrations'",
+    durability: "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
+                 ('innodb_flush_log_at_trx_commit', 'innodb_doublewrite', 'log_bin', 'sync_binlog')",
+    durability_columns: ["Variable_name", "Value"],
+};
+
+static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
@@ -32,7 +52,7 @@ const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
 /// A lock's name has at most 64 characters. Not by `MD5()`, which MySQL 9 does not have.
 const LOCK_MIGRATIONS: &str =
-    "SELECT GET_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)), 60)";
+    "SELECT GET_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)), 60) AS locked";
 const UNLOCK_MIGRATIONS: &str =
     "SELECT RELEASE_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)))";
 
@@ -46,8 +66,11 @@ impl Server for MySqlOrMariaDb {
     type Database = MySql;
 
     const NAME: &'static str = "MySQL";
-    const SQL: &'static Statements = &statements::STATEMENTS;
-    const TABLES: &'static TableStatements = &tables::TABLES;
+    const DIALECT: &'static Dialect = &DIALECT;
+
+    fn sql() -> &'static Statements {
+        &SQL
+    }
 
     fn migrator() -> &'static Migrator {
         &MIGRATOR
@@ -126,13 +149,8 @@ impl Server for MySqlOrMariaDb {
     fn migrate(connection: &mut MySqlConnection) -> BoxFuture<'_, Result<(), Error>> {
         async move {
             let locked = connection.rows(LOCK_MIGRATIONS, Vec::new()).await?;
-            if locked
-                .first()
-                .map(|row| row.optional_integer(0))
-                .transpose()?
-                .flatten()
-                != Some(1)
-            {
+            let locked = locked.first().map(|row| row.optional_integer("locked"));
+            if locked.transpose()?.flatten() != Some(1) {
                 return Err(Error::InUse(
                     "another process is migrating this database; wait for it, then try again"
                         .to_owned(),
@@ -167,14 +185,14 @@ const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
 /// statements can run again, except those that add a column, so the migration starts again from its beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
-        .rows(statements::STATEMENTS.has_migrations, Vec::new())
+        .rows(SQL.has_migrations, Vec::new())
         .await?
         .is_empty()
     {
         connection
             .control("DELETE FROM _sqlx_migrations WHERE NOT success")
             .await?;
-        let current = schema::current(connection, &statements::STATEMENTS).await?;
+        let current = schema::current(connection, &SQL).await?;
         for added in ADDED_COLUMNS {
             // No release has used the column: none opens a database before its migration is complete.
             if added.version > current && !connection.rows(added.find, Vec::new()).await?.is_empty()
@@ -222,11 +240,13 @@ struct Version {
 }
 
 async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Error> {
-    let rows = connection.rows("SELECT VERSION()", Vec::new()).await?;
+    let rows = connection
+        .rows("SELECT VERSION() AS version", Vec::new())
+        .await?;
     let text = rows
         .first()
         .ok_or(sqlx::Error::RowNotFound)?
-        .text(0)?
+        .text("version")?
         .to_owned();
     let mut parts = text
         .split(|c: char| !c.is_ascii_digit())
@@ -247,8 +267,7 @@ mod tests {
     #[test]
     fn no_statement_calls_a_function_that_newer_versions_of_mysql_do_not_have() {
         let mut texts = vec![LOCK_MIGRATIONS.to_owned(), UNLOCK_MIGRATIONS.to_owned()];
-        texts.push(format!("{:?}", statements::STATEMENTS));
-        texts.push(format!("{:?}", tables::TABLES));
+        texts.push(format!("{:?}", *SQL));
         texts.extend(
             MIGRATOR
                 .iter()

@@ -1,6 +1,6 @@
 //! PostgreSQL 14 and later.
 
-use std::{env, path::Path, time::Duration};
+use std::{env, path::Path, sync::LazyLock, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
@@ -13,17 +13,34 @@ use keybroker_core::call::CallId;
 
 use super::{
     Error, Settings,
+    dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{Found, Weakness},
     error::POOLER_REMEDY,
     server::{Limits, Server},
     session::{Columns as _, Session as _, Value},
     settings::Tls,
-    statements::{Statements, TableStatements},
+    statements::Statements,
     url::{Door, Place},
 };
 
-mod statements;
-mod tables;
+/// READ COMMITTED with the row locked is enough: every transaction changes one record, which it holds, and what must be
+/// unique is held by a constraint.
+const DIALECT: Dialect = Dialect {
+    placeholder: Placeholder::Dollar,
+    quote: '"',
+    begin: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
+    lock: Some("FOR UPDATE"),
+    unless_taken: " ON CONFLICT DO NOTHING",
+    upsert: Upsert::OnConflictOnce,
+    limited_delete: LimitedDelete::Subquery,
+    clock: Some("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us"),
+    has_migrations: "SELECT 1 WHERE to_regclass('_sqlx_migrations') IS NOT NULL",
+    durability: "SELECT name, setting AS value FROM pg_settings WHERE name IN \
+                 ('fsync', 'full_page_writes', 'synchronous_commit', 'synchronous_standby_names')",
+    durability_columns: ["name", "value"],
+};
+
+static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
 
@@ -56,8 +73,11 @@ impl Server for PostgreSql {
     type Database = Postgres;
 
     const NAME: &'static str = "PostgreSQL";
-    const SQL: &'static Statements = &statements::STATEMENTS;
-    const TABLES: &'static TableStatements = &tables::TABLES;
+    const DIALECT: &'static Dialect = &DIALECT;
+
+    fn sql() -> &'static Statements {
+        &SQL
+    }
 
     fn migrator() -> &'static Migrator {
         &MIGRATOR
@@ -130,19 +150,20 @@ impl Server for PostgreSql {
         async move {
             let rows = connection
                 .rows(
-                    "SELECT current_setting('server_version_num')::bigint, \
-                     current_setting('server_version'), current_setting('server_encoding')",
+                    "SELECT current_setting('server_version_num')::bigint AS number, \
+                     current_setting('server_version') AS version, \
+                     current_setting('server_encoding') AS encoding",
                     Vec::new(),
                 )
                 .await?;
             let row = rows.first().ok_or(Error::NotFound)?;
-            if row.integer(0)? < OLDEST {
-                let version = row.text(1)?;
+            if row.integer("number")? < OLDEST {
+                let version = row.text("version")?;
                 return Err(Error::Schema(format!(
                     "the server is PostgreSQL {version}; keybroker needs 14 or later"
                 )));
             }
-            match row.text(2)? {
+            match row.text("encoding")? {
                 "UTF8" => Ok(()),
                 other => Err(Error::Schema(format!(
                     "the database has the encoding {other}, in which not every user name can be written; create it \
@@ -161,7 +182,8 @@ impl Server for PostgreSql {
         second: &'c mut PgConnection,
     ) -> BoxFuture<'c, Result<(), Error>> {
         const ROUNDS: u32 = 5;
-        const SEEN: &str = "SELECT coalesce(current_setting('keybroker.session', true), '')";
+        const SEEN: &str =
+            "SELECT coalesce(current_setting('keybroker.session', true), '') AS mark";
         async move {
             let mark = CallId::fresh().to_string();
             for _ in 0..ROUNDS {
@@ -169,12 +191,13 @@ impl Server for PostgreSql {
                 first.rows(set, vec![mark.as_str().into()]).await?;
                 second.control("BEGIN").await?;
                 let seen = second.rows(SEEN, Vec::new()).await?;
-                let is_shared = seen.first().map(|row| row.text(0)).transpose()? == Some(&mark);
+                let is_shared =
+                    seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if is_shared {
                     return Err(Error::Schema(POOLER_REMEDY.to_owned()));
                 }
                 let seen = first.rows(SEEN, Vec::new()).await?;
-                let is_kept = seen.first().map(|row| row.text(0)).transpose()? == Some(&mark);
+                let is_kept = seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if !is_kept {
                     return Err(Error::Schema(POOLER_REMEDY.to_owned()));
                 }

@@ -122,7 +122,7 @@ pub async fn forget_changes(
             let Some(row) = cursor.take(store).await? else {
                 break;
             };
-            match &rows::readable(Table::Changes.name(), &[row], rows::change)[..] {
+            match &rows::readable(Table::Changes, &[row], rows::change)[..] {
                 [(call, at)] if *at < before => old.push(*call),
                 [_, ..] => {}
                 [] => has_damaged = true,

@@ -1,5 +1,5 @@
-//! Rows into domain types, the same for every engine. A value that does not decode is an error that names its table and
-//! column, never a panic and never a record that is missing.
+//! Rows into domain types and back, the same for every engine: the only place that knows which column is which field. A value
+//! that does not decode is an error that names its table and column, never a panic and never a record that is missing.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -13,102 +13,185 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, Error, RecordInfo, RecordState, RegistryRow,
-    RequestRecord, RequestScope,
-    session::Columns,
-    tables::{Head, RevisionRow},
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, NewRevision, Record, RecordInfo,
+    RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    columns::Table,
+    session::{Columns, Value},
 };
 
-/// A serial number has 16 bytes in PKCS#11, each at most three in a text. A longer one no token has, and no MAC covers.
+/// A serial number has 16 bytes in PKCS#11, each at most three in a text. No token has a longer one, and no MAC covers one.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
-fn corrupt(column: &str) -> Error {
-    Error::Corrupt(column.to_owned())
+/// A row of the records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its identity.
+    pub id: RecordId,
+    /// The address of the record.
+    pub address: KeyAddress,
+    /// Whether it can be unwrapped.
+    pub state: RecordState,
+    /// Current revision.
+    pub revision: Revision,
+    /// When it was created.
+    pub created: Timestamp,
+    /// When it last changed.
+    pub updated: Timestamp,
+    /// When it was deleted; absent while active.
+    pub deleted: Option<Timestamp>,
 }
 
-pub(super) fn bytes(row: &impl Columns, index: usize, column: &str) -> Result<Vec<u8>, Error> {
-    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
-    Ok(bytes.to_vec())
-}
-
-pub(super) fn array<const N: usize>(
-    row: &impl Columns,
-    index: usize,
-    column: &str,
-) -> Result<[u8; N], Error> {
-    let bytes = row.bytes(index).map_err(|_| corrupt(column))?;
-    bytes.try_into().map_err(|_| corrupt(column))
-}
-
-/// A MAC, or nothing in a row that was written before there was one.
-pub(super) fn optional_mac(
-    row: &impl Columns,
-    index: usize,
-    column: &str,
-) -> Result<Option<Mac>, Error> {
-    if bytes(row, index, column)?.is_empty() {
-        return Ok(None);
+impl Head {
+    /// Whether it has been deleted since before then.
+    pub fn is_deleted_since(&self, before: Timestamp) -> bool {
+        self.state == RecordState::Deleted && self.deleted.is_some_and(|at| at < before)
     }
-    array(row, index, column).map(Some)
 }
 
-fn text<'r>(row: &'r impl Columns, index: usize, column: &str) -> Result<&'r str, Error> {
-    row.text(index).map_err(|_| corrupt(column))
+/// A row of the revisions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RevisionRow {
+    /// The record that it is a revision of.
+    pub record: RecordId,
+    /// Which revision it is.
+    pub revision: Revision,
+    /// As bytes not yet parsed.
+    pub envelope: Vec<u8>,
+    /// Wrapping key named in the row.
+    pub wrapping_key: WrappingKeyId,
+    /// When it became current.
+    pub created: Timestamp,
 }
 
-fn time(row: &impl Columns, index: usize, column: &str) -> Result<Timestamp, Error> {
-    row.integer(index)
-        .map(Timestamp::from_micros)
-        .map_err(|_| corrupt(column))
+/// Reads the columns of one table from a row.
+struct Reader<'r, R> {
+    table: Table,
+    row: &'r R,
 }
 
-fn optional_time(
-    row: &impl Columns,
-    index: usize,
-    column: &str,
-) -> Result<Option<Timestamp>, Error> {
-    let micros = row.optional_integer(index).map_err(|_| corrupt(column))?;
-    Ok(micros.map(Timestamp::from_micros))
+impl<'r, R: Columns> Reader<'r, R> {
+    fn new(table: Table, row: &'r R) -> Self {
+        Self { table, row }
+    }
+
+    fn corrupt(&self, column: &str) -> Error {
+        Error::Corrupt(format!("{}.{column}", self.table.name()))
+    }
+
+    fn bytes(&self, column: &str) -> Result<&'r [u8], Error> {
+        self.row.bytes(column).map_err(|_| self.corrupt(column))
+    }
+
+    fn array<const N: usize>(&self, column: &str) -> Result<[u8; N], Error> {
+        let bytes = self.bytes(column)?;
+        bytes.try_into().map_err(|_| self.corrupt(column))
+    }
+
+    fn text(&self, column: &str) -> Result<&'r str, Error> {
+        self.row.text(column).map_err(|_| self.corrupt(column))
+    }
+
+    /// A text that has a form of its own.
+    fn parsed<T>(&self, column: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
+        parse(self.text(column)?).ok_or_else(|| self.corrupt(column))
+    }
+
+    fn time(&self, column: &str) -> Result<Timestamp, Error> {
+        let micros = self.row.integer(column);
+        micros
+            .map(Timestamp::from_micros)
+            .map_err(|_| self.corrupt(column))
+    }
+
+    fn optional_time(&self, column: &str) -> Result<Option<Timestamp>, Error> {
+        let micros = self.row.optional_integer(column);
+        micros
+            .map(|micros| micros.map(Timestamp::from_micros))
+            .map_err(|_| self.corrupt(column))
+    }
+
+    fn positive(&self, column: &str) -> Result<u64, Error> {
+        let number = self.row.integer(column);
+        number
+            .ok()
+            .and_then(|number| u64::try_from(number).ok())
+            .ok_or_else(|| self.corrupt(column))
+    }
+
+    fn revision(&self, column: &str) -> Result<Revision, Error> {
+        Revision::new(self.positive(column)?).ok_or_else(|| self.corrupt(column))
+    }
+
+    fn record_id(&self) -> Result<RecordId, Error> {
+        self.array("record_id").map(RecordId::from_bytes)
+    }
+
+    fn wrapping_key(&self, column: &str) -> Result<WrappingKeyId, Error> {
+        self.array(column).map(WrappingKeyId::from_bytes)
+    }
+
+    fn tenant(&self) -> Result<Tenant, Error> {
+        self.parsed("tenant", |text| Tenant::parse(text).ok())
+    }
+
+    fn user(&self) -> Result<UserId, Error> {
+        self.parsed("user", |text| UserId::parse(text).ok())
+    }
+
+    fn key_name(&self) -> Result<KeyName, Error> {
+        self.parsed("key_name", |text| KeyName::parse(text).ok())
+    }
+
+    fn address(&self) -> Result<KeyAddress, Error> {
+        Ok(KeyAddress {
+            tenant: self.tenant()?,
+            user: self.user()?,
+            name: self.key_name()?,
+        })
+    }
+
+    /// The columns that the records and the stored answers of requests have in common.
+    fn head(&self, address: KeyAddress) -> Result<Head, Error> {
+        Ok(Head {
+            id: self.record_id()?,
+            address,
+            state: self.parsed("state", parse_state)?,
+            revision: self.revision("revision")?,
+            created: self.time("created_us")?,
+            updated: self.time("updated_us")?,
+            deleted: self.optional_time("deleted_us")?,
+        })
+    }
 }
 
-pub(super) fn wrapping_key(row: &impl Columns, index: usize) -> Result<WrappingKeyId, Error> {
-    array(row, index, "wrapping_key_id").map(WrappingKeyId::from_bytes)
+impl Head {
+    fn with_wrapping_key(self, wrapping_key: WrappingKeyId) -> RecordInfo {
+        RecordInfo {
+            address: self.address,
+            id: self.id,
+            state: self.state,
+            revision: self.revision,
+            wrapping_key,
+            created: self.created,
+            updated: self.updated,
+            deleted: self.deleted,
+        }
+    }
 }
 
-fn positive(row: &impl Columns, index: usize, column: &str) -> Result<u64, Error> {
-    let number = row.integer(index).map_err(|_| corrupt(column))?;
-    u64::try_from(number).map_err(|_| corrupt(column))
-}
-
-fn revision_number(row: &impl Columns, index: usize, column: &str) -> Result<Revision, Error> {
-    Revision::new(positive(row, index, column)?).ok_or_else(|| corrupt(column))
-}
-
-/// Columns 0 to 6: record id, state, revision, created, updated, deleted, wrapping key.
-pub(super) fn info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
-    let state = text(row, 1, "records.state")?;
-    Ok(RecordInfo {
-        address,
-        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
-        state: parse_state(state).ok_or_else(|| corrupt("records.state"))?,
-        revision: revision_number(row, 2, "records.revision")?,
-        created: time(row, 3, "records.created_us")?,
-        updated: time(row, 4, "records.updated_us")?,
-        deleted: optional_time(row, 5, "records.deleted_us")?,
-        wrapping_key: wrapping_key(row, 6)?,
-    })
+/// A record at a known address, with its current revision, which is not checked to be the newest.
+fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
+    let head = Reader::new(Table::Records, row).head(address)?;
+    let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;
+    Ok(head.with_wrapping_key(wrapping_key))
 }
 
 /// A record whose row names another revision than its newest one was set back: what is stored under the named revision was
-/// valid once, and its MAC is still good.
-pub(super) fn require_newest(
-    row: &impl Columns,
-    index: usize,
-    info: &RecordInfo,
-) -> Result<(), Error> {
+/// valid once, and its MAC still verifies.
+fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
-        .optional_integer(index)
-        .map_err(|_| corrupt("revisions.revision"))?;
+        .optional_integer("newest_revision")
+        .map_err(|_| Error::Corrupt("revisions.revision".to_owned()))?;
     if newest.is_some_and(|newest| u64::try_from(newest) == Ok(info.revision.get())) {
         return Ok(());
     }
@@ -120,39 +203,40 @@ pub(super) fn require_newest(
     )))
 }
 
-/// Columns 7 and 8: user and key name.
-pub(super) fn address(row: &impl Columns, tenant: Tenant) -> Result<KeyAddress, Error> {
-    let user = text(row, 7, "records.user")?;
-    let name = text(row, 8, "records.key_name")?;
-    Ok(KeyAddress {
-        tenant,
-        user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
-        name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
+/// A record at a known address, with its current envelope.
+pub(super) fn record(row: &impl Columns, address: KeyAddress) -> Result<Record, Error> {
+    let info = unchecked_info(row, address)?;
+    require_newest(row, &info)?;
+    let envelope = Reader::new(Table::Revisions, row).bytes("envelope")?;
+    Ok(Record {
+        info,
+        envelope: envelope.to_vec(),
     })
 }
 
-/// A row of a page of records: columns 0 to 8, and the newest revision in column 9.
-pub(super) fn listed_record(
-    row: &impl Columns,
-    tenant: &Tenant,
-) -> Result<RecordInfo, DamagedRecord> {
+/// A record with its address.
+pub(super) fn info(row: &impl Columns) -> Result<RecordInfo, Error> {
+    let address = Reader::new(Table::Records, row).address()?;
+    let info = unchecked_info(row, address)?;
+    require_newest(row, &info)?;
+    Ok(info)
+}
+
+/// A row of a page of records.
+pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRecord> {
+    let records = Reader::new(Table::Records, row);
     let damaged = |damage: Damage, error: &Error| DamagedRecord {
-        id: array(row, 0, "records.record_id")
-            .ok()
-            .map(RecordId::from_bytes),
-        user: text(row, 7, "records.user")
-            .ok()
-            .and_then(|user| UserId::parse(user).ok()),
-        name: text(row, 8, "records.key_name")
-            .ok()
-            .and_then(|name| KeyName::parse(name).ok()),
+        id: records.record_id().ok(),
+        user: records.user().ok(),
+        name: records.key_name().ok(),
         damage,
         detail: error.to_string(),
     };
-    let info = address(row, tenant.clone())
-        .and_then(|address| info(row, address))
+    let info = records
+        .address()
+        .and_then(|address| unchecked_info(row, address))
         .map_err(|error| damaged(Damage::Unreadable, &error))?;
-    require_newest(row, 9, &info).map_err(|error| damaged(Damage::SetBack, &error))?;
+    require_newest(row, &info).map_err(|error| damaged(Damage::SetBack, &error))?;
     Ok(info)
 }
 
@@ -165,15 +249,15 @@ pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClie
     })
 }
 
-/// The id of an API client, if it can be read whatever is wrong with the rest of the row.
+/// The id of an API client, if it can be read although the rest of the row cannot.
 pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
-    row.bytes(0).ok().and_then(ClientId::from_slice)
+    row.bytes("client_id").ok().and_then(ClientId::from_slice)
 }
 
 /// Decodes the rows of a table that holds nothing but notes. A damaged row is left out and raises an alert: it must not hide the
 /// others.
 pub(super) fn readable<R, T>(
-    table: &'static str,
+    table: Table,
     rows: &[R],
     decode: impl Fn(&R) -> Result<T, Error>,
 ) -> Vec<T> {
@@ -181,164 +265,253 @@ pub(super) fn readable<R, T>(
         decode(row)
             .inspect_err(|error| {
                 metrics::RECORDS_DAMAGED.increment();
-                keybroker_core::alert!(RecordDamaged, table, %error, "a stored row does not decode; it is left out");
+                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row does not decode; it is left out");
             })
             .ok()
     });
     decoded.collect()
 }
 
-/// Columns 0 to 10: those of a record, user, key name, tenant, and the newest revision.
-pub(super) fn info_with_tenant(row: &impl Columns) -> Result<RecordInfo, Error> {
-    let tenant = text(row, 9, "records.tenant")?;
-    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?;
-    let info = info(row, address(row, tenant)?)?;
-    require_newest(row, 10, &info)?;
-    Ok(info)
-}
-
-/// All columns of a row of the records, in the order of the table.
+/// A row of [`Table::Records`].
 pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
-    let tenant = text(row, 1, "records.tenant")?;
-    let user = text(row, 2, "records.user")?;
-    let name = text(row, 3, "records.key_name")?;
-    let state = text(row, 4, "records.state")?;
-    let state = parse_state(state).ok_or_else(|| corrupt("records.state"))?;
-    let created = time(row, 6, "records.created_us")?;
-    let updated = time(row, 7, "records.updated_us")?;
-    let deleted = optional_time(row, 8, "records.deleted_us")?;
-    if deleted.is_some() != (state == RecordState::Deleted) {
-        return Err(corrupt("records.deleted_us"));
+    let row = Reader::new(Table::Records, row);
+    let head = row.head(row.address()?)?;
+    if head.deleted.is_some() != (head.state == RecordState::Deleted) {
+        return Err(row.corrupt("deleted_us"));
     }
-    Ok(Head {
-        id: RecordId::from_bytes(array(row, 0, "records.record_id")?),
-        address: KeyAddress {
-            tenant: Tenant::parse(tenant).map_err(|_| corrupt("records.tenant"))?,
-            user: UserId::parse(user).map_err(|_| corrupt("records.user"))?,
-            name: KeyName::parse(name).map_err(|_| corrupt("records.key_name"))?,
-        },
-        state,
-        revision: revision_number(row, 5, "records.revision")?,
-        created,
-        updated,
-        deleted,
-    })
+    Ok(head)
 }
 
-/// All columns of a row of the revisions, in the order of the table.
+/// A new row of [`Table::Records`], which is active.
+pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
+    vec![
+        new.record.into(),
+        new.address.tenant.as_str().into(),
+        new.address.user.as_str().into(),
+        new.address.name.as_str().into(),
+        state_text(RecordState::Active).into(),
+        new.revision.into(),
+        at.into(),
+        at.into(),
+        None::<Timestamp>.into(),
+    ]
+}
+
+/// A row of [`Table::Revisions`].
 pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
+    let row = Reader::new(Table::Revisions, row);
     Ok(RevisionRow {
-        record: RecordId::from_bytes(array(row, 0, "revisions.record_id")?),
-        revision: revision_number(row, 1, "revisions.revision")?,
-        envelope: bytes(row, 2, "revisions.envelope")?,
-        wrapping_key: wrapping_key(row, 3)?,
-        created: time(row, 4, "revisions.created_us")?,
+        record: row.record_id()?,
+        revision: row.revision("revision")?,
+        envelope: row.bytes("envelope")?.to_vec(),
+        wrapping_key: row.wrapping_key("wrapping_key_id")?,
+        created: row.time("created_us")?,
     })
 }
 
-/// The call and the time of a row of the changes.
-pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
-    array::<16>(row, 1, "changes.record_id")?;
-    let call = array::<16>(row, 0, "changes.call_id")?;
-    let call = CallId::from_slice(&call).ok_or_else(|| corrupt("changes.call_id"))?;
-    Ok((call, time(row, 2, "changes.changed_us")?))
+/// What is stored of a known revision.
+pub(super) fn stored_revision(
+    row: &impl Columns,
+    revision: Revision,
+) -> Result<StoredRevision, Error> {
+    let row = Reader::new(Table::Revisions, row);
+    Ok(StoredRevision {
+        revision,
+        wrapping_key: row.wrapping_key("wrapping_key_id")?,
+        envelope: row.bytes("envelope")?.to_vec(),
+    })
 }
 
-/// All columns of a row of the requests, in the order of the table.
-pub(super) fn request_row(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
-    let tenant = text(row, 0, "requests.tenant")?;
-    let tenant = Tenant::parse(tenant).map_err(|_| corrupt("requests.tenant"))?;
-    let user = text(row, 6, "requests.user")?;
-    let name = text(row, 7, "requests.key_name")?;
-    let state = text(row, 8, "requests.state")?;
-    time(row, 14, "requests.used_us")?;
-    let id = array::<16>(row, 2, "requests.request_id")?;
+/// A new row of [`Table::Revisions`].
+pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
+    vec![
+        new.record.into(),
+        new.revision.into(),
+        new.envelope.as_slice().into(),
+        new.wrapping_key.into(),
+        at.into(),
+    ]
+}
+
+/// The call and the time of a row of [`Table::Changes`].
+pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
+    let row = Reader::new(Table::Changes, row);
+    // Of a record or of an API client.
+    row.array::<16>("record_id")?;
+    let call = CallId::from_slice(row.bytes("call_id")?);
+    Ok((
+        call.ok_or_else(|| row.corrupt("call_id"))?,
+        row.time("changed_us")?,
+    ))
+}
+
+/// A row of [`Table::Changes`]. `changed` is the id of the record or of the API client.
+pub(super) fn new_change(call: CallId, changed: impl Into<Value>, at: Timestamp) -> Vec<Value> {
+    vec![call.into(), changed.into(), at.into()]
+}
+
+/// A row of [`Table::Requests`].
+pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
+    let row = Reader::new(Table::Requests, row);
+    row.time("used_us")?;
+    let id = RequestId::from_slice(row.bytes("request_id")?);
     let scope = RequestScope {
-        tenant: tenant.clone(),
-        principal: text(row, 1, "requests.principal")?.to_owned(),
-        id: RequestId::from_slice(&id).ok_or_else(|| corrupt("requests.request_id"))?,
+        tenant: row.tenant()?,
+        principal: row.text("principal")?.to_owned(),
+        id: id.ok_or_else(|| row.corrupt("request_id"))?,
+    };
+    let head = row.head(row.address()?)?;
+    // Empty in a row that was written before there was one.
+    let result_mac = match row.bytes("result_mac")? {
+        [] => None,
+        _ => Some(row.array("result_mac")?),
     };
     let record = RequestRecord {
-        content: array(row, 3, "requests.content_mac")?,
-        key: array(row, 4, "requests.key_id").map(WrappingKeyId::from_bytes)?,
-        result: RecordInfo {
-            id: RecordId::from_bytes(array(row, 5, "requests.record_id")?),
-            address: KeyAddress {
-                tenant,
-                user: UserId::parse(user).map_err(|_| corrupt("requests.user"))?,
-                name: KeyName::parse(name).map_err(|_| corrupt("requests.key_name"))?,
-            },
-            state: parse_state(state).ok_or_else(|| corrupt("requests.state"))?,
-            revision: revision_number(row, 9, "requests.revision")?,
-            wrapping_key: array(row, 10, "requests.wrapping_key_id")
-                .map(WrappingKeyId::from_bytes)?,
-            created: time(row, 11, "requests.created_us")?,
-            updated: time(row, 12, "requests.updated_us")?,
-            deleted: optional_time(row, 13, "requests.deleted_us")?,
-        },
-        result_mac: optional_mac(row, 15, "requests.result_mac")?,
+        content: row.array("content_mac")?,
+        key: row.wrapping_key("key_id")?,
+        result: head.with_wrapping_key(row.wrapping_key("wrapping_key_id")?),
+        result_mac,
     };
     Ok((scope, record))
 }
 
-/// All columns of a row of the uses of secrets, in the order of the table.
-pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
-    array::<16>(row, 0, "client_uses.client_id")?;
-    let number = positive(row, 1, "client_uses.secret_number")?;
-    u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
-    time(row, 2, "client_uses.used_us")?;
-    Ok(())
+/// The key of a row of [`Table::Requests`].
+pub(super) fn request_key(scope: &RequestScope) -> Vec<Value> {
+    vec![
+        scope.tenant.as_str().into(),
+        scope.principal.as_str().into(),
+        scope.id.into(),
+    ]
 }
 
-/// All columns of a row of the last uses.
+/// A row of [`Table::Requests`].
+pub(super) fn new_request(
+    scope: &RequestScope,
+    request: &RequestRecord,
+    at: Timestamp,
+) -> Vec<Value> {
+    let (info, mac) = (&request.result, request.result_mac.as_ref());
+    let mut values = request_key(scope);
+    values.extend([
+        (&request.content).into(),
+        request.key.into(),
+        info.id.into(),
+        info.address.user.as_str().into(),
+        info.address.name.as_str().into(),
+        state_text(info.state).into(),
+        info.revision.into(),
+        info.wrapping_key.into(),
+        info.created.into(),
+        info.updated.into(),
+        info.deleted.into(),
+        at.into(),
+        mac.map_or(&[][..], Mac::as_slice).into(),
+    ]);
+    values
+}
+
+/// A row of [`Table::LastUses`].
 pub(super) fn last_use(row: &impl Columns) -> Result<(RecordId, Timestamp), Error> {
-    let record = array(row, 0, "last_uses.record_id").map(RecordId::from_bytes)?;
-    Ok((record, time(row, 1, "last_uses.used_us")?))
+    let row = Reader::new(Table::LastUses, row);
+    Ok((row.record_id()?, row.time("used_us")?))
 }
 
-/// All columns of a row of the registry, in the order of the table.
+/// A row of [`Table::LastUses`].
+pub(super) fn new_last_use((record, at): &(RecordId, Timestamp)) -> Vec<Value> {
+    vec![(*record).into(), (*at).into()]
+}
+
+/// The number of a secret, and when it was last accepted.
+pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
+    let row = Reader::new(Table::ClientUses, row);
+    let number = u32::try_from(row.positive("secret_number")?);
+    Ok((
+        number.map_err(|_| row.corrupt("secret_number"))?,
+        row.time("used_us")?,
+    ))
+}
+
+/// A row of [`Table::ClientUses`].
+pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
+    Reader::new(Table::ClientUses, row).array::<16>("client_id")?;
+    client_use(row).map(drop)
+}
+
+/// A row of [`Table::ClientUses`].
+pub(super) fn new_client_use(client: ClientId, secret: u32, at: Timestamp) -> Vec<Value> {
+    vec![client.into(), secret.into(), at.into()]
+}
+
+/// A row of [`Table::WrappingKeys`].
 pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
-    let purpose = text(row, 2, "wrapping_keys.purpose")?;
-    let state = text(row, 3, "wrapping_keys.state")?;
-    let token_serial = text(row, 4, "wrapping_keys.token_serial")?;
+    let row = Reader::new(Table::WrappingKeys, row);
+    let token_serial = row.text("token_serial")?;
     if token_serial.len() > TOKEN_SERIAL_BYTES_MAX {
-        return Err(corrupt("wrapping_keys.token_serial"));
+        return Err(row.corrupt("token_serial"));
     }
     Ok(RegistryRow {
-        id: WrappingKeyId::from_bytes(array(row, 0, "wrapping_keys.key_id")?),
-        fingerprint: Fingerprint(array(row, 1, "wrapping_keys.fingerprint")?),
-        purpose: Purpose::parse(purpose).ok_or_else(|| corrupt("wrapping_keys.purpose"))?,
-        state: WrappingKeyState::parse(state).ok_or_else(|| corrupt("wrapping_keys.state"))?,
+        id: row.wrapping_key("key_id")?,
+        fingerprint: Fingerprint(row.array("fingerprint")?),
+        purpose: row.parsed("purpose", Purpose::parse)?,
+        state: row.parsed("state", WrappingKeyState::parse)?,
         token_serial: token_serial.to_owned(),
-        sequence: positive(row, 5, "wrapping_keys.sequence")?,
-        registered: time(row, 6, "wrapping_keys.registered_us")?,
-        backup_confirmed: optional_time(row, 7, "wrapping_keys.backup_confirmed_us")?,
-        mac: array(row, 8, "wrapping_keys.mac")?,
+        sequence: row.positive("sequence")?,
+        registered: row.time("registered_us")?,
+        backup_confirmed: row.optional_time("backup_confirmed_us")?,
+        mac: row.array("mac")?,
     })
 }
 
-/// All columns of a row of the clients, in the order of the table. What is in the document is for its own parser to say.
+/// A row of [`Table::WrappingKeys`].
+pub(super) fn new_registry(row: &RegistryRow) -> Vec<Value> {
+    let mut values = vec![row.id.into()];
+    values.extend(registry_values(row));
+    values
+}
+
+/// [`Table::values`] of [`Table::WrappingKeys`].
+pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
+    vec![
+        row.fingerprint.0.as_slice().into(),
+        row.purpose.as_str().into(),
+        row.state.as_str().into(),
+        row.token_serial.as_str().into(),
+        row.sequence.into(),
+        row.registered.into(),
+        row.backup_confirmed.into(),
+        (&row.mac).into(),
+    ]
+}
+
+/// A row of [`Table::Clients`]. The document is checked by its own parser.
 pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
-    let document = bytes(row, 2, "clients.document")?;
+    let row = Reader::new(Table::Clients, row);
+    let document = row.bytes("document")?;
     if document.len() > DOCUMENT_BYTES_MAX {
-        return Err(corrupt("clients.document"));
+        return Err(row.corrupt("document"));
     }
     Ok(ClientRow {
-        id: ClientId::from_bytes(array(row, 0, "clients.client_id")?),
-        revision: revision_number(row, 1, "clients.revision")?.get(),
-        document,
-        mac: array(row, 3, "clients.mac")?,
-        key: WrappingKeyId::from_bytes(array(row, 4, "clients.key_id")?),
-        created: time(row, 5, "clients.created_us")?,
-        updated: time(row, 6, "clients.updated_us")?,
+        id: ClientId::from_bytes(row.array("client_id")?),
+        revision: row.revision("revision")?.get(),
+        document: document.to_vec(),
+        mac: row.array("mac")?,
+        key: row.wrapping_key("key_id")?,
+        created: row.time("created_us")?,
+        updated: row.time("updated_us")?,
     })
 }
 
-/// Number of a secret, and when it was last accepted.
-pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
-    let number = positive(row, 0, "client_uses.secret_number")?;
-    let number = u32::try_from(number).map_err(|_| corrupt("client_uses.secret_number"))?;
-    Ok((number, time(row, 1, "client_uses.used_us")?))
+/// A row of [`Table::Clients`].
+pub(super) fn new_client(row: &ClientRow) -> Vec<Value> {
+    vec![
+        row.id.into(),
+        row.revision.into(),
+        row.document.as_slice().into(),
+        (&row.mac).into(),
+        row.key.into(),
+        row.created.into(),
+        row.updated.into(),
+    ]
 }
 
 pub(super) const fn state_text(state: RecordState) -> &'static str {
@@ -352,4 +525,111 @@ fn parse_state(text: &str) -> Option<RecordState> {
     [RecordState::Active, RecordState::Deleted]
         .into_iter()
         .find(|state| state_text(*state) == text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::Row;
+
+    fn at(micros: i64) -> Timestamp {
+        Timestamp::from_micros(micros)
+    }
+
+    fn address() -> KeyAddress {
+        KeyAddress {
+            tenant: Tenant::parse("tenant").unwrap(),
+            user: UserId::parse("user").unwrap(),
+            name: KeyName::parse("key").unwrap(),
+        }
+    }
+
+    fn new() -> NewRevision {
+        NewRevision {
+            address: address(),
+            record: RecordId::from_bytes([1; 16]),
+            revision: Revision::new(2).unwrap(),
+            envelope: vec![3; 40],
+            wrapping_key: WrappingKeyId::from_bytes([4; 16]),
+        }
+    }
+
+    /// No two fields of a type have equal values, so values in the order of other columns would be noticed.
+    #[test]
+    fn a_row_that_is_written_is_read_as_the_same() {
+        let row = Row::new(Table::Records, new_record(&new(), at(5)));
+        let head = head(&row).unwrap();
+        assert_eq!((head.address, head.created), (address(), at(5)));
+
+        let row = Row::new(Table::Revisions, new_revision(&new(), at(5)));
+        let revision = revision(&row).unwrap();
+        assert_eq!(
+            (revision.record, revision.envelope, revision.wrapping_key),
+            (new().record, new().envelope, new().wrapping_key)
+        );
+
+        let call = CallId::fresh();
+        let row = Row::new(Table::Changes, new_change(call, new().record, at(6)));
+        assert_eq!(change(&row).unwrap(), (call, at(6)));
+
+        let scope = RequestScope {
+            tenant: address().tenant,
+            principal: "principal".to_owned(),
+            id: RequestId::from_slice(&[7; 16]).unwrap(),
+        };
+        let request_record = RequestRecord {
+            content: [8; 32],
+            key: WrappingKeyId::from_bytes([9; 16]),
+            result_mac: Some([10; 32]),
+            result: RecordInfo {
+                address: address(),
+                id: RecordId::from_bytes([11; 16]),
+                state: RecordState::Deleted,
+                revision: Revision::new(12).unwrap(),
+                wrapping_key: WrappingKeyId::from_bytes([13; 16]),
+                created: at(14),
+                updated: at(15),
+                deleted: Some(at(16)),
+            },
+        };
+        let row = Row::new(
+            Table::Requests,
+            new_request(&scope, &request_record, at(17)),
+        );
+        assert_eq!(request(&row).unwrap(), (scope, request_record));
+
+        let use_ = (new().record, at(18));
+        let row = Row::new(Table::LastUses, new_last_use(&use_));
+        assert_eq!(last_use(&row).unwrap(), use_);
+
+        let client_id = ClientId::from_bytes([19; 16]);
+        let row = Row::new(Table::ClientUses, new_client_use(client_id, 20, at(21)));
+        assert_eq!(client_use(&row).unwrap(), (20, at(21)));
+
+        let registry_row = RegistryRow {
+            id: WrappingKeyId::from_bytes([22; 16]),
+            fingerprint: Fingerprint([23; 32]),
+            purpose: Purpose::Sealed,
+            state: WrappingKeyState::Compromised,
+            token_serial: "serial".to_owned(),
+            sequence: 24,
+            registered: at(25),
+            backup_confirmed: Some(at(26)),
+            mac: [27; 32],
+        };
+        let row = Row::new(Table::WrappingKeys, new_registry(&registry_row));
+        assert_eq!(registry(&row).unwrap(), registry_row);
+
+        let client_row = ClientRow {
+            id: client_id,
+            revision: 28,
+            document: vec![29; 50],
+            mac: [30; 32],
+            key: WrappingKeyId::from_bytes([31; 16]),
+            created: at(32),
+            updated: at(33),
+        };
+        let row = Row::new(Table::Clients, new_client(&client_row));
+        assert_eq!(client(&row).unwrap(), client_row);
+    }
 }

@@ -9,7 +9,7 @@ use keybroker_core::{
 
 use super::{
     ClientRow, Error, RequestRecord, RequestScope, rows,
-    session::{Columns as _, Value},
+    session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
@@ -91,7 +91,7 @@ impl Scan {
             if self.current.is_none() {
                 let row = self.records.take(&*store).await?;
                 self.current = row.map(|row| {
-                    let head = Arc::new(Head::decode(&row));
+                    let head = Arc::new(rows::head(&row));
                     (row, head)
                 });
             }
@@ -138,11 +138,11 @@ impl Scan {
         };
         if has_revision {
             let row = self.revisions.take(&*store).await?;
-            found.revision = row.as_ref().map(RevisionRow::decode);
+            found.revision = row.as_ref().map(rows::revision);
             let next = self.revisions.peek(&*store).await?;
             found.superseded = next
                 .filter(|next| Some(record_of(next)) == record)
-                .and_then(|next| RevisionRow::decode(next).ok())
+                .and_then(|next| rows::revision(next).ok())
                 .map(|next| next.created);
         }
         self.last_record = record;
@@ -188,7 +188,7 @@ impl ClientScan {
     pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
         let row = self.clients.take(&*self.store).await?;
         Ok(row.map(|row| FoundClient {
-            id: row.bytes(0).ok().and_then(ClientId::from_slice),
+            id: rows::client_id(&row),
             row: rows::client(&row),
         }))
     }
@@ -240,7 +240,7 @@ impl OtherScan {
                 && let Some(row) = cursor.take(&*self.store).await?
             {
                 return Ok(Some(match table {
-                    Table::Requests => FoundOther::Request(Box::new(rows::request_row(&row))),
+                    Table::Requests => FoundOther::Request(Box::new(rows::request(&row))),
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),

@@ -43,7 +43,9 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
         return Ok(0);
     }
     let newest = session.rows(sql.newest_migration, Vec::new()).await?;
-    newest.first().map_or(Ok(0), |row| Ok(row.integer(0)?))
+    newest
+        .first()
+        .map_or(Ok(0), |row| Ok(row.integer("version")?))
 }
 
 /// Refuses a schema that is older or newer than this binary's.

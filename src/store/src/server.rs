@@ -17,12 +17,13 @@ use tokio::sync::Semaphore;
 
 use super::{
     Error, MigrationReport, SchemaStatus, Settings,
+    dialect::Dialect,
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
     identity, schema,
-    session::{Columns as _, Session},
+    session::Session,
     settings::Tls,
-    statements::{Statements, TableStatements},
+    statements::Statements,
     tables::Tables,
     url::Place,
 };
@@ -47,8 +48,10 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     /// For people.
     const NAME: &'static str;
-    const SQL: &'static Statements;
-    const TABLES: &'static TableStatements;
+    const DIALECT: &'static Dialect;
+
+    /// The statements in that dialect, made once.
+    fn sql() -> &'static Statements;
 
     fn migrator() -> &'static Migrator;
 
@@ -107,7 +110,7 @@ pub(super) async fn open<S: Server>(
 ) -> Result<Arc<dyn Tables>, Error> {
     let options = S::options(settings, place)?;
     let mut first = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut first, S::SQL).await?;
+    let current = schema::current(&mut first, S::sql()).await?;
     schema::require_current(current, S::migrator())?;
     let weaknesses = weaknesses::<S>(&mut first).await?;
     durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
@@ -149,7 +152,7 @@ pub(super) async fn status<S: Server>(
 ) -> Result<SchemaStatus, Error> {
     let options = S::options(settings, place)?;
     let mut connection = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut connection, S::SQL).await;
+    let current = schema::current(&mut connection, S::sql()).await;
     close::<S>(connection).await;
     Ok(schema::status(current?, S::migrator()))
 }
@@ -161,13 +164,13 @@ pub(super) async fn migrate<S: Server>(
 ) -> Result<MigrationReport, Error> {
     let options = S::options(settings, place)?;
     let mut connection = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut connection, S::SQL).await?;
+    let current = schema::current(&mut connection, S::sql()).await?;
     let report = schema::plan(current, S::migrator())?;
     if !dry_run {
         if !report.pending.is_empty() {
             run_migrations::<S>(&mut connection).await?;
         }
-        identity::ensure(&mut connection, S::SQL).await?;
+        identity::ensure(&mut connection, S::sql()).await?;
     }
     close::<S>(connection).await;
     Ok(report)
@@ -232,7 +235,7 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
         "the server's certificate does not verify: name its authority with `store.ca_file`, and the server as its \
          certificate does"
     } else if matches!(error, sqlx::Error::Tls(_)) {
-        "switch TLS on at the server; only on a network that nobody else reaches, set `store.tls = \"plaintext\"`"
+        "switch TLS on at the server; only on a network that no other machine reaches, set `store.tls = \"plaintext\"`"
     } else {
         "check `store.url`, and whether the server runs"
     };
@@ -246,12 +249,9 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
 async fn weaknesses<S: Server>(
     connection: &mut ConnectionOf<S>,
 ) -> Result<Vec<Weakness>, sqlx::Error> {
-    let rows = connection.rows(S::SQL.durability, Vec::new()).await?;
-    let mut found = Vec::with_capacity(rows.len());
-    for row in &rows {
-        found.push((row.text(0)?.to_owned(), row.text(1)?.to_owned()));
-    }
-    Ok(S::weaknesses(&Found(found)))
+    let rows = connection.rows(S::sql().durability, Vec::new()).await?;
+    let found = Found::read(&rows, S::DIALECT.durability_columns)?;
+    Ok(S::weaknesses(&found))
 }
 
 /// In order, so that the server's log has no complaint.
@@ -334,8 +334,9 @@ impl<S: Server> fmt::Debug for OnServer<S> {
 impl<S: Server> Engine for OnServer<S> {
     type Database = S::Database;
 
-    const SQL: &'static Statements = S::SQL;
-    const TABLES: &'static TableStatements = S::TABLES;
+    fn sql() -> &'static Statements {
+        S::sql()
+    }
 
     fn pool(&self, _purpose: Purpose) -> &Pool<S::Database> {
         &self.pool

@@ -1,5 +1,5 @@
-//! One connection, of whichever engine: statements with their values, and rows read by position. What the engines' drivers
-//! have in common but give no common name to.
+//! One connection of any engine: statements with their values, and rows read by the names of their columns. The drivers of the
+//! engines have this in common, but no common trait for it.
 
 use std::{fmt, time::Instant};
 
@@ -58,18 +58,18 @@ pub(super) trait Session: Send {
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 }
 
-/// A row, read by position.
+/// A row, read by the names of its columns.
 pub(super) trait Columns {
-    fn bytes(&self, index: usize) -> Result<&[u8], sqlx::Error>;
-    fn text(&self, index: usize) -> Result<&str, sqlx::Error>;
-    fn integer(&self, index: usize) -> Result<i64, sqlx::Error>;
-    fn optional_integer(&self, index: usize) -> Result<Option<i64>, sqlx::Error>;
+    fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error>;
+    fn text(&self, column: &str) -> Result<&str, sqlx::Error>;
+    fn integer(&self, column: &str) -> Result<i64, sqlx::Error>;
+    fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error>;
 }
 
 /// MySQL keeps texts as bytes: its text types have no collation that compares bytewise on every server.
-fn utf8(index: usize, bytes: &[u8]) -> Result<&str, sqlx::Error> {
+fn utf8<'r>(column: &str, bytes: &'r [u8]) -> Result<&'r str, sqlx::Error> {
     std::str::from_utf8(bytes).map_err(|error| sqlx::Error::ColumnDecode {
-        index: index.to_string(),
+        index: column.to_owned(),
         source: error.into(),
     })
 }
@@ -81,8 +81,9 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
+/// `$text => $bound` is how a text is sent; `$self, $column => $read` is how one is read.
 macro_rules! engine {
-    ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $index:ident => $read:expr) => {
+    ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {
             type Row = $row;
 
@@ -91,15 +92,7 @@ macro_rules! engine {
                 statement: &'static str,
                 values: Vec<Value>,
             ) -> Result<u64, sqlx::Error> {
-                let mut query = sqlx::query(statement);
-                for value in values {
-                    query = match value {
-                        Value::Bytes(bytes) => query.bind(bytes),
-                        Value::Text($text) => query.bind($bound),
-                        Value::Integer(number) => query.bind(number),
-                        Value::OptionalInteger(number) => query.bind(number),
-                    };
-                }
+                let query = engine!(bind statement, values, $text => $bound);
                 let done = timed(statement, query.execute(self)).await;
                 Ok(done?.rows_affected())
             }
@@ -109,15 +102,7 @@ macro_rules! engine {
                 statement: &'static str,
                 values: Vec<Value>,
             ) -> Result<Vec<$row>, sqlx::Error> {
-                let mut query = sqlx::query(statement);
-                for value in values {
-                    query = match value {
-                        Value::Bytes(bytes) => query.bind(bytes),
-                        Value::Text($text) => query.bind($bound),
-                        Value::Integer(number) => query.bind(number),
-                        Value::OptionalInteger(number) => query.bind(number),
-                    };
-                }
+                let query = engine!(bind statement, values, $text => $bound);
                 timed(statement, query.fetch_all(self)).await
             }
 
@@ -128,29 +113,41 @@ macro_rules! engine {
         }
 
         impl Columns for $row {
-            fn bytes(&self, index: usize) -> Result<&[u8], sqlx::Error> {
-                self.try_get(index)
+            fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
+                self.try_get(column)
             }
 
-            fn text(&$self, $index: usize) -> Result<&str, sqlx::Error> {
+            fn text(&$self, $column: &str) -> Result<&str, sqlx::Error> {
                 $read
             }
 
-            fn integer(&self, index: usize) -> Result<i64, sqlx::Error> {
-                self.try_get(index)
+            fn integer(&self, column: &str) -> Result<i64, sqlx::Error> {
+                self.try_get(column)
             }
 
-            fn optional_integer(&self, index: usize) -> Result<Option<i64>, sqlx::Error> {
-                self.try_get(index)
+            fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error> {
+                self.try_get(column)
             }
         }
     };
+    (bind $statement:expr, $values:expr, $text:ident => $bound:expr) => {{
+        let mut query = sqlx::query($statement);
+        for value in $values {
+            query = match value {
+                Value::Bytes(bytes) => query.bind(bytes),
+                Value::Text($text) => query.bind($bound),
+                Value::Integer(number) => query.bind(number),
+                Value::OptionalInteger(number) => query.bind(number),
+            };
+        }
+        query
+    }};
 }
 
-engine!(SqliteConnection, SqliteRow, text => text, self, index => self.try_get(index));
-engine!(PgConnection, PgRow, text => text, self, index => self.try_get(index));
+engine!(SqliteConnection, SqliteRow, text => text, self, column => self.try_get(column));
+engine!(PgConnection, PgRow, text => text, self, column => self.try_get(column));
 engine!(MySqlConnection, MySqlRow, text => text.into_bytes(),
-        self, index => utf8(index, self.try_get(index)?));
+        self, column => utf8(column, self.try_get(column)?));
 
 impl From<&[u8]> for Value {
     fn from(bytes: &[u8]) -> Self {

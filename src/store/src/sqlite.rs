@@ -3,7 +3,12 @@
 //! One connection writes, several read. WAL with `synchronous = FULL`: a commit that was acknowledged survives power loss
 //! (NORMAL may lose the last ones).
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::Path,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use sqlx::{
     ConnectOptions as _, Sqlite, SqlitePool,
@@ -12,17 +17,35 @@ use sqlx::{
 
 use super::{
     Error, Settings,
+    dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
     engine::{Engine, EngineStore, Purpose},
-    session::{Columns as _, Session as _},
-    statements::{Statements, TableStatements},
+    session::Session as _,
+    statements::Statements,
     tables::Tables,
 };
 
 pub(super) mod file;
 mod place;
-mod statements;
-mod tables;
+
+/// A transaction holds the write lock from its beginning: one that reads first and writes then would fail at once when
+/// another wrote between. No row has to be locked after that.
+const DIALECT: Dialect = Dialect {
+    placeholder: Placeholder::Question,
+    // SQLite takes a name in double quotes for a text when there is no such column.
+    quote: '`',
+    begin: "BEGIN IMMEDIATE",
+    lock: None,
+    unless_taken: " ON CONFLICT DO NOTHING",
+    upsert: Upsert::OnConflict,
+    limited_delete: LimitedDelete::Subquery,
+    clock: None,
+    has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
+    durability: "SELECT 'synchronous' AS name, CAST(synchronous AS TEXT) AS value FROM pragma_synchronous",
+    durability_columns: ["name", "value"],
+};
+
+static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 const READERS: u32 = 4;
 /// How long a call waits for its turn: shorter than the deadlines of most callers, so that they learn why they waited.
@@ -38,7 +61,7 @@ struct SqliteFile {
     reader: SqlitePool,
     /// One connection that is never lent out: as long as it is open, SQLite itself neither removes nor makes a WAL.
     keeper: SqlitePool,
-    place: place::Place,
+    place: Arc<place::Place>,
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
@@ -65,32 +88,35 @@ fn writer(path: &Path) -> SqlitePool {
         .connect_lazy_with(options(path))
 }
 
-/// Opens a database whose schema is this binary's.
-pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
-    file::check(path)?;
-    let keeper = writer(path);
-    file::require_current(&keeper).await?;
-    let place = place::Place::of(path)?;
-    let writer = writer(path);
-    let mut connection = writer.acquire().await?;
-    let rows = connection
-        .rows(statements::STATEMENTS.durability, Vec::new())
-        .await?;
-    drop(connection);
-    let mut found = Vec::new();
-    for row in &rows {
-        found.push((row.text(0)?.to_owned(), row.text(1)?.to_owned()));
-    }
-    let weaknesses = Found(found).sqlite();
-    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
-    durability::announce(&weaknesses);
-    let reader = SqlitePoolOptions::new()
+/// The connections that read. Each is refused when it has just opened another file than the first connection did.
+fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
+    SqlitePoolOptions::new()
         .max_connections(READERS)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(None)
         .max_lifetime(None)
         .test_before_acquire(false)
-        .connect_lazy_with(options(path).read_only(true));
+        .after_connect(move |_, _| {
+            let found = place.check();
+            Box::pin(async move { found.map_err(|error| sqlx::Error::Io(io::Error::other(error))) })
+        })
+        .connect_lazy_with(options(path).read_only(true))
+}
+
+/// Opens a database whose schema is this binary's.
+pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
+    file::check(path)?;
+    let keeper = writer(path);
+    file::require_current(&keeper).await?;
+    let place = Arc::new(place::Place::of(path)?);
+    let writer = writer(path);
+    let mut connection = writer.acquire().await?;
+    let rows = connection.rows(SQL.durability, Vec::new()).await?;
+    drop(connection);
+    let weaknesses = Found::read(&rows, DIALECT.durability_columns)?.sqlite();
+    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
+    durability::announce(&weaknesses);
+    let reader = reader(path, Arc::clone(&place));
     // Not another one than the first connection opened.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
@@ -104,8 +130,9 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
 impl Engine for SqliteFile {
     type Database = Sqlite;
 
-    const SQL: &'static Statements = &statements::STATEMENTS;
-    const TABLES: &'static TableStatements = &tables::TABLES;
+    fn sql() -> &'static Statements {
+        &SQL
+    }
 
     fn pool(&self, purpose: Purpose) -> &SqlitePool {
         match purpose {
@@ -118,8 +145,11 @@ impl Engine for SqliteFile {
         TIME_LIMIT
     }
 
-    fn check_place(&self) -> Result<(), Error> {
-        self.place.check()
+    fn check_place(&self, purpose: Purpose) -> Result<(), Error> {
+        match purpose {
+            Purpose::Read => self.place.check_recent(),
+            Purpose::Write => self.place.check(),
+        }
     }
 
     async fn close(&self) {

@@ -1,80 +1,12 @@
-//! What an engine must be able to say. Each engine writes these by hand in its own SQL; the values of each, and the columns
-//! of each answer, are the same for all and in this order.
+//! Every statement, in one form for all engines: a [`Dialect`] makes the text of one engine from it. `?` marks the place of a
+//! value; the values and their order are the same on each engine. Rows are read by the names of their columns.
 
-use super::{slow::named, tables::Table};
-
-named! {
-/// The SQL of one engine.
-#[derive(Debug)]
-pub(super) struct Statements {
-    /// Begins a transaction that sees what was committed before each of its statements.
-    pub(super) begin: &'static str,
-    /// Changes nothing, and fails where nothing can be changed.
-    pub(super) probe: &'static str,
-    /// Reads a row at most.
-    pub(super) probe_read: &'static str,
-
-    /// tenant, user, key name: the record's columns, envelope, newest revision.
-    pub(super) record: &'static str,
-    /// record, revision: wrapping key, envelope.
-    pub(super) revision: &'static str,
-    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: the record's
-    /// columns, user, key name, newest revision.
-    pub(super) page: &'static str,
-    /// tenant, user, after key name, 1 for deleted ones too, limit, rows to skip: as above.
-    pub(super) page_of_user: &'static str,
-    /// tenant, principal, request id, used after: the record's columns, user, key name, content MAC, its key, MAC
-    /// of the result.
-    pub(super) request: &'static str,
-    /// All columns of the registry, by sequence.
-    pub(super) registry: &'static str,
-
-    /// record: holds it until the transaction ends. None where a transaction holds everything.
-    pub(super) lock_record: Option<&'static str>,
-    /// record: the record's columns, user, key name, tenant, newest revision.
-    pub(super) record_by_id: &'static str,
-    /// call, record, at. Waits for a transaction that inserts the same call.
-    pub(super) insert_change: &'static str,
-    /// Calls, as many as [`CHANGES_MAX`](super::identity::CHANGES_MAX): the identity of the database, and how many of the calls
-    /// left a mark. No row when the database has no identity.
-    pub(super) evidence: &'static str,
-    /// identity, at. Inserts nothing when the database has an identity.
-    pub(super) insert_identity: &'static str,
-    /// identity.
-    pub(super) update_identity: &'static str,
-    /// record, tenant, user, key name, revision, created, updated. Inserts nothing when the address is taken.
-    pub(super) insert_record: &'static str,
-    /// record, revision, envelope, wrapping key, at.
-    pub(super) insert_revision: &'static str,
-    /// revision, at, record, revision before.
-    pub(super) advance_record: &'static str,
-    /// state, at, deleted, record.
-    pub(super) set_state: &'static str,
-    /// tenant, principal, request id, used until.
-    pub(super) forget_request: &'static str,
-    /// tenant, principal, request id, content MAC, its key, record, user, key name, state, revision, wrapping key, created,
-    /// updated, deleted, at, MAC of the result. Inserts nothing when the request id is taken.
-    pub(super) insert_request: &'static str,
-    /// used before, at most so many.
-    pub(super) forget_requests: &'static str,
-    /// All columns of the registry. Inserts nothing when the key is registered.
-    pub(super) insert_registry: &'static str,
-    /// fingerprint, purpose, state, token serial, sequence, registered, backup confirmed, MAC, key, MAC before.
-    pub(super) update_registry: &'static str,
-
-    /// client: all columns of the clients.
-    pub(super) client: &'static str,
-    /// revision, document, MAC, key, updated, client, revision before.
-    pub(super) update_client: &'static str,
-
-    /// A row if the table of migrations is there.
-    pub(super) has_migrations: &'static str,
-    /// The newest migration that was completed, or 0.
-    pub(super) newest_migration: &'static str,
-    /// Names and values of the settings that durability rests on, as text.
-    pub(super) durability: &'static str,
-}
-}
+use super::{
+    columns::{PerTable, Table},
+    dialect::{Dialect, assignments, names, places},
+    identity::CHANGES_MAX,
+    slow::named,
+};
 
 /// How many records one statement asks for, or notes uses of.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
@@ -82,20 +14,72 @@ pub(super) const RECORDS_AT_ONCE: usize = 50;
 /// How many uses of secrets of API clients one statement notes.
 pub(super) const CLIENT_USES_AT_ONCE: usize = 20;
 
+/// What is read of a record `r` without its envelope, with its current revision `v`.
+const RECORD: &str = "r.record_id AS record_id, r.state AS state, r.revision AS revision, \
+                      r.created_us AS created_us, r.updated_us AS updated_us, \
+                      r.deleted_us AS deleted_us, v.wrapping_key_id AS wrapping_key_id, \
+                      (SELECT max(n.revision) FROM revisions n WHERE n.record_id = r.record_id) \
+                      AS newest_revision";
+const ADDRESS: &str = r#"r.tenant AS tenant, r."user" AS "user", r.key_name AS key_name"#;
+const RECORDS: &str = "records r LEFT JOIN revisions v \
+                       ON v.record_id = r.record_id AND v.revision = r.revision";
+/// A row whose state cannot be read is listed too: as damaged.
+const STATE_WANTED: &str = "(? = 1 OR r.state <> 'deleted' OR r.state IS NULL)";
+
 named! {
-/// What an engine must be able to say of whole tables: see `tables.rs`.
+/// The SQL of one engine.
 #[derive(Debug)]
-pub(super) struct TableStatements {
-    pub(super) wrapping_keys: OfTable,
-    pub(super) records: OfTable,
-    pub(super) revisions: OfTable,
-    pub(super) changes: OfTable,
-    pub(super) requests: OfTable,
-    pub(super) last_uses: OfTable,
-    pub(super) clients: OfTable,
-    pub(super) client_uses: OfTable,
-    /// The server's time in microseconds since 1970. A file has none.
-    pub(super) clock: Option<&'static str>,
+pub(super) struct Statements {
+    pub(super) begin: &'static str,
+    /// An empty call id. Changes nothing, and fails where nothing can be changed.
+    pub(super) probe: &'static str,
+    /// Reads a row at most.
+    pub(super) probe_read: &'static str,
+
+    /// tenant, user, key name: the record and its envelope.
+    pub(super) record: &'static str,
+    /// record, revision: its envelope and wrapping key.
+    pub(super) revision: &'static str,
+    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: records with their addresses.
+    pub(super) page: &'static str,
+    /// tenant, user, after key name, 1 for deleted ones too, limit, rows to skip: as above.
+    pub(super) page_of_user: &'static str,
+    /// tenant, principal, request id, used after: the request.
+    pub(super) request: &'static str,
+    /// The registry, by sequence.
+    pub(super) registry: &'static str,
+
+    /// record: holds it until the transaction ends. None where a transaction holds everything.
+    pub(super) lock_record: Option<&'static str>,
+    /// record: the record with its address.
+    pub(super) record_by_id: &'static str,
+    /// A row of the changes. Waits for a transaction that inserts the same call.
+    pub(super) insert_change: &'static str,
+    /// Calls, as many as [`CHANGES_MAX`]: the identity of the database, and how many of the calls left a mark. No row when the
+    /// database has no identity.
+    pub(super) evidence: &'static str,
+    /// identity, at. Inserts nothing when the database has an identity.
+    pub(super) insert_identity: &'static str,
+    /// identity.
+    pub(super) update_identity: &'static str,
+    /// A row of the revisions.
+    pub(super) insert_revision: &'static str,
+    /// revision, at, record, revision before.
+    pub(super) advance_record: &'static str,
+    /// state, at, deleted, record.
+    pub(super) set_state: &'static str,
+    /// tenant, principal, request id, used until.
+    pub(super) forget_request: &'static str,
+    /// used before, at most so many.
+    pub(super) forget_requests: &'static str,
+    /// All columns of the registry but the key; key, MAC before.
+    pub(super) update_registry: &'static str,
+
+    /// client: all of it.
+    pub(super) client: &'static str,
+    /// revision, document, MAC, key, updated, client, revision before.
+    pub(super) update_client: &'static str,
+
     /// record, revision. Deletes nothing that is current.
     pub(super) delete_superseded: &'static str,
     /// record.
@@ -106,43 +90,174 @@ pub(super) struct TableStatements {
     pub(super) delete_change: &'static str,
     /// record.
     pub(super) delete_use: &'static str,
-    /// record, at, as many pairs as [`RECORDS_AT_ONCE`], of which one may come several times. Changes nothing where a later use is
-    /// known.
+    /// Rows of the last uses, as many as [`RECORDS_AT_ONCE`], of which one may come several times. Changes nothing where a later
+    /// use is known.
     pub(super) note_uses: &'static str,
-    /// Records, as many as [`RECORDS_AT_ONCE`]: record, at of those of which it is known.
+    /// Records, as many as [`RECORDS_AT_ONCE`]: the last uses that are known.
     pub(super) uses: &'static str,
-    /// client, number of the secret, at, as many as [`CLIENT_USES_AT_ONCE`], of which one may come several times. Changes
-    /// nothing where a later use is known.
+    /// Rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`], of which one may come several times. Changes nothing where
+    /// a later use is known.
     pub(super) note_client_uses: &'static str,
-    /// client: number of the secret, at, by number.
+    /// client: the uses of its secrets, by number.
     pub(super) uses_of_client: &'static str,
+
+    pub(super) clock: Option<&'static str>,
+    pub(super) has_migrations: &'static str,
+    /// The newest migration that was completed, if there is one.
+    pub(super) newest_migration: &'static str,
+    pub(super) durability: &'static str,
+
+    tables: PerTable<OfTable>,
 }
 }
 
 named! {
-/// All columns are those of [`Table::columns`], in that order.
+/// What is done with every table in the same way.
 #[derive(Debug)]
 pub(super) struct OfTable {
     /// How many rows.
     pub(super) count: &'static str,
     /// After the key, whose first column comes twice if there are several; limit; rows to skip: all columns.
     pub(super) page: &'static str,
-    /// All columns. Inserts nothing when the place is taken.
+    /// All columns. Inserts nothing when the row is there, or reports the duplicate: see
+    /// [`insert_unless_taken`](super::mutations::insert_unless_taken).
     pub(super) insert: &'static str,
 }
 }
 
-impl TableStatements {
+impl Statements {
+    /// The statements of an engine.
+    pub(super) fn of_engine(dialect: &Dialect) -> Self {
+        let sql = |statement: &str| dialect.text(statement);
+        let (requests, registry, clients) = (
+            names(Table::Requests.columns()),
+            names(Table::WrappingKeys.columns()),
+            names(Table::Clients.columns()),
+        );
+        Self {
+            begin: dialect.begin,
+            probe: sql("DELETE FROM changes WHERE call_id = ?"),
+            probe_read: sql("SELECT sequence FROM wrapping_keys LIMIT 1"),
+
+            record: sql(&format!(
+                "SELECT {RECORD}, v.envelope AS envelope FROM {RECORDS} \
+                 WHERE r.tenant = ? AND r.\"user\" = ? AND r.key_name = ?"
+            )),
+            revision: sql(
+                "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ? AND revision = ?",
+            ),
+            page: sql(&format!(
+                "SELECT {RECORD}, {ADDRESS} FROM {RECORDS} \
+                 WHERE r.tenant = ? AND r.\"user\" >= ? AND (r.\"user\" > ? OR r.key_name > ?) \
+                 AND {STATE_WANTED} ORDER BY r.\"user\", r.key_name LIMIT ? OFFSET ?"
+            )),
+            page_of_user: sql(&format!(
+                "SELECT {RECORD}, {ADDRESS} FROM {RECORDS} \
+                 WHERE r.tenant = ? AND r.\"user\" = ? AND r.key_name > ? \
+                 AND {STATE_WANTED} ORDER BY r.key_name LIMIT ? OFFSET ?"
+            )),
+            request: sql(&format!(
+                "SELECT {requests} FROM requests \
+                 WHERE tenant = ? AND principal = ? AND request_id = ? AND used_us > ?"
+            )),
+            registry: sql(&format!(
+                "SELECT {registry} FROM wrapping_keys ORDER BY sequence, key_id"
+            )),
+
+            lock_record: dialect.lock.map(|lock| {
+                sql(&format!(
+                    "SELECT record_id FROM records WHERE record_id = ? {lock}"
+                ))
+            }),
+            record_by_id: sql(&format!(
+                "SELECT {RECORD}, {ADDRESS} FROM {RECORDS} WHERE r.record_id = ?"
+            )),
+            insert_change: dialect.insert(Table::Changes),
+            evidence: sql(&format!(
+                "SELECT store_id, (SELECT count(*) FROM changes WHERE call_id IN ({})) AS marks \
+                 FROM store_identity",
+                places(CHANGES_MAX)
+            )),
+            insert_identity: sql(&format!(
+                "INSERT INTO store_identity (singleton, store_id, created_us) VALUES (1, ?, ?){}",
+                dialect.unless_taken
+            )),
+            update_identity: sql("UPDATE store_identity SET store_id = ? WHERE singleton = 1"),
+            insert_revision: dialect.insert(Table::Revisions),
+            advance_record: sql(
+                "UPDATE records SET revision = ?, updated_us = ? WHERE record_id = ? AND revision = ?",
+            ),
+            set_state: sql(
+                "UPDATE records SET state = ?, updated_us = ?, deleted_us = ? WHERE record_id = ?",
+            ),
+            forget_request: sql("DELETE FROM requests \
+                 WHERE tenant = ? AND principal = ? AND request_id = ? AND used_us <= ?"),
+            forget_requests: dialect.delete_some(Table::Requests, "used_us < ?"),
+            update_registry: sql(&format!(
+                "UPDATE wrapping_keys SET {} WHERE key_id = ? AND mac = ?",
+                assignments(Table::WrappingKeys.values())
+            )),
+
+            client: sql(&format!(
+                "SELECT {clients} FROM clients WHERE client_id = ?"
+            )),
+            update_client: sql(
+                "UPDATE clients SET revision = ?, document = ?, mac = ?, key_id = ?, updated_us = ? \
+                 WHERE client_id = ? AND revision = ?",
+            ),
+
+            delete_superseded: sql(
+                "DELETE FROM revisions WHERE record_id = ? AND revision = ? AND revision < \
+                 (SELECT r.revision FROM records r WHERE r.record_id = revisions.record_id)",
+            ),
+            delete_revisions: sql("DELETE FROM revisions WHERE record_id = ?"),
+            delete_record: sql("DELETE FROM records WHERE record_id = ?"),
+            delete_change: sql("DELETE FROM changes WHERE call_id = ?"),
+            delete_use: sql("DELETE FROM last_uses WHERE record_id = ?"),
+            note_uses: dialect.note_latest(Table::LastUses, RECORDS_AT_ONCE),
+            uses: sql(&format!(
+                "SELECT record_id, used_us FROM last_uses WHERE record_id IN ({})",
+                places(RECORDS_AT_ONCE)
+            )),
+            note_client_uses: dialect.note_latest(Table::ClientUses, CLIENT_USES_AT_ONCE),
+            uses_of_client: sql(
+                "SELECT secret_number, used_us FROM client_uses WHERE client_id = ? \
+                 ORDER BY secret_number",
+            ),
+
+            clock: dialect.clock,
+            has_migrations: dialect.has_migrations,
+            newest_migration: sql(
+                "SELECT version FROM _sqlx_migrations WHERE success ORDER BY version DESC LIMIT 1",
+            ),
+            durability: dialect.durability,
+
+            tables: PerTable::from_fn(|table| OfTable::of_engine(dialect, table)),
+        }
+    }
+
     pub(super) const fn of(&self, table: Table) -> &OfTable {
-        match table {
-            Table::WrappingKeys => &self.wrapping_keys,
-            Table::Records => &self.records,
-            Table::Revisions => &self.revisions,
-            Table::Changes => &self.changes,
-            Table::Requests => &self.requests,
-            Table::LastUses => &self.last_uses,
-            Table::Clients => &self.clients,
-            Table::ClientUses => &self.client_uses,
+        self.tables.of(table)
+    }
+}
+
+impl OfTable {
+    fn of_engine(dialect: &Dialect, table: Table) -> Self {
+        let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
+        let after = match table.key() {
+            // A comparison of several columns uses no index on every engine; one of the first column alone does.
+            [first, _, ..] => {
+                let places = places(table.key().len());
+                format!("{} >= ? AND ({key}) > ({places})", first.name)
+            }
+            _ => format!("{key} > ?"),
+        };
+        Self {
+            count: dialect.text(&format!("SELECT count(*) AS total FROM {name}")),
+            page: dialect.text(&format!(
+                "SELECT {columns} FROM {name} WHERE {after} ORDER BY {key} LIMIT ? OFFSET ?"
+            )),
+            insert: dialect.insert_unless_taken(table),
         }
     }
 }

@@ -8,170 +8,68 @@ use async_trait::async_trait;
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::{KeyAddress, RecordId, Revision, WrappingKeyId},
+    key::{RecordId, Revision},
 };
 
 use super::{
-    Error, RecordInfo, RecordState, Store, StoreId, rows,
+    Error, RecordInfo, Store, StoreId,
+    columns::{Column, Kind},
     session::{Columns, Value},
+};
+
+pub use super::{
+    columns::Table,
+    rows::{Head, RevisionRow},
 };
 
 /// Rows per page.
 pub const PAGE_ROWS: usize = 500;
 
-/// The tables. A copy is filled in the order of [`Table::ALL`]: each after those that its rows refer to, and the
-/// registry last, because no broker serves from a database without it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Table {
-    /// The registry of wrapping keys.
-    WrappingKeys,
-    /// Records.
-    Records,
-    /// Their revisions.
-    Revisions,
-    /// What tells after a crash which mutations were committed.
-    Changes,
-    /// Request ids.
-    Requests,
-    /// When records were last released.
-    LastUses,
-    /// API clients.
-    Clients,
-    /// When their secrets were last accepted.
-    ClientUses,
-}
-
-/// What a column holds.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
-    Bytes,
-    Text,
-    Integer,
-    OptionalInteger,
-}
-
-impl Table {
-    /// All of them, in the order in which rows can be added.
-    pub const ALL: [Self; 8] = [
-        Self::Records,
-        Self::Revisions,
-        Self::Changes,
-        Self::Requests,
-        Self::LastUses,
-        Self::Clients,
-        Self::ClientUses,
-        Self::WrappingKeys,
-    ];
-
-    /// As the database names it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::WrappingKeys => "wrapping_keys",
-            Self::Records => "records",
-            Self::Revisions => "revisions",
-            Self::Changes => "changes",
-            Self::Requests => "requests",
-            Self::LastUses => "last_uses",
-            Self::Clients => "clients",
-            Self::ClientUses => "client_uses",
-        }
-    }
-
-    /// How many columns, of the first ones, are the key.
-    pub(super) const fn key_columns(self) -> usize {
-        match self {
-            Self::WrappingKeys | Self::Records | Self::Changes | Self::LastUses | Self::Clients => {
-                1
-            }
-            Self::Revisions | Self::ClientUses => 2,
-            Self::Requests => 3,
-        }
-    }
-
-    /// What the columns hold, in the order in which the statements name them.
-    pub(super) const fn columns(self) -> &'static [Kind] {
-        use Kind::{Bytes, Integer, OptionalInteger, Text};
-        match self {
-            Self::WrappingKeys => &[
-                Bytes,
-                Bytes,
-                Text,
-                Text,
-                Text,
-                Integer,
-                Integer,
-                OptionalInteger,
-                Bytes,
-            ],
-            Self::Records => &[
-                Bytes,
-                Text,
-                Text,
-                Text,
-                Text,
-                Integer,
-                Integer,
-                Integer,
-                OptionalInteger,
-            ],
-            Self::Revisions => &[Bytes, Integer, Bytes, Bytes, Integer],
-            Self::Changes => &[Bytes, Bytes, Integer],
-            Self::LastUses => &[Bytes, Integer],
-            Self::Clients => &[Bytes, Integer, Bytes, Bytes, Bytes, Integer, Integer],
-            Self::ClientUses => &[Bytes, Integer, Integer],
-            Self::Requests => &[
-                Text,
-                Text,
-                Bytes,
-                Bytes,
-                Bytes,
-                Bytes,
-                Text,
-                Text,
-                Text,
-                Integer,
-                Bytes,
-                Integer,
-                Integer,
-                OptionalInteger,
-                Integer,
-                Bytes,
-            ],
-        }
-    }
-}
-
 /// One row as it is stored. A value that the engine could not hand over is absent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
-    key_columns: usize,
+    table: Table,
+    /// In the order of [`Table::columns`].
     values: Vec<Option<Value>>,
 }
 
 /// Without its values: there are many.
 impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Row({} columns)", self.values.len())
+        write!(f, "Row({})", self.table.name())
     }
 }
 
 impl Row {
     pub(super) fn read(table: Table, row: &impl Columns) -> Self {
-        let read = |(index, kind): (usize, &Kind)| match kind {
-            Kind::Bytes => row.bytes(index).ok().map(Value::from),
-            Kind::Text => row.text(index).ok().map(Value::from),
-            Kind::Integer => row.integer(index).ok().map(Value::Integer),
-            Kind::OptionalInteger => row.optional_integer(index).ok().map(Value::OptionalInteger),
+        let read = |column: &Column| match column.kind {
+            Kind::Bytes => row.bytes(column.name).ok().map(Value::from),
+            Kind::Text => row.text(column.name).ok().map(Value::from),
+            Kind::Integer => row.integer(column.name).ok().map(Value::Integer),
+            Kind::OptionalInteger => {
+                let number = row.optional_integer(column.name);
+                number.ok().map(Value::OptionalInteger)
+            }
         };
         Self {
-            key_columns: table.key_columns(),
-            values: table.columns().iter().enumerate().map(read).collect(),
+            table,
+            values: table.columns().iter().map(read).collect(),
+        }
+    }
+
+    /// A row with these values, in the order of [`Table::columns`].
+    #[cfg(test)]
+    pub(super) fn new(table: Table, values: Vec<Value>) -> Self {
+        assert_eq!(values.len(), table.columns().len(), "{}", table.name());
+        Self {
+            table,
+            values: values.into_iter().map(Some).collect(),
         }
     }
 
     /// What orders the rows of a table, the same on every engine: bytewise.
     pub(super) fn key(&self) -> &[Option<Value>] {
-        &self.values[..self.key_columns]
+        &self.values[..self.table.key().len()]
     }
 
     fn has_readable_key(&self) -> bool {
@@ -179,8 +77,8 @@ impl Row {
     }
 
     /// Which row it is, for people: its table and its key.
-    pub(super) fn place(&self, table: Table) -> String {
-        let mut text = table.name().to_owned();
+    pub(super) fn place(&self) -> String {
+        let mut text = self.table.name().to_owned();
         for value in self.key() {
             text.push(' ');
             match value {
@@ -194,101 +92,49 @@ impl Row {
     }
 
     /// All values, for writing. An error when one of them could not be read.
-    pub(super) fn to_values(&self, table: Table) -> Result<Vec<Value>, Error> {
+    pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
-        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", table.name())))
+        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name())))
     }
 
-    fn value(&self, index: usize) -> Result<&Value, sqlx::Error> {
-        let value = self.values.get(index).and_then(Option::as_ref);
-        value.ok_or_else(|| sqlx::Error::ColumnIndexOutOfBounds {
-            index,
-            len: self.values.len(),
-        })
+    fn value(&self, column: &str) -> Result<&Value, sqlx::Error> {
+        let mut columns = self.table.columns().iter().zip(&self.values);
+        let value = columns.find(|(known, _)| known.name == column);
+        value
+            .and_then(|(_, value)| value.as_ref())
+            .ok_or_else(|| sqlx::Error::ColumnNotFound(column.to_owned()))
     }
 }
 
-/// So that a row is decoded by the same code wherever it came from.
+/// So that a row is decoded by the same code wherever it came from. A value of another kind than the one that is asked for is
+/// not found.
 impl Columns for Row {
-    fn bytes(&self, index: usize) -> Result<&[u8], sqlx::Error> {
-        match self.value(index)? {
+    fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
+        match self.value(column)? {
             Value::Bytes(bytes) => Ok(bytes),
-            _ => Err(sqlx::Error::RowNotFound),
+            _ => Err(sqlx::Error::ColumnNotFound(column.to_owned())),
         }
     }
 
-    fn text(&self, index: usize) -> Result<&str, sqlx::Error> {
-        match self.value(index)? {
+    fn text(&self, column: &str) -> Result<&str, sqlx::Error> {
+        match self.value(column)? {
             Value::Text(text) => Ok(text),
-            _ => Err(sqlx::Error::RowNotFound),
+            _ => Err(sqlx::Error::ColumnNotFound(column.to_owned())),
         }
     }
 
-    fn integer(&self, index: usize) -> Result<i64, sqlx::Error> {
-        match self.value(index)? {
+    fn integer(&self, column: &str) -> Result<i64, sqlx::Error> {
+        match self.value(column)? {
             Value::Integer(number) => Ok(*number),
-            _ => Err(sqlx::Error::RowNotFound),
+            _ => Err(sqlx::Error::ColumnNotFound(column.to_owned())),
         }
     }
 
-    fn optional_integer(&self, index: usize) -> Result<Option<i64>, sqlx::Error> {
-        match self.value(index)? {
+    fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error> {
+        match self.value(column)? {
             Value::OptionalInteger(number) => Ok(*number),
-            _ => Err(sqlx::Error::RowNotFound),
+            _ => Err(sqlx::Error::ColumnNotFound(column.to_owned())),
         }
-    }
-}
-
-/// A row of the records.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Head {
-    /// Its identity.
-    pub id: RecordId,
-    /// Where it lives.
-    pub address: KeyAddress,
-    /// Whether it can be unwrapped.
-    pub state: RecordState,
-    /// Current revision.
-    pub revision: Revision,
-    /// When it was created.
-    pub created: Timestamp,
-    /// When it last changed.
-    pub updated: Timestamp,
-    /// When it was deleted; absent while active.
-    pub deleted: Option<Timestamp>,
-}
-
-impl Head {
-    /// Reads a row of [`Table::Records`].
-    pub(super) fn decode(row: &Row) -> Result<Self, Error> {
-        rows::head(row)
-    }
-
-    /// Whether it has been deleted since before then.
-    pub fn is_deleted_since(&self, before: Timestamp) -> bool {
-        self.state == RecordState::Deleted && self.deleted.is_some_and(|at| at < before)
-    }
-}
-
-/// A row of the revisions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RevisionRow {
-    /// Whose revision it is.
-    pub record: RecordId,
-    /// Which.
-    pub revision: Revision,
-    /// As bytes not yet parsed.
-    pub envelope: Vec<u8>,
-    /// Wrapping key named in the row.
-    pub wrapping_key: WrappingKeyId,
-    /// When it became current.
-    pub created: Timestamp,
-}
-
-impl RevisionRow {
-    /// Reads a row of [`Table::Revisions`].
-    pub(super) fn decode(row: &Row) -> Result<Self, Error> {
-        rows::revision(row)
     }
 }
 

@@ -137,7 +137,7 @@ impl Keys {
             return None;
         }
         *refetched = Some(Instant::now());
-        // In a task of its own, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
+        // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
         // them be refused before it is over.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
@@ -208,7 +208,7 @@ impl Keys {
             // The same one, so that what was verified with it stays verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
-                tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
+                tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
                 self.report_refused(&set);
                 Arc::new(set)
             }

@@ -1,4 +1,4 @@
-//! Public keys that prove nothing, because anybody can make signatures that verify with them or because they are no keys at all.
+//! Public keys that prove nothing: anyone can make signatures that verify with them, or they are no valid keys.
 //!
 //! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (curves of NIST), RFC 8032 for
 //! Ed25519, and Chalkias, Garillot and Nikolaenko 2020 for its keys of small order. Not tested: whether an RSA modulus is prime or has factors that are close

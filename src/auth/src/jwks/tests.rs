@@ -182,7 +182,7 @@ fn weak_and_malformed_keys_of_a_pem_file_are_refused_by_place_and_the_rest_is_us
     let infinity = "3019301306072a8648ce3d020106082a8648ce3d03010703020000";
     pems.push(spki(infinity, &[]));
     let read = KeySet::parse_pem(pems.concat().as_bytes()).unwrap();
-    assert_eq!(read.names(), ["(no name)"]);
+    assert_eq!(read.names(), ["(key without `kid`)"]);
     assert_eq!(
         read.refused().len(),
         pems.len() - 1,

@@ -654,7 +654,7 @@ fn the_double_makes_real_signatures() {
         )
         .unwrap();
     let pem = KeySet::parse_pem(service.pem().as_bytes()).unwrap();
-    assert_eq!(pem.names(), ["(no name)"]);
+    assert_eq!(pem.names(), ["(key without `kid`)"]);
 }
 
 /// A file of two joined keys once gave one of them, and a key in PKCS #1 was reported as no key.

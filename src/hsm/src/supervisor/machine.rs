@@ -19,7 +19,7 @@ const DOWN_MAX: Duration = Duration::from_secs(1);
 /// Between starts while a login fails without a code of the PIN family.
 const LOGIN_MIN: Duration = Duration::from_secs(1);
 const LOGIN_MAX: Duration = Duration::from_secs(3);
-/// After so many of them in a row (five minutes) logins are made more seldom.
+/// Number of them in a row (five minutes) after which logins are made less often.
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 /// Between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record; it logs in

@@ -61,9 +61,9 @@ const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// One in so many connections may be without a principal.
+/// The share of connections that may be without a principal, as a divisor.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// One in so many may be in its handshake.
+/// The share of connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -316,7 +316,8 @@ impl Server {
             let routes = apis.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, apis = ?settings.apis, "listening");
+            let apis: Vec<&str> = settings.apis.iter().map(|api| api.as_str()).collect();
+            tracing::info!(%address, apis = %apis.join(", "), "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

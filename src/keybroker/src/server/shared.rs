@@ -18,7 +18,7 @@ pub(super) struct Shared {
     pub(super) connections: Arc<Semaphore>,
     /// Those whose handshake is under way.
     pub(super) handshakes: Arc<Waiting>,
-    /// Who holds the others.
+    /// The connections that hold the other places.
     pub(super) places: Arc<Places>,
     /// Limits the log lines about connections that are refused.
     pub(super) refusals: Arc<LogLimit>,

@@ -53,9 +53,8 @@ const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const KEY: Purpose = Purpose::secret("private key");
-const AUTHORITIES: Purpose = Purpose::trust(
-    "other users could name a certificate authority of their own, and be any client",
-);
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could name a certificate authority, and be any client");
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
 
 /// What connections are accepted with, from one moment to the next.
@@ -207,8 +206,8 @@ impl Tls {
         &self.settings.trust_domains
     }
 
-    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
-    /// who is still trusted comes back.
+    /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
+    /// clients that are still trusted reconnect.
     pub(super) fn reload(&self) {
         let outcome = self.try_reload();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);

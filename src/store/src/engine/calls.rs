@@ -15,6 +15,7 @@ use crate::{
     mutations::{self, Change, REQUEST_KEPT_US},
     rows,
     session::{Columns as _, Session as _, Value},
+    tables::Table,
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -46,9 +47,13 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn ping(&self) -> Result<(), Error> {
         let begun = Instant::now();
         let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
-            Box::pin(async move { Ok(session.execute(sql.probe, Vec::new()).await.map(drop)?) })
+            Box::pin(async move {
+                // No call has an empty id.
+                let nothing = vec![Value::Bytes(Vec::new())];
+                Ok(session.execute(sql.probe, nothing).await.map(drop)?)
+            })
         });
-        let reading = self.query_unprobed(E::SQL.probe_read, Vec::new());
+        let reading = self.query_unprobed(E::sql().probe_read, Vec::new());
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
         let written = self.probe.judge(Purpose::Write, begun, written);
         let read = self.probe.judge(Purpose::Read, begun, read);
@@ -62,15 +67,8 @@ impl<E: Engine> Store for EngineStore<E> {
             address.user.as_str().into(),
             address.name.as_str().into(),
         ];
-        let found = self.query(E::SQL.record, values).await?;
-        let decode = |row| {
-            let info = rows::info(row, address.clone())?;
-            rows::require_newest(row, 8, &info)?;
-            Ok(Record {
-                info,
-                envelope: rows::bytes(row, 7, "revisions.envelope")?,
-            })
-        };
+        let found = self.query(E::sql().record, values).await?;
+        let decode = |row| rows::record(row, address.clone());
         found.first().map(decode).transpose()
     }
 
@@ -80,14 +78,8 @@ impl<E: Engine> Store for EngineStore<E> {
         revision: Revision,
     ) -> Result<Option<StoredRevision>, Error> {
         let values = vec![record.into(), revision.into()];
-        let found = self.query(E::SQL.revision, values).await?;
-        let decode = |row| {
-            Ok(StoredRevision {
-                revision,
-                wrapping_key: rows::wrapping_key(row, 0)?,
-                envelope: rows::bytes(row, 1, "revisions.envelope")?,
-            })
-        };
+        let found = self.query(E::sql().revision, values).await?;
+        let decode = |row| rows::stored_revision(row, revision);
         found.first().map(decode).transpose()
     }
 
@@ -146,7 +138,7 @@ impl<E: Engine> Store for EngineStore<E> {
                     limit.into(),
                     skip,
                 ];
-                self.query(E::SQL.page, values).await?
+                self.query(E::sql().page, values).await?
             }
             Some(wanted) => {
                 let (name, skip) = match user.cmp(wanted.as_str()) {
@@ -163,31 +155,17 @@ impl<E: Engine> Store for EngineStore<E> {
                     limit.into(),
                     skip,
                 ];
-                self.query(E::SQL.page_of_user, values).await?
+                self.query(E::sql().page_of_user, values).await?
             }
         };
-        Ok(found
-            .iter()
-            .map(|row| rows::listed_record(row, &query.tenant))
-            .collect())
+        Ok(found.iter().map(rows::listed_record).collect())
     }
 
     async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error> {
-        let values = vec![
-            scope.tenant.as_str().into(),
-            scope.principal.as_str().into(),
-            scope.id.into(),
-            (Timestamp::now().micros() - REQUEST_KEPT_US).into(),
-        ];
-        let found = self.query(E::SQL.request, values).await?;
-        let decode = |row| {
-            Ok(RequestRecord {
-                result: rows::info(row, rows::address(row, scope.tenant.clone())?)?,
-                content: rows::array(row, 9, "requests.content_mac")?,
-                key: rows::wrapping_key(row, 10)?,
-                result_mac: rows::optional_mac(row, 11, "requests.result_mac")?,
-            })
-        };
+        let mut values = rows::request_key(scope);
+        values.push((Timestamp::now().micros() - REQUEST_KEPT_US).into());
+        let found = self.query(E::sql().request, values).await?;
+        let decode = |row| rows::request(row).map(|(_, request)| request);
         found.first().map(decode).transpose()
     }
 
@@ -203,7 +181,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let mut values: Vec<Value> = calls.map(|call| (*call).into()).collect();
         // No call has an empty id.
         values.resize(CHANGES_MAX, Value::Bytes(Vec::new()));
-        let found = self.query(E::SQL.evidence, values).await?;
+        let found = self.query(E::sql().evidence, values).await?;
         let Some(row) = found.first() else {
             return Ok(Evidence {
                 store: None,
@@ -211,8 +189,8 @@ impl<E: Engine> Store for EngineStore<E> {
             });
         };
         Ok(Evidence {
-            store: StoreId::from_slice(row.bytes(0)?),
-            marks: usize::try_from(row.integer(1)?).unwrap_or(0),
+            store: StoreId::from_slice(row.bytes("store_id")?),
+            marks: usize::try_from(row.integer("marks")?).unwrap_or(0),
         })
     }
 
@@ -221,7 +199,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let mut forgotten = 0;
         loop {
             let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];
-            let portion = self.execute(E::SQL.forget_requests, values).await?;
+            let portion = self.execute(E::sql().forget_requests, values).await?;
             forgotten += portion;
             if portion < FORGOTTEN_AT_ONCE {
                 return Ok(forgotten);
@@ -238,19 +216,18 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn registry(&self) -> Result<Vec<RegistryRow>, Error> {
-        let found = self.query(E::SQL.registry, Vec::new()).await?;
+        let found = self.query(E::sql().registry, Vec::new()).await?;
         found.iter().map(rows::registry).collect()
     }
 
     async fn register(&self, row: &RegistryRow) -> Result<(), Error> {
-        let mut values = vec![row.id.into()];
-        values.extend(said_of_key(row));
+        let values = rows::new_registry(row);
         let inserted = self
             .transaction(End::Commit, move |session, sql| {
                 let values = values.clone();
                 Box::pin(mutations::insert_unless_taken(
                     session,
-                    sql.insert_registry,
+                    sql.of(Table::WrappingKeys).insert,
                     values,
                 ))
             })
@@ -259,16 +236,16 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error> {
-        let mut values = Vec::from(said_of_key(row));
+        let mut values = rows::registry_values(row);
         values.extend([row.id.into(), expected.into()]);
-        match self.execute(E::SQL.update_registry, values).await? {
+        match self.execute(E::sql().update_registry, values).await? {
             1 => Ok(()),
             _ => Err(Error::Conflict),
         }
     }
 
     async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error> {
-        let found = self.query(E::SQL.client, vec![id.into()]).await?;
+        let found = self.query(E::sql().client, vec![id.into()]).await?;
         found.first().map(rows::client).transpose()
     }
 
@@ -294,10 +271,8 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error> {
-        let found = self
-            .query(E::TABLES.uses_of_client, vec![id.into()])
-            .await?;
-        Ok(rows::readable("client_uses", &found, rows::client_use))
+        let found = self.query(E::sql().uses_of_client, vec![id.into()]).await?;
+        Ok(rows::readable(Table::ClientUses, &found, rows::client_use))
     }
 
     async fn close(&self) {
@@ -315,20 +290,6 @@ pub(super) fn check_skipped(skip: u32) -> Result<(), Error> {
     Err(Error::Corrupt(format!(
         "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
     )))
-}
-
-/// A registry row's values but for the key's id, in the order of the statements.
-fn said_of_key(row: &RegistryRow) -> [Value; 8] {
-    [
-        row.fingerprint.0.as_slice().into(),
-        row.purpose.as_str().into(),
-        row.state.as_str().into(),
-        row.token_serial.as_str().into(),
-        row.sequence.into(),
-        row.registered.into(),
-        row.backup_confirmed.into(),
-        (&row.mac).into(),
-    ]
 }
 
 async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

@@ -8,13 +8,14 @@ use crate::{
     rows,
     session::{Session as _, Value},
     statements::CLIENT_USES_AT_ONCE,
+    tables::Table,
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
     key::ClientId,
 };
 
-use super::{End, Engine, EngineStore, calls::check_skipped, uses::filled};
+use super::{End, Engine, EngineStore, calls::check_skipped};
 
 /// What is done to a client.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +34,7 @@ impl<E: Engine> EngineStore<E> {
         // No id is empty, so the empty one comes before all.
         let after = from.after.map_or(Value::Bytes(Vec::new()), Value::from);
         let values = vec![after, limit.into(), from.skip.into()];
-        let found = self.query(E::TABLES.clients.page, values).await?;
+        let found = self.query(E::sql().of(Table::Clients).page, values).await?;
         Ok(found.iter().map(rows::listed_client).collect())
     }
 
@@ -50,13 +51,14 @@ impl<E: Engine> EngineStore<E> {
             let row = row.clone();
             Box::pin(async move {
                 if let Some(call) = call {
-                    let mark = vec![call.into(), row.id.into(), row.updated.into()];
+                    let mark = rows::new_change(call, row.id, row.updated);
                     expect_one(session.execute(sql.insert_change, mark).await?)?;
                 }
                 match change {
                     ClientChange::Insert => {
-                        let insert = E::TABLES.clients.insert;
-                        if insert_unless_taken(session, insert, all_columns(&row)).await? {
+                        let insert = sql.of(Table::Clients).insert;
+                        let values = rows::new_client(&row);
+                        if insert_unless_taken(session, insert, values).await? {
                             return Ok(());
                         }
                         Err(Error::Exists)
@@ -93,39 +95,13 @@ impl<E: Engine> EngineStore<E> {
             let known = latest.entry((*client.as_bytes(), *secret)).or_insert(*at);
             *known = (*known).max(*at);
         }
-        let latest: Vec<_> = latest.into_iter().collect();
-        let portions: Vec<Vec<Value>> = latest
-            .chunks(CLIENT_USES_AT_ONCE)
-            .map(|portion| {
-                filled(portion, CLIENT_USES_AT_ONCE)
-                    .flat_map(|((client, secret), at)| {
-                        [client.as_slice().into(), (*secret).into(), (*at).into()]
-                    })
-                    .collect()
+        let rows: Vec<_> = latest
+            .into_iter()
+            .map(|((client, secret), at)| {
+                rows::new_client_use(ClientId::from_bytes(client), secret, at)
             })
             .collect();
-        self.transaction(End::Commit, move |session, _| {
-            let portions = portions.clone();
-            Box::pin(async move {
-                for values in portions {
-                    session.execute(E::TABLES.note_client_uses, values).await?;
-                }
-                Ok(())
-            })
-        })
-        .await
+        self.note_latest(E::sql().note_client_uses, CLIENT_USES_AT_ONCE, &rows)
+            .await
     }
-}
-
-/// In the order of the table.
-fn all_columns(row: &ClientRow) -> Vec<Value> {
-    vec![
-        row.id.into(),
-        row.revision.into(),
-        row.document.as_slice().into(),
-        (&row.mac).into(),
-        row.key.into(),
-        row.created.into(),
-        row.updated.into(),
-    ]
 }

@@ -4,10 +4,11 @@ use async_trait::async_trait;
 
 use crate::{
     Error, RecordInfo, StoreId,
+    columns::Kind,
     mutations::{self, insert_unless_taken},
     rows,
     session::{Columns as _, Session as _, Value},
-    tables::{Kind, PAGE_ROWS, Row, Table, Tables},
+    tables::{PAGE_ROWS, Row, Table, Tables},
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -26,9 +27,12 @@ fn least(kind: Kind) -> Value {
 }
 
 fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
-    let kinds = &table.columns()[..table.key_columns()];
     match after {
-        None => Ok(kinds.iter().copied().map(least).collect()),
+        None => Ok(table
+            .key()
+            .iter()
+            .map(|column| least(column.kind))
+            .collect()),
         Some(row) => {
             let key: Option<Vec<Value>> = row.key().iter().cloned().collect();
             key.ok_or_else(|| Error::Corrupt(format!("the key of a row of {}", table.name())))
@@ -39,17 +43,17 @@ fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
 #[async_trait]
 impl<E: Engine> Tables for EngineStore<E> {
     async fn clock(&self) -> Result<Option<Timestamp>, Error> {
-        let Some(statement) = E::TABLES.clock else {
+        let Some(statement) = E::sql().clock else {
             return Ok(None);
         };
         let found = self.query(statement, Vec::new()).await?;
-        let micros = found.first().map(|row| row.integer(0)).transpose()?;
+        let micros = found.first().map(|row| row.integer("now_us")).transpose()?;
         Ok(micros.map(Timestamp::from_micros))
     }
 
     async fn count(&self, table: Table) -> Result<u64, Error> {
-        let found = self.query(E::TABLES.of(table).count, Vec::new()).await?;
-        let count = found.first().map_or(Ok(0), |row| row.integer(0))?;
+        let found = self.query(E::sql().of(table).count, Vec::new()).await?;
+        let count = found.first().map_or(Ok(0), |row| row.integer("total"))?;
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
@@ -61,13 +65,13 @@ impl<E: Engine> Tables for EngineStore<E> {
         }
         values.push(u64::try_from(PAGE_ROWS).unwrap_or(u64::MAX).into());
         values.push(skip.into());
-        let found = self.query(E::TABLES.of(table).page, values).await?;
+        let found = self.query(E::sql().of(table).page, values).await?;
         Ok(found.iter().map(|row| Row::read(table, row)).collect())
     }
 
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error> {
-        let statement = E::TABLES.of(table).insert;
-        let rows: Result<Vec<_>, _> = rows.iter().map(|row| row.to_values(table)).collect();
+        let statement = E::sql().of(table).insert;
+        let rows: Result<Vec<_>, _> = rows.iter().map(Row::to_values).collect();
         let rows = rows?;
         self.transaction(End::Commit, move |session, _| {
             let rows = rows.clone();
@@ -84,8 +88,10 @@ impl<E: Engine> Tables for EngineStore<E> {
     }
 
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error> {
-        let found = self.query(E::SQL.record_by_id, vec![record.into()]).await?;
-        found.first().map(rows::info_with_tenant).transpose()
+        let found = self
+            .query(E::sql().record_by_id, vec![record.into()])
+            .await?;
+        found.first().map(rows::info).transpose()
     }
 
     async fn purge_revisions(
@@ -93,13 +99,13 @@ impl<E: Engine> Tables for EngineStore<E> {
         revisions: &[(RecordId, Revision)],
     ) -> Result<Vec<(RecordId, Revision)>, Error> {
         let revisions = revisions.to_vec();
-        self.transaction(End::Commit, move |session, _| {
+        self.transaction(End::Commit, move |session, sql| {
             let revisions = revisions.clone();
             Box::pin(async move {
                 let mut purged = Vec::new();
                 for (record, revision) in revisions {
                     let values = vec![record.into(), revision.into()];
-                    if session.execute(E::TABLES.delete_superseded, values).await? > 0 {
+                    if session.execute(sql.delete_superseded, values).await? > 0 {
                         purged.push((record, revision));
                     }
                 }
@@ -120,7 +126,7 @@ impl<E: Engine> Tables for EngineStore<E> {
             Box::pin(async move {
                 let mut purged = Vec::new();
                 for record in records {
-                    if mutations::purge(session, sql, E::TABLES, record, deleted_before).await? {
+                    if mutations::purge(session, sql, record, deleted_before).await? {
                         purged.push(record);
                     }
                 }
@@ -131,20 +137,20 @@ impl<E: Engine> Tables for EngineStore<E> {
     }
 
     async fn adopt_identity(&self, id: StoreId) -> Result<(), Error> {
-        self.execute(E::SQL.update_identity, vec![id.into()])
+        self.execute(E::sql().update_identity, vec![id.into()])
             .await
             .map(drop)
     }
 
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error> {
         let calls = calls.to_vec();
-        self.transaction(End::Commit, move |session, _| {
+        self.transaction(End::Commit, move |session, sql| {
             let calls = calls.clone();
             Box::pin(async move {
                 let mut forgotten = 0;
                 for call in calls {
                     forgotten += session
-                        .execute(E::TABLES.delete_change, vec![call.into()])
+                        .execute(sql.delete_change, vec![call.into()])
                         .await?;
                 }
                 Ok(forgotten)

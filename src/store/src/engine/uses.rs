@@ -1,4 +1,4 @@
-//! When records were last released, for any engine.
+//! When records and secrets were last used, for any engine.
 
 use std::collections::HashMap;
 
@@ -6,6 +6,7 @@ use crate::{
     Error, rows,
     session::{Session as _, Value},
     statements::RECORDS_AT_ONCE,
+    tables::Table,
 };
 use keybroker_core::{call::Timestamp, key::RecordId};
 
@@ -13,25 +14,9 @@ use super::{End, Engine, EngineStore};
 
 impl<E: Engine> EngineStore<E> {
     pub(super) async fn write_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error> {
-        // Few statements: on the way to a server each costs as long as the way.
-        let portions: Vec<Vec<Value>> = uses
-            .chunks(RECORDS_AT_ONCE)
-            .map(|portion| {
-                let pairs = filled(portion, RECORDS_AT_ONCE)
-                    .map(|(record, at)| [(*record).into(), (*at).into()]);
-                pairs.flatten().collect()
-            })
-            .collect();
-        self.transaction(End::Commit, move |session, _| {
-            let portions = portions.clone();
-            Box::pin(async move {
-                for values in portions {
-                    session.execute(E::TABLES.note_uses, values).await?;
-                }
-                Ok(())
-            })
-        })
-        .await
+        let rows: Vec<_> = uses.iter().map(rows::new_last_use).collect();
+        self.note_latest(E::sql().note_uses, RECORDS_AT_ONCE, &rows)
+            .await
     }
 
     pub(super) async fn read_uses(
@@ -43,15 +28,40 @@ impl<E: Engine> EngineStore<E> {
             let values: Vec<Value> = filled(portion, RECORDS_AT_ONCE)
                 .map(|record| (*record).into())
                 .collect();
-            let found = self.query(E::TABLES.uses, values).await?;
-            uses.extend(rows::readable("last_uses", &found, rows::last_use));
+            let found = self.query(E::sql().uses, values).await?;
+            uses.extend(rows::readable(Table::LastUses, &found, rows::last_use));
         }
         Ok(uses)
+    }
+
+    /// Runs a statement of [`Dialect::note_latest`](crate::dialect::Dialect::note_latest) over any number of rows, in one
+    /// transaction.
+    pub(super) async fn note_latest(
+        &self,
+        statement: &'static str,
+        rows_at_once: usize,
+        rows: &[Vec<Value>],
+    ) -> Result<(), Error> {
+        // Few statements: each takes a round trip to the server.
+        let portions: Vec<Vec<Value>> = rows
+            .chunks(rows_at_once)
+            .map(|portion| filled(portion, rows_at_once).flatten().cloned().collect())
+            .collect();
+        self.transaction(End::Commit, move |session, _| {
+            let portions = portions.clone();
+            Box::pin(async move {
+                for values in portions {
+                    session.execute(statement, values).await?;
+                }
+                Ok(())
+            })
+        })
+        .await
     }
 }
 
 /// A statement has a fixed number of places: the last of a portion fills those that are left.
-pub(super) fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
+fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
     let fill = portion.last().into_iter().cycle();
     portion.iter().chain(fill).take(places)
 }

@@ -33,7 +33,7 @@ use keybroker_core::{
     state::{self, StateDirectory},
 };
 
-/// Part of a list's life at whose beginning somebody should ask why there is no newer one.
+/// Part of a list's life, from its end, in which a missing newer list is worth a warning.
 const LAST_PART: i64 = 4;
 /// Authorities whose newest list is remembered.
 const AUTHORITIES_MAX: usize = 128;
@@ -57,7 +57,7 @@ pub(super) struct Life {
     pub(super) until: i64,
 }
 
-/// What is to be said of a list's age.
+/// What the log says about the age of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Age {
     Good,

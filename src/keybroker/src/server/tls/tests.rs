@@ -203,7 +203,7 @@ fn a_list_is_late_in_the_last_part_of_its_life() {
     assert_eq!(life.age(life.until + 1), Age::Over);
 }
 
-/// A listener's files in a folder of their own.
+/// A listener's files in a separate folder.
 struct Site {
     folder: tempfile::TempDir,
     ca: Authority,

@@ -1,0 +1,145 @@
+//! The tables with their columns: the one list from which statements are built, and by whose names rows are read.
+
+use super::slow::Named;
+
+/// What a column holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Bytes,
+    Text,
+    Integer,
+    OptionalInteger,
+}
+
+/// One column of a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Column {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+}
+
+/// Defines the tables. The columns before the `;` are the primary key.
+macro_rules! tables {
+    ($($(#[$doc:meta])* $table:ident = $name:ident {
+        $($key:ident: $key_kind:ident),+; $($column:ident: $kind:ident),+ $(,)?
+    })+) => {
+        /// The tables.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Table {
+            $($(#[$doc])* $table,)+
+        }
+
+        impl Table {
+            /// All tables, in the order in which a copy is filled: each after those that its rows refer to, and the registry
+            /// last, because no broker serves from a database without it.
+            pub const ALL: [Self; [$(Self::$table),+].len()] = [$(Self::$table),+];
+
+            /// The name in the database.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$table => stringify!($name),)+
+                }
+            }
+
+            /// All columns. Those of the primary key come first.
+            pub(super) const fn columns(self) -> &'static [Column] {
+                match self {
+                    $(Self::$table => &[
+                        $(Column { name: stringify!($key), kind: Kind::$key_kind },)+
+                        $(Column { name: stringify!($column), kind: Kind::$kind },)+
+                    ],)+
+                }
+            }
+
+            /// The columns of the primary key.
+            pub(super) fn key(self) -> &'static [Column] {
+                let columns = match self {
+                    $(Self::$table => [$(stringify!($key)),+].len(),)+
+                };
+                &self.columns()[..columns]
+            }
+        }
+
+        /// One thing for each table.
+        #[derive(Debug)]
+        pub(super) struct PerTable<T> {
+            $($name: T,)+
+        }
+
+        impl<T> PerTable<T> {
+            pub(super) fn from_fn(make: impl Fn(Table) -> T) -> Self {
+                Self { $($name: make(Table::$table),)+ }
+            }
+
+            pub(super) const fn of(&self, table: Table) -> &T {
+                match table {
+                    $(Table::$table => &self.$name,)+
+                }
+            }
+        }
+    };
+}
+
+tables! {
+    /// Records.
+    Records = records {
+        record_id: Bytes;
+        tenant: Text, user: Text, key_name: Text, state: Text, revision: Integer,
+        created_us: Integer, updated_us: Integer, deleted_us: OptionalInteger,
+    }
+    /// Their revisions.
+    Revisions = revisions {
+        record_id: Bytes, revision: Integer;
+        envelope: Bytes, wrapping_key_id: Bytes, created_us: Integer,
+    }
+    /// The marks of changes, which show after a crash whether a mutation was committed.
+    Changes = changes {
+        call_id: Bytes;
+        record_id: Bytes, changed_us: Integer,
+    }
+    /// Request ids, with the record as the mutation left it.
+    Requests = requests {
+        tenant: Text, principal: Text, request_id: Bytes;
+        content_mac: Bytes, key_id: Bytes, record_id: Bytes, user: Text, key_name: Text, state: Text,
+        revision: Integer, wrapping_key_id: Bytes, created_us: Integer, updated_us: Integer,
+        deleted_us: OptionalInteger, used_us: Integer, result_mac: Bytes,
+    }
+    /// When records were last released.
+    LastUses = last_uses {
+        record_id: Bytes;
+        used_us: Integer,
+    }
+    /// API clients.
+    Clients = clients {
+        client_id: Bytes;
+        revision: Integer, document: Bytes, mac: Bytes, key_id: Bytes, created_us: Integer,
+        updated_us: Integer,
+    }
+    /// When their secrets were last accepted.
+    ClientUses = client_uses {
+        client_id: Bytes, secret_number: Integer;
+        used_us: Integer,
+    }
+    /// The registry of wrapping keys.
+    WrappingKeys = wrapping_keys {
+        key_id: Bytes;
+        fingerprint: Bytes, purpose: Text, state: Text, token_serial: Text, sequence: Integer,
+        registered_us: Integer, backup_confirmed_us: OptionalInteger, mac: Bytes,
+    }
+}
+
+impl Table {
+    /// All columns but those of the primary key.
+    pub(super) fn values(self) -> &'static [Column] {
+        &self.columns()[self.key().len()..]
+    }
+}
+
+/// Under the names of the tables.
+impl<T: Named> Named for PerTable<T> {
+    fn names_below(&self, _name: &str, names: &mut Vec<(&'static str, String)>) {
+        for table in Table::ALL {
+            self.of(table).names_below(table.name(), names);
+        }
+    }
+}

@@ -42,18 +42,17 @@ use super::{
     clients::Clients,
     descriptors,
     identify::Identifier,
-    listener::{Listener, Shared},
+    listener::Listener,
     notify,
     opening::{self, Bound, BoundStatus},
+    shared::Shared,
     status,
     tls::Tls,
     unauthenticated::Places,
     waiting::Waiting,
-    watch,
+    watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// For reading the registry and verifying it on the token.
-pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
 /// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);

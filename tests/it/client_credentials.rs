@@ -464,7 +464,7 @@ async fn a_row_that_was_changed_or_copied_in_the_database_authenticates_no_clien
         credential_refused(&broker, "admin", change, "RECORD_DAMAGED");
     }
     let log = broker.site.log();
-    assert!(log.contains("client-damaged"), "nobody is alarmed: {log}");
+    assert!(log.contains("client-damaged"), "no alert: {log}");
 }
 
 /// Whoever creates a client holds its secret, and so its roles: an administrator alone must not become an auditor, or replace keys.

@@ -355,7 +355,7 @@ async fn on_reload_a_file_that_another_user_could_change_is_not_taken_over() {
                 let log = site.log();
                 let alerts = log[before..]
                     .lines()
-                    .filter(|line| line.contains("\"alarm\""));
+                    .filter(|line| line.contains("\"alert\""));
                 alerts
                     .into_iter()
                     .any(|line| harmed.is_named_in(line))

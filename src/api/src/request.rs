@@ -66,7 +66,7 @@ pub(crate) async fn run(
     match tokio::time::timeout_at(deadline.into(), task).await {
         Ok(Ok(response)) => Ok(response),
         Ok(Err(_)) => {
-            tracing::error!(alarm = "bug", "a handler panicked");
+            keybroker_core::alert!(Bug, "a handler panicked");
             let error = Error::new(Reason::Bug, "a handler panicked");
             Err(Unanswered::Ended(error))
         }

@@ -240,8 +240,8 @@ impl AuditLog {
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
         let ended = self.0.ended.recv_deadline(until);
         if !asked || ended != Err(RecvTimeoutError::Disconnected) {
-            tracing::error!(
-                alarm = "audit-log",
+            keybroker_core::alert!(
+                AuditLog,
                 "the audit log was not closed in order: its disk hangs"
             );
         }

@@ -17,6 +17,8 @@ use super::{
     line::{self, Parsed},
 };
 
+/// Entries that are written together, in one group, at most.
+pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
 /// Name of the file whose lock makes a process the only writer.

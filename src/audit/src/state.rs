@@ -65,7 +65,7 @@ impl Shared {
         if let Some(error) = &cause
             && state.down.is_none()
         {
-            tracing::error!(alarm = "audit-log", %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
         }
         state.down = cause;
         measure(&state);
@@ -90,7 +90,7 @@ impl Shared {
             APPEND_TIMEOUT.as_millis()
         ));
         if !std::mem::replace(&mut state.stall_reported, true) {
-            tracing::error!(alarm = "audit-log", %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
         }
         measure(&state);
         Err(error)

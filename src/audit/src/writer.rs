@@ -34,12 +34,10 @@ use super::{
     line::{self, Place},
     memory::{Mark, Memory, Removal},
     recovery::Found,
-    segment,
+    segment::{self, GROUP_MAX},
     state::Shared,
 };
 
-/// Entries in one group at most.
-pub(super) const GROUP_MAX: u64 = 1_024;
 /// How often all files are compared and, while the log is down, the writer tries it again. Twice this is less than the second
 /// within which tampering is noticed.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
@@ -235,8 +233,7 @@ impl Writer {
         // What was durable until now must be missed by a later check.
         self.remember();
         let latched = error.clone().latched();
-        tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
-        metrics::AUDIT_TAMPERING.increment();
+        keybroker_core::alert!(AuditTampered, error = %latched, "the files of the audit log were tampered with");
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
         error.finding().clone_into(&mut self.finding);

@@ -265,8 +265,8 @@ impl Broker {
         if complaint != *last
             && let Some(error) = &complaint
         {
-            tracing::error!(
-                alarm = "registry", %error,
+            keybroker_core::alert!(
+                Registry, %error,
                 "wrapping-key registry update failed MAC verification; keeping the last verified registry"
             );
         }

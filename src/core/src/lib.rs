@@ -1,5 +1,6 @@
 //! The vocabulary of Keybroker: keys, principals, secrets, envelopes, calls and errors. It knows no other crate of the project.
 
+pub mod alert;
 pub mod call;
 pub mod client_credential;
 pub mod envelope;

@@ -25,14 +25,14 @@ use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, wire::FailureC
 
 use crate::{
     Error, Serving, TokenState, WorkerInfo,
+    job::Job,
     link::Link,
-    queue::{Job, Queue},
+    queue::Queue,
     start::{self, Started},
 };
 
 use alerts::{Alerts, Line};
-pub(super) use machine::NotReady;
-use machine::{Action, Alert, Event, Loss, Machine};
+use machine::{Action, Event, Loss, Machine};
 
 mod alerts;
 mod machine;
@@ -402,20 +402,7 @@ impl Supervisor {
 
 fn log(line: &Line) {
     let (cause, count) = (&line.cause, line.count);
-    match line.alert {
-        Alert::TokenDown => {
-            tracing::error!(alarm = "token-down", %cause, count, "the token does not serve");
-        }
-        Alert::TokenUntrusted => {
-            tracing::error!(alarm = "token-untrusted", %cause, count, "the token must not be used");
-        }
-        Alert::PinLatched => {
-            tracing::error!(alarm = "pin-latched", %cause, count, "no login is made with this PIN");
-        }
-        Alert::Login => {
-            tracing::error!(alarm = "token-login", %cause, count, "the token failed a login");
-        }
-    }
+    keybroker_core::alert!(raise line.alert, %cause, count, "{}", line.alert.meaning());
 }
 
 impl Default for start::Found {

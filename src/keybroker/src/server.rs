@@ -20,6 +20,7 @@ mod log_limit;
 mod notify;
 mod opening;
 mod run;
+mod shared;
 mod status;
 mod tls;
 mod unauthenticated;
@@ -28,7 +29,7 @@ mod watch;
 mod zeroed_reads;
 
 pub use run::run;
-pub use tls::Contents as TlsContents;
+pub use tls::{Contents as TlsContents, Error as TlsError};
 
 /// An API that a listener can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,11 +127,11 @@ pub struct ListenerSettings {
 impl ListenerSettings {
     /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
     /// names the file and the remedy.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };
@@ -181,11 +182,11 @@ impl RemoteStatusSettings {
     }
 
     /// Reads the TLS files as `serve` would.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };

@@ -276,7 +276,7 @@ impl Policy {
         // The APIs know the address of a caller. Without one there is no decision, rather than one for a made-up
         // address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
-            tracing::error!(alarm = "bug", call_id = %question.call.id, "a call without the address of its peer");
+            keybroker_core::alert!(Bug, call_id = %question.call.id, "a call without the address of its peer");
             return Err(Denied {
                 policy: UNASKED.into(),
             });
@@ -371,8 +371,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    metrics::POLICY_RELOAD_FAILURES.increment();
-                    tracing::error!(alarm = "policy-reload", %error, "policies not taken over; the old ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies not taken over; the old ones stay in force");
                     watch.refused = Some(error);
                 }
             }

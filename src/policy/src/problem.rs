@@ -4,7 +4,12 @@ use std::fmt;
 
 use cedar_policy::ffi::DetailedError;
 
-use super::files::Source;
+/// A file of policies.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) name: String,
+    pub(super) text: String,
+}
 
 /// Something that is wrong with a file of policies, or with all of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,6 +85,8 @@ impl fmt::Display for Problems {
         f.write_str(&all.join("; "))
     }
 }
+
+impl std::error::Error for Problems {}
 
 /// Where a byte of a text is, for a person with an editor.
 pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {

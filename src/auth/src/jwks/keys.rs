@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::issuer::{KeySource, Settings};
 use keybroker_core::{
+    error::chain,
     metrics,
     trusted_file::{self, Purpose},
 };
 
-use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
+use super::{KeySet, SET_BYTES_MAX, SourceError, error::NoSet, fetch::Fetcher};
 
 /// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
@@ -90,7 +91,7 @@ enum Source {
 
 impl Keys {
     /// Files are read at once, and must be good; a provider may be down.
-    pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, String> {
+    pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, SourceError> {
         let keys = Self {
             name: settings.name.clone(),
             pace,
@@ -111,20 +112,17 @@ impl Keys {
     }
 
     /// The set in use, if there is one and it is not too old.
-    pub(crate) fn current(&self) -> Result<Arc<KeySet>, String> {
+    pub(crate) fn current(&self) -> Result<Arc<KeySet>, NoSet> {
         let held = self.current.load();
         let problem = || {
             let problem = self.problem();
-            problem.unwrap_or_else(|| "not fetched yet".to_owned())
+            problem.map_or_else(|| "not fetched yet".into(), Into::into)
         };
         let Some(held) = held.as_ref() else {
-            return Err(format!("no key set is known: {}", problem()));
+            return Err(NoSet::Unknown(problem()));
         };
         if matches!(self.source, Source::Provider(_)) && held.since.elapsed() > self.pace.keep {
-            return Err(format!(
-                "the last good key set is older than `keep_hours`: {}",
-                problem()
-            ));
+            return Err(NoSet::Old(problem()));
         }
         Ok(Arc::clone(&held.set))
     }
@@ -207,7 +205,9 @@ impl Keys {
             Source::File(source) => {
                 let source = source.clone();
                 let reading = tokio::task::spawn_blocking(move || read(&source));
-                reading.await.unwrap_or_else(|error| Err(error.to_string()))
+                reading
+                    .await
+                    .unwrap_or_else(|error| Err(SourceError::Task(error)))
             }
         };
         match outcome {
@@ -215,8 +215,8 @@ impl Keys {
                 self.take(set);
                 true
             }
-            Err(problem) => {
-                self.report(&problem);
+            Err(error) => {
+                self.report(&chain(&error));
                 false
             }
         }
@@ -249,8 +249,8 @@ impl Keys {
             .with([self.name.clone()])
             .set(f64::from(count));
         if !refused.is_empty() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, ?refused, count,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, ?refused, count,
                 "weak or malformed keys of the key set are refused; its other keys are in use"
             );
         }
@@ -266,13 +266,13 @@ impl Keys {
             return;
         }
         if self.current.load().is_some() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "key set not renewed; the last good one stays in use"
             );
         } else {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "no key set yet: its tokens are refused until there is one"
             );
         }
@@ -288,16 +288,18 @@ impl Keys {
     }
 }
 
-fn read(source: &KeySource) -> Result<KeySet, String> {
+fn read(source: &KeySource) -> Result<KeySet, SourceError> {
     let (KeySource::Set(path) | KeySource::Pem(path)) = source else {
-        return Err("its keys come from no file".to_owned());
+        return Err(SourceError::OtherSource);
     };
-    let shown = path.display();
     let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
-    let bytes = trusted_file::read(path, limit, KEYS).map_err(|error| error.to_string())?;
+    let bytes = trusted_file::read(path, limit, KEYS).map_err(SourceError::File)?;
     let set = match source {
         KeySource::Pem(_) => KeySet::parse_pem(&bytes),
         _ => KeySet::parse_jwks(&bytes),
     };
-    set.map_err(|problem| format!("{shown}: {problem}"))
+    set.map_err(|source| SourceError::Set {
+        place: path.display().to_string(),
+        source,
+    })
 }

@@ -687,7 +687,7 @@ fn every_key_of_a_pem_file_counts() {
             "looks like",
         ),
     ] {
-        let problem = KeySet::parse_pem(text.as_bytes()).unwrap_err();
+        let problem = KeySet::parse_pem(text.as_bytes()).unwrap_err().to_string();
         assert!(problem.contains(words), "{words}: {problem}");
     }
 }

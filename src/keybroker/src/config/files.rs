@@ -13,16 +13,7 @@ use keybroker_core::{error::chain, remedy::explained, trusted_file};
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
-use super::{Config, certificates};
-
-/// What an examination of the files found.
-#[derive(Debug, Default)]
-pub struct FileReport {
-    /// Everything that is wrong, each with its remedy.
-    pub problems: Vec<String>,
-    /// How much each PEM file gave, and which secrets a group can read.
-    pub notes: Vec<String>,
-}
+use super::{Config, FileReport, certificates};
 
 impl Config {
     /// Examines the files. Reads them as `serve` would, and changes nothing.
@@ -60,7 +51,7 @@ impl Config {
         let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
-            problems.extend(Tokens::new(&self.issuers).err());
+            problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
         self.examine_certificates(&mut report);
         let problems = &mut report.problems;
@@ -72,7 +63,9 @@ impl Config {
                     report.notes.push(note);
                 }
                 Ok(None) => {}
-                Err(what) => problems.push(format!("[[listener]] {address}: {what}")),
+                Err(error) => {
+                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
+                }
             }
         }
         if let Some(remote) = &self.status.remote {
@@ -80,7 +73,7 @@ impl Config {
             match remote.check_tls() {
                 Ok(Some(contents)) => report.notes.push(format!("{name}: {contents}")),
                 Ok(None) => {}
-                Err(what) => problems.push(format!("{name}: {what}")),
+                Err(error) => problems.push(format!("{name}: {}", chain(&error))),
             }
         }
         if let Some(count) = self.store.authorities_count() {

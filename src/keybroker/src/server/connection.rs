@@ -19,12 +19,12 @@ use tokio::{net::TcpStream, sync::Semaphore, time};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_auth::PeerCertificate;
-use keybroker_core::{call::caller::Caller, metrics};
+use keybroker_core::{call::caller::Caller, error::chain, metrics};
 
 use super::{
     frames::{self, Watched},
     handshake::{self, Established, PREFACE, Refused},
-    listener::Shared,
+    shared::Shared,
     tls::Tls,
     unauthenticated::{self, Authentication, Full},
     waiting::Ticket,
@@ -289,7 +289,7 @@ impl Connection {
                 })
                 .inspect_err(|error| {
                     if self.shared.broker.may_log(self.peer.ip()) {
-                        tracing::info!(peer = %self.peer, error, "client certificate");
+                        tracing::info!(peer = %self.peer, error = chain(error), "client certificate");
                     }
                 })
                 .ok()

@@ -101,7 +101,7 @@ async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
         match alive {
             Ok(()) => say(&[NotifyState::Watchdog]),
             Err(error) => {
-                tracing::error!(alarm = "watchdog", %error, "the process did not answer its own /livez in time");
+                keybroker_core::alert!(Watchdog, %error, "the process did not answer its own /livez in time");
             }
         }
     }

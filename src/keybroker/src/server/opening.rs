@@ -19,6 +19,7 @@ use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
 use keybroker_broker::Serving;
 use keybroker_core::{
     call::{CallId, Timestamp},
+    error::chain,
     key::WrappingKeyState,
     state::StateDirectory,
 };
@@ -64,7 +65,7 @@ pub(super) async fn bind_status(
         Some(remote) => {
             let tls = remote
                 .load_tls(Some(state))
-                .map_err(|what| Failure::new(Exit::Configuration, what))?;
+                .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
             let socket = bind(remote.address).await?;
             Some(BoundRemote {
                 address: local(&socket)?,
@@ -174,7 +175,7 @@ pub(super) async fn bind_all(
     for settings in listeners {
         let tls = settings
             .load_tls(Some(state))
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
         bound.push(Bound {
             socket: bind(settings.address).await?,
             settings: settings.clone(),
@@ -190,7 +191,7 @@ pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<()
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
         tls.remember_lists()
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
     }
     Ok(())
 }

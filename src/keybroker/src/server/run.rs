@@ -28,10 +28,10 @@ use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
-    token::Tokens,
+    token::{IssuerError, Tokens},
 };
 use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
-use keybroker_core::{call::Deadline, state::StateDirectory};
+use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Supervisor, Token};
 use keybroker_policy::Policy;
 use keybroker_store as store;
@@ -42,18 +42,17 @@ use super::{
     clients::Clients,
     descriptors,
     identify::Identifier,
-    listener::{Listener, Shared},
+    listener::Listener,
     notify,
     opening::{self, Bound, BoundStatus},
+    shared::Shared,
     status,
     tls::Tls,
     unauthenticated::Places,
     waiting::Waiting,
-    watch,
+    watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// For reading the registry and verifying it on the token.
-pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
 /// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -108,7 +107,7 @@ pub async fn run(
     }
 }
 
-fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
+fn access_tokens(config: &Config) -> Result<Arc<Tokens>, IssuerError> {
     let tokens = Tokens::new(&config.issuers)?;
     let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
     Ok(Arc::new(tokens))
@@ -194,14 +193,16 @@ impl Server {
         hangup: Signal,
         token_started: &OnceLock<Arc<Supervisor>>,
     ) -> Result<Self, Failure> {
-        let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
-        let unusable = |what| Failure::new(Exit::Configuration, what);
-        let tokens = access_tokens(&config).map_err(unusable)?;
+        let metrics = telemetry::init_metrics()
+            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))?;
+        let unusable =
+            |error: &dyn std::error::Error| Failure::new(Exit::Configuration, chain(error));
+        let tokens = access_tokens(&config).map_err(|error| unusable(&error))?;
         let authenticator = Authenticator::new(&config.principals)
-            .map_err(unusable)?
+            .map_err(|error| unusable(&error))?
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
+        let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;

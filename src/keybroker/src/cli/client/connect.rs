@@ -67,12 +67,12 @@ impl Connection {
             return Err(Failure::new(Exit::Usage, "no client certificate is named")
                 .hint("pass --cert and --key"));
         };
-        let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
+        let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
             .map_err(|error| unusable(error.to_string()))?;
-        let leaf = chain
+        let leaf = certificates
             .first()
             .ok_or_else(|| unusable("no certificate".to_owned()))?;
-        PeerCertificate::read(leaf).map_err(unusable)
+        PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
     /// Longest wait for an answer.

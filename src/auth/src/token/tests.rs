@@ -589,7 +589,7 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
         )
         .await;
     running
-        .postponed(&service.mint(user(ADA), json!({"kid": "enc"})), "none of")
+        .refused(&service.mint(user(ADA), json!({"kid": "enc"})), "none of")
         .await;
     // Of three kinds of keys, one fits.
     running

@@ -28,6 +28,7 @@ mod client;
 mod columns;
 pub mod copy;
 mod dialect;
+mod driver_errors;
 mod durability;
 mod engine;
 mod error;
@@ -51,7 +52,7 @@ pub mod tally;
 mod url;
 
 pub use client::ClientRow;
-pub use error::Error;
+pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
 pub use schema::{MigrationReport, SchemaStatus};
@@ -70,7 +71,7 @@ pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
 
 /// The same, for a command that goes through whole tables. No call's deadline depends on it, so it waits longer.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
-    open_whole(&settings.patient()).await
+    open_whole(&settings.for_command()).await
 }
 
 async fn open_whole(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
@@ -121,8 +122,8 @@ pub struct StoreLock {
 /// Records per page at most.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// SQL in domain terms. Every call with more than one statement runs in a task of its own, so that a caller that goes
-/// away cannot leave a transaction half way (cancel safety).
+/// SQL in domain terms. Every call with more than one statement runs in a task of its own, so that a caller that ends its call
+/// cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Answers when the store can be read and written.

@@ -295,8 +295,7 @@ pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
     if affected == 1 {
         Ok(())
     } else {
-        Err(Error::Corrupt(format!(
-            "{affected} rows changed where one had to"
-        )))
+        let what = format!("{affected} rows changed where one had to");
+        Err(Error::Corrupt(what.into()))
     }
 }

@@ -13,6 +13,7 @@ use super::{
     Error, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{Found, Weakness},
+    error::Detail,
     schema,
     server::{Limits, Server},
     session::{Columns as _, Session as _},
@@ -132,10 +133,11 @@ impl Server for MySqlOrMariaDb {
             if version.numbers >= oldest {
                 return Ok(());
             }
-            Err(Error::Schema(format!(
+            let what = format!(
                 "the server is {}; keybroker needs MySQL 8.0.16 or MariaDB 10.6, or later",
                 version.text
-            )))
+            );
+            Err(Error::Schema(what.into()))
         }
         .boxed()
     }
@@ -204,9 +206,8 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     let mut migrator = Migrator::with_migrations(MIGRATOR.iter().cloned().collect());
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
-        Error::Schema(format!(
-            "migration failed: {error}. What it did so far is kept; once the cause is repaired, run `keybroker store \
-             migrate` again"
+        Error::Schema(Detail::caused("migration failed", error).remedy(
+            "what it did so far is kept: once the cause is repaired, run `keybroker store migrate` again",
         ))
     })
 }

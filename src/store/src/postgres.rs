@@ -14,8 +14,9 @@ use keybroker_core::call::CallId;
 use super::{
     Error, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
+    driver_errors::POOLER_REMEDY,
     durability::{Found, Weakness},
-    error::POOLER_REMEDY,
+    error::{Detail, SharedSession},
     server::{Limits, Server},
     session::{Columns as _, Session as _, Value},
     settings::Tls,
@@ -87,7 +88,7 @@ impl Server for PostgreSql {
         // The driver reads the environment: what it finds there is set anew or refused.
         let problems = environment_problems();
         if !problems.is_empty() {
-            return Err(Error::Schema(problems.join("; ")));
+            return Err(Error::Schema(problems.join("; ").into()));
         }
         let options = PgConnectOptions::new_without_pgpass()
             .username(&place.user)
@@ -159,16 +160,18 @@ impl Server for PostgreSql {
             let row = rows.first().ok_or(Error::NotFound)?;
             if row.integer("number")? < OLDEST {
                 let version = row.text("version")?;
-                return Err(Error::Schema(format!(
-                    "the server is PostgreSQL {version}; keybroker needs 14 or later"
-                )));
+                let what = format!("the server is PostgreSQL {version}; keybroker needs 14 or later");
+                return Err(Error::Schema(what.into()));
             }
             match row.text("encoding")? {
                 "UTF8" => Ok(()),
-                other => Err(Error::Schema(format!(
-                    "the database has the encoding {other}, in which not every user name can be written; create it \
-                     anew with ENCODING 'UTF8'"
-                ))),
+                other => {
+                    let what = format!(
+                        "the database has the encoding {other}, in which not every user name can be written; create it \
+                         anew with ENCODING 'UTF8'"
+                    );
+                    Err(Error::Schema(what.into()))
+                }
             }
         }
         .boxed()
@@ -194,12 +197,12 @@ impl Server for PostgreSql {
                 let is_shared =
                     seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if is_shared {
-                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                    return Err(shared_session());
                 }
                 let seen = first.rows(SEEN, Vec::new()).await?;
                 let is_kept = seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if !is_kept {
-                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                    return Err(shared_session());
                 }
                 second.control("ROLLBACK").await?;
             }
@@ -219,13 +222,16 @@ impl Server for PostgreSql {
                 .run_direct(None, connection, false)
                 .await
                 .map_err(|error| {
-                    Error::Schema(format!(
-                        "migration failed, and what it began was undone: {error}"
-                    ))
+                    let what = "migration failed, and what it began was undone";
+                    Error::Schema(Detail::caused(what, error))
                 })
         }
         .boxed()
     }
+}
+
+fn shared_session() -> Error {
+    Error::Schema(Detail::of(SharedSession { source: None }).remedy(POOLER_REMEDY))
 }
 
 /// A socket is named by its directory, or by itself where the port is another one.

@@ -98,7 +98,7 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     let rows = connection.rows(SQL.durability, Vec::new()).await?;
     drop(connection);
     let weaknesses = Found::read(&rows, DIALECT.durability_columns)?.sqlite();
-    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
+    durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = SqlitePoolOptions::new()
         .max_connections(READERS)

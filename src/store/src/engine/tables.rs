@@ -35,7 +35,9 @@ fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
             .collect()),
         Some(row) => {
             let key: Option<Vec<Value>> = row.key().iter().cloned().collect();
-            key.ok_or_else(|| Error::Corrupt(format!("the key of a row of {}", table.name())))
+            key.ok_or_else(|| {
+                Error::Corrupt(format!("the key of a row of {}", table.name()).into())
+            })
         }
     }
 }

@@ -12,7 +12,7 @@ use sqlx::{SqlitePool, migrate::Migrator};
 
 use keybroker_core::trusted_file;
 
-use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
+use crate::{Error, MigrationReport, SchemaStatus, StoreLock, error::Detail, identity, schema};
 
 use super::SQL;
 
@@ -32,10 +32,12 @@ const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::Schema(format!(
-            "there is no database at {shown}; make it with `keybroker store migrate`"
-        )),
-        _ => Error::Down(format!("cannot examine {shown}: {error}").into()),
+        io::ErrorKind::NotFound => {
+            let what =
+                format!("there is no database at {shown}; make it with `keybroker store migrate`");
+            Error::Schema(what.into())
+        }
+        _ => Error::Down(Detail::caused(format!("cannot examine {shown}"), error)),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
@@ -58,7 +60,10 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for these files.
     let failed = |path: &Path, error: io::Error| {
-        Error::Down(format!("cannot look at {}: {error}", path.display()).into())
+        Error::Down(Detail::caused(
+            format!("cannot examine {}", path.display()),
+            error,
+        ))
     };
     let resolved = fs::canonicalize(path).map_err(|error| failed(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
@@ -114,11 +119,10 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
         Ok(true) => check(path)?,
         Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
         Err(error) => {
-            let what = format!(
-                "cannot look at {}: {error}; run this as the user to whom the database belongs",
-                path.display()
-            );
-            return Err(Error::Down(what.into()));
+            let detail = Detail::caused(format!("cannot examine {}", path.display()), error);
+            return Err(Error::Down(
+                detail.remedy("run this as the user to whom the database belongs"),
+            ));
         }
     }
     let pool = super::writer(path);
@@ -143,7 +147,10 @@ pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationRepor
 
 async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
     MIGRATOR.run(pool).await.map_err(|error| {
-        Error::Schema(format!("migration failed, nothing was changed: {error}"))
+        Error::Schema(Detail::caused(
+            "migration failed, nothing was changed",
+            error,
+        ))
     })?;
     identity::ensure(&mut *pool.acquire().await?, &SQL).await
 }
@@ -159,9 +166,10 @@ fn make_file(path: &Path) -> Result<(), Error> {
         .mode(0o600)
         .open(path);
     made.map(drop).map_err(|error| {
-        let shown = path.display();
-        let remedy = "its directory must exist and belong to the user that runs keybroker";
-        Error::Down(format!("cannot make {shown}: {error}; {remedy}").into())
+        let detail = Detail::caused(format!("cannot create {}", path.display()), error);
+        Error::Down(
+            detail.remedy("its directory must exist and belong to the user that runs keybroker"),
+        )
     })
 }
 
@@ -179,8 +187,9 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
-            let remedy = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
-            Error::Down(format!("cannot open {shown}: {error}; {remedy}").into())
+            Error::Down(Detail::caused(format!("cannot open {shown}"), error).remedy(
+                "it must be a regular file, and its directory must exist and belong to the user that runs keybroker",
+            ))
         })?;
     check_lock(&file, &lock_path)?;
     if file.try_lock().is_err() {
@@ -195,7 +204,7 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     }
     note_open_directory(path);
     note_holder(&mut file)
-        .map_err(|error| Error::Down(format!("cannot write {shown}: {error}").into()))?;
+        .map_err(|error| Error::Down(Detail::caused(format!("cannot write {shown}"), error)))?;
     Ok(StoreLock { _file: Some(file) })
 }
 
@@ -204,7 +213,7 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file
         .metadata()
-        .map_err(|error| Error::Down(format!("cannot look at {shown}: {error}").into()))?;
+        .map_err(|error| Error::Down(Detail::caused(format!("cannot examine {shown}"), error)))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()

@@ -8,7 +8,18 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use crate::Error;
+use keybroker_core::error::chain;
+
+use crate::{Error, error::Detail};
+
+/// Why a file or directory is not what it was when the database was opened.
+#[derive(Debug, thiserror::Error)]
+enum Changed {
+    #[error("{0} was replaced")]
+    Replaced(PathBuf),
+    #[error("cannot examine {path}")]
+    Unreadable { path: PathBuf, source: io::Error },
+}
 
 /// One file or directory, as it was when the database was opened.
 #[derive(Debug)]
@@ -28,12 +39,14 @@ impl Fixed {
         })
     }
 
-    fn check(&self) -> Result<(), String> {
-        let shown = self.path.display();
+    fn check(&self) -> Result<(), Changed> {
         match fs::metadata(&self.path) {
             Ok(meta) if (meta.dev(), meta.ino()) == (self.device, self.inode) => Ok(()),
-            Ok(_) => Err(format!("{shown} was replaced")),
-            Err(error) => Err(format!("{shown}: {error}")),
+            Ok(_) => Err(Changed::Replaced(self.path.clone())),
+            Err(source) => Err(Changed::Unreadable {
+                path: self.path.clone(),
+                source,
+            }),
         }
     }
 }
@@ -42,7 +55,7 @@ impl Fixed {
 #[derive(Debug)]
 pub(super) struct Place {
     files: Vec<Fixed>,
-    /// What was wrong when it was last looked at, so that it is logged once.
+    /// What was wrong at the last check, so that it is logged once.
     problem: Mutex<Option<String>>,
 }
 
@@ -60,8 +73,8 @@ impl Place {
             paths.into_iter().map(Fixed::look).collect()
         };
         let files = look().map_err(|error| {
-            let shown = path.display();
-            Error::Down(format!("cannot examine {shown} and its WAL: {error}").into())
+            let what = format!("cannot examine {} and its WAL", path.display());
+            Error::Down(Detail::caused(what, error))
         })?;
         Ok(Self {
             files,
@@ -71,7 +84,8 @@ impl Place {
 
     /// Fails while any of the files is another one than at the beginning.
     pub(super) fn check(&self) -> Result<(), Error> {
-        let found = self.files.iter().find_map(|file| file.check().err());
+        let changed = self.files.iter().find_map(|file| file.check().err());
+        let found = changed.as_ref().map(|changed| chain(changed));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if *problem != found {
             if let Some(what) = &found {
@@ -84,11 +98,14 @@ impl Place {
             }
             problem.clone_from(&found);
         }
-        match found {
+        match changed {
             None => Ok(()),
-            Some(what) => Err(Error::Down(
-                format!("{what} while it was in use; put the file back, or restart the broker")
-                    .into(),
+            Some(changed) => Err(Error::Down(
+                Detail::caused(
+                    "the database was moved or replaced while it was in use",
+                    changed,
+                )
+                .remedy("put the file back, or restart the broker"),
             )),
         }
     }

@@ -32,7 +32,7 @@ const DIALECT: Dialect = Dialect {
     begin: "START TRANSACTION READ WRITE",
     lock: Some("FOR UPDATE"),
     unless_taken: "",
-    upsert: Upsert::OnDuplicateKey,
+    upsert: Upsert::DuplicateKey,
     limited_delete: LimitedDelete::Limit,
     clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED) AS now_us"),
     has_migrations: "SELECT 1 FROM information_schema.tables \

@@ -32,7 +32,7 @@ const DIALECT: Dialect = Dialect {
     begin: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
     lock: Some("FOR UPDATE"),
     unless_taken: " ON CONFLICT DO NOTHING",
-    upsert: Upsert::OnConflictOnce,
+    upsert: Upsert::ConflictOnce,
     limited_delete: LimitedDelete::Subquery,
     clock: Some("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us"),
     has_migrations: "SELECT 1 WHERE to_regclass('_sqlx_migrations') IS NOT NULL",

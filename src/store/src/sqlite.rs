@@ -36,7 +36,7 @@ const DIALECT: Dialect = Dialect {
     begin: "BEGIN IMMEDIATE",
     lock: None,
     unless_taken: " ON CONFLICT DO NOTHING",
-    upsert: Upsert::OnConflict,
+    upsert: Upsert::Conflict,
     limited_delete: LimitedDelete::Subquery,
     clock: None,
     has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",

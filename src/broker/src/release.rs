@@ -85,8 +85,8 @@ impl Broker {
         .await
     }
 
-    /// A service that releases the keys of unusually many users may be one that somebody has taken over. Said once an hour, in
-    /// the audit log too; the release itself was permitted, and has its own entry.
+    /// A service that releases the keys of unusually many users may be under the control of an attacker. The alert is raised once
+    /// an hour, in the audit log too; the release itself was permitted, and has its own entry.
     async fn alarm_of_bulk_release(&self, principal: &Principal, call: &Call) {
         metrics::BULK_RELEASES.increment();
         tracing::error!(
@@ -158,8 +158,8 @@ impl Broker {
 
     /// Parses a stored envelope and checks that its wrapping key may be used to read.
     pub(super) async fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
-        let envelope = Envelope::parse(bytes)
-            .map_err(|error| Error::new(Reason::RecordDamaged, error.to_string()))?;
+        let envelope =
+            Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
             let detail = "a stored envelope of another kind";
             return Err(Error::new(Reason::RecordDamaged, detail));

@@ -151,7 +151,7 @@ address = "127.0.0.1:0"
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["grpc", "admin"]
+apis = ["grpc", "admin"]
 
 [listener.tls]
 certificate_file = "$WORK/pki/server.pem"
@@ -371,7 +371,7 @@ allowed_origins = ["https://vault.example.org"]
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["rest"]
+apis = ["rest"]
 client_certificates = "none"
 
 [listener.tls]

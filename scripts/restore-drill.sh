@@ -143,7 +143,7 @@ directory = "$WORK/audit"
 address = "127.0.0.1:0"
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["grpc"]
+apis = ["grpc"]
 [listener.tls]
 certificate_file = "$WORK/pki/server.pem"
 key_file = "$WORK/pki/server.key"

@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use crate::{
     client::{Caller, eventually, refused},
     process::{Broker, until},
-    rest::door::Door,
+    rest::site::RestSite,
     site::{Finished, Options},
     wire::get,
 };
@@ -142,13 +142,13 @@ async fn old_segments_are_removed_by_command_while_the_broker_serves() {
 /// Refusals before authentication are counted, and written once a minute. A kill loses the last second of them, not more.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_next() {
-    let door = Door::open();
+    let rest = RestSite::open();
     for _ in 0..5 {
-        let request = door.request(Method::GET, "/user-keys");
+        let request = rest.request(Method::GET, "/user-keys");
         let answer = request.bearer_auth("nonsense").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
     }
-    let kept = door
+    let kept = rest
         .broker
         .site
         .audit_directory()
@@ -157,7 +157,7 @@ async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_n
         let text = fs::read_to_string(&kept).ok()?;
         text.contains("\"count\":5").then_some(())
     });
-    let site = door.broker.kill();
+    let site = rest.broker.kill();
     assert!(!site.audit().contains("connection.refused"));
     let (site, _) = Broker::start_on(site).stop();
     let audit = site.audit();

@@ -155,7 +155,7 @@ fn a_taken_port_is_named() {
     let site = Site::fresh(Options::default());
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    for line in ["doors = [\"grpc\", \"admin\"]", "[status]"] {
+    for line in ["apis = [\"grpc\", \"admin\"]", "[status]"] {
         site.write_configuration(|text| {
             let (before, after) = match line {
                 "[status]" => text

@@ -136,6 +136,15 @@ fn a_user_key_goes_through_its_whole_life() {
     let listed = json(&expect_ok(&broker, "auditor", &page));
     assert_eq!(listed[0]["state"], "active");
     assert!(listed[0]["deleted"].is_null());
+
+    // The hint of a name that is taken would recommend the very command.
+    let again = with(&["undelete"], &[]);
+    let again: Vec<&str> = again.iter().map(String::as_str).collect();
+    let finished = run(&broker, "lifecycle", &again);
+    assert!(
+        finished.stderr.contains("KEY_EXISTS") && finished.stderr.contains("nothing to undelete"),
+        "{finished:#?}"
+    );
 }
 
 #[test]
@@ -310,9 +319,9 @@ fn a_broker_that_is_not_there_or_not_trusted_is_told_apart() {
     let broker = Broker::start(Options::default());
     let ask = ["get", "--user", "ada"];
     // A certificate of another CA: in TLS 1.3 only the first call tells.
-    let stranger = run(&broker, pki::STRANGER, &ask);
-    assert_eq!(stranger.code, Some(11), "{stranger:#?}");
-    assert!(stranger.stderr.contains("--cert"), "{stranger:#?}");
+    let other = run(&broker, pki::OTHER_CA, &ask);
+    assert_eq!(other.code, Some(11), "{other:#?}");
+    assert!(other.stderr.contains("--cert"), "{other:#?}");
     // Such a client must not connect again and again: each attempt costs the broker a handshake, and counts against its network.
     let counted = get(broker.status, "/metrics");
     let failed = counted

@@ -40,11 +40,8 @@ pub(crate) fn site(sections: &str) -> Arc<Site> {
 
 fn configure(site: &Site, sections: &str) {
     site.write_configuration(|text| {
-        let doors = "doors = [\"grpc\", \"admin\"]";
-        *text = text.replace(
-            doors,
-            &format!("{doors}\nclient_certificates = \"optional\""),
-        );
+        let apis = "apis = [\"grpc\", \"admin\"]";
+        *text = text.replace(apis, &format!("{apis}\nclient_certificates = \"optional\""));
         let start = text.find("[limits]").unwrap();
         let end = text.find("[[principal]]").unwrap();
         text.replace_range(start..end, &format!("[limits]\n{sections}\n"));
@@ -351,7 +348,7 @@ async fn a_flood_of_wrong_secrets_is_answered_quickly_and_others_are_served() {
 /// Wrong secrets a second, each from another address.
 const WRONG_PER_SECOND: u32 = 100;
 
-/// One wrong secret each ten milliseconds, for a client that exists and for ids that do not, each over a connection of its own from
+/// One wrong secret each ten milliseconds, for a client that exists and for ids that do not, each over its own connection from
 /// another address, until this is dropped.
 fn flood(broker: &Broker, known: &Basic) -> tokio::task::JoinSet<()> {
     let (site, grpc) = (Arc::clone(&broker.site), broker.grpc);
@@ -422,9 +419,9 @@ async fn clients_stay_accepted_and_new_ones_come_in_under_wrong_secrets_from_cha
         known.len(),
         new.len()
     );
-    let turned_away = get(broker.status, "/metrics");
+    let overloaded = get(broker.status, "/metrics");
     assert!(
-        !turned_away.contains("keybroker_client_secrets_refused_total 0\n"),
+        !overloaded.contains("keybroker_client_secrets_refused_total 0\n"),
         "the flood did not take all turns"
     );
     if promised.is_some() {
@@ -433,7 +430,7 @@ async fn clients_stay_accepted_and_new_ones_come_in_under_wrong_secrets_from_cha
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
+async fn a_row_that_was_changed_or_copied_in_the_database_authenticates_no_client() {
     let site = site(GRANT_ENROL);
     let broker = Broker::start_on(site);
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
@@ -467,7 +464,7 @@ async fn a_row_that_was_changed_or_copied_in_the_database_lets_nobody_in() {
         credential_refused(&broker, "admin", change, "RECORD_DAMAGED");
     }
     let log = broker.site.log();
-    assert!(log.contains("client-damaged"), "nobody is alarmed: {log}");
+    assert!(log.contains("client-damaged"), "no alert: {log}");
 }
 
 /// Whoever creates a client holds its secret, and so its roles: an administrator alone must not become an auditor, or replace keys.

@@ -211,11 +211,8 @@ async fn an_api_client_is_made_used_and_revoked() {
         ..Options::default()
     });
     site.write_configuration(|text| {
-        let doors = "doors = [\"grpc\", \"admin\"]";
-        *text = text.replace(
-            doors,
-            &format!("{doors}\nclient_certificates = \"optional\""),
-        );
+        let apis = "apis = [\"grpc\", \"admin\"]";
+        *text = text.replace(apis, &format!("{apis}\nclient_certificates = \"optional\""));
     });
     let broker = Broker::start_on(Arc::new(site));
     let admin = of(&broker, "admin");

@@ -57,7 +57,7 @@ async fn serving(broker: &Broker, service: &str) -> ServingStatus {
 const USER_KEYS: &str = "keybroker.v1.UserKeyService";
 const CONTROL: &str = "keybroker.v1.ControlService";
 
-fn assert_away<T: std::fmt::Debug>(result: Result<T, Status>) {
+fn assert_store_down<T: std::fmt::Debug>(result: Result<T, Status>) {
     let status = result.unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
@@ -89,8 +89,8 @@ async fn an_outage_is_survived(kind: Kind) {
     while stopped.elapsed() < outage() {
         let asked = Instant::now();
         let (one, other) = tokio::join!(releaser.unwrap("ada"), enroller.create("bob", MATERIAL));
-        assert_away(one);
-        assert_away(other);
+        assert_store_down(one);
+        assert_store_down(other);
         let is_new = asked - stopped < WAITED_OUT;
         let limit = if is_new {
             WAITED_OUT + KNOWN_WITHIN
@@ -315,7 +315,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             &database,
             &format!("UPDATE wrapping_keys SET state = '{state}', sequence = sequence + 10;"),
         );
-        until("the alarm of both brokers", || {
+        until("the alert of both brokers", || {
             (site.log().matches("update failed MAC verification").count() == 2 * forgeries)
                 .then_some(())
         });
@@ -326,7 +326,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             "UPDATE wrapping_keys SET state = 'active', sequence = sequence - 10;",
         );
         for broker in [&one, &two] {
-            until("the end of the alarm", || {
+            until("the end of the alert", || {
                 get(broker.status, "/metrics")
                     .contains("keybroker_registry_altered 0")
                     .then_some(())

@@ -240,7 +240,7 @@ async fn only_certificates_of_known_principals_are_accepted() {
     );
     assert_eq!(status.code(), Code::Unauthenticated);
     // These never get past the handshake, so that there is no reason from the broker.
-    for client in [pki::EXPIRED, pki::STRANGER] {
+    for client in [pki::EXPIRED, pki::OTHER_CA] {
         let status = Caller::of(&broker, client).unwrap("ada").await.unwrap_err();
         assert!(
             reason(&status).contains("without details"),

@@ -149,7 +149,7 @@ async fn one_worker_serves_when_the_next_does_not_start() {
 
 /// A busy token says so with a code that also means damage.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_moment_of_trouble_is_not_answered_with_data_loss() {
+async fn a_short_failure_is_not_answered_with_data_loss() {
     let (site, faulty) = site(Options::default());
     let broker = Broker::start_on(site);
     let enroller = Caller::of(&broker, "enroller");

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::{
     client::Caller,
     process::{Broker, PATIENCE, until},
-    rest::door::{Answer, Door, body},
+    rest::site::{Answer, RestSite, body},
     site::Options,
     wire::get,
 };
@@ -170,8 +170,8 @@ fn until_none(search: &Search, broker: &Broker) {
 /// workers: neither in the buffers of connections that are still open, nor after these have ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_key_stays_in_memory_after_its_call() {
-    let door = Door::open_with(Options::default(), "", "");
-    let broker = &door.broker;
+    let rest = RestSite::open_with(Options::default(), "", "");
+    let broker = &rest.broker;
     let keys: Vec<[u8; 32]> = (0..3 * KEYS).map(|_| fresh_key()).collect();
     let search = Search::new(&keys);
     {
@@ -184,13 +184,13 @@ async fn no_key_stays_in_memory_after_its_call() {
         }
         for key in &keys[KEYS..2 * KEYS] {
             let user = Uuid::new_v4().to_string();
-            door.store(Method::POST, &user, key).await.expect_stored();
-            door.get(&user).await.expect_key(key);
+            rest.store(Method::POST, &user, key).await.expect_stored();
+            rest.get(&user).await.expect_key(key);
         }
         let plain = reqwest::Client::builder().no_proxy().build().unwrap();
-        let url = format!("http://{}/user-keys", door.plain);
+        let url = format!("http://{}/user-keys", rest.plain);
         for key in &keys[2 * KEYS..] {
-            let token = door.token(&Uuid::new_v4().to_string());
+            let token = rest.token(&Uuid::new_v4().to_string());
             let post = plain.post(&url).bearer_auth(&token).body(body(key));
             let post = post.header("content-type", "application/json");
             Answer::of(post.send().await.unwrap()).await.expect_stored();
@@ -205,8 +205,8 @@ async fn no_key_stays_in_memory_after_its_call() {
             .unwrap();
         assert!(open.parse::<u32>().unwrap() >= 4, "{metrics}");
     }
-    let door = door.without_connections();
-    let broker = &door.broker;
+    let rest = rest.without_connections();
+    let broker = &rest.broker;
     until("connections to end", || {
         let metrics = get(broker.status, "/metrics");
         metrics.contains("keybroker_connections 0").then_some(())
@@ -214,14 +214,14 @@ async fn no_key_stays_in_memory_after_its_call() {
     until_none(&search, broker);
 
     // What is in memory is found: a key in a request that is not complete.
-    let mut half = TcpStream::connect(door.plain).unwrap();
+    let mut half = TcpStream::connect(rest.plain).unwrap();
     let user = Uuid::new_v4().to_string();
     let partial = format!(r#"{{"key":"{}""#, Base64::encode_string(&keys[0]));
     write!(
         half,
         "POST /user-keys HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n{partial}",
-        door.token(&user),
+        rest.token(&user),
         partial.len() + 1,
     )
     .unwrap();

@@ -38,7 +38,7 @@ pub(crate) const EXPIRED: &str = "expired";
 /// A releaser's certificate that is not valid yet.
 pub(crate) const NOT_YET_VALID: &str = "not-yet-valid";
 /// A releaser's certificate made by another CA.
-pub(crate) const STRANGER: &str = "stranger";
+pub(crate) const OTHER_CA: &str = "other-ca-client";
 
 type Issuer = CertifiedIssuer<'static, KeyPair>;
 
@@ -87,8 +87,8 @@ impl Pki {
         no_usage.extended_key_usages.clear();
         pki.write(NO_USAGE, &no_usage, &pki.authority);
         let other = authority("another CA");
-        fs::write(pki.certificate_file("stranger-ca"), other.pem()).unwrap();
-        pki.write(STRANGER, &client_parameters("releaser"), &other);
+        fs::write(pki.certificate_file("other-ca"), other.pem()).unwrap();
+        pki.write(OTHER_CA, &client_parameters("releaser"), &other);
         pki
     }
 

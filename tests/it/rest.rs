@@ -1,8 +1,9 @@
-//! The REST door as Bitwarden clients meet it: the real broker, an identity service of its own, HTTP/1.1 over TLS and without.
+//! The REST API as Bitwarden clients use it: the real broker with an identity service, over HTTP/1.1 with and without TLS.
 
 mod browsers;
 mod commands;
 mod contract;
-pub(crate) mod door;
+mod guide;
+mod outages;
 mod refused;
-mod troubles;
+pub(crate) mod site;

@@ -36,7 +36,7 @@ fn until_logged(site: &Site, words: &str) {
     until(words, || site.log().contains(words).then_some(()));
 }
 
-/// Asks with a connection of its own until it is refused.
+/// Asks with its own connection until it is refused.
 async fn until_refused(broker: &Broker, client: &str) {
     for _ in 0..100 {
         if Caller::of(broker, client)
@@ -63,7 +63,7 @@ async fn with_a_list_in_force_only_good_certificates_are_accepted() {
         let answer = Caller::of(&broker, client).unwrap("ada").await;
         refused(answer, "KEY_NOT_FOUND");
     }
-    for client in ["enroller", pki::EXPIRED, pki::STRANGER] {
+    for client in ["enroller", pki::EXPIRED, pki::OTHER_CA] {
         let answer = Caller::of(&broker, client).unwrap("ada").await;
         assert!(answer.is_err(), "{client}");
         assert_ne!(
@@ -132,7 +132,7 @@ async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
     fs::write(broker.site.pki.crl_file(), "no list").unwrap();
     until_logged(&broker.site, "holds no list of");
     let log = broker.site.log();
-    assert_eq!(log.matches("\"alarm\":\"tls-reload\"").count(), 1, "{log}");
+    assert_eq!(log.matches("\"alert\":\"tls-reload\"").count(), 1, "{log}");
     // Neither forgotten nor widened.
     until_refused(&broker, "enroller").await;
     refused(
@@ -157,7 +157,7 @@ async fn a_new_list_counts_beside_a_bad_server_certificate() {
         .unwrap();
     let certificate = broker.site.pki.certificate_file("server");
     fs::write(&certificate, "half a certificate").unwrap();
-    until_logged(&broker.site, "\"alarm\":\"tls-reload\"");
+    until_logged(&broker.site, "\"alert\":\"tls-reload\"");
     broker.site.pki.revoke(&["enroller"], LONG_S);
     until_logged(&broker.site, "changed trust in clients is taken over");
     until_refused(&broker, "enroller").await;
@@ -167,7 +167,7 @@ async fn a_new_list_counts_beside_a_bad_server_certificate() {
 
 /// A list that has ended says nothing of anybody.
 #[tokio::test(flavor = "multi_thread")]
-async fn when_the_list_ends_nobody_is_let_in_until_there_is_a_new_one() {
+async fn an_expired_revocation_list_refuses_every_client_until_there_is_a_new_one() {
     let site = site(&[], 4);
     let broker = Broker::start_on(Arc::clone(&site));
     until_logged(&site, "a revocation list ends soon");

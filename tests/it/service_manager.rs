@@ -12,7 +12,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    doors::floods::crowd,
+    listeners::floods::crowd,
     process::{Broker, PATIENCE, freeze, send, until},
     site::{Options, Site},
 };
@@ -94,9 +94,9 @@ fn the_manager_hears_of_ready_reload_and_stop() {
     let manager = Manager::listen();
     let site = Arc::new(Site::fresh(Options::default()));
     let broker = manager.start(&site);
-    // Health is looked at in a task of its own, which may be the first to speak.
+    // Health is looked at in a separate task, which may be the first to speak.
     manager.expect_all(&["READY=1", "STATUS=serving"]);
-    // The doors were open before it said so.
+    // The listeners were open before it reported READY.
     assert!(site.ready_file().exists());
     std::net::TcpStream::connect(broker.grpc).unwrap();
 

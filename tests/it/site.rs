@@ -1,4 +1,4 @@
-//! An installation of its own for each test: token, certificates, database, audit log, configuration, and the commands
+//! Its own installation for each test: token, certificates, database, audit log, configuration, and the commands
 //! of the real binary on it.
 
 use std::{
@@ -113,7 +113,7 @@ address = "127.0.0.1:0"
 
 [[listener]]
 address = "127.0.0.1:0"
-doors = ["grpc", "admin"]
+apis = ["grpc", "admin"]
 
 [listener.tls]
 certificate_file = "{certificate}"

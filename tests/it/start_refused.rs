@@ -234,9 +234,9 @@ fn mistakes_in_the_configuration_are_named() {
         ("workers = 1", "wrokers = 1", ["wrokers", "unknown"]),
         ("workers = 1", "workers = 0", ["workers", "token"]),
         (
-            "doors = [\"grpc\", \"admin\"]",
-            "doors = []",
-            ["doors", "listener"],
+            "apis = [\"grpc\", \"admin\"]",
+            "apis = []",
+            ["apis", "listener"],
         ),
         (
             "roles = [\"release\"]",

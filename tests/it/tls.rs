@@ -49,7 +49,7 @@ async fn a_bad_certificate_leaves_the_old_one_in_use() {
         broker
             .site
             .log()
-            .matches("\"alarm\":\"tls-reload\"")
+            .matches("\"alert\":\"tls-reload\"")
             .count(),
         1
     );
@@ -62,9 +62,9 @@ async fn a_changed_client_ca_ends_old_connections() {
     let enroller = Caller::of(&broker, "enroller");
     enroller.create("ada", MATERIAL).await.unwrap();
     // The server's own certificate as the only CA: it vouches for nobody.
-    let stranger = broker.site.pki.certificate_file("stranger-ca");
-    assert!(stranger.is_file(), "the other CA's certificate");
-    fs::copy(&stranger, broker.site.pki.ca_file()).unwrap();
+    let other = broker.site.pki.certificate_file("other-ca");
+    assert!(other.is_file(), "the other CA's certificate");
+    fs::copy(&other, broker.site.pki.ca_file()).unwrap();
     until("the reload", || {
         broker
             .site

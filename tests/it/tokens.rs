@@ -31,9 +31,9 @@ fn site(service: &Identity, lines: &str) -> Arc<Site> {
         ..Options::default()
     });
     site.write_configuration(|text| {
-        let doors = "doors = [\"grpc\", \"admin\"]";
-        let optional = format!("{doors}\nclient_certificates = \"optional\"");
-        *text = text.replace(doors, &optional);
+        let apis = "apis = [\"grpc\", \"admin\"]";
+        let optional = format!("{apis}\nclient_certificates = \"optional\"");
+        *text = text.replace(apis, &optional);
         let issuer = service.issuer();
         write!(
             text,
@@ -103,7 +103,7 @@ impl Holder {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_reaches_their_own_keys_and_nobody_elses() {
+async fn a_user_reaches_only_their_own_keys() {
     let service = Identity::start(IdentityOptions::default());
     let broker = start(&service, "");
     let ada = Holder::of(&broker, &service.user_token(ADA));
@@ -272,7 +272,7 @@ async fn a_provider_may_be_down_at_the_start_and_change_its_key() {
         .unwrap();
     let old = Holder::of(&broker, &service.user_token(ADA));
     refused(old.unwrap(ADA).await, "IDENTITY_DOWN");
-    until("the alarm", || {
+    until("the alert", || {
         broker.site.log().contains("issuer-keys").then_some(())
     });
     service.resume();

@@ -14,7 +14,7 @@ use tonic::Code;
 
 use crate::{
     client::{Caller, eventually, refused},
-    doors::raw::{handshake, tls_config},
+    listeners::raw::{handshake, tls_config},
     pki,
     process::{Broker, PATIENCE},
     site::{Options, Site},
@@ -44,7 +44,7 @@ async fn an_oversized_message_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn garbage_on_the_port_disturbs_nobody() {
+async fn garbage_on_the_port_disturbs_no_other_client() {
     let (broker, releaser) = with_ada(Options::default()).await;
     let noise: Vec<u8> = (0..100_000_u32)
         .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
@@ -69,13 +69,13 @@ async fn garbage_on_the_port_disturbs_nobody() {
     let before = broker.site.audit().lines().count();
     assert!(
         before < 50,
-        "a stranger cannot fill the audit log: {before} lines"
+        "an unauthenticated client cannot fill the audit log: {before} lines"
     );
 }
 
 /// Connections that never say a word are cut after the handshake timeout, and callers are served meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_silent_connections_disturb_nobody() {
+async fn a_thousand_silent_connections_disturb_no_other_client() {
     let limit = getrlimit(Resource::Nofile);
     let wanted = rustix::process::Rlimit {
         current: limit.maximum,
@@ -130,7 +130,7 @@ fn all_cut(silent: Vec<TcpStream>) {
     }
 }
 
-/// Liveness is independent of the token; readiness is not. Neither tells a stranger anything.
+/// Liveness is independent of the token; readiness is not. Neither tells an unauthenticated caller anything.
 #[test]
 fn probes_and_metrics_answer_in_plain_http() {
     let broker = Broker::start(Options::default());
@@ -237,7 +237,7 @@ async fn metrics_are_collected_over_tls_with_a_client_certificate() {
     let answer = ask(Some("releaser")).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(answer.contains("keybroker_token_serving 1"), "{answer}");
-    for client in [None, Some(pki::STRANGER)] {
+    for client in [None, Some(pki::OTHER_CA)] {
         ask(client).await.unwrap_err();
     }
     let answer = get(broker.status, "/metrics");

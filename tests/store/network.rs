@@ -187,7 +187,7 @@ async fn tls_to_mariadb_is_verified() {
     tls_is_verified(Kind::MariaDb).await;
 }
 
-/// Runs a test of this file in a process of its own, with a database and with variables.
+/// Runs a test of this file in a separate process, with a database and with variables.
 fn in_environment(test: &str, settings: &Settings, variables: &[(&str, &str)]) -> Output {
     Command::new(env::current_exe().unwrap())
         .args([&format!("network::{test}"), "--exact", "--nocapture"])
@@ -253,7 +253,7 @@ fn variables_that_would_count_are_refused() {
 }
 
 /// Hands everything on to a port, later: a server in another zone.
-async fn far_away(port: u16, delay: Duration) -> u16 {
+async fn distant_proxy(port: u16, delay: Duration) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -278,7 +278,7 @@ async fn hand_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, delay: Duratio
 }
 
 /// What is written every few seconds must be written in time there, too.
-async fn last_uses_are_written_from_far_away(kind: Kind) {
+async fn last_uses_are_written_over_a_slow_network(kind: Kind) {
     let server = Server::start(kind);
     let database = server.database();
     let here = Settings {
@@ -288,7 +288,7 @@ async fn last_uses_are_written_from_far_away(kind: Kind) {
     store::migrate(&here, false).await.unwrap();
     let (start, rest) = here.url.as_str().split_once("127.0.0.1:").unwrap();
     let (port, end) = rest.split_once('/').unwrap();
-    let near = far_away(port.parse().unwrap(), Duration::from_millis(30)).await;
+    let near = distant_proxy(port.parse().unwrap(), Duration::from_millis(30)).await;
     let there = Settings {
         url: format!("{start}127.0.0.1:{near}/{end}").into(),
         ..here.clone()
@@ -304,11 +304,11 @@ async fn last_uses_are_written_from_far_away(kind: Kind) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn last_uses_reach_a_postgresql_that_is_far_away() {
-    last_uses_are_written_from_far_away(Kind::PostgreSql).await;
+async fn last_uses_reach_a_postgresql_over_a_slow_network() {
+    last_uses_are_written_over_a_slow_network(Kind::PostgreSql).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn last_uses_reach_a_mariadb_that_is_far_away() {
-    last_uses_are_written_from_far_away(Kind::MariaDb).await;
+async fn last_uses_reach_a_mariadb_over_a_slow_network() {
+    last_uses_are_written_over_a_slow_network(Kind::MariaDb).await;
 }

@@ -6,7 +6,7 @@
 //! | `GET /user-keys` | the key of the token's user |
 //! | `POST /user-keys` | 200 when it was stored; never over a key that is there |
 //! | `PUT /user-keys` | 200 when it was stored, over another one if there is one |
-//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; for anybody |
+//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; needs no credential |
 //!
 //! Clients log their user out on any error, and treat every status except 200 as one: short outages of token, store
 //! and audit log are waited out here, and 404 is said only of a user who has no key. The user is the subject of the
@@ -24,9 +24,9 @@ use keybroker_broker::Broker;
 mod answer;
 mod body;
 mod origins;
-mod patience;
 mod probes;
 mod requests;
+mod retry;
 mod settings;
 mod user_keys;
 
@@ -34,7 +34,7 @@ pub use settings::Settings;
 
 /// What calls need besides their content.
 #[derive(Clone, Debug)]
-pub struct Surroundings {
+pub struct Context {
     /// Where every call ends.
     pub broker: Arc<Broker>,
     /// Longest time for a call.
@@ -44,7 +44,7 @@ pub struct Surroundings {
 }
 
 /// The routes of the REST API. The server must have put a `Caller` among the extensions of each request.
-pub fn routes(around: Surroundings, settings: &Settings) -> Router {
+pub fn routes(context: Context, settings: &Settings) -> Router {
     let mut router = Router::new();
     // Clients join the URL that an administrator typed with a path that begins with a slash.
     for prefix in [
@@ -60,7 +60,7 @@ pub fn routes(around: Surroundings, settings: &Settings) -> Router {
             .route(&format!("{prefix}/now"), routing::any(probes::now))
             .route(&format!("{prefix}/health"), routing::any(probes::health));
     }
-    let router = router.fallback(probes::nothing).with_state(around);
+    let router = router.fallback(probes::nothing).with_state(context);
     match origins::layer(&settings.allowed_origins) {
         Some(layer) => router.layer(layer),
         None => router,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use tonic::{Request, Status, service::Routes};
+use tonic_reflection::server::Error as ReflectionError;
 
 use keybroker_broker::Broker;
 use keybroker_core::{
@@ -19,17 +20,17 @@ use keybroker_proto::{
 mod clients;
 mod control;
 mod convert;
-mod ending;
 mod message;
 mod method;
 mod middleware;
 mod page;
 mod status;
+mod stream_end;
 mod timeout;
 mod user_keys;
 
 pub use message::Memory;
-pub use middleware::Surroundings;
+pub use middleware::Context;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
@@ -41,7 +42,7 @@ pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
 /// Name of the control-plane service.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
-/// What a listener lets in.
+/// The services of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Services {
     /// The user-key service.
@@ -53,7 +54,7 @@ pub struct Services {
 }
 
 /// The routes of a listener.
-pub fn routes<H>(around: Surroundings, services: Services, health: H) -> Result<Router, String>
+pub fn routes<H>(context: Context, services: Services, health: H) -> Result<Router, ReflectionError>
 where
     H: tower::Service<
             http::Request<tonic::body::Body>,
@@ -66,7 +67,7 @@ where
         + 'static,
     H::Future: Send + 'static,
 {
-    let broker = &around.broker;
+    let broker = &context.broker;
     let mut routes = Routes::new(health);
     if services.user_keys {
         let service = user_keys::UserKeys::new(Arc::clone(broker));
@@ -99,17 +100,15 @@ where
             }
             builder
         };
-        let v1 = builder().build_v1().map_err(|error| error.to_string())?;
-        let alpha = builder()
-            .build_v1alpha()
-            .map_err(|error| error.to_string())?;
+        let v1 = builder().build_v1()?;
+        let alpha = builder().build_v1alpha()?;
         routes = routes
             .add_service(v1.max_decoding_message_size(MESSAGE_BYTES_MAX))
             .add_service(alpha.max_decoding_message_size(MESSAGE_BYTES_MAX));
     }
     Ok(middleware::wrap(
         routes.prepare().into_axum_router(),
-        around,
+        context,
     ))
 }
 

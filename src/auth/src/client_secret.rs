@@ -1,4 +1,4 @@
-//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a limit of its own, because it costs memory and
+//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a separate limit, because it costs memory and
 //! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
 //!
 //! A secret that was accepted is remembered for a minute under a keyed hash, so that most calls pay neither for Argon2 nor for a look-up.
@@ -50,7 +50,7 @@ const PROVEN_MAX: u64 = 10_000;
 /// Secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
 /// How long a call waits for its turn to be verified.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TURN_WAIT_MAX: Duration = Duration::from_secs(2);
 /// What a caller is told that waited for too long.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -250,9 +250,9 @@ impl Secrets {
     pub fn new(settings: Settings, directory: Arc<dyn Directory>) -> Result<Self, Error> {
         let broken = |_| Error::new(Reason::Bug, "no random bytes");
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).map_err(broken)?;
-        let nobodys = keybroker_core::client_credential::PlainSecret::fresh();
-        let nobodys = nobodys.ok_or_else(|| Error::new(Reason::Bug, "no random bytes"))?;
-        let dummy = settings.hash(nobodys.expose().as_bytes())?;
+        let unused = keybroker_core::client_credential::PlainSecret::fresh();
+        let unused = unused.ok_or_else(|| Error::new(Reason::Bug, "no random bytes"))?;
+        let dummy = settings.hash(unused.expose().as_bytes())?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             settings,
@@ -346,9 +346,9 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // Before the database and the token are asked: they have a limit, too.
-                let place = self.turns.place(id).ok_or_else(turned_away)?;
-                let _lookup = self.turns.lookup().ok_or_else(turned_away)?;
+                // Before the database and the token are asked, because their capacity is limited, too.
+                let place = self.turns.place(id).ok_or_else(overloaded)?;
+                let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;
                 _place = credential.is_some().then_some(place);
             }
@@ -362,7 +362,7 @@ impl Secrets {
                 number,
                 better: None,
             };
-            return Ok(self.welcome(credential.clone(), matched, generation));
+            return Ok(self.accepted(credential.clone(), matched, generation));
         }
         let now = Timestamp::now();
         let live = credential.as_ref().filter(|credential| {
@@ -374,8 +374,8 @@ impl Secrets {
             (Some(_), Some(_)) => Lane::Proven,
             (Some(credential), None) => Lane::Known(credential.id),
         };
-        let turn = self.turns.wait(lane, PATIENCE).await;
-        let turn = turn.ok_or_else(turned_away)?;
+        let turn = self.turns.wait(lane, TURN_WAIT_MAX).await;
+        let turn = turn.ok_or_else(overloaded)?;
         let hashes = Hashes::of(credential.as_ref(), now, &self.dummy);
         let settings = self.settings.clone();
         let verifying = tokio::task::spawn_blocking(move || {
@@ -400,10 +400,10 @@ impl Secrets {
         if let Some(proof) = Proof::of(&credential, &matched) {
             self.proven.insert(tag, proof);
         }
-        Ok(self.welcome(credential, matched, generation))
+        Ok(self.accepted(credential, matched, generation))
     }
 
-    fn welcome(&self, credential: ClientCredential, matched: Match, generation: u64) -> Known {
+    fn accepted(&self, credential: ClientCredential, matched: Match, generation: u64) -> Known {
         let number = matched.number;
         let secrets = &credential.document.secrets;
         let secret = secrets.iter().find(|secret| secret.number == number);
@@ -430,7 +430,7 @@ impl Secrets {
     }
 }
 
-fn turned_away() -> Error {
+fn overloaded() -> Error {
     metrics::CLIENT_SECRETS_REFUSED.increment();
     let detail = "too many client secrets are being verified";
     Error::new(Reason::Rate, detail).retry_after(RETRY)

@@ -29,7 +29,8 @@ mod jwks;
 pub mod spiffe;
 pub mod token;
 
-pub use certificate::PeerCertificate;
+pub use certificate::{CertificateError, PeerCertificate};
+pub use jwks::{SetError, SourceError};
 
 use client_secret::Secrets;
 use header::Presented;
@@ -117,6 +118,17 @@ pub fn is_costly(headers: &[&[u8]]) -> bool {
     })
 }
 
+/// Why principals are refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// One of them is wrong by itself, as [`Settings::problem`] says.
+    #[error("{0}")]
+    Principal(String),
+    /// Two of them have one name.
+    #[error("principal {0:?} is there twice")]
+    Twice(String),
+}
+
 /// Knows the credentials.
 #[derive(Debug)]
 pub struct Authenticator {
@@ -128,17 +140,17 @@ pub struct Authenticator {
 
 impl Authenticator {
     /// From principals whose names differ and whose roles do not conflict.
-    pub fn new(principals: &[Settings]) -> Result<Self, String> {
+    pub fn new(principals: &[Settings]) -> Result<Self, SettingsError> {
         let mut certificates = HashMap::new();
         for principal in principals {
             if let Some(problem) = principal.problem() {
-                return Err(problem);
+                return Err(SettingsError::Principal(problem));
             }
             if certificates
                 .insert(principal.san.clone(), principal.clone())
                 .is_some()
             {
-                return Err(format!("principal {:?} is there twice", principal.san));
+                return Err(SettingsError::Twice(principal.san.clone()));
             }
         }
         Ok(Self {
@@ -261,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expired_certificate_is_nobody() {
+    fn an_expired_certificate_has_no_principal() {
         let expired = rcgen::date_time_ymd(2020, 1, 1);
         let certificate = certificate_until(&["URI:spiffe://example.org/app"], expired);
         let refused = known().certificate(Some(&certificate)).unwrap_err();
@@ -286,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_several_and_nothing_are_refused_alike() {
+    fn no_several_and_unknown_principals_are_refused_alike() {
         let cases = [
             Some(certificate(&["URI:spiffe://example.org/other"])),
             Some(certificate(&["URI:spiffe://example.org/app2"])),
@@ -325,6 +337,11 @@ mod tests {
             principal("URI:x", &[Role::Enrol]),
             principal("URI:x", &[Role::Release]),
         ];
-        assert!(Authenticator::new(&twice).unwrap_err().contains("twice"));
+        assert!(
+            Authenticator::new(&twice)
+                .unwrap_err()
+                .to_string()
+                .contains("twice")
+        );
     }
 }

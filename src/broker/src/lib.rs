@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use crate::limits::Limits;
 use keybroker_audit::{AuditLog, OpenIntent};
 use keybroker_core::{
-    call::{Call, Deadline, away},
+    call::{Call, Deadline, outside_time},
     error::{Error, Reason},
     key::{KeyAddress, KeyName, UserId},
     metrics,
@@ -342,13 +342,13 @@ async fn observed<T>(
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
     let started = Instant::now();
-    let (result, away) = away::measured(work).await;
+    let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
         // One job on the token: what is left is the broker's own.
         metrics::CALL_OVERHEAD
             .handle()
-            .record(total.saturating_sub(away));
+            .record(total.saturating_sub(outside));
     }
     observe(action, call, total, &result);
     result
@@ -365,13 +365,13 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
     match error.reason() {
         Reason::RecordDamaged => {
             metrics::RECORDS_DAMAGED.increment();
-            tracing::error!(
-                alarm = "record-damaged", call_id = %call.id, action = %action, error = %error,
+            keybroker_core::alert!(
+                RecordDamaged, call_id = %call.id, action = %action, error = %error,
                 "a stored record does not verify; compare with a backup before anyone replaces it"
             );
         }
         Reason::Bug => {
-            tracing::error!(alarm = "bug", call_id = %call.id, action = %action, error = %error, "internal error");
+            keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
         _ => tracing::info!(call_id = %call.id, action = %action, error = %error, "call failed"),
     }

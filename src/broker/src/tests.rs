@@ -94,7 +94,7 @@ impl Token for LateToken {
             keys: [KEY, SUSPENDED].map(token_key_called).into(),
             workers: Vec::new(),
             queue_length: 0,
-            last_canary: None,
+            last_self_test: None,
         }
     }
 }

@@ -10,9 +10,9 @@ use uuid::Uuid;
 
 use crate::error::{Error, Reason};
 
-pub mod away;
 pub mod caller;
-pub mod under_way;
+pub mod in_progress;
+pub mod outside_time;
 
 /// A duration between `least` and `least + width`, chosen at random, so that callers that were refused together do not return
 /// together.
@@ -104,7 +104,7 @@ impl Deadline {
         Self(Instant::now() + duration)
     }
 
-    /// At that moment.
+    /// A deadline at a moment.
     pub fn at(instant: Instant) -> Self {
         Self(instant)
     }

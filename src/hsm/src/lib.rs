@@ -96,7 +96,7 @@ pub struct TokenState {
     /// Jobs waiting in the queue.
     pub queue_length: usize,
     /// When a self-test last passed.
-    pub last_canary: Option<Timestamp>,
+    pub last_self_test: Option<Timestamp>,
 }
 
 /// Whether the token serves.

@@ -46,8 +46,8 @@ pub(super) struct Job {
 impl Job {
     /// Answers the caller, unless it has gone. `on_token` is the time of the module.
     pub(super) fn answer(self, result: Result<Output, Error>, on_token: Duration) {
-        let away = self.waited + on_token;
-        let _gone = self.done.send(Answer { result, away });
+        let outside = self.waited + on_token;
+        let _gone = self.done.send(Answer { result, outside });
     }
 }
 
@@ -56,7 +56,7 @@ impl Job {
 pub(super) struct Answer {
     pub(super) result: Result<Output, Error>,
     /// Time in the queue and in the module.
-    pub(super) away: Duration,
+    pub(super) outside: Duration,
 }
 
 /// The queue, and the workers it feeds.

@@ -32,7 +32,7 @@ use crate::{
 
 use alerts::{Alerts, Line};
 pub(super) use machine::NotReady;
-use machine::{Action, Alert, Event, Loss, Machine};
+use machine::{Action, Event, Loss, Machine};
 
 mod alerts;
 mod machine;
@@ -198,7 +198,7 @@ impl Supervisor {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                // In a task of its own, so that time goes on for those who wait. The machine has one start under way at a time.
+                // In a separate task, so that time goes on for those who wait. The machine has one start under way at a time.
                 () = self.start.notified() => {
                     let start = Arc::clone(&self).start_worker();
                     self.tasks.spawn(start);
@@ -245,7 +245,7 @@ impl Supervisor {
         tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
         self.found.store(Arc::new(found));
         self.note_self_test();
-        self.welcome(&link);
+        self.admit(&link);
         self.tasks.spawn(Arc::clone(self).monitor(link, child));
     }
 
@@ -274,7 +274,7 @@ impl Supervisor {
     }
 
     /// Takes in a worker that is ready.
-    fn welcome(&self, link: &Arc<Link>) {
+    fn admit(&self, link: &Arc<Link>) {
         let mut decider = self.decider();
         self.queue.add(Arc::clone(link));
         self.apply(&mut decider, Event::Ready);
@@ -395,27 +395,14 @@ impl Supervisor {
                 })
                 .collect(),
             queue_length: self.queue.len(),
-            last_canary: self.last_self_test(),
+            last_self_test: self.last_self_test(),
         }
     }
 }
 
 fn log(line: &Line) {
     let (cause, count) = (&line.cause, line.count);
-    match line.alert {
-        Alert::TokenDown => {
-            tracing::error!(alarm = "token-down", %cause, count, "the token does not serve");
-        }
-        Alert::TokenUntrusted => {
-            tracing::error!(alarm = "token-untrusted", %cause, count, "the token must not be used");
-        }
-        Alert::PinLatched => {
-            tracing::error!(alarm = "pin-latched", %cause, count, "no login is made with this PIN");
-        }
-        Alert::Login => {
-            tracing::error!(alarm = "token-login", %cause, count, "the token failed a login");
-        }
-    }
+    keybroker_core::alert!(raise line.alert, %cause, count, "{}", line.alert.meaning());
 }
 
 impl Default for start::Found {

@@ -5,7 +5,6 @@
 //! release itself is in the `broker` crate: authenticate, decide by policy, read the record, run one job on the token (MAC, then
 //! RSA), write a durable audit entry, answer.
 
-mod allocator;
 mod certificate;
 pub mod cli;
 pub mod config;

@@ -8,17 +8,17 @@ use serde::{Deserialize, Serialize};
 use keybroker_auth::token;
 use keybroker_core::state::StateDirectory;
 
+mod apis;
 mod clients;
 mod connection;
 mod descriptors;
-mod doors;
 mod frames;
 mod handshake;
 mod identify;
 mod listener;
+mod log_limit;
 mod notify;
 mod opening;
-mod rarely;
 mod run;
 mod status;
 mod tls;
@@ -28,18 +28,29 @@ mod watch;
 mod zeroed_reads;
 
 pub use run::run;
-pub use tls::Contents as TlsContents;
+pub use tls::{Contents as TlsContents, Error as TlsError};
 
-/// What a listener lets in.
+/// An API that a listener can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Door {
+pub enum Api {
     /// User keys over gRPC.
     Grpc,
     /// The control plane over gRPC.
     Admin,
     /// User keys over REST, for Bitwarden clients.
     Rest,
+}
+
+impl Api {
+    /// Its name in the configuration.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+            Self::Rest => "rest",
+        }
+    }
 }
 
 /// Whether a listener asks for client certificates.
@@ -61,7 +72,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// This machine.
     Loopback,
-    /// Any address: anybody on the network path can read keys and tokens.
+    /// Any address: everyone on the network path can read keys and tokens.
     Any,
 }
 
@@ -95,8 +106,9 @@ const fn default_client_auth_usage_required() -> bool {
 pub struct ListenerSettings {
     /// Address and port.
     pub address: SocketAddr,
-    /// What it lets in.
-    pub doors: Vec<Door>,
+    /// The APIs that it serves. Earlier releases called this setting `doors`.
+    #[serde(alias = "doors")]
+    pub apis: Vec<Api>,
     /// TLS; required unless `plaintext` says otherwise.
     pub tls: Option<TlsSettings>,
     /// HTTP without TLS, for a proxy that ends TLS.
@@ -114,16 +126,16 @@ pub struct ListenerSettings {
 impl ListenerSettings {
     /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
     /// names the file and the remedy.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };
         let mut protocols = vec![b"h2".to_vec()];
-        if self.doors.contains(&Door::Rest) {
+        if self.apis.contains(&Api::Rest) {
             protocols.push(handshake::ALPN_HTTP1.to_vec());
         }
         tls::Tls::load(files.clone(), self.client_certificates, protocols, state).map(Some)
@@ -169,11 +181,11 @@ impl RemoteStatusSettings {
     }
 
     /// Reads the TLS files as `serve` would.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };

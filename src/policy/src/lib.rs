@@ -23,6 +23,7 @@ use keybroker_core::{
     key::{KeyAddress, KeyName, Tenant, UserId},
     metrics,
     principal::{Action, Identity, Principal, conflict},
+    trusted_file,
 };
 
 mod engine;
@@ -80,8 +81,8 @@ impl Settings {
         let directory = self.directory.as_deref();
         match directory {
             Some(path) if !path.is_absolute() => Some(format!(
-                "[policy] `directory` is {:?}: it must be an absolute path, because a service has no folder of its own",
-                path.display().to_string()
+                "[policy] `directory` is {}",
+                trusted_file::not_absolute(path)
             )),
             None if !self.defaults => Some(
                 "[policy]: `defaults` is false and there is no `directory`, so everything would be denied".to_owned(),
@@ -93,6 +94,16 @@ impl Settings {
     /// Reads and validates the policies as `serve` would.
     pub fn check(&self) -> Result<Summary, Problems> {
         Ok(Set::load(self)?.summary())
+    }
+
+    /// One remark for each file of the directory that is not read: a policy under another name than `*.cedar` has no effect.
+    pub fn ignored_files(&self) -> Vec<String> {
+        let remark = |name| {
+            format!(
+                "[policy]: {name} is not read: only files whose names end in `.cedar` are policies"
+            )
+        };
+        files::ignored(self).into_iter().map(remark).collect()
     }
 
     /// The principals that the operator's policies name, each with the policy that does so. Whether they exist is not known here.
@@ -245,7 +256,7 @@ struct Watch {
     /// Digest of new content that was seen.
     seen: Option<[u8; 32]>,
     /// Digest of content that was checked, so that it is not parsed again each second.
-    judged: Option<[u8; 32]>,
+    checked: Option<[u8; 32]>,
 }
 
 impl Policy {
@@ -265,7 +276,7 @@ impl Policy {
         // The APIs know the address of a caller. Without one there is no decision, rather than one for a made-up
         // address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
-            tracing::error!(alarm = "bug", call_id = %question.call.id, "a call without the address of its peer");
+            keybroker_core::alert!(Bug, call_id = %question.call.id, "a call without the address of its peer");
             return Err(Denied {
                 policy: UNASKED.into(),
             });
@@ -277,7 +288,7 @@ impl Policy {
             peer: peer.ip(),
             at: Timestamp::now(),
         };
-        let verdict = self.judge(&case);
+        let verdict = self.evaluate(&case);
         for (policy, error) in &verdict.errors {
             metrics::POLICY_ERRORS
                 .with([policy.to_string()])
@@ -318,7 +329,7 @@ impl Policy {
     }
 
     /// What would be decided. Nothing can be done with the answer but to show it.
-    pub fn judge(&self, case: &Case<'_>) -> Verdict {
+    pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
 
@@ -329,7 +340,7 @@ impl Policy {
             None => explain::explain(&self.current.load(), case),
         };
         Explanation {
-            verdict: self.judge(case),
+            verdict: self.evaluate(case),
             policies,
         }
     }
@@ -360,8 +371,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    metrics::POLICY_RELOAD_FAILURES.increment();
-                    tracing::error!(alarm = "policy-reload", %error, "policies not taken over; the old ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies not taken over; the old ones stay in force");
                     watch.refused = Some(error);
                 }
             }
@@ -375,13 +385,13 @@ impl Policy {
         if digest == *current.digest() {
             return Ok(Look::Same);
         }
-        if watch.judged == Some(digest) {
+        if watch.checked == Some(digest) {
             return Ok(Look::Waiting);
         }
         if !announced && watch.seen.replace(digest) != Some(digest) {
             return Ok(Look::Waiting);
         }
-        watch.judged = Some(digest);
+        watch.checked = Some(digest);
         current.check_none_is_gone(&sources)?;
         Set::build(&self.settings, &sources).map(|set| Look::New(Box::new(set)))
     }

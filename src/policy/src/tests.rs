@@ -32,7 +32,7 @@ fn tenant(name: &str) -> Tenant {
     Tenant::parse(name).unwrap()
 }
 
-/// A user with a token of its own.
+/// A user with its own token.
 fn person(subject: &str) -> Identity {
     Identity {
         name: format!("token:home:{subject}"),
@@ -94,13 +94,13 @@ fn with_files(files: &[(&str, &str)]) -> Result<(tempfile::TempDir, Arc<Policy>)
 }
 
 /// `ada`'s key `vault`, asked for at noon.
-fn unwrap_of_ada(identity: &Identity, judge: impl FnOnce(&Case<'_>) -> Verdict) -> Verdict {
-    with_case(identity, judge)
+fn unwrap_of_ada(identity: &Identity, evaluate: impl FnOnce(&Case<'_>) -> Verdict) -> Verdict {
+    with_case(identity, evaluate)
 }
 
-fn with_case<T>(identity: &Identity, judge: impl FnOnce(&Case<'_>) -> T) -> T {
+fn with_case<T>(identity: &Identity, evaluate: impl FnOnce(&Case<'_>) -> T) -> T {
     let (tenant, user, name) = (Tenant::default(), user("ada"), key_name("vault"));
-    judge(&Case {
+    evaluate(&Case {
         identity,
         action: Action::Unwrap,
         resource: Resource::UserKey {

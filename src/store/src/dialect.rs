@@ -213,12 +213,9 @@ mod tests {
 
     #[test]
     fn the_later_time_is_kept_in_the_form_of_each_engine() {
-        let texts = [
-            Upsert::Conflict,
-            Upsert::ConflictOnce,
-            Upsert::DuplicateKey,
-        ]
-        .map(|upsert| dialect(Placeholder::Dollar, '"', upsert).note_latest(Table::LastUses, 2));
+        let texts = [Upsert::Conflict, Upsert::ConflictOnce, Upsert::DuplicateKey].map(|upsert| {
+            dialect(Placeholder::Dollar, '"', upsert).note_latest(Table::LastUses, 2)
+        });
         assert_eq!(
             texts,
             [

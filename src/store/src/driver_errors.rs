@@ -16,7 +16,6 @@ use super::{
 const READONLY_SERVER: &str =
     "this server is a standby or was set to read only; name the primary in `store.url`";
 const FULL_SERVER: &str = "free the database server's disk";
-const RESTORE: &str = "restore a backup";
 /// What to do about a pooler that gives one session to several clients.
 pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this database in PgBouncer, or name the server itself in \
                                         `store.url`";
@@ -24,8 +23,9 @@ pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this datab
 /// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
 const SQLITE_DAMAGED: i64 = 11;
 const SQLITE_NOTADB: i64 = 26;
-/// `SQLITE_READONLY`, `SQLITE_FULL`, `SQLITE_CANTOPEN`.
+/// `SQLITE_READONLY`, `SQLITE_IOERR`, `SQLITE_FULL`, `SQLITE_CANTOPEN`.
 const SQLITE_READONLY: i64 = 8;
+const SQLITE_IOERR: i64 = 10;
 const SQLITE_FULL: i64 = 13;
 const SQLITE_CANTOPEN: i64 = 14;
 /// The low byte of an extended result code is the primary one.
@@ -35,8 +35,10 @@ const PRIMARY_CODE: i64 = 0xff;
 enum Meaning {
     /// Rows contradict each other.
     Contradiction,
-    /// This part of the database is damaged.
-    Damaged(&'static str),
+    /// The file is damaged.
+    FileDamaged,
+    /// The server reports that its files are damaged.
+    ServerDamaged,
     /// The file is no database.
     NotDatabase,
     /// Another transaction won.
@@ -68,13 +70,17 @@ impl From<sqlx::Error> for Error {
                 Detail::caused("rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
-            Meaning::Damaged(what) => Self::Corrupt(Detail::caused(what, error).remedy(RESTORE)),
+            Meaning::FileDamaged => Self::Corrupt(
+                Detail::caused("the file is damaged", error)
+                    .remedy("restore a backup, as \"Restore\" in docs/operations.md says"),
+            ),
+            Meaning::ServerDamaged => Self::Corrupt(
+                Detail::caused("the server reports", error).remedy("restore a backup"),
+            ),
             Meaning::NotDatabase => Self::Schema(
-                Detail::caused(
-                    "the file that `store.url` names is no SQLite database",
-                    error,
-                )
-                .remedy("name another file, or restore a backup if it was overwritten"),
+                Detail::caused("the file of the database is no SQLite database", error).remedy(
+                    "name another file in `store.url`, or restore a backup if it was overwritten",
+                ),
             ),
             Meaning::Contended => Self::Contended(Detail::of(error)),
             Meaning::Disconnected => Self::Disconnected(Detail::of(error)),
@@ -90,7 +96,10 @@ impl From<sqlx::Error> for Error {
 
 /// Whether the error says that rows or files of the database are damaged.
 pub(super) fn is_damage(error: &sqlx::Error) -> bool {
-    matches!(meaning(error), Meaning::Contradiction | Meaning::Damaged(_))
+    matches!(
+        meaning(error),
+        Meaning::Contradiction | Meaning::FileDamaged | Meaning::ServerDamaged
+    )
 }
 
 fn meaning(error: &sqlx::Error) -> Meaning {
@@ -120,7 +129,7 @@ fn of_database(error: &(dyn DatabaseError + 'static)) -> Meaning {
 fn of_sqlite(error: &SqliteError) -> Meaning {
     let code = error.code().and_then(|code| code.parse::<i64>().ok());
     match code.map(|code| code & PRIMARY_CODE) {
-        Some(SQLITE_DAMAGED) => Meaning::Damaged("the database file"),
+        Some(SQLITE_DAMAGED) => Meaning::FileDamaged,
         Some(SQLITE_NOTADB) => Meaning::NotDatabase,
         Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
             "this user must be able to write to the directory of the database, because SQLite makes files of its own there, also \
@@ -129,7 +138,11 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         Some(SQLITE_READONLY) => {
             Meaning::Down(Some("check owner and mode of the file and its directory"))
         }
-        Some(SQLITE_FULL) => Meaning::Down(Some("free the disk")),
+        Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
+        Some(SQLITE_IOERR) => Meaning::Down(Some(
+            "free space on the file system of the database if it is full, because SQLite needs some also to read; otherwise look \
+             for errors of the disk in the kernel's log",
+        )),
         _ => Meaning::Down(None),
     }
 }
@@ -139,7 +152,7 @@ fn of_postgres(error: &PgDatabaseError) -> Meaning {
         // serialization_failure, deadlock_detected, lock_not_available
         "40001" | "40P01" | "55P03" => Meaning::Contended,
         // data_corrupted, index_corrupted
-        "XX001" | "XX002" => Meaning::Damaged("the database"),
+        "XX001" | "XX002" => Meaning::ServerDamaged,
         // read_only_sql_transaction
         "25006" => Meaning::Down(Some(READONLY_SERVER)),
         // disk_full
@@ -162,7 +175,7 @@ fn of_mysql(number: u16) -> Meaning {
         // ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK
         1_205 | 1_213 => Meaning::Contended,
         // ER_NOT_KEYFILE, ER_OLD_KEYFILE, ER_CRASHED_ON_USAGE, ER_CRASHED_ON_REPAIR, ER_INDEX_CORRUPT
-        1_034 | 1_035 | 1_194 | 1_195 | 1_712 => Meaning::Damaged("the database"),
+        1_034 | 1_035 | 1_194 | 1_195 | 1_712 => Meaning::ServerDamaged,
         // ER_OPTION_PREVENTS_STATEMENT, ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION, ER_READ_ONLY_MODE
         1_290 | 1_792 | 1_836 => Meaning::Down(Some(READONLY_SERVER)),
         // ER_SERVER_SHUTDOWN, ER_CONNECTION_KILLED of MariaDB, ER_CLIENT_INTERACTION_TIMEOUT

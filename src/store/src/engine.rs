@@ -70,8 +70,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     }
 
     /// Fails when the database is not the one that was opened. Asked before each use of a connection, and after each commit
-    /// before it is acknowledged.
-    fn check_place(&self) -> Result<(), Error> {
+    /// before it is acknowledged. A read may rely on what was found shortly before.
+    fn check_place(&self, _purpose: Purpose) -> Result<(), Error> {
         Ok(())
     }
 
@@ -373,7 +373,7 @@ struct Lease<'e, E: Engine> {
 
 impl<'e, E: Engine> Lease<'e, E> {
     async fn take(engine: &'e E, probe: &'e probe::Probe, purpose: Purpose) -> Result<Self, Error> {
-        engine.check_place()?;
+        engine.check_place(purpose)?;
         let begun = Instant::now();
         let permit = match engine.limit(purpose) {
             None => None,
@@ -382,7 +382,8 @@ impl<'e, E: Engine> Lease<'e, E> {
                     Ok(Ok(permit)) => Some(permit),
                     Ok(Err(_)) => return Err(Error::Down("the store is closed".into())),
                     Err(_) if probe.has_answered_since(purpose, begun) => {
-                        return Err(Error::Busy(ALL_CHANGES_IN_USE.into()));
+                        let what = format!("{ALL_CHANGES_IN_USE}; {MORE_CONNECTIONS}");
+                        return Err(Error::Busy(what.into()));
                     }
                     Err(_) => return Err(Error::Down(ALL_CHANGES_IN_USE.into())),
                 }
@@ -401,8 +402,8 @@ impl<'e, E: Engine> Lease<'e, E> {
             _permit: permit,
             _count: probe.leased(purpose),
         };
-        // It may have been opened just now.
-        engine.check_place()?;
+        // It may have waited.
+        engine.check_place(purpose)?;
         Ok(lease)
     }
 
@@ -430,7 +431,13 @@ impl<'e, E: Engine> Lease<'e, E> {
         let is_answering = probe.has_answered_since(purpose, begun)
             || (shares_pool && probe.has_answered_since(other, begun));
         if is_answering {
-            Error::Busy(what.into())
+            // Only the engines of a server share one pool, and only its size is configured.
+            let remedy = if shares_pool {
+                MORE_CONNECTIONS
+            } else {
+                MORE_THAN_SQLITE
+            };
+            Error::Busy(format!("{what}; {remedy}").into())
         } else {
             Error::Disconnected(format!("{what}, and no call on them got an answer").into())
         }
@@ -480,7 +487,7 @@ impl<'e, E: Engine> Lease<'e, E> {
         match (result, ended) {
             (Ok(value), Ok(())) => {
                 // A commit into a file that was removed is lost when the broker ends: what became of it is not known.
-                if let Err(error) = self.engine.check_place() {
+                if let Err(error) = self.engine.check_place(Purpose::Write) {
                     return Err(if is_commit {
                         Ended::Unknown(error, value)
                     } else {
@@ -521,6 +528,11 @@ impl<E: Engine> Drop for Lease<'_, E> {
 }
 
 const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for changes are in use, which are half of `store.connections_max`";
+
+const MORE_CONNECTIONS: &str = "raise `store.connections_max` if the server has capacity left";
+
+const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer calls at once, or move to a \
+                                database server with `keybroker store copy`";
 
 fn no_answer(limit: Duration) -> Error {
     Error::Down(format!("no answer within {} ms", limit.as_millis()).into())

@@ -1,10 +1,11 @@
 //! The errors of the store, and what they become for callers of the broker.
 
-use std::{borrow::Cow, error::Error as StdError, fmt, sync::Arc, time::Duration};
+use std::{borrow::Cow, error::Error as StdError, fmt, io, path::Path, sync::Arc, time::Duration};
 
 use keybroker_core::{
     error::{self, Reason},
     key::Revision,
+    remedy::remedy,
 };
 
 /// How long a caller should wait for a store that is unavailable.
@@ -19,7 +20,7 @@ pub struct Detail {
     /// Empty when the cause says it.
     what: Cow<'static, str>,
     cause: Option<Cause>,
-    remedy: Option<&'static str>,
+    remedy: Option<Cow<'static, str>>,
 }
 
 impl Detail {
@@ -40,10 +41,27 @@ impl Detail {
         }
     }
 
-    /// The same with what to do about it.
-    pub(super) fn remedy(self, remedy: &'static str) -> Self {
+    /// A failed access to a file, with the remedy if the error tells it.
+    pub(super) fn of_file(what: &str, path: &Path, error: io::Error) -> Self {
+        let remedy = remedy(path, &error).map(Cow::Owned);
         Self {
-            remedy: Some(remedy),
+            remedy,
+            ..Self::caused(format!("{what} {}", path.display()), error)
+        }
+    }
+
+    /// The same with what to do about it.
+    pub(super) fn remedy(self, remedy: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            remedy: Some(remedy.into()),
+            ..self
+        }
+    }
+
+    /// The same with what to do about it, unless that is known already.
+    pub(super) fn or_remedy(self, remedy: &'static str) -> Self {
+        Self {
+            remedy: self.remedy.or(Some(remedy.into())),
             ..self
         }
     }
@@ -66,7 +84,7 @@ impl fmt::Display for Detail {
             let separator = if self.what.is_empty() { "" } else { ": " };
             write!(f, "{separator}{}", error::chain(cause))?;
         }
-        match self.remedy {
+        match &self.remedy {
             Some(remedy) => write!(f, "; {remedy}"),
             None => Ok(()),
         }
@@ -113,7 +131,7 @@ pub enum Error {
     #[error("the request id is in use")]
     RequestIdTaken,
     /// A row does not decode. Names table and column, never bytes.
-    #[error("a stored row does not decode: {0}")]
+    #[error("the database holds damaged data: {0}")]
     Corrupt(#[source] Detail),
     /// The schema is older or newer than this binary, or the settings do not lead to a database that can be used.
     #[error("{0}")]
@@ -135,9 +153,7 @@ pub enum Error {
     #[error("connection lost: {0}")]
     Disconnected(#[source] Detail),
     /// All connections are in use by calls that get their answers: the database works, and has more to do than it can.
-    #[error(
-        "the database is busy: {0}; raise `store.connections_max` if the server has capacity left"
-    )]
+    #[error("the database is busy: {0}")]
     Busy(#[source] Detail),
     /// The database is unavailable, full, read-only or slow.
     #[error("store unavailable: {0}")]
@@ -211,8 +227,6 @@ impl From<Error> for error::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     fn refused() -> io::Error {
@@ -255,7 +269,7 @@ mod tests {
         let damaged = Error::Corrupt(Detail::caused("records.state", refused()));
         assert_eq!(
             damaged.damage(),
-            "a stored row does not decode: records.state"
+            "the database holds damaged data: records.state"
         );
     }
 }

@@ -4,6 +4,7 @@
 //! (NORMAL may lose the last ones).
 
 use std::{
+    io,
     path::Path,
     sync::{Arc, LazyLock},
     time::Duration,
@@ -60,7 +61,7 @@ struct SqliteFile {
     reader: SqlitePool,
     /// One connection that is never lent out: as long as it is open, SQLite itself neither removes nor makes a WAL.
     keeper: SqlitePool,
-    place: place::Place,
+    place: Arc<place::Place>,
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
@@ -87,12 +88,27 @@ fn writer(path: &Path) -> SqlitePool {
         .connect_lazy_with(options(path))
 }
 
+/// The connections that read. Each is refused when it has just opened another file than the first connection did.
+fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
+    SqlitePoolOptions::new()
+        .max_connections(READERS)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .test_before_acquire(false)
+        .after_connect(move |_, _| {
+            let found = place.check();
+            Box::pin(async move { found.map_err(|error| sqlx::Error::Io(io::Error::other(error))) })
+        })
+        .connect_lazy_with(options(path).read_only(true))
+}
+
 /// Opens a database whose schema is this binary's.
 pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     file::check(path)?;
     let keeper = writer(path);
     file::require_current(&keeper).await?;
-    let place = place::Place::of(path)?;
+    let place = Arc::new(place::Place::of(path)?);
     let writer = writer(path);
     let mut connection = writer.acquire().await?;
     let rows = connection.rows(SQL.durability, Vec::new()).await?;
@@ -100,13 +116,7 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     let weaknesses = Found::read(&rows, DIALECT.durability_columns)?.sqlite();
     durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
-    let reader = SqlitePoolOptions::new()
-        .max_connections(READERS)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .idle_timeout(None)
-        .max_lifetime(None)
-        .test_before_acquire(false)
-        .connect_lazy_with(options(path).read_only(true));
+    let reader = reader(path, Arc::clone(&place));
     // Not another one than the first connection opened.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
@@ -135,8 +145,11 @@ impl Engine for SqliteFile {
         TIME_LIMIT
     }
 
-    fn check_place(&self) -> Result<(), Error> {
-        self.place.check()
+    fn check_place(&self, purpose: Purpose) -> Result<(), Error> {
+        match purpose {
+            Purpose::Read => self.place.check_recent(),
+            Purpose::Write => self.place.check(),
+        }
     }
 
     async fn close(&self) {

@@ -52,6 +52,8 @@ pub(super) enum UrlError {
     NotIpv6,
     #[error("has text behind the `]` of the host: write a `:` before the port")]
     NoColon,
+    #[error("has {0:?} in its host, which no DNS name and no IP address has")]
+    Host(char),
     #[error("has a port that is not 1 to 65535")]
     Port,
     #[error("has a `%` that is not followed by two hexadecimal digits of UTF-8")]
@@ -199,6 +201,10 @@ fn network(text: &str) -> Result<Door, UrlError> {
     if host.is_empty() {
         return Err(UrlError::NoHostBeforePort);
     }
+    let is_of_a_host = |c: char| c.is_ascii_alphanumeric() || "._-:%".contains(c);
+    if let Some(found) = host.chars().find(|c| !is_of_a_host(*c)) {
+        return Err(UrlError::Host(found));
+    }
     let port = match port {
         None => None,
         Some(port) => Some(
@@ -315,6 +321,9 @@ mod tests {
             ("postgres://me@::1/keys", "brackets"),
             ("postgres://me@[db]/keys", "IPv6"),
             ("postgres://me@:5433/keys", "no host"),
+            ("postgres://me@local host/keys", "' ' in its host"),
+            ("mysql://me@local%20host/keys", "' ' in its host"),
+            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in its host"),
             ("oracle://me@db/keys", "must be"),
             ("postgres:me@db/keys", "must be"),
             ("postgres://db/keys", "no user"),

@@ -45,7 +45,7 @@ pub struct Settings {
     /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): the attribute check accepts that they are absent, never that they are wrong.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
-    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is handed on.
+    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is passed on.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }

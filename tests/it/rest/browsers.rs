@@ -2,11 +2,11 @@
 
 use reqwest::Method;
 
-use super::door::{ADA, Answer, Door, VAULT};
+use super::site::{ADA, Answer, RestSite, VAULT};
 
 /// A preflight as a browser makes it.
-async fn preflight(door: &Door, origin: &str, method: &str, headers: &str) -> Answer {
-    let request = door
+async fn preflight(rest: &RestSite, origin: &str, method: &str, headers: &str) -> Answer {
+    let request = rest
         .request(Method::OPTIONS, "/user-keys")
         .header("origin", origin)
         .header("access-control-request-method", method)
@@ -27,11 +27,11 @@ fn list(answer: &Answer, name: &str) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn preflights_are_answered_for_the_configured_origin() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let headers = "accept,authorization,bitwarden-client-name,bitwarden-client-version,\
                    bitwarden-package-type,cache-control,content-type,device-identifier,device-type,pragma";
     for method in ["GET", "POST", "PUT"] {
-        let answer = preflight(&door, VAULT, method, headers).await;
+        let answer = preflight(&rest, VAULT, method, headers).await;
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(answer.headers["access-control-allow-origin"], VAULT);
         let methods = list(&answer, "access-control-allow-methods");
@@ -51,7 +51,7 @@ async fn preflights_are_answered_for_the_configured_origin() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_other_origins_get_no_answer() {
-    let door = Door::open();
+    let rest = RestSite::open();
     for origin in [
         "https://evil.example.org",
         "https://vault.example.org.evil.example",
@@ -59,13 +59,13 @@ async fn pages_of_other_origins_get_no_answer() {
         "http://vault.example.org",
         "null",
     ] {
-        let answer = preflight(&door, origin, "GET", "authorization").await;
+        let answer = preflight(&rest, origin, "GET", "authorization").await;
         assert!(
             !answer.headers.contains_key("access-control-allow-origin"),
             "{origin}: {answer:?}"
         );
     }
-    let methods = preflight(&door, VAULT, "DELETE", "authorization").await;
+    let methods = preflight(&rest, VAULT, "DELETE", "authorization").await;
     let methods = list(&methods, "access-control-allow-methods");
     assert_eq!(methods, ["get", "post", "put"]);
 }
@@ -73,18 +73,18 @@ async fn pages_of_other_origins_get_no_answer() {
 /// Also errors: the page must be able to read why.
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_to_the_page_are_marked() {
-    let door = Door::open();
-    let from = |origin: &'static str| door.as_user(Method::GET, ADA).header("origin", origin);
+    let rest = RestSite::open();
+    let from = |origin: &'static str| rest.as_user(Method::GET, ADA).header("origin", origin);
     let answer = Answer::of(from(VAULT).send().await.unwrap()).await;
     answer.expect_refused(404, "KEY_NOT_FOUND");
     assert_eq!(answer.headers["access-control-allow-origin"], VAULT);
     let other = from("https://evil.example.org").send().await.unwrap();
     assert!(!other.headers().contains_key("access-control-allow-origin"));
-    let alive = door.request(Method::GET, "/alive").header("origin", VAULT);
+    let alive = rest.request(Method::GET, "/alive").header("origin", VAULT);
     let alive = alive.send().await.unwrap();
     assert_eq!(alive.headers()["access-control-allow-origin"], VAULT);
     // Nobody asked from a page.
-    let plain = door.get(ADA).await;
+    let plain = rest.get(ADA).await;
     assert!(!plain.headers.contains_key("access-control-allow-origin"));
 }
 
@@ -93,9 +93,9 @@ async fn answers_to_the_page_are_marked() {
 async fn pages_of_apps_are_answered_when_they_are_configured() {
     let apps = ["bw-desktop-file://bundle", "file://"];
     let listed = format!(r#""{}", "{}""#, apps[0], apps[1]);
-    let door = Door::open_for_pages(&listed);
+    let rest = RestSite::open_for_pages(&listed);
     for origin in apps {
-        let answer = preflight(&door, origin, "GET", "authorization").await;
+        let answer = preflight(&rest, origin, "GET", "authorization").await;
         assert_eq!(answer.headers["access-control-allow-origin"], origin);
     }
     for origin in [
@@ -103,15 +103,15 @@ async fn pages_of_apps_are_answered_when_they_are_configured() {
         "file:///",
         "file:///home/ada/x.html",
     ] {
-        let answer = preflight(&door, origin, "GET", "authorization").await;
+        let answer = preflight(&rest, origin, "GET", "authorization").await;
         assert!(
             !answer.headers.contains_key("access-control-allow-origin"),
             "{origin}: {answer:?}"
         );
     }
-    let door = Door::open();
+    let rest = RestSite::open();
     for origin in apps {
-        let answer = preflight(&door, origin, "GET", "authorization").await;
+        let answer = preflight(&rest, origin, "GET", "authorization").await;
         assert!(!answer.headers.contains_key("access-control-allow-origin"));
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::door::{ADA, BOB, Door};
+use super::site::{ADA, BOB, RestSite};
 use crate::{identity::user, site::Finished, softhsm::write_private};
 
 const EMAIL: &str = "test@bitwarden.com";
@@ -44,10 +44,10 @@ impl Desk {
     }
 
     /// A token of the account's user.
-    fn write_token(&self, name: &str, door: &Door) {
+    fn write_token(&self, name: &str, rest: &RestSite) {
         let mut claims = user(ADA);
         claims["email"] = EMAIL.into();
-        self.write(name, &door.identity.mint(claims, serde_json::json!({})));
+        self.write(name, &rest.identity.mint(claims, serde_json::json!({})));
     }
 
     /// Runs a command in the folder; words are split at spaces.
@@ -83,11 +83,11 @@ impl Desk {
 
 #[test]
 fn an_account_migrates_and_unlocks() {
-    let (door, desk) = (Door::open(), Desk::new());
-    desk.write_token("ada", &door);
-    desk.write("bob", &door.token(BOB));
-    fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
-    let url = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
+    let (rest, desk) = (RestSite::open(), Desk::new());
+    desk.write_token("ada", &rest);
+    desk.write("bob", &rest.token(BOB));
+    fs::copy(rest.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
+    let url = format!("--url https://localhost:{} --ca-file ca", rest.tls.port());
     let account = format!("--email {EMAIL} --password-file password");
 
     let derived = desk.ok(&format!("derive {account} --out key"));
@@ -150,7 +150,7 @@ fn an_account_migrates_and_unlocks() {
     // Without TLS, as told.
     let plain = format!(
         "--url http://127.0.0.1:{}/ --token-file ada",
-        door.plain.port()
+        rest.plain.port()
     );
     desk.fails(&format!("fetch {plain}"), 2, "not https");
     assert_eq!(
@@ -162,11 +162,11 @@ fn an_account_migrates_and_unlocks() {
 /// The command reports a failed connection itself: no line of a library's log stands before it, and no colour in a file.
 #[test]
 fn a_broker_that_is_not_trusted_is_reported_once() {
-    let (door, desk) = (Door::open(), Desk::new());
-    desk.write_token("ada", &door);
+    let (rest, desk) = (RestSite::open(), Desk::new());
+    desk.write_token("ada", &rest);
     let failed = desk.run(&format!(
         "fetch --url https://localhost:{} --token-file ada",
-        door.tls.port()
+        rest.tls.port()
     ));
     assert!(failed.stderr.starts_with("error: "), "{failed:#?}");
     assert!(failed.stderr.contains("\nhint: "), "{failed:#?}");
@@ -175,11 +175,11 @@ fn a_broker_that_is_not_trusted_is_reported_once() {
 
 #[test]
 fn keys_that_do_not_fit_are_not_enrolled() {
-    let (door, desk) = (Door::open(), Desk::new());
-    desk.write_token("ada", &door);
+    let (rest, desk) = (RestSite::open(), Desk::new());
+    desk.write_token("ada", &rest);
     desk.write("bad", "nonsense");
-    fs::copy(door.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
-    let broker = format!("--url https://localhost:{} --ca-file ca", door.tls.port());
+    fs::copy(rest.broker.site.pki.ca_file(), desk.path("ca")).unwrap();
+    let broker = format!("--url https://localhost:{} --ca-file ca", rest.tls.port());
     let account = format!("--email {EMAIL} --password-file password");
     let enrol = format!("enrol {broker} --token-file ada --protected-key-file protected");
     // The wrong KDF, the wrong address.
@@ -206,7 +206,7 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     desk.fails(nobody, 11, "cannot reach");
     let unknown_ca = format!(
         "fetch --url https://localhost:{} --token-file ada",
-        door.tls.port()
+        rest.tls.port()
     );
     desk.fails(&unknown_ca, 11, "cannot reach");
     // Replacing needs the proof that the account opens with the new key.

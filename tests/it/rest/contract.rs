@@ -1,4 +1,4 @@
-//! What a client does on a good day, and the same key through other doors.
+//! What a client does when nothing fails, and the same key through the other APIs.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,7 +15,7 @@ use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tonic::{Request, metadata::MetadataValue};
 
-use super::door::{ADA, Answer, BOB, Door, body};
+use super::site::{ADA, Answer, BOB, RestSite, body};
 use crate::{
     client::{self, channel, refused},
     site::Options,
@@ -23,29 +23,29 @@ use crate::{
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_enrols_fetches_and_replaces_its_own_key() {
-    let door = Door::open();
-    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
-    door.store(Method::POST, ADA, &[0xa1; 32])
+    let rest = RestSite::open();
+    rest.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.store(Method::POST, ADA, &[0xa1; 32])
         .await
         .expect_stored();
-    door.get(ADA).await.expect_key(&[0xa1; 32]);
+    rest.get(ADA).await.expect_key(&[0xa1; 32]);
     // Never over a key that is there, not even over the same one.
     for key in [[0xa2; 32], [0xa1; 32]] {
-        let again = door.store(Method::POST, ADA, &key).await;
+        let again = rest.store(Method::POST, ADA, &key).await;
         again.expect_refused(400, "KEY_EXISTS");
     }
-    door.get(ADA).await.expect_key(&[0xa1; 32]);
+    rest.get(ADA).await.expect_key(&[0xa1; 32]);
     // Another user's token reaches another key.
-    door.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
-    door.store(Method::PUT, BOB, &[0xb1; 32])
+    rest.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.store(Method::PUT, BOB, &[0xb1; 32])
         .await
         .expect_stored();
-    door.store(Method::PUT, ADA, &[0xa3; 32])
+    rest.store(Method::PUT, ADA, &[0xa3; 32])
         .await
         .expect_stored();
-    door.get(ADA).await.expect_key(&[0xa3; 32]);
-    door.get(BOB).await.expect_key(&[0xb1; 32]);
-    let audit = door.broker.site.audit();
+    rest.get(ADA).await.expect_key(&[0xa3; 32]);
+    rest.get(BOB).await.expect_key(&[0xb1; 32]);
+    let audit = rest.broker.site.audit();
     for action in ["user_key.create", "user_key.unwrap", "user_key.replace"] {
         let entry = audit.lines().find(|line| {
             line.contains(&format!("\"action\":\"{action}\""))
@@ -55,7 +55,7 @@ async fn a_user_enrols_fetches_and_replaces_its_own_key() {
         });
         assert!(entry.is_some(), "{action}: {audit}");
     }
-    // Each call of a request has an id of its own, so that what is known of one is never taken for another.
+    // Each call of a request has its own id, so that what is known of one is never taken for another.
     let mut actions = HashMap::<String, HashSet<String>>::new();
     for line in audit.lines() {
         // Its checksum stands around it.
@@ -80,9 +80,9 @@ async fn a_user_enrols_fetches_and_replaces_its_own_key() {
 /// As the SDK sends it: content type on GET, further headers, a token's `sub` in capitals is the same user.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_clients_on_the_sdk_are_understood() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let sdk = |method: Method| {
-        door.as_user(method, ADA)
+        rest.as_user(method, ADA)
             .header("content-type", "application/json")
             .header("device-type", "21")
             .header("device-identifier", "0f7a6a3c-7c0a-4d6b-8c5e-2f5f0b1e7a11")
@@ -93,17 +93,17 @@ async fn the_clients_on_the_sdk_are_understood() {
     Answer::of(stored).await.expect_stored();
     let fetched = sdk(Method::GET).send().await.unwrap();
     Answer::of(fetched).await.expect_key(&[0xa4; 32]);
-    door.get(&ADA.to_uppercase()).await.expect_key(&[0xa4; 32]);
+    rest.get(&ADA.to_uppercase()).await.expect_key(&[0xa4; 32]);
 }
 
 /// With a token, over a connection whose certificate belongs to somebody else.
-async fn over_grpc(door: &Door, user: &str, named: &str) -> Result<Vec<u8>, tonic::Status> {
-    let channel = channel(&door.broker.site.pki, Some("releaser"), door.broker.grpc);
+async fn over_grpc(rest: &RestSite, user: &str, named: &str) -> Result<Vec<u8>, tonic::Status> {
+    let channel = channel(&rest.broker.site.pki, Some("releaser"), rest.broker.grpc);
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: named.to_owned(),
         key_name: "bitwarden".to_owned(),
     });
-    let bearer = format!("Bearer {}", door.token(user));
+    let bearer = format!("Bearer {}", rest.token(user));
     let value: MetadataValue<_> = bearer.parse().unwrap();
     request.metadata_mut().insert("authorization", value);
     let mut service = UserKeyServiceClient::new(channel);
@@ -113,15 +113,15 @@ async fn over_grpc(door: &Door, user: &str, named: &str) -> Result<Vec<u8>, toni
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_reaches_the_same_key_over_rest_and_over_grpc() {
-    let door = Door::open();
-    door.store(Method::POST, ADA, &[0xa5; 32])
+    let rest = RestSite::open();
+    rest.store(Method::POST, ADA, &[0xa5; 32])
         .await
         .expect_stored();
-    assert_eq!(over_grpc(&door, ADA, ADA).await.unwrap(), [0xa5; 32]);
-    refused(over_grpc(&door, BOB, ADA).await, "POLICY");
-    refused(over_grpc(&door, BOB, BOB).await, "KEY_NOT_FOUND");
-    // The listener of gRPC has the door as well, and tells the two apart.
-    let site = &door.broker.site;
+    assert_eq!(over_grpc(&rest, ADA, ADA).await.unwrap(), [0xa5; 32]);
+    refused(over_grpc(&rest, BOB, ADA).await, "POLICY");
+    refused(over_grpc(&rest, BOB, BOB).await, "KEY_NOT_FOUND");
+    // The gRPC listener serves the REST API as well and tells the two apart.
+    let site = &rest.broker.site;
     let identity = [
         site.pki.certificate_file("releaser"),
         site.pki.key_file("releaser"),
@@ -135,8 +135,8 @@ async fn a_token_reaches_the_same_key_over_rest_and_over_grpc() {
         .no_proxy()
         .build()
         .unwrap();
-    let url = format!("https://localhost:{}/user-keys", door.broker.grpc.port());
-    let with_token = client.get(&url).bearer_auth(door.token(ADA)).send();
+    let url = format!("https://localhost:{}/user-keys", rest.broker.grpc.port());
+    let with_token = client.get(&url).bearer_auth(rest.token(ADA)).send();
     Answer::of(with_token.await.unwrap())
         .await
         .expect_key(&[0xa5; 32]);
@@ -146,9 +146,9 @@ async fn a_token_reaches_the_same_key_over_rest_and_over_grpc() {
 }
 
 /// The record as an operator with a certificate acts on it.
-async fn operate(door: &Door, delete: bool) -> UserKey {
+async fn operate(rest: &RestSite, delete: bool) -> UserKey {
     let name = "lifecycle";
-    let channel = channel(&door.broker.site.pki, Some(name), door.broker.grpc);
+    let channel = channel(&rest.broker.site.pki, Some(name), rest.broker.grpc);
     let mut service = UserKeyServiceClient::new(channel);
     let (user, key_name) = (ADA.to_owned(), "bitwarden".to_owned());
     let changed = if delete {
@@ -182,25 +182,25 @@ async fn operate(door: &Door, delete: bool) -> UserKey {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_record_is_never_overwritten() {
-    let door = Door::open();
-    door.store(Method::POST, ADA, &[0xa6; 32])
+    let rest = RestSite::open();
+    rest.store(Method::POST, ADA, &[0xa6; 32])
         .await
         .expect_stored();
-    operate(&door, true).await;
-    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    operate(&rest, true).await;
+    rest.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
     for method in [Method::POST, Method::PUT] {
-        let refused = door.store(method, ADA, &[0xa7; 32]).await;
+        let refused = rest.store(method, ADA, &[0xa7; 32]).await;
         refused.expect_refused(400, "KEY_EXISTS");
     }
-    operate(&door, false).await;
-    door.get(ADA).await.expect_key(&[0xa6; 32]);
+    operate(&rest, false).await;
+    rest.get(ADA).await.expect_key(&[0xa6; 32]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_at_once_leave_one_whole_key() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let keys: Vec<[u8; 32]> = (0xc0..0xc6).map(|byte| [byte; 32]).collect();
-    let writes = keys.iter().map(|key| door.store(Method::PUT, ADA, key));
+    let writes = keys.iter().map(|key| rest.store(Method::PUT, ADA, key));
     let answers = futures_util::future::join_all(writes).await;
     let mut stored = Vec::new();
     for (key, answer) in keys.iter().zip(&answers) {
@@ -210,15 +210,15 @@ async fn writers_at_once_leave_one_whole_key() {
         }
     }
     assert!(!stored.is_empty());
-    let kept = door.get(ADA).await;
+    let kept = rest.get(ADA).await;
     assert!(stored.iter().any(|key| kept.body == body(*key)), "{kept:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn anybody_may_ask_whether_it_is_alive() {
-    let door = Door::open();
+    let rest = RestSite::open();
     for path in ["/alive", "/now", "//alive"] {
-        let request = door
+        let request = rest
             .request(Method::GET, path)
             .header("content-type", "application/json; charset=utf-8");
         let answer = Answer::of(request.send().await.unwrap()).await;
@@ -229,7 +229,7 @@ async fn anybody_may_ask_whether_it_is_alive() {
         let age = OffsetDateTime::now_utc() - then;
         assert!(age.abs() < Duration::from_mins(1), "{text}");
     }
-    let healthy = door.request(Method::GET, "/health").send().await.unwrap();
+    let healthy = rest.request(Method::GET, "/health").send().await.unwrap();
     let healthy = Answer::of(healthy).await;
     assert_eq!(
         (healthy.status.as_u16(), healthy.body.as_str()),
@@ -239,7 +239,7 @@ async fn anybody_may_ask_whether_it_is_alive() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn paths_and_methods_that_there_are_not() {
-    let door = Door::open();
+    let rest = RestSite::open();
     for path in [
         "/",
         "/user-key",
@@ -248,7 +248,7 @@ async fn paths_and_methods_that_there_are_not() {
         "/api/user-keys",
         "///user-keys",
     ] {
-        let answer = door.request(Method::GET, path).bearer_auth(door.token(ADA));
+        let answer = rest.request(Method::GET, path).bearer_auth(rest.token(ADA));
         let answer = Answer::of(answer.send().await.unwrap()).await;
         // Not what a client without a key is told.
         answer.expect_refused(404, "REQUEST");
@@ -259,7 +259,7 @@ async fn paths_and_methods_that_there_are_not() {
         (Method::POST, "/alive", "GET, HEAD"),
         (Method::PUT, "/health", "GET, HEAD"),
     ] {
-        let answer = door.request(method, path).send().await.unwrap();
+        let answer = rest.request(method, path).send().await.unwrap();
         let answer = Answer::of(answer).await;
         answer.expect_refused(405, "REQUEST");
         assert_eq!(answer.headers["allow"], allow);
@@ -268,26 +268,26 @@ async fn paths_and_methods_that_there_are_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prefix_stands_before_every_path_and_may_end_in_a_slash() {
-    let door = Door::open_with(Options::default(), "path_prefix = \"/keys/v1\"", "");
-    door.get(ADA).await.expect_refused(404, "REQUEST");
+    let rest = RestSite::open_with(Options::default(), "path_prefix = \"/keys/v1\"", "");
+    rest.get(ADA).await.expect_refused(404, "REQUEST");
     for path in ["/keys/v1/user-keys", "/keys/v1//user-keys"] {
-        let request = door.request(Method::GET, path).bearer_auth(door.token(ADA));
+        let request = rest.request(Method::GET, path).bearer_auth(rest.token(ADA));
         let answer = Answer::of(request.send().await.unwrap()).await;
         answer.expect_refused(404, "KEY_NOT_FOUND");
     }
-    let alive = door.request(Method::GET, "/keys/v1/alive").send().await;
+    let alive = rest.request(Method::GET, "/keys/v1/alive").send().await;
     assert_eq!(alive.unwrap().status(), 200);
 }
 
 /// As a proxy speaks to it: one connection, one request after the other, with and without a length.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_keeps_its_connection() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let key = body(&client::sending(&[0xa8; 32]));
     let head = |method: &str, user: &str| {
         format!(
             "{method} /user-keys HTTP/1.1\r\nHost: keys.example.org\r\nAuthorization: Bearer {}\r\n",
-            door.token(user)
+            rest.token(user)
         )
     };
     let requests = [
@@ -300,7 +300,7 @@ async fn a_proxy_keeps_its_connection() {
         format!("{}\r\n", head("GET", BOB)),
         format!("{}Connection: close\r\n\r\n", head("GET", ADA)),
     ];
-    let mut stream = TcpStream::connect(door.plain).unwrap();
+    let mut stream = TcpStream::connect(rest.plain).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();

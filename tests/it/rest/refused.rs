@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::json;
 
-use super::door::{ADA, Answer, BOB, Door, body};
+use super::site::{ADA, Answer, BOB, RestSite, body};
 use crate::{
     client,
     client_credentials::credential,
@@ -17,8 +17,8 @@ const JSON: &str = "application/json";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_that_are_none() {
-    let door = Door::open();
-    door.store(Method::POST, BOB, &[0xb2; 32])
+    let rest = RestSite::open();
+    rest.store(Method::POST, BOB, &[0xb2; 32])
         .await
         .expect_stored();
     let key = |length: usize| body(&client::sending(&vec![0xd1; length]));
@@ -46,7 +46,7 @@ async fn bodies_that_are_none() {
     for (content_type, text, status) in cases {
         for method in [Method::POST, Method::PUT] {
             let shown: String = text.chars().take(60).collect();
-            let answer = door.send(method.clone(), ADA, content_type, text.clone());
+            let answer = rest.send(method.clone(), ADA, content_type, text.clone());
             let answer = answer.await;
             assert_eq!(
                 answer.status.as_u16(),
@@ -62,20 +62,20 @@ async fn bodies_that_are_none() {
     let unannounced = format!(
         "POST /user-keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: {JSON}\r\n\
          Transfer-Encoding: chunked\r\n\r\n{}",
-        door.token(ADA),
+        rest.token(ADA),
         chunk.repeat(8)
     );
-    let answer = tokio::task::block_in_place(|| door.raw(&unannounced));
+    let answer = tokio::task::block_in_place(|| rest.raw(&unannounced));
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     // Without a content type.
-    let bare = door.as_user(Method::POST, ADA).body(key(32)).send().await;
+    let bare = rest.as_user(Method::POST, ADA).body(key(32)).send().await;
     Answer::of(bare.unwrap())
         .await
         .expect_refused(415, "REQUEST");
     // Nothing was stored, nothing was lost, and each refusal is in the log.
-    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
-    door.get(BOB).await.expect_key(&[0xb2; 32]);
-    let audit = door.broker.site.audit();
+    rest.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.get(BOB).await.expect_key(&[0xb2; 32]);
+    let audit = rest.broker.site.audit();
     let refusals = audit.lines().filter(|line| {
         line.contains("\"reason\":\"REQUEST\"") && line.contains(&format!("token:bitwarden:{ADA}"))
     });
@@ -84,47 +84,47 @@ async fn bodies_that_are_none() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_without_padding_is_taken() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let text = body(&client::sending(&[0xd2; 32])).replace('=', "");
-    door.send(Method::POST, ADA, JSON, text)
+    rest.send(Method::POST, ADA, JSON, text)
         .await
         .expect_stored();
-    door.get(ADA).await.expect_key(&[0xd2; 32]);
+    rest.get(ADA).await.expect_key(&[0xd2; 32]);
 }
 
 /// The body stops in the middle: an answer before the client gives up, and others are served meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_body_is_given_up() {
-    let door = Door::open();
+    let rest = RestSite::open();
     let request = format!(
         "POST /user-keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: {JSON}\r\n\
          Content-Length: 60\r\n\r\n{{\"key\":",
-        door.token(ADA)
+        rest.token(ADA)
     );
     let started = Instant::now();
-    let answer = tokio::task::block_in_place(|| door.raw(&request));
+    let answer = tokio::task::block_in_place(|| rest.raw(&request));
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     assert!(answer.contains("connection: close"), "{answer}");
     assert!(started.elapsed() > Duration::from_secs(9));
-    door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_that_are_none() {
-    let door = Door::open_with(Options::default(), "", "failures_per_minute = 1000");
-    door.store(Method::POST, ADA, &[0xd3; 32])
+    let rest = RestSite::open_with(Options::default(), "", "failures_per_minute = 1000");
+    rest.store(Method::POST, ADA, &[0xd3; 32])
         .await
         .expect_stored();
-    let good = door.token(ADA);
+    let good = rest.token(ADA);
     let mint = |claims: serde_json::Value| {
         let mut all = user(ADA);
         all.as_object_mut()
             .unwrap()
             .extend(claims.as_object().unwrap().clone());
-        format!("Bearer {}", door.identity.mint(all, json!({})))
+        format!("Bearer {}", rest.identity.mint(all, json!({})))
     };
-    let stranger = crate::identity::Identity::start(crate::identity::Options {
-        issuer: Some(door.identity.issuer().to_owned()),
+    let other = crate::identity::Identity::start(crate::identity::Options {
+        issuer: Some(rest.identity.issuer().to_owned()),
         ..crate::identity::Options::default()
     });
     for authorization in [
@@ -142,15 +142,15 @@ async fn credentials_that_are_none() {
         mint(json!({ "scope": ["openid"] })),
         mint(json!({ "sub": "ada" })),
         mint(json!({ "amr": null })),
-        format!("Bearer {}", stranger.user_token(ADA)),
+        format!("Bearer {}", other.user_token(ADA)),
     ] {
-        let request = door.request(Method::GET, "/user-keys");
+        let request = rest.request(Method::GET, "/user-keys");
         let request = request.header("authorization", &authorization);
         let answer = Answer::of(request.send().await.unwrap()).await;
         answer.expect_refused(401, "CREDENTIAL");
     }
     // None at all, two good ones, and what a proxy says of the caller.
-    let bare = || door.request(Method::GET, "/user-keys");
+    let bare = || rest.request(Method::GET, "/user-keys");
     let bearer = format!("Bearer {good}");
     for request in [
         bare(),
@@ -172,30 +172,30 @@ async fn credentials_that_are_none() {
     }
     // A token in the query is no credential either, and names of others in a good request change nothing.
     let query = format!("/user-keys?access_token={good}&user={BOB}");
-    let answer = door.request(Method::GET, &query).send().await.unwrap();
+    let answer = rest.request(Method::GET, &query).send().await.unwrap();
     Answer::of(answer).await.expect_refused(401, "CREDENTIAL");
-    let named = door
+    let named = rest
         .request(Method::GET, &format!("/user-keys?user={BOB}"))
         .bearer_auth(&good)
         .header("x-forwarded-user", BOB);
     let answer = Answer::of(named.send().await.unwrap()).await;
     answer.expect_key(&[0xd3; 32]);
-    let log = door.broker.site.log();
+    let log = rest.broker.site.log();
     assert!(!log.contains(&good), "the log shows a token");
 }
 
 /// By the service itself, or with parts of what it signed.
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_that_are_nearly_good() {
-    let door = Door::open_with(Options::default(), "", "failures_per_minute = 1000");
+    let rest = RestSite::open_with(Options::default(), "", "failures_per_minute = 1000");
     let mint = |name: &str, value: serde_json::Value, header: serde_json::Value| {
         let mut claims = user(ADA);
         claims[name] = value;
-        door.identity.mint(claims, header)
+        rest.identity.mint(claims, header)
     };
-    let headed = |header| door.identity.mint(user(ADA), header);
+    let headed = |header| rest.identity.mint(user(ADA), header);
     // The payload of one token between header and signature of another.
-    let (good, of_bob) = (door.token(ADA), door.token(BOB));
+    let (good, of_bob) = (rest.token(ADA), rest.token(BOB));
     let [mut parts, others] = [&good, &of_bob].map(|token| token.split('.').collect::<Vec<_>>());
     parts[1] = others[1];
     for (token, what) in [
@@ -207,14 +207,14 @@ async fn tokens_that_are_nearly_good() {
         (headed(json!({ "alg": "HS256" })), "HS256"),
         (parts.join("."), "swapped"),
     ] {
-        let request = door.request(Method::GET, "/user-keys").bearer_auth(token);
+        let request = rest.request(Method::GET, "/user-keys").bearer_auth(token);
         let answer = Answer::of(request.send().await.unwrap()).await;
         assert_eq!(answer.status, 401, "{what}");
         answer.expect_refused(401, "CREDENTIAL");
     }
     // The same, with nothing that is wrong.
     let longer = mint("more", "x".repeat(2_048).into(), json!({}));
-    let request = door.request(Method::GET, "/user-keys").bearer_auth(longer);
+    let request = rest.request(Method::GET, "/user-keys").bearer_auth(longer);
     let answer = Answer::of(request.send().await.unwrap()).await;
     answer.expect_refused(404, "KEY_NOT_FOUND");
 }
@@ -222,7 +222,7 @@ async fn tokens_that_are_nearly_good() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_for_somebody_else_is_none() {
     let audience = r#"audience = ["keys"]"#;
-    let door = Door::configured(Options::default(), "", "", audience);
+    let rest = RestSite::configured(Options::default(), "", "", audience);
     for (claims, status, reason) in [
         (json!({}), 401, "CREDENTIAL"),
         (json!({ "aud": "vault" }), 401, "CREDENTIAL"),
@@ -232,8 +232,8 @@ async fn a_token_for_somebody_else_is_none() {
         let mut all = user(ADA);
         let more = claims.as_object().unwrap().clone();
         all.as_object_mut().unwrap().extend(more);
-        let token = door.identity.mint(all, json!({}));
-        let request = door.request(Method::GET, "/user-keys").bearer_auth(token);
+        let token = rest.identity.mint(all, json!({}));
+        let request = rest.request(Method::GET, "/user-keys").bearer_auth(token);
         let answer = Answer::of(request.send().await.unwrap()).await;
         answer.expect_refused(status, reason);
     }
@@ -243,9 +243,9 @@ async fn a_token_for_somebody_else_is_none() {
 #[tokio::test(flavor = "multi_thread")]
 async fn api_clients_have_no_key_here() {
     let grant = "[client_credentials]\ngrantable_roles = [\"enrol\"]";
-    let door = Door::open_with(Options::default(), grant, "");
+    let rest = RestSite::open_with(Options::default(), grant, "");
     let made = credential(
-        &door.broker,
+        &rest.broker,
         "admin",
         &["create", "--label", "backup", "--role", "enrol"],
     );
@@ -262,7 +262,7 @@ async fn api_clients_have_no_key_here() {
         (id, secret, 403, "POLICY"),
     ] {
         for method in [Method::GET, Method::POST, Method::PUT] {
-            let request = door
+            let request = rest
                 .request(method, "/user-keys")
                 .header("content-type", JSON)
                 .basic_auth(id, Some(secret))
@@ -275,11 +275,11 @@ async fn api_clients_have_no_key_here() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_over_the_rate_is_told_when_to_come_again() {
-    let door = Door::open_with(Options::default(), "", "user_calls_per_minute = 6");
+    let rest = RestSite::open_with(Options::default(), "", "user_calls_per_minute = 6");
     for _ in 0..6 {
-        door.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
+        rest.get(ADA).await.expect_refused(404, "KEY_NOT_FOUND");
     }
-    let answer = door.get(ADA).await;
+    let answer = rest.get(ADA).await;
     answer.expect_refused(429, "RATE");
     let seconds: u64 = answer.headers["retry-after"]
         .to_str()
@@ -288,35 +288,35 @@ async fn a_user_over_the_rate_is_told_when_to_come_again() {
         .unwrap();
     assert!((1..=10).contains(&seconds), "{seconds}");
     // Nobody else pays for it.
-    door.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
+    rest.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
-    let door = Door::open_with(Options::default(), "", "failures_per_minute = 3");
-    door.store(Method::POST, ADA, &[0xd4; 32])
+    let rest = RestSite::open_with(Options::default(), "", "failures_per_minute = 3");
+    rest.store(Method::POST, ADA, &[0xd4; 32])
         .await
         .expect_stored();
     let knock = || async {
-        let request = door.request(Method::GET, "/user-keys");
+        let request = rest.request(Method::GET, "/user-keys");
         Answer::of(request.bearer_auth("nonsense").send().await.unwrap()).await
     };
     for _ in 0..3 {
         knock().await.expect_refused(401, "CREDENTIAL");
     }
     knock().await.expect_refused(429, "FAILURE_BUDGET");
-    door.get(ADA).await.expect_key(&[0xd4; 32]);
+    rest.get(ADA).await.expect_key(&[0xd4; 32]);
     // A client whose token has expired needs to renew it: to come again later would not help.
     for _ in 0..5 {
         let mut claims = user(ADA);
         claims["exp"] = (now() - 3_600).into();
-        let expired = door.identity.mint(claims, json!({}));
-        let request = door.request(Method::GET, "/user-keys");
+        let expired = rest.identity.mint(claims, json!({}));
+        let request = rest.request(Method::GET, "/user-keys");
         let answer = Answer::of(request.bearer_auth(expired).send().await.unwrap()).await;
         answer.expect_refused(401, "CREDENTIAL");
     }
     knock().await.expect_refused(429, "FAILURE_BUDGET");
-    let log = door.broker.site.log();
+    let log = rest.broker.site.log();
     let line = log
         .lines()
         .find(|line| line.contains("its `exp` has passed"));
@@ -325,7 +325,7 @@ async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
         line.contains(" s ago; its holder needs a new one"),
         "{line}"
     );
-    let (site, _) = door.broker.stop();
+    let (site, _) = rest.broker.stop();
     let audit = site.audit();
     let refusals: Vec<&str> = audit
         .lines()

@@ -1,4 +1,4 @@
-//! What anybody may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
+//! What every caller may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
 
 use axum::{
     body::Body,
@@ -12,7 +12,7 @@ use keybroker_core::{
     error::Error,
 };
 
-use super::{Surroundings, answer};
+use super::{Context, answer};
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
@@ -25,11 +25,11 @@ pub(super) async fn now(method: Method) -> Response<Body> {
 }
 
 /// `/health`: true to token, store and audit log, and without a word of what is wrong.
-pub(super) async fn health(State(around): State<Surroundings>, method: Method) -> Response<Body> {
+pub(super) async fn health(State(context): State<Context>, method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;
     }
-    let (status, text) = if around.broker.health().user_keys {
+    let (status, text) = if context.broker.health().user_keys {
         (StatusCode::OK, "Healthy")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "Unhealthy")

@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 
 use keybroker_broker::UserKeyRef;
 use keybroker_core::{
-    call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
+    call::{Call, CallId, Deadline, caller::Caller, in_progress::CallInProgress},
     error::{Error, Reason},
     key::KeyName,
     metrics,
@@ -22,21 +22,18 @@ use keybroker_core::{
 
 use crate::request::{self, Unanswered};
 
-use super::{Surroundings, answer, body, patience::Patience, probes, user_keys::Entered};
+use super::{Context, answer, body, probes, retry::Retry, user_keys::Entered};
 
 /// Which of a user's keys is that of Bitwarden.
 const KEY_NAME: &str = "bitwarden";
 
 /// `/user-keys`.
-pub(super) async fn user_keys(
-    State(around): State<Surroundings>,
-    request: Request,
-) -> Response<Body> {
+pub(super) async fn user_keys(State(context): State<Context>, request: Request) -> Response<Body> {
     let Some(action) = action(request.method()) else {
         return probes::no_method("GET, POST, PUT");
     };
     let method = request.method().as_str().to_owned();
-    let response = around.run(request, action).await;
+    let response = context.run(request, action).await;
     let status = response.status().as_str().to_owned();
     metrics::REST_CALLS.with([method, status]).increment(1);
     response
@@ -52,7 +49,7 @@ fn action(method: &Method) -> Option<Action> {
     }
 }
 
-impl Surroundings {
+impl Context {
     async fn run(self, mut request: Request, action: Action) -> Response<Body> {
         let id = CallId::fresh();
         let Some(caller) = request.extensions_mut().remove::<Caller>() else {
@@ -114,7 +111,7 @@ impl Surroundings {
         call: Call,
         action: Action,
     ) -> Response<Body> {
-        let _under_way = UnderWay::new();
+        let _in_progress = CallInProgress::new();
         let id = call.id;
         let key = match own_key(&principal) {
             Ok(key) => key,
@@ -129,18 +126,18 @@ impl Surroundings {
             call,
             key,
         };
-        let mut patience = Patience::new(entered.call.clone());
+        let mut retry = Retry::new(entered.call.clone());
         let answered = if action == Action::Unwrap {
-            entered.get(&mut patience).await
+            entered.get(&mut retry).await
         } else {
             let (head, body) = request.into_parts();
             match body::key(&head.headers, body).await {
-                Ok(key) if action == Action::Create => entered.post(&mut patience, &key).await,
-                Ok(key) => entered.put(&mut patience, &key).await,
+                Ok(key) if action == Action::Create => entered.post(&mut retry, &key).await,
+                Ok(key) => entered.put(&mut retry, &key).await,
                 Err(malformed) => return entered.malformed(action, malformed).await,
             }
         };
-        answered.unwrap_or_else(|error| answer::refusal(&error, patience.last()))
+        answered.unwrap_or_else(|error| answer::refusal(&error, retry.last()))
     }
 }
 

@@ -18,7 +18,7 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 
-use super::{answer, body::KEY_BYTES, patience::Patience};
+use super::{answer, body::KEY_BYTES, retry::Retry};
 
 /// Rounds of reading and writing before other writers have won.
 const ROUNDS_MAX: usize = 4;
@@ -33,8 +33,8 @@ pub(super) struct Entered {
 
 impl Entered {
     /// The key, in base64.
-    pub(super) async fn get(&self, patience: &mut Patience) -> Result<Response<Body>, Error> {
-        let released = patience
+    pub(super) async fn get(&self, retry: &mut Retry) -> Result<Response<Body>, Error> {
+        let released = retry
             .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
             .await?;
         let key = released.material().expose();
@@ -51,24 +51,24 @@ impl Entered {
     /// Stores the key of a user who has none.
     pub(super) async fn post(
         &self,
-        patience: &mut Patience,
+        retry: &mut Retry,
         material: &KeyMaterial,
     ) -> Result<Response<Body>, Error> {
-        self.create(patience, material).await?;
+        self.create(retry, material).await?;
         Ok(answer::empty(StatusCode::OK))
     }
 
     /// Stores a key, over another one if there is one. A deleted one stays: only an operator may bring it back.
     pub(super) async fn put(
         &self,
-        patience: &mut Patience,
+        retry: &mut Retry,
         material: &KeyMaterial,
     ) -> Result<Response<Body>, Error> {
         let mut result = Ok(());
         for _ in 0..ROUNDS_MAX {
-            result = match self.current(patience).await? {
-                Current::None => self.create(patience, material).await,
-                Current::Active(revision) => self.replace(patience, material, revision).await,
+            result = match self.current(retry).await? {
+                Current::None => self.create(retry, material).await,
+                Current::Active(revision) => self.replace(retry, material, revision).await,
                 Current::Deleted => {
                     let detail = "the user's key is deleted, and only an operator brings it back";
                     return Err(Error::new(Reason::KeyExists, detail));
@@ -76,7 +76,7 @@ impl Entered {
             };
             match &result {
                 Ok(()) => return Ok(answer::empty(StatusCode::OK)),
-                // Somebody else was between reading and writing.
+                // Another caller changed the record between reading and writing.
                 Err(error) if is_race(error.reason()) => {}
                 Err(_) => break,
             }
@@ -89,8 +89,8 @@ impl Entered {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    async fn current(&self, patience: &mut Patience) -> Result<Current, Error> {
-        let found = patience
+    async fn current(&self, retry: &mut Retry) -> Result<Current, Error> {
+        let found = retry
             .ask(|call| async move { self.broker.get(&self.principal, &call, &self.key).await });
         match found.await {
             Ok(view) => Ok(match view.info.state {
@@ -102,9 +102,9 @@ impl Entered {
         }
     }
 
-    async fn create(&self, patience: &mut Patience, material: &KeyMaterial) -> Result<(), Error> {
+    async fn create(&self, retry: &mut Retry, material: &KeyMaterial) -> Result<(), Error> {
         let request = request_id()?;
-        patience
+        retry
             .ask(|call| async move {
                 let material = copy(material)?;
                 self.broker
@@ -117,12 +117,12 @@ impl Entered {
 
     async fn replace(
         &self,
-        patience: &mut Patience,
+        retry: &mut Retry,
         material: &KeyMaterial,
         expected: Revision,
     ) -> Result<(), Error> {
         let request = request_id()?;
-        patience
+        retry
             .ask(|call| async move {
                 let material = copy(material)?;
                 let (principal, key) = (&self.principal, &self.key);

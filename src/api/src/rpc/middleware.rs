@@ -17,14 +17,14 @@ use tracing::Instrument as _;
 
 use keybroker_broker::Broker;
 use keybroker_core::{
-    call::{Call, CallId, Deadline, caller::Caller, under_way::UnderWay},
+    call::{Call, CallId, Deadline, caller::Caller, in_progress::CallInProgress},
     error::{Error, Reason},
     principal::Principal,
 };
 
 use crate::request::{self, Unanswered};
 
-use super::{Entered, Memory, ending, method, status, timeout};
+use super::{Entered, Memory, method, status, stream_end, timeout};
 
 /// Longest time for a call without a principal.
 const UNAUTHENTICATED_TIMEOUT_MAX: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ const DETAILS_HEADER: &str = "grpc-status-details-bin";
 
 /// What calls need besides their messages.
 #[derive(Clone, Debug)]
-pub struct Surroundings {
+pub struct Context {
     /// Where every call ends.
     pub broker: Arc<Broker>,
     /// Deadline of a call that brings none, and the longest one accepted.
@@ -48,17 +48,17 @@ pub struct Surroundings {
     pub memory: Memory,
 }
 
-pub(super) fn wrap(routes: Router, around: Surroundings) -> Router {
+pub(super) fn wrap(routes: Router, context: Context) -> Router {
     let layer = middleware::from_fn(move |request, next| {
-        let around = around.clone();
-        async move { around.run(request, next).await }
+        let context = context.clone();
+        async move { context.run(request, next).await }
     });
     // Around one fallback: axum adds a header to the answers of known routes alone, which would show an unauthenticated
     // caller which routes there are.
     Router::new().fallback_service(routes).layer(layer)
 }
 
-impl Surroundings {
+impl Context {
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
         let id = CallId::fresh();
         let Some(caller) = request.extensions_mut().remove::<Caller>() else {
@@ -141,7 +141,7 @@ impl Surroundings {
         deadline: Deadline,
         id: CallId,
     ) -> Response<Body> {
-        let _under_way = UnderWay::new();
+        let _in_progress = CallInProgress::new();
         let path = request.uri().path().to_owned();
         let received = self.memory.receive(request, deadline.instant()).await;
         // The share of memory is held until there is an answer.
@@ -156,13 +156,13 @@ impl Surroundings {
         }
         let response = next.run(request).await;
         if method::is_stream(&path) && !response.headers().contains_key(STATUS_HEADER) {
-            return response.map(|body| ending::until(body, self.stop));
+            return response.map(|body| stream_end::at_stop(body, self.stop));
         }
         match Own::of(&response) {
             Own::No => response,
             Own::NoMethod => {
                 let text = format!(
-                    "this listener has no such method: the gRPC API and the admin API may have listeners of their own (call {id})"
+                    "this listener has no such method: the gRPC API and the admin API may have separate listeners (call {id})"
                 );
                 Status::unimplemented(text).into_http()
             }

@@ -29,7 +29,7 @@ impl Directory for Known {
         let slow = *self.slow.lock().unwrap();
         tokio::time::sleep(slow).await;
         if self.is_away.load(Ordering::Relaxed) {
-            return Err(Error::new(Reason::StoreDown, "away").retry_after(slow));
+            return Err(Error::new(Reason::StoreDown, "unavailable").retry_after(slow));
         }
         Ok(self.clients.lock().unwrap().get(&id).cloned())
     }
@@ -215,10 +215,10 @@ async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_ever
     let turns = &setup.secrets.turns;
     let mut taken = Vec::new();
     while turns.free() > 0 {
-        taken.push(turns.wait(Lane::Unknown, PATIENCE).await.unwrap());
+        taken.push(turns.wait(Lane::Unknown, TURN_WAIT_MAX).await.unwrap());
     }
     let other = ClientId::from_hex(&"ab".repeat(16)).unwrap();
-    let waiting = [Lane::Unknown, Lane::Known(other)].map(|lane| turns.wait(lane, PATIENCE));
+    let waiting = [Lane::Unknown, Lane::Known(other)].map(|lane| turns.wait(lane, TURN_WAIT_MAX));
     let waiting = futures_util::future::join_all(waiting);
     let places: Vec<_> =
         std::iter::from_fn(|| turns.place(ClientId::from_hex(ID).unwrap())).collect();
@@ -274,7 +274,7 @@ async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     let turns = &setup.secrets.turns;
     let mut taken = Vec::new();
     while turns.free() > 0 {
-        taken.push(turns.wait(Lane::Unknown, PATIENCE).await.unwrap());
+        taken.push(turns.wait(Lane::Unknown, TURN_WAIT_MAX).await.unwrap());
     }
     let ids: Vec<String> = (1..=40).map(|number| format!("{number:032x}")).collect();
     let unknown = ids.iter().map(|id| setup.show(id, "wrong"));
@@ -319,7 +319,7 @@ async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
 }
 
 #[tokio::test]
-async fn a_directory_that_is_away_takes_no_turn_and_is_not_the_callers_fault() {
+async fn a_directory_that_is_down_takes_no_turn_and_is_not_the_callers_fault() {
     let setup = setup(&["good"], |_| {});
     setup.show(ID, "good").await.unwrap();
     setup.known.generation.store(1, Ordering::Relaxed);

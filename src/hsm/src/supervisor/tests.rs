@@ -54,7 +54,7 @@ async fn a_worker_that_is_there_is_never_called_down() {
             let supervisor = &supervisor;
             scope.spawn(move || {
                 for _ in 0..5_000 {
-                    supervisor.welcome(link);
+                    supervisor.admit(link);
                     assert_eq!(serving(supervisor), Serving::Up);
                     supervisor.dismiss(link, Loss::Untrusted, "wrong answer");
                 }
@@ -71,7 +71,7 @@ async fn a_worker_that_is_there_is_never_called_down() {
 async fn the_first_cause_stays() {
     let supervisor = idle();
     let link = link(1);
-    supervisor.welcome(&link);
+    supervisor.admit(&link);
     supervisor.dismiss(&link, Loss::Untrusted, "a self-test was answered wrongly");
     supervisor.dismiss(&link, Loss::Ended, "it ended");
     assert_eq!(
@@ -87,7 +87,7 @@ async fn a_stop_is_final() {
     supervisor
         .drain_and_stop(Deadline::after(Duration::ZERO))
         .await;
-    supervisor.welcome(&link(1));
+    supervisor.admit(&link(1));
     assert_eq!(serving(&supervisor), Serving::Down(STOPPING.to_owned()));
 }
 
@@ -96,17 +96,17 @@ async fn a_stop_is_final() {
 async fn a_job_outlasts_two_lost_workers_and_no_more() {
     let supervisor = idle();
     let (first, mut answer) = job(request::Job::VerifyMac(VerifyMac::default()));
-    supervisor.welcome(&link(0));
+    supervisor.admit(&link(0));
     let mut jobs = vec![first];
     for generation in 1..=2 {
         let next = link(generation);
         supervisor.take_back(std::mem::take(&mut jobs), 2, "it ended");
-        supervisor.welcome(&next);
+        supervisor.admit(&next);
         supervisor.queue.dispatch();
         for link in supervisor.queue.links() {
             jobs.extend(link.take_jobs());
         }
-        assert_eq!(jobs.len(), 1, "the job was not handed on");
+        assert_eq!(jobs.len(), 1, "the job was not passed on");
         assert!(answer.try_recv().is_err(), "it was answered");
     }
     supervisor.take_back(jobs, 2, "it ended");
@@ -116,9 +116,9 @@ async fn a_job_outlasts_two_lost_workers_and_no_more() {
 
 /// Another worker cannot answer for the one that is tested.
 #[tokio::test]
-async fn a_self_test_is_not_handed_on() {
+async fn a_self_test_is_not_passed_on() {
     let supervisor = idle();
-    supervisor.welcome(&link(1));
+    supervisor.admit(&link(1));
     let (self_test, answer) = job(request::Job::SelfTest(SelfTest {}));
     supervisor.take_back(vec![self_test], 2, "it ended");
     assert!(answer.await.unwrap().result.is_err());

@@ -14,7 +14,7 @@ use crate::{
     queue::{Job, Output},
 };
 use keybroker_core::{
-    call::{Deadline, away},
+    call::{Deadline, outside_time},
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     key::WrappingKeyId,
     secret::KeyMaterial,
@@ -51,7 +51,7 @@ impl Supervisor {
         }
         match tokio::time::timeout_at(deadline.instant().into(), answer).await {
             Ok(Ok(answer)) => {
-                away::note(answer.away);
+                outside_time::note(answer.outside);
                 answer.result
             }
             Ok(Err(_)) => Err(self.down("the job was dropped")),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::{allocator, server};
+use crate::server;
 
 use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
@@ -16,9 +16,6 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure> {
-    if let Err(error) = allocator::apply() {
-        tracing::warn!(%error, "the allocator keeps its default settings; memory is returned later than it could be");
-    }
     let config = context.config_as_written()?;
     let problems = config.problems();
     if !problems.is_empty() {
@@ -27,6 +24,9 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     // A set that cannot be loaded stops the start below.
     for remark in config.unknown_principals().into_iter().flatten() {
         tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
+    }
+    for remark in config.policy.ignored_files() {
+        tracing::warn!(%remark, "a file in the directory of policies is not read");
     }
     block_on(server::run(
         config,

@@ -17,8 +17,8 @@ use super::{
 
 mod check;
 mod copy;
-mod judge;
 mod purge;
+mod row_check;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {

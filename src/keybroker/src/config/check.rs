@@ -3,7 +3,7 @@
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
 use crate::server::{
-    ClientCertificates, Door, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
+    Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
@@ -20,7 +20,7 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         self.check_selection(&mut problems);
-        self.check_doors(&mut problems);
+        self.check_apis(&mut problems);
         self.check_principals(&mut problems);
         problems
     }
@@ -121,11 +121,7 @@ impl Config {
     fn check_paths(&self, problems: &mut Vec<String>) {
         let mut absolute = |name: &str, path: &Path| {
             if !path.is_absolute() {
-                problems.push(format!(
-                    "{name} is {:?}: it must be an absolute path, because a service has no folder of \
-                     its own",
-                    path.display().to_string()
-                ));
+                problems.push(format!("{name} is {}", trusted_file::not_absolute(path)));
             }
         };
         absolute("[token] `module`", &self.token.module);
@@ -230,7 +226,7 @@ impl Config {
         );
     }
 
-    fn check_doors(&self, problems: &mut Vec<String>) {
+    fn check_apis(&self, problems: &mut Vec<String>) {
         if !self.status.address.ip().is_loopback() {
             problems.push(format!(
                 "[status]: `address` is {}, which others can reach; it must be a loopback address, because \
@@ -264,7 +260,7 @@ impl Config {
         }
         for listener in &self.listeners {
             check_listener(listener, problems);
-            if listener.doors.contains(&Door::Rest) && !has_users {
+            if listener.apis.contains(&Api::Rest) && !has_users {
                 problems.push(format!(
                     "[[listener]] {}: the REST API is for users, but no [[issuer]] has tokens of users",
                     listener.address
@@ -314,9 +310,9 @@ fn wide(value: usize) -> u64 {
 
 fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
-    if listener.doors.is_empty() {
+    if listener.apis.is_empty() {
         problems.push(format!(
-            "[[listener]] {address}: `doors` is empty, so it serves no API"
+            "[[listener]] {address}: `apis` is empty, so it serves no API"
         ));
     }
     match (&listener.tls, listener.plaintext) {
@@ -324,7 +320,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: `plaintext` and [listener.tls] exclude each other"
         )),
         (None, None) => problems.push(format!(
-            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the door `rest` \
+            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the API `rest` \
              alone, say `plaintext = \"loopback\"` instead"
         )),
         (Some(tls), None) => {
@@ -335,12 +331,12 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
+/// Anyone who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
-    if listener.doors != [Door::Rest] {
+    if listener.apis != [Api::Rest] {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext` is allowed only with `doors = [\"rest\"]`; the other APIs need [listener.tls]"
+            "[[listener]] {address}: `plaintext` is allowed only with `apis = [\"rest\"]`; the other APIs need [listener.tls]"
         ));
     }
     if listener.client_certificates != ClientCertificates::None {
@@ -351,8 +347,8 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
     if reach == Plaintext::Loopback && !address.ip().is_loopback() {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\" whoever is on the path \
-             reads keys and tokens"
+            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\", everyone on the \
+             network path can read keys and tokens"
         ));
     }
 }
@@ -389,7 +385,7 @@ fn check_listener_tls(
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
             "{name}: client certificates are asked for, but `client_ca_file` is not set; \
-             without it nobody could be recognised"
+             without it no client could be recognised"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
@@ -414,10 +410,7 @@ fn check_listener_tls(
     ];
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {
-            problems.push(format!(
-                "{name}: {:?} must be an absolute path",
-                path.display().to_string()
-            ));
+            problems.push(format!("{name}: {}", trusted_file::not_absolute(path)));
         }
     }
 }

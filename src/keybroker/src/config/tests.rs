@@ -186,7 +186,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "directory = \"policies",
         "[policy] `directory`",
     ),
-    ("doors = [\"grpc\"]", "doors = []", "`doors` is empty"),
+    ("apis = [\"grpc\"]", "apis = []", "`apis` is empty"),
     (
         "# allowed_origins = []",
         "allowed_origins = [\"*\"]",
@@ -289,11 +289,22 @@ fn each_mistake_has_its_message() {
     }
 }
 
+/// Configurations of earlier releases name the APIs of a listener `doors`.
+#[test]
+fn the_earlier_name_of_the_setting_apis_is_accepted() {
+    let earlier = EXAMPLE.replace("\napis = ", "\ndoors = ");
+    assert_eq!(earlier.matches("\ndoors = ").count(), 2);
+    let (earlier, now) = (Config::parse(&earlier), Config::parse(&EXAMPLE));
+    let apis =
+        |config: &Config| -> Vec<_> { config.listeners.iter().map(|it| it.apis.clone()).collect() };
+    assert_eq!(apis(&earlier.unwrap()), apis(&now.unwrap()));
+}
+
 /// REST is for users, and users have tokens.
 #[test]
-fn a_door_for_users_needs_an_issuer_of_users() {
+fn a_rest_listener_needs_an_issuer_of_users() {
     let needs = |text: &str| {
-        let text = text.replacen("doors = [\"grpc\"]", "doors = [\"rest\"]", 1);
+        let text = text.replacen("apis = [\"grpc\"]", "apis = [\"rest\"]", 1);
         let problems = Config::parse(&text).unwrap().problems();
         problems.iter().any(|p| p.contains("has tokens of users"))
     };

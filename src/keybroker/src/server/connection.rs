@@ -19,11 +19,11 @@ use tokio::{net::TcpStream, sync::Semaphore, time};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_auth::PeerCertificate;
-use keybroker_core::{call::caller::Caller, metrics};
+use keybroker_core::{call::caller::Caller, error::chain, metrics};
 
 use super::{
     frames::{self, Watched},
-    handshake::{self, Greeted, PREFACE, Refused},
+    handshake::{self, Established, PREFACE, Refused},
     listener::Shared,
     tls::Tls,
     unauthenticated::{self, Authentication, Full},
@@ -32,7 +32,7 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A request's head may have at least so many bytes.
+/// Size that the head of a request may have at least, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
 /// Bytes that a client may send ahead on one call and on all calls of a connection: for a client with an accepted certificate,
 /// a message and its prefix fit.
@@ -46,7 +46,7 @@ const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
 /// After GOAWAY, a connection without calls that has not ended for this long is one whose client does not listen.
-const GOODBYE: Duration = Duration::from_secs(1);
+const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Bytes of a request's head and of what is read ahead, on HTTP/1.1.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
 /// For how long a proxy may keep a connection without a request.
@@ -80,15 +80,15 @@ impl Connection {
         let accepting = tls.current();
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
-        let greeted = tokio::select! {
+        let established = tokio::select! {
             // No call can be under way yet.
             () = self.shared.stop.cancelled() => return,
             () = waiting.closed() => return self.refuse(&Refused::Displaced),
-            greeted = handshake::greet(stream, config, timeout) => greeted,
+            established = handshake::complete(stream, config, timeout) => established,
         };
-        match greeted {
-            Ok(greeted) => {
-                self.serve_greeted(greeted, waiting, &accepting.outdated)
+        match established {
+            Ok(established) => {
+                self.serve_established(established, waiting, &accepting.outdated)
                     .await;
             }
             Err(refused) => self.refuse(&refused),
@@ -134,21 +134,26 @@ impl Connection {
             .await;
     }
 
-    async fn serve_greeted(self, greeted: Greeted, waiting: Ticket, outdated: &CancellationToken) {
-        let Some(link) = self.place(greeted.leaf()) else {
+    async fn serve_established(
+        self,
+        established: Established,
+        waiting: Ticket,
+        outdated: &CancellationToken,
+    ) {
+        let Some(link) = self.place(established.leaf()) else {
             return;
         };
         // Counted by its own place from here on.
         drop(waiting);
         let service = TowerToHyperService::new(self.service(&link));
-        match greeted {
-            Greeted::Http2(io) => {
+        match established {
+            Established::Http2(io) => {
                 let io = Watched::new(io, PREFACE.len(), link.authentication.flag());
                 let http = self.http2(&link);
                 let connection = http.serve_connection(TokioIo::new(io), service);
                 self.watch(connection, &link, outdated).await;
             }
-            Greeted::Http1(io) => {
+            Established::Http1(io) => {
                 let silence = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
                 let connection = self
                     .http1(silence)
@@ -211,7 +216,12 @@ impl Connection {
 
     /// Serves until the connection ends by itself, or has to: at a stop, when the trust in clients has changed, with its age or
     /// its certificate, and when an unauthenticated client makes no call.
-    async fn watch(&self, connection: impl Polite, link: &Link, outdated: &CancellationToken) {
+    async fn watch(
+        &self,
+        connection: impl GracefulShutdown,
+        link: &Link,
+        outdated: &CancellationToken,
+    ) {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
@@ -240,11 +250,11 @@ impl Connection {
             () = unauthenticated => {}
         }
         // GOAWAY: calls under way end, new ones go to another connection. No call is longer than this.
-        connection.as_mut().say_goodbye();
+        connection.as_mut().begin_shutdown();
         let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
             ended = connection.as_mut() => note_end(self.peer, ended),
-            () = unused(&link.caller, GOODBYE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
+            () = unused(&link.caller, SILENT_CLOSE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
             () = time::sleep(grace) => {
                 tracing::debug!(peer = %self.peer, "connection cut after its grace");
             }
@@ -279,14 +289,14 @@ impl Connection {
                 })
                 .inspect_err(|error| {
                     if self.shared.broker.may_log(self.peer.ip()) {
-                        tracing::info!(peer = %self.peer, error, "client certificate");
+                        tracing::info!(peer = %self.peer, error = chain(error), "client certificate");
                     }
                 })
                 .ok()
         });
         let principal = self.shared.authenticator.certificate(certificate.as_ref());
         if let Err(error) = &principal {
-            tracing::debug!(peer = %self.peer, %error, "connection without a principal of its own");
+            tracing::debug!(peer = %self.peer, %error, "connection without its own principal");
         }
         let calls_max = usize::try_from(self.shared.limits.streams_per_connection_max);
         let caller = Caller::new(
@@ -320,27 +330,27 @@ struct Link {
 }
 
 /// What both versions of HTTP can be told.
-trait Polite: Future<Output = Result<(), hyper::Error>> {
+trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
     /// Takes no more requests, and ends with those under way.
-    fn say_goodbye(self: Pin<&mut Self>);
+    fn begin_shutdown(self: Pin<&mut Self>);
 }
 
 type Service = TowerToHyperService<Router>;
 
-impl<I> Polite for hyper::server::conn::http1::Connection<I, Service>
+impl<I> GracefulShutdown for hyper::server::conn::http1::Connection<I, Service>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
 {
-    fn say_goodbye(self: Pin<&mut Self>) {
+    fn begin_shutdown(self: Pin<&mut Self>) {
         self.graceful_shutdown();
     }
 }
 
-impl<I> Polite for hyper::server::conn::http2::Connection<I, Service, TokioExecutor>
+impl<I> GracefulShutdown for hyper::server::conn::http2::Connection<I, Service, TokioExecutor>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
 {
-    fn say_goodbye(self: Pin<&mut Self>) {
+    fn begin_shutdown(self: Pin<&mut Self>) {
         self.graceful_shutdown();
     }
 }

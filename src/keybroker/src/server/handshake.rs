@@ -113,19 +113,19 @@ pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// Makes a connection ready for the first request: for HTTP/1.1 where the client asks for that and the listener speaks it, else
 /// for HTTP/2.
-pub(super) async fn greet(
+pub(super) async fn complete(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     timeout: Duration,
-) -> Result<Greeted, Refused> {
-    let greeting = async {
+) -> Result<Established, Refused> {
+    let handshake = async {
         let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
         let accepted = TlsAcceptor::from(config).accept(ZeroedReads(stream)).await;
         let mut tls = accepted.map_err(Refused::Tls)?;
         // A client that names no protocol means the old one.
         let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
         if speaks_http1 && wanted == ALPN_HTTP1 {
-            return Ok(Greeted::Http1(Box::new(tls)));
+            return Ok(Established::Http1(Box::new(tls)));
         }
         let mut preface = [0; PREFACE.len()];
         let read = tls.read_exact(&mut preface).await;
@@ -133,21 +133,21 @@ pub(super) async fn greet(
         if preface != *PREFACE {
             return Err(Refused::NotHttp2);
         }
-        Ok(Greeted::Http2(Box::new(Prefaced { said: 0, tls })))
+        Ok(Established::Http2(Box::new(Prefaced { said: 0, tls })))
     };
-    time::timeout(timeout, greeting)
+    time::timeout(timeout, handshake)
         .await
         .unwrap_or(Err(Refused::Timeout))
 }
 
 /// A connection on which the first request can come.
 #[derive(Debug)]
-pub(super) enum Greeted {
+pub(super) enum Established {
     Http1(Box<TlsStream<ZeroedReads<TcpStream>>>),
     Http2(Box<Prefaced>),
 }
 
-impl Greeted {
+impl Established {
     /// The client's certificate, which the handshake verified.
     pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {
         let tls = match self {

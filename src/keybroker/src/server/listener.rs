@@ -1,4 +1,4 @@
-//! The accept loop: connections under a limit, each in a task of its own. Our own rather than tonic's, which has no cap, no age
+//! The accept loop: connections under a limit, each in a separate task. Our own rather than tonic's, which has no cap, no age
 //! with a grace, and no bound on its graceful stop.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
@@ -17,7 +17,7 @@ use keybroker_core::metrics;
 use super::{
     Limits,
     connection::Connection,
-    rarely::Rarely,
+    log_limit::LogLimit,
     tls::Tls,
     unauthenticated::{self, Places},
     waiting::Waiting,
@@ -33,10 +33,10 @@ pub(super) struct Shared {
     pub(super) connections: Arc<Semaphore>,
     /// Those whose handshake is under way.
     pub(super) handshakes: Arc<Waiting>,
-    /// Who holds the others.
+    /// The connections that hold the other places.
     pub(super) places: Arc<Places>,
     /// Limits the log lines about connections that are refused.
-    pub(super) refusals: Arc<Rarely>,
+    pub(super) refusals: Arc<LogLimit>,
     pub(super) limits: Arc<Limits>,
     /// Stop accepting and ask every connection to leave.
     pub(super) stop: CancellationToken,
@@ -47,7 +47,7 @@ pub(super) struct Shared {
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: TcpListener,
-    /// Absent where the configuration says in so many words that there is none.
+    /// Absent only where the configuration sets `plaintext`.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
     /// Networks of proxies and load balancers, which speak for many clients.
@@ -57,8 +57,8 @@ pub(super) struct Listener {
 impl Listener {
     /// Accepts until told to stop; dropping the socket then refuses newcomers at once.
     pub(super) async fn accept(self, shared: Shared) {
-        let failures = Rarely::default();
-        let full = Rarely::default();
+        let failures = LogLimit::default();
+        let full = LogLimit::default();
         loop {
             if shared.connections.available_permits() == 0 {
                 note_full(&shared.limits, &full);
@@ -100,7 +100,7 @@ impl Listener {
 }
 
 /// The limit of connections is reached. The next connection waits in the kernel's queue until one ends.
-fn note_full(limits: &Limits, full: &Rarely) {
+fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {
         tracing::warn!(

@@ -29,19 +29,19 @@ use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
-    token::Tokens,
+    token::{IssuerError, Tokens},
 };
 use keybroker_broker::{Broker, ClientRules, Parts, Serving, limits::Limits};
-use keybroker_core::{call::Deadline, state::StateDirectory};
+use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Supervisor, Token};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
 
 use super::{
+    apis::Apis,
     clients::Clients,
     descriptors,
-    doors::Doors,
     identify::Identifier,
     listener::{Listener, Shared},
     notify,
@@ -62,9 +62,9 @@ const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// One in so many connections may be without a principal.
+/// The share of connections that may be without a principal, as a divisor.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// One in so many may be in its handshake.
+/// The share of connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -109,7 +109,7 @@ pub async fn run(
     }
 }
 
-fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
+fn access_tokens(config: &Config) -> Result<Arc<Tokens>, IssuerError> {
     let tokens = Tokens::new(&config.issuers)?;
     let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
     Ok(Arc::new(tokens))
@@ -208,14 +208,16 @@ impl Server {
         hangup: Signal,
         token_started: &OnceLock<Arc<Supervisor>>,
     ) -> Result<Self, Failure> {
-        let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
-        let unusable = |what| Failure::new(Exit::Configuration, what);
-        let tokens = access_tokens(&config).map_err(unusable)?;
+        let metrics = telemetry::init_metrics()
+            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))?;
+        let unusable =
+            |error: &dyn std::error::Error| Failure::new(Exit::Configuration, chain(error));
+        let tokens = access_tokens(&config).map_err(|error| unusable(&error))?;
         let authenticator = Authenticator::new(&config.principals)
-            .map_err(unusable)?
+            .map_err(|error| unusable(&error))?
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
+        let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
@@ -271,14 +273,18 @@ impl Server {
         server.background.spawn(refresh);
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
-        server.open_doors(bound, &identifier)?;
+        server.open_listeners(bound, &identifier)?;
         if let Some(path) = &ready_file {
             server.write_ready_file(path)?;
         }
         Ok(server)
     }
 
-    fn open_doors(&mut self, bound: Vec<Bound>, identifier: &Identifier) -> Result<(), Failure> {
+    fn open_listeners(
+        &mut self,
+        bound: Vec<Bound>,
+        identifier: &Identifier,
+    ) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
         let unauthenticated_max = connections_max.div_ceil(UNAUTHENTICATED_DIVISOR);
@@ -294,7 +300,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
-        let doors = Doors {
+        let apis = Apis {
             config: &self.config,
             broker: &self.broker,
             health: &self.health,
@@ -308,10 +314,11 @@ impl Server {
             tls,
         } in bound
         {
-            let routes = doors.routes(&settings)?;
+            let routes = apis.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, doors = ?settings.doors, "listening");
+            let apis: Vec<&str> = settings.apis.iter().map(|api| api.as_str()).collect();
+            tracing::info!(%address, apis = %apis.join(", "), "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

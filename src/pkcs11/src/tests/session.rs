@@ -101,9 +101,9 @@ impl Bench {
 const LONG: Duration = Duration::from_mins(1);
 
 #[test]
-fn a_moment_of_trouble_is_not_taken_for_damage() {
+fn a_short_failure_is_not_taken_for_damage() {
     with_softhsm(
-        "session::a_moment_of_trouble_is_not_taken_for_damage",
+        "session::a_short_failure_is_not_taken_for_damage",
         |folder| {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();

@@ -10,14 +10,14 @@ fn micros_per_decision(policy: &Policy, identity: &Identity) -> f64 {
     let mut micros = 0.0;
     unwrap_of_ada(identity, |case| {
         for _ in 0..TURNS / 10 {
-            black_box(policy.judge(black_box(case)));
+            black_box(policy.evaluate(black_box(case)));
         }
         let started = Instant::now();
         for _ in 0..TURNS {
-            black_box(policy.judge(black_box(case)));
+            black_box(policy.evaluate(black_box(case)));
         }
         micros = started.elapsed().as_secs_f64() * 1e6 / f64::from(TURNS);
-        policy.judge(case)
+        policy.evaluate(case)
     });
     micros
 }

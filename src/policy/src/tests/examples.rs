@@ -57,13 +57,13 @@ fn the_page_names_every_word_and_policy() {
 }
 
 /// What the example decides of a case.
-fn judge(name: &str, case: &Case<'_>) -> String {
+fn evaluate(name: &str, case: &Case<'_>) -> String {
     let example = EXAMPLES
         .into_iter()
         .find(|(known, _)| *known == name)
         .unwrap();
     let (_folder, policy) = with_files(&[example]).unwrap();
-    policy.judge(case).policy.to_string()
+    policy.evaluate(case).policy.to_string()
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn strong_authentication() {
     let decides = |edit: &dyn Fn(&mut Claims)| {
         let mut ada = ada();
         edit(&mut ada.claims);
-        with_case(&ada, |case| judge("strong-authentication.cedar", case))
+        with_case(&ada, |case| evaluate("strong-authentication.cedar", case))
     };
     let ago = |seconds: i64| Some(Timestamp::from_micros(NOON.micros() - seconds * 1_000_000));
     assert_eq!(decides(&|_| {}), "own-keys");
@@ -108,13 +108,13 @@ fn networks() {
     ] {
         let peer = peer.parse().unwrap();
         let decided = with_case(&service(&[Role::Release]), |case| {
-            judge("networks.cedar", &Case { peer, ..*case })
+            evaluate("networks.cedar", &Case { peer, ..*case })
         });
         assert_eq!(decided, decides, "{peer}");
     }
     // Users are not services.
     assert_eq!(
-        with_case(&ada(), |case| judge("networks.cedar", case)),
+        with_case(&ada(), |case| evaluate("networks.cedar", case)),
         "own-keys"
     );
 }
@@ -137,7 +137,7 @@ fn organisations() {
             name: &key,
         };
         let decided = with_case(&ada, |case| {
-            judge("organisations.cedar", &Case { resource, ..*case })
+            evaluate("organisations.cedar", &Case { resource, ..*case })
         });
         assert_eq!(decided, decides, "{name} {organisation}");
     }
@@ -159,12 +159,12 @@ fn working_hours() {
     ] {
         let at = Timestamp::from_micros(midnight + minutes * 60_000_000);
         let decided = with_case(&export, |case| {
-            judge("working-hours.cedar", &Case { at, ..*case })
+            evaluate("working-hours.cedar", &Case { at, ..*case })
         });
         assert_eq!(decided, decides, "{minutes}");
     }
     let other = with_case(&service(&[Role::Release]), |case| {
-        judge("working-hours.cedar", case)
+        evaluate("working-hours.cedar", case)
     });
     assert_eq!(other, "release-role");
 }
@@ -173,7 +173,7 @@ fn working_hours() {
 fn users_delete() {
     let delete = |identity: &Identity| {
         with_case(identity, |case| {
-            judge(
+            evaluate(
                 "users-delete.cedar",
                 &Case {
                     action: Action::Delete,

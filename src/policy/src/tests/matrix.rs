@@ -81,7 +81,7 @@ const RESOURCES: [(&str, &str, &str, &str); 10] = [
     ("broker", "-", "-", "-"),
 ];
 
-fn judge(policy: &Policy, identity: &Identity, action: Action, resource: &str) -> Verdict {
+fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str) -> Verdict {
     let (_, owner, whose, name) = RESOURCES
         .into_iter()
         .find(|(known, ..)| *known == resource)
@@ -106,7 +106,7 @@ fn judge(policy: &Policy, identity: &Identity, action: Action, resource: &str) -
             name: &name,
         },
     };
-    policy.judge(&Case {
+    policy.evaluate(&Case {
         identity,
         action,
         resource,
@@ -138,7 +138,7 @@ fn every_cell_has_its_answer() {
             .get(principal)
             .unwrap_or_else(|| panic!("{line}"));
         for (action, cell) in Action::ALL.into_iter().zip(cells) {
-            let verdict = judge(&policy, identity, action, resource);
+            let verdict = evaluate(&policy, identity, action, resource);
             let actual = if verdict.allowed { "yes" } else { "-" };
             if actual != cell {
                 wrong.push(format!(
@@ -226,13 +226,13 @@ fn a_decision_names_its_policy() {
         ("no-role", Action::Get, "own", "default-deny"),
         ("release-all", Action::Get, "broker", "unasked"),
     ] {
-        let verdict = judge(&policy, &principals[principal], action, resource);
+        let verdict = evaluate(&policy, &principals[principal], action, resource);
         assert_eq!(&*verdict.policy, named, "{principal} {action} {resource}");
     }
 }
 
 /// The widest permit that an operator can write changes no answer about the control plane, for any principal. It opens no user's key
-/// to another user, and lets no administrator or auditor put a key of their own in the place of a user's.
+/// to another user, and lets no administrator or auditor put their own key in the place of a user's.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";
@@ -249,8 +249,8 @@ fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys(
     for (name, identity) in principals() {
         for (resource, _, whose, _) in RESOURCES {
             for action in Action::ALL {
-                let verdict = judge(&wide, &identity, action, resource);
-                let without = judge(&shipped, &identity, action, resource);
+                let verdict = evaluate(&wide, &identity, action, resource);
+                let without = evaluate(&shipped, &identity, action, resource);
                 opened += usize::from(verdict.allowed && !without.allowed);
                 let subject = identity.subject.as_ref().map(AsRef::as_ref);
                 let is_foreign = identity.kind == Kind::User && subject != Some(whose);
@@ -392,8 +392,8 @@ proptest! {
             let policy = Policy::load(&settings).unwrap();
             (folder, policy)
         };
-        prop_assert!(!forbids.judge(&case).allowed);
-        let verdict = shipped().judge(&case);
+        prop_assert!(!forbids.evaluate(&case).allowed);
+        let verdict = shipped().evaluate(&case);
         prop_assert_eq!(verdict.allowed, shipped_permits().contains(&&*verdict.policy), "{:?}", verdict);
     }
 

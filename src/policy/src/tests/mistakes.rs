@@ -137,7 +137,7 @@ fn files_keep_their_limits() {
     refused(&[("a.cedar", &policy.repeat(257))], "at most 256");
 }
 
-/// As deep as a file can nest, and as long as its chains can be: a problem, or a policy that is judged. Neither parser,
+/// As deep as a file can nest, and as long as its chains can be: a problem, or a policy that is checked. Neither parser,
 /// validator nor decision may use up the stack.
 #[test]
 fn nesting_ends_in_a_problem_and_not_in_a_crash() {
@@ -163,14 +163,14 @@ fn nesting_ends_in_a_problem_and_not_in_a_crash() {
             let body = format!("{}{inner}{}", open.repeat(depth), close.repeat(depth));
             let text = format!("forbid (principal, action, resource) when {{ {body} }};");
             if let Ok((_folder, policy)) = with_files(&[("deep.cedar", &text)]) {
-                unwrap_of_ada(&ada(), |case| policy.judge(case));
+                unwrap_of_ada(&ada(), |case| policy.evaluate(case));
             }
         }
     }
 }
 
 #[test]
-fn only_files_that_nobody_else_can_write_are_read() {
+fn only_files_that_no_other_user_can_write_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mine.cedar");
     fs::write(&file, "").unwrap();
@@ -236,7 +236,7 @@ fn links_of_a_mounted_volume_are_followed() {
     };
     let policy = Policy::load(&settings).unwrap();
     assert_eq!(
-        &*unwrap_of_ada(&ada(), |case| policy.judge(case)).policy,
+        &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"
     );
 }
@@ -250,7 +250,7 @@ proptest! {
     ) {
         for text in [words.join(" "), words.concat(), noise] {
             match with_files(&[("a.cedar", &text)]) {
-                Ok((_folder, policy)) => drop(unwrap_of_ada(&ada(), |case| policy.judge(case))),
+                Ok((_folder, policy)) => drop(unwrap_of_ada(&ada(), |case| policy.evaluate(case))),
                 Err(Problems(problems)) => for problem in problems {
                     prop_assert_eq!(problem.file.as_deref(), Some("a.cedar"));
                     if let Some((line, column)) = problem.place {

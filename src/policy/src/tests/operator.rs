@@ -11,7 +11,7 @@ fn verdict(policies: &str, edit: impl FnOnce(&mut Case<'_>)) -> Verdict {
     unwrap_of_ada(&ada(), |case| {
         let mut case = *case;
         edit(&mut case);
-        policy.judge(&case)
+        policy.evaluate(&case)
     })
 }
 
@@ -160,7 +160,7 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
 
 /// The mistake that permits invite: one that is meant to narrow, and adds.
 #[test]
-fn a_permit_that_is_too_wide_opens_nobody_elses_keys() {
+fn a_permit_that_is_too_wide_opens_no_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";
     let (_folder, policy) = with_files(&[("wide.cedar", wide)]).unwrap();
     for (identity, named) in [
@@ -187,7 +187,7 @@ fn a_permit_that_is_too_wide_opens_nobody_elses_keys() {
             "own-tenant",
         ),
     ] {
-        let verdict = unwrap_of_ada(&identity, |case| policy.judge(case));
+        let verdict = unwrap_of_ada(&identity, |case| policy.evaluate(case));
         assert_eq!((verdict.allowed, &*verdict.policy), (false, named));
     }
 }
@@ -198,12 +198,12 @@ fn a_permit_gives_what_the_shipped_ones_do_not() {
         when { principal has subject && resource.user == principal.subject };"#;
     let (_folder, policy) = with_files(&[("20-users.cedar", permit)]).unwrap();
     let verdict = unwrap_of_ada(&ada(), |case| {
-        policy.judge(&Case {
+        policy.evaluate(&Case {
             action: Action::Delete,
             ..*case
         })
     });
-    // Without an id of its own it is called by its place.
+    // Without its own id it is called by its place.
     assert_eq!(
         (verdict.allowed, &*verdict.policy),
         (true, "20-users.cedar:1")
@@ -217,17 +217,19 @@ fn without_the_shipped_permits_only_the_operators_are_there() {
         defaults: false,
         directory: Some(folder.path().to_owned()),
     };
-    let nothing = unwrap_of_ada(&ada(), |case| Policy::load(&settings).unwrap().judge(case));
+    let nothing = unwrap_of_ada(&ada(), |case| {
+        Policy::load(&settings).unwrap().evaluate(case)
+    });
     assert_eq!((nothing.allowed, &*nothing.policy), (false, "default-deny"));
     let permit = format!("@id(\"mine\") permit ({UNWRAP});");
     fs::write(folder.path().join("mine.cedar"), permit).unwrap();
     let policy = Policy::load(&settings).unwrap();
     assert_eq!(
-        &*unwrap_of_ada(&ada(), |case| policy.judge(case)).policy,
+        &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"
     );
     // The forbids are there all the same.
-    let bob = unwrap_of_ada(&person("bob"), |case| policy.judge(case));
+    let bob = unwrap_of_ada(&person("bob"), |case| policy.evaluate(case));
     assert_eq!(&*bob.policy, "users-own-keys-only");
 }
 
@@ -243,7 +245,7 @@ fn the_first_that_decides_is_named() {
         .map(|(name, text)| (*name, text.as_str()))
         .collect();
     let (_folder, policy) = with_files(&files).unwrap();
-    let verdict = unwrap_of_ada(&ada(), |case| policy.judge(case));
+    let verdict = unwrap_of_ada(&ada(), |case| policy.evaluate(case));
     let deciding: Vec<&str> = verdict.deciding.iter().map(AsRef::as_ref).collect();
     assert_eq!(deciding, ["b", "a", "c", "d"]);
     assert_eq!(&*verdict.policy, "b");

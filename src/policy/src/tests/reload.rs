@@ -7,7 +7,7 @@ use super::*;
 const FORBID: &str = "@id(\"closed\") forbid (principal, action, resource);";
 
 fn decides(policy: &Policy) -> String {
-    unwrap_of_ada(&person("ada"), |case| policy.judge(case))
+    unwrap_of_ada(&person("ada"), |case| policy.evaluate(case))
         .policy
         .to_string()
 }

@@ -1368,9 +1368,9 @@ pub struct GetTokenStateResponse {
     /// Jobs waiting in the queue.
     #[prost(uint32, tag = "7")]
     pub queue_length: u32,
-    /// When the last canary passed.
+    /// When the last self-test passed.
     #[prost(message, optional, tag = "8")]
-    pub last_canary_time: ::core::option::Option<::prost_types::Timestamp>,
+    pub last_self_test_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// Request of TailAuditLog.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1417,10 +1417,10 @@ pub struct ClientCredential {
     /// Roles, by their names in the configuration.
     #[prost(string, repeated, tag = "3")]
     pub roles: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: whose keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: whose keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "4")]
     pub users: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: which of their keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: which of their keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "5")]
     pub key_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// When it was made.
@@ -1478,7 +1478,7 @@ pub struct CreateClientCredentialResponse {
     /// Number of the secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The secret: the password of Basic. Nobody can show it again.
+    /// The secret: the password of Basic. It cannot be shown again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }
@@ -1502,7 +1502,7 @@ pub struct AddClientSecretResponse {
     /// Number of the new secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The new secret. Nobody can show it again.
+    /// The new secret. It cannot be shown again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }
@@ -1630,11 +1630,11 @@ impl WrappingKeyPurpose {
 pub enum TokenServing {
     /// Never sent.
     Unspecified = 0,
-    /// At least one worker serves and its canary passes.
+    /// At least one worker serves and its self-test passes.
     Up = 1,
     /// No worker serves; the supervisor keeps trying.
     Down = 2,
-    /// Attributes or canary wrong, or the PIN was refused: nothing is tried until the cause is gone.
+    /// Attributes or self-test wrong, or the PIN was refused: nothing is tried until the cause is gone.
     Untrusted = 3,
 }
 impl TokenServing {

@@ -25,6 +25,11 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
+/// What every SQLite database begins with (section 1.3 of its file format).
+const HEADER: &[u8; 16] = b"SQLite format 3\0";
+
+const DIRECTORY: &str = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
+
 /// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
@@ -37,14 +42,16 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
                 format!("there is no database at {shown}; make it with `keybroker store migrate`");
             Error::Schema(what.into())
         }
-        _ => Error::Down(Detail::caused(format!("cannot examine {shown}"), error)),
+        _ => not_examined(path, error),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
-        let what =
-            format!("{shown} has mode {mode:03o}: others can use it; run `chmod 600 {shown}`");
+        let what = format!(
+            "the database {shown} has mode {mode:04o}: other users can use it; run `chmod 600 {shown}`"
+        );
         return Err(Error::Down(what.into()));
     }
+    check_header(path)?;
     let (owner, ours) = (meta.uid(), rustix::process::geteuid().as_raw());
     if is_foreign(owner, ours) {
         let what = format!(
@@ -55,17 +62,31 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     check_side_files(path, owner)
 }
 
+/// Refuses a file that is no SQLite database, by its name. What cannot be read is left to SQLite.
+fn check_header(path: &Path) -> Result<(), Error> {
+    let mut begin = [0; HEADER.len()];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+    match read {
+        Ok(()) if begin != *HEADER => {
+            let what = format!("{} is no SQLite database", path.display());
+            Err(Error::Schema(Detail::from(what).remedy(
+                "name another file in the URL, or restore a backup if it was overwritten",
+            )))
+        }
+        // A file without content is a new database.
+        _ => Ok(()),
+    }
+}
+
+fn not_examined(path: &Path, error: io::Error) -> Error {
+    Error::Down(Detail::of_file("cannot examine", path, error))
+}
+
 /// Refuses files beside a database that another user made. In a directory that others can write to, a WAL that another user puts
 /// beside the database would replace its whole content at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for these files.
-    let failed = |path: &Path, error: io::Error| {
-        Error::Down(Detail::caused(
-            format!("cannot examine {}", path.display()),
-            error,
-        ))
-    };
-    let resolved = fs::canonicalize(path).map_err(|error| failed(path, error))?;
+    let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
     for suffix in SIDE_FILES {
         let file = with_suffix(&resolved, suffix);
@@ -73,7 +94,7 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
         let meta = match fs::symlink_metadata(&file) {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(&file, error)),
+            Err(error) => return Err(not_examined(&file, error)),
         };
         let (mode, owner) = (meta.mode() & 0o777, meta.uid());
         let problem = if !meta.is_file() {
@@ -119,10 +140,7 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
         Ok(true) => check(path)?,
         Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
         Err(error) => {
-            let detail = Detail::caused(format!("cannot examine {}", path.display()), error);
-            return Err(Error::Down(
-                detail.remedy("run this as the user to whom the database belongs"),
-            ));
+            return Err(not_examined(path, error));
         }
     }
     let pool = super::writer(path);
@@ -166,17 +184,13 @@ fn make_file(path: &Path) -> Result<(), Error> {
         .mode(0o600)
         .open(path);
     made.map(drop).map_err(|error| {
-        let detail = Detail::caused(format!("cannot create {}", path.display()), error);
-        Error::Down(
-            detail.remedy("its directory must exist and belong to the user that runs keybroker"),
-        )
+        Error::Down(Detail::of_file("cannot create", path, error).or_remedy(DIRECTORY))
     })
 }
 
 /// Takes the database for this process alone.
 pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     let lock_path = with_suffix(path, ".lock");
-    let shown = lock_path.display();
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -187,33 +201,29 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
-            Error::Down(Detail::caused(format!("cannot open {shown}"), error).remedy(
-                "it must be a regular file, and its directory must exist and belong to the user that runs keybroker",
-            ))
+            Error::Down(Detail::of_file("cannot open", &lock_path, error).or_remedy(DIRECTORY))
         })?;
     check_lock(&file, &lock_path)?;
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop the broker first, because SQLite is for one process. What a running broker can do \
-             itself is below `keybroker client`",
+            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. What a running \
+             broker can do itself is below `keybroker client`",
             path.display(),
             holder.trim()
         )));
     }
     note_open_directory(path);
     note_holder(&mut file)
-        .map_err(|error| Error::Down(Detail::caused(format!("cannot write {shown}"), error)))?;
+        .map_err(|error| Error::Down(Detail::of_file("cannot write", &lock_path, error)))?;
     Ok(StoreLock { _file: Some(file) })
 }
 
 /// The process id is written into the lock file, so it must not be another file under a second name.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
-    let meta = file
-        .metadata()
-        .map_err(|error| Error::Down(Detail::caused(format!("cannot examine {shown}"), error)))?;
+    let meta = file.metadata().map_err(|error| not_examined(path, error))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()

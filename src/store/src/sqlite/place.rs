@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use keybroker_core::error::chain;
@@ -20,6 +21,10 @@ enum Changed {
     #[error("cannot examine {path}")]
     Unreadable { path: PathBuf, source: io::Error },
 }
+
+/// How long a read relies on the last examination of the files. Connections stay open, so until then it reads from the file
+/// that was opened, and a new connection is examined for itself.
+const RECENT: Duration = Duration::from_millis(50);
 
 /// One file or directory, as it was when the database was opened.
 #[derive(Debug)]
@@ -55,8 +60,16 @@ impl Fixed {
 #[derive(Debug)]
 pub(super) struct Place {
     files: Vec<Fixed>,
-    /// What was wrong at the last check, so that it is logged once.
-    problem: Mutex<Option<String>>,
+    last: Mutex<Last>,
+}
+
+/// The last examination.
+#[derive(Debug, Default)]
+struct Last {
+    /// When it began, if it found nothing wrong.
+    good: Option<Instant>,
+    /// What was wrong, so that it is logged once.
+    problem: Option<String>,
 }
 
 impl Place {
@@ -78,26 +91,29 @@ impl Place {
         })?;
         Ok(Self {
             files,
-            problem: Mutex::default(),
+            last: Mutex::default(),
         })
     }
 
     /// Fails while any of the files is another one than at the beginning.
     pub(super) fn check(&self) -> Result<(), Error> {
+        let begun = Instant::now();
         let changed = self.files.iter().find_map(|file| file.check().err());
         let found = changed.as_ref().map(|changed| chain(changed));
-        let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
-        if *problem != found {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.problem != found {
             if let Some(what) = &found {
-                tracing::error!(
-                    alarm = "store-swapped", %what,
+                keybroker_core::alert!(
+                    StoreSwapped, %what,
                     "the database is not the file that was opened: nothing is read or written until it is"
                 );
             } else {
                 tracing::warn!("the database is the file that was opened again");
             }
-            problem.clone_from(&found);
+            last.problem.clone_from(&found);
         }
+        last.good = found.is_none().then_some(begun);
+        drop(last);
         match changed {
             None => Ok(()),
             Some(changed) => Err(Error::Down(
@@ -108,6 +124,14 @@ impl Place {
                 .remedy("put the file back, or restart the broker"),
             )),
         }
+    }
+
+    /// As `check`, but relies on a good result that is not older than `RECENT`: each examination costs four system calls.
+    pub(super) fn check_recent(&self) -> Result<(), Error> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_recent = last.good.is_some_and(|good| good.elapsed() < RECENT);
+        drop(last);
+        if is_recent { Ok(()) } else { self.check() }
     }
 }
 

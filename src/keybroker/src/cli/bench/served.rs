@@ -20,7 +20,7 @@ use crate::{
         exit::{Exit, Failure},
     },
     config::Config,
-    server::Door,
+    server::Api,
     telemetry,
 };
 
@@ -37,7 +37,7 @@ pub(super) struct Served {
     _started: Option<Started>,
 }
 
-/// A broker of our own, and the folder of its ready file.
+/// Our own broker, and the folder of its ready file.
 struct Started {
     child: Child,
     folder: PathBuf,
@@ -63,16 +63,16 @@ impl Served {
                 _started: None,
             });
         }
-        let door = config
+        let listener = config
             .listeners
             .iter()
-            .position(|listener| listener.doors.contains(&Door::Grpc))
+            .position(|listener| listener.apis.contains(&Api::Grpc))
             .ok_or_else(|| {
-                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `doors`")
+                Failure::new(Exit::Configuration, "no [[listener]] has `grpc` in `apis`")
             })?;
         let mut started = Started::spawn(context)?;
         let ready = started.wait().await?;
-        let address = ready.listeners.get(door).ok_or_else(|| {
+        let address = ready.listeners.get(listener).ok_or_else(|| {
             Failure::new(
                 Exit::Internal,
                 "the ready file names fewer listeners than the configuration",
@@ -91,7 +91,7 @@ impl Served {
 impl Started {
     fn spawn(context: &Context) -> Result<Self, Failure> {
         let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
-        // A directory of our own: no other user can put a ready file there.
+        // A separate directory: no other user can put a ready file there.
         let folder = std::env::temp_dir().join(format!("keybroker-bench-{}", Uuid::new_v4()));
         DirBuilder::new()
             .mode(0o700)

@@ -6,7 +6,7 @@ use aws_lc_rs::{hmac, rand};
 /// The key name that belongs to this command.
 pub(super) const KEY_NAME: &str = "bench";
 
-/// So many users, numbered from 0.
+/// A number of users, numbered from 0.
 #[derive(Clone, Debug)]
 pub(super) struct Users {
     key: hmac::Key,
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_comes_and_nobody_else() {
+    fn every_user_and_no_other_is_drawn() {
         let users = Users::new(5);
         let seen: BTreeSet<String> = (0..1_000).map(|_| users.any().name).collect();
         let all: BTreeSet<String> = (0..5).map(|number| users.user(number).name).collect();

@@ -23,7 +23,7 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{holder::Holder, refusal::Trouble, secrets};
+use super::{holder::Holder, refusal::RequestError, secrets};
 
 const JSON: &str = "application/json";
 /// As the clients in TypeScript send it.
@@ -117,7 +117,7 @@ impl Connector {
             }
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP the key and the token would be anybody's",
+                "is not on this machine: over plain HTTP everyone on the network path could read the key and the token",
             )),
             _ => Err(refuse("is not https")),
         }
@@ -241,22 +241,25 @@ impl Broker {
         };
         let request = request.header(CONTENT_TYPE, JSON_UTF8).body(text);
         let answer = self.send(request).await;
-        answer.map(drop).map_err(Trouble::of_change)
+        answer.map(drop).map_err(RequestError::of_change)
     }
 
     /// The body of an answer with status 200.
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Zeroizing<Vec<u8>>, Trouble> {
+    async fn send(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<Zeroizing<Vec<u8>>, RequestError> {
         let request = request
             .header(ACCEPT, JSON)
             .header(AUTHORIZATION, self.bearer.clone());
-        let mut answer = request.send().await.map_err(|error| Trouble {
+        let mut answer = request.send().await.map_err(|error| RequestError {
             failure: self.unreachable(&error),
             may_have_happened: !error.is_connect(),
         })?;
         let body = self.read(&mut answer).await?;
         match answer.status() {
             StatusCode::OK => Ok(body),
-            _ => Err(Trouble::answered(&answer, &body)),
+            _ => Err(RequestError::answered(&answer, &body)),
         }
     }
 

@@ -6,13 +6,13 @@ use serde::Deserialize;
 use crate::cli::exit::{Exit, Failure};
 
 /// Why there is no good answer.
-pub(super) struct Trouble {
+pub(super) struct RequestError {
     pub(super) failure: Failure,
     /// Whether a change that was asked for may have been made.
     pub(super) may_have_happened: bool,
 }
 
-impl Trouble {
+impl RequestError {
     /// An answer with another status than 200.
     pub(super) fn answered(answer: &Response, body: &[u8]) -> Self {
         let status = answer.status();
@@ -39,7 +39,7 @@ impl Trouble {
     }
 }
 
-impl From<Failure> for Trouble {
+impl From<Failure> for RequestError {
     fn from(failure: Failure) -> Self {
         Self {
             failure,
@@ -48,9 +48,9 @@ impl From<Failure> for Trouble {
     }
 }
 
-impl From<Trouble> for Failure {
-    fn from(trouble: Trouble) -> Self {
-        trouble.failure
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        error.failure
     }
 }
 
@@ -148,11 +148,11 @@ mod tests {
         for (may_have_happened, words) in [(true, "may have been stored: "), (false, "answers 503")]
         {
             let failure = refused(StatusCode::SERVICE_UNAVAILABLE, None, b"{}");
-            let trouble = Trouble {
+            let error = RequestError {
                 failure,
                 may_have_happened,
             };
-            let failure = trouble.of_change();
+            let failure = error.of_change();
             assert!(failure.message.contains(words), "{}", failure.message);
             let says_fetch = failure
                 .hint

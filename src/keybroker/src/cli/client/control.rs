@@ -139,7 +139,10 @@ fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
         ("model", json!(state.model)),
         ("workers", workers(&state.workers, json)),
         ("queue_length", json!(state.queue_length)),
-        ("last_canary", show::time(state.last_canary_time.as_ref())),
+        (
+            "last_self_test",
+            show::time(state.last_self_test_time.as_ref()),
+        ),
     ]
 }
 

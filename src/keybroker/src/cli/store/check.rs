@@ -24,7 +24,7 @@ use keybroker_store::{
     tables::{Table, Tables},
 };
 
-use super::judge::{Finding, Judge, Problem};
+use super::row_check::{Finding, Problem, RowChecker};
 
 /// More findings than this are counted, not shown: a whole database that is damaged must fit into memory.
 const SHOWN_MAX: usize = 1_000;
@@ -68,7 +68,7 @@ pub(super) async fn scan(
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
     check_registry(admin, &registry)?;
-    let mut judge = Judge::new(admin, registry);
+    let mut checker = RowChecker::new(admin, registry);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -83,12 +83,12 @@ pub(super) async fn scan(
             progress.step();
         }
         let key = found.good_revision().map(|row| row.wrapping_key);
-        learn(&mut judge, key, &**store, admin).await?;
-        for finding in judge.judge(&found)? {
+        learn(&mut checker, key, &**store, admin).await?;
+        for finding in checker.check(&found)? {
             report.add(&**store, finding).await?;
         }
     }
-    if let Some(finding) = judge.end() {
+    if let Some(finding) = checker.end() {
         report.add(&**store, finding).await?;
     }
     let mut scan = ClientScan::new(Arc::clone(store));
@@ -96,12 +96,12 @@ pub(super) async fn scan(
         report.clients += 1;
         progress.step();
         let key = found.row.as_ref().ok().map(|row| row.key);
-        learn(&mut judge, key, &**store, admin).await?;
-        if let Some(finding) = judge.client(&found)? {
+        learn(&mut checker, key, &**store, admin).await?;
+        if let Some(finding) = checker.client(&found)? {
             report.add(&**store, finding).await?;
         }
     }
-    check_others(store, admin, &mut judge, &mut report, &progress).await?;
+    check_others(store, admin, &mut checker, &mut report, &progress).await?;
     Ok(report)
 }
 
@@ -109,7 +109,7 @@ pub(super) async fn scan(
 async fn check_others(
     store: &Arc<dyn Tables>,
     admin: &Admin,
-    judge: &mut Judge<'_>,
+    checker: &mut RowChecker<'_>,
     report: &mut Report,
     progress: &Progress,
 ) -> Result<(), Failure> {
@@ -120,9 +120,9 @@ async fn check_others(
         if let FoundOther::Request(row) = &found
             && let Ok((_, record)) = &**row
         {
-            learn(judge, Some(record.key), &**store, admin).await?;
+            learn(checker, Some(record.key), &**store, admin).await?;
         }
-        if let Some(finding) = judge.other(&found)? {
+        if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
         }
     }
@@ -136,18 +136,18 @@ async fn check_others(
 
 /// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
 async fn learn(
-    judge: &mut Judge<'_>,
+    checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
     admin: &Admin,
 ) -> Result<(), Failure> {
-    if !judge.lacks(key) {
+    if !checker.lacks(key) {
         return Ok(());
     }
     let registry = store.registry().await?;
-    if !judge.knows(&registry) {
+    if !checker.knows(&registry) {
         check_registry(admin, &registry)?;
-        judge.renew(registry);
+        checker.renew(registry);
     }
     Ok(())
 }

@@ -1,0 +1,258 @@
+//! Retries during short outages, because a client would log its user out after an error.
+
+use std::time::{Duration, Instant};
+
+use keybroker_core::{
+    call::{Call, CallId, Deadline},
+    error::{Error, Reason},
+    metrics,
+};
+
+/// Total time of all retries of one request. Clients and proxies wait for half a minute and longer.
+const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
+/// How often one request is tried again, all its steps together.
+const REPETITIONS_MAX: u32 = 5;
+/// Longest time for one try: the next one may meet another worker, or another connection.
+const TRY: Duration = Duration::from_secs(5);
+/// Before the second try; doubled before each other one. All of them together fill [`RETRY_TIME_MAX`].
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// What a try needs at least: none is begun that could not end.
+const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
+
+/// The remaining time for retries of one request, over all of its calls.
+///
+/// Every try and every step is a separate call in the audit log: the mark of a change whose fate is unknown must not be
+/// that of another one.
+pub(super) struct Retry {
+    request: Call,
+    until: Instant,
+    repetitions: u32,
+    /// The call that was made last; `None` before the first.
+    last: Option<CallId>,
+}
+
+impl Retry {
+    /// That of a request, whose first call has its id.
+    pub(super) fn new(request: Call) -> Self {
+        let until = Instant::now() + RETRY_TIME_MAX;
+        Self {
+            until: request.deadline.instant().min(until),
+            request,
+            repetitions: 0,
+            last: None,
+        }
+    }
+
+    /// Id of the call that was made last: the one that an answer is about.
+    pub(super) fn last(&self) -> CallId {
+        self.last.unwrap_or(self.request.id)
+    }
+
+    /// Repeats the call until a retry cannot change the answer or no time is left.
+    pub(super) async fn ask<T, F>(&mut self, mut attempt: impl FnMut(Call) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let mut is_outcome_unknown = false;
+        loop {
+            let mut error = match attempt(self.next()).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            // What an earlier try may have changed stays unknown, whatever the last one says.
+            is_outcome_unknown |= error.is_outcome_unknown();
+            if is_outcome_unknown {
+                error = error.outcome_unknown();
+            }
+            let Some(pause) = self.pause(error.reason()) else {
+                return Err(error);
+            };
+            let (first, id) = (self.request.id, self.last());
+            tracing::info!(request = %first, call_id = %id, %error, "retrying after a short outage");
+            metrics::REST_RETRIES
+                .with([error.reason().as_str()])
+                .increment(1);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// The next call of the request.
+    fn next(&mut self) -> Call {
+        let id = match self.last {
+            None => self.request.id,
+            Some(_) => CallId::fresh(),
+        };
+        if self.last.is_some() {
+            tracing::debug!(request = %self.request.id, call_id = %id, "another call of a request");
+        }
+        self.last = Some(id);
+        let deadline = self.request.deadline.instant();
+        Call {
+            id,
+            deadline: Deadline::at(deadline.min(Instant::now() + TRY)),
+            ..self.request.clone()
+        }
+    }
+
+    /// How long to wait before the next try; `None` when there is none.
+    fn pause(&mut self, reason: Reason) -> Option<Duration> {
+        if !is_transient(reason) || self.repetitions == REPETITIONS_MAX {
+            return None;
+        }
+        let left = self.until.saturating_duration_since(Instant::now());
+        let longest = left.checked_sub(LEFT_FOR_A_TRY)?;
+        let pause = FIRST_PAUSE * (1 << self.repetitions);
+        self.repetitions += 1;
+        Some(jittered(pause).min(longest))
+    }
+}
+
+/// Four fifths of it and a part of the rest: callers that failed together do not all return together.
+fn jittered(pause: Duration) -> Duration {
+    let [.., random] = *CallId::fresh().as_bytes();
+    pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
+}
+
+/// Whether a retry may succeed soon. A rate limit is not transient, because it is the caller's own. A deadline is that of one
+/// try, or no time is left anyway.
+#[deny(clippy::wildcard_enum_match_arm)]
+const fn is_transient(reason: Reason) -> bool {
+    match reason {
+        Reason::QueueFull
+        | Reason::TokenDown
+        | Reason::StoreDown
+        | Reason::AuditDown
+        | Reason::IdentityDown
+        | Reason::Deadline => true,
+        Reason::Request
+        | Reason::RequestIdReused
+        | Reason::Credential
+        | Reason::Policy
+        | Reason::KeyNotFound
+        | Reason::KeyExists
+        | Reason::Revision
+        | Reason::RecordDamaged
+        | Reason::EnvelopeRejected
+        | Reason::KeyState
+        | Reason::Rate
+        | Reason::FailureBudget
+        | Reason::TokenUntrusted
+        | Reason::Bug => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn call(timeout: Duration) -> Call {
+        Call::start("127.0.0.1:1", Deadline::after(timeout))
+    }
+
+    fn retry(timeout: Duration) -> Retry {
+        Retry::new(call(timeout))
+    }
+
+    #[tokio::test]
+    async fn a_short_outage_is_waited_out_with_an_id_for_each_try() {
+        let mut ids = HashSet::new();
+        let request = call(Duration::from_secs(30));
+        let mut retry = Retry::new(request.clone());
+        let answer = retry.ask(|call| {
+            ids.insert(call.id);
+            let outage = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "unavailable"));
+            async { outage.map_or(Ok(7), Err) }
+        });
+        assert_eq!(answer.await.unwrap(), 7);
+        assert_eq!(ids.len(), 4);
+        assert!(ids.contains(&request.id));
+        assert!(ids.contains(&retry.last()) && retry.last() != request.id);
+    }
+
+    #[tokio::test]
+    async fn an_unknown_outcome_of_an_earlier_try_is_not_forgotten() {
+        for is_unknown in [true, false] {
+            let mut tries = 0;
+            let mut retry = retry(Duration::from_secs(30));
+            let answer = retry.ask(|_| {
+                tries += 1;
+                let error = match tries {
+                    1 if is_unknown => Error::new(Reason::StoreDown, "").outcome_unknown(),
+                    1 => Error::new(Reason::StoreDown, ""),
+                    _ => Error::new(Reason::TokenUntrusted, ""),
+                };
+                async { Err::<(), _>(error) }
+            });
+            let error = answer.await.unwrap_err();
+            assert_eq!(error.reason(), Reason::TokenUntrusted);
+            assert_eq!(error.is_outcome_unknown(), is_unknown);
+        }
+    }
+
+    /// Each step is a separate call, also when nothing goes wrong.
+    #[tokio::test]
+    async fn every_step_has_an_id_and_a_deadline_of_its_own() {
+        let request = call(Duration::from_secs(30));
+        let mut retry = Retry::new(request.clone());
+        let mut ids = HashSet::new();
+        for _ in 0..4 {
+            let step = retry.ask(|call| async { Ok(call) }).await.unwrap();
+            assert!(ids.insert(step.id));
+            assert!(step.deadline.remaining() <= TRY);
+        }
+        assert!(ids.contains(&request.id));
+        let short = call(Duration::from_secs(1));
+        let step = Retry::new(short.clone()).next();
+        assert_eq!(step.deadline, short.deadline);
+    }
+
+    #[tokio::test]
+    async fn what_waiting_does_not_change_is_answered_at_once() {
+        for reason in Reason::ALL {
+            let mut tries = 0;
+            let mut retry = retry(Duration::from_secs(30));
+            let answer = retry.ask(|_| {
+                tries += 1;
+                let first = (tries == 1).then(|| Error::new(reason, ""));
+                async { first.map_or(Ok(()), Err) }
+            });
+            assert_eq!(answer.await.is_ok(), is_transient(reason), "{reason}");
+        }
+    }
+
+    /// Over all steps of a request.
+    #[test]
+    fn repetitions_are_counted() {
+        let mut retry = retry(Duration::from_secs(30));
+        let pauses: Vec<Duration> = std::iter::from_fn(|| retry.pause(Reason::QueueFull)).collect();
+        assert_eq!(pauses.len(), 5);
+        assert!(pauses.is_sorted());
+        assert_eq!(retry.pause(Reason::Deadline), None);
+    }
+
+    #[tokio::test]
+    async fn an_outage_that_lasts_is_answered_before_the_deadline() {
+        for reason in [Reason::TokenDown, Reason::Deadline] {
+            let call = call(Duration::from_millis(900));
+            let mut retry = Retry::new(call.clone());
+            let answer = retry.ask(|_| async { Err::<(), _>(Error::new(reason, "unavailable")) });
+            assert_eq!(answer.await.unwrap_err().reason(), reason);
+            assert!(!call.deadline.remaining().is_zero());
+        }
+    }
+
+    #[test]
+    fn pauses_fill_the_retry_time_and_differ() {
+        let all: Duration = (0..REPETITIONS_MAX)
+            .map(|round| FIRST_PAUSE * (1 << round))
+            .sum();
+        assert!(all < RETRY_TIME_MAX && all + LEFT_FOR_A_TRY >= RETRY_TIME_MAX);
+        let pauses: HashSet<Duration> = (0..64).map(|_| jittered(FIRST_PAUSE)).collect();
+        assert!(pauses.len() > 8);
+        for pause in pauses {
+            assert!((FIRST_PAUSE * 4 / 5..FIRST_PAUSE).contains(&pause));
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Time that a call spends outside the broker: in the token's queue and in its module. The measurement of a call
+//! takes it off, and what is left is what the broker adds.
+
+use std::{cell::Cell, time::Duration};
+
+tokio::task_local! {
+    static OUTSIDE: Cell<Duration>;
+}
+
+/// Runs work, and returns the time outside the broker that was noted in its task.
+pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
+    let work = async {
+        let result = work.await;
+        (result, OUTSIDE.with(Cell::get))
+    };
+    OUTSIDE.scope(Cell::default(), work).await
+}
+
+/// Notes that the work of this task spent this time outside the broker. Without a measurement it does nothing.
+pub fn note(outside: Duration) {
+    OUTSIDE
+        .try_with(|total| total.set(total.get() + outside))
+        .ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_noted_inside_counts_and_what_is_noted_outside_does_not() {
+        note(Duration::from_secs(7));
+        let work = async {
+            note(Duration::from_secs(1));
+            tokio::task::yield_now().await;
+            note(Duration::from_secs(2));
+            "done"
+        };
+        let (result, outside) = measured(work).await;
+        assert_eq!((result, outside), ("done", Duration::from_secs(3)));
+    }
+}

@@ -1,0 +1,385 @@
+//! What is wrong with a row, if anything: what a broker would find when a caller asks for the key, and more.
+
+use keybroker_core::{
+    client_credential::Document,
+    envelope::{Context, Envelope, Kind},
+    key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
+};
+use keybroker_hsm::admin::Admin;
+use keybroker_store as store;
+use keybroker_store::{
+    ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
+    scan::{Found, FoundClient, FoundOther},
+    tables::{Head, RevisionRow},
+};
+
+use crate::cli::exit::Failure;
+
+/// Class of a bad row. The names are stable: `docs/store.md` has what each means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Problem {
+    RecordUnreadable,
+    RevisionUnreadable,
+    CurrentRevisionMissing,
+    RevisionWithoutRecord,
+    RevisionBeyondCurrent,
+    EnvelopeUnreadable,
+    EnvelopeOfAnotherKind,
+    WrappingKeyDiffers,
+    WrappingKeyUnknown,
+    WrappingKeyDestroyed,
+    MacRefused,
+    ClientUnreadable,
+    DocumentUnreadable,
+    RequestUnreadable,
+    ChangeUnreadable,
+    LastUseUnreadable,
+    ClientUseUnreadable,
+    IdentityMissing,
+}
+
+impl Problem {
+    /// As shown.
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::RecordUnreadable => "record-unreadable",
+            Self::RevisionUnreadable => "revision-unreadable",
+            Self::CurrentRevisionMissing => "current-revision-missing",
+            Self::RevisionWithoutRecord => "revision-without-record",
+            Self::RevisionBeyondCurrent => "revision-beyond-current",
+            Self::EnvelopeUnreadable => "envelope-unreadable",
+            Self::EnvelopeOfAnotherKind => "envelope-of-another-kind",
+            Self::WrappingKeyDiffers => "wrapping-key-differs",
+            Self::WrappingKeyUnknown => "wrapping-key-unknown",
+            Self::WrappingKeyDestroyed => "wrapping-key-destroyed",
+            Self::MacRefused => "mac-refused",
+            Self::ClientUnreadable => "client-unreadable",
+            Self::DocumentUnreadable => "document-unreadable",
+            Self::RequestUnreadable => "request-unreadable",
+            Self::ChangeUnreadable => "change-unreadable",
+            Self::LastUseUnreadable => "last-use-unreadable",
+            Self::ClientUseUnreadable => "client-use-unreadable",
+            Self::IdentityMissing => "identity-missing",
+        }
+    }
+}
+
+/// A row that is not as it must be.
+#[derive(Clone, Debug)]
+pub(super) struct Finding {
+    pub(super) problem: Problem,
+    /// What the class does not say. Never bytes of a row.
+    pub(super) detail: String,
+    pub(super) record: Option<RecordId>,
+    pub(super) head: Option<Head>,
+    pub(super) revision: Option<Revision>,
+    pub(super) client: Option<ClientId>,
+}
+
+impl Finding {
+    fn of_revision(
+        problem: Problem,
+        detail: impl Into<String>,
+        head: Option<&Head>,
+        row: &RevisionRow,
+    ) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: Some(row.record),
+            head: head.cloned(),
+            revision: Some(row.revision),
+            client: None,
+        }
+    }
+
+    /// Of a row that belongs to no record and no API client.
+    pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: None,
+            head: None,
+            revision: None,
+            client: None,
+        }
+    }
+
+    /// The revision is that of the document.
+    fn of_client(
+        problem: Problem,
+        detail: impl Into<String>,
+        client: Option<ClientId>,
+        row: Option<&ClientRow>,
+    ) -> Self {
+        Self {
+            problem,
+            detail: detail.into(),
+            record: None,
+            head: None,
+            revision: row.and_then(|row| Revision::new(row.revision)),
+            client,
+        }
+    }
+
+    fn current_missing(head: Head) -> Self {
+        Self {
+            problem: Problem::CurrentRevisionMissing,
+            detail: String::new(),
+            record: Some(head.id),
+            revision: Some(head.revision),
+            head: Some(head),
+            client: None,
+        }
+    }
+
+    /// Whether it may be nothing but a change that was made while we looked.
+    pub(super) fn may_be_a_change(&self) -> bool {
+        matches!(
+            self.problem,
+            Problem::CurrentRevisionMissing
+                | Problem::RevisionWithoutRecord
+                | Problem::RevisionBeyondCurrent
+        )
+    }
+}
+
+/// Checks the rows of one scan, from its beginning to its end.
+#[derive(Debug)]
+pub(super) struct RowChecker<'a> {
+    admin: &'a Admin,
+    registry: Vec<RegistryRow>,
+    /// The record under way, until its current revision is seen.
+    awaited: Option<Head>,
+}
+
+impl<'a> RowChecker<'a> {
+    /// The token has the keys of the registry that are not destroyed.
+    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
+        Self {
+            admin,
+            registry,
+            awaited: None,
+        }
+    }
+
+    /// Whether the wrapping key that a row names is one that the registry did not have when it was read.
+    pub(super) fn lacks(&self, key: Option<WrappingKeyId>) -> bool {
+        key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
+    }
+
+    /// Whether the registry is as it was when it was read.
+    pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
+        self.registry == registry
+    }
+
+    /// Goes on with the registry as it is now.
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
+        self.registry = registry;
+    }
+
+    /// What is wrong with what a scan found, and with the record that it has left.
+    pub(super) fn check(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
+        let mut findings = Vec::new();
+        if found.is_first {
+            findings.extend(self.end());
+            self.awaited = found.good_head().cloned();
+            if let Some(Err(error)) = found.head.as_deref() {
+                findings.push(Finding {
+                    problem: Problem::RecordUnreadable,
+                    detail: error.to_string(),
+                    record: found.good_revision().map(|row| row.record),
+                    head: None,
+                    revision: None,
+                    client: None,
+                });
+            }
+        }
+        match &found.revision {
+            None => {}
+            Some(Err(error)) => findings.push(Finding {
+                problem: Problem::RevisionUnreadable,
+                detail: error.to_string(),
+                record: found.good_head().map(|head| head.id),
+                head: found.good_head().cloned(),
+                revision: None,
+                client: None,
+            }),
+            Some(Ok(row)) => findings.extend(self.revision(found, row)?),
+        }
+        Ok(findings)
+    }
+
+    /// What is wrong with the last record.
+    pub(super) fn end(&mut self) -> Option<Finding> {
+        self.awaited.take().map(Finding::current_missing)
+    }
+
+    fn revision(&mut self, found: &Found, row: &RevisionRow) -> Result<Option<Finding>, Failure> {
+        let bad = |problem, detail: String| {
+            Ok(Some(Finding::of_revision(
+                problem,
+                detail,
+                found.good_head(),
+                row,
+            )))
+        };
+        let head = match found.head.as_deref() {
+            None => return bad(Problem::RevisionWithoutRecord, String::new()),
+            // Said once, for the record; without its address no MAC can be verified.
+            Some(Err(_)) => return Ok(None),
+            Some(Ok(head)) => head,
+        };
+        if row.revision == head.revision {
+            self.awaited = None;
+        }
+        if row.revision > head.revision {
+            let detail = format!("the current revision is {}", head.revision);
+            return bad(Problem::RevisionBeyondCurrent, detail);
+        }
+        let envelope = match Envelope::parse(&row.envelope) {
+            Ok(envelope) => envelope,
+            Err(error) => return bad(Problem::EnvelopeUnreadable, error.to_string()),
+        };
+        if envelope.kind() != Kind::Record {
+            return bad(Problem::EnvelopeOfAnotherKind, String::new());
+        }
+        let key = envelope.wrapping_key();
+        if key != row.wrapping_key {
+            let detail = format!("{key} in the envelope, {} beside it", row.wrapping_key);
+            return bad(Problem::WrappingKeyDiffers, detail);
+        }
+        if let Some(problem) = self.unusable(key) {
+            return bad(problem, key.to_string());
+        }
+        let context = Context::Record {
+            address: &head.address,
+            record_id: row.record,
+            revision: row.revision,
+        };
+        let message = envelope.mac_message(&context);
+        if self.admin.verify(key, &message, envelope.mac())? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused, String::new())
+    }
+
+    /// What is wrong with an API client.
+    pub(super) fn client(&mut self, found: &FoundClient) -> Result<Option<Finding>, Failure> {
+        let row = match &found.row {
+            Ok(row) => row,
+            Err(error) => {
+                let (problem, detail) = (Problem::ClientUnreadable, error.to_string());
+                return Ok(Some(Finding::of_client(problem, detail, found.id, None)));
+            }
+        };
+        let bad = |problem, detail: String| {
+            Ok(Some(Finding::of_client(
+                problem,
+                detail,
+                found.id,
+                Some(row),
+            )))
+        };
+        if Document::from_bytes(&row.document).is_none() {
+            return bad(Problem::DocumentUnreadable, String::new());
+        }
+        if let Some(problem) = self.unusable(row.key) {
+            return bad(problem, row.key.to_string());
+        }
+        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused, String::new())
+    }
+
+    /// What is wrong with a row of the other tables.
+    pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
+        let unreadable = |problem, result: &Result<(), store::Error>| {
+            let error = result.as_ref().err();
+            error.map(|error| Finding::of_other(problem, error.to_string()))
+        };
+        Ok(match found {
+            FoundOther::Request(row) => match &**row {
+                Ok((scope, record)) => self.request(scope, record)?,
+                Err(error) => {
+                    let problem = Problem::RequestUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
+            FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
+            FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
+            FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
+        })
+    }
+
+    fn request(
+        &mut self,
+        scope: &RequestScope,
+        record: &RequestRecord,
+    ) -> Result<Option<Finding>, Failure> {
+        let of = format!("request id {} of {}", scope.id, scope.principal);
+        let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
+        // A row of a release before schema 4. Its retry is refused, so nothing rests on it.
+        let Some(mac) = &record.result_mac else {
+            return Ok(None);
+        };
+        if let Some(problem) = self.unusable(record.key) {
+            return bad(problem);
+        }
+        let message = request_message(scope, &record.content, &record.result);
+        if self.admin.verify(record.key, &message, mac)? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused)
+    }
+
+    /// Why no MAC of a wrapping key's integrity key can be verified.
+    fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
+        match self.registry.iter().find(|known| known.id == key) {
+            None => Some(Problem::WrappingKeyUnknown),
+            Some(known) if known.state == WrappingKeyState::Destroyed => {
+                Some(Problem::WrappingKeyDestroyed)
+            }
+            Some(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page explains the name of every problem.
+    #[test]
+    fn the_documentation_has_every_problem() {
+        let page = include_str!("../../../../../docs/store.md");
+        let (_, section) = page.split_once("| Problem |").unwrap();
+        let (table, _) = section.split_once("\n\n").unwrap();
+        let documented: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .collect();
+        let problems = [
+            Problem::RecordUnreadable,
+            Problem::RevisionUnreadable,
+            Problem::CurrentRevisionMissing,
+            Problem::RevisionWithoutRecord,
+            Problem::RevisionBeyondCurrent,
+            Problem::EnvelopeUnreadable,
+            Problem::EnvelopeOfAnotherKind,
+            Problem::WrappingKeyDiffers,
+            Problem::WrappingKeyUnknown,
+            Problem::WrappingKeyDestroyed,
+            Problem::MacRefused,
+            Problem::ClientUnreadable,
+            Problem::DocumentUnreadable,
+            Problem::RequestUnreadable,
+            Problem::ChangeUnreadable,
+            Problem::LastUseUnreadable,
+            Problem::ClientUseUnreadable,
+            Problem::IdentityMissing,
+        ];
+        assert_eq!(documented, problems.map(Problem::as_str));
+    }
+}

@@ -1,0 +1,98 @@
+//! The APIs of a listener: gRPC, REST, or both.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{Response, header},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic_health::server::HealthReporter;
+use tower::ServiceExt as _;
+
+use crate::{
+    cli::exit::{Exit, Failure},
+    config::Config,
+};
+use keybroker_api::{rest, rpc};
+use keybroker_broker::Broker;
+use keybroker_core::error::chain;
+
+use super::{Api, ListenerSettings};
+
+/// What the APIs of all listeners share: broker, limits and stop signal.
+pub(super) struct Apis<'a> {
+    pub(super) config: &'a Config,
+    pub(super) broker: &'a Arc<Broker>,
+    pub(super) health: &'a HealthReporter,
+    pub(super) calls: &'a TaskTracker,
+    pub(super) stop: &'a CancellationToken,
+    pub(super) memory: &'a rpc::Memory,
+}
+
+impl Apis<'_> {
+    /// The routes of a listener.
+    pub(super) fn routes(&self, listener: &ListenerSettings) -> Result<Router, Failure> {
+        let has = |api| listener.apis.contains(&api);
+        let speaks_grpc = has(Api::Grpc) || has(Api::Admin);
+        match (has(Api::Rest), speaks_grpc) {
+            (false, _) => self.grpc(listener),
+            (true, false) => Ok(self.rest()),
+            (true, true) => Ok(side_by_side(self.rest(), self.grpc(listener)?)),
+        }
+    }
+
+    fn grpc(&self, listener: &ListenerSettings) -> Result<Router, Failure> {
+        let services = rpc::Services {
+            user_keys: listener.apis.contains(&Api::Grpc),
+            control: listener.apis.contains(&Api::Admin),
+            reflection: self.config.limits.reflection,
+        };
+        let health = tonic_health::pb::health_server::HealthServer::new(
+            tonic_health::server::HealthService::from_health_reporter(self.health.clone()),
+        )
+        .max_decoding_message_size(rpc::HEALTH_BYTES_MAX);
+        let context = rpc::Context {
+            broker: Arc::clone(self.broker),
+            call_timeout_max: self.call_timeout_max(),
+            calls: self.calls.clone(),
+            stop: self.stop.clone(),
+            memory: self.memory.clone(),
+        };
+        rpc::routes(context, services, health)
+            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))
+    }
+
+    fn rest(&self) -> Router {
+        let context = rest::Context {
+            broker: Arc::clone(self.broker),
+            call_timeout_max: self.call_timeout_max(),
+            calls: self.calls.clone(),
+        };
+        rest::routes(context, &self.config.rest)
+    }
+
+    fn call_timeout_max(&self) -> Duration {
+        Duration::from_millis(self.config.limits.call_timeout_max_ms)
+    }
+}
+
+/// Routes requests with a gRPC content type to gRPC and all others to REST.
+fn side_by_side(rest: Router, grpc: Router) -> Router {
+    let choose = move |request: Request| {
+        let router = if is_grpc(&request) { &grpc } else { &rest };
+        let router = router.clone();
+        async move {
+            let response: Result<Response<Body>, _> = router.oneshot(request).await;
+            response
+        }
+    };
+    Router::new().fallback_service(tower::service_fn(choose))
+}
+
+fn is_grpc(request: &Request) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}

@@ -1,0 +1,57 @@
+//! A rate limit for log lines about events that a flood can cause many times a second: one line an interval, with the
+//! number of events left out.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Least time between two lines.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Decides which of many events gets a line.
+#[derive(Debug, Default)]
+pub(super) struct LogLimit(Mutex<Counted>);
+
+#[derive(Debug, Default)]
+struct Counted {
+    last_line: Option<Instant>,
+    left_out: u64,
+}
+
+impl LogLimit {
+    /// Counts an event. How many were left out since the last line, when this one gets a line.
+    pub(super) fn count(&self) -> Option<u64> {
+        self.count_at(Instant::now())
+    }
+
+    fn count_at(&self, now: Instant) -> Option<u64> {
+        let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = counted
+            .last_line
+            .is_none_or(|last_line| now.duration_since(last_line) >= INTERVAL);
+        if !is_due {
+            counted.left_out += 1;
+            return None;
+        }
+        counted.last_line = Some(now);
+        Some(std::mem::take(&mut counted.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_in_an_interval_tells_of_all() {
+        let limit = LogLimit::default();
+        let start = Instant::now();
+        assert_eq!(limit.count_at(start), Some(0));
+        for _ in 0..5 {
+            assert_eq!(limit.count_at(start), None);
+        }
+        assert_eq!(limit.count_at(start + INTERVAL), Some(5));
+        assert_eq!(limit.count_at(start + 2 * INTERVAL), Some(0));
+    }
+}

@@ -178,7 +178,7 @@ async fn set_state(
 ) -> Result<RecordInfo, Error> {
     let deleted = (state == RecordState::Deleted).then_some(at);
     let values = vec![
-        rows::state_text(state).into(),
+        state.as_str().into(),
         at.into(),
         deleted.into(),
         current.id.into(),

@@ -19,7 +19,7 @@ use super::{
     session::{Columns as _, Session as _},
     settings::Tls,
     statements::Statements,
-    url::{Door, Place},
+    url::{Place, Transport},
 };
 
 /// READ COMMITTED, which the session is set to, with the row locked: see `postgres.rs`. The default, REPEATABLE READ, would lock
@@ -47,6 +47,8 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
 const PORT: u16 = 3_306;
+/// The users that a server runs as, by the packages of the distributions.
+pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
 /// Before it CHECK constraints were parsed and ignored.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
@@ -87,11 +89,11 @@ impl Server for MySqlOrMariaDb {
         if let Some(password) = settings.password()? {
             options = options.password(&password);
         }
-        options = match &place.door {
-            Door::Socket(path) => {
+        options = match &place.transport {
+            Transport::Socket(path) => {
                 return Ok(options.socket(path).ssl_mode(MySqlSslMode::Disabled));
             }
-            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+            Transport::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
         };
         options = match settings.tls {
             Tls::Verify => options.ssl_mode(MySqlSslMode::VerifyIdentity),

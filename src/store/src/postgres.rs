@@ -1,6 +1,11 @@
 //! PostgreSQL 14 and later.
 
-use std::{env, path::Path, sync::LazyLock, time::Duration};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+    time::Duration,
+};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
@@ -21,7 +26,7 @@ use super::{
     session::{Columns as _, Session as _, Value},
     settings::Tls,
     statements::Statements,
-    url::{Door, Place},
+    url::{Place, Transport},
 };
 
 /// READ COMMITTED with the row locked is enough: every transaction changes one record, which it holds, and what must be
@@ -50,6 +55,8 @@ const PORT: u16 = 5_432;
 const OLDEST: i64 = 140_000;
 /// Sockets are named by their port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
+/// The users that a server or a pooler in front of it runs as, by the packages of the distributions.
+pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
 /// What the driver takes from the environment and the program cannot reset: other authorities for the server's
 /// certificate, a certificate of ours, settings of the session.
@@ -103,15 +110,15 @@ impl Server for PostgreSql {
                     .as_ref()
                     .map_or("", |password| password.as_str()),
             );
-        let mut options = match &place.door {
-            Door::Socket(path) => {
+        let mut options = match &place.transport {
+            Transport::Socket(path) => {
                 let (directory, port) = split_socket(path);
                 return Ok(options
                     .port(port)
                     .socket(directory)
                     .ssl_mode(PgSslMode::Disable));
             }
-            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+            Transport::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
         };
         options = match settings.tls {
             Tls::Verify => options.ssl_mode(PgSslMode::VerifyFull),
@@ -232,6 +239,12 @@ impl Server for PostgreSql {
 
 fn shared_session() -> Error {
     Error::Schema(Detail::of(SharedSession { source: None }).remedy(POOLER_REMEDY))
+}
+
+/// The socket itself.
+pub(super) fn socket_file(path: &Path) -> PathBuf {
+    let (directory, port) = split_socket(path);
+    directory.join(format!("{SOCKET_NAME}{port}"))
 }
 
 /// A socket is named by its directory, or by itself where the port is another one.

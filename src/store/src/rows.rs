@@ -158,7 +158,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         Ok(Head {
             id: self.record_id()?,
             address,
-            state: self.parsed("state", parse_state)?,
+            state: self.parsed("state", RecordState::parse)?,
             revision: self.revision("revision")?,
             created: self.time("created_us")?,
             updated: self.time("updated_us")?,
@@ -293,7 +293,7 @@ pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
         new.address.tenant.as_str().into(),
         new.address.user.as_str().into(),
         new.address.name.as_str().into(),
-        state_text(RecordState::Active).into(),
+        RecordState::Active.as_str().into(),
         new.revision.into(),
         at.into(),
         at.into(),
@@ -402,7 +402,7 @@ pub(super) fn new_request(
         info.id.into(),
         info.address.user.as_str().into(),
         info.address.name.as_str().into(),
-        state_text(info.state).into(),
+        info.state.as_str().into(),
         info.revision.into(),
         info.wrapping_key.into(),
         info.created.into(),
@@ -516,19 +516,6 @@ pub(super) fn new_client(row: &ClientRow) -> Vec<Value> {
         row.created.into(),
         row.updated.into(),
     ]
-}
-
-pub(super) const fn state_text(state: RecordState) -> &'static str {
-    match state {
-        RecordState::Active => "active",
-        RecordState::Deleted => "deleted",
-    }
-}
-
-fn parse_state(text: &str) -> Option<RecordState> {
-    [RecordState::Active, RecordState::Deleted]
-        .into_iter()
-        .find(|state| state_text(*state) == text)
 }
 
 #[cfg(test)]

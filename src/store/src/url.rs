@@ -78,12 +78,12 @@ pub(super) enum Target {
 pub(super) struct Place {
     pub(super) user: String,
     pub(super) database: String,
-    pub(super) door: Door,
+    pub(super) transport: Transport,
 }
 
 /// How a server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Door {
+pub(super) enum Transport {
     /// Over the network, which a loopback address counts as: any user of the machine can listen there.
     Network { host: String, port: Option<u16> },
     /// A socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
@@ -118,7 +118,7 @@ impl Place {
             return Err(UrlError::Password);
         }
         let (host, database) = rest.split_once('/').ok_or(UrlError::NoDatabase)?;
-        let door = match (host, query) {
+        let transport = match (host, query) {
             ("", Some(query)) => socket(query)?,
             ("", None) => return Err(UrlError::NoHost),
             (_, Some(_)) => return Err(UrlError::ServerParameters),
@@ -127,7 +127,7 @@ impl Place {
         let place = Self {
             user: decode(login)?,
             database: decode(database)?,
-            door,
+            transport,
         };
         if place.user.is_empty() || place.database.is_empty() || place.database.contains('/') {
             return Err(UrlError::Form);
@@ -137,25 +137,25 @@ impl Place {
 
     /// Whether what is sent stays inside the machine's kernel.
     pub(super) fn is_local(&self) -> bool {
-        matches!(self.door, Door::Socket(_))
+        matches!(self.transport, Transport::Socket(_))
     }
 
     /// For people: where it is, without the user.
     pub(super) fn shown(&self) -> String {
-        match &self.door {
-            Door::Network { host, .. } => format!("{} on {host}", self.database),
-            Door::Socket(path) => format!("{} on {}", self.database, path.display()),
+        match &self.transport {
+            Transport::Network { host, .. } => format!("{} on {host}", self.database),
+            Transport::Socket(path) => format!("{} on {}", self.database, path.display()),
         }
     }
 }
 
-fn socket(query: &str) -> Result<Door, UrlError> {
+fn socket(query: &str) -> Result<Transport, UrlError> {
     let path = match query.split_once('=') {
         Some(("socket", path)) if !path.contains('&') => PathBuf::from(decode(path)?),
         _ => return Err(UrlError::SocketParameters),
     };
     if path.is_absolute() {
-        Ok(Door::Socket(path))
+        Ok(Transport::Socket(path))
     } else {
         Err(UrlError::SocketNotAbsolute)
     }
@@ -175,7 +175,7 @@ fn file(text: &str) -> Result<PathBuf, UrlError> {
     }
 }
 
-fn network(text: &str) -> Result<Door, UrlError> {
+fn network(text: &str) -> Result<Transport, UrlError> {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let (host, port) = rest.split_once(']').ok_or(UrlError::NoBrackets)?;
@@ -215,7 +215,7 @@ fn network(text: &str) -> Result<Door, UrlError> {
                 .ok_or(UrlError::Port)?,
         ),
     };
-    Ok(Door::Network { host, port })
+    Ok(Transport::Network { host, port })
 }
 
 /// Undoes percent-encoding, in every part of every URL: users of managed databases have an `@` in their names.
@@ -246,16 +246,16 @@ fn decode(text: &str) -> Result<String, UrlError> {
 mod tests {
     use super::*;
 
-    fn place(user: &str, database: &str, door: Door) -> Place {
+    fn place(user: &str, database: &str, transport: Transport) -> Place {
         Place {
             user: user.to_owned(),
             database: database.to_owned(),
-            door,
+            transport,
         }
     }
 
-    fn network(host: &str, port: Option<u16>) -> Door {
-        Door::Network {
+    fn network(host: &str, port: Option<u16>) -> Transport {
+        Transport::Network {
             host: host.to_owned(),
             port,
         }
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn each_form_is_understood() {
-        let socket = |path: &str| Door::Socket(PathBuf::from(path));
+        let socket = |path: &str| Transport::Socket(PathBuf::from(path));
         for (url, expected) in [
             ("sqlite:/a/b.db", Target::Sqlite(PathBuf::from("/a/b.db"))),
             (

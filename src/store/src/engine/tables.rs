@@ -42,6 +42,15 @@ fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
     }
 }
 
+impl<E: Engine> EngineStore<E> {
+    /// Runs a query that counts rows.
+    async fn total(&self, statement: &'static str) -> Result<u64, Error> {
+        let found = self.query(statement, Vec::new()).await?;
+        let total = found.first().map_or(Ok(0), |row| row.integer("total"))?;
+        Ok(u64::try_from(total).unwrap_or(0))
+    }
+}
+
 #[async_trait]
 impl<E: Engine> Tables for EngineStore<E> {
     async fn clock(&self) -> Result<Option<Timestamp>, Error> {
@@ -54,9 +63,15 @@ impl<E: Engine> Tables for EngineStore<E> {
     }
 
     async fn count(&self, table: Table) -> Result<u64, Error> {
-        let found = self.query(E::sql().of(table).count, Vec::new()).await?;
-        let count = found.first().map_or(Ok(0), |row| row.integer("total"))?;
-        Ok(u64::try_from(count).unwrap_or(0))
+        self.total(E::sql().of(table).count).await
+    }
+
+    async fn keyless_rows(&self) -> Result<u64, Error> {
+        let mut total = 0;
+        for table in Table::ALL {
+            total += self.total(E::sql().of(table).keyless).await?;
+        }
+        Ok(total)
     }
 
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {

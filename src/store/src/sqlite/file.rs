@@ -10,9 +10,9 @@ use std::{
 use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
 
-use keybroker_core::trusted_file;
+use keybroker_core::trusted_file::{self, Purpose};
 
-use crate::{Error, MigrationReport, SchemaStatus, StoreLock, error::Detail, identity, schema};
+use crate::{Error, MigrationReport, SchemaStatus, error::Detail, identity, schema};
 
 use super::SQL;
 
@@ -25,6 +25,7 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
+const PLACE: Purpose = Purpose::trust("other users could put another database in its place");
 /// What every SQLite database begins with (section 1.3 of its file format).
 const HEADER: &[u8; 16] = b"SQLite format 3\0";
 
@@ -188,6 +189,19 @@ fn make_file(path: &Path) -> Result<(), Error> {
     })
 }
 
+/// Holds an embedded database for one process.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: Option<File>,
+}
+
+impl StoreLock {
+    /// For a database on a server, which any number of processes use.
+    pub(crate) fn not_needed() -> Self {
+        Self { _file: None }
+    }
+}
+
 /// Takes the database for this process alone.
 pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     let lock_path = with_suffix(path, ".lock");
@@ -239,11 +253,10 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
 
 /// A database in such a directory can be moved aside while the broker is stopped.
 fn note_open_directory(path: &Path) {
-    if let Some(open) = trusted_file::open_directory_above(path) {
+    if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
-            database = %path.display(), writable = %open.display(),
-            "every user of this machine can move the database to another place or remove it; run `chmod o-w` on the directory that \
-             they can write to"
+            database = %path.display(), cause = %error,
+            "other users of this machine can replace the database while the broker is stopped"
         );
     }
 }

@@ -201,7 +201,9 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
             .unwrap();
     }
     let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version");
-    assert_eq!(applied.trim(), "1\n2\n3\n4\n5");
+    let newest = store::status(&engine.settings).await.unwrap().newest;
+    let versions: Vec<String> = (1..=newest).map(|version| version.to_string()).collect();
+    assert_eq!(applied.trim(), versions.join("\n"));
 }
 
 /// An administrator who looks into the database finds what each column means.

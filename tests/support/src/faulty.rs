@@ -140,6 +140,8 @@ pub struct Faulty {
 #[derive(Debug)]
 struct Script {
     real: PathBuf,
+    /// The profile of a product that it begins with.
+    profile: Option<PathBuf>,
     /// The rule of each function.
     rules: BTreeMap<String, String>,
     flags: u64,
@@ -152,6 +154,7 @@ impl Faulty {
         fs::create_dir_all(&folder).unwrap();
         let script = Script {
             real: real.to_owned(),
+            profile: None,
             rules: BTreeMap::new(),
             flags: 0,
             nul: false,
@@ -186,6 +189,14 @@ impl Faulty {
     /// From now on the token shows `flags` besides its own.
     pub fn set_flags(&self, flags: u64) {
         self.edit(|script| script.flags = flags);
+    }
+
+    /// From now on the token behaves like this product, as `tests/scriptable-module/profiles` describes it.
+    pub fn set_profile(&self, name: &str) {
+        let profiles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scriptable-module/profiles");
+        let path = profiles.join(format!("{name}.toml"));
+        assert!(path.is_file(), "no profile {}", path.display());
+        self.edit(|script| script.profile = Some(path));
     }
 
     /// From now on, texts are padded with NUL instead of blanks.
@@ -255,11 +266,11 @@ impl Fault {
 
 impl Script {
     fn text(&self) -> String {
-        let mut text = format!(
-            "module = \"{}\"\nlog_calls = true\n[token]\nset_flags = [{}]\n",
-            self.real.display(),
-            self.flags
-        );
+        let mut text = format!("module = '{}'\nlog_calls = true\n", self.real.display());
+        if let Some(profile) = &self.profile {
+            writeln!(text, "include = ['{}']", profile.display()).unwrap();
+        }
+        writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap();
         if self.nul {
             text.push_str("pad = \"nul\"\n");
         }

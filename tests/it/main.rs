@@ -36,6 +36,7 @@ mod module_failures;
 mod pki;
 mod policy;
 mod process;
+mod profiles;
 mod purge;
 mod rates;
 mod recovery;

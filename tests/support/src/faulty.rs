@@ -10,7 +10,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use keybroker_scriptable_pkcs11::{CALLS_FILE, SCRIPT_FILE, SCRIPT_VARIABLE};
+use keybroker_scriptable_pkcs11::{CALLS_FILE, Profile, SCRIPT_FILE, SCRIPT_VARIABLE, check};
 
 /// Environment variable that names the folder of the script.
 pub const VARIABLE: &str = SCRIPT_VARIABLE;
@@ -27,6 +27,34 @@ pub fn module() -> PathBuf {
                 .find(|path| path.is_file())
         })
         .unwrap_or_else(|| panic!("the scriptable module is not beside {}", test.display()))
+}
+
+/// The names of the profiles of the scriptable module, in order.
+pub fn profiles() -> Vec<String> {
+    let folder = profile_file("any");
+    let files = fs::read_dir(folder.parent().unwrap()).unwrap();
+    let mut names: Vec<String> = files
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            path.file_stem().unwrap().to_str().unwrap().to_owned()
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+/// What a profile says of the product that it describes.
+pub fn profile(name: &str) -> Profile {
+    let path = profile_file(name);
+    check(&path)
+        .unwrap()
+        .unwrap_or_else(|| panic!("{} is no profile", path.display()))
+}
+
+fn profile_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../scriptable-module/profiles")
+        .join(format!("{name}.toml"))
 }
 
 /// Return codes of PKCS#11.
@@ -191,12 +219,10 @@ impl Faulty {
         self.edit(|script| script.flags = flags);
     }
 
-    /// From now on the token behaves like this product, as `tests/scriptable-module/profiles` describes it.
+    /// From now on the token behaves like this product: see [`profile`].
     pub fn set_profile(&self, name: &str) {
-        let profiles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scriptable-module/profiles");
-        let path = profiles.join(format!("{name}.toml"));
-        assert!(path.is_file(), "no profile {}", path.display());
-        self.edit(|script| script.profile = Some(path));
+        profile(name);
+        self.edit(|script| script.profile = Some(profile_file(name)));
     }
 
     /// From now on, texts are padded with NUL instead of blanks.

@@ -8,7 +8,7 @@ use cryptoki_sys::{
     CKA_VALUE_LEN, CKA_VERIFY, CKA_WRAP, CKF_RW_SESSION, CKK_GENERIC_SECRET, CKK_SHA256_HMAC,
     CKM_AES_KEY_GEN, CKM_AES_KEY_WRAP_PAD, CKM_GENERIC_SECRET_KEY_GEN, CKM_RSA_PKCS_OAEP,
 };
-use keybroker_scriptable_pkcs11::check;
+use keybroker_scriptable_pkcs11::{Profile, check};
 
 use crate::{
     cases,
@@ -21,14 +21,12 @@ fn directory() -> PathBuf {
 
 /// The number of sources of all profiles.
 pub(crate) fn sources() -> usize {
-    COVERED
-        .iter()
-        .map(|name| {
-            check(&directory().join(format!("{name}.toml")))
-                .unwrap()
-                .len()
-        })
-        .sum()
+    COVERED.iter().map(|name| profile(name).sources.len()).sum()
+}
+
+fn profile(name: &str) -> Profile {
+    let path = directory().join(format!("{name}.toml"));
+    check(&path).unwrap().expect("a profile")
 }
 
 #[test]
@@ -44,8 +42,7 @@ fn every_profile_is_tested_and_quotes_its_sources() {
     let tested: BTreeSet<String> = COVERED.iter().map(|name| (*name).to_owned()).collect();
     assert_eq!(names, tested);
     for name in names {
-        let path = directory().join(format!("{name}.toml"));
-        let sources = check(&path).unwrap();
+        let sources = profile(&name).sources;
         assert!(!sources.is_empty(), "{name} has no source");
         for source in sources {
             // A word or two is no quotation.

@@ -21,8 +21,9 @@ use crate::{
     attribute_check::Finding,
     calling,
     classify::{Class, Fault},
-    keys, module,
-    open::{KeySession, OpenToken, auth_pin},
+    keys::{self, KeySession},
+    module,
+    open::{OpenToken, auth_pin},
     operation, select,
 };
 

@@ -3,9 +3,11 @@
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use cryptoki::{
+    context::Pkcs11,
     mechanism::{Mechanism, MechanismType},
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
     session::Session,
+    slot::Slot,
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, WrappingKeyId};
@@ -37,6 +39,31 @@ pub(super) struct PublicSide {
     pub(super) spki: Vec<u8>,
     pub(super) fingerprint: Fingerprint,
     pub(super) modulus_bits: usize,
+}
+
+/// One session with the handles of the keys, owned by one thread for its life.
+#[derive(Debug)]
+pub(super) struct KeySession {
+    pub(super) session: Session,
+    pairs: Vec<KeyPair>,
+}
+
+impl KeySession {
+    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
+    /// another object.
+    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
+        calling::next("C_OpenSession");
+        let session = module.open_ro_session(slot)?;
+        let pairs = ids
+            .iter()
+            .map(|id| find(&session, *id))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { session, pairs })
+    }
+
+    pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
+        self.pairs.iter().find(|pair| pair.id == id)
+    }
 }
 
 /// Finds both objects of an id: exactly one RSA private key, exactly one secret key.

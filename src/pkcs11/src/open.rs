@@ -17,7 +17,7 @@ use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, PublicSide},
+    keys::{self, KeySession, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
     operation::{self, SelfTest},
@@ -260,30 +260,5 @@ impl From<RecordError> for Fault {
             Class::TokenLost,
             format!("no login was tried, because the record of PINs cannot be used: {detail}"),
         )
-    }
-}
-
-/// One session with the handles of the keys, owned by one thread for its life.
-#[derive(Debug)]
-pub(super) struct KeySession {
-    pub(super) session: Session,
-    pairs: Vec<KeyPair>,
-}
-
-impl KeySession {
-    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
-    /// another object.
-    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
-        calling::next("C_OpenSession");
-        let session = module.open_ro_session(slot)?;
-        let pairs = ids
-            .iter()
-            .map(|id| keys::find(&session, *id))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { session, pairs })
-    }
-
-    pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
-        self.pairs.iter().find(|pair| pair.id == id)
     }
 }

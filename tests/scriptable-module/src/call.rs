@@ -15,7 +15,7 @@ use cryptoki_sys::{
 use crate::{
     functions::Function,
     limits,
-    process::{self, Process, report},
+    process::{self, ModuleError, Process, report},
     script::{On, Rule, Script, When},
 };
 
@@ -133,6 +133,7 @@ fn hit(process: &Process, seed: u64, rule: &Rule) -> Result<Option<u64>, CK_RV> 
         return Ok(None);
     }
     let Some(number) = process.shared.next_of_rule(rule.key) else {
+        report(&ModuleError::TooManyRules);
         return Err(CKR_GENERAL_ERROR);
     };
     let hits = call.is_none_or(|call| number + 1 == call)

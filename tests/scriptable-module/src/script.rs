@@ -17,6 +17,7 @@ use crate::{
 /// Every behaviour, by its setting. For each there is a test that passes with it and fails without it.
 pub const BEHAVIOURS: &[&str] = &[
     "interface",
+    "seed",
     "log_calls",
     "control",
     "rule.on.call",
@@ -57,6 +58,7 @@ pub const BEHAVIOURS: &[&str] = &[
     "limits.parallel_calls",
     "limits.operations_per_second",
     "limits.latency_ms",
+    "limits.refuse",
     "objects.new_handles_at_login",
     "objects.refuse_duplicate_id",
     "attribute.in_template.refuse",
@@ -72,6 +74,8 @@ pub const BEHAVIOURS: &[&str] = &[
     "attribute.parts",
     "template.only",
     "mechanism.absent",
+    "mechanism.functions",
+    "mechanism.refuse",
     "hmac.key_type",
     "hmac.mechanism",
     "hmac.length",

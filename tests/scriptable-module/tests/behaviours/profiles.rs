@@ -179,12 +179,14 @@ cases! {
     };
 
     google_kmsp11 covers ["google-kmsp11"]:
-    "ok CKR_TEMPLATE_INCONSISTENT CKR_TEMPLATE_INCONSISTENT CKR_FUNCTION_NOT_SUPPORTED",
-    not "CKR_PIN_INCORRECT ok ok ok",
+    "ok CKR_TEMPLATE_INCONSISTENT CKR_TEMPLATE_INCONSISTENT CKR_FUNCTION_NOT_SUPPORTED, with its attribute ok [0] [0]",
+    not "CKR_PIN_INCORRECT ok ok ok, with its attribute CKR_TEMPLATE_INCOMPLETE",
     with r#"
         include = ["{profiles}/google-kmsp11.toml"]
         login.accept_any_pin = "{pin}"
     "#, |module| {
+        const CKA_KMS_ALGORITHM: CK_ATTRIBUTE_TYPE = 0x8001_e101;
+        const RSA_DECRYPT_OAEP_2048_SHA256: u64 = 8;
         module.initialize().unwrap();
         let session = module.open().unwrap();
         let any = outcome(module.login(session, "any PIN"));
@@ -194,7 +196,16 @@ cases! {
         let pair = in_pair(module, session, &[], &[]);
         let secret = outcome(module.secret(session, &[]));
         let digest = outcome(call!(module, C_DigestInit(session, &mut mechanism(cryptoki_sys::CKM_SHA256))));
-        format!("{any} {pair} {secret} {digest}")
+        let private = vec![
+            Value(CKA_LABEL, b"label".to_vec()),
+            number(CKA_KMS_ALGORITHM, RSA_DECRYPT_OAEP_2048_SHA256),
+        ];
+        let own = module.pair_of(session, vec![], private);
+        let read = own.map(|(_, key)| {
+            [CKA_PRIVATE, CKA_EXTRACTABLE].map(|name| read(module, session, key, name)).join(" ")
+        });
+        let read = read.map(|read| format!(" {read}")).unwrap_or_default();
+        format!("{any} {pair} {secret} {digest}, with its attribute {}{read}", outcome(own))
     };
 
     yubihsm2 covers ["yubihsm2"]:

@@ -13,6 +13,7 @@ mod classify;
 mod keys;
 mod login_policy;
 mod module;
+mod negative;
 mod open;
 mod operation;
 mod pin_record;
@@ -23,3 +24,8 @@ mod tests;
 pub mod worker;
 
 pub use pin_record::{PinRecord, RecordError};
+
+/// Names of the tests that a token may be spared (`token.spared_tests`): what must fail with a key, and is tried.
+pub fn negative_tests() -> impl Iterator<Item = &'static str> {
+    negative::TESTS.iter().map(|test| test.name)
+}

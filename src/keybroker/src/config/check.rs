@@ -91,9 +91,24 @@ impl Config {
         }
         problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
-            if !attribute_check::attribute_names().any(|name| name == exception) {
+            if !attribute_check::EXCEPTIONS
+                .iter()
+                .any(|known| known.attribute == exception)
+            {
                 problems.push(format!(
-                    "[token]: `attribute_exceptions` names {exception:?}, which is not an attribute that is checked"
+                    "[token]: `attribute_exceptions` names {exception:?}, which cannot be excepted; {}",
+                    if attribute_check::is_checked(exception) {
+                        "a key without it could leave the token"
+                    } else {
+                        "no attribute of that name is checked"
+                    }
+                ));
+            }
+        }
+        for test in &token.spared_tests {
+            if !keybroker_pkcs11::negative_tests().any(|known| known == test) {
+                problems.push(format!(
+                    "[token]: `spared_tests` names {test:?}, which is no negative test; docs/tokens.md has their names"
                 ));
             }
         }

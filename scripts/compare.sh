@@ -34,7 +34,7 @@ clean_up() {
   exit "$status"
 }
 
-# One run with the binary of that name; its figures go into a file of their own.
+# One run with the binary of that name; its figures go into a separate file.
 measure() {
   local name=$1 seconds=$2 file=$3
   PROGRAM=${PROGRAMS[$name]}

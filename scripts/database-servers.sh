@@ -1,4 +1,4 @@
-# Throwaway database servers, sourced by the scripts that need one: a folder of its own, a local socket, one server at a
+# Throwaway database servers, sourced by the scripts that need one: a separate folder, a local socket, one server at a
 # time. Whoever sources it has `fail`, WORK (for the server's log) and READY_SECONDS.
 # shellcheck shell=bash
 

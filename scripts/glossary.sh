@@ -21,11 +21,10 @@ fail() {
 }
 
 # The text of a file. In a page, what stands as code are names, which keep theirs as long as the wire and stored formats
-# do; its lines stay, so that line numbers are right. The log field `alarm` is such a name.
+# do; its lines stay, so that line numbers are right.
 prose() {
   case $1 in
     *.md) awk '/^ *```/ { code = !code; print ""; next } code { print ""; next } { gsub(/`[^`]*`/, "`"); print }' "$1" ;;
-    *.rs) sed 's/alarm = "[a-z-]*"//' "$1" ;;
     *) cat "$1" ;;
   esac
 }

@@ -201,7 +201,7 @@ bundle() {
     ' --args -- "$@" >"$folder/config.json"
 }
 
-# A one-shot command in a container of its own.
+# A one-shot command in its own container.
 inside() {
   bundle "$WORK/once" "$@"
   runtime run --bundle "$WORK/once" "$NAME-once" </dev/null
@@ -353,7 +353,7 @@ two_brokers() {
   inside keybroker token init --so-pin-file /run/secrets/so_pin
   inside keybroker store migrate
   inside keybroker key generate
-  # Each with a network of its own, as in compose: the same ports, and nothing but loopback.
+  # Each with its own network, as in compose: the same ports, and nothing but loopback.
   for name in one two; do
     ip netns add "$NAME-$name"
     ip -netns "$NAME-$name" link set lo up

@@ -10,6 +10,7 @@ PARTS=(
   "cc build-essential"
   "openssl openssl"
   "sqlite3 sqlite3"
+  "curl curl"
   "softhsm2-util softhsm2"
   "pkcs11-tool opensc"
   "shellcheck shellcheck"
@@ -36,7 +37,7 @@ as_root() {
   fi
 }
 
-# The tests start servers of their own. Debian would make a cluster with the package, and start it at every boot.
+# The tests start their own servers. Debian would create a cluster with the package, and start it at every boot.
 no_cluster() {
   local folder=/etc/postgresql-common
   as_root mkdir -p "$folder"

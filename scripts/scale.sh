@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures what a large database costs: `keybroker bench` on a database of a thousand records and on one of a million, in
-# turn, with SoftHSM, each engine on a server of its own. Everything lives in a throwaway folder. Ends with a table: the
+# turn, with SoftHSM, each engine on its own server. Everything lives in a throwaway folder. Ends with a table: the
 # medians of the rounds, and the median of the rounds' ratios.
 #
 # Usage: scale.sh [--engine sqlite|postgres|mariadb]… [--records COUNT] [--rounds COUNT] [--seconds COUNT] [PROGRAM]
@@ -69,7 +69,7 @@ mariadb_settle() { mariadb_sql "$1" --execute='ANALYZE TABLE records, revisions'
 
 # --- the measurements ------------------------------------------------------------------------------------------------
 
-# One run; its figures into a file of their own.
+# One run; its figures into a separate file.
 measure() {
   local name=$1 count=$2 seconds=$3 file=$4
   broker "$name" bench --seed "$count" --seconds "$seconds" --warm-up 3 --connections "$CONNECTIONS" --json "$file" \

@@ -72,7 +72,7 @@ fn assert_whole(log: &Path) {
     assert_eq!(verify(log).unwrap().problems, Vec::<String>::new());
 }
 
-/// The test of that name in a process of its own, with `path` in its environment: for what changes the whole process.
+/// The test of that name in a separate process, with `path` in its environment: for what changes the whole process.
 fn child(test: &str, path: &Path) -> Command {
     let mut command = Command::new("sh");
     // A write beyond the limit of file sizes is then an error and no signal.

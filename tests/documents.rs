@@ -12,7 +12,8 @@ use std::{
 };
 
 use keybroker::config::Config;
-use keybroker_core::error::Reason;
+use keybroker_core::{alert::Alert, error::Reason};
+use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -348,39 +349,62 @@ fn links_lead_to_files() {
     }
 }
 
-/// Whoever is woken by an alarm finds a section of that name.
+/// The table of alerts is the list in the code, each alert has a section, and no log line has an alert that is not on the list.
 #[test]
-fn the_operations_guide_has_every_alarm_and_no_other() {
-    let mut alarms = BTreeSet::new();
-    let mut folders = vec![Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("src")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            // The descriptor set of the API is binary.
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "binpb")
-            {
-                continue;
-            }
-            let text = fs::read_to_string(path).unwrap();
-            for part in text.split("alarm = \"").skip(1) {
-                alarms.insert(part.split('"').next().unwrap().to_owned());
-            }
-        }
-    }
-    assert!(alarms.len() >= 9, "{alarms:?}");
+fn the_operations_guide_has_every_alert_and_no_other() {
     let guide = read("docs/operations.md");
-    let documented: BTreeSet<String> = guide
+    let row = |alert: Alert| {
+        let (name, severity) = (alert.name(), alert.severity().name());
+        format!("| [`{name}`](#{name}) | {severity} | {} |", alert.meaning())
+    };
+    let table: Vec<&str> = guide
+        .lines()
+        .skip_while(|line| *line != "| Alert | Severity | Meaning |")
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .collect();
+    assert_eq!(table, Alert::ALL.map(row));
+    let sections: Vec<&str> = guide
         .lines()
         .filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'))
-        .map(str::to_owned)
         .collect();
-    assert_eq!(documented, alarms);
+    assert_eq!(sections, Alert::ALL.map(Alert::name));
+    for (path, text) in sources("src") {
+        if path.ends_with("core/src/alert.rs") {
+            continue;
+        }
+        for field in ["alarm = ", "alert = \"", "alert = %"] {
+            assert!(
+                !text.contains(field),
+                "{path}: use `keybroker_core::alert!`"
+            );
+        }
+    }
+}
+
+/// Each alert is raised by some part of the product: with the macro, or as a decision of the supervisor.
+#[test]
+fn every_alert_is_raised_somewhere() {
+    let product: String = sources("src")
+        .into_iter()
+        .filter(|(path, _)| !path.ends_with("core/src/alert.rs") && !path.contains("tests"))
+        .flat_map(|(_, text)| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    for alert in Alert::ALL {
+        let ways = [
+            format!("alert!({alert:?},"),
+            format!("Action::Alert(Alert::{alert:?},"),
+        ];
+        assert!(
+            ways.iter().any(|way| product.contains(way)),
+            "nothing raises {}",
+            alert.name()
+        );
+    }
 }
 
 /// Whoever sees a reason finds what to do about it, here and in the reference.
@@ -396,6 +420,43 @@ fn the_operations_guide_has_every_reason_and_no_other() {
             .collect();
         assert_eq!(documented, expected, "{page}");
     }
+}
+
+/// The page for HSM administrators says what each exception gives away, and what each negative test would mean.
+#[test]
+fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
+    let page = read("docs/tokens.md");
+    let rows = |start: &str| -> Vec<String> {
+        page.lines()
+            .skip_while(|line| !line.starts_with(start))
+            .skip(2)
+            .take_while(|line| line.starts_with('|'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let exceptions: Vec<String> = EXCEPTIONS
+        .iter()
+        .map(|exception| format!("| `{}` | {} |", exception.attribute, exception.gives_away))
+        .collect();
+    assert_eq!(rows("| Attribute | What the exception"), exceptions);
+    let tests: Vec<String> = NEGATIVE_TESTS
+        .iter()
+        .map(|test| {
+            let only = if test.changes_the_key {
+                " (throwaway keys only)"
+            } else {
+                ""
+            };
+            let accepted_by = test
+                .accepted_by
+                .map_or_else(String::new, |exception| format!("`{exception}` "));
+            format!(
+                "| `{}` | {}{only} | {accepted_by}|",
+                test.name, test.meaning
+            )
+        })
+        .collect();
+    assert_eq!(rows("| Test | It fails if"), tests);
 }
 
 /// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.

@@ -7,7 +7,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{CHILD, assert_whole, child, decision, folder, segments, until};
 
-/// Runs the rest of a test in a process of its own.
+/// Runs the rest of a test in a separate process.
 fn in_a_child(test: &str) -> bool {
     if env::var_os(CHILD).is_some() {
         return false;

@@ -136,6 +136,15 @@ fn a_user_key_goes_through_its_whole_life() {
     let listed = json(&expect_ok(&broker, "auditor", &page));
     assert_eq!(listed[0]["state"], "active");
     assert!(listed[0]["deleted"].is_null());
+
+    // The hint of a name that is taken would recommend the very command.
+    let again = with(&["undelete"], &[]);
+    let again: Vec<&str> = again.iter().map(String::as_str).collect();
+    let finished = run(&broker, "lifecycle", &again);
+    assert!(
+        finished.stderr.contains("KEY_EXISTS") && finished.stderr.contains("nothing to undelete"),
+        "{finished:#?}"
+    );
 }
 
 #[test]

@@ -348,7 +348,7 @@ async fn a_flood_of_wrong_secrets_is_answered_quickly_and_others_are_served() {
 /// Wrong secrets a second, each from another address.
 const WRONG_PER_SECOND: u32 = 100;
 
-/// One wrong secret each ten milliseconds, for a client that exists and for ids that do not, each over a connection of its own from
+/// One wrong secret each ten milliseconds, for a client that exists and for ids that do not, each over its own connection from
 /// another address, until this is dropped.
 fn flood(broker: &Broker, known: &Basic) -> tokio::task::JoinSet<()> {
     let (site, grpc) = (Arc::clone(&broker.site), broker.grpc);
@@ -464,7 +464,7 @@ async fn a_row_that_was_changed_or_copied_in_the_database_authenticates_no_clien
         credential_refused(&broker, "admin", change, "RECORD_DAMAGED");
     }
     let log = broker.site.log();
-    assert!(log.contains("client-damaged"), "nobody is alarmed: {log}");
+    assert!(log.contains("client-damaged"), "no alert: {log}");
 }
 
 /// Whoever creates a client holds its secret, and so its roles: an administrator alone must not become an auditor, or replace keys.

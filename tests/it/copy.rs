@@ -24,7 +24,7 @@ fn json(finished: &Finished) -> Value {
     serde_json::from_str(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {finished:#?}"))
 }
 
-/// The same configuration with another database, in a file of its own.
+/// The same configuration with another database, in a separate file.
 fn configuration_for(site: &Site, store: &str) -> PathBuf {
     let text = fs::read_to_string(site.configuration_file()).unwrap();
     let (before, rest) = text.split_once("[store]\n").unwrap();

@@ -315,7 +315,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             &database,
             &format!("UPDATE wrapping_keys SET state = '{state}', sequence = sequence + 10;"),
         );
-        until("the alarm of both brokers", || {
+        until("the alert of both brokers", || {
             (site.log().matches("update failed MAC verification").count() == 2 * forgeries)
                 .then_some(())
         });
@@ -326,7 +326,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
             "UPDATE wrapping_keys SET state = 'active', sequence = sequence - 10;",
         );
         for broker in [&one, &two] {
-            until("the end of the alarm", || {
+            until("the end of the alert", || {
                 get(broker.status, "/metrics")
                     .contains("keybroker_registry_altered 0")
                     .then_some(())

@@ -200,7 +200,7 @@ async fn a_wrong_pin_costs_one_try_and_is_one_state() {
     until("the end of the state", || {
         (metric(&broker, "keybroker_token_pin_latched ") == Some(0.0)).then_some(())
     });
-    let alerts = site.log().matches("\"alarm\":\"pin-latched\"").count();
+    let alerts = site.log().matches("\"alert\":\"pin-latched\"").count();
     assert_eq!(alerts, 1, "the alert repeats within its interval");
     assert_eq!(faulty.count("C_Login ends 160"), 2, "0xa0: PIN_INCORRECT");
 }
@@ -287,7 +287,7 @@ async fn a_wrong_pin_is_remembered_over_runs() {
             let alerts = broker
                 .site
                 .log()
-                .matches("\"alarm\":\"pin-latched\"")
+                .matches("\"alert\":\"pin-latched\"")
                 .count();
             (alerts >= run).then_some(())
         });

@@ -24,6 +24,7 @@ mod end_to_end;
 mod examples;
 mod faults;
 mod faulty_token;
+mod file_messages;
 mod hang;
 mod json;
 mod last_uses;

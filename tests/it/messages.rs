@@ -21,10 +21,10 @@ use crate::{
     softhsm::write_private,
 };
 
-const OTHER_USER: u32 = 65_534;
+pub(crate) const OTHER_USER: u32 = 65_534;
 
 #[track_caller]
-fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
+pub(crate) fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
     assert_eq!(finished.code, Some(code), "{what}: {finished:#?}");
     for word in words {
         assert!(
@@ -34,7 +34,7 @@ fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
     }
 }
 
-fn replaced(site: &Site, from: &str, to: &str) {
+pub(crate) fn replaced(site: &Site, from: &str, to: &str) {
     site.write_configuration(|text| {
         assert!(text.contains(from), "{from}");
         *text = text.replacen(from, to, 1);
@@ -94,7 +94,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             site.pki
                 .issue_server_with(|one| one.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
         },
-        &["CA:TRUE", "certificate of its own"],
+        &["CA:TRUE", "separate certificate"],
     ),
     (
         "an expired certificate",
@@ -224,10 +224,66 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
     }
 }
 
+const LIMIT: &str = "drain_timeout_ms = \"30s\"";
+
+/// What stands in a good configuration, what is written instead, and the advice.
+const VALUES: &[(&str, &str, &str)] = &[
+    (
+        "address = \"127.0.0.1:0\"",
+        "address = \"localhost:8443\"",
+        "`localhost` is 127.0.0.1",
+    ),
+    (
+        "address = \"127.0.0.1:0\"",
+        "address = \"::1:8443\"",
+        "[::1]:8443",
+    ),
+    (
+        "roles = [\"release\"]",
+        "roles = \"release\"",
+        "`roles = [\"release\"]`",
+    ),
+    (
+        "key_names = [\"*\"]",
+        "key_names = [\"backup-*\"]",
+        "no patterns",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = -1",
+        "write milliseconds: a whole number that is not negative",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = 30.5",
+        "write milliseconds: a whole number that is not negative",
+    ),
+    (
+        LIMIT,
+        "drain_timeout_ms = 30s",
+        "`drain_timeout_ms = 30000`",
+    ),
+    (
+        "label = \"",
+        "label = keybroker # \"",
+        "`label = \"keybroker\"`",
+    ),
+    (
+        "[[listener]]",
+        "[listener]",
+        "double brackets: `[[listener]]`",
+    ),
+    (
+        "roles = [\"release\"]",
+        "roles = [\"relaese\"]",
+        "did you mean `release`?",
+    ),
+];
+
 #[test]
 fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
     let site = Site::without_keys(Options {
-        limits: "drain_timeout_ms = \"30s\"".to_owned(),
+        limits: LIMIT.to_owned(),
         ..Options::default()
     });
     let check = || site.run(&["config", "check"]);
@@ -239,37 +295,15 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
     );
     replaced(&site, "drain_timeout_ms = \"30s\"", "drain_timout_ms = 1");
     says(
-        "a slip of the pen",
+        "a typing error",
         &check(),
         3,
         &["did you mean `drain_timeout_ms`?"],
     );
-    for (from, to, advice) in [
-        (
-            "address = \"127.0.0.1:0\"",
-            "address = \"localhost:8443\"",
-            "`localhost` is 127.0.0.1",
-        ),
-        (
-            "address = \"127.0.0.1:0\"",
-            "address = \"::1:8443\"",
-            "[::1]:8443",
-        ),
-        (
-            "roles = [\"release\"]",
-            "roles = \"release\"",
-            "`roles = [\"release\"]`",
-        ),
-        (
-            "key_names = [\"*\"]",
-            "key_names = [\"backup-*\"]",
-            "no patterns",
-        ),
-    ] {
+    for &(from, to, advice) in VALUES {
         site.write_configuration(|text| {
-            *text = text
-                .replace("drain_timeout_ms = \"30s\"", "")
-                .replacen(from, to, 1);
+            assert!(text.contains(from), "{from}: {text}");
+            *text = text.replacen(from, to, 1).replace(LIMIT, "");
         });
         says(to, &check(), 3, &["line ", advice]);
     }
@@ -293,7 +327,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
         "others can read it",
         &site.run(&["config", "check"]),
         3,
-        &["mode 644", "chmod 600"],
+        &["mode 0644", "chmod 600"],
     );
     mode(0o600);
     says("corrected", &site.run(&["config", "check"]), 0, &[]);
@@ -337,7 +371,7 @@ fn a_database_on_a_read_only_file_system_is_named_as_such() {
     says("a read-only file system", &finished, 7, &words);
 }
 
-/// A forbid with a slip of the pen is valid, and forbids nothing.
+/// A forbid with a typing error is valid, and forbids nothing.
 #[test]
 fn a_policy_about_an_unknown_principal_is_reported() {
     let site = Site::without_keys(Options::default());
@@ -484,7 +518,13 @@ fn a_client_that_cannot_connect_says_why() {
         2,
         &["--key", "is not the private key of the certificate"],
     );
+}
 
+/// The name of the host, the port and the authority: each has its own message.
+#[test]
+fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
+    let broker = Broker::start(Options::default());
+    let pki = &broker.site.pki;
     let to = |endpoint: &str, ca: &Path| {
         let mut command =
             broker
@@ -512,7 +552,16 @@ fn a_client_that_cannot_connect_says_why() {
         "another authority",
         &to(&grpc, &others),
         11,
-        &["not signed by an authority in --ca"],
+        &[
+            "certificate is not signed by an authority in --ca (",
+            "hint: name the authority",
+        ],
+    );
+    says(
+        "no port",
+        &to("https://127.0.0.3", &ca),
+        11,
+        &["no port is named in --endpoint, so 443 was tried"],
     );
     let by_name = to(&grpc.replace("localhost", "127.0.0.2"), &ca);
     says(
@@ -598,7 +647,7 @@ fn options_of_the_connection_are_taken_at_either_end() {
     }
 }
 
-/// Where the gRPC API and the admin API have listeners of their own.
+/// Where the gRPC API and the admin API have separate listeners.
 #[test]
 fn a_method_of_another_listener_is_explained() {
     let site = Site::fresh(Options::default());
@@ -609,7 +658,7 @@ fn a_method_of_another_listener_is_explained() {
         "the admin API",
         &finished,
         10,
-        &["listeners of their own", "[[listener]]"],
+        &["separate listeners", "[[listener]]"],
     );
 }
 

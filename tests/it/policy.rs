@@ -90,10 +90,10 @@ async fn a_bad_or_missing_policy_leaves_the_old_ones_in_force() {
         .unwrap();
     let [enroller, releaser] = ["enroller", "releaser"].map(|name| Caller::of(&broker, name));
     enroller.create("ada", MATERIAL).await.unwrap();
-    let alarms = |times: usize| {
+    let alerts = |times: usize| {
         let site = &broker.site;
-        until("the alarm", move || {
-            (site.log().matches("\"alarm\":\"policy-reload\"").count() == times).then_some(())
+        until("the alert", move || {
+            (site.log().matches("\"alert\":\"policy-reload\"").count() == times).then_some(())
         });
     };
     fs::write(
@@ -101,13 +101,13 @@ async fn a_bad_or_missing_policy_leaves_the_old_ones_in_force() {
         "permit (principal, action, resource)",
     )
     .unwrap();
-    alarms(1);
+    alerts(1);
     assert!(broker.site.log().contains("net.cedar, line 1, column"));
     refused(releaser.unwrap("ada").await, "POLICY");
 
     fs::remove_file(directory.join("net.cedar")).unwrap();
-    alarms(2);
-    assert!(broker.site.log().contains("net.cedar: is gone"));
+    alerts(2);
+    assert!(broker.site.log().contains("net.cedar: is missing"));
     refused(releaser.unwrap("ada").await, "POLICY");
     assert_eq!(decided_by(&broker, "not-from-here"), 2);
 

@@ -1,4 +1,4 @@
-//! Limits of callers: rates, failure budgets, and the alarm of bulk releases, with the real broker.
+//! Limits of callers: rates, failure budgets, and the alert about bulk releases, with the real broker.
 
 use std::time::{Duration, Instant};
 
@@ -121,7 +121,7 @@ async fn wrong_credentials_use_up_the_budget_of_their_own_address_alone() {
     // Good credentials from that address are good.
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
     let log = broker.site.log();
-    assert!(log.contains("credential refused"), "{log}");
+    assert!(log.contains("call refused"), "{log}");
     // 205 refusals: a network has 60 lines a minute, and what was suppressed is counted.
     let lines = log
         .lines()
@@ -137,7 +137,7 @@ async fn wrong_credentials_use_up_the_budget_of_their_own_address_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn releasing_the_keys_of_too_many_users_is_an_alarm() {
+async fn releasing_the_keys_of_too_many_users_raises_an_alert() {
     let broker = Broker::start(with_rates("released_users_per_hour = 3"));
     let (enroller, releaser) = (
         Caller::of(&broker, "enroller"),
@@ -151,7 +151,7 @@ async fn releasing_the_keys_of_too_many_users_is_an_alarm() {
         releaser.unwrap(user).await.unwrap();
     }
     assert!(!broker.site.log().contains("bulk-release"));
-    // The alarm refuses nothing: the release was permitted.
+    // The alert refuses nothing: the release was permitted.
     for user in ["dora", "eve"] {
         assert_eq!(releaser.unwrap(user).await.unwrap().key_material, MATERIAL);
     }
@@ -159,16 +159,16 @@ async fn releasing_the_keys_of_too_many_users_is_an_alarm() {
         .unwrap("ada")
         .await
         .unwrap();
-    until("the alarm", || {
+    until("the alert", || {
         broker.site.log().contains("bulk-release").then_some(())
     });
     assert!(get(broker.status, "/metrics").contains("keybroker_bulk_releases_total 1"));
     let (site, _) = broker.stop();
     let audit = site.audit();
-    let alarms: Vec<_> = audit
+    let alerts: Vec<_> = audit
         .lines()
         .filter(|line| line.contains("alarm.bulk_release"))
         .collect();
-    assert_eq!(alarms.len(), 1, "{alarms:?}");
-    assert!(alarms[0].contains("/releaser"), "{alarms:?}");
+    assert_eq!(alerts.len(), 1, "{alerts:?}");
+    assert!(alerts[0].contains("/releaser"), "{alerts:?}");
 }

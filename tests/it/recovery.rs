@@ -146,7 +146,7 @@ async fn a_killed_worker_costs_no_call() {
     assert_eq!(broker.pid(), front);
     let (site, status) = broker.stop();
     assert!(status.success(), "{status}");
-    assert_eq!(site.log().matches("\"alarm\":\"bug\"").count(), 0);
+    assert_eq!(site.log().matches("\"alert\":\"bug\"").count(), 0);
 }
 
 /// One call after another without a second try; returns how many, and how many of them failed.
@@ -230,7 +230,7 @@ async fn workers_killed_as_they_become_ready_are_waited_for() {
     assert!(ruled > 0 && errors == 0, "{errors} of {ruled}");
     let log = broker.site.log();
     assert!(
-        log.matches("\"alarm\":\"token-down\"").count() <= 1,
+        log.matches("\"alert\":\"token-down\"").count() <= 1,
         "{log}"
     );
 }

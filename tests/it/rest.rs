@@ -3,6 +3,7 @@
 mod browsers;
 mod commands;
 mod contract;
+mod guide;
 mod outages;
 mod refused;
 pub(crate) mod site;

@@ -36,7 +36,7 @@ fn until_logged(site: &Site, words: &str) {
     until(words, || site.log().contains(words).then_some(()));
 }
 
-/// Asks with a connection of its own until it is refused.
+/// Asks with its own connection until it is refused.
 async fn until_refused(broker: &Broker, client: &str) {
     for _ in 0..100 {
         if Caller::of(broker, client)
@@ -132,7 +132,7 @@ async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
     fs::write(broker.site.pki.crl_file(), "no list").unwrap();
     until_logged(&broker.site, "holds no list of");
     let log = broker.site.log();
-    assert_eq!(log.matches("\"alarm\":\"tls-reload\"").count(), 1, "{log}");
+    assert_eq!(log.matches("\"alert\":\"tls-reload\"").count(), 1, "{log}");
     // Neither forgotten nor widened.
     until_refused(&broker, "enroller").await;
     refused(
@@ -157,7 +157,7 @@ async fn a_new_list_counts_beside_a_bad_server_certificate() {
         .unwrap();
     let certificate = broker.site.pki.certificate_file("server");
     fs::write(&certificate, "half a certificate").unwrap();
-    until_logged(&broker.site, "\"alarm\":\"tls-reload\"");
+    until_logged(&broker.site, "\"alert\":\"tls-reload\"");
     broker.site.pki.revoke(&["enroller"], LONG_S);
     until_logged(&broker.site, "changed trust in clients is taken over");
     until_refused(&broker, "enroller").await;

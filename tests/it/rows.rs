@@ -51,7 +51,7 @@ async fn enrolled(users: &[&str]) -> Broker {
     broker
 }
 
-/// Every one of the users is refused as damaged, with an alarm, and none reached the RSA key.
+/// Every one of the users is refused as damaged, with an alert, and none reached the RSA key.
 async fn all_refused(site: Arc<Site>, users: &[&str]) {
     let broker = Broker::start_on(site);
     let releaser = Caller::of(&broker, "releaser");
@@ -63,7 +63,7 @@ async fn all_refused(site: Arc<Site>, users: &[&str]) {
     assert_eq!(
         log.matches("record-damaged").count(),
         users.len(),
-        "one alarm each"
+        "one alert each"
     );
     assert!(!log.contains("after a good MAC"), "the RSA key was used");
 }

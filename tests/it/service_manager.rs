@@ -94,7 +94,7 @@ fn the_manager_hears_of_ready_reload_and_stop() {
     let manager = Manager::listen();
     let site = Arc::new(Site::fresh(Options::default()));
     let broker = manager.start(&site);
-    // Health is looked at in a task of its own, which may be the first to speak.
+    // Health is looked at in a separate task, which may be the first to speak.
     manager.expect_all(&["READY=1", "STATUS=serving"]);
     // The listeners were open before it reported READY.
     assert!(site.ready_file().exists());

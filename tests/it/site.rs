@@ -1,4 +1,4 @@
-//! An installation of its own for each test: token, certificates, database, audit log, configuration, and the commands
+//! Its own installation for each test: token, certificates, database, audit log, configuration, and the commands
 //! of the real binary on it.
 
 use std::{

@@ -96,7 +96,7 @@ async fn a_line_about_a_failed_change_names_its_call() {
     refused(Err::<(), _>(status), "STORE_DOWN");
     drop(holder.stdin.take());
     assert!(holder.wait().unwrap().success());
-    // A change runs in a task of its own, whose lines are those of its call, too.
+    // A change runs in a separate task, whose lines are those of its call, too.
     let failed = line(&broker, "call failed");
     assert_is_about(&broker, &failed, "user_key.create", "enroller");
 }

@@ -49,7 +49,7 @@ async fn a_bad_certificate_leaves_the_old_one_in_use() {
         broker
             .site
             .log()
-            .matches("\"alarm\":\"tls-reload\"")
+            .matches("\"alert\":\"tls-reload\"")
             .count(),
         1
     );

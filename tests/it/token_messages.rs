@@ -161,7 +161,7 @@ fn each_mistake_with_softhsm2_conf_is_named() {
 
 /// What is set in the shell and not in `[token.environment]` is named, because it worked in the vendor's tool.
 #[test]
-fn a_variable_of_the_shell_that_is_not_handed_on_is_named() {
+fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
     let site = Site::fresh(Options::default());
     let line = format!(
         "SOFTHSM2_CONF = \"{}\"\n",
@@ -179,9 +179,21 @@ fn a_variable_of_the_shell_that_is_not_handed_on_is_named() {
         says(
             &finished,
             TOKEN,
-            &["not handed on", "SOFTHSM2_CONF", "[token.environment]"],
+            &["not passed on", "SOFTHSM2_CONF", "[token.environment]"],
         );
     }
+    // Nothing of it is said of a failure that has another cause.
+    site.write_configuration(|_| {});
+    let so_pin = so_pin(&site, "12345678");
+    let label = site.token.label();
+    let mut command = site.command(&["token", "init", "--label", label, "--so-pin-file", &so_pin]);
+    command.env("OTHER_PKCS11_CONF", "/nowhere");
+    let finished = site.run_to_its_end(command);
+    says(&finished, TOKEN, &["is there already"]);
+    assert!(
+        !finished.stderr.contains("OTHER_PKCS11_CONF"),
+        "{finished:#?}"
+    );
 }
 
 #[test]

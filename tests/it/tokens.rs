@@ -272,7 +272,7 @@ async fn a_provider_may_be_down_at_the_start_and_change_its_key() {
         .unwrap();
     let old = Holder::of(&broker, &service.user_token(ADA));
     refused(old.unwrap(ADA).await, "IDENTITY_DOWN");
-    until("the alarm", || {
+    until("the alert", || {
         broker.site.log().contains("issuer-keys").then_some(())
     });
     service.resume();

@@ -68,7 +68,7 @@ fn fifo(path: &Path) {
     mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
 }
 
-/// One file in a directory of its own. Harm is undone when it is dropped.
+/// One file in a separate directory. Harm is undone when it is dropped.
 struct Harmed {
     file: PathBuf,
     kept: PathBuf,
@@ -133,7 +133,7 @@ impl Drop for Harmed {
     }
 }
 
-/// A site whose files each have a directory of their own.
+/// A site whose files each have a separate directory.
 struct Trust {
     site: Arc<Site>,
 }
@@ -355,7 +355,7 @@ async fn on_reload_a_file_that_another_user_could_change_is_not_taken_over() {
                 let log = site.log();
                 let alerts = log[before..]
                     .lines()
-                    .filter(|line| line.contains("\"alarm\""));
+                    .filter(|line| line.contains("\"alert\""));
                 alerts
                     .into_iter()
                     .any(|line| harmed.is_named_in(line))

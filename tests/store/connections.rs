@@ -291,7 +291,7 @@ async fn changes_that_wait_for_a_lock_of_mariadb_cost_no_read() {
 }
 
 /// A database that answers and has more to do than its connections can carry is not an outage: calls that get no connection in
-/// time are told at once and by a reason of its own, the others get their answers, and the probe finds nothing wrong.
+/// time are told at once, with a separate reason, the others get their answers, and the probe finds nothing wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_pool_is_answered_at_once_and_is_no_outage() {
     const CALLS: usize = 150;

@@ -187,7 +187,7 @@ async fn tls_to_mariadb_is_verified() {
     tls_is_verified(Kind::MariaDb).await;
 }
 
-/// Runs a test of this file in a process of its own, with a database and with variables.
+/// Runs a test of this file in a separate process, with a database and with variables.
 fn in_environment(test: &str, settings: &Settings, variables: &[(&str, &str)]) -> Output {
     Command::new(env::current_exe().unwrap())
         .args([&format!("network::{test}"), "--exact", "--nocapture"])

@@ -20,7 +20,7 @@ use super::{
 
 type Part = for<'e> fn(&'e Engine) -> BoxFuture<'e, ()>;
 
-/// On SQLite each part is a test; on a server all share one server, each with a database of its own.
+/// On SQLite each part is a test; on a server all share one server, each with a separate database.
 macro_rules! on_every_engine {
     ($($part:ident),* $(,)?) => {
         mod on_sqlite {

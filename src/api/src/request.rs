@@ -1,4 +1,4 @@
-//! Runs one call: within a place among the calls of its connection, within its deadline, in a task of its own, and in a span that
+//! Runs one call: within a place among the calls of its connection, within its deadline, in a separate task, and in a span that
 //! every log line below it carries.
 //!
 //! The task lets a call whose caller hangs up, or whose deadline passes, still reach its audit entry. The call keeps its place until
@@ -66,7 +66,7 @@ pub(crate) async fn run(
     match tokio::time::timeout_at(deadline.into(), task).await {
         Ok(Ok(response)) => Ok(response),
         Ok(Err(_)) => {
-            tracing::error!(alarm = "bug", "a handler panicked");
+            keybroker_core::alert!(Bug, "a handler panicked");
             let error = Error::new(Reason::Bug, "a handler panicked");
             Err(Unanswered::Ended(error))
         }

@@ -6,7 +6,7 @@
 //! | `GET /user-keys` | the key of the token's user |
 //! | `POST /user-keys` | 200 when it was stored; never over a key that is there |
 //! | `PUT /user-keys` | 200 when it was stored, over another one if there is one |
-//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; for anybody |
+//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; needs no credential |
 //!
 //! Clients log their user out on any error, and treat every status except 200 as one: short outages of token, store
 //! and audit log are waited out here, and 404 is said only of a user who has no key. The user is the subject of the

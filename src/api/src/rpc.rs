@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use tonic::{Request, Status, service::Routes};
+use tonic_reflection::server::Error as ReflectionError;
 
 use keybroker_broker::Broker;
 use keybroker_core::{
@@ -41,7 +42,7 @@ pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
 /// Name of the control-plane service.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
-/// What a listener lets in.
+/// The services of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Services {
     /// The user-key service.
@@ -53,7 +54,7 @@ pub struct Services {
 }
 
 /// The routes of a listener.
-pub fn routes<H>(context: Context, services: Services, health: H) -> Result<Router, String>
+pub fn routes<H>(context: Context, services: Services, health: H) -> Result<Router, ReflectionError>
 where
     H: tower::Service<
             http::Request<tonic::body::Body>,
@@ -99,10 +100,8 @@ where
             }
             builder
         };
-        let v1 = builder().build_v1().map_err(|error| error.to_string())?;
-        let alpha = builder()
-            .build_v1alpha()
-            .map_err(|error| error.to_string())?;
+        let v1 = builder().build_v1()?;
+        let alpha = builder().build_v1alpha()?;
         routes = routes
             .add_service(v1.max_decoding_message_size(MESSAGE_BYTES_MAX))
             .add_service(alpha.max_decoding_message_size(MESSAGE_BYTES_MAX));

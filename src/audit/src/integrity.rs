@@ -175,7 +175,7 @@ impl Files {
         }
     }
 
-    /// A file that is gone was removed by another process. A file system that does not answer was not.
+    /// A missing file was removed by another process; a file on a file system that does not answer was not.
     fn look(path: &Path) -> Result<Metadata, Error> {
         fs::symlink_metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {

@@ -192,8 +192,8 @@ impl AuditLog {
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
         let ended = self.0.ended.recv_deadline(until);
         if !asked || ended != Err(RecvTimeoutError::Disconnected) {
-            tracing::error!(
-                alarm = "audit-log",
+            keybroker_core::alert!(
+                AuditLog,
                 "the audit log was not closed in order: its disk hangs"
             );
         }
@@ -201,7 +201,7 @@ impl AuditLog {
 }
 
 /// The operator's acknowledgement, if tampering was found earlier. An error when it was found and not acknowledged, or when the
-/// directory is gone that had entries.
+/// directory that had entries is missing.
 fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
     let acknowledgement = memory.acknowledgement()?;
     if acknowledgement.is_some() {

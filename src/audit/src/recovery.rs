@@ -129,7 +129,7 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, and not as a crash of the broker would leave it: somebody changed it, or the \
+                "{} is damaged at byte {good}, but not as a crash of the broker would leave it: it was changed, or the \
                  machine lost its power while the disk wrote in another order; keep the log for the auditors and start \
                  another one with another `audit.instance`",
                 path.display()
@@ -158,7 +158,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a file of its own; the writer then cuts the segment back.
+    /// Copies a torn tail into a separate file; the writer then cuts the segment back.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());

@@ -2,12 +2,12 @@
 
 use std::{
     fs::{self, DirBuilder, File, Metadata, OpenOptions},
-    io::{BufRead, BufReader, Read as _, Write as _},
+    io::{self, BufRead, BufReader, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use keybroker_core::trusted_file;
+use keybroker_core::{remedy::remedy, trusted_file};
 
 use super::{
     Class, Error,
@@ -17,6 +17,8 @@ use super::{
 const OPEN_TO_OTHERS: u32 = 0o077;
 /// Name of the file whose lock makes a process the only writer.
 pub(super) const LOCK: &str = "lock";
+/// Why there is no log yet.
+pub(super) const BEGINS: &str = "a broker begins its audit log at its first start";
 /// Name of the file with the id of the log.
 pub(super) const LOG_ID: &str = "log-id";
 
@@ -24,18 +26,24 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
+/// The same for what the operating system refused: its remedy where the kind of the error tells one, else the one given.
+fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
+    let known = remedy(path, error);
+    fail(what, path, error, known.as_deref().unwrap_or(otherwise))
+}
+
 /// Makes the directory if its parent exists, and refuses one that others could write or read.
 pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => sync_directory(path.parent().unwrap_or(Path::new(".")))?,
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
             let remedy = "make its parent directory and give it to the user that runs keybroker";
-            return Err(fail("cannot make the directory", path, error, remedy));
+            return Err(fail_io("cannot make the directory", path, &error, remedy));
         }
     }
     let meta = fs::metadata(path)
-        .map_err(|error| fail("cannot read the directory", path, error, "check its owner"))?;
+        .map_err(|error| fail_io("cannot read the directory", path, &error, "check its owner"))?;
     let ours = rustix::process::geteuid().as_raw();
     if meta.is_dir() && meta.uid() != ours {
         let cause = format!(
@@ -48,16 +56,22 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         );
         return Err(fail("will not write into", path, cause, &remedy));
     }
-    if !meta.is_dir() || meta.mode() & OPEN_TO_OTHERS != 0 || meta.uid() != ours {
-        let (mode, owner) = (meta.mode() & 0o7777, meta.uid());
-        let cause = format!("mode {mode:04o}, owner {owner}");
-        let remedy = if meta.is_dir() && owner != ours {
-            format!(
-                "the directory belongs to user {owner}, and this process is user {ours}; run it as user {owner}"
-            )
-        } else {
-            format!("it must be a directory of user {ours} with mode 0700")
-        };
+    if !meta.is_dir() {
+        let remedy =
+            format!("name a directory in `[audit] directory`, owned by user {ours} with mode 0700");
+        return Err(fail(
+            "will not write into",
+            path,
+            "it is not a directory",
+            &remedy,
+        ));
+    }
+    if meta.mode() & OPEN_TO_OTHERS != 0 {
+        let cause = format!(
+            "it has mode {:04o}, so other users can use it",
+            meta.mode() & 0o7777
+        );
+        let remedy = format!("run `chmod 700 {}`", path.display());
         return Err(fail("will not write into", path, cause, &remedy));
     }
     Ok(())
@@ -84,7 +98,7 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         .truncate(false)
         .mode(0o600)
         .open(&path)
-        .map_err(|error| fail("cannot open", &path, error, "check owner and mode"))?;
+        .map_err(|error| fail_io("cannot open", &path, &error, "check owner and mode"))?;
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
@@ -101,7 +115,7 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     let pid = std::process::id().to_string();
     file.set_len(0)
         .and_then(|()| file.write_all(pid.as_bytes()))
-        .map_err(|error| fail("cannot write", &path, error, "check the disk"))?;
+        .map_err(|error| fail_io("cannot write", &path, &error, "check the disk"))?;
     Ok(file)
 }
 
@@ -128,8 +142,15 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
             let remedy = "the log was tampered with; keep it for the auditors and start another";
             return Err(fail("not a log id in", &path, "wrong length", remedy));
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(fail("cannot read", &path, error, "check owner and mode")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(fail_io(
+                "cannot read",
+                &path,
+                &error,
+                "check owner and mode",
+            ));
+        }
     }
     if !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start another";
@@ -151,7 +172,7 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         .and_then(|()| file.sync_all())
         .map_err(|error| {
             fs::remove_file(path).ok();
-            fail("cannot write", path, error, "check the disk")
+            fail_io("cannot write", path, &error, "check the disk")
         })
 }
 
@@ -162,22 +183,25 @@ pub(super) fn create(path: &Path) -> Result<File, Error> {
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .map_err(|error| fail("cannot make", path, error, "check owner, mode and disk"))
+        .map_err(|error| fail_io("cannot make", path, &error, "check owner, mode and disk"))
 }
 
 /// Removes a file. One that is not there is no error.
 pub(super) fn remove(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(fail("cannot remove", path, error, "check owner and mode"))
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail_io(
+            "cannot remove",
+            path,
+            &error,
+            "check owner and mode",
+        )),
         _ => Ok(()),
     }
 }
 
 /// Cuts a segment back to its first `bytes`.
 pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
-    let cut = || -> std::io::Result<()> {
+    let cut = || -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(path)?;
         if file.metadata()?.len() > bytes {
             file.set_len(bytes)?;
@@ -185,7 +209,7 @@ pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
         }
         Ok(())
     };
-    cut().map_err(|error| fail("cannot cut back", path, error, "check the disk"))
+    cut().map_err(|error| fail_io("cannot cut back", path, &error, "check the disk"))
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), Error> {
@@ -196,7 +220,7 @@ pub(super) fn sync_directory(path: &Path) -> Result<(), Error> {
     };
     File::open(path)
         .and_then(|directory| directory.sync_all())
-        .map_err(|error| fail("cannot sync", path, error, "check the disk"))
+        .map_err(|error| fail_io("cannot sync", path, &error, "check the disk"))
 }
 
 const NUMBER_MAX: u64 = 999_999_999_999;
@@ -211,8 +235,13 @@ pub(super) fn segment_path(directory: &Path, number: u64) -> PathBuf {
 
 /// Numbers of the segments, ascending.
 pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
-    let entries = fs::read_dir(directory)
-        .map_err(|error| fail("cannot list", directory, error, "check owner and mode"))?;
+    let entries = fs::read_dir(directory).map_err(|error| {
+        let otherwise = match error.kind() {
+            io::ErrorKind::NotFound => BEGINS,
+            _ => "check owner and mode",
+        };
+        fail_io("cannot list", directory, &error, otherwise)
+    })?;
     let mut numbers: Vec<u64> = entries
         .filter_map(Result::ok)
         .filter_map(|entry| {
@@ -246,7 +275,7 @@ impl FileId {
 /// Longer lines are damage: what the log writes is far shorter.
 pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 
-/// A line of a segment, or what stands where one should be.
+/// A line of a segment, or the bytes in its place.
 #[derive(Debug)]
 pub(super) struct Line {
     /// Where it begins.
@@ -276,7 +305,7 @@ pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Er
         (&mut reader)
             .take(LINE_BYTES_MAX)
             .read_until(b'\n', &mut line)
-            .map_err(|error| fail("cannot read", path, error, "check the disk"))?;
+            .map_err(|error| fail_io("cannot read", path, &error, "check the disk"))?;
         if line.is_empty() {
             return Ok(());
         }
@@ -290,7 +319,7 @@ pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Er
 pub(super) fn length(path: &Path) -> Result<u64, Error> {
     fs::metadata(path)
         .map(|meta| meta.len())
-        .map_err(|error| fail("cannot read", path, error, "check owner and mode"))
+        .map_err(|error| fail_io("cannot read", path, &error, "check owner and mode"))
 }
 
 /// The first entry of a segment.
@@ -300,7 +329,7 @@ pub(super) fn first_line(path: &Path) -> Result<Option<Parsed>, Error> {
 }
 
 fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|error| fail("cannot read", path, error, "check owner and mode"))
+    File::open(path).map_err(|error| fail_io("cannot read", path, &error, "check owner and mode"))
 }
 
 fn next_line(reader: &mut impl BufRead, path: &Path, at: u64) -> Result<Option<Line>, Error> {
@@ -308,7 +337,7 @@ fn next_line(reader: &mut impl BufRead, path: &Path, at: u64) -> Result<Option<L
     reader
         .take(LINE_BYTES_MAX)
         .read_until(b'\n', &mut line)
-        .map_err(|error| fail("cannot read", path, error, "check the disk"))?;
+        .map_err(|error| fail_io("cannot read", path, &error, "check the disk"))?;
     if line.is_empty() {
         return Ok(None);
     }

@@ -65,7 +65,7 @@ impl Shared {
         if let Some(error) = &cause
             && state.down.is_none()
         {
-            tracing::error!(alarm = "audit-log", %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
         }
         state.down = cause;
         measure(&state);
@@ -79,18 +79,18 @@ impl Shared {
         self.moving()
     }
 
-    /// An error while the disk has not answered the writer for longer than anybody waits for an entry.
+    /// An error while the disk has not answered the writer for longer than a call waits for an entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {
             return Ok(());
         }
         let error = Error::new(format!(
-            "the disk has not answered for {} ms; look at it",
+            "the disk has not answered for {} ms; check the disk and the kernel's log",
             APPEND_TIMEOUT.as_millis()
         ));
         if !std::mem::replace(&mut state.stall_reported, true) {
-            tracing::error!(alarm = "audit-log", %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
         }
         measure(&state);
         Err(error)

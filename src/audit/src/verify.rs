@@ -3,15 +3,17 @@
 //! The log of an instance is also held against the last entry that the instance remembers as durable, so lines cut off its
 //! end are found up to the last second before the broker stopped.
 //!
-//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by somebody who can
+//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by an attacker who can
 //! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
-use keybroker_core::call::CallId;
+use keybroker_core::{call::CallId, remedy::with_remedy};
 
 use super::{
     Error, extent,
@@ -48,11 +50,19 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
 
 /// The same, up to an entry that must be there.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
-    let log_id = std::fs::read_to_string(directory.join("log-id")).map_err(|error| {
-        Error::new(format!(
-            "cannot read log-id in {}: {error}",
-            directory.display()
-        ))
+    let path = directory.join(segment::LOG_ID);
+    let log_id = fs::read_to_string(&path).map_err(|error| {
+        let shown = directory.display();
+        Error::new(match (error.kind(), &mark) {
+            (ErrorKind::NotFound, None) => format!(
+                "there is no audit log in {shown}; {}", segment::BEGINS
+            ),
+            (ErrorKind::NotFound, Some(_)) => format!(
+                "the audit log of {shown} is gone: there is no file {}, although this instance has written entries",
+                path.display()
+            ),
+            _ => format!("cannot read {}: {}", path.display(), with_remedy(&path, &error)),
+        })
     })?;
     let mut check = Check {
         log_id: log_id.trim(),
@@ -81,7 +91,7 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
             // One problem for all that follows, until there is a line again.
             None if readable => {
                 readable = false;
-                let what = format!("byte {} begins what is not a canonical entry", line.at);
+                let what = format!("no canonical entry begins at byte {}", line.at);
                 check.problem(&what);
             }
             None => {}

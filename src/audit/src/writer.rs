@@ -1,7 +1,7 @@
 //! The one thread that writes a log. It takes what is queued, writes it in one go, syncs once, and only then answers: the
 //! sync under way is the natural group, so there is no delay to tune.
 //!
-//! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages for good (Linux reports the
+//! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages permanently (Linux reports the
 //! loss once and then calls the file clean), so the segment is cut back to what was durable and a new one is begun.
 //!
 //! Files that another process removed, replaced, truncated or added are no failure of the disk: the log is latched, and nothing
@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use keybroker_core::{
     call::{CallId, Timestamp},
     metrics,
+    remedy::remedy,
 };
 
 use super::{
@@ -131,7 +132,7 @@ impl Writer {
         })
     }
 
-    /// Runs until closed or until every handle is gone.
+    /// Runs until closed or until every handle is dropped.
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.shared.idle();
         loop {
@@ -190,7 +191,7 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // A receiver that is gone since then has refused its call; the entry says more than happened, never less.
+            // A receiver that was dropped since then has refused its call; the entry says more than happened, never less.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
@@ -234,8 +235,7 @@ impl Writer {
         // What was durable until now must be missed by a later check.
         self.remember();
         let latched = error.clone().latched();
-        tracing::error!(alarm = "audit-tampered", error = %latched, "the files of the audit log were tampered with");
-        metrics::AUDIT_TAMPERING.increment();
+        keybroker_core::alert!(AuditTampered, error = %latched, "the files of the audit log were tampered with");
         self.shared.set_down(Some(latched.clone()));
         self.latched = Some(latched);
         error.finding().clone_into(&mut self.finding);
@@ -281,9 +281,12 @@ impl Writer {
             line::encode(entry, place, &mut bytes);
         }
         let failed = |error| {
-            let path = current.path.display();
+            let path = &current.path;
+            let remedy = remedy(path, &error);
+            let remedy = remedy.as_deref().unwrap_or("repair the disk");
             Error::new(format!(
-                "cannot write {path}: {error}; free space on the disk or repair it"
+                "cannot write {}: {error}; {remedy}",
+                path.display()
             ))
         };
         self.shared.busy();
@@ -474,7 +477,7 @@ impl Writer {
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)
         {
-            tracing::error!(%error, "old audit segments were not removed; run the command again when the cause is gone");
+            tracing::error!(%error, "old audit segments were not removed; run the command again once the cause is repaired");
             if let Err(error) = memory.forget_removal() {
                 tracing::warn!(%error, "the request to remove audit segments cannot be withdrawn");
             }

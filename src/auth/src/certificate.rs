@@ -3,13 +3,44 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use rustls_pki_types::CertificateDer;
-use x509_parser::{extensions::GeneralName, prelude::*};
+use x509_parser::{error::X509Error, extensions::GeneralName, nom, prelude::*};
 
 use keybroker_core::call::Timestamp;
 
 use super::spiffe;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
+
+/// Why a client certificate names no caller.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    /// It does not parse.
+    #[error("the client certificate does not parse")]
+    Malformed(#[source] nom::Err<X509Error>),
+    /// Its subject alternative names do not parse, or are there twice.
+    #[error("the client certificate's SAN does not parse")]
+    Names(#[source] X509Error),
+    /// More than one URI where a SPIFFE id must be alone.
+    #[error("the client certificate has a SPIFFE id and other URIs beside it: {0:?}")]
+    SeveralUris(Vec<String>),
+    /// A SPIFFE id that is not well formed. Its error completes the sentence.
+    #[error("the client certificate's SPIFFE id {id:?} {problem}")]
+    Id {
+        /// What the certificate says.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        problem: spiffe::IdError,
+    },
+    /// A SPIFFE id of a trust domain that the listener does not accept.
+    #[error("its SPIFFE id is of the trust domain {found:?}; this listener accepts {accepted:?}")]
+    TrustDomain {
+        /// The trust domain of the id.
+        found: String,
+        /// Those of the listener.
+        accepted: BTreeSet<String>,
+    },
+}
 
 /// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used: it has no type and no rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,12 +54,12 @@ pub struct PeerCertificate {
 
 impl PeerCertificate {
     /// Reads the subject alternative names of a leaf.
-    pub fn read(leaf: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, certificate) = X509Certificate::from_der(leaf)
-            .map_err(|error| format!("the client certificate does not parse: {error}"))?;
+    pub fn read(leaf: &CertificateDer<'_>) -> Result<Self, CertificateError> {
+        let (_, certificate) =
+            X509Certificate::from_der(leaf).map_err(CertificateError::Malformed)?;
         let names = certificate
             .subject_alternative_name()
-            .map_err(|error| format!("the client certificate's SAN does not parse: {error}"))?;
+            .map_err(CertificateError::Names)?;
         let names = names.map_or_else(Vec::new, |names| names.value.general_names.clone());
         let trust_domain = trust_domain(&names)?;
         let sans = names
@@ -54,11 +85,14 @@ impl PeerCertificate {
 
     /// Whether a listener that names trust domains accepts it. The setting does not apply to a certificate without a
     /// SPIFFE id.
-    pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), String> {
+    pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), CertificateError> {
         match &self.trust_domain {
-            Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => Err(format!(
-                "its SPIFFE id is of the trust domain {domain:?}; this listener accepts {accepted:?}"
-            )),
+            Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => {
+                Err(CertificateError::TrustDomain {
+                    found: domain.clone(),
+                    accepted: accepted.clone(),
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -80,7 +114,7 @@ impl PeerCertificate {
 
 /// The trust domain of the SPIFFE id, if there is one: then there must be no other URI (X509-SVID section 2), because which of the
 /// two is meant would depend on who looks.
-fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, String> {
+fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()
         .filter_map(|name| match name {
@@ -92,12 +126,13 @@ fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, String> {
         return Ok(None);
     }
     let [id] = uris[..] else {
-        return Err(format!(
-            "the client certificate has a SPIFFE id and other URIs beside it: {uris:?}"
-        ));
+        let uris = uris.into_iter().map(str::to_owned).collect();
+        return Err(CertificateError::SeveralUris(uris));
     };
-    let domain = spiffe::trust_domain(id)
-        .map_err(|problem| format!("the client certificate's SPIFFE id {id:?} {problem}"))?;
+    let domain = spiffe::trust_domain(id).map_err(|problem| CertificateError::Id {
+        id: id.to_owned(),
+        problem,
+    })?;
     Ok(Some(domain.to_owned()))
 }
 
@@ -107,7 +142,7 @@ mod tests {
 
     use super::*;
 
-    fn with(uris: &[&str]) -> Result<PeerCertificate, String> {
+    fn with(uris: &[&str]) -> Result<PeerCertificate, CertificateError> {
         let mut params = CertificateParams::default();
         let uris = uris.iter();
         params.subject_alt_names = uris

@@ -1,4 +1,4 @@
-//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a limit of its own, because it costs memory and
+//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a separate limit, because it costs memory and
 //! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
 //!
 //! A secret that was accepted is remembered for a minute under a keyed hash, so that most calls pay neither for Argon2 nor for a look-up.
@@ -346,7 +346,7 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // Before the database and the token are asked: they have a limit, too.
+                // Before the database and the token are asked, because their capacity is limited, too.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;

@@ -1,6 +1,6 @@
 //! `[[issuer]]`: whose tokens are believed, with which keys they are verified, and what they must say.
 //!
-//! Everything that decides about a token stands here. Nothing of it is ever taken from the token.
+//! Every rule about a token is here. None of them is ever taken from the token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -141,7 +141,7 @@ pub struct Settings {
     pub kind: Kind,
     /// Whose records they reach.
     pub tenant: Tenant,
-    /// Whether another issuer vouches for the same users.
+    /// Whether another issuer may name the same users.
     pub shared_users: bool,
     /// Of services: what they may do.
     pub roles: BTreeSet<Role>,
@@ -365,7 +365,7 @@ pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> 
         "https" => None,
         "http" if allow_http => None,
         "http" => Some(
-            "is plain http, so that anybody on the network path could replace the keys; use https, or set \
+            "is plain http, so everyone on the network path could replace the keys; use https, or set \
              `allow_http = true` if that path is a network of yours",
         ),
         _ => Some("is neither https nor http"),

@@ -18,16 +18,20 @@ use x509_parser::{
     x509::SubjectPublicKeyInfo,
 };
 
-use keybroker_core::pem;
+use keybroker_core::{error::chain, pem};
 
 use super::issuer::Algorithm;
 
+mod error;
 mod fetch;
 mod keys;
 mod strength;
 #[cfg(test)]
 mod tests;
 
+use error::{KeyError, LeftOut};
+
+pub use error::{SetError, SourceError};
 pub(super) use fetch::SET_BYTES_MAX;
 pub(super) use keys::{Keys, Pace};
 
@@ -35,6 +39,8 @@ pub(super) use keys::{Keys, Pace};
 const KEYS_MAX: usize = 64;
 /// Keys that are tried for a token that does not name one of several.
 const TRIES_MAX: usize = 4;
+/// What the log calls a key without a name.
+const WITHOUT_NAME: &str = "(key without `kid`)";
 /// Longest name of a key that is repeated in the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 /// Longest text about a key, or about a provider's answer, that is repeated in the log, in characters.
@@ -92,7 +98,7 @@ enum Unused {
     /// It is for something else, such as encryption.
     Other(String),
     /// It is weak or malformed.
-    Bad(String),
+    Bad(KeyError),
 }
 
 /// Why a set has no key for a token.
@@ -100,7 +106,7 @@ enum Unused {
 pub(super) enum NoKey {
     /// None of that name. A newer set may have it.
     Unknown,
-    /// The token names none, and so many fit that not all of them are tried.
+    /// The token names none, and more keys fit than are tried.
     TooMany,
     /// It is not for that algorithm.
     OtherAlgorithm,
@@ -132,9 +138,8 @@ struct Jwks {
 
 impl KeySet {
     /// From the JSON of a key set.
-    pub(super) fn parse_jwks(bytes: &[u8]) -> Result<Self, String> {
-        let set: Jwks = serde_json::from_slice(bytes)
-            .map_err(|error| format!("it is not a JSON Web Key Set: {error}"))?;
+    pub(super) fn parse_jwks(bytes: &[u8]) -> Result<Self, SetError> {
+        let set: Jwks = serde_json::from_slice(bytes).map_err(SetError::Json)?;
         let (mut keys, mut left_out, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         for (index, value) in set.keys.into_iter().enumerate() {
             let kid = value.get("kid").and_then(serde_json::Value::as_str);
@@ -143,76 +148,65 @@ impl KeySet {
                 None => format!("number {}", index + 1),
             };
             let read = serde_json::from_value::<Jwk>(value)
-                .map_err(|error| Unused::Bad(error.to_string()))
+                .map_err(|error| Unused::Bad(KeyError::Json(error)))
                 .and_then(Jwk::key);
             match read {
                 Ok(key) => keys.push(key),
                 Err(Unused::Other(why)) => left_out.push(format!("{name}: {why}")),
-                Err(Unused::Bad(why)) => refused.push(format!("{name}: {}", brief(&why))),
+                Err(Unused::Bad(why)) => refused.push(format!("{name}: {}", brief(&chain(&why)))),
             }
         }
         if !left_out.is_empty() {
             tracing::debug!(?left_out, "keys of the set that verify no token here");
         }
-        Self::of(keys, refused, bytes).map_err(|problem| {
-            if left_out.is_empty() {
-                problem
-            } else {
-                let named = &left_out[..left_out.len().min(REFUSED_NAMED_MAX)];
-                format!("{problem}; left out: {named:?}")
-            }
-        })
+        Self::of(keys, refused, left_out, bytes)
     }
 
     /// From public keys, or certificates, in PEM.
-    pub(super) fn parse_pem(bytes: &[u8]) -> Result<Self, String> {
+    pub(super) fn parse_pem(bytes: &[u8]) -> Result<Self, SetError> {
         let (mut keys, mut refused) = (Vec::new(), Vec::new());
         let mut take =
             |info: &SubjectPublicKeyInfo<'_>, thumbprints, number: usize| match from_info(info) {
                 Ok(key) => keys.push(Key { thumbprints, ..key }),
-                Err(why) => refused.push(format!("number {number}: {why}")),
+                Err(why) => refused.push(format!("number {number}: {}", chain(&why))),
             };
-        let blocks = pem::blocks(bytes).map_err(|error| error.to_string())?;
+        let blocks = pem::blocks(bytes)?;
         for (index, block) in blocks.iter().enumerate() {
             match block.kind() {
                 Some(SectionKind::PublicKey) => {
-                    let (_, info) = SubjectPublicKeyInfo::from_der(block.der())
-                        .map_err(|error| format!("a public key does not parse: {error}"))?;
+                    let (_, info) =
+                        SubjectPublicKeyInfo::from_der(block.der()).map_err(SetError::PublicKey)?;
                     take(&info, Thumbprints::default(), index + 1);
                 }
                 Some(SectionKind::Certificate) => {
-                    let (_, certificate) = X509Certificate::from_der(block.der())
-                        .map_err(|error| format!("a certificate does not parse: {error}"))?;
+                    let (_, certificate) =
+                        X509Certificate::from_der(block.der()).map_err(SetError::Certificate)?;
                     take(
                         certificate.public_key(),
                         Thumbprints::of(block.der()),
                         index + 1,
                     );
                 }
-                _ if block.is_private_key() => {
-                    return Err(
-                        "it holds a private key, with which tokens for any user can be made; remove it from this machine, and \
-                         write the public key with `openssl pkey -in private.pem -pubout`"
-                            .to_owned(),
-                    );
-                }
-                _ => return Err(block.unexpected().to_string()),
+                _ if block.is_private_key() => return Err(SetError::PrivateKey),
+                _ => return Err(block.unexpected().into()),
             }
         }
-        Self::of(keys, refused, bytes)
+        Self::of(keys, refused, Vec::new(), bytes)
     }
 
-    fn of(keys: Vec<Key>, refused: Vec<String>, bytes: &[u8]) -> Result<Self, String> {
+    fn of(
+        keys: Vec<Key>,
+        mut refused: Vec<String>,
+        mut other: Vec<String>,
+        bytes: &[u8],
+    ) -> Result<Self, SetError> {
         if keys.is_empty() {
-            let mut problem = "it holds no public key that verifies signatures".to_owned();
-            if !refused.is_empty() {
-                let named = &refused[..refused.len().min(REFUSED_NAMED_MAX)];
-                problem = format!("{problem}; weak or malformed: {}", named.join("; "));
-            }
-            return Err(problem);
+            refused.truncate(REFUSED_NAMED_MAX);
+            other.truncate(REFUSED_NAMED_MAX);
+            return Err(SetError::NoKey(LeftOut { refused, other }));
         }
         if keys.len() > KEYS_MAX {
-            return Err(format!("it holds more than {KEYS_MAX} keys"));
+            return Err(SetError::TooMany);
         }
         let digest = digest::digest(&digest::SHA256, bytes);
         Ok(Self {
@@ -231,7 +225,7 @@ impl KeySet {
     pub(super) fn names(&self) -> Vec<String> {
         let names = self.keys.iter().map(|key| key.kid.as_deref());
         names
-            .map(|name| plain(name.unwrap_or("(no name)"), SHOWN_CHARS_MAX))
+            .map(|name| plain(name.unwrap_or(WITHOUT_NAME), SHOWN_CHARS_MAX))
             .collect()
     }
 
@@ -363,14 +357,14 @@ impl Jwk {
     }
 
     fn public_key(&self) -> Result<Key, Unused> {
-        let member = |value: &Option<String>, name: &str| {
-            let text = value.as_deref().ok_or(format!("it has no `{name}`"))?;
+        let member = |value: &Option<String>, member: &'static str| {
+            let text = value.as_deref().ok_or(KeyError::Missing(member))?;
             Base64UrlUnpadded::decode_vec(text.trim_end_matches('='))
-                .map_err(|_| format!("its `{name}` is not base64url"))
+                .map_err(|source| KeyError::Base64 { member, source })
         };
         let point = || {
             let (x, y) = (member(&self.x, "x")?, member(&self.y, "y")?);
-            Ok::<_, String>([vec![UNCOMPRESSED], x, y].concat())
+            Ok::<_, KeyError>([vec![UNCOMPRESSED], x, y].concat())
         };
         let key = match (self.kty.as_str(), self.crv.as_deref()) {
             ("RSA", _) => {
@@ -391,8 +385,7 @@ impl Jwk {
 /// First byte of an uncompressed point (SEC 1 section 2.3.3).
 const UNCOMPRESSED: u8 = 4;
 
-fn from_info(info: &SubjectPublicKeyInfo<'_>) -> Result<Key, String> {
-    let unknown = || "a public key of a type that signs no tokens here".to_owned();
+fn from_info(info: &SubjectPublicKeyInfo<'_>) -> Result<Key, KeyError> {
     if info.algorithm.algorithm == OID_SIG_ED25519 {
         return edwards(&info.subject_public_key.data);
     }
@@ -402,27 +395,27 @@ fn from_info(info: &SubjectPublicKeyInfo<'_>) -> Result<Key, String> {
             let curve = info.algorithm.parameters.as_ref();
             let curve = curve
                 .and_then(|any| any.as_oid().ok())
-                .ok_or_else(unknown)?;
+                .ok_or(KeyError::Type)?;
             if curve == OID_EC_P256 {
                 elliptic(point.data(), Algorithm::ES256)
             } else if curve == OID_NIST_EC_P384 {
                 elliptic(point.data(), Algorithm::ES384)
             } else {
-                Err(unknown())
+                Err(KeyError::Type)
             }
         }
-        _ => Err(unknown()),
+        _ => Err(KeyError::Type),
     }
 }
 
-fn rsa(modulus: &[u8], exponent: &[u8]) -> Result<Key, String> {
+fn rsa(modulus: &[u8], exponent: &[u8]) -> Result<Key, KeyError> {
     let (modulus, exponent) = (trim_zeros(modulus), trim_zeros(exponent));
     strength::check_rsa(modulus, exponent)?;
     let decoding = DecodingKey::from_rsa_raw_components(modulus, exponent);
     Ok(Key::new(RSA.to_vec(), decoding))
 }
 
-fn elliptic(point: &[u8], algorithm: Algorithm) -> Result<Key, String> {
+fn elliptic(point: &[u8], algorithm: Algorithm) -> Result<Key, KeyError> {
     match algorithm {
         Algorithm::ES256 => strength::check_nist(point, 32, &signature::ECDSA_P256_SHA256_FIXED)?,
         _ => strength::check_nist(point, 48, &signature::ECDSA_P384_SHA384_FIXED)?,
@@ -430,7 +423,7 @@ fn elliptic(point: &[u8], algorithm: Algorithm) -> Result<Key, String> {
     Ok(Key::new(vec![algorithm], DecodingKey::from_ec_der(point)))
 }
 
-fn edwards(point: &[u8]) -> Result<Key, String> {
+fn edwards(point: &[u8]) -> Result<Key, KeyError> {
     strength::check_ed25519(point)?;
     Ok(Key::new(
         vec![Algorithm::EdDSA],

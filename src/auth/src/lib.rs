@@ -29,7 +29,8 @@ mod jwks;
 pub mod spiffe;
 pub mod token;
 
-pub use certificate::PeerCertificate;
+pub use certificate::{CertificateError, PeerCertificate};
+pub use jwks::{SetError, SourceError};
 
 use client_secret::Secrets;
 use header::Presented;
@@ -117,6 +118,17 @@ pub fn is_costly(headers: &[&[u8]]) -> bool {
     })
 }
 
+/// Why principals are refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// One of them is wrong by itself, as [`Settings::problem`] says.
+    #[error("{0}")]
+    Principal(String),
+    /// Two of them have one name.
+    #[error("principal {0:?} is there twice")]
+    Twice(String),
+}
+
 /// Knows the credentials.
 #[derive(Debug)]
 pub struct Authenticator {
@@ -128,17 +140,17 @@ pub struct Authenticator {
 
 impl Authenticator {
     /// From principals whose names differ and whose roles do not conflict.
-    pub fn new(principals: &[Settings]) -> Result<Self, String> {
+    pub fn new(principals: &[Settings]) -> Result<Self, SettingsError> {
         let mut certificates = HashMap::new();
         for principal in principals {
             if let Some(problem) = principal.problem() {
-                return Err(problem);
+                return Err(SettingsError::Principal(problem));
             }
             if certificates
                 .insert(principal.san.clone(), principal.clone())
                 .is_some()
             {
-                return Err(format!("principal {:?} is there twice", principal.san));
+                return Err(SettingsError::Twice(principal.san.clone()));
             }
         }
         Ok(Self {
@@ -325,6 +337,11 @@ mod tests {
             principal("URI:x", &[Role::Enrol]),
             principal("URI:x", &[Role::Release]),
         ];
-        assert!(Authenticator::new(&twice).unwrap_err().contains("twice"));
+        assert!(
+            Authenticator::new(&twice)
+                .unwrap_err()
+                .to_string()
+                .contains("twice")
+        );
     }
 }

@@ -10,6 +10,32 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
+/// Why a text is no SPIFFE id, after its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    /// Too long.
+    #[error("has more than {ID_BYTES_MAX} bytes")]
+    Length,
+    /// Another scheme, or capitals in it.
+    #[error("does not begin with {SCHEME:?}, in lower case")]
+    Scheme,
+    /// The id of a trust domain.
+    #[error("has no path, so it names a trust domain and no workload")]
+    NoPath,
+    /// A segment of the path without characters.
+    #[error("has an empty path, a double slash or a slash at its end")]
+    EmptySegment,
+    /// A segment of the path that means another one.
+    #[error("has a `.` or `..` in its path")]
+    DotSegment,
+    /// A character that must not be in a path.
+    #[error("has other characters in its path than [a-zA-Z0-9._-] and /")]
+    PathCharacter,
+    /// A trust domain that is none.
+    #[error("has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
+    TrustDomain,
+}
+
 /// Whether a URI claims to be a SPIFFE id, well formed or not.
 pub fn is_claimed(uri: &str) -> bool {
     let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
@@ -17,36 +43,36 @@ pub fn is_claimed(uri: &str) -> bool {
 }
 
 /// The trust domain of an id that a workload can have.
-pub fn trust_domain(id: &str) -> Result<&str, String> {
+pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     if id.len() > ID_BYTES_MAX {
-        return Err(format!("has more than {ID_BYTES_MAX} bytes"));
+        return Err(IdError::Length);
     }
     let Some(rest) = id.strip_prefix(SCHEME) else {
-        return Err(format!("does not begin with {SCHEME:?}, in lower case"));
+        return Err(IdError::Scheme);
     };
     let Some((domain, path)) = rest.split_once('/') else {
-        return Err("has no path, so it names a trust domain and no workload".to_owned());
+        return Err(IdError::NoPath);
     };
     check_trust_domain(domain)?;
     for segment in path.split('/') {
         if segment.is_empty() {
-            return Err("has an empty path, a double slash or a slash at its end".to_owned());
+            return Err(IdError::EmptySegment);
         }
         if matches!(segment, "." | "..") {
-            return Err("has a `.` or `..` in its path".to_owned());
+            return Err(IdError::DotSegment);
         }
         if !segment
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         {
-            return Err("has other characters in its path than [a-zA-Z0-9._-] and /".to_owned());
+            return Err(IdError::PathCharacter);
         }
     }
     Ok(domain)
 }
 
 /// What a trust domain must be: no port, no user, no capitals.
-pub fn check_trust_domain(domain: &str) -> Result<(), String> {
+pub fn check_trust_domain(domain: &str) -> Result<(), IdError> {
     let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
         && domain
             .bytes()
@@ -54,9 +80,7 @@ pub fn check_trust_domain(domain: &str) -> Result<(), String> {
     if is_good {
         Ok(())
     } else {
-        Err(format!(
-            "has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]"
-        ))
+        Err(IdError::TrustDomain)
     }
 }
 

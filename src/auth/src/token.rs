@@ -22,7 +22,7 @@ use keybroker_core::{call::Timestamp, error::Error, metrics, principal::Principa
 
 use super::{
     issuer::{self, Algorithm, Settings},
-    jwks::{KeySet, Keys, Named, NoKey, Pace},
+    jwks::{KeySet, Keys, Named, NoKey, Pace, SourceError},
 };
 
 mod claims;
@@ -63,7 +63,7 @@ struct Issuer {
     keys: Arc<Keys>,
 }
 
-/// A token that was found good, and until when that may be said again.
+/// A token that was verified, and until when the result may be reused.
 #[derive(Clone, Debug)]
 struct Verified {
     principal: Arc<Principal>,
@@ -78,22 +78,40 @@ struct Verified {
     since: Instant,
 }
 
+/// Why issuers are refused.
+#[derive(Debug, thiserror::Error)]
+pub enum IssuerError {
+    /// The settings of one of them are wrong.
+    #[error("{0}")]
+    Settings(String),
+    /// The key file of one of them cannot be used, or no HTTP client could be made.
+    #[error("issuer {issuer:?}")]
+    Keys {
+        /// Name of the issuer.
+        issuer: String,
+        /// What is wrong.
+        source: SourceError,
+    },
+}
+
 impl Tokens {
     /// From issuers that are good by themselves and beside each other. A provider may be down.
-    pub fn new(issuers: &[Settings]) -> Result<Self, String> {
+    pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }
 
-    fn paced(issuers: &[Settings], pace: impl Fn(&Settings) -> Pace) -> Result<Self, String> {
+    fn paced(issuers: &[Settings], pace: impl Fn(&Settings) -> Pace) -> Result<Self, IssuerError> {
         if let Some(problem) = issuer::problems(issuers).into_iter().next() {
-            return Err(problem);
+            return Err(IssuerError::Settings(problem));
         }
         let mut known = Vec::with_capacity(issuers.len());
         register_series(UNKNOWN_ISSUER);
         let mut by_name = HashMap::new();
         for settings in issuers {
-            let keys = Keys::new(settings, pace(settings))
-                .map_err(|problem| format!("issuer {:?}: {problem}", settings.name))?;
+            let keys = Keys::new(settings, pace(settings)).map_err(|source| IssuerError::Keys {
+                issuer: settings.name.clone(),
+                source,
+            })?;
             by_name.insert(settings.issuer.clone(), known.len());
             register_series(&settings.name);
             metrics::ISSUER_FETCH_FAILURES
@@ -135,7 +153,7 @@ impl Tokens {
     }
 
     /// Waits until every provider was asked for its keys once, with or without success, or until the limit has
-    /// passed. A caller that comes earlier is refused without a fault of its own, and some clients then end their
+    /// passed. A caller that comes earlier is refused although it did nothing wrong, and some clients then end their
     /// session.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
@@ -248,7 +266,7 @@ impl Issuer {
         parts.check_type(&self.settings)?;
         let named = parts.named_key()?;
         let set = self.keys.current();
-        let mut set = set.map_err(|problem| Cause::NoKeys.because(problem))?;
+        let mut set = set.map_err(|error| Cause::NoKeys.because(error.to_string()))?;
         let mut outcome = self.verify_with(&set, token, named, algorithm);
         // The provider may have a new key. Without a name, only the signature shows that it is not in the set.
         let may_be_newer = match &outcome {

@@ -397,8 +397,8 @@ impl Broker {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = mismatch;
         match mismatch {
-            Some(mismatch) if before.is_none() => tracing::error!(
-                alarm = "store-restored",
+            Some(mismatch) if before.is_none() => keybroker_core::alert!(
+                StoreRestored,
                 cause = mismatch.text(),
                 "the database is not the one that this broker knows; nothing is released or changed until the right one is \
                  back, or `keybroker store accept-restored` accepts this one"

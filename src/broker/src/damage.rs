@@ -16,8 +16,8 @@ pub(super) fn report_records<'a>(
     for row in damaged {
         if total < LOGGED_MAX {
             let record = row.id.map(|id| id.to_string());
-            tracing::error!(
-                alarm = "record-damaged", call_id = %call.id, action = %action, record,
+            keybroker_core::alert!(
+                RecordDamaged, call_id = %call.id, action = %action, record,
                 damage = row.damage.as_str(), detail = row.detail,
                 "a stored record is damaged; compare with a backup before anyone replaces it"
             );
@@ -37,8 +37,8 @@ pub(super) fn report_clients<'a>(
     for row in damaged {
         if total < LOGGED_MAX {
             let client = row.id.map(|id| id.to_string());
-            tracing::error!(
-                alarm = "client-damaged", call_id = %call.id, action = %action, client,
+            keybroker_core::alert!(
+                ClientDamaged, call_id = %call.id, action = %action, client,
                 damage = row.damage.as_str(), detail = row.detail,
                 "the stored row of an API client is damaged"
             );

@@ -138,13 +138,13 @@ impl Broker {
     }
 
     /// Makes the entry of an alert about a principal durable.
-    pub(super) async fn record_alarm(
+    pub(super) async fn record_alert(
         &self,
         principal: &Principal,
         call: &Call,
-        alarm: &'static str,
+        action: &'static str,
     ) -> Result<(), Error> {
-        let mut entry = Entry::new(EntryKind::Decision, alarm, Outcome::Ok);
+        let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
         entry.principal = Some(principal.name().to_owned());
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);

@@ -364,13 +364,13 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
     match error.reason() {
         Reason::RecordDamaged => {
             metrics::RECORDS_DAMAGED.increment();
-            tracing::error!(
-                alarm = "record-damaged", call_id = %call.id, action = %action, error = %error,
+            keybroker_core::alert!(
+                RecordDamaged, call_id = %call.id, action = %action, error = %error,
                 "a stored record does not verify; compare with a backup before anyone replaces it"
             );
         }
         Reason::Bug => {
-            tracing::error!(alarm = "bug", call_id = %call.id, action = %action, error = %error, "internal error");
+            keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
         _ => tracing::info!(call_id = %call.id, action = %action, error = %error, "call failed"),
     }

@@ -216,7 +216,7 @@ impl Broker {
             Outcome::Failed
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
-            tracing::warn!(call_id = %open.call, %error, "what became of an open intent is not recorded yet");
+            tracing::warn!(call_id = %open.call, %error, "the outcome of an open intent is not recorded yet");
             return Resolved::Away;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
@@ -265,8 +265,8 @@ impl Broker {
         if complaint != *last
             && let Some(error) = &complaint
         {
-            tracing::error!(
-                alarm = "registry", %error,
+            keybroker_core::alert!(
+                Registry, %error,
                 "wrapping-key registry update failed MAC verification; keeping the last verified registry"
             );
         }

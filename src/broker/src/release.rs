@@ -7,7 +7,6 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
     key::{RecordId, Revision},
-    metrics,
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
@@ -78,23 +77,22 @@ impl Broker {
             let unwrapped = self.conclude(draft, unwrapped).await?;
             self.uses.note(unwrapped.record());
             if self.limits.note_release(principal, key.user.as_str()) {
-                self.alarm_of_bulk_release(principal, call).await;
+                self.alert_of_bulk_release(principal, call).await;
             }
             Ok(Released::new(unwrapped))
         })
         .await
     }
 
-    /// A service that releases the keys of unusually many users may be one that somebody has taken over. Said once an hour, in
-    /// the audit log too; the release itself was permitted, and has its own entry.
-    async fn alarm_of_bulk_release(&self, principal: &Principal, call: &Call) {
-        metrics::BULK_RELEASES.increment();
-        tracing::error!(
-            alarm = "bulk-release", call_id = %call.id, %principal,
+    /// Raises the alert about a service that releases the keys of unusually many users: another person may use its credential. The
+    /// alert comes once an hour, in the audit log too; the release itself was permitted and has its own entry.
+    async fn alert_of_bulk_release(&self, principal: &Principal, call: &Call) {
+        keybroker_core::alert!(
+            BulkRelease, call_id = %call.id, %principal,
             "keys of more users than `released_users_per_hour` were released within an hour"
         );
         if let Err(error) = self
-            .record_alarm(principal, call, "alarm.bulk_release")
+            .record_alert(principal, call, "alarm.bulk_release")
             .await
         {
             tracing::error!(%error, "no audit entry was written for the alert");

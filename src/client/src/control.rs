@@ -117,7 +117,7 @@ impl Client {
         })
     }
 
-    /// Revokes an API client for good, or one of its secrets.
+    /// Revokes an API client permanently, or one of its secrets.
     pub fn revoke_client_credential(
         &self,
         id: ClientId,

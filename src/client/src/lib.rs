@@ -25,7 +25,7 @@
 //!         Err(error) => return Err(error.into()),
 //!     }
 //!
-//!     // Release, with a deadline of its own.
+//!     // Release, with its own deadline.
 //!     let released = client
 //!         .unwrap_user_key(&key)
 //!         .deadline(Duration::from_secs(2))

@@ -24,7 +24,7 @@ const HTTPS: u16 = 443;
 const HTTP: u16 = 80;
 
 /// A connector for [`tonic::transport::Endpoint::connect_with_connector`] that makes at most three TCP connections a second,
-/// and fails at once for more. Clones share the limit. [`crate::Client`] uses it; programs that make a channel of their own can
+/// and fails at once for more. Clones share the limit. [`crate::Client`] uses it; programs that make a separate channel can
 /// use it, too.
 #[derive(Clone, Debug, Default)]
 pub struct PacedConnector {

@@ -52,7 +52,7 @@ impl RetryPolicy {
         }
     }
 
-    /// The pause after so many failed attempts, before jitter.
+    /// The pause after this number of failed attempts, before jitter.
     fn backoff(&self, failed: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(failed.saturating_sub(1));
         self.initial_backoff

@@ -153,7 +153,7 @@ impl Client {
         })
     }
 
-    /// Releases up to 64 keys, each with a result of its own, in the order of `keys`.
+    /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
     /// The call is repeated only if it fails as a whole. A refused item is not: look at its
     /// [`reason`](Refusal::reason) and ask for it again if the reason is a transient one.

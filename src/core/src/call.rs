@@ -104,7 +104,7 @@ impl Deadline {
         Self(Instant::now() + duration)
     }
 
-    /// At that moment.
+    /// A deadline at a moment.
     pub fn at(instant: Instant) -> Self {
         Self(instant)
     }

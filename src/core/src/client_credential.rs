@@ -30,7 +30,7 @@ pub const LIVE_SECRETS_MAX: usize = 2;
 const SECRETS_MAX: usize = 16;
 /// Length of a secret, in random bytes.
 const SECRET_BYTES: usize = 32;
-/// So that scanners of source code and logs know one when they see it.
+/// Prefix by which scanners of source code and logs recognise a secret.
 const SECRET_PREFIX: &str = "kbs_";
 
 /// An API client.
@@ -52,7 +52,7 @@ pub struct Document {
     pub label: String,
     /// Whose records it can reach.
     pub tenant: Tenant,
-    /// What it may do at most.
+    /// Its roles.
     pub roles: BTreeSet<Role>,
     /// With the role `release`: whose keys.
     pub users: Option<Reach<UserId>>,
@@ -94,7 +94,7 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// Whether it is accepted at that moment.
+    /// Whether the secret is accepted at a moment.
     pub fn is_live(&self, now: Timestamp) -> bool {
         self.revoked.is_none() && self.expires.is_none_or(|expires| now < expires)
     }

@@ -38,7 +38,7 @@ pub const MAC_BYTES: usize = 32;
 pub const WRAPPED_BYTES_MIN: usize = 256;
 /// Longest wrapped key: the modulus of RSA-4096, in bytes.
 pub const WRAPPED_BYTES_MAX: usize = 512;
-/// Longest context that a client may bind an envelope of its own to, in bytes.
+/// Longest context that a client may bind its own envelope to, in bytes.
 pub const CLIENT_CONTEXT_BYTES_MAX: usize = 1_024;
 
 const HEADER_BYTES: usize = 3 + ID_BYTES + 2;
@@ -115,7 +115,7 @@ impl Context<'_> {
     }
 }
 
-/// What a client binds an envelope of its own to: at most 1,024 bytes.
+/// What a client binds its own envelope to: at most 1,024 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientContext(Vec<u8>);
 
@@ -266,7 +266,7 @@ impl Envelope {
         bytes
     }
 
-    /// Who keeps it.
+    /// Who stores the envelope: the broker or the client.
     pub fn kind(&self) -> Kind {
         self.kind
     }

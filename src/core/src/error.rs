@@ -1,6 +1,6 @@
 //! The one domain error, and the frozen list of reasons a caller can see.
 //!
-//! Every layer has an error of its own and converts it into [`Error`] where it leaves that layer. A caller receives the
+//! Every layer has its own error and converts it into [`Error`] where it leaves that layer. A caller receives the
 //! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never leaves the broker.
 
 use std::{borrow::Cow, fmt, time::Duration};

@@ -1,5 +1,6 @@
 //! The vocabulary of Keybroker: keys, principals, secrets, envelopes, calls and errors. It knows no other crate of the project.
 
+pub mod alert;
 pub mod call;
 pub mod client_credential;
 pub mod envelope;
@@ -9,6 +10,7 @@ pub mod key;
 pub mod metrics;
 pub mod pem;
 pub mod principal;
+pub mod remedy;
 pub mod secret;
 pub mod state;
 pub mod trusted_file;

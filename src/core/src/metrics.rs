@@ -8,7 +8,7 @@ use metrics::{
     Label as Pair, Level, Metadata, SharedString, Unit, with_recorder,
 };
 
-use crate::{error::Reason, principal::Action};
+use crate::{alert::Alert, error::Reason, principal::Action};
 
 /// Time, from far below one token operation to the longest deadline.
 const SECONDS: &[f64] = &[
@@ -42,6 +42,7 @@ impl Label {
     }
 }
 
+static ALERT: Label = Label::fixed("alert", || Alert::ALL.map(Alert::name).to_vec());
 static ACTION: Label = Label::fixed("action", || Action::ALL.map(Action::as_str).to_vec());
 static REASON: Label = Label::fixed("reason", reasons);
 /// A reason, or `OK`.
@@ -364,6 +365,7 @@ macro_rules! declare {
 
 declare! {
     counters {
+        ALERTS = "keybroker_alerts_total" [ALERT] "Alerts that were logged, by name.";
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
         BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";

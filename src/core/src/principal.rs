@@ -92,7 +92,7 @@ impl Credential {
     }
 }
 
-/// Which of many a service may release: all, or those that are named.
+/// The users or key names that a service may release: all, or those listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
     /// Any; in the configuration `["*"]`.
@@ -147,9 +147,9 @@ pub struct Grant {
     pub tenant: Tenant,
     /// What it may do at most.
     pub roles: BTreeSet<Role>,
-    /// Whose keys it may release; absent where that is not said.
+    /// Whose keys it may release; absent when not set.
     pub users: Option<Reach<UserId>>,
-    /// Which of their keys; absent where that is not said.
+    /// Which of their keys; absent when not set.
     pub key_names: Option<Reach<KeyName>>,
 }
 
@@ -226,9 +226,9 @@ pub struct Identity {
     /// Stable, and different for each holder of any credential: `URI:spiffe://…`, `DNS:…`, `token:<issuer>:<subject>`,
     /// `client:<id>`. At most [`NAME_BYTES_MAX`] bytes.
     pub name: String,
-    /// How the holder showed it.
+    /// The kind of credential that authenticated the principal.
     pub credential: Credential,
-    /// What kind of caller it is.
+    /// User or service.
     pub kind: Kind,
     /// Whose records it can reach.
     pub tenant: Tenant,
@@ -238,7 +238,7 @@ pub struct Identity {
     pub users: Reach<UserId>,
     /// Which of their keys.
     pub key_names: Reach<KeyName>,
-    /// Of a user: whose keys are its own.
+    /// Of a user: the user id under which its own keys are stored.
     pub subject: Option<UserId>,
     /// For policies of operators.
     pub claims: Claims,
@@ -283,7 +283,7 @@ impl Principal {
         self.0.roles.contains(&role)
     }
 
-    /// Of a user: whose keys are its own.
+    /// Of a user: the user id under which its own keys are stored.
     pub fn subject(&self) -> Option<&UserId> {
         self.0.subject.as_ref()
     }

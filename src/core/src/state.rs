@@ -15,6 +15,8 @@ use std::{
 use rustix::fs::{FlockOperation, OFlags};
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::remedy::explained;
+
 /// Name of the directory below the audit directory.
 pub const DIRECTORY: &str = "state";
 /// Longest fact, in bytes.
@@ -235,7 +237,7 @@ fn fail(action: &'static str, path: &Path, source: io::Error) -> Error {
     Error::Unusable {
         action,
         path: path.to_owned(),
-        source,
+        source: explained(path, source),
     }
 }
 

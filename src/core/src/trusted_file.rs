@@ -43,6 +43,8 @@ use rustix::{
 };
 use zeroize::Zeroizing;
 
+use crate::remedy::explained;
+
 #[cfg(test)]
 mod tests;
 
@@ -50,6 +52,7 @@ mod tests;
 const CREDENTIALS_DIRECTORY: &str = "$CREDENTIALS_DIRECTORY";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
+const DIRECTORY: &str = "a directory";
 const ROOT: u32 = 0;
 const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -130,6 +133,11 @@ impl Error {
     pub fn is_missing(&self) -> bool {
         matches!(&self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
+
+    /// Whether a file was expected and a directory is there.
+    pub fn is_directory(&self) -> bool {
+        matches!(self.problem, Problem::NotRegular(DIRECTORY))
+    }
 }
 
 impl std::error::Error for Error {
@@ -152,7 +160,8 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &self.problem {
-            Problem::Io(error) if self.path == self.component => {
+            // The component may be the absolute form of the same path.
+            Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }
             Problem::Io(error) => write!(f, "cannot read {path}: {at}: {error}"),
@@ -163,7 +172,7 @@ impl fmt::Display for Error {
             ),
             Problem::NotRegular(kind) => write!(
                 f,
-                "{at} is {kind}, and only a regular file is read; write the content to a regular file"
+                "{at} is {kind}, and only a regular file is read; name a regular file, or write the content to one"
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::ProcLink => write!(
@@ -233,6 +242,19 @@ impl Error {
 /// Whether a path is absolute or names a systemd credential: a service has no working directory to rely on.
 pub fn is_absolute(path: &Path) -> bool {
     path.is_absolute() || path.starts_with(CREDENTIALS_DIRECTORY)
+}
+
+/// What is wrong with a path of the configuration that is not absolute.
+pub fn not_absolute(path: &Path) -> String {
+    let tilde = if path.starts_with("~") {
+        "; `~` is not expanded"
+    } else {
+        ""
+    };
+    format!(
+        "{:?}: it must be an absolute path, because a service has no working directory{tilde}",
+        path.display().to_string()
+    )
 }
 
 /// Replaces `$CREDENTIALS_DIRECTORY` at the front of a path with the directory that systemd passes to the service.
@@ -313,7 +335,7 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
 }
 
 /// The first directory above a path in which every user of this machine could put something else in place of what the path leads
-/// through. For directories that are written to, which a volume of a container may open to everybody.
+/// through. For directories that are written to, which a container's volume may open to every user.
 pub fn open_directory_above(path: &Path) -> Option<PathBuf> {
     let resolved = std::fs::canonicalize(path).ok()?;
     let above = resolved.ancestors().skip(1).find(|directory| {
@@ -366,6 +388,10 @@ impl<'a> Walk<'a> {
     }
 
     fn error(&self, at: &Path, problem: Problem) -> Error {
+        let problem = match problem {
+            Problem::Io(error) => Problem::Io(explained(at, error)),
+            problem => problem,
+        };
         Error {
             path: self.path.to_owned(),
             component: at.to_owned(),
@@ -381,7 +407,7 @@ impl<'a> Walk<'a> {
     fn open_file(&self) -> Result<(File, PathBuf), Error> {
         let (above, name, stat, at) = match self.resolve()? {
             Target::Directory(directory) => {
-                let kind = Problem::NotRegular("a directory");
+                let kind = Problem::NotRegular(DIRECTORY);
                 return Err(self.error(&directory.at, kind));
             }
             Target::Entry {
@@ -599,7 +625,7 @@ const fn mode_of(stat: &Stat) -> u32 {
 fn kind_of(stat: &Stat) -> &'static str {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => "a regular file",
-        FileType::Directory => "a directory",
+        FileType::Directory => DIRECTORY,
         FileType::Symlink => "a symbolic link",
         FileType::Fifo => "a FIFO (named pipe)",
         FileType::Socket => "a socket",

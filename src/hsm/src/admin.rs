@@ -50,9 +50,12 @@ const EXIT_PAUSE: Duration = Duration::from_millis(5);
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// No module, no token, or not the one that was meant; or the module crashed or hangs.
+    /// The token refuses, the module crashed or hangs, or a request does not fit the token.
     #[error("{0}")]
     Token(String),
+    /// The module does not load, or shows no token that fits: its environment may be incomplete.
+    #[error("{0}")]
+    NoToken(String),
     /// No PIN, or one that was rejected.
     #[error("{0}")]
     Pin(String),
@@ -78,6 +81,7 @@ impl From<wire::AdminFailure> for AdminError {
         match failure.class() {
             AdminFailureClass::Pin => Self::Pin(failure.detail),
             AdminFailureClass::Untrusted => Self::Untrusted(failure.detail),
+            AdminFailureClass::NoToken => Self::NoToken(failure.detail),
             AdminFailureClass::Token | AdminFailureClass::Unspecified => {
                 Self::Token(failure.detail)
             }
@@ -90,7 +94,7 @@ impl From<wire::AdminFailure> for AdminError {
 pub struct Listed {
     /// Slot number; changes when tokens are initialised.
     pub slot: u64,
-    /// What the token says of itself.
+    /// Label, serial number and model of the token.
     pub info: TokenInfo,
     /// Whether it was initialised.
     pub initialised: bool,
@@ -109,7 +113,7 @@ pub struct Listed {
 pub struct CheckedKey {
     /// `CKA_ID`.
     pub id: WrappingKeyId,
-    /// Of the public key.
+    /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// DER SubjectPublicKeyInfo.
     pub spki: Vec<u8>,
@@ -291,7 +295,7 @@ impl Admin {
         }
     }
 
-    /// Decrypts in a loop with so many threads for so many seconds: what the token can do with nothing around it. Returns the
+    /// Decrypts in a loop with a number of threads for a number of seconds: what the token can do by itself. Returns the
     /// number of operations.
     pub fn decrypt_loop(
         &self,

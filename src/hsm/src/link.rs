@@ -216,7 +216,7 @@ impl Link {
             .any(|job| job.deadline.instant() + WEDGED_AFTER < now)
     }
 
-    /// Takes away every job it holds.
+    /// Removes and returns every job that it holds.
     pub(super) fn take_jobs(&self) -> Vec<Job> {
         self.busy.store(0, Ordering::Relaxed);
         self.state().held.drain().map(|(_, job)| job).collect()

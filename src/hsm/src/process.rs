@@ -33,7 +33,7 @@ pub(crate) fn command(
         .envs(&settings.environment)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        // A group of its own, so that Ctrl-C at a terminal reaches the front alone.
+        // A separate group, so that Ctrl-C at a terminal reaches the front alone.
         .process_group(0);
     Ok((command, ours))
 }

@@ -32,7 +32,7 @@ use crate::{
 
 use alerts::{Alerts, Line};
 pub(super) use machine::NotReady;
-use machine::{Action, Alert, Event, Loss, Machine};
+use machine::{Action, Event, Loss, Machine};
 
 mod alerts;
 mod machine;
@@ -198,7 +198,7 @@ impl Supervisor {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                // In a task of its own, so that time goes on for those who wait. The machine has one start under way at a time.
+                // In a separate task, so that time goes on for those who wait. The machine has one start under way at a time.
                 () = self.start.notified() => {
                     let start = Arc::clone(&self).start_worker();
                     self.tasks.spawn(start);
@@ -402,20 +402,7 @@ impl Supervisor {
 
 fn log(line: &Line) {
     let (cause, count) = (&line.cause, line.count);
-    match line.alert {
-        Alert::TokenDown => {
-            tracing::error!(alarm = "token-down", %cause, count, "the token does not serve");
-        }
-        Alert::TokenUntrusted => {
-            tracing::error!(alarm = "token-untrusted", %cause, count, "the token must not be used");
-        }
-        Alert::PinLatched => {
-            tracing::error!(alarm = "pin-latched", %cause, count, "no login is made with this PIN");
-        }
-        Alert::Login => {
-            tracing::error!(alarm = "token-login", %cause, count, "the token failed a login");
-        }
-    }
+    keybroker_core::alert!(raise line.alert, %cause, count, "{}", line.alert.meaning());
 }
 
 impl Default for start::Found {

@@ -14,7 +14,7 @@ use keybroker_core::call::Timestamp;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// A certificate that lives for a year or longer is worth a warning so many days before its end.
+/// Days before its end at which a certificate that lives for a year or longer is worth a warning.
 const WARN_DAYS_MAX: i64 = 30;
 /// Others are worth one when this part of their life is left. Automatic renewal takes place at a third or a half.
 const WARN_PART: i64 = 5;

@@ -24,6 +24,7 @@ mod config;
 mod entries;
 mod environment;
 pub mod exit;
+mod interrupt;
 mod key;
 mod manual;
 mod output;
@@ -174,6 +175,12 @@ pub fn main() -> ExitCode {
         Command::TokenWorker => return pkcs11::worker::run(),
         Command::TokenAdminWorker => return pkcs11::admin_worker::run(),
         _ => {}
+    }
+    // The broker and the measurement, which starts one, stop in an orderly way at a signal.
+    if !matches!(cli.command, Command::Serve(_) | Command::Bench(_))
+        && let Err(failure) = interrupt::watch(context.output)
+    {
+        return finish(&context, Err(failure));
     }
     let result = without_panic(|| run(cli.command, &context));
     finish(&context, result)

@@ -27,6 +27,8 @@ mod tests;
 
 /// Longest configuration file, in bytes.
 const BYTES_MAX: u64 = 1024 * 1024;
+/// What text in UTF-16 begins with, in either byte order.
+const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 const CONFIGURATION: Purpose = Purpose::trust(
     "other users could change the configuration, and with it who obtains keys and which code is given the PIN",
 );
@@ -75,6 +77,12 @@ pub enum LoadError {
     /// It cannot be read, or other users could change it.
     #[error("the configuration: {0}")]
     File(#[source] trusted_file::Error),
+    /// An editor saved it in another encoding.
+    #[error("{} is UTF-16", path.display())]
+    Utf16 {
+        /// The file.
+        path: PathBuf,
+    },
     /// It is not text.
     #[error("{} is not UTF-8", path.display())]
     NotUtf8 {
@@ -100,7 +108,11 @@ impl LoadError {
             Self::File(error) if error.is_missing() => Some(
                 "name another file with --config, or begin with keybroker.example.toml".to_owned(),
             ),
-            Self::File(_) | Self::NotUtf8 { .. } => None,
+            Self::File(error) if error.is_directory() => {
+                Some("name a file with --config, such as /etc/keybroker/keybroker.toml".to_owned())
+            }
+            Self::Utf16 { .. } | Self::NotUtf8 { .. } => Some("save the file as UTF-8".to_owned()),
+            Self::File(_) => None,
             Self::Document { source, .. } => Some(
                 source
                     .hint
@@ -132,6 +144,11 @@ impl Config {
     /// Reads a file. The error says where and what.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
+        if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
+            return Err(LoadError::Utf16 {
+                path: path.to_owned(),
+            });
+        }
         let text = str::from_utf8(&bytes).map_err(|source| LoadError::NotUtf8 {
             path: path.to_owned(),
             source,

@@ -28,7 +28,7 @@ mod watch;
 mod zeroed_reads;
 
 pub use run::run;
-pub use tls::Contents as TlsContents;
+pub use tls::{Contents as TlsContents, Error as TlsError};
 
 /// An API that a listener can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +40,17 @@ pub enum Api {
     Admin,
     /// User keys over REST, for Bitwarden clients.
     Rest,
+}
+
+impl Api {
+    /// Its name in the configuration.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+            Self::Rest => "rest",
+        }
+    }
 }
 
 /// Whether a listener asks for client certificates.
@@ -61,7 +72,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// This machine.
     Loopback,
-    /// Any address: anybody on the network path can read keys and tokens.
+    /// Any address: everyone on the network path can read keys and tokens.
     Any,
 }
 
@@ -115,11 +126,11 @@ pub struct ListenerSettings {
 impl ListenerSettings {
     /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
     /// names the file and the remedy.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };
@@ -170,11 +181,11 @@ impl RemoteStatusSettings {
     }
 
     /// Reads the TLS files as `serve` would.
-    pub fn check_tls(&self) -> Result<Option<TlsContents>, String> {
+    pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
 
-    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, String> {
+    fn load_tls(&self, state: Option<&StateDirectory>) -> Result<Option<tls::Tls>, TlsError> {
         let Some(files) = &self.tls else {
             return Ok(None);
         };

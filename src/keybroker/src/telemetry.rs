@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
 use keybroker_core::metrics;
@@ -45,8 +45,8 @@ pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         let thread = std::thread::current();
-        tracing::error!(
-            alarm = "bug",
+        keybroker_core::alert!(
+            Bug,
             place = place.as_deref().unwrap_or("unknown"),
             thread = thread.name().unwrap_or("unnamed"),
             "panic"
@@ -55,19 +55,15 @@ pub fn install_panic_hook() {
 }
 
 /// Installs the recorder that `/metrics` renders, with every metric of the broker.
-pub fn init_metrics() -> Result<PrometheusHandle, String> {
+pub fn init_metrics() -> Result<PrometheusHandle, BuildError> {
     let mut builder = PrometheusBuilder::new();
     for metric in metrics::ALL {
         if let Some(buckets) = metric.buckets() {
             let name = Matcher::Full(metric.name().to_owned());
-            builder = builder
-                .set_buckets_for_metric(name, buckets)
-                .map_err(|error| error.to_string())?;
+            builder = builder.set_buckets_for_metric(name, buckets)?;
         }
     }
-    let handle = builder
-        .install_recorder()
-        .map_err(|error| error.to_string())?;
+    let handle = builder.install_recorder()?;
     metrics::register_all();
     metrics_process::Collector::default().describe();
     metrics::BUILD_INFO

@@ -60,6 +60,9 @@ pub(crate) enum AdminError {
     /// No module, no token, or not the one that was meant.
     #[error("{0}")]
     Token(String),
+    /// The module does not load, or shows no token that fits: its environment may be incomplete.
+    #[error("{0}")]
+    NoToken(String),
     /// No PIN, or one that was refused: of the user, and of the security officer when a token is initialised.
     #[error("{0}")]
     Pin(String),
@@ -75,6 +78,7 @@ impl From<Fault> for AdminError {
     fn from(fault: Fault) -> Self {
         match fault.class {
             Class::Pin => Self::Pin(fault.detail),
+            Class::NoToken => Self::NoToken(fault.detail),
             Class::Login => Self::Token(format!(
                 "{}. This login was counted; run the command again when the token works",
                 fault.detail
@@ -90,7 +94,7 @@ impl From<Fault> for AdminError {
 pub(crate) struct Listed {
     /// Slot number; changes when tokens are initialised.
     pub(crate) slot: u64,
-    /// What the token says of itself.
+    /// Label, serial number and model of the token.
     pub(crate) info: TokenInfo,
     /// Whether it was initialised.
     pub(crate) initialised: bool,
@@ -256,7 +260,7 @@ fn refused_so_pin(fault: Fault) -> AdminError {
     ))
 }
 
-/// What the token says of the length of PINs.
+/// The lengths of PINs that the token accepts.
 fn takes(info: &PkcsTokenInfo) -> String {
     format!(
         "the token takes PINs of {} to {} bytes",
@@ -328,7 +332,7 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
         }
     }
     blank.ok_or_else(|| {
-        AdminError::Token(
+        AdminError::NoToken(
             "every token of this module is initialised, and none is erased without \
              --erase-serial"
                 .to_owned(),
@@ -350,7 +354,7 @@ fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, Adm
         }
     }
     wanted.ok_or_else(|| {
-        AdminError::Token(format!(
+        AdminError::NoToken(format!(
             "no initialised token has the serial number {serial:?}; nothing was erased"
         ))
     })
@@ -510,7 +514,7 @@ impl Admin {
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
-    /// The bare decrypt loop of so many threads, until `until`: what the token can do with nothing around it. Returns the number
+    /// The bare decrypt loop of `threads` threads, until `until`: what the token can do by itself. Returns the number
     /// of operations.
     pub(crate) fn decrypt_loop(
         &self,

@@ -55,7 +55,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // When the command is gone, the end of the socket ends this process.
+        // When the command ends, the end of the socket ends this process.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();
@@ -96,6 +96,7 @@ fn lock(replies: &Mutex<Replies>) -> std::sync::MutexGuard<'_, Replies> {
 fn failure(error: &AdminError) -> Outcome {
     let class = match error {
         AdminError::Token(_) => AdminFailureClass::Token,
+        AdminError::NoToken(_) => AdminFailureClass::NoToken,
         AdminError::Pin(_) | AdminError::NewPin(_) => AdminFailureClass::Pin,
         AdminError::Untrusted(_) => AdminFailureClass::Untrusted,
     };

@@ -1,7 +1,7 @@
 //! What a return code means for the job, the session and the worker: one table.
 //!
 //! The same code means different things on different tokens: `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext and to a token that is gone; `CKR_DEVICE_ERROR` is a wrong MAC on NSS. Such codes are ambiguous, and a
+//! ciphertext and to a token that was removed; `CKR_DEVICE_ERROR` is a wrong MAC on NSS. Such codes are ambiguous, and a
 //! known-answer operation decides, never the code.
 
 use std::fmt;
@@ -15,7 +15,7 @@ pub(super) enum Class {
     Input,
     /// The session or its handles are gone; a new session may help.
     SessionLost,
-    /// The token or the module is gone; only a new worker helps.
+    /// The token or the module is lost; only a new worker helps.
     TokenLost,
     /// The self-test decides.
     Ambiguous,
@@ -27,8 +27,11 @@ pub(super) enum Class {
     Login,
     /// The configuration or the key does not fit: a retry cannot help.
     Configuration,
-    /// A key that must be there is not found. At first an administrator's matter; once it was there, a token that is away
-    /// or has lost its login looks so. Found by our own search, never a return code.
+    /// The module does not load, or shows no token that fits: its environment may be incomplete. Found by our own search,
+    /// never a return code.
+    NoToken,
+    /// A registered key is not found. At the first start an administrator has to act; later a token that is unavailable or
+    /// has lost its login looks the same. Found by our own search, never a return code.
     KeyMissing,
     /// Something on the token is not as it must be: found by our own checks, never a return code.
     Untrusted,

@@ -19,13 +19,13 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// Length of a binding key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
+/// Length of an integrity key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
 const BINDING_KEY_BYTES: u64 = 32;
 /// Length of the modulus of a pair that ends with its session.
 const SESSION_PAIR_BITS: u32 = 2_048;
 const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
 
-/// A wrapping key and its binding key as objects of one session family.
+/// A wrapping key and its integrity key as objects of one session family.
 #[derive(Clone, Debug)]
 pub(super) struct KeyPair {
     pub(super) id: WrappingKeyId,
@@ -120,7 +120,7 @@ pub(super) fn inspect(
     })
 }
 
-/// The public key, from modulus and exponent of the *private* object: a public object could be anybody's.
+/// The public key, from modulus and exponent of the *private* object: any user of the token can replace a public object.
 pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSide, Fault> {
     let untrusted = |what: String| {
         Fault::new(

@@ -23,9 +23,5 @@ mod session;
 mod tests;
 pub mod worker;
 
+pub use negative::{NegativeTest, TESTS as NEGATIVE_TESTS};
 pub use pin_record::{PinRecord, RecordError};
-
-/// Names of the tests that a token may be spared (`token.spared_tests`): what must fail with a key, and is tried.
-pub fn negative_tests() -> impl Iterator<Item = &'static str> {
-    negative::TESTS.iter().map(|test| test.name)
-}

@@ -313,7 +313,7 @@ mod tests {
         assert!(!history.show(Answer::Accepted, LOW, LOW));
     }
 
-    /// Somebody else's wrong PIN, shown with the vendor's tool while the broker served.
+    /// A wrong PIN that was shown with the vendor's tool while the broker served.
     #[test]
     fn a_counter_that_was_low_before_does_not_stop_a_proven_pin() {
         let mut history = History::new();

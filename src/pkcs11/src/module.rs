@@ -19,7 +19,7 @@ use crate::{
 /// Loads and initialises the module at a path.
 pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
     let shown = path.display();
-    let unfit = |detail: String| Fault::new(Class::Configuration, detail);
+    let unfit = |detail: String| Fault::new(Class::NoToken, detail);
     if !path.is_absolute() {
         return Err(unfit(format!(
             "`token.module` is {shown}: it must be an absolute path, so that no search path decides \
@@ -48,7 +48,7 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
                 })
                 .collect();
             let hint = softhsm_problem(path, &environment).unwrap_or_else(|| {
-                "look at its own configuration, and at [token.environment], which is all that it is given".to_owned()
+                "check the module's own configuration and [token.environment], which is the whole environment of the module".to_owned()
             });
             Err(unfit(format!(
                 "the PKCS#11 module {shown} does not initialise ({fault}): {hint}"

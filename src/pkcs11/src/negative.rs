@@ -38,21 +38,21 @@ pub(super) enum Subject {
 
 /// One thing that must fail.
 #[derive(Clone, Copy)]
-pub(super) struct Test {
+pub struct NegativeTest {
     /// Its name in `token.spared_tests` and in messages.
-    pub(super) name: &'static str,
-    /// What it would mean if the token did it.
-    meaning: &'static str,
+    pub name: &'static str,
+    /// What it would mean if the token did it, as a sentence without its end.
+    pub meaning: &'static str,
     /// The exception that gives it away.
-    excused_by: Option<&'static str>,
-    /// Whether it changes a key when it succeeds.
-    changes_the_key: bool,
+    pub accepted_by: Option<&'static str>,
+    /// Whether it changes a key when it succeeds, so that it is run on throwaway keys only.
+    pub changes_the_key: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
 
-impl std::fmt::Debug for Test {
+impl std::fmt::Debug for NegativeTest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Test").field(&self.name).finish()
+        f.debug_tuple("NegativeTest").field(&self.name).finish()
     }
 }
 
@@ -74,7 +74,7 @@ struct Subjects<'a> {
 }
 
 /// All tests, in the order in which they are run.
-pub(super) const TESTS: &[Test] = &[
+pub const TESTS: &[NegativeTest] = &[
     never(
         "read-private-exponent",
         "the private exponent can be read",
@@ -247,11 +247,11 @@ const fn never(
     name: &'static str,
     meaning: &'static str,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
-) -> Test {
-    Test {
+) -> NegativeTest {
+    NegativeTest {
         name,
         meaning,
-        excused_by: None,
+        accepted_by: None,
         changes_the_key: false,
         run,
     }
@@ -262,9 +262,9 @@ const fn unless(
     name: &'static str,
     meaning: &'static str,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
-) -> Test {
-    Test {
-        excused_by: Some(exception),
+) -> NegativeTest {
+    NegativeTest {
+        accepted_by: Some(exception),
         ..never(name, meaning, run)
     }
 }
@@ -273,8 +273,8 @@ const fn changes(
     name: &'static str,
     meaning: &'static str,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
-) -> Test {
-    Test {
+) -> NegativeTest {
+    NegativeTest {
         changes_the_key: true,
         ..never(name, meaning, run)
     }
@@ -318,7 +318,7 @@ pub(super) fn run(
             Ok(Done::Nothing) => {}
             Ok(Done::It) => {
                 let is_excused = test
-                    .excused_by
+                    .accepted_by
                     .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception));
                 if !is_excused {
                     return Err(succeeded(test, pair));
@@ -332,9 +332,9 @@ pub(super) fn run(
     Ok(given_away)
 }
 
-fn succeeded(test: &Test, pair: &KeyPair) -> Fault {
-    let Test { name, meaning, .. } = test;
-    let way_out = test.excused_by.map_or_else(String::new, |exception| {
+fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
+    let NegativeTest { name, meaning, .. } = test;
+    let way_out = test.accepted_by.map_or_else(String::new, |exception| {
         format!(
             ". If the token cannot prevent it, `attribute_exceptions = [\"{exception}\"]` in [token] accepts it"
         )

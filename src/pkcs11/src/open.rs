@@ -319,7 +319,7 @@ impl From<RecordError> for Fault {
         }
         Self::new(
             Class::TokenLost,
-            format!("no login without the record of PINs: {detail}"),
+            format!("no login was tried, because the record of PINs cannot be used: {detail}"),
         )
     }
 }

@@ -224,7 +224,7 @@ mod tests {
 
     use super::*;
 
-    /// What is chosen when SHA-256 fails so many times with that class.
+    /// The choice when SHA-256 fails a number of times with a class.
     fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
         let left = Cell::new(failures);
         let attempt = |algorithm| {

@@ -30,7 +30,7 @@ pub(super) enum SelectorError {
     Twice,
     #[error("`token.uri` must begin with `pkcs11:`")]
     Scheme,
-    #[error("`token.uri` must have no query: module and PIN have settings of their own")]
+    #[error("`token.uri` must have no query: module and PIN have their own settings")]
     Query,
     #[error("`token.uri`: {0:?} has no value")]
     NoValue(String),
@@ -165,7 +165,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
     let wanted = selector.describe();
     if tokens.is_empty() {
         return Err(Fault::new(
-            Class::Configuration,
+            Class::NoToken,
             format!(
                 "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
                  SOFTHSM2_CONF)? Look with `keybroker token list`, make one with `keybroker token init`"
@@ -174,7 +174,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
     }
     let Some((slot, info)) = fitting.next() else {
         return Err(Fault::new(
-            Class::Configuration,
+            Class::NoToken,
             format!(
                 "no token with {wanted}; {} initialised token(s) seen: {}. Look with `keybroker token \
                  list`, make one with `keybroker token init`",

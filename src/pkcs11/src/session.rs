@@ -60,7 +60,7 @@ pub(super) struct SessionThread {
 enum Stop {
     /// The job's own end.
     Failed(wire::Failure),
-    /// The session is gone, and nothing was done: one more attempt on another.
+    /// The session was lost and nothing was done: try once more on another one.
     SessionLost(Fault),
     /// The token refused, although the self-test passes. It may have been busy for a moment: one more attempt, and only if it
     /// refuses again is this the job's end.
@@ -211,7 +211,7 @@ impl SessionThread {
             Class::Pin | Class::Login | Class::Untrusted => {
                 Stop::failed(FailureClass::Untrusted, fault.to_string())
             }
-            Class::Input | Class::Ambiguous | Class::Configuration => {
+            Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 match self.revive(key, deadline) {
                     Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
                     Err(Stop::Failed(mut self_test)) => {
@@ -267,7 +267,7 @@ impl SessionThread {
 
 fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
     let Some(pair) = session.pair(key.id) else {
-        let detail = format!("key {} is gone", key.id);
+        let detail = format!("key {} is no longer on the token", key.id);
         return Err(Fault::new(Class::TokenLost, detail));
     };
     key.self_test.check(&session.session, pair)

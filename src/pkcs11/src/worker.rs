@@ -80,7 +80,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // When the front is gone, the end of the socket ends this process.
+        // When the front ends, the end of the socket ends this process.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
@@ -222,7 +222,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::Login => FailureClass::Login,
         Class::Untrusted => FailureClass::Untrusted,
         Class::KeyMissing => FailureClass::KeyMissing,
-        Class::Configuration => FailureClass::Configuration,
+        Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
         // An input that the token refuses is our own known-answer input: it may have been in trouble for a moment.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
@@ -310,7 +310,7 @@ fn work(
     }
 }
 
-/// The way back to the front, shared by the session threads; each makes its frames ready in a buffer of its own.
+/// The way back to the front, shared by the session threads; each makes its frames ready in its own buffer.
 struct Replies {
     stream: Arc<Mutex<UnixStream>>,
     outbox: Outbox,

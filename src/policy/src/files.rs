@@ -20,6 +20,8 @@ pub(super) const FILES_MAX: usize = 64;
 pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Longest name of a file, in bytes: it is in the audit log where a policy has no id.
 const NAME_BYTES_MAX: usize = 64;
+/// Files that are named because they are not read, at most.
+const IGNORED_MAX: usize = 8;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
 
@@ -49,7 +51,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let name = entry.map_err(unreadable)?.file_name();
         let name = name.to_string_lossy();
-        // Hidden ones are an editor's, or the inside of a mounted ConfigMap.
+        // Hidden files belong to an editor, or are the links inside a mounted ConfigMap.
         if !name.starts_with('.') && name.ends_with(SUFFIX) {
             names.push(name.into_owned());
         }
@@ -74,6 +76,22 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     }
 }
 
+/// Names of files of the directory that are not read, because their names do not end in `.cedar`: at most a few, sorted.
+pub(super) fn ignored(settings: &Settings) -> Vec<String> {
+    let directory = settings.directory.as_deref();
+    let entries = directory.and_then(|directory| fs::read_dir(directory).ok());
+    let names = entries
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()));
+    let mut ignored: Vec<String> = names
+        .filter(|name| !name.starts_with('.') && !name.ends_with(SUFFIX))
+        .take(IGNORED_MAX)
+        .collect();
+    ignored.sort();
+    ignored
+}
+
 /// SHA-256 over names and contents.
 pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     let mut context = digest::Context::new(&digest::SHA256);
@@ -94,7 +112,7 @@ enum FileError {
     Name,
     #[error(transparent)]
     File(#[from] trusted_file::Error),
-    #[error("is not UTF-8")]
+    #[error("is not UTF-8; save it as UTF-8")]
     NotUtf8(#[from] FromUtf8Error),
 }
 
@@ -105,5 +123,10 @@ fn read_file(path: &Path, name: &str) -> Result<String, FileError> {
         return Err(FileError::Name);
     }
     let mut bytes = trusted_file::read(path, FILE_BYTES_MAX, POLICIES)?;
-    Ok(String::from_utf8(mem::take(&mut *bytes))?)
+    let text = String::from_utf8(mem::take(&mut *bytes))?;
+    // An editor's byte order mark is not part of a policy.
+    Ok(text
+        .strip_prefix('\u{feff}')
+        .map(str::to_owned)
+        .unwrap_or(text))
 }

@@ -23,6 +23,7 @@ use keybroker_core::{
     key::{KeyAddress, KeyName, Tenant, UserId},
     metrics,
     principal::{Action, Identity, Principal, conflict},
+    trusted_file,
 };
 
 mod engine;
@@ -80,8 +81,8 @@ impl Settings {
         let directory = self.directory.as_deref();
         match directory {
             Some(path) if !path.is_absolute() => Some(format!(
-                "[policy] `directory` is {:?}: it must be an absolute path, because a service has no folder of its own",
-                path.display().to_string()
+                "[policy] `directory` is {}",
+                trusted_file::not_absolute(path)
             )),
             None if !self.defaults => Some(
                 "[policy]: `defaults` is false and there is no `directory`, so everything would be denied".to_owned(),
@@ -93,6 +94,16 @@ impl Settings {
     /// Reads and validates the policies as `serve` would.
     pub fn check(&self) -> Result<Summary, Problems> {
         Ok(Set::load(self)?.summary())
+    }
+
+    /// One remark for each file of the directory that is not read: a policy under another name than `*.cedar` has no effect.
+    pub fn ignored_files(&self) -> Vec<String> {
+        let remark = |name| {
+            format!(
+                "[policy]: {name} is not read: only files whose names end in `.cedar` are policies"
+            )
+        };
+        files::ignored(self).into_iter().map(remark).collect()
     }
 
     /// The principals that the operator's policies name, each with the policy that does so. Whether they exist is not known here.
@@ -265,7 +276,7 @@ impl Policy {
         // The APIs know the address of a caller. Without one there is no decision, rather than one for a made-up
         // address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
-            tracing::error!(alarm = "bug", call_id = %question.call.id, "a call without the address of its peer");
+            keybroker_core::alert!(Bug, call_id = %question.call.id, "a call without the address of its peer");
             return Err(Denied {
                 policy: UNASKED.into(),
             });
@@ -360,8 +371,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    metrics::POLICY_RELOAD_FAILURES.increment();
-                    tracing::error!(alarm = "policy-reload", %error, "policies not taken over; the old ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies not taken over; the old ones stay in force");
                     watch.refused = Some(error);
                 }
             }

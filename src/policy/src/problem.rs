@@ -37,7 +37,13 @@ impl Problem {
     pub(super) fn from_cedar(source: &Source, error: &DetailedError) -> Self {
         let help = error.help.as_ref();
         let help = help.map_or_else(String::new, |help| format!("; {help}"));
-        let message = format!("{}{help}", error.message).replace('\n', " ");
+        let ends_early = error.message.contains("unexpected end of input");
+        let semicolon = if ends_early {
+            "; a policy ends with a semicolon"
+        } else {
+            ""
+        };
+        let message = format!("{}{help}{semicolon}", error.message).replace('\n', " ");
         let start = error.source_locations.first().map(|label| label.loc.start);
         Self {
             place: start.map(|offset| place(&source.text, offset)),
@@ -74,6 +80,8 @@ impl fmt::Display for Problems {
         f.write_str(&all.join("; "))
     }
 }
+
+impl std::error::Error for Problems {}
 
 /// Where a byte of a text is, for a person with an editor.
 pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {

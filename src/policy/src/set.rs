@@ -256,7 +256,7 @@ impl Set {
         Ok(())
     }
 
-    /// A file that is gone while its policies are in force is taken for an accident.
+    /// A file that disappears while its policies are in force is treated as an accident.
     pub(super) fn check_none_is_gone(&self, sources: &[Source]) -> Result<(), Problems> {
         let there: HashSet<&str> = sources.iter().map(|source| source.name.as_str()).collect();
         let gone = self
@@ -266,7 +266,7 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is gone, and {count} of the policies in force are its; put it back, or, if they are meant to go, \
+                    "is missing, and {count} of the policies in force come from it; put it back. To withdraw its policies, \
                      put an empty file of this name there first, or restart the broker"
                 );
                 Problem::in_file(name, what)

@@ -7,7 +7,7 @@
 const DEPTH_MAX: usize = 32;
 /// Characters of operators in one policy, at most: each may be a level of the tree.
 const OPERATORS_MAX: usize = 1_000;
-/// `if` makes as deep a tree as so many characters.
+/// The number of characters that make as deep a tree as one `if`.
 const IF_WEIGHT: usize = 4;
 
 /// What is wrong with the shape of a text, and where.

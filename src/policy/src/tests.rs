@@ -32,7 +32,7 @@ fn tenant(name: &str) -> Tenant {
     Tenant::parse(name).unwrap()
 }
 
-/// A user with a token of its own.
+/// A user with its own token.
 fn person(subject: &str) -> Identity {
     Identity {
         name: format!("token:home:{subject}"),

@@ -379,7 +379,8 @@ impl<'e, E: Engine> Lease<'e, E> {
                     Ok(Ok(permit)) => Some(permit),
                     Ok(Err(_)) => return Err(Error::Down("the store is closed".into())),
                     Err(_) if probe.has_answered_since(purpose, begun) => {
-                        return Err(Error::Busy(ALL_CHANGES_IN_USE.into()));
+                        let what = format!("{ALL_CHANGES_IN_USE}; {MORE_CONNECTIONS}");
+                        return Err(Error::Busy(what.into()));
                     }
                     Err(_) => return Err(Error::Down(ALL_CHANGES_IN_USE.into())),
                 }
@@ -427,7 +428,13 @@ impl<'e, E: Engine> Lease<'e, E> {
         let is_answering = probe.has_answered_since(purpose, begun)
             || (shares_pool && probe.has_answered_since(other, begun));
         if is_answering {
-            Error::Busy(what.into())
+            // Only the engines of a server share one pool, and only its size is configured.
+            let remedy = if shares_pool {
+                MORE_CONNECTIONS
+            } else {
+                MORE_THAN_SQLITE
+            };
+            Error::Busy(format!("{what}; {remedy}").into())
         } else {
             Error::Disconnected(format!("{what}, and no call on them got an answer").into())
         }
@@ -518,6 +525,11 @@ impl<E: Engine> Drop for Lease<'_, E> {
 }
 
 const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for changes are in use, which are half of `store.connections_max`";
+
+const MORE_CONNECTIONS: &str = "raise `store.connections_max` if the server has capacity left";
+
+const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer calls at once, or move to a \
+                                database server with `keybroker store copy`";
 
 fn no_answer(limit: Duration) -> Error {
     Error::Down(format!("no answer within {} ms", limit.as_millis()).into())

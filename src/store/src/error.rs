@@ -20,8 +20,9 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
 const SQLITE_DAMAGED: i64 = 11;
 const SQLITE_NOTADB: i64 = 26;
-/// `SQLITE_READONLY`, `SQLITE_FULL`: worth a hint.
+/// `SQLITE_READONLY`, `SQLITE_IOERR`, `SQLITE_FULL`, `SQLITE_CANTOPEN`: worth a hint.
 const SQLITE_READONLY: i64 = 8;
+const SQLITE_IOERR: i64 = 10;
 const SQLITE_FULL: i64 = 13;
 const SQLITE_CANTOPEN: i64 = 14;
 /// The low byte of an extended result code is the primary one.
@@ -71,7 +72,7 @@ pub enum Error {
     #[error("the request id is in use")]
     RequestIdTaken,
     /// A row does not decode. Names table and column, never bytes.
-    #[error("a stored row does not decode: {0}")]
+    #[error("the database holds damaged data: {0}")]
     Corrupt(String),
     /// The schema is older or newer than this binary.
     #[error("{0}")]
@@ -93,9 +94,7 @@ pub enum Error {
     #[error("connection lost: {0}")]
     Disconnected(Arc<str>),
     /// All connections are in use by calls that get their answers: the database works, and has more to do than it can.
-    #[error(
-        "the database is busy: {0}; raise `store.connections_max` if the server has capacity left"
-    )]
+    #[error("the database is busy: {0}")]
     Busy(Arc<str>),
     /// The database is unavailable, full, read-only or slow.
     #[error("store unavailable: {0}")]
@@ -182,10 +181,13 @@ fn from_sqlite(error: &SqliteError) -> Error {
     let code = error.code().and_then(|code| code.parse::<i64>().ok());
     match code.map(|code| code & PRIMARY_CODE) {
         Some(SQLITE_DAMAGED) => {
-            Error::Corrupt(format!("the database file: {error}; restore a backup"))
+            Error::Corrupt(format!(
+                "the file is damaged (SQLite: {error}); restore a backup, as \"Restore\" in docs/operations.md says"
+            ))
         }
         Some(SQLITE_NOTADB) => Error::Schema(
-            "the file that `store.url` names is no SQLite database; name another file, or restore a backup if it was overwritten"
+            "the file of the database is no SQLite database; name another file in `store.url`, or restore a backup if it was \
+             overwritten"
                 .to_owned(),
         ),
         Some(SQLITE_CANTOPEN) => down(
@@ -194,7 +196,12 @@ fn from_sqlite(error: &SqliteError) -> Error {
              to read; is the file system mounted read-only?",
         ),
         Some(SQLITE_READONLY) => down(error, "check owner and mode of the file and its directory"),
-        Some(SQLITE_FULL) => down(error, "free the disk"),
+        Some(SQLITE_FULL) => down(error, "free space on the file system of the database"),
+        Some(SQLITE_IOERR) => down(
+            error,
+            "free space on the file system of the database if it is full, because SQLite needs some also to read; otherwise look for \
+             errors of the disk in the kernel's log",
+        ),
         _ => Error::Down(error.to_string().into()),
     }
 }
@@ -204,7 +211,9 @@ fn from_postgres(error: &PgDatabaseError) -> Error {
         // serialization_failure, deadlock_detected, lock_not_available
         "40001" | "40P01" | "55P03" => Error::Contended(error.to_string().into()),
         // data_corrupted, index_corrupted
-        "XX001" | "XX002" => Error::Corrupt(format!("the database: {error}; restore a backup")),
+        "XX001" | "XX002" => {
+            Error::Corrupt(format!("the server reports: {error}; restore a backup"))
+        }
         // read_only_sql_transaction
         "25006" => down(error, READONLY_SERVER),
         // disk_full
@@ -225,7 +234,7 @@ fn from_mysql(error: &MySqlDatabaseError) -> Error {
     if MYSQL_CONTENDED.contains(&number) {
         Error::Contended(error.to_string().into())
     } else if MYSQL_DAMAGED.contains(&number) {
-        Error::Corrupt(format!("the database: {error}; restore a backup"))
+        Error::Corrupt(format!("the server reports: {error}; restore a backup"))
     } else if MYSQL_READONLY.contains(&number) {
         down(error, READONLY_SERVER)
     } else if MYSQL_DISCONNECTED.contains(&number) {

@@ -265,10 +265,7 @@ pub(super) fn readable<R, T>(
         decode(row)
             .inspect_err(|error| {
                 metrics::RECORDS_DAMAGED.increment();
-                tracing::error!(
-                    alarm = "record-damaged", table = table.name(), %error,
-                    "a stored row does not decode; it is left out"
-                );
+                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row does not decode; it is left out");
             })
             .ok()
     });

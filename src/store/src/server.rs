@@ -235,7 +235,7 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
         "the server's certificate does not verify: name its authority with `store.ca_file`, and the server as its \
          certificate does"
     } else if matches!(error, sqlx::Error::Tls(_)) {
-        "switch TLS on at the server; only on a network that nobody else reaches, set `store.tls = \"plaintext\"`"
+        "switch TLS on at the server; only on a network that no other machine reaches, set `store.tls = \"plaintext\"`"
     } else {
         "check `store.url`, and whether the server runs"
     };

@@ -211,8 +211,8 @@ impl Settings {
                 && !trusted_file::is_absolute(path)
             {
                 problems.push(format!(
-                    "[store] `{name}` is {:?}: it must be an absolute path, because a service has no folder of its own",
-                    path.display().to_string()
+                    "[store] `{name}` is {}",
+                    trusted_file::not_absolute(path)
                 ));
             }
         }

@@ -173,6 +173,12 @@ fn network(text: &str) -> Result<Door, String> {
     if host.is_empty() {
         return Err("names no host before the port".to_owned());
     }
+    let is_of_a_host = |c: char| c.is_ascii_alphanumeric() || "._-:%".contains(c);
+    if let Some(found) = host.chars().find(|c| !is_of_a_host(*c)) {
+        return Err(format!(
+            "has {found:?} in its host, which no DNS name and no IP address has"
+        ));
+    }
     let port = match port {
         None => None,
         Some(port) => Some(
@@ -287,6 +293,9 @@ mod tests {
             ("postgres://me@::1/keys", "brackets"),
             ("postgres://me@[db]/keys", "IPv6"),
             ("postgres://me@:5433/keys", "no host"),
+            ("postgres://me@local host/keys", "' ' in its host"),
+            ("mysql://me@local%20host/keys", "' ' in its host"),
+            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in its host"),
             ("oracle://me@db/keys", "must be"),
             ("postgres:me@db/keys", "must be"),
             ("postgres://db/keys", "no user"),

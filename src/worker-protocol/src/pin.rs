@@ -44,11 +44,11 @@ pub enum PinError {
     Lines,
     /// A character that no keyboard shows.
     #[error(
-        "it holds a control character, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+        "it holds a control character, such as a NUL byte, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
     )]
     ControlCharacter,
     /// More bytes than a PIN may have.
-    #[error("it is longer than {PIN_BYTES_MAX} bytes")]
+    #[error("it is longer than {PIN_BYTES_MAX} bytes, and no PIN is; is this the right file?")]
     TooLong,
     /// The request of a worker has none.
     #[error("no PIN was given")]
@@ -72,7 +72,7 @@ pub enum PinError {
 fn describe_read(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::InvalidData => {
-            "it is not UTF-8 text, as a file in UTF-16 is not; save it as UTF-8".to_owned()
+            "it is not UTF-8 text; an editor may have saved it as UTF-16 or Latin-1: save it as UTF-8".to_owned()
         }
         _ => format!("it cannot be read: {error}"),
     }
@@ -123,6 +123,11 @@ impl Pin {
             place: format!("the PIN file {}", path.display()),
             source: Box::new(error),
         })
+    }
+
+    /// Whether the file is one to read a PIN from. Reads nothing of it: a command leaves that to its worker.
+    pub fn check_file(path: &Path) -> Result<(), trusted_file::Error> {
+        trusted_file::open(path, PIN_FILE).map(drop)
     }
 
     /// From an open descriptor of this process.

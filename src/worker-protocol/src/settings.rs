@@ -48,7 +48,7 @@ pub struct Settings {
     /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
-    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is handed on.
+    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is passed on.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }

@@ -456,7 +456,7 @@ fn bytes_written(broker: &Broker) -> u64 {
     audit + u64::try_from(broker.site.log().len()).unwrap()
 }
 
-/// Calls over one connection from a network of its own, again and again, without a credential and with wrong ones in turn.
+/// Calls over one connection from its own network, again and again, without a credential and with wrong ones in turn.
 async fn call_unauthenticated(
     target: SocketAddr,
     network: u8,

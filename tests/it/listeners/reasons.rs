@@ -48,7 +48,7 @@ type Expected = [&'static str; 17];
 /// How every method is asked once.
 #[derive(Clone, Copy)]
 struct Asked {
-    /// Whose keys: each method has a user of its own, so that none finds what another did.
+    /// Whose keys: each method has its own user, so that none finds what another did.
     users: &'static str,
     /// Who asks; absent for whoever may.
     caller: Option<&'static str>,

@@ -157,22 +157,22 @@ async fn a_renewed_certificate_is_taken_over_and_a_bad_one_is_not() {
 
     // A certificate that has expired, and one that is not there: reported once each, and the good one stays.
     let certificate = broker.site.pki.certificate_file("server");
-    let alarms = || broker.site.log().matches("tls-reload").count();
+    let alerts = || broker.site.log().matches("tls-reload").count();
     broker.site.pki.issue_expired_server();
     until("the expired certificate to be reported", || {
-        (alarms() == 1).then_some(())
+        (alerts() == 1).then_some(())
     });
     fs::remove_file(&certificate).unwrap();
     until("the missing certificate to be reported", || {
-        (alarms() == 2).then_some(())
+        (alerts() == 2).then_some(())
     });
     tokio::time::sleep(Duration::from_millis(2_500)).await;
-    assert_eq!(alarms(), 2, "each problem is reported once");
+    assert_eq!(alerts(), 2, "each problem is reported once");
     assert_eq!(leaf(&broker).await, third);
     // Whoever sends the signal wants to know.
     broker.signal(Signal::HUP);
     until("the report that was asked for", || {
-        (alarms() == 3).then_some(())
+        (alerts() == 3).then_some(())
     });
 
     // The connection from before all this still serves.

@@ -55,7 +55,7 @@ async fn a_user_enrols_fetches_and_replaces_its_own_key() {
         });
         assert!(entry.is_some(), "{action}: {audit}");
     }
-    // Each call of a request has an id of its own, so that what is known of one is never taken for another.
+    // Each call of a request has its own id, so that what is known of one is never taken for another.
     let mut actions = HashMap::<String, HashSet<String>>::new();
     for line in audit.lines() {
         // Its checksum stands around it.

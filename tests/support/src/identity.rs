@@ -1,6 +1,6 @@
 //! An identity service for tests: an RSA key of its own, a discovery document, a key set, and tokens as a test words them.
 //!
-//! It speaks plain HTTP on loopback, from a thread of its own, so that blocking and asynchronous tests can use it. It assembles
+//! It speaks plain HTTP on loopback, from a separate thread, so that blocking and asynchronous tests can use it. It assembles
 //! access tokens itself, and not with the library that the broker verifies them with, because it must make bad ones.
 
 use std::{

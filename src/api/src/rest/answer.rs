@@ -32,7 +32,7 @@ const fn status(reason: Reason) -> StatusCode {
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
         Reason::KeyExists => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
-        // It comes back by itself, or an operator brings it back.
+        // It recovers by itself, or an operator repairs it.
         Reason::TokenDown
         | Reason::StoreDown
         | Reason::AuditDown

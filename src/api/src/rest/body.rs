@@ -29,7 +29,7 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a body is none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
-    /// Not said to be JSON.
+    /// The content type is not JSON.
     ContentType,
     /// More than a client would send.
     TooLarge,
@@ -62,8 +62,11 @@ impl Malformed {
             Self::Slow => Error::new(Reason::Deadline, "the body did not arrive in time"),
             Self::Broken => Error::violation("body", "complete"),
             Self::Json => Error::violation("body", "a JSON object with a text `key`"),
-            Self::Base64 => Error::violation("key", "standard base64"),
-            Self::Length => Error::violation("key", "exactly 32 bytes"),
+            Self::Base64 => Error::violation("key", "must be standard base64, with padding"),
+            Self::Length => Error::violation(
+                "key",
+                "must be 32 bytes in standard base64, which are 44 characters",
+            ),
         }
     }
 }

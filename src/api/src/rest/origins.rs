@@ -47,7 +47,7 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
 /// What Safari sends for pages of its extensions.
 const FILES: &str = "file://";
 
-/// Whether a browser could send this as `origin`. Apps have schemes of their own.
+/// Whether a browser could send this as `origin`. Apps have their own schemes.
 pub(super) fn is_origin(text: &str) -> bool {
     if text == FILES {
         return true;

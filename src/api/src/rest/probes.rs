@@ -1,4 +1,4 @@
-//! What anybody may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
+//! What every caller may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
 
 use axum::{
     body::Body,

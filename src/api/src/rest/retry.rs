@@ -21,7 +21,7 @@ const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
 /// The remaining time for retries of one request, over all of its calls.
 ///
-/// Every try and every step is a call of its own in the audit log: the mark of a change whose fate is unknown must not be
+/// Every try and every step is a separate call in the audit log: the mark of a change whose fate is unknown must not be
 /// that of another one.
 pub(super) struct Retry {
     request: Call,
@@ -191,7 +191,7 @@ mod tests {
         }
     }
 
-    /// Steps are calls of their own, also when nothing goes wrong.
+    /// Each step is a separate call, also when nothing goes wrong.
     #[tokio::test]
     async fn every_step_has_an_id_and_a_deadline_of_its_own() {
         let request = call(Duration::from_secs(30));

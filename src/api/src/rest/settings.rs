@@ -13,7 +13,7 @@ const PREFIX_BYTES_MAX: usize = 128;
 pub struct Settings {
     /// Origins of web vaults whose pages may ask: scheme, host and port, as a browser sends them.
     pub allowed_origins: Vec<String>,
-    /// What stands before `/user-keys` in the URL that Bitwarden is told, such as `/keys`; empty for nothing.
+    /// The part before `/user-keys` of the URL that is set in Bitwarden, such as `/keys`; may be empty.
     pub path_prefix: String,
 }
 

@@ -76,7 +76,7 @@ impl Entered {
             };
             match &result {
                 Ok(()) => return Ok(answer::empty(StatusCode::OK)),
-                // Somebody else was between reading and writing.
+                // Another caller changed the record between reading and writing.
                 Err(error) if is_race(error.reason()) => {}
                 Err(_) => break,
             }

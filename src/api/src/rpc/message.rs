@@ -34,7 +34,7 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Memory(Arc<Semaphore>);
 
 impl Memory {
-    /// Room for so many bytes.
+    /// Reserves room for this number of bytes.
     pub fn new(bytes: usize) -> Self {
         Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
     }

@@ -162,7 +162,7 @@ impl Context {
             Own::No => response,
             Own::NoMethod => {
                 let text = format!(
-                    "this listener has no such method: the gRPC API and the admin API may have listeners of their own (call {id})"
+                    "this listener has no such method: the gRPC API and the admin API may have separate listeners (call {id})"
                 );
                 Status::unimplemented(text).into_http()
             }

@@ -16,7 +16,7 @@ pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
         status.add_header(&mut trailers).ok();
         Ok(Frame::trailers(trailers))
     }));
-    // A body that ends by itself brings trailers of its own, after which nothing more of it is asked for.
+    // A body that ends by itself brings its own trailers, after which nothing more of it is asked for.
     let frames = BodyStream::new(body).take_until(stop.cancelled_owned());
     Body::new(StreamBody::new(frames.chain(last)))
 }

@@ -10,7 +10,7 @@ const HEADER: &str = "grpc-timeout";
 /// At most eight digits (gRPC over HTTP/2).
 const DIGITS_MAX: usize = 8;
 
-/// Takes the caller's timeout out of the headers: tonic has a timer of its own, which would answer CANCELLED where the
+/// Takes the caller's timeout out of the headers: tonic has its own timer, which would answer CANCELLED where the
 /// caller must read `DEADLINE_EXCEEDED`.
 pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.remove(HEADER) else {

@@ -73,7 +73,7 @@ impl fmt::Debug for Turns {
 }
 
 impl Turns {
-    /// So many trials at once.
+    /// Trials at once, at most.
     pub(super) fn new(count: usize) -> Self {
         Self(Arc::new(Mutex::new(State {
             free: count,

@@ -30,7 +30,7 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
         for other in others.filter(|other| other.tenant == issuer.tenant) {
             if !(issuer.shared_users && other.shared_users) {
                 problems.push(format!(
-                    "issuers {:?} and {:?} both vouch for the users of the tenant `{}`: each could hand out a token for \
+                    "issuers {:?} and {:?} both name the users of the tenant `{}`: each could issue a token for \
                      any user of the other; give each its `tenant`, or say `shared_users = true` in both",
                     issuer.name, other.name, issuer.tenant
                 ));
@@ -89,10 +89,7 @@ impl Settings {
             if let Some(path) = path
                 && !trusted_file::is_absolute(path)
             {
-                problems.push(format!(
-                    "`{name}` is {:?}: it must be an absolute path",
-                    path.display().to_string()
-                ));
+                problems.push(format!("`{name}` is {}", trusted_file::not_absolute(path)));
             }
         }
         let (name, url) = match self.key_source() {
@@ -165,14 +162,14 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("each service it vouches for {problem}")),
+                    .map(|problem| format!("each service it names {problem}")),
             ),
             Kind::User => {
                 let granted =
                     !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
                 if granted {
                     problems.push(
-                        "it vouches for users, who have no role and reach their own keys alone: take out `roles`, \
+                        "it names users, who have no role and reach only their own keys: take out `roles`, \
                          `users` and `key_names`, or say `kind = \"service\"`"
                             .to_owned(),
                     );
@@ -304,7 +301,7 @@ audience = ["keybroker"]
             (
                 "audience",
                 "roles = [\"enrol\"]\naudience",
-                "vouches for users",
+                "it names users",
             ),
             ("audience", "kind = \"service\"\naudience", "has no role"),
             (
@@ -341,7 +338,7 @@ audience = ["keybroker"]
         };
         let told = |issuers: &[Settings]| problems(issuers).join("\n");
         assert!(told(&[one.clone(), one.clone()]).contains("there twice"));
-        assert!(told(&[one.clone(), other.clone()]).contains("both vouch"));
+        assert!(told(&[one.clone(), other.clone()]).contains("both name"));
         let shared = [&one, &other].map(|issuer| Settings {
             shared_users: true,
             ..issuer.clone()

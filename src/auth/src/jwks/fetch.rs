@@ -10,12 +10,11 @@ use serde::Deserialize;
 
 use crate::issuer::{KeySource, Settings, url_problem};
 use keybroker_core::{
-    error::causes,
     pem,
     trusted_file::{self, Purpose},
 };
 
-use super::KeySet;
+use super::{KeySet, SourceError};
 
 /// Longest key set and discovery document, in bytes.
 pub(crate) const SET_BYTES_MAX: usize = 64 * 1024;
@@ -44,21 +43,31 @@ struct Discovery {
 }
 
 /// The authorities of a `ca_file`.
-fn authorities(path: &Path) -> Result<Vec<Certificate>, String> {
+fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-        .map_err(|error| format!("`ca_file`: {error}"))?;
-    let shown = path.display();
-    let ders = pem::certificates(&text).map_err(|error| format!("`ca_file` {shown}: {error}"))?;
-    tracing::info!(file = %shown, certificates = ders.len(), "authorities of an issuer read");
+        .map_err(SourceError::AuthorityFile)?;
+    let shown = || path.display().to_string();
+    let ders = pem::certificates(&text).map_err(|source| SourceError::AuthorityPem {
+        path: shown(),
+        source,
+    })?;
+    tracing::info!(
+        file = shown(),
+        certificates = ders.len(),
+        "authorities of an issuer read"
+    );
     ders.iter()
         .map(|der| Certificate::from_der(der))
         .collect::<Result<_, _>>()
-        .map_err(|error| format!("`ca_file` {shown}: {}", whole(&error)))
+        .map_err(|source| SourceError::Authority {
+            path: shown(),
+            source,
+        })
 }
 
 impl Fetcher {
     /// For an issuer whose keys are not in a file.
-    pub(super) fn new(settings: &Settings) -> Result<Self, String> {
+    pub(super) fn new(settings: &Settings) -> Result<Self, SourceError> {
         let mut builder = Client::builder()
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
             .redirect(redirect::Policy::none())
@@ -71,12 +80,7 @@ impl Fetcher {
         if let Some(path) = &settings.ca_file {
             builder = builder.tls_certs_only(authorities(path)?);
         }
-        let client = builder.build().map_err(|error| {
-            format!(
-                "cannot prepare to fetch its keys: {}; if this machine has no public authorities, set `ca_file`",
-                whole(&error)
-            )
-        })?;
+        let client = builder.build().map_err(SourceError::Client)?;
         Ok(Self {
             client,
             source: settings.key_source(),
@@ -86,60 +90,57 @@ impl Fetcher {
     }
 
     /// Fetches the set, by way of the discovery document where that says where it is.
-    pub(super) async fn fetch(&self) -> Result<KeySet, String> {
+    pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,
             KeySource::Url(url) => url.clone(),
-            KeySource::Set(_) | KeySource::Pem(_) => {
-                return Err("its keys come from a file".to_owned());
-            }
+            KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
         // A set full of long RSA keys takes a good part of a second to examine.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
-        let parsed = parsing.await.unwrap_or_else(|error| Err(error.to_string()));
-        parsed.map_err(|problem| format!("{url}: {problem}"))
+        let parsed = parsing.await.map_err(SourceError::Task)?;
+        parsed.map_err(|source| SourceError::Set { place: url, source })
     }
 
-    async fn discover(&self, url: &str) -> Result<String, String> {
+    async fn discover(&self, url: &str) -> Result<String, SourceError> {
         let bytes = self.get(url).await?;
+        let url = || url.to_owned();
         let document: Discovery = serde_json::from_slice(&bytes)
-            .map_err(|error| format!("{url}: it is not a discovery document: {error}"))?;
+            .map_err(|source| SourceError::Discovery { url: url(), source })?;
         if document.issuer != self.issuer {
-            return Err(format!(
-                "{url}: its `issuer` is {:?}, and `issuer` of the configuration is {:?}; they must be equal byte for byte; if its tokens have \
-                 the configured issuer all the same, name the key set itself with `jwks_url`",
-                document.issuer, self.issuer
-            ));
+            return Err(SourceError::OtherIssuer {
+                url: url(),
+                found: document.issuer,
+                configured: self.issuer.clone(),
+            });
         }
         match url_problem(&document.jwks_uri, self.allow_http) {
-            Some(problem) => Err(format!(
-                "{url}: its `jwks_uri` is {:?}, which {problem}",
-                document.jwks_uri
-            )),
+            Some(problem) => Err(SourceError::KeysUrl {
+                url: url(),
+                jwks_uri: document.jwks_uri,
+                problem,
+            }),
             None => Ok(document.jwks_uri),
         }
     }
 
-    async fn get(&self, url: &str) -> Result<Vec<u8>, String> {
-        let failed = |error: &reqwest::Error| format!("{url}: {}", whole(error));
+    async fn get(&self, url: &str) -> Result<Vec<u8>, SourceError> {
         let request = self.client.get(url).header("accept", "application/json");
-        let mut response = request.send().await.map_err(|error| failed(&error))?;
+        let failed = |error: reqwest::Error| failed(url, error);
+        let url = || url.to_owned();
+        let mut response = request.send().await.map_err(failed)?;
         let status = response.status();
         if status.is_redirection() {
-            return Err(format!(
-                "{url}: answered {status}; redirects are not followed: configure the address that it leads to"
-            ));
+            return Err(SourceError::Redirect { url: url(), status });
         }
         if status != reqwest::StatusCode::OK {
-            return Err(format!("{url}: answered {status}"));
+            return Err(SourceError::Status { url: url(), status });
         }
         let mut bytes = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
+        while let Some(chunk) = response.chunk().await.map_err(failed)? {
             if bytes.len() + chunk.len() > SET_BYTES_MAX {
-                return Err(format!(
-                    "{url}: the answer is longer than {SET_BYTES_MAX} bytes"
-                ));
+                return Err(SourceError::TooLong { url: url() });
             }
             bytes.extend_from_slice(&chunk);
         }
@@ -147,11 +148,12 @@ impl Fetcher {
     }
 }
 
-/// The causes of an error, whose outermost text says only that a request failed.
-fn whole(error: &reqwest::Error) -> String {
-    let text = causes(error);
-    if error.is_timeout() {
-        return format!("no answer in time ({text})");
+/// A request that failed. The HTTP client names the URL as well, and once is enough.
+fn failed(url: &str, source: reqwest::Error) -> SourceError {
+    let (url, source) = (url.to_owned(), source.without_url());
+    if source.is_timeout() {
+        SourceError::Timeout { url, source }
+    } else {
+        SourceError::Request { url, source }
     }
-    text
 }

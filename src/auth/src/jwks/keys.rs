@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::issuer::{KeySource, Settings};
 use keybroker_core::{
+    error::chain,
     metrics,
     trusted_file::{self, Purpose},
 };
 
-use super::{KeySet, SET_BYTES_MAX, fetch::Fetcher};
+use super::{KeySet, SET_BYTES_MAX, SourceError, error::NoSet, fetch::Fetcher};
 
 /// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
@@ -79,7 +80,7 @@ enum Source {
 
 impl Keys {
     /// Files are read at once, and must be good; a provider may be down.
-    pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, String> {
+    pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, SourceError> {
         let keys = Self {
             name: settings.name.clone(),
             pace,
@@ -100,20 +101,17 @@ impl Keys {
     }
 
     /// The set in use, if there is one and it is not too old.
-    pub(crate) fn current(&self) -> Result<Arc<KeySet>, String> {
+    pub(crate) fn current(&self) -> Result<Arc<KeySet>, NoSet> {
         let held = self.current.load();
         let problem = || {
             let problem = self.problem();
-            problem.unwrap_or_else(|| "not fetched yet".to_owned())
+            problem.map_or_else(|| "not fetched yet".into(), Into::into)
         };
         let Some(held) = held.as_ref() else {
-            return Err(format!("no key set is known: {}", problem()));
+            return Err(NoSet::Unknown(problem()));
         };
         if matches!(self.source, Source::Provider(_)) && held.since.elapsed() > self.pace.keep {
-            return Err(format!(
-                "the last good key set is older than `keep_hours`: {}",
-                problem()
-            ));
+            return Err(NoSet::Old(problem()));
         }
         Ok(Arc::clone(&held.set))
     }
@@ -139,7 +137,7 @@ impl Keys {
             return None;
         }
         *refetched = Some(Instant::now());
-        // In a task of its own, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
+        // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
         // them be refused before it is over.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
@@ -186,7 +184,9 @@ impl Keys {
             Source::File(source) => {
                 let source = source.clone();
                 let reading = tokio::task::spawn_blocking(move || read(&source));
-                reading.await.unwrap_or_else(|error| Err(error.to_string()))
+                reading
+                    .await
+                    .unwrap_or_else(|error| Err(SourceError::Task(error)))
             }
         };
         match outcome {
@@ -194,8 +194,8 @@ impl Keys {
                 self.take(set);
                 true
             }
-            Err(problem) => {
-                self.report(&problem);
+            Err(error) => {
+                self.report(&chain(&error));
                 false
             }
         }
@@ -208,7 +208,7 @@ impl Keys {
             // The same one, so that what was verified with it stays verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
-                tracing::info!(issuer = %self.name, keys = ?set.names(), "key set taken over");
+                tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
                 self.report_refused(&set);
                 Arc::new(set)
             }
@@ -228,8 +228,8 @@ impl Keys {
             .with([self.name.clone()])
             .set(f64::from(count));
         if !refused.is_empty() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, ?refused, count,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, ?refused, count,
                 "weak or malformed keys of the key set are refused; its other keys are in use"
             );
         }
@@ -245,13 +245,13 @@ impl Keys {
             return;
         }
         if self.current.load().is_some() {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "key set not renewed; the last good one stays in use"
             );
         } else {
-            tracing::error!(
-                alarm = "issuer-keys", issuer = %self.name, error = %new,
+            keybroker_core::alert!(
+                IssuerKeys, issuer = %self.name, error = %new,
                 "no key set yet: its tokens are refused until there is one"
             );
         }
@@ -267,16 +267,18 @@ impl Keys {
     }
 }
 
-fn read(source: &KeySource) -> Result<KeySet, String> {
+fn read(source: &KeySource) -> Result<KeySet, SourceError> {
     let (KeySource::Set(path) | KeySource::Pem(path)) = source else {
-        return Err("its keys come from no file".to_owned());
+        return Err(SourceError::OtherSource);
     };
-    let shown = path.display();
     let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
-    let bytes = trusted_file::read(path, limit, KEYS).map_err(|error| error.to_string())?;
+    let bytes = trusted_file::read(path, limit, KEYS).map_err(SourceError::File)?;
     let set = match source {
         KeySource::Pem(_) => KeySet::parse_pem(&bytes),
         _ => KeySet::parse_jwks(&bytes),
     };
-    set.map_err(|problem| format!("{shown}: {problem}"))
+    set.map_err(|source| SourceError::Set {
+        place: path.display().to_string(),
+        source,
+    })
 }

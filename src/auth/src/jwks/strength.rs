@@ -1,4 +1,4 @@
-//! Public keys that prove nothing, because anybody can make signatures that verify with them or because they are no keys at all.
+//! Public keys that prove nothing: anyone can make signatures that verify with them, or they are no valid keys.
 //!
 //! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (curves of NIST), RFC 8032 for
 //! Ed25519, and Chalkias, Garillot and Nikolaenko 2020 for its keys of small order. Not tested: whether an RSA modulus is prime or has factors that are close
@@ -8,12 +8,14 @@ use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};
 use curve25519_dalek::edwards::CompressedEdwardsY;
 use rsa::BigUint;
 
+use super::error::KeyError;
+
 /// Bits of an RSA modulus: fewer can be factored, and more are refused by the library that verifies.
-const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
+pub(super) const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
 /// Least public exponent (FIPS 186-5 section 5.1).
-const EXPONENT_MIN: u32 = 65_537;
+pub(super) const EXPONENT_MIN: u32 = 65_537;
 /// Longest public exponent, in bits, that the library takes that verifies.
-const EXPONENT_BITS_MAX: usize = 33;
+pub(super) const EXPONENT_BITS_MAX: usize = 33;
 /// An RSA modulus has no prime factor below this.
 const FACTOR_MIN: u32 = 1 << 16;
 
@@ -23,35 +25,27 @@ const UNCOMPRESSED: u8 = 4;
 const INFINITY: [u8; 1] = [0];
 
 /// Checks modulus and exponent of an RSA key, big-endian.
-pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), String> {
+pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError> {
     let (modulus, exponent) = (
         BigUint::from_bytes_be(modulus),
         BigUint::from_bytes_be(exponent),
     );
     let bits = modulus.bits();
     if !RSA_BITS.contains(&bits) {
-        return Err(format!(
-            "RSA modulus of {bits} bits; {} to {} are accepted",
-            RSA_BITS.start(),
-            RSA_BITS.end()
-        ));
+        return Err(KeyError::ModulusBits(bits));
     }
     let is_even = |number: &BigUint| number.to_bytes_le().first().is_none_or(|low| low % 2 == 0);
     if is_even(&modulus) {
-        return Err("even RSA modulus".to_owned());
+        return Err(KeyError::EvenModulus);
     }
     if exponent < BigUint::from(EXPONENT_MIN) {
-        return Err(format!(
-            "RSA exponent {exponent}; {EXPONENT_MIN} is the least that is accepted"
-        ));
+        return Err(KeyError::SmallExponent(exponent));
     }
     if is_even(&exponent) || exponent.bits() > EXPONENT_BITS_MAX {
-        return Err(format!(
-            "RSA exponent that is even or longer than {EXPONENT_BITS_MAX} bits"
-        ));
+        return Err(KeyError::Exponent);
     }
     match small_factor(&modulus) {
-        Some(factor) => Err(format!("RSA modulus with the factor {factor}")),
+        Some(factor) => Err(KeyError::Factor(factor)),
         None => Ok(()),
     }
 }
@@ -75,36 +69,30 @@ pub(super) fn check_nist(
     point: &[u8],
     coordinate_bytes: usize,
     algorithm: &'static dyn VerificationAlgorithm,
-) -> Result<(), String> {
+) -> Result<(), KeyError> {
     if point == INFINITY {
-        return Err("the point at infinity".to_owned());
+        return Err(KeyError::Infinity);
     }
     if point.len() != 1 + 2 * coordinate_bytes || point.first() != Some(&UNCOMPRESSED) {
-        return Err(format!(
-            "not an uncompressed point with coordinates of {coordinate_bytes} bytes"
-        ));
+        return Err(KeyError::Point(coordinate_bytes));
     }
     ParsedPublicKey::new(algorithm, point)
         .map(drop)
-        .map_err(|_| "a point that is not on its curve".to_owned())
+        .map_err(KeyError::OffCurve)
 }
 
 /// Checks an Ed25519 key. With a key of small order one signature verifies for many messages.
-pub(super) fn check_ed25519(key: &[u8]) -> Result<(), String> {
-    let length = || format!("an Ed25519 key of {} bytes and not 32", key.len());
-    let encoded = CompressedEdwardsY::from_slice(key).map_err(|_| length())?;
-    let point = encoded
-        .decompress()
-        .ok_or("an Ed25519 key that is not a point of the curve")?;
+pub(super) fn check_ed25519(key: &[u8]) -> Result<(), KeyError> {
+    let encoded =
+        CompressedEdwardsY::from_slice(key).map_err(|_| KeyError::Ed25519Length(key.len()))?;
+    let point = encoded.decompress().ok_or(KeyError::Ed25519Point)?;
     if point.is_small_order() {
-        return Err(
-            "an Ed25519 key of small order, with which one signature fits many messages".to_owned(),
-        );
+        return Err(KeyError::Ed25519SmallOrder);
     }
     if point.compress() != encoded {
-        return Err("an Ed25519 key that is not in its canonical encoding".to_owned());
+        return Err(KeyError::Ed25519Encoding);
     }
     ParsedPublicKey::new(&signature::ED25519, key)
         .map(drop)
-        .map_err(|_| "an Ed25519 key that does not parse".to_owned())
+        .map_err(KeyError::Ed25519)
 }

@@ -20,7 +20,7 @@ pub(super) enum Cause {
     Issuer,
     /// An `alg` that is not allowed, or not the key's.
     Algorithm,
-    /// A header that brings keys of its own, or asks for what is not understood.
+    /// A header that brings its own keys, or asks for what is not understood.
     Header,
     /// A `typ` that is not asked for.
     Type,
@@ -36,7 +36,7 @@ pub(super) enum Cause {
     Lifetime,
     /// `nbf` or `iat` is ahead.
     NotYetValid,
-    /// Made for somebody else.
+    /// Issued for another audience.
     Audience,
     /// A scope is missing.
     Scope,

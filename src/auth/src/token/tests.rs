@@ -654,7 +654,7 @@ fn the_double_makes_real_signatures() {
         )
         .unwrap();
     let pem = KeySet::parse_pem(service.pem().as_bytes()).unwrap();
-    assert_eq!(pem.names(), ["(no name)"]);
+    assert_eq!(pem.names(), ["(key without `kid`)"]);
 }
 
 /// A file of two joined keys once gave one of them, and a key in PKCS #1 was reported as no key.
@@ -676,7 +676,7 @@ fn every_key_of_a_pem_file_counts() {
             "looks like",
         ),
     ] {
-        let problem = KeySet::parse_pem(text.as_bytes()).unwrap_err();
+        let problem = KeySet::parse_pem(text.as_bytes()).unwrap_err().to_string();
         assert!(problem.contains(words), "{words}: {problem}");
     }
 }

@@ -121,8 +121,8 @@ impl Broker {
             return Ok(None);
         };
         let refused = |what: String| {
-            tracing::error!(
-                alarm = "client-damaged", client = %id, what,
+            keybroker_core::alert!(
+                ClientDamaged, client = %id, what,
                 "an API client's row does not verify; it is not let in"
             );
             Error::new(Reason::Credential, what)

@@ -41,7 +41,7 @@ impl Caller {
         }
     }
 
-    /// The same connection, on which a call brought a credential of its own.
+    /// The same connection, on which a call brought its own credential.
     #[must_use]
     pub fn with_principal(&self, principal: Result<Arc<Principal>, Error>) -> Self {
         Self {

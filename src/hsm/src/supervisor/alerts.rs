@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::machine::Alert;
+use keybroker_core::alert::Alert;
 
 /// A person needs the same news once in so long.
 const INTERVAL: Duration = Duration::from_mins(1);

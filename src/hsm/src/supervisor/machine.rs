@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use keybroker_core::alert::Alert;
 use keybroker_worker_protocol::wire::FailureClass;
 
 use crate::Serving;
@@ -19,7 +20,7 @@ const DOWN_MAX: Duration = Duration::from_secs(1);
 /// Between starts while a login fails without a code of the PIN family.
 const LOGIN_MIN: Duration = Duration::from_secs(1);
 const LOGIN_MAX: Duration = Duration::from_secs(3);
-/// After so many of them in a row (five minutes) logins are made more seldom.
+/// Number of them in a row (five minutes) after which logins are made less often.
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 /// Between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record; it logs in
@@ -94,19 +95,6 @@ pub(super) enum Action {
     Serve(Serving),
     /// Raise an alert.
     Alert(Alert, String),
-}
-
-/// Alerts of the supervisor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Alert {
-    /// No worker serves, and none is expected soon.
-    TokenDown,
-    /// A key, an attribute or a self-test is wrong.
-    TokenUntrusted,
-    /// No login is made with the PIN file as it is.
-    PinLatched,
-    /// Logins fail without a code of the PIN family.
-    Login,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -255,7 +243,7 @@ impl Machine {
             NotReady::Login => {
                 self.failed_logins += 1;
                 self.latched = None;
-                actions.push(Action::Alert(Alert::Login, detail.clone()));
+                actions.push(Action::Alert(Alert::TokenLogin, detail.clone()));
             }
             NotReady::Busy | NotReady::Unavailable | NotReady::Untrusted => self.latched = None,
         }

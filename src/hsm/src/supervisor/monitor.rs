@@ -22,11 +22,11 @@ use crate::{
 
 use super::{Supervisor, machine::Loss};
 
-/// How often the self-test runs; a token that is gone is noticed within twice this time.
+/// How often the self-test runs; a lost token is noticed within twice this time.
 const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 /// A self-test that is not back by then has failed.
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// A worker whose self-test fails so many times in a row is replaced.
+/// Failed self-tests in a row after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
 /// How long a token that said it is busy is left alone.
 const BACK_OFF: Duration = Duration::from_millis(5);

@@ -106,7 +106,7 @@ async fn a_job_outlasts_two_lost_workers_and_no_more() {
         for link in supervisor.queue.links() {
             jobs.extend(link.take_jobs());
         }
-        assert_eq!(jobs.len(), 1, "the job was not handed on");
+        assert_eq!(jobs.len(), 1, "the job was not passed on");
         assert!(answer.try_recv().is_err(), "it was answered");
     }
     supervisor.take_back(jobs, 2, "it ended");
@@ -116,7 +116,7 @@ async fn a_job_outlasts_two_lost_workers_and_no_more() {
 
 /// Another worker cannot answer for the one that is tested.
 #[tokio::test]
-async fn a_self_test_is_not_handed_on() {
+async fn a_self_test_is_not_passed_on() {
     let supervisor = idle();
     supervisor.admit(&link(1));
     let (self_test, answer) = job(request::Job::SelfTest(SelfTest {}));

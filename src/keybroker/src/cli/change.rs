@@ -7,7 +7,7 @@ use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
 use keybroker_core::call::CallId;
 
-use super::{Context, exit::Failure};
+use super::{Context, exit::Failure, interrupt};
 
 /// The log of one command is named after its call.
 const LOG_PREFIX: &str = "cli-";
@@ -24,7 +24,7 @@ pub(super) fn audited<T>(
     audited_in_parts(context, config, action, describe, |_| work())
 }
 
-/// The same for work whose parts have entries of their own.
+/// The same for work whose parts have their own entries.
 pub(super) fn audited_in_parts<T>(
     context: &Context,
     config: &Config,
@@ -41,11 +41,13 @@ pub(super) fn audited_in_parts<T>(
         entry
     };
     append(&log, entry(EntryKind::Intent, Outcome::Ok))?;
+    let under_way = interrupt::begin(action, next_after(action));
     let result = work(&log);
+    drop(under_way);
     let mut last = entry(EntryKind::Outcome, Outcome::Ok);
     if result.is_err() {
         last.outcome = match last.count {
-            // So many at least: what was under way may have been done or not.
+            // At least that many: the part in progress may have been done or not.
             Some(_) => Outcome::Unknown,
             None => Outcome::Failed,
         };
@@ -64,14 +66,11 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    let next = match &*action {
-                        // One of many parts of a purge.
-                        "user_key.purge" | "user_key.purge_revision" => continue,
-                        "store.copy" => "the same command goes on with it",
-                        "bench.seed" => "what it had written stays; run it again for the rest",
-                        "store.purge" => "what it had removed is gone; run it again for the rest",
-                        _ => "`keybroker token check` shows what it left",
-                    };
+                    // One of many parts of a purge.
+                    if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
+                        continue;
+                    }
+                    let next = next_after(&action);
                     context.output.note(&format!(
                         "note: an earlier `{action}` was cut short (audit log {name}); {next}"
                     ));
@@ -79,6 +78,17 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
             }
             Err(error) => context.output.note(&format!("warning: {error}")),
         }
+    }
+}
+
+/// What to do after a command was killed or interrupted during an action.
+fn next_after(action: &str) -> &'static str {
+    match action {
+        "store.copy" => "run the same command again: it continues the copy",
+        "store.migrate" => "run the same command again",
+        "bench.seed" => "what it wrote stays; run it again for the rest",
+        "store.purge" => "what it removed stays removed; run it again for the rest",
+        _ => "`keybroker token check` shows what it left",
     }
 }
 
@@ -95,7 +105,7 @@ fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
 }
 
 fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, audit::Error> {
-    // First without a lock: opening leaves entries of its own.
+    // First without a lock: opening leaves its own entries.
     if audit::open_intents(&settings.directory.join(name))?.is_empty() {
         return Ok(Vec::new());
     }

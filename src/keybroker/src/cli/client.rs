@@ -50,7 +50,7 @@ pub(super) struct CredentialArguments {
     command: api_clients::Command,
 }
 
-/// Which broker, and who we are to it.
+/// The broker to call and the credential to use.
 #[derive(Args, Debug)]
 struct Who {
     #[command(flatten)]
@@ -153,7 +153,7 @@ impl Caller {
     }
 }
 
-/// The message of an answer, or what its absence means.
+/// The message of an answer, or the failure that its status stands for.
 async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Failure> {
     call.await
         .map(Response::into_inner)

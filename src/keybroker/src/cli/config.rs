@@ -104,7 +104,7 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     match admin::list_tokens(Path::new(OWN_PROGRAM), token) {
         Ok(listed) => examine_listed(&listed),
         Err(error) => {
-            let hint = environment::withheld(config);
+            let hint = environment::hint(&error, config);
             let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
             (vec![format!("[token]: {error}{hint}")], None)
         }

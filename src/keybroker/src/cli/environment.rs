@@ -1,12 +1,13 @@
 //! The environment of the vendor's module. Workers of `serve` and of commands get `[token.environment]` and nothing else, so that
 //! a module that finds its token in a command finds it in `serve`, too. A message names the variables of the shell that are
-//! set but not handed on.
+//! set but not passed on.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use crate::config::Config;
+use keybroker_hsm::admin::AdminError;
 
-use super::exit::{Exit, Failure};
+use super::exit::Failure;
 
 /// Variables of keybroker itself.
 const OURS_PREFIX: &str = "KEYBROKER_";
@@ -28,7 +29,7 @@ const OF_MODULES: &[&str] = &[
 const OF_MODULES_SUFFIXES: &[&str] = &["_CONF", "_CONFIG", "_CFG", "_INI"];
 
 /// The names of variables in `set` that a module could read and that it is not given. Names only: values may be secrets.
-fn not_handed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
+fn not_passed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
     let mut names: Vec<&str> = set
         .filter(|name| is_of_a_module(name))
         .filter(|name| !config.token.environment.contains_key(*name))
@@ -47,28 +48,34 @@ fn is_of_a_module(name: &str) -> bool {
             .any(|suffix| name.ends_with(suffix))
 }
 
-/// Adds to a failure of the token which variables of the shell the module did not see.
-pub(super) fn explain(failure: Failure, config: &Config) -> Failure {
-    if failure.exit != Exit::Token {
-        return failure;
-    }
-    match withheld(config) {
+/// Adds to a failure which variables of the shell the module did not see, where they may be its cause.
+pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
+    let hint = hint(&error, config);
+    let failure = Failure::from(error);
+    match hint {
         Some(hint) => failure.hint(hint),
         None => failure,
     }
 }
 
-/// The hint about variables that are not handed on; absent when there are none.
+/// The hint about variables that the module did not see; absent for a failure that has another cause.
+pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
+    matches!(error, AdminError::NoToken(_))
+        .then(|| withheld(config))
+        .flatten()
+}
+
+/// The hint about variables that are not passed on; absent when there are none.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())
         .collect();
-    let names = not_handed_on(set.iter().map(String::as_str), config);
+    let names = not_passed_on(set.iter().map(String::as_str), config);
     if names.is_empty() {
         return None;
     }
     Some(format!(
-        "set in this shell but not handed on to the module, here and in `serve`: {}. If the module needs them, add them to \
+        "set in this shell but not passed on to the module, here and in `serve`: {}. If the module needs them, add them to \
          [token.environment]",
         names.join(", ")
     ))
@@ -97,7 +104,7 @@ mod tests {
             "KUBECONFIG_CFG",
         ];
         assert_eq!(
-            not_handed_on(set.into_iter(), &config),
+            not_passed_on(set.into_iter(), &config),
             ["KUBECONFIG_CFG", "LD_PRELOAD", "NSS_LIB_PARAMS"]
         );
     }

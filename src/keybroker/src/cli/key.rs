@@ -134,7 +134,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 
 fn warn_of_backup(context: &Context) {
     context.output.note(
-        "This key can never be exported. Back the token up before anybody enrols: if it is lost, every \
+        "This key can never be exported. Back up the token before the first user enrols: if it is lost, every \
          vault under it is lost. Then run `keybroker token backup-confirmed`.",
     );
 }

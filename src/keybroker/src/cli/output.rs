@@ -62,13 +62,26 @@ impl Output {
         if rows.is_empty() {
             return self.text(when_empty);
         }
-        let table = table(&rows);
-        if table.lines().all(|line| line.chars().count() <= WIDTH_MAX) {
-            return self.text(&table);
+        self.text(&list(&rows))
+    }
+
+    /// Many things in groups: for people, a heading for each value of the first field, and a table of the other fields; for
+    /// programs, the same list as without groups.
+    pub(super) fn groups(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
+        if self.is_json() || rows.is_empty() {
+            return self.list(rows, when_empty);
         }
-        // A line that a terminal breaks cannot be read, and a value that is cut cannot be copied.
-        let blocks: Vec<String> = rows.iter().map(|row| block(row)).collect();
-        self.text(&blocks.join("\n\n"))
+        let groups: Vec<String> = rows
+            .chunk_by(|one, other| one.first() == other.first())
+            .map(|group| {
+                let heading = group[0].first().map_or_else(String::new, |(name, value)| {
+                    format!("{name} {}", plain(value))
+                });
+                let rest: Vec<Vec<Field>> = group.iter().map(|row| row[1..].to_vec()).collect();
+                format!("{heading}\n{}", list(&rest))
+            })
+            .collect();
+        self.text(&groups.join("\n\n"))
     }
 
     /// A JSON value, whatever the format.
@@ -158,6 +171,17 @@ fn complain(text: &str) {
     if writeln!(stderr, "{text}").is_err() {
         tracing::debug!("standard error is closed");
     }
+}
+
+/// A table, or blocks where it would be too wide.
+fn list(rows: &[Vec<Field>]) -> String {
+    let table = table(rows);
+    if table.lines().all(|line| line.chars().count() <= WIDTH_MAX) {
+        return table;
+    }
+    // A line that a terminal breaks cannot be read, and a value that is cut cannot be copied.
+    let blocks: Vec<String> = rows.iter().map(|row| block(row)).collect();
+    blocks.join("\n\n")
 }
 
 /// Columns side by side. A column without any value is left out.

@@ -37,6 +37,7 @@ impl UserPin {
         let file = if self.pin_prompt {
             None
         } else {
+            check_option("--pin-file", self.pin_file.as_deref())?;
             self.pin_file.as_ref().or(settings.pin_file.as_ref())
         };
         read(file, self.pin_fd, "User PIN: ")
@@ -56,6 +57,7 @@ pub(super) struct SoPin {
 
 impl SoPin {
     pub(super) fn get(&self) -> Result<PinSource, Failure> {
+        check_option("--so-pin-file", self.so_pin_file.as_deref())?;
         let prompt = "Security officer PIN: ";
         read(self.so_pin_file.as_ref(), self.so_pin_fd, prompt)
     }
@@ -70,7 +72,13 @@ pub(super) fn state(config: &Config) -> StateDirectory {
 pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
     Admin::open(program, &config.token, &state(config), pin, write)
-        .map_err(|error| environment::explain(error.into(), config))
+        .map_err(|error| environment::explain(error, config))
+}
+
+/// Names the option, because the configuration names a PIN file, too.
+fn check_option(option: &str, file: Option<&Path>) -> Result<(), Failure> {
+    let checked = file.map_or(Ok(()), Pin::check_file);
+    checked.map_err(|error| Failure::new(Exit::Pin, format!("{option}: {error}")))
 }
 
 fn read(

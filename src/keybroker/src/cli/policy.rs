@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use crate::config::Config;
 use keybroker_policy::{Problem, Problems, Settings};
 
 use super::{
@@ -27,7 +28,8 @@ pub(super) enum Command {
 /// Which policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies of this directory instead of `policy.directory`; needs no configuration
+    /// Use the policies of this directory instead of `policy.directory`. Needs no configuration; with one, the names of principals
+    /// are compared with it
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
     /// Leave out the permits that come with the broker; requires --directory
@@ -58,14 +60,9 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     let settings = source.settings(context)?;
     let problems = match settings.check() {
         Ok(summary) => {
-            // Without a configuration there is nothing to compare names with.
-            let unknown = if source.directory.is_none() {
-                let config = context.config()?;
-                config.unknown_principals().unwrap_or_default()
-            } else {
-                Vec::new()
-            };
-            for remark in &unknown {
+            let unknown = unknown_principals(source, &settings, context)?;
+            let ignored = settings.ignored_files();
+            for remark in unknown.iter().flatten().chain(&ignored) {
                 context.output.note(&format!("warning: {remark}"));
             }
             return context.output.fields(vec![
@@ -73,14 +70,45 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
                 ("files", json!(summary.files)),
                 ("permits", json!(summary.permits)),
                 ("forbids", json!(summary.forbids)),
-                ("unknown_principals", json!(unknown.len())),
+                (
+                    "unknown_principals",
+                    json!(unknown.map(|unknown| unknown.len())),
+                ),
             ]);
         }
         Err(Problems(problems)) => problems,
     };
-    let rows = problems.iter().map(row).collect();
-    context.output.list(rows, "")?;
-    Err(refused(settings.directory.as_deref(), &problems))
+    let shown = settings.directory.as_deref();
+    // A single problem is in the error itself, for a person; a program reads all of them from the list.
+    if problems.len() > 1 || context.output.is_json() {
+        let rows = problems.iter().map(row).collect();
+        context.output.list(rows, "")?;
+    }
+    Err(refused(shown, &problems))
+}
+
+/// Remarks on principals that the policies name and the configuration does not know. Absent when the policies are those of
+/// `--directory` and there is no configuration to compare them with.
+fn unknown_principals(
+    source: &Source,
+    settings: &Settings,
+    context: &Context,
+) -> Result<Option<Vec<String>>, Failure> {
+    let config = match context.config() {
+        Ok(config) => config,
+        Err(failure) if source.directory.is_some() => {
+            context.output.note(&format!(
+                "note: the names of principals were not compared with a configuration: {failure}"
+            ));
+            return Ok(None);
+        }
+        Err(failure) => return Err(failure),
+    };
+    let config = Config {
+        policy: settings.clone(),
+        ..config
+    };
+    Ok(Some(config.unknown_principals().unwrap_or_default()))
 }
 
 fn row(problem: &Problem) -> Vec<Field> {

@@ -1,4 +1,4 @@
-//! How far a long job is, on standard error, where a person looks at it. Programs, files and pipes see nothing of it.
+//! The progress of a long job, on standard error when that is a terminal.
 
 use std::time::Duration;
 
@@ -26,12 +26,12 @@ impl Progress {
         Self(bar)
     }
 
-    /// One more is done.
+    /// Adds one finished item.
     pub(super) fn step(&self) {
         self.advance(1);
     }
 
-    /// So many more are done.
+    /// Adds a number of finished items.
     pub(super) fn advance(&self, count: u64) {
         self.0.inc(count);
     }

@@ -25,6 +25,9 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     for remark in config.unknown_principals().into_iter().flatten() {
         tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
     }
+    for remark in config.policy.ignored_files() {
+        tracing::warn!(%remark, "a file in the directory of policies is not read");
+    }
     block_on(server::run(
         config,
         OWN_PROGRAM.into(),

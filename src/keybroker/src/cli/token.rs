@@ -8,7 +8,7 @@ use serde_json::json;
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
-use keybroker_pkcs11::PinRecord;
+use keybroker_pkcs11::{PinRecord, attribute_check};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
@@ -60,7 +60,7 @@ pub(super) struct RetryPin {
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
         let exit = match &error {
-            AdminError::Token(_) | AdminError::Start(_) => Exit::Token,
+            AdminError::Token(_) | AdminError::NoToken(_) | AdminError::Start(_) => Exit::Token,
             AdminError::Pin(_) | AdminError::PinSource(_) => Exit::Pin,
             AdminError::Untrusted(_) | AdminError::PublicKey(_) => Exit::Untrusted,
             AdminError::Environment(_) => Exit::Configuration,
@@ -82,7 +82,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
 fn list(context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let listed = admin::list_tokens(Path::new(OWN_PROGRAM), &config.token)
-        .map_err(|error| environment::explain(error.into(), &config))?;
+        .map_err(|error| environment::explain(error, &config))?;
     let is_empty = listed.is_empty();
     let rows = listed
         .into_iter()
@@ -152,7 +152,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
                 &user_pin,
                 erase,
             )
-            .map_err(|error| environment::explain(error.into(), &config))?;
+            .map_err(|error| environment::explain(error, &config))?;
             if let Some(note) = note {
                 context.output.note(&format!("note: {note}"));
             }
@@ -203,15 +203,28 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
                  is lost"
             ));
         }
-        shown.extend(verdict("rsa private", &checked, &checked.private));
-        shown.extend(verdict("binding", &checked, &checked.binding));
+        shown.extend(findings("RSA private key", &checked, &checked.private));
+        shown.extend(findings("integrity key", &checked, &checked.binding));
     }
+    let has_keys = !shown.is_empty();
     context
         .output
-        .list(shown, "the token holds no wrapping key")?;
+        .groups(shown, "the token holds no wrapping key")?;
+    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
+        context.output.note(&format!(
+            "warning: {} is excepted (`token.attribute_exceptions`), which gives away: {}",
+            exception.attribute, exception.gives_away
+        ));
+    }
+    if !has_keys && problems.is_empty() {
+        return Err(Failure::new(
+            Exit::Untrusted,
+            "there is no wrapping key to check; make one with `keybroker key generate`",
+        ));
+    }
     if problems.is_empty() {
         context.output.note(&format!(
-            "token {:?} (serial {}): every key passes attribute check and self-test",
+            "token {:?} (serial {}): every key passes attribute check, self-test and negative tests",
             admin.info().label,
             admin.info().serial
         ));
@@ -220,15 +233,24 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-fn verdict(object: &str, key: &CheckedKey, findings: &[Finding]) -> Vec<Vec<super::output::Field>> {
+/// Rows on the attributes of one object of a key.
+fn findings(
+    object: &str,
+    key: &CheckedKey,
+    findings: &[Finding],
+) -> Vec<Vec<super::output::Field>> {
     findings
         .iter()
         .map(|finding| {
+            // Its sentences begin with the attribute, which is a separate column here.
+            let name = format!("{} ", finding.attribute);
+            let found = finding.verdict.strip_prefix(&name);
+            let found = found.unwrap_or(&finding.verdict);
             vec![
                 ("key", json!(key.id.to_string())),
                 ("object", json!(object)),
                 ("attribute", json!(finding.attribute)),
-                ("verdict", json!(finding.verdict)),
+                ("found", json!(found)),
                 ("passes", json!(finding.passes)),
             ]
         })
@@ -286,7 +308,17 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
-    for row in registry(&config)? {
+    let rows = registry(&config)?;
+    let of_token = rows
+        .iter()
+        .any(|row| unpadded(&row.token_serial) == admin.info().serial);
+    if !of_token {
+        let what = "no wrapping key of this token is registered, so there is no backup to confirm";
+        return Err(Failure::new(Exit::Untrusted, what).hint(
+            "run `keybroker key generate`; `keybroker token check` names keys of the token that are not registered",
+        ));
+    }
+    for row in rows {
         if unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some() {
             continue;
         }

@@ -1,12 +1,18 @@
 //! What to write instead of a value that the configuration does not accept.
 //!
-//! The parser of TOML knows types and not meanings: it says `expected u64` where a person wrote `"30s"`. The advice looks at the name
+//! The parser of TOML knows types but not meanings: it says `expected u64` where a person wrote `"30s"`. The advice looks at the name
 //! of the setting and at what was written.
 
 use std::ops::Range;
 
-/// Words closer than this are taken for a slip of the pen (Jaro-Winkler similarity).
+/// Words closer than this are taken for a typing error (Jaro-Winkler similarity).
 const SIMILAR: f64 = 0.8;
+
+/// Sections that may repeat, which TOML writes in double brackets.
+const REPEATED: [&str; 3] = ["listener", "principal", "issuer"];
+
+/// How the type of a whole number begins in the messages of the parser.
+const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];
 
 /// Advice on the message of the parser about a part of the text.
 pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String> {
@@ -19,17 +25,29 @@ pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String
         let what = "a key name has no patterns: list the names, or write [\"*\"] for all of them and narrow it with a policy";
         return Some(what.to_owned());
     }
-    if message.contains("unknown field") {
-        return unknown_field(message);
+    if message.contains("unknown field") || message.contains("unknown variant") {
+        return nearest_of(message);
+    }
+    if message.contains("duplicate key") || message.contains("invalid type: map") {
+        return repeated_section(text, span.start);
     }
     let setting = setting?;
+    if message.contains("must be quoted") {
+        let value = text.get(span.start..)?.lines().next()?;
+        let value = value.split('#').next()?.trim();
+        return Some(if unit_of(setting) == A_NUMBER {
+            in_quotes(setting, value)
+        } else {
+            number(setting, value)
+        });
+    }
     let expects = |words: &[&str]| {
         let expected = message.split("expected ").nth(1)?;
         let word = expected.split([',', ' ', ';']).find(|word| *word != "a")?;
         words.contains(&word).then_some(())
     };
     if message.contains("invalid type: string") {
-        if expects(&["u64", "u32", "u16", "u8", "usize", "i64", "integer"]).is_some() {
+        if expects(&WHOLE_NUMBERS).is_some() {
             return Some(number(setting, written));
         }
         if expects(&["boolean", "bool"]).is_some() {
@@ -38,13 +56,35 @@ pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String
             ));
         }
     }
+    let is_number =
+        message.contains("invalid value: integer") || message.contains("floating point");
+    if is_number && expects(&WHOLE_NUMBERS).is_some() {
+        return Some(format!(
+            "write {}: a whole number that is not negative",
+            unit_of(setting)
+        ));
+    }
     if expects(&["sequence"]).is_some() && !written.contains('[') {
         return Some(format!("write a list: `{setting} = [{written}]`"));
     }
     if expects(&["string", "path", "identifier"]).is_some() && !written.contains('[') {
-        return Some(format!("write it in quotes: `{setting} = \"{written}\"`"));
+        return Some(in_quotes(setting, written));
     }
     None
+}
+
+fn in_quotes(setting: &str, value: &str) -> String {
+    format!("write it in quotes: `{setting} = \"{value}\"`")
+}
+
+/// Advice on a section that may repeat and was written in single brackets.
+fn repeated_section(text: &str, offset: usize) -> Option<String> {
+    let begin = text.get(..offset)?.rfind('\n').map_or(0, |at| at + 1);
+    let line = text.get(begin..)?.lines().next()?.trim();
+    let name = line.strip_prefix('[')?.split(']').next()?;
+    REPEATED.contains(&name).then(|| {
+        format!("a section that may be there several times has double brackets: `[[{name}]]`")
+    })
 }
 
 /// The name of the setting whose value begins at an offset.
@@ -65,7 +105,8 @@ fn socket_address(written: &str) -> String {
     }
 }
 
-fn unknown_field(message: &str) -> Option<String> {
+/// The known word that is nearest to an unknown one.
+fn nearest_of(message: &str) -> Option<String> {
     let mut words = message.split('`').skip(1).step_by(2);
     let unknown = words.next()?;
     let nearest = words
@@ -85,12 +126,11 @@ fn number(setting: &str, written: &str) -> String {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit = text[digits.len()..].trim();
     let value = digits.replace('_', "").parse::<u64>().ok();
-    let (what, factor) = if setting.ends_with("_ms") {
-        ("milliseconds", milliseconds(unit))
-    } else if setting.contains("bytes") {
-        ("bytes", bytes(unit))
-    } else {
-        ("a number", unit.is_empty().then_some(1))
+    let what = unit_of(setting);
+    let factor = match what {
+        MILLISECONDS => milliseconds(unit),
+        BYTES => bytes(unit),
+        _ => unit.is_empty().then_some(1),
     };
     let value = value
         .zip(factor)
@@ -98,6 +138,21 @@ fn number(setting: &str, written: &str) -> String {
     match value {
         Some(value) => format!("write {what} without unit and quotes: `{setting} = {value}`"),
         None => format!("write {what} without unit and quotes"),
+    }
+}
+
+const MILLISECONDS: &str = "milliseconds";
+const BYTES: &str = "bytes";
+const A_NUMBER: &str = "a number";
+
+/// What a setting counts, by its name.
+fn unit_of(setting: &str) -> &'static str {
+    if setting.ends_with("_ms") {
+        MILLISECONDS
+    } else if setting.contains("bytes") {
+        BYTES
+    } else {
+        A_NUMBER
     }
 }
 

@@ -1,5 +1,5 @@
-//! The certificates that the configuration names: whether clients will accept the server's, and whether the authorities can vouch for
-//! others. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
+//! The certificates that the configuration names: whether clients will accept the server's, and whether the authorities may issue
+//! certificates. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const AUTHORITIES: Purpose =
-    Purpose::trust("other users could name a certificate authority of their own, and be any peer");
+    Purpose::trust("other users could name a certificate authority, and be any peer");
 
 /// Examines the certificates of a listener.
 pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
@@ -123,7 +123,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     if facts.is_authority == Some(true) {
         found.problems.push(
             "it is a certificate authority (CA:TRUE), and many clients refuse one as the certificate of a server; issue a \
-             certificate of its own for the server"
+             separate certificate for the server"
                 .to_owned(),
         );
     }
@@ -163,7 +163,7 @@ fn check_issuer(facts: &Facts, found: &mut Found) {
         ));
     } else if !facts.allows(Usage::Issuing) {
         found.problems.push(format!(
-            "the keyUsage of {:?} does not allow keyCertSign, so it cannot vouch for other certificates",
+            "the keyUsage of {:?} does not allow keyCertSign, so it cannot issue other certificates",
             facts.subject
         ));
     }

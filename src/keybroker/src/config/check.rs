@@ -8,7 +8,7 @@ use crate::server::{
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
-use keybroker_pkcs11::attribute_check;
+use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
 use super::Config;
 
@@ -106,7 +106,7 @@ impl Config {
             }
         }
         for test in &token.spared_tests {
-            if !keybroker_pkcs11::negative_tests().any(|known| known == test) {
+            if !NEGATIVE_TESTS.iter().any(|known| known.name == test) {
                 problems.push(format!(
                     "[token]: `spared_tests` names {test:?}, which is no negative test; docs/tokens.md has their names"
                 ));
@@ -136,11 +136,7 @@ impl Config {
     fn check_paths(&self, problems: &mut Vec<String>) {
         let mut absolute = |name: &str, path: &Path| {
             if !path.is_absolute() {
-                problems.push(format!(
-                    "{name} is {:?}: it must be an absolute path, because a service has no folder of \
-                     its own",
-                    path.display().to_string()
-                ));
+                problems.push(format!("{name} is {}", trusted_file::not_absolute(path)));
             }
         };
         absolute("[token] `module`", &self.token.module);
@@ -350,7 +346,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Anybody who can connect to a listener without TLS, or is on the network path, can act as any caller.
+/// Anyone who can connect to a listener without TLS, or is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis != [Api::Rest] {
@@ -366,8 +362,8 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
     if reach == Plaintext::Loopback && !address.ip().is_loopback() {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\" whoever is on the path \
-             reads keys and tokens"
+            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\", everyone on the \
+             network path can read keys and tokens"
         ));
     }
 }
@@ -404,7 +400,7 @@ fn check_listener_tls(
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
             "{name}: client certificates are asked for, but `client_ca_file` is not set; \
-             without it nobody could be recognised"
+             without it no client could be recognised"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
@@ -429,10 +425,7 @@ fn check_listener_tls(
     ];
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {
-            problems.push(format!(
-                "{name}: {:?} must be an absolute path",
-                path.display().to_string()
-            ));
+            problems.push(format!("{name}: {}", trusted_file::not_absolute(path)));
         }
     }
 }

@@ -6,13 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{Access, access},
-    io::Errno,
-};
+use rustix::fs::{Access, access};
 
 use keybroker_auth::{issuer, token::Tokens};
-use keybroker_core::{error::chain, trusted_file};
+use keybroker_core::{error::chain, remedy::explained, trusted_file};
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
@@ -32,11 +29,15 @@ impl Config {
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        let module = check_module(&self.token.module);
-        problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
+        // What is no absolute path was reported with the settings.
+        if self.token.module.is_absolute() {
+            let module = check_module(&self.token.module);
+            problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
+        }
         let environment = check_environment(&self.token.environment);
         problems.extend(environment.err().map(|error| error.to_string()));
-        if let Some(path) = &self.token.pin_file {
+        let pin_file = self.token.pin_file.as_ref();
+        if let Some(path) = pin_file.filter(|path| trusted_file::is_absolute(path)) {
             problems.extend(Pin::from_file(path).err().map(|error| error.to_string()));
         }
         if let Some(path) = self.store.file() {
@@ -55,10 +56,11 @@ impl Config {
         report
             .notes
             .extend(self.unknown_principals().into_iter().flatten());
+        report.notes.extend(self.policy.ignored_files());
         let problems = &mut report.problems;
         // What is wrong with them beside their files was said already.
         if issuer::problems(&self.issuers).is_empty() {
-            problems.extend(Tokens::new(&self.issuers).err());
+            problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
         self.examine_certificates(&mut report);
         let problems = &mut report.problems;
@@ -70,7 +72,9 @@ impl Config {
                     report.notes.push(note);
                 }
                 Ok(None) => {}
-                Err(what) => problems.push(format!("[[listener]] {address}: {what}")),
+                Err(error) => {
+                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
+                }
             }
         }
         if let Some(remote) = &self.status.remote {
@@ -78,7 +82,7 @@ impl Config {
             match remote.check_tls() {
                 Ok(Some(contents)) => report.notes.push(format!("{name}: {contents}")),
                 Ok(None) => {}
-                Err(what) => problems.push(format!("{name}: {what}")),
+                Err(error) => problems.push(format!("{name}: {}", chain(&error))),
             }
         }
         if let Some(count) = self.store.authorities_count() {
@@ -93,6 +97,7 @@ impl Config {
         if rustix::process::geteuid().is_root() {
             report.notes.extend(self.secrets_of_groups());
         }
+        report.problems = join_listeners(report.problems);
         report
     }
 
@@ -135,6 +140,31 @@ impl Config {
     }
 }
 
+const LISTENER: &str = "[[listener]] ";
+
+/// One problem for all listeners that have it, because several listeners often use the same files.
+fn join_listeners(problems: Vec<String>) -> Vec<String> {
+    let parts = |problem: &str| {
+        let (address, what) = problem.strip_prefix(LISTENER)?.split_once(": ")?;
+        Some((address.to_owned(), what.to_owned()))
+    };
+    let mut joined: Vec<String> = Vec::new();
+    for problem in problems {
+        let same = parts(&problem).and_then(|(address, what)| {
+            let earlier = joined
+                .iter_mut()
+                .find_map(|one| Some((parts(one).filter(|(_, other)| *other == what)?.0, one)));
+            earlier.map(|(addresses, one)| {
+                *one = format!("{LISTENER}{addresses}, {address}: {what}");
+            })
+        });
+        if same.is_none() {
+            joined.push(problem);
+        }
+    }
+    joined
+}
+
 /// Why a file or directory of the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
@@ -143,17 +173,17 @@ enum Unusable {
         setting: &'static str,
         path: PathBuf,
     },
-    #[error("{setting}: this user cannot write to {}; change its owner or mode", path.display())]
+    #[error("{setting}: this user cannot write to {}", path.display())]
     NotWritable {
         setting: &'static str,
         path: PathBuf,
-        source: Errno,
+        source: io::Error,
     },
     #[error("{setting}: this user cannot read and write {}", path.display())]
     NotAccessible {
         setting: &'static str,
         path: PathBuf,
-        source: Errno,
+        source: io::Error,
     },
     #[error("{setting}: cannot examine {}", path.display())]
     NotExamined {
@@ -180,7 +210,7 @@ enum Unusable {
     },
 }
 
-/// SQLite makes files of its own beside the database, so the folder must be writable, too.
+/// SQLite makes its own files beside the database, so the folder must be writable, too.
 fn check_database(path: &Path) -> Result<(), Unusable> {
     let setting = "[store] `url`";
     let folder = path.parent().unwrap_or(path);
@@ -191,7 +221,7 @@ fn check_database(path: &Path) -> Result<(), Unusable> {
     access(path, Access::READ_OK | Access::WRITE_OK).map_err(|source| Unusable::NotAccessible {
         setting,
         path: path.to_owned(),
-        source,
+        source: explained(path, source.into()),
     })
 }
 
@@ -241,7 +271,7 @@ fn check_writable(setting: &'static str, folder: &Path) -> Result<(), Unusable> 
     access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(|source| Unusable::NotWritable {
         setting,
         path,
-        source,
+        source: explained(folder, source.into()),
     })
 }
 

@@ -18,6 +18,7 @@ use crate::{
 };
 use keybroker_api::{rest, rpc};
 use keybroker_broker::Broker;
+use keybroker_core::error::chain;
 
 use super::{Api, ListenerSettings};
 
@@ -60,7 +61,8 @@ impl Apis<'_> {
             stop: self.stop.clone(),
             memory: self.memory.clone(),
         };
-        rpc::routes(context, services, health).map_err(|what| Failure::new(Exit::Internal, what))
+        rpc::routes(context, services, health)
+            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))
     }
 
     fn rest(&self) -> Router {

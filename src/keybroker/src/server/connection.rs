@@ -19,7 +19,7 @@ use tokio::{net::TcpStream, sync::Semaphore, time};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_auth::PeerCertificate;
-use keybroker_core::{call::caller::Caller, metrics};
+use keybroker_core::{call::caller::Caller, error::chain, metrics};
 
 use super::{
     frames::{self, Watched},
@@ -32,7 +32,7 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A request's head may have at least so many bytes.
+/// Size that the head of a request may have at least, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
 /// Bytes that a client may send ahead on one call and on all calls of a connection: for a client with an accepted certificate,
 /// a message and its prefix fit.
@@ -289,14 +289,14 @@ impl Connection {
                 })
                 .inspect_err(|error| {
                     if self.shared.broker.may_log(self.peer.ip()) {
-                        tracing::info!(peer = %self.peer, error, "client certificate");
+                        tracing::info!(peer = %self.peer, error = chain(error), "client certificate");
                     }
                 })
                 .ok()
         });
         let principal = self.shared.authenticator.certificate(certificate.as_ref());
         if let Err(error) = &principal {
-            tracing::debug!(peer = %self.peer, %error, "connection without a principal of its own");
+            tracing::debug!(peer = %self.peer, %error, "connection without its own principal");
         }
         let calls_max = usize::try_from(self.shared.limits.streams_per_connection_max);
         let caller = Caller::new(

@@ -1,6 +1,6 @@
 //! Authentication of calls: the only place where credentials become principals, before an API handles the call.
 //!
-//! The certificate of a connection is asked about once. A call may bring a credential of its own, which then stands
+//! The certificate of a connection is evaluated once. A call may bring its own credential, which then stands
 //! in its place; the APIs see the principal and never the credential.
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
@@ -44,7 +44,7 @@ impl Identifier {
     }
 
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
-        // Nothing behind here needs it, so nothing behind here can show it.
+        // No later handler needs the credential, so none can leak it.
         let credentials = take_credentials(request.headers_mut());
         let extensions = request.extensions();
         if let Some(caller) = extensions.get::<Caller>().cloned()
@@ -90,7 +90,7 @@ impl Identifier {
         if !auth::is_costly(values) {
             return self.try_credential(values, peer).await;
         }
-        // In a task of its own: a caller that closes the connection is still counted.
+        // In a separate task: a caller that closes the connection is still counted.
         let values: Vec<Zeroizing<Vec<u8>>> = values
             .iter()
             .map(|value| Zeroizing::new(value.to_vec()))
@@ -114,19 +114,21 @@ impl Identifier {
             self.limits.take_turn(peer)
         };
         let found = self.authenticator.authenticate(values, budget).await;
-        if let Err(error) = &found
-            && error.reason() == Reason::Credential
-            && self.limits.may_log(peer)
-        {
-            let error = shortened(&error.to_string());
-            tracing::info!(peer = %peer, error, "credential refused");
-        }
         match found {
             // Otherwise its holder would be told to come again later, and not to renew it.
             Err(error) if error.is_renewable() => Err(error),
             Err(error) if error.reason() == Reason::Credential => {
-                self.limits.fail_address(peer)?;
-                Err(error)
+                match self.limits.fail_address(peer) {
+                    // The refusal of the call is logged with it.
+                    Ok(()) => Err(error),
+                    Err(exhausted) => {
+                        if self.limits.may_log(peer) {
+                            let error = shortened(&error.to_string());
+                            tracing::info!(peer = %peer, error, "credential refused");
+                        }
+                        Err(exhausted)
+                    }
+                }
             }
             found => found,
         }

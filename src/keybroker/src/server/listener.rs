@@ -1,4 +1,4 @@
-//! The accept loop: connections under a limit, each in a task of its own. Our own rather than tonic's, which has no cap, no age
+//! The accept loop: connections under a limit, each in a separate task. Our own rather than tonic's, which has no cap, no age
 //! with a grace, and no bound on its graceful stop.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
@@ -33,7 +33,7 @@ pub(super) struct Shared {
     pub(super) connections: Arc<Semaphore>,
     /// Those whose handshake is under way.
     pub(super) handshakes: Arc<Waiting>,
-    /// Who holds the others.
+    /// The connections that hold the other places.
     pub(super) places: Arc<Places>,
     /// Limits the log lines about connections that are refused.
     pub(super) refusals: Arc<LogLimit>,
@@ -47,7 +47,7 @@ pub(super) struct Shared {
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: TcpListener,
-    /// Absent where the configuration says in so many words that there is none.
+    /// Absent only where the configuration sets `plaintext`.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
     /// Networks of proxies and load balancers, which speak for many clients.

@@ -72,7 +72,7 @@ pub(super) fn reloaded() {
 }
 
 /// One line for `systemctl status`: what is wrong, or nothing. The words may come from the vendor's module, and a line end
-/// among them would begin a message of their own.
+/// among them would begin a new message.
 pub(super) fn health(detail: &str) {
     let line = if detail.is_empty() {
         "serving".to_owned()
@@ -101,13 +101,13 @@ async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
         match alive {
             Ok(()) => say(&[NotifyState::Watchdog]),
             Err(error) => {
-                tracing::error!(alarm = "watchdog", %error, "the process did not answer its own /livez in time");
+                keybroker_core::alert!(Watchdog, %error, "the process did not answer its own /livez in time");
             }
         }
     }
 }
 
-/// Asks for `/livez` over a socket pair. The other end is served in a task of its own, as each connection is.
+/// Asks for `/livez` over a socket pair. The other end is served in a separate task, as each connection is.
 async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
     let (mut stream, served) = UnixStream::pair()?;
     let serving = tokio::spawn(status::answer(served, probes.clone()));

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use keybroker_pkcs11::attribute_check;
 use tokio::net::TcpListener;
 
 use crate::{
@@ -15,7 +16,7 @@ use crate::{
 use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
 use keybroker_broker::Serving;
-use keybroker_core::{call::CallId, key::WrappingKeyState, state::StateDirectory};
+use keybroker_core::{call::CallId, error::chain, key::WrappingKeyState, state::StateDirectory};
 use keybroker_hsm::{ExpectedKey, Supervisor};
 use keybroker_store as store;
 use keybroker_store::Store;
@@ -58,7 +59,7 @@ pub(super) async fn bind_status(
         Some(remote) => {
             let tls = remote
                 .load_tls(Some(state))
-                .map_err(|what| Failure::new(Exit::Configuration, what))?;
+                .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
             let socket = bind(remote.address).await?;
             Some(BoundRemote {
                 address: local(&socket)?,
@@ -140,7 +141,7 @@ pub(super) async fn bind_all(
     for settings in listeners {
         let tls = settings
             .load_tls(Some(state))
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
         bound.push(Bound {
             socket: bind(settings.address).await?,
             settings: settings.clone(),
@@ -156,7 +157,7 @@ pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<()
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
         tls.remember_lists()
-            .map_err(|what| Failure::new(Exit::Configuration, what))?;
+            .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
     }
     Ok(())
 }
@@ -216,6 +217,13 @@ pub(super) async fn start_token(
             "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
              generate`",
         ));
+    }
+    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
+        tracing::warn!(
+            attribute = exception.attribute,
+            gives_away = exception.gives_away,
+            "an attribute of the keys is excepted (`token.attribute_exceptions`)"
+        );
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);

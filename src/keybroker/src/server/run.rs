@@ -29,10 +29,10 @@ use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
-    token::Tokens,
+    token::{IssuerError, Tokens},
 };
 use keybroker_broker::{Broker, ClientRules, Parts, Serving, limits::Limits};
-use keybroker_core::{call::Deadline, state::StateDirectory};
+use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Supervisor, Token};
 use keybroker_policy::Policy;
 use keybroker_store as store;
@@ -62,9 +62,9 @@ const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// For what follows the drain of the listeners: workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// One in so many connections may be without a principal.
+/// The share of connections that may be without a principal, as a divisor.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// One in so many may be in its handshake.
+/// The share of connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -109,7 +109,7 @@ pub async fn run(
     }
 }
 
-fn access_tokens(config: &Config) -> Result<Arc<Tokens>, String> {
+fn access_tokens(config: &Config) -> Result<Arc<Tokens>, IssuerError> {
     let tokens = Tokens::new(&config.issuers)?;
     let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
     Ok(Arc::new(tokens))
@@ -208,14 +208,16 @@ impl Server {
         hangup: Signal,
         token_started: &OnceLock<Arc<Supervisor>>,
     ) -> Result<Self, Failure> {
-        let metrics = telemetry::init_metrics().map_err(|e| Failure::new(Exit::Internal, e))?;
-        let unusable = |what| Failure::new(Exit::Configuration, what);
-        let tokens = access_tokens(&config).map_err(unusable)?;
+        let metrics = telemetry::init_metrics()
+            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))?;
+        let unusable =
+            |error: &dyn std::error::Error| Failure::new(Exit::Configuration, chain(error));
+        let tokens = access_tokens(&config).map_err(|error| unusable(&error))?;
         let authenticator = Authenticator::new(&config.principals)
-            .map_err(unusable)?
+            .map_err(|error| unusable(&error))?
             .with_tokens(Arc::clone(&tokens));
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy).map_err(|what| unusable(what.to_string()))?;
+        let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
@@ -315,7 +317,8 @@ impl Server {
             let routes = apis.routes(&settings)?;
             let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
-            tracing::info!(%address, apis = ?settings.apis, "listening");
+            let apis: Vec<&str> = settings.apis.iter().map(|api| api.as_str()).collect();
+            tracing::info!(%address, apis = %apis.join(", "), "listening");
             self.addresses.push(address);
             let listener = Listener {
                 socket,

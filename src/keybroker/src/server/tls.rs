@@ -33,13 +33,16 @@ use crate::certificate::{Age as LifeAge, Life as CertificateLife};
 
 use super::{ClientCertificates, TlsSettings};
 
+mod error;
 mod purpose;
 mod revocation;
 #[cfg(test)]
 mod tests;
 
+pub use error::Error;
+use error::shown;
 use purpose::ForClients;
-use revocation::{Age, Life, Lists, Newest, Versions};
+use revocation::{Age, Life, Lists, MemoryError, Newest, Versions};
 
 const SECONDS_PER_HOUR: i64 = 3_600;
 
@@ -50,9 +53,8 @@ const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const KEY: Purpose = Purpose::secret("private key");
-const AUTHORITIES: Purpose = Purpose::trust(
-    "other users could name a certificate authority of their own, and be any client",
-);
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could name a certificate authority, and be any client");
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
 
 /// What connections are accepted with, from one moment to the next.
@@ -162,13 +164,11 @@ impl Tls {
         clients: ClientCertificates,
         protocols: Vec<Vec<u8>>,
         state: Option<&StateDirectory>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Error> {
         let files = Files::read(&settings, clients)?;
         let accepting = files.build(&settings, clients, &protocols, Validity::Checked)?;
         let mut newest = match (state, &settings.client_crl_file) {
-            (Some(state), Some(file)) => {
-                Newest::read(state.clone(), file).map_err(|error| chain(&error))?
-            }
+            (Some(state), Some(file)) => Newest::read(state.clone(), file)?,
             _ => Newest::default(),
         };
         check_follows(&settings, &newest, &accepting)?;
@@ -187,9 +187,9 @@ impl Tls {
     }
 
     /// Stores which revocation lists were accepted, so that a restart does not forget them.
-    pub(super) fn remember_lists(&self) -> Result<(), String> {
+    pub(super) fn remember_lists(&self) -> Result<(), MemoryError> {
         let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.store().map_err(|error| chain(&error))
+        newest.store()
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {
@@ -206,8 +206,8 @@ impl Tls {
         &self.settings.trust_domains
     }
 
-    /// Takes over changed files. Connections go on, unless trust in clients has changed: then all of them are asked to leave, and
-    /// who is still trusted comes back.
+    /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
+    /// clients that are still trusted reconnect.
     pub(super) fn reload(&self) {
         let outcome = self.try_reload();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
@@ -218,10 +218,12 @@ impl Tls {
                     log_contents("TLS files reloaded", &self.settings, self.contents());
                 }
             }
-            Err(error) if refused.as_ref() == Some(&error) => {}
             Err(error) => {
-                metrics::TLS_RELOAD_FAILURES.increment();
-                tracing::error!(alarm = "tls-reload", %error, "TLS files not taken over; the old ones stay in use");
+                let error = chain(&error);
+                if refused.as_ref() == Some(&error) {
+                    return;
+                }
+                keybroker_core::alert!(TlsReload, %error, "TLS files not taken over; the old ones stay in use");
                 *refused = Some(error);
             }
         }
@@ -255,19 +257,19 @@ impl Tls {
         }
         match age {
             Age::Good => {}
-            Age::Late => tracing::error!(
-                alarm = "client-crl", file = %shown, hours_left = hours,
+            Age::Late => keybroker_core::alert!(
+                ClientCrl, file = %shown, hours_left = hours,
                 "a revocation list ends soon, and there is no newer one; then no client certificate is accepted"
             ),
-            Age::Over => tracing::error!(
-                alarm = "client-crl", file = %shown,
+            Age::Over => keybroker_core::alert!(
+                ClientCrl, file = %shown,
                 "a revocation list has ended: its authority's clients are refused until there is a newer one"
             ),
         }
         *said = Some(age);
     }
 
-    fn try_reload(&self) -> Result<bool, String> {
+    fn try_reload(&self) -> Result<bool, Error> {
         let reloaded = self.try_reload_all();
         if reloaded.is_err() {
             // A renewal that went wrong must not keep a revoked client in.
@@ -276,7 +278,7 @@ impl Tls {
         reloaded
     }
 
-    fn try_reload_all(&self) -> Result<bool, String> {
+    fn try_reload_all(&self) -> Result<bool, Error> {
         let files = Files::read(&self.settings, self.clients)?;
         if files.digest() == self.current().files {
             return Ok(false);
@@ -294,7 +296,7 @@ impl Tls {
     }
 
     /// Changed authorities and revocation lists, with the chain and key that are in use.
-    fn try_reload_trust(&self) -> Result<(), String> {
+    fn try_reload_trust(&self) -> Result<(), Error> {
         let shown = self
             .shown
             .lock()
@@ -315,7 +317,7 @@ impl Tls {
         Ok(())
     }
 
-    fn check_follows_newest(&self, next: &Accepting) -> Result<(), String> {
+    fn check_follows_newest(&self, next: &Accepting) -> Result<(), Error> {
         let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         check_follows(&self.settings, &newest, next)
     }
@@ -333,8 +335,9 @@ impl Tls {
             .accept(&next.versions);
         if let Err(error) = self.remember_lists() {
             // The newer list counts all the same; only a restart would not know of it.
-            tracing::error!(
-                alarm = "client-crl", %error,
+            let error = chain(&error);
+            keybroker_core::alert!(
+                ClientCrl, %error,
                 "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
             );
         }
@@ -345,12 +348,10 @@ impl Tls {
     }
 }
 
-fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> Result<(), String> {
-    let path = settings.client_crl_file.as_deref();
-    let shown = path.unwrap_or(Path::new("")).display();
+fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> Result<(), Error> {
     newest
         .check(&next.versions)
-        .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+        .map_err(|problem| Error::lists(settings.client_crl_file.as_deref(), problem))
 }
 
 /// Whether the dates of the server's own certificate matter.
@@ -362,7 +363,7 @@ enum Validity {
 }
 
 impl Files {
-    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, String> {
+    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, Error> {
         let shown = Shown {
             chain: read(
                 "certificate_file",
@@ -380,17 +381,11 @@ impl Files {
         Shown { chain, key }: Shown,
         settings: &TlsSettings,
         clients: ClientCertificates,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Error> {
         let client_ca = match (&settings.client_ca_file, clients) {
             (_, ClientCertificates::None) => Vec::new(),
             (Some(path), _) => read("client_ca_file", path, PEM_BYTES_MAX, AUTHORITIES)?.to_vec(),
-            (None, _) => {
-                return Err(
-                    "client certificates are asked for, but `client_ca_file` is not set; without \
-                     it nobody could be recognised"
-                        .to_owned(),
-                );
-            }
+            (None, _) => return Err(Error::NoAuthorities),
         };
         let client_crl = match (&settings.client_crl_file, clients) {
             (Some(path), ClientCertificates::Required | ClientCertificates::Optional) => {
@@ -429,19 +424,17 @@ impl Files {
         clients: ClientCertificates,
         protocols: &[Vec<u8>],
         validity: Validity,
-    ) -> Result<Accepting, String> {
-        let certificate_file = settings.certificate_file.display();
-        let chain = pem::chain(&self.chain)
-            .map_err(|error| format!("`certificate_file` {certificate_file}: {error}"))?;
+    ) -> Result<Accepting, Error> {
+        let path = &settings.certificate_file;
+        let chain = pem::chain(&self.chain).map_err(of_pem("certificate_file", path))?;
         let leaf = chain
             .first()
-            .ok_or_else(|| format!("{certificate_file} holds no PEM certificate"))?;
+            .ok_or_else(|| Error::NoCertificate { path: shown(path) })?;
         let until = match validity {
-            Validity::Checked => check_validity(leaf, &settings.certificate_file)?,
-            Validity::Unchecked => not_after(leaf)?,
+            Validity::Checked => check_validity(leaf, path)?,
+            Validity::Unchecked => life_of(leaf, path)?.until,
         };
-        let key = pem::private_key(&self.key)
-            .map_err(|error| format!("`key_file` {}: {error}", settings.key_file.display()))?;
+        let key = pem::private_key(&self.key).map_err(of_pem("key_file", &settings.key_file))?;
         let lists = self.lists(settings)?;
         let trust = self.trust(lists.as_ref());
         let versions = lists
@@ -466,20 +459,22 @@ impl Files {
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|error| {
-            let key_file = settings.key_file.display();
+            let (path, key_path) = (shown(path), shown(&settings.key_file));
             match place {
-                Some(number) if number > 1 => format!(
-                    "{certificate_file}: the certificate of the key {key_file} is number {number} of {}; it must be the \
-                     first, and each certificate after it the issuer of the one before",
-                    contents.certificates
-                ),
+                Some(number) if number > 1 => Error::ChainOrder {
+                    path,
+                    key_path,
+                    number,
+                    count: contents.certificates,
+                },
                 None if error == rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                    format!(
-                        "`key_file` {key_file} is not the private key of the certificate in `certificate_file` \
-                         {certificate_file}; were both renewed together?"
-                    )
+                    Error::OtherKey { path, key_path }
                 }
-                _ => format!("{certificate_file} and {key_file} cannot be used: {error}"),
+                _ => Error::Unusable {
+                    path,
+                    key_path,
+                    source: error,
+                },
             }
         })?;
         config.alpn_protocols = protocols.to_vec();
@@ -499,14 +494,13 @@ impl Files {
     }
 
     /// The revocation lists, if there are to be any.
-    fn lists(&self, settings: &TlsSettings) -> Result<Option<Lists>, String> {
+    fn lists(&self, settings: &TlsSettings) -> Result<Option<Lists>, Error> {
         let (Some(pem), Some(path)) = (&self.client_crl, &settings.client_crl_file) else {
             return Ok(None);
         };
-        let shown = path.display();
         Lists::read(pem, &self.authorities(settings)?)
             .map(Some)
-            .map_err(|problem| format!("`client_crl_file` {shown} {problem}"))
+            .map_err(|problem| Error::lists(Some(path), problem))
     }
 
     fn trust(&self, lists: Option<&Lists>) -> [u8; 32] {
@@ -518,10 +512,9 @@ impl Files {
         to_array(context.finish().as_ref())
     }
 
-    fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, String> {
+    fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
         let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
-        pem::certificates(&self.client_ca)
-            .map_err(|error| format!("`client_ca_file` {}: {error}", path.display()))
+        pem::certificates(&self.client_ca).map_err(of_pem("client_ca_file", path))
     }
 
     fn verifier(
@@ -529,17 +522,17 @@ impl Files {
         settings: &TlsSettings,
         clients: ClientCertificates,
         lists: Option<Lists>,
-    ) -> Result<Option<Arc<dyn ClientCertVerifier>>, String> {
+    ) -> Result<Option<Arc<dyn ClientCertVerifier>>, Error> {
         if clients == ClientCertificates::None {
             return Ok(None);
         }
         let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
-        let shown = path.display();
         let mut roots = RootCertStore::empty();
         for certificate in self.authorities(settings)? {
-            roots
-                .add(certificate)
-                .map_err(|error| format!("{shown} holds a certificate that is no CA: {error}"))?;
+            roots.add(certificate).map_err(|source| Error::Authority {
+                path: shown(path),
+                source,
+            })?;
         }
         let mut builder = WebPkiClientVerifier::builder(Arc::new(roots));
         if clients == ClientCertificates::Optional {
@@ -549,9 +542,10 @@ impl Files {
             // The whole chain is looked up, and what no list says is refused: both are the defaults.
             builder = builder.with_crls(ders).enforce_revocation_expiration();
         }
-        let verifier = builder
-            .build()
-            .map_err(|error| format!("{shown} and its revocation lists are not usable: {error}"))?;
+        let verifier = builder.build().map_err(|source| Error::Verifier {
+            path: shown(path),
+            source,
+        })?;
         if settings.client_auth_usage_required {
             return Ok(Some(Arc::new(ForClients(verifier))));
         }
@@ -560,12 +554,21 @@ impl Files {
 }
 
 fn read(
-    setting: &str,
+    setting: &'static str,
     path: &Path,
     bytes_max: u64,
     purpose: Purpose,
-) -> Result<Zeroizing<Vec<u8>>, String> {
-    trusted_file::read(path, bytes_max, purpose).map_err(|error| format!("`{setting}`: {error}"))
+) -> Result<Zeroizing<Vec<u8>>, Error> {
+    trusted_file::read(path, bytes_max, purpose).map_err(|source| Error::File { setting, source })
+}
+
+/// What a problem with the PEM of a file is to the listener.
+fn of_pem(setting: &'static str, path: &Path) -> impl Fn(pem::Error) -> Error {
+    move |source| Error::Pem {
+        setting,
+        path: shown(path),
+        source,
+    }
 }
 
 fn log_contents(event: &'static str, settings: &TlsSettings, contents: Contents) {
@@ -612,39 +615,36 @@ fn to_array(bytes: &[u8]) -> [u8; 32] {
     bytes.try_into().expect("SHA-256 gives 32 bytes")
 }
 
-fn not_after(leaf: &CertificateDer<'_>) -> Result<i64, String> {
-    let (_, certificate) = X509Certificate::from_der(leaf)
-        .map_err(|error| format!("the certificate in use does not parse: {error}"))?;
-    Ok(certificate.validity().not_after.timestamp())
+fn life_of(leaf: &CertificateDer<'_>, path: &Path) -> Result<CertificateLife, Error> {
+    let (_, certificate) =
+        X509Certificate::from_der(leaf).map_err(|source| Error::certificate(path, source))?;
+    Ok(CertificateLife {
+        from: certificate.validity().not_before.timestamp(),
+        until: certificate.validity().not_after.timestamp(),
+    })
 }
 
 /// Refuses a certificate that is expired or not valid yet, and warns of one that soon will be.
-fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, String> {
-    let shown = path.display();
-    let (_, certificate) = X509Certificate::from_der(leaf)
-        .map_err(|error| format!("{shown} does not parse: {error}"))?;
-    let (from, until) = (
-        certificate.validity().not_before.timestamp(),
-        certificate.validity().not_after.timestamp(),
-    );
+fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, Error> {
+    let life = life_of(leaf, path)?;
+    let CertificateLife { from, until } = life;
     let now = Timestamp::now().micros() / 1_000_000;
     let date = |seconds: i64| Timestamp::from_micros(seconds.saturating_mul(1_000_000));
     if now > until {
-        return Err(format!(
-            "{shown} expired on {}; every client would refuse it: renew it",
-            date(until)
-        ));
+        return Err(Error::Expired {
+            path: shown(path),
+            until: date(until),
+        });
     }
     if now < from {
-        return Err(format!(
-            "{shown} is not valid before {}; look at the clock of this machine",
-            date(from)
-        ));
+        return Err(Error::NotYetValid {
+            path: shown(path),
+            from: date(from),
+        });
     }
     note_expiry(until, path);
-    let life = CertificateLife { from, until };
     if life.age(now) == LifeAge::Late {
-        tracing::warn!(certificate = %shown, until = %life.ends(), "the certificate expires soon; renew it");
+        tracing::warn!(certificate = %path.display(), until = %life.ends(), "the certificate expires soon; renew it");
     }
     Ok(until)
 }

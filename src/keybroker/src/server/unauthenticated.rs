@@ -23,7 +23,7 @@ const NETWORK_DIVISOR: usize = 8;
 /// But never fewer places than this.
 const NETWORK_MIN: usize = 8;
 
-/// How many of `places` one network has.
+/// The number of `places` that one network may hold.
 fn per_network(places: usize) -> usize {
     (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
 }
@@ -210,7 +210,7 @@ impl Authentication {
         })
     }
 
-    /// The same, whose calls cannot bring a credential of their own.
+    /// The same, whose calls cannot bring their own credential.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {

@@ -82,7 +82,7 @@ pub(super) async fn files(
         // A large set takes its time to be validated: not on an async thread.
         let policy = Arc::clone(&policy);
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
-            tracing::error!(alarm = "bug", %panic, "the policies were not looked at");
+            keybroker_core::alert!(Bug, %panic, "the policies were not looked at");
         }
         if asked {
             notify::reloaded();
@@ -111,7 +111,7 @@ pub(super) async fn registry_once_up(
         {
             Ok(()) => return,
             Err(error) if error.reason() == Reason::TokenUntrusted => {
-                tracing::error!(alarm = "registry", %error, "registry and token disagree; nothing is released");
+                keybroker_core::alert!(Registry, %error, "registry and token disagree; nothing is released");
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = time::sleep(REGISTRY_TIMEOUT) => {}

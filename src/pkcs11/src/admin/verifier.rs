@@ -1,4 +1,4 @@
-//! MACs verified one after another, on a session of their own.
+//! MACs verified one after another, on a separate session.
 
 use keybroker_core::key::WrappingKeyId;
 
@@ -12,7 +12,7 @@ use crate::{
 use super::{Admin, AdminError};
 
 /// The message whose MAC must verify when the token's answer is ambiguous. No row has such a message.
-const PROOF: &[u8] = b"keybroker: is this token well?";
+const PROOF: &[u8] = b"keybroker self-test of the MAC";
 
 /// Verifies MACs without looking for the key each time.
 #[derive(Debug)]

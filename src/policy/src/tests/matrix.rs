@@ -232,7 +232,7 @@ fn a_decision_names_its_policy() {
 }
 
 /// The widest permit that an operator can write changes no answer about the control plane, for any principal. It opens no user's key
-/// to another user, and lets no administrator or auditor put a key of their own in the place of a user's.
+/// to another user, and lets no administrator or auditor put their own key in the place of a user's.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";

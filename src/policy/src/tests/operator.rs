@@ -203,7 +203,7 @@ fn a_permit_gives_what_the_shipped_ones_do_not() {
             ..*case
         })
     });
-    // Without an id of its own it is called by its place.
+    // Without its own id it is called by its place.
     assert_eq!(
         (verdict.allowed, &*verdict.policy),
         (true, "20-users.cedar:1")

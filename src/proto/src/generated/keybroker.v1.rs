@@ -1417,10 +1417,10 @@ pub struct ClientCredential {
     /// Roles, by their names in the configuration.
     #[prost(string, repeated, tag = "3")]
     pub roles: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: whose keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: whose keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "4")]
     pub users: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// With the role `release`: which of their keys; "*" alone is all; empty where that is not said.
+    /// With the role `release`: which of their keys; "*" alone is all; empty when not set.
     #[prost(string, repeated, tag = "5")]
     pub key_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// When it was made.

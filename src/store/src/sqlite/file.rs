@@ -10,7 +10,10 @@ use std::{
 use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
 
-use keybroker_core::trusted_file;
+use keybroker_core::{
+    remedy::{remedy, with_remedy},
+    trusted_file,
+};
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
 
@@ -25,6 +28,11 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
+/// What every SQLite database begins with (section 1.3 of its file format).
+const HEADER: &[u8; 16] = b"SQLite format 3\0";
+
+const DIRECTORY: &str = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
+
 /// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
@@ -35,14 +43,16 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
         io::ErrorKind::NotFound => Error::Schema(format!(
             "there is no database at {shown}; make it with `keybroker store migrate`"
         )),
-        _ => Error::Down(format!("cannot examine {shown}: {error}").into()),
+        _ => Error::Down(format!("cannot examine {shown}: {}", with_remedy(path, &error)).into()),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
-        let what =
-            format!("{shown} has mode {mode:03o}: others can use it; run `chmod 600 {shown}`");
+        let what = format!(
+            "the database {shown} has mode {mode:04o}: other users can use it; run `chmod 600 {shown}`"
+        );
         return Err(Error::Down(what.into()));
     }
+    check_header(path)?;
     let (owner, ours) = (meta.uid(), rustix::process::geteuid().as_raw());
     if is_foreign(owner, ours) {
         let what = format!(
@@ -53,12 +63,33 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     check_side_files(path, owner)
 }
 
+/// Refuses a file that is no SQLite database, by its name. What cannot be read is left to SQLite.
+fn check_header(path: &Path) -> Result<(), Error> {
+    let mut begin = [0; HEADER.len()];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+    match read {
+        Ok(()) if begin != *HEADER => Err(Error::Schema(format!(
+            "{} is no SQLite database; name another file in the URL, or restore a backup if it was overwritten",
+            path.display()
+        ))),
+        // A file without content is a new database.
+        _ => Ok(()),
+    }
+}
+
 /// Refuses files beside a database that another user made. In a directory that others can write to, a WAL that another user puts
 /// beside the database would replace its whole content at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for these files.
     let failed = |path: &Path, error: io::Error| {
-        Error::Down(format!("cannot look at {}: {error}", path.display()).into())
+        Error::Down(
+            format!(
+                "cannot examine {}: {}",
+                path.display(),
+                with_remedy(path, &error)
+            )
+            .into(),
+        )
     };
     let resolved = fs::canonicalize(path).map_err(|error| failed(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
@@ -115,8 +146,9 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
         Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
         Err(error) => {
             let what = format!(
-                "cannot look at {}: {error}; run this as the user to whom the database belongs",
-                path.display()
+                "cannot examine {}: {}",
+                path.display(),
+                with_remedy(path, &error)
             );
             return Err(Error::Down(what.into()));
         }
@@ -160,7 +192,8 @@ fn make_file(path: &Path) -> Result<(), Error> {
         .open(path);
     made.map(drop).map_err(|error| {
         let shown = path.display();
-        let remedy = "its directory must exist and belong to the user that runs keybroker";
+        let known = remedy(path, &error);
+        let remedy = known.as_deref().unwrap_or(DIRECTORY);
         Error::Down(format!("cannot make {shown}: {error}; {remedy}").into())
     })
 }
@@ -179,7 +212,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
-            let remedy = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
+            let known = remedy(&lock_path, &error);
+            let remedy = known.as_deref().unwrap_or(DIRECTORY);
             Error::Down(format!("cannot open {shown}: {error}; {remedy}").into())
         })?;
     check_lock(&file, &lock_path)?;
@@ -187,15 +221,17 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop the broker first, because SQLite is for one process. What a running broker can do \
-             itself is below `keybroker client`",
+            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. What a running \
+             broker can do itself is below `keybroker client`",
             path.display(),
             holder.trim()
         )));
     }
     note_open_directory(path);
-    note_holder(&mut file)
-        .map_err(|error| Error::Down(format!("cannot write {shown}: {error}").into()))?;
+    note_holder(&mut file).map_err(|error| {
+        let why = with_remedy(&lock_path, &error);
+        Error::Down(format!("cannot write {shown}: {why}").into())
+    })?;
     Ok(StoreLock { _file: Some(file) })
 }
 
@@ -204,7 +240,7 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file
         .metadata()
-        .map_err(|error| Error::Down(format!("cannot look at {shown}: {error}").into()))?;
+        .map_err(|error| Error::Down(format!("cannot examine {shown}: {error}").into()))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()

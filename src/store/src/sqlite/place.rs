@@ -89,8 +89,8 @@ impl Place {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.problem != found {
             if let Some(what) = &found {
-                tracing::error!(
-                    alarm = "store-swapped", %what,
+                keybroker_core::alert!(
+                    StoreSwapped, %what,
                     "the database is not the file that was opened: nothing is read or written until it is"
                 );
             } else {

@@ -2,6 +2,8 @@
 
 use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
 
+use keybroker_core::error::chain;
+
 use super::*;
 
 #[tokio::test]
@@ -70,7 +72,7 @@ async fn a_bad_key_file_stops_the_start() {
             std::fs::write(&path, text).unwrap();
         }
         let bad = settings(&service, &format!("{line} = {path:?}"));
-        let problem = Tokens::new(&[bad]).unwrap_err();
+        let problem = chain(&Tokens::new(&[bad]).unwrap_err());
         assert!(problem.contains(words), "{words}: {problem}");
     }
 }
@@ -86,7 +88,7 @@ async fn a_key_file_that_others_can_write_is_not_taken() {
     let line = format!("pem_file = {path:?}");
     for mode in [0o664, 0o646, 0o666] {
         allow(mode);
-        let problem = Tokens::new(&[settings(&service, &line)]).unwrap_err();
+        let problem = chain(&Tokens::new(&[settings(&service, &line)]).unwrap_err());
         let words = format!("has mode 0{mode:o} and belongs to user");
         assert!(
             problem.contains(&words) && problem.contains("chmod go-w"),
@@ -106,7 +108,7 @@ async fn a_key_file_that_others_can_write_is_not_taken() {
     let made = std::process::Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
     let line = format!("jwks_file = {pipe:?}");
-    let problem = Tokens::new(&[settings(&service, &line)]).unwrap_err();
+    let problem = chain(&Tokens::new(&[settings(&service, &line)]).unwrap_err());
     assert!(problem.contains("named pipe"), "{problem}");
 }
 
@@ -306,6 +308,6 @@ async fn http_needs_its_word() {
         allow_http: false,
         ..settings(&service, "")
     };
-    let problem = Tokens::new(&[without]).unwrap_err();
+    let problem = chain(&Tokens::new(&[without]).unwrap_err());
     assert!(problem.contains("allow_http"), "{problem}");
 }

@@ -1,4 +1,4 @@
-//! The bare loop: the vendor's module and nothing else of ours between decrypts, in a process of its own, so that its
+//! The bare loop: the vendor's module and nothing else of ours between decrypts, in a separate process, so that its
 //! threads and its CPU time are counted apart.
 
 use std::{

@@ -26,6 +26,7 @@ use keybroker_auth::Authenticator;
 use keybroker_core::{
     call::Timestamp,
     envelope,
+    error::chain,
     key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
     secret::KeyMaterial,
 };
@@ -44,7 +45,7 @@ const BATCH: u32 = 500;
 /// Whose records the broker will look for: those of the principal that the load's certificate names.
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
     let known = Authenticator::new(&config.principals)
-        .map_err(|what| Failure::new(Exit::Configuration, what))?;
+        .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
     let principal = known.certificate(Some(&connection.certificate()?))?;
     Ok(principal.tenant().clone())
 }

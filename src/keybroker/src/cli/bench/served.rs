@@ -37,7 +37,7 @@ pub(super) struct Served {
     _started: Option<Started>,
 }
 
-/// A broker of our own, and the folder of its ready file.
+/// Our own broker, and the folder of its ready file.
 struct Started {
     child: Child,
     folder: PathBuf,
@@ -91,7 +91,7 @@ impl Served {
 impl Started {
     fn spawn(context: &Context) -> Result<Self, Failure> {
         let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
-        // A directory of our own: no other user can put a ready file there.
+        // A separate directory: no other user can put a ready file there.
         let folder = std::env::temp_dir().join(format!("keybroker-bench-{}", Uuid::new_v4()));
         DirBuilder::new()
             .mode(0o700)

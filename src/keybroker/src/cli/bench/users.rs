@@ -6,7 +6,7 @@ use aws_lc_rs::{hmac, rand};
 /// The key name that belongs to this command.
 pub(super) const KEY_NAME: &str = "bench";
 
-/// So many users, numbered from 0.
+/// A number of users, numbered from 0.
 #[derive(Clone, Debug)]
 pub(super) struct Users {
     key: hmac::Key,

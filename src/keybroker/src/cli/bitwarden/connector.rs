@@ -117,7 +117,7 @@ impl Connector {
             }
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP the key and the token would be anybody's",
+                "is not on this machine: over plain HTTP everyone on the network path could read the key and the token",
             )),
             _ => Err(refuse("is not https")),
         }

@@ -88,7 +88,7 @@ impl ChangeKdf {
         let user_key = old.unprotect(&protected).map_err(unusable)?;
         let new = account.master_key_of(new_kdf)?;
         let protected = new.protect(&user_key).map_err(unusable)?;
-        // Before anybody stores it: what was written opens with the new key, and is the same key.
+        // Before it is stored: the new key must open what was written, and find the same user key.
         let again = new.unprotect(&protected).map_err(unusable)?;
         if !bool::from(again.ct_eq(&user_key)) {
             let what = "the newly protected key is not the one that was protected";

@@ -1,4 +1,4 @@
-//! Whose token it is. What stands in a token is not verified here: the broker does that. It is shown, and compared
+//! The holder of a token. The claims of a token are not verified here: the broker does that. They are shown, and compared
 //! with what was typed, so that a wrong file does not write to another user's record.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};

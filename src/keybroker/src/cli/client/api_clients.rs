@@ -109,8 +109,8 @@ impl Command {
             && grant.user.is_empty()
             && grant.key_name.is_empty()
         {
-            let what = "with the role `release` it must be said which keys";
-            let hint = "name them with --user or --key-name, or say --key-name '*' for all";
+            let what = "a client with the role `release` needs --user, --key-name, or both";
+            let hint = "they name the keys that it may release; --key-name '*' permits all of them";
             return Err(Failure::new(Exit::Usage, what).hint(hint));
         }
         match self {
@@ -249,7 +249,7 @@ fn uncertain(failure: Failure) -> Failure {
     ))
 }
 
-/// What is not found here is no user's key.
+/// The reason's hint is about user keys, and here it is an API client that was not found.
 fn unknown(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyNotFound.as_str()) {
         return failure

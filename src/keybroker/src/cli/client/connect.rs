@@ -67,12 +67,12 @@ impl Connection {
             return Err(Failure::new(Exit::Usage, "no client certificate is named")
                 .hint("pass --cert and --key"));
         };
-        let chain = pem::chain(&read("--cert", cert, CERTIFICATE)?)
+        let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
             .map_err(|error| unusable(error.to_string()))?;
-        let leaf = chain
+        let leaf = certificates
             .first()
             .ok_or_else(|| unusable("no certificate".to_owned()))?;
-        PeerCertificate::read(leaf).map_err(unusable)
+        PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
     /// Longest wait for an answer.
@@ -151,9 +151,23 @@ pub(in crate::cli) async fn connect(
     };
     connected.map_err(|error| {
         let cause = root_cause(&error);
-        let hint = hint(&cause, "--ca");
+        let mut hint = hint(&cause, "--ca");
+        if url.port().is_none() {
+            hint = format!("no port is named in --endpoint, so 443 was tried; {hint}");
+        }
+        if is_unknown_issuer(&cause) {
+            let what =
+                format!("the broker's certificate is not signed by an authority in --ca ({cause})");
+            return unreachable(&what).hint(hint);
+        }
         unreachable(&cause).hint(hint)
     })
+}
+
+fn is_unknown_issuer(cause: &str) -> bool {
+    ["UnknownIssuer", "BadSignature"]
+        .iter()
+        .any(|word| cause.contains(word))
 }
 
 const NO_ANSWER: &str = "check the address, the firewall, and whether the broker runs there";
@@ -161,13 +175,15 @@ const NO_ANSWER: &str = "check the address, the firewall, and whether the broker
 /// What to do about a connection that failed, by its innermost cause. `authorities` is the option with the trusted authorities.
 pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
-    if has(&["UnknownIssuer", "BadSignature"]) {
-        format!("the broker's certificate is not signed by an authority in {authorities}")
+    if is_unknown_issuer(cause) {
+        format!(
+            "name the authority that issued the broker's certificate in {authorities}; its operator can give you the file"
+        )
     } else if has(&["not valid for name", "NotValidForName"]) {
         "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
             .to_owned()
     } else if has(&["CaUsedAsEndEntity"]) {
-        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a certificate of its own for the \
+        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a separate certificate for the \
          server"
             .to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {
@@ -254,7 +270,7 @@ mod tests {
         for (cause, remedy) in [
             (
                 "invalid peer certificate: UnknownIssuer",
-                "authority in --ca",
+                "certificate in --ca",
             ),
             (
                 "invalid peer certificate: certificate not valid for name \"localhost\"; certificate is only valid for DnsName(\"x\")",

@@ -7,6 +7,7 @@ use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::cli::exit::{Exit, Failure};
+use keybroker_core::error::Reason;
 use keybroker_proto as proto;
 use keybroker_proto::user_key_service_client::UserKeyServiceClient;
 
@@ -84,7 +85,7 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// Revision that you expect to be current; the command fails if it is not
+        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
@@ -114,7 +115,7 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// Revision that you expect to be current; the command fails if it is not
+        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
@@ -134,7 +135,7 @@ pub(super) enum Command {
         /// Number of the earlier revision
         #[arg(long)]
         revision: u64,
-        /// Revision that you expect to be current; the command fails if it is not
+        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
         #[arg(long)]
         expected_revision: u64,
         #[command(flatten)]
@@ -298,7 +299,8 @@ impl Caller {
                 let call = self.retried(message, async |request| {
                     service.undelete_user_key(request).await
                 });
-                (id, call.await.map(|undeleted| undeleted.user_key))
+                let undeleted = call.await.map_err(explain_active);
+                (id, undeleted.map(|undeleted| undeleted.user_key))
             }
             Command::Restore {
                 key: Key { user, key_name },
@@ -374,6 +376,14 @@ fn discard(source: &Source, failure: &Failure) {
     if !refusal::is_uncertain(failure) {
         source.discard();
     }
+}
+
+/// The hint of this reason for other commands is to undelete the record.
+fn explain_active(failure: Failure) -> Failure {
+    if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
+        return failure.hint("the record is active already, so there is nothing to undelete");
+    }
+    failure
 }
 
 fn retry_hint(failure: Failure, id: Uuid) -> Failure {

@@ -80,7 +80,7 @@ impl Source {
         read(file, &shown)
     }
 
-    /// The call was refused for certain: generated material that was not wrapped must not be taken for a key.
+    /// Removes generated material after the broker certainly refused it, so that nobody uses it as a key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)

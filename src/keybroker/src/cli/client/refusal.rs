@@ -82,7 +82,7 @@ fn without_reason(status: &Status) -> Failure {
         ),
         code => (
             format!("{code:?}: {message}"),
-            "the answer carries no reason: is it a broker that listens there?",
+            "the answer carries no reason, as every answer of a broker does: check which program listens at --endpoint",
         ),
     };
     let exit = match status.code() {
@@ -130,7 +130,7 @@ const fn hint(reason: Reason) -> &'static str {
             "wait for that long, and use another credential: this address has shown too many that were refused"
         }
         Reason::TokenDown | Reason::StoreDown | Reason::AuditDown | Reason::IdentityDown => {
-            "it comes back by itself when its cause is gone; the operator sees it in the broker's log"
+            "the broker recovers by itself once the cause is repaired; its log names the cause"
         }
         Reason::TokenUntrusted => {
             "the operator sees the cause in `client token-state` and with `keybroker token check`"

@@ -87,7 +87,7 @@ fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failur
                  still be wanted back; nothing was removed"
             ),
         )
-        .hint("if it is to be kept for a shorter time, change the configuration first")),
+        .hint("to keep them for a shorter time, change the configuration first")),
         Some(days) => Ok(days),
         None => Ok(promised),
     }
@@ -109,7 +109,7 @@ async fn purge(
     result
 }
 
-/// A clock that is ahead makes everything old, and what is purged is gone for good.
+/// A clock that is ahead makes every record look old, and purged records cannot be restored.
 async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
     let Some(theirs) = store.clock().await? else {
         return Ok(());
@@ -213,7 +213,7 @@ impl<'a> Part<'a> {
     }
 }
 
-/// What is gone can never be had back, so each part has its own intent and outcome. When the database fails between the two,
+/// Purged records cannot be restored, so each part has its own intent and outcome. When the database fails between the two,
 /// intents stay without an outcome: what became of them is not known. Returns how many are gone.
 async fn recorded(
     log: &AuditLog,

@@ -1,4 +1,4 @@
-//! What is wrong with a row, if anything: the same that a broker would find when somebody wants the key, and more.
+//! What is wrong with a row, if anything: what a broker would find when a caller asks for the key, and more.
 
 use keybroker_core::{
     client_credential::Document,

@@ -21,6 +21,8 @@ use rustls::crypto::aws_lc_rs::default_provider;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use serde::{Deserialize, Serialize};
 use x509_parser::{
+    error::X509Error,
+    nom,
     num_bigint::BigUint,
     prelude::{CertificateRevocationList, FromDer as _, X509Certificate},
 };
@@ -31,7 +33,7 @@ use keybroker_core::{
     state::{self, StateDirectory},
 };
 
-/// Part of a list's life at whose beginning somebody should ask why there is no newer one.
+/// Part of a list's life, from its end, in which a missing newer list is worth a warning.
 const LAST_PART: i64 = 4;
 /// Authorities whose newest list is remembered.
 const AUTHORITIES_MAX: usize = 128;
@@ -55,7 +57,7 @@ pub(super) struct Life {
     pub(super) until: i64,
 }
 
-/// What is to be said of a list's age.
+/// What the log says about the age of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Age {
     Good,
@@ -161,18 +163,114 @@ struct Stored {
 
 /// Why the newest versions could not be read or written.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum MemoryError {
-    #[error("{0}")]
-    File(#[source] state::Error),
+pub enum MemoryError {
+    /// The file was not read or written.
+    #[error(transparent)]
+    File(state::Error),
+    /// It is not what the broker writes.
     #[error("the state file {path} does not list versions of revocation lists")]
     Content {
+        /// The file.
         path: String,
+        /// Where the parser stopped.
         source: serde_json::Error,
     },
+    /// An entry is not hexadecimal.
     #[error("the state file {path} holds an entry that is not hexadecimal")]
     Hex {
+        /// The file.
         path: String,
+        /// What it holds instead.
         source: hex::FromHexError,
+    },
+}
+
+/// What is wrong with a file of revocation lists, after its name.
+#[derive(Debug, thiserror::Error)]
+pub enum ListsError {
+    /// Older than a list that was accepted before.
+    #[error(
+        "holds an older list of \"{authority}\" than one accepted before ({found}; accepted: {accepted}): it would accept \
+         certificates that were revoked since. Fetch the newest list{how_to_go_back}"
+    )]
+    GoesBack {
+        /// Name of the authority.
+        authority: String,
+        /// Number and date of the list.
+        found: String,
+        /// Number and date of the accepted one.
+        accepted: String,
+        /// What to do if the older list is meant, or nothing.
+        how_to_go_back: String,
+    },
+    /// A certificate of an authority does not parse.
+    #[error("cannot be compared with the CA")]
+    Authority(#[source] nom::Err<X509Error>),
+    /// A list does not parse.
+    #[error("holds a list that does not parse")]
+    Malformed(#[source] nom::Err<X509Error>),
+    /// The file is not what it should be.
+    #[error("is unusable")]
+    Pem(#[source] pem::Error),
+    /// One list in DER, and more after it.
+    #[error("has more bytes after a list in DER; put several lists into one file as PEM")]
+    Trailing,
+    /// It begins like DER, and is no list.
+    #[error("is neither PEM nor a list in DER")]
+    Der(#[source] nom::Err<X509Error>),
+    /// No list at all.
+    #[error("holds no revocation list")]
+    Empty,
+    /// An authority without a list.
+    #[error(
+        "holds no list of \"{0}\" that this CA signed: every client of that authority would be refused"
+    )]
+    Missing(String),
+    /// The signature is not that of the authority.
+    #[error(
+        "holds a list of \"{issuer}\" ({version}) that is not signed by it: it was changed, or made by another authority of that name"
+    )]
+    Signature {
+        /// Name of the authority.
+        issuer: String,
+        /// Number and date of the list.
+        version: String,
+    },
+    /// The signature cannot be verified.
+    #[error(
+        "holds a list of \"{issuer}\" ({version}) whose signature algorithm {algorithm} is not supported for the key of that \
+         authority: let it sign with RSA (PKCS #1 or PSS), ECDSA (P-256, P-384, P-521) or Ed25519"
+    )]
+    Algorithm {
+        /// Name of the authority.
+        issuer: String,
+        /// Number and date of the list.
+        version: String,
+        /// Object identifier of the algorithm.
+        algorithm: String,
+    },
+    /// A list without an end.
+    #[error("holds a list of \"{0}\" without `nextUpdate`: it would count for ever")]
+    NoEnd(String),
+    /// A list that has ended.
+    #[error(
+        "holds a list of \"{issuer}\" that ended on {until}: fetch the newest one from that authority"
+    )]
+    Ended {
+        /// Name of the authority.
+        issuer: String,
+        /// When it ended.
+        until: Timestamp,
+    },
+    /// A list that is not valid yet.
+    #[error(
+        "holds a list of \"{issuer}\" that is not valid before {from}; look at the clock of this machine"
+    )]
+    NotYetValid {
+        /// Name of the authority.
+        issuer: String,
+        /// When it begins.
+        from: Timestamp,
     },
 }
 
@@ -212,19 +310,17 @@ impl Newest {
     }
 
     /// Refuses lists that are older than one accepted before.
-    pub(super) fn check(&self, next: &Versions) -> Result<(), String> {
+    pub(super) fn check(&self, next: &Versions) -> Result<(), ListsError> {
         for (authority, version) in &next.0 {
             if let Some(before) = self.versions.get(&id_of(authority))
                 && version.goes_back(before)
             {
-                return Err(format!(
-                    "holds an older list of \"{}\" than one accepted before ({}; accepted: {}): it would accept certificates \
-                     that were revoked since. Fetch the newest list{}",
-                    name_of(&authority.0),
-                    version.shown(),
-                    before.shown(),
-                    self.how_to_go_back()
-                ));
+                return Err(ListsError::GoesBack {
+                    authority: name_of(&authority.0),
+                    found: version.shown(),
+                    accepted: before.shown(),
+                    how_to_go_back: self.how_to_go_back(),
+                });
             }
         }
         Ok(())
@@ -306,20 +402,23 @@ fn name_of(raw: &[u8]) -> String {
 
 impl Lists {
     /// From PEM or DER, for the certificates of those authorities.
-    pub(super) fn read(bytes: &[u8], authorities: &[CertificateDer<'_>]) -> Result<Self, String> {
+    pub(super) fn read(
+        bytes: &[u8],
+        authorities: &[CertificateDer<'_>],
+    ) -> Result<Self, ListsError> {
         let now = Timestamp::now().micros() / 1_000_000;
         let ders = ders(bytes)?;
         let authorities = authorities
             .iter()
             .map(|authority| X509Certificate::from_der(authority).map(|(_, read)| read))
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| format!("cannot be compared with the CA: {error}"))?;
+            .map_err(ListsError::Authority)?;
         let mut parsed = Vec::with_capacity(ders.len());
         let mut versions = Versions::default();
         let mut is_served = vec![false; authorities.len()];
         for der in &ders {
-            let (_, list) = CertificateRevocationList::from_der(der)
-                .map_err(|error| format!("holds a list that does not parse: {error}"))?;
+            let (_, list) =
+                CertificateRevocationList::from_der(der).map_err(ListsError::Malformed)?;
             let life = life(&list, now)?;
             let version = Version::of(&list);
             let signer = signer(&list, der, &authorities, &mut is_served)?;
@@ -331,17 +430,14 @@ impl Lists {
         }
         for (authority, is_served) in authorities.iter().zip(is_served) {
             if !is_served {
-                return Err(format!(
-                    "holds no list of \"{}\" that this CA signed: every client of that authority would be refused",
-                    authority.subject()
-                ));
+                return Err(ListsError::Missing(authority.subject().to_string()));
             }
         }
         let life = parsed
             .iter()
             .map(|(_, life, ..)| *life)
             .min_by_key(|life| life.until)
-            .ok_or("holds no revocation list")?;
+            .ok_or(ListsError::Empty)?;
         let revoked = revoked(parsed.iter().map(|(list, ..)| list));
         parsed.sort_by(|(.., one, _), (.., other, _)| other.compare(one));
         Ok(Self {
@@ -357,18 +453,15 @@ impl Lists {
 const SEQUENCE: u8 = 0x30;
 
 /// The lists of a PEM file, or the one that the file is in DER.
-fn ders(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, String> {
+fn ders(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, ListsError> {
     if bytes.first() == Some(&SEQUENCE) {
         return match CertificateRevocationList::from_der(bytes) {
             Ok(([], _)) => Ok(vec![bytes.to_vec().into()]),
-            Ok(_) => Err(
-                "has more bytes after a list in DER; put several lists into one file as PEM"
-                    .to_owned(),
-            ),
-            Err(error) => Err(format!("is neither PEM nor a list in DER: {error}")),
+            Ok(_) => Err(ListsError::Trailing),
+            Err(error) => Err(ListsError::Der(error)),
         };
     }
-    pem::revocation_lists(bytes).map_err(|error| format!("is unusable: {error}"))
+    pem::revocation_lists(bytes).map_err(ListsError::Pem)
 }
 
 /// Who signed a list. A list of an authority that is not configured, such as one below those that are, is verified in the
@@ -378,7 +471,7 @@ fn signer(
     der: &[u8],
     authorities: &[X509Certificate<'_>],
     is_served: &mut [bool],
-) -> Result<Authority, String> {
+) -> Result<Authority, ListsError> {
     let issuer = list.issuer();
     let (mut signer, mut is_named, mut is_supported) = (None, false, false);
     // Two authorities may have one name, as while a key is changed over.
@@ -402,17 +495,15 @@ fn signer(
         return Ok((name, signer));
     }
     let version = Version::of(list).shown();
+    let issuer = issuer.to_string();
     Err(if is_supported {
-        format!(
-            "holds a list of \"{issuer}\" ({version}) that is not signed by it: it was changed, or made by another authority of \
-             that name"
-        )
+        ListsError::Signature { issuer, version }
     } else {
-        format!(
-            "holds a list of \"{issuer}\" ({version}) whose signature algorithm {} is not supported for the key of that authority: \
-             let it sign with RSA (PKCS #1 or PSS), ECDSA (P-256, P-384, P-521) or Ed25519",
-            list.signature_algorithm.algorithm
-        )
+        ListsError::Algorithm {
+            issuer,
+            version,
+            algorithm: list.signature_algorithm.algorithm.to_string(),
+        }
     })
 }
 
@@ -466,26 +557,24 @@ fn element(der: &[u8]) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(length)
 }
 
-fn life(list: &CertificateRevocationList<'_>, now: i64) -> Result<Life, String> {
-    let issuer = list.issuer();
+fn life(list: &CertificateRevocationList<'_>, now: i64) -> Result<Life, ListsError> {
+    let issuer = list.issuer().to_string();
     let date = |seconds: i64| Timestamp::from_micros(seconds.saturating_mul(1_000_000));
     let Some(next) = list.next_update() else {
-        return Err(format!(
-            "holds a list of \"{issuer}\" without `nextUpdate`: it would count for ever"
-        ));
+        return Err(ListsError::NoEnd(issuer));
     };
     let (from, until) = (list.last_update().timestamp(), next.timestamp());
     if now > until {
-        return Err(format!(
-            "holds a list of \"{issuer}\" that ended on {}: fetch the newest one from that authority",
-            date(until)
-        ));
+        return Err(ListsError::Ended {
+            issuer,
+            until: date(until),
+        });
     }
     if now < from {
-        return Err(format!(
-            "holds a list of \"{issuer}\" that is not valid before {}; look at the clock of this machine",
-            date(from)
-        ));
+        return Err(ListsError::NotYetValid {
+            issuer,
+            from: date(from),
+        });
     }
     Ok(Life { from, until })
 }

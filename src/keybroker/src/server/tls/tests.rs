@@ -52,7 +52,7 @@ fn read(pem: &str, authorities: &[&Authority]) -> Result<Lists, String> {
         .iter()
         .map(|authority| authority.der().clone())
         .collect();
-    Lists::read(pem.as_bytes(), &ders)
+    Lists::read(pem.as_bytes(), &ders).map_err(|error| chain(&error))
 }
 
 #[test]
@@ -126,9 +126,11 @@ fn a_list_in_der_is_read() {
     let authorities = [ca.der().clone()];
     assert_eq!(Lists::read(&der, &authorities).unwrap().ders.len(), 1);
     let twice = [&der[..], &der].concat();
-    let problem = Lists::read(&twice, &authorities).unwrap_err();
+    let problem = Lists::read(&twice, &authorities).unwrap_err().to_string();
     assert!(problem.contains("more bytes after"), "{problem}");
-    let problem = Lists::read(&der[..der.len() - 1], &authorities).unwrap_err();
+    let problem = Lists::read(&der[..der.len() - 1], &authorities)
+        .unwrap_err()
+        .to_string();
     assert!(problem.contains("neither PEM nor"), "{problem}");
 }
 
@@ -164,7 +166,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
         )
     };
     of("good").unwrap();
-    let problem = of("odd").unwrap_err();
+    let problem = of("odd").unwrap_err().to_string();
     assert!(problem.contains("is not supported"), "{problem}");
     // Changed, and still of a kind that is known.
     let changed = fs::read_to_string(folder.path().join("good")).unwrap();
@@ -173,7 +175,9 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
             .unwrap()
             .to_vec();
     *der.last_mut().unwrap() ^= 1;
-    let problem = Lists::read(&der, std::slice::from_ref(&ca)).unwrap_err();
+    let problem = Lists::read(&der, std::slice::from_ref(&ca))
+        .unwrap_err()
+        .to_string();
     assert!(problem.contains("not signed by it"), "{problem}");
 }
 
@@ -199,7 +203,7 @@ fn a_list_is_late_in_the_last_part_of_its_life() {
     assert_eq!(life.age(life.until + 1), Age::Over);
 }
 
-/// A listener's files in a folder of their own.
+/// A listener's files in a separate folder.
 struct Site {
     folder: tempfile::TempDir,
     ca: Authority,
@@ -259,6 +263,7 @@ impl Site {
             vec![b"h2".to_vec()],
             state,
         )
+        .map_err(|error| chain(&error))
     }
 }
 

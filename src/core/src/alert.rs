@@ -1,0 +1,147 @@
+//! Alerts: conditions that a person has to look at. This is the only list of them; `docs/operations.md` has a section for each, which
+//! a test compares.
+//!
+//! [`alert!`](crate::alert!) is the only way to raise one. It logs one line at level ERROR with the fields `alert` (the name) and
+//! `severity`, and counts it in `keybroker_alerts_total`.
+
+use crate::metrics::{self, Counter};
+
+/// For the macro, which is expanded in crates that need not depend on it.
+#[doc(hidden)]
+pub use tracing;
+
+/// How soon a person has to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// At once: keys are not released until the cause is removed, or stored data or the log were changed by something else.
+    Critical,
+    /// Soon: the broker serves, but a part of it does not work, a limit comes near, or one caller is affected.
+    Warning,
+}
+
+impl Severity {
+    /// Name in the log and in the documentation.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Critical => "critical",
+            Self::Warning => "warning",
+        }
+    }
+}
+
+macro_rules! alerts {
+    ($($alert:ident = $name:literal, $severity:ident, $meaning:literal;)*) => {
+        /// The name of an alert.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Alert {
+            $(#[doc = $meaning] $alert,)*
+        }
+
+        impl Alert {
+            /// Every alert, in the order of the documentation.
+            pub const ALL: [Self; <[&str]>::len(&[$($name),*])] = [$(Self::$alert,)*];
+
+            /// Name in the log, in `keybroker_alerts_total` and in the documentation.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$alert => $name,)*
+                }
+            }
+
+            /// How soon a person has to look.
+            pub const fn severity(self) -> Severity {
+                match self {
+                    $(Self::$alert => Severity::$severity,)*
+                }
+            }
+
+            /// What it means, in one sentence.
+            pub const fn meaning(self) -> &'static str {
+                match self {
+                    $(Self::$alert => $meaning,)*
+                }
+            }
+        }
+    };
+}
+
+alerts! {
+    TokenDown = "token-down", Critical, "No worker can use the token.";
+    TokenUntrusted = "token-untrusted", Critical, "The token answers but is not in the required state.";
+    PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no login is made with it.";
+    TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
+    BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
+    ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
+    Registry = "registry", Critical, "The rows of the wrapping keys and the token disagree.";
+    RecordDamaged = "record-damaged", Warning, "A stored row does not verify or does not parse.";
+    StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while it was open.";
+    StoreRestored = "store-restored", Critical, "The database is not the one that this broker knows.";
+    AuditLog = "audit-log", Critical, "The audit log cannot be written.";
+    AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
+    TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
+    ClientCrl = "client-crl", Warning, "A list of revoked client certificates has expired, ends soon, or could not be remembered.";
+    IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
+    PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
+    Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
+    Bug = "bug", Warning, "A fault of the broker itself.";
+}
+
+impl Alert {
+    /// Counts it, also in the counter that only this alert increments, if it has one.
+    pub fn count(self) {
+        metrics::ALERTS.with([self.name()]).increment(1);
+        if let Some(counter) = self.counter() {
+            counter.increment();
+        }
+    }
+
+    fn counter(self) -> Option<&'static Counter<0>> {
+        match self {
+            Self::BulkRelease => Some(&metrics::BULK_RELEASES),
+            Self::AuditTampered => Some(&metrics::AUDIT_TAMPERING),
+            Self::TlsReload => Some(&metrics::TLS_RELOAD_FAILURES),
+            Self::PolicyReload => Some(&metrics::POLICY_RELOAD_FAILURES),
+            _ => None,
+        }
+    }
+}
+
+/// Raises an [`Alert`](crate::alert::Alert): its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
+/// expression.
+///
+/// ```
+/// keybroker_core::alert!(TokenDown, cause = "C_Login hangs", "the token does not serve");
+/// ```
+#[macro_export]
+macro_rules! alert {
+    ($alert:ident, $($event:tt)+) => {
+        $crate::alert!(raise $crate::alert::Alert::$alert, $($event)+)
+    };
+    (raise $alert:expr, $($event:tt)+) => {{
+        let alert: $crate::alert::Alert = $alert;
+        alert.count();
+        $crate::alert::tracing::error!(
+            alert = alert.name(),
+            severity = alert.severity().name(),
+            $($event)+
+        );
+    }};
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_alert_has_a_name_of_its_own_and_a_sentence() {
+        let names: BTreeSet<_> = Alert::ALL.map(Alert::name).into();
+        assert_eq!(names.len(), Alert::ALL.len());
+        for alert in Alert::ALL {
+            let is_plain = |c: char| c.is_ascii_lowercase() || c == '-';
+            assert!(alert.name().chars().all(is_plain), "{alert:?}");
+            assert!(alert.meaning().ends_with('.'), "{alert:?}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What a person can do about a file or directory that the operating system refuses.
+
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+};
+
+/// The remedy for a failed access to `path`, as a clause. Returns `None` when the text of the error says all that is known.
+pub fn remedy(path: &Path, error: &io::Error) -> Option<String> {
+    let shown = path.display();
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            Some(format!("free space on the file system of {shown}"))
+        }
+        ErrorKind::ReadOnlyFilesystem => Some(format!(
+            "the file system of {shown} is mounted read-only: mount it read-write, or configure another path"
+        )),
+        ErrorKind::PermissionDenied => denied(path),
+        _ => None,
+    }
+}
+
+/// Says which user may use the path: the owner of the first part of it that this process can examine, from its end.
+fn denied(path: &Path) -> Option<String> {
+    let ours = rustix::process::geteuid().as_raw();
+    let (at, owner) = path
+        .ancestors()
+        .find_map(|at| Some((at, fs::symlink_metadata(at).ok()?.uid())))?;
+    let shown = at.display();
+    Some(if owner == ours {
+        format!("change the mode of {shown}, which belongs to this user")
+    } else {
+        format!(
+            "{shown} belongs to user {owner}, and this process is user {ours}: run this as user {owner}"
+        )
+    })
+}
+
+/// The error with its remedy, as one text.
+pub fn with_remedy(path: &Path, error: &io::Error) -> String {
+    match remedy(path, error) {
+        Some(remedy) => format!("{error}; {remedy}"),
+        None => error.to_string(),
+    }
+}
+
+/// The error with its remedy, as an error of the same kind: for a source whose text is shown last.
+pub fn explained(path: &Path, error: io::Error) -> io::Error {
+    match remedy(path, &error) {
+        Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_refusal_has_its_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("directory/file");
+        for (kind, words) in [
+            (ErrorKind::StorageFull, "free space"),
+            (ErrorKind::QuotaExceeded, "free space"),
+            (ErrorKind::ReadOnlyFilesystem, "mounted read-only"),
+            (ErrorKind::PermissionDenied, folder.path().to_str().unwrap()),
+        ] {
+            let remedy = remedy(&missing, &io::Error::from(kind)).unwrap();
+            assert!(remedy.contains(words), "{kind:?}: {remedy}");
+        }
+        assert_eq!(remedy(&missing, &ErrorKind::NotFound.into()), None);
+    }
+
+    #[test]
+    fn a_denied_access_names_the_user_to_be() {
+        let ours = rustix::process::geteuid().as_raw();
+        let remedy = remedy(
+            Path::new("/proc/1/root"),
+            &ErrorKind::PermissionDenied.into(),
+        )
+        .unwrap();
+        let expected = if ours == 0 {
+            "belongs to this user"
+        } else {
+            "run this as user 0"
+        };
+        assert!(remedy.contains(expected), "{remedy}");
+    }
+}

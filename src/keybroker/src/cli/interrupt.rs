@@ -1,0 +1,78 @@
+//! Ctrl-C in a command: a message that says what was under way, and exit code 130. Without it a command that is changing a token
+//! or a database would end without a word.
+
+use std::{
+    process,
+    sync::{Mutex, PoisonError},
+    thread,
+};
+
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+};
+
+use super::{
+    exit::{Exit, Failure},
+    output::Output,
+};
+
+static UNDER_WAY: Mutex<Option<UnderWay>> = Mutex::new(None);
+
+/// A change that a command makes.
+#[derive(Clone, Copy)]
+struct UnderWay {
+    action: &'static str,
+    next: &'static str,
+}
+
+/// Keeps a change named until it is dropped.
+pub(super) struct Guard(());
+
+/// Notes that a change begins: its action in the audit log, and where its outcome can be seen if it is interrupted.
+pub(super) fn begin(action: &'static str, next: &'static str) -> Guard {
+    set(Some(UnderWay { action, next }));
+    Guard(())
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        set(None);
+    }
+}
+
+fn set(under_way: Option<UnderWay>) {
+    *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
+}
+
+/// Ends the process at the first SIGINT, from a separate thread.
+pub(super) fn watch(output: Output) -> Result<(), Failure> {
+    let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(failed)?;
+    let entered = runtime.enter();
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    drop(entered);
+    let watch = move || {
+        if runtime.block_on(interrupt.recv()).is_some() {
+            output.failure(&interrupted());
+            process::exit(Exit::Interrupted.code().into());
+        }
+    };
+    let thread = thread::Builder::new().name("interrupt".to_owned());
+    thread.spawn(watch).map(drop).map_err(failed)
+}
+
+fn interrupted() -> Failure {
+    let under_way = *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner);
+    match under_way {
+        Some(UnderWay { action, next }) => {
+            let what =
+                format!("interrupted during `{action}`, which may be done in part or as a whole");
+            Failure::new(Exit::Interrupted, what).hint(next)
+        }
+        None => Failure::new(Exit::Interrupted, "interrupted; no change was under way"),
+    }
+}

@@ -1,13 +1,33 @@
-//! A PKCS#11 module that fails on command, with the real SoftHSM behind it: see `faulty.c`.
+//! A PKCS#11 module that fails on command, with the real SoftHSM behind it: the scriptable module, with a script that a test
+//! changes while it runs.
 
 use std::{
+    collections::BTreeMap,
+    env,
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    sync::{Mutex, PoisonError},
 };
 
-/// Environment variable that names the folder of faults.
-pub const VARIABLE: &str = "KEYBROKER_FAULTS";
+use keybroker_scriptable_pkcs11::{CALLS_FILE, SCRIPT_FILE, SCRIPT_VARIABLE};
+
+/// Environment variable that names the folder of the script.
+pub const VARIABLE: &str = SCRIPT_VARIABLE;
+
+/// The scriptable module, as Cargo has built it for this test: this crate depends on it.
+pub fn module() -> PathBuf {
+    let test = env::current_exe().unwrap();
+    let mut folders = test.ancestors().skip(1);
+    folders
+        .find_map(|folder| {
+            let name = "libkeybroker_scriptable_pkcs11.so";
+            [folder.join(name), folder.join("deps").join(name)]
+                .into_iter()
+                .find(|path| path.is_file())
+        })
+        .unwrap_or_else(|| panic!("the scriptable module is not beside {}", test.display()))
+}
 
 /// Return codes of PKCS#11.
 pub mod code {
@@ -51,7 +71,7 @@ pub mod code {
     }
 
     /// Above every code.
-    const AFTER: i64 = 1 << 40;
+    pub(super) const AFTER: i64 = 1 << 40;
 
     /// The real function is called, and this code is returned when it fails.
     pub const fn instead(code: i64) -> i64 {
@@ -109,27 +129,39 @@ impl Fault {
     }
 }
 
-/// The module, and the folder of its faults.
+/// The module, and the folder of its script.
 #[derive(Debug)]
 pub struct Faulty {
     folder: PathBuf,
+    script: Mutex<Script>,
+}
+
+/// What the script is made of.
+#[derive(Debug)]
+struct Script {
+    real: PathBuf,
+    /// The rule of each function.
+    rules: BTreeMap<String, String>,
+    flags: u64,
+    nul: bool,
 }
 
 impl Faulty {
-    /// Compiles the module in front of the real one, into `folder`. A C compiler is present, because libraries
-    /// of the product need it.
+    /// Puts the module into `folder`, in front of the real one.
     pub fn in_folder(folder: PathBuf, real: &Path) -> Self {
         fs::create_dir_all(&folder).unwrap();
-        let faulty = Self { folder };
-        let output = Command::new("cc")
-            .args(["-O1", "-shared", "-fPIC", "-o"])
-            .arg(faulty.module())
-            .arg(format!("-DREAL_MODULE=\"{}\"", real.display()))
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/faulty.c"))
-            .arg("-ldl")
-            .output()
-            .unwrap_or_else(|error| panic!("cc: {error}; run scripts/install.sh"));
-        assert!(output.status.success(), "cc: {output:?}");
+        let script = Script {
+            real: real.to_owned(),
+            rules: BTreeMap::new(),
+            flags: 0,
+            nul: false,
+        };
+        let faulty = Self {
+            folder,
+            script: Mutex::new(script),
+        };
+        fs::copy(module(), faulty.module()).unwrap();
+        faulty.edit(|_| ());
         faulty
     }
 
@@ -145,42 +177,93 @@ impl Faulty {
 
     /// Applies `fault` to `function` from now on.
     pub fn set(&self, function: &str, fault: &Fault) {
-        let times = fault.times.map_or(-1, i64::from);
-        let text = format!(
-            "{} {times} {} {} {}\n",
-            fault.skip, fault.code, fault.milliseconds, fault.pid
-        );
-        self.write(function, &text);
-    }
-
-    /// Under another name first: a call never reads half of it.
-    fn write(&self, name: &str, text: &str) {
-        let partial = self.folder().join("partial");
-        fs::write(&partial, text).unwrap();
-        fs::rename(partial, self.folder().join(name)).unwrap();
+        let rule = fault.rule(function);
+        self.edit(|script| {
+            script.rules.insert(function.to_owned(), rule);
+        });
     }
 
     /// From now on the token shows `flags` besides its own.
     pub fn set_flags(&self, flags: u64) {
-        self.write("flags", &format!("{flags}\n"));
+        self.edit(|script| script.flags = flags);
     }
 
     /// From now on, texts are padded with NUL instead of blanks.
     pub fn pad_with_nul(&self) {
-        self.write("nul", "");
+        self.edit(|script| script.nul = true);
     }
 
     /// Removes the fault of `function`.
     pub fn clear(&self, function: &str) {
-        fs::remove_file(self.folder().join(function)).unwrap();
+        self.edit(|script| {
+            let removed = script.rules.remove(function);
+            assert!(removed.is_some(), "{function} has no fault");
+        });
+    }
+
+    /// Writes the script under another name first: the module never reads half of it.
+    fn edit(&self, change: impl FnOnce(&mut Script)) {
+        let mut script = self.script.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut script);
+        let partial = self.folder().join("partial");
+        fs::write(&partial, script.text()).unwrap();
+        fs::rename(partial, self.folder().join(SCRIPT_FILE)).unwrap();
     }
 
     /// The number of calls so far that left this line in the module's log, such as `C_Login begins` or `C_Login ends 0`.
     pub fn count(&self, line: &str) -> usize {
-        let calls = fs::read_to_string(self.folder().join("calls")).unwrap_or_default();
+        let calls = fs::read_to_string(self.folder().join(CALLS_FILE)).unwrap_or_default();
         calls
             .lines()
             .filter(|call| call.split_once(' ').is_some_and(|(_, what)| what == line))
             .count()
+    }
+}
+
+impl Fault {
+    /// The rule of the script. Each has a name of its own, so that its calls are counted from the start.
+    fn rule(&self, function: &str) -> String {
+        let mut text = format!(
+            "[[rule]]\nname = \"{}\"\nfunction = \"{function}\"\non = {{ skip = {}",
+            uuid::Uuid::new_v4(),
+            self.skip
+        );
+        if let Some(times) = self.times {
+            write!(text, ", times = {times}").unwrap();
+        }
+        if self.pid != 0 {
+            write!(text, ", process = {}", self.pid).unwrap();
+        }
+        write!(text, " }}\ndo = {{ delay_ms = {}", self.milliseconds).unwrap();
+        match self.code {
+            code::CRASH => text.push_str(", segfault = true"),
+            code::LATE => (),
+            code::NEVER_FAILS => text.push_str(", return = \"CKR_OK\", when = \"failed\""),
+            after if after >= code::AFTER => {
+                let code = after - code::AFTER;
+                write!(text, ", return = {code}, when = \"succeeded\"").unwrap();
+            }
+            instead if instead < 0 => {
+                write!(text, ", return = {}, when = \"failed\"", -instead).unwrap();
+            }
+            code => write!(text, ", return = {code}").unwrap(),
+        }
+        text.push_str(" }\n");
+        text
+    }
+}
+
+impl Script {
+    fn text(&self) -> String {
+        let mut text = format!(
+            "module = \"{}\"\nlog_calls = true\n[token]\nset_flags = [{}]\n",
+            self.real.display(),
+            self.flags
+        );
+        if self.nul {
+            text.push_str("pad = \"nul\"\n");
+        }
+        text.extend(self.rules.values().map(String::as_str));
+        text
     }
 }

@@ -20,6 +20,7 @@ use super::{
 };
 
 mod attribute_check;
+mod behaviours;
 mod keys;
 mod negative;
 mod session;

@@ -157,7 +157,10 @@ fn a_directory_that_others_can_use_is_refused() {
     fs::create_dir(&path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     let error = AuditLog::open(&path, SEGMENT).unwrap_err().to_string();
-    assert!(error.contains("mode 0700"), "{error}");
+    assert!(
+        error.contains("mode 0755") && error.contains("chmod 700"),
+        "{error}"
+    );
     let orphan = path.join("none").join("log");
     let error = AuditLog::open(&orphan, SEGMENT).unwrap_err().to_string();
     assert!(error.contains("parent directory"), "{error}");

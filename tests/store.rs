@@ -42,6 +42,8 @@ mod pooler;
 mod purge;
 #[path = "store/schema.rs"]
 mod schema;
+#[path = "store/sockets.rs"]
+mod sockets;
 #[path = "store/sqlite.rs"]
 mod sqlite;
 #[path = "store/suite.rs"]

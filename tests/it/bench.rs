@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     pki,
     process::{children_of, is_alive, send, until},
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Finished, Options, Site},
 };
 
@@ -202,7 +202,7 @@ fn records_are_seeded_on(kind: Kind) {
     let server = Server::start(kind);
     let database = server.database();
     let site = site_with(Options {
-        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        store: Some(section(&server.settings(&database))),
         ..Options::default()
     });
     records_are_seeded(&site, |query| server.sql(&database, query));

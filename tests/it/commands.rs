@@ -153,18 +153,7 @@ fn no_command_works_with_a_bad_configuration() {
 #[test]
 fn an_edited_log_does_not_verify() {
     let site = Site::fresh(Options::default());
-    // Beside the logs there is the state directory, in no particular order.
-    let log = fs::read_dir(site.audit_directory())
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| {
-            path.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with("cli-")
-        })
-        .unwrap();
+    let log = site.log_of_commands();
     let directory = log.to_str().unwrap();
     let verified = json(&site.expect_ok(&["audit", "verify", directory, "-o", "json"]));
     assert_eq!(verified["problems"], 0);

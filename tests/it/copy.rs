@@ -16,7 +16,7 @@ use crate::{
     faulty::{Fault, code},
     faulty_token,
     process::{Broker, until},
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Finished, Options, Site},
 };
 
@@ -50,7 +50,7 @@ pub(crate) fn another(site: &Site) -> (PathBuf, String) {
 /// Three users with a superseded and a current revision each; one of them is deleted.
 async fn enrolled_on(old: &Server) -> Arc<Site> {
     let options = Options {
-        store: Some(format!("url = \"{}\"", old.settings(&old.database()).url)),
+        store: Some(section(&old.settings(&old.database()))),
         ..Options::default()
     };
     let broker = Broker::start(options);

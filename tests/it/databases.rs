@@ -20,7 +20,7 @@ use tonic_types::StatusExt as _;
 use crate::{
     client::{Caller, channel, reason},
     process::{Broker, until},
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Options, Site},
     wire::get,
 };
@@ -41,7 +41,7 @@ fn outage() -> Duration {
 fn options_on(server: &Server) -> Options {
     let settings = server.settings(&server.database());
     Options {
-        store: Some(format!("url = \"{}\"", settings.url)),
+        store: Some(section(&settings)),
         ..Options::default()
     }
 }
@@ -266,7 +266,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
     let database = server.database();
     let settings = server.settings(&database);
     let site = Arc::new(Site::fresh(Options {
-        store: Some(format!("url = \"{}\"", settings.url)),
+        store: Some(section(&settings)),
         ..Options::default()
     }));
     let (one, two) = (start_instance(&site, "one"), start_instance(&site, "two"));
@@ -341,7 +341,7 @@ async fn an_intent_that_is_still_held_keeps_no_other_open() {
     let server = Server::start(Kind::PostgreSql);
     let database = server.database();
     let site = Arc::new(Site::fresh(Options {
-        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        store: Some(section(&server.settings(&database))),
         ..Options::default()
     }));
     // What a crash leaves, to be looked at in any order.
@@ -396,7 +396,7 @@ fn config_check_examines_the_database_server() {
     let server = Server::start(Kind::PostgreSql);
     let database = server.database();
     let site = Site::without_keys(Options {
-        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        store: Some(section(&server.settings(&database))),
         ..Options::default()
     });
     let check = || site.run(&["config", "check"]);
@@ -406,7 +406,7 @@ fn config_check_examines_the_database_server() {
             let url = lines
                 .iter_mut()
                 .find(|line| line.starts_with("url = \"postgres"));
-            *url.expect("a database") = format!("url = \"{}\"", settings.url);
+            *url.expect("a database") = format!("url = \"{}\"", settings.url.as_str());
             *text = lines.join("\n");
         });
     };

@@ -1,6 +1,6 @@
 //! `-o json` is an interface: what each command gives is what docs/cli.md says, field by field.
 
-use std::{collections::BTreeSet, fs};
+use std::collections::BTreeSet;
 
 use serde_json::Value;
 
@@ -73,18 +73,7 @@ fn one_shot_commands_give_the_promised_fields() {
     run("token check", &[]);
     run("token backup-confirmed", &[]);
     run("config check", &[]);
-    // Beside the logs there is the state directory, in no particular order.
-    let log = fs::read_dir(site.audit_directory())
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| {
-            path.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with("cli-")
-        })
-        .unwrap();
+    let log = site.log_of_commands();
     run("audit verify", &[log.to_str().unwrap()]);
 
     let failed = site.run(&["-o", "json", "key", "show", "xyz"]);

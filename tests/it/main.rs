@@ -12,6 +12,7 @@
 mod audit_log;
 mod bad_inputs;
 mod bench;
+mod capacity;
 mod client;
 mod client_commands;
 mod client_credentials;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{
     client::{Caller, refused},
     process::Broker,
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Options, Site},
 };
 
@@ -202,10 +202,7 @@ fn a_clock_that_is_ahead_purges_nothing() {
     for kind in [Kind::PostgreSql, Kind::MariaDb] {
         let server = Server::start(kind);
         let site = Site::without_keys(Options {
-            store: Some(format!(
-                "url = \"{}\"",
-                server.settings(&server.database()).url
-            )),
+            store: Some(section(&server.settings(&server.database()))),
             ..Options::default()
         });
         site.expect_ok(&["store", "migrate"]);
@@ -239,7 +236,7 @@ async fn on_a_server_it_runs_beside_a_broker() {
         let server = Server::start(kind);
         let database = server.database();
         let options = Options {
-            store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+            store: Some(section(&server.settings(&database))),
             ..Options::default()
         };
         let site = Arc::new(Site::fresh(options));

@@ -1,6 +1,6 @@
 //! A database that is an earlier state of itself: nothing is released or changed until an operator accepts it.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use crate::{
     client::{Caller, eventually, refused},
@@ -10,6 +10,31 @@ use crate::{
 
 const MATERIAL: &[u8] = b"material of this user";
 
+/// A broker that has stored a key of ada.
+async fn with_ada() -> Broker {
+    let broker = Broker::start(Options::default());
+    create(&broker, "ada").await;
+    broker
+}
+
+async fn create(broker: &Broker, user: &str) {
+    let enroller = Caller::of(broker, "enroller");
+    enroller.create(user, MATERIAL).await.unwrap();
+}
+
+/// What the broker remembers of its database, in the state directory.
+fn memory(site: &Site) -> PathBuf {
+    site.audit_directory().join("state/acknowledged-serve")
+}
+
+/// No key is released until an operator accepts the database; then those that it has are.
+async fn is_refused_until_accepted(broker: &Broker) {
+    let releaser = Caller::of(broker, "releaser");
+    refused(releaser.unwrap("ada").await, "STORE_DOWN");
+    broker.site.expect_ok(&["store", "accept-restored"]);
+    eventually(|| releaser.unwrap("ada")).await;
+}
+
 fn is_refused_with_an_alert(site: &Site) {
     until("the alert", || {
         site.log().contains("store-restored").then_some(())
@@ -18,17 +43,11 @@ fn is_refused_with_an_alert(site: &Site) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_earlier_state_of_the_database_is_refused_until_it_is_accepted() {
-    let broker = Broker::start(Options::default());
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    let (site, _) = broker.stop();
+    let (site, _) = with_ada().await.stop();
     let backup = fs::read(site.database()).unwrap();
 
     let broker = Broker::start_on(site);
-    Caller::of(&broker, "enroller")
-        .create("bob", MATERIAL)
-        .await
-        .unwrap();
+    create(&broker, "bob").await;
     let (site, _) = broker.stop();
     let newest = fs::read(site.database()).unwrap();
     fs::write(site.database(), &backup).unwrap();
@@ -52,53 +71,37 @@ async fn an_earlier_state_of_the_database_is_refused_until_it_is_accepted() {
     let (site, _) = broker.stop();
     fs::write(site.database(), &backup).unwrap();
     let broker = Broker::start_on(site);
+    is_refused_until_accepted(&broker).await;
     let releaser = Caller::of(&broker, "releaser");
-    refused(releaser.unwrap("ada").await, "STORE_DOWN");
-    broker.site.expect_ok(&["store", "accept-restored"]);
-    eventually(|| releaser.unwrap("ada")).await;
     refused(releaser.unwrap("bob").await, "KEY_NOT_FOUND");
-    Caller::of(&broker, "enroller")
-        .create("bob", MATERIAL)
-        .await
-        .unwrap();
+    create(&broker, "bob").await;
 }
 
 /// A broker that is killed remembers, and one whose database changes while it serves acknowledges nothing any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_goes_back_under_a_broker_takes_no_change() {
-    let broker = Broker::start(Options::default());
+    let broker = with_ada().await;
     let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
     broker.site.sql("DELETE FROM changes");
     refused(enroller.create("bob", MATERIAL).await, "STORE_DOWN");
     let releaser = Caller::of(&broker, "releaser");
     refused(releaser.unwrap("ada").await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
-    let fact = broker
-        .site
-        .audit_directory()
-        .join("state/acknowledged-serve");
+    let fact = memory(&broker.site);
     until("the fact", || fact.exists().then_some(()));
 
     let broker = Broker::start_on(broker.kill());
-    let releaser = Caller::of(&broker, "releaser");
-    refused(releaser.unwrap("ada").await, "STORE_DOWN");
-    broker.site.expect_ok(&["store", "accept-restored"]);
-    eventually(|| releaser.unwrap("ada")).await;
+    is_refused_until_accepted(&broker).await;
 }
 
 /// The database with another identity is another one, whatever it holds.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_database_is_refused_until_it_is_accepted() {
-    let broker = Broker::start(Options::default());
+    let broker = with_ada().await;
     let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
     let releaser = Caller::of(&broker, "releaser");
     releaser.unwrap("ada").await.unwrap();
-    let fact = broker
-        .site
-        .audit_directory()
-        .join("state/acknowledged-serve");
+    let fact = memory(&broker.site);
     until("the fact", || fact.exists().then_some(()));
     broker
         .site
@@ -109,30 +112,20 @@ async fn another_database_is_refused_until_it_is_accepted() {
 
     let (site, _) = broker.stop();
     let broker = Broker::start_on(site);
-    let releaser = Caller::of(&broker, "releaser");
-    refused(releaser.unwrap("ada").await, "STORE_DOWN");
-    broker.site.expect_ok(&["store", "accept-restored"]);
-    eventually(|| releaser.unwrap("ada")).await;
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("eve", MATERIAL).await.unwrap();
+    is_refused_until_accepted(&broker).await;
+    create(&broker, "eve").await;
 }
 
 /// The state directory is a second old at most, and the audit log has what was acknowledged since.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_changes_before_a_kill_are_remembered_by_the_audit_log() {
-    let broker = Broker::start(Options::default());
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    let (site, _) = broker.stop();
+    let (site, _) = with_ada().await.stop();
     let backup = fs::read(site.database()).unwrap();
-    let fact = site.audit_directory().join("state/acknowledged-serve");
+    let fact = memory(&site);
     let before = fs::read(&fact).unwrap();
 
     let broker = Broker::start_on(site);
-    Caller::of(&broker, "enroller")
-        .create("bob", MATERIAL)
-        .await
-        .unwrap();
+    create(&broker, "bob").await;
     let site = broker.kill();
     // As if it had been killed before it wrote the fact.
     fs::write(&fact, before).unwrap();
@@ -144,10 +137,7 @@ async fn the_changes_before_a_kill_are_remembered_by_the_audit_log() {
     fs::write(site.database(), backup).unwrap();
 
     let broker = Broker::start_on(site);
-    let releaser = Caller::of(&broker, "releaser");
-    refused(releaser.unwrap("ada").await, "STORE_DOWN");
-    broker.site.expect_ok(&["store", "accept-restored"]);
-    eventually(|| releaser.unwrap("ada")).await;
+    is_refused_until_accepted(&broker).await;
     // What the log has from before does not count any more.
     let (site, _) = broker.stop();
     let broker = Broker::start_on(site);
@@ -175,10 +165,7 @@ fn a_damaged_memory_of_the_database_stops_the_start_and_can_be_replaced() {
 /// The form in which the release before kept the one change that it remembered.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_memory_of_the_release_before_is_taken_over() {
-    let broker = Broker::start(Options::default());
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    let (site, _) = broker.stop();
+    let (site, _) = with_ada().await.stop();
     let state = site.audit_directory().join("state");
     let kept = fs::read_to_string(state.join("acknowledged-serve")).unwrap();
     let (_, change) = kept.split_once("\"changes\":[").unwrap();
@@ -197,10 +184,7 @@ async fn the_memory_of_the_release_before_is_taken_over() {
 /// `cp backup live` keeps device and inode of the file.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_copied_over_the_live_file_is_refused() {
-    let broker = Broker::start(Options::default());
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    let (site, _) = broker.stop();
+    let (site, _) = with_ada().await.stop();
     let backup = fs::read(site.database()).unwrap();
     let broker = Broker::start_on(site);
     let enroller = Caller::of(&broker, "enroller");
@@ -214,13 +198,8 @@ async fn a_backup_copied_over_the_live_file_is_refused() {
 /// On the right database the command must not switch off the comparison.
 #[tokio::test(flavor = "multi_thread")]
 async fn accepting_the_right_database_forgets_nothing() {
-    let broker = Broker::start(Options::default());
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    let fact = broker
-        .site
-        .audit_directory()
-        .join("state/acknowledged-serve");
+    let broker = with_ada().await;
+    let fact = memory(&broker.site);
     until("the change in the state file", || {
         let kept = fs::read_to_string(&fact).unwrap_or_default();
         kept.contains("\"call\"").then_some(())
@@ -230,4 +209,78 @@ async fn accepting_the_right_database_forgets_nothing() {
     assert_eq!(said.code, Some(0), "{said:#?}");
     assert!(said.stderr.contains("nothing to accept"), "{said:#?}");
     assert_eq!(fs::read(&fact).unwrap(), before);
+}
+
+/// The whole audit directory moved while the broker was stopped: with it go the log and all that the state directory remembers.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledged() {
+    let broker = Broker::start(Options::default());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let (site, _) = broker.stop();
+    assert_eq!(entries(&site, "log.store_bound"), 1);
+    let (directory, moved) = (site.audit_directory(), site.folder().join("moved"));
+    fs::rename(&directory, &moved).unwrap();
+    // A new log does not come to look like an old one by being refused.
+    for _ in 0..2 {
+        let finished = site.serve_to_its_end();
+        assert_eq!(finished.code, Some(8), "{finished:#?}");
+        for part in ["other logs of this instance", "keybroker audit acknowledge"] {
+            assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
+        }
+    }
+    // Put right, it serves without a word of an operator.
+    let wrong = site.folder().join("wrong");
+    fs::rename(&directory, &wrong).unwrap();
+    fs::rename(&moved, &directory).unwrap();
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    let (site, _) = broker.stop();
+    assert_eq!(entries(&site, "log.store_bound"), 1);
+
+    fs::rename(&directory, &moved).unwrap();
+    fs::rename(&wrong, &directory).unwrap();
+    site.expect_ok(&["audit", "acknowledge"]);
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+    let (site, _) = broker.stop();
+    for action in ["log.tampering_acknowledged", "log.store_bound"] {
+        assert_eq!(entries(&site, action), 1, "{action}");
+    }
+    // From now on it is the log of this database.
+    let broker = Broker::start_on(site);
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+}
+
+/// A log from before the database recorded logs, and the first log of another instance, need no word of an operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() {
+    let broker = Broker::start(Options::default());
+    let (site, _) = broker.stop();
+    let known = || site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'");
+    assert_eq!(known().trim(), "1");
+    // As another host with the same name left it, which was upgraded first.
+    site.sql("UPDATE audit_logs SET log_id = '00112233445566778899aabbccddeeff'");
+    fs::remove_file(site.audit_directory().join("state/audit-serve.binding")).unwrap();
+    let (site, _) = Broker::start_on(std::sync::Arc::clone(&site)).stop();
+    assert_eq!(
+        site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'")
+            .trim(),
+        "2"
+    );
+    site.write_configuration(|text| {
+        *text = text.replace("[audit]", "[audit]\ninstance = \"another\"");
+    });
+    let (site, _) = Broker::start_on(site).stop();
+    let instances = site.sql("SELECT DISTINCT instance FROM audit_logs ORDER BY instance");
+    assert_eq!(
+        instances.split_whitespace().collect::<Vec<_>>(),
+        ["another", "serve"]
+    );
+}
+
+fn entries(site: &Site, action: &str) -> usize {
+    site.audit()
+        .matches(&format!("\"action\":\"{action}\""))
+        .count()
 }

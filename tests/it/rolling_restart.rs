@@ -19,7 +19,7 @@ use crate::{
     client::{Caller, retrying},
     databases::{start_instance, unique},
     process::Broker,
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Options, Site},
 };
 
@@ -126,7 +126,7 @@ async fn a_rolling_restart_is_not_noticed_and_every_change_is_made_once() {
     let server = Server::start(Kind::PostgreSql);
     let database = server.database();
     let site = Arc::new(Site::fresh(Options {
-        store: Some(format!("url = \"{}\"", server.settings(&database).url)),
+        store: Some(section(&server.settings(&database))),
         ..Options::default()
     }));
     let mut brokers = ["one", "two"].map(|name| start_instance(&site, name));

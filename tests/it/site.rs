@@ -175,6 +175,17 @@ client_ca_file = "{ca}"
         self.folder().join("audit")
     }
 
+    /// The folder of the log that commands write. Beside the logs there is the state directory, in no particular order.
+    pub(crate) fn log_of_commands(&self) -> PathBuf {
+        let is_of_commands = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("cli-"))
+        };
+        let entries = fs::read_dir(self.audit_directory()).unwrap();
+        let mut paths = entries.map(|entry| entry.unwrap().path());
+        paths.find(is_of_commands).unwrap()
+    }
+
     /// What the broker wrote to its standard output and error, over all its runs.
     pub(crate) fn log_file(&self) -> PathBuf {
         self.folder().join("broker.log")

@@ -15,7 +15,7 @@ use crate::{
     faulty::{Fault, code},
     faulty_token,
     process::{Broker, until},
-    servers::{Kind, Server},
+    servers::{Kind, Server, section},
     site::{Finished, Options, Site},
 };
 
@@ -185,10 +185,7 @@ async fn writes_beside_a_check_are_not_called_bad() {
     for kind in [Kind::PostgreSql, Kind::MariaDb] {
         let server = Server::start(kind);
         let options = Options {
-            store: Some(format!(
-                "url = \"{}\"",
-                server.settings(&server.database()).url
-            )),
+            store: Some(section(&server.settings(&server.database()))),
             ..Options::default()
         };
         let users: Vec<String> = (0..20).map(|number| format!("user-{number}")).collect();
@@ -295,4 +292,21 @@ async fn a_key_that_is_registered_meanwhile_is_known() {
     let (finished, report) = tokio::task::block_in_place(|| checking.join().unwrap());
     assert_eq!(finished.code, Some(0), "{finished:#?}");
     assert_eq!(report["revisions"], 4, "{report}");
+}
+
+/// A row without a key is on no page. The columns do not take NULL, so its writer changed the table first.
+#[test]
+fn a_row_without_a_key_is_counted() {
+    let site = Site::fresh(Options::default());
+    assert_good(&site, 0, 0);
+    site.sql(
+        "ALTER TABLE last_uses RENAME TO before; CREATE TABLE last_uses AS SELECT * FROM before; \
+         INSERT INTO last_uses VALUES (NULL, 1)",
+    );
+    let (finished, report) = check(&site);
+    assert_eq!(finished.code, Some(12), "{finished:#?}");
+    let finding = &report["findings"][0];
+    assert_eq!(finding["problem"], "key-missing", "{finished:#?}");
+    let detail = finding["detail"].as_str().unwrap();
+    assert!(detail.contains("found by: 1;"), "{finding}");
 }

@@ -421,3 +421,40 @@ pub(crate) async fn the_registry_is_compare_and_swap(engine: &Engine) {
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
     assert_eq!(store.registry().await.unwrap(), [next]);
 }
+
+/// Counts end at the limit, so that no count reads more rows than that.
+pub(crate) async fn keys_and_revisions_are_counted(engine: &Engine) {
+    let store = engine.open().await;
+    let names = ["a", "b", "c"];
+    for (number, name) in (1..).zip(names) {
+        let new = revision(&address("default", "ada", name), number, 1);
+        store.create(new, stamp()).await.unwrap();
+    }
+    let deleted = store
+        .delete(record_id(2), Revision::FIRST, stamp())
+        .await
+        .unwrap();
+    assert_eq!(deleted.state, RecordState::Deleted);
+    for number in 2..=4 {
+        let next = revision(&address("default", "ada", "a"), 1, number);
+        store.supersede(next, stamp()).await.unwrap();
+    }
+    let default = Tenant::default();
+    let other = Tenant::parse("other").unwrap();
+    for (tenant, user, most, expected) in [
+        (&default, "ada", 10, 3),
+        (&default, "ada", 2, 2),
+        (&default, "Ada", 10, 0),
+        (&other, "ada", 10, 0),
+    ] {
+        let user = UserId::parse(user).unwrap();
+        assert_eq!(
+            store.count_keys(tenant, &user, most).await.unwrap(),
+            expected
+        );
+    }
+    for (record, most, expected) in [(1, 10, 4), (1, 3, 3), (2, 10, 1), (9, 10, 0)] {
+        let counted = store.count_revisions(record_id(record), most).await;
+        assert_eq!(counted.unwrap(), expected);
+    }
+}

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use keybroker_core::call::CallId;
+use keybroker_core::call::{CallId, Timestamp};
 use keybroker_store as store;
-use keybroker_store::{CHANGES_MAX, copy::Copy};
+use keybroker_store::{CHANGES_MAX, KnownLog, copy::Copy};
 
 use super::{Engine, revision, stamp, user};
 
@@ -55,7 +55,7 @@ pub(crate) async fn an_interrupted_migration_starts_again(engine: &Engine) {
         "SELECT 1",
         "SELECT 1",
         "DROP TABLE store_identity; \
-         DELETE FROM _sqlx_migrations WHERE version = 5; \
+         DELETE FROM _sqlx_migrations WHERE version >= 5; \
          UPDATE _sqlx_migrations SET success = false WHERE version = 4",
     ));
     let report = store::migrate(&engine.settings, false).await.unwrap();
@@ -80,4 +80,26 @@ pub(crate) async fn a_copy_gets_the_identity_of_its_source(engine: &Engine) {
     assert_ne!(copy.to.evidence(&[]).await.unwrap().store, id);
     copy.carry_identity().await.unwrap();
     assert_eq!(copy.to.evidence(&[]).await.unwrap().store, id);
+}
+
+/// Each instance has its own logs, and a log that was recorded twice is recorded once.
+pub(crate) async fn the_audit_logs_of_an_instance_are_known(engine: &Engine) {
+    let opened = engine.open().await;
+    let [first, second] = ["1", "2"].map(|digit| digit.repeat(32));
+    let known = async |instance: &str, log: &str| opened.audit_log(instance, log).await.unwrap();
+    assert_eq!(known("one", &first).await, KnownLog::None);
+    for _ in 0..2 {
+        let at = Timestamp::now();
+        opened.add_audit_log("one", &first, at).await.unwrap();
+    }
+    assert_eq!(known("one", &first).await, KnownLog::This);
+    assert_eq!(known("one", &second).await, KnownLog::Another);
+    assert_eq!(known("One", &second).await, KnownLog::None);
+    assert_eq!(known("two", &first).await, KnownLog::None);
+    opened
+        .add_audit_log("one", &second, Timestamp::now())
+        .await
+        .unwrap();
+    assert_eq!(known("one", &first).await, KnownLog::This);
+    assert_eq!(known("one", &second).await, KnownLog::This);
 }

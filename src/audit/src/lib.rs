@@ -214,6 +214,8 @@ pub struct Entry {
     pub client: Option<ClientId>,
     /// What that client may do.
     pub grant: Option<String>,
+    /// The identity of the database that the log is used with.
+    pub store: Option<String>,
 }
 
 impl Entry {
@@ -239,6 +241,7 @@ impl Entry {
             bytes: None,
             client: None,
             grant: None,
+            store: None,
             cause: None,
         }
     }

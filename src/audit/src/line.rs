@@ -43,6 +43,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.shown("request_id", entry.request_id.as_ref());
     object.number("revision", entry.revision.map(Revision::get));
     object.number("sequence", Some(place.sequence));
+    object.text("store", entry.store.as_deref());
     object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));
     object.number("time_us", u64::try_from(place.at.micros()).ok());
     object.text("user", entry.user.as_ref().map(UserId::as_str));

@@ -30,6 +30,11 @@ pub struct AuditLog(Arc<Inner>);
 
 struct Inner {
     directory: PathBuf,
+    /// As it was when the log was opened.
+    log_id: String,
+    /// What the instance remembers of its log; absent for the log of a command.
+    memory: Option<Memory>,
+    is_binding_required: bool,
     commands: Sender<Command>,
     shared: Arc<Shared>,
     /// Disconnected once the writer's thread has ended.
@@ -75,6 +80,13 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
+        // Before it is made: a start that is cut short must not make a new log look like one of an earlier release.
+        if let Some(memory) = memory
+            && acknowledgement.is_none()
+            && !directory.join(segment::LOG_ID).exists()
+        {
+            memory.require_binding()?;
+        }
         let log_id = segment::log_id(directory)?;
         let mut found = Found::read(directory)?;
         if let Some(memory) = memory {
@@ -92,7 +104,7 @@ impl AuditLog {
         let changes = found.changes.iter().cloned().collect();
         let mut writer = Writer::new(
             directory,
-            log_id,
+            log_id.clone(),
             lock,
             &found,
             Arc::clone(&shared),
@@ -114,32 +126,68 @@ impl AuditLog {
             memory.forget_tampering()?;
         }
         writer.try_removal();
-        let log = Self::start(directory, writer, shared, changes)?;
+        let is_binding_required = match memory {
+            Some(memory) => memory.is_binding_required()?,
+            None => false,
+        };
+        let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
+        let ended = Self::start(writer, receiver)?;
+        let log = Self(Arc::new(Inner {
+            directory: directory.to_owned(),
+            log_id,
+            memory: memory.cloned(),
+            is_binding_required,
+            commands,
+            shared,
+            ended,
+            changes,
+        }));
         Ok((log, open))
     }
 
-    fn start(
-        directory: &Path,
-        writer: Writer,
-        shared: Arc<Shared>,
-        changes: Vec<Change>,
-    ) -> Result<Self, Error> {
-        let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
+    /// Starts the writer's thread. The receiver is disconnected once it has ended.
+    fn start(writer: Writer, commands: Receiver<Command>) -> Result<Receiver<()>, Error> {
         let (ending, ended) = crossbeam_channel::bounded(0);
         std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || {
                 let _until_the_end = ending;
-                writer.run(&receiver);
+                writer.run(&commands);
             })
             .map_err(|error| Error::new(format!("cannot start the audit thread: {error}")))?;
-        Ok(Self(Arc::new(Inner {
-            directory: directory.to_owned(),
-            commands,
-            shared,
-            ended,
-            changes,
-        })))
+        Ok(ended)
+    }
+
+    /// The id of the log, 32 hexadecimal digits, as it was when the log was opened.
+    pub fn id(&self) -> &str {
+        &self.0.log_id
+    }
+
+    /// Whether a database that was used with other logs of this instance must know this one. Not so for a log that an earlier
+    /// release made, until [`AuditLog::require_binding`], nor after an operator has acknowledged tampering.
+    pub fn is_binding_required(&self) -> bool {
+        self.0.is_binding_required
+    }
+
+    /// Remembers that the database knows this log: from now on it must.
+    pub fn require_binding(&self) -> Result<(), Error> {
+        match &self.0.memory {
+            Some(memory) => memory.require_binding(),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the log for one that was put in the place of another one, until an operator acknowledges that.
+    pub fn refuse_unknown(&self) -> Error {
+        let finding = format!(
+            "the database was used with other logs of this instance, and not with the one in {}: it was replaced, or its directory was \
+             moved, while the broker was stopped",
+            self.0.directory.display()
+        );
+        match &self.0.memory {
+            Some(memory) => found_at_start(memory, finding),
+            None => Error::tampered(finding),
+        }
     }
 
     /// The newest changes that the log had when it was opened, at most 16, oldest first.

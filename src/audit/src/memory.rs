@@ -67,6 +67,7 @@ const MARK: &str = "mark";
 const TAMPERING: &str = "tampering";
 const ACKNOWLEDGEMENT: &str = "acknowledgement";
 const REMOVAL: &str = "removal";
+const BINDING: &str = "binding";
 
 impl Memory {
     pub(super) fn new(state: StateDirectory, instance: &str) -> Self {
@@ -126,8 +127,24 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// The acknowledgement has taken effect.
+    /// Whether the database must know the log, because it was made or recorded there by a release that does so.
+    pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
+        match self.state.read(&self.name(BINDING)) {
+            Ok(fact) => Ok(fact.is_some()),
+            Err(error) => Err(unusable(error)),
+        }
+    }
+
+    pub(super) fn require_binding(&self) -> Result<(), Error> {
+        if self.is_binding_required()? {
+            return Ok(());
+        }
+        self.write(BINDING, &true)
+    }
+
+    /// The acknowledgement has taken effect. It also accepts a log that the database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
+        self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;
         self.remove(TAMPERING)
     }

@@ -19,8 +19,7 @@ use keybroker_core::call::{CallId, Timestamp};
 use super::{
     Change, Error, OpenIntent,
     line::Parsed,
-    segment::{self, Line},
-    writer::GROUP_MAX,
+    segment::{self, GROUP_MAX, Line},
 };
 
 /// Changes that are remembered.

@@ -7,14 +7,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use keybroker_core::{remedy::remedy, trusted_file};
+use keybroker_core::{
+    remedy::remedy,
+    trusted_file::{self, Purpose},
+};
 
 use super::{
     Class, Error,
     line::{self, Parsed},
 };
 
+/// Entries that are written together, in one group, at most.
+pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
+const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
 /// Name of the file whose lock makes a process the only writer.
 pub(super) const LOCK: &str = "lock";
 /// Why there is no log yet.
@@ -77,13 +83,12 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Warns of a directory above the log in which every user could put another one in its place.
+/// Warns of a directory above the log in which another user could put another one in its place.
 pub(super) fn note_open_directory(path: &Path) {
-    if let Some(open) = trusted_file::open_directory_above(path) {
+    if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
-            directory = %path.display(), writable = %open.display(),
-            "every user of this machine can move the audit directory to another place, and the next start would begin a new log; \
-             run `chmod o-w` on the directory that they can write to"
+            directory = %path.display(), cause = %error,
+            "other users of this machine can replace the audit directory while the broker is stopped"
         );
     }
 }

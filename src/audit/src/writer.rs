@@ -34,12 +34,10 @@ use super::{
     line::{self, Place},
     memory::{Mark, Memory, Removal},
     recovery::Found,
-    segment,
+    segment::{self, GROUP_MAX},
     state::Shared,
 };
 
-/// Entries in one group at most.
-pub(super) const GROUP_MAX: u64 = 1_024;
 /// How often all files are compared and, while the log is down, the writer tries it again. Twice this is less than the second
 /// within which tampering is noticed.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);

@@ -33,10 +33,16 @@ use error::{KeyError, LeftOut};
 
 pub use error::{SetError, SourceError};
 pub(super) use fetch::SET_BYTES_MAX;
-pub(super) use keys::{Keys, Pace};
+pub(super) use keys::{Keys, Newer, Pace};
 
 /// Most keys in a set. Providers publish two or three.
 const KEYS_MAX: usize = 64;
+/// Bits of an RSA modulus: fewer can be factored, and more are refused by the library that verifies.
+const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
+/// Least public exponent (FIPS 186-5 section 5.1).
+const EXPONENT_MIN: u32 = 65_537;
+/// Longest public exponent, in bits, that the library takes that verifies.
+const EXPONENT_BITS_MAX: usize = 33;
 /// Keys that are tried for a token that does not name one of several.
 const TRIES_MAX: usize = 4;
 /// What the log calls a key without a name.

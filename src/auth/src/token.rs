@@ -22,7 +22,7 @@ use keybroker_core::{call::Timestamp, error::Error, metrics, principal::Principa
 
 use super::{
     issuer::{self, Algorithm, Settings},
-    jwks::{KeySet, Keys, Named, NoKey, Pace, SourceError},
+    jwks::{KeySet, Keys, Named, Newer, NoKey, Pace, SourceError},
 };
 
 mod claims;
@@ -183,7 +183,7 @@ impl Tokens {
             } else {
                 format!("token of the issuer {name:?} refused: {}", refusal.detail)
             };
-            refusal.cause.error(detail)
+            refusal.error(detail)
         })
     }
 
@@ -270,15 +270,26 @@ impl Issuer {
         let mut outcome = self.verify_with(&set, token, named, algorithm);
         // The provider may have a new key. Without a name, only the signature shows that it is not in the set.
         let may_be_newer = match &outcome {
-            Err(refusal) => {
-                refusal.cause == Cause::KeyId
-                    || refusal.cause == Cause::Signature && named.kid.is_none()
-            }
+            Err(refusal) => match refusal.cause {
+                Cause::KeyId | Cause::ManyKeys => true,
+                Cause::Signature => named.kid.is_none(),
+                _ => false,
+            },
             Ok(_) => false,
         };
-        if may_be_newer && let Some(newer) = self.keys.newer_than(&set).await {
-            set = newer;
-            outcome = self.verify_with(&set, token, named, algorithm);
+        if may_be_newer {
+            match self.keys.newer_than(&set).await {
+                Newer::Set(newer) => {
+                    set = newer;
+                    outcome = self.verify_with(&set, token, named, algorithm);
+                }
+                // Refused for good only when it is known that the provider has no such key: a caller that makes up key ids must
+                // not have good tokens rejected that come after a change of keys.
+                Newer::Unknown(wait) => {
+                    outcome = outcome.map_err(|refusal| refusal.undecided(wait))
+                }
+                Newer::Same => {}
+            }
         }
         let (claims, is_expired) = outcome?;
         Ok((claims, is_expired, set))
@@ -303,7 +314,7 @@ impl Issuer {
                     set.names()
                 ),
             }),
-            NoKey::TooMany => Cause::KeyId.because(format!(
+            NoKey::TooMany => Cause::ManyKeys.because(format!(
                 "it has no `kid`, and more keys fit its `alg` than are tried: {:?}",
                 set.names()
             )),

@@ -6,7 +6,7 @@ use argon2::{Algorithm, ParamsBuilder, Version};
 use aws_lc_rs::{digest, pbkdf2};
 use zeroize::Zeroizing;
 
-use super::{Error, MasterKey, Password, keys::MASTER_KEY_BYTES};
+use super::{Error, MASTER_KEY_BYTES, MasterKey, Password};
 
 /// The most that clients offer for new accounts: iterations of PBKDF2; iterations, memory in MiB and parallelism of Argon2id.
 const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;

@@ -7,10 +7,8 @@ use base64ct::{Base64, Encoding as _};
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
-use super::{EncString, Error, Password, cipher, kdf::pbkdf2_sha256};
+use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher, kdf::pbkdf2_sha256};
 
-/// Length of a master key, and of what a Key Connector keeps, in bytes.
-pub const MASTER_KEY_BYTES: usize = 32;
 /// AES-256 and HMAC-SHA256, 32 bytes each.
 const SYMMETRIC_KEY_BYTES: usize = 64;
 const HALF: usize = SYMMETRIC_KEY_BYTES / 2;

@@ -26,7 +26,10 @@ pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
-pub use keys::{MASTER_KEY_BYTES, MasterKey, SymmetricKey};
+pub use keys::{MasterKey, SymmetricKey};
+
+/// Length of a master key, and of what a Key Connector keeps, in bytes.
+pub const MASTER_KEY_BYTES: usize = 32;
 
 /// Why something of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -125,6 +125,17 @@ pub struct Parts {
     pub instance: String,
     /// How long the database keeps the marks of changes at least.
     pub retention: Duration,
+    /// How much may be stored.
+    pub capacity: Capacity,
+}
+
+/// How much may be stored of one user. Calls under way at the same time may exceed it by one each.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Revisions of a record, superseded ones included: `store.revisions_max`.
+    pub revisions_max: u32,
+    /// Keys of a user, deleted ones included: `store.keys_per_user_max`.
+    pub keys_per_user_max: u32,
 }
 
 /// The use cases over one store, one token and one audit log.
@@ -146,6 +157,7 @@ pub struct Broker {
     client_rules: ClientRules,
     client_uses: ClientUses,
     acknowledged: Acknowledged,
+    capacity: Capacity,
     /// Grows with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
@@ -167,6 +179,7 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
+            capacity: parts.capacity,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
             uses: Uses::default(),

@@ -303,7 +303,12 @@ impl Broker {
         request: Option<&RequestStamp>,
         error: &Error,
     ) -> Result<Option<RecordInfo>, Error> {
-        let rivals = [Reason::KeyExists, Reason::KeyNotFound, Reason::Revision];
+        let rivals = [
+            Reason::KeyExists,
+            Reason::KeyNotFound,
+            Reason::Revision,
+            Reason::Limit,
+        ];
         match request {
             Some(stamp) if rivals.contains(&error.reason()) => {
                 let Mutation {

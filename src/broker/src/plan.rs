@@ -91,6 +91,7 @@ impl Broker {
                 if within(call, self.store.record(address)).await?.is_some() {
                     return Err(Error::new(Reason::KeyExists, "the address is taken"));
                 }
+                self.check_keys(call, address).await?;
                 let new = self
                     .wrap(call, address, fresh_record_id()?, Revision::FIRST, material)
                     .await?;
@@ -99,6 +100,7 @@ impl Broker {
             Change::Replace { material, expected } => {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
+                self.check_revisions(call, &record.info).await?;
                 let new = self
                     .wrap(call, address, record.info.id, expected.next(), material)
                     .await?;
@@ -107,6 +109,7 @@ impl Broker {
             Change::Restore { revision, expected } => {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
+                self.check_revisions(call, &record.info).await?;
                 let new = self.rebind(call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }
@@ -125,6 +128,38 @@ impl Broker {
                 }
             }
         }
+    }
+
+    /// Refuses another key of a user who has as many as may be stored.
+    async fn check_keys(&self, call: &Call, address: &KeyAddress) -> Result<(), Error> {
+        let most = self.capacity.keys_per_user_max;
+        let count = self.store.count_keys(&address.tenant, &address.user, most);
+        if within(call, count).await? < most {
+            return Ok(());
+        }
+        let detail = format!(
+            "the user has {most} keys, deleted ones included, which is `store.keys_per_user_max`; raise it, or remove keys that were \
+             deleted long ago with `keybroker store purge`"
+        );
+        Err(Error::new(Reason::Limit, detail))
+    }
+
+    /// Refuses another revision of a record that has as many as may be stored. None is removed to make place: a caller could
+    /// otherwise end the retention period by replacing the key again and again.
+    async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
+        let most = self.capacity.revisions_max;
+        // There cannot be more revisions than the number of the current one.
+        if info.revision.get() < most.into() {
+            return Ok(());
+        }
+        if within(call, self.store.count_revisions(info.id, most)).await? < most {
+            return Ok(());
+        }
+        let detail = format!(
+            "{most} revisions of the record are stored, which is `store.revisions_max`; raise it, or remove those that were superseded \
+             before `store.retention_days` with `keybroker store purge`"
+        );
+        Err(Error::new(Reason::Limit, detail))
     }
 
     async fn wrap(

@@ -149,6 +149,10 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         state: StateDirectory::below(folder),
         instance: "serve".to_owned(),
         retention: Duration::from_hours(24),
+        capacity: Capacity {
+            revisions_max: 1_000,
+            keys_per_user_max: 1_000,
+        },
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

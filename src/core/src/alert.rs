@@ -4,8 +4,6 @@
 //! [`alert!`](crate::alert!) is the only way to raise one. It logs one line at level ERROR with the fields `alert` (the name) and
 //! `severity`, and counts it in `keybroker_alerts_total`.
 
-use crate::metrics::{self, Counter};
-
 /// For the macro, which is expanded in crates that need not depend on it.
 #[doc(hidden)]
 pub use tracing;
@@ -86,26 +84,6 @@ alerts! {
     Bug = "bug", Warning, "A fault of the broker itself.";
 }
 
-impl Alert {
-    /// Counts it, also in the counter that only this alert increments, if it has one.
-    pub fn count(self) {
-        metrics::ALERTS.with([self.name()]).increment(1);
-        if let Some(counter) = self.counter() {
-            counter.increment();
-        }
-    }
-
-    fn counter(self) -> Option<&'static Counter<0>> {
-        match self {
-            Self::BulkRelease => Some(&metrics::BULK_RELEASES),
-            Self::AuditTampered => Some(&metrics::AUDIT_TAMPERING),
-            Self::TlsReload => Some(&metrics::TLS_RELOAD_FAILURES),
-            Self::PolicyReload => Some(&metrics::POLICY_RELOAD_FAILURES),
-            _ => None,
-        }
-    }
-}
-
 /// Raises an [`Alert`](crate::alert::Alert): its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
 /// expression.
 ///
@@ -119,7 +97,7 @@ macro_rules! alert {
     };
     (raise $alert:expr, $($event:tt)+) => {{
         let alert: $crate::alert::Alert = $alert;
-        alert.count();
+        $crate::metrics::count_alert(alert);
         $crate::alert::tracing::error!(
             alert = alert.name(),
             severity = alert.severity().name(),

@@ -29,6 +29,8 @@ pub enum Reason {
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
+    /// A limit of what may be stored is reached: revisions of a record, or keys of a user.
+    Limit,
     /// The token queue is full.
     QueueFull,
     /// The caller's rate limit is used up.
@@ -53,7 +55,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the documentation.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Request,
         Self::RequestIdReused,
         Self::Credential,
@@ -64,6 +66,7 @@ impl Reason {
         Self::RecordDamaged,
         Self::EnvelopeRejected,
         Self::KeyState,
+        Self::Limit,
         Self::QueueFull,
         Self::Rate,
         Self::FailureBudget,
@@ -89,6 +92,7 @@ impl Reason {
             Self::RecordDamaged => "RECORD_DAMAGED",
             Self::EnvelopeRejected => "ENVELOPE_REJECTED",
             Self::KeyState => "KEY_STATE",
+            Self::Limit => "LIMIT",
             Self::QueueFull => "QUEUE_FULL",
             Self::Rate => "RATE",
             Self::FailureBudget => "FAILURE_BUDGET",
@@ -120,6 +124,7 @@ impl Reason {
             Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
             Self::KeyState => "the state of the key forbids this",
+            Self::Limit => "the limit of stored revisions or keys is reached",
             Self::QueueFull => "the token or the database is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",
             Self::FailureBudget => "too many failures; try again after the given delay",
@@ -159,6 +164,7 @@ pub struct Error {
     retry_after: Option<Duration>,
     detail: String,
     is_renewable: bool,
+    is_failed_attempt: bool,
     is_outcome_unknown: bool,
 }
 
@@ -171,6 +177,7 @@ impl Error {
             retry_after: None,
             detail: detail.into(),
             is_renewable: false,
+            is_failed_attempt: false,
             is_outcome_unknown: false,
         }
     }
@@ -203,6 +210,15 @@ impl Error {
         }
     }
 
+    /// The same error of a credential that may be made up, although it was not rejected: it counts as a failed attempt.
+    #[must_use]
+    pub fn failed_attempt(self) -> Self {
+        Self {
+            is_failed_attempt: true,
+            ..self
+        }
+    }
+
     /// The same error of a change that may have been made all the same.
     #[must_use]
     pub fn outcome_unknown(self) -> Self {
@@ -220,6 +236,11 @@ impl Error {
     /// Whether the credential was good and has expired. Such a refusal is no attack, and is not counted as a failure.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
+    }
+
+    /// Whether it counts as a failed attempt of the caller's address.
+    pub fn is_failed_attempt(&self) -> bool {
+        self.is_failed_attempt || self.reason == Reason::Credential && !self.is_renewable
     }
 
     /// Why the call failed.

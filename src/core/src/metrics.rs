@@ -114,6 +114,11 @@ struct Declared<const N: usize> {
 }
 
 impl<const N: usize> Declared<N> {
+    fn declaration(&self) -> Declaration<'_> {
+        let Self { name, help, labels } = self;
+        Declaration { name, help, labels }
+    }
+
     fn key<V: Into<SharedString>>(&self, values: [V; N]) -> Key {
         let pairs = self.labels.iter().zip(values);
         let pairs = pairs.map(|(label, value)| Pair::new(label.name, value));
@@ -219,22 +224,43 @@ impl Histogram<0> {
     }
 }
 
+/// What is common to all metrics, whatever the number of their labels.
+#[derive(Clone, Copy, Debug)]
+pub struct Declaration<'a> {
+    name: &'static str,
+    help: &'static str,
+    labels: &'a [&'static Label],
+}
+
 /// Any declared metric.
 pub trait Metric: Sync {
     /// `counter`, `gauge` or `histogram`.
     fn kind(&self) -> &'static str;
-    /// Name, as a collector sees it.
-    fn name(&self) -> &'static str;
-    /// One sentence.
-    fn help(&self) -> &'static str;
-    /// Names of its labels.
-    fn labels(&self) -> Vec<&'static str>;
+    /// Name, help and labels.
+    fn declaration(&self) -> Declaration<'_>;
+    /// Describes it to the recorder, and makes the series of a counter that are known in advance.
+    fn register(&self);
+
     /// Upper bounds of the buckets of a histogram.
     fn buckets(&self) -> Option<&'static [f64]> {
         None
     }
-    /// Describes it to the recorder, and makes the series of a counter that are known in advance.
-    fn register(&self);
+
+    /// Name, as a collector sees it.
+    fn name(&self) -> &'static str {
+        self.declaration().name
+    }
+
+    /// One sentence.
+    fn help(&self) -> &'static str {
+        self.declaration().help
+    }
+
+    /// Names of its labels.
+    fn labels(&self) -> Vec<&'static str> {
+        let labels = self.declaration().labels.iter();
+        labels.map(|label| label.name).collect()
+    }
 }
 
 impl<const N: usize> Metric for Counter<N> {
@@ -242,21 +268,14 @@ impl<const N: usize> Metric for Counter<N> {
         "counter"
     }
 
-    fn name(&self) -> &'static str {
-        self.0.name
-    }
-
-    fn help(&self) -> &'static str {
-        self.0.help
-    }
-
-    fn labels(&self) -> Vec<&'static str> {
-        self.0.labels.iter().map(|label| label.name).collect()
+    fn declaration(&self) -> Declaration<'_> {
+        self.0.declaration()
     }
 
     fn register(&self) {
+        let Declared { name, help, .. } = self.0;
         with_recorder(|recorder| {
-            recorder.describe_counter(self.0.name.into(), self.0.unit(), self.0.help.into());
+            recorder.describe_counter(name.into(), self.0.unit(), help.into());
         });
         for values in self.0.known() {
             self.with(values).increment(0);
@@ -269,21 +288,14 @@ impl<const N: usize> Metric for Gauge<N> {
         "gauge"
     }
 
-    fn name(&self) -> &'static str {
-        self.0.name
-    }
-
-    fn help(&self) -> &'static str {
-        self.0.help
-    }
-
-    fn labels(&self) -> Vec<&'static str> {
-        self.0.labels.iter().map(|label| label.name).collect()
+    fn declaration(&self) -> Declaration<'_> {
+        self.0.declaration()
     }
 
     fn register(&self) {
+        let Declared { name, help, .. } = self.0;
         with_recorder(|recorder| {
-            recorder.describe_gauge(self.0.name.into(), self.0.unit(), self.0.help.into());
+            recorder.describe_gauge(name.into(), self.0.unit(), help.into());
         });
     }
 }
@@ -293,17 +305,8 @@ impl<const N: usize> Metric for Histogram<N> {
         "histogram"
     }
 
-    fn name(&self) -> &'static str {
-        self.declared.name
-    }
-
-    fn help(&self) -> &'static str {
-        self.declared.help
-    }
-
-    fn labels(&self) -> Vec<&'static str> {
-        let labels = self.declared.labels.iter();
-        labels.map(|label| label.name).collect()
+    fn declaration(&self) -> Declaration<'_> {
+        self.declared.declaration()
     }
 
     fn buckets(&self) -> Option<&'static [f64]> {
@@ -311,10 +314,22 @@ impl<const N: usize> Metric for Histogram<N> {
     }
 
     fn register(&self) {
+        let Declared { name, help, .. } = self.declared;
         with_recorder(|recorder| {
-            let Declared { name, help, .. } = self.declared;
             recorder.describe_histogram(name.into(), self.declared.unit(), help.into());
         });
+    }
+}
+
+/// Counts an alert, also in the counter that only this alert increments, if it has one.
+pub fn count_alert(alert: Alert) {
+    ALERTS.with([alert.name()]).increment(1);
+    match alert {
+        Alert::BulkRelease => BULK_RELEASES.increment(),
+        Alert::AuditTampered => AUDIT_TAMPERING.increment(),
+        Alert::TlsReload => TLS_RELOAD_FAILURES.increment(),
+        Alert::PolicyReload => POLICY_RELOAD_FAILURES.increment(),
+        _ => {}
     }
 }
 

@@ -16,11 +16,16 @@
 //!   Secrets with `fsGroup`).
 //!
 //! A read-only mount counts only when it is another file system than that of the root directory. systemd's `ProtectSystem=strict`
-//! shows a service the whole host read-only, while other users of the host can still write to it.
+//! shows a service the whole host read-only, while other users of the host can still write to it. A FUSE mount never counts as
+//! read-only, because the process that serves it decides what is read and who the owners are. One that another user mounted is refused.
+//!
+//! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]), and
+//! to the directories above a file that this process writes, where a group may have the write permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use std::{
+    cell::Cell,
     collections::VecDeque,
     env,
     ffi::{OsStr, OsString},
@@ -36,8 +41,8 @@ use std::{
 
 use rustix::{
     fs::{
-        CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, StatVfsMountFlags, fstat, fstatfs,
-        fstatvfs, openat, readlinkat,
+        CWD, FileType, FsWord, Mode, OFlags, PROC_SUPER_MAGIC, Stat, StatVfsMountFlags, fstat,
+        fstatfs, fstatvfs, major, minor, openat, readlinkat,
     },
     io::Errno,
 };
@@ -65,6 +70,12 @@ const SECRET_OF_USER: u32 = 0o077;
 const SECRET_OF_ROOT: u32 = 0o037;
 /// Symbolic links that are followed for one path; the limit of the kernel.
 const LINKS_MAX: usize = 40;
+/// The file system type of every FUSE mount.
+const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
+const MOUNTS: &str = "/proc/self/mountinfo";
+/// The users of this machine. Users of other directory services are named by their numbers.
+const USERS: &str = "/etc/passwd";
+const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Largest capacity that is reserved before the length of a file is known to be right.
 const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
@@ -75,12 +86,24 @@ pub struct Purpose {
     secret: Option<&'static str>,
     /// What another user could do, as a clause that begins with `other users could`.
     risk: &'static str,
+    /// What to do about a foreign owner, when it is not `chown`.
+    owner_remedy: Option<&'static str>,
 }
 
 impl Purpose {
     /// A file that other users may read but not change. `risk` is the clause that says what they could do otherwise.
     pub const fn trust(risk: &'static str) -> Self {
-        Self { secret: None, risk }
+        Self {
+            secret: None,
+            risk,
+            owner_remedy: None,
+        }
+    }
+
+    /// The same purpose with another remedy for what belongs to another user.
+    pub const fn owner_remedy(mut self, remedy: &'static str) -> Self {
+        self.owner_remedy = Some(remedy);
+        self
     }
 
     /// A file that holds a secret, named by `what`, such as `PIN`.
@@ -88,7 +111,43 @@ impl Purpose {
         Self {
             secret: Some(what),
             risk: "other users could replace it",
+            owner_remedy: None,
         }
+    }
+}
+
+/// A user who is trusted with a path besides root and the user of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    id: u32,
+    /// The user's own group, which may write to a directory on the way.
+    group: u32,
+}
+
+impl User {
+    /// The user with this name or number. A number that `/etc/passwd` does not have is a user in a container or of a directory
+    /// service: its group is taken to have the same number.
+    pub fn find(name: &str) -> Result<Option<Self>, Error> {
+        let purpose = Purpose::trust("other users could choose who is trusted");
+        let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
+        Ok(Self::find_in(&String::from_utf8_lossy(&users), name))
+    }
+
+    fn find_in(users: &str, name: &str) -> Option<Self> {
+        let number = name.parse::<u32>().ok();
+        let known = users.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let found = fields.next()?;
+            let id = fields.nth(1)?.parse().ok()?;
+            let group = fields.next()?.parse().ok()?;
+            (found == name || number == Some(id)).then_some(Self { id, group })
+        });
+        known.or(number.map(|id| Self { id, group: id }))
+    }
+
+    /// The number of the user.
+    pub const fn id(self) -> u32 {
+        self.id
     }
 }
 
@@ -108,6 +167,10 @@ enum Problem {
     NoCredentials,
     NotRegular(&'static str),
     NotDirectory(&'static str),
+    NotSocket(&'static str),
+    ForeignMount {
+        owner: u32,
+    },
     ProcLink,
     TooLong(u64),
     Grew,
@@ -175,6 +238,11 @@ impl fmt::Display for Error {
                 "{at} is {kind}, and only a regular file is read; name a regular file, or write the content to one"
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
+            Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
+            Problem::ForeignMount { owner } => write!(
+                f,
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
             Problem::ProcLink => write!(
                 f,
                 "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
@@ -188,6 +256,12 @@ impl fmt::Display for Error {
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
             Problem::Owner { what, owner } => {
+                if let Some(remedy) = self.purpose.owner_remedy {
+                    return write!(
+                        f,
+                        "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
+                    );
+                }
                 write!(
                     f,
                     "{what}{at} belongs to user {owner}, and it must belong to root or to user {ours}: {risk}; run `chown root \
@@ -334,15 +408,52 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
     }
 }
 
-/// The first directory above a path in which every user of this machine could put something else in place of what the path leads
-/// through. For directories that are written to, which a container's volume may open to every user.
-pub fn open_directory_above(path: &Path) -> Option<PathBuf> {
-    let resolved = std::fs::canonicalize(path).ok()?;
-    let above = resolved.ancestors().skip(1).find(|directory| {
-        std::fs::metadata(directory)
-            .is_ok_and(|meta| meta.mode() & WRITABLE_BY_ALL != 0 && meta.mode() & STICKY == 0)
+/// Checks the directories above a file or directory that this process writes, by the rule of [`check_directory`], except that their
+/// groups may write to them (`/var/log` of some distributions). The owner of `path` is trusted, too: root runs commands on files of
+/// the service's user. A path that does not exist yet is checked as far as it exists.
+pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
+    let owner = std::fs::metadata(path).ok().map(|meta| User {
+        id: meta.uid(),
+        group: meta.gid(),
     });
-    above.map(Path::to_owned)
+    let walk = Walk {
+        users: owner.as_slice(),
+        writable: WRITABLE_BY_ALL,
+        ..Walk::new(path, purpose)
+    };
+    match walk.resolve() {
+        Err(error) if !error.is_missing() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Where a socket that passed [`check_socket`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketPlace {
+    /// A directory on the way is sticky and others can write to it: once the socket is removed, every user can make another one.
+    pub is_shared: bool,
+}
+
+/// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users` are
+/// the users of that program: what belongs to them is trusted like what belongs to root, and their own groups may write to
+/// directories on the way (`/run/postgresql` of Debian has mode 2775).
+pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
+    let walk = Walk {
+        users,
+        ..Walk::new(path, purpose)
+    };
+    let (stat, at) = match walk.resolve()? {
+        Target::Entry { stat, at, .. } => (stat, at),
+        Target::Directory(directory) => (directory.stat, directory.at),
+    };
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+        return Err(walk.error(&at, Problem::NotSocket(kind_of(&stat))));
+    }
+    // Also in a read-only mount: the process that listens is on the other side of it.
+    walk.check_owner("the socket ", stat.st_uid, &at)?;
+    Ok(SocketPlace {
+        is_shared: walk.is_shared.get(),
+    })
 }
 
 /// The group that can read a file, if its group can and others cannot. Unknown counts as none.
@@ -376,6 +487,12 @@ struct Walk<'a> {
     path: &'a Path,
     purpose: Purpose,
     ours: u32,
+    /// Users who are trusted besides root and this one.
+    users: &'a [User],
+    /// The write permissions that a directory on the way must not have.
+    writable: u32,
+    /// Whether others can add entries to a directory on the way.
+    is_shared: Cell<bool>,
 }
 
 impl<'a> Walk<'a> {
@@ -384,6 +501,9 @@ impl<'a> Walk<'a> {
             path,
             purpose,
             ours: rustix::process::geteuid().as_raw(),
+            users: &[],
+            writable: WRITABLE_BY_OTHERS,
+            is_shared: Cell::new(false),
         }
     }
 
@@ -464,7 +584,7 @@ impl<'a> Walk<'a> {
 
     fn check_file(&self, fd: &OwnedFd, stat: &Stat, at: &Path) -> Result<(), Error> {
         let (mode, owner) = (mode_of(stat), stat.st_uid);
-        let is_read_only = is_mounted_read_only(fd) && is_apart_from_root(stat.st_dev);
+        let is_read_only = is_unchangeable(fd, stat);
         if self.purpose.secret.is_some() {
             let forbidden = if owner == ROOT {
                 SECRET_OF_ROOT
@@ -500,13 +620,25 @@ impl<'a> Walk<'a> {
     }
 
     fn is_trusted(&self, owner: u32) -> bool {
-        owner == ROOT || owner == self.ours
+        owner == ROOT || owner == self.ours || self.users.iter().any(|user| user.id == owner)
+    }
+
+    /// Whether a user who is not trusted can add entries to a directory.
+    fn is_writable_by_others(&self, stat: &Stat) -> bool {
+        let mode = mode_of(stat);
+        let is_own_group = self.users.iter().any(|user| user.group == stat.st_gid);
+        mode & self.writable != 0 && (mode & WRITABLE_BY_ALL != 0 || !is_own_group)
     }
 
     /// Examines a directory that the path leads through.
     fn enter(&self, fd: OwnedFd, at: PathBuf) -> Result<Directory, Error> {
         let stat = fstat(&fd).map_err(self.io(&at))?;
-        let is_read_only = is_mounted_read_only(&fd) && is_apart_from_root(stat.st_dev);
+        if let Some(owner) = fuse_server(&fd, &stat)
+            && !self.is_trusted(owner)
+        {
+            return Err(self.error(&at, Problem::ForeignMount { owner }));
+        }
+        let is_read_only = is_unchangeable(&fd, &stat);
         let directory = Directory {
             fd,
             stat,
@@ -519,9 +651,12 @@ impl<'a> Walk<'a> {
         let (mode, owner) = (mode_of(&stat), stat.st_uid);
         let what = "the directory ";
         self.check_owner(what, owner, &directory.at)?;
-        if mode & WRITABLE_BY_OTHERS != 0 && mode & STICKY == 0 {
-            let problem = Problem::Writable { what, mode, owner };
-            return Err(self.error(&directory.at, problem));
+        if self.is_writable_by_others(&directory.stat) {
+            if mode & STICKY == 0 {
+                let problem = Problem::Writable { what, mode, owner };
+                return Err(self.error(&directory.at, problem));
+            }
+            self.is_shared.set(true);
         }
         Ok(directory)
     }
@@ -609,8 +744,37 @@ fn names(path: &Path) -> VecDeque<OsString> {
         .collect()
 }
 
-fn is_mounted_read_only(fd: impl AsFd) -> bool {
+/// Whether an entry is in a file system that is mounted read-only and is not that of the root directory. FUSE is served by a process
+/// that can change what is read however it is mounted. Unknown counts as changeable.
+fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
+        && !is_fuse(fd)
+        && is_apart_from_root(stat.st_dev)
+}
+
+fn is_fuse(fd: impl AsFd) -> bool {
+    fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
+}
+
+/// The user who mounted the FUSE file system that an entry is in. Absent for other file systems, also for virtiofs, which has the same
+/// type and is served by the hypervisor.
+fn fuse_server(fd: impl AsFd, stat: &Stat) -> Option<u32> {
+    if !is_fuse(fd) {
+        return None;
+    }
+    let mounts = std::fs::read_to_string(MOUNTS).ok()?;
+    mounting_user(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
+}
+
+/// The option `user_id` of the file system with this device number, in the form of proc(5).
+fn mounting_user(mounts: &str, (major, minor): (u32, u32)) -> Option<u32> {
+    let device = format!("{major}:{minor}");
+    let mount = mounts
+        .lines()
+        .find(|mount| mount.split(' ').nth(2) == Some(&device))?;
+    let options = mount.rsplit(' ').next()?;
+    let mut options = options.split(',');
+    options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
 }
 
 /// Whether a device is another one than that of the root directory. Unknown counts as the same.

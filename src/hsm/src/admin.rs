@@ -324,11 +324,7 @@ fn unexpected() -> AdminError {
 fn listed(entry: TokenEntry) -> Listed {
     Listed {
         slot: entry.slot,
-        info: TokenInfo {
-            label: entry.label,
-            serial: entry.serial,
-            model: entry.model,
-        },
+        info: entry.token.unwrap_or_default().into(),
         initialised: entry.initialised,
         pin_state: entry.pin_state,
         oaep_bits: entry.oaep.map(|oaep| oaep.bits_min..=oaep.bits_max),
@@ -337,7 +333,8 @@ fn listed(entry: TokenEntry) -> Listed {
     }
 }
 
-fn checked(key: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
+fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
+    let key = checked.key.ok_or_else(unexpected)?;
     let algorithm = match key.algorithm {
         0 => None,
         number => Some(
@@ -361,11 +358,11 @@ fn checked(key: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         id: WrappingKeyId::from_slice(&key.id).ok_or_else(unexpected)?,
         fingerprint: oaep::fingerprint(&key.spki),
         spki: key.spki,
-        modulus_bits: usize::try_from(key.modulus_bits).map_err(|_| unexpected())?,
+        modulus_bits: usize::try_from(checked.modulus_bits).map_err(|_| unexpected())?,
         algorithm,
-        private: findings(key.private_key),
-        binding: findings(key.binding_key),
-        problem: (!key.problem.is_empty()).then_some(key.problem),
+        private: findings(checked.private_key),
+        binding: findings(checked.binding_key),
+        problem: (!checked.problem.is_empty()).then_some(checked.problem),
     })
 }
 

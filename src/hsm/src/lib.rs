@@ -20,6 +20,7 @@ use keybroker_core::{
 };
 
 pub mod admin;
+mod job;
 mod link;
 mod process;
 mod queue;

@@ -25,7 +25,7 @@ use keybroker_worker_protocol::{
     wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::{process, queue::Job};
+use crate::{job::Job, process};
 
 /// A job that is not back this long after its deadline means that the worker is wedged.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);

@@ -13,7 +13,7 @@ use keybroker_worker_protocol::{
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{TokenKey, link, process, supervisor::NotReady};
+use crate::{TokenKey, link, process};
 
 /// How long a worker may take: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,6 +49,37 @@ pub(super) struct Failure {
     /// What the worker said; absent when it did not get so far.
     pub(super) class: Option<FailureClass>,
     pub(super) detail: String,
+}
+
+/// Why a worker did not become ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotReady {
+    /// The process ended, hung or could not be started: it says nothing of the token.
+    Crashed,
+    /// The token has no session free.
+    Busy,
+    /// The token is unavailable, or the configuration does not fit.
+    Unavailable,
+    /// A login failed with a code that says nothing of the PIN.
+    Login,
+    /// The PIN was rejected, cannot be read, or must not be shown to the token.
+    Pin,
+    /// A key, an attribute or a self-test is wrong.
+    Untrusted,
+}
+
+impl NotReady {
+    /// `first` for the first attempt of the process: a key that was there once is unavailable together with its token.
+    pub(crate) fn of(class: FailureClass, first: bool) -> Self {
+        match class {
+            FailureClass::BackOff => Self::Busy,
+            FailureClass::Login => Self::Login,
+            FailureClass::Pin => Self::Pin,
+            FailureClass::Untrusted => Self::Untrusted,
+            FailureClass::KeyMissing if first => Self::Untrusted,
+            _ => Self::Unavailable,
+        }
+    }
 }
 
 impl Failure {
@@ -214,11 +245,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         ));
     }
     Ok(Found {
-        info: TokenInfo {
-            label: ready.label,
-            serial: ready.serial,
-            model: ready.model,
-        },
+        info: ready.token.unwrap_or_default().into(),
         keys: keys.into(),
         wrap,
     })

@@ -25,13 +25,13 @@ use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, wire::FailureC
 
 use crate::{
     Error, Serving, TokenState, WorkerInfo,
+    job::Job,
     link::Link,
-    queue::{Job, Queue},
+    queue::Queue,
     start::{self, Started},
 };
 
 use alerts::{Alerts, Line};
-pub(super) use machine::NotReady;
 use machine::{Action, Event, Loss, Machine};
 
 mod alerts;

@@ -33,6 +33,15 @@ const CONFIGURATION: Purpose = Purpose::trust(
     "other users could change the configuration, and with it who obtains keys and which code is given the PIN",
 );
 
+/// What an examination of the files found.
+#[derive(Debug, Default)]
+pub struct FileReport {
+    /// Everything that is wrong, each with its remedy.
+    pub problems: Vec<String>,
+    /// How much each PEM file gave, and which secrets a group can read.
+    pub notes: Vec<String>,
+}
+
 /// All of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -8,5 +8,6 @@
 mod certificate;
 pub mod cli;
 pub mod config;
+mod output_file;
 pub mod server;
 pub mod telemetry;

@@ -20,6 +20,7 @@ mod log_limit;
 mod notify;
 mod opening;
 mod run;
+mod shared;
 mod status;
 mod tls;
 mod unauthenticated;

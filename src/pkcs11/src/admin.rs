@@ -21,10 +21,10 @@ use crate::{
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, Refusal},
+    keys::{self, Cause, KeySession, Refusal},
     module,
     negative::Subject,
-    open::{KeySession, OpenToken, auth_pin},
+    open::{OpenToken, auth_pin},
     operation, select,
 };
 

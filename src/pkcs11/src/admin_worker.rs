@@ -21,7 +21,7 @@ use keybroker_worker_protocol::{
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
         DecryptLoop, InitToken, KeyIds, OaepSupport, OpenToken, PinSource, Setup, TokenEntry,
-        TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
     },
 };
 
@@ -245,9 +245,7 @@ fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
 fn entry(listed: &admin::Listed) -> TokenEntry {
     TokenEntry {
         slot: listed.slot,
-        label: listed.info.label.clone(),
-        serial: listed.info.serial.clone(),
-        model: listed.info.model.clone(),
+        token: Some(listed.info.clone().into()),
         initialised: listed.initialised,
         pin_state: listed.pin_state.to_owned(),
         oaep: listed.oaep_bits.as_ref().map(|bits| OaepSupport {
@@ -262,15 +260,17 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
 
 fn key(checked: admin::CheckedKey) -> Outcome {
     Outcome::Key(CheckedKey {
-        id: checked.id.as_bytes().to_vec(),
+        key: Some(TokenKey {
+            id: checked.id.as_bytes().to_vec(),
+            spki: checked.spki,
+            algorithm: checked
+                .algorithm
+                .map_or(0, |algorithm| algorithm.number().into()),
+        }),
         modulus_bits: u32::try_from(checked.modulus_bits).unwrap_or(u32::MAX),
-        algorithm: checked
-            .algorithm
-            .map_or(0, |algorithm| algorithm.number().into()),
         private_key: checked.private.iter().map(finding).collect(),
         binding_key: checked.binding.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
-        spki: checked.spki,
     })
 }
 

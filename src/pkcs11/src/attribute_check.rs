@@ -100,8 +100,8 @@ pub(super) type Rule = (&'static str, AttributeType, Expected);
 const TRUE: Expected = Expected::Flag(true);
 const FALSE: Expected = Expected::Flag(false);
 
-/// The RSA private key of purpose *plain*.
-pub(super) const RSA_PRIVATE: &[Rule] = &[
+/// The rules of every key: a secret that was made on the token, stays there and does not change.
+const EVERY_KEY: [Rule; 9] = [
     ("CKA_TOKEN", AttributeType::Token, TRUE),
     ("CKA_PRIVATE", AttributeType::Private, TRUE),
     ("CKA_SENSITIVE", AttributeType::Sensitive, TRUE),
@@ -112,10 +112,14 @@ pub(super) const RSA_PRIVATE: &[Rule] = &[
         TRUE,
     ),
     ("CKA_LOCAL", AttributeType::Local, TRUE),
-    ("CKA_DECRYPT", AttributeType::Decrypt, TRUE),
     ("CKA_EXTRACTABLE", AttributeType::Extractable, FALSE),
     ("CKA_MODIFIABLE", AttributeType::Modifiable, FALSE),
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
+];
+
+/// The RSA private key of purpose *plain*.
+pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
+    ("CKA_DECRYPT", AttributeType::Decrypt, TRUE),
     ("CKA_SIGN", AttributeType::Sign, FALSE),
     ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
     ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
@@ -125,25 +129,12 @@ pub(super) const RSA_PRIVATE: &[Rule] = &[
         AttributeType::AllowedMechanisms,
         Expected::OnlyMechanism(Mechanism::RsaOaep),
     ),
-];
+]);
 
-/// The binding key.
-pub(super) const BINDING: &[Rule] = &[
-    ("CKA_TOKEN", AttributeType::Token, TRUE),
-    ("CKA_PRIVATE", AttributeType::Private, TRUE),
-    ("CKA_SENSITIVE", AttributeType::Sensitive, TRUE),
-    ("CKA_ALWAYS_SENSITIVE", AttributeType::AlwaysSensitive, TRUE),
-    (
-        "CKA_NEVER_EXTRACTABLE",
-        AttributeType::NeverExtractable,
-        TRUE,
-    ),
-    ("CKA_LOCAL", AttributeType::Local, TRUE),
+/// The integrity key.
+pub(super) const BINDING: &[Rule] = &with_those_of_every_key::<8, 17>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
-    ("CKA_EXTRACTABLE", AttributeType::Extractable, FALSE),
-    ("CKA_MODIFIABLE", AttributeType::Modifiable, FALSE),
-    ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
     ("CKA_ENCRYPT", AttributeType::Encrypt, FALSE),
     ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
     ("CKA_WRAP", AttributeType::Wrap, FALSE),
@@ -154,7 +145,23 @@ pub(super) const BINDING: &[Rule] = &[
         AttributeType::AllowedMechanisms,
         Expected::OnlyMechanism(Mechanism::Sha256Hmac),
     ),
-];
+]);
+
+/// [`EVERY_KEY`] and the rules of one kind of key, `N` in all. Another number does not compile.
+const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; OWN]) -> [Rule; N] {
+    assert!(EVERY_KEY.len() + OWN == N, "the number of rules");
+    let mut rules = [EVERY_KEY[0]; N];
+    let mut at = 0;
+    while at < N {
+        rules[at] = if at < EVERY_KEY.len() {
+            EVERY_KEY[at]
+        } else {
+            own[at - EVERY_KEY.len()]
+        };
+        at += 1;
+    }
+    rules
+}
 
 /// An attribute that `token.attribute_exceptions` may name, because tokens exist that cannot express it, and what the exception
 /// gives away. No exception lets a key leave the token: that `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`, `CKA_EXTRACTABLE`,

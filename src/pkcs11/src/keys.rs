@@ -5,9 +5,12 @@
 use std::fmt;
 
 use cryptoki::{
+    context::Pkcs11,
+    error::{Error, RvError},
     mechanism::{Mechanism, MechanismType},
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
     session::Session,
+    slot::Slot,
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, WrappingKeyId};
@@ -39,6 +42,46 @@ pub(super) struct PublicSide {
     pub(super) spki: Vec<u8>,
     pub(super) fingerprint: Fingerprint,
     pub(super) modulus_bits: usize,
+}
+
+/// A session that changes nothing: read-only, or read-write on tokens that have no other.
+pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+    calling::next("C_OpenSession");
+    match module.open_ro_session(slot) {
+        Err(Error::Pkcs11(
+            RvError::TokenWriteProtected
+            | RvError::SessionReadOnly
+            | RvError::SessionReadOnlyExists
+            | RvError::FunctionNotSupported
+            | RvError::ArgumentsBad,
+            _,
+        )) => Ok(module.open_rw_session(slot)?),
+        other => Ok(other?),
+    }
+}
+
+/// One session with the handles of the keys, owned by one thread for its life.
+#[derive(Debug)]
+pub(super) struct KeySession {
+    pub(super) session: Session,
+    pairs: Vec<KeyPair>,
+}
+
+impl KeySession {
+    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
+    /// another object.
+    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
+        let session = reading_session(module, slot)?;
+        let pairs = ids
+            .iter()
+            .map(|id| find(&session, *id))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { session, pairs })
+    }
+
+    pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
+        self.pairs.iter().find(|pair| pair.id == id)
+    }
 }
 
 /// Finds both objects of an id: exactly one RSA private key, exactly one secret key.
@@ -268,8 +311,8 @@ impl From<Fault> for Refusal {
     }
 }
 
-impl From<cryptoki::error::Error> for Refusal {
-    fn from(error: cryptoki::error::Error) -> Self {
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
         Fault::from(error).into()
     }
 }

@@ -17,8 +17,7 @@ use cryptoki::{
 use crate::{
     calling,
     classify::{Class, Fault, classify},
-    keys::KeyPair,
-    open::KeySession,
+    keys::{KeyPair, KeySession},
     operation::SelfTest,
 };
 

@@ -17,7 +17,7 @@ use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, PublicSide},
+    keys::{self, KeySession, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
     negative::{self, Subject, Terms},
@@ -61,7 +61,7 @@ impl OpenToken {
         let anchor = if write {
             module.open_rw_session(slot)?
         } else {
-            reading_session(&module, slot)?
+            keys::reading_session(&module, slot)?
         };
         let token = Self {
             module,
@@ -239,28 +239,6 @@ fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), F
     ))
 }
 
-/// A session that changes nothing: read-only, or read-write on tokens that have no other.
-fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
-    calling::next("C_OpenSession");
-    match module.open_ro_session(slot) {
-        Err(Error::Pkcs11(
-            RvError::TokenWriteProtected
-            | RvError::SessionReadOnly
-            | RvError::SessionReadOnlyExists
-            | RvError::FunctionNotSupported
-            | RvError::ArgumentsBad,
-            function,
-        )) => module
-            .open_rw_session(slot)
-            .map_err(|error| match error {
-                Error::Pkcs11(code, _) => Error::Pkcs11(code, function),
-                other => other,
-            })
-            .map_err(Fault::from),
-        other => Ok(other?),
-    }
-}
-
 /// The PIN in the form that the module takes.
 pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
     AuthPin::new(pin.expose().into())
@@ -321,30 +299,5 @@ impl From<RecordError> for Fault {
             Class::TokenLost,
             format!("no login was tried, because the record of PINs cannot be used: {detail}"),
         )
-    }
-}
-
-/// One session with the handles of the keys, owned by one thread for its life.
-#[derive(Debug)]
-pub(super) struct KeySession {
-    pub(super) session: Session,
-    pairs: Vec<KeyPair>,
-}
-
-impl KeySession {
-    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
-    /// another object.
-    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
-        calling::next("C_OpenSession");
-        let session = reading_session(module, slot)?;
-        let pairs = ids
-            .iter()
-            .map(|id| keys::find(&session, *id))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { session, pairs })
-    }
-
-    pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
-        self.pairs.iter().find(|pair| pair.id == id)
     }
 }

@@ -21,8 +21,7 @@ use keybroker_worker_protocol::oaep::WrapKey;
 use crate::{
     calling,
     classify::{Class, Fault},
-    keys::{KeyPair, PublicSide},
-    open::KeySession,
+    keys::{KeyPair, KeySession, PublicSide},
 };
 
 /// Length of the self-test's plaintext, in bytes.

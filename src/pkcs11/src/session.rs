@@ -21,8 +21,8 @@ use keybroker_worker_protocol::{
 
 use crate::{
     classify::{Class, Fault},
-    keys::KeyPair,
-    open::{KeySession, ProvedKey},
+    keys::{KeyPair, KeySession},
+    open::ProvedKey,
     operation,
 };
 

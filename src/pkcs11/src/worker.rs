@@ -31,7 +31,7 @@ use keybroker_worker_protocol::{
     ExpectedKey, Pin, Settings, Work,
     frame::{Inbox, Outbox},
     wire::{
-        self, FailureClass, Ready, ReadyKey, Reply, Request, Setup, reply::Outcome, request::Job,
+        self, FailureClass, Ready, Reply, Request, Setup, TokenKey, reply::Outcome, request::Job,
     },
 };
 
@@ -233,13 +233,11 @@ fn startup_class(class: Class) -> FailureClass {
 
 fn ready(token: &OpenToken, shared: &Shared) -> Ready {
     Ready {
-        label: token.info.label.clone(),
-        serial: token.info.serial.clone(),
-        model: token.info.model.clone(),
+        token: Some(token.info.clone().into()),
         keys: shared
             .keys
             .iter()
-            .map(|key| ReadyKey {
+            .map(|key| TokenKey {
                 id: key.id.as_bytes().to_vec(),
                 spki: key.public.spki.clone(),
                 algorithm: key.self_test.algorithm().number().into(),

@@ -11,7 +11,7 @@ use keybroker_core::{
 
 use super::{
     Settings,
-    problem::{Problem, Problems},
+    problem::{Problem, Problems, Source},
 };
 
 /// Files at most.
@@ -24,13 +24,6 @@ const NAME_BYTES_MAX: usize = 64;
 const IGNORED_MAX: usize = 8;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
-
-/// A file of policies.
-#[derive(Clone, Debug)]
-pub(super) struct Source {
-    pub(super) name: String,
-    pub(super) text: String,
-}
 
 /// The operator's files, sorted by name; none without a directory.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {

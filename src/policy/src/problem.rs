@@ -4,7 +4,12 @@ use std::fmt;
 
 use cedar_policy::ffi::DetailedError;
 
-use super::files::Source;
+/// A file of policies.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) name: String,
+    pub(super) text: String,
+}
 
 /// Something that is wrong with a file of policies, or with all of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

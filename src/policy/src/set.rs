@@ -19,8 +19,8 @@ use keybroker_core::{
 use super::{
     RESERVED, Settings,
     error::Error,
-    files::{self, Source},
-    problem::{Problem, Problems, place},
+    files,
+    problem::{Problem, Problems, Source, place},
     shape,
     vocabulary::VOCABULARY,
 };

@@ -23,7 +23,7 @@ use keybroker_core::{call::CallId, metrics};
 
 use super::{
     Error, mutations,
-    session::{Session, Value},
+    session::{Columns as _, Session, Value},
     slow::{self, Named as _},
     statements::Statements,
 };
@@ -70,6 +70,12 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// Fails when the database is not the one that was opened. Asked before each use of a connection, and after each commit
     /// before it is acknowledged. A read may rely on what was found shortly before.
     fn check_place(&self, _purpose: Purpose) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Fails when another user may listen where a new connection would lead. Asked before a connection is taken from the pool, which
+    /// may have to open one.
+    fn check_socket(&self) -> Result<(), Error> {
         Ok(())
     }
 
@@ -161,6 +167,13 @@ impl<E: Engine> EngineStore<E> {
             }
         })
         .await
+    }
+
+    /// Runs a query that counts up to a limit.
+    async fn count_up_to(&self, statement: &'static str, values: Vec<Value>) -> Result<u32, Error> {
+        let found = self.query(statement, values).await?;
+        let count = found.first().ok_or(Error::NotFound)?.integer("total")?;
+        Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
     /// Runs one statement that changes rows, and says how many.
@@ -386,6 +399,7 @@ impl<'e, E: Engine> Lease<'e, E> {
                 }
             }
         };
+        engine.check_socket()?;
         let connection = match engine.pool(purpose).acquire().await {
             Ok(connection) => connection,
             Err(sqlx::Error::PoolTimedOut) => {

@@ -29,6 +29,17 @@ pub struct Evidence {
     pub marks: usize,
 }
 
+/// Whether a database was used with an audit log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownLog {
+    /// It was used with this log.
+    This,
+    /// It was used with other logs of the same instance only.
+    Another,
+    /// It was used with no log of the instance.
+    None,
+}
+
 impl StoreId {
     fn fresh() -> Self {
         Self(*Uuid::new_v4().as_bytes())

@@ -44,6 +44,7 @@ mod server;
 mod session;
 mod settings;
 mod slow;
+mod socket;
 mod sqlite;
 mod statements;
 pub mod tables;
@@ -52,7 +53,7 @@ mod url;
 
 pub use client::ClientRow;
 pub use error::Error;
-pub use identity::{CHANGES_MAX, Evidence, StoreId};
+pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
@@ -161,6 +162,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Makes a deleted record active. [`Error::State`] when it is active already.
     async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error>;
 
+    /// How many records a user has, deleted ones too; counted up to `most`.
+    async fn count_keys(&self, tenant: &Tenant, user: &UserId, most: u32) -> Result<u32, Error>;
+
+    /// How many revisions of a record are stored; counted up to `most`.
+    async fn count_revisions(&self, record: RecordId, most: u32) -> Result<u32, Error>;
+
     /// One page of records ordered by user, then key name, bytewise. A row that does not decode, or that was set back to an
     /// earlier revision, is listed as damaged and does not end the page.
     async fn list(
@@ -177,6 +184,13 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`]) left their mark in it. A plain read: it
     /// waits for no transaction, and says nothing of a change that is still under way.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
+
+    /// Whether the database was used with this audit log of an instance.
+    async fn audit_log(&self, instance: &str, log_id: &str) -> Result<KnownLog, Error>;
+
+    /// Records that the database is used with this audit log of an instance.
+    async fn add_audit_log(&self, instance: &str, log_id: &str, at: Timestamp)
+    -> Result<(), Error>;
 
     /// Forgets request ids older than 24 hours; returns how many.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;

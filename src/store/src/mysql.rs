@@ -46,6 +46,8 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
 const PORT: u16 = 3_306;
+/// The users that a server runs as, by the packages of the distributions.
+pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
 /// Before it CHECK constraints were parsed and ignored.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];

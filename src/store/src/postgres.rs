@@ -1,6 +1,11 @@
 //! PostgreSQL 14 and later.
 
-use std::{env, path::Path, sync::LazyLock, time::Duration};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+    time::Duration,
+};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use sqlx::{
@@ -49,6 +54,8 @@ const PORT: u16 = 5_432;
 const OLDEST: i64 = 140_000;
 /// Sockets are named by their port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
+/// The users that a server or a pooler in front of it runs as, by the packages of the distributions.
+pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
 /// What the driver takes from the environment and the program cannot reset: other authorities for the server's
 /// certificate, a certificate of ours, settings of the session.
@@ -226,6 +233,12 @@ impl Server for PostgreSql {
         }
         .boxed()
     }
+}
+
+/// The socket itself.
+pub(super) fn socket_file(path: &Path) -> PathBuf {
+    let (directory, port) = split_socket(path);
+    directory.join(format!("{SOCKET_NAME}{port}"))
 }
 
 /// A socket is named by its directory, or by itself where the port is another one.

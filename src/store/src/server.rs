@@ -23,6 +23,7 @@ use super::{
     identity, schema,
     session::Session,
     settings::Tls,
+    socket::Socket,
     statements::Statements,
     tables::Tables,
     url::Place,
@@ -109,7 +110,7 @@ pub(super) async fn open<S: Server>(
     place: &Place,
 ) -> Result<Arc<dyn Tables>, Error> {
     let options = S::options(settings, place)?;
-    let mut first = connect::<S>(&options, settings, place).await?;
+    let (mut first, socket) = connect::<S>(&options, settings, place).await?;
     let current = schema::current(&mut first, S::sql()).await?;
     schema::require_current(current, S::migrator())?;
     let weaknesses = weaknesses::<S>(&mut first).await?;
@@ -127,6 +128,7 @@ pub(super) async fn open<S: Server>(
     fill(&pool).await?;
     Ok(EngineStore::new(OnServer::<S> {
         pool,
+        socket,
         writes: Semaphore::new(usize::try_from(connections.writes).unwrap_or(1)),
         acquire_timeout: settings.acquire_timeout(),
         time_limit: settings.statement_timeout() + BEYOND_STATEMENT,
@@ -151,7 +153,7 @@ pub(super) async fn status<S: Server>(
     place: &Place,
 ) -> Result<SchemaStatus, Error> {
     let options = S::options(settings, place)?;
-    let mut connection = connect::<S>(&options, settings, place).await?;
+    let (mut connection, _) = connect::<S>(&options, settings, place).await?;
     let current = schema::current(&mut connection, S::sql()).await;
     close::<S>(connection).await;
     Ok(schema::status(current?, S::migrator()))
@@ -163,7 +165,7 @@ pub(super) async fn migrate<S: Server>(
     dry_run: bool,
 ) -> Result<MigrationReport, Error> {
     let options = S::options(settings, place)?;
-    let mut connection = connect::<S>(&options, settings, place).await?;
+    let (mut connection, _) = connect::<S>(&options, settings, place).await?;
     let current = schema::current(&mut connection, S::sql()).await?;
     let report = schema::plan(current, S::migrator())?;
     if !dry_run {
@@ -186,11 +188,16 @@ async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(
     S::migrate(connection).await
 }
 
+/// Connects, once the local socket of the server has been checked. Returns that socket as well if it has to be checked again.
 async fn connect<S: Server>(
     options: &OptionsOf<S>,
     settings: &Settings,
     place: &Place,
-) -> Result<ConnectionOf<S>, Error> {
+) -> Result<(ConnectionOf<S>, Option<Socket>), Error> {
+    let socket = match settings.socket()? {
+        None => None,
+        Some(socket) => socket.check_listener().await?.is_shared.then_some(socket),
+    };
     let shown = format!("{} database {}", S::NAME, place.shown());
     let mut connection = connect_only::<S>(options, &shown).await?;
     S::prepare(&mut connection, &Limits::of(settings)).await?;
@@ -202,7 +209,7 @@ async fn connect<S: Server>(
         Err(_) => return Err(no_answer(&shown)),
     }
     close::<S>(second).await;
-    Ok(connection)
+    Ok((connection, socket))
 }
 
 async fn connect_only<S: Server>(
@@ -316,6 +323,8 @@ fn pool<S: Server>(
 /// A database on a server.
 struct OnServer<S: Server> {
     pool: Pool<S::Database>,
+    /// Where another user could make a socket while the server is stopped.
+    socket: Option<Socket>,
     /// Changes may wait for locks that somebody holds. They take only a part of the connections, so that reads always have some.
     writes: Semaphore,
     acquire_timeout: Duration,
@@ -344,6 +353,10 @@ impl<S: Server> Engine for OnServer<S> {
 
     fn time_limit(&self) -> Duration {
         self.time_limit
+    }
+
+    fn check_socket(&self) -> Result<(), Error> {
+        self.socket.as_ref().map_or(Ok(()), Socket::check_again)
     }
 
     fn limit(&self, purpose: Purpose) -> Option<(&Semaphore, Duration)> {

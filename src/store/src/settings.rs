@@ -20,7 +20,12 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{Error, durability, postgres, sqlite, url::Target};
+use super::{
+    Error, durability, mysql, postgres,
+    socket::Socket,
+    sqlite,
+    url::{Door, Place, Target},
+};
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
@@ -36,6 +41,10 @@ pub struct Settings {
     /// `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`; with `?socket=` and an
     /// absolute path for a local socket.
     pub url: Url,
+    /// Users, by name or number, that may listen on the local socket of `url`, besides root and the broker's user. By default the
+    /// users that the packages of the database server and of its pooler make.
+    #[serde(default)]
+    pub socket_users: Option<Vec<String>>,
     /// File with the database user's password.
     #[serde(default)]
     pub password_file: Option<PathBuf>,
@@ -66,6 +75,12 @@ pub struct Settings {
     /// For how many days a superseded revision or a deleted record can be restored; `store purge` takes nothing younger.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
+    /// How many revisions of a record may be stored, superseded ones included.
+    #[serde(default = "defaults::revisions_max")]
+    pub revisions_max: u32,
+    /// How many keys a user may have, deleted ones included.
+    #[serde(default = "defaults::keys_per_user_max")]
+    pub keys_per_user_max: u32,
     /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
     #[serde(default)]
     pub accept_weaker_durability: Vec<String>,
@@ -102,6 +117,14 @@ mod defaults {
 
     pub(super) fn retention_days() -> u32 {
         30
+    }
+
+    pub(super) fn revisions_max() -> u32 {
+        1_000
+    }
+
+    pub(super) fn keys_per_user_max() -> u32 {
+        1_000
     }
 }
 
@@ -156,6 +179,7 @@ impl Settings {
     pub fn new(url: impl Into<Url>) -> Self {
         Self {
             url: url.into(),
+            socket_users: None,
             password_file: None,
             password_variable: None,
             tls: Tls::default(),
@@ -166,6 +190,8 @@ impl Settings {
             statement_timeout_ms: defaults::statement_timeout_ms(),
             lock_timeout_ms: defaults::lock_timeout_ms(),
             retention_days: defaults::retention_days(),
+            revisions_max: defaults::revisions_max(),
+            keys_per_user_max: defaults::keys_per_user_max(),
             accept_weaker_durability: Vec::new(),
         }
     }
@@ -174,6 +200,30 @@ impl Settings {
     pub(super) fn target(&self) -> Result<Target, Error> {
         Target::parse(self.url.as_str())
             .map_err(|what| Error::Schema(format!("`store.url` {what}")))
+    }
+
+    /// The local socket of the database server, if `url` names one.
+    pub(super) fn socket(&self) -> Result<Option<Socket>, Error> {
+        let (path, usual) = match self.target()? {
+            Target::Postgres(Place {
+                door: Door::Socket(path),
+                ..
+            }) => (postgres::socket_file(&path), postgres::SOCKET_USERS),
+            Target::MySql(Place {
+                door: Door::Socket(path),
+                ..
+            }) => (path, mysql::SOCKET_USERS),
+            _ => return Ok(None),
+        };
+        Socket::new(path, self.socket_users.as_deref(), &usual).map(Some)
+    }
+
+    /// Checks the path of the local socket, if there is one.
+    fn check_socket(&self) -> Result<(), Error> {
+        match self.socket()? {
+            Some(socket) => socket.check_if_present(),
+            None => Ok(()),
+        }
     }
 
     /// The file of an embedded database; a server has none.
@@ -234,6 +284,13 @@ impl Settings {
         );
         range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
         range("retention_days", self.retention_days.into(), 1..=36_500);
+        // A replaced key needs two.
+        range("revisions_max", self.revisions_max.into(), 2..=1_000_000);
+        range(
+            "keys_per_user_max",
+            self.keys_per_user_max.into(),
+            1..=1_000_000,
+        );
         for name in &self.accept_weaker_durability {
             if !durability::is_known(name) {
                 problems.push(format!(
@@ -256,6 +313,10 @@ impl Settings {
                 .collect(),
             _ => Vec::new(),
         };
+        if self.target().is_ok() {
+            let refused = self.check_socket().err();
+            problems.extend(refused.map(|error| format!("[store] `url`: {error}")));
+        }
         if self.password_file.is_some() || self.password_variable.is_some() {
             problems.extend(self.password().err().map(|error| error.to_string()));
         }

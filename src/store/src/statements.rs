@@ -62,6 +62,14 @@ pub(super) struct Statements {
     pub(super) insert_identity: &'static str,
     /// identity.
     pub(super) update_identity: &'static str,
+    /// log, instance: how many logs the instance has, and how many of them are this one.
+    pub(super) audit_logs: &'static str,
+    /// instance, log, at. Inserts nothing when the instance has the log, or reports the duplicate.
+    pub(super) insert_audit_log: &'static str,
+    /// tenant, user, at most so many: how many records, deleted ones too.
+    pub(super) count_keys: &'static str,
+    /// record, at most so many: how many revisions.
+    pub(super) count_revisions: &'static str,
     /// A row of the revisions.
     pub(super) insert_revision: &'static str,
     /// revision, at, record, revision before.
@@ -117,6 +125,8 @@ named! {
 pub(super) struct OfTable {
     /// How many rows.
     pub(super) count: &'static str,
+    /// How many rows have NULL in a column of the key.
+    pub(super) keyless: &'static str,
     /// After the key, whose first column comes twice if there are several; limit; rows to skip: all columns.
     pub(super) page: &'static str,
     /// All columns. Inserts nothing when the row is there, or reports the duplicate: see
@@ -183,6 +193,22 @@ impl Statements {
                 dialect.unless_taken
             )),
             update_identity: sql("UPDATE store_identity SET store_id = ? WHERE singleton = 1"),
+            audit_logs: sql(
+                "SELECT count(*) AS known, count(CASE WHEN log_id = ? THEN 1 END) AS this \
+                 FROM audit_logs WHERE instance = ?",
+            ),
+            insert_audit_log: sql(&format!(
+                "INSERT INTO audit_logs (instance, log_id, bound_us) VALUES (?, ?, ?){}",
+                dialect.unless_taken
+            )),
+            count_keys: sql(
+                "SELECT count(*) AS total FROM (SELECT 1 AS one FROM records \
+                 WHERE tenant = ? AND \"user\" = ? LIMIT ?) AS found",
+            ),
+            count_revisions: sql(
+                "SELECT count(*) AS total FROM (SELECT 1 AS one FROM revisions \
+                 WHERE record_id = ? LIMIT ?) AS found",
+            ),
             insert_revision: dialect.insert(Table::Revisions),
             advance_record: sql(
                 "UPDATE records SET revision = ?, updated_us = ? WHERE record_id = ? AND revision = ?",
@@ -254,6 +280,15 @@ impl OfTable {
         };
         Self {
             count: dialect.text(&format!("SELECT count(*) AS total FROM {name}")),
+            keyless: dialect.text(&format!(
+                "SELECT count(*) AS total FROM {name} WHERE {}",
+                table
+                    .key()
+                    .iter()
+                    .map(|column| format!("{} IS NULL", column.name))
+                    .collect::<Vec<_>>()
+                    .join(" OR ")
+            )),
             page: dialect.text(&format!(
                 "SELECT {columns} FROM {name} WHERE {after} ORDER BY {key} LIMIT ? OFFSET ?"
             )),

@@ -147,6 +147,9 @@ pub trait Tables: Store {
     /// How many rows a table has.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
+    /// How many rows of all tables have NULL in a column that they are found by: no page has them, and no call finds them.
+    async fn keyless_rows(&self) -> Result<u64, Error>;
+
     /// The rows after a row, or the first ones, in the order of their keys, without the first `skip` of them; at most
     /// [`PAGE_ROWS`].
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;

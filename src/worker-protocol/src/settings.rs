@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use keybroker_core::key::{Fingerprint, WrappingKeyId};
 
-use crate::wire::Setup;
+use crate::wire::{Setup, TokenIdentity};
 
 /// Which token to use and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -124,6 +124,26 @@ pub struct TokenInfo {
     pub serial: String,
     /// Manufacturer and model.
     pub model: String,
+}
+
+impl From<TokenInfo> for TokenIdentity {
+    fn from(info: TokenInfo) -> Self {
+        Self {
+            label: info.label,
+            serial: info.serial,
+            model: info.model,
+        }
+    }
+}
+
+impl From<TokenIdentity> for TokenInfo {
+    fn from(token: TokenIdentity) -> Self {
+        Self {
+            label: token.label,
+            serial: token.serial,
+            model: token.model,
+        }
+    }
 }
 
 /// A text of `CK_TOKEN_INFO` without its padding. The standard pads with blanks; some modules pad with NUL, or end the text

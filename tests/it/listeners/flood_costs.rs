@@ -24,7 +24,7 @@ use tokio_rustls::TlsConnector;
 use super::{
     floods::{
         BATCH, HEALTH, MATERIAL, MESSAGE_BYTES, REFLECTION, UNWRAP, connect_from, endless, flood,
-        metric, peak_kib, resident_kib, served, with_ada,
+        flood_with, metric, peak_kib, resident_kib, served, with_ada,
     },
     raw::{handshake, tls_config},
 };
@@ -77,35 +77,26 @@ async fn flood_rest_over_http2(rest: &RestSite, token: Option<&str>, length: Len
     let mut config = (*tls_config(&rest.broker.site.pki, None, rustls::ALL_VERSIONS)).clone();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let config = Arc::new(config);
-    let mut under_way = Vec::new();
-    for _ in 0..4 {
+    let connect = async || {
         let stream = handshake(rest.tls, Arc::clone(&config)).await.unwrap();
         let io = TokioIo::new(stream);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
-        for _ in 0..128 {
-            let mut request = Request::post("https://localhost/user-keys")
-                .header("content-type", "application/json");
-            if let Length::Declared = length {
-                request = request.header("content-length", MESSAGE_BYTES);
-            }
-            if let Some(token) = token {
-                request = request.header("authorization", format!("Bearer {token}"));
-            }
-            let body = endless(b"{\"key\":\"".to_vec(), MESSAGE_BYTES);
-            let request = request.body(body).unwrap();
-            let mut sender = sender.clone();
-            under_way.push(tokio::spawn(async move {
-                sender.ready().await?;
-                sender.send_request(request).await
-            }));
+        sender
+    };
+    let make = || {
+        let mut request =
+            Request::post("https://localhost/user-keys").header("content-type", "application/json");
+        if let Length::Declared = length {
+            request = request.header("content-length", MESSAGE_BYTES);
         }
-    }
-    let all = join_all(under_way.iter_mut());
-    tokio::time::timeout(Duration::from_secs(2), all).await.ok();
-    for call in under_way {
-        call.abort();
-    }
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let body = endless(b"{\"key\":\"".to_vec(), MESSAGE_BYTES);
+        request.body(body).unwrap()
+    };
+    flood_with(connect, make).await;
 }
 
 /// The same on 128 connections of HTTP/1.1. Each sends as long as the broker takes bytes, at most 4 MiB.

@@ -104,26 +104,34 @@ fn request(path: &str, body: Body) -> Request<Body> {
         .unwrap()
 }
 
-/// Sends 128 messages at once on each of four connections, until each is answered or two seconds have passed.
+/// Sends 128 gRPC messages at once on each of four connections, until each is answered or two seconds have passed.
 pub(super) async fn flood(broker: &Broker, client: &str, path: &str, declared: u32, zeros: usize) {
     let mut begin = vec![0];
     begin.extend(declared.to_be_bytes());
-    let mut under_way = Vec::new();
+    let make = || request(path, endless(begin.clone(), zeros));
+    flood_with(async || http2(broker, client).await, make).await;
+}
+
+/// Sends 128 requests at once on each of four connections, until each is answered or two seconds have passed.
+pub(super) async fn flood_with(
+    connect: impl AsyncFn() -> SendRequest<Body>,
+    make: impl Fn() -> Request<Body>,
+) {
+    let mut in_progress = Vec::new();
     for _ in 0..4 {
-        let sender = http2(broker, client).await;
+        let sender = connect().await;
         for _ in 0..128 {
-            let request = request(path, endless(begin.clone(), zeros));
-            let mut sender = sender.clone();
-            under_way.push(tokio::spawn(async move {
+            let (mut sender, request) = (sender.clone(), make());
+            in_progress.push(tokio::spawn(async move {
                 sender.ready().await?;
                 sender.send_request(request).await
             }));
         }
     }
     // Calls that are refused at once are over by then; others are held.
-    let all = join_all(under_way.iter_mut());
+    let all = join_all(in_progress.iter_mut());
     tokio::time::timeout(Duration::from_secs(2), all).await.ok();
-    for call in under_way {
+    for call in in_progress {
         call.abort();
     }
 }

@@ -9,9 +9,11 @@ use std::{
 
 use prost::Message as _;
 use rustix::process::Signal;
-use tokio::io::AsyncWriteExt as _;
-use tonic::Code;
+use tokio::{io::AsyncWriteExt as _, task::JoinHandle};
+use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use keybroker_proto::UnwrapUserKeyResponse;
 
 use super::{
     raw::{Raw, frame, handshake, tls_config},
@@ -160,13 +162,16 @@ async fn idlers_do_not_hold_up_a_stop() {
     drop(idlers);
 }
 
-/// While a call is under way after SIGTERM: alive, not ready, no more connections, and the call is answered.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_waits_for_the_call_under_way() {
+/// A broker after SIGTERM whose workers are stopped, so that a call does not end.
+async fn stopping_with_a_call_in_progress() -> (
+    Broker,
+    Vec<u32>,
+    JoinHandle<Result<UnwrapUserKeyResponse, Status>>,
+) {
     let broker = with_ada(Options::default()).await;
     let workers = broker.workers();
     let releaser = Caller::of(&broker, "releaser");
-    assert!(releaser.unwrap("nobody").await.is_err());
+    assert!(releaser.unwrap("unknown").await.is_err());
     for pid in &workers {
         freeze(*pid);
     }
@@ -177,6 +182,13 @@ async fn a_stop_waits_for_the_call_under_way() {
             .then_some(())
     });
     broker.signal(Signal::TERM);
+    (broker, workers, call)
+}
+
+/// While a call is under way after SIGTERM: alive, not ready, no more connections, and the call is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_the_call_under_way() {
+    let (broker, workers, call) = stopping_with_a_call_in_progress().await;
     until("readiness to end", || {
         get(broker.status, "/readyz")
             .starts_with("HTTP/1.1 503")
@@ -198,20 +210,7 @@ async fn a_stop_waits_for_the_call_under_way() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_stops_at_once() {
-    let broker = with_ada(Options::default()).await;
-    let workers = broker.workers();
-    let releaser = Caller::of(&broker, "releaser");
-    assert!(releaser.unwrap("nobody").await.is_err());
-    for pid in &workers {
-        freeze(*pid);
-    }
-    let call = tokio::spawn(async move { releaser.unwrap("ada").await });
-    until("the call to arrive", || {
-        get(broker.status, "/metrics")
-            .contains("keybroker_calls_in_progress 1")
-            .then_some(())
-    });
-    broker.signal(Signal::TERM);
+    let (broker, workers, call) = stopping_with_a_call_in_progress().await;
     until("the drain to begin", || {
         broker.site.log().contains("stopping").then_some(())
     });

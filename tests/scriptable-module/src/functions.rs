@@ -13,7 +13,7 @@ use crate::{
     login, objects, sessions, token,
 };
 
-/// The types of arguments, as [`functions!`] uses them.
+/// The types of arguments, as the table of functions uses them.
 pub(crate) mod kinds {
     use std::ffi::c_void;
 

@@ -1,8 +1,8 @@
 //! A PKCS#11 module that forwards every call to a real module and misbehaves as a script says. The README explains how to
 //! use it and lists the settings of a script.
 //!
-//! [`functions`] is the table of all functions; each runs through [`call::run`], which counts it and applies the rules of the
-//! script. What a rule cannot express is in a module of its own: [`token`], [`sessions`], [`login`], [`objects`].
+//! `functions` is the table of all functions; each runs through `call::run`, which counts it and applies the rules of the
+//! script. What a rule cannot express is in `token`, `sessions`, `login`, `limits` and `objects`.
 
 #![warn(clippy::missing_safety_doc)]
 

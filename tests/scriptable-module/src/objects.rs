@@ -24,7 +24,7 @@ use crate::{
 #[derive(Debug, Default)]
 struct Edited {
     attributes: Vec<CK_ATTRIBUTE>,
-    /// What attributes of ours point to.
+    /// What added and replaced attributes point to.
     values: Vec<Box<[u8]>>,
 }
 
@@ -251,7 +251,7 @@ fn refuses_id(call: &Call, session: Session, template: &[CK_ATTRIBUTE]) -> Optio
         .then_some(code.0)
 }
 
-/// Whether an object with this attribute exists, searched for in a session of our own: the application may be searching in
+/// Whether an object with this attribute exists, searched for in a separate session: the application may be searching in
 /// its own. `None` when that is not possible.
 fn has_object(call: &Call, session: Session, mut attribute: CK_ATTRIBUTE) -> Option<bool> {
     let slot = call.process.sessions().get(&session)?.slot;
@@ -465,7 +465,7 @@ pub(crate) unsafe fn generate_key(
         edited
     });
     with(edited, |template, count| {
-        // SAFETY: the arguments of our caller, and a template that lives as long; a mechanism of ours has no parameter.
+        // SAFETY: the arguments of our caller, and a template that lives as long; the generic mechanism has no parameter.
         unsafe { real(session, used, template, count, new) }
     })
 }

@@ -269,10 +269,7 @@ pub(crate) struct On {
 }
 
 /// What a rule does.
-#[allow(
-    clippy::struct_excessive_bools,
-    reason = "each is an action of its own"
-)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a separate action")]
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Action {

@@ -229,7 +229,7 @@ impl Faulty {
 }
 
 impl Fault {
-    /// The rule of the script. Each has a name of its own, so that its calls are counted from the start.
+    /// The rule of the script. Each has a unique name, so that its calls are counted from the start.
     fn rule(&self, function: &str) -> String {
         let mut text = format!(
             "[[rule]]\nname = \"{}\"\nfunction = \"{function}\"\non = {{ skip = {}",

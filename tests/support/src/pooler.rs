@@ -11,7 +11,7 @@ use std::{
 
 use keybroker_store::Settings;
 
-use crate::servers::{Server, give, unprivileged};
+use crate::servers::{Server, give, socket_settings, unprivileged};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -67,7 +67,7 @@ impl Pooler {
         let url = format!("postgres://admin@/{database}?socket={}", socket.display());
         Self {
             child,
-            settings: Settings::new(url),
+            settings: socket_settings(url),
         }
     }
 

@@ -99,6 +99,23 @@ pub fn unprivileged(name: &str, end: &str) -> Command {
     command
 }
 
+/// Settings for a database behind a socket of the user that the servers run as.
+pub fn socket_settings(url: String) -> Settings {
+    Settings {
+        socket_users: Some(vec![UNPRIVILEGED.to_string()]),
+        ..Settings::new(url)
+    }
+}
+
+/// The lines of the section `[store]` for settings that [`socket_settings`] made.
+pub fn section(settings: &Settings) -> String {
+    let users = settings.socket_users.as_deref().unwrap_or_default();
+    format!(
+        "url = \"{}\"\nsocket_users = {users:?}",
+        settings.url.as_str()
+    )
+}
+
 fn expect_ok(what: &str, output: &Output) {
     assert!(
         output.status.success(),
@@ -435,7 +452,7 @@ impl Server {
     /// Settings that reach a database through the socket.
     pub fn settings(&self, database: &str) -> Settings {
         let socket = self.socket();
-        Settings::new(match self.kind {
+        socket_settings(match self.kind {
             Kind::PostgreSql => format!("postgres://admin@/{database}?socket={}", socket.display()),
             Kind::MariaDb => format!("mysql://root@/{database}?socket={}", socket.display()),
         })

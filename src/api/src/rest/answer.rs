@@ -30,7 +30,7 @@ const fn status(reason: Reason) -> StatusCode {
         Reason::Policy => StatusCode::FORBIDDEN,
         // Clients take this, and this alone, for a user who is new: nothing else may look like it.
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
-        Reason::KeyExists => StatusCode::BAD_REQUEST,
+        Reason::KeyExists | Reason::Limit => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
         // It recovers by itself, or an operator repairs it.
         Reason::TokenDown

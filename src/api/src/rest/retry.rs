@@ -134,6 +134,7 @@ const fn is_transient(reason: Reason) -> bool {
         | Reason::RecordDamaged
         | Reason::EnvelopeRejected
         | Reason::KeyState
+        | Reason::Limit
         | Reason::Rate
         | Reason::FailureBudget
         | Reason::TokenUntrusted

@@ -28,7 +28,7 @@ pub(super) const fn code(reason: Reason) -> Code {
         Reason::KeyExists => Code::AlreadyExists,
         Reason::Revision => Code::Aborted,
         Reason::RecordDamaged => Code::DataLoss,
-        Reason::KeyState => Code::FailedPrecondition,
+        Reason::KeyState | Reason::Limit => Code::FailedPrecondition,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => Code::ResourceExhausted,
         Reason::TokenDown
         | Reason::StoreDown

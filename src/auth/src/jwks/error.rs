@@ -10,10 +10,7 @@ use x509_parser::{error::X509Error, nom};
 
 use keybroker_core::{pem, trusted_file};
 
-use super::{
-    KEYS_MAX, SET_BYTES_MAX,
-    strength::{EXPONENT_BITS_MAX, EXPONENT_MIN, RSA_BITS},
-};
+use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
 
 /// Why a public key is not used.
 #[derive(Debug, thiserror::Error)]

@@ -53,6 +53,17 @@ impl Pace {
     }
 }
 
+/// What came of looking for a newer key set.
+#[derive(Debug)]
+pub(crate) enum Newer {
+    /// Another set is in use now.
+    Set(Arc<KeySet>),
+    /// The set was read again just now, and it is the same.
+    Same,
+    /// Whether the provider has a newer set is not known, and can be asked again after this time.
+    Unknown(Duration),
+}
+
 /// The keys of one issuer.
 #[derive(Debug)]
 pub(crate) struct Keys {
@@ -123,29 +134,39 @@ impl Keys {
     }
 
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
-    /// wait for one fetch. The set in use afterwards, if it is another one.
-    pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Option<Arc<KeySet>> {
+    /// wait for one fetch. Key files are read again by the background task every two seconds, so what they lack does not exist.
+    pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {
             let current = self.current().ok()?;
             (current.digest() != seen.digest()).then_some(current)
         };
         if let Some(newer) = newer() {
-            return Some(newer);
+            return Newer::Set(newer);
         }
-        if refetched.is_some_and(|at| at.elapsed() < self.pace.refetch) {
-            return None;
+        let since = refetched.map_or(Duration::MAX, |at| at.elapsed());
+        let left = self.pace.refetch.saturating_sub(since);
+        if !left.is_zero() {
+            return match self.source {
+                Source::File(_) => Newer::Same,
+                Source::Provider(_) => Newer::Unknown(left),
+            };
         }
         *refetched = Some(Instant::now());
         // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
         // them be refused before it is over.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
-            keys.update().await;
+            let is_read = keys.update().await;
             drop(refetched);
+            is_read
         });
-        fetch.await.ok();
-        newer()
+        let is_read = fetch.await.unwrap_or(false);
+        match newer() {
+            Some(newer) => Newer::Set(newer),
+            None if is_read => Newer::Same,
+            None => Newer::Unknown(self.pace.refetch),
+        }
     }
 
     /// Keeps the set fresh until `stop`.

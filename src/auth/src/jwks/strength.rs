@@ -8,14 +8,8 @@ use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};
 use curve25519_dalek::edwards::CompressedEdwardsY;
 use rsa::BigUint;
 
-use super::error::KeyError;
+use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, RSA_BITS, error::KeyError};
 
-/// Bits of an RSA modulus: fewer can be factored, and more are refused by the library that verifies.
-pub(super) const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
-/// Least public exponent (FIPS 186-5 section 5.1).
-pub(super) const EXPONENT_MIN: u32 = 65_537;
-/// Longest public exponent, in bits, that the library takes that verifies.
-pub(super) const EXPONENT_BITS_MAX: usize = 33;
 /// An RSA modulus has no prime factor below this.
 const FACTOR_MIN: u32 = 1 << 16;
 

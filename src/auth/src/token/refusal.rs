@@ -26,6 +26,8 @@ pub(super) enum Cause {
     Type,
     /// A `kid` that no key has.
     KeyId,
+    /// No `kid`, and more keys fit than are tried.
+    ManyKeys,
     /// The issuer's keys are not known.
     NoKeys,
     /// The signature does not verify.
@@ -51,6 +53,53 @@ pub(super) enum Cause {
 pub(super) struct Refusal {
     pub(super) cause: Cause,
     pub(super) detail: String,
+    /// When the issuer's keys can be asked for again, if another key of it may verify the token.
+    undecided: Option<Duration>,
+}
+
+impl Refusal {
+    /// The same refusal of a token that a newer key of its issuer may verify, after this time.
+    pub(super) fn undecided(self, wait: Duration) -> Self {
+        if !self.may_change() {
+            return self;
+        }
+        let detail = format!(
+            "{}; whether its issuer has a newer key is looked up again in {} s",
+            self.detail,
+            whole_seconds(wait).as_secs()
+        );
+        Self {
+            detail,
+            undecided: Some(wait),
+            ..self
+        }
+    }
+
+    /// Whether another key set can change it.
+    fn may_change(&self) -> bool {
+        matches!(self.cause, Cause::KeyId | Cause::Signature)
+    }
+
+    /// The error for the caller, with this detail for the log. A token that cannot be verified now is not a rejected one.
+    pub(super) fn error(&self, detail: String) -> Error {
+        match (self.cause, self.undecided) {
+            // It may be made up all the same.
+            (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
+                .retry_after(whole_seconds(wait))
+                .failed_attempt(),
+            (Cause::NoKeys, None) => {
+                Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY)
+            }
+            // The signature was verified before: only the issuer can make such a token.
+            (Cause::Expired, None) => Error::new(Reason::Credential, detail).renewable(),
+            (_, None) => Error::new(Reason::Credential, detail),
+        }
+    }
+}
+
+/// Rounded up: a retry that comes earlier fails again.
+fn whole_seconds(wait: Duration) -> Duration {
+    Duration::from_secs(wait.as_secs() + u64::from(wait.subsec_nanos() > 0))
 }
 
 impl Cause {
@@ -63,7 +112,7 @@ impl Cause {
             Self::Algorithm => "algorithm",
             Self::Header => "header",
             Self::Type => "type",
-            Self::KeyId => "kid",
+            Self::KeyId | Self::ManyKeys => "kid",
             Self::NoKeys => "no-keys",
             Self::Signature => "signature",
             Self::Expired => "expired",
@@ -76,20 +125,11 @@ impl Cause {
         }
     }
 
-    /// The error for the caller. A token that cannot be verified now is not a rejected one.
-    pub(super) fn error(self, detail: String) -> Error {
-        match self {
-            Self::NoKeys => Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY),
-            // The signature was verified before: only the issuer can make such a token.
-            Self::Expired => Error::new(Reason::Credential, detail).renewable(),
-            _ => Error::new(Reason::Credential, detail),
-        }
-    }
-
     pub(super) fn because(self, detail: impl Into<String>) -> Refusal {
         Refusal {
             cause: self,
             detail: detail.into(),
+            undecided: None,
         }
     }
 }

@@ -305,24 +305,139 @@ fn a_credential_of_systemd_needs_its_directory() {
 
 #[test]
 fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
-    let folder = tempfile::tempdir().unwrap();
-    let root = fs::canonicalize(folder.path()).unwrap();
-    let (open, inner) = (root.join("open"), root.join("open/inner"));
+    let folder = Folder::new();
+    let (open, inner) = (folder.at("open"), folder.at("open/inner"));
     let file = inner.join("file");
     fs::create_dir_all(&inner).unwrap();
     fs::write(&file, b"").unwrap();
-    for (mode, expected) in [
-        (0o755, None),
-        (0o775, None),
-        (0o1777, None),
-        (0o777, Some(open.clone())),
-        (0o757, Some(open.clone())),
+    for (mode, is_refused) in [
+        (0o755, false),
+        // The group of the directory is the administrator's choice.
+        (0o775, false),
+        (0o1777, false),
+        (0o777, true),
+        (0o757, true),
     ] {
-        fs::set_permissions(&open, Permissions::from_mode(mode)).unwrap();
-        assert_eq!(open_directory_above(&file), expected, "{mode:o}");
-        assert_eq!(open_directory_above(&inner), expected, "{mode:o}");
+        set_mode(&open, mode);
+        for path in [&file, &inner, &inner.join("missing")] {
+            let checked = check_above(path, TRUST);
+            assert_eq!(checked.is_err(), is_refused, "{mode:o} {checked:?}");
+            if let Err(error) = checked {
+                assert_eq!(error.component, open, "{error}");
+            }
+        }
     }
-    // The directory itself is not above itself.
-    fs::set_permissions(&open, Permissions::from_mode(0o777)).unwrap();
-    assert_eq!(open_directory_above(&open), None);
+}
+
+/// Root runs commands on files of the service's user, whose directory may be in a sticky one.
+#[test]
+fn the_owner_of_a_file_is_trusted_with_the_directories_above_it() {
+    let folder = Folder::new();
+    let (directory, file) = (folder.directory("of", 0o755), folder.at("of/file"));
+    fs::write(&file, b"").unwrap();
+    if !is_root("a directory of another user") {
+        return;
+    }
+    chown(&directory, Some(OTHER_USER), None).unwrap();
+    chown(&file, Some(OTHER_USER), None).unwrap();
+    check_above(&file, TRUST).unwrap();
+    chown(&file, Some(0), None).unwrap();
+    let refused = check_above(&file, TRUST).unwrap_err();
+    assert_eq!(refused.component, directory, "{refused}");
+}
+
+const SERVER: User = User {
+    id: OTHER_USER,
+    group: OTHER_USER,
+};
+
+/// A socket counts when root, this user or a user of the server has it, and nobody else can put another one in its place.
+#[test]
+fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
+    let folder = Folder::new();
+    let directory = folder.directory("run", 0o755);
+    let path = directory.join("socket");
+    let _listener = UnixListener::bind(&path).unwrap();
+    assert!(check_socket(&path, &[], TRUST).is_ok());
+    let error = check_socket(&folder.file("file", 0o600), &[], TRUST).unwrap_err();
+    assert!(error.to_string().contains("not a socket"), "{error}");
+    let missing = check_socket(&directory.join("missing"), &[], TRUST).unwrap_err();
+    assert!(missing.is_missing(), "{missing}");
+    // The mode of a socket says who may connect, not who listens.
+    set_mode(&path, 0o777);
+    assert!(check_socket(&path, &[], TRUST).is_ok());
+    set_mode(&directory, 0o777);
+    let error = check_socket(&path, &[SERVER], TRUST).unwrap_err();
+    assert_eq!(error.component, directory, "{error}");
+    set_mode(&directory, 0o755);
+    if !is_root("a socket of another user") {
+        return;
+    }
+    let named = TRUST.owner_remedy("name it");
+    for at_fault in [&path, &directory] {
+        chown(at_fault, Some(OTHER_USER), None).unwrap();
+        let error = check_socket(&path, &[], named).unwrap_err();
+        assert_eq!(error.component, *at_fault, "{error}");
+        let text = error.to_string();
+        assert!(text.contains("65534") && text.contains("name it"), "{text}");
+        assert!(check_socket(&path, &[SERVER], named).is_ok());
+    }
+    // As the package of a database server makes it: its own group may write, another group may not.
+    chown(&directory, Some(OTHER_USER), Some(OTHER_USER)).unwrap();
+    set_mode(&directory, 0o2775);
+    assert!(check_socket(&path, &[SERVER], named).is_ok());
+    chown(&directory, Some(OTHER_USER), Some(1)).unwrap();
+    set_mode(&directory, 0o2775);
+    let error = check_socket(&path, &[SERVER], named).unwrap_err();
+    assert_eq!(error.component, directory, "{error}");
+}
+
+/// In a sticky directory every user can make a socket once the server's is gone, so that it is looked at again.
+#[test]
+fn a_socket_below_a_sticky_directory_is_marked() {
+    let Some(root) = ["/var/lib", "/root"].into_iter().find(|directory| {
+        check_directory(Path::new(directory), TRUST).is_ok()
+            && rustix::fs::access(*directory, rustix::fs::Access::WRITE_OK).is_ok()
+    }) else {
+        eprintln!("SKIPPED without a directory that is not below a sticky one");
+        return;
+    };
+    let folder = tempfile::tempdir_in(root).unwrap();
+    let place = |mode: u32| {
+        set_mode(folder.path(), mode);
+        let path = folder.path().join(format!("{mode:o}"));
+        let _listener = UnixListener::bind(&path).unwrap();
+        check_socket(&path, &[], TRUST).unwrap()
+    };
+    assert!(!place(0o755).is_shared);
+    assert!(place(0o1777).is_shared);
+}
+
+#[test]
+fn a_user_is_found_by_name_and_by_number() {
+    const USERS: &str = "root:x:0:0:root:/root:/bin/sh\npostgres:x:101:104::/var/lib/postgresql:/bin/sh\nbroken:x:\n";
+    let user = |id, group| Some(User { id, group });
+    for (name, expected) in [
+        ("postgres", user(101, 104)),
+        ("101", user(101, 104)),
+        ("999", user(999, 999)),
+        ("broken", None),
+        ("mysql", None),
+        ("", None),
+        ("-1", None),
+    ] {
+        assert_eq!(User::find_in(USERS, name), expected, "{name}");
+    }
+    assert_eq!(User::find("root").unwrap(), user(0, 0));
+}
+
+/// Such a mount says of its files whatever its server wants.
+#[test]
+fn the_user_who_mounted_fuse_is_read_from_the_mount_table() {
+    const MOUNTS: &str = "22 1 0:20 / / rw - overlay overlay rw,lowerdir=/a\n\
+        90 22 0:51 / /mnt/a\\040b ro,nosuid,nodev,relatime shared:1 - fuse.sshfs host: rw,user_id=1000,group_id=1000,allow_other\n\
+        91 22 0:52 / /mnt/host rw - virtiofs host rw\n";
+    for (minor, expected) in [(51, Some(1000)), (52, None), (20, None), (5, None)] {
+        assert_eq!(mounting_user(MOUNTS, (0, minor)), expected, "{minor}");
+    }
 }

@@ -4,9 +4,8 @@
 use std::time::Duration;
 
 use keybroker_core::alert::Alert;
-use keybroker_worker_protocol::wire::FailureClass;
 
-use crate::Serving;
+use crate::{Serving, start::NotReady};
 
 /// Before the next start when a worker was lost sooner after it became ready than this, so that a worker that dies at once
 /// does not become a loop of logins.
@@ -44,37 +43,6 @@ pub(super) enum Event {
     Lost(Loss, String),
     /// The broker stops.
     Stop,
-}
-
-/// Why a worker did not become ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started: it says nothing of the token.
-    Crashed,
-    /// The token has no session free.
-    Busy,
-    /// The token is unavailable, or the configuration does not fit.
-    Unavailable,
-    /// A login failed with a code that says nothing of the PIN.
-    Login,
-    /// The PIN was rejected, cannot be read, or must not be shown to the token.
-    Pin,
-    /// A key, an attribute or a self-test is wrong.
-    Untrusted,
-}
-
-impl NotReady {
-    /// `first` for the first attempt of the process: a key that was there once is unavailable together with its token.
-    pub(crate) fn of(class: FailureClass, first: bool) -> Self {
-        match class {
-            FailureClass::BackOff => Self::Busy,
-            FailureClass::Login => Self::Login,
-            FailureClass::Pin => Self::Pin,
-            FailureClass::Untrusted => Self::Untrusted,
-            FailureClass::KeyMissing if first => Self::Untrusted,
-            _ => Self::Unavailable,
-        }
-    }
 }
 
 /// How a worker was lost.

@@ -15,8 +15,8 @@ use keybroker_worker_protocol::{
 
 use crate::{
     Error,
+    job::{Answer, Job},
     link::{Link, reap},
-    queue::{Answer, Job},
     start::EXIT_TIMEOUT,
 };
 

@@ -29,7 +29,7 @@ fn serving(supervisor: &Supervisor) -> Serving {
     supervisor.serving.borrow().clone()
 }
 
-fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::queue::Answer>) {
+fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
     let (done, answer) = oneshot::channel();
     let job = Job {
         work: Work::new(work),

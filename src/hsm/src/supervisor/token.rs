@@ -11,7 +11,7 @@ use tracing::Span;
 
 use crate::{
     Error, Serving, Token, TokenState,
-    queue::{Job, Output},
+    job::{Job, Output},
 };
 use keybroker_core::{
     call::{Deadline, outside_time},

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::{Map, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::Config;
+use crate::{config::Config, output_file};
 
 use super::{
     Context, block_on,
@@ -162,7 +162,7 @@ fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
         .map(|(name, value)| ((*name).to_owned(), value.clone()))
         .collect();
     let text = serde_json::to_string_pretty(&object).unwrap_or_default();
-    std::fs::write(path, text + "\n").map_err(|error| {
+    output_file::replace_regular(path, &(text + "\n")).map_err(|error| {
         Failure::new(
             Exit::Usage,
             format!("cannot write {}: {error}", path.display()),

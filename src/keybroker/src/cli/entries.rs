@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use keybroker_core::call::Timestamp;
 
-use super::output::WIDTH_MAX;
+/// Columns of the output at most.
+pub(super) const WIDTH_MAX: usize = 100;
 
 /// Columns of the action, for the outcomes to stand below each other.
 const ACTION_WIDTH: usize = 26;

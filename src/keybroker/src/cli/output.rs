@@ -7,12 +7,9 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
 
 use super::{
-    entries,
+    entries::{self, WIDTH_MAX},
     exit::{Exit, Failure},
 };
-
-/// Columns that a table may have. A wider one is shown as blocks.
-pub(super) const WIDTH_MAX: usize = 100;
 
 /// How results are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

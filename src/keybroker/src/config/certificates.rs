@@ -14,7 +14,7 @@ use crate::{
     server::{ClientCertificates, ListenerSettings},
 };
 
-use super::files::FileReport;
+use super::FileReport;
 
 /// Longest chain and file of authorities, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;

@@ -13,16 +13,7 @@ use keybroker_core::{error::chain, remedy::explained, trusted_file};
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{Pin, check_environment, check_module};
 
-use super::{Config, certificates};
-
-/// What an examination of the files found.
-#[derive(Debug, Default)]
-pub struct FileReport {
-    /// Everything that is wrong, each with its remedy.
-    pub problems: Vec<String>,
-    /// How much each PEM file gave, and which secrets a group can read.
-    pub notes: Vec<String>,
-}
+use super::{Config, FileReport, certificates};
 
 impl Config {
     /// Examines the files. Reads them as `serve` would, and changes nothing.

@@ -24,7 +24,7 @@ use keybroker_core::{call::caller::Caller, error::chain, metrics};
 use super::{
     frames::{self, Watched},
     handshake::{self, Established, PREFACE, Refused},
-    listener::Shared,
+    shared::Shared,
     tls::Tls,
     unauthenticated::{self, Authentication, Full},
     waiting::Ticket,

@@ -115,9 +115,8 @@ impl Identifier {
         };
         let found = self.authenticator.authenticate(values, budget).await;
         match found {
-            // Otherwise its holder would be told to come again later, and not to renew it.
-            Err(error) if error.is_renewable() => Err(error),
-            Err(error) if error.reason() == Reason::Credential => {
+            // Not a renewable one: its holder would be told to come again later, and not to renew it.
+            Err(error) if error.is_failed_attempt() => {
                 match self.limits.fail_address(peer) {
                     // The refusal of the call is logged with it.
                     Ok(()) => Err(error),

@@ -7,42 +7,16 @@ use std::{sync::Arc, time::Duration};
 
 use axum::Router;
 use ipnet::IpNet;
-use tokio::{net::TcpListener, sync::Semaphore, time};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{net::TcpListener, time};
 
-use keybroker_auth::Authenticator;
-use keybroker_broker::Broker;
 use keybroker_core::metrics;
 
 use super::{
-    Limits,
-    connection::Connection,
-    log_limit::LogLimit,
-    tls::Tls,
-    unauthenticated::{self, Places},
-    waiting::Waiting,
+    Limits, connection::Connection, log_limit::LogLimit, shared::Shared, tls::Tls, unauthenticated,
 };
 
 /// After an accept that failed for want of descriptors: a moment, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What every connection of every listener shares.
-#[derive(Clone, Debug)]
-pub(super) struct Shared {
-    pub(super) broker: Arc<Broker>,
-    pub(super) authenticator: Arc<Authenticator>,
-    pub(super) connections: Arc<Semaphore>,
-    /// Those whose handshake is under way.
-    pub(super) handshakes: Arc<Waiting>,
-    /// The connections that hold the other places.
-    pub(super) places: Arc<Places>,
-    /// Limits the log lines about connections that are refused.
-    pub(super) refusals: Arc<LogLimit>,
-    pub(super) limits: Arc<Limits>,
-    /// Stop accepting and ask every connection to leave.
-    pub(super) stop: CancellationToken,
-    pub(super) tasks: TaskTracker,
-}
-
 /// One listener: its socket, its TLS and what it lets in.
 #[derive(Debug)]
 pub(super) struct Listener {

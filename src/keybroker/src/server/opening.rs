@@ -1,4 +1,6 @@
 //! What must be ready before the listeners open: ports, certificates, audit log, schema, token.
+//!
+//! Mitigation: M14 of `THREAT_MODEL.md`.
 
 use std::{
     net::SocketAddr,
@@ -16,10 +18,15 @@ use crate::{
 use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
 use keybroker_broker::Serving;
-use keybroker_core::{call::CallId, error::chain, key::WrappingKeyState, state::StateDirectory};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    error::chain,
+    key::WrappingKeyState,
+    state::StateDirectory,
+};
 use keybroker_hsm::{ExpectedKey, Supervisor};
 use keybroker_store as store;
-use keybroker_store::Store;
+use keybroker_store::{KnownLog, Store};
 
 use super::{ListenerSettings, StatusSettings, tls::Tls};
 
@@ -131,6 +138,34 @@ pub(super) async fn migrate(
     migrated?;
     recorded?;
     Ok(())
+}
+
+/// Records the audit log in the database, where each instance's logs are known. A log that the database does not know, although it
+/// knows other logs of the same instance, was put in the place of the right one, and the start ends. A log of an earlier release is
+/// recorded silently, and so is the first log of an instance.
+pub(super) async fn bind_log(
+    audit: &AuditLog,
+    store: &Arc<dyn Store>,
+    instance: &str,
+) -> Result<(), Failure> {
+    match store.audit_log(instance, audit.id()).await? {
+        KnownLog::This => {}
+        KnownLog::Another if audit.is_binding_required() => {
+            return Err(audit.refuse_unknown().into());
+        }
+        KnownLog::Another | KnownLog::None => {
+            let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
+            if let Err(error) = added.await {
+                // A database that only serves reads for a while is no reason to refuse releases.
+                tracing::warn!(%error, "the audit log is not recorded in the database yet; the next start tries again");
+                return Ok(());
+            }
+            let mut bound = Entry::new(EntryKind::System, "log.store_bound", Outcome::Ok);
+            bound.store = store.evidence(&[]).await?.store.map(|id| id.to_string());
+            audit.append(bound).await?;
+        }
+    }
+    Ok(audit.require_binding()?)
 }
 
 pub(super) async fn bind_all(

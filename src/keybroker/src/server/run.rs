@@ -1,8 +1,7 @@
 //! The life of `keybroker serve`, from the first check to the last entry of the audit log.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -22,7 +21,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
-    telemetry,
+    output_file, telemetry,
 };
 use keybroker_api::rpc;
 use keybroker_audit::AuditLog;
@@ -31,7 +30,7 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::{IssuerError, Tokens},
 };
-use keybroker_broker::{Broker, ClientRules, Parts, Serving, limits::Limits};
+use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Supervisor, Token};
 use keybroker_policy::Policy;
@@ -43,18 +42,17 @@ use super::{
     clients::Clients,
     descriptors,
     identify::Identifier,
-    listener::{Listener, Shared},
+    listener::Listener,
     notify,
     opening::{self, Bound, BoundStatus},
+    shared::Shared,
     status,
     tls::Tls,
     unauthenticated::Places,
     waiting::Waiting,
-    watch,
+    watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// For reading the registry and verifying it on the token.
-pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
 /// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -140,19 +138,6 @@ fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     }
 }
 
-/// Replaces a file as a whole. In a directory such as `/tmp`, another user could have put a symbolic link where the new content is
-/// written first, so that file is always made anew.
-fn replace_file(path: &Path, text: &str) -> io::Result<()> {
-    let partial = path.with_extension("partial");
-    match fs::remove_file(&partial) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = File::create_new(&partial)?;
-    file.write_all(text.as_bytes())?;
-    fs::rename(&partial, path)
-}
-
 /// The two signals that end a service.
 struct Signals {
     terminate: Signal,
@@ -226,6 +211,7 @@ impl Server {
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
+        opening::bind_log(&audit, &store, &config.audit.instance).await?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
@@ -238,6 +224,10 @@ impl Server {
             state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
+            capacity: Capacity {
+                revisions_max: config.store.revisions_max,
+                keys_per_user_max: config.store.keys_per_user_max,
+            },
         });
         let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {
@@ -412,7 +402,7 @@ impl Server {
             "status": self.status_address,
             "pid": std::process::id(),
         });
-        replace_file(path, &text.to_string()).map_err(|error| {
+        output_file::replace(path, &text.to_string()).map_err(|error| {
             let what = format!("cannot write the ready file {}: {error}", path.display());
             Failure::new(Exit::Usage, what)
         })
@@ -471,24 +461,5 @@ impl Server {
         self.status.close();
         self.status.wait().await;
         tracing::info!("stopped");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_ready_file_is_not_written_through_a_link() {
-        let folder = tempfile::tempdir().unwrap();
-        let (ready, victim) = (folder.path().join("ready"), folder.path().join("victim"));
-        fs::write(&victim, "content").unwrap();
-        std::os::unix::fs::symlink(&victim, folder.path().join("ready.partial")).unwrap();
-        std::os::unix::fs::symlink(&victim, &ready).unwrap();
-        for text in ["first", "second"] {
-            replace_file(&ready, text).unwrap();
-            assert_eq!(fs::read_to_string(&ready).unwrap(), text);
-        }
-        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
     }
 }

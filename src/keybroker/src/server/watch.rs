@@ -12,7 +12,10 @@ use keybroker_core::{call::Deadline, error::Reason};
 use keybroker_hsm::{Supervisor, Token as _};
 use keybroker_policy::Policy;
 
-use super::{notify, run::REGISTRY_TIMEOUT, tls::Tls};
+use super::{notify, tls::Tls};
+
+/// For reading the registry and verifying it on the token.
+pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 const FILES_INTERVAL: Duration = Duration::from_secs(1);

@@ -4,8 +4,7 @@ use keybroker_core::key::WrappingKeyId;
 
 use crate::{
     classify::{Class, Fault},
-    keys::KeyPair,
-    open::KeySession,
+    keys::{KeyPair, KeySession},
     operation,
 };
 

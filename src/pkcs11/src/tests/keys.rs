@@ -13,7 +13,7 @@ use crate::{
     attribute_check::{Expected, Found},
     classify::Class,
     keys,
-    open::KeySession,
+    keys::KeySession,
 };
 
 #[test]

@@ -9,9 +9,9 @@ use std::{
 use async_trait::async_trait;
 
 use crate::{
-    CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, ListQuery, NewRevision,
-    Position, Record, RecordInfo, RegistryRow, RequestRecord, RequestScope, SKIPPED_MAX, Stamp,
-    Store, StoreId, StoredRevision,
+    CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, KnownLog, ListQuery,
+    NewRevision, Position, Record, RecordInfo, RegistryRow, RequestRecord, RequestScope,
+    SKIPPED_MAX, Stamp, Store, StoreId, StoredRevision,
     mutations::{self, Change, REQUEST_KEPT_US},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -20,7 +20,7 @@ use crate::{
 use keybroker_core::{
     call::{CallId, Timestamp},
     envelope::Mac,
-    key::{ClientId, KeyAddress, RecordId, Revision},
+    key::{ClientId, KeyAddress, RecordId, Revision, Tenant, UserId},
 };
 
 use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
@@ -192,6 +192,46 @@ impl<E: Engine> Store for EngineStore<E> {
             store: StoreId::from_slice(row.bytes("store_id")?),
             marks: usize::try_from(row.integer("marks")?).unwrap_or(0),
         })
+    }
+
+    async fn count_keys(&self, tenant: &Tenant, user: &UserId, most: u32) -> Result<u32, Error> {
+        let values = vec![tenant.as_str().into(), user.as_str().into(), most.into()];
+        self.count_up_to(E::sql().count_keys, values).await
+    }
+
+    async fn count_revisions(&self, record: RecordId, most: u32) -> Result<u32, Error> {
+        let values = vec![record.into(), most.into()];
+        self.count_up_to(E::sql().count_revisions, values).await
+    }
+
+    async fn audit_log(&self, instance: &str, log_id: &str) -> Result<KnownLog, Error> {
+        let values = vec![log_id.into(), instance.into()];
+        let found = self.query(E::sql().audit_logs, values).await?;
+        let row = found.first().ok_or(Error::NotFound)?;
+        Ok(match (row.integer("known")?, row.integer("this")?) {
+            (0, _) => KnownLog::None,
+            (_, 0) => KnownLog::Another,
+            _ => KnownLog::This,
+        })
+    }
+
+    async fn add_audit_log(
+        &self,
+        instance: &str,
+        log_id: &str,
+        at: Timestamp,
+    ) -> Result<(), Error> {
+        let values: Vec<Value> = vec![instance.into(), log_id.into(), at.into()];
+        self.transaction(End::Commit, move |session, sql| {
+            let values = values.clone();
+            Box::pin(mutations::insert_unless_taken(
+                session,
+                sql.insert_audit_log,
+                values,
+            ))
+        })
+        .await
+        .map(drop)
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {

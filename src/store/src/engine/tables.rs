@@ -57,6 +57,16 @@ impl<E: Engine> Tables for EngineStore<E> {
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
+    async fn keyless_rows(&self) -> Result<u64, Error> {
+        let mut total = 0;
+        for table in Table::ALL {
+            let found = self.query(E::sql().of(table).keyless, Vec::new()).await?;
+            let count = found.first().map_or(Ok(0), |row| row.integer("total"))?;
+            total += u64::try_from(count).unwrap_or(0);
+        }
+        Ok(total)
+    }
+
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {
         let mut values = key_after(table, after)?;
         if let [first, _, ..] = &values[..] {

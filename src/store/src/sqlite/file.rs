@@ -12,7 +12,7 @@ use sqlx::{SqlitePool, migrate::Migrator};
 
 use keybroker_core::{
     remedy::{remedy, with_remedy},
-    trusted_file,
+    trusted_file::{self, Purpose},
 };
 
 use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
@@ -28,6 +28,7 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 const ROOT: u32 = 0;
 
+const PLACE: Purpose = Purpose::trust("other users could put another database in its place");
 /// What every SQLite database begins with (section 1.3 of its file format).
 const HEADER: &[u8; 16] = b"SQLite format 3\0";
 
@@ -256,11 +257,10 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
 
 /// A database in such a directory can be moved aside while the broker is stopped.
 fn note_open_directory(path: &Path) {
-    if let Some(open) = trusted_file::open_directory_above(path) {
+    if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
-            database = %path.display(), writable = %open.display(),
-            "every user of this machine can move the database to another place or remove it; run `chmod o-w` on the directory that \
-             they can write to"
+            database = %path.display(), cause = %error,
+            "other users of this machine can replace the database while the broker is stopped"
         );
     }
 }

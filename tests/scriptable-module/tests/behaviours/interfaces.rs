@@ -13,7 +13,7 @@ fn newest(module: &Module, version: Option<CK_VERSION>) -> Result<CK_INTERFACE, 
     let mut interface: *mut CK_INTERFACE = ptr::null_mut();
     let mut version = version;
     let wanted = version.as_mut().map_or(ptr::null_mut(), ptr::from_mut);
-    // SAFETY: every pointer is null or to a variable of ours.
+    // SAFETY: every pointer is null or to a local variable.
     let code = unsafe {
         module
             .library

@@ -1,7 +1,7 @@
 //! Each behaviour of the module, with the setting and without it: a test fails when the setting makes no difference.
 //!
 //! A test runs itself twice as a child, since the module reads its environment and a crash ends the process: once with the
-//! script of the test, and once with a script that only names the real module. Each child has a token of its own.
+//! script of the test, and once with a script that only names the real module. Each child has its own token.
 
 #![allow(
     clippy::unwrap_used,
@@ -149,7 +149,7 @@ fn counts_every_behaviour_and_profile() {
     println!(
         "scriptable module: {} behaviours, each with a test that fails without it; {} profiles with {} sources",
         BEHAVIOURS.len(),
-        profiles::NAMES.len(),
+        profiles::COVERED.len(),
         profiles::sources()
     );
 }

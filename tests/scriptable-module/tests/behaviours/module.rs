@@ -36,7 +36,7 @@ impl fmt::Display for Rv {
 macro_rules! call {
     ($module:expr, $function:ident($($argument:expr),* $(,)?)) => {{
         let function = $module.list.$function.expect("a function of the table");
-        // SAFETY: the signature is that of the standard, and every pointer is to a variable of ours or null.
+        // SAFETY: the signature is that of the standard, and every pointer is null or to a local variable.
         match unsafe { function($($argument),*) } {
             ::cryptoki_sys::CKR_OK => Ok(()),
             code => Err($crate::module::Rv(code)),

@@ -130,11 +130,11 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
         "calls at the same time share one fetch"
     );
     // The old key was withdrawn: what was verified with it is not remembered either.
-    running.refused(&old, "none of").await;
+    running.postponed(&old, "none of").await;
 
     for n in 0..50 {
         let token = service.mint(user(ADA), json!({"kid": format!("random-{n}")}));
-        running.refused(&token, "none of").await;
+        running.postponed(&token, "none of").await;
     }
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
@@ -155,9 +155,48 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     });
     for _ in 0..10 {
         let token = foreign.mint(user(ADA), json!({"kid": null}));
-        running.refused(&token, "signature does not verify").await;
+        running.postponed(&token, "signature does not verify").await;
     }
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
+}
+
+/// An unsigned token with an invented `kid` uses up the fetch of the minute. Good tokens with a new key are told to come again, and
+/// are accepted then.
+#[tokio::test]
+async fn an_invented_kid_does_not_have_good_tokens_rejected() {
+    const REFETCH: Duration = Duration::from_secs(2);
+    let service = Identity::start(Options::default());
+    let paced = |settings: &_| Pace {
+        refetch: REFETCH,
+        ..quick(settings)
+    };
+    let running = Running::with(&[settings(&service, "")], paced);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    let invented = service.mint(user(ADA), json!({"kid": "invented"}));
+    // The provider was asked and has no such key, so the token is rejected.
+    running.refused(&invented, "none of").await;
+    service.rotate_key();
+    let good = service.user_token(ADA);
+    let mut refusals = 0;
+    while let Err(error) = running.tokens.verify(good.as_bytes()).await {
+        assert_eq!(error.reason(), Reason::IdentityDown, "{error}");
+        refusals += 1;
+        assert!(refusals < 10, "{error}");
+        tokio::time::sleep(error.retry_delay().unwrap()).await;
+    }
+}
+
+/// While the provider does not answer, it is not known either whether it has the key.
+#[tokio::test]
+async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
+    let mut service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    service.rotate_key();
+    let good = service.user_token(ADA);
+    service.stop();
+    running.postponed(&good, "none of").await;
 }
 
 #[tokio::test]

@@ -8,10 +8,12 @@ use crate::cli::{
     exit::{Exit, Failure},
     output::{Field, Output},
 };
-use keybroker_bitwarden as bitwarden;
 use keybroker_bitwarden::{Email, Kdf, MASTER_KEY_BYTES, MasterKey, Password, Salt};
 
-use super::{field, secrets};
+use super::{
+    field,
+    secrets::{self, unusable},
+};
 
 /// The key derivation functions of accounts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -237,28 +239,4 @@ impl KeySource {
         let bytes = source.key(MASTER_KEY_BYTES)?;
         MasterKey::from_bytes(bytes).map(Some).map_err(unusable)
     }
-}
-
-/// What was typed or named cannot be used.
-pub(super) fn unusable(error: bitwarden::Error) -> Failure {
-    let hint = match error {
-        bitwarden::Error::Decrypt => {
-            return Failure::new(Exit::Verification, error.to_string()).hint(
-                "another account, password, KDF or KDF parameter? The e-mail address is part of the key, too",
-            );
-        }
-        bitwarden::Error::System(_) => return Failure::new(Exit::Internal, error.to_string()),
-        bitwarden::Error::Type(7) => {
-            "type 7 belongs to accounts of the new kind (COSE), which this command does not read"
-        }
-        bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
-            "such a text is `2.…|…|…`: copy all of it, without quotation marks"
-        }
-        bitwarden::Error::KeyKind(_) => "a protected key has type 2, or 0 in an old account",
-        bitwarden::Error::Kdf { .. } => {
-            "no Bitwarden client sets up an account with less, which would make its password easy to guess: do not use it"
-        }
-        _ => return Failure::new(Exit::Usage, error.to_string()),
-    };
-    Failure::new(Exit::Usage, error.to_string()).hint(hint)
 }

@@ -12,8 +12,9 @@ use crate::cli::{
 };
 
 use super::{
-    account::{self, Account, Function, unusable},
+    account::{self, Account, Function},
     field, secrets,
+    secrets::unusable,
 };
 
 #[derive(Args, Debug)]

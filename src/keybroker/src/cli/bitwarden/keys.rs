@@ -14,11 +14,12 @@ use crate::cli::{
 use keybroker_bitwarden::{EncString, MasterKey, SymmetricKey};
 
 use super::{
-    account::{KeySource, unusable},
+    account::KeySource,
     connector::{Connector, Method},
     field,
     refusal::not_read_back,
     secrets,
+    secrets::unusable,
 };
 
 #[derive(Args, Debug)]

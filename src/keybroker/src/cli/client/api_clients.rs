@@ -426,7 +426,7 @@ mod tests {
             assert_eq!(failure.exit, Exit::Usage);
             assert!(failure.message.contains(word), "{failure:?}");
         };
-        refused(create("release", &[], None), "which keys");
+        refused(create("release", &[], None), "--key-name");
         refused(create("enrol", &[], Some(taken)), "never overwrites");
     }
 }

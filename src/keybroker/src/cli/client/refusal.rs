@@ -122,6 +122,9 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::KeyState => {
             "`get` shows the state of the record, `client wrapping-keys` those of the keys"
         }
+        Reason::Limit => {
+            "the operator raises `store.revisions_max` or `store.keys_per_user_max`, or removes old rows with `keybroker store purge`"
+        }
         Reason::QueueFull => {
             "wait for that long, then try again; more callers at once will not be faster"
         }

@@ -131,6 +131,14 @@ async fn check_others(
         let finding = Finding::of_other(Problem::IdentityMissing, remedy);
         report.add(&**store, finding).await?;
     }
+    let keyless = store.keyless_rows().await?;
+    if keyless > 0 {
+        let detail = format!(
+            "rows with NULL in a column that rows are found by: {keyless}; no list and no call finds them"
+        );
+        let finding = Finding::of_other(Problem::KeyMissing, detail);
+        report.add(&**store, finding).await?;
+    }
     Ok(())
 }
 

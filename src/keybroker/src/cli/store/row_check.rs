@@ -36,6 +36,7 @@ pub(super) enum Problem {
     LastUseUnreadable,
     ClientUseUnreadable,
     IdentityMissing,
+    KeyMissing,
 }
 
 impl Problem {
@@ -60,6 +61,7 @@ impl Problem {
             Self::LastUseUnreadable => "last-use-unreadable",
             Self::ClientUseUnreadable => "client-use-unreadable",
             Self::IdentityMissing => "identity-missing",
+            Self::KeyMissing => "key-missing",
         }
     }
 }
@@ -379,6 +381,7 @@ mod tests {
             Problem::LastUseUnreadable,
             Problem::ClientUseUnreadable,
             Problem::IdentityMissing,
+            Problem::KeyMissing,
         ];
         assert_eq!(documented, problems.map(Problem::as_str));
     }

@@ -226,6 +226,12 @@ pub enum ListsError {
         "holds no list of \"{0}\" that this CA signed: every client of that authority would be refused"
     )]
     Missing(String),
+    /// Several lists of an authority whose certificate is not configured.
+    #[error(
+        "holds more than one list of \"{0}\", which is not in `client_ca_file`, so which of them it signed cannot be verified here: \
+         keep its newest list only"
+    )]
+    Ambiguous(String),
     /// The signature is not that of the authority.
     #[error(
         "holds a list of \"{issuer}\" ({version}) that is not signed by it: it was changed, or made by another authority of that name"
@@ -416,12 +422,16 @@ impl Lists {
         let mut parsed = Vec::with_capacity(ders.len());
         let mut versions = Versions::default();
         let mut is_served = vec![false; authorities.len()];
+        let mut unverified = BTreeMap::new();
         for der in &ders {
             let (_, list) =
                 CertificateRevocationList::from_der(der).map_err(ListsError::Malformed)?;
             let life = life(&list, now)?;
             let version = Version::of(&list);
             let signer = signer(&list, der, &authorities, &mut is_served)?;
+            if signer.1.is_none() {
+                refuse_another(&mut unverified, &signer.0, der)?;
+            }
             let newest = versions.0.entry(signer).or_insert_with(|| version.clone());
             if version.compare(newest).is_gt() {
                 *newest = version.clone();
@@ -462,6 +472,19 @@ fn ders(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, List
         };
     }
     pem::revocation_lists(bytes).map_err(ListsError::Pem)
+}
+
+/// Refuses a second list of an authority whose signatures can be verified only in the handshake. The verifier looks at the newest list
+/// of a name alone, so a list with a high number that the authority did not sign would have every client of it refused.
+fn refuse_another<'a>(
+    unverified: &mut BTreeMap<Vec<u8>, &'a [u8]>,
+    name: &[u8],
+    der: &'a [u8],
+) -> Result<(), ListsError> {
+    match unverified.insert(name.to_vec(), der) {
+        Some(other) if other != der => Err(ListsError::Ambiguous(name_of(name))),
+        _ => Ok(()),
+    }
 }
 
 /// Who signed a list. A list of an authority that is not configured, such as one below those that are, is verified in the

@@ -117,6 +117,31 @@ fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     }
 }
 
+/// Below the configured authority, only the handshake shows who signed a list, and it looks at the newest one of a name alone.
+#[test]
+fn two_lists_that_cannot_be_verified_are_not_told_apart_by_their_numbers() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let (below, forger) = (
+        authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256),
+        authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256),
+    );
+    let own = list(&ca, &[], -1, 24);
+    let good = numbered(&below, 16, &[7], -2, 24);
+    let forged = numbered(&forger, 17, &[], -1, 24);
+    for pem in [
+        format!("{own}{good}{forged}"),
+        format!("{forged}{own}{good}"),
+    ] {
+        let problem = read(&pem, &[&ca]).unwrap_err();
+        for words in ["more than one list of \"CN=CA below\"", "client_ca_file"] {
+            assert!(problem.contains(words), "{problem}");
+        }
+    }
+    for pem in [format!("{own}{good}"), format!("{own}{good}{good}")] {
+        assert!(read(&pem, &[&ca]).is_ok());
+    }
+}
+
 #[test]
 fn a_list_in_der_is_read() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);

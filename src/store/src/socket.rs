@@ -1,0 +1,121 @@
+//! The local socket of a database server, before anything is sent through it. The driver sends a password in clear to a server that
+//! asks for it, so a process of another user must not be able to listen in the server's place.
+//!
+//! The path obeys the rule of `trusted_file`, with the users of the database server as further owners, and the process that listens
+//! must run as one of them, as this user or as root. In a sticky directory such as `/tmp` another user can make a socket while the
+//! server is stopped, so there the path is checked again before each use of a connection. What remains: a socket that is replaced
+//! there between that check and the driver's `connect`, which takes a server that stops in that moment.
+//!
+//! Mitigation: M17 of `THREAT_MODEL.md`.
+
+use std::path::PathBuf;
+
+use keybroker_core::{
+    error::chain,
+    trusted_file::{self, Purpose, SocketPlace, User},
+};
+use tokio::net::UnixStream;
+
+use super::Error;
+
+const SOCKET: Purpose = Purpose::trust(
+    "other users could listen there in place of the database server, and receive its password",
+)
+.owner_remedy(
+    "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`",
+);
+
+/// A socket whose path and listener are checked.
+#[derive(Clone, Debug)]
+pub(super) struct Socket {
+    path: PathBuf,
+    users: Vec<User>,
+}
+
+impl Socket {
+    /// A socket on which one of these users may listen, by name or number. Those of `usual` who do not exist are passed over.
+    pub(super) fn new(
+        path: PathBuf,
+        named: Option<&[String]>,
+        usual: &[&str],
+    ) -> Result<Self, Error> {
+        let unreadable = |error: trusted_file::Error| Error::Schema(error.to_string());
+        let mut users = Vec::new();
+        match named {
+            None => {
+                for name in usual {
+                    users.extend(User::find(name).map_err(unreadable)?);
+                }
+            }
+            Some(names) => {
+                for name in names {
+                    let user = User::find(name).map_err(unreadable)?.ok_or_else(|| {
+                        Error::Schema(format!(
+                            "`store.socket_users` names {name:?}, and /etc/passwd has no such user; correct the name, or write the \
+                             user's number"
+                        ))
+                    })?;
+                    users.push(user);
+                }
+            }
+        }
+        Ok(Self { path, users })
+    }
+
+    fn check(&self) -> Result<SocketPlace, trusted_file::Error> {
+        trusted_file::check_socket(&self.path, &self.users, SOCKET)
+    }
+
+    /// Checks the path as it is now, if it exists: a configuration is often checked before its database server runs.
+    pub(super) fn check_if_present(&self) -> Result<(), Error> {
+        match self.check() {
+            Err(error) if !error.is_missing() => Err(refused(&error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks the path and the process that listens, with a connection of its own through which nothing is sent.
+    pub(super) async fn check_listener(&self) -> Result<SocketPlace, Error> {
+        let place = self.check().map_err(|error| {
+            if error.is_missing() {
+                let what = format!(
+                    "{}; check `store.url`, and whether the server runs",
+                    chain(&error)
+                );
+                Error::Down(what.into())
+            } else {
+                refused(&error)
+            }
+        })?;
+        let shown = self.path.display();
+        let unreachable = |error: std::io::Error| {
+            let what = format!("cannot connect to {shown}: {error}; check whether the server runs");
+            Error::Down(what.into())
+        };
+        let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
+        let listener = connection.peer_cred().map_err(unreachable)?.uid();
+        let ours = rustix::process::geteuid().as_raw();
+        if listener == 0 || listener == ours || self.users.iter().any(|user| user.id() == listener)
+        {
+            return Ok(place);
+        }
+        Err(Error::Schema(format!(
+            "the process that listens on {shown} runs as user {listener}, who is not trusted with it: it would receive the password of \
+             the database; if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise \
+             correct `store.url`"
+        )))
+    }
+
+    /// Checks the path again, while the server may be stopped and started.
+    pub(super) fn check_again(&self) -> Result<(), Error> {
+        match self.check() {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_missing() => Err(Error::Disconnected(chain(&error).into())),
+            Err(error) => Err(Error::Down(error.to_string().into())),
+        }
+    }
+}
+
+fn refused(error: &trusted_file::Error) -> Error {
+    Error::Schema(error.to_string())
+}

@@ -7,17 +7,19 @@
 //!
 //! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
 //!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) other users cannot
-//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
-//!   read-only, no process that sees this mount can change anything.
+//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not.
+//!   In a container, no process that sees a read-only mount can change anything in it.
 //! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
 //!   cannot hang the process. The descriptor that is examined is the one that is read.
 //! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
 //!   others; its group may read it when it belongs to root, because root chose the group (systemd credentials, Kubernetes
 //!   Secrets with `fsGroup`).
 //!
-//! A read-only mount counts only when it is another file system than that of the root directory. systemd's `ProtectSystem=strict`
-//! shows a service the whole host read-only, while other users of the host can still write to it. A FUSE mount never counts as
-//! read-only, because the process that serves it decides what is read and who the owners are. One that another user mounted is refused.
+//! A read-only mount counts only in a container, and only when it is another file system than that of the root directory. Where systemd
+//! runs, it does not count: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
+//! users of the host can still write to them. A FUSE mount never counts as read-only, because the process that serves it decides what
+//! is read and who the owners are. One that another user mounted is refused. For a socket no mount counts, because the process that
+//! listens can write to the directory.
 //!
 //! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]), and
 //! to the directories above a file that this process writes, where a group may have the write permission ([`check_above`]).
@@ -72,6 +74,10 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
+/// Exists where systemd runs; sd_booted(3).
+const SYSTEMD: &str = "/run/systemd/system";
+/// systemd sets it for each service, also for one that does not see `/run` of the host; systemd.exec(5).
+const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// The users of this machine. Users of other directory services are named by their numbers.
 const USERS: &str = "/etc/passwd";
@@ -445,11 +451,11 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     let (stat, at) = match walk.resolve()? {
         Target::Entry { stat, at, .. } => (stat, at),
         Target::Directory(directory) => (directory.stat, directory.at),
+        exempts_read_only: false,
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
         return Err(walk.error(&at, Problem::NotSocket(kind_of(&stat))));
     }
-    // Also in a read-only mount: the process that listens is on the other side of it.
     walk.check_owner("the socket ", stat.st_uid, &at)?;
     Ok(SocketPlace {
         is_shared: walk.is_shared.get(),
@@ -496,6 +502,8 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
+    /// Whether directories in a read-only mount may belong to anyone and be writable by others.
+    exempts_read_only: bool,
     fn new(path: &'a Path, purpose: Purpose) -> Self {
         Self {
             path,
@@ -508,6 +516,7 @@ impl<'a> Walk<'a> {
     }
 
     fn error(&self, at: &Path, problem: Problem) -> Error {
+            exempts_read_only: true,
         let problem = match problem {
             Problem::Io(error) => Problem::Io(explained(at, error)),
             problem => problem,
@@ -638,7 +647,7 @@ impl<'a> Walk<'a> {
         {
             return Err(self.error(&at, Problem::ForeignMount { owner }));
         }
-        let is_read_only = is_unchangeable(&fd, &stat);
+        let is_read_only = self.exempts_read_only && is_unchangeable(&fd, &stat);
         let directory = Directory {
             fd,
             stat,
@@ -744,8 +753,8 @@ fn names(path: &Path) -> VecDeque<OsString> {
         .collect()
 }
 
-/// Whether an entry is in a file system that is mounted read-only and is not that of the root directory. FUSE is served by a process
-/// that can change what is read however it is mounted. Unknown counts as changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. FUSE is served
+/// by a process that can change what is read however it is mounted. Unknown counts as changeable.
 fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
@@ -764,6 +773,12 @@ fn fuse_server(fd: impl AsFd, stat: &Stat) -> Option<u32> {
     }
     let mounts = std::fs::read_to_string(MOUNTS).ok()?;
     mounting_user(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
+        && !is_beside_systemd()
+}
+
+/// Whether other processes may see the same file systems without the read-only mounts of this one.
+fn is_beside_systemd() -> bool {
+    Path::new(SYSTEMD).exists() || env::var_os(SERVICE_VARIABLE).is_some()
 }
 
 /// The option `user_id` of the file system with this device number, in the form of proc(5).

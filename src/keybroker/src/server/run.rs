@@ -207,11 +207,11 @@ impl Server {
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        opening::remember_lists(&bound, &status)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
         let store_lock = store::lock(&config.store)?;
         let store = store::open(&config.store).await?;
         opening::bind_log(&audit, &store, &config.audit.instance).await?;
+        opening::remember_lists(&bound, &status)?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {

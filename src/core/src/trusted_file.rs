@@ -126,13 +126,13 @@ impl Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
     id: u32,
-    /// The user's own group, which may write to a directory on the way.
-    group: u32,
+    /// The user's own group, which may write to a directory on the way; unknown without an entry in `/etc/passwd`.
+    group: Option<u32>,
 }
 
 impl User {
     /// The user with this name or number. A number that `/etc/passwd` does not have is a user in a container or of a directory
-    /// service: its group is taken to have the same number.
+    /// service, whose group is unknown: on this machine, the group with the same number has other members.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
@@ -145,10 +145,10 @@ impl User {
             let mut fields = line.split(':');
             let found = fields.next()?;
             let id = fields.nth(1)?.parse().ok()?;
-            let group = fields.next()?.parse().ok()?;
+            let group = Some(fields.next()?.parse().ok()?);
             (found == name || number == Some(id)).then_some(Self { id, group })
         });
-        known.or(number.map(|id| Self { id, group: id }))
+        known.or(number.map(|id| Self { id, group: None }))
     }
 
     /// The number of the user.
@@ -175,7 +175,8 @@ enum Problem {
     NotDirectory(&'static str),
     NotSocket(&'static str),
     ForeignMount {
-        owner: u32,
+        /// Unknown if the mount table does not name one.
+        owner: Option<u32>,
     },
     ProcLink,
     TooLong(u64),
@@ -245,9 +246,13 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner } => write!(
+            Problem::ForeignMount { owner: Some(owner) } => write!(
                 f,
                 "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            Problem::ForeignMount { owner: None } => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
             ),
             Problem::ProcLink => write!(
                 f,
@@ -420,7 +425,7 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
 pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
     let owner = std::fs::metadata(path).ok().map(|meta| User {
         id: meta.uid(),
-        group: meta.gid(),
+        group: Some(meta.gid()),
     });
     let walk = Walk {
         users: owner.as_slice(),
@@ -446,12 +451,12 @@ pub struct SocketPlace {
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
+        exempts_read_only: false,
         ..Walk::new(path, purpose)
     };
     let (stat, at) = match walk.resolve()? {
         Target::Entry { stat, at, .. } => (stat, at),
         Target::Directory(directory) => (directory.stat, directory.at),
-        exempts_read_only: false,
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
         return Err(walk.error(&at, Problem::NotSocket(kind_of(&stat))));
@@ -497,13 +502,13 @@ struct Walk<'a> {
     users: &'a [User],
     /// The write permissions that a directory on the way must not have.
     writable: u32,
+    /// Whether directories in a read-only mount may belong to anyone and be writable by others.
+    exempts_read_only: bool,
     /// Whether others can add entries to a directory on the way.
     is_shared: Cell<bool>,
 }
 
 impl<'a> Walk<'a> {
-    /// Whether directories in a read-only mount may belong to anyone and be writable by others.
-    exempts_read_only: bool,
     fn new(path: &'a Path, purpose: Purpose) -> Self {
         Self {
             path,
@@ -511,12 +516,12 @@ impl<'a> Walk<'a> {
             ours: rustix::process::geteuid().as_raw(),
             users: &[],
             writable: WRITABLE_BY_OTHERS,
+            exempts_read_only: true,
             is_shared: Cell::new(false),
         }
     }
 
     fn error(&self, at: &Path, problem: Problem) -> Error {
-            exempts_read_only: true,
         let problem = match problem {
             Problem::Io(error) => Problem::Io(explained(at, error)),
             problem => problem,
@@ -635,17 +640,26 @@ impl<'a> Walk<'a> {
     /// Whether a user who is not trusted can add entries to a directory.
     fn is_writable_by_others(&self, stat: &Stat) -> bool {
         let mode = mode_of(stat);
-        let is_own_group = self.users.iter().any(|user| user.group == stat.st_gid);
+        let is_own_group = self
+            .users
+            .iter()
+            .any(|user| user.group == Some(stat.st_gid));
         mode & self.writable != 0 && (mode & WRITABLE_BY_ALL != 0 || !is_own_group)
     }
 
     /// Examines a directory that the path leads through.
     fn enter(&self, fd: OwnedFd, at: PathBuf) -> Result<Directory, Error> {
         let stat = fstat(&fd).map_err(self.io(&at))?;
-        if let Some(owner) = fuse_server(&fd, &stat)
-            && !self.is_trusted(owner)
-        {
-            return Err(self.error(&at, Problem::ForeignMount { owner }));
+        if is_fuse(&fd) {
+            match fuse_server(&stat) {
+                Some(FuseServer::Hypervisor) => {}
+                Some(FuseServer::User(owner)) if self.is_trusted(owner) => {}
+                Some(FuseServer::User(owner)) => {
+                    let owner = Some(owner);
+                    return Err(self.error(&at, Problem::ForeignMount { owner }));
+                }
+                None => return Err(self.error(&at, Problem::ForeignMount { owner: None })),
+            }
         }
         let is_read_only = self.exempts_read_only && is_unchangeable(&fd, &stat);
         let directory = Directory {
@@ -759,20 +773,6 @@ fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
         && is_apart_from_root(stat.st_dev)
-}
-
-fn is_fuse(fd: impl AsFd) -> bool {
-    fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
-}
-
-/// The user who mounted the FUSE file system that an entry is in. Absent for other file systems, also for virtiofs, which has the same
-/// type and is served by the hypervisor.
-fn fuse_server(fd: impl AsFd, stat: &Stat) -> Option<u32> {
-    if !is_fuse(fd) {
-        return None;
-    }
-    let mounts = std::fs::read_to_string(MOUNTS).ok()?;
-    mounting_user(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
         && !is_beside_systemd()
 }
 
@@ -781,15 +781,39 @@ fn is_beside_systemd() -> bool {
     Path::new(SYSTEMD).exists() || env::var_os(SERVICE_VARIABLE).is_some()
 }
 
-/// The option `user_id` of the file system with this device number, in the form of proc(5).
-fn mounting_user(mounts: &str, (major, minor): (u32, u32)) -> Option<u32> {
+fn is_fuse(fd: impl AsFd) -> bool {
+    fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
+}
+
+/// Who decides what a FUSE file system shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FuseServer {
+    /// virtiofs: it has the type of FUSE, and the host of this virtual machine serves it.
+    Hypervisor,
+    /// The user who mounted it.
+    User(u32),
+}
+
+/// Who serves the FUSE file system that an entry is in. Absent if the mount table cannot be read or does not say.
+fn fuse_server(stat: &Stat) -> Option<FuseServer> {
+    let mounts = std::fs::read_to_string(MOUNTS).ok()?;
+    server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
+}
+
+/// The same for the file system with this device number, in a mount table in the form of proc(5).
+fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<FuseServer> {
     let device = format!("{major}:{minor}");
     let mount = mounts
         .lines()
         .find(|mount| mount.split(' ').nth(2) == Some(&device))?;
-    let options = mount.rsplit(' ').next()?;
+    let (_, system) = mount.split_once(" - ")?;
+    if system.split(' ').next() == Some("virtiofs") {
+        return Some(FuseServer::Hypervisor);
+    }
+    let options = system.rsplit(' ').next()?;
     let mut options = options.split(',');
-    options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
+    let user = options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())?;
+    Some(FuseServer::User(user))
 }
 
 /// Whether a device is another one than that of the root directory. Unknown counts as the same.

@@ -263,7 +263,7 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
 
 /// A log of a release that did not record logs, and the first log of another instance, need no acknowledgement.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() {
+async fn a_log_of_the_release_before_and_a_new_instance_are_recorded() {
     let broker = Broker::start(Options::default());
     let (site, _) = broker.stop();
     let known = || site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'");

@@ -300,7 +300,7 @@ impl Acknowledged {
         Ok(())
     }
 
-    /// Takes over the decision of an operator who accepted the database since.
+    /// Applies an operator's acceptance of the database since then.
     fn take_over_acceptance(&self) {
         let Ok(Some(kept)) = self.kept() else {
             return;

@@ -1,9 +1,10 @@
 //! How much one caller may ask for: rates of calls, a limit of failures, and an alert when one service releases the
-//! keys of unusually many users. All state is bounded, and forgets those who have been silent for long enough that it
-//! makes no difference.
+//! keys of unusually many users. All state is bounded, and forgets callers without calls once their entry no longer
+//! changes a decision.
 //!
-//! A budget that is used up refuses what would be tried at a cost, and what fails; who is known already and shows a
-//! credential that is good goes on. So no caller is locked out by another one behind the same address.
+//! When the authentication failure limit is reached, failing credentials and those that are costly to check are
+//! refused. A known caller with a valid credential is still accepted, so no caller is locked out by another one behind
+//! the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -231,7 +232,8 @@ pub fn shortened(text: &str) -> String {
     short
 }
 
-/// Who changes addresses within a network of their own does not begin anew: a home has a /64 (RFC 6177).
+/// Groups IPv6 addresses by /64, so that a caller does not get a new limit by changing addresses within one network: a
+/// home has a /64 (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
     const HOST_BITS: u32 = 64;
     match address.to_canonical() {
@@ -418,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_do_not_fill_the_memory() {
+    fn unknown_callers_do_not_fill_the_memory() {
         let buckets = Buckets::<u64>::new(1);
         for number in 0..3 * CALLERS_MAX {
             buckets.take(&number, 1).unwrap();

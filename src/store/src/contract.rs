@@ -84,8 +84,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What a mutation's call left in the store: for intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
-    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left their mark in it. A plain read: it
-    /// waits for no transaction, and says nothing of a change that is still under way.
+    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left
+    /// their mark in it. A plain read: it waits for no transaction, and does not cover a change that is still in
+    /// progress.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Whether the database was used with this audit log of an instance.

@@ -169,7 +169,7 @@ impl Error {
         }
     }
 
-    /// What is wrong with a stored row, without what the driver says of it: for lists, which callers see.
+    /// What is wrong with a stored row, without the driver's message: for lists, which callers see.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),

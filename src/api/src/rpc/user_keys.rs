@@ -133,7 +133,7 @@ impl UserKeyService for UserKeys {
             .iter()
             .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
         let keys: Vec<_> = keys.collect();
-        // Who may unwrap none of them is told once, and costs one audit entry.
+        // A caller that may unwrap none of the keys gets one refusal and one audit entry.
         self.broker
             .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await

@@ -153,8 +153,8 @@ impl Keys {
             };
         }
         *refetched = Some(Instant::now());
-        // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
-        // them be refused before it is over.
+        // In a separate task, with the lock: a caller that disconnects must neither cancel the fetch that others wait
+        // for nor cause them to be refused before it ends.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
             let is_read = keys.update().await;

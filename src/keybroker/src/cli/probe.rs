@@ -1,4 +1,4 @@
-//! `keybroker probe`: asks the broker beside us how it is, for containers whose health check is a command. The status
+//! `keybroker probe`: checks the local broker's health, for containers whose health check is a command. The status
 //! listener is on loopback, where an orchestrator's own probes do not reach it.
 
 use std::{

@@ -45,7 +45,7 @@ const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Bytes of answers kept for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// After GOAWAY, a connection without calls that has not ended for this long is one whose client does not listen.
+/// After GOAWAY, a connection without calls that has not ended for this long is one whose client ignores GOAWAY.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Bytes of a request's head and of what is read ahead, on HTTP/1.1.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
@@ -321,7 +321,7 @@ impl Connection {
     }
 }
 
-/// Who is at the other end of a connection.
+/// The peer of a connection.
 struct Link {
     caller: Caller,
     authentication: Arc<Authentication>,

@@ -58,7 +58,7 @@ impl Refused {
         }
     }
 
-    /// What the audit log says of it; silence says nothing, and a probe of the port is no refusal.
+    /// Its reason in the audit log. A connection without data and a port scan are not counted as refusals.
     pub(super) fn reason(&self) -> Option<Reason> {
         match self.cause() {
             "no_certificate"

@@ -223,7 +223,7 @@ impl Tls {
                 if refused.as_ref() == Some(&error) {
                     return;
                 }
-                keybroker_core::alert!(TlsReload, %error, "TLS files not taken over; the old ones stay in use");
+                keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
                 *refused = Some(error);
             }
         }
@@ -326,7 +326,7 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // Who was accepted before is to be told when it changes next.
+            // Connections that were accepted under the earlier trust are notified at the next change.
             next.outdated = current.outdated.clone();
         }
         self.newest

@@ -125,7 +125,7 @@ impl Seen {
     }
 }
 
-/// Whose CPU time counts, and what the broker says of its own time, at one moment.
+/// The CPU time of the processes that count, and the broker's own time, at one moment.
 struct Moment {
     at: Instant,
     front: CpuTime,

@@ -441,7 +441,7 @@ mod tests {
         assert!(
             cause
                 .source()
-                .is_some_and(|cause| cause.is::<state::Error>())
+                .is_some_and(<dyn std::error::Error>::is::<state::Error>)
         );
     }
 }

@@ -13,6 +13,7 @@ use std::{
 
 use keybroker::config::Config;
 use keybroker_core::{alert::Alert, error::Reason};
+use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -330,22 +331,57 @@ fn every_cited_mitigation_names_the_file() {
     assert!(cited > 30, "only {cited} citations");
 }
 
-/// Links between the documents lead somewhere.
+/// The headings of a page, as the hosting service names them in links.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let mut is_code = false;
+    let headings = page.lines().filter_map(|line| {
+        is_code ^= line.trim_start().starts_with("```");
+        let heading = line.trim_start_matches('#').strip_prefix(' ')?;
+        (line.starts_with('#') && !is_code).then(|| heading.trim().to_lowercase())
+    });
+    headings
+        .map(|heading| {
+            let kept = heading
+                .chars()
+                .filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+            kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+        })
+        .collect()
+}
+
+/// Links between the documents lead to files, and to headings that are there.
 #[test]
-fn links_lead_to_files() {
+fn links_lead_to_files_and_headings() {
     let pages = pages();
     assert!(pages.len() > 15, "{pages:?}");
+    let mut headings = 0;
     for document in &pages {
         let folder = Path::new(document).parent().unwrap().to_owned();
-        for part in read(document).split("](").skip(1) {
-            let target = part.split([')', '#']).next().unwrap();
-            if target.starts_with("http") || target.is_empty() {
+        let text = read(document);
+        for link in text.split("](").skip(1) {
+            let link = link.split([')', ' ']).next().unwrap();
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if file.starts_with("http") {
                 continue;
             }
-            let path = root().join(&folder).join(target);
-            assert!(path.exists(), "{document} links to {target}");
+            let path = if file.is_empty() {
+                root().join(document)
+            } else {
+                root().join(&folder).join(file)
+            };
+            assert!(path.exists(), "{document} links to {file}");
+            if heading.is_empty() {
+                continue;
+            }
+            let page = fs::read_to_string(&path).unwrap();
+            assert!(
+                anchors(&page).contains(heading),
+                "{document} links to {link}"
+            );
+            headings += 1;
         }
     }
+    assert!(headings > 10, "only {headings} links to headings");
 }
 
 /// The table of alerts is the list in the code, each alert has a section, and no log line has an alert that is not on the list.
@@ -419,6 +455,43 @@ fn the_operations_guide_has_every_reason_and_no_other() {
             .collect();
         assert_eq!(documented, expected, "{page}");
     }
+}
+
+/// The page for HSM administrators says what each exception gives away, and what each negative test would mean.
+#[test]
+fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
+    let page = read("docs/tokens.md");
+    let rows = |start: &str| -> Vec<String> {
+        page.lines()
+            .skip_while(|line| !line.starts_with(start))
+            .skip(2)
+            .take_while(|line| line.starts_with('|'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let exceptions: Vec<String> = EXCEPTIONS
+        .iter()
+        .map(|exception| format!("| `{}` | {} |", exception.attribute, exception.gives_away))
+        .collect();
+    assert_eq!(rows("| Attribute | What the exception"), exceptions);
+    let tests: Vec<String> = NEGATIVE_TESTS
+        .iter()
+        .map(|test| {
+            let only = if test.changes_the_key {
+                " (throwaway keys only)"
+            } else {
+                ""
+            };
+            let accepted_by = test
+                .accepted_by
+                .map_or_else(String::new, |exception| format!("`{exception}` "));
+            format!(
+                "| `{}` | {}{only} | {accepted_by}|",
+                test.name, test.meaning
+            )
+        })
+        .collect();
+    assert_eq!(rows("| Test | It fails if"), tests);
 }
 
 /// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.

@@ -385,9 +385,9 @@ impl Issuer {
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}`, or not in the form that it must have"))
+                Cause::Claim.because(format!("it has no `{claim}`, or one of the wrong type"))
             }
-            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not one text"),
+            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),
         }
     }

@@ -10,18 +10,17 @@
 
 use std::path::PathBuf;
 
-use keybroker_core::{
-    error::chain,
-    trusted_file::{self, Purpose, SocketPlace, User},
-};
+use keybroker_core::trusted_file::{self, Purpose, SocketPlace, User};
 use tokio::net::UnixStream;
 
-use super::Error;
+use super::{Error, error::Detail};
 
 const SOCKET: Purpose = Purpose::trust_with_remedy(
     "other users could listen there in place of the database server, and receive its password",
-    "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`",
+    OWNER_REMEDY,
 );
+
+const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
 /// A socket whose path and listener are checked.
 #[derive(Clone, Debug)]
@@ -37,23 +36,17 @@ impl Socket {
         named: Option<&[String]>,
         usual: &[&str],
     ) -> Result<Self, Error> {
-        let unreadable = |error: trusted_file::Error| Error::Schema(error.to_string());
         let mut users = Vec::new();
         match named {
             None => {
                 for name in usual {
-                    users.extend(User::find(name).map_err(unreadable)?);
+                    users.extend(User::find(name).map_err(refused)?);
                 }
             }
             Some(names) => {
                 for name in names {
-                    let user = User::find(name).map_err(unreadable)?.ok_or_else(|| {
-                        Error::Schema(format!(
-                            "`store.socket_users` names {name:?}, and /etc/passwd has no such user; correct the name, or write the \
-                             user's number"
-                        ))
-                    })?;
-                    users.push(user);
+                    let user = User::find(name).map_err(refused)?;
+                    users.push(user.ok_or_else(|| unknown_user(name))?);
                 }
             }
         }
@@ -67,7 +60,7 @@ impl Socket {
     /// Checks the path as it is now, if it exists: a configuration is often checked before its database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {
-            Err(error) if !error.is_missing() => Err(refused(&error)),
+            Err(error) if !error.is_missing() => Err(refused(error)),
             _ => Ok(()),
         }
     }
@@ -76,19 +69,17 @@ impl Socket {
     pub(super) async fn check_listener(&self) -> Result<SocketPlace, Error> {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
-                let what = format!(
-                    "{}; check `store.url`, and whether the server runs",
-                    chain(&error)
-                );
-                Error::Down(what.into())
+                Error::Down(
+                    Detail::of(error).remedy("check `store.url`, and whether the server runs"),
+                )
             } else {
-                refused(&error)
+                refused(error)
             }
         })?;
         let shown = self.path.display();
         let unreachable = |error: std::io::Error| {
-            let what = format!("cannot connect to {shown}: {error}; check whether the server runs");
-            Error::Down(what.into())
+            let detail = Detail::caused(format!("cannot connect to {shown}"), error);
+            Error::Down(detail.remedy("check whether the server runs"))
         };
         let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let listener = connection.peer_cred().map_err(unreachable)?.uid();
@@ -97,23 +88,28 @@ impl Socket {
         {
             return Ok(place);
         }
-        Err(Error::Schema(format!(
+        let what = format!(
             "the process that listens on {shown} runs as user {listener}, who is not trusted with it: it would receive the password of \
-             the database; if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise \
-             correct `store.url`"
-        )))
+             the database"
+        );
+        Err(Error::Schema(Detail::from(what).remedy(OWNER_REMEDY)))
     }
 
     /// Checks the path again. A missing socket counts as a lost connection: the server may be restarting.
     pub(super) fn check_again(&self) -> Result<(), Error> {
         match self.check() {
             Ok(_) => Ok(()),
-            Err(error) if error.is_missing() => Err(Error::Disconnected(chain(&error).into())),
-            Err(error) => Err(Error::Down(error.to_string().into())),
+            Err(error) if error.is_missing() => Err(Error::Disconnected(Detail::of(error))),
+            Err(error) => Err(Error::Down(Detail::of(error))),
         }
     }
 }
 
-fn refused(error: &trusted_file::Error) -> Error {
-    Error::Schema(error.to_string())
+fn refused(error: trusted_file::Error) -> Error {
+    Error::Schema(Detail::of(error))
+}
+
+fn unknown_user(name: &str) -> Error {
+    let what = format!("`store.socket_users` names {name:?}, and /etc/passwd has no such user");
+    Error::Schema(Detail::from(what).remedy("correct the name, or write the user's number"))
 }

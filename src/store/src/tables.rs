@@ -94,7 +94,7 @@ impl Row {
     /// All values, for writing. An error when one of them could not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
-        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name())))
+        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
     }
 
     fn value(&self, column: &str) -> Result<&Value, sqlx::Error> {

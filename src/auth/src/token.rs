@@ -286,7 +286,7 @@ impl Issuer {
                 // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
                 // ids could have good tokens rejected after a key rotation.
                 Newer::Unknown(wait) => {
-                    outcome = outcome.map_err(|refusal| refusal.undecided(wait))
+                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
                 Newer::Same => {}
             }

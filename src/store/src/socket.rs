@@ -15,10 +15,10 @@ use tokio::net::UnixStream;
 
 use super::{Error, error::Detail};
 
-const SOCKET: Purpose = Purpose::trust(
+const SOCKET: Purpose = Purpose::trust_with_remedy(
     "other users could listen there in place of the database server, and receive its password",
-)
-.owner_remedy(OWNER_REMEDY);
+    OWNER_REMEDY,
+);
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 

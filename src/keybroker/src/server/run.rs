@@ -32,7 +32,7 @@ use keybroker_auth::{
 };
 use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::{Supervisor, Token};
+use keybroker_hsm::Supervisor;
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -130,6 +130,13 @@ async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), F
     Ok(())
 }
 
+fn capacity(settings: &store::Settings) -> Capacity {
+    Capacity {
+        revisions_max: settings.revisions_max,
+        keys_per_user_max: settings.keys_per_user_max,
+    }
+}
+
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     let hashing = settings.clone();
     ClientRules {
@@ -209,25 +216,19 @@ impl Server {
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
         opening::remember_lists(&bound, &status)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
-        let store_lock = store::lock(&config.store)?;
-        let store = store::open(&config.store).await?;
-        opening::bind_log(&audit, &store, &config.audit.instance).await?;
+        let (store_lock, store) = opening::open_store(&config, &audit).await?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
-        let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
             store: Arc::clone(&store),
-            token,
+            token: Arc::<Supervisor>::clone(&supervisor),
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
             state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
-            capacity: Capacity {
-                revisions_max: config.store.revisions_max,
-                keys_per_user_max: config.store.keys_per_user_max,
-            },
+            capacity: capacity(&config.store),
         });
         let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {

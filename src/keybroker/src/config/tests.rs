@@ -28,6 +28,7 @@ fn is_default(text: &str) -> bool {
     let alternatives = [
         "serial",
         "uri",
+        "socket_users",
         "password_file",
         "password_variable",
         "ca_file",

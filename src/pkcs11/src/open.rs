@@ -197,7 +197,7 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. What an exception gives away is logged.
+    /// The negative tests. What an exception gives up is logged.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
@@ -232,7 +232,7 @@ fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), where nobody enters it when the broker starts; \
+            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), and no person enters it there when the broker starts; \
              no login was tried. Use a token that takes its PIN from the program",
             named(info)
         ),

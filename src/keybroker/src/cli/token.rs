@@ -212,7 +212,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         .groups(shown, "the token holds no wrapping key")?;
     for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
         context.output.note(&format!(
-            "warning: {} is excepted (`token.attribute_exceptions`), which gives away: {}",
+            "warning: {} is excepted (`token.attribute_exceptions`), which gives up: {}",
             exception.attribute, exception.gives_away
         ));
     }

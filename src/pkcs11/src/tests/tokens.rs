@@ -252,7 +252,7 @@ fn a_token_that_is_logged_in_already_is_used() {
                 &Fault::always(code::after(code::USER_ALREADY_LOGGED_IN)),
             );
             let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            crate::keys::generate(&token.anchor, 2_048).unwrap();
+            crate::keys::generate(&token.anchor, 2_048, &[]).unwrap();
         },
     );
 }

@@ -430,8 +430,8 @@ impl Server {
         time::sleep(LAME_DUCK).await;
         self.stop_connections.cancel();
         self.connections.close();
-        let patience = Duration::from_millis(self.config.limits.drain_timeout_ms);
-        if time::timeout(patience, self.connections.wait())
+        let drain_timeout = Duration::from_millis(self.config.limits.drain_timeout_ms);
+        if time::timeout(drain_timeout, self.connections.wait())
             .await
             .is_err()
         {

@@ -330,22 +330,57 @@ fn every_cited_mitigation_names_the_file() {
     assert!(cited > 30, "only {cited} citations");
 }
 
-/// Links between the documents lead somewhere.
+/// The headings of a page, as the hosting service names them in links.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let mut is_code = false;
+    let headings = page.lines().filter_map(|line| {
+        is_code ^= line.trim_start().starts_with("```");
+        let heading = line.trim_start_matches('#').strip_prefix(' ')?;
+        (line.starts_with('#') && !is_code).then(|| heading.trim().to_lowercase())
+    });
+    headings
+        .map(|heading| {
+            let kept = heading
+                .chars()
+                .filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+            kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+        })
+        .collect()
+}
+
+/// Links between the documents lead to files, and to headings that are there.
 #[test]
-fn links_lead_to_files() {
+fn links_lead_to_files_and_headings() {
     let pages = pages();
     assert!(pages.len() > 15, "{pages:?}");
+    let mut headings = 0;
     for document in &pages {
         let folder = Path::new(document).parent().unwrap().to_owned();
-        for part in read(document).split("](").skip(1) {
-            let target = part.split([')', '#']).next().unwrap();
-            if target.starts_with("http") || target.is_empty() {
+        let text = read(document);
+        for link in text.split("](").skip(1) {
+            let link = link.split([')', ' ']).next().unwrap();
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if file.starts_with("http") {
                 continue;
             }
-            let path = root().join(&folder).join(target);
-            assert!(path.exists(), "{document} links to {target}");
+            let path = if file.is_empty() {
+                root().join(document)
+            } else {
+                root().join(&folder).join(file)
+            };
+            assert!(path.exists(), "{document} links to {file}");
+            if heading.is_empty() {
+                continue;
+            }
+            let page = fs::read_to_string(&path).unwrap();
+            assert!(
+                anchors(&page).contains(heading),
+                "{document} links to {link}"
+            );
+            headings += 1;
         }
     }
+    assert!(headings > 10, "only {headings} links to headings");
 }
 
 /// The table of alerts is the list in the code, each alert has a section, and no log line has an alert that is not on the list.

@@ -1,4 +1,4 @@
-//! How much a caller can have stored: revisions of a record and keys of a user.
+//! Limits on what is stored: revisions of a record and keys of a user.
 
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ async fn a_record_takes_no_more_revisions_than_may_be_stored() {
     let released = releaser.unwrap("ada").await.unwrap();
     assert_eq!(released.key_material, b"next material");
 
-    // Old revisions make place once the retention period is over, and they are purged.
+    // A purge makes room once the retention period is over.
     let (site, _) = broker.stop();
     let age = 40_i64 * 24 * 3_600 * 1_000_000;
     site.sql(&format!(
@@ -83,7 +83,7 @@ async fn a_user_gets_no_more_keys_than_may_be_stored() {
     let lifecycle = Caller::of(&broker, "lifecycle");
     lifecycle.delete("ada", 1).await.unwrap();
     refused(create(&enroller, "ada", "third").await, "LIMIT");
-    // A name that is taken is still said to be taken, and another user is another user.
+    // An existing name is still reported as such, and other users are not affected.
     refused(create(&enroller, "ada", "second").await, "KEY_EXISTS");
     create(&enroller, "bob", "third").await.unwrap();
 }

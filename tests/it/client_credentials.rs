@@ -507,6 +507,9 @@ async fn who_may_make_list_and_grant_is_limited() {
     for ungrantable in [&release[..], &admin, &both] {
         let said = credential_refused(&broker, "admin", ungrantable, "REQUEST");
         assert!(said.contains("; roles: "), "{said}");
+        let named = said.contains("may not be granted") && said.contains("which lists enrol");
+        // Roles that exclude each other are refused first.
+        assert_eq!(named, ungrantable != both, "{said}");
     }
     let id = Basic::of(&credential(&broker, "admin", &enrol)).id;
     for who in ["auditor", "releaser", "enroller", "lifecycle"] {

@@ -22,6 +22,12 @@ const SLOW_LOGIN_MS: u32 = 1_500;
 /// A site whose `serve` uses the faulty module; the commands have made its key with the real one.
 pub(crate) fn site(options: Options) -> (Arc<Site>, Faulty) {
     let site = Site::fresh(options);
+    let faulty = put_before(&site);
+    (Arc::new(site), faulty)
+}
+
+/// Configures the faulty module in front of the real one.
+pub(crate) fn put_before(site: &Site) -> Faulty {
     let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
     site.write_configuration(|text| {
         let real = softhsm::module().display().to_string();
@@ -35,7 +41,7 @@ pub(crate) fn site(options: Options) -> (Arc<Site>, Faulty) {
                 ),
             );
     });
-    (Arc::new(site), faulty)
+    faulty
 }
 
 fn slow_login() -> Fault {

@@ -16,7 +16,7 @@ use crate::{
     messages::{OTHER_USER, replaced, says},
     process::{send, until},
     site::{Finished, Options, Site},
-    softhsm::write_private,
+    softhsm::{self, write_private},
 };
 
 const CONFIGURATION: i32 = 3;
@@ -448,4 +448,88 @@ fn an_interrupted_command_says_what_was_under_way() {
         "hint: `keybroker token check`",
     ];
     says("a change", &finished, INTERRUPTED, &words);
+}
+
+/// A chain in the wrong order, files of other programs, and another machine's module.
+#[test]
+fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
+    let site = Site::without_keys(Options::default());
+    let folder = site.folder().to_owned();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = folder.join(name);
+        fs::write(&path, bytes).unwrap();
+        path.display().to_string()
+    };
+    // The first bytes of a shared library of another machine: 183 is aarch64, 62 is x86-64.
+    let machine = if cfg!(target_arch = "x86_64") {
+        183
+    } else {
+        62
+    };
+    let mut library = [0_u8; 64];
+    library[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    (library[16], library[18]) = (3, machine);
+    let module = softhsm::module().display().to_string();
+    let foreign = write("foreign.so", &library);
+
+    let [ca, server] = [site.pki.ca_file(), site.pki.certificate_file("server")];
+    let [ca, server_text] = [&ca, &server].map(|path| fs::read_to_string(path).unwrap());
+    let chain = write("chain.pem", format!("{ca}{server_text}").as_bytes());
+    let server = server.display().to_string();
+
+    let public = Command::new("openssl")
+        .args(["rsa", "-RSAPublicKey_out", "-in"])
+        .arg({
+            let key = folder.join("rsa.key");
+            let made = Command::new("openssl")
+                .args(["genrsa", "-out"])
+                .arg(&key)
+                .arg("2048")
+                .output();
+            assert!(made.unwrap().status.success());
+            key
+        })
+        .output()
+        .unwrap();
+    assert!(public.status.success(), "{public:?}");
+    let pkcs1 = write("pkcs1.pem", &public.stdout);
+    let issuer = format!(
+        "\n[[issuer]]\nname = \"sso\"\nissuer = \"https://sso.example\"\naudience = [\"kb\"]\npem_file = \"{pkcs1}\"\n\n[[principal]]"
+    );
+    for (what, from, to, words) in [
+        (
+            "another machine",
+            module.as_str(),
+            foreign.as_str(),
+            &["is made for", "this machine is", "install the module"][..],
+        ),
+        (
+            "the issuer first",
+            &server,
+            &chain,
+            &["write the server's certificate first"],
+        ),
+        (
+            "PKCS #1",
+            "\n[[principal]]",
+            &issuer,
+            &["RSA PUBLIC KEY", "openssl rsa -RSAPublicKey_in"],
+        ),
+        (
+            "an IPv6 address with a port",
+            "url = \"sqlite:",
+            "url = \"postgres://u@[::1]5433/kb\" # ",
+            &["write a `:` before the port"],
+        ),
+        (
+            "a credential without systemd",
+            &server,
+            "$CREDENTIALS_DIRECTORY/server.pem",
+            &["CREDENTIALS_DIRECTORY is not set", "LoadCredential="],
+        ),
+    ] {
+        site.write_configuration(|_| {});
+        replaced(&site, from, to);
+        says(what, &site.run(&["config", "check"]), CONFIGURATION, words);
+    }
 }

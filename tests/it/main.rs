@@ -37,6 +37,7 @@ mod module_failures;
 mod pki;
 mod policy;
 mod process;
+mod profiles;
 mod purge;
 mod rates;
 mod recovery;

@@ -547,6 +547,12 @@ fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
         &["nothing listens"],
     );
     let grpc = format!("https://localhost:{}", broker.grpc.port());
+    says(
+        "no certificate",
+        &to(&grpc, &ca),
+        11,
+        &["requires a client certificate: pass --cert and --key"],
+    );
     let others = pki.certificate_file("other-ca");
     says(
         "another authority",

@@ -211,7 +211,7 @@ async fn accepting_the_right_database_forgets_nothing() {
     assert_eq!(fs::read(&fact).unwrap(), before);
 }
 
-/// The whole audit directory moved while the broker was stopped: with it go the log and all that the state directory remembers.
+/// Moving the whole audit directory while the broker is stopped also removes what the state directory remembers.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledged() {
     let broker = Broker::start(Options::default());
@@ -221,7 +221,7 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
     assert_eq!(entries(&site, "log.store_bound"), 1);
     let (directory, moved) = (site.audit_directory(), site.folder().join("moved"));
     fs::rename(&directory, &moved).unwrap();
-    // A new log does not come to look like an old one by being refused.
+    // The refusal is permanent: a second start does not take the new log for an old one.
     for _ in 0..2 {
         let finished = site.serve_to_its_end();
         assert_eq!(finished.code, Some(8), "{finished:#?}");
@@ -229,7 +229,7 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
             assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
         }
     }
-    // Put right, it serves without a word of an operator.
+    // With the right directory back, the broker serves without an acknowledgement.
     let wrong = site.folder().join("wrong");
     fs::rename(&directory, &wrong).unwrap();
     fs::rename(&moved, &directory).unwrap();
@@ -247,19 +247,19 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
     for action in ["log.tampering_acknowledged", "log.store_bound"] {
         assert_eq!(entries(&site, action), 1, "{action}");
     }
-    // From now on it is the log of this database.
+    // The acknowledged log is now the one that the database knows.
     let broker = Broker::start_on(site);
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
 }
 
-/// A log from before the database recorded logs, and the first log of another instance, need no word of an operator.
+/// A log of a release that did not record logs, and the first log of another instance, need no acknowledgement.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() {
     let broker = Broker::start(Options::default());
     let (site, _) = broker.stop();
     let known = || site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'");
     assert_eq!(known().trim(), "1");
-    // As another host with the same name left it, which was upgraded first.
+    // Another host with the same instance name was upgraded first.
     site.sql("UPDATE audit_logs SET log_id = '00112233445566778899aabbccddeeff'");
     fs::remove_file(site.audit_directory().join("state/audit-serve.binding")).unwrap();
     let (site, _) = Broker::start_on(std::sync::Arc::clone(&site)).stop();

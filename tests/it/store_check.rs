@@ -294,7 +294,7 @@ async fn a_key_that_is_registered_meanwhile_is_known() {
     assert_eq!(report["revisions"], 4, "{report}");
 }
 
-/// A row without a key is on no page. The columns do not take NULL, so its writer changed the table first.
+/// Pages omit a row without a key. The columns reject NULL, so the writer of the row changed the table first.
 #[test]
 fn a_row_without_a_key_is_counted() {
     let site = Site::fresh(Options::default());

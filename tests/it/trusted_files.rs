@@ -18,7 +18,8 @@ use rustix::{
 
 use crate::{
     client::{Caller, eventually, refused},
-    faulty::{Fault, Faulty, VARIABLE, code},
+    faulty::{Fault, code},
+    faulty_token,
     process::{Broker, children_of, is_alive, send, until},
     site::{Finished, Options, Site},
     softhsm::{self, write_private},
@@ -433,17 +434,7 @@ async fn a_fifo_as_pin_file_hangs_nothing() {
 #[test]
 fn a_worker_that_hangs_in_the_module_does_not_outlive_a_killed_front() {
     let site = Site::fresh(Options::default());
-    let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
-    site.write_configuration(|text| {
-        let real = softhsm::module().display().to_string();
-        let variable = format!(
-            "[token.environment]\n{VARIABLE} = \"{}\"\n",
-            faulty.folder().display()
-        );
-        *text = text
-            .replace(&real, &faulty.module().display().to_string())
-            .replace("[token.environment]\n", &variable);
-    });
+    let faulty = faulty_token::put_before(&site);
     faulty.set(
         "C_Login",
         &Fault {

@@ -247,7 +247,10 @@ pub(crate) async fn clients_that_do_not_decode_are_corrupt_by_name(engine: &Engi
         // A lookup does not find a row whose id was cut.
         if let Some(id) = id {
             match store.client(id).await {
-                Err(Error::Corrupt(what)) => assert_eq!(what, format!("clients.{column}")),
+                Err(Error::Corrupt(what)) => assert!(
+                    what.to_string().starts_with(&format!("clients.{column}")),
+                    "{what}"
+                ),
                 other => panic!("{column}: {other:?}"),
             }
         }

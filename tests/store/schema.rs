@@ -120,7 +120,9 @@ pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
             undone.insert(0, format!("{version:04} {name}"));
         }
         let older = store::open(&engine.settings).await.unwrap_err();
-        assert!(matches!(&older, Error::Schema(what) if what.contains("store migrate")));
+        assert!(
+            matches!(&older, Error::Schema(what) if what.to_string().contains("store migrate"))
+        );
         let report = store::migrate(&engine.settings, false).await.unwrap();
         let before = 6 - i64::try_from(steps).unwrap();
         assert_eq!((report.before, report.pending), (before, undone));
@@ -146,7 +148,7 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
     assert_eq!((status.current, status.newest), (0, report.newest));
     let refused = store::open(&engine.settings).await.unwrap_err();
     assert!(
-        matches!(&refused, Error::Schema(what) if what.contains("store migrate")),
+        matches!(&refused, Error::Schema(what) if what.to_string().contains("store migrate")),
         "{refused}"
     );
     store::migrate(&engine.settings, false).await.unwrap();
@@ -169,7 +171,7 @@ pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
     ] {
         let error = result.unwrap_err();
         assert!(
-            matches!(&error, Error::Schema(what) if what.contains("newer")),
+            matches!(&error, Error::Schema(what) if what.to_string().contains("newer")),
             "{error}"
         );
     }
@@ -199,7 +201,9 @@ pub(crate) async fn instances_that_race_to_migrate_end_with_one_schema(engine: &
             .unwrap();
     }
     let applied = engine.sql("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version");
-    assert_eq!(applied.trim(), "1\n2\n3\n4\n5");
+    let newest = store::status(&engine.settings).await.unwrap().newest;
+    let versions: Vec<String> = (1..=newest).map(|version| version.to_string()).collect();
+    assert_eq!(applied.trim(), versions.join("\n"));
 }
 
 /// An administrator who looks into the database finds what each column means.

@@ -1,4 +1,4 @@
-//! Local sockets: one on which another user listens gets no connection, and so no password.
+//! Local sockets: a socket of another user gets no connection, and so no password.
 
 use std::{
     fs::{self, Permissions},
@@ -41,7 +41,7 @@ fn url(kind: Kind, socket: &Path) -> String {
     )
 }
 
-/// A socket on which nothing of ours listens.
+/// A socket that an attacker created.
 struct Planted {
     listener: UnixListener,
 }
@@ -127,7 +127,7 @@ async fn a_server_that_runs_as_another_user_is_refused_until_it_is_named() {
         for refused in refusals(&unnamed).await {
             assert!(refused.contains("store.socket_users"), "{refused}");
         }
-        // As if root had made the socket: now the path is in order, and the process is asked.
+        // As if root had created the socket: the path is accepted now, and the user of the process decides.
         for path in [server.folder(), &server.socket()] {
             chown(path, Some(0), None).unwrap();
         }
@@ -139,7 +139,7 @@ async fn a_server_that_runs_as_another_user_is_refused_until_it_is_named() {
     }
 }
 
-/// In a sticky directory the socket is another user's as soon as the server is stopped.
+/// In a sticky directory another user can create the socket as soon as the server is stopped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_socket_that_another_user_makes_while_the_server_is_stopped_gets_no_connection() {
     if !is_root("a socket of another user") {

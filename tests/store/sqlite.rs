@@ -49,7 +49,7 @@ async fn a_file_that_is_not_there_is_named_with_the_remedy() {
     let engine = Engine::bare_sqlite();
     let missing = store::open(&engine.settings).await.unwrap_err();
     assert!(
-        matches!(&missing, Error::Schema(what) if what.contains("store migrate")),
+        matches!(&missing, Error::Schema(what) if what.to_string().contains("store migrate")),
         "{missing}"
     );
     assert!(matches!(
@@ -110,7 +110,7 @@ async fn a_database_that_cannot_grow_loses_nothing() {
     fs::write(engine.file(), &bytes).unwrap();
     let error = store::open(&engine.settings).await.unwrap_err();
     assert!(
-        matches!(&error, Error::Schema(what) if what.contains("backup")),
+        matches!(&error, Error::Schema(what) if what.to_string().contains("backup")),
         "{error}"
     );
 }

@@ -20,7 +20,7 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 
-/// Why a call has no answer of its own.
+/// Why a call ended without an answer from its handler.
 #[derive(Debug)]
 pub(crate) enum Unanswered {
     /// It was not begun, and is not in the audit log yet.

@@ -80,7 +80,7 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // Before it is made: a start that is cut short must not make a new log look like one of an earlier release.
+        // Written before the log exists: after an interrupted start, a new log must not be mistaken for one of an earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -163,8 +163,8 @@ impl AuditLog {
         &self.0.log_id
     }
 
-    /// Whether a database that was used with other logs of this instance must know this one. Not so for a log that an earlier
-    /// release made, until [`AuditLog::require_binding`], nor after an operator has acknowledged tampering.
+    /// Whether a database that was used with other logs of this instance must know this one. It need not know a log that an earlier
+    /// release made, until [`AuditLog::require_binding`], nor a log whose tampering an operator has acknowledged.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
@@ -177,7 +177,7 @@ impl AuditLog {
         }
     }
 
-    /// Takes the log for one that was put in the place of another one, until an operator acknowledges that.
+    /// Latches the log as one that replaced another, until an operator acknowledges it. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = format!(
             "the database was used with other logs of this instance, and not with the one in {}: it was replaced, or its directory was \

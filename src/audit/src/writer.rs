@@ -574,7 +574,7 @@ impl Writer {
     }
 }
 
-/// The entry that says that a log goes on after its files were tampered with.
+/// The entry that records that a log continues after its files were tampered with.
 pub(super) fn acknowledged(principal: &str) -> Entry {
     let mut entry = Entry::new(EntryKind::System, "log.tampering_acknowledged", Outcome::Ok);
     entry.principal = Some(shortened(principal));

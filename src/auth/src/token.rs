@@ -283,8 +283,8 @@ impl Issuer {
                     set = newer;
                     outcome = self.verify_with(&set, token, named, algorithm);
                 }
-                // Refused for good only when it is known that the provider has no such key: a caller that makes up key ids must
-                // not have good tokens rejected that come after a change of keys.
+                // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
+                // ids could have good tokens rejected after a key rotation.
                 Newer::Unknown(wait) => {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait))
                 }
@@ -385,9 +385,9 @@ impl Issuer {
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}`, or not in the form that it must have"))
+                Cause::Claim.because(format!("it has no `{claim}`, or one of the wrong type"))
             }
-            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not one text"),
+            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),
         }
     }

@@ -7,6 +7,7 @@
 
 use std::{
     collections::VecDeque,
+    path::PathBuf,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -133,12 +134,12 @@ pub async fn accept_restored(
     instance: &str,
     store: &dyn Store,
 ) -> Result<Acceptance, Error> {
-    let failed = |error: &state::Error| Error::new(Reason::StoreDown, chain(error));
+    let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
     let known = match read_fact(state, &fact) {
         Ok(kept) => kept.as_ref().and_then(Known::read),
         Err(error) if error.is_damaged() => None,
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(failed(error)),
     };
     if let Some(known) = &known
         && known.store.is_some()
@@ -154,9 +155,7 @@ pub async fn accept_restored(
         accepted_us: Timestamp::now().micros(),
         ..Kept::default()
     };
-    state
-        .write_json(&fact, &accepted)
-        .map_err(|error| failed(&error))?;
+    state.write_json(&fact, &accepted).map_err(failed)?;
     Ok(Acceptance::Accepted { forgotten })
 }
 
@@ -272,13 +271,13 @@ impl Acknowledged {
 
     /// What the state directory has.
     fn kept(&self) -> Result<Option<Known>, Error> {
-        let kept = read_fact(&self.state, &self.fact).map_err(|error| unusable(&chain(&error)))?;
+        let kept = read_fact(&self.state, &self.fact).map_err(Unusable::State)?;
         let Some(kept) = kept else {
             return Ok(None);
         };
         let path = self.state.path().join(&self.fact);
-        let damaged = || unusable(&format!("the state file {} is damaged", path.display()));
-        Known::read(&kept).ok_or_else(damaged).map(Some)
+        let known = Known::read(&kept).ok_or(Unusable::Damaged(path))?;
+        Ok(Some(known))
     }
 
     /// Takes over what the run before acknowledged. The changes of the audit log are newer than the fact when that run was killed.
@@ -301,7 +300,7 @@ impl Acknowledged {
         Ok(())
     }
 
-    /// Takes over the word of an operator who accepted the database since.
+    /// Takes over the decision of an operator who accepted the database since.
     fn take_over_acceptance(&self) {
         let Ok(Some(kept)) = self.kept() else {
             return;
@@ -314,21 +313,29 @@ impl Acknowledged {
     }
 }
 
-fn unusable(what: &str) -> Error {
-    Error::new(
-        Reason::StoreDown,
-        format!(
-            "{what}: without it an earlier state of the database would not be noticed. If the database is the right one, \
-             run `keybroker store accept-restored`"
-        ),
-    )
+/// Why the fact cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("{cause}; {remedy}", cause = chain(.0), remedy = UNNOTICED)]
+    State(#[source] state::Error),
+    #[error("the state file {path} is damaged; {remedy}", path = .0.display(), remedy = UNNOTICED)]
+    Damaged(PathBuf),
+}
+
+const UNNOTICED: &str = "without it an earlier state of the database would not be noticed. If the database is the right one, \
+                         run `keybroker store accept-restored`";
+
+impl From<Unusable> for Error {
+    fn from(unusable: Unusable) -> Self {
+        Self::caused(Reason::StoreDown, unusable)
+    }
 }
 
 impl Broker {
     /// Takes over what the run before acknowledged, and looks for it.
     pub(super) async fn take_over_acknowledged(&self) -> Result<(), Error> {
         self.acknowledged.take_over(self.audit.changes_before())?;
-        self.look_for_acknowledged().await;
+        self.check_store_identity().await;
         self.acknowledged.keep();
         Ok(())
     }
@@ -337,7 +344,7 @@ impl Broker {
     /// broker knows.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if matches!(self.compare_store().await, Ok(Some(_))) {
-            self.look_for_acknowledged().await;
+            self.check_store_identity().await;
             self.check_acknowledged()?;
         }
         self.acknowledged.note(call, at);
@@ -377,8 +384,8 @@ impl Broker {
         Ok(None)
     }
 
-    /// Looks whether the database is the one that this broker knows.
-    pub(super) async fn look_for_acknowledged(&self) {
+    /// Checks that the database is the one that this broker knows.
+    pub(super) async fn check_store_identity(&self) {
         let acknowledged = &self.acknowledged;
         let before = acknowledged.mismatch();
         if before.is_some() {

@@ -20,7 +20,7 @@ use keybroker_core::{
 };
 use keybroker_store::{ClientRow, Damage, DamagedClient, Position};
 
-use super::{Broker, PageRow, damage, journal::Draft, within};
+use super::{Broker, PageRow, TaskFailed, damage, journal::Draft, within};
 
 mod change;
 mod known;
@@ -107,7 +107,7 @@ impl Broker {
     ) -> Result<CreatedSecret, Error> {
         let broker = Arc::clone(self);
         let (principal, call) = (principal.clone(), call.clone());
-        self.to_the_end(Action::CreateClient, call.clone(), async move {
+        self.run_change(Action::CreateClient, call.clone(), async move {
             let mut draft = broker
                 .begin_client(&principal, &call, Action::CreateClient)
                 .await?;
@@ -132,7 +132,7 @@ impl Broker {
     ) -> Result<CreatedSecret, Error> {
         let broker = Arc::clone(self);
         let (principal, call) = (principal.clone(), call.clone());
-        self.to_the_end(Action::CreateClient, call.clone(), async move {
+        self.run_change(Action::CreateClient, call.clone(), async move {
             let mut draft = broker
                 .begin_client(&principal, &call, Action::CreateClient)
                 .await?;
@@ -178,7 +178,7 @@ impl Broker {
     ) -> Result<ClientView, Error> {
         let broker = Arc::clone(self);
         let (principal, call) = (principal.clone(), call.clone());
-        self.to_the_end(Action::RevokeClient, call.clone(), async move {
+        self.run_change(Action::RevokeClient, call.clone(), async move {
             let mut draft = broker
                 .begin_client(&principal, &call, Action::RevokeClient)
                 .await?;
@@ -357,8 +357,8 @@ impl Broker {
             let phc = hash(secret.expose().as_bytes())?;
             Ok((secret, phc))
         });
-        let panicked = |panic| Error::new(Reason::Bug, format!("Argon2id: {panic}"));
-        hashing.await.map_err(panicked)?
+        let failed = |source| TaskFailed::of("Argon2id", source);
+        hashing.await.map_err(failed)?
     }
 }
 

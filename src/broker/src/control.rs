@@ -11,7 +11,7 @@ use keybroker_hsm::TokenState;
 use keybroker_policy::Resource;
 
 use super::{
-    Broker,
+    Broker, TaskFailed,
     journal::Draft,
     observed,
     registry::{Registry, token_key},
@@ -100,7 +100,7 @@ impl Broker {
             // Reads files: not on an async thread.
             match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
                 Ok(entries) => entries.map_err(Error::from),
-                Err(panic) => Err(Error::new(Reason::Bug, format!("audit tail: {panic}"))),
+                Err(source) => Err(TaskFailed::of("reading the audit log", source)),
             }
         })
         .await

@@ -1,4 +1,4 @@
-//! The use cases, and the one road to a key.
+//! The use cases, and the only path to a key.
 //!
 //! ```text
 //! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
@@ -42,6 +42,7 @@ use keybroker_store::Store;
 
 pub mod acknowledged;
 mod clients;
+mod commit;
 mod control;
 mod damage;
 mod journal;
@@ -49,7 +50,6 @@ pub mod limits;
 mod maintenance;
 mod mutation;
 mod plan;
-
 mod reading;
 mod refusals;
 mod registry;
@@ -59,6 +59,7 @@ mod request;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod ticks;
 mod uses;
 
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
@@ -125,11 +126,11 @@ pub struct Parts {
     pub instance: String,
     /// How long the database keeps the marks of changes at least.
     pub retention: Duration,
-    /// How much may be stored.
+    /// Limits on what is stored for one user.
     pub capacity: Capacity,
 }
 
-/// How much may be stored of one user. Calls under way at the same time may exceed it by one each.
+/// Limits on what is stored for one user. Concurrent calls can exceed a limit by one each.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
     /// Revisions of a record, superseded ones included: `store.revisions_max`.
@@ -163,7 +164,7 @@ pub struct Broker {
     store_up: AtomicBool,
     /// Mutations under way, which outlive their callers.
     mutations: TaskTracker,
-    /// Intents whose fate the store has not told yet.
+    /// Intents of which it is not known yet whether the store committed them.
     unresolved: Mutex<Vec<OpenIntent>>,
 }
 
@@ -248,8 +249,8 @@ impl Broker {
         error
     }
 
-    /// Whether a principal may do so with any of the keys: for calls of many parts, each of which is asked about again. Who may
-    /// with none is told once, and costs one entry.
+    /// Whether a principal may do so with any of the keys: for calls of many parts, each of which is decided again. A principal
+    /// that may do so with none of them gets one refusal, which costs one entry.
     pub async fn admit(
         &self,
         principal: &Principal,
@@ -400,6 +401,20 @@ where
             Reason::Deadline,
             "deadline passed while waiting for the store or the token",
         )),
+    }
+}
+
+/// A task of the broker panicked or was cancelled.
+#[derive(Debug, thiserror::Error)]
+#[error("the task of {work} failed")]
+struct TaskFailed {
+    work: &'static str,
+    source: tokio::task::JoinError,
+}
+
+impl TaskFailed {
+    fn of(work: &'static str, source: tokio::task::JoinError) -> Error {
+        Error::caused(Reason::Bug, Self { work, source })
     }
 }
 

@@ -1,5 +1,5 @@
-//! What the broker does by itself: asks the store how it is, resolves intents without an outcome, writes counted
-//! refusals, forgets old request ids. And what it says of its health.
+//! The broker's regular work: probes the store, resolves intents without an outcome, writes counted refusals, forgets old
+//! request ids. And its health.
 
 use std::{
     sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
@@ -17,7 +17,7 @@ use keybroker_core::{
 use keybroker_hsm::Serving;
 use keybroker_store as store;
 
-use super::Broker;
+use super::{Broker, ticks::Ticks};
 
 const TICK: Duration = Duration::from_secs(1);
 /// A store that answers later than this counts as unavailable.
@@ -38,13 +38,13 @@ pub struct Health {
     pub detail: String,
 }
 
-/// What came of asking for an intent.
+/// The result of looking up an intent.
 enum Resolved {
     Yes,
-    /// Somebody still holds it: a transaction that has not ended.
+    /// A transaction that has not ended still holds it.
     UnderWay,
     /// The store or the log is unavailable, also for the other intents: each would only wait for it again.
-    Away,
+    Unavailable,
 }
 
 impl Broker {
@@ -89,22 +89,17 @@ impl Broker {
     /// Runs until `stop`; one per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         tokio::join!(
-            self.look_after(&stop),
-            self.resolve_by_and_by(&stop),
+            self.maintain_store(&stop),
+            self.resolve_regularly(&stop),
             self.record_refusals(&stop),
             self.write_uses(&stop)
         );
     }
 
     /// Beside everything else: to wait for a transaction that may still be under way takes seconds.
-    async fn resolve_by_and_by(&self, stop: &CancellationToken) {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
+    async fn resolve_regularly(&self, stop: &CancellationToken) {
+        let mut ticks = Ticks::every(TICK, stop);
+        while ticks.next().await {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.resolve_intents() => {}
@@ -114,14 +109,9 @@ impl Broker {
 
     /// Beside everything else: a database that hangs must not make the counts older than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
+        while ticks.next().await {
             if count.is_multiple_of(TICKS_PER_MINUTE) {
                 self.flush_refusals().await;
             } else {
@@ -131,16 +121,11 @@ impl Broker {
         }
     }
 
-    async fn look_after(self: &Arc<Self>, stop: &CancellationToken) {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    async fn maintain_store(self: &Arc<Self>, stop: &CancellationToken) {
+        let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            self.look_at_store().await;
+        while ticks.next().await {
+            self.probe_store().await;
             if !self.acknowledged.is_missing() {
                 self.keep_acknowledged();
             }
@@ -184,7 +169,7 @@ impl Broker {
                 Resolved::Yes => {}
                 // What became of the others may be known.
                 Resolved::UnderWay => unresolved.push(intent),
-                Resolved::Away => {
+                Resolved::Unavailable => {
                     unresolved.insert(0, intent);
                     return;
                 }
@@ -205,7 +190,7 @@ impl Broker {
             Err(error) => {
                 tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
                 return match error {
-                    store::Error::Down(_) | store::Error::Busy(_) => Resolved::Away,
+                    store::Error::Down(_) | store::Error::Busy(_) => Resolved::Unavailable,
                     _ => Resolved::UnderWay,
                 };
             }
@@ -217,19 +202,19 @@ impl Broker {
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
             tracing::warn!(call_id = %open.call, %error, "the outcome of an open intent is not recorded yet");
-            return Resolved::Away;
+            return Resolved::Unavailable;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
         Resolved::Yes
     }
 
-    async fn look_at_store(&self) {
+    async fn probe_store(&self) {
         let up = matches!(
             tokio::time::timeout(PING_TIMEOUT, self.store.ping()).await,
             Ok(Ok(()))
         );
         if up {
-            self.look_for_acknowledged().await;
+            self.check_store_identity().await;
         }
         let up = up && !self.acknowledged.is_missing();
         let was_up = self.store_up.swap(up, Ordering::Relaxed);

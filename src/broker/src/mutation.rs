@@ -2,9 +2,6 @@
 
 use std::sync::Arc;
 
-use tracing::Instrument as _;
-
-use keybroker_audit::EntryKind;
 use keybroker_core::{
     call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
@@ -18,8 +15,8 @@ use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
 use super::{
     Broker, UserKeyRef,
+    commit::Settled,
     journal::{Draft, Recorded},
-    observed,
     plan::Commit,
 };
 
@@ -153,18 +150,13 @@ impl Broker {
             change,
             request,
         };
-        let work = async move {
-            let (action, call) = (mutation.change.action(), mutation.call.clone());
-            let work = Box::pin(broker.mutate_to_the_end(mutation));
-            observed(action, &call, work).await
-        };
-        match self.mutations.spawn(work.in_current_span()).await {
-            Ok(result) => result,
-            Err(panic) => Err(Error::new(Reason::Bug, format!("mutation: {panic}"))),
-        }
+        self.run_change(mutation.change.action(), call.clone(), async move {
+            broker.run_mutation(mutation).await
+        })
+        .await
     }
 
-    async fn mutate_to_the_end(&self, mutation: Mutation) -> Result<RecordInfo, Error> {
+    async fn run_mutation(&self, mutation: Mutation) -> Result<RecordInfo, Error> {
         let Mutation {
             principal,
             call,
@@ -256,24 +248,17 @@ impl Broker {
             return Err(error);
         }
         let (request, at) = (stamp.request.clone(), stamp.at);
-        let intent = self.record_intent(&draft, stamp.at).await?;
-        let result = match commit {
-            Commit::Create(new) => self.store.create(new, stamp).await,
-            Commit::Supersede(new, _) => self.store.supersede(new, stamp).await,
-            Commit::Delete(record) => self.store.delete(record.id, record.revision, stamp).await,
-            Commit::Undelete(record) => self.store.undelete(record.id, stamp).await,
+        let change = async {
+            match commit {
+                Commit::Create(new) => self.store.create(new, stamp).await,
+                Commit::Supersede(new, _) => self.store.supersede(new, stamp).await,
+                Commit::Delete(record) => {
+                    self.store.delete(record.id, record.revision, stamp).await
+                }
+                Commit::Undelete(record) => self.store.undelete(record.id, stamp).await,
+            }
         };
-        if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
-            // Whether it was committed is not known: `maintain` asks the store until it is.
-            self.resolve_later(intent);
-            return result.map_err(Error::from);
-        }
-        if result.is_ok()
-            && let Err(error) = self.acknowledge(mutation.call.id, at).await
-        {
-            self.resolve_later(intent);
-            return Err(error);
-        }
+        let Settled { intent, result } = self.commit_with_intent(&draft, at, change).await?;
         let (result, earlier) = match result {
             Ok(info) => (Ok(info), None),
             Err(error) => {
@@ -284,14 +269,11 @@ impl Broker {
                 }
             }
         };
-        let outcome = self.conclude(draft.kind(EntryKind::Outcome), result).await;
+        let outcome = self.close_intent(intent, &draft, result).await;
         match (outcome, earlier) {
-            (Err(error), _) if error.reason() == Reason::AuditDown => {
-                self.resolve_later(intent);
-                Err(error)
-            }
+            (Err(error), _) if error.reason() == Reason::AuditDown => Err(error),
             (_, Some(info)) => self.replay(draft, info).await,
-            (outcome, None) => outcome.map(Recorded::into_inner),
+            (outcome, None) => outcome,
         }
     }
 

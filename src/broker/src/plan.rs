@@ -144,11 +144,11 @@ impl Broker {
         Err(Error::new(Reason::Limit, detail))
     }
 
-    /// Refuses another revision of a record that has as many as may be stored. None is removed to make place: a caller could
-    /// otherwise end the retention period by replacing the key again and again.
+    /// Refuses another revision of a record that has as many as may be stored. No revision is removed to make room, because a caller
+    /// could then end the retention period by replacing the key repeatedly.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
-        // There cannot be more revisions than the number of the current one.
+        // A record has at most as many revisions as the number of its current one.
         if info.revision.get() < most.into() {
             return Ok(());
         }

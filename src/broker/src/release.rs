@@ -156,8 +156,8 @@ impl Broker {
 
     /// Parses a stored envelope and checks that its wrapping key may be used to read.
     pub(super) async fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
-        let envelope = Envelope::parse(bytes)
-            .map_err(|error| Error::new(Reason::RecordDamaged, error.to_string()))?;
+        let envelope =
+            Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
             let detail = "a stored envelope of another kind";
             return Err(Error::new(Reason::RecordDamaged, detail));

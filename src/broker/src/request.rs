@@ -114,7 +114,7 @@ impl Broker {
             }
         };
         if same && earlier.result_mac.is_none() {
-            // Whatever is in such a row may be of somebody who can write to the database.
+            // The content of such a row may come from an attacker who can write to the database.
             let detail = "the answer to the request id was stored without a proof, by an earlier release: read the record";
             Err(Error::new(Reason::Revision, detail))
         } else if same {

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
-use super::Broker;
+use super::{Broker, ticks::Ticks};
 
 /// Records noted at most; further ones are lost while the database is unavailable or slow.
 const NOTED_MAX: usize = 65_536;
@@ -61,13 +61,8 @@ impl Uses {
 impl Broker {
     /// Writes what was noted every few seconds, until `stop`.
     pub(super) async fn write_uses(&self, stop: &CancellationToken) {
-        let mut ticks = tokio::time::interval(INTERVAL);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
+        let mut ticks = Ticks::every(INTERVAL, stop);
+        while ticks.next().await {
             if self.store_is_up() {
                 self.flush_uses(TRANSACTIONS_MAX).await;
                 self.flush_client_uses().await;

@@ -181,7 +181,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
     }
 }
 
-/// A call that changes nothing. Await it, after setting its deadline if it has one of its own.
+/// A call that changes nothing. Set its deadline if it differs from the client's, then await it.
 ///
 /// A read that releases a key leaves an audit entry per attempt that reached the broker.
 #[must_use = "a call is not made before it is awaited"]

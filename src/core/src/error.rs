@@ -3,7 +3,7 @@
 //! Every layer has its own error and converts it into [`Error`] where it leaves that layer. A caller receives the
 //! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never leaves the broker.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
 /// Why a call failed, as the caller may know it. The list is frozen: `docs/errors.md` documents each, and the test of
 /// the wire contract fails when one is renamed.
@@ -163,6 +163,7 @@ pub struct Error {
     violations: Vec<Violation>,
     retry_after: Option<Duration>,
     detail: String,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
     is_renewable: bool,
     is_failed_attempt: bool,
     is_outcome_unknown: bool,
@@ -176,9 +177,19 @@ impl Error {
             violations: Vec::new(),
             retry_after: None,
             detail: detail.into(),
+            source: None,
             is_renewable: false,
             is_failed_attempt: false,
             is_outcome_unknown: false,
+        }
+    }
+
+    /// An error with the reason that has another one as its cause. The detail for the log is that error with its own causes.
+    pub fn caused(reason: Reason, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+        let detail = chain(&cause);
+        Self {
+            source: Some(Arc::new(cause)),
+            ..Self::new(reason, detail)
         }
     }
 
@@ -210,7 +221,7 @@ impl Error {
         }
     }
 
-    /// The same error of a credential that may be made up, although it was not rejected: it counts as a failed attempt.
+    /// The same error for a credential that was not rejected but may be invented: it counts as a failed attempt.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {
@@ -270,17 +281,22 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let source = self.source.as_deref()?;
+        Some(source)
+    }
+}
 
 /// An error with its causes, outermost first: `cannot read /x: permission denied`.
 ///
-/// A cause whose text its own error already ends with is left out, because many libraries print their cause themselves.
+/// A cause whose text its own error already has is left out, because many errors print their cause themselves.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let deeper = error.to_string();
-        if !text.ends_with(&deeper) {
+        if !text.contains(&deeper) {
             text = format!("{text}: {deeper}");
         }
         cause = error.source();

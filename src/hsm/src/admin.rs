@@ -98,7 +98,7 @@ pub struct Listed {
     pub info: TokenInfo,
     /// Whether it was initialised.
     pub initialised: bool,
-    /// Whether its user PIN is locked, or one wrong PIN away from it.
+    /// Whether its user PIN is locked, or locks after one more wrong PIN.
     pub pin_state: String,
     /// The modulus lengths of RSA-OAEP, in bits; absent when the token does not list the mechanism.
     pub oaep_bits: Option<RangeInclusive<u64>>,
@@ -123,7 +123,7 @@ pub struct CheckedKey {
     pub algorithm: Option<Algorithm>,
     /// The attribute check of the RSA private key.
     pub private: Vec<Finding>,
-    /// The attribute check of the binding key.
+    /// The attribute check of the integrity key.
     pub binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub problem: Option<String>,
@@ -244,7 +244,7 @@ impl Admin {
         }
     }
 
-    /// Makes a wrapping key and its binding key, reads every attribute back and runs a self-test with both. The keys stay on the
+    /// Makes a wrapping key and its integrity key, reads every attribute back and runs a self-test with both. The keys stay on the
     /// token whatever comes after; nothing is registered here.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         let job = Job::GenerateKey(GenerateKey { modulus_bits });
@@ -265,7 +265,7 @@ impl Admin {
         }
     }
 
-    /// Makes a MAC with the binding key of that id.
+    /// Makes a MAC with the integrity key of that id.
     pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
         let job = Job::Mac(wire::Mac {
             key_id: id.as_bytes().to_vec(),

@@ -59,7 +59,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         deadline: Deadline,
     ) -> Result<Envelope, Error>;
 
-    /// Makes a MAC with the binding key of that id.
+    /// Makes a MAC with the integrity key of that id.
     async fn mac(
         &self,
         key: WrappingKeyId,

@@ -1,5 +1,5 @@
-//! Files that a person or a script named for output that is no secret. In a directory such as `/tmp`, another user could have put a
-//! symbolic link there, through which a process of root would overwrite any file.
+//! Output files that hold no secret. In a directory such as `/tmp`, another user could have created a symbolic link under the same
+//! name, through which a process of root would overwrite any file.
 
 use std::{
     fs::{self, File},
@@ -7,8 +7,8 @@ use std::{
     path::Path,
 };
 
-/// Replaces a file as a whole: a reader never sees half of it. What is written first is always made anew, and a link in the place of
-/// `path` is replaced and not followed.
+/// Replaces a file atomically. The temporary file is always created, never opened, and a symbolic link at `path` is replaced and not
+/// followed.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     let partial = path.with_extension("partial");
     match fs::remove_file(&partial) {
@@ -20,7 +20,7 @@ pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&partial, path)
 }
 
-/// The same, unless something other than a regular file is there: `/dev/stdout` must not be replaced by a file.
+/// The same, but fails if `path` exists and is not a regular file: `/dev/stdout` must not be replaced.
 pub(crate) fn replace_regular(path: &Path, text: &str) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.is_file() => Err(io::Error::other(

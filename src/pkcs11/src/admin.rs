@@ -78,7 +78,7 @@ pub(crate) struct Listed {
     pub(crate) info: TokenInfo,
     /// Whether it was initialised.
     pub(crate) initialised: bool,
-    /// Whether its user PIN is locked, or one wrong PIN away from it.
+    /// Whether its user PIN is locked, or locks after one more wrong PIN.
     pub(crate) pin_state: &'static str,
     /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
     pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
@@ -116,7 +116,7 @@ pub(crate) struct CheckedKey {
     pub(crate) algorithm: Option<Algorithm>,
     /// The attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
-    /// The attribute check of the binding key.
+    /// The attribute check of the integrity key.
     pub(crate) binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub(crate) problem: Option<String>,
@@ -371,7 +371,7 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its binding key, reads every attribute back and proves both. The keys stay on the token
+    /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. The keys stay on the token
     /// whatever comes after; nothing is registered here.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         self.try_for_a_session()?;
@@ -442,7 +442,7 @@ impl Admin {
         })
     }
 
-    /// Makes a MAC with the binding key of that id.
+    /// Makes a MAC with the integrity key of that id.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = keys::find(&self.token.anchor, id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)

@@ -47,7 +47,7 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// `C_Sign` with the binding key.
+/// `C_Sign` with the integrity key.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
     calling::next("C_Sign");
     let mac = session.sign(&Mechanism::Sha256Hmac, pair.binding, message)?;
@@ -62,7 +62,7 @@ pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<M
     })
 }
 
-/// `C_Verify` with the binding key. A MAC that is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+/// `C_Verify` with the integrity key. A MAC that is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -170,7 +170,7 @@ pub(super) fn probe(
     Ok(self_test)
 }
 
-/// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a moment's trouble must not
+/// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a passing fault must not
 /// choose the weaker one.
 fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,

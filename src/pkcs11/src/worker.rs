@@ -224,7 +224,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // An input that the token refuses is our own known-answer input: it may have been in trouble for a moment.
+        // An input that the token refuses is our own known-answer input: the token may have had a passing fault.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }

@@ -1,6 +1,6 @@
 //! The shape of a text before it is parsed: how deep it nests, how long its chains are.
 //!
-//! Cedar's parser and validator, and whatever clones or drops what they made, recurse into both without a limit. A file that nests
+//! Cedar's parser and validator, and the code that clones or drops their results, recurse into both without a limit. A file that nests
 //! deep enough would end the process, on a reload too; here it is a mistake like any other.
 
 /// Brackets within brackets, at most.

@@ -18,10 +18,10 @@ use super::{
 pub enum CopyError {
     /// The database that is copied failed.
     #[error("the database to copy from: {0}")]
-    Source(Error),
+    Source(#[source] Error),
     /// The database that is filled failed.
     #[error("the database to copy to: {0}")]
-    Target(Error),
+    Target(#[source] Error),
     /// The target has a row that the source has not.
     #[error("the database to copy to has a row that the other has not: {0}")]
     Extra(String),

@@ -41,11 +41,11 @@ pub(super) enum Placeholder {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Upsert {
     /// `ON CONFLICT … DO UPDATE`, in which a row may come several times.
-    OnConflict,
+    Conflict,
     /// `ON CONFLICT … DO UPDATE`, which refuses a statement in which a row comes several times: equal rows become one before.
-    OnConflictOnce,
+    ConflictOnce,
     /// `ON DUPLICATE KEY UPDATE`
-    OnDuplicateKey,
+    DuplicateKey,
 }
 
 /// How a bounded number of rows is deleted.
@@ -99,10 +99,10 @@ impl Dialect {
              WHERE excluded.used_us > {name}.used_us"
         );
         self.text(&match self.upsert {
-            Upsert::OnConflict => {
+            Upsert::Conflict => {
                 format!("INSERT INTO {name} ({columns}) VALUES {rows} {latest}")
             }
-            Upsert::OnConflictOnce => {
+            Upsert::ConflictOnce => {
                 // The first row gives the columns their types.
                 let types: Vec<&str> = table.columns().iter().map(place_with_type).collect();
                 let rows = rows.replacen(&places(types.len()), &types.join(", "), 1);
@@ -111,7 +111,7 @@ impl Dialect {
                      FROM (VALUES {rows}) AS noted ({columns}) ORDER BY {key} {latest}"
                 )
             }
-            Upsert::OnDuplicateKey => format!(
+            Upsert::DuplicateKey => format!(
                 "INSERT INTO {name} ({columns}) VALUES {rows} \
                  ON DUPLICATE KEY UPDATE used_us = GREATEST(used_us, VALUES(used_us))"
             ),
@@ -199,12 +199,12 @@ mod tests {
     #[test]
     fn a_statement_gets_the_placeholders_and_quotes_of_its_engine() {
         let statement = r#"SELECT "user" FROM records WHERE "user" = ? AND key_name = ?"#;
-        let mysql = dialect(Placeholder::Question, '`', Upsert::OnDuplicateKey);
+        let mysql = dialect(Placeholder::Question, '`', Upsert::DuplicateKey);
         assert_eq!(
             mysql.text(statement),
             "SELECT `user` FROM records WHERE `user` = ? AND key_name = ?"
         );
-        let postgres = dialect(Placeholder::Dollar, '"', Upsert::OnConflictOnce);
+        let postgres = dialect(Placeholder::Dollar, '"', Upsert::ConflictOnce);
         assert_eq!(
             postgres.text(statement),
             r#"SELECT "user" FROM records WHERE "user" = $1 AND key_name = $2"#
@@ -213,12 +213,9 @@ mod tests {
 
     #[test]
     fn the_later_time_is_kept_in_the_form_of_each_engine() {
-        let texts = [
-            Upsert::OnConflict,
-            Upsert::OnConflictOnce,
-            Upsert::OnDuplicateKey,
-        ]
-        .map(|upsert| dialect(Placeholder::Dollar, '"', upsert).note_latest(Table::LastUses, 2));
+        let texts = [Upsert::Conflict, Upsert::ConflictOnce, Upsert::DuplicateKey].map(|upsert| {
+            dialect(Placeholder::Dollar, '"', upsert).note_latest(Table::LastUses, 2)
+        });
         assert_eq!(
             texts,
             [
@@ -237,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_bounded_delete_names_the_key_where_the_engine_has_no_limit() {
-        let mut dialect = dialect(Placeholder::Question, '"', Upsert::OnConflict);
+        let mut dialect = dialect(Placeholder::Question, '"', Upsert::Conflict);
         assert_eq!(
             dialect.delete_some(Table::Requests, "used_us < ?"),
             "DELETE FROM requests WHERE (tenant, principal, request_id) IN \

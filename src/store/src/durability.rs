@@ -115,7 +115,7 @@ impl Found {
 }
 
 /// Refuses what is weaker and not accepted by name.
-pub(super) fn judge(weaknesses: &[Weakness], accepted: &[String]) -> Result<(), Error> {
+pub(super) fn require_accepted(weaknesses: &[Weakness], accepted: &[String]) -> Result<(), Error> {
     let is_accepted = |weak: &&Weakness| accepted.iter().any(|name| name == weak.name);
     let refused: Vec<_> = weaknesses
         .iter()
@@ -145,7 +145,7 @@ pub(super) fn judge(weaknesses: &[Weakness], accepted: &[String]) -> Result<(), 
     )))
 }
 
-/// Says aloud what was accepted.
+/// Logs what was accepted.
 pub(super) fn announce(weaknesses: &[Weakness]) {
     for weak in weaknesses {
         tracing::warn!(
@@ -236,10 +236,12 @@ mod tests {
             ("synchronous_commit", "off"),
         ])
         .postgres();
-        let refused = judge(&weak, &["fsync".to_owned()]).unwrap_err().to_string();
+        let refused = require_accepted(&weak, &["fsync".to_owned()])
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("synchronous_commit is off"), "{refused}");
         assert!(!refused.contains("fsync is"), "{refused}");
-        judge(
+        require_accepted(
             &weak,
             &["fsync".to_owned(), "synchronous_commit".to_owned()],
         )

@@ -3,7 +3,7 @@
 //! Everything that touches a connection runs in a task of its own. A caller that ends its call drops only its wait:
 //! the task ends its statement or its transaction and gives the connection back as it found it. A connection that
 //! cannot be given back like that, because something failed on the way, because it took too long or because the task
-//! itself died, is closed. So none is ever lent out inside somebody else's transaction.
+//! itself died, is closed. So no connection is ever lent inside the transaction of another call.
 
 use std::{
     fmt,
@@ -22,7 +22,9 @@ use tracing::Instrument as _;
 use keybroker_core::{call::CallId, metrics};
 
 use super::{
-    Error, mutations,
+    Error,
+    error::Detail,
+    mutations,
     session::{Columns as _, Session, Value},
     slow::{self, Named as _},
     statements::Statements,
@@ -73,8 +75,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Fails when another user may listen where a new connection would lead. Asked before a connection is taken from the pool, which
-    /// may have to open one.
+    /// Fails when another user may listen on the socket of the server. Called before a connection is taken from the pool, which may
+    /// open a new one.
     fn check_socket(&self) -> Result<(), Error> {
         Ok(())
     }
@@ -125,9 +127,10 @@ impl<E: Engine> EngineStore<E> {
     ) -> Result<T, Error> {
         match self.tasks.spawn(work.in_current_span()).await {
             Ok(result) => result.map_err(Error::settled),
-            Err(panic) => Err(Error::Down(
-                format!("a task of the store failed: {panic}").into(),
-            )),
+            Err(panic) => Err(Error::Down(Detail::caused(
+                "a task of the store failed",
+                panic,
+            ))),
         }
     }
 
@@ -221,7 +224,7 @@ impl<E: Engine> EngineStore<E> {
                     }
                     Err(Ended::Unknown(error, value)) => {
                         let Some(call) = end.mark() else {
-                            return Err(Error::OutcomeUnknown(error.to_string().into()));
+                            return Err(Error::OutcomeUnknown(Detail::of(error)));
                         };
                         if is_committed(&*engine, &mut retry, call).await? {
                             probe.answered(Purpose::Write);
@@ -286,10 +289,10 @@ async fn is_committed<E: Engine>(
                 Error::Disconnected(what) | Error::Contended(what) | Error::Busy(what),
             )) => {
                 let waited = retry.wait(what).await;
-                waited.map_err(|error| Error::OutcomeUnknown(error.to_string().into()))?;
+                waited.map_err(|error| Error::OutcomeUnknown(Detail::of(error)))?;
             }
             Err(Ended::Without(error) | Ended::Unknown(error, _)) => {
-                return Err(Error::OutcomeUnknown(error.to_string().into()));
+                return Err(Error::OutcomeUnknown(Detail::of(error)));
             }
         }
     }
@@ -314,7 +317,7 @@ impl<'p> Retry<'p> {
     }
 
     /// Waits before the next try, or says that there is none.
-    async fn wait(&mut self, what: Arc<str>) -> Result<(), Error> {
+    async fn wait(&mut self, what: Detail) -> Result<(), Error> {
         self.probe.lost(self.purpose);
         let has_time = self.begun.elapsed() + self.wait < RETRIED_FOR;
         if !has_time || self.probe.is_long_outage(self.purpose) {

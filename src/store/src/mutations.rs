@@ -178,7 +178,7 @@ async fn set_state(
 ) -> Result<RecordInfo, Error> {
     let deleted = (state == RecordState::Deleted).then_some(at);
     let values = vec![
-        rows::state_text(state).into(),
+        state.as_str().into(),
         at.into(),
         deleted.into(),
         current.id.into(),
@@ -295,8 +295,7 @@ pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
     if affected == 1 {
         Ok(())
     } else {
-        Err(Error::Corrupt(format!(
-            "{affected} rows changed where one had to"
-        )))
+        let what = format!("{affected} rows changed where one had to");
+        Err(Error::Corrupt(what.into()))
     }
 }

@@ -13,12 +13,13 @@ use super::{
     Error, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{Found, Weakness},
+    error::Detail,
     schema,
     server::{Limits, Server},
     session::{Columns as _, Session as _},
     settings::Tls,
     statements::Statements,
-    url::{Door, Place},
+    url::{Place, Transport},
 };
 
 /// READ COMMITTED, which the session is set to, with the row locked: see `postgres.rs`. The default, REPEATABLE READ, would lock
@@ -31,7 +32,7 @@ const DIALECT: Dialect = Dialect {
     begin: "START TRANSACTION READ WRITE",
     lock: Some("FOR UPDATE"),
     unless_taken: "",
-    upsert: Upsert::OnDuplicateKey,
+    upsert: Upsert::DuplicateKey,
     limited_delete: LimitedDelete::Limit,
     clock: Some("SELECT CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED) AS now_us"),
     has_migrations: "SELECT 1 FROM information_schema.tables \
@@ -88,11 +89,11 @@ impl Server for MySqlOrMariaDb {
         if let Some(password) = settings.password()? {
             options = options.password(&password);
         }
-        options = match &place.door {
-            Door::Socket(path) => {
+        options = match &place.transport {
+            Transport::Socket(path) => {
                 return Ok(options.socket(path).ssl_mode(MySqlSslMode::Disabled));
             }
-            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+            Transport::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
         };
         options = match settings.tls {
             Tls::Verify => options.ssl_mode(MySqlSslMode::VerifyIdentity),
@@ -134,10 +135,11 @@ impl Server for MySqlOrMariaDb {
             if version.numbers >= oldest {
                 return Ok(());
             }
-            Err(Error::Schema(format!(
+            let what = format!(
                 "the server is {}; keybroker needs MySQL 8.0.16 or MariaDB 10.6, or later",
                 version.text
-            )))
+            );
+            Err(Error::Schema(what.into()))
         }
         .boxed()
     }
@@ -206,9 +208,8 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     let mut migrator = Migrator::with_migrations(MIGRATOR.iter().cloned().collect());
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
-        Error::Schema(format!(
-            "migration failed: {error}. What it did so far is kept; once the cause is repaired, run `keybroker store \
-             migrate` again"
+        Error::Schema(Detail::caused("migration failed", error).remedy(
+            "what it did so far is kept: once the cause is repaired, run `keybroker store migrate` again",
         ))
     })
 }

@@ -19,13 +19,14 @@ use keybroker_core::call::CallId;
 use super::{
     Error, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
+    driver_errors::POOLER_REMEDY,
     durability::{Found, Weakness},
-    error::POOLER_REMEDY,
+    error::{Detail, SharedSession},
     server::{Limits, Server},
     session::{Columns as _, Session as _, Value},
     settings::Tls,
     statements::Statements,
-    url::{Door, Place},
+    url::{Place, Transport},
 };
 
 /// READ COMMITTED with the row locked is enough: every transaction changes one record, which it holds, and what must be
@@ -36,7 +37,7 @@ const DIALECT: Dialect = Dialect {
     begin: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
     lock: Some("FOR UPDATE"),
     unless_taken: " ON CONFLICT DO NOTHING",
-    upsert: Upsert::OnConflictOnce,
+    upsert: Upsert::ConflictOnce,
     limited_delete: LimitedDelete::Subquery,
     clock: Some("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us"),
     has_migrations: "SELECT 1 WHERE to_regclass('_sqlx_migrations') IS NOT NULL",
@@ -94,7 +95,7 @@ impl Server for PostgreSql {
         // The driver reads the environment: what it finds there is set anew or refused.
         let problems = environment_problems();
         if !problems.is_empty() {
-            return Err(Error::Schema(problems.join("; ")));
+            return Err(Error::Schema(problems.join("; ").into()));
         }
         let options = PgConnectOptions::new_without_pgpass()
             .username(&place.user)
@@ -109,15 +110,15 @@ impl Server for PostgreSql {
                     .as_ref()
                     .map_or("", |password| password.as_str()),
             );
-        let mut options = match &place.door {
-            Door::Socket(path) => {
+        let mut options = match &place.transport {
+            Transport::Socket(path) => {
                 let (directory, port) = split_socket(path);
                 return Ok(options
                     .port(port)
                     .socket(directory)
                     .ssl_mode(PgSslMode::Disable));
             }
-            Door::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
+            Transport::Network { host, port } => options.host(host).port(port.unwrap_or(PORT)),
         };
         options = match settings.tls {
             Tls::Verify => options.ssl_mode(PgSslMode::VerifyFull),
@@ -166,16 +167,18 @@ impl Server for PostgreSql {
             let row = rows.first().ok_or(Error::NotFound)?;
             if row.integer("number")? < OLDEST {
                 let version = row.text("version")?;
-                return Err(Error::Schema(format!(
-                    "the server is PostgreSQL {version}; keybroker needs 14 or later"
-                )));
+                let what = format!("the server is PostgreSQL {version}; keybroker needs 14 or later");
+                return Err(Error::Schema(what.into()));
             }
             match row.text("encoding")? {
                 "UTF8" => Ok(()),
-                other => Err(Error::Schema(format!(
-                    "the database has the encoding {other}, in which not every user name can be written; create it \
-                     anew with ENCODING 'UTF8'"
-                ))),
+                other => {
+                    let what = format!(
+                        "the database has the encoding {other}, in which not every user name can be written; create it \
+                         anew with ENCODING 'UTF8'"
+                    );
+                    Err(Error::Schema(what.into()))
+                }
             }
         }
         .boxed()
@@ -201,12 +204,12 @@ impl Server for PostgreSql {
                 let is_shared =
                     seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if is_shared {
-                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                    return Err(shared_session());
                 }
                 let seen = first.rows(SEEN, Vec::new()).await?;
                 let is_kept = seen.first().map(|row| row.text("mark")).transpose()? == Some(&mark);
                 if !is_kept {
-                    return Err(Error::Schema(POOLER_REMEDY.to_owned()));
+                    return Err(shared_session());
                 }
                 second.control("ROLLBACK").await?;
             }
@@ -226,13 +229,16 @@ impl Server for PostgreSql {
                 .run_direct(None, connection, false)
                 .await
                 .map_err(|error| {
-                    Error::Schema(format!(
-                        "migration failed, and what it began was undone: {error}"
-                    ))
+                    let what = "migration failed, and what it began was undone";
+                    Error::Schema(Detail::caused(what, error))
                 })
         }
         .boxed()
     }
+}
+
+fn shared_session() -> Error {
+    Error::Schema(Detail::of(SharedSession { source: None }).remedy(POOLER_REMEDY))
 }
 
 /// The socket itself.

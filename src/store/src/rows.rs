@@ -16,6 +16,7 @@ use super::{
     ClientRow, Damage, DamagedClient, DamagedRecord, Error, NewRevision, Record, RecordInfo,
     RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
+    error::Detail,
     session::{Columns, Value},
 };
 
@@ -75,11 +76,20 @@ impl<'r, R: Columns> Reader<'r, R> {
     }
 
     fn corrupt(&self, column: &str) -> Error {
-        Error::Corrupt(format!("{}.{column}", self.table.name()))
+        Error::Corrupt(self.place(column).into())
+    }
+
+    fn place(&self, column: &str) -> String {
+        format!("{}.{column}", self.table.name())
+    }
+
+    /// A value, or the error of the driver.
+    fn value<T>(&self, column: &str, value: Result<T, sqlx::Error>) -> Result<T, Error> {
+        value.map_err(|error| Error::Corrupt(Detail::caused(self.place(column), error)))
     }
 
     fn bytes(&self, column: &str) -> Result<&'r [u8], Error> {
-        self.row.bytes(column).map_err(|_| self.corrupt(column))
+        self.value(column, self.row.bytes(column))
     }
 
     fn array<const N: usize>(&self, column: &str) -> Result<[u8; N], Error> {
@@ -88,7 +98,7 @@ impl<'r, R: Columns> Reader<'r, R> {
     }
 
     fn text(&self, column: &str) -> Result<&'r str, Error> {
-        self.row.text(column).map_err(|_| self.corrupt(column))
+        self.value(column, self.row.text(column))
     }
 
     /// A text that has a form of its own.
@@ -97,25 +107,18 @@ impl<'r, R: Columns> Reader<'r, R> {
     }
 
     fn time(&self, column: &str) -> Result<Timestamp, Error> {
-        let micros = self.row.integer(column);
-        micros
-            .map(Timestamp::from_micros)
-            .map_err(|_| self.corrupt(column))
+        let micros = self.value(column, self.row.integer(column))?;
+        Ok(Timestamp::from_micros(micros))
     }
 
     fn optional_time(&self, column: &str) -> Result<Option<Timestamp>, Error> {
-        let micros = self.row.optional_integer(column);
-        micros
-            .map(|micros| micros.map(Timestamp::from_micros))
-            .map_err(|_| self.corrupt(column))
+        let micros = self.value(column, self.row.optional_integer(column))?;
+        Ok(micros.map(Timestamp::from_micros))
     }
 
     fn positive(&self, column: &str) -> Result<u64, Error> {
-        let number = self.row.integer(column);
-        number
-            .ok()
-            .and_then(|number| u64::try_from(number).ok())
-            .ok_or_else(|| self.corrupt(column))
+        let number = self.value(column, self.row.integer(column))?;
+        u64::try_from(number).map_err(|_| self.corrupt(column))
     }
 
     fn revision(&self, column: &str) -> Result<Revision, Error> {
@@ -155,7 +158,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         Ok(Head {
             id: self.record_id()?,
             address,
-            state: self.parsed("state", parse_state)?,
+            state: self.parsed("state", RecordState::parse)?,
             revision: self.revision("revision")?,
             created: self.time("created_us")?,
             updated: self.time("updated_us")?,
@@ -191,16 +194,17 @@ fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo,
 fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
         .optional_integer("newest_revision")
-        .map_err(|_| Error::Corrupt("revisions.revision".to_owned()))?;
+        .map_err(|error| Error::Corrupt(Detail::caused("revisions.revision", error)))?;
     if newest.is_some_and(|newest| u64::try_from(newest) == Ok(info.revision.get())) {
         return Ok(());
     }
     let newest = newest.unwrap_or(0);
-    Err(Error::Corrupt(format!(
+    let what = format!(
         "records.revision is {}, but the newest stored revision is {newest}; to repair the record, compare it with the \
          audit log and a backup, and set `revision` of record {} to {newest} if that is what was acknowledged",
         info.revision, info.id
-    )))
+    );
+    Err(Error::Corrupt(what.into()))
 }
 
 /// A record at a known address, with its current envelope.
@@ -230,7 +234,7 @@ pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRec
         user: records.user().ok(),
         name: records.key_name().ok(),
         damage,
-        detail: error.to_string(),
+        detail: error.damage(),
     };
     let info = records
         .address()
@@ -245,7 +249,7 @@ pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClie
     client(row).map_err(|error| DamagedClient {
         id: client_id(row),
         damage: Damage::Unreadable,
-        detail: error.to_string(),
+        detail: error.damage(),
     })
 }
 
@@ -289,7 +293,7 @@ pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
         new.address.tenant.as_str().into(),
         new.address.user.as_str().into(),
         new.address.name.as_str().into(),
-        state_text(RecordState::Active).into(),
+        RecordState::Active.as_str().into(),
         new.revision.into(),
         at.into(),
         at.into(),
@@ -398,7 +402,7 @@ pub(super) fn new_request(
         info.id.into(),
         info.address.user.as_str().into(),
         info.address.name.as_str().into(),
-        state_text(info.state).into(),
+        info.state.as_str().into(),
         info.revision.into(),
         info.wrapping_key.into(),
         info.created.into(),
@@ -512,19 +516,6 @@ pub(super) fn new_client(row: &ClientRow) -> Vec<Value> {
         row.created.into(),
         row.updated.into(),
     ]
-}
-
-pub(super) const fn state_text(state: RecordState) -> &'static str {
-    match state {
-        RecordState::Active => "active",
-        RecordState::Deleted => "deleted",
-    }
-}
-
-fn parse_state(text: &str) -> Option<RecordState> {
-    [RecordState::Active, RecordState::Deleted]
-        .into_iter()
-        .find(|state| state_text(*state) == text)
 }
 
 #[cfg(test)]

@@ -53,19 +53,23 @@ pub(super) fn require_current(current: i64, migrator: &Migrator) -> Result<(), E
     let newest = newest(migrator);
     match current.cmp(&newest) {
         std::cmp::Ordering::Equal => Ok(()),
-        std::cmp::Ordering::Less => Err(Error::Schema(format!(
-            "the database has schema {current}, this release needs {newest}; back it up, then run \
-             `keybroker store migrate`"
-        ))),
+        std::cmp::Ordering::Less => {
+            let what = format!(
+                "the database has schema {current}, this release needs {newest}; back it up, then run \
+                 `keybroker store migrate`"
+            );
+            Err(Error::Schema(what.into()))
+        }
         std::cmp::Ordering::Greater => Err(too_new(current, newest)),
     }
 }
 
 fn too_new(current: i64, newest: i64) -> Error {
-    Error::Schema(format!(
+    let what = format!(
         "the database has schema {current}, newer than the {newest} that this release knows; run the \
          release that migrated it"
-    ))
+    );
+    Error::Schema(what.into())
 }
 
 pub(super) fn status(current: i64, migrator: &Migrator) -> SchemaStatus {

@@ -15,11 +15,15 @@ use sqlx::{
 };
 use tokio::sync::Semaphore;
 
+use keybroker_core::error::chain;
+
 use super::{
     Error, MigrationReport, SchemaStatus, Settings,
     dialect::Dialect,
+    driver_errors::is_damage,
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
+    error::Detail,
     identity, schema,
     session::Session,
     settings::Tls,
@@ -30,7 +34,7 @@ use super::{
 };
 
 /// For the first connection and for migrations, which no caller's deadline waits for.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that lay in the pool for longer is asked whether it is alive before it is lent: the server may have been
 /// restarted meanwhile.
 const TEST_AFTER: Duration = Duration::from_secs(1);
@@ -114,7 +118,7 @@ pub(super) async fn open<S: Server>(
     let current = schema::current(&mut first, S::sql()).await?;
     schema::require_current(current, S::migrator())?;
     let weaknesses = weaknesses::<S>(&mut first).await?;
-    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
+    durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     close::<S>(first).await;
     if settings.tls == Tls::Plaintext && !place.is_local() {
@@ -138,7 +142,7 @@ pub(super) async fn open<S: Server>(
 /// Waits for the pool's first connection: the pool itself waits only as long as callers with deadlines do, and a
 /// server may be slow when everything starts at once.
 async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + CONNECT_TIMEOUT;
     loop {
         match pool.acquire().await {
             Err(sqlx::Error::PoolTimedOut) if Instant::now() < until => {}
@@ -182,13 +186,13 @@ pub(super) async fn migrate<S: Server>(
 async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(), Error> {
     let limits = Limits {
         statement: Duration::from_hours(1),
-        lock: PATIENCE,
+        lock: CONNECT_TIMEOUT,
     };
     S::prepare(connection, &limits).await?;
     S::migrate(connection).await
 }
 
-/// Connects, once the local socket of the server has been checked. Returns that socket as well if it has to be checked again.
+/// Checks the local socket of the server, then connects. Also returns the socket if it must be checked again before later connections.
 async fn connect<S: Server>(
     options: &OptionsOf<S>,
     settings: &Settings,
@@ -204,7 +208,7 @@ async fn connect<S: Server>(
     S::check_server(&mut connection).await?;
     let mut second = connect_only::<S>(options, &shown).await?;
     let checked = S::check_pooler(&mut connection, &mut second);
-    match tokio::time::timeout(PATIENCE, checked).await {
+    match tokio::time::timeout(CONNECT_TIMEOUT, checked).await {
         Ok(checked) => checked?,
         Err(_) => return Err(no_answer(&shown)),
     }
@@ -216,7 +220,7 @@ async fn connect_only<S: Server>(
     options: &OptionsOf<S>,
     shown: &str,
 ) -> Result<ConnectionOf<S>, Error> {
-    match tokio::time::timeout(PATIENCE, options.connect()).await {
+    match tokio::time::timeout(CONNECT_TIMEOUT, options.connect()).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(unreachable(shown, error)),
         Err(_) => Err(no_answer(shown)),
@@ -224,12 +228,17 @@ async fn connect_only<S: Server>(
 }
 
 fn no_answer(shown: &str) -> Error {
-    Error::Down(format!("{shown} does not answer within {} s", PATIENCE.as_secs()).into())
+    Error::Down(
+        format!(
+            "{shown} does not answer within {} s",
+            CONNECT_TIMEOUT.as_secs()
+        )
+        .into(),
+    )
 }
 
 /// What a failed connection means, and what to do.
 fn unreachable(shown: &str, error: sqlx::Error) -> Error {
-    let text = error.to_string();
     let remedy = if let sqlx::Error::Database(database) = &error {
         match database.code().as_deref() {
             Some("3D000" | "42000") => "create it, with a user of its own that owns it",
@@ -238,7 +247,8 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             }
             _ => "see the log of the server",
         }
-    } else if text.contains("certificate") {
+    } else if chain(&error).contains("certificate") {
+        // The driver hands on what its TLS library says, without a type of its own.
         "the server's certificate does not verify: name its authority with `store.ca_file`, and the server as its \
          certificate does"
     } else if matches!(error, sqlx::Error::Tls(_)) {
@@ -246,10 +256,12 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
     } else {
         "check `store.url`, and whether the server runs"
     };
-    let what = format!("cannot use the {shown}: {text}; {remedy}");
-    match Error::from(error) {
-        Error::Corrupt(_) => Error::Corrupt(what),
-        _ => Error::Down(what.into()),
+    let is_damage = is_damage(&error);
+    let detail = Detail::caused(format!("cannot use the {shown}"), error).remedy(remedy);
+    if is_damage {
+        Error::Corrupt(detail)
+    } else {
+        Error::Down(detail)
     }
 }
 
@@ -313,7 +325,7 @@ fn pool<S: Server>(
             Box::pin(async move {
                 S::prepare(connection, &limits).await?;
                 let weaknesses = weaknesses::<S>(connection).await?;
-                durability::judge(&weaknesses, &accepted)
+                durability::require_accepted(&weaknesses, &accepted)
                     .map_err(|error| sqlx::Error::Configuration(error.into()))
             })
         })
@@ -323,9 +335,9 @@ fn pool<S: Server>(
 /// A database on a server.
 struct OnServer<S: Server> {
     pool: Pool<S::Database>,
-    /// Where another user could make a socket while the server is stopped.
+    /// The socket, if another user could create one in its place while the server is stopped.
     socket: Option<Socket>,
-    /// Changes may wait for locks that somebody holds. They take only a part of the connections, so that reads always have some.
+    /// Changes may wait for locks of other transactions. They take only a part of the connections, so that reads always have some.
     writes: Semaphore,
     acquire_timeout: Duration,
     time_limit: Duration,

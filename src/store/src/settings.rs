@@ -21,10 +21,12 @@ use keybroker_core::{
 };
 
 use super::{
-    Error, durability, mysql, postgres,
+    Error, durability,
+    error::Detail,
+    mysql, postgres,
     socket::Socket,
     sqlite,
-    url::{Door, Place, Target},
+    url::{Place, Target, Transport, UrlError},
 };
 
 /// Longest content of a password file.
@@ -33,6 +35,10 @@ const PASSWORD_BYTES_MAX: usize = 4_096;
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide which database server is believed");
+
+#[derive(Debug, thiserror::Error)]
+#[error("`store.url` {0}")]
+struct InUrl(#[source] UrlError);
 
 /// Which database: the `[store]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -93,7 +99,7 @@ pub enum Tls {
     /// TLS with a verified certificate, or no connection.
     #[default]
     Verify,
-    /// No TLS: anybody on the network path can read and change everything except the envelopes.
+    /// No TLS: every party on the network path can read and change everything except the envelopes.
     Plaintext,
 }
 
@@ -128,7 +134,7 @@ mod defaults {
     }
 }
 
-/// The URL of a database. Shows itself without a password, should somebody have written one into it.
+/// The URL of a database. Shows itself without a password, in case one was written into it.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Url(String);
@@ -198,19 +204,18 @@ impl Settings {
 
     /// Where the database is.
     pub(super) fn target(&self) -> Result<Target, Error> {
-        Target::parse(self.url.as_str())
-            .map_err(|what| Error::Schema(format!("`store.url` {what}")))
+        Target::parse(self.url.as_str()).map_err(|error| Error::Schema(Detail::of(InUrl(error))))
     }
 
     /// The local socket of the database server, if `url` names one.
     pub(super) fn socket(&self) -> Result<Option<Socket>, Error> {
         let (path, usual) = match self.target()? {
             Target::Postgres(Place {
-                door: Door::Socket(path),
+                transport: Transport::Socket(path),
                 ..
             }) => (postgres::socket_file(&path), postgres::SOCKET_USERS),
             Target::MySql(Place {
-                door: Door::Socket(path),
+                transport: Transport::Socket(path),
                 ..
             }) => (path, mysql::SOCKET_USERS),
             _ => return Ok(None),
@@ -327,16 +332,14 @@ impl Settings {
     /// The password, read anew: it is in no field.
     pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
         if let Some(path) = &self.password_file {
-            return read_password(path).map(Some).map_err(Error::Schema);
+            return read_password(path).map(Some);
         }
         let Some(name) = &self.password_variable else {
             return Ok(None);
         };
-        let password = env::var(name).map_err(|_| {
-            Error::Schema(format!(
-                "[store] `password_variable`: there is no environment variable {name}; set it where keybroker is \
-                 started"
-            ))
+        let password = env::var(name).map_err(|error| {
+            let what = format!("[store] `password_variable`: cannot read {name}");
+            Error::Schema(Detail::caused(what, error).remedy("set it where keybroker is started"))
         })?;
         Ok(Some(Zeroizing::new(password)))
     }
@@ -354,13 +357,12 @@ impl Settings {
         let Some(path) = &self.ca_file else {
             return Ok(None);
         };
-        let read = || {
-            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-                .map_err(|error| error.to_string())?;
-            pem::certificates(&text).map_err(|error| format!("{}: {error}", path.display()))
-        };
-        let certificates =
-            read().map_err(|what| Error::Schema(format!("[store] `ca_file`: {what}")))?;
+        let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
+            .map_err(|error| Error::Schema(Detail::caused("[store] `ca_file`", error)))?;
+        let certificates = pem::certificates(&text).map_err(|error| {
+            let what = format!("[store] `ca_file`: {}", path.display());
+            Error::Schema(Detail::caused(what, error))
+        })?;
         tracing::info!(
             file = %path.display(), certificates = certificates.len(),
             "authorities of the database server read"
@@ -368,8 +370,8 @@ impl Settings {
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
 
-    /// The same database for a command that no caller waits for.
-    pub(super) fn patient(&self) -> Self {
+    /// The same database for a command, which no caller's deadline limits.
+    pub(super) fn for_command(&self) -> Self {
         const STATEMENT_MS: u64 = 60_000;
         const CONNECTION_MS: u64 = 10_000;
         Self {
@@ -388,29 +390,32 @@ impl Settings {
     }
 }
 
-fn read_password(path: &Path) -> Result<Zeroizing<String>, String> {
-    let shown = path.display();
+fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
+    let refused = |what: &str| {
+        let what = format!("[store] `password_file`: {} {what}", path.display());
+        Err(Error::Schema(what.into()))
+    };
+
     let limit = u64::try_from(PASSWORD_BYTES_MAX).expect("a small number");
     let mut bytes = trusted_file::read(path, limit, Purpose::secret("password"))
-        .map_err(|error| format!("[store] `password_file`: {error}"))?;
+        .map_err(|error| Error::Schema(Detail::caused("[store] `password_file`", error)))?;
     let mut text = match String::from_utf8(mem::take(&mut *bytes)) {
         Ok(text) => Zeroizing::new(text),
         Err(error) => {
             drop(Zeroizing::new(error.into_bytes()));
-            return Err(format!("[store] `password_file`: {shown} is not UTF-8"));
+            return refused("is not UTF-8");
         }
     };
     if text.starts_with('\u{feff}') {
-        return Err(format!(
-            "[store] `password_file`: {shown} begins with a UTF-8 byte order mark, which is not part of a password; save it \
-             without one"
-        ));
+        return refused(
+            "begins with a UTF-8 byte order mark, which is not part of a password; save it without one",
+        );
     }
     // Editors end a file with a line break; no password does.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {
-        return Err(format!("[store] `password_file`: {shown} is empty"));
+        return refused("is empty");
     }
     Ok(text)
 }

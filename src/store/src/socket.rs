@@ -1,29 +1,26 @@
-//! The local socket of a database server, before anything is sent through it. The driver sends a password in clear to a server that
-//! asks for it, so a process of another user must not be able to listen in the server's place.
+//! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear to a server
+//! that asks for it, so a process of another user must not be able to listen in place of the server.
 //!
 //! The path obeys the rule of `trusted_file`, with the users of the database server as further owners, and the process that listens
 //! must run as one of them, as this user or as root. In a sticky directory such as `/tmp` another user can make a socket while the
-//! server is stopped, so there the path is checked again before each use of a connection. What remains: a socket that is replaced
-//! there between that check and the driver's `connect`, which takes a server that stops in that moment.
+//! server is stopped, so there the path is checked again before each use of a connection. Not protected: a socket that another user
+//! creates there between that check and the driver's `connect`, if the server stops in that moment.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
 use std::path::PathBuf;
 
-use keybroker_core::{
-    error::chain,
-    trusted_file::{self, Purpose, SocketPlace, User},
-};
+use keybroker_core::trusted_file::{self, Purpose, SocketPlace, User};
 use tokio::net::UnixStream;
 
-use super::Error;
+use super::{Error, error::Detail};
 
 const SOCKET: Purpose = Purpose::trust(
     "other users could listen there in place of the database server, and receive its password",
 )
-.owner_remedy(
-    "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`",
-);
+.owner_remedy(OWNER_REMEDY);
+
+const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
 /// A socket whose path and listener are checked.
 #[derive(Clone, Debug)]
@@ -33,29 +30,23 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// A socket on which one of these users may listen, by name or number. Those of `usual` who do not exist are passed over.
+    /// A socket on which these users may listen, given by name or number. Users in `usual` that do not exist are ignored.
     pub(super) fn new(
         path: PathBuf,
         named: Option<&[String]>,
         usual: &[&str],
     ) -> Result<Self, Error> {
-        let unreadable = |error: trusted_file::Error| Error::Schema(error.to_string());
         let mut users = Vec::new();
         match named {
             None => {
                 for name in usual {
-                    users.extend(User::find(name).map_err(unreadable)?);
+                    users.extend(User::find(name).map_err(refused)?);
                 }
             }
             Some(names) => {
                 for name in names {
-                    let user = User::find(name).map_err(unreadable)?.ok_or_else(|| {
-                        Error::Schema(format!(
-                            "`store.socket_users` names {name:?}, and /etc/passwd has no such user; correct the name, or write the \
-                             user's number"
-                        ))
-                    })?;
-                    users.push(user);
+                    let user = User::find(name).map_err(refused)?;
+                    users.push(user.ok_or_else(|| unknown_user(name))?);
                 }
             }
         }
@@ -69,28 +60,26 @@ impl Socket {
     /// Checks the path as it is now, if it exists: a configuration is often checked before its database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {
-            Err(error) if !error.is_missing() => Err(refused(&error)),
+            Err(error) if !error.is_missing() => Err(refused(error)),
             _ => Ok(()),
         }
     }
 
-    /// Checks the path and the process that listens, with a connection of its own through which nothing is sent.
+    /// Checks the path and the process that listens, with a separate connection through which nothing is sent.
     pub(super) async fn check_listener(&self) -> Result<SocketPlace, Error> {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
-                let what = format!(
-                    "{}; check `store.url`, and whether the server runs",
-                    chain(&error)
-                );
-                Error::Down(what.into())
+                Error::Down(
+                    Detail::of(error).remedy("check `store.url`, and whether the server runs"),
+                )
             } else {
-                refused(&error)
+                refused(error)
             }
         })?;
         let shown = self.path.display();
         let unreachable = |error: std::io::Error| {
-            let what = format!("cannot connect to {shown}: {error}; check whether the server runs");
-            Error::Down(what.into())
+            let detail = Detail::caused(format!("cannot connect to {shown}"), error);
+            Error::Down(detail.remedy("check whether the server runs"))
         };
         let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let listener = connection.peer_cred().map_err(unreachable)?.uid();
@@ -99,23 +88,28 @@ impl Socket {
         {
             return Ok(place);
         }
-        Err(Error::Schema(format!(
+        let what = format!(
             "the process that listens on {shown} runs as user {listener}, who is not trusted with it: it would receive the password of \
-             the database; if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise \
-             correct `store.url`"
-        )))
+             the database"
+        );
+        Err(Error::Schema(Detail::from(what).remedy(OWNER_REMEDY)))
     }
 
-    /// Checks the path again, while the server may be stopped and started.
+    /// Checks the path again. A missing socket counts as a lost connection: the server may be restarting.
     pub(super) fn check_again(&self) -> Result<(), Error> {
         match self.check() {
             Ok(_) => Ok(()),
-            Err(error) if error.is_missing() => Err(Error::Disconnected(chain(&error).into())),
-            Err(error) => Err(Error::Down(error.to_string().into())),
+            Err(error) if error.is_missing() => Err(Error::Disconnected(Detail::of(error))),
+            Err(error) => Err(Error::Down(Detail::of(error))),
         }
     }
 }
 
-fn refused(error: &trusted_file::Error) -> Error {
-    Error::Schema(error.to_string())
+fn refused(error: trusted_file::Error) -> Error {
+    Error::Schema(Detail::of(error))
+}
+
+fn unknown_user(name: &str) -> Error {
+    let what = format!("`store.socket_users` names {name:?}, and /etc/passwd has no such user");
+    Error::Schema(Detail::from(what).remedy("correct the name, or write the user's number"))
 }

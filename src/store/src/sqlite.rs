@@ -37,7 +37,7 @@ const DIALECT: Dialect = Dialect {
     begin: "BEGIN IMMEDIATE",
     lock: None,
     unless_taken: " ON CONFLICT DO NOTHING",
-    upsert: Upsert::OnConflict,
+    upsert: Upsert::Conflict,
     limited_delete: LimitedDelete::Subquery,
     clock: None,
     has_migrations: "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'",
@@ -114,7 +114,7 @@ pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tab
     let rows = connection.rows(SQL.durability, Vec::new()).await?;
     drop(connection);
     let weaknesses = Found::read(&rows, DIALECT.durability_columns)?.sqlite();
-    durability::judge(&weaknesses, &settings.accept_weaker_durability)?;
+    durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = reader(path, Arc::clone(&place));
     // Not another one than the first connection opened.

@@ -137,6 +137,10 @@ pub(super) struct OfTable {
 
 impl Statements {
     /// The statements of an engine.
+    #[expect(
+        clippy::too_many_lines,
+        reason = "a list, in which each statement stands once"
+    )]
     pub(super) fn of_engine(dialect: &Dialect) -> Self {
         let sql = |statement: &str| dialect.text(statement);
         let (requests, registry, clients) = (

@@ -94,7 +94,7 @@ impl Row {
     /// All values, for writing. An error when one of them could not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
-        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name())))
+        all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
     }
 
     fn value(&self, column: &str) -> Result<&Value, sqlx::Error> {
@@ -147,7 +147,7 @@ pub trait Tables: Store {
     /// How many rows a table has.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// How many rows of all tables have NULL in a column that they are found by: no page has them, and no call finds them.
+    /// How many rows of all tables have NULL in a column of their key. No page and no call finds such rows.
     async fn keyless_rows(&self) -> Result<u64, Error>;
 
     /// The rows after a row, or the first ones, in the order of their keys, without the first `skip` of them; at most

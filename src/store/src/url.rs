@@ -4,9 +4,63 @@
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-const FORMS: &str = "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
-                     `mysql://user@host/database`; for a local socket without a host and with `?socket=` and its \
-                     absolute path";
+/// What is wrong with a URL: a clause that follows its name. Never repeats the URL, which may hold a password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum UrlError {
+    #[error(
+        "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
+         `mysql://user@host/database`; for a local socket without a host and with `?socket=` and its absolute path"
+    )]
+    Form,
+    #[error("must be `sqlite:` and the absolute path of a file")]
+    NotAbsolute,
+    #[error(
+        "has a `{found}`: there are no parameters for SQLite, the settings are in the fields of [store]; if the path \
+         itself has one, write `{encoded}`"
+    )]
+    FileParameters { found: char, encoded: &'static str },
+    #[error(
+        "has a `#`, which begins a fragment and would be ignored; write `%23` where a name has one"
+    )]
+    Fragment,
+    #[error("names no user: write `user@` before the host")]
+    NoUser,
+    #[error(
+        "has a password in it, where logs and process lists would show it; put it into a file named by \
+         `password_file`, or into an environment variable named by `password_variable`"
+    )]
+    Password,
+    #[error("names no database: end it with `/` and the name")]
+    NoDatabase,
+    #[error("names no host, and no `?socket=`")]
+    NoHost,
+    #[error("names no host before the port")]
+    NoHostBeforePort,
+    #[error(
+        "has parameters: there is only `?socket=`, without a host; the rest is in the fields of [store]"
+    )]
+    ServerParameters,
+    #[error("has parameters other than `?socket=`")]
+    SocketParameters,
+    #[error("names a socket that is not an absolute path")]
+    SocketNotAbsolute,
+    #[error(
+        "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
+    )]
+    NoBrackets,
+    #[error("has something in brackets that is not an IPv6 address")]
+    NotIpv6,
+    #[error("has text behind the `]` of the host: write a `:` before the port")]
+    NoColon,
+    #[error("has {0:?} in its host, which no DNS name and no IP address has")]
+    Host(char),
+    #[error("has a port that is not 1 to 65535")]
+    Port,
+    #[error("has a `%` that is not followed by two hexadecimal digits of UTF-8")]
+    Encoding,
+    #[error("has a control character")]
+    ControlCharacter,
+}
 
 /// Where a database is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,12 +78,12 @@ pub(super) enum Target {
 pub(super) struct Place {
     pub(super) user: String,
     pub(super) database: String,
-    pub(super) door: Door,
+    pub(super) transport: Transport,
 }
 
 /// How a server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Door {
+pub(super) enum Transport {
     /// Over the network, which a loopback address counts as: any user of the machine can listen there.
     Network { host: String, port: Option<u16> },
     /// A socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
@@ -38,146 +92,118 @@ pub(super) enum Door {
 
 impl Target {
     /// The error says what the URL must be, and does not repeat it.
-    pub(super) fn parse(url: &str) -> Result<Self, String> {
-        let (scheme, rest) = url.split_once(':').ok_or(FORMS)?;
+    pub(super) fn parse(url: &str) -> Result<Self, UrlError> {
+        let (scheme, rest) = url.split_once(':').ok_or(UrlError::Form)?;
         match scheme {
             "sqlite" => file(rest).map(Self::Sqlite),
             "postgres" | "postgresql" => Ok(Self::Postgres(Place::parse(rest)?)),
             "mysql" | "mariadb" => Ok(Self::MySql(Place::parse(rest)?)),
-            _ => Err(FORMS.to_owned()),
+            _ => Err(UrlError::Form),
         }
     }
 }
 
 impl Place {
-    fn parse(rest: &str) -> Result<Self, String> {
-        let rest = rest.strip_prefix("//").ok_or(FORMS)?;
+    fn parse(rest: &str) -> Result<Self, UrlError> {
+        let rest = rest.strip_prefix("//").ok_or(UrlError::Form)?;
         if rest.contains('#') {
-            return Err(
-                "has a `#`, which begins a fragment and would be ignored; write `%23` where a name has one"
-                    .to_owned(),
-            );
+            return Err(UrlError::Fragment);
         }
         let (rest, query) = match rest.split_once('?') {
             Some((rest, query)) => (rest, Some(query)),
             None => (rest, None),
         };
-        let (login, rest) = rest
-            .rsplit_once('@')
-            .ok_or("names no user: write `user@` before the host")?;
+        let (login, rest) = rest.rsplit_once('@').ok_or(UrlError::NoUser)?;
         if login.contains(':') {
-            return Err(
-                "has a password in it, where logs and process lists would show it; put it into a file named by \
-                 `password_file`, or into an environment variable named by `password_variable`"
-                    .to_owned(),
-            );
+            return Err(UrlError::Password);
         }
-        let (host, database) = rest
-            .split_once('/')
-            .ok_or("names no database: end it with `/` and the name")?;
-        let door = match (host, query) {
+        let (host, database) = rest.split_once('/').ok_or(UrlError::NoDatabase)?;
+        let transport = match (host, query) {
             ("", Some(query)) => socket(query)?,
-            ("", None) => return Err("names no host, and no `?socket=`".to_owned()),
-            (_, Some(_)) => {
-                return Err(
-                    "has parameters: there is only `?socket=`, without a host; the rest is in the fields of [store]"
-                        .to_owned(),
-                );
-            }
+            ("", None) => return Err(UrlError::NoHost),
+            (_, Some(_)) => return Err(UrlError::ServerParameters),
             (host, None) => network(host)?,
         };
         let place = Self {
             user: decode(login)?,
             database: decode(database)?,
-            door,
+            transport,
         };
         if place.user.is_empty() || place.database.is_empty() || place.database.contains('/') {
-            return Err(FORMS.to_owned());
+            return Err(UrlError::Form);
         }
         Ok(place)
     }
 
     /// Whether what is sent stays inside the machine's kernel.
     pub(super) fn is_local(&self) -> bool {
-        matches!(self.door, Door::Socket(_))
+        matches!(self.transport, Transport::Socket(_))
     }
 
     /// For people: where it is, without the user.
     pub(super) fn shown(&self) -> String {
-        match &self.door {
-            Door::Network { host, .. } => format!("{} on {host}", self.database),
-            Door::Socket(path) => format!("{} on {}", self.database, path.display()),
+        match &self.transport {
+            Transport::Network { host, .. } => format!("{} on {host}", self.database),
+            Transport::Socket(path) => format!("{} on {}", self.database, path.display()),
         }
     }
 }
 
-fn socket(query: &str) -> Result<Door, String> {
+fn socket(query: &str) -> Result<Transport, UrlError> {
     let path = match query.split_once('=') {
         Some(("socket", path)) if !path.contains('&') => PathBuf::from(decode(path)?),
-        _ => return Err("has parameters other than `?socket=`".to_owned()),
+        _ => return Err(UrlError::SocketParameters),
     };
     if path.is_absolute() {
-        Ok(Door::Socket(path))
+        Ok(Transport::Socket(path))
     } else {
-        Err("names a socket that is not an absolute path".to_owned())
+        Err(UrlError::SocketNotAbsolute)
     }
 }
 
 /// The path of a file. Parameters, which other programs accept here, would become a part of its name.
-fn file(text: &str) -> Result<PathBuf, String> {
+fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };
-        return Err(format!(
-            "has a `{found}`: there are no parameters for SQLite, the settings are in the fields of [store]; if the path \
-             itself has one, write `{encoded}`"
-        ));
+        return Err(UrlError::FileParameters { found, encoded });
     }
     let path = PathBuf::from(decode(text)?);
     if path.is_absolute() && path.file_name().is_some() {
         Ok(path)
     } else {
-        Err("must be `sqlite:` and the absolute path of a file".to_owned())
+        Err(UrlError::NotAbsolute)
     }
 }
 
-fn network(text: &str) -> Result<Door, String> {
-    const BRACKETS: &str =
-        "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port";
+fn network(text: &str) -> Result<Transport, UrlError> {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
-            let (host, port) = rest.split_once(']').ok_or(BRACKETS)?;
+            let (host, port) = rest.split_once(']').ok_or(UrlError::NoBrackets)?;
             let host = decode(host)?;
             // A link-local address has the name of its network interface behind a `%`.
             let address = host.split('%').next().unwrap_or("");
             if address.parse::<Ipv6Addr>().is_err() {
-                return Err("has something in brackets that is not an IPv6 address".to_owned());
+                return Err(UrlError::NotIpv6);
             }
             let port = match port.strip_prefix(':') {
                 Some(port) => Some(port),
                 None if port.is_empty() => None,
-                None => {
-                    return Err(
-                        "has text behind the `]` of the host: write a `:` before the port"
-                            .to_owned(),
-                    );
-                }
+                None => return Err(UrlError::NoColon),
             };
             (host, port)
         }
         None => match text.split_once(':') {
-            Some((_, port)) if port.contains(':') => return Err(BRACKETS.to_owned()),
+            Some((_, port)) if port.contains(':') => return Err(UrlError::NoBrackets),
             Some((host, port)) => (decode(host)?, Some(port)),
             None => (decode(text)?, None),
         },
     };
     if host.is_empty() {
-        return Err("names no host before the port".to_owned());
+        return Err(UrlError::NoHostBeforePort);
     }
     let is_of_a_host = |c: char| c.is_ascii_alphanumeric() || "._-:%".contains(c);
     if let Some(found) = host.chars().find(|c| !is_of_a_host(*c)) {
-        return Err(format!(
-            "has {found:?} in its host, which no DNS name and no IP address has"
-        ));
+        return Err(UrlError::Host(found));
     }
     let port = match port {
         None => None,
@@ -186,30 +212,32 @@ fn network(text: &str) -> Result<Door, String> {
                 .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
                 .and_then(|port| port.parse().ok())
                 .filter(|port| *port != 0)
-                .ok_or("has a port that is not 1 to 65535")?,
+                .ok_or(UrlError::Port)?,
         ),
     };
-    Ok(Door::Network { host, port })
+    Ok(Transport::Network { host, port })
 }
 
 /// Undoes percent-encoding, in every part of every URL: users of managed databases have an `@` in their names.
-fn decode(text: &str) -> Result<String, String> {
-    let bad = || "has a `%` that is not followed by two hexadecimal digits of UTF-8".to_owned();
+fn decode(text: &str) -> Result<String, UrlError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {
         if byte == b'%' {
-            let digits = [rest.next().ok_or_else(bad)?, rest.next().ok_or_else(bad)?];
+            let digits = [
+                rest.next().ok_or(UrlError::Encoding)?,
+                rest.next().ok_or(UrlError::Encoding)?,
+            ];
             let mut decoded = [0];
-            hex::decode_to_slice(digits, &mut decoded).map_err(|_| bad())?;
+            hex::decode_to_slice(digits, &mut decoded).map_err(|_| UrlError::Encoding)?;
             bytes.push(decoded[0]);
         } else {
             bytes.push(byte);
         }
     }
-    let text = String::from_utf8(bytes).map_err(|_| bad())?;
+    let text = String::from_utf8(bytes).map_err(|_| UrlError::Encoding)?;
     if text.contains(char::is_control) {
-        return Err("has a control character".to_owned());
+        return Err(UrlError::ControlCharacter);
     }
     Ok(text)
 }
@@ -218,16 +246,16 @@ fn decode(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    fn place(user: &str, database: &str, door: Door) -> Place {
+    fn place(user: &str, database: &str, transport: Transport) -> Place {
         Place {
             user: user.to_owned(),
             database: database.to_owned(),
-            door,
+            transport,
         }
     }
 
-    fn network(host: &str, port: Option<u16>) -> Door {
-        Door::Network {
+    fn network(host: &str, port: Option<u16>) -> Transport {
+        Transport::Network {
             host: host.to_owned(),
             port,
         }
@@ -235,7 +263,7 @@ mod tests {
 
     #[test]
     fn each_form_is_understood() {
-        let socket = |path: &str| Door::Socket(PathBuf::from(path));
+        let socket = |path: &str| Transport::Socket(PathBuf::from(path));
         for (url, expected) in [
             ("sqlite:/a/b.db", Target::Sqlite(PathBuf::from("/a/b.db"))),
             (
@@ -316,7 +344,7 @@ mod tests {
             ("mysql://m%4@db/keys", "hexadecimal"),
             ("mysql://m%ff@db/keys", "UTF-8"),
         ] {
-            let message = Target::parse(url).unwrap_err();
+            let message = Target::parse(url).unwrap_err().to_string();
             assert!(message.contains(words), "{url}: {message}");
             assert!(!message.contains("secret"), "{message}");
         }

@@ -15,7 +15,7 @@ use cryptoki_sys::{
 use crate::{
     functions::Function,
     limits,
-    process::{self, Process, report},
+    process::{self, ModuleError, Process, report},
     script::{On, Rule, Script, When},
 };
 
@@ -80,7 +80,7 @@ fn scripted(
     let mut effects = Effects::default();
     for rule in script.rules.iter().filter(|rule| rule.covers(function)) {
         match hit(process, script.seed, rule) {
-            Ok(Some(number)) => apply(process, rule, number, &mut effects),
+            Ok(Some(number)) => apply(process, script.seed, rule, number, &mut effects),
             Ok(None) => (),
             Err(code) => return code,
         }
@@ -133,6 +133,7 @@ fn hit(process: &Process, seed: u64, rule: &Rule) -> Result<Option<u64>, CK_RV> 
         return Ok(None);
     }
     let Some(number) = process.shared.next_of_rule(rule.key) else {
+        report(&ModuleError::TooManyRules);
         return Err(CKR_GENERAL_ERROR);
     };
     let hits = call.is_none_or(|call| number + 1 == call)
@@ -159,7 +160,7 @@ pub(crate) fn scrambled(seed: u64, key: u64, number: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-fn apply(process: &'static Process, rule: &Rule, number: u64, effects: &mut Effects) {
+fn apply(process: &'static Process, seed: u64, rule: &Rule, number: u64, effects: &mut Effects) {
     let action = &rule.action;
     if action.delay_ms > 0 {
         thread::sleep(Duration::from_millis(action.delay_ms));
@@ -192,7 +193,7 @@ fn apply(process: &'static Process, rule: &Rule, number: u64, effects: &mut Effe
         process.change_handles();
     }
     if action.corrupt {
-        effects.corrupt = Some(scrambled(number, rule.key, number));
+        effects.corrupt = Some(scrambled(seed, rule.key, number));
     }
     effects.truncate = action.truncate.or(effects.truncate);
     if let Some(code) = action.code {

@@ -27,7 +27,7 @@ use cryptoki_sys::{
 };
 
 pub use names::return_code_name;
-pub use script::{BEHAVIOURS, check};
+pub use script::{BEHAVIOURS, Evidence, Profile, check};
 pub use shared::{Count, counts};
 
 /// Environment variable with the path of the script, or of a directory with a script named [`SCRIPT_FILE`].

@@ -5,7 +5,7 @@ use std::{
     env,
     fs::{File, OpenOptions},
     io::Write as _,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
     process, ptr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
@@ -21,12 +21,12 @@ use crate::{
     limits::Place,
     real::{self, Real},
     script::{Files, Script, ScriptError, stamp},
-    shared::Shared,
+    shared::{RULES_MAX, Shared},
 };
 
-/// Why the module answers `CKR_GENERAL_ERROR` to everything.
+/// Why the module answers `CKR_GENERAL_ERROR`.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum StartError {
+pub(crate) enum ModuleError {
     #[error(
         "no real module: set {MODULE_VARIABLE}, or `module` in the script that {SCRIPT_VARIABLE} names"
     )]
@@ -35,6 +35,8 @@ pub(crate) enum StartError {
     Module(#[from] &'static real::LoadError),
     #[error(transparent)]
     Script(#[from] ScriptError),
+    #[error("the state directory has counters for {RULES_MAX} rules: use an empty one")]
+    TooManyRules,
     #[error("the state directory {path} cannot be used: {source}")]
     State {
         path: PathBuf,
@@ -80,7 +82,7 @@ struct Loaded {
 }
 
 /// The process that runs now.
-pub(crate) fn current() -> Result<&'static Process, StartError> {
+pub(crate) fn current() -> Result<&'static Process, ModuleError> {
     static CURRENT: AtomicPtr<Process> = AtomicPtr::new(ptr::null_mut());
     let known = CURRENT.load(Ordering::Acquire);
     // SAFETY: the pointer is null or comes from a leaked box.
@@ -119,8 +121,10 @@ pub(crate) fn report(error: &dyn std::error::Error) {
 }
 
 impl Process {
-    fn start() -> Result<Self, StartError> {
-        let script_path = env::var_os(SCRIPT_VARIABLE).map(PathBuf::from).map(|path| {
+    fn start() -> Result<Self, ModuleError> {
+        let script_path = env::var_os(SCRIPT_VARIABLE).map(|path| {
+            // The application may change its directory later.
+            let path = path::absolute(&path).unwrap_or_else(|_| PathBuf::from(path));
             if path.is_dir() {
                 path.join(SCRIPT_FILE)
             } else {
@@ -144,7 +148,7 @@ impl Process {
         let module = env::var_os(MODULE_VARIABLE)
             .map(PathBuf::from)
             .or_else(|| script.module.clone())
-            .ok_or(StartError::NoModule)?;
+            .ok_or(ModuleError::NoModule)?;
         let real = real::load(&module)?;
         let directory = script_path.as_deref().and_then(Path::parent);
         let state = match (&script.state, directory) {
@@ -152,7 +156,7 @@ impl Process {
             (_, directory) => directory.map(Path::to_owned),
         };
         let shared = match &state {
-            Some(path) => Shared::open(path).map_err(|source| StartError::State {
+            Some(path) => Shared::open(path).map_err(|source| ModuleError::State {
                 path: path.clone(),
                 source,
             })?,

@@ -1,7 +1,7 @@
 //! The script: what the module does to the calls that pass through it. The README explains each setting.
 
 use std::{
-    fs,
+    fmt, fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -17,6 +17,7 @@ use crate::{
 /// Every behaviour, by its setting. For each there is a test that passes with it and fails without it.
 pub const BEHAVIOURS: &[&str] = &[
     "interface",
+    "seed",
     "log_calls",
     "control",
     "rule.on.call",
@@ -57,6 +58,7 @@ pub const BEHAVIOURS: &[&str] = &[
     "limits.parallel_calls",
     "limits.operations_per_second",
     "limits.latency_ms",
+    "limits.refuse",
     "objects.new_handles_at_login",
     "objects.refuse_duplicate_id",
     "attribute.in_template.refuse",
@@ -72,6 +74,8 @@ pub const BEHAVIOURS: &[&str] = &[
     "attribute.parts",
     "template.only",
     "mechanism.absent",
+    "mechanism.functions",
+    "mechanism.refuse",
     "hmac.key_type",
     "hmac.mechanism",
     "hmac.length",
@@ -97,14 +101,10 @@ pub(crate) enum ScriptError {
     TooDeep { path: PathBuf },
 }
 
-/// Reads a script without running it and returns the sources that it quotes: for a profile, what it was drawn from.
-pub fn check(path: &Path) -> Result<Vec<String>, Box<dyn std::error::Error + Send + Sync>> {
+/// Reads a script without running it and returns what it says of the product that it describes, if it is a profile.
+pub fn check(path: &Path) -> Result<Option<Profile>, Box<dyn std::error::Error + Send + Sync>> {
     let (script, _) = Script::read(path);
-    let script = script?;
-    Ok(script
-        .profile
-        .map(|profile| profile.sources)
-        .unwrap_or_default())
+    Ok(script?.profile)
 }
 
 /// A script as it was read.
@@ -146,30 +146,39 @@ pub(crate) enum Interface {
 }
 
 /// What a profile says of itself.
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Profile {
-    /// The product.
-    #[allow(
-        dead_code,
-        reason = "for readers of the file; the field must be present"
-    )]
-    pub(crate) product: String,
-    /// `from documents` or `measured`.
-    #[allow(dead_code, reason = "for readers of the file; the field must be valid")]
-    pub(crate) evidence: Evidence,
+pub struct Profile {
+    /// The product, with its version.
+    pub product: String,
+    /// Where the knowledge comes from.
+    pub evidence: Evidence,
     /// One quotation or measurement each, with its place.
-    pub(crate) sources: Vec<String>,
+    pub sources: Vec<String>,
 }
 
+/// Where the knowledge about a product comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub(crate) enum Evidence {
+pub enum Evidence {
+    /// Documents or source text, read and not run.
     #[serde(rename = "from documents")]
     Documents,
+    /// The product was run.
     #[serde(rename = "measured")]
     Measured,
+    /// There is no such product.
     #[serde(rename = "invented")]
     Invented,
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Documents => "from documents",
+            Self::Measured => "measured",
+            Self::Invented => "invented",
+        })
+    }
 }
 
 /// One rule: to some calls of some functions, something happens.

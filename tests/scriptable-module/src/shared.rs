@@ -17,7 +17,7 @@ use crate::functions::Function;
 const FILE: &str = "shared";
 const FUNCTIONS: usize = Function::ALL.len();
 /// Rules that may ever have counted in one state directory.
-const RULES_MAX: usize = 4096;
+pub(crate) const RULES_MAX: usize = 4096;
 /// Calls and successes per function, a key and a counter per rule, and the single values.
 const CELLS: usize = FUNCTIONS * 2 + RULES_MAX * 2 + VALUES;
 const VALUES: usize = 4;

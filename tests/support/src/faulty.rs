@@ -10,7 +10,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use keybroker_scriptable_pkcs11::{CALLS_FILE, SCRIPT_FILE, SCRIPT_VARIABLE};
+use keybroker_scriptable_pkcs11::{CALLS_FILE, Profile, SCRIPT_FILE, SCRIPT_VARIABLE, check};
 
 /// Environment variable that names the folder of the script.
 pub const VARIABLE: &str = SCRIPT_VARIABLE;
@@ -27,6 +27,34 @@ pub fn module() -> PathBuf {
                 .find(|path| path.is_file())
         })
         .unwrap_or_else(|| panic!("the scriptable module is not beside {}", test.display()))
+}
+
+/// The names of the profiles of the scriptable module, in order.
+pub fn profiles() -> Vec<String> {
+    let folder = profile_file("any");
+    let files = fs::read_dir(folder.parent().unwrap()).unwrap();
+    let mut names: Vec<String> = files
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            path.file_stem().unwrap().to_str().unwrap().to_owned()
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+/// What a profile says of the product that it describes.
+pub fn profile(name: &str) -> Profile {
+    let path = profile_file(name);
+    check(&path)
+        .unwrap()
+        .unwrap_or_else(|| panic!("{} is no profile", path.display()))
+}
+
+fn profile_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../scriptable-module/profiles")
+        .join(format!("{name}.toml"))
 }
 
 /// Return codes of PKCS#11.
@@ -140,6 +168,8 @@ pub struct Faulty {
 #[derive(Debug)]
 struct Script {
     real: PathBuf,
+    /// The profile of a product that it begins with.
+    profile: Option<PathBuf>,
     /// The rule of each function.
     rules: BTreeMap<String, String>,
     flags: u64,
@@ -152,6 +182,7 @@ impl Faulty {
         fs::create_dir_all(&folder).unwrap();
         let script = Script {
             real: real.to_owned(),
+            profile: None,
             rules: BTreeMap::new(),
             flags: 0,
             nul: false,
@@ -186,6 +217,12 @@ impl Faulty {
     /// From now on the token shows `flags` besides its own.
     pub fn set_flags(&self, flags: u64) {
         self.edit(|script| script.flags = flags);
+    }
+
+    /// From now on the token behaves like this product: see [`profile`].
+    pub fn set_profile(&self, name: &str) {
+        profile(name);
+        self.edit(|script| script.profile = Some(profile_file(name)));
     }
 
     /// From now on, texts are padded with NUL instead of blanks.
@@ -255,11 +292,11 @@ impl Fault {
 
 impl Script {
     fn text(&self) -> String {
-        let mut text = format!(
-            "module = \"{}\"\nlog_calls = true\n[token]\nset_flags = [{}]\n",
-            self.real.display(),
-            self.flags
-        );
+        let mut text = format!("module = '{}'\nlog_calls = true\n", self.real.display());
+        if let Some(profile) = &self.profile {
+            writeln!(text, "include = ['{}']", profile.display()).unwrap();
+        }
+        writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap();
         if self.nul {
             text.push_str("pad = \"nul\"\n");
         }

@@ -163,7 +163,7 @@ impl UserRequest {
 /// The only key that this API offers to the caller. Services use gRPC; over REST only users have keys.
 fn own_key(principal: &Principal) -> Result<UserKeyRef, Error> {
     let Some(user) = principal.subject() else {
-        let detail = format!("{principal} is no user, and has no key of its own");
+        let detail = format!("{principal} is a service, and only users have keys");
         return Err(Error::new(Reason::Policy, detail));
     };
     Ok(UserKeyRef {

@@ -384,7 +384,7 @@ async fn a_weak_hash_is_replaced_at_the_next_login() {
     setup.show(ID, "good").await.unwrap();
 }
 
-/// Two hashes for whoever is asked for: the figures are compared with each other, and generously.
+/// Two hashes for each id that is asked for: the figures are compared with each other, with a wide margin.
 #[tokio::test]
 async fn an_unknown_id_costs_as_much_as_a_known_one() {
     let mut setup = setup(&["good"], |_| {});

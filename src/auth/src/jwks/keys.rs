@@ -53,14 +53,14 @@ impl Pace {
     }
 }
 
-/// What came of looking for a newer key set.
+/// Result of looking for a newer key set.
 #[derive(Debug)]
 pub(crate) enum Newer {
     /// Another set is in use now.
     Set(Arc<KeySet>),
     /// The set was read again just now, and it is the same.
     Same,
-    /// Whether the provider has a newer set is not known, and can be asked again after this time.
+    /// It is not known whether the provider has a newer set. The broker may ask again after this time.
     Unknown(Duration),
 }
 
@@ -134,7 +134,7 @@ impl Keys {
     }
 
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
-    /// wait for one fetch. Key files are read again by the background task every two seconds, so what they lack does not exist.
+    /// wait for one fetch. The background task reads key files again every two seconds, so a key that they lack does not exist.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {

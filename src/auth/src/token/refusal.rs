@@ -53,12 +53,12 @@ pub(super) enum Cause {
 pub(super) struct Refusal {
     pub(super) cause: Cause,
     pub(super) detail: String,
-    /// When the issuer's keys can be asked for again, if another key of it may verify the token.
+    /// Time until the issuer's keys can be fetched again, if a newer key may verify the token.
     undecided: Option<Duration>,
 }
 
 impl Refusal {
-    /// The same refusal of a token that a newer key of its issuer may verify, after this time.
+    /// Marks the refusal as one that a newer key of the issuer may change, after this time.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;
@@ -75,7 +75,7 @@ impl Refusal {
         }
     }
 
-    /// Whether another key set can change it.
+    /// Whether another key set can change the outcome.
     fn may_change(&self) -> bool {
         matches!(self.cause, Cause::KeyId | Cause::Signature)
     }
@@ -83,7 +83,7 @@ impl Refusal {
     /// The error for the caller, with this detail for the log. A token that cannot be verified now is not a rejected one.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // It may be made up all the same.
+            // The key id may be invented, so the attempt counts as failed.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),

@@ -93,7 +93,7 @@ impl Running {
         assert!(error.detail().contains(words), "{words}: {error}");
     }
 
-    /// Its issuer may have a newer key, which cannot be looked up yet: not rejected, and counted as an attempt all the same.
+    /// The issuer may have a newer key, which cannot be looked up yet. The token is not rejected, but counts as a failed attempt.
     async fn postponed(&self, token: &str, words: &str) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown, "{error}");
@@ -589,7 +589,7 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
         )
         .await;
     running
-        .postponed(&service.mint(user(ADA), json!({"kid": "enc"})), "none of")
+        .refused(&service.mint(user(ADA), json!({"kid": "enc"})), "none of")
         .await;
     // Of three kinds of keys, one fits.
     running

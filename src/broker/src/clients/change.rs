@@ -1,16 +1,8 @@
-//! Changes of API clients: intent durable, commit, outcome durable, answer, in a task that no caller can stop half way. The same
-//! order as for user keys.
+//! Changes of API clients: intent durable, commit, outcome durable, answer. The same order as for user keys.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::atomic::Ordering;
 
-use tracing::Instrument as _;
-
-use crate::{
-    Broker,
-    journal::{Draft, Recorded},
-    observed,
-};
-use keybroker_audit::EntryKind;
+use crate::{Broker, commit::Settled, journal::Draft};
 use keybroker_core::{
     call::{Call, Timestamp},
     error::{Error, Reason},
@@ -21,23 +13,6 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Runs a change in a task of its own.
-    pub(super) async fn to_the_end<T: Send + 'static>(
-        self: &Arc<Self>,
-        action: Action,
-        call: Call,
-        work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> Result<T, Error> {
-        let work = async move { observed(action, &call, Box::pin(work)).await };
-        match self.mutations.spawn(work.in_current_span()).await {
-            Ok(result) => result,
-            Err(panic) => Err(Error::new(
-                Reason::Bug,
-                format!("change of a client: {panic}"),
-            )),
-        }
-    }
-
     /// Asks policy, and begins the entry.
     pub(super) async fn begin_client(
         &self,
@@ -91,30 +66,17 @@ impl Broker {
         commit: impl Future<Output = Result<(), store::Error>>,
     ) -> Result<(), Error> {
         let at = Timestamp::now();
-        let intent = self.record_intent(&draft, at).await?;
-        let result = commit.await;
-        // Also when it is not known whether it was done: what is remembered may be out of date.
-        self.clients_generation.fetch_add(1, Ordering::Release);
-        if let Err(store::Error::Down(_) | store::Error::OutcomeUnknown(_)) = result {
-            self.resolve_later(intent);
-            return result.map_err(Error::from);
-        }
-        if result.is_ok()
-            && let Err(error) = self.acknowledge(draft.call(), at).await
-        {
-            self.resolve_later(intent);
-            return Err(error);
-        }
+        let change = async {
+            let result = commit.await;
+            // Also when it is not known whether the change was made: what is remembered of the client may be out of date.
+            self.clients_generation.fetch_add(1, Ordering::Release);
+            result
+        };
+        let Settled { intent, result } = self.commit_with_intent(&draft, at, change).await?;
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(Reason::Revision, "the client changed meanwhile"),
             other => other.into(),
         });
-        let concluded = self.conclude(draft.kind(EntryKind::Outcome), result).await;
-        if let Err(error) = &concluded
-            && error.reason() == Reason::AuditDown
-        {
-            self.resolve_later(intent);
-        }
-        concluded.map(Recorded::into_inner)
+        self.close_intent(intent, &draft, result).await
     }
 }

@@ -351,7 +351,7 @@ const SERVER: User = User {
     group: OTHER_USER,
 };
 
-/// A socket counts when root, this user or a user of the server has it, and nobody else can put another one in its place.
+/// A socket is accepted when it belongs to root, this user or a user of the server, and no other user can replace it.
 #[test]
 fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     let folder = Folder::new();
@@ -392,7 +392,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert_eq!(error.component, directory, "{error}");
 }
 
-/// In a sticky directory every user can make a socket once the server's is gone, so that it is looked at again.
+/// In a sticky directory any user can create a socket once the server has removed its own, so callers must check again.
 #[test]
 fn a_socket_below_a_sticky_directory_is_marked() {
     let Some(root) = ["/var/lib", "/root"].into_iter().find(|directory| {
@@ -431,7 +431,7 @@ fn a_user_is_found_by_name_and_by_number() {
     assert_eq!(User::find("root").unwrap(), user(0, 0));
 }
 
-/// Such a mount says of its files whatever its server wants.
+/// The server of a FUSE mount chooses the owner and mode that its files show.
 #[test]
 fn the_user_who_mounted_fuse_is_read_from_the_mount_table() {
     const MOUNTS: &str = "22 1 0:20 / / rw - overlay overlay rw,lowerdir=/a\n\

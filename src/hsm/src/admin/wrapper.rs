@@ -8,7 +8,7 @@ use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
 
 use super::{Admin, AdminError};
 
-/// Wraps under one key with an admin worker of its own, for one thread. As in the broker: the public key in software, the MAC on
+/// Wraps under one key with a separate admin worker, for one thread. As in the broker: the public key in software, the MAC on
 /// the token.
 #[derive(Debug)]
 pub struct Wrapper {

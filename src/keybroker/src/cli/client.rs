@@ -103,6 +103,7 @@ impl Who {
             })
             .await
         })?
+        .map_err(|failure| refusal::explain_closed(failure, connection.has_certificate()))
     }
 }
 

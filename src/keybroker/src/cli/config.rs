@@ -60,9 +60,6 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// The setting that errors of the store name when a pooler shares sessions.
-const POOLER_SETTING: &str = "`pool_mode = session`";
-
 /// Asks a database server what `serve` asks it at the start: a problem, or a note on what was found. A server that is not reachable
 /// from here is a note, because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
@@ -81,7 +78,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
         )),
         Err(error @ (store::Error::Schema(_) | store::Error::Durability(_))) => Err(chain(&error)),
         // A statement that met a session of another client fails before the check for poolers does.
-        Err(store::Error::Down(what)) if what.contains(POOLER_SETTING) => Err(what.to_string()),
+        Err(error) if error.is_shared_session() => Err(chain(&error)),
         Err(error) => Ok(format!("the database was not examined: {}", chain(&error))),
     };
     Ok(match found {

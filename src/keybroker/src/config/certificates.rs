@@ -28,7 +28,15 @@ pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
     let Some(tls) = &listener.tls else { return };
     let address = listener.address;
     let setting = format!("[[listener]] {address}: `certificate_file`");
-    examine_file(&setting, &tls.certificate_file, CHAIN, check_chain, report);
+    let path = &tls.certificate_file;
+    match read(path, CHAIN).as_deref().and_then(server_behind_issuer) {
+        Some(number) => report.problems.push(format!(
+            "{setting} {}: the chain begins with a certificate authority, and the server's certificate is number {number}; write the \
+             server's certificate first and after each certificate its issuer",
+            path.display()
+        )),
+        None => examine_file(&setting, path, CHAIN, check_chain, report),
+    }
     if listener.client_certificates != ClientCertificates::None
         && let Some(path) = &tls.client_ca_file
     {
@@ -74,6 +82,23 @@ fn examine_file(
             Err(error) => report.problems.push(place(chain(&error))),
         }
     }
+}
+
+/// The number of the server's certificate in a chain that begins with its issuer, as some programs write it.
+fn server_behind_issuer(certificates: &[Result<Facts, certificate::Error>]) -> Option<usize> {
+    let is_authority = |facts: &Result<Facts, _>| {
+        facts
+            .as_ref()
+            .is_ok_and(|facts| facts.is_authority == Some(true))
+    };
+    let is_server = |facts: &Result<Facts, _>| {
+        facts
+            .as_ref()
+            .is_ok_and(|facts| facts.is_authority != Some(true) && !facts.hosts.is_empty())
+    };
+    let first = certificates.first().filter(|first| is_authority(first));
+    let behind = certificates.iter().position(is_server)?;
+    first.map(|_| behind + 1)
 }
 
 #[derive(Default)]

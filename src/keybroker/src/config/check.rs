@@ -369,7 +369,7 @@ fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>
             check_listener_tls(&name, remote.client_certificates(), tls, problems);
             if !tls.trust_domains.is_empty() {
                 problems.push(format!(
-                    "{name}: `trust_domains` has no effect here; let a CA of its own sign the collector's certificate"
+                    "{name}: `trust_domains` has no effect here; let a separate CA sign the collector's certificate"
                 ));
             }
         }

@@ -20,7 +20,7 @@ impl Config {
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        // What is no absolute path was reported with the settings.
+        // A path that is not absolute was reported with the settings.
         if self.token.module.is_absolute() {
             let module = check_module(&self.token.module);
             problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));

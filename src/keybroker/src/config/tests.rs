@@ -28,6 +28,7 @@ fn is_default(text: &str) -> bool {
     let alternatives = [
         "serial",
         "uri",
+        "socket_users",
         "password_file",
         "password_variable",
         "ca_file",
@@ -314,7 +315,7 @@ fn a_rest_listener_needs_an_issuer_of_users() {
     assert!(needs(&of_services));
 }
 
-/// Whoever writes a secret into a field that does not exist must not find it in the log.
+/// A person who writes a secret into a field that does not exist must not find it in the log.
 #[test]
 fn a_mistake_has_its_place_and_not_its_line() {
     let text = EXAMPLE.replace("[store]", "[store]\n  pin = \"hunter2\"");

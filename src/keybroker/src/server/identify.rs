@@ -115,7 +115,7 @@ impl Identifier {
         };
         let found = self.authenticator.authenticate(values, budget).await;
         match found {
-            // Not a renewable one: its holder would be told to come again later, and not to renew it.
+            // An expired credential does not count: its holder must be told to renew it, not to retry later.
             Err(error) if error.is_failed_attempt() => {
                 match self.limits.fail_address(peer) {
                     // The refusal of the call is logged with it.

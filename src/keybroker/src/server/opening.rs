@@ -139,9 +139,9 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-/// Records the audit log in the database, where each instance's logs are known. A log that the database does not know, although it
-/// knows other logs of the same instance, was put in the place of the right one, and the start ends. A log of an earlier release is
-/// recorded silently, and so is the first log of an instance.
+/// Records the audit log of this instance in the database. Fails for a log that the database does not know although it knows other
+/// logs of the same instance: the log was replaced. A log of an earlier release and the first log of an instance are recorded without
+/// a message.
 pub(super) async fn bind_log(
     audit: &AuditLog,
     store: &Arc<dyn Store>,
@@ -155,7 +155,7 @@ pub(super) async fn bind_log(
         KnownLog::Another | KnownLog::None => {
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
             if let Err(error) = added.await {
-                // A database that only serves reads for a while is no reason to refuse releases.
+                // A database that is read-only for a while must not prevent releases.
                 tracing::warn!(%error, "the audit log is not recorded in the database yet; the next start tries again");
                 return Ok(());
             }

@@ -21,7 +21,7 @@ pub(crate) struct Verifier {
 }
 
 impl Verifier {
-    /// With one binding key.
+    /// With one integrity key.
     pub(crate) fn new(admin: &Admin, id: WrappingKeyId) -> Result<Self, AdminError> {
         Ok(Self {
             ids: vec![id],
@@ -29,7 +29,7 @@ impl Verifier {
         })
     }
 
-    /// Finds another binding key, unless it was found before.
+    /// Finds another integrity key, unless it was found before.
     pub(crate) fn add(&mut self, admin: &Admin, id: WrappingKeyId) -> Result<(), AdminError> {
         if self.ids.contains(&id) {
             return Ok(());
@@ -55,7 +55,7 @@ impl Verifier {
         }
     }
 
-    /// Some tokens answer to a wrong MAC with a code that also means trouble of their own, and may leave the session stuck. So a
+    /// Some tokens answer a wrong MAC with a code that can also mean a fault of the token, and may leave the session stuck. So a
     /// good MAC must verify on another session; then the same answer is about this MAC.
     fn verify_in_doubt(
         &mut self,

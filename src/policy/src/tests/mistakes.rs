@@ -52,7 +52,7 @@ const MISTAKES: &[(&str, Place, &str)] = &[
         Some((1, 45)),
         "ipaddr",
     ),
-    // It would never apply, and nobody would notice.
+    // It would never apply, and the mistake would stay unnoticed.
     (
         "forbid (principal is Keybroker::User, action == Keybroker::Action::\"user_key.get\", resource is Keybroker::Broker);",
         Some((1, 1)),

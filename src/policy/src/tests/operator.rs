@@ -127,7 +127,7 @@ fn an_ipv4_peer_is_one_in_ipv6_too() {
     }
 }
 
-/// Cedar leaves out a policy that it cannot evaluate. A forbid that is left out would be an open door.
+/// Cedar leaves out a policy that it cannot evaluate. A forbid that is left out would permit what it forbids.
 #[test]
 fn a_forbid_that_cannot_be_evaluated_denies() {
     let overflow = "context has authAgeSeconds && context.authAgeSeconds * 9223372036854775807 > 0";

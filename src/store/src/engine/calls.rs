@@ -55,8 +55,8 @@ impl<E: Engine> Store for EngineStore<E> {
         });
         let reading = self.query_unprobed(E::sql().probe_read, Vec::new());
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
-        let written = self.probe.judge(Purpose::Write, begun, written);
-        let read = self.probe.judge(Purpose::Read, begun, read);
+        let written = self.probe.record(Purpose::Write, begun, written);
+        let read = self.probe.record(Purpose::Read, begun, read);
         // Keys are released as long as records can be read, but a store that takes no new ones is not well.
         written.and(read)
     }
@@ -327,9 +327,10 @@ pub(super) fn check_skipped(skip: u32) -> Result<(), Error> {
     if skip <= SKIPPED_MAX {
         return Ok(());
     }
-    Err(Error::Corrupt(format!(
+    let what = format!(
         "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
-    )))
+    );
+    Err(Error::Corrupt(what.into()))
 }
 
 async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

@@ -15,7 +15,7 @@ use super::{OUTAGE_WAITED_OUT, Purpose};
 /// How long the result of a failed probe holds. The broker probes every second.
 const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 
-/// What the last probes said, and when callers last got an answer.
+/// The results of the last probes, and when callers last got an answer.
 #[derive(Debug, Default)]
 pub(super) struct Probe {
     reads: Mutex<Seen>,
@@ -92,9 +92,9 @@ impl Probe {
             .get_or_insert_with(Instant::now);
     }
 
-    /// Takes note of what a probe said that began then. A probe stands in line with all others: one that fails while
-    /// others get their answers says that the database is busy, not that it is unavailable.
-    pub(super) fn judge<T>(
+    /// Records the result of a probe that began then. A probe waits for a connection like every call: when it fails while calls
+    /// get their answers, the database is busy and not unavailable.
+    pub(super) fn record<T>(
         &self,
         purpose: Purpose,
         begun: Instant,

@@ -35,8 +35,19 @@ fn key_after(table: Table, after: Option<&Row>) -> Result<Vec<Value>, Error> {
             .collect()),
         Some(row) => {
             let key: Option<Vec<Value>> = row.key().iter().cloned().collect();
-            key.ok_or_else(|| Error::Corrupt(format!("the key of a row of {}", table.name())))
+            key.ok_or_else(|| {
+                Error::Corrupt(format!("the key of a row of {}", table.name()).into())
+            })
         }
+    }
+}
+
+impl<E: Engine> EngineStore<E> {
+    /// Runs a query that counts rows.
+    async fn total(&self, statement: &'static str) -> Result<u64, Error> {
+        let found = self.query(statement, Vec::new()).await?;
+        let total = found.first().map_or(Ok(0), |row| row.integer("total"))?;
+        Ok(u64::try_from(total).unwrap_or(0))
     }
 }
 
@@ -52,17 +63,13 @@ impl<E: Engine> Tables for EngineStore<E> {
     }
 
     async fn count(&self, table: Table) -> Result<u64, Error> {
-        let found = self.query(E::sql().of(table).count, Vec::new()).await?;
-        let count = found.first().map_or(Ok(0), |row| row.integer("total"))?;
-        Ok(u64::try_from(count).unwrap_or(0))
+        self.total(E::sql().of(table).count).await
     }
 
     async fn keyless_rows(&self) -> Result<u64, Error> {
         let mut total = 0;
         for table in Table::ALL {
-            let found = self.query(E::sql().of(table).keyless, Vec::new()).await?;
-            let count = found.first().map_or(Ok(0), |row| row.integer("total"))?;
-            total += u64::try_from(count).unwrap_or(0);
+            total += self.total(E::sql().of(table).keyless).await?;
         }
         Ok(total)
     }

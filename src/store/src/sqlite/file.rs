@@ -10,12 +10,9 @@ use std::{
 use rustix::fs::OFlags;
 use sqlx::{SqlitePool, migrate::Migrator};
 
-use keybroker_core::{
-    remedy::{remedy, with_remedy},
-    trusted_file::{self, Purpose},
-};
+use keybroker_core::trusted_file::{self, Purpose};
 
-use crate::{Error, MigrationReport, SchemaStatus, StoreLock, identity, schema};
+use crate::{Error, MigrationReport, SchemaStatus, error::Detail, identity, schema};
 
 use super::SQL;
 
@@ -41,10 +38,12 @@ const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::Schema(format!(
-            "there is no database at {shown}; make it with `keybroker store migrate`"
-        )),
-        _ => Error::Down(format!("cannot examine {shown}: {}", with_remedy(path, &error)).into()),
+        io::ErrorKind::NotFound => {
+            let what =
+                format!("there is no database at {shown}; make it with `keybroker store migrate`");
+            Error::Schema(what.into())
+        }
+        _ => not_examined(path, error),
     })?;
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
@@ -69,30 +68,26 @@ fn check_header(path: &Path) -> Result<(), Error> {
     let mut begin = [0; HEADER.len()];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
     match read {
-        Ok(()) if begin != *HEADER => Err(Error::Schema(format!(
-            "{} is no SQLite database; name another file in the URL, or restore a backup if it was overwritten",
-            path.display()
-        ))),
+        Ok(()) if begin != *HEADER => {
+            let what = format!("{} is no SQLite database", path.display());
+            Err(Error::Schema(Detail::from(what).remedy(
+                "name another file in the URL, or restore a backup if it was overwritten",
+            )))
+        }
         // A file without content is a new database.
         _ => Ok(()),
     }
+}
+
+fn not_examined(path: &Path, error: io::Error) -> Error {
+    Error::Down(Detail::of_file("cannot examine", path, error))
 }
 
 /// Refuses files beside a database that another user made. In a directory that others can write to, a WAL that another user puts
 /// beside the database would replace its whole content at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for these files.
-    let failed = |path: &Path, error: io::Error| {
-        Error::Down(
-            format!(
-                "cannot examine {}: {}",
-                path.display(),
-                with_remedy(path, &error)
-            )
-            .into(),
-        )
-    };
-    let resolved = fs::canonicalize(path).map_err(|error| failed(path, error))?;
+    let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
     for suffix in SIDE_FILES {
         let file = with_suffix(&resolved, suffix);
@@ -100,7 +95,7 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
         let meta = match fs::symlink_metadata(&file) {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(&file, error)),
+            Err(error) => return Err(not_examined(&file, error)),
         };
         let (mode, owner) = (meta.mode() & 0o777, meta.uid());
         let problem = if !meta.is_file() {
@@ -146,12 +141,7 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
         Ok(true) => check(path)?,
         Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
         Err(error) => {
-            let what = format!(
-                "cannot examine {}: {}",
-                path.display(),
-                with_remedy(path, &error)
-            );
-            return Err(Error::Down(what.into()));
+            return Err(not_examined(path, error));
         }
     }
     let pool = super::writer(path);
@@ -176,7 +166,10 @@ pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationRepor
 
 async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
     MIGRATOR.run(pool).await.map_err(|error| {
-        Error::Schema(format!("migration failed, nothing was changed: {error}"))
+        Error::Schema(Detail::caused(
+            "migration failed, nothing was changed",
+            error,
+        ))
     })?;
     identity::ensure(&mut *pool.acquire().await?, &SQL).await
 }
@@ -192,17 +185,26 @@ fn make_file(path: &Path) -> Result<(), Error> {
         .mode(0o600)
         .open(path);
     made.map(drop).map_err(|error| {
-        let shown = path.display();
-        let known = remedy(path, &error);
-        let remedy = known.as_deref().unwrap_or(DIRECTORY);
-        Error::Down(format!("cannot make {shown}: {error}; {remedy}").into())
+        Error::Down(Detail::of_file("cannot create", path, error).or_remedy(DIRECTORY))
     })
+}
+
+/// Holds an embedded database for one process.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: Option<File>,
+}
+
+impl StoreLock {
+    /// For a database on a server, which any number of processes use.
+    pub(crate) fn not_needed() -> Self {
+        Self { _file: None }
+    }
 }
 
 /// Takes the database for this process alone.
 pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     let lock_path = with_suffix(path, ".lock");
-    let shown = lock_path.display();
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -213,9 +215,7 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
-            let known = remedy(&lock_path, &error);
-            let remedy = known.as_deref().unwrap_or(DIRECTORY);
-            Error::Down(format!("cannot open {shown}: {error}; {remedy}").into())
+            Error::Down(Detail::of_file("cannot open", &lock_path, error).or_remedy(DIRECTORY))
         })?;
     check_lock(&file, &lock_path)?;
     if file.try_lock().is_err() {
@@ -229,19 +229,15 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         )));
     }
     note_open_directory(path);
-    note_holder(&mut file).map_err(|error| {
-        let why = with_remedy(&lock_path, &error);
-        Error::Down(format!("cannot write {shown}: {why}").into())
-    })?;
+    note_holder(&mut file)
+        .map_err(|error| Error::Down(Detail::of_file("cannot write", &lock_path, error)))?;
     Ok(StoreLock { _file: Some(file) })
 }
 
 /// The process id is written into the lock file, so it must not be another file under a second name.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
-    let meta = file
-        .metadata()
-        .map_err(|error| Error::Down(format!("cannot examine {shown}: {error}").into()))?;
+    let meta = file.metadata().map_err(|error| not_examined(path, error))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()

@@ -9,7 +9,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::Error;
+use keybroker_core::error::chain;
+
+use crate::{Error, error::Detail};
+
+/// Why a file or directory is not what it was when the database was opened.
+#[derive(Debug, thiserror::Error)]
+enum Changed {
+    #[error("{0} was replaced")]
+    Replaced(PathBuf),
+    #[error("cannot examine {path}")]
+    Unreadable { path: PathBuf, source: io::Error },
+}
 
 /// How long a read relies on the last examination of the files. Connections stay open, so until then it reads from the file
 /// that was opened, and a new connection is examined for itself.
@@ -33,12 +44,14 @@ impl Fixed {
         })
     }
 
-    fn check(&self) -> Result<(), String> {
-        let shown = self.path.display();
+    fn check(&self) -> Result<(), Changed> {
         match fs::metadata(&self.path) {
             Ok(meta) if (meta.dev(), meta.ino()) == (self.device, self.inode) => Ok(()),
-            Ok(_) => Err(format!("{shown} was replaced")),
-            Err(error) => Err(format!("{shown}: {error}")),
+            Ok(_) => Err(Changed::Replaced(self.path.clone())),
+            Err(source) => Err(Changed::Unreadable {
+                path: self.path.clone(),
+                source,
+            }),
         }
     }
 }
@@ -73,8 +86,8 @@ impl Place {
             paths.into_iter().map(Fixed::look).collect()
         };
         let files = look().map_err(|error| {
-            let shown = path.display();
-            Error::Down(format!("cannot examine {shown} and its WAL: {error}").into())
+            let what = format!("cannot examine {} and its WAL", path.display());
+            Error::Down(Detail::caused(what, error))
         })?;
         Ok(Self {
             files,
@@ -85,7 +98,8 @@ impl Place {
     /// Fails while any of the files is another one than at the beginning.
     pub(super) fn check(&self) -> Result<(), Error> {
         let begun = Instant::now();
-        let found = self.files.iter().find_map(|file| file.check().err());
+        let changed = self.files.iter().find_map(|file| file.check().err());
+        let found = changed.as_ref().map(|changed| chain(changed));
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.problem != found {
             if let Some(what) = &found {
@@ -100,11 +114,14 @@ impl Place {
         }
         last.good = found.is_none().then_some(begun);
         drop(last);
-        match found {
+        match changed {
             None => Ok(()),
-            Some(what) => Err(Error::Down(
-                format!("{what} while it was in use; put the file back, or restart the broker")
-                    .into(),
+            Some(changed) => Err(Error::Down(
+                Detail::caused(
+                    "the database was moved or replaced while it was in use",
+                    changed,
+                )
+                .remedy("put the file back, or restart the broker"),
             )),
         }
     }

@@ -127,7 +127,9 @@ impl Module {
         Self {
             list,
             library,
-            folder: env::var_os(SCRIPT_VARIABLE).map(PathBuf::from).unwrap(),
+            folder: env::var_os(SCRIPT_VARIABLE)
+                .map(PathBuf::from)
+                .unwrap_or_default(),
             pin: env::var(crate::CHILD).unwrap(),
         }
     }
@@ -292,19 +294,25 @@ impl Module {
         public: &[Value],
         private: &[Value],
     ) -> Result<(CK_OBJECT_HANDLE, CK_OBJECT_HANDLE), Rv> {
-        let mut public = [
-            &[number(CKA_MODULUS_BITS, 1024), flag(CKA_TOKEN, false)],
-            public,
-        ]
-        .concat();
-        let defaults = [
+        let public_defaults = [number(CKA_MODULUS_BITS, 1024), flag(CKA_TOKEN, false)];
+        let private_defaults = [
             flag(CKA_TOKEN, false),
             flag(CKA_PRIVATE, true),
             flag(CKA_SENSITIVE, true),
             flag(CKA_EXTRACTABLE, false),
             flag(CKA_DECRYPT, true),
         ];
-        let mut private = [&defaults, private].concat();
+        let public = [&public_defaults, public].concat();
+        self.pair_of(session, public, [&private_defaults, private].concat())
+    }
+
+    /// A pair of keys with these attributes and no others.
+    pub(crate) fn pair_of(
+        &self,
+        session: CK_SESSION_HANDLE,
+        mut public: Vec<Value>,
+        mut private: Vec<Value>,
+    ) -> Result<(CK_OBJECT_HANDLE, CK_OBJECT_HANDLE), Rv> {
         let (mut public, mut private) = (template(&mut public), template(&mut private));
         let (mut public_key, mut private_key) = (0, 0);
         call!(

@@ -8,7 +8,7 @@ use cryptoki_sys::{
     CKA_VALUE_LEN, CKA_VERIFY, CKA_WRAP, CKF_RW_SESSION, CKK_GENERIC_SECRET, CKK_SHA256_HMAC,
     CKM_AES_KEY_GEN, CKM_AES_KEY_WRAP_PAD, CKM_GENERIC_SECRET_KEY_GEN, CKM_RSA_PKCS_OAEP,
 };
-use keybroker_scriptable_pkcs11::check;
+use keybroker_scriptable_pkcs11::{Profile, check};
 
 use crate::{
     cases,
@@ -21,14 +21,12 @@ fn directory() -> PathBuf {
 
 /// The number of sources of all profiles.
 pub(crate) fn sources() -> usize {
-    COVERED
-        .iter()
-        .map(|name| {
-            check(&directory().join(format!("{name}.toml")))
-                .unwrap()
-                .len()
-        })
-        .sum()
+    COVERED.iter().map(|name| profile(name).sources.len()).sum()
+}
+
+fn profile(name: &str) -> Profile {
+    let path = directory().join(format!("{name}.toml"));
+    check(&path).unwrap().expect("a profile")
 }
 
 #[test]
@@ -44,8 +42,7 @@ fn every_profile_is_tested_and_quotes_its_sources() {
     let tested: BTreeSet<String> = COVERED.iter().map(|name| (*name).to_owned()).collect();
     assert_eq!(names, tested);
     for name in names {
-        let path = directory().join(format!("{name}.toml"));
-        let sources = check(&path).unwrap();
+        let sources = profile(&name).sources;
         assert!(!sources.is_empty(), "{name} has no source");
         for source in sources {
             // A word or two is no quotation.
@@ -182,12 +179,14 @@ cases! {
     };
 
     google_kmsp11 covers ["google-kmsp11"]:
-    "ok CKR_TEMPLATE_INCONSISTENT CKR_TEMPLATE_INCONSISTENT CKR_FUNCTION_NOT_SUPPORTED",
-    not "CKR_PIN_INCORRECT ok ok ok",
+    "ok CKR_TEMPLATE_INCONSISTENT CKR_TEMPLATE_INCONSISTENT CKR_FUNCTION_NOT_SUPPORTED, with its attribute ok [0] [0]",
+    not "CKR_PIN_INCORRECT ok ok ok, with its attribute CKR_TEMPLATE_INCOMPLETE",
     with r#"
         include = ["{profiles}/google-kmsp11.toml"]
         login.accept_any_pin = "{pin}"
     "#, |module| {
+        const CKA_KMS_ALGORITHM: CK_ATTRIBUTE_TYPE = 0x8001_e101;
+        const RSA_DECRYPT_OAEP_2048_SHA256: u64 = 8;
         module.initialize().unwrap();
         let session = module.open().unwrap();
         let any = outcome(module.login(session, "any PIN"));
@@ -197,7 +196,16 @@ cases! {
         let pair = in_pair(module, session, &[], &[]);
         let secret = outcome(module.secret(session, &[]));
         let digest = outcome(call!(module, C_DigestInit(session, &mut mechanism(cryptoki_sys::CKM_SHA256))));
-        format!("{any} {pair} {secret} {digest}")
+        let private = vec![
+            Value(CKA_LABEL, b"label".to_vec()),
+            number(CKA_KMS_ALGORITHM, RSA_DECRYPT_OAEP_2048_SHA256),
+        ];
+        let own = module.pair_of(session, vec![], private);
+        let read = own.map(|(_, key)| {
+            [CKA_PRIVATE, CKA_EXTRACTABLE].map(|name| read(module, session, key, name)).join(" ")
+        });
+        let read = read.map(|read| format!(" {read}")).unwrap_or_default();
+        format!("{any} {pair} {secret} {digest}, with its attribute {}{read}", outcome(own))
     };
 
     yubihsm2 covers ["yubihsm2"]:

@@ -22,6 +22,15 @@ fn randoms(module: &Module, calls: usize) -> String {
     outcomes.collect::<Vec<_>>().join(" ")
 }
 
+/// The numbers of the calls that failed.
+fn failed(outcomes: &str) -> String {
+    let hit = outcomes.split(' ').enumerate();
+    hit.filter(|(_, outcome)| *outcome != "ok")
+        .map(|(number, _)| number.to_string())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
 /// Whether the call returns within a time that it takes on no machine.
 fn returns(module: &Module, session: CK_SESSION_HANDLE) -> bool {
     (0..5).any(|_| {
@@ -117,7 +126,7 @@ cases! {
     "#, |module| randoms(module, 4);
 
     // The same seed and name always give the same calls.
-    hits_random_calls_that_the_seed_decides covers ["rule.on.probability"]: "4 5 8 9 10 11 14 15 19 22 24 27 37 38", not "",
+    hits_random_calls covers ["rule.on.probability"]: "4 5 8 9 10 11 14 15 19 22 24 27 37 38", not "",
     with r#"
         seed = 7
         [[rule]]
@@ -125,11 +134,17 @@ cases! {
         function = "C_GenerateRandom"
         on = { probability = 0.25 }
         do = { return = "CKR_DEVICE_ERROR" }
-    "#, |module| {
-        let outcomes = randoms(module, 40);
-        let hit = outcomes.split(' ').enumerate().filter(|(_, outcome)| *outcome != "ok");
-        hit.map(|(at, _)| at.to_string()).collect::<Vec<_>>().join(" ")
-    };
+    "#, |module| failed(&randoms(module, 40));
+
+    hits_other_calls_with_another_seed covers ["seed"]: "1 6 10 11 13 14 17 18 21 29 30 34 36 38", not "",
+    with r#"
+        seed = 8
+        [[rule]]
+        name = "random"
+        function = "C_GenerateRandom"
+        on = { probability = 0.25 }
+        do = { return = "CKR_DEVICE_ERROR" }
+    "#, |module| failed(&randoms(module, 40));
 
     hits_calls_after_others covers ["rule.on.skip", "rule.on.times"]:
     "ok CKR_DEVICE_ERROR CKR_DEVICE_ERROR ok", not "ok ok ok ok",

@@ -1,8 +1,9 @@
 //! Scripts: how they are read, and what processes and threads share.
 
-use std::{env, fs, process::Command, thread};
+use std::{env, fs, path::PathBuf, process::Command, thread};
 
-use keybroker_scriptable_pkcs11::{SCRIPT_FILE, check};
+use keybroker_scriptable_pkcs11::{MODULE_VARIABLE, SCRIPT_FILE, check};
+use keybroker_test_support::softhsm::{self, Token};
 
 use crate::{
     CHILD,
@@ -39,6 +40,43 @@ fn an_invalid_script_fails_every_call_until_it_is_valid() {
     );
     if let Some(seen) = seen {
         assert_eq!(seen, "CKR_GENERAL_ERROR ok CKR_GENERAL_ERROR ok");
+    }
+}
+
+#[test]
+fn without_a_script_everything_is_forwarded() {
+    let test = "scripts::without_a_script_everything_is_forwarded";
+    if env::var_os(CHILD).is_some() {
+        let module = Module::load();
+        let session = module.ready();
+        println!("random: {}", outcome(module.random(session)));
+        return;
+    }
+    let token = Token::fresh();
+    let child = |module: Option<PathBuf>| {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command
+            .args([test, "--exact", "--nocapture"])
+            .env(CHILD, token.pin())
+            .env("SOFTHSM2_CONF", token.configuration());
+        if let Some(module) = module {
+            command.env(MODULE_VARIABLE, module);
+        }
+        command.output().unwrap()
+    };
+    let output = child(Some(softhsm::module()));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("random: ok"), "{output:?}");
+    for (module, reason) in [
+        (None, "no real module"),
+        (Some(PathBuf::from("/nowhere.so")), "/nowhere.so"),
+    ] {
+        let output = child(module);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && text.contains(reason),
+            "{output:?}"
+        );
     }
 }
 

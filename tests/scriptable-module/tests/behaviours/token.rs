@@ -114,7 +114,7 @@ cases! {
         format!("{} {}", outcome(module.open_as(slot, 0)), outcome(module.open_as(slot, CKF_RW_SESSION)))
     };
 
-    limits_parallel_calls covers ["limits.parallel_calls"]: "CKR_DEVICE_MEMORY, later ok", not "ok, later ok",
+    limits_parallel_calls covers ["limits.parallel_calls", "limits.refuse"]: "CKR_DEVICE_MEMORY, later ok", not "ok, later ok",
     with r#"
         [limits]
         parallel_calls = 1
@@ -168,7 +168,7 @@ cases! {
         format!("{} {signed}, {}", shows(module, CKM_SHA256_HMAC), shows(module, CKM_AES_KEY_GEN))
     };
 
-    lacks_a_mechanism_for_one_function covers ["mechanism.absent"]:
+    lacks_a_mechanism_for_one_function covers ["mechanism.functions", "mechanism.refuse"]:
     "true ok CKR_FUNCTION_NOT_SUPPORTED", not "true ok ok",
     with r#"
         [[mechanism]]

@@ -160,8 +160,8 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
-/// An unsigned token with an invented `kid` uses up the fetch of the minute. Good tokens with a new key are told to come again, and
-/// are accepted then.
+/// A token with an invented `kid` uses up the one fetch of a minute. Good tokens with a new key get a retry delay, and are accepted
+/// after it.
 #[tokio::test]
 async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     const REFETCH: Duration = Duration::from_secs(2);
@@ -188,7 +188,7 @@ async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     }
 }
 
-/// While the provider does not answer, it is not known either whether it has the key.
+/// While the provider does not answer, it is not known whether it has the key.
 #[tokio::test]
 async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
     let mut service = Identity::start(Options::default());

@@ -75,6 +75,11 @@ impl Connection {
         PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
+    /// Whether a client certificate is sent.
+    pub(in crate::cli) fn has_certificate(&self) -> bool {
+        self.cert.is_some()
+    }
+
     /// Longest wait for an answer.
     pub(in crate::cli) fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)

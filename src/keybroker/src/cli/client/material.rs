@@ -80,7 +80,7 @@ impl Source {
         read(file, &shown)
     }
 
-    /// Removes generated material after the broker certainly refused it, so that nobody uses it as a key.
+    /// Removes generated material after the broker certainly refused it, so that it is not used as a key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)

@@ -44,6 +44,29 @@ pub(in crate::cli) fn is_uncertain(failure: &Failure) -> bool {
     failure.exit == Exit::Unreachable
 }
 
+/// What the broker does to a client without an accepted certificate.
+const CLOSED: &str = "the broker closes the connection after the TLS handshake";
+
+const ENDED: &str = "the connection ended during the call";
+
+/// The failure with the hint for a client that has sent a certificate, or has not.
+pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure {
+    let certainty = if failure.message == CLOSED {
+        ""
+    } else if failure.message.starts_with(ENDED) {
+        "if this was the first call, "
+    } else {
+        return failure;
+    };
+    let cause = if has_certificate {
+        "the broker does not accept the certificate in --cert: compare its issuer with `client_ca_file` of the listener; the \
+         broker's log names the cause"
+    } else {
+        "this listener requires a client certificate: pass --cert and --key"
+    };
+    failure.hint(format!("{certainty}{cause}"))
+}
+
 fn without_reason(status: &Status) -> Failure {
     let message = status.message();
     // What hyper says when the answer is HTTP, and no gRPC.
@@ -60,13 +83,13 @@ fn without_reason(status: &Status) -> Failure {
                 || format!("{status:?}").contains("right after the TLS handshake") =>
         {
             (
-                "the broker closes the connection after the TLS handshake".to_owned(),
+                CLOSED.to_owned(),
                 "it does not accept the certificate in --cert, or requires one: pass --cert and --key, and compare its issuer with \
              `client_ca_file` of the listener; the broker's log names the cause",
             )
         }
         Code::Cancelled | Code::Unknown | Code::Unavailable => (
-            format!("the connection ended during the call: {message}"),
+            format!("{ENDED}: {message}"),
             "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
              CA, its dates and the broker's log",
         ),

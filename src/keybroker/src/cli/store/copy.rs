@@ -93,6 +93,7 @@ impl Side<'_> {
         } else {
             Settings {
                 accept_weaker_durability: configured.accept_weaker_durability.clone(),
+                socket_users: configured.socket_users.clone(),
                 ..Settings::new(self.url)
             }
         };

@@ -474,8 +474,8 @@ fn ders(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, List
     pem::revocation_lists(bytes).map_err(ListsError::Pem)
 }
 
-/// Refuses a second list of an authority whose signatures can be verified only in the handshake. The verifier looks at the newest list
-/// of a name alone, so a list with a high number that the authority did not sign would have every client of it refused.
+/// Refuses a second list of an authority whose signatures can be verified only in the handshake. The verifier uses only the newest
+/// list of a name, so a forged list with a high number would cause every client of that authority to be refused.
 fn refuse_another<'a>(
     unverified: &mut BTreeMap<Vec<u8>, &'a [u8]>,
     name: &[u8],

@@ -117,7 +117,7 @@ fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     }
 }
 
-/// Below the configured authority, only the handshake shows who signed a list, and it looks at the newest one of a name alone.
+/// Signatures of lists of an intermediate authority are verified in the handshake, which uses only the newest list of a name.
 #[test]
 fn two_lists_that_cannot_be_verified_are_not_told_apart_by_their_numbers() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);

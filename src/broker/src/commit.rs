@@ -1,0 +1,87 @@
+//! The part that changes of user keys and of API clients have in common: a task that no caller can stop, and the order of intent,
+//! commit and outcome.
+//!
+//! Mitigation: M13 of `THREAT_MODEL.md`.
+
+use std::sync::Arc;
+
+use tracing::Instrument as _;
+
+use keybroker_audit::{EntryKind, OpenIntent};
+use keybroker_core::{
+    call::{Call, Timestamp},
+    error::{Error, Reason},
+    principal::Action,
+};
+use keybroker_store as store;
+
+use super::{
+    Broker, TaskFailed,
+    journal::{Draft, Recorded},
+    observed,
+};
+
+/// A change that is known to have been made, or not to have been made. Its intent stays open until [`Broker::close_intent`].
+#[must_use = "the intent stays open until its outcome is recorded"]
+pub(super) struct Settled<T> {
+    pub(super) intent: OpenIntent,
+    /// The answer of the store.
+    pub(super) result: Result<T, store::Error>,
+}
+
+impl Broker {
+    /// Runs a change in a task of its own, to its end.
+    pub(super) async fn run_change<T: Send + 'static>(
+        self: &Arc<Self>,
+        action: Action,
+        call: Call,
+        change: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let change = async move { observed(action, &call, Box::pin(change)).await };
+        match self.mutations.spawn(change.in_current_span()).await {
+            Ok(result) => result,
+            Err(source) => Err(TaskFailed::of("a change", source)),
+        }
+    }
+
+    /// Makes the intent durable, commits, and adds the change to those that the broker recognises its database by. Fails when the
+    /// change was not begun, and when it is not known whether it was made: `maintain` then asks the store until it is known.
+    pub(super) async fn commit_with_intent<T>(
+        &self,
+        draft: &Draft,
+        at: Timestamp,
+        commit: impl Future<Output = Result<T, store::Error>>,
+    ) -> Result<Settled<T>, Error> {
+        let intent = self.record_intent(draft, at).await?;
+        let result = match commit.await {
+            Err(error) if error.has_unknown_outcome() => {
+                self.resolve_later(intent);
+                return Err(error.into());
+            }
+            result => result,
+        };
+        if result.is_ok()
+            && let Err(error) = self.acknowledge(draft.call(), at).await
+        {
+            self.resolve_later(intent);
+            return Err(error);
+        }
+        Ok(Settled { intent, result })
+    }
+
+    /// Makes the outcome durable and returns the result. An intent whose outcome cannot be recorded is closed by `maintain`.
+    pub(super) async fn close_intent<T>(
+        &self,
+        intent: OpenIntent,
+        draft: &Draft,
+        result: Result<T, Error>,
+    ) -> Result<T, Error> {
+        let concluded = self.conclude(draft.kind(EntryKind::Outcome), result).await;
+        if let Err(error) = &concluded
+            && error.reason() == Reason::AuditDown
+        {
+            self.resolve_later(intent);
+        }
+        concluded.map(Recorded::into_inner)
+    }
+}

@@ -1,0 +1,187 @@
+//! What the errors of the drivers mean: a table for each engine, because each has its own numbers, and the same number means
+//! something else on another.
+
+use sqlx::{
+    error::{DatabaseError, ErrorKind},
+    mysql::MySqlDatabaseError,
+    postgres::PgDatabaseError,
+    sqlite::SqliteError,
+};
+
+use super::{
+    Error,
+    error::{Detail, SharedSession},
+};
+
+const READONLY_SERVER: &str =
+    "this server is a standby or was set to read only; name the primary in `store.url`";
+const FULL_SERVER: &str = "free the database server's disk";
+/// What to do about a pooler that gives one session to several clients.
+pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this database in PgBouncer, or name the server itself in \
+                                        `store.url`";
+
+/// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
+const SQLITE_DAMAGED: i64 = 11;
+const SQLITE_NOTADB: i64 = 26;
+/// `SQLITE_READONLY`, `SQLITE_IOERR`, `SQLITE_FULL`, `SQLITE_CANTOPEN`.
+const SQLITE_READONLY: i64 = 8;
+const SQLITE_IOERR: i64 = 10;
+const SQLITE_FULL: i64 = 13;
+const SQLITE_CANTOPEN: i64 = 14;
+/// The low byte of an extended result code is the primary one.
+const PRIMARY_CODE: i64 = 0xff;
+
+/// What an error of a driver means.
+enum Meaning {
+    /// Rows contradict each other.
+    Contradiction,
+    /// The file is damaged.
+    FileDamaged,
+    /// The server reports that its files are damaged.
+    ServerDamaged,
+    /// The file is no database.
+    NotDatabase,
+    /// Another transaction won.
+    Contended,
+    /// The same may succeed on another connection.
+    Disconnected,
+    /// The session is not the one that the statement was prepared on.
+    SharedSession,
+    /// Nothing can be read or written, and this is what to do about it, if that is known.
+    Down(Option<&'static str>),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        let meaning = match &error {
+            sqlx::Error::ColumnDecode { index, .. } => {
+                return Self::Corrupt(Detail::caused(format!("column {index}"), error));
+            }
+            // Only while a store is opened, when no connection is in use; later the lease tells a full pool from an outage.
+            sqlx::Error::PoolTimedOut => {
+                return Self::Disconnected(
+                    "no connection in time: the database does not accept any".into(),
+                );
+            }
+            other => meaning(other),
+        };
+        match meaning {
+            Meaning::Contradiction => Self::Corrupt(
+                Detail::caused("rows that contradict each other", error)
+                    .remedy("compare with a backup"),
+            ),
+            Meaning::FileDamaged => Self::Corrupt(
+                Detail::caused("the file is damaged", error)
+                    .remedy("restore a backup, as \"Restore\" in docs/operations.md says"),
+            ),
+            Meaning::ServerDamaged => Self::Corrupt(
+                Detail::caused("the server reports", error).remedy("restore a backup"),
+            ),
+            Meaning::NotDatabase => Self::Schema(
+                Detail::caused("the file of the database is no SQLite database", error).remedy(
+                    "name another file in `store.url`, or restore a backup if it was overwritten",
+                ),
+            ),
+            Meaning::Contended => Self::Contended(Detail::of(error)),
+            Meaning::Disconnected => Self::Disconnected(Detail::of(error)),
+            Meaning::SharedSession => {
+                let source = Some(error);
+                Self::Down(Detail::of(SharedSession { source }).remedy(POOLER_REMEDY))
+            }
+            Meaning::Down(None) => Self::Down(Detail::of(error)),
+            Meaning::Down(Some(remedy)) => Self::Down(Detail::of(error).remedy(remedy)),
+        }
+    }
+}
+
+/// Whether the error says that rows or files of the database are damaged.
+pub(super) fn is_damage(error: &sqlx::Error) -> bool {
+    matches!(
+        meaning(error),
+        Meaning::Contradiction | Meaning::FileDamaged | Meaning::ServerDamaged
+    )
+}
+
+fn meaning(error: &sqlx::Error) -> Meaning {
+    match error {
+        sqlx::Error::Database(database) => of_database(&**database),
+        sqlx::Error::Io(_) => Meaning::Disconnected,
+        _ => Meaning::Down(None),
+    }
+}
+
+fn of_database(error: &(dyn DatabaseError + 'static)) -> Meaning {
+    // No call breaks a constraint of its own, so the rows that it met are not as they were left: to try again is no help.
+    if !matches!(error.kind(), ErrorKind::Other) {
+        return Meaning::Contradiction;
+    }
+    if let Some(error) = error.try_downcast_ref::<PgDatabaseError>() {
+        of_postgres(error)
+    } else if let Some(error) = error.try_downcast_ref::<MySqlDatabaseError>() {
+        of_mysql(error.number())
+    } else if let Some(error) = error.try_downcast_ref::<SqliteError>() {
+        of_sqlite(error)
+    } else {
+        Meaning::Down(None)
+    }
+}
+
+fn of_sqlite(error: &SqliteError) -> Meaning {
+    let code = error.code().and_then(|code| code.parse::<i64>().ok());
+    match code.map(|code| code & PRIMARY_CODE) {
+        Some(SQLITE_DAMAGED) => Meaning::FileDamaged,
+        Some(SQLITE_NOTADB) => Meaning::NotDatabase,
+        Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
+            "this user must be able to write to the directory of the database, because SQLite makes files of its own there, also \
+             to read; is the file system mounted read-only?",
+        )),
+        Some(SQLITE_READONLY) => {
+            Meaning::Down(Some("check owner and mode of the file and its directory"))
+        }
+        Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
+        Some(SQLITE_IOERR) => Meaning::Down(Some(
+            "free space on the file system of the database if it is full, because SQLite needs some also to read; otherwise look \
+             for errors of the disk in the kernel's log",
+        )),
+        _ => Meaning::Down(None),
+    }
+}
+
+fn of_postgres(error: &PgDatabaseError) -> Meaning {
+    match error.code() {
+        // serialization_failure, deadlock_detected, lock_not_available
+        "40001" | "40P01" | "55P03" => Meaning::Contended,
+        // data_corrupted, index_corrupted
+        "XX001" | "XX002" => Meaning::ServerDamaged,
+        // read_only_sql_transaction
+        "25006" => Meaning::Down(Some(READONLY_SERVER)),
+        // disk_full
+        "53100" => Meaning::Down(Some(FULL_SERVER)),
+        // admin_shutdown, crash_shutdown, cannot_connect_now
+        "57P01" | "57P02" | "57P03" => Meaning::Disconnected,
+        // protocol_violation: PgBouncer has this code for all of its errors. Only the text tells "transaction blocks not
+        // allowed in statement pooling mode" from the loss of a server.
+        "08P01" if error.message().contains("pooling mode") => Meaning::SharedSession,
+        // connection exceptions
+        code if code.starts_with("08") => Meaning::Disconnected,
+        // invalid_sql_statement_name, duplicate_prepared_statement
+        "26000" | "42P05" => Meaning::SharedSession,
+        _ => Meaning::Down(None),
+    }
+}
+
+fn of_mysql(number: u16) -> Meaning {
+    match number {
+        // ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK
+        1_205 | 1_213 => Meaning::Contended,
+        // ER_NOT_KEYFILE, ER_OLD_KEYFILE, ER_CRASHED_ON_USAGE, ER_CRASHED_ON_REPAIR, ER_INDEX_CORRUPT
+        1_034 | 1_035 | 1_194 | 1_195 | 1_712 => Meaning::ServerDamaged,
+        // ER_OPTION_PREVENTS_STATEMENT, ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION, ER_READ_ONLY_MODE
+        1_290 | 1_792 | 1_836 => Meaning::Down(Some(READONLY_SERVER)),
+        // ER_SERVER_SHUTDOWN, ER_CONNECTION_KILLED of MariaDB, ER_CLIENT_INTERACTION_TIMEOUT
+        1_053 | 1_927 | 4_031 => Meaning::Disconnected,
+        // ER_DISK_FULL, ER_RECORD_FILE_FULL
+        1_021 | 1_114 => Meaning::Down(Some(FULL_SERVER)),
+        _ => Meaning::Down(None),
+    }
+}

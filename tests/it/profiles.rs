@@ -1,0 +1,139 @@
+//! The real commands on tokens that behave like the products that the profiles of the scriptable module describe. This shows
+//! what the product does with such a token, not that it was tested with the product.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use crate::{
+    faulty, faulty_token,
+    site::{Options, Site},
+    softhsm::write_private,
+};
+
+const TOKEN: i32 = 4;
+
+/// What `key generate`, and `token check` after it, say of a token.
+#[derive(Clone, Copy, Debug)]
+enum Verdict {
+    /// Both succeed.
+    Works,
+    /// `key generate` ends with this exit code and names this cause.
+    Refused(i32, &'static str),
+}
+
+use Verdict::{Refused, Works};
+
+/// Each profile with its verdict, and with what stands before the PIN of the real token.
+const VERDICTS: [(&str, &str, Verdict); 12] = [
+    (
+        "aws-cloudhsm-sdk5",
+        "crypto_user:",
+        Refused(TOKEN, "TemplateInconsistent from C_GenerateKeyPair"),
+    ),
+    (
+        "google-kmsp11",
+        "",
+        Refused(TOKEN, "TemplateInconsistent from C_GenerateKeyPair"),
+    ),
+    // The attribute check believes what a token says of its keys, and nothing tries yet what must fail.
+    ("liar", "", Works),
+    (
+        "luna-cloud",
+        "",
+        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+    ),
+    (
+        "luna7",
+        "",
+        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+    ),
+    (
+        "nethsm",
+        "",
+        Refused(TOKEN, "FunctionNotSupported from C_GenerateKeyPair"),
+    ),
+    (
+        "nshield",
+        "",
+        Refused(TOKEN, "KeyTypeInconsistent from C_GenerateKey"),
+    ),
+    (
+        "opencryptoki-3.8",
+        "",
+        Refused(TOKEN, "invalid digit found in string"),
+    ),
+    (
+        "p11-kit-remote",
+        "",
+        Refused(TOKEN, "DeviceError from C_GetAttributeValue"),
+    ),
+    ("pkcs11-proxy", "", Works),
+    (
+        "tpm2",
+        "",
+        Refused(TOKEN, "GeneralError from C_GenerateKeyPair"),
+    ),
+    (
+        "yubihsm2",
+        "0001",
+        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+    ),
+];
+
+/// A token without keys that behaves like the profile.
+fn site(profile: &str, before_pin: &str) -> Site {
+    let site = Site::without_keys(Options::default());
+    let faulty = faulty_token::put_before(&site);
+    faulty.set_profile(profile);
+    let pin = format!("{before_pin}{}", site.token.pin());
+    write_private(&site.token.pin_file(), &pin);
+    site.expect_ok(&["store", "migrate"]);
+    site
+}
+
+#[test]
+fn each_profile_has_its_verdict() {
+    let mut found = BTreeMap::new();
+    for (profile, before_pin, expected) in VERDICTS {
+        let site = site(profile, before_pin);
+        let generated = site.run(&["key", "generate", "--bits", "2048"]);
+        let is_met = match expected {
+            Works => generated.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
+            Refused(code, cause) => {
+                generated.code == Some(code) && generated.stderr.contains(cause)
+            }
+        };
+        if !is_met {
+            found.insert(profile, (expected, generated));
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn every_profile_has_a_verdict() {
+    assert_eq!(faulty::profiles(), VERDICTS.map(|(profile, ..)| profile));
+}
+
+/// The table of `docs/tokens.md` is what the tests have found.
+#[test]
+fn the_page_shows_each_verdict() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/tokens.md");
+    let page = fs::read_to_string(page).unwrap();
+    let (_, section) = page
+        .split_once("## Products that the tests do not run")
+        .unwrap();
+    let rows: Vec<&str> = section
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let expected = VERDICTS.map(|(name, _, verdict)| {
+        let profile = faulty::profile(name);
+        let (product, evidence) = (profile.product, profile.evidence);
+        let result = match verdict {
+            Works => "works".to_owned(),
+            Refused(_, cause) => format!("refused: `{cause}`"),
+        };
+        format!("| `{name}` | {product} | {evidence} | {result} |")
+    });
+    assert_eq!(rows, expected);
+}

@@ -13,6 +13,7 @@ use std::{
 
 use keybroker::config::Config;
 use keybroker_core::{alert::Alert, error::Reason};
+use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -454,6 +455,43 @@ fn the_operations_guide_has_every_reason_and_no_other() {
             .collect();
         assert_eq!(documented, expected, "{page}");
     }
+}
+
+/// The page for HSM administrators says what each exception gives away, and what each negative test would mean.
+#[test]
+fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
+    let page = read("docs/tokens.md");
+    let rows = |start: &str| -> Vec<String> {
+        page.lines()
+            .skip_while(|line| !line.starts_with(start))
+            .skip(2)
+            .take_while(|line| line.starts_with('|'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let exceptions: Vec<String> = EXCEPTIONS
+        .iter()
+        .map(|exception| format!("| `{}` | {} |", exception.attribute, exception.gives_away))
+        .collect();
+    assert_eq!(rows("| Attribute | What the exception"), exceptions);
+    let tests: Vec<String> = NEGATIVE_TESTS
+        .iter()
+        .map(|test| {
+            let only = if test.changes_the_key {
+                " (throwaway keys only)"
+            } else {
+                ""
+            };
+            let accepted_by = test
+                .accepted_by
+                .map_or_else(String::new, |exception| format!("`{exception}` "));
+            format!(
+                "| `{}` | {}{only} | {accepted_by}|",
+                test.name, test.meaning
+            )
+        })
+        .collect();
+    assert_eq!(rows("| Test | It fails if"), tests);
 }
 
 /// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.

@@ -18,11 +18,12 @@ use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded}
 
 use crate::{
     PinRecord,
-    attribute_check::Finding,
+    attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, KeySession},
+    keys::{self, Cause, KeySession, Refusal},
     module,
+    negative::Subject,
     open::{OpenToken, auth_pin},
     operation, select,
 };
@@ -33,6 +34,25 @@ pub(crate) use verifier::Verifier;
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
+
+/// Names what a token refuses in a template, and the setting that leaves it out.
+fn refused_attributes(refusal: &Refusal, refused: &[Exception], excepted: &[String]) -> AdminError {
+    let names: Vec<&str> = refused
+        .iter()
+        .map(|exception| exception.attribute)
+        .collect();
+    let making = refusal
+        .making
+        .map_or_else(String::new, |making| making.to_string());
+    let mut all: Vec<Exception> = attribute_check::exceptions_in_use(excepted).collect();
+    all.extend(refused);
+    AdminError::Token(format!(
+        "the token refuses {} in the template of {making}: {}. If the token cannot express that, {}. No key was made",
+        names.join(" and "),
+        refusal.fault,
+        attribute_check::accept(&all)
+    ))
+}
 
 /// Class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -371,49 +391,95 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. The keys stay on the token
-    /// whatever comes after; nothing is registered here.
+    /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. Nothing is registered here. A key
+    /// that is not as it must be is removed again.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        let session = &self.token.anchor;
+        let exceptions = &self.settings.attribute_exceptions;
         self.try_for_a_session()?;
-        let pair = keys::generate(&self.token.anchor, modulus_bits)?;
-        let mut checked = self.check(pair.id)?;
-        if checked.problem.is_none() && u32::try_from(checked.modulus_bits) != Ok(modulus_bits) {
-            checked.problem = Some(format!(
-                "it has {} bits instead of {modulus_bits}",
-                checked.modulus_bits
-            ));
-        }
-        match &checked.problem {
-            None => Ok(checked),
-            Some(problem) => Err(AdminError::Untrusted(format!(
-                "the token made key {} otherwise than asked; it is not registered and will not be used: \
-                 {problem}",
-                pair.id
-            ))),
-        }
+        let made = keys::generate(session, modulus_bits, exceptions)
+            .map_err(|refusal| self.explained(refusal))?;
+        let problem = match self.check(made.pair.id) {
+            Ok(checked) => match &checked.problem {
+                None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
+                    return Ok(checked);
+                }
+                None => format!(
+                    "it has {} bits instead of {modulus_bits}",
+                    checked.modulus_bits
+                ),
+                Some(problem) => problem.clone(),
+            },
+            Err(error) => error.to_string(),
+        };
+        let end = match made.remove(session) {
+            Ok(()) => "it was removed again".to_owned(),
+            Err(left) => left.to_string(),
+        };
+        Err(AdminError::Untrusted(format!(
+            "the token made key {} otherwise than asked, or it could not be checked: {problem}. {end}",
+            made.pair.id
+        )))
     }
 
-    /// Tries with a pair of keys that ends with its session whether the token can do what is needed, so that a token that cannot is
-    /// left without a pair that no command removes. A token that has no session keys is not tried.
+    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. A token
+    /// that makes no keys for a session is not tried.
     fn try_for_a_session(&self) -> Result<(), AdminError> {
         let session = &self.token.anchor;
-        let Ok(pair) = keys::generate_for_session(session) else {
-            return Ok(());
+        let exceptions = &self.settings.attribute_exceptions;
+        let made = match keys::generate_for_session(session, exceptions) {
+            Ok(made) => made,
+            Err(refusal) => {
+                return match refusal
+                    .making
+                    .map(|making| keys::cause_of_refusal(session, making, exceptions))
+                {
+                    Some(Cause::Attributes(refused)) => {
+                        Err(refused_attributes(&refusal, &refused, exceptions))
+                    }
+                    _ => Ok(()),
+                };
+            }
         };
-        let tried = keys::public_side(session, &pair).and_then(|public| {
-            self.token
-                .probe(pair.id, &public, self.settings.allow_oaep_sha1)
+        let tried = keys::public_side(session, &made.pair).and_then(|public| {
+            let self_test =
+                self.token
+                    .probe(made.pair.id, &public, self.settings.allow_oaep_sha1)?;
+            self.token.try_what_must_fail(
+                &self.settings,
+                made.pair.id,
+                &self_test,
+                Subject::Throwaway,
+            )
         });
-        for object in [pair.private, pair.binding] {
-            calling::next("C_DestroyObject");
-            // It ends with the session at the latest.
-            let _destroyed = session.destroy_object(object);
-        }
+        // They end with the session at the latest.
+        let _removed = made.remove(session);
         match tried {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// A refusal with what it is about, as far as that can be found out.
+    fn explained(&self, refusal: Refusal) -> AdminError {
+        let Some(making) = refusal.making else {
+            return refusal.fault.into();
+        };
+        let exceptions = &self.settings.attribute_exceptions;
+        match keys::cause_of_refusal(&self.token.anchor, making, exceptions) {
+            Cause::Attributes(refused) => refused_attributes(&refusal, &refused, exceptions),
+            Cause::NotTheTemplate => AdminError::Token(format!(
+                "the token did not make {making}: {}. It makes the same key for a session, so the template is good: the token \
+                 may be full or write-protected. No key was made",
+                refusal.fault
+            )),
+            Cause::Unknown => AdminError::Token(format!(
+                "the token did not make {making}: {}. It makes no such key for a session either, so the attribute that it refuses \
+                 cannot be found by trying; its manual has the attributes and mechanisms that it takes. No key was made",
+                refusal.fault
+            )),
         }
     }
 

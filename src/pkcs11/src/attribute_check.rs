@@ -52,7 +52,7 @@ pub enum Found {
     AsExpected,
     /// Something else.
     Wrong,
-    /// Not there, and a named exception of the configuration says that this token cannot express it.
+    /// Not asked for: a named exception of the configuration says that this token cannot express it.
     Excepted,
     /// Not there.
     Missing,
@@ -80,7 +80,8 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted | Found::Missing => "is absent, must be",
+            Found::Excepted => "is excepted and was not read, should be",
+            Found::Missing => "is absent, must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
     }
@@ -162,12 +163,107 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
     rules
 }
 
-/// Names of all attributes that are checked: what `token.attribute_exceptions` may hold.
-pub fn attribute_names() -> impl Iterator<Item = &'static str> {
-    RSA_PRIVATE.iter().chain(BINDING).map(|(name, ..)| *name)
+/// An attribute that `token.attribute_exceptions` may name, because tokens exist that cannot express it, and what the exception
+/// gives away. No exception lets a key leave the token: that `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`, `CKA_EXTRACTABLE`,
+/// `CKA_ALWAYS_SENSITIVE` and `CKA_NEVER_EXTRACTABLE` are right is always required.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Name in the standard.
+    pub attribute: &'static str,
+    /// What whoever has the user PIN can do with the keys that the attribute would prevent, in one sentence.
+    pub gives_away: &'static str,
 }
 
-/// Reads every attribute of the rules. The verdict on each, in their order.
+const fn exception(attribute: &'static str, gives_away: &'static str) -> Exception {
+    Exception {
+        attribute,
+        gives_away,
+    }
+}
+
+/// Everything that may be excepted.
+pub const EXCEPTIONS: &[Exception] = &[
+    exception(
+        "CKA_LOCAL",
+        "the token does not say whether a key was made on it, so copies of a key may exist elsewhere",
+    ),
+    exception(
+        "CKA_MODIFIABLE",
+        "a holder of the user PIN may change those attributes of the keys that the token itself does not fix",
+    ),
+    exception(
+        "CKA_COPYABLE",
+        "a holder of the user PIN may copy the keys on the token",
+    ),
+    exception(
+        "CKA_ALLOWED_MECHANISMS",
+        "a holder of the user PIN may decrypt with the wrapping key without OAEP, which allows padding oracles, and use the \
+         integrity key with another hash",
+    ),
+    exception(
+        "CKA_SIGN",
+        "a holder of the user PIN may sign with the wrapping key; of the integrity key nothing, because it must sign",
+    ),
+    exception(
+        "CKA_SIGN_RECOVER",
+        "a holder of the user PIN may make signatures with the wrapping key that hold the signed data",
+    ),
+    exception(
+        "CKA_VERIFY",
+        "nothing: the integrity key must verify, and the self-test shows that it does",
+    ),
+    exception(
+        "CKA_ENCRYPT",
+        "a holder of the user PIN may encrypt with the integrity key",
+    ),
+    exception(
+        "CKA_DECRYPT",
+        "a holder of the user PIN may decrypt with the integrity key; of the wrapping key nothing, because it must decrypt",
+    ),
+    exception(
+        "CKA_WRAP",
+        "a holder of the user PIN may wrap extractable keys with the integrity key",
+    ),
+    exception(
+        "CKA_UNWRAP",
+        "a holder of the user PIN may unwrap stored user keys into objects on the token",
+    ),
+    exception(
+        "CKA_DERIVE",
+        "a holder of the user PIN may derive keys from the keys",
+    ),
+];
+
+/// Whether an attribute of that name is checked.
+pub fn is_checked(attribute: &str) -> bool {
+    RSA_PRIVATE
+        .iter()
+        .chain(BINDING)
+        .any(|(name, ..)| *name == attribute)
+}
+
+/// The exceptions of the settings, with what they give away. The configuration refuses names that are not in the list.
+pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
+    EXCEPTIONS
+        .iter()
+        .copied()
+        .filter(|exception| names.iter().any(|name| name == exception.attribute))
+}
+
+/// The name of an attribute that may be excepted.
+pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
+    let (name, ..) = RSA_PRIVATE
+        .iter()
+        .chain(BINDING)
+        .find(|(_, checked, _)| *checked == kind)?;
+    EXCEPTIONS
+        .iter()
+        .copied()
+        .find(|exception| exception.attribute == *name)
+}
+
+/// Reads every attribute of the rules but those that are excepted: some tokens fail when they are asked for an attribute that they
+/// do not know.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -177,11 +273,15 @@ pub(super) fn inspect(
     rules
         .iter()
         .map(|(name, kind, expected)| {
-            let found = match read(session, object, *kind)? {
-                Some(attribute) if is_expected(&attribute, *expected) => Found::AsExpected,
-                Some(_) => Found::Wrong,
-                None if exceptions.iter().any(|exception| exception == name) => Found::Excepted,
-                None => Found::Missing,
+            let is_excepted = exceptions.iter().any(|exception| exception == name);
+            let found = if is_excepted && exceptable(*kind).is_some() {
+                Found::Excepted
+            } else {
+                match read(session, object, *kind).map_err(|fault| fault.about(name))? {
+                    Some(attribute) if is_expected(&attribute, *expected) => Found::AsExpected,
+                    Some(_) => Found::Wrong,
+                    None => Found::Missing,
+                }
             };
             Ok(Finding {
                 attribute: name,
@@ -194,23 +294,60 @@ pub(super) fn inspect(
 
 /// Refuses a key with any finding that does not pass, naming all of them.
 pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
-    let wrong: Vec<String> = findings
+    let wrong: Vec<&Finding> = findings
         .iter()
         .filter(|finding| !finding.passes())
-        .map(ToString::to_string)
         .collect();
     if wrong.is_empty() {
         return Ok(());
     }
+    let named: Vec<String> = wrong.iter().map(ToString::to_string).collect();
     Err(Fault::new(
         Class::Untrusted,
         format!(
-            "{what} must not be used: {}. A key with these attributes may have been copied or may be \
-             misused; make another with `keybroker key generate`, or where the token cannot express \
-             an attribute name it in `token.attribute_exceptions`",
-            wrong.join("; ")
+            "{what} must not be used: {}. A key with these attributes may have been copied or may be misused. {}",
+            named.join("; "),
+            remedy(&wrong)
         ),
     ))
+}
+
+/// Names the setting that would help, and only where it would.
+fn remedy(wrong: &[&Finding]) -> String {
+    let helps: Vec<Exception> = wrong
+        .iter()
+        .filter_map(|finding| {
+            EXCEPTIONS
+                .iter()
+                .copied()
+                .find(|exception| exception.attribute == finding.attribute)
+        })
+        .collect();
+    if helps.len() < wrong.len() {
+        return "No setting accepts that; make another key with `keybroker key generate`"
+            .to_owned();
+    }
+    format!(
+        "Make another key with `keybroker key generate`; or, if the token cannot express them, {}",
+        accept(&helps)
+    )
+}
+
+/// How an operator accepts exceptions, and what that means.
+pub(super) fn accept(exceptions: &[Exception]) -> String {
+    let names: Vec<String> = exceptions
+        .iter()
+        .map(|exception| format!("\"{}\"", exception.attribute))
+        .collect();
+    let gives_away: Vec<&str> = exceptions
+        .iter()
+        .map(|exception| exception.gives_away)
+        .collect();
+    format!(
+        "set `attribute_exceptions = [{}]` in [token], which gives away: {}",
+        names.join(", "),
+        gives_away.join("; ")
+    )
 }
 
 /// One attribute, or `None` when the token does not have it. An empty list is how an absent attribute reads.

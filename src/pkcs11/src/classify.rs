@@ -51,6 +51,22 @@ impl Fault {
             detail: detail.into(),
         }
     }
+
+    /// The same failure, with a further sentence.
+    pub(super) fn with(self, sentence: &str) -> Self {
+        Self {
+            class: self.class,
+            detail: format!("{}; {sentence}", self.detail),
+        }
+    }
+
+    /// The same failure, with what it was about in front.
+    pub(super) fn about(self, what: &str) -> Self {
+        Self {
+            class: self.class,
+            detail: format!("{what}: {}", self.detail),
+        }
+    }
 }
 
 impl fmt::Display for Fault {

@@ -2,8 +2,11 @@
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
+use std::fmt;
+
 use cryptoki::{
     context::Pkcs11,
+    error::{Error, RvError},
     mechanism::{Mechanism, MechanismType},
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
     session::Session,
@@ -14,7 +17,7 @@ use keybroker_core::key::{Fingerprint, ID_BYTES, WrappingKeyId};
 use keybroker_worker_protocol::oaep;
 
 use crate::{
-    attribute_check::{self, Finding},
+    attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
 };
@@ -41,6 +44,22 @@ pub(super) struct PublicSide {
     pub(super) modulus_bits: usize,
 }
 
+/// A session that changes nothing: read-only, or read-write on tokens that have no other.
+pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+    calling::next("C_OpenSession");
+    match module.open_ro_session(slot) {
+        Err(Error::Pkcs11(
+            RvError::TokenWriteProtected
+            | RvError::SessionReadOnly
+            | RvError::SessionReadOnlyExists
+            | RvError::FunctionNotSupported
+            | RvError::ArgumentsBad,
+            _,
+        )) => Ok(module.open_rw_session(slot)?),
+        other => Ok(other?),
+    }
+}
+
 /// One session with the handles of the keys, owned by one thread for its life.
 #[derive(Debug)]
 pub(super) struct KeySession {
@@ -52,8 +71,7 @@ impl KeySession {
     /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
     /// another object.
     pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
-        calling::next("C_OpenSession");
-        let session = module.open_ro_session(slot)?;
+        let session = reading_session(module, slot)?;
         let pairs = ids
             .iter()
             .map(|id| find(&session, *id))
@@ -195,17 +213,117 @@ pub(super) fn list(session: &Session) -> Result<Vec<WrappingKeyId>, Fault> {
     Ok(ids)
 }
 
-/// Generates an RSA pair and an integrity key under one fresh id. The session must be read-write.
-pub(super) fn generate(session: &Session, modulus_bits: u32) -> Result<KeyPair, Fault> {
-    make(session, modulus_bits, true)
+/// What a run made on the token.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) pair: KeyPair,
+    public: ObjectHandle,
 }
 
-/// The same with keys that end with the session, to try what the token can do. The public object stays until then.
-pub(super) fn generate_for_session(session: &Session) -> Result<KeyPair, Fault> {
-    make(session, SESSION_PAIR_BITS, false)
+impl Made {
+    /// Removes all three objects. A failure says which of them are left.
+    pub(super) fn remove(&self, session: &Session) -> Result<(), Fault> {
+        let objects = [
+            ("the RSA private key", self.pair.private),
+            ("the integrity key", self.pair.binding),
+            ("the RSA public key", self.public),
+        ];
+        let left: Vec<String> = objects
+            .into_iter()
+            .filter_map(|(what, object)| {
+                let fault = destroy(session, object).err()?;
+                Some(format!("{what} ({fault})"))
+            })
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Class::Ambiguous,
+            format!(
+                "of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
+                self.pair.id,
+                left.join(" and ")
+            ),
+        ))
+    }
 }
 
-fn make(session: &Session, modulus_bits: u32, on_token: bool) -> Result<KeyPair, Fault> {
+fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
+    calling::next("C_DestroyObject");
+    Ok(session.destroy_object(object)?)
+}
+
+/// Makes an RSA pair and an integrity key under one fresh id. The session must be read-write.
+pub(super) fn generate(
+    session: &Session,
+    modulus_bits: u32,
+    exceptions: &[String],
+) -> Result<Made, Refusal> {
+    make(session, modulus_bits, Lifetime::Token, exceptions)
+}
+
+/// The same with keys that end with the session, to try what the token can do.
+pub(super) fn generate_for_session(
+    session: &Session,
+    exceptions: &[String],
+) -> Result<Made, Refusal> {
+    make(session, SESSION_PAIR_BITS, Lifetime::Session, exceptions)
+}
+
+/// How long a key object exists: `CKA_TOKEN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lifetime {
+    Token,
+    Session,
+}
+
+/// Which of the two a token refused to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Making {
+    IntegrityKey,
+    RsaPair,
+}
+
+impl fmt::Display for Making {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::IntegrityKey => "the integrity key (CKM_GENERIC_SECRET_KEY_GEN)",
+            Self::RsaPair => "the RSA key pair (CKM_RSA_PKCS_KEY_PAIR_GEN)",
+        })
+    }
+}
+
+/// Why no keys were made. What had been made before the refusal is removed.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    /// What was refused; absent when it failed before.
+    pub(super) making: Option<Making>,
+    pub(super) fault: Fault,
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        Self {
+            making: None,
+            fault,
+        }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Fault::from(error).into()
+    }
+}
+
+/// The integrity key first: it is the one that fewer tokens can make, and is made fast.
+fn make(
+    session: &Session,
+    modulus_bits: u32,
+    lifetime: Lifetime,
+    exceptions: &[String],
+) -> Result<Made, Refusal> {
     let id = fresh_id()?;
     calling::next("C_FindObjects");
     let taken = session.find_objects(&[Attribute::Id(id.as_bytes().to_vec())])?;
@@ -213,30 +331,144 @@ fn make(session: &Session, modulus_bits: u32, on_token: bool) -> Result<KeyPair,
         return Err(Fault::new(
             Class::Untrusted,
             format!("the token already holds an object with the fresh CKA_ID {id}"),
-        ));
+        )
+        .into());
     }
-    let kept = |mut template: Vec<Attribute>| {
-        for attribute in &mut template {
-            if let Attribute::Token(is_on_token) = attribute {
-                *is_on_token = on_token;
-            }
+    let refused = |making| {
+        move |fault| Refusal {
+            making: Some(making),
+            fault,
         }
-        template
     };
-    calling::next("C_GenerateKeyPair");
-    let (_public, private) = session.generate_key_pair(
-        &Mechanism::RsaPkcsKeyPairGen,
-        &kept(public_template(id, modulus_bits)),
-        &kept(private_template(id)),
-    )?;
-    calling::next("C_GenerateKey");
-    let binding =
-        session.generate_key(&Mechanism::GenericSecretKeyGen, &kept(binding_template(id)))?;
-    Ok(KeyPair {
-        id,
-        private,
-        binding,
+    let left_out = |attribute: &Attribute| is_named(attribute, exceptions);
+    let binding = make_integrity_key(session, id, lifetime, left_out)
+        .map_err(refused(Making::IntegrityKey))?;
+    let (public, private) = make_rsa_pair(session, id, modulus_bits, lifetime, left_out)
+        .map_err(|fault| match destroy(session, binding) {
+            Ok(()) => fault,
+            Err(left) => fault.with(&format!(
+                "the integrity key {id}, which this run made, was not removed ({left})"
+            )),
+        })
+        .map_err(refused(Making::RsaPair))?;
+    Ok(Made {
+        pair: KeyPair {
+            id,
+            private,
+            binding,
+        },
+        public,
     })
+}
+
+fn make_integrity_key(
+    session: &Session,
+    id: WrappingKeyId,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Result<ObjectHandle, Fault> {
+    let template = adapted(binding_template(id), lifetime, left_out);
+    calling::next("C_GenerateKey");
+    Ok(session.generate_key(&Mechanism::GenericSecretKeyGen, &template)?)
+}
+
+/// The public and the private object.
+fn make_rsa_pair(
+    session: &Session,
+    id: WrappingKeyId,
+    modulus_bits: u32,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Result<(ObjectHandle, ObjectHandle), Fault> {
+    let public = adapted(public_template(id, modulus_bits), lifetime, |_| false);
+    let private = adapted(private_template(id), lifetime, left_out);
+    calling::next("C_GenerateKeyPair");
+    Ok(session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?)
+}
+
+/// A template with another lifetime, without the attributes that are left out.
+fn adapted(
+    mut template: Vec<Attribute>,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Vec<Attribute> {
+    template.retain(|attribute| !left_out(attribute));
+    for attribute in &mut template {
+        if let Attribute::Token(is_on_token) = attribute {
+            *is_on_token = lifetime == Lifetime::Token;
+        }
+    }
+    template
+}
+
+/// Whether an attribute may be excepted and is among the names.
+fn is_named(attribute: &Attribute, names: &[String]) -> bool {
+    attribute_check::exceptable(attribute.attribute_type())
+        .is_some_and(|exception| names.iter().any(|name| name == exception.attribute))
+}
+
+/// What a token refuses in a template.
+#[derive(Debug)]
+pub(super) enum Cause {
+    /// It makes the key once these are left out.
+    Attributes(Vec<Exception>),
+    /// The template is good for a key of a session: the token does not keep keys, or has no room for one.
+    NotTheTemplate,
+    /// It makes no such key for a session, whatever is left out.
+    Unknown,
+}
+
+/// Finds out by trying what in a template a token refuses, with keys that end with the session. At most one try for each
+/// attribute that may be excepted, and two.
+pub(super) fn cause_of_refusal(session: &Session, making: Making, exceptions: &[String]) -> Cause {
+    let works = |left_out: &[Exception]| {
+        let left_out = |attribute: &Attribute| {
+            is_named(attribute, exceptions)
+                || attribute_check::exceptable(attribute.attribute_type())
+                    .is_some_and(|exception| left_out.contains(&exception))
+        };
+        let Ok(id) = fresh_id() else { return false };
+        let made = match making {
+            Making::IntegrityKey => {
+                make_integrity_key(session, id, Lifetime::Session, left_out).map(|key| vec![key])
+            }
+            Making::RsaPair => {
+                make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out)
+                    .map(|(public, private)| vec![private, public])
+            }
+        };
+        for object in made.iter().flatten() {
+            // It ends with the session at the latest.
+            let _destroyed = destroy(session, *object);
+        }
+        made.is_ok()
+    };
+    if works(&[]) {
+        return Cause::NotTheTemplate;
+    }
+    let template = match making {
+        Making::IntegrityKey => binding_template(WrappingKeyId::from_bytes([0; ID_BYTES])),
+        Making::RsaPair => private_template(WrappingKeyId::from_bytes([0; ID_BYTES])),
+    };
+    let mut left_out: Vec<Exception> = template
+        .iter()
+        .filter(|attribute| !is_named(attribute, exceptions))
+        .filter_map(|attribute| attribute_check::exceptable(attribute.attribute_type()))
+        .collect();
+    if !works(&left_out) {
+        return Cause::Unknown;
+    }
+    for attribute in left_out.clone() {
+        let fewer: Vec<Exception> = left_out
+            .iter()
+            .copied()
+            .filter(|other| *other != attribute)
+            .collect();
+        if works(&fewer) {
+            left_out = fewer;
+        }
+    }
+    Cause::Attributes(left_out)
 }
 
 fn fresh_id() -> Result<WrappingKeyId, Fault> {
@@ -250,18 +482,12 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
 
-/// The public object can do nothing: wrapping uses the public key in software.
+/// As little as the standard asks for (PKCS #11 v2.40, section 2.1.2), because tokens refuse more: public keys that must be
+/// private, attributes that they have for private keys alone. What the public object may do protects nothing: anybody may have
+/// a public key, and wrapping uses it in software.
 pub(super) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
-        Attribute::Private(false),
-        Attribute::Modifiable(false),
-        Attribute::Copyable(false),
-        Attribute::Encrypt(false),
-        Attribute::Verify(false),
-        Attribute::VerifyRecover(false),
-        Attribute::Wrap(false),
-        Attribute::Derive(false),
         Attribute::ModulusBits(u64::from(modulus_bits).into()),
         Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
         Attribute::Id(id.as_bytes().to_vec()),

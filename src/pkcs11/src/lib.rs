@@ -13,6 +13,7 @@ mod classify;
 mod keys;
 mod login_policy;
 mod module;
+mod negative;
 mod open;
 mod operation;
 mod pin_record;
@@ -22,4 +23,5 @@ mod session;
 mod tests;
 pub mod worker;
 
+pub use negative::{NegativeTest, TESTS as NEGATIVE_TESTS};
 pub use pin_record::{PinRecord, RecordError};

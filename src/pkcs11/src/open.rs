@@ -20,6 +20,7 @@ use crate::{
     keys::{self, KeySession, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
+    negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
     select::{self, Selector},
@@ -55,11 +56,12 @@ impl OpenToken {
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
         let module = module::load(&settings.module)?;
         let (slot, info) = select::find(&module, &selector)?;
+        refuse_pin_pad(&module, slot, &info)?;
         calling::next("C_OpenSession");
         let anchor = if write {
             module.open_rw_session(slot)?
         } else {
-            module.open_ro_session(slot)?
+            keys::reading_session(&module, slot)?
         };
         let token = Self {
             module,
@@ -178,6 +180,7 @@ impl OpenToken {
             ));
         }
         let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
+        self.try_what_must_fail(settings, pair.id, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
@@ -194,10 +197,46 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
+    /// The negative tests. What an exception gives away is logged.
+    pub(super) fn try_what_must_fail(
+        &self,
+        settings: &Settings,
+        id: WrappingKeyId,
+        self_test: &SelfTest,
+        subject: Subject,
+    ) -> Result<(), Fault> {
+        let pair = keys::find(&self.anchor, id)?;
+        let terms = Terms {
+            exceptions: &settings.attribute_exceptions,
+            spared: &settings.spared_tests,
+        };
+        let open = || self.session(&[]);
+        for meaning in negative::run(open, &pair, self_test, subject, terms)? {
+            tracing::warn!(key = %id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
+        }
+        Ok(())
+    }
+
     /// Another session of the same login, with the handles of the keys.
     pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, ids)
     }
+}
+
+/// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.
+fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
+    calling::next("C_GetTokenInfo");
+    if !module.get_token_info(slot)?.protected_authentication_path() {
+        return Ok(());
+    }
+    Err(Fault::new(
+        Class::Configuration,
+        format!(
+            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), where nobody enters it when the broker starts; \
+             no login was tried. Use a token that takes its PIN from the program",
+            named(info)
+        ),
+    ))
 }
 
 /// The PIN in the form that the module takes.

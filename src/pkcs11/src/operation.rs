@@ -105,6 +105,16 @@ impl SelfTest {
         self.algorithm
     }
 
+    /// The ciphertext of the known plaintext.
+    pub(super) fn wrapped(&self) -> &[u8] {
+        &self.wrapped
+    }
+
+    /// The mechanism that the ciphertext was made for.
+    pub(super) fn mechanism(&self) -> Mechanism<'static> {
+        oaep(self.algorithm)
+    }
+
     /// Decrypts on the token and compares.
     pub(super) fn decrypt(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let plaintext = decrypt(session, pair, self.algorithm, &self.wrapped)?;

@@ -73,7 +73,11 @@ impl Selector {
 
     /// From the path attributes of an RFC 7512 URI that names a token and nothing else.
     fn from_uri(uri: &str) -> Result<Self, SelectorError> {
-        let path = uri.strip_prefix("pkcs11:").ok_or(SelectorError::Scheme)?;
+        // A scheme is compared without case (RFC 3986 section 3.1).
+        let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
+        if !scheme.eq_ignore_ascii_case("pkcs11") {
+            return Err(SelectorError::Scheme);
+        }
         if path.contains('?') {
             return Err(SelectorError::Query);
         }

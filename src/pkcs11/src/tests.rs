@@ -20,7 +20,9 @@ use super::{
 };
 
 mod attribute_check;
+mod behaviours;
 mod keys;
+mod negative;
 mod session;
 mod tokens;
 
@@ -76,6 +78,7 @@ fn settings() -> Settings {
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
         attribute_exceptions: Vec::new(),
+        spared_tests: Vec::new(),
         environment: std::collections::BTreeMap::new(),
     }
 }

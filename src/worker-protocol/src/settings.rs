@@ -42,9 +42,12 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
-    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): the attribute check accepts that they are absent, never that they are wrong.
+    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates and are not read.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
+    /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).
+    #[serde(default)]
+    pub spared_tests: Vec<String>,
     /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is passed on.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
@@ -77,6 +80,7 @@ impl Settings {
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
             attribute_exceptions: self.attribute_exceptions.clone(),
+            spared_tests: self.spared_tests.clone(),
             ..Setup::default()
         }
     }
@@ -96,6 +100,7 @@ impl Settings {
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
             attribute_exceptions: setup.attribute_exceptions.clone(),
+            spared_tests: setup.spared_tests.clone(),
             environment: BTreeMap::new(),
         }
     }

@@ -174,6 +174,8 @@ struct Script {
     rules: BTreeMap<String, String>,
     flags: u64,
     nul: bool,
+    /// Further tables.
+    behaviour: String,
 }
 
 impl Faulty {
@@ -186,6 +188,7 @@ impl Faulty {
             rules: BTreeMap::new(),
             flags: 0,
             nul: false,
+            behaviour: String::new(),
         };
         let faulty = Self {
             folder,
@@ -228,6 +231,11 @@ impl Faulty {
     /// From now on, texts are padded with NUL instead of blanks.
     pub fn pad_with_nul(&self) {
         self.edit(|script| script.nul = true);
+    }
+
+    /// From now on the token behaves as these tables of the script say.
+    pub fn behave(&self, tables: &str) {
+        self.edit(|script| tables.clone_into(&mut script.behaviour));
     }
 
     /// Removes the fault of `function`.
@@ -301,6 +309,7 @@ impl Script {
             text.push_str("pad = \"nul\"\n");
         }
         text.extend(self.rules.values().map(String::as_str));
+        text.push_str(&self.behaviour);
         text
     }
 }

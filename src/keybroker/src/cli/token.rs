@@ -8,7 +8,7 @@ use serde_json::json;
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
-use keybroker_pkcs11::PinRecord;
+use keybroker_pkcs11::{PinRecord, attribute_check};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
@@ -206,12 +206,25 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         shown.extend(findings("RSA private key", &checked, &checked.private));
         shown.extend(findings("integrity key", &checked, &checked.binding));
     }
+    let has_keys = !shown.is_empty();
     context
         .output
         .groups(shown, "the token holds no wrapping key")?;
+    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
+        context.output.note(&format!(
+            "warning: {} is excepted (`token.attribute_exceptions`), which gives away: {}",
+            exception.attribute, exception.gives_away
+        ));
+    }
+    if !has_keys && problems.is_empty() {
+        return Err(Failure::new(
+            Exit::Untrusted,
+            "there is no wrapping key to check; make one with `keybroker key generate`",
+        ));
+    }
     if problems.is_empty() {
         context.output.note(&format!(
-            "token {:?} (serial {}): every key passes attribute check and self-test",
+            "token {:?} (serial {}): every key passes attribute check, self-test and negative tests",
             admin.info().label,
             admin.info().serial
         ));

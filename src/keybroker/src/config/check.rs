@@ -8,7 +8,7 @@ use crate::server::{
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
-use keybroker_pkcs11::attribute_check;
+use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
 use super::Config;
 
@@ -91,9 +91,24 @@ impl Config {
         }
         problems.extend(self.environment_problems());
         for exception in &token.attribute_exceptions {
-            if !attribute_check::attribute_names().any(|name| name == exception) {
+            if !attribute_check::EXCEPTIONS
+                .iter()
+                .any(|known| known.attribute == exception)
+            {
                 problems.push(format!(
-                    "[token]: `attribute_exceptions` names {exception:?}, which is not an attribute that is checked"
+                    "[token]: `attribute_exceptions` names {exception:?}, which cannot be excepted; {}",
+                    if attribute_check::is_checked(exception) {
+                        "a key without it could leave the token"
+                    } else {
+                        "no attribute of that name is checked"
+                    }
+                ));
+            }
+        }
+        for test in &token.spared_tests {
+            if !NEGATIVE_TESTS.iter().any(|known| known.name == test) {
+                problems.push(format!(
+                    "[token]: `spared_tests` names {test:?}, which is no negative test; docs/tokens.md has their names"
                 ));
             }
         }

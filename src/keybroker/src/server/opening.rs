@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use keybroker_pkcs11::attribute_check;
 use tokio::net::TcpListener;
 
 use crate::{
@@ -251,6 +252,13 @@ pub(super) async fn start_token(
             "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
              generate`",
         ));
+    }
+    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
+        tracing::warn!(
+            attribute = exception.attribute,
+            gives_away = exception.gives_away,
+            "an attribute of the keys is excepted (`token.attribute_exceptions`)"
+        );
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);

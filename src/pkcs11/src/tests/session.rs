@@ -42,7 +42,7 @@ impl Bench {
         let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
         let keys: Vec<ProvedKey> = (0..count)
             .map(|_| {
-                let pair = keys::generate(&token.anchor, 2_048).unwrap();
+                let pair = keys::generate(&token.anchor, 2_048, &[]).unwrap().pair;
                 let expected = ExpectedKey {
                     id: pair.id,
                     fingerprint: keys::public_side(&token.anchor, &pair).unwrap().fingerprint,

@@ -416,11 +416,17 @@ fn a_socket_below_a_sticky_directory_is_marked() {
 #[test]
 fn a_user_is_found_by_name_and_by_number() {
     const USERS: &str = "root:x:0:0:root:/root:/bin/sh\npostgres:x:101:104::/var/lib/postgresql:/bin/sh\nbroken:x:\n";
-    let user = |id, group| Some(User { id, group });
+    let user = |id, group| {
+        Some(User {
+            id,
+            group: Some(group),
+        })
+    };
+    let without_group = |id| Some(User { id, group: None });
     for (name, expected) in [
         ("postgres", user(101, 104)),
         ("101", user(101, 104)),
-        ("999", user(999, 999)),
+        ("999", without_group(999)),
         ("broken", None),
         ("mysql", None),
         ("", None),
@@ -437,7 +443,13 @@ fn the_user_who_mounted_fuse_is_read_from_the_mount_table() {
     const MOUNTS: &str = "22 1 0:20 / / rw - overlay overlay rw,lowerdir=/a\n\
         90 22 0:51 / /mnt/a\\040b ro,nosuid,nodev,relatime shared:1 - fuse.sshfs host: rw,user_id=1000,group_id=1000,allow_other\n\
         91 22 0:52 / /mnt/host rw - virtiofs host rw\n";
-    for (minor, expected) in [(51, Some(1000)), (52, None), (20, None), (5, None)] {
-        assert_eq!(mounting_user(MOUNTS, (0, minor)), expected, "{minor}");
+    for (minor, expected) in [
+        (51, Some(FuseServer::User(1000))),
+        (52, Some(FuseServer::Hypervisor)),
+        // Unknown: refused.
+        (20, None),
+        (5, None),
+    ] {
+        assert_eq!(server_in(MOUNTS, (0, minor)), expected, "{minor}");
     }
 }

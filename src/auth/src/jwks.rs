@@ -43,7 +43,7 @@ const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
 const EXPONENT_MIN: u32 = 65_537;
 /// Longest public exponent, in bits, that the library takes that verifies.
 const EXPONENT_BITS_MAX: usize = 33;
-/// Keys that are tried for a token that does not name one of several.
+/// Largest number of keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
 /// What the log calls a key without a name.
 const WITHOUT_NAME: &str = "(key without `kid`)";

@@ -40,7 +40,7 @@ impl Commit {
         }
     }
 
-    /// The record as it will be, when it is done at that moment and nothing comes between.
+    /// The record after this change, if it commits at `at` and no other change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => RecordInfo {

@@ -87,37 +87,65 @@ const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
 /// What a file is used for: decides the rule and the text of a refusal.
 #[derive(Clone, Copy, Debug)]
-pub struct Purpose {
-    /// What the file holds, such as `PIN`, when other users must not read it.
-    secret: Option<&'static str>,
-    /// What another user could do, as a clause that begins with `other users could`.
-    risk: &'static str,
-    /// What to do about a foreign owner, when it is not `chown`.
-    owner_remedy: Option<&'static str>,
+pub struct Purpose(Kind);
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Other users may read it.
+    Trust {
+        /// What another user could do, as a clause that begins with `other users could`.
+        risk: &'static str,
+        /// What to do about a foreign owner, when it is not `chown`.
+        owner_remedy: Option<&'static str>,
+    },
+    /// Other users must not read it. Names the content, such as `PIN`.
+    Secret(&'static str),
 }
 
 impl Purpose {
     /// A file that other users may read but not change. `risk` is the clause that says what they could do otherwise.
     pub const fn trust(risk: &'static str) -> Self {
-        Self {
-            secret: None,
+        Self(Kind::Trust {
             risk,
             owner_remedy: None,
-        }
+        })
     }
 
-    /// The same purpose with another remedy for what belongs to another user.
-    pub const fn owner_remedy(mut self, remedy: &'static str) -> Self {
-        self.owner_remedy = Some(remedy);
-        self
+    /// The same as [`Purpose::trust`], with a remedy for what belongs to another user.
+    pub const fn trust_with_remedy(risk: &'static str, owner_remedy: &'static str) -> Self {
+        Self(Kind::Trust {
+            risk,
+            owner_remedy: Some(owner_remedy),
+        })
     }
 
     /// A file that holds a secret, named by `what`, such as `PIN`.
     pub const fn secret(what: &'static str) -> Self {
-        Self {
-            secret: Some(what),
-            risk: "other users could replace it",
-            owner_remedy: None,
+        Self(Kind::Secret(what))
+    }
+
+    const fn is_secret(self) -> bool {
+        matches!(self.0, Kind::Secret(_))
+    }
+
+    const fn content(self) -> &'static str {
+        match self.0 {
+            Kind::Trust { .. } => "content",
+            Kind::Secret(what) => what,
+        }
+    }
+
+    const fn risk(self) -> &'static str {
+        match self.0 {
+            Kind::Trust { risk, .. } => risk,
+            Kind::Secret(_) => "other users could replace it",
+        }
+    }
+
+    const fn owner_remedy(self) -> Option<&'static str> {
+        match self.0 {
+            Kind::Trust { owner_remedy, .. } => owner_remedy,
+            Kind::Secret(_) => None,
         }
     }
 }
@@ -160,11 +188,11 @@ impl User {
 /// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
 #[derive(Debug)]
 pub struct Error {
-    path: PathBuf,
+    path: Box<Path>,
     /// The file itself, a directory above it, or a symbolic link on the way.
-    component: PathBuf,
+    component: Box<Path>,
     purpose: Purpose,
-    problem: Problem,
+    problem: Box<Problem>,
 }
 
 #[derive(Debug)]
@@ -201,18 +229,18 @@ enum Problem {
 impl Error {
     /// Whether the file does not exist.
     pub fn is_missing(&self) -> bool {
-        matches!(&self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
+        matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Whether a file was expected and a directory is there.
     pub fn is_directory(&self) -> bool {
-        matches!(self.problem, Problem::NotRegular(DIRECTORY))
+        matches!(*self.problem, Problem::NotRegular(DIRECTORY))
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match &self.problem {
+        match &*self.problem {
             Problem::Io(error) => Some(error),
             _ => None,
         }
@@ -222,14 +250,14 @@ impl std::error::Error for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (path, at) = (self.path.display(), self.component.display());
-        let risk = self.purpose.risk;
+        let risk = self.purpose.risk();
         let ours = rustix::process::geteuid().as_raw();
         if self.path != self.component
-            && !matches!(self.problem, Problem::Io(_) | Problem::NoCredentials)
+            && !matches!(*self.problem, Problem::Io(_) | Problem::NoCredentials)
         {
             write!(f, "{path} is not trusted: ")?;
         }
-        match &self.problem {
+        match &*self.problem {
             // The component may be the absolute form of the same path.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
@@ -267,7 +295,7 @@ impl fmt::Display for Error {
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
             Problem::Owner { what, owner } => {
-                if let Some(remedy) = self.purpose.owner_remedy {
+                if let Some(remedy) = self.purpose.owner_remedy() {
                     return write!(
                         f,
                         "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
@@ -305,7 +333,7 @@ impl Error {
         is_read_only: bool,
     ) -> fmt::Result {
         let at = self.component.display();
-        let secret = self.purpose.secret.unwrap_or("content");
+        let secret = self.purpose.content();
         write!(
             f,
             "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
@@ -350,10 +378,10 @@ pub fn expand(path: &Path) -> Result<PathBuf, Error> {
     match env::var_os(CREDENTIALS_VARIABLE) {
         Some(directory) => Ok(Path::new(&directory).join(name)),
         None => Err(Error {
-            path: path.to_owned(),
-            component: path.to_owned(),
+            path: path.into(),
+            component: path.into(),
             purpose: Purpose::trust(""),
-            problem: Problem::NoCredentials,
+            problem: Box::new(Problem::NoCredentials),
         }),
     }
 }
@@ -527,10 +555,10 @@ impl<'a> Walk<'a> {
             problem => problem,
         };
         Error {
-            path: self.path.to_owned(),
-            component: at.to_owned(),
+            path: self.path.into(),
+            component: at.into(),
             purpose: self.purpose,
-            problem,
+            problem: Box::new(problem),
         }
     }
 
@@ -599,7 +627,7 @@ impl<'a> Walk<'a> {
     fn check_file(&self, fd: &OwnedFd, stat: &Stat, at: &Path) -> Result<(), Error> {
         let (mode, owner) = (mode_of(stat), stat.st_uid);
         let is_read_only = is_unchangeable(fd, stat);
-        if self.purpose.secret.is_some() {
+        if self.purpose.is_secret() {
             let forbidden = if owner == ROOT {
                 SECRET_OF_ROOT
             } else {

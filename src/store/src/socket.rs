@@ -15,9 +15,8 @@ use tokio::net::UnixStream;
 
 use super::{Error, error::Detail};
 
-const SOCKET: Purpose = Purpose::trust(
-    "other users could listen there in place of the database server, and receive its password",
-);
+const RISK: &str =
+    "other users could listen there in place of the database server, and receive its password";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
@@ -69,7 +68,7 @@ impl Socket {
         trusted_file::check_socket(
             &self.path,
             &self.users,
-            SOCKET.owner_remedy(self.owner_remedy),
+            Purpose::trust_with_remedy(RISK, self.owner_remedy),
         )
     }
 

@@ -66,7 +66,7 @@ fn accepted(path: &Path, purpose: Purpose) {
 #[track_caller]
 fn refused(path: &Path, purpose: Purpose, component: &Path, words: &str) -> String {
     let error = read(path, LIMIT, purpose).expect_err("it was accepted");
-    assert_eq!(error.component, component, "{error}");
+    assert_eq!(*error.component, *component, "{error}");
     let text = error.to_string();
     assert!(text.contains(words), "{words:?}: {text}");
     assert!(text.contains(component.to_str().unwrap()), "{text}");
@@ -219,7 +219,7 @@ fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
     accepted(&path, TRUST);
     // Every user decides what it lists.
     let error = check_directory(&sticky, TRUST).unwrap_err();
-    assert_eq!(error.component, sticky);
+    assert_eq!(*error.component, sticky);
     if !is_root("entries of another user in a sticky directory") {
         return;
     }
@@ -323,7 +323,7 @@ fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
             let checked = check_above(path, TRUST);
             assert_eq!(checked.is_err(), is_refused, "{mode:o} {checked:?}");
             if let Err(error) = checked {
-                assert_eq!(error.component, open, "{error}");
+                assert_eq!(*error.component, open, "{error}");
             }
         }
     }
@@ -343,7 +343,7 @@ fn the_owner_of_a_file_is_trusted_with_the_directories_above_it() {
     check_above(&file, TRUST).unwrap();
     chown(&file, Some(0), None).unwrap();
     let refused = check_above(&file, TRUST).unwrap_err();
-    assert_eq!(refused.component, directory, "{refused}");
+    assert_eq!(*refused.component, directory, "{refused}");
 }
 
 const SERVER: User = User {
@@ -368,16 +368,16 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert!(check_socket(&path, &[], TRUST).is_ok());
     set_mode(&directory, 0o777);
     let error = check_socket(&path, &[SERVER], TRUST).unwrap_err();
-    assert_eq!(error.component, directory, "{error}");
+    assert_eq!(*error.component, directory, "{error}");
     set_mode(&directory, 0o755);
     if !is_root("a socket of another user") {
         return;
     }
-    let named = TRUST.owner_remedy("name it");
+    let named = Purpose::trust_with_remedy("other users could do harm", "name it");
     for at_fault in [&path, &directory] {
         chown(at_fault, Some(OTHER_USER), None).unwrap();
         let error = check_socket(&path, &[], named).unwrap_err();
-        assert_eq!(error.component, *at_fault, "{error}");
+        assert_eq!(*error.component, *at_fault, "{error}");
         let text = error.to_string();
         assert!(text.contains("65534") && text.contains("name it"), "{text}");
         assert!(check_socket(&path, &[SERVER], named).is_ok());
@@ -389,7 +389,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     chown(&directory, Some(OTHER_USER), Some(1)).unwrap();
     set_mode(&directory, 0o2775);
     let error = check_socket(&path, &[SERVER], named).unwrap_err();
-    assert_eq!(error.component, directory, "{error}");
+    assert_eq!(*error.component, directory, "{error}");
 }
 
 /// In a sticky directory any user can create a socket once the server has removed its own, so callers must check again.

@@ -26,7 +26,7 @@ use keybroker_core::{
 };
 use keybroker_hsm::{ExpectedKey, Supervisor};
 use keybroker_store as store;
-use keybroker_store::{KnownLog, Store};
+use keybroker_store::{KnownLog, Store, StoreLock};
 
 use super::{ListenerSettings, StatusSettings, tls::Tls};
 
@@ -140,14 +140,21 @@ pub(super) async fn migrate(
     Ok(())
 }
 
+/// Takes the database for this process, opens it and compares its audit logs with that of this instance.
+pub(super) async fn open_store(
+    config: &Config,
+    audit: &AuditLog,
+) -> Result<(StoreLock, Arc<dyn Store>), Failure> {
+    let lock = store::lock(&config.store)?;
+    let store = store::open(&config.store).await?;
+    bind_log(audit, &store, &config.audit.instance).await?;
+    Ok((lock, store))
+}
+
 /// Records the audit log of this instance in the database. Fails for a log that the database does not know although it knows other
 /// logs of the same instance: the log was replaced. The first log of an instance is recorded without a message; a log that an
 /// operator acknowledged or an earlier release made, with a warning if the instance has other logs.
-pub(super) async fn bind_log(
-    audit: &AuditLog,
-    store: &Arc<dyn Store>,
-    instance: &str,
-) -> Result<(), Failure> {
+async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}
         KnownLog::Another if audit.is_binding_required() => {

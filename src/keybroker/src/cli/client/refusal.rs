@@ -129,7 +129,7 @@ const fn hint(reason: Reason) -> &'static str {
             "the credential is unknown, expired or revoked; the broker's log says which"
         }
         Reason::Policy => {
-            "no policy permits this to this principal; the operator asks `keybroker policy explain`"
+            "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
         }
         Reason::KeyNotFound => {
             "`client list` shows what there is; a deleted record can be undeleted"

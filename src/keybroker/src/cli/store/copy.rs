@@ -257,7 +257,7 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
     Ok(Outcome { rows, checked })
 }
 
-/// Rows of the source by table, which the target has as well, and nothing else.
+/// Counts the rows of the source by table. Fails unless the target has the same rows and no others.
 async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
     let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
     copy.look_again().await?;

@@ -34,6 +34,7 @@ allow_oaep_sha1 = true
 SOFTHSM2_CONF = "$WORK/softhsm2.conf"
 [store]
 url = "$url"
+$(! declare -F socket_users >/dev/null || socket_users)
 [audit]
 directory = "$WORK/$name/audit"
 [status]

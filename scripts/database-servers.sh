@@ -62,6 +62,9 @@ mariadb_server() {
   mariadb_sql --execute='CREATE USER keybroker@localhost'
 }
 
+# The setting of [store] for the server, which may run as a user whom the broker does not trust by default.
+socket_users() { [[ -z $SERVER ]] || printf 'socket_users = ["%s"]\n' "$(stat -c %u "$SERVER")"; }
+
 stop_server() {
   [[ -z $SERVER_PID ]] || { kill -TERM "$SERVER_PID" && wait "$SERVER_PID"; } 2>/dev/null || true
   [[ -z $SERVER ]] || rm -rf "$SERVER"

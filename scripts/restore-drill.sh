@@ -137,6 +137,7 @@ allow_oaep_sha1 = true
 SOFTHSM2_CONF = "$WORK/softhsm2.conf"
 [store]
 url = "$("${ENGINE}_url")"
+$(socket_users)
 [audit]
 directory = "$WORK/audit"
 [status]

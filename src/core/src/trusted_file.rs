@@ -74,9 +74,9 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
-/// Exists where systemd runs; sd_booted(3).
+/// Exists where systemd runs; `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
-/// systemd sets it for each service, also for one that does not see `/run` of the host; systemd.exec(5).
+/// systemd sets it for each service, also for one that does not see `/run` of the host; `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// The users of this machine. Users of other directory services are named by their numbers.
@@ -274,13 +274,10 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner: Some(owner) } => write!(
+            Problem::ForeignMount { owner } => write!(
                 f,
-                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
-            ),
-            Problem::ForeignMount { owner: None } => write!(
-                f,
-                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+                "{at} is in a FUSE file system that {} mounted: {risk}; unmount it, or mount it as root",
+                shown_user(*owner)
             ),
             Problem::ProcLink => write!(
                 f,
@@ -811,6 +808,10 @@ fn is_beside_systemd() -> bool {
 
 fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
+}
+
+fn shown_user(id: Option<u32>) -> String {
+    id.map_or_else(|| "an unknown user".to_owned(), |id| format!("user {id}"))
 }
 
 /// Who decides what a FUSE file system shows.

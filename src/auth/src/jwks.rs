@@ -380,7 +380,11 @@ impl Jwk {
             ("EC", Some("P-384")) => point().and_then(|point| elliptic(&point, Algorithm::ES384)),
             ("OKP", Some("Ed25519")) => member(&self.x, "x").and_then(|x| edwards(&x)),
             (kty, curve) => {
-                let kind = format!("its type is {} {}", shown(kty), curve.unwrap_or(""));
+                let kind = format!(
+                    "its type is {} {}",
+                    shown(kty),
+                    curve.map_or_else(String::new, shown)
+                );
                 return Err(Unused::Other(kind));
             }
         };

@@ -283,7 +283,7 @@ const fn changes(
 /// What the settings say of the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// Exceptions by name: what they give away is reported, not refused.
+    /// Exceptions by name: what they give up is reported, not refused.
     pub(super) exceptions: &'a [String],
     /// Tests that the token is spared, by name.
     pub(super) spared: &'a [String],

@@ -22,6 +22,9 @@ use super::{
     registry::RegistryRow,
 };
 
+/// How long a request id is remembered, in microseconds: 24 hours.
+pub const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
+
 /// Records per page at most.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 

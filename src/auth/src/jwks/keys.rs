@@ -293,7 +293,8 @@ fn read(source: &KeySource) -> Result<KeySet, SourceError> {
         return Err(SourceError::OtherSource);
     };
     let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
-    let bytes = trusted_file::read(path, limit, KEYS).map_err(SourceError::File)?;
+    let bytes = trusted_file::read(path, limit, KEYS)
+        .map_err(|error| SourceError::File(Box::new(error)))?;
     let set = match source {
         KeySource::Pem(_) => KeySet::parse_pem(&bytes),
         _ => KeySet::parse_jwks(&bytes),

@@ -250,7 +250,7 @@ fn findings(
                 ("key", json!(key.id.to_string())),
                 ("object", json!(object)),
                 ("attribute", json!(finding.attribute)),
-                ("found", json!(found)),
+                ("verdict", json!(found)),
                 ("passes", json!(finding.passes)),
             ]
         })

@@ -130,7 +130,7 @@ pub(super) struct Tls {
     shown: Mutex<Shown>,
     /// What the last reload failed with, so that it is reported once and not each second.
     refused: Mutex<Option<String>>,
-    /// What was last said of the age of the revocation lists.
+    /// What was last reported of the age of the revocation lists.
     age: Mutex<Option<Age>>,
     /// The newest revocation lists that were accepted, now and before a restart.
     newest: Mutex<Newest>,
@@ -251,8 +251,8 @@ impl Tls {
             .with([shown.clone()])
             .set(to_float(life.until));
         let age = life.age(now);
-        let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
-        if *said == Some(age) {
+        let mut reported = self.age.lock().unwrap_or_else(PoisonError::into_inner);
+        if *reported == Some(age) {
             return;
         }
         match age {
@@ -266,7 +266,7 @@ impl Tls {
                 "a revocation list has ended: its authority's clients are refused until there is a newer one"
             ),
         }
-        *said = Some(age);
+        *reported = Some(age);
     }
 
     fn try_reload(&self) -> Result<bool, Error> {
@@ -559,7 +559,10 @@ fn read(
     bytes_max: u64,
     purpose: Purpose,
 ) -> Result<Zeroizing<Vec<u8>>, Error> {
-    trusted_file::read(path, bytes_max, purpose).map_err(|source| Error::File { setting, source })
+    trusted_file::read(path, bytes_max, purpose).map_err(|source| Error::File {
+        setting,
+        source: Box::new(source),
+    })
 }
 
 /// What a problem with the PEM of a file is to the listener.

@@ -424,10 +424,10 @@ fn a_bad_list_leaves_the_old_one_in_use() {
     site.write("crl", &list(&site.ca, &[7], -2, 24));
     let tls = site.load();
     let first = tls.current();
-    let stranger = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let other = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
     for bad in [
         String::new(),
-        list(&stranger, &[], -1, 24),
+        list(&other, &[], -1, 24),
         list(&site.ca, &[], -2, -1),
     ] {
         site.write("crl", &bad);

@@ -190,7 +190,10 @@ fn a_pin_can_come_from_a_descriptor() {
     let good = with_pin(&format!("{}\n", site.token.pin()));
     // The login is good; there is no key to check yet.
     assert_eq!(good.code, Some(6), "{good:#?}");
-    assert!(good.stderr.contains("there is no wrapping key to check"), "{good:#?}");
+    assert!(
+        good.stderr.contains("there is no wrapping key to check"),
+        "{good:#?}"
+    );
     let wrong = with_pin("no such pin\n");
     assert_eq!(wrong.code, Some(5), "{wrong:#?}");
     assert!(!wrong.stderr.contains("no such pin"), "{wrong:#?}");

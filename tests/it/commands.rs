@@ -51,7 +51,7 @@ fn the_configuration_is_checked_whole_and_shown_without_secrets() {
     let site = Site::without_keys(Options::default());
     assert_eq!(
         site.expect_ok(&["config", "check"]),
-        "the configuration is good\n"
+        "the configuration is valid\n"
     );
     let shown = site.expect_ok(&["config", "show"]);
     assert!(shown.contains("call_timeout_max_ms = 30000"), "{shown}");

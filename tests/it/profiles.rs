@@ -16,8 +16,8 @@ const TOKEN: i32 = 4;
 enum Verdict {
     /// Both succeed.
     Works,
-    /// `key generate` ends with this exit code and names this cause.
-    Refused(i32, &'static str),
+    /// `key generate` ends with exit code 4, names this cause, and leaves this number of objects on the token.
+    Refused(&'static str, usize),
 }
 
 use Verdict::{Refused, Works};
@@ -27,55 +27,55 @@ const VERDICTS: [(&str, &str, Verdict); 12] = [
     (
         "aws-cloudhsm-sdk5",
         "crypto_user:",
-        Refused(TOKEN, "TemplateInconsistent from C_GenerateKeyPair"),
+        Refused("TemplateInconsistent from C_GenerateKeyPair", 0),
     ),
     (
         "google-kmsp11",
         "",
-        Refused(TOKEN, "TemplateInconsistent from C_GenerateKeyPair"),
+        Refused("TemplateInconsistent from C_GenerateKeyPair", 0),
     ),
     // The attribute check believes what a token says of its keys, and nothing tries yet what must fail.
     ("liar", "", Works),
     (
         "luna-cloud",
         "",
-        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
     ),
     (
         "luna7",
         "",
-        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
     ),
     (
         "nethsm",
         "",
-        Refused(TOKEN, "FunctionNotSupported from C_GenerateKeyPair"),
+        Refused("FunctionNotSupported from C_GenerateKeyPair", 0),
     ),
     (
         "nshield",
         "",
-        Refused(TOKEN, "KeyTypeInconsistent from C_GenerateKey"),
+        Refused("KeyTypeInconsistent from C_GenerateKey", 2),
     ),
     (
         "opencryptoki-3.8",
         "",
-        Refused(TOKEN, "invalid digit found in string"),
+        Refused("invalid digit found in string", 0),
     ),
     (
         "p11-kit-remote",
         "",
-        Refused(TOKEN, "DeviceError from C_GetAttributeValue"),
+        Refused("DeviceError from C_GetAttributeValue", 3),
     ),
     ("pkcs11-proxy", "", Works),
     (
         "tpm2",
         "",
-        Refused(TOKEN, "GeneralError from C_GenerateKeyPair"),
+        Refused("GeneralError from C_GenerateKeyPair", 0),
     ),
     (
         "yubihsm2",
         "0001",
-        Refused(TOKEN, "AttributeTypeInvalid from C_GenerateKeyPair"),
+        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
     ),
 ];
 
@@ -90,6 +90,15 @@ fn site(profile: &str, before_pin: &str) -> Site {
     site
 }
 
+/// The number of objects on the real token.
+fn objects(site: &Site) -> usize {
+    let output = site.token.pkcs11_tool(&["--list-objects"]);
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout)
+        .matches(" Object;")
+        .count()
+}
+
 #[test]
 fn each_profile_has_its_verdict() {
     let mut found = BTreeMap::new();
@@ -98,8 +107,10 @@ fn each_profile_has_its_verdict() {
         let generated = site.run(&["key", "generate", "--bits", "2048"]);
         let is_met = match expected {
             Works => generated.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
-            Refused(code, cause) => {
-                generated.code == Some(code) && generated.stderr.contains(cause)
+            Refused(cause, left) => {
+                generated.code == Some(TOKEN)
+                    && generated.stderr.contains(cause)
+                    && objects(&site) == left
             }
         };
         if !is_met {
@@ -130,8 +141,8 @@ fn the_page_shows_each_verdict() {
         let profile = faulty::profile(name);
         let (product, evidence) = (profile.product, profile.evidence);
         let result = match verdict {
-            Works => "works".to_owned(),
-            Refused(_, cause) => format!("refused: `{cause}`"),
+            Works => "works | ".to_owned(),
+            Refused(cause, left) => format!("refused: `{cause}` | {left}"),
         };
         format!("| `{name}` | {product} | {evidence} | {result} |")
     });

@@ -11,7 +11,8 @@ pub use tracing;
 /// How soon a person has to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// At once: keys are not released until the cause is removed, or stored data or the log were changed by something else.
+    /// At once: keys are not released or may soon not be, or another program may have changed the token, the registry,
+    /// the audit log or the database as a whole.
     Critical,
     /// Soon: the broker serves, but a part of it does not work, a limit comes near, or one caller is affected.
     Warning,

@@ -178,7 +178,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     Ok(listed)
 }
 
-/// What a slot says of a mechanism; nothing when it does not list it.
+/// The information of a slot about a mechanism; absent if the slot does not list it.
 fn mechanism(module: &Pkcs11, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
@@ -285,7 +285,7 @@ fn check_label(label: &str) -> Result<(), AdminError> {
     )))
 }
 
-/// Compares the length of a PIN with what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
+/// Compares the length of a PIN with the limits that the token reports. A minimum of 0 or a maximum of 0 says nothing.
 fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
     let length = pin.expose().len();
@@ -324,8 +324,8 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
             blank.get_or_insert(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
-                 erase it with every key on it, for ever: --erase-serial {}",
+                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To \
+                 erase it and every key on it permanently, pass --erase-serial {}",
                 unpadded(info.serial_number()),
                 unpadded(info.serial_number())
             )));

@@ -163,14 +163,15 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
     rules
 }
 
-/// An attribute that `token.attribute_exceptions` may name, because tokens exist that cannot express it, and what the exception
-/// gives away. No exception lets a key leave the token: that `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`, `CKA_EXTRACTABLE`,
+/// An attribute that `token.attribute_exceptions` may name, because tokens exist that cannot express it, and the risk
+/// of the exception. No exception lets a key leave the token: that `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`,
+/// `CKA_EXTRACTABLE`,
 /// `CKA_ALWAYS_SENSITIVE` and `CKA_NEVER_EXTRACTABLE` are right is always required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exception {
     /// Name in the standard.
     pub attribute: &'static str,
-    /// What whoever has the user PIN can do with the keys that the attribute would prevent, in one sentence.
+    /// What a holder of the user PIN can do with the keys that the attribute would prevent, in one sentence.
     pub gives_away: &'static str,
 }
 
@@ -242,7 +243,7 @@ pub fn is_checked(attribute: &str) -> bool {
         .any(|(name, ..)| *name == attribute)
 }
 
-/// The exceptions of the settings, with what they give away. The configuration refuses names that are not in the list.
+/// The exceptions of the settings, with the risk of each. The configuration refuses names that are not in the list.
 pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
     EXCEPTIONS
         .iter()
@@ -344,7 +345,7 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
         .map(|exception| exception.gives_away)
         .collect();
     format!(
-        "set `attribute_exceptions = [{}]` in [token], which gives away: {}",
+        "set `attribute_exceptions = [{}]` in [token]; the accepted risk: {}",
         names.join(", "),
         gives_away.join("; ")
     )

@@ -1,8 +1,9 @@
-//! Negative tests: what must fail with a key is tried. The attribute check believes what a token says of a key; these tests
-//! do not. A token that lets one of them succeed is not used, and the message names the test.
+//! Negative tests: what must fail with a key is tried. The attribute check believes what a token says of a key; these
+//! tests do not. If the token performs one of the operations, the test fails: the token is not used, and the message
+//! names the test.
 //!
-//! A test that a named exception of the configuration gives away is reported instead of refused. Nothing excuses a key that can
-//! be read, wrapped, or copied with weaker attributes.
+//! A failed test that a named exception of the configuration accepts is reported instead of refused. No exception
+//! accepts a key that can be read, wrapped, or copied with weaker attributes.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -282,7 +283,7 @@ const fn changes(
 /// What the settings say of the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// Exceptions by name: what they give away is reported, not refused.
+    /// Exceptions by name: what they give up is reported, not refused.
     pub(super) exceptions: &'a [String],
     /// Tests that the token is spared, by name.
     pub(super) spared: &'a [String],

@@ -154,7 +154,7 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token} failed the login with a code that says nothing of the PIN: {fault}"
+                    "{token} failed the login with a code that does not concern the PIN: {fault}"
                 ),
             ),
         }
@@ -197,7 +197,7 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. What an exception gives away is logged.
+    /// The negative tests. The risk of each exception is logged.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
@@ -232,7 +232,7 @@ fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), where nobody enters it when the broker starts; \
+            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), and the broker must be able to start without a person at it; \
              no login was tried. Use a token that takes its PIN from the program",
             named(info)
         ),

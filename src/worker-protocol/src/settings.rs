@@ -1,4 +1,4 @@
-//! Which token a worker opens, which keys must be on it, and what the token says of itself.
+//! Which token a worker opens, which keys must be on it, and the token information.
 
 use std::{
     collections::BTreeMap,
@@ -115,7 +115,7 @@ pub struct ExpectedKey {
     pub fingerprint: Fingerprint,
 }
 
-/// What a token says of itself (`C_GetTokenInfo`).
+/// The token information (`C_GetTokenInfo`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenInfo {
     /// Label, padding removed.

@@ -81,7 +81,7 @@ pub const BEHAVIOURS: &[&str] = &[
     "hmac.length",
 ];
 
-/// Includes may include, but not for ever.
+/// Bounds includes within included files.
 const INCLUDE_DEPTH_MAX: usize = 8;
 
 /// Why a script is not used.

@@ -132,7 +132,7 @@ pub(super) struct Tls {
     refused: Mutex<Option<String>>,
     /// Which revocation lists were last reported as left out.
     left_out: Mutex<Option<String>>,
-    /// What was last said of the age of the revocation lists.
+    /// What was last reported of the age of the revocation lists.
     age: Mutex<Option<Age>>,
     /// The newest revocation lists that were accepted, now and before a restart.
     newest: Mutex<Newest>,
@@ -241,7 +241,7 @@ impl Tls {
                 if refused.as_ref() == Some(&error) {
                     return;
                 }
-                keybroker_core::alert!(TlsReload, %error, "TLS files not taken over; the old ones stay in use");
+                keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
                 *refused = Some(error);
             }
         }
@@ -290,8 +290,8 @@ impl Tls {
             .with([shown.clone()])
             .set(to_float(life.until));
         let age = life.age(now);
-        let mut said = self.age.lock().unwrap_or_else(PoisonError::into_inner);
-        if *said == Some(age) {
+        let mut reported = self.age.lock().unwrap_or_else(PoisonError::into_inner);
+        if *reported == Some(age) {
             return;
         }
         match age {
@@ -305,7 +305,7 @@ impl Tls {
                 "a revocation list has ended: its authority's clients are refused until there is a newer one"
             ),
         }
-        *said = Some(age);
+        *reported = Some(age);
     }
 
     fn try_reload(&self) -> Result<bool, Error> {
@@ -371,7 +371,7 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // Who was accepted before is to be told when it changes next.
+            // Connections that were accepted under the earlier trust are notified at the next change.
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {
@@ -614,7 +614,10 @@ fn read(
     bytes_max: u64,
     purpose: Purpose,
 ) -> Result<Zeroizing<Vec<u8>>, Error> {
-    trusted_file::read(path, bytes_max, purpose).map_err(|source| Error::File { setting, source })
+    trusted_file::read(path, bytes_max, purpose).map_err(|source| Error::File {
+        setting,
+        source: Box::new(source),
+    })
 }
 
 /// What a problem with the PEM of a file is to the listener.

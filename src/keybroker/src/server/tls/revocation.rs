@@ -291,7 +291,7 @@ pub enum ListsError {
         source: VerifierBuilderError,
     },
     /// A list without an end.
-    #[error("holds a list of \"{0}\" without `nextUpdate`: it would count for ever")]
+    #[error("holds a list of \"{0}\" without `nextUpdate`: it would never expire")]
     NoEnd(String),
     /// A list that has ended.
     #[error(
@@ -364,7 +364,7 @@ impl Newest {
     fn how_to_go_back(&self) -> String {
         self.fact.as_ref().map_or_else(String::new, |fact| {
             format!(
-                "; to go back on purpose, stop the broker and remove {}",
+                "; to accept the older list, stop the broker and remove {}",
                 fact.state.path().join(&fact.name).display()
             )
         })

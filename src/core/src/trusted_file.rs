@@ -74,9 +74,9 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
-/// Exists where systemd runs; sd_booted(3).
+/// Exists where systemd runs: `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
-/// systemd sets it for each service, also for one that does not see `/run` of the host; systemd.exec(5).
+/// systemd sets it for each service, also for one that does not see `/run` of the host; `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// The users of this machine. Users of other directory services are named by their numbers.
@@ -274,14 +274,7 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner: Some(owner) } => write!(
-                f,
-                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
-            ),
-            Problem::ForeignMount { owner: None } => write!(
-                f,
-                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
-            ),
+            Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
                 "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
@@ -325,6 +318,20 @@ impl fmt::Display for Error {
 }
 
 impl Error {
+    fn fmt_mount(&self, f: &mut fmt::Formatter<'_>, owner: Option<u32>) -> fmt::Result {
+        let (at, risk) = (self.component.display(), self.purpose.risk());
+        match owner {
+            Some(owner) => write!(
+                f,
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            None => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+            ),
+        }
+    }
+
     fn fmt_readable(
         &self,
         f: &mut fmt::Formatter<'_>,

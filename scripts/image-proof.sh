@@ -30,13 +30,15 @@ WORK=
 MOUNT=
 CONTAINER=
 NAME=keybroker-proof-$$
-# What the next container is given: configuration, secrets, folders of data and log, the database's socket, network namespace.
+# What the next container is given: configuration, secrets, folders of data and log, the database's socket, network namespace,
+# name of the instance.
 CONFIG=
 SECRETS=
 DATA=
 LOG=
 SOCKET=
 NETWORK=
+INSTANCE=serve
 # Process ids of what runs, by name.
 declare -A RUNNING=()
 
@@ -181,10 +183,10 @@ bundle() {
   shift
   mkdir -p "$folder"
   jq --null-input --arg root "$MOUNT" --arg config "$CONFIG" --arg secrets "$SECRETS" --arg data "$DATA" --arg log "$LOG" \
-    --arg socket "$SOCKET" --arg network "$NETWORK" --argjson id "$ID" '
+    --arg socket "$SOCKET" --arg network "$NETWORK" --arg instance "$INSTANCE" --argjson id "$ID" '
     def bind($from; $to; $mode): {destination: $to, source: $from, type: "bind", options: ["rbind", $mode]};
     {ociVersion: "1.0.2",
-     process: {user: {uid: $id, gid: $id}, args: $ARGS.positional, cwd: "/", env: ["PATH=/usr/bin:/bin"],
+     process: {user: {uid: $id, gid: $id}, args: $ARGS.positional, cwd: "/", env: ["PATH=/usr/bin:/bin", "KEYBROKER_AUDIT_INSTANCE=\($instance)"],
                capabilities: {}, noNewPrivileges: true, rlimits: [{type: "RLIMIT_CORE", soft: 0, hard: 0}]},
      root: {path: $root, readonly: true},
      mounts: ([{destination: "/proc", type: "proc", source: "proc"},
@@ -348,7 +350,9 @@ two_brokers() {
   start_database
   local name
   install -d -m 0700 -o "$ID" -g "$ID" "$WORK"/{data-2,data-2/tokens,log-one,log-two,log-command}
-  install -m 0644 deploy/compose/keybroker.toml "$WORK/compose.toml"
+  # Here the server runs as the postgres of this machine, and not as that of its image.
+  sed "s/^socket_users = .*/socket_users = [\"$(id -u postgres)\"]/" deploy/compose/keybroker.toml >"$WORK/compose.toml"
+  chmod 0644 "$WORK/compose.toml"
   CONFIG=$WORK/compose.toml SECRETS=$WORK/secrets-2 DATA=$WORK/data-2 SOCKET=$WORK/socket LOG=$WORK/log-command
   inside keybroker token init --so-pin-file /run/secrets/so_pin
   inside keybroker store migrate
@@ -357,7 +361,7 @@ two_brokers() {
   for name in one two; do
     ip netns add "$NAME-$name"
     ip -netns "$NAME-$name" link set lo up
-    NETWORK=/run/netns/$NAME-$name LOG=$WORK/log-$name
+    NETWORK=/run/netns/$NAME-$name LOG=$WORK/log-$name INSTANCE=keybroker-$name
     start_broker "$name"
   done
   step 'What one enrols, the other releases'

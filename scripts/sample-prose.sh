@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints 40 sentences for a reader's verdict: ten each of pages, help texts, messages and comments, with their files. The
-# commit's hash chooses them, so that the same commit gives the same sentences and nobody picks the good ones.
+# commit's hash chooses them, so that the same commit gives the same sentences and no person chooses the clear ones.
 #
 # Usage: sample-prose.sh [COMMIT]      default: HEAD; the text is that of the work tree
 set -euo pipefail
@@ -14,8 +14,9 @@ fail() {
   exit 1
 }
 
-# Splits the paragraphs of files into sentences, one for each line, after the file's name. `kind` says what is text: the
-# whole of a page without its code and tables, all comments of a source file, or its doc comments alone, which clap shows.
+# Splits the paragraphs of files into sentences, one for each line, after the file's name. `kind` says what is text: a page
+# without its code and tables, the comments of a source file, or the doc comments that clap shows: those of the fields
+# and variants of a type that derives one of its traits. Test modules inside a source file are left out.
 sentences() {
   awk -v kind="$1" -v words_min="$WORDS_MIN" '
     function flush(   count, part, i, text, rest) {
@@ -34,7 +35,14 @@ sentences() {
       }
       paragraph = ""
     }
-    FNR == 1 { flush(); file = FILENAME; code = 0 }
+    FNR == 1 { flush(); file = FILENAME; code = in_tests = after_cfg = clap = 0 }
+    kind != "page" && after_cfg { after_cfg = 0; if (/\{$/) in_tests = 1; next }
+    kind != "page" && in_tests { if (/^}/) in_tests = 0; next }
+    kind != "page" && /^#\[cfg\(test\)\]/ { flush(); after_cfg = 1; next }
+    kind == "help" && /^#\[derive\(.*(Args|Subcommand|Parser|ValueEnum)/ { clap = 1; next }
+    kind == "help" && /^}/ { clap = 0 }
+    kind == "help" && /#\[(arg\(skip|command\(flatten)/ { paragraph = "" }
+    kind == "help" && !clap { paragraph = ""; next }
     kind == "page" && /^ *```/ { flush(); code = !code; next }
     kind == "page" && (code || /^\|/ || /^#/ || /^    / || /^ *$/) { flush(); next }
     kind == "page" { line = $0; if (line ~ /^ *([-*]|[0-9]+\.) /) { flush(); sub(/^ *([-*]|[0-9]+\.) /, "", line) } }
@@ -54,9 +62,31 @@ help_texts() { product | xargs grep -lE 'derive\(.*(Args|Subcommand|Parser|Value
 
 comments() { product | xargs bash -c 'sentences comment "$@"' sentences; }
 
-# String literals of five words or more that are no SQL.
+# String literals of five words or more. Left out are comments, test modules, constants, SQL, the invariants of `expect`
+# and the reasons of lints. A literal on several lines is joined.
 messages() {
-  product | xargs grep -oHE '"([^" ]+ ){4,}[^"]*"' | grep -vE ':"[^"]*(SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE) ' | sed 's/:"/: "/'
+  # shellcheck disable=SC2016  # The program is for awk.
+  product | xargs awk '
+    FNR == 1 { in_tests = after_cfg = 0; before = joined = "" }
+    after_cfg { after_cfg = 0; if (/\{$/) in_tests = 1; next }
+    in_tests { if (/^}/) in_tests = 0; next }
+    /^#\[cfg\(test\)\]/ { after_cfg = 1; next }
+    /^ *\/\// { next }
+    { line = joined $0 }
+    joined != "" { sub(/^ */, "", $0); line = joined $0 }
+    /[^\\]\\$/ { joined = substr(line, 1, length(line) - 1); next }
+    {
+      joined = ""
+      if (line !~ /expect(_err)?\(|reason = |(const|static) |SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE/ && before !~ /(expect(_err)?\(|(const|static) .*=)$/) {
+        rest = line
+        while (match(rest, /"([^"\\]|\\.)*"/)) {
+          text = substr(rest, RSTART, RLENGTH)
+          rest = substr(rest, RSTART + RLENGTH)
+          if (split(text, unused, " ") >= 5) print FILENAME ": " text
+        }
+      }
+      before = line
+    }'
 }
 
 chosen() {

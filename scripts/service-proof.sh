@@ -54,6 +54,7 @@ install_broker() {
   inside install -d -m 0750 -o root -g keybroker /etc/keybroker /etc/keybroker/tls
   inside install -d -m 0700 -o keybroker -g keybroker /var/lib/keybroker /var/lib/keybroker/tokens /var/log/keybroker
   install -m 0644 packaging/systemd/keybroker.service "$ROOT/etc/systemd/system/keybroker.service"
+  install -m 0755 packaging/systemd/as_broker "$ROOT/usr/local/sbin/as_broker"
   scripts/dev-ca.sh "$ROOT/root/pki" caller
   for name in server.pem server.key; do cp "$ROOT/root/pki/$name" "$ROOT/etc/keybroker/tls/"; done
   for name in client-ca.pem admin-ca.pem; do cp "$ROOT/root/pki/ca.pem" "$ROOT/etc/keybroker/tls/$name"; done
@@ -72,11 +73,6 @@ what_is_proved() {
 #!/bin/bash
 set -euxo pipefail
 exec >/root/proof.log 2>&1
-as_broker() {
-  systemd-run --quiet --wait --pipe --collect --unit=keybroker-command --uid=keybroker --gid=keybroker \
-    --property=LoadCredential=pin:/etc/keybroker/pin --property=LoadCredential=so-pin:/etc/keybroker/so-pin \
-    /usr/bin/keybroker "$@"
-}
 call() { keybroker client --endpoint https://127.0.0.1:8443 --ca /root/pki/ca.pem --cert /root/pki/caller.pem --key /root/pki/caller.key "$@"; }
 as_broker config check
 as_broker token init --so-pin-file /run/credentials/keybroker-command.service/so-pin

@@ -457,7 +457,7 @@ fn the_operations_guide_has_every_reason_and_no_other() {
     }
 }
 
-/// The page for HSM administrators says what each exception gives away, and what each negative test would mean.
+/// The page for HSM administrators says what each exception gives up, and what each negative test would mean.
 #[test]
 fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
     let page = read("docs/tokens.md");
@@ -491,7 +491,7 @@ fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
             )
         })
         .collect();
-    assert_eq!(rows("| Test | It fails if"), tests);
+    assert_eq!(rows("| Test | What the token would do"), tests);
 }
 
 /// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.

@@ -47,10 +47,12 @@ async fn a_record_takes_no_more_revisions_than_may_be_stored() {
     }
     let replaced = enroller.replace("ada", b"last material", REVISIONS_MAX, "");
     refused(replaced.await, "LIMIT");
-    let lifecycle = Caller::of(&broker, "lifecycle");
-    refused(lifecycle.restore("ada", 1, REVISIONS_MAX).await, "LIMIT");
     let log = broker.site.log();
-    for part in ["store.revisions_max", "keybroker store purge"] {
+    for part in [
+        "store.revisions_max",
+        "keybroker store purge",
+        "store.retention_days",
+    ] {
         assert!(log.contains(part), "{part}");
     }
     // The key itself is as it was.
@@ -69,6 +71,30 @@ async fn a_record_takes_no_more_revisions_than_may_be_stored() {
     let enroller = Caller::of(&broker, "enroller");
     let replaced = enroller.replace("ada", b"last material", REVISIONS_MAX, "");
     assert_eq!(replaced.await.unwrap().revision, REVISIONS_MAX + 1);
+}
+
+/// A thief of a user's credential can use up the limit. The earlier key comes back without another configuration.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revision_is_restored_although_the_limit_is_reached() {
+    let broker = Broker::start_on(site());
+    let enroller = Caller::of(&broker, "enroller");
+    enroller
+        .create("ada", b"material of the user")
+        .await
+        .unwrap();
+    for revision in 1..REVISIONS_MAX {
+        let replaced = enroller.replace("ada", b"material of the thief", revision, "");
+        replaced.await.unwrap();
+    }
+    let lifecycle = Caller::of(&broker, "lifecycle");
+    let restored = lifecycle.restore("ada", 1, REVISIONS_MAX).await.unwrap();
+    assert_eq!(restored.revision, REVISIONS_MAX + 1);
+    let releaser = Caller::of(&broker, "releaser");
+    let released = releaser.unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, b"material of the user");
+    // The limit holds for the caller who reached it.
+    let replaced = enroller.replace("ada", b"material of the thief", REVISIONS_MAX + 1, "");
+    refused(replaced.await, "LIMIT");
 }
 
 /// A deleted key keeps its name, so it counts until it is purged.

@@ -51,7 +51,7 @@ fn the_configuration_is_checked_whole_and_shown_without_secrets() {
     let site = Site::without_keys(Options::default());
     assert_eq!(
         site.expect_ok(&["config", "check"]),
-        "the configuration is good\n"
+        "the configuration is valid\n"
     );
     let shown = site.expect_ok(&["config", "show"]);
     assert!(shown.contains("call_timeout_max_ms = 30000"), "{shown}");
@@ -190,7 +190,10 @@ fn a_pin_can_come_from_a_descriptor() {
     let good = with_pin(&format!("{}\n", site.token.pin()));
     // The login is good; there is no key to check yet.
     assert_eq!(good.code, Some(6), "{good:#?}");
-    assert!(good.stderr.contains("there is no wrapping key to check"), "{good:#?}");
+    assert!(
+        good.stderr.contains("there is no wrapping key to check"),
+        "{good:#?}"
+    );
     let wrong = with_pin("no such pin\n");
     assert_eq!(wrong.code, Some(5), "{wrong:#?}");
     assert!(!wrong.stderr.contains("no such pin"), "{wrong:#?}");

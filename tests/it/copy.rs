@@ -76,7 +76,11 @@ async fn a_site_moves_from_postgresql_to_mariadb() {
     let file = file.to_str().unwrap();
     let other = configuration_for(
         &site,
-        &format!("url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\""),
+        // The database to copy from is reached through its socket.
+        &format!(
+            "url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\"\nsocket_users = {:?}",
+            old.settings("").socket_users.unwrap()
+        ),
     );
     let to = [
         "--to",
@@ -111,10 +115,11 @@ async fn a_site_moves_from_postgresql_to_mariadb() {
         .split('"')
         .find(|part| part.starts_with("postgres://"))
         .unwrap();
-    let again = site.run(&with(
-        &other,
-        &["-o", "json", "store", "copy", "--from", from, "--to", url],
-    ));
+    let again = ["-o", "json", "store", "copy", "--from", from, "--to", url];
+    // The new configuration does not name the user of the old server, which is not one of a package.
+    let users = old.settings("any").socket_users.unwrap();
+    let named = [&again[..], &["--from-socket-user", &users[0]]].concat();
+    let again = site.run(&with(&other, &named));
     assert_eq!(
         (again.code, &json(&again)["added"]),
         (Some(0), &0.into()),

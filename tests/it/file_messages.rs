@@ -450,6 +450,22 @@ fn an_interrupted_command_says_what_was_under_way() {
     says("a change", &finished, INTERRUPTED, &words);
 }
 
+/// A public key in PKCS #1.
+fn pkcs1_key(folder: &Path) -> Vec<u8> {
+    let openssl = |arguments: &[&str]| {
+        let mut command = Command::new("openssl");
+        let output = command
+            .args(arguments)
+            .current_dir(folder)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        output.stdout
+    };
+    openssl(&["genrsa", "-out", "rsa.key", "2048"]);
+    openssl(&["rsa", "-RSAPublicKey_out", "-in", "rsa.key"])
+}
+
 /// A chain in the wrong order, files of other programs, and another machine's module.
 #[test]
 fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
@@ -477,22 +493,7 @@ fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
     let chain = write("chain.pem", format!("{ca}{server_text}").as_bytes());
     let server = server.display().to_string();
 
-    let public = Command::new("openssl")
-        .args(["rsa", "-RSAPublicKey_out", "-in"])
-        .arg({
-            let key = folder.join("rsa.key");
-            let made = Command::new("openssl")
-                .args(["genrsa", "-out"])
-                .arg(&key)
-                .arg("2048")
-                .output();
-            assert!(made.unwrap().status.success());
-            key
-        })
-        .output()
-        .unwrap();
-    assert!(public.status.success(), "{public:?}");
-    let pkcs1 = write("pkcs1.pem", &public.stdout);
+    let pkcs1 = write("pkcs1.pem", &pkcs1_key(&folder));
     let issuer = format!(
         "\n[[issuer]]\nname = \"sso\"\nissuer = \"https://sso.example\"\naudience = [\"kb\"]\npem_file = \"{pkcs1}\"\n\n[[principal]]"
     );

@@ -6,7 +6,7 @@ use prost_types::Timestamp;
 
 use crate::{
     client::Caller,
-    process::{Broker, PATIENCE},
+    process::{Broker, WAIT_MAX},
     site::Options,
 };
 
@@ -25,7 +25,7 @@ async fn a_release_is_noted_by_and_by_and_a_drain_loses_none() {
         assert_eq!(created.last_use_time, None);
     }
     releaser.unwrap("ada").await.unwrap();
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + WAIT_MAX;
     let ada = loop {
         if let Some(at) = last_use(&releaser, "ada").await {
             break at;

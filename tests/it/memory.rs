@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::{
     client::Caller,
-    process::{Broker, PATIENCE, until},
+    process::{Broker, WAIT_MAX, until},
     rest::site::{Answer, RestSite, body},
     site::Options,
     wire::get,
@@ -155,7 +155,7 @@ fn fresh_key() -> [u8; 32] {
 fn until_none(search: &Search, broker: &Broker) {
     let mut last = Vec::new();
     // One search of all memory takes seconds in a debug build on a busy machine.
-    let deadline = Instant::now() + 4 * PATIENCE;
+    let deadline = Instant::now() + 4 * WAIT_MAX;
     while Instant::now() < deadline {
         last = search.in_broker(broker);
         if last.is_empty() {

@@ -14,18 +14,18 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::site::{Options, Site};
 
 /// Longest wait for the broker to start, to stop, or for anything else that should take far less.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// Asks again until `probe` answers, at most for [`PATIENCE`].
+/// Asks again until `probe` answers, at most for [`WAIT_MAX`].
 pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     while Instant::now() < deadline {
         if let Some(found) = probe() {
             return found;
         }
         thread::sleep(Duration::from_millis(10));
     }
-    panic!("waited {PATIENCE:?} for {what}");
+    panic!("waited {WAIT_MAX:?} for {what}");
 }
 
 /// A running `keybroker serve`. Killed when dropped; its log is shown when the test fails.
@@ -63,7 +63,7 @@ impl Broker {
     /// Starts by another command than [`Site::serve`], such as that with more in its environment.
     pub(crate) fn start_as(site: Arc<Site>, command: impl FnOnce(&Site) -> Command) -> Self {
         let mut child = site.spawn(command(&site));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         let addresses = loop {
             if let Ok(text) = fs::read_to_string(site.ready_file()) {
                 break loopback_addresses(&text);

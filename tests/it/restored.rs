@@ -1,6 +1,6 @@
 //! A database that is an earlier state of itself: nothing is released or changed until an operator accepts it.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::Arc};
 
 use crate::{
     client::{Caller, eventually, refused},
@@ -158,7 +158,7 @@ fn a_damaged_memory_of_the_database_stops_the_start_and_can_be_replaced() {
         }
     }
     site.expect_ok(&["store", "accept-restored"]);
-    let broker = Broker::start_on(std::sync::Arc::new(site));
+    let broker = Broker::start_on(Arc::new(site));
     broker.stop();
 }
 
@@ -225,9 +225,18 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
     for _ in 0..2 {
         let finished = site.serve_to_its_end();
         assert_eq!(finished.code, Some(8), "{finished:#?}");
-        for part in ["other logs of this instance", "keybroker audit acknowledge"] {
-            assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
-        }
+        let place = |part: &str| {
+            let found = finished.stderr.find(part);
+            found.unwrap_or_else(|| panic!("{part}: {finished:#?}"))
+        };
+        place("other logs of this instance");
+        // A new host is more frequent than an attack, so its remedy comes first.
+        let new_host = place("KEYBROKER_AUDIT_INSTANCE");
+        assert!(new_host < place("replaced"), "{finished:#?}");
+        assert!(
+            new_host < place("keybroker audit acknowledge"),
+            "{finished:#?}"
+        );
     }
     // With the right directory back, the broker serves without an acknowledgement.
     let wrong = site.folder().join("wrong");
@@ -254,7 +263,7 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
 
 /// A log of a release that did not record logs, and the first log of another instance, need no acknowledgement.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() {
+async fn a_log_of_the_release_before_and_a_new_instance_are_recorded() {
     let broker = Broker::start(Options::default());
     let (site, _) = broker.stop();
     let known = || site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'");
@@ -262,7 +271,10 @@ async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() 
     // Another host with the same instance name was upgraded first.
     site.sql("UPDATE audit_logs SET log_id = '00112233445566778899aabbccddeeff'");
     fs::remove_file(site.audit_directory().join("state/audit-serve.binding")).unwrap();
-    let (site, _) = Broker::start_on(std::sync::Arc::clone(&site)).stop();
+    let warning = "recorded beside other logs of this instance";
+    assert!(!site.log().contains(warning), "{}", site.log());
+    let (site, _) = Broker::start_on(Arc::clone(&site)).stop();
+    assert!(site.log().contains(warning), "{}", site.log());
     assert_eq!(
         site.sql("SELECT count(*) FROM audit_logs WHERE instance = 'serve'")
             .trim(),
@@ -277,6 +289,38 @@ async fn a_log_of_the_release_before_and_a_new_instance_are_recorded_silently() 
         instances.split_whitespace().collect::<Vec<_>>(),
         ["another", "serve"]
     );
+}
+
+/// Replicas share one configuration file and one database; each has its own log, under the name from its environment.
+#[test]
+fn replicas_with_names_from_the_environment_record_their_logs() {
+    let site = Arc::new(Site::fresh(Options::default()));
+    let (directory, first) = (site.audit_directory(), site.folder().join("first"));
+    for name in ["keybroker-0", "keybroker-1"] {
+        let broker = Broker::start_as(Arc::clone(&site), |site| {
+            let mut serve = site.serve();
+            serve.env("KEYBROKER_AUDIT_INSTANCE", name);
+            serve
+        });
+        broker.stop();
+        assert!(directory.join(name).is_dir(), "{name}");
+        // The next replica has a volume of its own.
+        if !first.exists() {
+            fs::rename(&directory, &first).unwrap();
+        }
+    }
+    let instances = site.sql("SELECT instance FROM audit_logs ORDER BY instance");
+    assert_eq!(
+        instances.split_whitespace().collect::<Vec<_>>(),
+        ["keybroker-0", "keybroker-1"]
+    );
+    let mut check = site.command(&["config", "check"]);
+    check.env("KEYBROKER_AUDIT_INSTANCE", "Pod 1");
+    let finished = site.run_to_its_end(check);
+    assert_eq!(finished.code, Some(3), "{finished:#?}");
+    for part in ["\"Pod 1\"", "KEYBROKER_AUDIT_INSTANCE"] {
+        assert!(finished.stderr.contains(part), "{part}: {finished:#?}");
+    }
 }
 
 fn entries(site: &Site, action: &str) -> usize {

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use crate::{
     listeners::floods::crowd,
-    process::{Broker, PATIENCE, freeze, send, until},
+    process::{Broker, WAIT_MAX, freeze, send, until},
     site::{Options, Site},
 };
 
@@ -49,9 +49,9 @@ impl Manager {
     }
 
     /// The next message, if one comes in time.
-    fn next(&self, patience: Duration) -> Option<String> {
+    fn next(&self, timeout: Duration) -> Option<String> {
         let mut buffer = [0; 4_096];
-        self.socket.set_read_timeout(Some(patience)).unwrap();
+        self.socket.set_read_timeout(Some(timeout)).unwrap();
         let length = self.socket.recv(&mut buffer).ok()?;
         Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
     }
@@ -64,7 +64,7 @@ impl Manager {
     /// Reads until each of the lines was there, in any order.
     fn expect_all(&self, lines: &[&str]) {
         let mut missing: Vec<&str> = lines.to_vec();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         while !missing.is_empty() && Instant::now() < deadline {
             if let Some(message) = self.next(Duration::from_millis(100)) {
                 missing.retain(|line| !message.lines().any(|one| one == *line));
@@ -75,7 +75,7 @@ impl Manager {
 
     /// Reads until a message has the line.
     fn expect(&self, line: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         let mut seen = Vec::new();
         while Instant::now() < deadline {
             if let Some(message) = self.next(Duration::from_millis(100)) {

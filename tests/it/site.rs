@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::{
     client,
     pki::{self, Pki},
-    process::PATIENCE,
+    process::WAIT_MAX,
     softhsm::{self, Token},
 };
 
@@ -293,12 +293,12 @@ client_ca_file = "{ca}"
             .unwrap()
     }
 
-    /// Runs `serve` when it is expected to give up by itself, at most for [`PATIENCE`].
+    /// Runs `serve` when it is expected to give up by itself, at most for [`WAIT_MAX`].
     pub(crate) fn serve_to_its_end(&self) -> Finished {
         self.run_to_its_end(self.serve())
     }
 
-    /// Runs a command that is expected to end by itself, at most for [`PATIENCE`].
+    /// Runs a command that is expected to end by itself, at most for [`WAIT_MAX`].
     pub(crate) fn run_to_its_end(&self, mut command: Command) -> Finished {
         fs::remove_file(self.ready_file()).ok();
         let [out, err] = ["out", "err"].map(|name| self.folder().join(name));
@@ -308,7 +308,7 @@ client_ca_file = "{ca}"
             .stderr(fs::File::create(&err).unwrap())
             .spawn()
             .unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         while child.try_wait().unwrap().is_none() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));
         }

@@ -189,7 +189,7 @@ fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
     let mut command = site.command(&["token", "init", "--label", label, "--so-pin-file", &so_pin]);
     command.env("OTHER_PKCS11_CONF", "/nowhere");
     let finished = site.run_to_its_end(command);
-    says(&finished, TOKEN, &["is there already"]);
+    says(&finished, TOKEN, &["already exists (serial "]);
     assert!(
         !finished.stderr.contains("OTHER_PKCS11_CONF"),
         "{finished:#?}"

@@ -455,6 +455,11 @@ fn a_worker_that_hangs_in_the_module_does_not_outlive_a_killed_front() {
     });
 }
 
+/// Shell commands that make a mount namespace look like a container, which does not see `/run` of the host.
+const CONTAINER: &str = "mount -t tmpfs tmpfs /run\nunset INVOCATION_ID";
+/// Shell commands that make a mount namespace look like that of a systemd service.
+const SERVICE: &str = "mount -t tmpfs tmpfs /run\nmkdir -p /run/systemd/system";
+
 /// Runs `config check` after commands of the shell in a mount namespace of its own, with `$1` as the policy directory.
 fn check_after(site: &Site, directory: &Path, commands: &str) -> Option<Finished> {
     let probe = Command::new("unshare").args(["--mount", "true"]).output();
@@ -498,7 +503,7 @@ fn a_volume_as_kubernetes_mounts_it_is_trusted() {
          chmod 0644 ..data/*",
         site.pki.certificate_file("server").display()
     );
-    let mounted = format!("{fill}\nmount -o remount,ro \"$1\"");
+    let mounted = format!("{CONTAINER}\n{fill}\nmount -o remount,ro \"$1\"");
     let Some(finished) = check_after(&site, &directory, &mounted) else {
         return;
     };
@@ -524,14 +529,71 @@ fn the_hosts_own_file_system_is_not_trusted_because_it_is_mounted_read_only() {
         )
         .unwrap();
     });
-    let remount = "mount --bind \"$1\" \"$1\"\nmount -o remount,bind,ro \"$1\"";
-    let Some(finished) = check_after(&site, &directory, remount) else {
+    let remount =
+        format!("{CONTAINER}\nmount --bind \"$1\" \"$1\"\nmount -o remount,bind,ro \"$1\"");
+    let Some(finished) = check_after(&site, &directory, &remount) else {
         return;
     };
     let is_apart =
         rustix::fs::stat(&directory).unwrap().st_dev != rustix::fs::stat("/").unwrap().st_dev;
     let expected = if is_apart { 0 } else { CONFIGURATION };
     assert_eq!(finished.code, Some(expected), "{finished:#?}");
+}
+
+/// systemd shows a service also the other file systems of the host read-only, such as a `/var` of its own, while others write to them.
+#[test]
+fn a_read_only_view_of_a_service_is_not_trusted_whichever_file_system_it_shows() {
+    let site = Site::without_keys(Options::default());
+    let directory = site.folder().join("policies");
+    fs::create_dir(&directory).unwrap();
+    site.write_configuration(|text| {
+        write!(
+            text,
+            "\n[policy]\ndirectory = \"{}\"\n",
+            directory.display()
+        )
+        .unwrap();
+    });
+    let view = "mount -t tmpfs -o mode=0777 tmpfs \"$1\"\nmount -o remount,bind,ro \"$1\"";
+    let without_run =
+        "mount -t tmpfs tmpfs /run\nexport INVOCATION_ID=0123456789abcdef0123456789abcdef";
+    for (beside, expected) in [
+        (CONTAINER, 0),
+        (SERVICE, CONFIGURATION),
+        (without_run, CONFIGURATION),
+    ] {
+        let Some(finished) = check_after(&site, &directory, &format!("{beside}\n{view}")) else {
+            return;
+        };
+        assert_eq!(finished.code, Some(expected), "{beside}: {finished:#?}");
+        if expected == CONFIGURATION {
+            let shown = directory.to_str().unwrap();
+            assert!(finished.stderr.contains(shown), "{finished:#?}");
+            assert!(finished.stderr.contains("mode 0777"), "{finished:#?}");
+        }
+    }
+}
+
+/// The server on the other side of a read-only mount can write to the directory of its socket, and so can others there.
+#[test]
+fn the_directory_of_a_socket_is_examined_in_a_read_only_mount_too() {
+    let site = Site::without_keys(Options::default());
+    let directory = site.folder().join("sockets");
+    fs::create_dir(&directory).unwrap();
+    site.write_configuration(|text| {
+        let url = format!("sqlite:{}", site.database().display());
+        let socket = format!("postgres://keybroker@/keys?socket={}", directory.display());
+        assert!(text.contains(&url), "{text}");
+        *text = text.replace(&url, &socket);
+    });
+    let mounts = format!(
+        "{CONTAINER}\nmount -t tmpfs -o mode=0777 tmpfs \"$1\"\nmount -o remount,bind,ro \"$1\""
+    );
+    let Some(finished) = check_after(&site, &directory, &mounts) else {
+        return;
+    };
+    assert_eq!(finished.code, Some(CONFIGURATION), "{finished:#?}");
+    assert!(finished.stderr.contains("mode 0777"), "{finished:#?}");
 }
 
 /// A Secret without `defaultMode`, or one of Compose: `chmod` would fail there.
@@ -547,7 +609,7 @@ fn a_secret_on_a_read_only_mount_is_refused_with_a_remedy_that_works_there() {
     });
     let mount = |mode: &str| {
         format!(
-            "mount -t tmpfs -o mode=1777 tmpfs \"$1\"\necho 1234 >\"$1/pin\"\nchmod {mode} \"$1/pin\"\n\
+            "{CONTAINER}\nmount -t tmpfs -o mode=1777 tmpfs \"$1\"\necho 1234 >\"$1/pin\"\nchmod {mode} \"$1/pin\"\n\
              mount -o remount,ro \"$1\""
         )
     };

@@ -16,7 +16,7 @@ use crate::{
     client::{Caller, eventually, refused},
     listeners::raw::{handshake, tls_config},
     pki,
-    process::{Broker, PATIENCE},
+    process::{Broker, WAIT_MAX},
     site::{Options, Site},
 };
 
@@ -122,7 +122,7 @@ fn silent_connections(address: SocketAddr, count: usize) -> Vec<TcpStream> {
 
 fn all_cut(silent: Vec<TcpStream>) {
     for mut stream in silent {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(WAIT_MAX)).unwrap();
         // Closed, reset, or closed after a TLS alert; never still open.
         if let Err(error) = stream.read_to_end(&mut Vec::new()) {
             assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, fs, process::Command};
 
-use keybroker::config::Config;
+use keybroker::config::{Config, INSTANCE_VARIABLE};
 use yaml_rust2::{Yaml, YamlLoader};
 
 use crate::root;
@@ -182,7 +182,7 @@ fn compose_starts_two_brokers_that_share_database_and_token_but_no_log() {
     let compose = &documents(COMPOSE)[0];
     let services = &compose["services"];
     let ports = ports(CONFIGURATIONS[0]);
-    let mut logs = BTreeSet::new();
+    let (mut logs, mut instances) = (BTreeSet::new(), BTreeSet::new());
     for name in ["keybroker-1", "keybroker-2"] {
         let service = &services[name];
         let published: BTreeSet<i64> = strings(&service["ports"])
@@ -206,6 +206,10 @@ fn compose_starts_two_brokers_that_share_database_and_token_but_no_log() {
             .iter()
             .find(|volume| volume.ends_with(":/var/log/keybroker"));
         assert!(logs.insert(log.unwrap().clone()), "one log for both");
+        let instance = service["environment"][INSTANCE_VARIABLE].as_str();
+        let instance = instance.unwrap_or_else(|| panic!("{name} has no {INSTANCE_VARIABLE}"));
+        assert_accepted_as_instance(instance);
+        assert!(instances.insert(instance), "{instance} for both");
     }
     let broker = &compose["x-broker"];
     assert_eq!(broker["read_only"].as_bool(), Some(true));
@@ -223,6 +227,42 @@ fn compose_starts_two_brokers_that_share_database_and_token_but_no_log() {
         if let Some(secret) = path.strip_prefix("/run/secrets/") {
             assert!(declared.contains(secret), "{path}");
         }
+    }
+}
+
+/// Several brokers under one name would take each other's audit log for a replaced one.
+#[test]
+fn each_replica_has_an_instance_name_of_its_own() {
+    let set = document(BROKERS, "StatefulSet");
+    assert!(set["spec"]["replicas"].as_i64().unwrap() > 1);
+    let container = &items(&set["spec"]["template"]["spec"]["containers"])[0];
+    let variable = items(&container["env"])
+        .iter()
+        .find(|variable| variable["name"].as_str() == Some(INSTANCE_VARIABLE));
+    let source = &variable.expect("no variable")["valueFrom"]["fieldRef"]["fieldPath"];
+    // A StatefulSet names its pods by itself and a number, so no two of them share a name.
+    assert_eq!(source.as_str(), Some("metadata.name"));
+    let name = set["metadata"]["name"].as_str().unwrap();
+    assert_accepted_as_instance(&format!("{name}-0"));
+}
+
+fn assert_accepted_as_instance(name: &str) {
+    let mut config = config(CONFIGURATIONS[1]);
+    config.audit.instance = name.to_owned();
+    assert_eq!(config.problems(), Vec::<String>::new(), "{name}");
+}
+
+/// The image has no user of a database server, so a name would stand for no user.
+#[test]
+fn the_users_of_a_local_socket_are_named_by_number() {
+    let store = config(CONFIGURATIONS[0]).store;
+    assert!(store.url.as_str().contains("?socket="));
+    let users = store
+        .socket_users
+        .expect("the defaults exist nowhere in the image");
+    assert!(!users.is_empty());
+    for user in users {
+        assert!(user.parse::<u32>().is_ok_and(|id| id != 0), "{user}");
     }
 }
 

@@ -54,7 +54,7 @@ fn systemd_finds_little_exposed() {
     assert!(said.contains("Overall exposure level"), "{said}");
 }
 
-/// The drain of the configuration's default, and what follows it, end before systemd loses patience.
+/// The drain of the configuration's default, and what follows it, end before systemd kills the process.
 #[test]
 fn there_is_time_for_the_drain() {
     let drain_s = keybroker::server::Limits::default().drain_timeout_ms / 1_000;

@@ -90,9 +90,9 @@ fn one_round(
                 }
             }
         });
-        let patience = Duration::from_secs(20);
+        let timeout = Duration::from_secs(20);
         has_written
-            .recv_timeout(patience)
+            .recv_timeout(timeout)
             .expect("the child has written nothing");
         kill(&mut child);
         child.wait().unwrap();

@@ -1,8 +1,8 @@
 //! Runs one call: within a place among the calls of its connection, within its deadline, in a separate task, and in a span that
 //! every log line below it carries.
 //!
-//! The task lets a call whose caller hangs up, or whose deadline passes, still reach its audit entry. The call keeps its place until
-//! then, so that hanging up gives a caller no more work at once than waiting does.
+//! The task lets a call whose caller disconnects, or whose deadline passes, still reach its audit entry. The call keeps
+//! its place until then, so that disconnecting does not let a caller start more calls at once.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

@@ -114,12 +114,12 @@ where
 
 /// An authenticated call under way. Only the middleware makes one, after the caller was authenticated.
 #[derive(Clone, Debug)]
-struct Entered {
+struct AuthenticatedCall {
     principal: Arc<Principal>,
     call: Call,
 }
 
-impl Entered {
+impl AuthenticatedCall {
     /// What the middleware found out about the caller.
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();

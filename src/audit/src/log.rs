@@ -180,8 +180,9 @@ impl AuditLog {
     /// Latches the log as one that replaced another, until an operator acknowledges it. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = format!(
-            "the database was used with other logs of this instance, and not with the one in {}: it was replaced, or its directory was \
-             moved, while the broker was stopped",
+            "the log in {} is new, and the database was used with other logs of this instance. If this is another host or replica, give \
+             it a name that no other one has, with `audit.instance` or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
+             again. Otherwise the log was replaced, lost, or moved while the broker was stopped",
             self.0.directory.display()
         );
         match &self.0.memory {

@@ -31,7 +31,7 @@ pub(super) struct Mark {
     pub(super) log_id: String,
     /// Sequence number of the last entry.
     pub(super) sequence: u64,
-    /// The segments that were there. Empty in a mark of an earlier release, which says nothing of them.
+    /// The segments that were there. Empty in a mark of an earlier release, which does not have them.
     #[serde(default)]
     pub(super) segments: Vec<Extent>,
 }

@@ -1,9 +1,9 @@
 //! What an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
 //!
-//! A crash tears what was being written: at most one group, at the very end. Anything else that does not read is
-//! damage, and a damaged log is not written on: that would hide the damage, since what is set aside leaves the
-//! sequence without a gap. A machine that loses its power may leave a hole inside that last group, which cannot be
-//! told from a manual edit: that is damage, too, and a person decides.
+//! A crash tears what was being written: at most one group, at the very end. Anything else that cannot be read is
+//! damage, and the broker does not append to a damaged log: that would hide the damage, since what is set aside leaves
+//! the sequence without a gap. A machine that loses its power may leave a hole inside that last group, which cannot be
+//! distinguished from a manual edit; it counts as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 

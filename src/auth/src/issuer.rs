@@ -127,9 +127,9 @@ pub struct Settings {
     pub algorithms: BTreeSet<Algorithm>,
     /// How far its clock and ours may differ.
     pub leeway_s: u32,
-    /// One of these must be in `aud`; empty: `aud` is not looked at.
+    /// One of these must be in `aud`; empty: `aud` is not checked.
     pub audience: BTreeSet<String>,
-    /// `typ` of the header must be one of these; empty: it is not looked at.
+    /// `typ` of the header must be one of these; empty: it is not checked.
     pub token_types: BTreeSet<String>,
     /// All of these must be in `scope` or `scp`.
     pub required_scopes: BTreeSet<String>,

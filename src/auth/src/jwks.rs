@@ -43,7 +43,7 @@ const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
 const EXPONENT_MIN: u32 = 65_537;
 /// Longest public exponent, in bits, that the library takes that verifies.
 const EXPONENT_BITS_MAX: usize = 33;
-/// Keys that are tried for a token that does not name one of several.
+/// Largest number of keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
 /// What the log calls a key without a name.
 const WITHOUT_NAME: &str = "(key without `kid`)";
@@ -380,7 +380,11 @@ impl Jwk {
             ("EC", Some("P-384")) => point().and_then(|point| elliptic(&point, Algorithm::ES384)),
             ("OKP", Some("Ed25519")) => member(&self.x, "x").and_then(|x| edwards(&x)),
             (kty, curve) => {
-                let kind = format!("its type is {} {}", shown(kty), curve.unwrap_or(""));
+                let kind = format!(
+                    "its type is {} {}",
+                    shown(kty),
+                    curve.map_or_else(String::new, shown)
+                );
                 return Err(Unused::Other(kind));
             }
         };

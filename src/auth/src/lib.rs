@@ -1,8 +1,8 @@
-//! Who is calling. The one place that turns a verified credential into a [`Principal`].
+//! Authentication: turns a verified credential into a [`Principal`].
 //!
-//! A client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in the configured principals.
-//! Exactly one principal must match; none and several are refused alike. Or what a call brings in its `authorization` header,
-//! which then stands in the place of the certificate.
+//! A client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in the configured
+//! principals. Exactly one principal must match; none and several are refused alike. If a call has an `authorization`
+//! header, the header replaces the certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 

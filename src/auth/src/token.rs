@@ -90,7 +90,7 @@ pub enum IssuerError {
         /// Name of the issuer.
         issuer: String,
         /// What is wrong.
-        source: SourceError,
+        source: Box<SourceError>,
     },
 }
 
@@ -110,7 +110,7 @@ impl Tokens {
         for settings in issuers {
             let keys = Keys::new(settings, pace(settings)).map_err(|source| IssuerError::Keys {
                 issuer: settings.name.clone(),
-                source,
+                source: Box::new(source),
             })?;
             by_name.insert(settings.issuer.clone(), known.len());
             register_series(&settings.name);
@@ -286,7 +286,7 @@ impl Issuer {
                 // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
                 // ids could have good tokens rejected after a key rotation.
                 Newer::Unknown(wait) => {
-                    outcome = outcome.map_err(|refusal| refusal.undecided(wait))
+                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
                 Newer::Same => {}
             }

@@ -125,7 +125,7 @@ impl SymmetricKey {
             found => Err(Error::Length {
                 what: "the symmetric key",
                 found,
-                expected: "64, or 32 in an old account (more is a COSE key, which is not read here)",
+                expected: "64, or 32 in an old account; longer keys (COSE) are not supported",
             }),
         }
     }

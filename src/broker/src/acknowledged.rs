@@ -300,7 +300,7 @@ impl Acknowledged {
         Ok(())
     }
 
-    /// Takes over the decision of an operator who accepted the database since.
+    /// Applies an operator's acceptance of the database since then.
     fn take_over_acceptance(&self) {
         let Ok(Some(kept)) = self.kept() else {
             return;
@@ -413,5 +413,35 @@ impl Broker {
             None if before.is_some() => tracing::warn!("the database is accepted again"),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{error::Error as _, fs};
+
+    use super::*;
+
+    /// The cause is there for programs, and its text for the log.
+    #[test]
+    fn a_state_file_that_cannot_be_used_is_the_cause_of_the_refusal() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(folder.path());
+        let path = state.path().join(fact_of("one"));
+        fs::create_dir_all(state.path()).unwrap();
+        fs::write(&path, "{").unwrap();
+        let retention = Duration::from_hours(1);
+        let refused = Acknowledged::new(state, "one", retention)
+            .kept()
+            .unwrap_err();
+        assert_eq!(refused.reason(), Reason::StoreDown);
+        assert!(refused.detail().contains("accept-restored"), "{refused}");
+        let cause = refused.source().unwrap();
+        assert!(matches!(cause.downcast_ref(), Some(Unusable::State(_))));
+        assert!(
+            cause
+                .source()
+                .is_some_and(<dyn std::error::Error>::is::<state::Error>)
+        );
     }
 }

@@ -30,7 +30,7 @@ pub(super) use uses::ClientUses;
 
 use known::{PageVerifier, Verified, Wanted, document_of};
 
-/// What the configuration says of API clients.
+/// The settings of API clients.
 pub struct ClientRules {
     /// Roles that an administrator may give.
     pub grantable_roles: BTreeSet<Role>,
@@ -154,7 +154,7 @@ impl Broker {
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {
-                    let what = "its users, key names and secrets are too long for another secret: make another client";
+                    let what = "its users, key names and secrets leave no room for another secret: create another client";
                     return Err(Error::violation("id", what));
                 }
                 Ok((broker.next_row(credential).await?, secret))
@@ -168,7 +168,7 @@ impl Broker {
         .await
     }
 
-    /// Revokes an API client for good, or one of its secrets.
+    /// Revokes an API client permanently, or one of its secrets.
     pub async fn revoke_client(
         self: &Arc<Self>,
         principal: &Principal,

@@ -17,7 +17,7 @@ use super::{
     registry::{Registry, token_key},
 };
 
-/// One registered wrapping key, with what the token says of it.
+/// One registered wrapping key, with what the token reports about it.
 #[derive(Clone, Debug)]
 pub struct WrappingKeyView {
     /// `CKA_ID`.

@@ -12,19 +12,14 @@ pub(super) fn report_records<'a>(
     action: Action,
     damaged: impl Iterator<Item = &'a DamagedRecord>,
 ) {
-    let mut total: usize = 0;
-    for row in damaged {
-        if total < LOGGED_MAX {
-            let record = row.id.map(|id| id.to_string());
-            keybroker_core::alert!(
-                RecordDamaged, call_id = %call.id, action = %action, record,
-                damage = row.damage.as_str(), detail = row.detail,
-                "a stored record is damaged; compare with a backup before anyone replaces it"
-            );
-        }
-        total += 1;
-    }
-    count(call, "records", total);
+    report(call, "records", damaged, |row| {
+        let record = row.id.map(|id| id.to_string());
+        keybroker_core::alert!(
+            RecordDamaged, call_id = %call.id, action = %action, record,
+            damage = row.damage.as_str(), detail = row.detail,
+            "a stored record is damaged; compare with a backup before anyone replaces it"
+        );
+    });
 }
 
 /// Raises an alert about the damaged API clients of a page.
@@ -33,22 +28,29 @@ pub(super) fn report_clients<'a>(
     action: Action,
     damaged: impl Iterator<Item = &'a DamagedClient>,
 ) {
+    report(call, "clients", damaged, |row| {
+        let client = row.id.map(|id| id.to_string());
+        keybroker_core::alert!(
+            ClientDamaged, call_id = %call.id, action = %action, client,
+            damage = row.damage.as_str(), detail = row.detail,
+            "the stored row of an API client is damaged"
+        );
+    });
+}
+
+fn report<'a, D: 'a>(
+    call: &Call,
+    table: &'static str,
+    damaged: impl Iterator<Item = &'a D>,
+    raise_alert: impl Fn(&D),
+) {
     let mut total: usize = 0;
     for row in damaged {
         if total < LOGGED_MAX {
-            let client = row.id.map(|id| id.to_string());
-            keybroker_core::alert!(
-                ClientDamaged, call_id = %call.id, action = %action, client,
-                damage = row.damage.as_str(), detail = row.detail,
-                "the stored row of an API client is damaged"
-            );
+            raise_alert(row);
         }
         total += 1;
     }
-    count(call, "clients", total);
-}
-
-fn count(call: &Call, table: &'static str, total: usize) {
     if total == 0 {
         return;
     }

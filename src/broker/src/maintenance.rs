@@ -16,6 +16,7 @@ use keybroker_core::{
 };
 use keybroker_hsm::Serving;
 use keybroker_store as store;
+use keybroker_store::REQUEST_KEPT_US;
 
 use super::{Broker, ticks::Ticks};
 
@@ -24,8 +25,6 @@ const TICK: Duration = Duration::from_secs(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const TICKS_PER_MINUTE: u64 = 60;
 const TICKS_PER_HOUR: u64 = 3_600;
-/// How long a request id is remembered, in microseconds: 24 hours.
-const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
 
 /// Whether the services can do their work.
 #[derive(Clone, Debug, PartialEq, Eq)]

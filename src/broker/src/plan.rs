@@ -40,7 +40,7 @@ impl Commit {
         }
     }
 
-    /// The record as it will be, when it is done at that moment and nothing comes between.
+    /// The record after this change, if it commits at `at` and no other change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => RecordInfo {
@@ -109,7 +109,7 @@ impl Broker {
             Change::Restore { revision, expected } => {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
-                self.check_revisions(call, &record.info).await?;
+                // No limit of revisions: a caller who used it up must not prevent the recovery of an earlier revision.
                 let new = self.rebind(call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }
@@ -156,8 +156,9 @@ impl Broker {
             return Ok(());
         }
         let detail = format!(
-            "{most} revisions of the record are stored, which is `store.revisions_max`; raise it, or remove those that were superseded \
-             before `store.retention_days` with `keybroker store purge`"
+            "{most} revisions of the record are stored, which is `store.revisions_max`; an earlier revision can still be restored. To \
+             accept new ones, raise the setting, or run `keybroker store purge`, which removes only what was superseded longer than \
+             `store.retention_days` ago"
         );
         Err(Error::new(Reason::Limit, detail))
     }

@@ -48,11 +48,11 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key may be used"))
     }
 
-    /// Whether envelopes under the key may be unwrapped or bound anew.
+    /// Whether envelopes under the key may be unwrapped or get a new MAC.
     pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
         if self.unproved.iter().any(|row| row.id == id) {
             let detail = format!(
-                "wrapping key {id} was registered after this broker started; restart it, one broker after another"
+                "wrapping key {id} was registered after this broker started; restart the brokers, one after another"
             );
             return Err(Error::new(Reason::TokenDown, detail).retry_after(START_RETRY));
         }
@@ -113,7 +113,7 @@ impl Broker {
             tracing::warn!(
                 wrapping_key = %row.id,
                 "no backup of the token is confirmed for this wrapping key: if the token is \
-                 lost, every vault under it is lost; back the token up, test the restore, then \
+                 lost, every user key wrapped under it is lost; back the token up, test the restore, then \
                  run `keybroker token backup-confirmed`"
             );
         }

@@ -1,5 +1,5 @@
-//! When each record was last released: noted in memory by a release, and written by and by. A note costs a release a short
-//! lock; a note that is lost loses nothing else.
+//! When each record was last released: noted in memory by a release, and written in the background. A note costs a
+//! release a short lock; a note that is lost loses nothing else.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use super::{Broker, ticks::Ticks};
 
 /// Records noted at most; further ones are lost while the database is unavailable or slow.
 const NOTED_MAX: usize = 65_536;
-/// So many are written in one transaction.
+/// Notes per transaction.
 const WRITTEN_AT_ONCE: usize = 500;
 /// So many transactions at most, one time: notes must not crowd out what clients wait for.
 const TRANSACTIONS_MAX: usize = 5;

@@ -179,7 +179,9 @@ impl fmt::Display for Error {
                 f.write_str("the connection failed or ended during the call")?;
             }
             (ErrorKind::UnexpectedResponse, _) => {
-                f.write_str("the response is not one of a broker; check the endpoint")?;
+                f.write_str(
+                    "the response does not come from a Keybroker broker; check the endpoint",
+                )?;
             }
             (ErrorKind::Credential, _) => f.write_str("the provider of bearer tokens failed")?,
             (ErrorKind::InvalidResponse, _) => {

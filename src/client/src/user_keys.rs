@@ -355,7 +355,7 @@ fn record(record: Option<proto::UserKey>) -> Result<UserKey, AttemptError> {
     };
     Ok(UserKey {
         key: UserKeyRef::parse(&record.user, &record.key_name)
-            .map_err(|_| AttemptError::Invalid("user or key_name breaks its limits"))?,
+            .map_err(|_| AttemptError::Invalid("user or key_name is empty or too long"))?,
         record_id: RecordId::from_slice(&record.record_id)
             .ok_or(AttemptError::Invalid("record_id has not 16 bytes"))?,
         state,

@@ -11,7 +11,8 @@ pub use tracing;
 /// How soon a person has to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// At once: keys are not released until the cause is removed, or stored data or the log were changed by something else.
+    /// At once: keys are not released or may soon not be, or another program may have changed the token, the registry,
+    /// the audit log or the database as a whole.
     Critical,
     /// Soon: the broker serves, but a part of it does not work, a limit comes near, or one caller is affected.
     Warning,
@@ -77,7 +78,7 @@ alerts! {
     AuditLog = "audit-log", Critical, "The audit log cannot be written.";
     AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
     TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
-    ClientCrl = "client-crl", Warning, "A list of revoked client certificates has expired, ends soon, or could not be remembered.";
+    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, has expired, ends soon, or could not be remembered.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
     PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";

@@ -223,7 +223,7 @@ impl Unsealed {
 }
 
 impl Envelope {
-    /// Reads an envelope. Says nothing of its MAC.
+    /// Reads an envelope. Does not verify its MAC.
     pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
         let mut rest = bytes;
         match take_byte(&mut rest)? {

@@ -111,7 +111,7 @@ impl Reason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 
-    /// The fixed text that a caller receives. It says nothing of the inside.
+    /// The fixed text that a caller receives. It has no internal details.
     pub const fn text(self) -> &'static str {
         match self {
             Self::Request => "the request is malformed",

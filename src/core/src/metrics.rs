@@ -392,7 +392,7 @@ declare! {
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
         ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
         POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
-        POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were not taken over.";
+        POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were refused.";
         AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the files of the audit log were found changed by something else.";
         LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
@@ -400,7 +400,7 @@ declare! {
         CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Connections that the operating system did not hand over.";
         HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
-        TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were not taken over.";
+        TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were refused.";
         STORE_RETRIES = "keybroker_store_retries_total" [] "Database transactions that were tried again because of contention.";
         STORE_RECONNECTS = "keybroker_store_reconnects_total" [] "Database statements that were tried again on another connection.";
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";

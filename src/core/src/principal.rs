@@ -201,7 +201,7 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// What a credential says of its holder beyond the name: for policies of operators.
+/// The attributes of a credential's holder beyond the name: for policies of operators.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own words).
@@ -220,7 +220,7 @@ pub struct Claims {
     pub expires: Option<Timestamp>,
 }
 
-/// All that a verified credential says of its holder. Only `auth/` fills one in.
+/// Everything that a verified credential states about its holder. Only `auth/` fills one in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Stable, and different for each holder of any credential: `URI:spiffe://…`, `DNS:…`, `token:<issuer>:<subject>`,

@@ -7,17 +7,19 @@
 //!
 //! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
 //!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) other users cannot
-//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not. In a file system that is mounted
-//!   read-only, no process that sees this mount can change anything.
+//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not.
+//!   In a container, no process that sees a read-only mount can change anything in it.
 //! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
 //!   cannot hang the process. The descriptor that is examined is the one that is read.
 //! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
 //!   others; its group may read it when it belongs to root, because root chose the group (systemd credentials, Kubernetes
 //!   Secrets with `fsGroup`).
 //!
-//! A read-only mount counts only when it is another file system than that of the root directory. systemd's `ProtectSystem=strict`
-//! shows a service the whole host read-only, while other users of the host can still write to it. A FUSE mount never counts as
-//! read-only, because the process that serves it decides what is read and who the owners are. One that another user mounted is refused.
+//! A read-only mount counts only in a container, and only when it is another file system than that of the root directory. Where systemd
+//! runs, it does not count: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
+//! users of the host can still write to them. A FUSE mount never counts as read-only, because the process that serves it decides what
+//! is read and who the owners are. One that another user mounted is refused. For a socket no mount counts, because the process that
+//! listens can write to the directory.
 //!
 //! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]), and
 //! to the directories above a file that this process writes, where a group may have the write permission ([`check_above`]).
@@ -72,6 +74,10 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
+/// Exists where systemd runs; sd_booted(3).
+const SYSTEMD: &str = "/run/systemd/system";
+/// systemd sets it for each service, also for one that does not see `/run` of the host; systemd.exec(5).
+const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// The users of this machine. Users of other directory services are named by their numbers.
 const USERS: &str = "/etc/passwd";
@@ -81,37 +87,65 @@ const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
 /// What a file is used for: decides the rule and the text of a refusal.
 #[derive(Clone, Copy, Debug)]
-pub struct Purpose {
-    /// What the file holds, such as `PIN`, when other users must not read it.
-    secret: Option<&'static str>,
-    /// What another user could do, as a clause that begins with `other users could`.
-    risk: &'static str,
-    /// What to do about a foreign owner, when it is not `chown`.
-    owner_remedy: Option<&'static str>,
+pub struct Purpose(Kind);
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Other users may read it.
+    Trust {
+        /// What another user could do, as a clause that begins with `other users could`.
+        risk: &'static str,
+        /// What to do about a foreign owner, when it is not `chown`.
+        owner_remedy: Option<&'static str>,
+    },
+    /// Other users must not read it. Names the content, such as `PIN`.
+    Secret(&'static str),
 }
 
 impl Purpose {
     /// A file that other users may read but not change. `risk` is the clause that says what they could do otherwise.
     pub const fn trust(risk: &'static str) -> Self {
-        Self {
-            secret: None,
+        Self(Kind::Trust {
             risk,
             owner_remedy: None,
-        }
+        })
     }
 
-    /// The same purpose with another remedy for what belongs to another user.
-    pub const fn owner_remedy(mut self, remedy: &'static str) -> Self {
-        self.owner_remedy = Some(remedy);
-        self
+    /// The same as [`Purpose::trust`], with a remedy for what belongs to another user.
+    pub const fn trust_with_remedy(risk: &'static str, owner_remedy: &'static str) -> Self {
+        Self(Kind::Trust {
+            risk,
+            owner_remedy: Some(owner_remedy),
+        })
     }
 
     /// A file that holds a secret, named by `what`, such as `PIN`.
     pub const fn secret(what: &'static str) -> Self {
-        Self {
-            secret: Some(what),
-            risk: "other users could replace it",
-            owner_remedy: None,
+        Self(Kind::Secret(what))
+    }
+
+    const fn is_secret(self) -> bool {
+        matches!(self.0, Kind::Secret(_))
+    }
+
+    const fn content(self) -> &'static str {
+        match self.0 {
+            Kind::Trust { .. } => "content",
+            Kind::Secret(what) => what,
+        }
+    }
+
+    const fn risk(self) -> &'static str {
+        match self.0 {
+            Kind::Trust { risk, .. } => risk,
+            Kind::Secret(_) => "other users could replace it",
+        }
+    }
+
+    const fn owner_remedy(self) -> Option<&'static str> {
+        match self.0 {
+            Kind::Trust { owner_remedy, .. } => owner_remedy,
+            Kind::Secret(_) => None,
         }
     }
 }
@@ -120,13 +154,13 @@ impl Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
     id: u32,
-    /// The user's own group, which may write to a directory on the way.
-    group: u32,
+    /// The user's own group, which may write to a directory on the way; unknown without an entry in `/etc/passwd`.
+    group: Option<u32>,
 }
 
 impl User {
     /// The user with this name or number. A number that `/etc/passwd` does not have is a user in a container or of a directory
-    /// service: its group is taken to have the same number.
+    /// service, whose group is unknown: on this machine, the group with the same number has other members.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
@@ -139,10 +173,10 @@ impl User {
             let mut fields = line.split(':');
             let found = fields.next()?;
             let id = fields.nth(1)?.parse().ok()?;
-            let group = fields.next()?.parse().ok()?;
+            let group = Some(fields.next()?.parse().ok()?);
             (found == name || number == Some(id)).then_some(Self { id, group })
         });
-        known.or(number.map(|id| Self { id, group: id }))
+        known.or(number.map(|id| Self { id, group: None }))
     }
 
     /// The number of the user.
@@ -154,11 +188,11 @@ impl User {
 /// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
 #[derive(Debug)]
 pub struct Error {
-    path: PathBuf,
+    path: Box<Path>,
     /// The file itself, a directory above it, or a symbolic link on the way.
-    component: PathBuf,
+    component: Box<Path>,
     purpose: Purpose,
-    problem: Problem,
+    problem: Box<Problem>,
 }
 
 #[derive(Debug)]
@@ -169,7 +203,8 @@ enum Problem {
     NotDirectory(&'static str),
     NotSocket(&'static str),
     ForeignMount {
-        owner: u32,
+        /// Unknown if the mount table does not name one.
+        owner: Option<u32>,
     },
     ProcLink,
     TooLong(u64),
@@ -194,18 +229,18 @@ enum Problem {
 impl Error {
     /// Whether the file does not exist.
     pub fn is_missing(&self) -> bool {
-        matches!(&self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
+        matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Whether a file was expected and a directory is there.
     pub fn is_directory(&self) -> bool {
-        matches!(self.problem, Problem::NotRegular(DIRECTORY))
+        matches!(*self.problem, Problem::NotRegular(DIRECTORY))
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match &self.problem {
+        match &*self.problem {
             Problem::Io(error) => Some(error),
             _ => None,
         }
@@ -215,14 +250,14 @@ impl std::error::Error for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (path, at) = (self.path.display(), self.component.display());
-        let risk = self.purpose.risk;
+        let risk = self.purpose.risk();
         let ours = rustix::process::geteuid().as_raw();
         if self.path != self.component
-            && !matches!(self.problem, Problem::Io(_) | Problem::NoCredentials)
+            && !matches!(*self.problem, Problem::Io(_) | Problem::NoCredentials)
         {
             write!(f, "{path} is not trusted: ")?;
         }
-        match &self.problem {
+        match &*self.problem {
             // The component may be the absolute form of the same path.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
@@ -239,9 +274,13 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner } => write!(
+            Problem::ForeignMount { owner: Some(owner) } => write!(
                 f,
                 "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            Problem::ForeignMount { owner: None } => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
             ),
             Problem::ProcLink => write!(
                 f,
@@ -256,7 +295,7 @@ impl fmt::Display for Error {
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
             Problem::Owner { what, owner } => {
-                if let Some(remedy) = self.purpose.owner_remedy {
+                if let Some(remedy) = self.purpose.owner_remedy() {
                     return write!(
                         f,
                         "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
@@ -294,7 +333,7 @@ impl Error {
         is_read_only: bool,
     ) -> fmt::Result {
         let at = self.component.display();
-        let secret = self.purpose.secret.unwrap_or("content");
+        let secret = self.purpose.content();
         write!(
             f,
             "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
@@ -339,10 +378,10 @@ pub fn expand(path: &Path) -> Result<PathBuf, Error> {
     match env::var_os(CREDENTIALS_VARIABLE) {
         Some(directory) => Ok(Path::new(&directory).join(name)),
         None => Err(Error {
-            path: path.to_owned(),
-            component: path.to_owned(),
+            path: path.into(),
+            component: path.into(),
             purpose: Purpose::trust(""),
-            problem: Problem::NoCredentials,
+            problem: Box::new(Problem::NoCredentials),
         }),
     }
 }
@@ -414,7 +453,7 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
 pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
     let owner = std::fs::metadata(path).ok().map(|meta| User {
         id: meta.uid(),
-        group: meta.gid(),
+        group: Some(meta.gid()),
     });
     let walk = Walk {
         users: owner.as_slice(),
@@ -440,6 +479,7 @@ pub struct SocketPlace {
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
+        exempts_read_only: false,
         ..Walk::new(path, purpose)
     };
     let (stat, at) = match walk.resolve()? {
@@ -449,7 +489,6 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
         return Err(walk.error(&at, Problem::NotSocket(kind_of(&stat))));
     }
-    // Also in a read-only mount: the process that listens is on the other side of it.
     walk.check_owner("the socket ", stat.st_uid, &at)?;
     Ok(SocketPlace {
         is_shared: walk.is_shared.get(),
@@ -491,6 +530,8 @@ struct Walk<'a> {
     users: &'a [User],
     /// The write permissions that a directory on the way must not have.
     writable: u32,
+    /// Whether directories in a read-only mount may belong to anyone and be writable by others.
+    exempts_read_only: bool,
     /// Whether others can add entries to a directory on the way.
     is_shared: Cell<bool>,
 }
@@ -503,6 +544,7 @@ impl<'a> Walk<'a> {
             ours: rustix::process::geteuid().as_raw(),
             users: &[],
             writable: WRITABLE_BY_OTHERS,
+            exempts_read_only: true,
             is_shared: Cell::new(false),
         }
     }
@@ -513,10 +555,10 @@ impl<'a> Walk<'a> {
             problem => problem,
         };
         Error {
-            path: self.path.to_owned(),
-            component: at.to_owned(),
+            path: self.path.into(),
+            component: at.into(),
             purpose: self.purpose,
-            problem,
+            problem: Box::new(problem),
         }
     }
 
@@ -585,7 +627,7 @@ impl<'a> Walk<'a> {
     fn check_file(&self, fd: &OwnedFd, stat: &Stat, at: &Path) -> Result<(), Error> {
         let (mode, owner) = (mode_of(stat), stat.st_uid);
         let is_read_only = is_unchangeable(fd, stat);
-        if self.purpose.secret.is_some() {
+        if self.purpose.is_secret() {
             let forbidden = if owner == ROOT {
                 SECRET_OF_ROOT
             } else {
@@ -626,19 +668,28 @@ impl<'a> Walk<'a> {
     /// Whether a user who is not trusted can add entries to a directory.
     fn is_writable_by_others(&self, stat: &Stat) -> bool {
         let mode = mode_of(stat);
-        let is_own_group = self.users.iter().any(|user| user.group == stat.st_gid);
+        let is_own_group = self
+            .users
+            .iter()
+            .any(|user| user.group == Some(stat.st_gid));
         mode & self.writable != 0 && (mode & WRITABLE_BY_ALL != 0 || !is_own_group)
     }
 
     /// Examines a directory that the path leads through.
     fn enter(&self, fd: OwnedFd, at: PathBuf) -> Result<Directory, Error> {
         let stat = fstat(&fd).map_err(self.io(&at))?;
-        if let Some(owner) = fuse_server(&fd, &stat)
-            && !self.is_trusted(owner)
-        {
-            return Err(self.error(&at, Problem::ForeignMount { owner }));
+        if is_fuse(&fd) {
+            match fuse_server(&stat) {
+                Some(FuseServer::Hypervisor) => {}
+                Some(FuseServer::User(owner)) if self.is_trusted(owner) => {}
+                Some(FuseServer::User(owner)) => {
+                    let owner = Some(owner);
+                    return Err(self.error(&at, Problem::ForeignMount { owner }));
+                }
+                None => return Err(self.error(&at, Problem::ForeignMount { owner: None })),
+            }
         }
-        let is_read_only = is_unchangeable(&fd, &stat);
+        let is_read_only = self.exempts_read_only && is_unchangeable(&fd, &stat);
         let directory = Directory {
             fd,
             stat,
@@ -744,37 +795,53 @@ fn names(path: &Path) -> VecDeque<OsString> {
         .collect()
 }
 
-/// Whether an entry is in a file system that is mounted read-only and is not that of the root directory. FUSE is served by a process
-/// that can change what is read however it is mounted. Unknown counts as changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. FUSE is served
+/// by a process that can change what is read however it is mounted. Unknown counts as changeable.
 fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
         && is_apart_from_root(stat.st_dev)
+        && !is_beside_systemd()
+}
+
+/// Whether other processes may see the same file systems without the read-only mounts of this one.
+fn is_beside_systemd() -> bool {
+    Path::new(SYSTEMD).exists() || env::var_os(SERVICE_VARIABLE).is_some()
 }
 
 fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
 }
 
-/// The user who mounted the FUSE file system that an entry is in. Absent for other file systems, also for virtiofs, which has the same
-/// type and is served by the hypervisor.
-fn fuse_server(fd: impl AsFd, stat: &Stat) -> Option<u32> {
-    if !is_fuse(fd) {
-        return None;
-    }
-    let mounts = std::fs::read_to_string(MOUNTS).ok()?;
-    mounting_user(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
+/// Who decides what a FUSE file system shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FuseServer {
+    /// virtiofs: it has the type of FUSE, and the host of this virtual machine serves it.
+    Hypervisor,
+    /// The user who mounted it.
+    User(u32),
 }
 
-/// The option `user_id` of the file system with this device number, in the form of proc(5).
-fn mounting_user(mounts: &str, (major, minor): (u32, u32)) -> Option<u32> {
+/// Who serves the FUSE file system that an entry is in. Absent if the mount table cannot be read or does not say.
+fn fuse_server(stat: &Stat) -> Option<FuseServer> {
+    let mounts = std::fs::read_to_string(MOUNTS).ok()?;
+    server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
+}
+
+/// The same for the file system with this device number, in a mount table in the form of proc(5).
+fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<FuseServer> {
     let device = format!("{major}:{minor}");
     let mount = mounts
         .lines()
         .find(|mount| mount.split(' ').nth(2) == Some(&device))?;
-    let options = mount.rsplit(' ').next()?;
+    let (_, system) = mount.split_once(" - ")?;
+    if system.split(' ').next() == Some("virtiofs") {
+        return Some(FuseServer::Hypervisor);
+    }
+    let options = system.rsplit(' ').next()?;
     let mut options = options.split(',');
-    options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
+    let user = options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())?;
+    Some(FuseServer::User(user))
 }
 
 /// Whether a device is another one than that of the root directory. Unknown counts as the same.

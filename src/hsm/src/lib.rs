@@ -88,7 +88,7 @@ pub struct TokenState {
     /// What an administrator must know although it serves, such as a latched PIN. The last worker that is lost then ends
     /// the service.
     pub note: Option<String>,
-    /// What the token says of itself; absent until a worker was ready once.
+    /// The token information; absent until a worker was ready once.
     pub info: Option<TokenInfo>,
     /// Keys found on the token by the last worker that became ready.
     pub keys: Arc<[TokenKey]>,

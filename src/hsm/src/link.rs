@@ -27,7 +27,7 @@ use keybroker_worker_protocol::{
 
 use crate::{job::Job, process};
 
-/// A job that is not back this long after its deadline means that the worker is wedged.
+/// A worker hangs if it has not answered a job this long after its deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
 
 /// One worker as the front sees it.

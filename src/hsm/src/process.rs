@@ -66,7 +66,7 @@ pub(crate) fn describe_end(status: ExitStatus) -> String {
     }
 }
 
-/// Where the module was: the function that the worker called last, if it told one.
+/// Where the module was: the function that the worker called last, if it reported one.
 pub(crate) fn describe_call(calling: Option<&str>, module: &Path) -> String {
     match calling {
         Some("dlopen") => format!("while it loaded {}", module.display()),

@@ -54,13 +54,13 @@ pub(super) struct Failure {
 /// Why a worker did not become ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started: it says nothing of the token.
+    /// The process ended, hung or could not be started: it is no evidence about the token.
     Crashed,
     /// The token has no session free.
     Busy,
     /// The token is unavailable, or the configuration does not fit.
     Unavailable,
-    /// A login failed with a code that says nothing of the PIN.
+    /// A login failed with a code that does not concern the PIN.
     Login,
     /// The PIN was rejected, cannot be read, or must not be shown to the token.
     Pin,

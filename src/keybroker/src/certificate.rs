@@ -1,4 +1,4 @@
-//! What a certificate says of itself, for messages to people: who it is, what it may be used for, and until when.
+//! The facts of a certificate for messages: its names, its purposes and its end.
 //!
 //! Nothing here decides whether a peer is accepted. That is the work of the TLS library.
 
@@ -30,7 +30,7 @@ pub(crate) enum Error {
     Extension(#[source] X509Error),
 }
 
-/// What a certificate says of itself.
+/// The facts of a certificate.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
     /// Distinguished name.

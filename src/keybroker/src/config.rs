@@ -1,6 +1,7 @@
 //! The configuration file: one typed document, unknown fields refused. `keybroker.example.toml` is its manual.
 
 use std::{
+    env,
     path::{Path, PathBuf},
     str,
 };
@@ -24,6 +25,9 @@ mod files;
 mod named;
 #[cfg(test)]
 mod tests;
+
+/// Variable that takes precedence over `audit.instance`, so that the replicas of one deployment can share a configuration file.
+pub const INSTANCE_VARIABLE: &str = "KEYBROKER_AUDIT_INSTANCE";
 
 /// Longest configuration file, in bytes.
 const BYTES_MAX: u64 = 1024 * 1024;
@@ -150,7 +154,7 @@ impl ParseError {
 }
 
 impl Config {
-    /// Reads a file. The error says where and what.
+    /// Reads a file, and the name of the instance from the environment if it is set there. The error says where and what.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
         if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
@@ -164,10 +168,15 @@ impl Config {
         })?;
         // An editor's byte order mark is not part of the document.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        Self::parse(text).map_err(|source| LoadError::Document {
+        let mut config = Self::parse(text).map_err(|source| LoadError::Document {
             path: path.to_owned(),
             source,
-        })
+        })?;
+        if let Some(instance) = env::var_os(INSTANCE_VARIABLE) {
+            // A name that is not UTF-8 is refused with the other problems.
+            config.audit.instance = instance.to_string_lossy().into_owned();
+        }
+        Ok(config)
     }
 
     /// Parses the text of a file.

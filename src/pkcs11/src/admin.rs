@@ -140,6 +140,8 @@ pub(crate) struct CheckedKey {
     pub(crate) binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub(crate) problem: Option<String>,
+    /// Negative tests that the token cannot make.
+    pub(crate) not_tried: Vec<&'static str>,
 }
 
 /// All slots with a token, initialised or not. Needs no PIN.
@@ -178,7 +180,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     Ok(listed)
 }
 
-/// What a slot says of a mechanism; nothing when it does not list it.
+/// The information of a slot about a mechanism; absent if the slot does not list it.
 fn mechanism(module: &Pkcs11, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
@@ -285,7 +287,7 @@ fn check_label(label: &str) -> Result<(), AdminError> {
     )))
 }
 
-/// Compares the length of a PIN with what the token says of itself. A minimum of 0 or a maximum of 0 says nothing.
+/// Compares the length of a PIN with the limits that the token reports. A minimum of 0 or a maximum of 0 says nothing.
 fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
     let length = pin.expose().len();
@@ -324,8 +326,8 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
             blank.get_or_insert(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "a token with the label {label:?} is there already (serial {}). Nothing was changed. To \
-                 erase it with every key on it, for ever: --erase-serial {}",
+                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To \
+                 erase it and every key on it permanently, pass --erase-serial {}",
                 unpadded(info.serial_number()),
                 unpadded(info.serial_number())
             )));
@@ -448,6 +450,7 @@ impl Admin {
             self.token.try_what_must_fail(
                 &self.settings,
                 made.pair.id,
+                &public,
                 &self_test,
                 Subject::Throwaway,
             )
@@ -504,6 +507,10 @@ impl Admin {
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
             private: verdict.private,
             binding: verdict.binding,
+            not_tried: proved
+                .as_ref()
+                .map(|key| key.not_tried.clone())
+                .unwrap_or_default(),
             problem: proved.err().map(|fault| fault.to_string()),
         })
     }

@@ -6,7 +6,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-/// Takes the name of the function.
+/// Receives the name of the PKCS#11 function that is about to be called.
 type Report = Box<dyn FnMut(&'static str) + Send>;
 
 static IS_REPORTED: AtomicBool = AtomicBool::new(false);

@@ -23,7 +23,7 @@ pub(super) enum Class {
     BackOff,
     /// The PIN was rejected, or must not be shown to the token.
     Pin,
-    /// A login failed with a code that says nothing of the PIN: found by our own rules, never a return code.
+    /// A login failed with a code that does not concern the PIN: found by our own rules, never a return code.
     Login,
     /// The configuration or the key does not fit: a retry cannot help.
     Configuration,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Logins that may fail without a code of the PIN family before a PIN has logged in once.
 const UNPROVEN_TRIES_MAX: u32 = 2;
 
-/// What a token says of its counter of wrong user PINs.
+/// The flags of a token's counter of wrong user PINs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Counter {
     /// `CKF_USER_PIN_COUNT_LOW`: a wrong PIN was shown since the last login.
@@ -35,7 +35,7 @@ impl Counter {
         }
     }
 
-    /// What the token says of the tries that are left, to append to a message.
+    /// The tries that are left according to the token, to append to a message.
     pub(super) fn describe(self) -> &'static str {
         if self.locked {
             "; the user PIN is locked now"
@@ -113,12 +113,12 @@ pub(super) enum Answer {
     NotChecked,
     /// A code of the PIN family.
     Rejected,
-    /// The code says nothing of the PIN.
+    /// The code does not concern the PIN.
     Unclear,
 }
 
 impl Answer {
-    /// What a return code of `C_Login` says of the PIN.
+    /// What a return code of `C_Login` means for the PIN.
     pub(super) fn of(code: RvError) -> Self {
         use RvError as Rv;
         match code {

@@ -42,6 +42,8 @@ pub(super) struct ProvedKey {
     pub(super) id: WrappingKeyId,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
+    /// Negative tests that the token cannot make.
+    pub(super) not_tried: Vec<&'static str>,
 }
 
 impl OpenToken {
@@ -154,7 +156,7 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token} failed the login with a code that says nothing of the PIN: {fault}"
+                    "{token} failed the login with a code that does not concern the PIN: {fault}"
                 ),
             ),
         }
@@ -180,11 +182,13 @@ impl OpenToken {
             ));
         }
         let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
-        self.try_what_must_fail(settings, pair.id, &self_test, Subject::InUse)?;
+        let not_tried =
+            self.try_what_must_fail(settings, pair.id, &public, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
             self_test,
+            not_tried,
         })
     }
 
@@ -197,24 +201,26 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. What an exception gives away is logged.
+    /// The negative tests. What an exception gives away is logged. Returns the names of the tests that this token cannot make.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
         id: WrappingKeyId,
+        public: &PublicSide,
         self_test: &SelfTest,
         subject: Subject,
-    ) -> Result<(), Fault> {
+    ) -> Result<Vec<&'static str>, Fault> {
         let pair = keys::find(&self.anchor, id)?;
         let terms = Terms {
             exceptions: &settings.attribute_exceptions,
             spared: &settings.spared_tests,
         };
         let open = || self.session(&[]);
-        for meaning in negative::run(open, &pair, self_test, subject, terms)? {
+        let report = negative::run(open, &pair, public, self_test, subject, terms)?;
+        for meaning in report.given_away {
             tracing::warn!(key = %id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
         }
-        Ok(())
+        Ok(report.not_made)
     }
 
     /// Another session of the same login, with the handles of the keys.
@@ -232,7 +238,7 @@ fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), where nobody enters it when the broker starts; \
+            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), and the broker must be able to start without a person at it; \
              no login was tried. Use a token that takes its PIN from the program",
             named(info)
         ),

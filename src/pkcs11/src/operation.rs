@@ -105,6 +105,11 @@ impl SelfTest {
         self.algorithm
     }
 
+    /// The known plaintext.
+    pub(super) fn plaintext(&self) -> &[u8] {
+        &self.plaintext
+    }
+
     /// The ciphertext of the known plaintext.
     pub(super) fn wrapped(&self) -> &[u8] {
         &self.wrapped
@@ -180,8 +185,8 @@ pub(super) fn probe(
     Ok(self_test)
 }
 
-/// The first algorithm that works. SHA-1 only when the token said twice that it cannot do SHA-256: a passing fault must not
-/// choose the weaker one.
+/// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error
+/// must not choose the weaker one.
 fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,

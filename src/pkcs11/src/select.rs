@@ -168,7 +168,7 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
             Class::NoToken,
             format!(
                 "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
-                 SOFTHSM2_CONF)? Look with `keybroker token list`, make one with `keybroker token init`"
+                 SOFTHSM2_CONF)? List tokens with `keybroker token list`, create one with `keybroker token init`"
             ),
         ));
     }
@@ -176,8 +176,8 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
         return Err(Fault::new(
             Class::NoToken,
             format!(
-                "no token with {wanted}; {} initialised token(s) seen: {}. Look with `keybroker token \
-                 list`, make one with `keybroker token init`",
+                "no token with {wanted}; {} initialised token(s) seen: {}. List tokens with `keybroker token \
+                 list`, create one with `keybroker token init`",
                 tokens.len(),
                 tokens
                     .iter()
@@ -207,7 +207,7 @@ pub(super) fn list(module: &Pkcs11) -> Result<Vec<(Slot, cryptoki::slot::TokenIn
     Ok(tokens)
 }
 
-/// What a token says of itself, padding removed.
+/// The token information (`C_GetTokenInfo`), padding removed.
 pub(super) fn describe(info: &cryptoki::slot::TokenInfo) -> TokenInfo {
     TokenInfo {
         label: unpadded(info.label()).to_owned(),

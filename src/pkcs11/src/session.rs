@@ -56,7 +56,7 @@ pub(super) struct SessionThread {
     current: Option<KeySession>,
 }
 
-/// How an attempt ended, when it was not with bytes.
+/// Why an attempt returned no bytes.
 enum Stop {
     /// The job's own end.
     Failed(wire::Failure),

@@ -44,7 +44,7 @@ use crate::{
 
 /// How long session threads may take to come back when the socket has ended.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often it is looked whether the front is there.
+/// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
 /// How long the module may take to open the token: longer than the front waits for it.
@@ -149,7 +149,7 @@ fn kill_ourselves() {
 /// hangs in the module, or before the socket is read, would otherwise keep the token's sessions from the next front.
 ///
 /// The socket is watched, and not the parent's death signal: Linux sends that when the *thread* ends that started this
-/// process. The parent is looked at as well, in case another process holds a copy of the front's end.
+/// process. The parent is checked as well, in case another process holds a copy of the front's end.
 pub(crate) fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {
@@ -224,7 +224,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // An input that the token refuses is our own known-answer input: the token may have had a passing fault.
+        // An input that the token refuses is our own known-answer input: the failure may be transient.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }
@@ -274,7 +274,7 @@ fn start(
                 .name(format!("session-{number}"))
                 .spawn(move || {
                     let result = work(&mut session, &input, &mut replies);
-                    // The first to end is heard; there is room for each.
+                    // Only the first result is read; the channel has space for all.
                     let _heard = ended.send(result);
                 })
         })

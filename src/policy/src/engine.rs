@@ -45,7 +45,7 @@ pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
         Ok(asked) => asked,
         Err(error) => {
             let error = chain(&error);
-            keybroker_core::alert!(Bug, action = %case.action, %error, "policy was not asked");
+            keybroker_core::alert!(Bug, action = %case.action, %error, "policy evaluation failed");
             return Verdict::denied(UNASKED);
         }
     };

@@ -162,11 +162,11 @@ impl Resource<'_> {
 /// One question of the broker.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
-    /// Who asks.
+    /// The caller.
     pub principal: &'a Principal,
-    /// To do what.
+    /// What the caller wants to do.
     pub action: Action,
-    /// With what.
+    /// The resource of the action.
     pub resource: Resource<'a>,
     /// In which call.
     pub call: &'a Call,
@@ -176,11 +176,11 @@ pub struct Question<'a> {
 /// [`Question`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
-    /// Who asks.
+    /// The caller.
     pub identity: &'a Identity,
-    /// To do what.
+    /// What the caller wants to do.
     pub action: Action,
-    /// With what.
+    /// The resource of the action.
     pub resource: Resource<'a>,
     /// Where the connection comes from.
     pub peer: IpAddr,
@@ -371,7 +371,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    keybroker_core::alert!(PolicyReload, %error, "policies not taken over; the old ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies rejected; the previous ones stay in force");
                     watch.refused = Some(error);
                 }
             }

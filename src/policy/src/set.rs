@@ -68,8 +68,8 @@ pub(super) struct Known {
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply in one case. Each that is asked costs about a microsecond, and each attribute that is handed over half
-/// of one: so neither those of other cases are asked, nor is anything handed over that none of these mentions.
+/// The policies that can apply in one case. Each policy costs about a microsecond and each attribute half of one, so
+/// only policies that can apply are evaluated, with only the attributes that they use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,

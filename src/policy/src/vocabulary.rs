@@ -161,7 +161,7 @@ impl Vocabulary {
         let action = self
             .actions
             .get(&case.action)
-            .expect("the vocabulary has every action: it is made of all of them");
+            .expect("the vocabulary is built from every action");
         let context = context(case, wanted)?;
         let request = Request::new(
             principal.uid(),

@@ -22,6 +22,9 @@ use super::{
     registry::RegistryRow,
 };
 
+/// How long a request id is remembered, in microseconds: 24 hours.
+pub const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
+
 /// Records per page at most.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 
@@ -84,8 +87,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What a mutation's call left in the store: for intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
-    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left their mark in it. A plain read: it
-    /// waits for no transaction, and says nothing of a change that is still under way.
+    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left
+    /// their mark in it. A plain read: it waits for no transaction, and does not cover a change that is still in
+    /// progress.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Whether the database was used with this audit log of an instance.

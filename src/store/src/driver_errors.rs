@@ -71,7 +71,7 @@ impl From<sqlx::Error> for Error {
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(
-                Detail::caused("the file is damaged", error)
+                Detail::caused("the SQLite file is damaged", error)
                     .remedy("restore a backup, as \"Restore\" in docs/operations.md says"),
             ),
             Meaning::ServerDamaged => Self::Corrupt(

@@ -4,7 +4,7 @@
 
 use super::{Error, session::Columns};
 
-/// The settings that are looked at, as `accept_weaker_durability` names them.
+/// The settings that are checked, as `accept_weaker_durability` names them.
 pub(super) const NAMES: [&str; 7] = [
     "synchronous",
     "fsync",

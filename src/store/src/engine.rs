@@ -1,9 +1,9 @@
 //! The store over any engine: what is the same wherever the rows are kept.
 //!
-//! Everything that touches a connection runs in a task of its own. A caller that ends its call drops only its wait:
-//! the task ends its statement or its transaction and gives the connection back as it found it. A connection that
-//! cannot be given back like that, because something failed on the way, because it took too long or because the task
-//! itself died, is closed. So no connection is ever lent inside the transaction of another call.
+//! All use of a connection runs in a separate task. A caller that ends its call drops only its wait: the task ends its
+//! statement or its transaction and returns the connection in its initial state. A connection that cannot be returned
+//! in this state, because a step failed, because it took too long or because the task panicked, is closed. So no
+//! connection is ever lent inside the transaction of another call.
 
 use std::{
     fmt,
@@ -54,7 +54,7 @@ const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
-    /// The statements of the engine, which stay the same.
+    /// The SQL of this engine, built once.
     fn sql() -> &'static Statements;
 
     /// The connections for a purpose.
@@ -316,7 +316,7 @@ impl<'p> Retry<'p> {
         }
     }
 
-    /// Waits before the next try, or says that there is none.
+    /// Waits before the next attempt, or fails if there is none.
     async fn wait(&mut self, what: Detail) -> Result<(), Error> {
         self.probe.lost(self.purpose);
         let has_time = self.begun.elapsed() + self.wait < RETRIED_FOR;

@@ -169,7 +169,7 @@ impl Error {
         }
     }
 
-    /// What is wrong with a stored row, without what the driver says of it: for lists, which callers see.
+    /// What is wrong with a stored row, without the driver's message: for lists, which callers see.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -243,7 +243,7 @@ mod tests {
             "store unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
-        // Nothing is printed twice by those who print the causes as well.
+        // A log that prints the causes as well repeats nothing.
         assert_eq!(error::chain(&error), text);
         let broker = error::Error::from(error);
         assert_eq!(broker.detail(), text);
@@ -260,8 +260,8 @@ mod tests {
         let shared = Error::Down(Detail::of(SharedSession { source }));
         assert!(shared.is_shared_session());
         assert!(Error::OutcomeUnknown(Detail::of(shared)).is_shared_session());
-        let told = "a pooler in front of PostgreSQL gives one session to several clients";
-        assert!(!Error::Down(told.into()).is_shared_session());
+        let words = "a pooler in front of PostgreSQL gives one session to several clients";
+        assert!(!Error::Down(words.into()).is_shared_session());
     }
 
     #[test]

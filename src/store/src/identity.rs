@@ -1,6 +1,6 @@
-//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker remembers it beside its audit log and
-//! so notices when another database is in the place of its own. What a server says of itself is of no use for that: a server's
-//! own identifier changes legitimately, and SQLite has none.
+//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores it next to its audit
+//! log and so detects another database. A server's own identifier is not suitable: it changes legitimately, and SQLite
+//! has none.
 
 use std::fmt;
 

@@ -42,7 +42,7 @@ pub mod tally;
 mod url;
 
 pub use client::ClientRow;
-pub use contract::{PAGE_SIZE_MAX, Store};
+pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};

@@ -10,14 +10,12 @@ use keybroker_core::{
 };
 
 use super::{
-    Error, NewRevision, RecordInfo, RecordState, RequestRecord, RequestStamp, Stamp, rows,
+    Error, NewRevision, REQUEST_KEPT_US, RecordInfo, RecordState, RequestRecord, RequestStamp,
+    Stamp, rows,
     session::{Session, Value},
     statements::Statements,
     tables::Table,
 };
-
-/// How long a request id is remembered, in microseconds: 24 hours.
-pub(super) const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
 
 /// What a transaction does to a record.
 #[derive(Clone, Debug)]

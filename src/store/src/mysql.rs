@@ -214,9 +214,9 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     })
 }
 
-/// What a session is set to. A transaction whose client is gone without a word, with its machine or its network, is ended by a
-/// limit on idleness, or its locks would be held until TCP gives up, hours later. MySQL has one for whole connections alone;
-/// one that was closed in the pool is found out before it is lent.
+/// The settings of a session. A limit on idle time ends a transaction whose client disappeared with its machine or its
+/// network; otherwise its locks would be held until TCP gives up, hours later. MySQL has one for whole connections
+/// alone; one that was closed in the pool is found out before it is lent.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
     // Whole seconds, and at least one.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
@@ -266,7 +266,8 @@ async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Erro
 mod tests {
     use super::*;
 
-    /// The functions that MySQL 8.0 or 9 removed, of which MariaDB, where the suite runs, still has some.
+    /// No statement uses a function that MySQL 8.0 or 9 removed. The suite runs on MariaDB, which still has some of
+    /// them.
     #[test]
     fn no_statement_calls_a_function_that_newer_versions_of_mysql_do_not_have() {
         let mut texts = vec![LOCK_MIGRATIONS.to_owned(), UNLOCK_MIGRATIONS.to_owned()];

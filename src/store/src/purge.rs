@@ -1,8 +1,8 @@
 //! What may be removed permanently: superseded revisions and deleted records after the retention time, and the marks
 //! of mutations of that age.
 //!
-//! A purge goes through the database once. What it finds comes in portions, each of which is one short transaction: it can
-//! be stopped at any moment, and begun again, and beside it brokers go on.
+//! A purge goes through the database once, in batches of short transactions. It can be stopped at any time and run
+//! again; brokers may run meanwhile.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -17,7 +17,7 @@ use super::{
     tables::{Cursor, Head, PAGE_ROWS, Table, Tables},
 };
 
-/// So many rows are purged in one transaction, about.
+/// About how many rows are purged in one transaction.
 const PURGED_AT_ONCE: usize = 100;
 
 /// A purge under way.
@@ -28,7 +28,7 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// What is purged at once: its records in one transaction, its revisions in another.
+/// One batch of a purge: its records in one transaction, its revisions in another.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.

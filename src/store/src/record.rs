@@ -169,6 +169,6 @@ pub struct ListQuery {
     pub deleted: bool,
     /// Where the page begins, in the order of the list.
     pub from: Position<(UserId, KeyName)>,
-    /// 1 to [`PAGE_SIZE_MAX`].
+    /// 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     pub limit: u32,
 }

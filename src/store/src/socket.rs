@@ -15,18 +15,22 @@ use tokio::net::UnixStream;
 
 use super::{Error, error::Detail};
 
-const SOCKET: Purpose = Purpose::trust(
-    "other users could listen there in place of the database server, and receive its password",
-)
-.owner_remedy(OWNER_REMEDY);
+const RISK: &str =
+    "other users could listen there in place of the database server, and receive its password";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
+
+/// The same where none of the default users exists, as in a container.
+const NO_USER_REMEDY: &str = "no default user of a database server exists here, as in most containers: if the server or its pooler runs as that user, \
+     name it by its number in `store.socket_users`; otherwise correct `store.url`";
 
 /// A socket whose path and listener are checked.
 #[derive(Clone, Debug)]
 pub(super) struct Socket {
     path: PathBuf,
     users: Vec<User>,
+    /// What to do if another user owns the socket or a directory on the way, or listens.
+    owner_remedy: &'static str,
 }
 
 impl Socket {
@@ -36,11 +40,14 @@ impl Socket {
         named: Option<&[String]>,
         usual: &[&str],
     ) -> Result<Self, Error> {
-        let mut users = Vec::new();
+        let (mut users, mut owner_remedy) = (Vec::new(), OWNER_REMEDY);
         match named {
             None => {
                 for name in usual {
                     users.extend(User::find(name).map_err(refused)?);
+                }
+                if users.is_empty() {
+                    owner_remedy = NO_USER_REMEDY;
                 }
             }
             Some(names) => {
@@ -50,11 +57,19 @@ impl Socket {
                 }
             }
         }
-        Ok(Self { path, users })
+        Ok(Self {
+            path,
+            users,
+            owner_remedy,
+        })
     }
 
     fn check(&self) -> Result<SocketPlace, trusted_file::Error> {
-        trusted_file::check_socket(&self.path, &self.users, SOCKET)
+        trusted_file::check_socket(
+            &self.path,
+            &self.users,
+            Purpose::trust_with_remedy(RISK, self.owner_remedy),
+        )
     }
 
     /// Checks the path as it is now, if it exists: a configuration is often checked before its database server runs.
@@ -92,7 +107,7 @@ impl Socket {
             "the process that listens on {shown} runs as user {listener}, who is not trusted with it: it would receive the password of \
              the database"
         );
-        Err(Error::Schema(Detail::from(what).remedy(OWNER_REMEDY)))
+        Err(Error::Schema(Detail::from(what).remedy(self.owner_remedy)))
     }
 
     /// Checks the path again. A missing socket counts as a lost connection: the server may be restarting.
@@ -112,4 +127,25 @@ fn refused(error: trusted_file::Error) -> Error {
 fn unknown_user(name: &str) -> Error {
     let what = format!("`store.socket_users` names {name:?}, and /etc/passwd has no such user");
     Error::Schema(Detail::from(what).remedy("correct the name, or write the user's number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A container rarely has the users of the packages: its refusal must not send the reader to the name of one.
+    #[test]
+    fn a_refusal_says_that_no_default_user_exists() {
+        let remedy = |named: Option<&[String]>, usual: &[&str]| {
+            let socket = Socket::new(PathBuf::from("/run/socket"), named, usual).unwrap();
+            socket.owner_remedy
+        };
+        let none = ["keybroker-no-such-user"];
+        assert_eq!(remedy(None, &none), NO_USER_REMEDY);
+        assert_eq!(
+            remedy(None, &["keybroker-no-such-user", "root"]),
+            OWNER_REMEDY
+        );
+        assert_eq!(remedy(Some(&["999".to_owned()]), &none), OWNER_REMEDY);
+    }
 }

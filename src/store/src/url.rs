@@ -37,7 +37,7 @@ pub(super) enum UrlError {
     #[error("names no host before the port")]
     NoHostBeforePort,
     #[error(
-        "has parameters: there is only `?socket=`, without a host; the rest is in the fields of [store]"
+        "has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
     )]
     ServerParameters,
     #[error("has parameters other than `?socket=`")]

@@ -1,4 +1,4 @@
-//! Which token a worker opens, which keys must be on it, and what the token says of itself.
+//! Which token a worker opens, which keys must be on it, and the token information.
 
 use std::{
     collections::BTreeMap,
@@ -42,7 +42,7 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
-    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates and are not read.
+    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates, and may be absent, never wrong.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).
@@ -115,7 +115,7 @@ pub struct ExpectedKey {
     pub fingerprint: Fingerprint,
 }
 
-/// What a token says of itself (`C_GetTokenInfo`).
+/// The token information (`C_GetTokenInfo`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenInfo {
     /// Label, padding removed.

@@ -242,7 +242,7 @@ fn memory_kinds(broker: &Broker) -> String {
 /// After the floods, the memory goes back to the operating system.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_returns_after_a_flood() {
-    const PATIENCE: Duration = Duration::from_mins(2);
+    const WAIT_MAX: Duration = Duration::from_mins(2);
     let (broker, releaser) = with_ada(Options {
         limits: "reflection = true".to_owned(),
         ..Options::default()
@@ -280,7 +280,7 @@ async fn memory_returns_after_a_flood() {
     let after = resident_kib(&broker);
     let started = Instant::now();
     let mut now = after;
-    while now > before + before / 5 && started.elapsed() < PATIENCE {
+    while now > before + before / 5 && started.elapsed() < WAIT_MAX {
         tokio::time::sleep(Duration::from_millis(500)).await;
         now = resident_kib(&broker);
     }

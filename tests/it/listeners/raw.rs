@@ -20,7 +20,7 @@ use tonic::Status;
 use crate::pki::Pki;
 
 /// Longest wait for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// How a client speaks TLS: with that certificate or none, and only these versions.
 pub(crate) fn tls_config(
@@ -60,7 +60,7 @@ pub(crate) async fn handshake(
     let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("localhost").unwrap();
     let handshake = TlsConnector::from(config).connect(name, stream);
-    timeout(PATIENCE, handshake).await.unwrap()
+    timeout(WAIT_MAX, handshake).await.unwrap()
 }
 
 /// One HTTP/2 connection.
@@ -118,9 +118,9 @@ impl Raw {
         }
         let request = request.body(Full::new(Bytes::from(body))).unwrap();
         let sent = self.0.clone().send_request(request);
-        let response = timeout(PATIENCE, sent).await.unwrap()?;
+        let response = timeout(WAIT_MAX, sent).await.unwrap()?;
         let (parts, body) = response.into_parts();
-        let collected = timeout(PATIENCE, body.collect()).await.unwrap()?;
+        let collected = timeout(WAIT_MAX, body.collect()).await.unwrap()?;
         let mut headers = parts.headers;
         headers.extend(collected.trailers().cloned().unwrap_or_default());
         Ok(Answer {

@@ -13,7 +13,7 @@ use super::raw::{Raw, handshake, tls_config};
 use crate::{
     client::{Caller, eventually, refused},
     pki,
-    process::{Broker, PATIENCE, until},
+    process::{Broker, WAIT_MAX, until},
     site::{Options, Site},
     wire::get,
 };
@@ -163,7 +163,7 @@ async fn a_refused_handshake_is_counted_logged_and_audited_by_its_cause() {
     let mut plain = TcpStream::connect(broker.grpc).unwrap();
     plain.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     let mut answer = Vec::new();
-    plain.set_read_timeout(Some(PATIENCE)).unwrap();
+    plain.set_read_timeout(Some(WAIT_MAX)).unwrap();
     plain.read_to_end(&mut answer).ok();
     assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
     drop(TcpStream::connect(broker.grpc).unwrap());
@@ -248,7 +248,7 @@ fn a_half_sent_probe_is_cut() {
 
 pub(super) fn half_a_request(address: SocketAddr) -> TcpStream {
     let mut half = TcpStream::connect(address).unwrap();
-    half.set_read_timeout(Some(PATIENCE)).unwrap();
+    half.set_read_timeout(Some(WAIT_MAX)).unwrap();
     half.write_all(b"GET /livez HTTP/1.1\r\nHost: loc").unwrap();
     half
 }

@@ -1,5 +1,5 @@
-//! Token, store and audit log in trouble: what is short is waited out, what lasts is 503, and neither is ever a user without a
-//! key.
+//! Outages of token, store and audit log: a short one is waited out, a longer one is answered with 503. No answer claims that
+//! the user has no key.
 
 use std::{
     fs,

@@ -174,8 +174,8 @@ allow_http = true
     /// Sends text to the listener without TLS and reads until it closes.
     pub(crate) fn raw(&self, text: &str) -> String {
         let mut stream = TcpStream::connect(self.plain).unwrap();
-        let patience = Some(Duration::from_secs(20));
-        stream.set_read_timeout(patience).unwrap();
+        let timeout = Some(Duration::from_secs(20));
+        stream.set_read_timeout(timeout).unwrap();
         stream.write_all(text.as_bytes()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();

@@ -199,6 +199,8 @@ impl Server {
                 command
             }
         };
+        // MariaDB names temporary files by its process id, which another PID namespace may have as well.
+        command.env("TMPDIR", self.folder.path());
         let output = command.stdin(Stdio::null()).output();
         expect_ok("cannot make a database cluster", &output.expect(REMEDY));
     }
@@ -246,6 +248,7 @@ impl Server {
         };
         command
             .args(&self.arguments)
+            .env("TMPDIR", &folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);

@@ -24,7 +24,7 @@ pub(super) async fn now(method: Method) -> Response<Body> {
     answer::json(StatusCode::OK, &json!(Timestamp::now().to_string()))
 }
 
-/// `/health`: true to token, store and audit log, and without a word of what is wrong.
+/// `/health`: reflects token, store and audit log, and gives no details.
 pub(super) async fn health(State(context): State<Context>, method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;

@@ -22,7 +22,7 @@ use keybroker_core::{
 
 use crate::request::{self, Unanswered};
 
-use super::{Context, answer, body, probes, retry::Retry, user_keys::Entered};
+use super::{Context, answer, body, probes, retry::Retry, user_keys::UserRequest};
 
 /// Which of a user's keys is that of Bitwarden.
 const KEY_NAME: &str = "bitwarden";
@@ -120,7 +120,7 @@ impl Context {
                 return answer::refusal(&error, id);
             }
         };
-        let entered = Entered {
+        let entered = UserRequest {
             broker: self.broker,
             principal,
             call,
@@ -141,7 +141,7 @@ impl Context {
     }
 }
 
-impl Entered {
+impl UserRequest {
     /// The refusal of a body, audited. What was left of it was taken within limits; what may still come is not: the connection
     /// ends with the answer, unless it is 400, where the body was read.
     async fn malformed(&self, action: Action, malformed: body::Malformed) -> Response<Body> {

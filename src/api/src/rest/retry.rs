@@ -12,7 +12,7 @@ use keybroker_core::{
 const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 /// How often one request is tried again, all its steps together.
 const REPETITIONS_MAX: u32 = 5;
-/// Longest time for one try: the next one may meet another worker, or another connection.
+/// Time limit of one attempt. The next one may use another worker, or another connection.
 const TRY: Duration = Duration::from_secs(5);
 /// Before the second try; doubled before each other one. All of them together fill [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -24,14 +24,14 @@ use super::{answer, body::KEY_BYTES, retry::Retry};
 const ROUNDS_MAX: usize = 4;
 
 /// A call whose caller is known, for that caller's own key.
-pub(super) struct Entered {
+pub(super) struct UserRequest {
     pub(super) broker: Arc<Broker>,
     pub(super) principal: Arc<Principal>,
     pub(super) call: Call,
     pub(super) key: UserKeyRef,
 }
 
-impl Entered {
+impl UserRequest {
     /// The key, in base64.
     pub(super) async fn get(&self, retry: &mut Retry) -> Result<Response<Body>, Error> {
         let released = retry

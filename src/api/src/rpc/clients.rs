@@ -18,7 +18,7 @@ use keybroker_core::{
 };
 use keybroker_proto as proto;
 
-use super::{Entered, MESSAGE_BYTES_MAX, convert};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, convert};
 
 const PAGE_SIZE_DEFAULT: u32 = 100;
 const PAGE_SIZE_MAX: u32 = 1_000;
@@ -39,7 +39,7 @@ pub(super) async fn create(
     broker: &Arc<Broker>,
     request: Request<proto::CreateClientCredentialRequest>,
 ) -> Result<Response<proto::CreateClientCredentialResponse>, Status> {
-    let entered = Entered::of(&request)?;
+    let entered = AuthenticatedCall::of(&request)?;
     let parsed = new_client(&request.into_inner());
     let new = entered.parsed(broker, Action::CreateClient, parsed).await?;
     let created = broker
@@ -58,7 +58,7 @@ pub(super) async fn add_secret(
     broker: &Arc<Broker>,
     request: Request<proto::AddClientSecretRequest>,
 ) -> Result<Response<proto::AddClientSecretResponse>, Status> {
-    let entered = Entered::of(&request)?;
+    let entered = AuthenticatedCall::of(&request)?;
     let request = request.into_inner();
     let parsed = client_id(&request.id)
         .and_then(|id| Ok((id, expiry(request.expire_time.as_ref(), Timestamp::now())?)));
@@ -79,7 +79,7 @@ pub(super) async fn list(
     broker: &Arc<Broker>,
     request: Request<proto::ListClientCredentialsRequest>,
 ) -> Result<Response<proto::ListClientCredentialsResponse>, Status> {
-    let entered = Entered::of(&request)?;
+    let entered = AuthenticatedCall::of(&request)?;
     let request = request.into_inner();
     let parsed =
         page_size(request.page_size).and_then(|limit| Ok((position(&request.page_token)?, limit)));
@@ -95,7 +95,7 @@ pub(super) async fn revoke(
     broker: &Arc<Broker>,
     request: Request<proto::RevokeClientCredentialRequest>,
 ) -> Result<Response<proto::RevokeClientCredentialResponse>, Status> {
-    let entered = Entered::of(&request)?;
+    let entered = AuthenticatedCall::of(&request)?;
     let request = request.into_inner();
     let parsed = client_id(&request.id).and_then(|id| match request.secret_number {
         Some(0) => Err(Error::violation("secret_number", "from 1, or absent")),

@@ -10,7 +10,7 @@ use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
-use super::{Entered, MESSAGE_BYTES_MAX, clients, convert};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -34,7 +34,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::ListWrappingKeysRequest>,
     ) -> Result<Response<proto::ListWrappingKeysResponse>, Status> {
-        let entered = Entered::of(&request)?;
+        let entered = AuthenticatedCall::of(&request)?;
         let keys = self
             .broker
             .wrapping_keys(&entered.principal, &entered.call)
@@ -49,7 +49,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::GetWrappingKeyRequest>,
     ) -> Result<Response<proto::GetWrappingKeyResponse>, Status> {
-        let entered = Entered::of(&request)?;
+        let entered = AuthenticatedCall::of(&request)?;
         let id = WrappingKeyId::from_slice(&request.get_ref().id)
             .ok_or_else(|| Error::violation("id", "16 bytes"));
         let id = entered
@@ -73,7 +73,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::GetTokenStateRequest>,
     ) -> Result<Response<proto::GetTokenStateResponse>, Status> {
-        let entered = Entered::of(&request)?;
+        let entered = AuthenticatedCall::of(&request)?;
         let state = self
             .broker
             .token_state(&entered.principal, &entered.call)
@@ -86,7 +86,7 @@ impl ControlService for Control {
         &self,
         request: Request<proto::TailAuditLogRequest>,
     ) -> Result<Response<proto::TailAuditLogResponse>, Status> {
-        let entered = Entered::of(&request)?;
+        let entered = AuthenticatedCall::of(&request)?;
         let limit = match request.get_ref().limit {
             0 => Ok(TAIL_DEFAULT),
             limit if limit <= TAIL_MAX => Ok(limit),

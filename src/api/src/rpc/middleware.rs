@@ -24,7 +24,7 @@ use keybroker_core::{
 
 use crate::request::{self, Unanswered};
 
-use super::{Entered, Memory, method, status, stream_end, timeout};
+use super::{AuthenticatedCall, Memory, method, status, stream_end, timeout};
 
 /// Longest time for a call without a principal.
 const UNAUTHENTICATED_TIMEOUT_MAX: Duration = Duration::from_secs(10);
@@ -99,7 +99,7 @@ impl Context {
             deadline: Deadline::after(timeout.min(self.call_timeout_max)),
         };
         let call_end = call.deadline;
-        let entered = principal.map(|principal| Entered { principal, call });
+        let entered = principal.map(|principal| AuthenticatedCall { principal, call });
         if let Err(error) = wanted {
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
@@ -137,7 +137,7 @@ impl Context {
         self,
         request: Request,
         next: Next,
-        entered: Option<Entered>,
+        entered: Option<AuthenticatedCall>,
         deadline: Deadline,
         id: CallId,
     ) -> Response<Body> {
@@ -174,11 +174,16 @@ impl Context {
     }
 
     /// The refusal of a call that reached no handler, audited when a principal made it.
-    async fn unserved(&self, entered: Option<&Entered>, path: &str, error: Error) -> Error {
+    async fn unserved(
+        &self,
+        entered: Option<&AuthenticatedCall>,
+        path: &str,
+        error: Error,
+    ) -> Error {
         let (Some(entered), Some(action)) = (entered, method::action(path)) else {
             return error;
         };
-        let Entered { principal, call } = entered;
+        let AuthenticatedCall { principal, call } = entered;
         self.broker.unserved(principal, call, action, error).await
     }
 }

@@ -12,7 +12,7 @@ use keybroker_core::{
 use keybroker_proto as proto;
 use keybroker_proto::{batch_unwrap_result, user_key_service_server::UserKeyService};
 
-use super::{Entered, MESSAGE_BYTES_MAX, convert, page, status};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, convert, page, status};
 
 /// Items of a batch at most.
 const BATCH_MAX: usize = 64;
@@ -34,8 +34,8 @@ impl UserKeys {
         request: Request<T>,
         action: Action,
         parse: impl FnOnce(T) -> Result<P, Error>,
-    ) -> Result<(Entered, P), Status> {
-        let entered = Entered::of(&request)?;
+    ) -> Result<(AuthenticatedCall, P), Status> {
+        let entered = AuthenticatedCall::of(&request)?;
         let parsed = parse(request.into_inner());
         let parsed = entered.parsed(&self.broker, action, parsed).await?;
         Ok((entered, parsed))
@@ -43,7 +43,7 @@ impl UserKeys {
 
     async fn unwrap_one(
         &self,
-        entered: &Entered,
+        entered: &AuthenticatedCall,
         item: &proto::UnwrapUserKeyRequest,
     ) -> Result<proto::UnwrapUserKeyResponse, Error> {
         let (principal, call) = (&entered.principal, &entered.call);
@@ -116,7 +116,7 @@ impl UserKeyService for UserKeys {
         &self,
         request: Request<proto::UnwrapUserKeyRequest>,
     ) -> Result<Response<proto::UnwrapUserKeyResponse>, Status> {
-        let entered = Entered::of(&request)?;
+        let entered = AuthenticatedCall::of(&request)?;
         let item = request.into_inner();
         let released = self.unwrap_one(&entered, &item).await;
         released
@@ -133,7 +133,7 @@ impl UserKeyService for UserKeys {
             .iter()
             .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
         let keys: Vec<_> = keys.collect();
-        // Who may unwrap none of them is told once, and costs one audit entry.
+        // A caller that may unwrap none of the keys gets one refusal and one audit entry.
         self.broker
             .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await

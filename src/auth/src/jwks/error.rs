@@ -109,7 +109,7 @@ impl std::fmt::Display for LeftOut {
 pub enum SourceError {
     /// A key file was not read.
     #[error(transparent)]
-    File(trusted_file::Error),
+    File(Box<trusted_file::Error>),
     /// The set from this place is refused.
     #[error("{place}")]
     Set {
@@ -123,7 +123,7 @@ pub enum SourceError {
     OtherSource,
     /// The authorities of the provider's certificate were not read.
     #[error("`ca_file`")]
-    AuthorityFile(#[source] trusted_file::Error),
+    AuthorityFile(#[source] Box<trusted_file::Error>),
     /// The file of the authorities is not PEM.
     #[error("`ca_file` {path}")]
     AuthorityPem {

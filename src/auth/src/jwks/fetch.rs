@@ -45,7 +45,7 @@ struct Discovery {
 /// The authorities of a `ca_file`.
 fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-        .map_err(SourceError::AuthorityFile)?;
+        .map_err(|error| SourceError::AuthorityFile(Box::new(error)))?;
     let shown = || path.display().to_string();
     let ders = pem::certificates(&text).map_err(|source| SourceError::AuthorityPem {
         path: shown(),

@@ -153,8 +153,8 @@ impl Keys {
             };
         }
         *refetched = Some(Instant::now());
-        // In a separate task, with the lock: a caller that hangs up must neither take the fetch of the others with it nor let
-        // them be refused before it is over.
+        // In a separate task, with the lock: a caller that disconnects must neither cancel the fetch that others wait
+        // for nor cause them to be refused before it ends.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
             let is_read = keys.update().await;
@@ -293,7 +293,8 @@ fn read(source: &KeySource) -> Result<KeySet, SourceError> {
         return Err(SourceError::OtherSource);
     };
     let limit = u64::try_from(SET_BYTES_MAX).unwrap_or(u64::MAX);
-    let bytes = trusted_file::read(path, limit, KEYS).map_err(SourceError::File)?;
+    let bytes = trusted_file::read(path, limit, KEYS)
+        .map_err(|error| SourceError::File(Box::new(error)))?;
     let set = match source {
         KeySource::Pem(_) => KeySet::parse_pem(&bytes),
         _ => KeySet::parse_jwks(&bytes),

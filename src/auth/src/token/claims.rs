@@ -60,7 +60,7 @@ pub(super) fn identity(
     Ok((identity, until))
 }
 
-/// `exp` and `nbf` were looked at with the signature.
+/// `exp` and `nbf` were checked with the signature.
 fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), Refusal> {
     let Some(value) = said.get("iat") else {
         return Ok(());

@@ -178,7 +178,7 @@ impl Broker {
         self.client_uses.note(id, secret);
     }
 
-    /// Puts a better hash of the same secret in the place of one. The row is left as it is when it has changed meanwhile.
+    /// Replaces the stored hash of a secret with a stronger one. The row stays as it is if it has changed meanwhile.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;
         let known = credential.document.secrets.iter_mut();

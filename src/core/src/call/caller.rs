@@ -70,7 +70,7 @@ impl Caller {
         &self.health_checks
     }
 
-    /// Places for the health watches of the connection.
+    /// Limits the concurrent health watches of the connection.
     pub fn health_watches(&self) -> &Arc<Semaphore> {
         &self.health_watches
     }

@@ -66,7 +66,7 @@ fn accepted(path: &Path, purpose: Purpose) {
 #[track_caller]
 fn refused(path: &Path, purpose: Purpose, component: &Path, words: &str) -> String {
     let error = read(path, LIMIT, purpose).expect_err("it was accepted");
-    assert_eq!(error.component, component, "{error}");
+    assert_eq!(*error.component, *component, "{error}");
     let text = error.to_string();
     assert!(text.contains(words), "{words:?}: {text}");
     assert!(text.contains(component.to_str().unwrap()), "{text}");
@@ -219,7 +219,7 @@ fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
     accepted(&path, TRUST);
     // Every user decides what it lists.
     let error = check_directory(&sticky, TRUST).unwrap_err();
-    assert_eq!(error.component, sticky);
+    assert_eq!(*error.component, sticky);
     if !is_root("entries of another user in a sticky directory") {
         return;
     }
@@ -323,7 +323,7 @@ fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
             let checked = check_above(path, TRUST);
             assert_eq!(checked.is_err(), is_refused, "{mode:o} {checked:?}");
             if let Err(error) = checked {
-                assert_eq!(error.component, open, "{error}");
+                assert_eq!(*error.component, open, "{error}");
             }
         }
     }
@@ -343,12 +343,12 @@ fn the_owner_of_a_file_is_trusted_with_the_directories_above_it() {
     check_above(&file, TRUST).unwrap();
     chown(&file, Some(0), None).unwrap();
     let refused = check_above(&file, TRUST).unwrap_err();
-    assert_eq!(refused.component, directory, "{refused}");
+    assert_eq!(*refused.component, directory, "{refused}");
 }
 
 const SERVER: User = User {
     id: OTHER_USER,
-    group: OTHER_USER,
+    group: Some(OTHER_USER),
 };
 
 /// A socket is accepted when it belongs to root, this user or a user of the server, and no other user can replace it.
@@ -368,16 +368,16 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert!(check_socket(&path, &[], TRUST).is_ok());
     set_mode(&directory, 0o777);
     let error = check_socket(&path, &[SERVER], TRUST).unwrap_err();
-    assert_eq!(error.component, directory, "{error}");
+    assert_eq!(*error.component, directory, "{error}");
     set_mode(&directory, 0o755);
     if !is_root("a socket of another user") {
         return;
     }
-    let named = TRUST.owner_remedy("name it");
+    let named = Purpose::trust_with_remedy("other users could do harm", "name it");
     for at_fault in [&path, &directory] {
         chown(at_fault, Some(OTHER_USER), None).unwrap();
         let error = check_socket(&path, &[], named).unwrap_err();
-        assert_eq!(error.component, *at_fault, "{error}");
+        assert_eq!(*error.component, *at_fault, "{error}");
         let text = error.to_string();
         assert!(text.contains("65534") && text.contains("name it"), "{text}");
         assert!(check_socket(&path, &[SERVER], named).is_ok());
@@ -389,7 +389,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     chown(&directory, Some(OTHER_USER), Some(1)).unwrap();
     set_mode(&directory, 0o2775);
     let error = check_socket(&path, &[SERVER], named).unwrap_err();
-    assert_eq!(error.component, directory, "{error}");
+    assert_eq!(*error.component, directory, "{error}");
 }
 
 /// In a sticky directory any user can create a socket once the server has removed its own, so callers must check again.
@@ -416,11 +416,17 @@ fn a_socket_below_a_sticky_directory_is_marked() {
 #[test]
 fn a_user_is_found_by_name_and_by_number() {
     const USERS: &str = "root:x:0:0:root:/root:/bin/sh\npostgres:x:101:104::/var/lib/postgresql:/bin/sh\nbroken:x:\n";
-    let user = |id, group| Some(User { id, group });
+    let user = |id, group| {
+        Some(User {
+            id,
+            group: Some(group),
+        })
+    };
+    let without_group = |id| Some(User { id, group: None });
     for (name, expected) in [
         ("postgres", user(101, 104)),
         ("101", user(101, 104)),
-        ("999", user(999, 999)),
+        ("999", without_group(999)),
         ("broken", None),
         ("mysql", None),
         ("", None),
@@ -437,7 +443,13 @@ fn the_user_who_mounted_fuse_is_read_from_the_mount_table() {
     const MOUNTS: &str = "22 1 0:20 / / rw - overlay overlay rw,lowerdir=/a\n\
         90 22 0:51 / /mnt/a\\040b ro,nosuid,nodev,relatime shared:1 - fuse.sshfs host: rw,user_id=1000,group_id=1000,allow_other\n\
         91 22 0:52 / /mnt/host rw - virtiofs host rw\n";
-    for (minor, expected) in [(51, Some(1000)), (52, None), (20, None), (5, None)] {
-        assert_eq!(mounting_user(MOUNTS, (0, minor)), expected, "{minor}");
+    for (minor, expected) in [
+        (51, Some(FuseServer::User(1000))),
+        (52, Some(FuseServer::Hypervisor)),
+        // Unknown: refused.
+        (20, None),
+        (5, None),
+    ] {
+        assert_eq!(server_in(MOUNTS, (0, minor)), expected, "{minor}");
     }
 }

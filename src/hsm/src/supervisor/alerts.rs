@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use keybroker_core::alert::Alert;
 
-/// A person needs the same news once in so long.
+/// Interval at which a repeated alert is logged.
 const INTERVAL: Duration = Duration::from_mins(1);
 
 /// What is logged.

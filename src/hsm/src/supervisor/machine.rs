@@ -7,8 +7,8 @@ use keybroker_core::alert::Alert;
 
 use crate::{Serving, start::NotReady};
 
-/// Before the next start when a worker was lost sooner after it became ready than this, so that a worker that dies at once
-/// does not become a loop of logins.
+/// A worker that ends within this time after it became ready is restarted with a pause, so that a crash loop does not
+/// become a login loop.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 const START_SPACING: Duration = Duration::from_millis(100);
 /// How long calls wait for a worker that is due. Most end sooner, at their own deadlines.
@@ -206,7 +206,7 @@ impl Machine {
                 self.latched = Some(detail.clone());
                 actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
             }
-            // It says nothing of the PIN.
+            // It does not concern the PIN.
             NotReady::Crashed => {}
             NotReady::Login => {
                 self.failed_logins += 1;

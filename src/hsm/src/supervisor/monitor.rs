@@ -136,7 +136,7 @@ impl Supervisor {
         });
     }
 
-    /// Runs a self-test each second, past the queue: a queue that is full says nothing of the token.
+    /// Runs a self-test each second, past the queue: a full queue is no evidence about the token.
     async fn run_self_tests(&self, link: &Link) {
         let mut failures = 0;
         loop {

@@ -20,8 +20,8 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Asks a database server
-    /// for its version, its schema and the way it treats sessions.
+    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
+    /// database server and checks its version, its schema and its session pooling.
     Check,
     /// Show the configuration with all defaults; it names files and holds no secret
     Show,
@@ -42,8 +42,8 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
                 context.output.note(note);
             }
             if problems.is_empty() {
-                let good = "the configuration is good";
-                return context.output.sentence("verdict", good);
+                let valid = "the configuration is valid";
+                return context.output.sentence("verdict", valid);
             }
             Err(context.bad_config(&problems))
         }
@@ -135,7 +135,7 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
                 .map(shown)
                 .collect();
             if others.is_empty() {
-                let note = "[token]: the module loads and shows no initialised token; make one with `keybroker token init`";
+                let note = "[token]: the module loads and shows no initialised token; create one with `keybroker token init`";
                 return (Vec::new(), Some(note.to_owned()));
             }
             let problem = format!(

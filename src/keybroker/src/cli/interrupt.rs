@@ -1,5 +1,5 @@
-//! Ctrl-C in a command: a message that says what was under way, and exit code 130. Without it a command that is changing a token
-//! or a database would end without a word.
+//! Ctrl-C in a command: a message that names the change that was in progress, and exit code 130. Without it a command
+//! that is changing a token or a database would end without a message.
 
 use std::{
     process,
@@ -73,6 +73,6 @@ fn interrupted() -> Failure {
                 format!("interrupted during `{action}`, which may be done in part or as a whole");
             Failure::new(Exit::Interrupted, what).hint(next)
         }
-        None => Failure::new(Exit::Interrupted, "interrupted; no change was under way"),
+        None => Failure::new(Exit::Interrupted, "interrupted; no change was in progress"),
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
             let rows = rows.iter().map(fields).collect();
             context.output.list(
                 rows,
-                "no key is registered; make one with `keybroker key generate`",
+                "no key is registered; create one with `keybroker key generate`",
             )
         }
         Command::Show { id } => {

@@ -136,7 +136,7 @@ impl Output {
         }
     }
 
-    /// A remark for people, on standard error; nothing for programs.
+    /// Writes a note to standard error, except with `-o json`.
     pub(super) fn note(self, text: &str) {
         if !self.is_json() {
             complain(text);

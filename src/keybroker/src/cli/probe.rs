@@ -1,4 +1,4 @@
-//! `keybroker probe`: asks the broker beside us how it is, for containers whose health check is a command. The status
+//! `keybroker probe`: checks the local broker's health, for containers whose health check is a command. The status
 //! listener is on loopback, where an orchestrator's own probes do not reach it.
 
 use std::{
@@ -66,10 +66,10 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     Err(Failure::new(Exit::Refused, what))
 }
 
-fn ask(address: SocketAddr, path: &str, patience: Duration) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, patience)?;
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
+fn ask(address: SocketAddr, path: &str, timeout: Duration) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     write!(
         stream,
         "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

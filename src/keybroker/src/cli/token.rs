@@ -166,7 +166,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Every registered key, or when none is registered yet every key on the token, with the attribute check of each.
+/// Checks every registered key, or every key on the token if none is registered, with the attribute check of each.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let admin = log_in(&config, &pin.get(&config.token)?, false)?;
@@ -190,6 +190,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             }
         };
         problems.extend(checked.problem.clone());
+        if !checked.not_tried.is_empty() {
+            context.output.note(&format!(
+                "note: key {id}: this token cannot make the negative tests {}",
+                checked.not_tried.join(", ")
+            ));
+        }
         match row {
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None => context.output.note(&format!(
@@ -199,8 +205,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         }
         if row.is_some_and(|row| row.backup_confirmed.is_none()) {
             context.output.note(&format!(
-                "warning: no backup is confirmed for key {id}: if the token is lost, every vault under it \
-                 is lost"
+                "warning: no backup is confirmed for key {id}: if the token is lost, every user key \
+                 wrapped under it is lost"
             ));
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
@@ -212,14 +218,19 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         .groups(shown, "the token holds no wrapping key")?;
     for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
         context.output.note(&format!(
-            "warning: {} is excepted (`token.attribute_exceptions`), which gives away: {}",
+            "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
             exception.attribute, exception.gives_away
+        ));
+    }
+    for test in &config.token.spared_tests {
+        context.output.note(&format!(
+            "warning: the negative test {test} is not made (`token.spared_tests`)"
         ));
     }
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "there is no wrapping key to check; make one with `keybroker key generate`",
+            "there is no wrapping key to check; create one with `keybroker key generate`",
         ));
     }
     if problems.is_empty() {
@@ -250,7 +261,7 @@ fn findings(
                 ("key", json!(key.id.to_string())),
                 ("object", json!(object)),
                 ("attribute", json!(finding.attribute)),
-                ("found", json!(found)),
+                ("verdict", json!(found)),
                 ("passes", json!(finding.passes)),
             ]
         })

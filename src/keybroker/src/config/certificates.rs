@@ -165,7 +165,7 @@ fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     if facts.is_self_issued && facts.is_authority == Some(false) {
         // A peer's own certificate that is pinned works, for this one peer.
         found.notes.push(format!(
-            "{:?} is no certificate authority (CA:FALSE): it can only be the certificate of one peer itself",
+            "{:?} is no certificate authority (CA:FALSE): only a peer that presents exactly this certificate is accepted",
             facts.subject
         ));
     } else {

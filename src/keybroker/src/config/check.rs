@@ -10,7 +10,7 @@ use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
-use super::Config;
+use super::{Config, INSTANCE_VARIABLE};
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
@@ -106,10 +106,14 @@ impl Config {
             }
         }
         for test in &token.spared_tests {
-            if !NEGATIVE_TESTS.iter().any(|known| known.name == test) {
-                problems.push(format!(
+            match NEGATIVE_TESTS.iter().find(|known| known.name == test) {
+                Some(known) if known.can_be_spared => {}
+                Some(_) => problems.push(format!(
+                    "[token]: `spared_tests` names {test:?}, which is always made: it shows that the keys cannot leave the token"
+                )),
+                None => problems.push(format!(
                     "[token]: `spared_tests` names {test:?}, which is no negative test; docs/tokens.md has their names"
-                ));
+                )),
             }
         }
     }
@@ -147,7 +151,11 @@ impl Config {
             absolute("[token] `pin_file`", path);
         }
         if KeyName::parse(&self.audit.instance).is_err() {
-            problems.push("[audit]: `instance` is 1 to 64 bytes of [a-z0-9._-]".to_owned());
+            problems.push(format!(
+                "[audit]: `instance` is {:?}; it must be 1 to 64 bytes of [a-z0-9._-]. `{INSTANCE_VARIABLE}` in the environment takes \
+                 precedence over the file",
+                self.audit.instance
+            ));
         }
     }
 

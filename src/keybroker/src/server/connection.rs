@@ -45,7 +45,7 @@ const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Bytes of answers kept for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// After GOAWAY, a connection without calls that has not ended for this long is one whose client does not listen.
+/// After GOAWAY, a connection without calls that has not ended for this long is one whose client ignores GOAWAY.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Bytes of a request's head and of what is read ahead, on HTTP/1.1.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
@@ -124,13 +124,13 @@ impl Connection {
     }
 
     async fn serve_plain(self, stream: TcpStream) {
-        let Some(link) = self.place(None) else {
+        let Some(client) = self.place(None) else {
             return;
         };
         let http = self.http1(PROXY_IDLE);
-        let service = TowerToHyperService::new(self.service(&link));
+        let service = TowerToHyperService::new(self.service(&client));
         let connection = http.serve_connection(TokioIo::new(stream), service);
-        self.watch(connection, &link, &CancellationToken::new())
+        self.watch(connection, &client, &CancellationToken::new())
             .await;
     }
 
@@ -140,25 +140,25 @@ impl Connection {
         waiting: Ticket,
         outdated: &CancellationToken,
     ) {
-        let Some(link) = self.place(established.leaf()) else {
+        let Some(client) = self.place(established.leaf()) else {
             return;
         };
         // Counted by its own place from here on.
         drop(waiting);
-        let service = TowerToHyperService::new(self.service(&link));
+        let service = TowerToHyperService::new(self.service(&client));
         match established {
             Established::Http2(io) => {
-                let io = Watched::new(io, PREFACE.len(), link.authentication.flag());
-                let http = self.http2(&link);
+                let io = Watched::new(io, PREFACE.len(), client.authentication.flag());
+                let http = self.http2(&client);
                 let connection = http.serve_connection(TokioIo::new(io), service);
-                self.watch(connection, &link, outdated).await;
+                self.watch(connection, &client, outdated).await;
             }
             Established::Http1(io) => {
                 let silence = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
                 let connection = self
                     .http1(silence)
                     .serve_connection(TokioIo::new(io), service);
-                self.watch(connection, &link, outdated).await;
+                self.watch(connection, &client, outdated).await;
             }
         }
     }
@@ -179,9 +179,9 @@ impl Connection {
 
     /// HTTP/2 fixes its limits before the first call: a client with an accepted certificate gets its own here, every other client gets
     /// small ones.
-    fn http2(&self, link: &Link) -> hyper::server::conn::http2::Builder<TokioExecutor> {
+    fn http2(&self, client: &Client) -> hyper::server::conn::http2::Builder<TokioExecutor> {
         let limits = &self.shared.limits;
-        let (streams, stream_window, connection_window) = if link.caller.is_known() {
+        let (streams, stream_window, connection_window) = if client.caller.is_known() {
             (
                 limits.streams_per_connection_max,
                 STREAM_WINDOW_BYTES,
@@ -207,11 +207,11 @@ impl Connection {
         http
     }
 
-    fn service(&self, link: &Link) -> Router {
+    fn service(&self, client: &Client) -> Router {
         self.routes
             .clone()
-            .layer(Extension(link.caller.clone()))
-            .layer(Extension(Arc::clone(&link.authentication)))
+            .layer(Extension(client.caller.clone()))
+            .layer(Extension(Arc::clone(&client.authentication)))
     }
 
     /// Serves until the connection ends by itself, or has to: at a stop, when the trust in clients has changed, with its age or
@@ -219,28 +219,28 @@ impl Connection {
     async fn watch(
         &self,
         connection: impl GracefulShutdown,
-        link: &Link,
+        client: &Client,
         outdated: &CancellationToken,
     ) {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
         // The handshake checked the certificate's dates once; they are not checked again while the connection lasts.
-        let valid = link.valid.unwrap_or(age_max);
+        let valid = client.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
         let unauthenticated = async {
             tokio::select! {
-                () = unused(&link.caller, handshake), if self.tls.is_some() => {}
+                () = unused(&client.caller, handshake), if self.tls.is_some() => {}
                 () = time::sleep(UNAUTHENTICATED_AGE_MAX) => {}
             }
-            if !link.authentication.is_done() {
+            if !client.authentication.is_done() {
                 return;
             }
-            if link.caller.is_known() || self.tls.is_none() {
+            if client.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
             // The credential of a call authenticates that call, not a connection that is idle.
-            unused(&link.caller, CREDENTIAL_IDLE).await;
+            unused(&client.caller, CREDENTIAL_IDLE).await;
         };
         tokio::select! {
             ended = connection.as_mut() => return note_end(self.peer, ended),
@@ -254,7 +254,7 @@ impl Connection {
         let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
             ended = connection.as_mut() => note_end(self.peer, ended),
-            () = unused(&link.caller, SILENT_CLOSE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
+            () = unused(&client.caller, SILENT_CLOSE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
             () = time::sleep(grace) => {
                 tracing::debug!(peer = %self.peer, "connection cut after its grace");
             }
@@ -262,8 +262,8 @@ impl Connection {
     }
 
     /// A place for the connection, if there is one.
-    fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Link> {
-        self.link(leaf)
+    fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Client> {
+        self.client_of(leaf)
             .inspect_err(|full| {
                 unauthenticated::refused(*full);
                 if let Some(left_out) = self.shared.refusals.count() {
@@ -277,7 +277,7 @@ impl Connection {
     }
 
     /// What is known of the other end before the first call.
-    fn link(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Link, Full> {
+    fn client_of(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Client, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
                 .and_then(|certificate| {
@@ -313,7 +313,7 @@ impl Connection {
             }
             Err(_) => Authentication::pending(places, self.network)?,
         };
-        Ok(Link {
+        Ok(Client {
             caller,
             authentication: Arc::new(authentication),
             valid: certificate.map(|certificate| certificate.remaining()),
@@ -321,8 +321,8 @@ impl Connection {
     }
 }
 
-/// Who is at the other end of a connection.
-struct Link {
+/// The peer of a connection.
+struct Client {
     caller: Caller,
     authentication: Arc<Authentication>,
     /// How long the client certificate is valid.

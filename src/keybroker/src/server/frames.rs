@@ -1,8 +1,9 @@
 //! The frames of an HTTP/2 connection, between TLS and the HTTP/2 library.
 //!
-//! Counts the streams that a client resets. The HTTP/2 library limits resets that arrive before it has accepted the stream, with
-//! one number for the whole connection. A number low enough against a rapid reset (CVE-2023-44487) would end the connection of an
-//! honest client whose calls expire while the broker is stopped. The library's number is therefore high, and the rate is limited here.
+//! Counts the streams that a client resets. The HTTP/2 library limits resets that arrive before it has accepted the
+//! stream, with one number for the whole connection. A limit that stops rapid-reset attacks (CVE-2023-44487) would also
+//! close connections of legitimate clients whose calls expire while the broker is stopped. The library's number is
+//! therefore high, and the rate is limited here.
 //!
 //! Overwrites the library's buffers. It keeps the last frames that it read and the last frames that it wrote, user keys among them,
 //! until other frames take their place. When a connection has been silent for a moment, the library is given
@@ -462,7 +463,7 @@ mod tests {
         assert!(!Frames::after(24).is_between());
     }
 
-    /// Silence is followed by whole frames of the unknown type, and by nothing after these.
+    /// After an idle period, complete frames of the unknown type are sent once.
     #[tokio::test]
     async fn a_silent_connection_is_filled_once() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

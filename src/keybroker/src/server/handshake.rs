@@ -58,7 +58,7 @@ impl Refused {
         }
     }
 
-    /// What the audit log says of it; silence says nothing, and a probe of the port is no refusal.
+    /// Its reason in the audit log. A connection without data and a port scan are not counted as refusals.
     pub(super) fn reason(&self) -> Option<Reason> {
         match self.cause() {
             "no_certificate"
@@ -133,7 +133,7 @@ pub(super) async fn complete(
         if preface != *PREFACE {
             return Err(Refused::NotHttp2);
         }
-        Ok(Established::Http2(Box::new(Prefaced { said: 0, tls })))
+        Ok(Established::Http2(Box::new(Prefaced { replayed: 0, tls })))
     };
     time::timeout(timeout, handshake)
         .await
@@ -161,7 +161,8 @@ impl Established {
 /// A connection whose preface was read; the HTTP/2 library reads it once more.
 #[derive(Debug)]
 pub(super) struct Prefaced {
-    said: usize,
+    /// Bytes of the preface that were read again.
+    replayed: usize,
     tls: TlsStream<ZeroedReads<TcpStream>>,
 }
 
@@ -171,13 +172,13 @@ impl AsyncRead for Prefaced {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let left = &PREFACE[self.said..];
+        let left = &PREFACE[self.replayed..];
         if left.is_empty() {
             return Pin::new(&mut self.tls).poll_read(context, buffer);
         }
         let count = left.len().min(buffer.remaining());
         buffer.put_slice(&left[..count]);
-        self.said += count;
+        self.replayed += count;
         Poll::Ready(Ok(()))
     }
 }

@@ -15,7 +15,7 @@ use super::{
     Limits, connection::Connection, log_limit::LogLimit, shared::Shared, tls::Tls, unauthenticated,
 };
 
-/// After an accept that failed for want of descriptors: a moment, so that the loop does not spin.
+/// Pause after accept() failed because no descriptors are left, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// One listener: its socket, its TLS and what it lets in.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Accepts until told to stop; dropping the socket then refuses newcomers at once.
+    /// Accepts until told to stop; dropping the socket then refuses new connections at once.
     pub(super) async fn accept(self, shared: Shared) {
         let failures = LogLimit::default();
         let full = LogLimit::default();

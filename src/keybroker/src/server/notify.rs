@@ -82,7 +82,7 @@ pub(super) fn health(detail: &str) {
     say(&[NotifyState::Status(&line)]);
 }
 
-/// Does nothing without a manager. A manager that does not listen is no reason to stop serving.
+/// Does nothing without a manager. An unreachable manager is no reason to stop serving.
 fn say(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "the service manager was not told");

@@ -26,7 +26,7 @@ use keybroker_core::{
 };
 use keybroker_hsm::{ExpectedKey, Supervisor};
 use keybroker_store as store;
-use keybroker_store::{KnownLog, Store};
+use keybroker_store::{KnownLog, Store, StoreLock};
 
 use super::{ListenerSettings, StatusSettings, tls::Tls};
 
@@ -140,20 +140,35 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-/// Records the audit log of this instance in the database. Fails for a log that the database does not know although it knows other
-/// logs of the same instance: the log was replaced. A log of an earlier release and the first log of an instance are recorded without
-/// a message.
-pub(super) async fn bind_log(
+/// Takes the database for this process, opens it and compares its audit logs with that of this instance.
+pub(super) async fn open_store(
+    config: &Config,
     audit: &AuditLog,
-    store: &Arc<dyn Store>,
-    instance: &str,
-) -> Result<(), Failure> {
+) -> Result<(StoreLock, Arc<dyn Store>), Failure> {
+    let lock = store::lock(&config.store)?;
+    let store = store::open(&config.store).await?;
+    bind_log(audit, &store, &config.audit.instance).await?;
+    Ok((lock, store))
+}
+
+/// Records the audit log of this instance in the database. Fails for a log that the database does not know although it knows other
+/// logs of the same instance: the log was replaced. The first log of an instance is recorded without a message; a log that an
+/// operator acknowledged or an earlier release made, with a warning if the instance has other logs.
+async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}
         KnownLog::Another if audit.is_binding_required() => {
             return Err(audit.refuse_unknown().into());
         }
-        KnownLog::Another | KnownLog::None => {
+        known @ (KnownLog::Another | KnownLog::None) => {
+            if known == KnownLog::Another {
+                tracing::warn!(
+                    instance,
+                    log = audit.id(),
+                    "the audit log is recorded beside other logs of this instance, because an operator acknowledged it or an earlier \
+                     release made it; if neither is expected, find out who replaced it"
+                );
+            }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
             if let Err(error) = added.await {
                 // A database that is read-only for a while must not prevent releases.
@@ -186,8 +201,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. Only once the audit log is open: it belongs to one broker, and so does
-/// the state beside it.
+/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows it: the log belongs to
+/// one broker, and so does the state beside it.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
@@ -259,6 +274,9 @@ pub(super) async fn start_token(
             gives_away = exception.gives_away,
             "an attribute of the keys is excepted (`token.attribute_exceptions`)"
         );
+    }
+    for test in &config.token.spared_tests {
+        tracing::warn!(%test, "a negative test is not made (`token.spared_tests`)");
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);

@@ -1,6 +1,7 @@
 //! The life of `keybroker serve`, from the first check to the last entry of the audit log.
 
 use std::{
+    error::Error,
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -28,11 +29,11 @@ use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
-    token::{IssuerError, Tokens},
+    token::Tokens,
 };
 use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::{Supervisor, Token};
+use keybroker_hsm::Supervisor;
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -107,17 +108,28 @@ pub async fn run(
     }
 }
 
-fn access_tokens(config: &Config) -> Result<Arc<Tokens>, IssuerError> {
-    let tokens = Tokens::new(&config.issuers)?;
-    let tokens = tokens.with_token_bytes_max(config.limits.access_token_bytes_max);
-    Ok(Arc::new(tokens))
+/// What authenticates callers, except for the secrets of API clients, which need the database.
+fn credentials(config: &Config) -> Result<(Authenticator, Arc<Tokens>), Failure> {
+    let tokens = Tokens::new(&config.issuers).map_err(|error| unusable(&error))?;
+    let tokens = Arc::new(tokens.with_token_bytes_max(config.limits.access_token_bytes_max));
+    let authenticator = Authenticator::new(&config.principals).map_err(|error| unusable(&error))?;
+    Ok((authenticator.with_tokens(Arc::clone(&tokens)), tokens))
+}
+
+/// The configuration cannot be used.
+fn unusable(error: &dyn Error) -> Failure {
+    Failure::new(Exit::Configuration, chain(error))
+}
+
+/// A fault of the program or of the machine.
+fn internal(error: &dyn Error) -> Failure {
+    Failure::new(Exit::Internal, chain(error))
 }
 
 /// Verifies the secrets of API clients, which the broker's database knows.
 fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Failure> {
     let directory = Arc::new(Clients(Arc::clone(broker)));
-    Secrets::new(config.client_credentials.clone(), directory)
-        .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
+    Secrets::new(config.client_credentials.clone(), directory).map_err(|error| internal(&error))
 }
 
 /// Verifies the registry now, if the token serves; otherwise that happens in the background.
@@ -128,6 +140,13 @@ async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), F
             .await?;
     }
     Ok(())
+}
+
+fn capacity(settings: &store::Settings) -> Capacity {
+    Capacity {
+        revisions_max: settings.revisions_max,
+        keys_per_user_max: settings.keys_per_user_max,
+    }
 }
 
 fn client_rules(settings: &client_secret::Settings) -> ClientRules {
@@ -193,41 +212,29 @@ impl Server {
         hangup: Signal,
         token_started: &OnceLock<Arc<Supervisor>>,
     ) -> Result<Self, Failure> {
-        let metrics = telemetry::init_metrics()
-            .map_err(|error| Failure::new(Exit::Internal, chain(&error)))?;
-        let unusable =
-            |error: &dyn std::error::Error| Failure::new(Exit::Configuration, chain(error));
-        let tokens = access_tokens(&config).map_err(|error| unusable(&error))?;
-        let authenticator = Authenticator::new(&config.principals)
-            .map_err(|error| unusable(&error))?
-            .with_tokens(Arc::clone(&tokens));
+        let metrics = telemetry::init_metrics().map_err(|error| internal(&error))?;
+        let (authenticator, tokens) = credentials(&config)?;
         let limits = Limits::new(&config.rates);
         let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        opening::remember_lists(&bound, &status)?;
         opening::migrate(&config.store, &audit, &mut open_intents).await?;
-        let store_lock = store::lock(&config.store)?;
-        let store = store::open(&config.store).await?;
-        opening::bind_log(&audit, &store, &config.audit.instance).await?;
+        let (store_lock, store) = opening::open_store(&config, &audit).await?;
+        opening::remember_lists(&bound, &status)?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
-        let token: Arc<dyn Token> = Arc::<Supervisor>::clone(&supervisor);
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
             store: Arc::clone(&store),
-            token,
+            token: Arc::<Supervisor>::clone(&supervisor),
             limits: Arc::clone(&limits),
             client_rules: client_rules(&config.client_credentials),
             state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
-            capacity: Capacity {
-                revisions_max: config.store.revisions_max,
-                keys_per_user_max: config.store.keys_per_user_max,
-            },
+            capacity: capacity(&config.store),
         });
         let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {
@@ -430,8 +437,8 @@ impl Server {
         time::sleep(LAME_DUCK).await;
         self.stop_connections.cancel();
         self.connections.close();
-        let patience = Duration::from_millis(self.config.limits.drain_timeout_ms);
-        if time::timeout(patience, self.connections.wait())
+        let drain_timeout = Duration::from_millis(self.config.limits.drain_timeout_ms);
+        if time::timeout(drain_timeout, self.connections.wait())
             .await
             .is_err()
         {

@@ -53,7 +53,7 @@ pub(super) struct Probe {
     pub(super) stopping: CancellationToken,
 }
 
-/// The routes. `/livez` asks nothing of token, store or audit log: a restart cures none of them.
+/// The routes. `/livez` asks nothing of token, store or audit log: a restart repairs none of them.
 pub(super) fn routes(probe: Probe) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))

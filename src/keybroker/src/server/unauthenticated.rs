@@ -1,5 +1,6 @@
-//! Who holds a connection. Connections without a principal have a part of all places, and one network a part of that; one
-//! principal has a part of all places, too. So neither unauthenticated peers nor one client can take every place.
+//! Accounting of connections by principal and network. Connections without a principal have a part of all places, and
+//! one network a part of that; one principal has a part of all places, too. So neither unauthenticated peers nor one
+//! client can take every place.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

@@ -1,6 +1,6 @@
-//! Connections that have not yet proved anything: handshakes under way, and probes that were not answered yet. A newcomer is
-//! never refused for want of room. Instead the oldest such connection of the network that has most of them is closed, so a flood of
-//! silent connections closes its own.
+//! Connections that are not yet authenticated: handshakes in progress, and probes that were not answered yet. A new
+//! connection is never refused for lack of space. Instead the oldest such connection of the network that has most of
+//! them is closed, so a flood of silent connections closes its own.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

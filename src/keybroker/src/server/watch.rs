@@ -1,4 +1,4 @@
-//! What is looked at again and again while the broker serves: health, TLS files, policies, a registry that was not yet verified.
+//! Periodic checks while the broker serves: health, TLS files, policies, a registry that was not yet verified.
 
 use std::{sync::Arc, time::Duration};
 
@@ -85,7 +85,7 @@ pub(super) async fn files(
         // A large set takes its time to be validated: not on an async thread.
         let policy = Arc::clone(&policy);
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
-            keybroker_core::alert!(Bug, %panic, "the policies were not looked at");
+            keybroker_core::alert!(Bug, %panic, "checking the policies for changes failed");
         }
         if asked {
             notify::reloaded();

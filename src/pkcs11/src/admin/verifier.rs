@@ -55,8 +55,9 @@ impl Verifier {
         }
     }
 
-    /// Some tokens answer a wrong MAC with a code that can also mean a fault of the token, and may leave the session stuck. So a
-    /// good MAC must verify on another session; then the same answer is about this MAC.
+    /// Some tokens report a wrong MAC with a code that can also mean a device error, and leave the session unusable.
+    /// Therefore a valid MAC is verified on a new session first; if the code occurs again for this MAC, the MAC is
+    /// wrong.
     fn verify_in_doubt(
         &mut self,
         admin: &Admin,

@@ -10,9 +10,9 @@ use async_trait::async_trait;
 
 use crate::{
     CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, KnownLog, ListQuery,
-    NewRevision, Position, Record, RecordInfo, RegistryRow, RequestRecord, RequestScope,
-    SKIPPED_MAX, Stamp, Store, StoreId, StoredRevision,
-    mutations::{self, Change, REQUEST_KEPT_US},
+    NewRevision, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryRow, RequestRecord,
+    RequestScope, SKIPPED_MAX, Stamp, Store, StoreId, StoredRevision,
+    mutations::{self, Change},
     rows,
     session::{Columns as _, Session as _, Value},
     tables::Table,

@@ -39,8 +39,9 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
-            let what =
-                format!("there is no database at {shown}; make it with `keybroker store migrate`");
+            let what = format!(
+                "there is no database at {shown}; create it with `keybroker store migrate`"
+            );
             Error::Schema(what.into())
         }
         _ => not_examined(path, error),

@@ -285,7 +285,7 @@ fn a_latched_pin_is_one_state_with_one_reason() {
     run.take(Event::Lost(Loss::Ended, "killed".to_owned()));
     let untrusted = Serving::Untrusted("rejected".to_owned());
     assert_eq!(run.serving, Some(untrusted.clone()));
-    // A crash says nothing of the PIN.
+    // A crash does not concern the PIN.
     run.machine.starting = Some(run.now);
     run.take(Event::NotReady(NotReady::Crashed, text()));
     assert_eq!(run.serving, Some(untrusted));

@@ -110,7 +110,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
         .max_by_key(|row| row.sequence)
         .ok_or_else(|| {
             Failure::new(Exit::Untrusted, "no wrapping key is active")
-                .hint("make one with `keybroker key generate`")
+                .hint("create one with `keybroker key generate`")
         })?;
     Ok(ExpectedKey {
         id: row.id,

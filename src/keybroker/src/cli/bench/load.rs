@@ -125,7 +125,7 @@ impl Seen {
     }
 }
 
-/// Whose CPU time counts, and what the broker says of its own time, at one moment.
+/// The CPU time of the processes that count, and the broker's own time, at one moment.
 struct Moment {
     at: Instant,
     front: CpuTime,
@@ -273,14 +273,14 @@ impl Caller {
                 }
                 Err(error) => {
                     seen.errors += 1;
-                    seen.first_error = error;
+                    seen.first_error = error.message;
                 }
             }
         }
         Ok(seen)
     }
 
-    async fn call(&mut self, user: User) -> Result<(), String> {
+    async fn call(&mut self, user: User) -> Result<(), Failure> {
         let mut request = Request::new(UnwrapUserKeyRequest {
             user: user.name,
             key_name: KEY_NAME.to_owned(),
@@ -288,8 +288,11 @@ impl Caller {
         request.set_timeout(self.timeout);
         match self.client.unwrap_user_key(request).await {
             Ok(answer) if answer.get_ref().key_material == user.material => Ok(()),
-            Ok(_) => Err("a released key is not the one that was enrolled".to_owned()),
-            Err(status) => Err(refusal::failure(&status).message),
+            Ok(_) => Err(Failure::new(
+                Exit::Verification,
+                "a released key is not the one that was enrolled",
+            )),
+            Err(status) => Err(refusal::failure(&status)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the broker says of its own time, from `/metrics`: the histogram of what it adds to an unwrap beyond queue and token.
+//! The broker's own time, from `/metrics`: the histogram of what it adds to an unwrap beyond queue and token.
 
 use std::{
     io::{Read as _, Write as _},

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::cli::exit::{Exit, Failure};
 use keybroker_bitwarden::Email;
 
-/// What a token says of its user; nothing, when it cannot be read.
+/// The user that an access token names; empty if the token cannot be read.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Holder {
     sub: Option<String>,
@@ -16,7 +16,7 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// From the payload of a token.
+    /// From the payload of an access token.
     pub(super) fn of(token: &str) -> Self {
         let payload = token.split('.').nth(1).unwrap_or_default();
         let claims = Base64UrlUnpadded::decode_vec(payload).unwrap_or_default();
@@ -33,7 +33,7 @@ impl Holder {
         shown(self.email.as_deref())
     }
 
-    /// Refuses a token that is not of whom the options name.
+    /// Refuses an access token of another user than the options name.
     pub(super) fn check(&self, user: Option<Uuid>, email: Option<&str>) -> Result<(), Failure> {
         let of_user = self.sub.as_deref().and_then(|sub| sub.parse().ok());
         if user.is_some_and(|user| of_user != Some(user)) {
@@ -57,10 +57,13 @@ fn shown(text: Option<&str>) -> Option<String> {
 }
 
 fn other(what: &str, found: Option<String>, option: &str) -> Failure {
-    let found = found.unwrap_or_else(|| "nobody".to_owned());
-    let what = format!("the token's {what} is {found}, and not that of {option}");
-    Failure::new(Exit::Usage, what)
-        .hint("a key is stored for the user of the token: take the token of the user who is meant")
+    let what = match found {
+        Some(found) => format!("the access token's {what} is {found}, and not that of {option}"),
+        None => format!("the access token names no {what}; expected that of {option}"),
+    };
+    Failure::new(Exit::Usage, what).hint(
+        "the key is stored for the user of the access token: pass the access token of the intended user",
+    )
 }
 
 #[cfg(test)]

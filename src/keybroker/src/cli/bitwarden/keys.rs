@@ -159,7 +159,7 @@ impl Unlock {
         if source.is_some() && self.connector.has_token() {
             let what = "both an access token and a local key were given; pass only one";
             return Err(Failure::new(Exit::Usage, what).hint(
-                "leave out --token-file and --token-fd, or --email, --master-key-file and --master-key-fd",
+                "pass an access token (--token-file, --token-fd) or a local key (--email, --master-key-file, --master-key-fd)",
             ));
         }
         let key = match self.key.master_key(output)? {

@@ -68,7 +68,7 @@ pub(super) fn not_read_back(failure: Failure) -> Failure {
     )
 }
 
-/// What the broker says of a refusal, when it is one of ours.
+/// The refusal of a broker, if the answer comes from one.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,

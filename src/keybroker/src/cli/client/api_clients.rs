@@ -102,7 +102,7 @@ impl Fresh {
 }
 
 impl Command {
-    /// Checks that need no call: a secret must not be created if it cannot be written.
+    /// Checks the output file before the call, so that no secret is created that cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if let Self::Create { grant, .. } = self
             && grant.role.iter().any(|role| role == Role::Release.as_str())
@@ -200,7 +200,7 @@ impl Caller {
         Ok(())
     }
 
-    /// Shows what was made, and the secret this once.
+    /// Shows the new client and its secret, which is not shown again.
     fn made(
         &self,
         client: Option<proto::ClientCredential>,

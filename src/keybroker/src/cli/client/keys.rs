@@ -144,7 +144,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// Checks that need no call: a key must not be released if it cannot be written.
+    /// Checks the output file before the call, so that no key is released that cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self {
             Self::Unwrap {

@@ -42,7 +42,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// The bytes for a key of that name.
+    /// Reads or generates the material for a key of this name.
     pub(super) fn read_for(&self, key_name: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let (name, length) = BITWARDEN;
         let odd = |found: usize| {
@@ -115,7 +115,7 @@ pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     Err(Failure::new(Exit::Usage, what).hint("use --out FILE or a pipe, or --force to see it"))
 }
 
-/// Refuses early what [`write_secret`] would refuse after the key was released.
+/// Runs the checks of [`write_secret`] before the key is released.
 pub(in crate::cli) fn check_new(path: &Path) -> Result<(), Failure> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));

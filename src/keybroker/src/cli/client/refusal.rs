@@ -129,7 +129,7 @@ const fn hint(reason: Reason) -> &'static str {
             "the credential is unknown, expired or revoked; the broker's log says which"
         }
         Reason::Policy => {
-            "no policy permits this to this principal; the operator asks `keybroker policy explain`"
+            "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
         }
         Reason::KeyNotFound => {
             "`client list` shows what there is; a deleted record can be undeleted"
@@ -146,7 +146,7 @@ const fn hint(reason: Reason) -> &'static str {
             "`get` shows the state of the record, `client wrapping-keys` those of the keys"
         }
         Reason::Limit => {
-            "the operator raises `store.revisions_max` or `store.keys_per_user_max`, or removes old rows with `keybroker store purge`"
+            "the operator raises `store.revisions_max` or `store.keys_per_user_max`, or removes rows older than the retention period with `keybroker store purge`"
         }
         Reason::QueueFull => {
             "wait for that long, then try again; more callers at once will not be faster"

@@ -284,7 +284,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
         .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
-/// A word as it stands in a configuration.
+/// Parses a value with the spelling of the configuration.
 fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|error| error.to_string())
 }

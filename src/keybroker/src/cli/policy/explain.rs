@@ -103,12 +103,12 @@ impl Arguments {
             (true, Some(user), Some(name)) => Ok(Resource::UserKey { tenant, user, name }),
             (true, ..) => Err(Failure::new(
                 Exit::Usage,
-                format!("{name} is about one key: say --user and --key-name"),
+                format!("{name} applies to one key: pass --user and --key-name"),
             )),
             (false, None, None) => Ok(Resource::Broker),
             (false, ..) => Err(Failure::new(
                 Exit::Usage,
-                format!("{name} is about no user key: leave --user and --key-name out"),
+                format!("{name} does not apply to a user key: omit --user and --key-name"),
             )),
         }
     }
@@ -159,11 +159,11 @@ fn show(explanation: &Explanation, decision: Expected, context: &Context) -> Res
     context.output.text("")?;
     context
         .output
-        .list(about, "no policy is about this action")?;
+        .list(about, "no policy applies to this action")?;
     if others > 0 {
         context
             .output
-            .note(&format!("{others} policies are about other actions"));
+            .note(&format!("{others} policies apply to other actions"));
     }
     Ok(())
 }
@@ -177,10 +177,10 @@ fn why(Explanation { verdict, policies }: &Explanation) -> String {
     match &**policy {
         "default-deny" => "no permit applies".to_owned(),
         "separation-of-duties" => {
-            "the principal has roles that exclude each other; no policy is asked".to_owned()
+            "the principal has roles that exclude each other; policies are not evaluated".to_owned()
         }
-        "own-tenant" => "the key belongs to another tenant; no policy is asked".to_owned(),
-        _ if failed => format!("the forbid `{policy}` could not be evaluated, and then it denies"),
+        "own-tenant" => "the key belongs to another tenant; policies are not evaluated".to_owned(),
+        _ if failed => format!("the forbid `{policy}` could not be evaluated, therefore it denies"),
         _ if verdict.allowed => format!("the permit `{policy}` applies, and no forbid does"),
         _ => format!("the forbid `{policy}` applies, whatever is permitted"),
     }

@@ -57,6 +57,10 @@ struct From {
     /// PEM file with the authority of the database server to copy from
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
+    /// User, by name or number, that may listen on the local socket of the database to copy from, besides root and this
+    /// user. Repeat it for several users [default: `store.socket_users`]
+    #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
+    from_socket_users: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -75,6 +79,10 @@ struct To {
     /// PEM file with the authority of the database server to copy to
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
+    /// User, by name or number, that may listen on the local socket of the database to copy to, besides root and this
+    /// user. Repeat it for several users [default: `store.socket_users`]
+    #[arg(long = "to-socket-user", value_name = "USER")]
+    to_socket_users: Vec<String>,
 }
 
 /// The options for one of the two databases.
@@ -84,6 +92,8 @@ struct Side<'a> {
     password_file: Option<&'a Path>,
     tls: Option<&'a str>,
     ca_file: Option<&'a Path>,
+    /// Empty for those of the configuration.
+    socket_users: &'a [String],
 }
 
 impl Side<'_> {
@@ -110,6 +120,9 @@ impl Side<'_> {
             } else {
                 Tls::Verify
             };
+        }
+        if !self.socket_users.is_empty() {
+            settings.socket_users = Some(self.socket_users.to_vec());
         }
         let mut problems = settings.problems();
         if problems.is_empty() {
@@ -177,6 +190,7 @@ fn sides(arguments: &Arguments, config: &Config) -> Result<(Settings, Settings),
         password_file: from.from_password_file.as_deref(),
         tls: from.from_tls.as_deref(),
         ca_file: from.from_ca_file.as_deref(),
+        socket_users: &from.from_socket_users,
     };
     let to = Side {
         option: "to",
@@ -184,6 +198,7 @@ fn sides(arguments: &Arguments, config: &Config) -> Result<(Settings, Settings),
         password_file: to.to_password_file.as_deref(),
         tls: to.to_tls.as_deref(),
         ca_file: to.to_ca_file.as_deref(),
+        socket_users: &to.to_socket_users,
     };
     let (from, to) = (from.settings(&config.store)?, to.settings(&config.store)?);
     let file = |settings: &Settings| settings.file().and_then(|path| fs::canonicalize(path).ok());
@@ -242,7 +257,7 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
     Ok(Outcome { rows, checked })
 }
 
-/// Rows of the source by table, which the target has as well, and nothing else.
+/// Counts the rows of the source by table. Fails unless the target has the same rows and no others.
 async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
     let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
     copy.look_again().await?;

@@ -17,7 +17,7 @@ pub enum Error {
         /// The setting that names the file.
         setting: &'static str,
         /// Why it was not read.
-        source: trusted_file::Error,
+        source: Box<trusted_file::Error>,
     },
     /// A file is not the PEM that it should be.
     #[error("`{setting}` {path}")]
@@ -123,18 +123,24 @@ pub enum Error {
         path: String,
         /// What is wrong with the lists.
         #[source]
-        problem: ListsError,
+        problem: Box<ListsError>,
     },
     /// What was accepted before is not known, or cannot be stored.
     #[error(transparent)]
-    Memory(#[from] MemoryError),
+    Memory(Box<MemoryError>),
+}
+
+impl From<MemoryError> for Error {
+    fn from(error: MemoryError) -> Self {
+        Self::Memory(Box::new(error))
+    }
 }
 
 impl Error {
     pub(super) fn lists(path: Option<&Path>, problem: ListsError) -> Self {
         Self::Lists {
             path: shown(path.unwrap_or(Path::new(""))),
-            problem,
+            problem: Box::new(problem),
         }
     }
 

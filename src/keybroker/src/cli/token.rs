@@ -104,7 +104,7 @@ fn list(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
+/// Needs neither module nor PIN, so that it works while `serve` runs; its next worker reads the record.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let record = PinRecord::new(pin::state(&config));

@@ -574,6 +574,28 @@ fn a_read_only_view_of_a_service_is_not_trusted_whichever_file_system_it_shows()
     }
 }
 
+/// The server on the other side of a read-only mount can write to the directory of its socket, and so can others there.
+#[test]
+fn the_directory_of_a_socket_is_examined_in_a_read_only_mount_too() {
+    let site = Site::without_keys(Options::default());
+    let directory = site.folder().join("sockets");
+    fs::create_dir(&directory).unwrap();
+    site.write_configuration(|text| {
+        let url = format!("sqlite:{}", site.database().display());
+        let socket = format!("postgres://keybroker@/keys?socket={}", directory.display());
+        assert!(text.contains(&url), "{text}");
+        *text = text.replace(&url, &socket);
+    });
+    let mounts = format!(
+        "{CONTAINER}\nmount -t tmpfs -o mode=0777 tmpfs \"$1\"\nmount -o remount,bind,ro \"$1\""
+    );
+    let Some(finished) = check_after(&site, &directory, &mounts) else {
+        return;
+    };
+    assert_eq!(finished.code, Some(CONFIGURATION), "{finished:#?}");
+    assert!(finished.stderr.contains("mode 0777"), "{finished:#?}");
+}
+
 /// A Secret without `defaultMode`, or one of Compose: `chmod` would fail there.
 #[test]
 fn a_secret_on_a_read_only_mount_is_refused_with_a_remedy_that_works_there() {

@@ -348,7 +348,7 @@ fn the_owner_of_a_file_is_trusted_with_the_directories_above_it() {
 
 const SERVER: User = User {
     id: OTHER_USER,
-    group: OTHER_USER,
+    group: Some(OTHER_USER),
 };
 
 /// A socket is accepted when it belongs to root, this user or a user of the server, and no other user can replace it.

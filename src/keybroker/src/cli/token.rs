@@ -190,6 +190,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             }
         };
         problems.extend(checked.problem.clone());
+        if !checked.not_tried.is_empty() {
+            context.output.note(&format!(
+                "note: key {id}: this token cannot make the negative tests {}",
+                checked.not_tried.join(", ")
+            ));
+        }
         match row {
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None => context.output.note(&format!(
@@ -214,6 +220,11 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         context.output.note(&format!(
             "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
             exception.attribute, exception.gives_away
+        ));
+    }
+    for test in &config.token.spared_tests {
+        context.output.note(&format!(
+            "warning: the negative test {test} is not made (`token.spared_tests`)"
         ));
     }
     if !has_keys && problems.is_empty() {

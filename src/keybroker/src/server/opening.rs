@@ -275,6 +275,9 @@ pub(super) async fn start_token(
             "an attribute of the keys is excepted (`token.attribute_exceptions`)"
         );
     }
+    for test in &config.token.spared_tests {
+        tracing::warn!(%test, "a negative test is not made (`token.spared_tests`)");
+    }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);
         Supervisor::start(config.token.clone(), keys, program, state)

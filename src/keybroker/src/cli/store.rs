@@ -32,12 +32,12 @@ pub(super) enum Command {
     Status,
     /// Check every row, and have the token verify each MAC
     ///
-    /// Changes nothing and runs beside a broker. Fails with exit code 12 if a row is bad.
+    /// Changes nothing, and can run while a broker serves. Fails with exit code 12 if a row is bad.
     Check(UserPin),
     /// Copy everything into another database of any engine, and verify the copy
     ///
     /// Stop every broker that uses the databases first. If the copy is interrupted, run it again.
-    Copy(copy::Arguments),
+    Copy(Box<copy::Arguments>),
     /// Accept the database as it is, for example after a backup was restored
     ///
     /// The broker compares the database with the changes that it acknowledged, and refuses an earlier state. Run

@@ -15,7 +15,7 @@ use super::{
     Limits, connection::Connection, log_limit::LogLimit, shared::Shared, tls::Tls, unauthenticated,
 };
 
-/// Pause after accept() failed because no descriptors are left, so that the loop does not spin.
+/// Pause after `accept()` failed because no descriptors are left, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// One listener: its socket, its TLS and what it lets in.
 #[derive(Debug)]

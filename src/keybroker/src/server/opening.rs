@@ -201,8 +201,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows it: the log belongs to
-/// one broker, and so does the state beside it.
+/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows
+/// it: the log belongs to one broker, and so does the state next to it.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {

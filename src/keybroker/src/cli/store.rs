@@ -37,7 +37,7 @@ pub(super) enum Command {
     /// Copy everything into another database of any engine, and verify the copy
     ///
     /// Stop every broker that uses the databases first. If the copy is interrupted, run it again.
-    Copy(copy::Arguments),
+    Copy(Box<copy::Arguments>),
     /// Accept the database as it is, for example after a backup was restored
     ///
     /// The broker compares the database with the changes that it acknowledged, and refuses an earlier state. Run

@@ -74,7 +74,7 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
-/// Exists where systemd runs; `sd_booted(3)`.
+/// Exists where systemd runs: `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
 /// systemd sets it for each service, also for one that does not see `/run` of the host; `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
@@ -251,6 +251,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (path, at) = (self.path.display(), self.component.display());
         let risk = self.purpose.risk();
+        let ours = rustix::process::geteuid().as_raw();
         if self.path != self.component
             && !matches!(*self.problem, Problem::Io(_) | Problem::NoCredentials)
         {
@@ -273,14 +274,7 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner: Some(owner) } => write!(
-                f,
-                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
-            ),
-            Problem::ForeignMount { owner: None } => write!(
-                f,
-                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
-            ),
+            Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
                 "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
@@ -293,7 +287,23 @@ impl fmt::Display for Error {
                  directory"
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
-            Problem::Owner { what, owner } => self.fmt_owner(f, what, *owner),
+            Problem::Owner { what, owner } => {
+                if let Some(remedy) = self.purpose.owner_remedy() {
+                    return write!(
+                        f,
+                        "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
+                    );
+                }
+                write!(
+                    f,
+                    "{what}{at} belongs to user {owner}, and it must belong to root or to user {ours}: {risk}; run `chown root \
+                     {at}`"
+                )?;
+                if ours == ROOT {
+                    write!(f, ", or run this command as user {owner}")?;
+                }
+                Ok(())
+            }
             Problem::Writable { what, mode, owner } => write!(
                 f,
                 "{what}{at} has mode {mode:04o} and belongs to user {owner}: {risk}; run `chmod go-w {at}`"
@@ -308,24 +318,18 @@ impl fmt::Display for Error {
 }
 
 impl Error {
-    fn fmt_owner(&self, f: &mut fmt::Formatter<'_>, what: &str, owner: u32) -> fmt::Result {
+    fn fmt_mount(&self, f: &mut fmt::Formatter<'_>, owner: Option<u32>) -> fmt::Result {
         let (at, risk) = (self.component.display(), self.purpose.risk());
-        if let Some(remedy) = self.purpose.owner_remedy() {
-            return write!(
+        match owner {
+            Some(owner) => write!(
                 f,
-                "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
-            );
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            None => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+            ),
         }
-        let ours = rustix::process::geteuid().as_raw();
-        write!(
-            f,
-            "{what}{at} belongs to user {owner}, and it must belong to root or to user {ours}: {risk}; run `chown root \
-             {at}`"
-        )?;
-        if ours == ROOT {
-            write!(f, ", or run this command as user {owner}")?;
-        }
-        Ok(())
     }
 
     fn fmt_readable(

@@ -33,7 +33,7 @@ use x509_parser::{
     error::X509Error,
     nom,
     num_bigint::BigUint,
-    prelude::{CertificateRevocationList, FromDer as _, X509Certificate},
+    prelude::{CertificateRevocationList, FromDer as _, RevokedCertificate, X509Certificate},
 };
 
 use keybroker_core::{
@@ -465,7 +465,7 @@ impl Lists {
         };
         let mut ambiguous = BTreeSet::new();
         for der in ders(bytes)? {
-            match List::read(der, &authorities, &roots, now) {
+            match List::read(&der, &authorities, &roots, now) {
                 Err(problem) => lists.problems.push(problem),
                 Ok((authority, list)) => {
                     let is_verified = authority.1.is_some();
@@ -643,12 +643,12 @@ impl Lists {
 
 impl List {
     fn read(
-        der: CertificateRevocationListDer<'static>,
+        der: &CertificateRevocationListDer<'static>,
         authorities: &[X509Certificate<'_>],
         roots: &Arc<RootCertStore>,
         now: i64,
     ) -> Result<(Authority, Self), Problem> {
-        let (_, list) = CertificateRevocationList::from_der(&der).map_err(|error| Problem {
+        let (_, list) = CertificateRevocationList::from_der(der).map_err(|error| Problem {
             name: None,
             error: ListsError::Malformed(error),
         })?;
@@ -657,8 +657,8 @@ impl List {
             error,
         };
         let life = life(&list, now).map_err(of_issuer)?;
-        let authority = signer(&list, &der, authorities).map_err(of_issuer)?;
-        check_for_handshake(&list, &der, roots).map_err(of_issuer)?;
+        let authority = signer(&list, der, authorities).map_err(of_issuer)?;
+        check_for_handshake(&list, der, roots).map_err(of_issuer)?;
         let version = Version::of(&list);
         let revoked = revoked(&authority, &list);
         let list = Self {
@@ -822,7 +822,7 @@ fn life(list: &CertificateRevocationList<'_>, now: i64) -> Result<Life, ListsErr
 
 fn revoked(authority: &Authority, list: &CertificateRevocationList<'_>) -> [u8; 32] {
     let entries = list.iter_revoked_certificates();
-    let serials: BTreeSet<&[u8]> = entries.map(|entry| entry.raw_serial()).collect();
+    let serials: BTreeSet<&[u8]> = entries.map(RevokedCertificate::raw_serial).collect();
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(&id_of(authority));
     for serial in serials {

@@ -201,7 +201,7 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. What an exception gives away is logged. Returns the names of the tests that this token cannot make.
+    /// The negative tests. The risk of each exception is logged. Returns the names of the tests that this token cannot make.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,

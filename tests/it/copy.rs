@@ -76,11 +76,7 @@ async fn a_site_moves_from_postgresql_to_mariadb() {
     let file = file.to_str().unwrap();
     let other = configuration_for(
         &site,
-        // The database to copy from is reached through its socket.
-        &format!(
-            "url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\"\nsocket_users = {:?}",
-            old.settings("").socket_users.unwrap()
-        ),
+        &format!("url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\""),
     );
     let to = [
         "--to",

@@ -248,7 +248,7 @@ fn each_replica_has_an_instance_name_of_its_own() {
 
 fn assert_accepted_as_instance(name: &str) {
     let mut config = config(CONFIGURATIONS[1]);
-    config.audit.instance = name.to_owned();
+    name.clone_into(&mut config.audit.instance);
     assert_eq!(config.problems(), Vec::<String>::new(), "{name}");
 }
 

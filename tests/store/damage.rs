@@ -49,7 +49,7 @@ pub(crate) async fn rows_that_do_not_decode_are_corrupt_by_name(engine: &Engine)
         ));
         match store.record(&alice).await {
             Err(Error::Corrupt(what)) => {
-                assert!(what.to_string().contains(column), "{column}: {what}")
+                assert!(what.to_string().contains(column), "{column}: {what}");
             }
             other => panic!("{column}: {other:?}"),
         }
@@ -281,7 +281,7 @@ pub(crate) async fn a_record_that_was_set_back_is_damaged(engine: &Engine) {
     }
     match store.supersede(revision(&alice, 1, 2), stamp()).await {
         Err(Error::Corrupt(what)) => {
-            assert!(what.to_string().contains("to repair the record"), "{what}")
+            assert!(what.to_string().contains("to repair the record"), "{what}");
         }
         other => panic!("{other:?}"),
     }

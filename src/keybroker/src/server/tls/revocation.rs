@@ -50,6 +50,8 @@ const AUTHORITIES_MAX: usize = 128;
 
 /// Lists that the log names when they are left out; a file may have very many.
 const PROBLEMS_SHOWN: usize = 5;
+/// Length of each of them in the log: the name of an authority may be very long.
+const PROBLEM_CHARS_MAX: usize = 600;
 
 /// The lists that are in use, or that a file offers.
 #[derive(Debug)]
@@ -352,6 +354,8 @@ impl Newest {
 
     /// Why a list must not be used: its authority has signed a newer one, which was accepted before.
     fn refusal(&self, authority: &Authority, version: &Version) -> Option<ListsError> {
+        // Earlier releases also remembered unverified lists.
+        authority.1?;
         let before = self.versions.get(&id_of(authority))?;
         version.goes_back(before).then(|| ListsError::GoesBack {
             authority: name_of(&authority.0),
@@ -370,12 +374,14 @@ impl Newest {
         })
     }
 
-    /// Takes note of lists that were accepted. What an unverified list says about its age is not remembered.
+    /// Takes note of lists that were accepted. What an unverified list says about its age is not remembered, and what an earlier
+    /// release remembered of it is forgotten.
     pub(super) fn accept(&mut self, accepted: &Lists) {
-        let verified = accepted.groups.iter().filter(|((_, key), _)| key.is_some());
         let mut current = BTreeSet::new();
-        for (authority, lists) in verified {
-            if let Some(newest) = lists.first() {
+        for (authority, lists) in &accepted.groups {
+            if authority.1.is_none() {
+                self.versions.remove(&id_of(authority));
+            } else if let Some(newest) = lists.first() {
                 let id = id_of(authority);
                 current.insert(id);
                 self.versions.insert(id, newest.version.clone());
@@ -580,7 +586,10 @@ impl Lists {
             .problems
             .iter()
             .take(PROBLEMS_SHOWN)
-            .map(|problem| chain(&problem.error))
+            .map(|problem| {
+                let text = chain(&problem.error);
+                text.chars().take(PROBLEM_CHARS_MAX).collect()
+            })
             .collect();
         let more = self.problems.len().saturating_sub(PROBLEMS_SHOWN);
         match (shown.is_empty(), more) {

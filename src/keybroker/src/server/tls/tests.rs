@@ -522,6 +522,37 @@ fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
     }
 }
 
+/// Earlier releases remembered the number of a list that was not verified.
+#[test]
+fn what_an_earlier_release_remembered_of_an_unverified_list_holds_nothing_back() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state)).unwrap();
+    let below = authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let own = list(&site.ca, &[7], -2, 24);
+    site.write("crl", &own);
+    start().remember_lists().unwrap();
+    let file = fs::read_dir(state.path()).unwrap().next().unwrap();
+    let file = file.unwrap().path();
+    let known = fs::read_to_string(&file).unwrap();
+    let (_, certificate) = X509Certificate::from_der(below.der()).unwrap();
+    let name = certificate.subject().as_raw();
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&u64::try_from(name.len()).unwrap().to_be_bytes());
+    context.update(name);
+    let id = hex::encode(context.finish().as_ref());
+    let entry = format!(r#"{{"authority":"{id}","number":"ffff","this_update":4000000000}}"#);
+    let planted = known.replacen('[', &format!("[{entry},"), 1);
+    fs::write(&file, &planted).unwrap();
+
+    site.write("crl", &format!("{own}{}", list(&below, &[9], -2, 24)));
+    let tls = start();
+    assert_eq!(left_out(&tls), None);
+    assert_eq!(tls.contents().revocation_lists, 2);
+    tls.remember_lists().unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), known);
+}
+
 #[test]
 fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
     let site = Site::fresh();

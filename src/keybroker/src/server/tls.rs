@@ -398,7 +398,7 @@ impl Tls {
 /// The revocation lists that a file must not go back behind.
 struct Follows<'a> {
     newest: &'a Newest,
-    /// What authorities keep whose new lists are refused.
+    /// The lists that an authority keeps when its new lists are refused.
     in_use: Option<&'a Lists>,
 }
 

@@ -85,7 +85,7 @@ alerts! {
     Bug = "bug", Warning, "A fault of the broker itself.";
 }
 
-/// Raises an [`Alert`](crate::alert::Alert): its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
+/// Raises an [`Alert`]: its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
 /// expression.
 ///
 /// ```

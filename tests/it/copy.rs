@@ -76,21 +76,10 @@ async fn a_site_moves_from_postgresql_to_mariadb() {
     let file = file.to_str().unwrap();
     let other = configuration_for(
         &site,
-        // The database to copy from is reached through its socket.
-        &format!(
-            "url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\"\nsocket_users = {:?}",
-            old.settings("").socket_users.unwrap()
-        ),
+        &format!("url = \"{url}\"\npassword_file = \"{file}\"\ntls = \"plaintext\""),
     );
-    let to = [
-        "--to",
-        url,
-        "--to-password-file",
-        file,
-        "--to-tls",
-        "plaintext",
-    ];
-    let copy = [&["-o", "json", "store", "copy"], &to[..]].concat();
+    let options = ["--to-password-file", file, "--to-tls", "plaintext"];
+    let copy = [&["-o", "json", "store", "copy", "--to", url], &options[..]].concat();
     let early = site.run(&copy);
     assert_eq!(early.code, Some(7), "{early:#?}");
     assert!(early.stderr.contains("store migrate"), "{early:#?}");
@@ -117,9 +106,9 @@ async fn a_site_moves_from_postgresql_to_mariadb() {
         .unwrap();
     let again = ["-o", "json", "store", "copy", "--from", from, "--to", url];
     // The new configuration does not name the user of the old server, which is not one of a package.
-    let users = old.settings("any").socket_users.unwrap();
-    let named = [&again[..], &["--from-socket-user", &users[0]]].concat();
-    let again = site.run(&with(&other, &named));
+    let user = &old.settings("any").socket_users.unwrap()[0];
+    let again = [&again[..], &["--from-socket-user", user]].concat();
+    let again = site.run(&with(&other, &again));
     assert_eq!(
         (again.code, &json(&again)["added"]),
         (Some(0), &0.into()),

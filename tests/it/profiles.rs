@@ -10,14 +10,15 @@ use crate::{
 };
 
 const TOKEN: i32 = 4;
+const UNTRUSTED: i32 = 6;
 
 /// What `key generate`, and `token check` after it, say of a token.
 #[derive(Clone, Copy, Debug)]
 enum Verdict {
     /// Both succeed.
     Works,
-    /// `key generate` ends with exit code 4, names this cause, and leaves this number of objects on the token.
-    Refused(&'static str, usize),
+    /// `key generate` ends with this exit code, names this cause, and leaves this number of objects on the token.
+    Refused(i32, &'static str, usize),
 }
 
 use Verdict::{Refused, Works};
@@ -27,55 +28,78 @@ const VERDICTS: [(&str, &str, Verdict); 12] = [
     (
         "aws-cloudhsm-sdk5",
         "crypto_user:",
-        Refused("TemplateInconsistent from C_GenerateKeyPair", 0),
+        Refused(
+            TOKEN,
+            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
+            0,
+        ),
     ),
     (
         "google-kmsp11",
         "",
-        Refused("TemplateInconsistent from C_GenerateKeyPair", 0),
+        Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
     ),
-    // The attribute check believes what a token says of its keys, and nothing tries yet what must fail.
-    ("liar", "", Works),
+    (
+        "liar",
+        "",
+        Refused(
+            UNTRUSTED,
+            "the RSA private key can be wrapped with CKM_AES_KEY_WRAP",
+            0,
+        ),
+    ),
     (
         "luna-cloud",
         "",
-        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
+        Refused(
+            TOKEN,
+            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
+            0,
+        ),
     ),
     (
         "luna7",
         "",
-        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
+        Refused(
+            TOKEN,
+            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
+            0,
+        ),
     ),
     (
         "nethsm",
         "",
-        Refused("FunctionNotSupported from C_GenerateKeyPair", 0),
+        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
     ),
     (
         "nshield",
         "",
-        Refused("KeyTypeInconsistent from C_GenerateKey", 2),
+        Refused(TOKEN, "KeyTypeInconsistent from C_GenerateKey", 0),
     ),
     (
         "opencryptoki-3.8",
         "",
-        Refused("invalid digit found in string", 0),
+        Refused(TOKEN, "invalid digit found in string", 0),
     ),
     (
         "p11-kit-remote",
         "",
-        Refused("DeviceError from C_GetAttributeValue", 3),
+        Refused(
+            UNTRUSTED,
+            "CKA_ALLOWED_MECHANISMS: DeviceError from C_GetAttributeValue",
+            0,
+        ),
     ),
     ("pkcs11-proxy", "", Works),
     (
         "tpm2",
         "",
-        Refused("GeneralError from C_GenerateKeyPair", 0),
+        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
     ),
     (
         "yubihsm2",
         "0001",
-        Refused("AttributeTypeInvalid from C_GenerateKeyPair", 0),
+        Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
     ),
 ];
 
@@ -107,8 +131,8 @@ fn each_profile_has_its_verdict() {
         let generated = site.run(&["key", "generate", "--bits", "2048"]);
         let is_met = match expected {
             Works => generated.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
-            Refused(cause, left) => {
-                generated.code == Some(TOKEN)
+            Refused(code, cause, left) => {
+                generated.code == Some(code)
                     && generated.stderr.contains(cause)
                     && objects(&site) == left
             }
@@ -142,7 +166,7 @@ fn the_page_shows_each_verdict() {
         let (product, evidence) = (profile.product, profile.evidence);
         let result = match verdict {
             Works => "works | ".to_owned(),
-            Refused(cause, left) => format!("refused: `{cause}` | {left}"),
+            Refused(_, cause, left) => format!("refused: `{cause}` | {left}"),
         };
         format!("| `{name}` | {product} | {evidence} | {result} |")
     });

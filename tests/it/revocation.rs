@@ -132,7 +132,7 @@ async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
     fs::write(broker.site.pki.crl_file(), "no list").unwrap();
     until_logged(&broker.site, "holds no list of");
     let log = broker.site.log();
-    assert_eq!(log.matches("\"alert\":\"tls-reload\"").count(), 1, "{log}");
+    assert_eq!(log.matches("\"alert\":\"client-crl\"").count(), 1, "{log}");
     // Neither forgotten nor widened.
     until_refused(&broker, "enroller").await;
     refused(

@@ -10,7 +10,7 @@ use crate::{
     site::Site,
 };
 
-const HEADING: &str = "| Column | What an edit can do | Why it has no proof |";
+const HEADING: &str = "| Column | What an edit can do | Why it has no MAC |";
 const REQUEST_ID: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
 
 /// A database with a row in every table, whose broker has stopped.

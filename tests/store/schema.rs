@@ -156,15 +156,26 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
     assert_eq!((again.before, again.pending.len()), (status.newest, 0));
 }
 
+/// A broker of the release before serves until it is restarted, and its restart names the cause.
+pub(crate) async fn an_open_store_goes_on_when_the_schema_becomes_newer(engine: &Engine) {
+    let opened = engine.open().await;
+    let alice = user("alice");
+    let created = opened
+        .create(revision(&alice, 1, 1), stamp())
+        .await
+        .unwrap();
+    engine.sql("CREATE TABLE of_a_later_release (number INTEGER NOT NULL PRIMARY KEY)");
+    record_later_schema(engine);
+    assert_eq!(opened.record(&alice).await.unwrap().unwrap().info, created);
+    let bob = revision(&user("bob"), 2, 1);
+    opened.create(bob, stamp()).await.unwrap();
+    opened.close().await;
+    let refused = store::open(&engine.settings).await.map(drop).unwrap_err();
+    assert!(refused.to_string().contains("newer than"), "{refused}");
+}
+
 pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
-    engine.sql(engine.pick(
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', 1, x'00', 0)",
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', true, '', 0)",
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', true, '', 0)",
-    ));
+    record_later_schema(engine);
     for result in [
         store::open(&engine.settings).await.map(drop),
         store::migrate(&engine.settings, false).await.map(drop),
@@ -175,6 +186,18 @@ pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
             "{error}"
         );
     }
+}
+
+/// What `store migrate` of a later release leaves behind.
+fn record_later_schema(engine: &Engine) {
+    engine.sql(engine.pick(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', 1, x'00', 0)",
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', true, '', 0)",
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+         VALUES (9999, 'later', true, '', 0)",
+    ));
 }
 
 /// Each instance migrates at its start when the configuration says so.

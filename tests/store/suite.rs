@@ -88,6 +88,7 @@ on_every_engine!(
     a_step_back_keeps_the_records,
     a_dry_run_changes_no_database,
     a_schema_that_is_too_new_is_refused,
+    an_open_store_goes_on_when_the_schema_becomes_newer,
 );
 
 /// What only several processes or connections can do to each other.

@@ -161,7 +161,7 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// A secret was good.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// A secret was good, and its hash is weaker than it should be: here is a better one.
+    /// A secret was accepted, and its hash is weaker than it should be: this is a stronger one.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 
@@ -273,8 +273,8 @@ impl Secrets {
         })
     }
 
-    /// Whose secret it is. `budget` is asked before a trial that costs much, unless the secret was good not long ago; its
-    /// error is the answer then.
+    /// Whose secret it is. `budget` is asked before a trial that costs much, unless the secret was accepted recently;
+    /// its error is the answer then.
     pub async fn verify<T: Send>(
         &self,
         id: &str,

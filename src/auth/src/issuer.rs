@@ -119,7 +119,7 @@ pub struct Settings {
     pub ca_file: Option<PathBuf>,
     /// How often the key set is fetched.
     pub refresh_minutes: u32,
-    /// How long the last good key set is used while the provider is down.
+    /// How long the last valid key set is used while the provider is down.
     pub keep_hours: u32,
     /// Longest life of its access tokens, from `iat` to `exp`.
     pub token_lifetime_max_minutes: u32,

@@ -1,8 +1,8 @@
 //! The keys that an issuer's tokens are verified with: what a key set, or a PEM file, says.
 //!
-//! A key is used for what it is for and nothing else: its type, its curve, its `use`, its `key_ops` and its `alg` all limit
-//! the algorithms it may verify. What a set holds beside such keys is left out. Weak and malformed keys are refused by name, and the
-//! rest of the set is used. A set without a good key is refused.
+//! A key is used for what it is for and nothing else: its type, its curve, its `use`, its `key_ops` and its `alg` all
+//! limit the algorithms it may verify. Other keys of a set are left out. Weak and malformed keys are refused by name,
+//! and the rest of the set is used. A set without a good key is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 

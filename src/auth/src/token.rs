@@ -95,7 +95,7 @@ pub enum IssuerError {
 }
 
 impl Tokens {
-    /// From issuers that are good by themselves and beside each other. A provider may be down.
+    /// From issuers that are valid alone and in combination. A provider may be down.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }

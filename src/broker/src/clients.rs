@@ -67,7 +67,7 @@ pub struct NewClient {
 /// An API client as administrators and auditors see it.
 #[derive(Clone, Debug)]
 pub struct ClientView {
-    /// What it shows beside its secret.
+    /// The id that it sends with its secret.
     pub id: ClientId,
     /// All else.
     pub document: Document,
@@ -122,7 +122,7 @@ impl Broker {
         .await
     }
 
-    /// Adds a secret to an API client, which then has two that are good, until the old one is revoked.
+    /// Adds a secret to an API client, which then has two valid ones, until the old one is revoked.
     pub async fn add_client_secret(
         self: &Arc<Self>,
         principal: &Principal,

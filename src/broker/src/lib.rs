@@ -151,7 +151,7 @@ pub struct Broker {
     registry: ArcSwapOption<Registry>,
     /// Held while it is updated.
     registry_refresh: tokio::sync::Mutex<()>,
-    /// What was wrong with the registry when it was last looked at.
+    /// The problem of the registry at its last check.
     registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
     uses: Uses,

@@ -223,7 +223,7 @@ impl Broker {
         metrics::STORE_UP.set_flag(up);
     }
 
-    /// Other processes change the registry: commands, beside brokers on a database server.
+    /// Other processes change the registry: commands, while brokers use the same database server.
     async fn follow_registry(&self) {
         if !self.store_is_up() || self.token.state().serving != Serving::Up {
             return;
@@ -238,7 +238,7 @@ impl Broker {
             {
                 Some(error.to_string())
             }
-            Err(error) => return tracing::warn!(%error, "the registry was not looked at"),
+            Err(error) => return tracing::warn!(%error, "the registry was not read"),
         };
         metrics::REGISTRY_ALTERED.set_flag(complaint.is_some());
         let mut last = self

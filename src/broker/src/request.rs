@@ -56,7 +56,7 @@ impl Broker {
         })
     }
 
-    /// Fails when the row of a request id is not as it was written. A row of a release before schema 4 passes: it has no proof.
+    /// Fails when the row of a request id is not as it was written. A row of a release before schema 4 passes: it has no MAC.
     async fn verify_result(
         &self,
         call: &Call,

@@ -78,14 +78,14 @@ alerts! {
     AuditLog = "audit-log", Critical, "The audit log cannot be written.";
     AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
     TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
-    ClientCrl = "client-crl", Warning, "A list of revoked client certificates has expired, ends soon, or could not be remembered.";
+    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, has expired, ends soon, or could not be remembered.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
     PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
     Bug = "bug", Warning, "A fault of the broker itself.";
 }
 
-/// Raises an [`Alert`](crate::alert::Alert): its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
+/// Raises an [`Alert`]: its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
 /// expression.
 ///
 /// ```

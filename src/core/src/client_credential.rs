@@ -36,7 +36,7 @@ const SECRET_PREFIX: &str = "kbs_";
 /// An API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCredential {
-    /// Its id: what it shows beside its secret.
+    /// Its id, which it sends with its secret.
     pub id: ClientId,
     /// Grows with each change, from 1.
     pub revision: u64,
@@ -44,7 +44,7 @@ pub struct ClientCredential {
     pub document: Document,
 }
 
-/// What is known of an API client beside its id.
+/// The document of an API client, without its id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {

@@ -212,7 +212,7 @@ impl Error {
         }
     }
 
-    /// The same error of a credential that was good and has expired: its holder needs to renew it.
+    /// The same error for a valid credential that has expired: its holder needs to renew it.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {
@@ -244,7 +244,7 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential was good and has expired. Such a refusal is no attack, and is not counted as a failure.
+    /// Whether the credential was valid and has expired. Such a refusal is no attack, and is not counted as a failure.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }

@@ -189,7 +189,7 @@ id!(
     RecordId
 );
 id!(
-    /// Identity of an API client: what it shows beside its secret.
+    /// Identity of an API client, which it sends with its secret.
     ClientId
 );
 id!(

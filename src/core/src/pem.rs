@@ -31,7 +31,7 @@ const LABEL_BYTES_MAX: usize = 64;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
-/// What may stand in a key or chain file beside what is read from it: `openssl ecparam -genkey` writes it.
+/// What a key or chain file may have in addition to what is read from it: `openssl ecparam -genkey` writes it.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
 /// Why a file was refused. The text is a clause that follows the name of the file.

@@ -74,7 +74,7 @@ const SECRET_OF_ROOT: u32 = 0o037;
 const LINKS_MAX: usize = 40;
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
-/// Exists where systemd runs; `sd_booted(3)`.
+/// Exists where systemd runs: `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
 /// systemd sets it for each service, also for one that does not see `/run` of the host; `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
@@ -274,11 +274,7 @@ impl fmt::Display for Error {
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
-            Problem::ForeignMount { owner } => write!(
-                f,
-                "{at} is in a FUSE file system that {} mounted: {risk}; unmount it, or mount it as root",
-                shown_user(*owner)
-            ),
+            Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
                 "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
@@ -322,6 +318,20 @@ impl fmt::Display for Error {
 }
 
 impl Error {
+    fn fmt_mount(&self, f: &mut fmt::Formatter<'_>, owner: Option<u32>) -> fmt::Result {
+        let (at, risk) = (self.component.display(), self.purpose.risk());
+        match owner {
+            Some(owner) => write!(
+                f,
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            None => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+            ),
+        }
+    }
+
     fn fmt_readable(
         &self,
         f: &mut fmt::Formatter<'_>,
@@ -808,10 +818,6 @@ fn is_beside_systemd() -> bool {
 
 fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
-}
-
-fn shown_user(id: Option<u32>) -> String {
-    id.map_or_else(|| "an unknown user".to_owned(), |id| format!("user {id}"))
 }
 
 /// Who decides what a FUSE file system shows.

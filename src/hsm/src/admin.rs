@@ -127,6 +127,8 @@ pub struct CheckedKey {
     pub binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub problem: Option<String>,
+    /// Negative tests that the token cannot make, by name.
+    pub not_tried: Vec<String>,
 }
 
 /// The result for one attribute.
@@ -363,6 +365,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         private: findings(checked.private_key),
         binding: findings(checked.binding_key),
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
+        not_tried: checked.not_tried,
     })
 }
 

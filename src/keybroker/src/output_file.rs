@@ -2,73 +2,128 @@
 //! name, through which a process of root would overwrite any file.
 
 use std::{
-    fs::{self, File},
+    ffi::OsString,
+    fs::{self, File, Metadata},
     io::{self, Write as _},
-    path::Path,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
 };
 
-/// Replaces a file atomically. The temporary file is always created, never opened, and a symbolic link at `path` is replaced and not
-/// followed.
+/// Temporary names that are tried before another process' files are in the way too often.
+const NAMES_MAX: u32 = 16;
+
+/// Replaces a file atomically, so that a reader never sees half of it. Fails if `path` exists and is not a regular file of the
+/// same user: a device such as `/dev/stdout`, a directory, a symbolic link and a file of another user must not be replaced. The
+/// temporary file is always created, never opened, and no existing file is removed for it.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let partial = path.with_extension("partial");
-    match fs::remove_file(&partial) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    check_replaceable(path)?;
+    let (mut file, partial) = create_beside(path)?;
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| fs::rename(&partial, path));
+    if written.is_err() {
+        // It was created by this call.
+        fs::remove_file(&partial).ok();
     }
-    let mut file = File::create_new(&partial)?;
-    file.write_all(text.as_bytes())?;
-    fs::rename(&partial, path)
+    written
 }
 
-/// The same, but fails if `path` exists and is not a regular file: `/dev/stdout` must not be replaced.
-pub(crate) fn replace_regular(path: &Path, text: &str) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(meta) if !meta.is_file() => Err(io::Error::other(
-            "it is not a regular file; name a file, and use `--output json` for standard output",
-        )),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => replace(path, text),
+fn check_replaceable(path: &Path) -> io::Result<()> {
+    let refused = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+        Ok(meta) if !meta.is_file() => "it exists and is not a regular file; name another file",
+        Ok(meta) if !is_ours(&meta) => "it exists and belongs to another user; name another file",
+        Ok(_) => return Ok(()),
+    };
+    Err(io::Error::other(refused))
+}
+
+fn is_ours(meta: &Metadata) -> bool {
+    meta.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// Creates a file with a name that no file has: `.NAME.PID-NUMBER.partial`.
+fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| io::Error::other("it does not end with the name of a file"))?;
+    for number in 0..NAMES_MAX {
+        let mut partial = OsString::from(".");
+        partial.push(name);
+        partial.push(format!(".{}-{number}.partial", std::process::id()));
+        let partial = path.with_file_name(partial);
+        match File::create_new(&partial) {
+            Ok(file) => return Ok((file, partial)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
     }
+    Err(io::Error::other(
+        "files of other processes have the names of its temporary file; remove those that end with `.partial`",
+    ))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::{fs::symlink, net::UnixListener};
 
     use super::*;
 
     #[test]
-    fn the_ready_file_is_not_written_through_a_link() {
+    fn an_output_file_is_replaced_as_a_whole_and_leaves_no_temporary_file() {
         let folder = tempfile::tempdir().unwrap();
-        let (ready, victim) = (folder.path().join("ready"), folder.path().join("victim"));
-        fs::write(&victim, "content").unwrap();
-        symlink(&victim, folder.path().join("ready.partial")).unwrap();
-        symlink(&victim, &ready).unwrap();
+        let path = folder.path().join("ready");
         for text in ["first", "second"] {
-            replace(&ready, text).unwrap();
-            assert_eq!(fs::read_to_string(&ready).unwrap(), text);
+            replace(&path, text).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
-        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn a_result_file_is_not_written_through_a_link() {
+    fn an_output_file_replaces_nothing_but_a_regular_file_of_the_same_user() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, victim) = (
-            folder.path().join("result.json"),
-            folder.path().join("victim"),
-        );
-        fs::write(&victim, "content").unwrap();
-        symlink(&victim, &path).unwrap();
-        symlink(&victim, folder.path().join("result.partial")).unwrap();
-        let refused = replace_regular(&path, "{}").unwrap_err().to_string();
-        assert!(refused.contains("not a regular file"), "{refused}");
-        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
-        fs::remove_file(&path).unwrap();
-        for text in ["{}", "[]"] {
-            replace_regular(&path, text).unwrap();
-            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("victim"), "content").unwrap();
+        symlink(at("victim"), at("link")).unwrap();
+        symlink(at("missing"), at("dangling")).unwrap();
+        fs::create_dir(at("directory")).unwrap();
+        let _socket = UnixListener::bind(at("socket")).unwrap();
+        let device = Path::new("/dev/null").to_owned();
+        let kinds = ["link", "dangling", "directory", "socket"].map(at);
+        let entries = || fs::read_dir(folder.path()).unwrap().count();
+        let before = entries();
+        for path in kinds.into_iter().chain([device]) {
+            let kind = fs::symlink_metadata(&path).unwrap().file_type();
+            let refused = replace(&path, "{}").unwrap_err().to_string();
+            assert!(refused.contains("not a regular file"), "{refused}");
+            assert_eq!(fs::symlink_metadata(&path).unwrap().file_type(), kind);
         }
-        assert_eq!(fs::read_to_string(&victim).unwrap(), "content");
+        assert_eq!(entries(), before);
+        assert_eq!(fs::read_to_string(at("victim")).unwrap(), "content");
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(at("victim"), Some(65_533), None).unwrap();
+            let refused = replace(&at("victim"), "{}").unwrap_err().to_string();
+            assert!(refused.contains("another user"), "{refused}");
+            assert_eq!(fs::read_to_string(at("victim")).unwrap(), "content");
+        }
+    }
+
+    #[test]
+    fn an_output_file_deletes_no_file_that_looks_like_a_temporary_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("result.json");
+        let first = format!(".result.json.{}-0.partial", std::process::id());
+        let foreign = ["result.partial", "result.json.partial", &first];
+        for name in foreign {
+            fs::write(folder.path().join(name), "content").unwrap();
+        }
+        replace(&path, "{}").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{}");
+        for name in foreign {
+            let kept = fs::read_to_string(folder.path().join(name)).unwrap();
+            assert_eq!(kept, "content", "{name}");
+        }
     }
 }

@@ -140,6 +140,8 @@ pub(crate) struct CheckedKey {
     pub(crate) binding: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub(crate) problem: Option<String>,
+    /// Negative tests that the token cannot make.
+    pub(crate) not_tried: Vec<&'static str>,
 }
 
 /// All slots with a token, initialised or not. Needs no PIN.
@@ -448,6 +450,7 @@ impl Admin {
             self.token.try_what_must_fail(
                 &self.settings,
                 made.pair.id,
+                &public,
                 &self_test,
                 Subject::Throwaway,
             )
@@ -504,6 +507,10 @@ impl Admin {
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
             private: verdict.private,
             binding: verdict.binding,
+            not_tried: proved
+                .as_ref()
+                .map(|key| key.not_tried.clone())
+                .unwrap_or_default(),
             problem: proved.err().map(|fault| fault.to_string()),
         })
     }

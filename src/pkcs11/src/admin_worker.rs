@@ -271,6 +271,7 @@ fn key(checked: admin::CheckedKey) -> Outcome {
         private_key: checked.private.iter().map(finding).collect(),
         binding_key: checked.binding.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
+        not_tried: checked.not_tried.into_iter().map(str::to_owned).collect(),
     })
 }
 

@@ -52,7 +52,7 @@ pub enum Found {
     AsExpected,
     /// Something else.
     Wrong,
-    /// Not asked for: a named exception of the configuration says that this token cannot express it.
+    /// Not there, or not readable, and a named exception of the configuration says that this token cannot express it.
     Excepted,
     /// Not there.
     Missing,
@@ -80,7 +80,7 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is excepted and was not read, should be",
+            Found::Excepted => "is absent and excepted, should be",
             Found::Missing => "is absent, must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
@@ -231,7 +231,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys from the keys",
+        "a holder of the user PIN may derive keys from the integrity key, and find it out from them",
     ),
 ];
 
@@ -263,8 +263,8 @@ pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
         .find(|exception| exception.attribute == *name)
 }
 
-/// Reads every attribute of the rules but those that are excepted: some tokens fail when they are asked for an attribute that they
-/// do not know.
+/// Reads every attribute of the rules. An excepted one may be absent, and may fail to be read, because some tokens fail when they
+/// are asked for an attribute that they do not know; it must not be wrong.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -274,15 +274,15 @@ pub(super) fn inspect(
     rules
         .iter()
         .map(|(name, kind, expected)| {
-            let is_excepted = exceptions.iter().any(|exception| exception == name);
-            let found = if is_excepted && exceptable(*kind).is_some() {
-                Found::Excepted
-            } else {
-                match read(session, object, *kind).map_err(|fault| fault.about(name))? {
-                    Some(attribute) if is_expected(&attribute, *expected) => Found::AsExpected,
-                    Some(_) => Found::Wrong,
-                    None => Found::Missing,
-                }
+            let is_excepted =
+                exceptions.iter().any(|exception| exception == name) && exceptable(*kind).is_some();
+            let found = match read(session, object, *kind) {
+                Ok(Some(attribute)) if is_expected(&attribute, *expected) => Found::AsExpected,
+                Ok(Some(_)) => Found::Wrong,
+                Ok(None) if is_excepted => Found::Excepted,
+                Ok(None) => Found::Missing,
+                Err(fault) if is_excepted && is_about_the_attribute(&fault) => Found::Excepted,
+                Err(fault) => return Err(fault.about(name)),
             };
             Ok(Finding {
                 attribute: name,
@@ -291,6 +291,14 @@ pub(super) fn inspect(
             })
         })
         .collect()
+}
+
+/// Whether a failed read says something of the attribute, and not of the token or the session.
+fn is_about_the_attribute(fault: &Fault) -> bool {
+    !matches!(
+        fault.class,
+        Class::TokenLost | Class::BackOff | Class::SessionLost
+    )
 }
 
 /// Refuses a key with any finding that does not pass, naming all of them.

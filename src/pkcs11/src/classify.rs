@@ -11,7 +11,7 @@ use cryptoki::error::{Error, RvError};
 /// Class of a return code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
-    /// The input is at fault; the session is good.
+    /// The input is at fault; the session is usable.
     Input,
     /// The session or its handles are gone; a new session may help.
     SessionLost,

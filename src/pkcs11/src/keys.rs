@@ -53,6 +53,7 @@ pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fa
             | RvError::SessionReadOnly
             | RvError::SessionReadOnlyExists
             | RvError::FunctionNotSupported
+            | RvError::FunctionFailed
             | RvError::ArgumentsBad,
             _,
         )) => Ok(module.open_rw_session(slot)?),

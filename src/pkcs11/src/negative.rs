@@ -7,23 +7,27 @@
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
+use aws_lc_rs::rsa::{Pkcs1PublicEncryptingKey, PublicEncryptingKey};
 use cryptoki::{
-    context::Function,
     error::{Error, RvError},
     mechanism::Mechanism,
-    object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
+    object::{Attribute, AttributeType},
     session::Session,
 };
 
 use crate::{
-    calling,
     classify::{Class, Fault, classify},
-    keys::{KeyPair, KeySession},
+    keys::{KeyPair, KeySession, PublicSide},
     operation::SelfTest,
 };
 
-/// Length of the AES key that the keys are wrapped under, in bytes.
-const AES_KEY_BYTES: u64 = 32;
+mod attempts;
+
+use attempts::{
+    Helpers, copies, decrypts, decrypts_oaep, oaep_sha1, readable, sets, signs, unwraps, verifies,
+    wraps, wraps_under_rsa,
+};
+
 /// Any: nothing is ever unwrapped again.
 const IV: [u8; 16] = [0; 16];
 
@@ -47,6 +51,8 @@ pub struct NegativeTest {
     pub accepted_by: Option<&'static str>,
     /// Whether it changes a key when it succeeds, so that it is run on throwaway keys only.
     pub changes_the_key: bool,
+    /// Whether `token.spared_tests` may name it. Whether a key can be read, wrapped or copied with weaker attributes is always tried.
+    pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
 
@@ -56,21 +62,28 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// What the token did in a test that it did not fail by a return code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What came of a test that the token did not end by a return code.
+#[derive(Debug)]
 enum Done {
     /// What must fail.
     It,
-    /// Nothing that matters: an empty answer, or the test cannot be made on this token.
+    /// What must fail, and the object that it made was not removed.
+    Kept(Fault),
+    /// Nothing that matters.
     Nothing,
+    /// The token cannot make the test: it does the same with no other key either.
+    NotMade,
 }
 
-/// What a test has at hand: a session for itself, the keys, and an AES key to wrap them under.
+/// What a test has at hand.
 struct Subjects<'a> {
+    /// For this test alone.
     session: &'a Session,
     pair: &'a KeyPair,
     self_test: &'a SelfTest,
-    aes: Option<ObjectHandle>,
+    helpers: Helpers,
+    /// A ciphertext with the padding of PKCS #1 v1.5.
+    pkcs1: Option<&'a [u8]>,
 }
 
 /// All tests, in the order in which they are run.
@@ -121,6 +134,16 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.binding),
     ),
     never(
+        "wrap-integrity-rsa-oaep",
+        "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS_OAEP",
+        |on| wraps_under_rsa(on, &oaep_sha1()),
+    ),
+    never(
+        "wrap-integrity-rsa-pkcs1",
+        "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS",
+        |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
+    ),
+    never(
         "copy-private-extractable",
         "an extractable copy of the RSA private key can be made",
         |on| copies(on, on.pair.private, Some(Attribute::Extractable(true))),
@@ -156,24 +179,19 @@ pub const TESTS: &[NegativeTest] = &[
         "CKA_ALLOWED_MECHANISMS",
         "decrypt-raw",
         "the RSA private key decrypts without padding (CKM_RSA_X_509)",
-        |on| decrypts(on, &Mechanism::RsaX509),
+        |on| decrypts(on, &Mechanism::RsaX509, Some(on.self_test.wrapped())),
     ),
     unless(
         "CKA_ALLOWED_MECHANISMS",
         "decrypt-pkcs1",
         "the RSA private key decrypts with PKCS #1 v1.5 padding (CKM_RSA_PKCS)",
-        |on| decrypts(on, &Mechanism::RsaPkcs),
+        |on| decrypts(on, &Mechanism::RsaPkcs, on.pkcs1),
     ),
     unless(
         "CKA_SIGN",
         "sign",
         "the RSA private key signs (CKM_RSA_PKCS)",
-        |on| {
-            calling::next("C_Sign");
-            on.session
-                .sign(&Mechanism::RsaPkcs, on.pair.private, b"keybroker")
-                .map(|_| Done::It)
-        },
+        |on| signs(on, &Mechanism::RsaPkcs, on.pair.private),
     ),
     unless(
         "CKA_UNWRAP",
@@ -185,38 +203,28 @@ pub const TESTS: &[NegativeTest] = &[
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha224",
         "the integrity key makes MACs with another hash (CKM_SHA224_HMAC)",
-        |on| {
-            calling::next("C_Sign");
-            on.session
-                .sign(&Mechanism::Sha224Hmac, on.pair.binding, b"keybroker")
-                .map(|_| Done::It)
-        },
+        |on| signs(on, &Mechanism::Sha224Hmac, on.pair.binding),
     ),
     unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha512",
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
-        |on| {
-            calling::next("C_Sign");
-            on.session
-                .sign(&Mechanism::Sha512Hmac, on.pair.binding, b"keybroker")
-                .map(|_| Done::It)
-        },
+        |on| signs(on, &Mechanism::Sha512Hmac, on.pair.binding),
     ),
-    never(
+    input(
         "verify-short-mac",
         "a MAC that is cut short verifies",
         |on| verifies(on, 31),
     ),
-    never("verify-empty-mac", "an empty MAC verifies", |on| {
+    input("verify-empty-mac", "an empty MAC verifies", |on| {
         verifies(on, 0)
     }),
-    never(
+    input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
         |on| decrypts_oaep(on, &on.self_test.wrapped()[1..]),
     ),
-    never(
+    input(
         "decrypt-extended",
         "a ciphertext that is too long decrypts",
         |on| decrypts_oaep(on, &[on.self_test.wrapped(), &[0]].concat()),
@@ -253,7 +261,20 @@ const fn never(
         meaning,
         accepted_by: None,
         changes_the_key: false,
+        can_be_spared: false,
         run,
+    }
+}
+
+/// A test of what the token accepts as right.
+const fn input(
+    name: &'static str,
+    meaning: &'static str,
+    run: fn(&Subjects<'_>) -> Result<Done, Error>,
+) -> NegativeTest {
+    NegativeTest {
+        can_be_spared: true,
+        ..never(name, meaning, run)
     }
 }
 
@@ -265,6 +286,7 @@ const fn unless(
 ) -> NegativeTest {
     NegativeTest {
         accepted_by: Some(exception),
+        can_be_spared: true,
         ..never(name, meaning, run)
     }
 }
@@ -289,19 +311,28 @@ pub(super) struct Terms<'a> {
     pub(super) spared: &'a [String],
 }
 
-/// Runs the tests on one key, each in a session for itself, because some tokens leave a failed operation stuck in theirs. Returns
-/// the meanings of those that succeeded and are excused.
+/// What the tests found that is no reason to refuse the token.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Report {
+    /// Meanings of tests that succeeded and that an exception accepts.
+    pub(super) given_away: Vec<&'static str>,
+    /// Names of tests that the token cannot make.
+    pub(super) not_made: Vec<&'static str>,
+}
+
+/// Runs the tests on one key, each in a session for itself, because some tokens leave a failed operation stuck in theirs.
 pub(super) fn run(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,
+    public: &PublicSide,
     self_test: &SelfTest,
     subject: Subject,
     terms: Terms<'_>,
-) -> Result<Vec<&'static str>, Fault> {
+) -> Result<Report, Fault> {
     let keeper = open()?;
-    // Without one the wrap tests cannot be made. The key ends with its session.
-    let aes = aes_key(&keeper.session).ok();
-    let mut given_away = Vec::new();
+    let helpers = Helpers::make(&keeper.session, pair);
+    let pkcs1 = pkcs1_ciphertext(public, self_test);
+    let mut report = Report::default();
     for test in TESTS {
         let is_spared = terms.spared.iter().any(|name| name == test.name);
         if is_spared || test.changes_the_key && subject == Subject::InUse {
@@ -312,24 +343,37 @@ pub(super) fn run(
             session: &session.session,
             pair,
             self_test,
-            aes,
+            helpers,
+            pkcs1: pkcs1.as_deref(),
         };
         match (test.run)(&subjects) {
             Ok(Done::Nothing) => {}
-            Ok(Done::It) => {
-                let is_excused = test
-                    .accepted_by
-                    .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception));
-                if !is_excused {
-                    return Err(succeeded(test, pair));
-                }
-                given_away.push(test.meaning);
+            Ok(Done::NotMade) => report.not_made.push(test.name),
+            Ok(Done::Kept(fault)) => {
+                let left = "what it made was not removed; look for it with the vendor's tool";
+                return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
             }
+            Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
+            Ok(Done::It) => return Err(succeeded(test, pair)),
             Err(error) if is_a_refusal(&error) => {}
             Err(error) => return Err(Fault::from(error).about(test.name)),
         }
     }
-    Ok(given_away)
+    Ok(report)
+}
+
+fn is_accepted(test: &NegativeTest, terms: Terms<'_>) -> bool {
+    test.accepted_by
+        .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception))
+}
+
+/// Made in software. Absent if the library cannot do it with this key.
+fn pkcs1_ciphertext(public: &PublicSide, self_test: &SelfTest) -> Option<Vec<u8>> {
+    let key = PublicEncryptingKey::from_der(&public.spki).ok()?;
+    let key = Pkcs1PublicEncryptingKey::new(key).ok()?;
+    let mut ciphertext = vec![0; key.ciphertext_size()];
+    key.encrypt(self_test.plaintext(), &mut ciphertext).ok()?;
+    Some(ciphertext)
 }
 
 fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
@@ -348,137 +392,18 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Any code refuses, but one that says that the token is gone or has no room.
+/// Any code refuses, but those that say that the token or the session cannot do anything at the moment.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
+        Error::Pkcs11(
+            RvError::SessionHandleInvalid
+            | RvError::SessionClosed
+            | RvError::UserNotLoggedIn
+            | RvError::OperationActive,
+            _,
+        ) => false,
         Error::Pkcs11(code, _) => !matches!(classify(*code), Class::TokenLost | Class::BackOff),
         Error::NotSupported | Error::NullFunctionPointer => true,
         _ => false,
     }
-}
-
-/// An AES key that ends with the session and may wrap.
-fn aes_key(session: &Session) -> Result<ObjectHandle, Error> {
-    let template = [
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(KeyType::AES),
-        Attribute::ValueLen(AES_KEY_BYTES.into()),
-        Attribute::Token(false),
-        Attribute::Private(true),
-        Attribute::Sensitive(true),
-        Attribute::Extractable(false),
-        Attribute::Wrap(true),
-    ];
-    calling::next("C_GenerateKey");
-    session.generate_key(&Mechanism::AesKeyGen, &template)
-}
-
-fn readable(on: &Subjects<'_>, object: ObjectHandle, kind: AttributeType) -> Result<Done, Error> {
-    calling::next("C_GetAttributeValue");
-    let read = on.session.get_attributes(object, &[kind])?;
-    let is_there = read.iter().any(|attribute| match attribute {
-        Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value) => {
-            !value.is_empty()
-        }
-        _ => false,
-    });
-    Ok(if is_there { Done::It } else { Done::Nothing })
-}
-
-fn wraps(on: &Subjects<'_>, mechanism: &Mechanism<'_>, key: ObjectHandle) -> Result<Done, Error> {
-    let Some(aes) = on.aes else {
-        return Ok(Done::Nothing);
-    };
-    calling::next("C_WrapKey");
-    let wrapped = on.session.wrap_key(mechanism, aes, key)?;
-    Ok(if wrapped.is_empty() {
-        Done::Nothing
-    } else {
-        Done::It
-    })
-}
-
-fn copies(on: &Subjects<'_>, key: ObjectHandle, weaker: Option<Attribute>) -> Result<Done, Error> {
-    let template: Vec<Attribute> = [Attribute::Token(false)]
-        .into_iter()
-        .chain(weaker)
-        .collect();
-    calling::next("C_CopyObject");
-    let copy = on.session.copy_object(key, &template)?;
-    calling::next("C_DestroyObject");
-    // It ends with the session at the latest.
-    let _destroyed = on.session.destroy_object(copy);
-    Ok(Done::It)
-}
-
-/// A token may refuse the mechanism when the operation begins or when it is done. If it goes as far as the ciphertext, it has
-/// accepted the mechanism.
-fn decrypts(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
-    calling::next("C_Decrypt");
-    match on
-        .session
-        .decrypt(mechanism, on.pair.private, on.self_test.wrapped())
-    {
-        Ok(_) => Ok(Done::It),
-        Err(Error::Pkcs11(
-            RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange,
-            Function::Decrypt,
-        )) => Ok(Done::It),
-        Err(error) => Err(error),
-    }
-}
-
-fn decrypts_oaep(on: &Subjects<'_>, wrapped: &[u8]) -> Result<Done, Error> {
-    calling::next("C_Decrypt");
-    let plaintext = on
-        .session
-        .decrypt(&on.self_test.mechanism(), on.pair.private, wrapped)?;
-    Ok(if plaintext.is_empty() {
-        Done::Nothing
-    } else {
-        Done::It
-    })
-}
-
-fn unwraps(on: &Subjects<'_>) -> Result<Done, Error> {
-    let template = [
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(KeyType::GENERIC_SECRET),
-        Attribute::Token(false),
-        Attribute::Private(true),
-    ];
-    calling::next("C_UnwrapKey");
-    let object = on.session.unwrap_key(
-        &on.self_test.mechanism(),
-        on.pair.private,
-        on.self_test.wrapped(),
-        &template,
-    )?;
-    calling::next("C_DestroyObject");
-    // It ends with the session at the latest.
-    let _destroyed = on.session.destroy_object(object);
-    Ok(Done::It)
-}
-
-/// A MAC of which only the first bytes are shown.
-fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
-    const MESSAGE: &[u8] = b"keybroker";
-    calling::next("C_Sign");
-    let mac = on
-        .session
-        .sign(&Mechanism::Sha256Hmac, on.pair.binding, MESSAGE)?;
-    calling::next("C_Verify");
-    on.session.verify(
-        &Mechanism::Sha256Hmac,
-        on.pair.binding,
-        MESSAGE,
-        &mac[..length.min(mac.len())],
-    )?;
-    Ok(Done::It)
-}
-
-fn sets(on: &Subjects<'_>, key: ObjectHandle, attribute: Attribute) -> Result<Done, Error> {
-    calling::next("C_SetAttributeValue");
-    on.session.update_attributes(key, &[attribute])?;
-    Ok(Done::It)
 }

@@ -42,6 +42,8 @@ pub(super) struct ProvedKey {
     pub(super) id: WrappingKeyId,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
+    /// Negative tests that the token cannot make.
+    pub(super) not_tried: Vec<&'static str>,
 }
 
 impl OpenToken {
@@ -180,11 +182,13 @@ impl OpenToken {
             ));
         }
         let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
-        self.try_what_must_fail(settings, pair.id, &self_test, Subject::InUse)?;
+        let not_tried =
+            self.try_what_must_fail(settings, pair.id, &public, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
             self_test,
+            not_tried,
         })
     }
 
@@ -197,24 +201,26 @@ impl OpenToken {
         operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. The risk of each exception is logged.
+    /// The negative tests. The risk of each exception is logged. Returns the names of the tests that this token cannot make.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
         id: WrappingKeyId,
+        public: &PublicSide,
         self_test: &SelfTest,
         subject: Subject,
-    ) -> Result<(), Fault> {
+    ) -> Result<Vec<&'static str>, Fault> {
         let pair = keys::find(&self.anchor, id)?;
         let terms = Terms {
             exceptions: &settings.attribute_exceptions,
             spared: &settings.spared_tests,
         };
         let open = || self.session(&[]);
-        for meaning in negative::run(open, &pair, self_test, subject, terms)? {
+        let report = negative::run(open, &pair, public, self_test, subject, terms)?;
+        for meaning in report.given_away {
             tracing::warn!(key = %id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
         }
-        Ok(())
+        Ok(report.not_made)
     }
 
     /// Another session of the same login, with the handles of the keys.

@@ -105,6 +105,11 @@ impl SelfTest {
         self.algorithm
     }
 
+    /// The known plaintext.
+    pub(super) fn plaintext(&self) -> &[u8] {
+        &self.plaintext
+    }
+
     /// The ciphertext of the known plaintext.
     pub(super) fn wrapped(&self) -> &[u8] {
         &self.wrapped

@@ -10,7 +10,7 @@ use keybroker_core::{
 /// An API client as SQL knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientRow {
-    /// What it shows beside its secret.
+    /// The id that it sends with its secret.
     pub id: ClientId,
     /// Grows with each change, from 1.
     pub revision: u64,

@@ -50,7 +50,7 @@ const RETRIED_FOR: Duration = Duration::from_millis(4_500);
 const RECONNECT_WAIT: Duration = Duration::from_millis(5);
 const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 
-/// What differs between engines beside their SQL.
+/// What differs between engines in addition to their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 

@@ -35,7 +35,7 @@ pub struct Portion {
     pub records: Vec<Head>,
     /// Superseded revisions of other records.
     pub revisions: Vec<Superseded>,
-    /// How many rows were looked at to find them.
+    /// How many rows were examined to find them.
     pub seen: u64,
 }
 

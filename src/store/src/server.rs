@@ -39,7 +39,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// restarted meanwhile.
 const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
-/// So that connections move on when a name leads to another server, and certificates and settings are looked at again.
+/// So that connections move on when a name leads to another server, and certificates and settings are checked again.
 const LIFETIME_MAX: Duration = Duration::from_mins(30);
 /// Beyond the server's own limit on a statement, for a server that does not answer at all.
 const BEYOND_STATEMENT: Duration = Duration::from_secs(1);

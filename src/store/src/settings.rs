@@ -299,7 +299,7 @@ impl Settings {
         for name in &self.accept_weaker_durability {
             if !durability::is_known(name) {
                 problems.push(format!(
-                    "[store]: `accept_weaker_durability` names {name:?}, which is not looked at; there are: {}",
+                    "[store]: `accept_weaker_durability` names {name:?}, which is not checked; the names are: {}",
                     durability::NAMES.join(", ")
                 ));
             }

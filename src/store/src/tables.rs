@@ -138,7 +138,7 @@ impl Columns for Row {
     }
 }
 
-/// What the commands that look after a whole database need beside [`Store`].
+/// What the commands that maintain a whole database need in addition to [`Store`].
 #[async_trait]
 pub trait Tables: Store {
     /// What time it is at the server; nothing for a file.

@@ -42,7 +42,7 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
-    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates and are not read.
+    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates, and may be absent, never wrong.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).

@@ -9,7 +9,7 @@ use super::{KeySource, Settings, url_problem};
 /// Longest `issuer`, in bytes.
 const ISSUER_BYTES_MAX: usize = 1_024;
 
-/// Everything that is wrong with issuers beside each other and by themselves, each with its remedy.
+/// Every problem of the issuers, each alone and in combination, with its remedy.
 pub fn problems(issuers: &[Settings]) -> Vec<String> {
     let mut problems: Vec<String> = issuers.iter().flat_map(Settings::problems).collect();
     let (mut names, mut seen) = (HashSet::new(), HashSet::new());

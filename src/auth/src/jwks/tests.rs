@@ -1,4 +1,4 @@
-//! Weak and malformed keys, which a set may hold beside good ones, and which keys a token means.
+//! Weak and malformed keys, which a set may hold in addition to valid ones, and the keys that a token names.
 
 use rcgen::PublicKeyData as _;
 use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};

@@ -162,10 +162,13 @@ fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
         .map(|(name, value)| ((*name).to_owned(), value.clone()))
         .collect();
     let text = serde_json::to_string_pretty(&object).unwrap_or_default();
-    output_file::replace_regular(path, &(text + "\n")).map_err(|error| {
+    output_file::replace(path, &(text + "\n")).map_err(|error| {
         Failure::new(
             Exit::Usage,
-            format!("cannot write {}: {error}", path.display()),
+            format!(
+                "cannot write {}: {error} (`--output json` prints the figures)",
+                path.display()
+            ),
         )
     })
 }

@@ -32,7 +32,7 @@ pub(super) enum Command {
     Status,
     /// Check every row, and have the token verify each MAC
     ///
-    /// Changes nothing and runs beside a broker. Fails with exit code 12 if a row is bad.
+    /// Changes nothing, and can run while a broker serves. Fails with exit code 12 if a row is bad.
     Check(UserPin),
     /// Copy everything into another database of any engine, and verify the copy
     ///

@@ -104,7 +104,7 @@ fn list(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Needs neither module nor PIN, so that it works beside a running `serve`, whose next worker reads the record.
+/// Needs neither module nor PIN, so that it works while `serve` runs; its next worker reads the record.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let record = PinRecord::new(pin::state(&config));
@@ -190,6 +190,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             }
         };
         problems.extend(checked.problem.clone());
+        if !checked.not_tried.is_empty() {
+            context.output.note(&format!(
+                "note: key {id}: this token cannot make the negative tests {}",
+                checked.not_tried.join(", ")
+            ));
+        }
         match row {
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None => context.output.note(&format!(
@@ -210,12 +216,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     context
         .output
         .groups(shown, "the token holds no wrapping key")?;
-    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
-        context.output.note(&format!(
-            "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
-            exception.attribute, exception.gives_away
-        ));
-    }
+    show_weakened(context, &config);
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
@@ -231,6 +232,21 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
+}
+
+/// What the settings take from the checks.
+fn show_weakened(context: &Context, config: &crate::config::Config) {
+    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
+        context.output.note(&format!(
+            "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
+            exception.attribute, exception.gives_away
+        ));
+    }
+    for test in &config.token.spared_tests {
+        context.output.note(&format!(
+            "warning: the negative test {test} is not made (`token.spared_tests`)"
+        ));
+    }
 }
 
 /// Rows on the attributes of one object of a key.

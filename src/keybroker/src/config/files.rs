@@ -201,7 +201,7 @@ enum Unusable {
     },
 }
 
-/// SQLite makes its own files beside the database, so the folder must be writable, too.
+/// SQLite creates its own files next to the database, so the directory must be writable, too.
 fn check_database(path: &Path) -> Result<(), Unusable> {
     let setting = "[store] `url`";
     let folder = path.parent().unwrap_or(path);

@@ -1,4 +1,4 @@
-//! The example is the manual: it parses, is good, and shows the defaults that the code has.
+//! The example is the manual: it parses, is valid, and shows the defaults of the code.
 
 use std::sync::LazyLock;
 

@@ -201,8 +201,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows it: the log belongs to
-/// one broker, and so does the state beside it.
+/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows
+/// it: the log belongs to one broker, and so does the state next to it.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
@@ -274,6 +274,9 @@ pub(super) async fn start_token(
             gives_away = exception.gives_away,
             "an attribute of the keys is excepted (`token.attribute_exceptions`)"
         );
+    }
+    for test in &config.token.spared_tests {
+        tracing::warn!(%test, "a negative test is not made (`token.spared_tests`)");
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);

@@ -193,7 +193,7 @@ struct Server {
     /// Connections and the accept loops.
     connections: TaskTracker,
     stop_connections: CancellationToken,
-    /// What runs beside them: health, maintenance, reload.
+    /// What runs concurrently with them: health, maintenance, reload.
     background: TaskTracker,
     stop_background: CancellationToken,
     /// Probes and metrics answer until the end.
@@ -360,7 +360,7 @@ impl Server {
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 
-    /// Starts what runs beside the listeners.
+    /// Starts the tasks that run concurrently with the listeners.
     fn look_after(
         &self,
         bound: &[Bound],

@@ -34,6 +34,7 @@ use crate::certificate::{Age as LifeAge, Life as CertificateLife};
 use super::{ClientCertificates, TlsSettings};
 
 mod error;
+mod namesakes;
 mod purpose;
 mod revocation;
 #[cfg(test)]
@@ -41,8 +42,9 @@ mod tests;
 
 pub use error::Error;
 use error::shown;
+use namesakes::Namesakes;
 use purpose::ForClients;
-use revocation::{Age, Life, Lists, MemoryError, Newest, Versions};
+use revocation::{Age, Life, Lists, MemoryError, Newest};
 
 const SECONDS_PER_HOUR: i64 = 3_600;
 
@@ -66,10 +68,8 @@ pub(super) struct Accepting {
     /// SHA-256 of the files, and of what decides about clients: their CAs, and who is revoked.
     files: [u8; 32],
     trust: [u8; 32],
-    /// Of the revocation lists.
-    lists: Option<Life>,
-    /// How new they are.
-    versions: Versions,
+    /// The revocation lists.
+    lists: Option<Lists>,
     /// Last second of the certificate, since 1970.
     until: i64,
     contents: Contents,
@@ -130,6 +130,8 @@ pub(super) struct Tls {
     shown: Mutex<Shown>,
     /// What the last reload failed with, so that it is reported once and not each second.
     refused: Mutex<Option<String>>,
+    /// Which revocation lists were last reported as left out.
+    left_out: Mutex<Option<String>>,
     /// What was last reported of the age of the revocation lists.
     age: Mutex<Option<Age>>,
     /// The newest revocation lists that were accepted, now and before a restart.
@@ -157,8 +159,9 @@ struct Files {
 }
 
 impl Tls {
-    /// Loads the files; any problem stops the start. With a state directory, revocation lists that are older than those of
-    /// an earlier start are refused.
+    /// Loads the files; any problem stops the start, except a revocation list whose authority has another one or is not configured.
+    /// With a state directory, revocation lists that are older than those of an earlier start are refused. Without one, this is a
+    /// check of the configuration, which also fails on lists that a start leaves out.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
@@ -166,24 +169,38 @@ impl Tls {
         state: Option<&StateDirectory>,
     ) -> Result<Self, Error> {
         let files = Files::read(&settings, clients)?;
-        let accepting = files.build(&settings, clients, &protocols, Validity::Checked)?;
         let mut newest = match (state, &settings.client_crl_file) {
             (Some(state), Some(file)) => Newest::read(state.clone(), file)?,
             _ => Newest::default(),
         };
-        check_follows(&settings, &newest, &accepting)?;
-        newest.accept(&accepting.versions);
+        let follows = Follows {
+            newest: &newest,
+            in_use: None,
+        };
+        let mut accepting =
+            files.build(&settings, clients, &protocols, Validity::Checked, &follows)?;
+        if state.is_none()
+            && let Some(problem) = accepting.lists.as_mut().and_then(Lists::take_problem)
+        {
+            return Err(Error::lists(settings.client_crl_file.as_deref(), problem));
+        }
+        if let Some(lists) = &accepting.lists {
+            newest.accept(lists);
+        }
         log_contents("TLS files read", &settings, accepting.contents);
-        Ok(Self {
+        let tls = Self {
             shown: Mutex::new(files.shown()),
             settings,
             clients,
             protocols,
             current: ArcSwap::from_pointee(accepting),
             refused: Mutex::default(),
+            left_out: Mutex::default(),
             age: Mutex::default(),
             newest: Mutex::new(newest),
-        })
+        };
+        tls.report_left_out();
+        Ok(tls)
     }
 
     /// Stores which revocation lists were accepted, so that a restart does not forget them.
@@ -210,6 +227,7 @@ impl Tls {
     /// clients that are still trusted reconnect.
     pub(super) fn reload(&self) {
         let outcome = self.try_reload();
+        self.report_left_out();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
             Ok(changed) => {
@@ -229,16 +247,37 @@ impl Tls {
         }
     }
 
+    /// Reports the revocation lists that were left out, once until they change.
+    fn report_left_out(&self) {
+        let current = self.current();
+        let left_out = current.lists.as_ref().and_then(Lists::left_out);
+        let mut said = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        if *said == left_out {
+            return;
+        }
+        if let (Some(error), Some(path)) = (&left_out, &self.settings.client_crl_file) {
+            let file = path.display().to_string();
+            keybroker_core::alert!(
+                ClientCrl, %file, %error,
+                "revocation lists not taken over; their authorities keep the lists in use, if there are any"
+            );
+        }
+        *said = left_out;
+    }
+
     /// Forgets what was reported: after a requested reload, problems are reported again.
     pub(super) fn report_again(&self) {
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        for said in [&self.refused, &self.left_out] {
+            *said.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
     }
 
     /// Says again how long the certificate in use is valid: time goes on while it serves.
     pub(super) fn measure(&self) {
         let current = self.current();
         note_expiry(current.until, &self.settings.certificate_file);
-        if let (Some(life), Some(path)) = (current.lists, &self.settings.client_crl_file) {
+        let life = current.lists.as_ref().and_then(Lists::life);
+        if let (Some(life), Some(path)) = (life, &self.settings.client_crl_file) {
             self.note_age(life, path);
         }
     }
@@ -280,16 +319,17 @@ impl Tls {
 
     fn try_reload_all(&self) -> Result<bool, Error> {
         let files = Files::read(&self.settings, self.clients)?;
-        if files.digest() == self.current().files {
+        let current = self.current();
+        let left_out = |accepting: &Accepting| accepting.lists.as_ref().and_then(Lists::left_out);
+        let is_same = files.digest() == current.files;
+        // A list that was left out may have become valid since.
+        if is_same && left_out(&current).is_none() {
             return Ok(false);
         }
-        let next = files.build(
-            &self.settings,
-            self.clients,
-            &self.protocols,
-            Validity::Checked,
-        )?;
-        self.check_follows_newest(&next)?;
+        let next = self.build(&files, Validity::Checked)?;
+        if is_same && left_out(&next) == left_out(&current) {
+            return Ok(false);
+        }
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
         self.take_over(next);
         Ok(true)
@@ -303,13 +343,7 @@ impl Tls {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         let files = Files::with_trust(shown, &self.settings, self.clients)?;
-        let next = files.build(
-            &self.settings,
-            self.clients,
-            &self.protocols,
-            Validity::Unchecked,
-        )?;
-        self.check_follows_newest(&next)?;
+        let next = self.build(&files, Validity::Unchecked)?;
         if next.trust != self.current().trust {
             self.take_over(next);
             tracing::warn!("changed trust in clients is taken over without the other TLS files");
@@ -317,9 +351,20 @@ impl Tls {
         Ok(())
     }
 
-    fn check_follows_newest(&self, next: &Accepting) -> Result<(), Error> {
+    fn build(&self, files: &Files, validity: Validity) -> Result<Accepting, Error> {
         let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        check_follows(&self.settings, &newest, next)
+        let current = self.current();
+        let follows = Follows {
+            newest: &newest,
+            in_use: current.lists.as_ref(),
+        };
+        files.build(
+            &self.settings,
+            self.clients,
+            &self.protocols,
+            validity,
+            &follows,
+        )
     }
 
     fn take_over(&self, mut next: Accepting) {
@@ -329,10 +374,12 @@ impl Tls {
             // Connections that were accepted under the earlier trust are notified at the next change.
             next.outdated = current.outdated.clone();
         }
-        self.newest
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .accept(&next.versions);
+        if let Some(lists) = &next.lists {
+            self.newest
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .accept(lists);
+        }
         if let Err(error) = self.remember_lists() {
             // The newer list counts all the same; only a restart would not know of it.
             let error = chain(&error);
@@ -348,10 +395,11 @@ impl Tls {
     }
 }
 
-fn check_follows(settings: &TlsSettings, newest: &Newest, next: &Accepting) -> Result<(), Error> {
-    newest
-        .check(&next.versions)
-        .map_err(|problem| Error::lists(settings.client_crl_file.as_deref(), problem))
+/// The revocation lists that a file must not go back behind.
+struct Follows<'a> {
+    newest: &'a Newest,
+    /// The lists that an authority keeps when its new lists are refused.
+    in_use: Option<&'a Lists>,
 }
 
 /// Whether the dates of the server's own certificate matter.
@@ -424,6 +472,7 @@ impl Files {
         clients: ClientCertificates,
         protocols: &[Vec<u8>],
         validity: Validity,
+        follows: &Follows<'_>,
     ) -> Result<Accepting, Error> {
         let path = &settings.certificate_file;
         let chain = pem::chain(&self.chain).map_err(of_pem("certificate_file", path))?;
@@ -435,12 +484,8 @@ impl Files {
             Validity::Unchecked => life_of(leaf, path)?.until,
         };
         let key = pem::private_key(&self.key).map_err(of_pem("key_file", &settings.key_file))?;
-        let lists = self.lists(settings)?;
+        let lists = self.lists(settings, follows)?;
         let trust = self.trust(lists.as_ref());
-        let versions = lists
-            .as_ref()
-            .map_or_else(Versions::default, |lists| lists.versions.clone());
-        let life = lists.as_ref().map(|lists| lists.life);
         let contents = Contents {
             certificates: chain.len(),
             authorities: match clients {
@@ -449,12 +494,12 @@ impl Files {
                     self.authorities(settings)?.len()
                 }
             },
-            revocation_lists: lists.as_ref().map_or(0, |lists| lists.ders.len()),
+            revocation_lists: lists.as_ref().map_or(0, Lists::count),
             is_chain_in_order: is_in_order(&chain),
         };
         let place = key_place(&chain, &key);
         let builder = ServerConfig::builder();
-        let builder = match self.verifier(settings, clients, lists)? {
+        let builder = match self.verifier(settings, clients, lists.as_ref())? {
             Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
         };
@@ -487,18 +532,18 @@ impl Files {
             until,
             files: self.digest(),
             trust,
-            lists: life,
+            lists,
             contents,
-            versions,
         })
     }
 
     /// The revocation lists, if there are to be any.
-    fn lists(&self, settings: &TlsSettings) -> Result<Option<Lists>, Error> {
+    fn lists(&self, settings: &TlsSettings, follows: &Follows<'_>) -> Result<Option<Lists>, Error> {
         let (Some(pem), Some(path)) = (&self.client_crl, &settings.client_crl_file) else {
             return Ok(None);
         };
         Lists::read(pem, &self.authorities(settings)?)
+            .and_then(|lists| lists.follow(follows.newest, follows.in_use))
             .map(Some)
             .map_err(|problem| Error::lists(Some(path), problem))
     }
@@ -507,7 +552,7 @@ impl Files {
         let mut context = digest::Context::new(&digest::SHA256);
         context.update(digest::digest(&digest::SHA256, &self.client_ca).as_ref());
         if let Some(lists) = lists {
-            context.update(&lists.revoked);
+            context.update(&lists.revoked());
         }
         to_array(context.finish().as_ref())
     }
@@ -521,7 +566,7 @@ impl Files {
         &self,
         settings: &TlsSettings,
         clients: ClientCertificates,
-        lists: Option<Lists>,
+        lists: Option<&Lists>,
     ) -> Result<Option<Arc<dyn ClientCertVerifier>>, Error> {
         if clients == ClientCertificates::None {
             return Ok(None);
@@ -534,18 +579,28 @@ impl Files {
                 source,
             })?;
         }
-        let mut builder = WebPkiClientVerifier::builder(Arc::new(roots));
-        if clients == ClientCertificates::Optional {
-            builder = builder.allow_unauthenticated();
-        }
-        if let Some(Lists { ders, .. }) = lists {
-            // The whole chain is looked up, and what no list says is refused: both are the defaults.
-            builder = builder.with_crls(ders).enforce_revocation_expiration();
-        }
-        let verifier = builder.build().map_err(|source| Error::Verifier {
-            path: shown(path),
-            source,
-        })?;
+        let roots = Arc::new(roots);
+        let build = |ders: Option<Vec<_>>| {
+            let mut builder = WebPkiClientVerifier::builder(Arc::clone(&roots));
+            if clients == ClientCertificates::Optional {
+                builder = builder.allow_unauthenticated();
+            }
+            if let Some(ders) = ders {
+                // The whole chain is looked up, and a certificate that no list covers is refused: both are the defaults.
+                builder = builder.with_crls(ders).enforce_revocation_expiration();
+            }
+            builder.build().map_err(|source| Error::Verifier {
+                path: shown(path),
+                source,
+            })
+        };
+        let mut lists = lists
+            .map(Lists::by_verifier)
+            .unwrap_or_default()
+            .into_iter();
+        let first = build(lists.next())?;
+        let others = lists.map(|ders| build(Some(ders)));
+        let verifier = Namesakes::over(first, others.collect::<Result<_, _>>()?);
         if settings.client_auth_usage_required {
             return Ok(Some(Arc::new(ForClients(verifier))));
         }

@@ -220,7 +220,7 @@ impl Authentication {
         }
     }
 
-    /// Whether credentials of calls are looked at.
+    /// Whether credentials of calls are examined.
     pub(super) fn accepts_credentials(&self) -> bool {
         self.accepts_credentials
     }

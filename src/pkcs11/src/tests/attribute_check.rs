@@ -143,9 +143,9 @@ fn an_imported_key_is_refused() {
 
 /// A secret key has no `CKA_SIGN_RECOVER`.
 #[test]
-fn an_exception_leaves_an_attribute_out_and_no_exception_covers_a_core_attribute() {
+fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribute() {
     with_softhsm(
-        "attribute_check::an_exception_leaves_an_attribute_out_and_no_exception_covers_a_core_attribute",
+        "attribute_check::an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribute",
         |_| {
             init();
             let token = open();
@@ -166,6 +166,17 @@ fn an_exception_leaves_an_attribute_out_and_no_exception_covers_a_core_attribute
             let without = keys::generate(session, 2_048, &[]).unwrap().pair.binding;
             assert_eq!(verdict(without, &[]), (Found::Missing, false));
             assert_eq!(verdict(without, &exception), (Found::Excepted, true));
+            // Absent, never wrong.
+            let (_, template) = mutants(&keys::private_template(id(1)))
+                .into_iter()
+                .find(|(kind, _)| *kind == AttributeType::SignRecover)
+                .unwrap();
+            let public = keys::public_template(id(1), 2_048);
+            let wrong = session
+                .generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &template)
+                .unwrap()
+                .1;
+            assert_eq!(verdict(wrong, &exception), (Found::Wrong, false));
             // What is required of every key is read whatever the settings say.
             let core = ["CKA_EXTRACTABLE".to_owned()];
             let extractable = keys::binding_template(id(3))

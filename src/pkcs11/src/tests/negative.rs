@@ -1,11 +1,15 @@
-//! What must fail with a key, tried with keys that allow it: each test notices its own.
+//! What must fail with a key, tried with keys and modules that allow it: each test finds its own.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType},
     object::Attribute,
 };
 
-use super::{id, init, open, settings, with_softhsm};
+use super::{
+    USER_PIN, faulty,
+    faulty::{Fault as ModuleFault, code},
+    id, init, pin, record, settings, with_softhsm,
+};
 use crate::{
     classify::{Class, Fault},
     keys,
@@ -14,13 +18,19 @@ use crate::{
 };
 use keybroker_worker_protocol::Settings;
 
-/// Keys of a session whose templates are changed, and what the negative tests say of them.
+fn token(settings: &Settings) -> OpenToken {
+    OpenToken::login(settings, &record(), &pin(USER_PIN), true).unwrap()
+}
+
+/// What the negative tests say of keys that end with the session, whose templates are changed. Returns the tests that the token
+/// cannot make.
 fn tried(
     token: &OpenToken,
     settings: &Settings,
     private: &[Attribute],
     integrity: &[Attribute],
-) -> Result<(), Fault> {
+    while_tried: impl FnOnce(),
+) -> Result<Vec<&'static str>, Fault> {
     let with = |mut template: Vec<Attribute>, changes: &[Attribute]| {
         for change in changes.iter().chain([&Attribute::Token(false)]) {
             template.retain(|old| old.attribute_type() != change.attribute_type());
@@ -44,9 +54,9 @@ fn tried(
         .unwrap();
     let pair = keys::find(session, id(1)).unwrap();
     let side = keys::public_side(session, &pair).unwrap();
-    let result = token.probe(id(1), &side, true).and_then(|self_test| {
-        token.try_what_must_fail(settings, id(1), &self_test, Subject::Throwaway)
-    });
+    let self_test = token.probe(id(1), &side, true).unwrap();
+    while_tried();
+    let result = token.try_what_must_fail(settings, id(1), &side, &self_test, Subject::Throwaway);
     for object in [public, private, binding] {
         // A test that succeeded may have changed the key.
         let _destroyed = session.destroy_object(object);
@@ -54,90 +64,161 @@ fn tried(
     result
 }
 
+fn nothing() {}
+
+/// Settings with which one test alone is made.
+fn only(settings: &Settings, name: &str) -> Settings {
+    Settings {
+        spared_tests: TESTS
+            .iter()
+            .map(|test| test.name.to_owned())
+            .filter(|test| test != name)
+            .collect(),
+        ..settings.clone()
+    }
+}
+
 #[test]
 fn a_key_that_is_as_it_must_be_passes() {
     with_softhsm("negative::a_key_that_is_as_it_must_be_passes", |_| {
         init();
-        assert_eq!(tried(&open(), &settings(), &[], &[]), Ok(()));
+        let settings = settings();
+        let not_made = tried(&token(&settings), &settings, &[], &[], nothing).unwrap();
+        // SoftHSM wraps no key with CKM_AES_CBC_PAD.
+        assert_eq!(not_made, ["wrap-private-aes-cbc", "wrap-integrity-aes-cbc"]);
     });
 }
 
-/// The attribute that is wrong, and the tests of which the first must find it.
+/// What makes a test find something.
+enum Weakness {
+    Private(Vec<Attribute>),
+    Integrity(Vec<Attribute>),
+    /// A function of the module that reports success when it has failed.
+    Module(&'static str),
+}
+
+fn weakness(test: &str) -> Weakness {
+    use Weakness::{Integrity, Module, Private};
+    let readable = || vec![Attribute::Sensitive(false), Attribute::Extractable(true)];
+    let extractable = || vec![Attribute::Extractable(true)];
+    // SoftHSM copies no key that cannot be modified.
+    let copyable = || vec![Attribute::Copyable(true), Attribute::Modifiable(true)];
+    let allowed =
+        |mechanism| Attribute::AllowedMechanisms(vec![mechanism, MechanismType::RSA_PKCS_OAEP]);
+    let hashes =
+        |mechanism| Attribute::AllowedMechanisms(vec![mechanism, MechanismType::SHA256_HMAC]);
+    match test {
+        "read-private-exponent" | "read-prime" => Private(readable()),
+        "read-integrity-key" => Integrity(readable()),
+        "wrap-private-aes-cbc" | "wrap-integrity-aes-cbc" => Module("C_WrapKey"),
+        name if name.starts_with("wrap-private") => Private(extractable()),
+        name if name.starts_with("wrap-integrity") => Integrity(extractable()),
+        "copy-private" => Private(copyable()),
+        "copy-integrity" => Integrity(copyable()),
+        name if name.starts_with("copy-") => Module("C_CopyObject"),
+        "decrypt-raw" => Private(vec![allowed(MechanismType::RSA_X_509)]),
+        "decrypt-pkcs1" => Private(vec![allowed(MechanismType::RSA_PKCS)]),
+        "sign" => Private(vec![
+            allowed(MechanismType::RSA_PKCS),
+            Attribute::Sign(true),
+        ]),
+        "unwrap" => Private(vec![Attribute::Unwrap(true)]),
+        "hmac-sha224" => Integrity(vec![hashes(MechanismType::SHA224_HMAC)]),
+        // A key as long as the hash.
+        "hmac-sha512" => Integrity(vec![
+            hashes(MechanismType::SHA512_HMAC),
+            Attribute::ValueLen(64.into()),
+        ]),
+        name if name.starts_with("verify-") => Module("C_Verify"),
+        name if name.starts_with("decrypt-") => Module("C_Decrypt"),
+        name if name.starts_with("set-") => Module("C_SetAttributeValue"),
+        other => panic!("no weakness for {other}"),
+    }
+}
+
+/// Each test alone, with what it must find.
 #[test]
-fn what_a_key_allows_is_found_by_name() {
-    with_softhsm("negative::what_a_key_allows_is_found_by_name", |_| {
+fn each_test_finds_what_it_is_for() {
+    with_softhsm("negative::each_test_finds_what_it_is_for", |folder| {
         init();
-        let token = open();
-        let any_rsa = Attribute::AllowedMechanisms(vec![
-            MechanismType::RSA_PKCS_OAEP,
-            MechanismType::RSA_PKCS,
-            MechanismType::RSA_X_509,
-        ]);
-        // SoftHSM copies no key that cannot be modified.
-        let copyable = [Attribute::Copyable(true), Attribute::Modifiable(true)];
-        let rows: &[(&[Attribute], &[Attribute], &str)] = &[
-            (
-                &[Attribute::Sensitive(false), Attribute::Extractable(true)],
-                &[],
-                "read-private-exponent",
-            ),
-            (
-                &[],
-                &[Attribute::Sensitive(false), Attribute::Extractable(true)],
-                "read-integrity-key",
-            ),
-            (&[Attribute::Extractable(true)], &[], "wrap-private-"),
-            (&[], &[Attribute::Extractable(true)], "wrap-integrity-"),
-            (&copyable, &[], "copy-private"),
-            (&[], &copyable, "copy-integrity"),
-            (&[any_rsa.clone()], &[], "decrypt-raw"),
-            (&[any_rsa, Attribute::Sign(true)], &[], "decrypt-raw"),
-            (&[Attribute::Unwrap(true)], &[], "unwrap"),
-            (
-                &[],
-                &[Attribute::AllowedMechanisms(vec![
-                    MechanismType::SHA256_HMAC,
-                    MechanismType::SHA224_HMAC,
-                ])],
-                "hmac-sha224",
-            ),
-        ];
-        for (private, integrity, name) in rows {
-            let fault = tried(&token, &settings(), private, integrity).expect_err(name);
-            assert_eq!(fault.class, Class::Untrusted, "{fault}");
-            assert!(
-                fault.detail.contains(&format!("test `{name}")),
-                "{name}: {fault}"
-            );
+        let (settings, faulty) = faulty(folder);
+        let token = token(&settings);
+        let mut missed = Vec::new();
+        for test in TESTS {
+            let settings = only(&settings, test.name);
+            let result = match weakness(test.name) {
+                Weakness::Private(private) => tried(&token, &settings, &private, &[], nothing),
+                Weakness::Integrity(integrity) => {
+                    tried(&token, &settings, &[], &integrity, nothing)
+                }
+                Weakness::Module(function) => {
+                    let lie = || faulty.set(function, &ModuleFault::always(code::NEVER_FAILS));
+                    let result = tried(&token, &settings, &[], &[], lie);
+                    faulty.clear(function);
+                    result
+                }
+            };
+            match result {
+                Err(fault)
+                    if fault.class == Class::Untrusted
+                        && fault.detail.contains(&format!("test `{}`", test.name)) => {}
+                other => missed.push((test.name, other)),
+            }
         }
+        assert!(missed.is_empty(), "{missed:#?}");
     });
 }
 
 #[test]
-fn an_exception_and_a_spared_test_excuse_what_they_name() {
+fn an_exception_accepts_what_it_names_and_nothing_else() {
     with_softhsm(
-        "negative::an_exception_and_a_spared_test_excuse_what_they_name",
+        "negative::an_exception_accepts_what_it_names_and_nothing_else",
         |_| {
             init();
-            let token = open();
-            let copyable = [Attribute::Copyable(true)];
             let excepted = Settings {
                 attribute_exceptions: vec!["CKA_COPYABLE".to_owned()],
                 ..settings()
             };
-            assert_eq!(tried(&token, &excepted, &copyable, &copyable), Ok(()));
+            let token = token(&excepted);
+            let copyable = [Attribute::Copyable(true), Attribute::Modifiable(true)];
+            tried(&token, &excepted, &copyable, &copyable, nothing).unwrap();
             let extractable = [Attribute::Extractable(true)];
-            let wrapped = tried(&token, &excepted, &extractable, &[]).unwrap_err();
+            let wrapped = tried(&token, &excepted, &extractable, &[], nothing).unwrap_err();
             assert!(wrapped.detail.contains("wrapped"), "{wrapped}");
-            let spared = Settings {
-                spared_tests: TESTS
-                    .iter()
-                    .map(|test| test.name.to_owned())
-                    .filter(|name| name.starts_with("wrap-private"))
-                    .collect(),
-                ..settings()
-            };
-            assert_eq!(tried(&token, &spared, &extractable, &[]), Ok(()));
         },
     );
+}
+
+/// That the keys cannot leave the token is tried on every token.
+#[test]
+fn no_test_of_leaving_keys_can_be_spared() {
+    for test in TESTS {
+        let leaves = ["read-", "wrap-", "set-"]
+            .iter()
+            .any(|start| test.name.starts_with(start))
+            || test.name.starts_with("copy-")
+                && ["-extractable", "-readable"]
+                    .iter()
+                    .any(|end| test.name.ends_with(end));
+        assert_eq!(test.can_be_spared, !leaves, "{}", test.name);
+        assert!(!(leaves && test.accepted_by.is_some()), "{}", test.name);
+    }
+}
+
+/// A session that is lost says nothing of the token.
+#[test]
+fn a_lost_session_is_no_refusal() {
+    with_softhsm("negative::a_lost_session_is_no_refusal", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let token = token(&settings);
+        let lost = || {
+            faulty.set(
+                "C_CopyObject",
+                &ModuleFault::always(code::SESSION_HANDLE_INVALID),
+            );
+        };
+        let fault = tried(&token, &only(&settings, "copy-private"), &[], &[], lost).unwrap_err();
+        assert_eq!(fault.class, Class::SessionLost, "{fault}");
+    });
 }

@@ -31,7 +31,8 @@ const HEADER: &[u8; 16] = b"SQLite format 3\0";
 
 const DIRECTORY: &str = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
 
-/// Files beside a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and the index of the WAL.
+/// Files next to a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and
+/// the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
 /// Refuses a file that is not there, or that others can change or read.
@@ -84,8 +85,8 @@ fn not_examined(path: &Path, error: io::Error) -> Error {
     Error::Down(Detail::of_file("cannot examine", path, error))
 }
 
-/// Refuses files beside a database that another user made. In a directory that others can write to, a WAL that another user puts
-/// beside the database would replace its whole content at the next start.
+/// Refuses files next to a database that another user created. In a directory that others can write to, such a WAL
+/// would replace the whole content of the database at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for these files.
     let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;

@@ -179,7 +179,7 @@ fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure
         return Ok(());
     }
     let what = format!(
-        "no row was looked at, because the registry and this token do not agree:\n  {}",
+        "no row was checked, because the registry and this token do not agree:\n  {}",
         problems.join("\n  ")
     );
     Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` says more"))
@@ -222,7 +222,7 @@ impl Report {
         context.output.fields(summary)
     }
 
-    /// Success, when every row is good.
+    /// Success if every row is valid.
     pub(super) fn verdict(&self) -> Result<(), Failure> {
         if self.bad == 0 {
             return Ok(());

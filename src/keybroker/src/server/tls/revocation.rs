@@ -1,9 +1,13 @@
 //! Which client certificates their authorities have taken back (RFC 5280 section 5).
 //!
-//! A file of lists is taken over when each list is signed by its authority and counts today, when each configured
-//! authority has one, and when no list is older than one accepted before, also before a restart: going back would
-//! accept what was revoked since. A client of whose certificate nothing is known is refused. A list counts until its
-//! `nextUpdate`. After that, new connections are refused until there is a newer one; before that, an alert is raised.
+//! Each authority's lists are decided on separately: a list that does not parse, is not signed by its authority, is not valid today or
+//! is older than one accepted before (also before a restart) is left out and reported. Its authority keeps the list in use, and the
+//! other authorities get their new lists. At the start there is no list in use: then each configured authority needs a list in
+//! the file. A client of whose certificate nothing is known is refused. A list is valid until its `nextUpdate`. After that, new
+//! connections are refused until there is a newer one; before that, an alert is raised.
+//!
+//! The list of an authority that is not configured, such as an intermediate CA, can be verified only in the handshake. An
+//! attacker on the network path to its distribution point can replace it, so nothing that it says about its age is remembered.
 //!
 //! Signatures are verified with the algorithms that the handshake verifies with, so that a list that is taken over works there.
 //!
@@ -14,21 +18,27 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::ffi::OsStrExt as _,
     path::Path,
+    sync::Arc,
 };
 
 use aws_lc_rs::digest;
-use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::{
+    RootCertStore,
+    crypto::aws_lc_rs::default_provider,
+    server::{VerifierBuilderError, WebPkiClientVerifier},
+};
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use serde::{Deserialize, Serialize};
 use x509_parser::{
     error::X509Error,
     nom,
     num_bigint::BigUint,
-    prelude::{CertificateRevocationList, FromDer as _, X509Certificate},
+    prelude::{CertificateRevocationList, FromDer as _, RevokedCertificate, X509Certificate},
 };
 
 use keybroker_core::{
     call::Timestamp,
+    error::chain,
     pem,
     state::{self, StateDirectory},
 };
@@ -38,15 +48,38 @@ const LAST_PART: i64 = 4;
 /// Authorities whose newest list is remembered.
 const AUTHORITIES_MAX: usize = 128;
 
-/// The lists of one file.
+/// Lists that the log names when they are left out; a file may have very many.
+const PROBLEMS_SHOWN: usize = 5;
+/// Length of each of them in the log: the name of an authority may be very long.
+const PROBLEM_CHARS_MAX: usize = 600;
+
+/// The lists that are in use, or that a file offers.
 #[derive(Debug)]
 pub(super) struct Lists {
-    /// The newest first: of two lists of one authority the verifier looks at the first.
-    pub(super) ders: Vec<CertificateRevocationListDer<'static>>,
-    /// SHA-256 of who is revoked; a list that is only made anew changes nothing.
-    pub(super) revoked: [u8; 32],
-    pub(super) life: Life,
-    pub(super) versions: Versions,
+    /// The lists of each authority, the newest first: the verifier uses the first that fits.
+    groups: BTreeMap<Authority, Vec<List>>,
+    /// The configured authorities, each with its name as messages show it.
+    configured: BTreeMap<Authority, String>,
+    /// Why lists were left out.
+    problems: Vec<Problem>,
+}
+
+/// One list that can be used.
+#[derive(Clone, Debug)]
+struct List {
+    der: CertificateRevocationListDer<'static>,
+    version: Version,
+    life: Life,
+    /// SHA-256 of the authority and the serial numbers on the list.
+    revoked: [u8; 32],
+}
+
+/// Why a list was left out.
+#[derive(Debug)]
+struct Problem {
+    /// Name of the authority; absent when the list does not parse.
+    name: Option<Vec<u8>>,
+    error: ListsError,
 }
 
 /// When the first of several lists ends.
@@ -89,10 +122,6 @@ struct Version {
     from: i64,
 }
 
-/// The newest version of each authority's lists.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Versions(BTreeMap<Authority, Version>);
-
 /// Name of an authority, and SHA-256 of its key; without a key where its certificate is not known.
 type Authority = (Vec<u8>, Option<[u8; 32]>);
 
@@ -130,7 +159,7 @@ impl Version {
     }
 }
 
-/// The newest list of each authority that a listener has accepted, kept across restarts. A file that holds an older list is
+/// The newest verified list of each configured authority that a listener has accepted, kept across restarts. An older one is
 /// refused: it would accept certificates that were revoked since.
 #[derive(Debug, Default)]
 pub(super) struct Newest {
@@ -255,6 +284,14 @@ pub enum ListsError {
         /// Object identifier of the algorithm.
         algorithm: String,
     },
+    /// The library of the handshake does not take the list.
+    #[error("holds a list of \"{issuer}\" that cannot be used")]
+    Unusable {
+        /// Name of the authority.
+        issuer: String,
+        /// What the library says.
+        source: VerifierBuilderError,
+    },
     /// A list without an end.
     #[error("holds a list of \"{0}\" without `nextUpdate`: it would never expire")]
     NoEnd(String),
@@ -315,21 +352,17 @@ impl Newest {
         Ok(Self { versions, fact })
     }
 
-    /// Refuses lists that are older than one accepted before.
-    pub(super) fn check(&self, next: &Versions) -> Result<(), ListsError> {
-        for (authority, version) in &next.0 {
-            if let Some(before) = self.versions.get(&id_of(authority))
-                && version.goes_back(before)
-            {
-                return Err(ListsError::GoesBack {
-                    authority: name_of(&authority.0),
-                    found: version.shown(),
-                    accepted: before.shown(),
-                    how_to_go_back: self.how_to_go_back(),
-                });
-            }
-        }
-        Ok(())
+    /// Why a list must not be used: its authority has signed a newer one, which was accepted before.
+    fn refusal(&self, authority: &Authority, version: &Version) -> Option<ListsError> {
+        // Earlier releases also remembered unverified lists.
+        authority.1?;
+        let before = self.versions.get(&id_of(authority))?;
+        version.goes_back(before).then(|| ListsError::GoesBack {
+            authority: name_of(&authority.0),
+            found: version.shown(),
+            accepted: before.shown(),
+            how_to_go_back: self.how_to_go_back(),
+        })
     }
 
     fn how_to_go_back(&self) -> String {
@@ -341,13 +374,20 @@ impl Newest {
         })
     }
 
-    /// Takes note of lists that were accepted.
-    pub(super) fn accept(&mut self, accepted: &Versions) {
-        for (authority, version) in &accepted.0 {
-            self.versions.insert(id_of(authority), version.clone());
+    /// Takes note of lists that were accepted. What an unverified list says about its age is not remembered, and what an earlier
+    /// release remembered of it is forgotten.
+    pub(super) fn accept(&mut self, accepted: &Lists) {
+        let mut current = BTreeSet::new();
+        for (authority, lists) in &accepted.groups {
+            if authority.1.is_none() {
+                self.versions.remove(&id_of(authority));
+            } else if let Some(newest) = lists.first() {
+                let id = id_of(authority);
+                current.insert(id);
+                self.versions.insert(id, newest.version.clone());
+            }
         }
         // Authorities that are configured no longer must not fill the state file over the years.
-        let current: BTreeSet<AuthorityId> = accepted.0.keys().map(id_of).collect();
         while self.versions.len() > AUTHORITIES_MAX {
             let former = self
                 .versions
@@ -407,56 +447,262 @@ fn name_of(raw: &[u8]) -> String {
 }
 
 impl Lists {
-    /// From PEM or DER, for the certificates of those authorities.
+    /// From PEM or DER, for the certificates of those authorities. Lists that cannot be used are left out.
     pub(super) fn read(
         bytes: &[u8],
         authorities: &[CertificateDer<'_>],
     ) -> Result<Self, ListsError> {
         let now = Timestamp::now().micros() / 1_000_000;
-        let ders = ders(bytes)?;
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(authorities.iter().map(|one| one.clone().into_owned()));
+        let roots = Arc::new(roots);
         let authorities = authorities
             .iter()
             .map(|authority| X509Certificate::from_der(authority).map(|(_, read)| read))
             .collect::<Result<Vec<_>, _>>()
             .map_err(ListsError::Authority)?;
-        let mut parsed = Vec::with_capacity(ders.len());
-        let mut versions = Versions::default();
-        let mut is_served = vec![false; authorities.len()];
-        let mut unverified = BTreeMap::new();
-        for der in &ders {
-            let (_, list) =
-                CertificateRevocationList::from_der(der).map_err(ListsError::Malformed)?;
-            let life = life(&list, now)?;
-            let version = Version::of(&list);
-            let signer = signer(&list, der, &authorities, &mut is_served)?;
-            if signer.1.is_none() {
-                refuse_another(&mut unverified, &signer.0, der)?;
-            }
-            let newest = versions.0.entry(signer).or_insert_with(|| version.clone());
-            if version.compare(newest).is_gt() {
-                *newest = version.clone();
-            }
-            parsed.push((list, life, version, der));
-        }
-        for (authority, is_served) in authorities.iter().zip(is_served) {
-            if !is_served {
-                return Err(ListsError::Missing(authority.subject().to_string()));
-            }
-        }
-        let life = parsed
+        let configured = authorities
             .iter()
-            .map(|(_, life, ..)| *life)
-            .min_by_key(|life| life.until)
-            .ok_or(ListsError::Empty)?;
-        let revoked = revoked(parsed.iter().map(|(list, ..)| list));
-        parsed.sort_by(|(.., one, _), (.., other, _)| other.compare(one));
-        Ok(Self {
-            ders: parsed.into_iter().map(|(.., der)| der.clone()).collect(),
-            revoked,
-            life,
-            versions,
-        })
+            .map(|one| (authority_of(one), one.subject().to_string()));
+        let mut lists = Self {
+            configured: configured.collect(),
+            groups: BTreeMap::new(),
+            problems: Vec::new(),
+        };
+        let mut ambiguous = BTreeSet::new();
+        for der in ders(bytes)? {
+            match List::read(&der, &authorities, &roots, now) {
+                Err(problem) => lists.problems.push(problem),
+                Ok((authority, list)) => {
+                    let is_verified = authority.1.is_some();
+                    let group = lists.groups.entry(authority.clone()).or_default();
+                    if !is_verified && group.iter().any(|other| other.der != list.der) {
+                        ambiguous.insert(authority);
+                    } else {
+                        group.push(list);
+                    }
+                }
+            }
+        }
+        // The verifier uses only the first list of a name, and which of these the authority signed is not known here: a forged
+        // one would cause every client of that authority to be refused.
+        for authority in ambiguous {
+            let error = ListsError::Ambiguous(name_of(&authority.0));
+            lists.leave_out(&authority, error);
+        }
+        for group in lists.groups.values_mut() {
+            group.sort_by(|one, other| other.version.compare(&one.version));
+        }
+        Ok(lists)
     }
+
+    fn leave_out(&mut self, authority: &Authority, error: ListsError) {
+        self.groups.remove(authority);
+        self.problems.push(Problem {
+            name: Some(authority.0.clone()),
+            error,
+        });
+    }
+
+    /// Leaves out lists that are older than those accepted before, and keeps the lists in use of authorities that have none
+    /// in the file. Fails if a configured authority then has no list.
+    pub(super) fn follow(
+        mut self,
+        newest: &Newest,
+        in_use: Option<&Self>,
+    ) -> Result<Self, ListsError> {
+        let refused: Vec<_> = self
+            .groups
+            .iter()
+            .filter_map(|(authority, lists)| {
+                let error = newest.refusal(authority, &lists.first()?.version)?;
+                Some((authority.clone(), error))
+            })
+            .collect();
+        for (authority, error) in refused {
+            self.leave_out(&authority, error);
+        }
+        for (authority, shown) in self.configured.clone() {
+            if self.groups.contains_key(&authority) {
+                continue;
+            }
+            let is_reported = self.has_problem_of(&authority.0);
+            let Some(kept) = in_use.and_then(|lists| lists.groups.get(&authority)) else {
+                return Err(self.reason_without(&authority.0, shown));
+            };
+            self.groups.insert(authority.clone(), kept.clone());
+            if !is_reported {
+                let error = ListsError::Missing(shown);
+                let name = Some(authority.0);
+                self.problems.push(Problem { name, error });
+            }
+        }
+        if let Some(in_use) = in_use {
+            self.keep_unverified(in_use);
+        }
+        if self.groups.is_empty() {
+            return Err(ListsError::Empty);
+        }
+        Ok(self)
+    }
+
+    /// Keeps the lists in use of authorities that are not configured and whose new list is left out. A list that the file no longer has
+    /// is not kept.
+    fn keep_unverified(&mut self, in_use: &Self) {
+        for (authority, kept) in &in_use.groups {
+            let (name, key) = authority;
+            let is_configured = self.configured.keys().any(|(other, _)| other == name);
+            if key.is_none()
+                && !is_configured
+                && !self.groups.contains_key(authority)
+                && self.has_problem_of(name)
+            {
+                self.groups.insert(authority.clone(), kept.clone());
+            }
+        }
+    }
+
+    fn has_problem_of(&self, name: &[u8]) -> bool {
+        let mut names = self.problems.iter().map(|problem| &problem.name);
+        names.any(|other| other.as_deref() == Some(name))
+    }
+
+    /// Why that authority has no list: the problem of its own list, or else of one that does not parse.
+    fn reason_without(&mut self, name: &[u8], shown: String) -> ListsError {
+        let mut problems = std::mem::take(&mut self.problems);
+        let of = |name: Option<&[u8]>| {
+            let mut problems = problems.iter();
+            problems.position(|problem| problem.name.as_deref() == name)
+        };
+        match of(Some(name)).or_else(|| of(None)) {
+            Some(position) => problems.swap_remove(position).error,
+            None => ListsError::Missing(shown),
+        }
+    }
+
+    /// What the log says about the lists that were left out.
+    pub(super) fn left_out(&self) -> Option<String> {
+        let shown: Vec<String> = self
+            .problems
+            .iter()
+            .take(PROBLEMS_SHOWN)
+            .map(|problem| {
+                let text = chain(&problem.error);
+                text.chars().take(PROBLEM_CHARS_MAX).collect()
+            })
+            .collect();
+        let more = self.problems.len().saturating_sub(PROBLEMS_SHOWN);
+        match (shown.is_empty(), more) {
+            (true, _) => None,
+            (false, 0) => Some(shown.join("; ")),
+            (false, more) => Some(format!("{}; and {more} more", shown.join("; "))),
+        }
+    }
+
+    /// The first reason why a list was left out.
+    pub(super) fn take_problem(&mut self) -> Option<ListsError> {
+        let mut problems = std::mem::take(&mut self.problems).into_iter();
+        problems.next().map(|problem| problem.error)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.groups.values().map(Vec::len).sum()
+    }
+
+    /// When the first list ends.
+    pub(super) fn life(&self) -> Option<Life> {
+        let lives = self.groups.values().flatten().map(|list| list.life);
+        lives.min_by_key(|life| life.until)
+    }
+
+    /// SHA-256 of who is revoked; a list that is only made anew changes nothing.
+    pub(super) fn revoked(&self) -> [u8; 32] {
+        let each: BTreeSet<_> = self
+            .groups
+            .values()
+            .flatten()
+            .map(|it| it.revoked)
+            .collect();
+        let mut context = digest::Context::new(&digest::SHA256);
+        for revoked in each {
+            context.update(&revoked);
+        }
+        super::to_array(context.finish().as_ref())
+    }
+
+    /// The lists for each verifier. A verifier uses only the first list of a name, so authorities with one name and different keys, as
+    /// while a key is replaced, need a verifier each.
+    pub(super) fn by_verifier(&self) -> Vec<Vec<CertificateRevocationListDer<'static>>> {
+        let mut names: BTreeMap<&[u8], Vec<&Vec<List>>> = BTreeMap::new();
+        for ((name, _), lists) in &self.groups {
+            names.entry(name).or_default().push(lists);
+        }
+        let verifiers = names.values().map(Vec::len).max().unwrap_or(0);
+        (0..verifiers)
+            .map(|number| {
+                let chosen = names
+                    .values()
+                    .filter_map(|namesakes| namesakes.get(number % namesakes.len()));
+                let lists = chosen.flat_map(|lists| lists.iter());
+                lists.map(|list| list.der.clone()).collect()
+            })
+            .collect()
+    }
+}
+
+impl List {
+    fn read(
+        der: &CertificateRevocationListDer<'static>,
+        authorities: &[X509Certificate<'_>],
+        roots: &Arc<RootCertStore>,
+        now: i64,
+    ) -> Result<(Authority, Self), Problem> {
+        let (_, list) = CertificateRevocationList::from_der(der).map_err(|error| Problem {
+            name: None,
+            error: ListsError::Malformed(error),
+        })?;
+        let of_issuer = |error| Problem {
+            name: Some(list.issuer().as_raw().to_vec()),
+            error,
+        };
+        let life = life(&list, now).map_err(of_issuer)?;
+        let authority = signer(&list, der, authorities).map_err(of_issuer)?;
+        check_for_handshake(&list, der, roots).map_err(of_issuer)?;
+        let version = Version::of(&list);
+        let revoked = revoked(&authority, &list);
+        let list = Self {
+            version,
+            life,
+            revoked,
+            der: der.clone(),
+        };
+        Ok((authority, list))
+    }
+}
+
+/// Refuses a list that the library of the handshake does not take, such as one with an unknown critical extension: with it among others, no
+/// verifier could be made.
+fn check_for_handshake(
+    list: &CertificateRevocationList<'_>,
+    der: &CertificateRevocationListDer<'static>,
+    roots: &Arc<RootCertStore>,
+) -> Result<(), ListsError> {
+    let provider = Arc::new(default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider)
+        .with_crls([der.clone()]);
+    match verifier.build() {
+        Err(source @ VerifierBuilderError::InvalidCrl(_)) => Err(ListsError::Unusable {
+            issuer: list.issuer().to_string(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn authority_of(certificate: &X509Certificate<'_>) -> Authority {
+    let key = digest::digest(&digest::SHA256, certificate.public_key().raw);
+    let name = certificate.subject().as_raw().to_vec();
+    (name, Some(super::to_array(key.as_ref())))
 }
 
 /// First byte of a list in DER.
@@ -474,48 +720,29 @@ fn ders(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, List
     pem::revocation_lists(bytes).map_err(ListsError::Pem)
 }
 
-/// Refuses a second list of an authority whose signatures can be verified only in the handshake. The verifier uses only the newest
-/// list of a name, so a forged list with a high number would cause every client of that authority to be refused.
-fn refuse_another<'a>(
-    unverified: &mut BTreeMap<Vec<u8>, &'a [u8]>,
-    name: &[u8],
-    der: &'a [u8],
-) -> Result<(), ListsError> {
-    match unverified.insert(name.to_vec(), der) {
-        Some(other) if other != der => Err(ListsError::Ambiguous(name_of(name))),
-        _ => Ok(()),
-    }
-}
-
 /// Who signed a list. A list of an authority that is not configured, such as one below those that are, is verified in the
 /// handshake, with the certificate that the client sends.
 fn signer(
     list: &CertificateRevocationList<'_>,
     der: &[u8],
     authorities: &[X509Certificate<'_>],
-    is_served: &mut [bool],
 ) -> Result<Authority, ListsError> {
     let issuer = list.issuer();
-    let (mut signer, mut is_named, mut is_supported) = (None, false, false);
-    // Two authorities may have one name, as while a key is changed over.
-    for (authority, is_served) in authorities.iter().zip(is_served) {
+    let (mut is_named, mut is_supported) = (false, false);
+    // Two authorities may have one name, as while a key is replaced.
+    for authority in authorities {
         if authority.subject().as_raw() != issuer.as_raw() {
             continue;
         }
         is_named = true;
         match verifies(list, der, authority) {
-            Signature::Good => {
-                *is_served = true;
-                let key = digest::digest(&digest::SHA256, authority.public_key().raw);
-                signer = Some(super::to_array(key.as_ref()));
-            }
+            Signature::Good => return Ok(authority_of(authority)),
             Signature::Bad => is_supported = true,
             Signature::Unsupported => {}
         }
     }
-    let name = issuer.as_raw().to_vec();
-    if signer.is_some() || !is_named {
-        return Ok((name, signer));
+    if !is_named {
+        return Ok((issuer.as_raw().to_vec(), None));
     }
     let version = Version::of(list).shown();
     let issuer = issuer.to_string();
@@ -602,19 +829,14 @@ fn life(list: &CertificateRevocationList<'_>, now: i64) -> Result<Life, ListsErr
     Ok(Life { from, until })
 }
 
-fn revoked<'a>(lists: impl Iterator<Item = &'a CertificateRevocationList<'a>>) -> [u8; 32] {
-    let mut entries = BTreeSet::new();
-    for list in lists {
-        for entry in list.iter_revoked_certificates() {
-            entries.insert((list.issuer().as_raw(), entry.raw_serial()));
-        }
-    }
+fn revoked(authority: &Authority, list: &CertificateRevocationList<'_>) -> [u8; 32] {
+    let entries = list.iter_revoked_certificates();
+    let serials: BTreeSet<&[u8]> = entries.map(RevokedCertificate::raw_serial).collect();
     let mut context = digest::Context::new(&digest::SHA256);
-    for (issuer, serial) in entries {
-        for part in [issuer, serial] {
-            context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
-            context.update(part);
-        }
+    context.update(&id_of(authority));
+    for serial in serials {
+        context.update(&u64::try_from(serial.len()).unwrap_or(0).to_be_bytes());
+        context.update(serial);
     }
     super::to_array(context.finish().as_ref())
 }

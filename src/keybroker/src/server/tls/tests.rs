@@ -52,7 +52,14 @@ fn read(pem: &str, authorities: &[&Authority]) -> Result<Lists, String> {
         .iter()
         .map(|authority| authority.der().clone())
         .collect();
-    Lists::read(pem.as_bytes(), &ders).map_err(|error| chain(&error))
+    Lists::read(pem.as_bytes(), &ders)
+        .and_then(|lists| lists.follow(&Newest::default(), None))
+        .map_err(|error| chain(&error))
+}
+
+/// Why a reload left out lists, after it was reported.
+fn left_out(tls: &Tls) -> Option<String> {
+    tls.left_out.lock().unwrap().clone()
 }
 
 #[test]
@@ -97,10 +104,10 @@ fn a_list_that_proves_nothing_is_not_taken_over() {
         assert!(problem.contains(words), "{words}: {problem}");
     }
     let both = format!("{good}{}", list(&other, &[], -1, 24));
-    assert_eq!(read(&both, &[&ca, &other]).unwrap().ders.len(), 2);
+    assert_eq!(read(&both, &[&ca, &other]).unwrap().count(), 2);
 }
 
-/// A list that the CA did not sign, beside one that it did: the verifier looks at the newer one, and would refuse every client.
+/// A list that the CA did not sign, beside one that it did: the verifier would use the newer one, and refuse every client.
 #[test]
 fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
@@ -108,12 +115,14 @@ fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     let good = numbered(&ca, 16, &[], -2, 24);
     let unsigned = numbered(&namesake, 17, &[], -1, 24);
     for pem in [format!("{good}{unsigned}"), format!("{unsigned}{good}")] {
-        let problem = read(&pem, &[&ca]).unwrap_err();
+        let lists = read(&pem, &[&ca]).unwrap();
+        let problem = lists.left_out().unwrap();
         assert!(
             problem.contains("\"CN=CA\" (number 0x11 of") && problem.contains("not signed by it"),
             "{problem}"
         );
-        assert_eq!(read(&pem, &[&ca, &namesake]).unwrap().ders.len(), 2);
+        assert_eq!(lists.count(), 1);
+        assert_eq!(read(&pem, &[&ca, &namesake]).unwrap().count(), 2);
     }
 }
 
@@ -132,13 +141,15 @@ fn two_lists_that_cannot_be_verified_are_not_told_apart_by_their_numbers() {
         format!("{own}{good}{forged}"),
         format!("{forged}{own}{good}"),
     ] {
-        let problem = read(&pem, &[&ca]).unwrap_err();
+        let lists = read(&pem, &[&ca]).unwrap();
+        assert_eq!(lists.count(), 1, "only the list of the configured CA");
+        let problem = lists.left_out().unwrap();
         for words in ["more than one list of \"CN=CA below\"", "client_ca_file"] {
             assert!(problem.contains(words), "{problem}");
         }
     }
     for pem in [format!("{own}{good}"), format!("{own}{good}{good}")] {
-        assert!(read(&pem, &[&ca]).is_ok());
+        assert_eq!(read(&pem, &[&ca]).unwrap().left_out(), None);
     }
 }
 
@@ -149,7 +160,7 @@ fn a_list_in_der_is_read() {
     let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem.as_bytes());
     let der = der.unwrap().to_vec();
     let authorities = [ca.der().clone()];
-    assert_eq!(Lists::read(&der, &authorities).unwrap().ders.len(), 1);
+    assert_eq!(Lists::read(&der, &authorities).unwrap().count(), 1);
     let twice = [&der[..], &der].concat();
     let problem = Lists::read(&twice, &authorities).unwrap_err().to_string();
     assert!(problem.contains("more bytes after"), "{problem}");
@@ -184,12 +195,11 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
     openssl("ca -config conf -gencrl -out odd -md sha224");
     let ca = fs::read(folder.path().join("ca")).unwrap();
     let ca = CertificateDer::from_pem_slice(&ca).unwrap();
-    let of = |name: &str| {
-        Lists::read(
-            &fs::read(folder.path().join(name)).unwrap(),
-            std::slice::from_ref(&ca),
-        )
+    let read = |bytes: &[u8]| {
+        Lists::read(bytes, std::slice::from_ref(&ca))
+            .and_then(|lists| lists.follow(&Newest::default(), None))
     };
+    let of = |name: &str| read(&fs::read(folder.path().join(name)).unwrap());
     of("good").unwrap();
     let problem = of("odd").unwrap_err().to_string();
     assert!(problem.contains("is not supported"), "{problem}");
@@ -200,9 +210,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
             .unwrap()
             .to_vec();
     *der.last_mut().unwrap() ^= 1;
-    let problem = Lists::read(&der, std::slice::from_ref(&ca))
-        .unwrap_err()
-        .to_string();
+    let problem = read(&der).unwrap_err().to_string();
     assert!(problem.contains("not signed by it"), "{problem}");
 }
 
@@ -214,14 +222,17 @@ fn of_two_lists_the_newest_counts() {
         let lists = read(&pem, &[&ca]).unwrap();
         let newest =
             rustls_pki_types::CertificateRevocationListDer::from_pem_slice(new.as_bytes()).unwrap();
-        assert_eq!(lists.ders[0], newest);
+        assert_eq!(lists.by_verifier()[0][0], newest);
     }
 }
 
 #[test]
 fn a_list_is_late_in_the_last_part_of_its_life() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
-    let life = read(&list(&ca, &[], -1, 7), &[&ca]).unwrap().life;
+    let life = read(&list(&ca, &[], -1, 7), &[&ca])
+        .unwrap()
+        .life()
+        .unwrap();
     let hour = 3_600;
     assert_eq!(life.age(life.until - 3 * hour), Age::Good);
     assert_eq!(life.age(life.until - hour), Age::Late);
@@ -263,6 +274,25 @@ impl Site {
         let parameters = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         self.write("server", &parameters.self_signed(&key).unwrap().pem());
         self.write("key", &key.serialize_pem());
+    }
+
+    /// Whether the listener would accept a client certificate of that CA with that serial number.
+    fn verifies(tls: &Tls, ca: &Authority, serial: u64) -> bool {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.serial_number = Some(SerialNumber::from(serial));
+        parameters.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = parameters.signed_by(&key, ca).unwrap();
+        let current = tls.current();
+        let files = Files::read(&tls.settings, tls.clients).unwrap();
+        let verifier = files.verifier(&tls.settings, tls.clients, current.lists.as_ref());
+        let verifier = verifier.unwrap().unwrap();
+        let now = rustls_pki_types::UnixTime::now();
+        match verifier.verify_client_cert(leaf.der(), &[], now) {
+            Ok(_) => true,
+            Err(rustls::Error::InvalidCertificate(rustls::CertificateError::Revoked)) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     fn load(&self) -> Tls {
@@ -328,8 +358,8 @@ fn a_list_that_goes_back_is_refused() {
     for (number, from) in [(299, -1), (255, -1), (300, -3), (301, -3)] {
         site.write("crl", &numbered(&site.ca, number, &[], from, 24));
         tls.reload();
-        assert!(Arc::ptr_eq(&first, &tls.current()), "{number} {from}");
-        let refused = tls.refused.lock().unwrap().clone().unwrap();
+        assert_eq!(tls.current().trust, first.trust, "{number} {from}");
+        let refused = left_out(&tls).unwrap();
         assert!(
             refused.contains("older list of \"CN=CA\"") && refused.contains("number 0x012c"),
             "{refused}"
@@ -342,10 +372,10 @@ fn a_list_that_goes_back_is_refused() {
     ];
     site.write("crl", &both.concat());
     tls.reload();
-    assert!(tls.refused.lock().unwrap().is_none());
+    assert_eq!(left_out(&tls), None);
     site.write("crl", &numbered(&site.ca, 300, &[], -1, 24));
     tls.reload();
-    let refused = tls.refused.lock().unwrap().clone().unwrap();
+    let refused = left_out(&tls).unwrap();
     assert!(refused.contains("accepted: number 0x012d"), "{refused}");
 }
 
@@ -411,6 +441,7 @@ fn the_newest_list_of_a_removed_authority_is_remembered() {
     site.write("ca", &site.ca.pem());
     site.write("crl", &numbered(&site.ca, 299, &[], -2, 24));
     tls.reload();
+    // The CA has no list in use that it could keep, so the files are refused as a whole.
     let refused = tls.refused.lock().unwrap().clone().unwrap();
     assert!(refused.contains("accepted: number 0x012c"), "{refused}");
     site.write("crl", &newest);
@@ -424,27 +455,157 @@ fn a_bad_list_leaves_the_old_one_in_use() {
     site.write("crl", &list(&site.ca, &[7], -2, 24));
     let tls = site.load();
     let first = tls.current();
-    let other = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let namesake = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
     for bad in [
         String::new(),
-        list(&other, &[], -1, 24),
+        list(&namesake, &[], -1, 24),
         list(&site.ca, &[], -2, -1),
     ] {
         site.write("crl", &bad);
         tls.reload();
-        assert!(Arc::ptr_eq(&first, &tls.current()));
-        assert!(
-            tls.refused
-                .lock()
-                .unwrap()
-                .as_ref()
-                .unwrap()
-                .contains("client_crl_file")
-        );
+        assert_eq!(first.trust, tls.current().trust);
+        assert!(left_out(&tls).is_some(), "{bad}");
+        assert!(Site::verifies(&tls, &site.ca, 8));
+        assert!(!Site::verifies(&tls, &site.ca, 7));
+        // An unchanged file is neither taken over again nor forgotten.
+        let taken_over = tls.current();
+        tls.reload();
+        assert!(Arc::ptr_eq(&taken_over, &tls.current()));
+        assert!(left_out(&tls).is_some(), "{bad}");
     }
+    assert!(!first.outdated.is_cancelled());
     site.write("crl", &list(&site.ca, &[], -1, 24));
     tls.reload();
-    assert!(tls.refused.lock().unwrap().is_none());
+    assert_eq!(left_out(&tls), None);
+    assert!(Site::verifies(&tls, &site.ca, 7));
+}
+
+/// An attacker between a distribution point and the host can replace a list that only the handshake verifies.
+#[test]
+fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state));
+    let (below, forger) = (
+        authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256),
+        authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256),
+    );
+    let root = numbered(&site.ca, 1_000, &[], -3, 24);
+    let forged = numbered(&forger, u64::MAX, &[], 0, 24);
+    site.write("crl", &format!("{root}{forged}"));
+    let tls = start().unwrap();
+    tls.remember_lists().unwrap();
+    assert!(Site::verifies(&tls, &site.ca, 7));
+
+    // Its genuine list has a lower number and an earlier date.
+    let newer = numbered(&site.ca, 2_000, &[7], -2, 24);
+    let genuine = numbered(&below, 0x1001, &[9], -2, 24);
+    site.write("crl", &format!("{newer}{genuine}"));
+    tls.reload();
+    assert_eq!(*tls.refused.lock().unwrap(), None);
+    assert_eq!(left_out(&tls), None);
+    assert!(!Site::verifies(&tls, &site.ca, 7));
+    start().unwrap();
+
+    // Unverified lists that cannot be used are reported, and the rest counts.
+    let ended = numbered(&below, 0x1002, &[], -3, -1);
+    let two = format!("{genuine}{forged}");
+    let damaged = genuine.replace("\nMI", "\nMA");
+    for bad in [ended, two, damaged] {
+        site.write("crl", &format!("{newer}{bad}"));
+        let tls = start().unwrap();
+        assert!(left_out(&tls).is_some(), "{bad}");
+        assert!(!Site::verifies(&tls, &site.ca, 7));
+        assert!(Site::verifies(&tls, &site.ca, 8));
+        // A check of the configuration names them.
+        site.try_load().unwrap_err();
+    }
+}
+
+/// Earlier releases remembered the number of a list that was not verified.
+#[test]
+fn what_an_earlier_release_remembered_of_an_unverified_list_holds_nothing_back() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state)).unwrap();
+    let below = authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let own = list(&site.ca, &[7], -2, 24);
+    site.write("crl", &own);
+    start().remember_lists().unwrap();
+    let file = fs::read_dir(state.path()).unwrap().next().unwrap();
+    let file = file.unwrap().path();
+    let known = fs::read_to_string(&file).unwrap();
+    let (_, certificate) = X509Certificate::from_der(below.der()).unwrap();
+    let name = certificate.subject().as_raw();
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&u64::try_from(name.len()).unwrap().to_be_bytes());
+    context.update(name);
+    let id = hex::encode(context.finish().as_ref());
+    let entry = format!(r#"{{"authority":"{id}","number":"ffff","this_update":4000000000}}"#);
+    let planted = known.replacen('[', &format!("[{entry},"), 1);
+    fs::write(&file, &planted).unwrap();
+
+    site.write("crl", &format!("{own}{}", list(&below, &[9], -2, 24)));
+    let tls = start();
+    assert_eq!(left_out(&tls), None);
+    assert_eq!(tls.contents().revocation_lists, 2);
+    tls.remember_lists().unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), known);
+}
+
+#[test]
+fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
+    let site = Site::fresh();
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let forger = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    site.write("ca", &format!("{}{}", site.ca.pem(), other.pem()));
+    let of_other = numbered(&other, 20, &[9], -3, 24);
+    site.write(
+        "crl",
+        &format!("{}{of_other}", numbered(&site.ca, 1, &[], -3, 24)),
+    );
+    let tls = site.load();
+    let bad = [
+        (numbered(&other, 19, &[], -4, 24), "older list"),
+        (numbered(&forger, 21, &[], -1, 24), "not signed by it"),
+        (numbered(&other, 21, &[], -3, -1), "ended on"),
+        (of_other.replace("\nMI", "\nMA"), "does not parse"),
+        (String::new(), "holds no list of \"CN=other CA\""),
+    ];
+    for (round, (bad, words)) in (1_u64..).zip(bad) {
+        let serials: Vec<u64> = (100..100 + round).collect();
+        let newer = numbered(&site.ca, 1 + round, &serials, -2, 24);
+        site.write("crl", &format!("{newer}{bad}"));
+        let before = tls.current();
+        tls.reload();
+        let reported = left_out(&tls).unwrap();
+        assert!(reported.contains(words), "{words}: {reported}");
+        assert!(before.outdated.is_cancelled(), "{words}");
+        assert!(!Site::verifies(&tls, &site.ca, 99 + round), "{words}");
+        // The other authority keeps its list.
+        assert!(!Site::verifies(&tls, &other, 9), "{words}");
+        assert!(Site::verifies(&tls, &other, 8), "{words}");
+    }
+}
+
+/// While the key of an authority is replaced, both keys sign certificates and lists under one name.
+#[test]
+fn clients_of_two_authorities_of_one_name_are_verified_with_the_list_of_their_own() {
+    let site = Site::fresh();
+    let namesake = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    site.write("ca", &format!("{}{}", site.ca.pem(), namesake.pem()));
+    let (one, two) = (
+        numbered(&site.ca, 16, &[7], -2, 24),
+        numbered(&namesake, 17, &[8], -1, 24),
+    );
+    for lists in [format!("{one}{two}"), format!("{two}{one}")] {
+        site.write("crl", &lists);
+        let tls = site.load();
+        for (ca, revoked, good) in [(&site.ca, 7, 8), (&namesake, 8, 7)] {
+            assert!(Site::verifies(&tls, ca, good));
+            assert!(!Site::verifies(&tls, ca, revoked));
+        }
+    }
 }
 
 /// A chain of two, the leaf first, and its key.

@@ -1,0 +1,250 @@
+//! What a negative test does on the token.
+
+use cryptoki::{
+    context::Function,
+    error::{Error, RvError},
+    mechanism::{
+        Mechanism, MechanismType,
+        rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
+    },
+    object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
+    session::Session,
+};
+
+use crate::{attribute_check, calling, classify::Fault, keys::KeyPair};
+
+use super::{Done, Subjects};
+
+/// Length of an AES-256 key, and of the sample, in bytes.
+const SECRET_KEY_BYTES: u64 = 32;
+/// What is signed.
+const MESSAGE: &[u8] = b"keybroker";
+
+/// What the wrap tests need, as objects that end with their session. Absent where the token makes none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Helpers {
+    /// An AES key that may wrap.
+    aes: Option<ObjectHandle>,
+    /// An RSA public key that may wrap.
+    rsa: Option<ObjectHandle>,
+    /// A secret key that may be wrapped.
+    sample: Option<ObjectHandle>,
+}
+
+impl Helpers {
+    pub(super) fn make(session: &Session, pair: &KeyPair) -> Self {
+        Self {
+            aes: aes_key(session).ok(),
+            rsa: rsa_public_key(session, pair),
+            sample: sample_key(session).ok(),
+        }
+    }
+}
+
+fn aes_key(session: &Session) -> Result<ObjectHandle, Error> {
+    let template = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::AES),
+        Attribute::ValueLen(SECRET_KEY_BYTES.into()),
+        Attribute::Token(false),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Wrap(true),
+    ];
+    calling::next("C_GenerateKey");
+    session.generate_key(&Mechanism::AesKeyGen, &template)
+}
+
+fn sample_key(session: &Session) -> Result<ObjectHandle, Error> {
+    let template = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::GENERIC_SECRET),
+        Attribute::ValueLen(SECRET_KEY_BYTES.into()),
+        Attribute::Token(false),
+        Attribute::Private(true),
+        Attribute::Extractable(true),
+    ];
+    calling::next("C_GenerateKey");
+    session.generate_key(&Mechanism::GenericSecretKeyGen, &template)
+}
+
+fn rsa_public_key(session: &Session, pair: &KeyPair) -> Option<ObjectHandle> {
+    let read = |kind| attribute_check::read(session, pair.private, kind).ok()?;
+    let template = [
+        Attribute::Class(ObjectClass::PUBLIC_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        read(AttributeType::Modulus)?,
+        read(AttributeType::PublicExponent)?,
+        Attribute::Token(false),
+        Attribute::Wrap(true),
+    ];
+    calling::next("C_CreateObject");
+    session.create_object(&template).ok()
+}
+
+pub(super) fn readable(
+    on: &Subjects<'_>,
+    object: ObjectHandle,
+    kind: AttributeType,
+) -> Result<Done, Error> {
+    calling::next("C_GetAttributeValue");
+    let read = on.session.get_attributes(object, &[kind])?;
+    let is_there = read.iter().any(|attribute| match attribute {
+        Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value) => {
+            !value.is_empty()
+        }
+        _ => false,
+    });
+    Ok(if is_there { Done::It } else { Done::Nothing })
+}
+
+/// Wraps a key under the AES key.
+pub(super) fn wraps(
+    on: &Subjects<'_>,
+    mechanism: &Mechanism<'_>,
+    key: ObjectHandle,
+) -> Result<Done, Error> {
+    wraps_under(on, mechanism, on.helpers.aes, key)
+}
+
+/// Wraps the integrity key under an RSA public key that anybody could have brought: that of the wrapping key, as an object of the
+/// session.
+pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
+    wraps_under(on, mechanism, on.helpers.rsa, on.pair.binding)
+}
+
+/// That a key is not wrapped shows something only if the token wraps another key in the same way.
+fn wraps_under(
+    on: &Subjects<'_>,
+    mechanism: &Mechanism<'_>,
+    wrapping: Option<ObjectHandle>,
+    key: ObjectHandle,
+) -> Result<Done, Error> {
+    let (Some(wrapping), Some(sample)) = (wrapping, on.helpers.sample) else {
+        return Ok(Done::NotMade);
+    };
+    calling::next("C_WrapKey");
+    match on.session.wrap_key(mechanism, wrapping, key) {
+        Ok(wrapped) if wrapped.is_empty() => Ok(Done::Nothing),
+        // It told the length of what it would give.
+        Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => Ok(Done::It),
+        Err(refusal) => match on.session.wrap_key(mechanism, wrapping, sample) {
+            Ok(_) => Err(refusal),
+            Err(_) => Ok(Done::NotMade),
+        },
+    }
+}
+
+/// OAEP with SHA-1, which every token that wraps with OAEP can do.
+pub(super) fn oaep_sha1() -> Mechanism<'static> {
+    Mechanism::RsaPkcsOaep(PkcsOaepParams::new(
+        MechanismType::SHA1,
+        PkcsMgfType::MGF1_SHA1,
+        PkcsOaepSource::empty(),
+    ))
+}
+
+pub(super) fn copies(
+    on: &Subjects<'_>,
+    key: ObjectHandle,
+    weaker: Option<Attribute>,
+) -> Result<Done, Error> {
+    let template: Vec<Attribute> = [Attribute::Token(false)]
+        .into_iter()
+        .chain(weaker)
+        .collect();
+    calling::next("C_CopyObject");
+    let copy = on.session.copy_object(key, &template)?;
+    calling::next("C_DestroyObject");
+    Ok(match on.session.destroy_object(copy) {
+        Ok(()) => Done::It,
+        Err(error) => Done::Kept(Fault::from(error)),
+    })
+}
+
+/// A token may refuse the mechanism when the operation begins or when it is done. If it finds fault with the ciphertext, it has
+/// accepted the mechanism.
+pub(super) fn decrypts(
+    on: &Subjects<'_>,
+    mechanism: &Mechanism<'_>,
+    wrapped: Option<&[u8]>,
+) -> Result<Done, Error> {
+    let Some(wrapped) = wrapped else {
+        return Ok(Done::NotMade);
+    };
+    calling::next("C_Decrypt");
+    match on.session.decrypt(mechanism, on.pair.private, wrapped) {
+        Ok(_)
+        | Err(Error::Pkcs11(
+            RvError::EncryptedDataInvalid | RvError::EncryptedDataLenRange,
+            Function::Decrypt,
+        )) => Ok(Done::It),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn decrypts_oaep(on: &Subjects<'_>, wrapped: &[u8]) -> Result<Done, Error> {
+    calling::next("C_Decrypt");
+    let plaintext = on
+        .session
+        .decrypt(&on.self_test.mechanism(), on.pair.private, wrapped)?;
+    Ok(if plaintext.is_empty() {
+        Done::Nothing
+    } else {
+        Done::It
+    })
+}
+
+pub(super) fn unwraps(on: &Subjects<'_>) -> Result<Done, Error> {
+    let template = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::GENERIC_SECRET),
+        Attribute::Token(false),
+        Attribute::Private(true),
+    ];
+    calling::next("C_UnwrapKey");
+    let object = on.session.unwrap_key(
+        &on.self_test.mechanism(),
+        on.pair.private,
+        on.self_test.wrapped(),
+        &template,
+    )?;
+    calling::next("C_DestroyObject");
+    Ok(match on.session.destroy_object(object) {
+        Ok(()) => Done::It,
+        Err(error) => Done::Kept(Fault::from(error)),
+    })
+}
+
+pub(super) fn signs(
+    on: &Subjects<'_>,
+    mechanism: &Mechanism<'_>,
+    key: ObjectHandle,
+) -> Result<Done, Error> {
+    calling::next("C_Sign");
+    on.session.sign(mechanism, key, MESSAGE)?;
+    Ok(Done::It)
+}
+
+/// Shows the first bytes of a MAC.
+pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
+    let mechanism = Mechanism::Sha256Hmac;
+    calling::next("C_Sign");
+    let mac = on.session.sign(&mechanism, on.pair.binding, MESSAGE)?;
+    let shown = &mac[..length.min(mac.len())];
+    calling::next("C_Verify");
+    on.session
+        .verify(&mechanism, on.pair.binding, MESSAGE, shown)?;
+    Ok(Done::It)
+}
+
+pub(super) fn sets(
+    on: &Subjects<'_>,
+    key: ObjectHandle,
+    attribute: Attribute,
+) -> Result<Done, Error> {
+    calling::next("C_SetAttributeValue");
+    on.session.update_attributes(key, &[attribute])?;
+    Ok(Done::It)
+}

@@ -419,7 +419,7 @@ fn the_attribute_check_is_shown_under_the_id_of_each_key() {
     assert_eq!(id.len(), 32, "{shown}");
     assert!(!table.contains(id), "{shown}");
     let columns: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
-    assert_eq!(columns, ["object", "attribute", "found", "passes"]);
+    assert_eq!(columns, ["object", "attribute", "verdict", "passes"]);
     assert!(
         shown.lines().all(|line| line.chars().count() <= 100),
         "{shown}"

@@ -189,12 +189,12 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     desk.fails(
         &wrong,
         2,
-        "the token's e-mail address is test@bitwarden.com",
+        "the access token's e-mail address is test@bitwarden.com",
     );
     desk.fails(
         &format!("{enrol} {account} --user {BOB}"),
         2,
-        &format!("the token's user is {ADA}"),
+        &format!("the access token's user is {ADA}"),
     );
     desk.fails(&format!("fetch {broker} --token-file ada"), 10, "404");
     desk.fails(
@@ -218,7 +218,7 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     assert_eq!(nameless.code, Some(2), "{nameless:#?}");
     assert!(nameless.stderr.contains("--user"), "{nameless:#?}");
     let another = format!("{enrol} {account} --replace --user {BOB}");
-    desk.fails(&another, 2, "the token's user is");
+    desk.fails(&another, 2, "the access token's user is");
     desk.fails(&format!("fetch {broker} --token-file ada"), 10, "404");
     let replaced = desk.ok(&format!("{enrol} {account} --replace --user {ADA}"));
     assert_eq!(replaced["method"], "PUT");

@@ -195,7 +195,7 @@ fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
             })
             .collect(),
         queue_length: count(state.queue_length),
-        last_self_test_time: state.last_self_test.map(convert::timestamp),
+        last_canary_time: state.last_self_test.map(convert::timestamp),
     }
 }
 

@@ -1370,7 +1370,7 @@ pub struct GetTokenStateResponse {
     pub queue_length: u32,
     /// When the last self-test passed.
     #[prost(message, optional, tag = "8")]
-    pub last_self_test_time: ::core::option::Option<::prost_types::Timestamp>,
+    pub last_canary_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// Request of TailAuditLog.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

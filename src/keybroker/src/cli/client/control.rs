@@ -141,7 +141,7 @@ fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
         ("queue_length", json!(state.queue_length)),
         (
             "last_self_test",
-            show::time(state.last_self_test_time.as_ref()),
+            show::time(state.last_canary_time.as_ref()),
         ),
     ]
 }

@@ -11,7 +11,7 @@ use keybroker_proto::{
 };
 
 use crate::{
-    client::{Caller, NAME, channel, eventually, reason, refused},
+    client::{Caller, NAME, channel, eventually, refused},
     identity::{Identity, Options as IdentityOptions, now, user},
     process::{Broker, until},
     site::{Finished, Options, Site},

@@ -813,7 +813,8 @@ fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
 
 /// Whether other processes may see the same file systems without the read-only mounts of this one.
 fn is_beside_systemd() -> bool {
-    Path::new(SYSTEMD).exists() || env::var_os(SERVICE_VARIABLE).is_some()
+    // Unknown is taken as yes: then the ordinary rules apply.
+    Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some()
 }
 
 fn is_fuse(fd: impl AsFd) -> bool {

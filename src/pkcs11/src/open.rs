@@ -220,6 +220,10 @@ impl OpenToken {
         for meaning in report.given_away {
             tracing::warn!(key = %id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
         }
+        if !report.not_made.is_empty() {
+            let tests = report.not_made.join(", ");
+            tracing::info!(key = %id, %tests, "the token cannot make these negative tests");
+        }
         Ok(report.not_made)
     }
 

@@ -13,7 +13,7 @@ use cryptoki::{
 
 use crate::{attribute_check, calling, classify::Fault, keys::KeyPair};
 
-use super::{Done, Subjects};
+use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 const SECRET_KEY_BYTES: u64 = 32;
@@ -131,7 +131,8 @@ fn wraps_under(
         Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => Ok(Done::It),
         Err(refusal) => match on.session.wrap_key(mechanism, wrapping, sample) {
             Ok(_) => Err(refusal),
-            Err(_) => Ok(Done::NotMade),
+            Err(error) if is_a_refusal(&error) => Ok(Done::NotMade),
+            Err(error) => Err(error),
         },
     }
 }

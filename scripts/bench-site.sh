@@ -21,7 +21,7 @@ token() {
 
 # A configuration, a token and a wrapping key in the folder $2. $1 begins the label of the token, $3 is the URL of the database.
 site() {
-  local engine=$1 name=$2 url=$3
+  local engine=$1 name=$2 url=$3 said
   rm -rf "${WORK:?}/$name"
   mkdir "$WORK/$name"
   cat >"$WORK/$name/keybroker.toml" <<CONF
@@ -51,6 +51,11 @@ san = "URI:spiffe://dev.example/load"
 roles = ["enrol", "release"]
 key_names = ["*"]
 CONF
+  # An earlier release calls the setting `doors`.
+  said=$("$PROGRAM" --config "$WORK/$name/keybroker.toml" config check 2>&1 || true)
+  if [[ $said == *"expected one of"*doors* ]]; then
+    sed -i 's/^apis = /doors = /' "$WORK/$name/keybroker.toml"
+  fi
   broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
   broker "$name" store migrate
   broker "$name" key generate --bits 2048

@@ -205,8 +205,8 @@ prepare() {
   broker key generate --bits "$RSA_BITS" 2>&1 | indented
 }
 
-gate() {
-  step 'The attribute gate: is the key on the token really one that nobody can copy?'
+attribute_check() {
+  step 'The attribute check: can the key on the token be read, wrapped or copied?'
   command_line 'keybroker token check'
   broker token check 2>&1 | indented
 }
@@ -544,7 +544,7 @@ main() {
   build
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-demo.XXXXXX")
   prepare
-  gate
+  attribute_check
   step 'Starting the broker'
   start_broker
   note "serving on $ENDPOINT"

@@ -144,6 +144,30 @@ fn each_profile_has_its_verdict() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
+/// Products whose keys are made and pass once the attributes that the message names are excepted.
+const WITH_EXCEPTIONS: [(&str, &[&str]); 2] = [
+    ("luna7", &["CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS"]),
+    ("p11-kit-remote", &["CKA_ALLOWED_MECHANISMS"]),
+];
+
+#[test]
+fn with_the_exceptions_that_it_needs_a_product_works() {
+    for (profile, exceptions) in WITH_EXCEPTIONS {
+        let site = site(profile, "");
+        let file = site.configuration_file();
+        let text = fs::read_to_string(&file).unwrap();
+        let excepted = format!("[token]\nattribute_exceptions = {exceptions:?}\n");
+        write_private(&file, &text.replacen("[token]\n", &excepted, 1));
+        site.expect_ok(&["key", "generate", "--bits", "2048"]);
+        let checked = site.run(&["token", "check"]);
+        assert_eq!(checked.code, Some(0), "{profile}: {checked:#?}");
+        for exception in exceptions {
+            let warning = format!("warning: {exception} is excepted");
+            assert!(checked.stderr.contains(&warning), "{profile}: {checked:#?}");
+        }
+    }
+}
+
 #[test]
 fn every_profile_has_a_verdict() {
     assert_eq!(faulty::profiles(), VERDICTS.map(|(profile, ..)| profile));

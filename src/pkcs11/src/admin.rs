@@ -415,7 +415,7 @@ impl Admin {
             Err(error) => error.to_string(),
         };
         let end = match made.remove(session) {
-            Ok(()) => "it was removed again".to_owned(),
+            Ok(()) => "The key was removed again".to_owned(),
             Err(left) => left.to_string(),
         };
         Err(AdminError::Untrusted(format!(

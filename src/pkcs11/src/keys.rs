@@ -242,7 +242,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
+                "Of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),

@@ -449,7 +449,7 @@ impl Admin {
                     .probe(made.pair.id, &public, self.settings.allow_oaep_sha1)?;
             self.token.try_what_must_fail(
                 &self.settings,
-                made.pair.id,
+                &made.pair,
                 &public,
                 &self_test,
                 Subject::Throwaway,

@@ -17,7 +17,7 @@ use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
-    keys::{self, KeySession, PublicSide},
+    keys::{self, KeyPair, KeySession, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
     negative::{self, Subject, Terms},
@@ -183,7 +183,7 @@ impl OpenToken {
         }
         let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
         let not_tried =
-            self.try_what_must_fail(settings, pair.id, &public, &self_test, Subject::InUse)?;
+            self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
             id: pair.id,
             public,
@@ -205,24 +205,23 @@ impl OpenToken {
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
-        id: WrappingKeyId,
+        pair: &KeyPair,
         public: &PublicSide,
         self_test: &SelfTest,
         subject: Subject,
     ) -> Result<Vec<&'static str>, Fault> {
-        let pair = keys::find(&self.anchor, id)?;
         let terms = Terms {
             exceptions: &settings.attribute_exceptions,
             spared: &settings.spared_tests,
         };
         let open = || self.session(&[]);
-        let report = negative::run(open, &pair, public, self_test, subject, terms)?;
+        let report = negative::run(open, pair, public, self_test, subject, terms)?;
         for meaning in report.given_away {
-            tracing::warn!(key = %id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
+            tracing::warn!(key = %pair.id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
         }
         if !report.not_made.is_empty() {
             let tests = report.not_made.join(", ");
-            tracing::info!(key = %id, %tests, "the token cannot make these negative tests");
+            tracing::info!(key = %pair.id, %tests, "the token cannot make these negative tests");
         }
         Ok(report.not_made)
     }

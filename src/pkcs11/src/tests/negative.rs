@@ -56,7 +56,7 @@ fn tried(
     let side = keys::public_side(session, &pair).unwrap();
     let self_test = token.probe(id(1), &side, true).unwrap();
     while_tried();
-    let result = token.try_what_must_fail(settings, id(1), &side, &self_test, Subject::Throwaway);
+    let result = token.try_what_must_fail(settings, &pair, &side, &self_test, Subject::Throwaway);
     for object in [public, private, binding] {
         // A test that succeeded may have changed the key.
         let _destroyed = session.destroy_object(object);

@@ -30,7 +30,7 @@ pub(super) struct Settled<T> {
 }
 
 impl Broker {
-    /// Runs a change in a task of its own, to its end.
+    /// Runs a change in a separate task, to its end.
     pub(super) async fn run_change<T: Send + 'static>(
         self: &Arc<Self>,
         action: Action,

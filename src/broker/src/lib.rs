@@ -10,7 +10,7 @@
 //! the audit log has synced it.
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it
-//! runs in a task of its own, so that a caller that ends its call cannot stop it between the two.
+//! runs in a separate task, so that a caller that ends its call cannot stop it between the two.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 

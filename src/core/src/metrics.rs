@@ -224,7 +224,7 @@ impl Histogram<0> {
     }
 }
 
-/// What is common to all metrics, whatever the number of their labels.
+/// What all metrics have in common, with and without labels.
 #[derive(Clone, Copy, Debug)]
 pub struct Declaration<'a> {
     name: &'static str,

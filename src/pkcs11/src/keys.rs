@@ -415,7 +415,7 @@ pub(super) enum Cause {
     Attributes(Vec<Exception>),
     /// The template is good for a key of a session: the token does not keep keys, or has no room for one.
     NotTheTemplate,
-    /// It makes no such key for a session, whatever is left out.
+    /// It makes no such key for a session, even with every attribute left out that may be.
     Unknown,
 }
 
@@ -484,7 +484,7 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
 }
 
 /// As little as the standard asks for (PKCS #11 v2.40, section 2.1.2), because tokens refuse more: public keys that must be
-/// private, attributes that they have for private keys alone. What the public object may do protects nothing: anybody may have
+/// private, attributes that they have for private keys alone. What the public object may do is no risk: anyone may have
 /// a public key, and wrapping uses it in software.
 pub(super) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![

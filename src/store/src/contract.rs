@@ -28,7 +28,7 @@ pub const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
 /// Records per page at most.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// SQL in domain terms. Every call with more than one statement runs in a task of its own, so that a caller that ends its call
+/// SQL in domain terms. Every call with more than one statement runs in a separate task, so that a caller that ends its call
 /// cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {

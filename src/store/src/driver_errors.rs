@@ -111,7 +111,7 @@ fn meaning(error: &sqlx::Error) -> Meaning {
 }
 
 fn of_database(error: &(dyn DatabaseError + 'static)) -> Meaning {
-    // No call breaks a constraint of its own, so the rows that it met are not as they were left: to try again is no help.
+    // The statements of the store never break a constraint, so the rows were changed by another program. A retry does not help.
     if !matches!(error.kind(), ErrorKind::Other) {
         return Meaning::Contradiction;
     }

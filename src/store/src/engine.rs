@@ -120,7 +120,7 @@ impl<E: Engine> EngineStore<E> {
         })
     }
 
-    /// Runs work in a task of its own, to its end.
+    /// Runs work in a separate task, to its end.
     async fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-/// Words closer than this are taken for a typing error (Jaro-Winkler similarity).
+/// Above this similarity, a word counts as a misspelling of the other (Jaro-Winkler similarity).
 const SIMILAR: f64 = 0.8;
 
 /// Sections that may repeat, which TOML writes in double brackets.

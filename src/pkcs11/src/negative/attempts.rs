@@ -108,7 +108,7 @@ pub(super) fn wraps(
     wraps_under(on, mechanism, on.helpers.aes, key)
 }
 
-/// Wraps the integrity key under an RSA public key that anybody could have brought: that of the wrapping key, as an object of the
+/// Wraps the integrity key under an RSA public key that any program could import: that of the wrapping key, as an object of the
 /// session.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, mechanism, on.helpers.rsa, on.pair.binding)

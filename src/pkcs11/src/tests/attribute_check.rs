@@ -177,7 +177,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 .unwrap()
                 .1;
             assert_eq!(verdict(wrong, &exception), (Found::Wrong, false));
-            // What is required of every key is read whatever the settings say.
+            // An attribute that every key must have is read although the settings except it.
             let core = ["CKA_EXTRACTABLE".to_owned()];
             let extractable = keys::binding_template(id(3))
                 .into_iter()

@@ -567,7 +567,7 @@ impl Lists {
         names.any(|other| other.as_deref() == Some(name))
     }
 
-    /// Why that authority has no list: the problem of its own list, or else of one that does not parse.
+    /// Why that authority has no list: the problem of its list, or of a list that does not parse.
     fn reason_without(&mut self, name: &[u8], shown: String) -> ListsError {
         let mut problems = std::mem::take(&mut self.problems);
         let of = |name: Option<&[u8]>| {

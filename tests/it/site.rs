@@ -4,6 +4,7 @@
 use std::{
     fmt::Write as _,
     fs,
+    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -331,6 +332,41 @@ client_ca_file = "{ca}"
             .unwrap_or_else(|error| panic!("sqlite3: {error}; run scripts/install.sh"));
         assert!(output.status.success(), "{statements}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+/// Another process that holds the write lock of a SQLite database, until it is released or dropped.
+pub(crate) struct WriteLock(Child);
+
+impl WriteLock {
+    /// Takes the lock of this file; returns when it is held.
+    pub(crate) fn take(file: &Path) -> Self {
+        let mut holder = Command::new("sqlite3")
+            // A broker that serves writes beside it: wait for its lock instead of failing at once.
+            .args(["-bail", "-batch", "-cmd", ".timeout 30000"])
+            .args(["-cmd", "BEGIN IMMEDIATE", "-cmd", "SELECT 'held'"])
+            .arg(file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("sqlite3: {error}; run scripts/install.sh"));
+        let mut line = String::new();
+        let output = BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line);
+        assert_eq!((output.unwrap(), line.as_str()), (5, "held\n"));
+        Self(holder)
+    }
+
+    /// Gives the lock back; returns when it is free.
+    pub(crate) fn release(mut self) {
+        drop(self.0.stdin.take());
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for WriteLock {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 

@@ -3,12 +3,7 @@
 //! What is wrong with messages is in `methods`, callers without a principal are in `answers`, rows that were tampered with in
 //! `rows`.
 
-use std::{
-    fs,
-    process::{Command, Stdio},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, sync::Arc, time::Duration};
 
 use keybroker_proto::{
     AddClientSecretRequest, BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse,
@@ -28,7 +23,7 @@ use crate::{
     bad_inputs::limit_files,
     client::{Caller, NAME, reason},
     process::{Broker, freeze, send, until},
-    site::{Options, Site},
+    site::{Options, Site, WriteLock},
     wire::get,
 };
 
@@ -421,12 +416,7 @@ async fn while_somebody_else_holds_the_database() {
     const AWAY: &str = "STORE_DOWN";
     let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
-    let mut holder = Command::new("sqlite3")
-        .args(["-bail", "-batch", "-cmd", "BEGIN IMMEDIATE"])
-        .arg(broker.site.database())
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let lock = WriteLock::take(&broker.site.database());
     asked
         .expect(
             &broker,
@@ -451,8 +441,7 @@ async fn while_somebody_else_holds_the_database() {
             ],
         )
         .await;
-    drop(holder.stdin.take());
-    assert!(holder.wait().unwrap().success());
+    lock.release();
 }
 
 #[tokio::test(flavor = "multi_thread")]

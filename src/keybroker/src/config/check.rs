@@ -418,6 +418,12 @@ fn check_listener_tls(
              for; take them out, or set `client_certificates`"
         ));
     }
+    if tls.client_crl_issuers_file.is_some() && tls.client_crl_file.is_none() {
+        problems.push(format!(
+            "{name}: `client_crl_issuers_file` has the certificates that verify lists in `client_crl_file`, which is not \
+             set; set it, or take this setting out"
+        ));
+    }
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
@@ -430,6 +436,7 @@ fn check_listener_tls(
         Some(&tls.key_file),
         tls.client_ca_file.as_ref(),
         tls.client_crl_file.as_ref(),
+        tls.client_crl_issuers_file.as_ref(),
     ];
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {

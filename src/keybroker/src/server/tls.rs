@@ -4,10 +4,11 @@
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -44,20 +45,22 @@ pub use error::Error;
 use error::shown;
 use namesakes::Namesakes;
 use purpose::ForClients;
-use revocation::{Age, Life, Lists, MemoryError, Newest};
+use revocation::{Age, LISTS_BYTES_MAX, Life, Lists, ListsFile, Memory, MemoryError};
 
 const SECONDS_PER_HOUR: i64 = 3_600;
 
 /// Longest chain, key and file of authorities, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// Longest file of revocation lists, in bytes.
-const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Files with a problem are evaluated again after this time, although they are the same: a list may have become valid.
+const RETRY_AFTER: Duration = Duration::from_mins(1);
 const CHAIN: Purpose =
     Purpose::trust("other users could decide which certificate clients are shown");
 const KEY: Purpose = Purpose::secret("private key");
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could name a certificate authority, and be any client");
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
+const LIST_ISSUERS: Purpose =
+    Purpose::trust("other users could choose whose revocation lists are accepted");
 
 /// What connections are accepted with, from one moment to the next.
 #[derive(Debug)]
@@ -73,6 +76,13 @@ pub(super) struct Accepting {
     /// Last second of the certificate, since 1970.
     until: i64,
     contents: Contents,
+}
+
+impl Accepting {
+    /// What the log says about the revocation lists that were left out.
+    fn left_out(&self) -> Option<String> {
+        self.lists.as_ref().and_then(Lists::left_out)
+    }
 }
 
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
@@ -134,8 +144,28 @@ pub(super) struct Tls {
     left_out: Mutex<Option<String>>,
     /// What was last reported of the age of the revocation lists.
     age: Mutex<Option<Age>>,
+    /// Why the accepted revocation lists could not be stored.
+    unstored: Mutex<Option<String>>,
     /// The newest revocation lists that were accepted, now and before a restart.
-    newest: Mutex<Newest>,
+    memory: Mutex<Memory>,
+    evaluated: Mutex<Evaluated>,
+}
+
+/// The files that were evaluated last.
+#[derive(Debug)]
+struct Evaluated {
+    /// Of the files, or of why they could not be read.
+    digest: [u8; 32],
+    /// When the same files are evaluated again; absent if nothing is wrong with them.
+    again_at: Option<Instant>,
+}
+
+/// Whether a look at the files evaluated them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// They are the same, and either good or evaluated a moment ago.
+    Unchanged,
+    Evaluated,
 }
 
 /// The server's certificate chain and key, as in the files.
@@ -151,17 +181,29 @@ impl fmt::Debug for Shown {
     }
 }
 
-struct Files {
-    chain: Vec<u8>,
-    key: Zeroizing<Vec<u8>>,
+/// The files that decide which clients are accepted.
+struct Trust {
     client_ca: Vec<u8>,
-    client_crl: Option<Vec<u8>>,
+    client_crl: Option<ListsFile>,
+    /// Certificates of further authorities that sign revocation lists.
+    crl_issuers: Option<Vec<u8>>,
+}
+
+struct Files {
+    shown: Shown,
+    trust: Trust,
+}
+
+/// The files, each part of which is used by itself when the other cannot be read.
+struct Found {
+    shown: Result<Shown, Error>,
+    trust: Result<Trust, Error>,
 }
 
 impl Tls {
-    /// Loads the files; any problem stops the start, except a revocation list whose authority has another one or is not configured.
-    /// With a state directory, revocation lists that are older than those of an earlier start are refused. Without one, this is a
-    /// check of the configuration, which also fails on lists that a start leaves out.
+    /// Loads the files; any problem stops the start, except a revocation list whose authority has another one, has one that was accepted
+    /// before a restart, or is not configured. Without a state directory, this is a check of the configuration, which also fails on lists
+    /// that a start leaves out.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
@@ -169,27 +211,36 @@ impl Tls {
         state: Option<&StateDirectory>,
     ) -> Result<Self, Error> {
         let files = Files::read(&settings, clients)?;
-        let mut newest = match (state, &settings.client_crl_file) {
-            (Some(state), Some(file)) => Newest::read(state.clone(), file)?,
-            _ => Newest::default(),
+        let mut memory = match (state, &settings.client_crl_file) {
+            (Some(state), Some(file)) => Memory::open(state.clone(), file)?,
+            _ => Memory::default(),
         };
-        let follows = Follows {
-            newest: &newest,
+        let mut follows = Follows {
+            memory: &mut memory,
             in_use: None,
         };
-        let mut accepting =
-            files.build(&settings, clients, &protocols, Validity::Checked, &follows)?;
+        let mut accepting = files.build(
+            &settings,
+            clients,
+            &protocols,
+            Validity::Checked,
+            &mut follows,
+        )?;
         if state.is_none()
             && let Some(problem) = accepting.lists.as_mut().and_then(Lists::take_problem)
         {
             return Err(Error::lists(settings.client_crl_file.as_deref(), problem));
         }
         if let Some(lists) = &accepting.lists {
-            newest.accept(lists);
+            memory.accept(lists);
         }
         log_contents("TLS files read", &settings, accepting.contents);
+        let evaluated = Evaluated {
+            digest: accepting.files,
+            again_at: accepting.left_out().map(|_| Instant::now() + RETRY_AFTER),
+        };
         let tls = Self {
-            shown: Mutex::new(files.shown()),
+            shown: Mutex::new(files.shown),
             settings,
             clients,
             protocols,
@@ -197,16 +248,17 @@ impl Tls {
             refused: Mutex::default(),
             left_out: Mutex::default(),
             age: Mutex::default(),
-            newest: Mutex::new(newest),
+            unstored: Mutex::default(),
+            memory: Mutex::new(memory),
+            evaluated: Mutex::new(evaluated),
         };
         tls.report_left_out();
         Ok(tls)
     }
 
-    /// Stores which revocation lists were accepted, so that a restart does not forget them.
+    /// Stores the accepted revocation lists, so that a restart does not forget them.
     pub(super) fn remember_lists(&self) -> Result<(), MemoryError> {
-        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.store()
+        held(&self.memory).store()
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {
@@ -224,34 +276,74 @@ impl Tls {
     }
 
     /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
-    /// clients that are still trusted reconnect.
+    /// clients that are still trusted reconnect. Files with a problem are evaluated again once a minute.
     pub(super) fn reload(&self) {
-        let outcome = self.try_reload();
+        self.reload_at(Instant::now());
+    }
+
+    fn reload_at(&self, now: Instant) -> Look {
+        let found = Found::read(&self.settings, self.clients);
+        let digest = found.digest();
+        {
+            let last = held(&self.evaluated);
+            if last.digest == digest && last.again_at.is_none_or(|at| now < at) {
+                return Look::Unchanged;
+            }
+        }
+        let outcome = self.try_reload(found);
         self.report_left_out();
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_good = [
+            self.report_reload(outcome),
+            self.store_accepted(),
+            self.current().left_out().is_none(),
+        ];
+        let is_bad = is_good.contains(&false);
+        let again_at = is_bad.then(|| now + RETRY_AFTER);
+        *held(&self.evaluated) = Evaluated { digest, again_at };
+        Look::Evaluated
+    }
+
+    fn report_reload(&self, outcome: Result<bool, Error>) -> bool {
+        let mut refused = held(&self.refused);
         match outcome {
             Ok(changed) => {
                 *refused = None;
                 if changed {
                     log_contents("TLS files reloaded", &self.settings, self.contents());
                 }
+                true
             }
             Err(error) => {
                 let error = chain(&error);
-                if refused.as_ref() == Some(&error) {
-                    return;
+                if refused.as_ref() != Some(&error) {
+                    keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
+                    *refused = Some(error);
                 }
-                keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
-                *refused = Some(error);
+                false
             }
         }
     }
 
+    fn store_accepted(&self) -> bool {
+        let error = self.remember_lists().err().map(|error| chain(&error));
+        let mut unstored = held(&self.unstored);
+        if *unstored != error
+            && let Some(error) = &error
+        {
+            // The newer list counts all the same; only a restart would not know of it.
+            keybroker_core::alert!(
+                ClientCrl, %error,
+                "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
+            );
+        }
+        *unstored = error;
+        unstored.is_none()
+    }
+
     /// Reports the revocation lists that were left out, once until they change.
     fn report_left_out(&self) {
-        let current = self.current();
-        let left_out = current.lists.as_ref().and_then(Lists::left_out);
-        let mut said = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        let left_out = self.current().left_out();
+        let mut said = held(&self.left_out);
         if *said == left_out {
             return;
         }
@@ -265,32 +357,50 @@ impl Tls {
         *said = left_out;
     }
 
-    /// Forgets what was reported: after a requested reload, problems are reported again.
+    /// Forgets what was reported: after a requested reload, problems are evaluated and reported again.
     pub(super) fn report_again(&self) {
-        for said in [&self.refused, &self.left_out] {
-            *said.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        for said in [&self.refused, &self.left_out, &self.unstored] {
+            *held(said) = None;
+        }
+        let mut evaluated = held(&self.evaluated);
+        if evaluated.again_at.is_some() {
+            evaluated.again_at = Some(Instant::now());
         }
     }
 
-    /// Says again how long the certificate in use is valid: time goes on while it serves.
-    pub(super) fn measure(&self) {
-        let current = self.current();
-        note_expiry(current.until, &self.settings.certificate_file);
-        let life = current.lists.as_ref().and_then(Lists::life);
-        if let (Some(life), Some(path)) = (life, &self.settings.client_crl_file) {
-            self.note_age(life, path);
+    /// Sets the metrics of these listeners anew, because time goes on while they serve, and raises the alerts of their revocation lists.
+    /// Returns what is wrong with the lists, for the health of the broker; empty if nothing is.
+    pub(super) fn measure(listeners: &[Arc<Self>]) -> String {
+        // Several listeners may have one file of lists.
+        let mut files: BTreeMap<&Path, FileState> = BTreeMap::new();
+        for one in listeners {
+            let current = one.current();
+            note_expiry(current.until, &one.settings.certificate_file);
+            if let (Some(lists), Some(path)) = (&current.lists, &one.settings.client_crl_file)
+                && let Some(life) = lists.life()
+            {
+                one.note_age(life, path);
+                let file = files.entry(path).or_default();
+                file.problems = file.problems.max(lists.problem_count());
+                file.until = file
+                    .until
+                    .map_or(Some(life.until), |at| Some(at.min(life.until)));
+            }
         }
+        let now = now();
+        let problems: Vec<String> = files
+            .iter()
+            .filter_map(|(path, file)| file.measure(path, now))
+            .collect();
+        problems.join("; ")
     }
 
     fn note_age(&self, life: Life, path: &Path) {
-        let now = Timestamp::now().micros() / 1_000_000;
+        let now = now();
         let shown = path.display().to_string();
         let hours = (life.until - now).div_euclid(SECONDS_PER_HOUR);
-        metrics::CLIENT_CRL_EXPIRY
-            .with([shown.clone()])
-            .set(to_float(life.until));
         let age = life.age(now);
-        let mut reported = self.age.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = held(&self.age);
         if *reported == Some(age) {
             return;
         }
@@ -308,42 +418,43 @@ impl Tls {
         *reported = Some(age);
     }
 
-    fn try_reload(&self) -> Result<bool, Error> {
-        let reloaded = self.try_reload_all();
-        if reloaded.is_err() {
-            // A renewal that went wrong must not keep a revoked client in.
-            self.try_reload_trust()?;
-        }
-        reloaded
+    fn try_reload(&self, found: Found) -> Result<bool, Error> {
+        // A renewal of the server's certificate that went wrong must not keep a revoked client in.
+        let trust = found.trust?;
+        let refused = match found.shown {
+            Err(error) => (error, trust),
+            Ok(shown) => {
+                let files = Files { shown, trust };
+                match self.try_reload_all(&files) {
+                    Ok(changed) => return Ok(changed),
+                    Err(error) => (error, files.trust),
+                }
+            }
+        };
+        let (error, trust) = refused;
+        self.try_reload_trust(trust)?;
+        Err(error)
     }
 
-    fn try_reload_all(&self) -> Result<bool, Error> {
-        let files = Files::read(&self.settings, self.clients)?;
+    fn try_reload_all(&self, files: &Files) -> Result<bool, Error> {
         let current = self.current();
-        let left_out = |accepting: &Accepting| accepting.lists.as_ref().and_then(Lists::left_out);
-        let is_same = files.digest() == current.files;
-        // A list that was left out may have become valid since.
-        if is_same && left_out(&current).is_none() {
+        let next = self.build(files, Validity::Checked)?;
+        // A list that was left out may have become valid since, and one that was kept may have ended.
+        if next.files == current.files
+            && next.trust == current.trust
+            && next.left_out() == current.left_out()
+        {
             return Ok(false);
         }
-        let next = self.build(&files, Validity::Checked)?;
-        if is_same && left_out(&next) == left_out(&current) {
-            return Ok(false);
-        }
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = files.shown();
+        *held(&self.shown) = files.shown.clone();
         self.take_over(next);
         Ok(true)
     }
 
     /// Changed authorities and revocation lists, with the chain and key that are in use.
-    fn try_reload_trust(&self) -> Result<(), Error> {
-        let shown = self
-            .shown
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let files = Files::with_trust(shown, &self.settings, self.clients)?;
-        let next = self.build(&files, Validity::Unchecked)?;
+    fn try_reload_trust(&self, trust: Trust) -> Result<(), Error> {
+        let shown = held(&self.shown).clone();
+        let next = self.build(&Files { shown, trust }, Validity::Unchecked)?;
         if next.trust != self.current().trust {
             self.take_over(next);
             tracing::warn!("changed trust in clients is taken over without the other TLS files");
@@ -352,10 +463,10 @@ impl Tls {
     }
 
     fn build(&self, files: &Files, validity: Validity) -> Result<Accepting, Error> {
-        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = held(&self.memory);
         let current = self.current();
-        let follows = Follows {
-            newest: &newest,
+        let mut follows = Follows {
+            memory: &mut memory,
             in_use: current.lists.as_ref(),
         };
         files.build(
@@ -363,7 +474,7 @@ impl Tls {
             self.clients,
             &self.protocols,
             validity,
-            &follows,
+            &mut follows,
         )
     }
 
@@ -375,18 +486,7 @@ impl Tls {
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {
-            self.newest
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .accept(lists);
-        }
-        if let Err(error) = self.remember_lists() {
-            // The newer list counts all the same; only a restart would not know of it.
-            let error = chain(&error);
-            keybroker_core::alert!(
-                ClientCrl, %error,
-                "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
-            );
+            held(&self.memory).accept(lists);
         }
         self.current.store(Arc::new(next));
         if trust_changed {
@@ -397,8 +497,8 @@ impl Tls {
 
 /// The revocation lists that a file must not go back behind.
 struct Follows<'a> {
-    newest: &'a Newest,
-    /// The lists that an authority keeps when its new lists are refused.
+    memory: &'a mut Memory,
+    /// The lists that are in use now.
     in_use: Option<&'a Lists>,
 }
 
@@ -410,59 +510,110 @@ enum Validity {
     Unchecked,
 }
 
-impl Files {
-    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, Error> {
-        let shown = Shown {
-            chain: read(
-                "certificate_file",
-                &settings.certificate_file,
-                PEM_BYTES_MAX,
-                CHAIN,
-            )?
-            .to_vec(),
-            key: read("key_file", &settings.key_file, PEM_BYTES_MAX, KEY)?,
-        };
-        Self::with_trust(shown, settings, clients)
+impl Shown {
+    fn update(&self, context: &mut digest::Context) {
+        update(context, &self.chain);
+        update(context, &self.key);
     }
 
-    fn with_trust(
-        Shown { chain, key }: Shown,
-        settings: &TlsSettings,
-        clients: ClientCertificates,
-    ) -> Result<Self, Error> {
-        let client_ca = match (&settings.client_ca_file, clients) {
-            (_, ClientCertificates::None) => Vec::new(),
-            (Some(path), _) => read("client_ca_file", path, PEM_BYTES_MAX, AUTHORITIES)?.to_vec(),
-            (None, _) => return Err(Error::NoAuthorities),
-        };
-        let client_crl = match (&settings.client_crl_file, clients) {
-            (Some(path), ClientCertificates::Required | ClientCertificates::Optional) => {
-                Some(read("client_crl_file", path, LISTS_BYTES_MAX, LISTS)?.to_vec())
-            }
-            _ => None,
-        };
+    fn read(settings: &TlsSettings) -> Result<Self, Error> {
+        let chain = &settings.certificate_file;
         Ok(Self {
-            chain,
-            key,
-            client_ca,
-            client_crl,
+            chain: read("certificate_file", chain, PEM_BYTES_MAX, CHAIN)?.to_vec(),
+            key: read("key_file", &settings.key_file, PEM_BYTES_MAX, KEY)?,
         })
     }
+}
 
-    fn shown(&self) -> Shown {
-        Shown {
-            chain: self.chain.clone(),
-            key: self.key.clone(),
+impl Trust {
+    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, Error> {
+        let mut trust = Self {
+            client_ca: Vec::new(),
+            client_crl: None,
+            crl_issuers: None,
+        };
+        if clients == ClientCertificates::None {
+            return Ok(trust);
         }
+        let path = settings.client_ca_file.as_deref();
+        let path = path.ok_or(Error::NoAuthorities)?;
+        trust.client_ca = read("client_ca_file", path, PEM_BYTES_MAX, AUTHORITIES)?.to_vec();
+        if let Some(path) = &settings.client_crl_file {
+            trust.client_crl = Some(read_lists(path)?);
+            if let Some(path) = &settings.client_crl_issuers_file {
+                let setting = "client_crl_issuers_file";
+                let issuers = read(setting, path, PEM_BYTES_MAX, LIST_ISSUERS)?;
+                trust.crl_issuers = Some(issuers.to_vec());
+            }
+        }
+        Ok(trust)
+    }
+
+    fn update(&self, context: &mut digest::Context) {
+        update(context, &self.client_ca);
+        match &self.client_crl {
+            None => update(context, b""),
+            Some(ListsFile::Content(bytes)) => update(context, bytes),
+            Some(ListsFile::TooLong) => update(context, b"too long"),
+        }
+        update(context, self.crl_issuers.as_deref().unwrap_or_default());
+    }
+}
+
+/// Adds a part to a digest, so that two parts are not taken for one.
+fn update(context: &mut digest::Context, part: &[u8]) {
+    context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
+    context.update(part);
+}
+
+/// A file that is too long is reported like one that is damaged: the accepted lists stay in use, also after a restart.
+fn read_lists(path: &Path) -> Result<ListsFile, Error> {
+    match trusted_file::read(path, LISTS_BYTES_MAX, LISTS) {
+        Ok(bytes) => Ok(ListsFile::Content(bytes.to_vec())),
+        Err(error) if error.is_too_long() => Ok(ListsFile::TooLong),
+        Err(source) => Err(Error::File {
+            setting: "client_crl_file",
+            source: Box::new(source),
+        }),
+    }
+}
+
+impl Found {
+    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Self {
+        Self {
+            shown: Shown::read(settings),
+            trust: Trust::read(settings, clients),
+        }
+    }
+
+    /// Of the files, as [`Files::digest`]; where they cannot be read, of the reason.
+    fn digest(&self) -> [u8; 32] {
+        let mut context = digest::Context::new(&digest::SHA256);
+        match &self.shown {
+            Ok(shown) => shown.update(&mut context),
+            Err(error) => update(&mut context, chain(error).as_bytes()),
+        }
+        match &self.trust {
+            Ok(trust) => trust.update(&mut context),
+            Err(error) => update(&mut context, chain(error).as_bytes()),
+        }
+        to_array(context.finish().as_ref())
+    }
+}
+
+impl Files {
+    fn read(settings: &TlsSettings, clients: ClientCertificates) -> Result<Self, Error> {
+        let Found { shown, trust } = Found::read(settings, clients);
+        Ok(Self {
+            shown: shown?,
+            trust: trust?,
+        })
     }
 
     fn digest(&self) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
-        let lists = self.client_crl.as_deref().unwrap_or_default();
-        for part in [&self.chain, &*self.key, &self.client_ca, lists] {
-            context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
-            context.update(part);
-        }
+        self.shown.update(&mut context);
+        self.trust.update(&mut context);
         to_array(context.finish().as_ref())
     }
 
@@ -472,10 +623,10 @@ impl Files {
         clients: ClientCertificates,
         protocols: &[Vec<u8>],
         validity: Validity,
-        follows: &Follows<'_>,
+        follows: &mut Follows<'_>,
     ) -> Result<Accepting, Error> {
         let path = &settings.certificate_file;
-        let chain = pem::chain(&self.chain).map_err(of_pem("certificate_file", path))?;
+        let chain = pem::chain(&self.shown.chain).map_err(of_pem("certificate_file", path))?;
         let leaf = chain
             .first()
             .ok_or_else(|| Error::NoCertificate { path: shown(path) })?;
@@ -483,7 +634,8 @@ impl Files {
             Validity::Checked => check_validity(leaf, path)?,
             Validity::Unchecked => life_of(leaf, path)?.until,
         };
-        let key = pem::private_key(&self.key).map_err(of_pem("key_file", &settings.key_file))?;
+        let key =
+            pem::private_key(&self.shown.key).map_err(of_pem("key_file", &settings.key_file))?;
         let lists = self.lists(settings, follows)?;
         let trust = self.trust(lists.as_ref());
         let contents = Contents {
@@ -538,19 +690,39 @@ impl Files {
     }
 
     /// The revocation lists, if there are to be any.
-    fn lists(&self, settings: &TlsSettings, follows: &Follows<'_>) -> Result<Option<Lists>, Error> {
-        let (Some(pem), Some(path)) = (&self.client_crl, &settings.client_crl_file) else {
+    fn lists(
+        &self,
+        settings: &TlsSettings,
+        follows: &mut Follows<'_>,
+    ) -> Result<Option<Lists>, Error> {
+        let (Some(file), Some(path)) = (&self.trust.client_crl, &settings.client_crl_file) else {
             return Ok(None);
         };
-        Lists::read(pem, &self.authorities(settings)?)
-            .and_then(|lists| lists.follow(follows.newest, follows.in_use))
+        let now = now();
+        let mut authorities = self.authorities(settings)?;
+        authorities.extend(self.list_issuers(settings)?);
+        let lists = Lists::read(file, &authorities, now)
+            .map_err(|error| Error::lists(Some(path), error))?;
+        follows.memory.load(&authorities)?;
+        let lists = lists.follow(follows.memory, follows.in_use, now);
+        lists
             .map(Some)
-            .map_err(|problem| Error::lists(Some(path), problem))
+            .map_err(|error| Error::lists(Some(path), error))
+    }
+
+    /// Further authorities that sign revocation lists. A client certificate does not become valid by them.
+    fn list_issuers(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
+        let (Some(bytes), Some(path)) =
+            (&self.trust.crl_issuers, &settings.client_crl_issuers_file)
+        else {
+            return Ok(Vec::new());
+        };
+        pem::certificates(bytes).map_err(of_pem("client_crl_issuers_file", path))
     }
 
     fn trust(&self, lists: Option<&Lists>) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
-        context.update(digest::digest(&digest::SHA256, &self.client_ca).as_ref());
+        context.update(digest::digest(&digest::SHA256, &self.trust.client_ca).as_ref());
         if let Some(lists) = lists {
             context.update(&lists.revoked());
         }
@@ -559,7 +731,7 @@ impl Files {
 
     fn authorities(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
         let path = settings.client_ca_file.as_deref().unwrap_or(Path::new(""));
-        pem::certificates(&self.client_ca).map_err(of_pem("client_ca_file", path))
+        pem::certificates(&self.trust.client_ca).map_err(of_pem("client_ca_file", path))
     }
 
     fn verifier(
@@ -606,6 +778,48 @@ impl Files {
         }
         Ok(Some(verifier))
     }
+}
+
+/// What is known of a file of revocation lists.
+#[derive(Default)]
+struct FileState {
+    problems: usize,
+    /// When its first list ends, in seconds since 1970.
+    until: Option<i64>,
+}
+
+impl FileState {
+    /// Sets its metrics, and says what is wrong.
+    fn measure(&self, path: &Path, now: i64) -> Option<String> {
+        let path = path.display().to_string();
+        let problems = u32::try_from(self.problems).unwrap_or(u32::MAX);
+        metrics::CLIENT_CRL_PROBLEMS
+            .with([path.clone()])
+            .set(f64::from(problems));
+        if let Some(until) = self.until {
+            metrics::CLIENT_CRL_EXPIRY
+                .with([path.clone()])
+                .set(to_float(until));
+        }
+        let has_ended = self.until.is_some_and(|until| until < now);
+        match (self.problems, has_ended) {
+            (0, false) => None,
+            (0, true) => Some(format!(
+                "client_crl_file {path}: a revocation list has ended"
+            )),
+            (problems, _) => Some(format!(
+                "client_crl_file {path}: {problems} revocation lists refused or missing (alert client-crl)"
+            )),
+        }
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn now() -> i64 {
+    Timestamp::now().micros() / 1_000_000
 }
 
 fn read(
@@ -686,7 +900,7 @@ fn life_of(leaf: &CertificateDer<'_>, path: &Path) -> Result<CertificateLife, Er
 fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, Error> {
     let life = life_of(leaf, path)?;
     let CertificateLife { from, until } = life;
-    let now = Timestamp::now().micros() / 1_000_000;
+    let now = now();
     let date = |seconds: i64| Timestamp::from_micros(seconds.saturating_mul(1_000_000));
     if now > until {
         return Err(Error::Expired {

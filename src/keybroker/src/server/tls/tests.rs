@@ -52,8 +52,19 @@ fn read(pem: &str, authorities: &[&Authority]) -> Result<Lists, String> {
         .iter()
         .map(|authority| authority.der().clone())
         .collect();
-    Lists::read(pem.as_bytes(), &ders)
-        .and_then(|lists| lists.follow(&Newest::default(), None))
+    follow(pem.as_bytes(), &ders, &Memory::default(), None, now())
+}
+
+/// What a listener would use of a file at that time.
+fn follow(
+    bytes: &[u8],
+    authorities: &[CertificateDer<'_>],
+    memory: &Memory,
+    in_use: Option<&Lists>,
+    now: i64,
+) -> Result<Lists, String> {
+    Lists::read(&ListsFile::Content(bytes.to_vec()), authorities, now)
+        .and_then(|lists| lists.follow(memory, in_use, now))
         .map_err(|error| chain(&error))
 }
 
@@ -159,14 +170,15 @@ fn a_list_in_der_is_read() {
     let pem = list(&ca, &[7], -1, 24);
     let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem.as_bytes());
     let der = der.unwrap().to_vec();
-    let authorities = [ca.der().clone()];
-    assert_eq!(Lists::read(&der, &authorities).unwrap().count(), 1);
+    let read = |bytes: &[u8]| {
+        let authorities = [ca.der().clone()];
+        follow(bytes, &authorities, &Memory::default(), None, now())
+    };
+    assert_eq!(read(&der).unwrap().count(), 1);
     let twice = [&der[..], &der].concat();
-    let problem = Lists::read(&twice, &authorities).unwrap_err().to_string();
+    let problem = read(&twice).unwrap_err();
     assert!(problem.contains("more bytes after"), "{problem}");
-    let problem = Lists::read(&der[..der.len() - 1], &authorities)
-        .unwrap_err()
-        .to_string();
+    let problem = read(&der[..der.len() - 1]).unwrap_err();
     assert!(problem.contains("neither PEM nor"), "{problem}");
 }
 
@@ -196,12 +208,12 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
     let ca = fs::read(folder.path().join("ca")).unwrap();
     let ca = CertificateDer::from_pem_slice(&ca).unwrap();
     let read = |bytes: &[u8]| {
-        Lists::read(bytes, std::slice::from_ref(&ca))
-            .and_then(|lists| lists.follow(&Newest::default(), None))
+        let authorities = std::slice::from_ref(&ca);
+        follow(bytes, authorities, &Memory::default(), None, now())
     };
     let of = |name: &str| read(&fs::read(folder.path().join(name)).unwrap());
     of("good").unwrap();
-    let problem = of("odd").unwrap_err().to_string();
+    let problem = of("odd").unwrap_err();
     assert!(problem.contains("is not supported"), "{problem}");
     // Changed, and still of a kind that is known.
     let changed = fs::read_to_string(folder.path().join("good")).unwrap();
@@ -210,7 +222,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
             .unwrap()
             .to_vec();
     *der.last_mut().unwrap() ^= 1;
-    let problem = read(&der).unwrap_err().to_string();
+    let problem = read(&der).unwrap_err();
     assert!(problem.contains("not signed by it"), "{problem}");
 }
 
@@ -278,6 +290,20 @@ impl Site {
 
     /// Whether the listener would accept a client certificate of that CA with that serial number.
     fn verifies(tls: &Tls, ca: &Authority, serial: u64) -> bool {
+        match Self::verify(tls, ca, serial, &[]) {
+            Ok(()) => true,
+            Err(rustls::Error::InvalidCertificate(rustls::CertificateError::Revoked)) => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Why not, with the intermediates that the client sends.
+    fn verify(
+        tls: &Tls,
+        ca: &Authority,
+        serial: u64,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Result<(), rustls::Error> {
         let key = KeyPair::generate().unwrap();
         let mut parameters = CertificateParams::new(Vec::new()).unwrap();
         parameters.serial_number = Some(SerialNumber::from(serial));
@@ -288,11 +314,8 @@ impl Site {
         let verifier = files.verifier(&tls.settings, tls.clients, current.lists.as_ref());
         let verifier = verifier.unwrap().unwrap();
         let now = rustls_pki_types::UnixTime::now();
-        match verifier.verify_client_cert(leaf.der(), &[], now) {
-            Ok(_) => true,
-            Err(rustls::Error::InvalidCertificate(rustls::CertificateError::Revoked)) => false,
-            Err(error) => panic!("{error}"),
-        }
+        let verified = verifier.verify_client_cert(leaf.der(), intermediates, now);
+        verified.map(drop)
     }
 
     fn load(&self) -> Tls {
@@ -304,11 +327,18 @@ impl Site {
     }
 
     fn try_load_with(&self, state: Option<&StateDirectory>) -> Result<Tls, String> {
+        self.try_load_of("ca", state)
+    }
+
+    /// A listener with other authorities and the same other files.
+    fn try_load_of(&self, ca: &str, state: Option<&StateDirectory>) -> Result<Tls, String> {
+        let issuers = self.path("issuers");
         let settings = TlsSettings {
             certificate_file: self.path("server"),
             key_file: self.path("key"),
-            client_ca_file: Some(self.path("ca")),
+            client_ca_file: Some(self.path(ca)),
             client_crl_file: Some(self.path("crl")),
+            client_crl_issuers_file: issuers.exists().then_some(issuers),
             client_auth_usage_required: true,
             trust_domains: BTreeSet::new(),
         };
@@ -396,57 +426,474 @@ fn a_list_that_goes_back_is_refused_after_a_restart_too() {
 
     for (number, from) in [(300, -3), (300, -1), (301, -3)] {
         site.write("crl", &numbered(&site.ca, number, &[], from, 24));
-        let refused = start().unwrap_err();
+        let tls = start().unwrap();
+        let refused = left_out(&tls).unwrap();
         assert!(
             refused.contains("accepted: number 0x012d") && refused.contains("client-crl-"),
             "{refused}"
         );
+        assert!(!Site::verifies(&tls, &site.ca, 8), "{number} {from}");
+        // It does not take the place of the accepted one.
+        tls.remember_lists().unwrap();
         // Checking the configuration neither reads nor writes the state.
         site.try_load().unwrap();
     }
     for number in [301, 302] {
         site.write("crl", &numbered(&site.ca, number, &[], -2, 24));
-        start().unwrap();
+        assert_eq!(left_out(&start().unwrap()), None);
     }
 
-    // A state that cannot be understood is reported, and not taken for an empty one.
-    let entries = fs::read_dir(state.path()).unwrap();
-    let [file] = &entries
-        .map(|entry| entry.unwrap().path())
-        .collect::<Vec<_>>()[..]
-    else {
-        panic!("one fact for one file of lists")
-    };
-    fs::write(file, "[{}]").unwrap();
-    let refused = start().unwrap_err();
-    assert!(refused.contains(file.to_str().unwrap()), "{refused}");
     // The documented way back.
+    let [file] = &stored(&state)[..] else {
+        panic!("one list of one authority")
+    };
     fs::remove_file(file).unwrap();
     site.write("crl", &numbered(&site.ca, 1, &[], -4, 24));
+    assert_eq!(left_out(&start().unwrap()), None);
+}
+
+/// The accepted lists in the state directory.
+fn stored(state: &StateDirectory) -> Vec<PathBuf> {
+    let entries = fs::read_dir(state.path()).unwrap();
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+#[test]
+fn the_accepted_list_is_stored_in_der_for_this_user_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let pem = list(&site.ca, &[7], -2, 24);
+    site.write("crl", &pem);
+    let tls = site.try_load_with(Some(&state)).unwrap();
+    assert!(
+        !state.path().exists(),
+        "before the broker owns the directory"
+    );
+    tls.remember_lists().unwrap();
+    let [file] = &stored(&state)[..] else {
+        panic!("one list of one authority")
+    };
+    let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem.as_bytes());
+    assert_eq!(fs::read(file).unwrap(), der.unwrap().as_ref());
+    let mode = fs::metadata(file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+/// Neither ignored nor used: it may have been changed to hide a revocation.
+#[test]
+fn a_stored_list_that_was_changed_stops_the_start() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state));
+    site.write("crl", &list(&site.ca, &[7], -2, 24));
+    start().unwrap().remember_lists().unwrap();
+    let file = stored(&state).remove(0);
+    let genuine = fs::read(&file).unwrap();
+    let forger = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let forged = list(&forger, &[], -1, 24);
+    let forged = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(forged.as_bytes());
+    let mut changed = genuine.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    for bytes in [&b""[..], &changed, &genuine[1..], &forged.unwrap()] {
+        fs::write(&file, bytes).unwrap();
+        let refused = start().unwrap_err();
+        assert!(refused.contains(file.to_str().unwrap()), "{refused}");
+        assert!(refused.contains("\"CN=CA\" signed"), "{refused}");
+    }
+    fs::write(&file, genuine).unwrap();
     start().unwrap();
+}
+
+#[test]
+fn a_list_that_could_not_be_stored_is_stored_later() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    site.write("crl", &list(&site.ca, &[7], -3, 24));
+    let tls = site.try_load_with(Some(&state)).unwrap();
+    site.write("state", "no directory");
+    site.write("crl", &list(&site.ca, &[7, 8], -2, 24));
+    let first = Instant::now();
+    assert_eq!(tls.reload_at(first), Look::Evaluated);
+    assert!(!Site::verifies(&tls, &site.ca, 8));
+    assert!(tls.unstored.lock().unwrap().is_some());
+    fs::remove_file(site.path("state")).unwrap();
+    assert_eq!(tls.reload_at(first + RETRY_AFTER), Look::Evaluated);
+    assert_eq!(*tls.unstored.lock().unwrap(), None);
+    assert_eq!(stored(&state).len(), 1);
+}
+
+/// A file with a problem was parsed again each second, which takes long for a large one.
+#[test]
+fn a_file_with_a_problem_is_evaluated_once_a_minute_and_at_each_change() {
+    let site = Site::fresh();
+    site.write("crl", &list(&site.ca, &[7], -3, 24));
+    let tls = site.load();
+    let first = Instant::now();
+    assert_eq!(tls.reload_at(first), Look::Unchanged);
+    assert_eq!(
+        tls.reload_at(first + RETRY_AFTER),
+        Look::Unchanged,
+        "a good one is not"
+    );
+    let bad = [
+        ("crl", "nothing".to_owned()),
+        ("crl", list(&site.ca, &[], -3, -1)),
+        ("server", "half a certificate".to_owned()),
+        ("ca", String::new()),
+    ];
+    for (file, text) in bad {
+        let good = fs::read_to_string(site.path(file)).unwrap();
+        site.write(file, &text);
+        assert_eq!(tls.reload_at(first), Look::Evaluated, "{text}");
+        assert_eq!(tls.reload_at(first), Look::Unchanged, "{text}");
+        let almost = first + RETRY_AFTER.mul_f64(0.9);
+        assert_eq!(tls.reload_at(almost), Look::Unchanged, "{text}");
+        assert_eq!(
+            tls.reload_at(first + RETRY_AFTER),
+            Look::Evaluated,
+            "{text}"
+        );
+        assert_eq!(
+            tls.reload_at(first + RETRY_AFTER),
+            Look::Unchanged,
+            "{text}"
+        );
+        // An operator who asks for it does not wait.
+        tls.report_again();
+        assert_eq!(tls.reload_at(Instant::now()), Look::Evaluated, "{text}");
+        fs::remove_file(site.path(file)).unwrap();
+        assert_eq!(tls.reload_at(first), Look::Evaluated, "{text}");
+        assert_eq!(tls.reload_at(first), Look::Unchanged, "{text}");
+        site.write(file, &good);
+        assert_eq!(tls.reload_at(first), Look::Evaluated, "{text}");
+        assert_eq!(*tls.refused.lock().unwrap(), None, "{text}");
+        assert_eq!(left_out(&tls), None, "{text}");
+    }
+}
+
+/// Lists of several authorities are often put together by a script, and one of them is damaged on the way.
+#[test]
+fn a_damaged_block_withholds_no_other_list_and_no_start() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    site.write("ca", &format!("{}{}", site.ca.pem(), other.pem()));
+    let of_other = numbered(&other, 20, &[9], -3, 24);
+    let own = numbered(&site.ca, 1, &[], -3, 24);
+    site.write("crl", &format!("{own}{of_other}"));
+    let tls = site.try_load_with(Some(&state)).unwrap();
+    tls.remember_lists().unwrap();
+    let truncated = &of_other[..of_other.len() / 2];
+    let damaged = [
+        (
+            of_other.replace("\nMI", "\n!!"),
+            "block 1: the block X509 CRL",
+        ),
+        (format!("{truncated}\n"), "has no END line"),
+        (
+            of_other.replace("-----BEGIN", "----BEGIN"),
+            "looks like a BEGIN",
+        ),
+        (other.pem(), "does not belong"),
+        (of_other.replace("\nMI", "\nMA"), "does not parse: block 1"),
+    ];
+    for (round, (damaged, words)) in (2_u64..).zip(damaged) {
+        let serials: Vec<u64> = (100..100 + round).collect();
+        let newer = numbered(&site.ca, round, &serials, -2, 24);
+        site.write("crl", &format!("{damaged}{newer}"));
+        tls.reload();
+        for tls in [&tls, &site.try_load_with(Some(&state)).unwrap()] {
+            let reported = left_out(tls).unwrap();
+            assert!(reported.contains(words), "{words}: {reported}");
+            assert!(
+                reported.contains("no longer holds a list of \"CN=other CA\""),
+                "{reported}"
+            );
+            assert!(!Site::verifies(tls, &site.ca, 99 + round), "{words}");
+            assert!(!Site::verifies(tls, &other, 9), "{words}");
+            assert!(Site::verifies(tls, &other, 8), "{words}");
+        }
+        // Without an accepted list there is nothing to serve with.
+        let empty = StateDirectory::at(&site.path("no-state"));
+        site.try_load_with(Some(&empty)).unwrap_err();
+        site.try_load().unwrap_err();
+    }
+}
+
+#[test]
+fn a_file_of_lists_that_is_too_long_withholds_no_start() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let good = list(&site.ca, &[7], -3, 24);
+    site.write("crl", &good);
+    let tls = site.try_load_with(Some(&state)).unwrap();
+    tls.remember_lists().unwrap();
+    let file = fs::File::options().write(true).open(site.path("crl"));
+    file.unwrap().set_len(LISTS_BYTES_MAX + 1).unwrap();
+    tls.reload();
+    for tls in [&tls, &site.try_load_with(Some(&state)).unwrap()] {
+        let reported = left_out(tls).unwrap();
+        assert!(
+            reported.contains("is longer than 67108864 bytes"),
+            "{reported}"
+        );
+        assert!(!Site::verifies(tls, &site.ca, 7));
+        assert!(Site::verifies(tls, &site.ca, 8));
+    }
+    let refused = site.try_load().unwrap_err();
+    assert!(refused.contains("is longer than"), "{refused}");
+    site.write("crl", &good);
+    tls.reload();
+    assert_eq!(left_out(&tls), None);
 }
 
 /// An authority that was removed for a while, and returns with an older list.
 #[test]
 fn the_newest_list_of_a_removed_authority_is_remembered() {
     let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
     let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
     let newest = numbered(&site.ca, 300, &[7], -2, 24);
     site.write("crl", &newest);
-    let tls = site.load();
+    let tls = site.try_load_with(Some(&state)).unwrap();
+    tls.remember_lists().unwrap();
     site.write("ca", &other.pem());
     site.write("crl", &list(&other, &[], -2, 24));
     tls.reload();
     assert_eq!(*tls.refused.lock().unwrap(), None);
+    assert_eq!(
+        left_out(&tls),
+        None,
+        "an authority that was removed on purpose"
+    );
     site.write("ca", &site.ca.pem());
     site.write("crl", &numbered(&site.ca, 299, &[], -2, 24));
     tls.reload();
-    // The CA has no list in use that it could keep, so the files are refused as a whole.
-    let refused = tls.refused.lock().unwrap().clone().unwrap();
+    assert_eq!(*tls.refused.lock().unwrap(), None);
+    let refused = left_out(&tls).unwrap();
     assert!(refused.contains("accepted: number 0x012c"), "{refused}");
+    assert!(!Site::verifies(&tls, &site.ca, 7));
     site.write("crl", &newest);
     tls.reload();
-    assert_eq!(*tls.refused.lock().unwrap(), None);
+    assert_eq!(left_out(&tls), None);
+}
+
+/// Each listener overwrote what the other one had remembered.
+#[test]
+fn two_listeners_with_one_file_of_lists_remember_the_lists_of_their_own_authorities() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    site.write("other-ca", &other.pem());
+    let start = |ca: &str| site.try_load_of(ca, Some(&state)).unwrap();
+    let newest = [
+        numbered(&site.ca, 300, &[7], -2, 24),
+        numbered(&other, 400, &[9], -2, 24),
+    ];
+    site.write("crl", &newest.concat());
+    for ca in ["ca", "other-ca"] {
+        start(ca).remember_lists().unwrap();
+    }
+    assert_eq!(stored(&state).len(), 2);
+    let older = [
+        numbered(&site.ca, 299, &[], -3, 24),
+        numbered(&other, 399, &[], -3, 24),
+    ];
+    site.write("crl", &older.concat());
+    for (ca, issuer, revoked) in [("ca", &site.ca, 7), ("other-ca", &other, 9)] {
+        let tls = start(ca);
+        assert!(left_out(&tls).is_some(), "{ca}");
+        assert!(!Site::verifies(&tls, issuer, revoked), "{ca}");
+        tls.remember_lists().unwrap();
+    }
+}
+
+/// A listener that looked at the file before it changed must not store what the other one has replaced meanwhile.
+#[test]
+fn a_stored_list_is_never_replaced_by_an_older_one() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state)).unwrap();
+    site.write("crl", &numbered(&site.ca, 300, &[7], -3, 24));
+    let slower = start();
+    site.write("crl", &numbered(&site.ca, 301, &[7, 8], -2, 24));
+    start().remember_lists().unwrap();
+    slower.remember_lists().unwrap();
+    site.write("crl", &numbered(&site.ca, 300, &[7], -3, 24));
+    assert!(!Site::verifies(&start(), &site.ca, 8));
+}
+
+/// The file has a list of somebody else where that of an authority was: its clients were refused without a word.
+#[test]
+fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
+    let site = Site::fresh();
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let below = authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let stranger = authority("unrelated CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let authorities = [site.ca.der().clone(), other.der().clone()];
+    let own = list(&site.ca, &[7], -2, 24);
+    let lasting = list(&other, &[], -2, 48);
+    let of_below = list(&below, &[9], -2, 24);
+    let in_place = list(&stranger, &[], -1, 48);
+    let mut memory = Memory::default();
+    let all = format!("{own}{lasting}{of_below}");
+    let first = follow(all.as_bytes(), &authorities, &memory, None, now()).unwrap();
+    assert_eq!((first.count(), first.left_out()), (3, None));
+    memory.accept(&first);
+    let day = 25 * SECONDS_PER_HOUR;
+    for (text, missing) in [
+        (format!("{own}{lasting}{in_place}"), "CN=CA below"),
+        (format!("{in_place}{lasting}{of_below}"), "CN=CA"),
+    ] {
+        let read = |now| follow(text.as_bytes(), &authorities, &memory, Some(&first), now).unwrap();
+        let kept = read(now());
+        assert_eq!(kept.count(), 4, "{missing}");
+        assert_eq!(kept.problem_count(), 1);
+        let words = format!("no longer holds a list of \"{missing}\"");
+        let reported = kept.left_out().unwrap();
+        assert!(reported.contains(&words), "{reported}");
+    }
+    // A part that cannot be read may be any list.
+    let damaged = of_below.replace("\nMI", "\n!!");
+    let text = format!("{own}{lasting}{damaged}");
+    let kept = follow(text.as_bytes(), &authorities, &memory, Some(&first), now()).unwrap();
+    assert_eq!((kept.count(), kept.problem_count()), (3, 2));
+    // After its end it covers no certificate, and its authority's clients are refused.
+    let kept = follow(
+        lasting.as_bytes(),
+        &authorities,
+        &memory,
+        Some(&first),
+        now() + day,
+    );
+    let kept = kept.unwrap();
+    assert_eq!(
+        kept.count(),
+        2,
+        "the ended list of a configured CA, but none that is not verified"
+    );
+    assert!(kept.life().unwrap().until < now() + day);
+    // At a start there is no list in use.
+    let refused = follow(lasting.as_bytes(), &authorities, &memory, None, now() + day);
+    assert!(refused.unwrap_err().contains("no list of \"CN=CA\""));
+}
+
+/// The list that covers only the certificates with that distribution point.
+fn partial(authority: &Authority, number: u64, revoked: &[u64], point: &str, from: i64) -> String {
+    let now = OffsetDateTime::now_utc();
+    let revoked_certs = revoked.iter().map(|serial| RevokedCertParams {
+        serial_number: SerialNumber::from(*serial),
+        revocation_time: now - Duration::days(9),
+        reason_code: None,
+        invalidity_date: None,
+    });
+    let parameters = CertificateRevocationListParams {
+        this_update: now + Duration::hours(from),
+        next_update: now + Duration::hours(24),
+        crl_number: SerialNumber::from(number),
+        issuing_distribution_point: Some(rcgen::CrlIssuingDistributionPoint {
+            distribution_point: rcgen::CrlDistributionPoint {
+                uris: vec![point.to_owned()],
+            },
+            scope: None,
+        }),
+        revoked_certs: revoked_certs.collect(),
+        key_identifier_method: rcgen::KeyIdMethod::Sha256,
+    };
+    parameters.signed_by(authority).unwrap().pem().unwrap()
+}
+
+/// An authority may make a list for each part of its certificates. An older one of them was accepted beside a newer list of
+/// another part.
+#[test]
+fn each_partial_list_of_an_authority_has_a_number_of_its_own() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let authorities = [ca.der().clone()];
+    let (one, two) = ("http://crl.example/1", "http://crl.example/2");
+    let mut memory = Memory::default();
+    let read = |text: &str, memory: &Memory| {
+        follow(text.as_bytes(), &authorities, memory, None, now()).unwrap()
+    };
+    let (first, second) = (
+        partial(&ca, 10, &[7], one, -4),
+        partial(&ca, 500, &[8], two, -2),
+    );
+    let both = read(&format!("{first}{second}"), &memory);
+    assert_eq!((both.count(), both.left_out()), (2, None));
+    memory.accept(&both);
+    let newer = partial(&ca, 11, &[7, 9], one, -3);
+    assert_eq!(read(&format!("{newer}{second}"), &memory).left_out(), None);
+    let older = partial(&ca, 9, &[], one, -5);
+    let reported = read(&format!("{older}{second}"), &memory)
+        .left_out()
+        .unwrap();
+    assert!(reported.contains("accepted: number 0x0a"), "{reported}");
+    let missing = read(&second, &memory);
+    assert_eq!((missing.count(), missing.problem_count()), (2, 1));
+    // The first list for certificates that had none: it may be an old one of the authority.
+    let three = "http://crl.example/3";
+    for (from, problems) in [(-9, 1), (-1, 0)] {
+        let added = partial(&ca, 1, &[], three, from);
+        let read = read(&format!("{first}{second}{added}"), &memory);
+        assert_eq!(read.problem_count(), problems, "{from}");
+    }
+}
+
+/// An intermediate CA whose lists are verified without making it a trust anchor.
+#[test]
+fn the_lists_of_an_authority_in_the_issuers_file_are_verified() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state));
+    let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+    parameters
+        .distinguished_name
+        .push(DnType::CommonName, "CA below");
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    parameters.serial_number = Some(SerialNumber::from(5_u64));
+    let key = KeyPair::generate().unwrap();
+    let below = CertifiedIssuer::signed_by(parameters, key, &site.ca).unwrap();
+    let forger = authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let root = list(&site.ca, &[], -4, 24);
+    let genuine = numbered(&below, 20, &[9], -3, 24);
+    site.write("issuers", &below.pem());
+    site.write("crl", &root);
+    let refused = start().unwrap_err();
+    assert!(refused.contains("no list of \"CN=CA below\""), "{refused}");
+    site.write("crl", &format!("{root}{genuine}"));
+    let tls = start().unwrap();
+    tls.remember_lists().unwrap();
+    let sent = [below.der().clone()];
+    for (bad, words) in [
+        (numbered(&forger, 21, &[], -1, 24), "not signed by it"),
+        (numbered(&below, 19, &[], -4, 24), "older list"),
+        (String::new(), "no longer holds"),
+    ] {
+        site.write("crl", &format!("{root}{bad}"));
+        tls.reload();
+        for tls in [&tls, &start().unwrap()] {
+            let reported = left_out(tls).unwrap();
+            assert!(reported.contains(words), "{words}: {reported}");
+            Site::verify(tls, &below, 9, &sent).unwrap_err();
+            Site::verify(tls, &below, 8, &sent).unwrap();
+            // It is no trust anchor.
+            Site::verify(tls, &below, 8, &[]).unwrap_err();
+        }
+    }
+    // Its own certificate can be revoked.
+    let newer = numbered(&site.ca, 2, &[5], -1, 24);
+    site.write("crl", &format!("{newer}{genuine}"));
+    tls.reload();
+    assert_eq!(left_out(&tls), None);
+    Site::verify(&tls, &below, 8, &sent).unwrap_err();
+    // Without its certificate, its list is not kept either.
+    site.write("issuers", &site.ca.pem());
+    site.write("crl", &newer);
+    tls.reload();
+    assert_eq!(left_out(&tls), None);
+    assert_eq!(tls.contents().revocation_lists, 1);
 }
 
 #[test]
@@ -522,35 +969,67 @@ fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
     }
 }
 
-/// Earlier releases remembered the number of a list that was not verified.
+/// Earlier releases stored only versions, also those of lists that were not verified.
 #[test]
-fn what_an_earlier_release_remembered_of_an_unverified_list_holds_nothing_back() {
+fn what_an_earlier_release_remembered_counts_for_verified_lists() {
     let site = Site::fresh();
     let state = StateDirectory::at(&site.path("state"));
-    let start = || site.try_load_with(Some(&state)).unwrap();
+    let start = || site.try_load_with(Some(&state));
     let below = authority("CA below", &rcgen::PKCS_ECDSA_P256_SHA256);
-    let own = list(&site.ca, &[7], -2, 24);
-    site.write("crl", &own);
-    start().remember_lists().unwrap();
-    let file = fs::read_dir(state.path()).unwrap().next().unwrap();
-    let file = file.unwrap().path();
-    let known = fs::read_to_string(&file).unwrap();
-    let (_, certificate) = X509Certificate::from_der(below.der()).unwrap();
-    let name = certificate.subject().as_raw();
-    let mut context = digest::Context::new(&digest::SHA256);
-    context.update(&u64::try_from(name.len()).unwrap().to_be_bytes());
-    context.update(name);
-    let id = hex::encode(context.finish().as_ref());
-    let entry = format!(r#"{{"authority":"{id}","number":"ffff","this_update":4000000000}}"#);
-    let planted = known.replacen('[', &format!("[{entry},"), 1);
-    fs::write(&file, &planted).unwrap();
+    let id = |authority: &Authority, has_key: bool| {
+        let (_, certificate) = X509Certificate::from_der(authority.der()).unwrap();
+        let name = certificate.subject().as_raw();
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(&u64::try_from(name.len()).unwrap().to_be_bytes());
+        context.update(name);
+        if has_key {
+            let key = digest::digest(&digest::SHA256, certificate.public_key().raw);
+            context.update(key.as_ref());
+        }
+        hex::encode(context.finish().as_ref())
+    };
+    let file = digest::digest(
+        &digest::SHA256,
+        site.path("crl").as_os_str().as_encoded_bytes(),
+    );
+    let file = format!("client-crl-{}.json", hex::encode(&file.as_ref()[..8]));
+    let known = format!(
+        r#"[{{"authority":"{}","number":"012c","this_update":1}},{{"authority":"{}","number":"ffff","this_update":4000000000}}]"#,
+        id(&site.ca, true),
+        id(&below, false),
+    );
+    state.write(&file, known.as_bytes()).unwrap();
 
-    site.write("crl", &format!("{own}{}", list(&below, &[9], -2, 24)));
-    let tls = start();
+    let of_below = list(&below, &[9], -2, 24);
+    site.write(
+        "crl",
+        &format!("{}{of_below}", numbered(&site.ca, 299, &[], -2, 24)),
+    );
+    let refused = start().unwrap_err();
+    assert!(
+        refused.contains("accepted: number 0x012c") && refused.contains(&file),
+        "{refused}"
+    );
+    site.write(
+        "crl",
+        &format!("{}{of_below}", numbered(&site.ca, 300, &[7], -2, 24)),
+    );
+    let tls = start().unwrap();
     assert_eq!(left_out(&tls), None);
     assert_eq!(tls.contents().revocation_lists, 2);
+    // From now on there is a list to serve with.
     tls.remember_lists().unwrap();
-    assert_eq!(fs::read_to_string(&file).unwrap(), known);
+    site.write("crl", &numbered(&site.ca, 299, &[], -2, 24));
+    assert!(!Site::verifies(&start().unwrap(), &site.ca, 7));
+    // A state that cannot be understood is reported, and not taken for an empty one.
+    for damaged in [
+        "[{}]",
+        "[{\"authority\":\"x\",\"number\":null,\"this_update\":1}]",
+    ] {
+        state.write(&file, damaged.as_bytes()).unwrap();
+        let refused = start().unwrap_err();
+        assert!(refused.contains(&file), "{refused}");
+    }
 }
 
 #[test]
@@ -570,7 +1049,7 @@ fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
         (numbered(&forger, 21, &[], -1, 24), "not signed by it"),
         (numbered(&other, 21, &[], -3, -1), "ended on"),
         (of_other.replace("\nMI", "\nMA"), "does not parse"),
-        (String::new(), "holds no list of \"CN=other CA\""),
+        (String::new(), "no longer holds a list of \"CN=other CA\""),
     ];
     for (round, (bad, words)) in (1_u64..).zip(bad) {
         let serials: Vec<u64> = (100..100 + round).collect();

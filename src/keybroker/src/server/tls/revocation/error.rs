@@ -5,13 +5,24 @@ use x509_parser::{error::X509Error, nom};
 
 use keybroker_core::{call::Timestamp, pem, state};
 
-/// Why the newest versions could not be read or written.
+/// Why the accepted lists could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The file was not read or written.
     #[error(transparent)]
-    File(state::Error),
-    /// It is not what the broker writes.
+    File(#[from] state::Error),
+    /// It is not a list of that authority.
+    #[error(
+        "the state file {path} is not a revocation list that \"{authority}\" signed: find out what changed it. The broker starts \
+         without the file, but then does not know which list it accepted last"
+    )]
+    List {
+        /// The file.
+        path: String,
+        /// Name of the authority.
+        authority: String,
+    },
+    /// It is not what an earlier release wrote.
     #[error("the state file {path} does not list versions of revocation lists")]
     Content {
         /// The file.
@@ -51,11 +62,19 @@ pub enum ListsError {
     #[error("cannot be compared with the CA")]
     Authority(#[source] nom::Err<X509Error>),
     /// A list does not parse.
-    #[error("holds a list that does not parse")]
-    Malformed(#[source] nom::Err<X509Error>),
-    /// The file is not what it should be.
-    #[error("is unusable")]
-    Pem(#[source] pem::Error),
+    #[error("holds a list that does not parse: block {block}")]
+    Malformed {
+        /// Where it is in the file, counted from 1.
+        block: usize,
+        /// Where the parser stopped.
+        source: nom::Err<X509Error>,
+    },
+    /// A part of the file cannot be read.
+    #[error("holds a part that cannot be read")]
+    Block(#[source] pem::DamagedBlock),
+    /// The file is too long.
+    #[error("is longer than {0} bytes, so none of it is read")]
+    TooLong(u64),
     /// One list in DER, and more after it.
     #[error("has more bytes after a list in DER; put several lists into one file as PEM")]
     Trailing,
@@ -70,10 +89,24 @@ pub enum ListsError {
         "holds no list of \"{0}\" that this CA signed: every client of that authority would be refused"
     )]
     Missing(String),
+    /// A list that was accepted before is no longer in the file.
+    #[error(
+        "no longer holds a list of \"{authority}\" that it held before; the accepted one ({version}) stays in use until it ends \
+         on {until}. Add its newest list to the file"
+    )]
+    Gone {
+        /// Name of the authority.
+        authority: String,
+        /// Number and date of the accepted list.
+        version: String,
+        /// When that list ends.
+        until: Timestamp,
+    },
     /// Several lists of an authority whose certificate is not configured.
     #[error(
-        "holds more than one list of \"{0}\", which is not in `client_ca_file`, so which of them it signed cannot be verified here: \
-         keep its newest list only"
+        "holds more than one list of \"{0}\", which is neither in `client_ca_file` nor in \
+         `client_crl_issuers_file`, so which of them it signed cannot be verified here: add its certificate to \
+         `client_crl_issuers_file`, or keep its newest list only"
     )]
     Ambiguous(String),
     /// The signature is not that of the authority.

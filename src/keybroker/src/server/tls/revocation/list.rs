@@ -11,6 +11,7 @@ use rustls::{
 use rustls_pki_types::CertificateRevocationListDer;
 use x509_parser::{
     num_bigint::BigUint,
+    oid_registry::OID_X509_EXT_ISSUER_DISTRIBUTION_POINT,
     prelude::{CertificateRevocationList, FromDer as _, RevokedCertificate, X509Certificate},
 };
 
@@ -50,6 +51,38 @@ pub(in super::super) enum Age {
 }
 
 impl Life {
+    fn of(list: &CertificateRevocationList<'_>) -> Result<Self, ListsError> {
+        let Some(next) = list.next_update() else {
+            return Err(ListsError::NoEnd(list.issuer().to_string()));
+        };
+        Ok(Self {
+            from: list.last_update().timestamp(),
+            until: next.timestamp(),
+        })
+    }
+
+    pub(super) fn includes(self, now: i64) -> bool {
+        (self.from..=self.until).contains(&now)
+    }
+
+    fn check(self, list: &CertificateRevocationList<'_>, now: i64) -> Result<(), ListsError> {
+        let issuer = list.issuer().to_string();
+        if now > self.until {
+            let until = date(self.until);
+            return Err(ListsError::Ended { issuer, until });
+        }
+        if now < self.from {
+            let from = date(self.from);
+            return Err(ListsError::NotYetValid { issuer, from });
+        }
+        Ok(())
+    }
+
+    /// When it ends, as messages show it.
+    pub(super) fn ends(self) -> Timestamp {
+        date(self.until)
+    }
+
     pub(in super::super) fn age(self, now: i64) -> Age {
         let last_part = (self.until - self.from) / LAST_PART;
         if now > self.until {
@@ -74,7 +107,22 @@ pub(super) struct Version {
 /// Name of an authority, and SHA-256 of its key; without a key where its certificate is not known.
 pub(super) type Authority = (Vec<u8>, Option<[u8; 32]>);
 
+/// What a list is about. A newer list takes the place of an older one only if both are about the same.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Slot {
+    pub(super) authority: Authority,
+    /// SHA-256 of the `issuingDistributionPoint`: such a list covers only some certificates of its authority (RFC 5280 section 5.2.5).
+    /// Absent for a list of all of them, and for one that is not verified.
+    pub(super) scope: Option<[u8; 32]>,
+}
+
 impl Version {
+    /// The version that a list claims.
+    pub(super) fn read(der: &[u8]) -> Option<Self> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        Some(Self::of(&list))
+    }
+
     fn of(list: &CertificateRevocationList<'_>) -> Self {
         let number = list.crl_number().map(BigUint::to_bytes_be);
         Self {
@@ -100,12 +148,16 @@ impl Version {
     }
 
     pub(super) fn shown(&self) -> String {
-        let date = Timestamp::from_micros(self.from.saturating_mul(1_000_000));
+        let date = date(self.from);
         match &self.number {
             Some(number) => format!("number 0x{} of {date}", hex::encode(number)),
             None => format!("without a number, of {date}"),
         }
     }
+}
+
+fn date(seconds: i64) -> Timestamp {
+    Timestamp::from_micros(seconds.saturating_mul(1_000_000))
 }
 
 /// SHA-256 of an authority's name and key.
@@ -127,39 +179,70 @@ pub(super) fn name_of(raw: &[u8]) -> String {
 }
 
 impl List {
+    /// The list in a block of the file, counted from 1.
     pub(super) fn read(
         der: &CertificateRevocationListDer<'static>,
+        block: usize,
         authorities: &[X509Certificate<'_>],
         roots: &Arc<RootCertStore>,
         now: i64,
-    ) -> Result<(Authority, Self), Problem> {
-        let (_, list) = CertificateRevocationList::from_der(der).map_err(|error| Problem {
+    ) -> Result<(Slot, Self), Problem> {
+        let (_, list) = CertificateRevocationList::from_der(der).map_err(|source| Problem {
             name: None,
-            error: ListsError::Malformed(error),
+            error: ListsError::Malformed { block, source },
         })?;
         let of_issuer = |error| Problem {
             name: Some(list.issuer().as_raw().to_vec()),
             error,
         };
-        let life = life(&list, now).map_err(of_issuer)?;
+        let life = Life::of(&list).map_err(of_issuer)?;
+        life.check(&list, now).map_err(of_issuer)?;
         let authority = signer(&list, der, authorities).map_err(of_issuer)?;
-        check_for_handshake(&list, der, roots).map_err(of_issuer)?;
-        let version = Version::of(&list);
-        let revoked = revoked(&authority, &list);
+        check_for_handshake(&list.issuer().to_string(), der, roots).map_err(of_issuer)?;
+        Ok(Self::new(&list, der, life, authority))
+    }
+
+    /// A list that was accepted before, also if it has ended meanwhile; absent if that authority did not sign it.
+    pub(super) fn accepted(
+        der: &CertificateRevocationListDer<'static>,
+        authority: &X509Certificate<'_>,
+    ) -> Option<(Slot, Self)> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        let life = Life::of(&list).ok()?;
+        let signer = signer(&list, der, std::slice::from_ref(authority)).ok()?;
+        (signer == authority_of(authority)).then(|| Self::new(&list, der, life, signer))
+    }
+
+    fn new(
+        list: &CertificateRevocationList<'_>,
+        der: &CertificateRevocationListDer<'static>,
+        life: Life,
+        authority: Authority,
+    ) -> (Slot, Self) {
+        let revoked = revoked(&authority, list);
+        let scope = authority.1.and_then(|_| scope(list));
+        let slot = Slot { authority, scope };
         let list = Self {
-            version,
+            version: Version::of(list),
             life,
             revoked,
             der: der.clone(),
         };
-        Ok((authority, list))
+        (slot, list)
     }
+}
+
+fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
+    let mut extensions = list.extensions().iter();
+    let point = extensions.find(|one| one.oid == OID_X509_EXT_ISSUER_DISTRIBUTION_POINT)?;
+    let digest = digest::digest(&digest::SHA256, point.value);
+    Some(to_array(digest.as_ref()))
 }
 
 /// Refuses a list that the library of the handshake does not take, such as one with an unknown critical extension: with it among others, no
 /// verifier could be made.
-fn check_for_handshake(
-    list: &CertificateRevocationList<'_>,
+pub(super) fn check_for_handshake(
+    issuer: &str,
     der: &CertificateRevocationListDer<'static>,
     roots: &Arc<RootCertStore>,
 ) -> Result<(), ListsError> {
@@ -168,7 +251,7 @@ fn check_for_handshake(
         .with_crls([der.clone()]);
     match verifier.build() {
         Err(source @ VerifierBuilderError::InvalidCrl(_)) => Err(ListsError::Unusable {
-            issuer: list.issuer().to_string(),
+            issuer: issuer.to_owned(),
             source,
         }),
         _ => Ok(()),
@@ -266,28 +349,6 @@ fn element(der: &[u8]) -> Option<(&[u8], &[u8])> {
         Some(length.checked_mul(256)? + usize::from(*byte))
     })?;
     rest.split_at_checked(length)
-}
-
-fn life(list: &CertificateRevocationList<'_>, now: i64) -> Result<Life, ListsError> {
-    let issuer = list.issuer().to_string();
-    let date = |seconds: i64| Timestamp::from_micros(seconds.saturating_mul(1_000_000));
-    let Some(next) = list.next_update() else {
-        return Err(ListsError::NoEnd(issuer));
-    };
-    let (from, until) = (list.last_update().timestamp(), next.timestamp());
-    if now > until {
-        return Err(ListsError::Ended {
-            issuer,
-            until: date(until),
-        });
-    }
-    if now < from {
-        return Err(ListsError::NotYetValid {
-            issuer,
-            from: date(from),
-        });
-    }
-    Ok(Life { from, until })
 }
 
 fn revoked(authority: &Authority, list: &CertificateRevocationList<'_>) -> [u8; 32] {

@@ -38,7 +38,7 @@ pub(super) struct Statements {
 
     /// tenant, user, key name: the record and its envelope.
     pub(super) record: &'static str,
-    /// record, revision: its envelope and wrapping key.
+    /// record, revision: its envelope, wrapping key and time.
     pub(super) revision: &'static str,
     /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: records with their addresses.
     pub(super) page: &'static str,
@@ -158,7 +158,7 @@ impl Statements {
                  WHERE r.tenant = ? AND r.\"user\" = ? AND r.key_name = ?"
             )),
             revision: sql(
-                "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ? AND revision = ?",
+                "SELECT wrapping_key_id, envelope, created_us FROM revisions WHERE record_id = ? AND revision = ?",
             ),
             page: sql(&format!(
                 "SELECT {RECORD}, {ADDRESS} FROM {RECORDS} \

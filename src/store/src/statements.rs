@@ -113,6 +113,8 @@ pub(super) struct Statements {
     pub(super) has_migrations: &'static str,
     /// The newest migration that was completed, if there is one.
     pub(super) newest_migration: &'static str,
+    /// version: the completed migrations after it, with their descriptions.
+    pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
 
     tables: PerTable<OfTable>,
@@ -259,6 +261,9 @@ impl Statements {
             has_migrations: dialect.has_migrations,
             newest_migration: sql(
                 "SELECT version FROM _sqlx_migrations WHERE success ORDER BY version DESC LIMIT 1",
+            ),
+            later_migrations: sql(
+                "SELECT version, description FROM _sqlx_migrations WHERE success AND version > ?",
             ),
             durability: dialect.durability,
 

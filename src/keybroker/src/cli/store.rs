@@ -86,7 +86,7 @@ fn status(context: &Context) -> Result<(), Failure> {
     context.output.fields(vec![
         ("schema", json!(status.current)),
         ("schema_of_this_release", json!(status.newest)),
-        ("ready", json!(status.current == status.newest)),
+        ("ready", json!(status.is_usable)),
     ])
 }
 

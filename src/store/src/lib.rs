@@ -98,6 +98,24 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
     }
 }
 
+/// Whether a database knows an audit log of an instance, whatever its schema is. A database that does not exist, or whose schema is
+/// older than the table, knows none.
+pub async fn known_audit_log(
+    settings: &Settings,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    match settings.target()? {
+        Target::Sqlite(path) => sqlite::file::known_audit_log(&path, instance, log_id).await,
+        Target::Postgres(place) => {
+            server::known_audit_log::<PostgreSql>(settings, &place, instance, log_id).await
+        }
+        Target::MySql(place) => {
+            server::known_audit_log::<MySqlOrMariaDb>(settings, &place, instance, log_id).await
+        }
+    }
+}
+
 /// The schema of a database.
 pub async fn status(settings: &Settings) -> Result<SchemaStatus, Error> {
     match settings.target()? {

@@ -13,8 +13,8 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, Error, NewRevision, Record, RecordInfo,
-    RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, KnownLog, NewRevision, Record,
+    RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},

@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 use sqlx::migrate::Migrator;
 
 use super::{
-    Error,
+    Error, KnownLog, rows,
     session::{Columns as _, Session},
     statements::Statements,
 };
@@ -65,6 +65,24 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
     newest
         .first()
         .map_or(Ok(0), |row| Ok(row.integer("version")?))
+}
+
+/// The first schema with the table of audit logs.
+const AUDIT_LOGS_SINCE: i64 = 6;
+
+/// Whether a database knows an audit log of an instance. One with an older schema knows none.
+pub(super) async fn known_audit_log(
+    session: &mut impl Session,
+    sql: &Statements,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    if current(session, sql).await? < AUDIT_LOGS_SINCE {
+        return Ok(KnownLog::None);
+    }
+    let values = vec![log_id.into(), instance.into()];
+    let found = session.rows(sql.audit_logs, values).await?;
+    rows::known_log(found.first().ok_or(Error::NotFound)?)
 }
 
 /// Refuses a schema that is older than this binary's, or newer than is accepted.

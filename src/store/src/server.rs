@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use keybroker_core::error::chain;
 
 use super::{
-    Error, MigrationReport, SchemaStatus, Settings,
+    Error, KnownLog, MigrationReport, SchemaStatus, Settings,
     dialect::Dialect,
     driver_errors::is_damage,
     durability::{self, Found, Weakness},
@@ -162,6 +162,19 @@ pub(super) async fn status<S: Server>(
     let status = schema::status(&mut connection, S::sql(), S::migrator()).await;
     close::<S>(connection).await;
     status
+}
+
+pub(super) async fn known_audit_log<S: Server>(
+    settings: &Settings,
+    place: &Place,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    let options = S::options(settings, place)?;
+    let (mut connection, _) = connect::<S>(&options, settings, place).await?;
+    let known = schema::known_audit_log(&mut connection, S::sql(), instance, log_id).await;
+    close::<S>(connection).await;
+    known
 }
 
 pub(super) async fn migrate<S: Server>(

@@ -99,6 +99,7 @@ const MIGRATE: &str = "store.migrate";
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,
+    instance: &str,
     open: &mut Vec<OpenIntent>,
 ) -> Result<(), Failure> {
     let cut_short: Vec<OpenIntent> = open
@@ -120,6 +121,11 @@ pub(super) async fn migrate(
     }
     if !settings.migrate_at_start || !pending {
         return Ok(());
+    }
+    // A migration cannot be undone, so a database of other logs is refused before it.
+    let known = store::known_audit_log(settings, instance, audit.id()).await?;
+    if known == KnownLog::Another && audit.is_binding_required() {
+        return Err(audit.refuse_unknown().into());
     }
     let call = CallId::fresh();
     let entry = |kind, outcome| {

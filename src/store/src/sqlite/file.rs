@@ -13,7 +13,7 @@ use sqlx::{SqlitePool, migrate::Migrator};
 use keybroker_core::trusted_file::{self, Purpose};
 
 use crate::{
-    Error, MigrationReport, SchemaStatus, error::Detail, identity, schema,
+    Error, KnownLog, MigrationReport, SchemaStatus, error::Detail, identity, schema,
     schema::Accepted,
 };
 
@@ -155,6 +155,24 @@ pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
     let status = status.await;
     pool.close().await;
     status
+}
+
+pub(crate) async fn known_audit_log(
+    path: &Path,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    if !exists(path)? {
+        return Ok(KnownLog::None);
+    }
+    let pool = super::writer(path);
+    let known = async {
+        let mut connection = pool.acquire().await?;
+        schema::known_audit_log(&mut *connection, &SQL, instance, log_id).await
+    };
+    let known = known.await;
+    pool.close().await;
+    known
 }
 
 /// Brings a database to the newest schema, making the file if need be. The caller holds the lock.

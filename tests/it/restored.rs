@@ -58,6 +58,16 @@ async fn an_earlier_state_of_the_database_is_refused_until_it_is_accepted() {
     let enroller = Caller::of(&broker, "enroller");
     refused(enroller.create("eve", MATERIAL).await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
+    // From the first line on: a load balancer must not send calls here even for a moment.
+    let first = until("the first line about health", || {
+        let log = broker.site.log();
+        let mut lines = log
+            .lines()
+            .skip_while(|line| !line.contains("store-restored"));
+        let first = lines.find(|line| line.contains("\"health\""));
+        first.map(str::to_owned)
+    });
+    assert!(first.contains("\"user_keys\":false"), "{first}");
 
     // Put right, it serves without a word of an operator.
     let (site, _) = broker.stop();

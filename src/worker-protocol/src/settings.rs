@@ -7,7 +7,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use keybroker_core::key::{Fingerprint, WrappingKeyId};
+use keybroker_core::{
+    key::{Fingerprint, WrappingKeyId},
+    trusted_file,
+};
 
 use crate::wire::{Setup, TokenIdentity};
 
@@ -81,12 +84,17 @@ impl Settings {
             allow_oaep_sha1: self.allow_oaep_sha1,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
+            read_only_mounts_count: trusted_file::read_only_mounts_count(),
             ..Setup::default()
         }
     }
 
-    /// The part of the settings that a worker needs.
+    /// The part of the settings that a worker needs. From here on, this process opens files by the rule of the process that sent
+    /// the setup.
     pub fn from_setup(setup: &Setup) -> Self {
+        if !setup.read_only_mounts_count {
+            trusted_file::ignore_read_only_mounts();
+        }
         let given = |text: &String| (!text.is_empty()).then(|| text.clone());
         Self {
             module: PathBuf::from(&setup.module),

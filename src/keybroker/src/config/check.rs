@@ -6,7 +6,7 @@ use crate::server::{
     Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
-use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
+use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
@@ -231,6 +231,11 @@ impl Config {
                 "released_users_per_hour",
                 rates.released_users_per_hour,
                 RELEASED_USERS_MAX,
+            ),
+            (
+                "replacements_per_hour",
+                rates.replacements_per_hour,
+                REPLACEMENTS_MAX,
             ),
         ] {
             range(

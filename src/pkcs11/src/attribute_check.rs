@@ -10,8 +10,8 @@ use std::fmt;
 use cryptoki::{
     mechanism::MechanismType,
     object::{Attribute, AttributeType, ObjectHandle},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use crate::{
     calling,
@@ -367,8 +367,8 @@ pub(super) fn read(
 ) -> Result<Option<Attribute>, Fault> {
     use cryptoki::error::{Error, RvError};
     calling::next("C_GetAttributeValue");
-    match session.get_attributes(object, &[kind]) {
-        Ok(attributes) => Ok(attributes.into_iter().next()),
+    match session.attribute(object, kind) {
+        Ok(attribute) => Ok(attribute),
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)
         }

@@ -8,8 +8,8 @@ use cryptoki::{
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use crate::{attribute_check, calling, classify::Fault, keys::KeyPair};
 
@@ -89,13 +89,12 @@ pub(super) fn readable(
     kind: AttributeType,
 ) -> Result<Done, Error> {
     calling::next("C_GetAttributeValue");
-    let read = on.session.get_attributes(object, &[kind])?;
-    let is_there = read.iter().any(|attribute| match attribute {
-        Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value) => {
-            !value.is_empty()
-        }
+    let is_there = match on.session.attribute(object, kind)? {
+        Some(
+            Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value),
+        ) => !value.is_empty(),
         _ => false,
-    });
+    };
     Ok(if is_there { Done::It } else { Done::Nothing })
 }
 

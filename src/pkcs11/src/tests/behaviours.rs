@@ -163,12 +163,11 @@ fn an_attribute_is_read_without_asking_for_its_length() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            let query: String = ["CKA_ALLOWED_MECHANISMS", "CKA_MODULUS", "CKA_ID"]
-                .iter()
+            let query = ["CKA_ALLOWED_MECHANISMS", "CKA_MODULUS", "CKA_ID"]
                 .map(|name| {
                     format!("[[attribute]]\nname = \"{name}\"\non_read.size_query = \"CKR_DEVICE_ERROR\"\n")
                 })
-                .collect();
+                .concat();
             faulty.behave(&query);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
             let key = admin.generate_key(2_048).unwrap();

@@ -116,6 +116,12 @@ fn opencryptoki_conforms() {
     }
 }
 
+/// SoftHSM behind a server: the module itself is not of another maker, but the way to it is.
+#[test]
+fn p11_kit_remote_conforms() {
+    conforms(Maker::P11Kit);
+}
+
 /// The module wraps keys that are not extractable. Only a negative test finds that; which of the two that wrap the RSA key depends
 /// on the length of the key's encoding.
 #[test]

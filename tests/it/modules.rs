@@ -38,26 +38,6 @@ pub(crate) enum Maker {
 }
 
 impl Maker {
-    /// All of them.
-    pub(crate) const ALL: [Self; 5] = [
-        Self::SoftHsm,
-        Self::Kryoptic,
-        Self::Opencryptoki,
-        Self::P11Kit,
-        Self::Nss,
-    ];
-
-    /// The name of the published report, without its end.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::SoftHsm => "softhsm-2.6",
-            Self::Kryoptic => "kryoptic-1.5",
-            Self::Opencryptoki => "opencryptoki-3.8",
-            Self::P11Kit => "p11-kit-remote-0.24",
-            Self::Nss => "nss-3.87",
-        }
-    }
-
     /// The label of the token.
     fn label(self) -> &'static str {
         match self {
@@ -79,6 +59,7 @@ impl Maker {
     fn exceptions(self) -> &'static [&'static str] {
         match self {
             Self::Opencryptoki | Self::Nss => &["CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS"],
+            Self::P11Kit => &["CKA_ALLOWED_MECHANISMS"],
             _ => &[],
         }
     }
@@ -140,20 +121,21 @@ impl Stand {
             let at = text.find("[store]").unwrap();
             (text[..at].to_owned(), text[at..].to_owned())
         };
-        let environment: String = self
+        let environment: Vec<String> = self
             .environment()
             .iter()
             .map(|(name, value)| format!("{name} = {value:?}\n"))
             .collect();
+        let environment = environment.concat();
         let string = self.initialize_string().map_or_else(String::new, |text| {
             format!("initialize_string = {text:?}\n")
         });
         let head = format!(
-            "[token]\nmodule = {:?}\nlabel = {:?}\npin_file = {:?}\nworkers = 2\nallow_oaep_sha1 = {}\n\
+            "[token]\nmodule = \"{}\"\nlabel = {:?}\npin_file = \"{}\"\nworkers = 2\nallow_oaep_sha1 = {}\n\
              attribute_exceptions = {exceptions:?}\n{string}\n[token.environment]\n{environment}\n",
-            self.module(),
+            self.module().display(),
             self.maker.label(),
-            self.pin_file(),
+            self.pin_file().display(),
             matches!(self.maker, Maker::SoftHsm | Maker::P11Kit),
         );
         self.site.write_configuration(|text| *text = head + &rest);
@@ -203,13 +185,16 @@ impl Stand {
 
     /// Where the module keeps its objects, and nothing else.
     fn objects(&self) -> PathBuf {
-        self.folder().join("objects")
+        match self.maker {
+            Maker::P11Kit => self.site.token.directory(),
+            _ => self.folder().join("objects"),
+        }
     }
 
     /// Gives the module what it needs before a token can be initialised.
     fn prepare(&mut self) {
         let objects = self.objects();
-        fs::create_dir(&objects).unwrap();
+        fs::create_dir_all(&objects).unwrap();
         fs::set_permissions(&objects, fs::Permissions::from_mode(0o700)).unwrap();
         match self.maker {
             Maker::SoftHsm => {

@@ -16,7 +16,7 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_TOKEN_INFO, CK_ULONG,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_TOKEN_INFO, CK_ULONG,
     CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
 };
 
@@ -94,6 +94,17 @@ impl Functions {
         // process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
+    }
+
+    /// Whether `C_Initialize` of another function list was that of this one as well.
+    pub(crate) fn are_initialized(&self) -> bool {
+        let Some(function) = self.0.list.C_GetInfo else {
+            return true;
+        };
+        let mut info = CK_INFO::default();
+        // SAFETY: the argument points to a structure of the standard that the function may write. It is plain data: any bytes are good.
+        let code = unsafe { function(&raw mut info) };
+        !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
     }
 
     /// `C_GetTokenInfo`.

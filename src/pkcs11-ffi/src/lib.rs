@@ -9,7 +9,8 @@
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS cannot be used without.
 //!
 //! The module is loaded twice, once by `cryptoki`, which does not give its function list to others, and once here. The second time
-//! the dynamic loader returns the same library.
+//! the dynamic loader returns the same library. The client module of p11-kit all the same makes a new connection, with sessions of
+//! its own, for each function list that it gives; with such a module `cryptoki` makes these calls, too.
 
 mod calls;
 mod token_info;
@@ -31,6 +32,8 @@ pub use token_info::TokenInfo;
 pub struct Module {
     cryptoki: Pkcs11,
     functions: Functions,
+    /// Whether both function lists are of one state.
+    is_shared: bool,
 }
 
 impl Module {
@@ -39,22 +42,29 @@ impl Module {
         Ok(Self {
             cryptoki: Pkcs11::new(path)?,
             functions: Functions::load(path)?,
+            is_shared: true,
         })
     }
 
     /// `C_Initialize` with locking by the operating system: without it SoftHSM crashes as soon as two threads use it. The
     /// string goes into `pReserved`; modules that expect none refuse it.
-    pub fn initialize(&self, reserved: Option<CString>) -> Result<()> {
+    pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
             return self.functions.initialize(text);
         }
         let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
-        self.cryptoki.initialize(arguments)
+        let result = self.cryptoki.initialize(arguments);
+        self.is_shared = self.functions.are_initialized();
+        result
     }
 
     /// `C_GetTokenInfo`.
     pub fn get_token_info(&self, slot: Slot) -> Result<TokenInfo> {
-        self.functions.token_info(slot)
+        if self.is_shared {
+            return self.functions.token_info(slot);
+        }
+        let info = self.cryptoki.get_token_info(slot)?;
+        Ok(TokenInfo::from(info))
     }
 
     /// Opens a read-only session.
@@ -70,7 +80,7 @@ impl Module {
     fn wrapped(&self, session: cryptoki::session::Session) -> Session {
         Session {
             cryptoki: session,
-            functions: self.functions.clone(),
+            functions: self.is_shared.then(|| self.functions.clone()),
         }
     }
 }
@@ -87,7 +97,7 @@ impl Deref for Module {
 #[derive(Debug)]
 pub struct Session {
     cryptoki: cryptoki::session::Session,
-    functions: Functions,
+    functions: Option<Functions>,
 }
 
 impl Session {
@@ -97,7 +107,10 @@ impl Session {
         object: ObjectHandle,
         kind: AttributeType,
     ) -> Result<Option<Attribute>> {
-        self.functions.attribute(&self.cryptoki, object, kind)
+        match &self.functions {
+            Some(functions) => functions.attribute(&self.cryptoki, object, kind),
+            None => self.attribute_by_length_query(object, kind),
+        }
     }
 
     /// The same with the query for the length that `cryptoki` makes: whether a token answers it is a matter of the token report.

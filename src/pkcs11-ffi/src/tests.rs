@@ -32,7 +32,7 @@ fn a_clock_may_be_anything() {
 /// SoftHSM expects NULL in `pReserved`, as the standard says, and so shows that something is there.
 #[test]
 fn the_string_of_c_initialize_reaches_the_module() {
-    let module = Module::load(&softhsm::module()).unwrap();
+    let mut module = Module::load(&softhsm::module()).unwrap();
     let refused = module.initialize(Some(c"configdir='/nowhere'".to_owned()));
     assert!(
         matches!(refused, Err(Error::Pkcs11(RvError::ArgumentsBad, _))),

@@ -1,7 +1,7 @@
 //! What a token says of itself.
 
 use cryptoki_sys::{
-    CK_FLAGS, CK_TOKEN_INFO, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_CLOCK_ON_TOKEN,
+    CK_FLAGS, CK_TOKEN_INFO, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CK_VERSION, CKF_CLOCK_ON_TOKEN,
     CKF_LOGIN_REQUIRED, CKF_PROTECTED_AUTHENTICATION_PATH, CKF_SO_PIN_FINAL_TRY, CKF_SO_PIN_LOCKED,
     CKF_TOKEN_INITIALIZED, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY,
     CKF_USER_PIN_INITIALIZED, CKF_USER_PIN_LOCKED, CKF_WRITE_PROTECTED,
@@ -16,6 +16,61 @@ pub struct TokenInfo {
     serial_number: String,
     utc_time: String,
     raw: CK_TOKEN_INFO,
+}
+
+/// Of what `cryptoki` has read.
+impl From<cryptoki::slot::TokenInfo> for TokenInfo {
+    fn from(info: cryptoki::slot::TokenInfo) -> Self {
+        use cryptoki::slot::Limit;
+        let mut flags = 0;
+        for (is_set, flag) in [
+            (info.token_initialized(), CKF_TOKEN_INITIALIZED),
+            (info.login_required(), CKF_LOGIN_REQUIRED),
+            (info.write_protected(), CKF_WRITE_PROTECTED),
+            (info.clock_on_token(), CKF_CLOCK_ON_TOKEN),
+            (
+                info.protected_authentication_path(),
+                CKF_PROTECTED_AUTHENTICATION_PATH,
+            ),
+            (info.user_pin_initialized(), CKF_USER_PIN_INITIALIZED),
+            (info.user_pin_count_low(), CKF_USER_PIN_COUNT_LOW),
+            (info.user_pin_final_try(), CKF_USER_PIN_FINAL_TRY),
+            (info.user_pin_locked(), CKF_USER_PIN_LOCKED),
+            (info.so_pin_final_try(), CKF_SO_PIN_FINAL_TRY),
+            (info.so_pin_locked(), CKF_SO_PIN_LOCKED),
+        ] {
+            if is_set {
+                flags |= flag;
+            }
+        }
+        let limit = |limit| match limit {
+            Limit::Max(max) => max,
+            Limit::Unavailable => CK_UNAVAILABLE_INFORMATION,
+            Limit::Infinite => 0,
+        };
+        let version = |version: cryptoki::types::Version| CK_VERSION {
+            major: version.major(),
+            minor: version.minor(),
+        };
+        let length = |length: usize| CK_ULONG::try_from(length).unwrap_or(CK_ULONG::MAX);
+        Self {
+            label: info.label().to_owned(),
+            manufacturer_id: info.manufacturer_id().to_owned(),
+            model: info.model().to_owned(),
+            serial_number: info.serial_number().to_owned(),
+            utc_time: String::new(),
+            raw: CK_TOKEN_INFO {
+                flags,
+                ulMaxSessionCount: limit(info.max_session_count()),
+                ulMaxRwSessionCount: limit(info.max_rw_session_count()),
+                ulMaxPinLen: length(info.max_pin_length()),
+                ulMinPinLen: length(info.min_pin_length()),
+                hardwareVersion: version(info.hardware_version()),
+                firmwareVersion: version(info.firmware_version()),
+                ..CK_TOKEN_INFO::default()
+            },
+        }
+    }
 }
 
 impl From<CK_TOKEN_INFO> for TokenInfo {

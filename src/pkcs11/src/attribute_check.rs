@@ -359,7 +359,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// One attribute, or `None` when the token does not have it. An empty list is how an absent attribute reads.
+/// One attribute, or `None` when the token does not have it. A list of no mechanisms is that of a key whose mechanisms are not
+/// restricted: some tokens show it instead of an absent attribute.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,
@@ -368,6 +369,7 @@ pub(super) fn read(
     use cryptoki::error::{Error, RvError};
     calling::next("C_GetAttributeValue");
     match session.attribute(object, kind) {
+        Ok(Some(Attribute::AllowedMechanisms(list))) if list.is_empty() => Ok(None),
         Ok(attribute) => Ok(attribute),
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)

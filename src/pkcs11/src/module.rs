@@ -27,7 +27,7 @@ pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
     }
     check_module(path).map_err(|error| unfit(error.to_string()))?;
     calling::next("dlopen");
-    let module = Module::load(path).map_err(|error| {
+    let mut module = Module::load(path).map_err(|error| {
         unfit(format!(
             "{shown} is not a PKCS#11 module: it cannot be loaded, or it has no C_GetFunctionList ({error}); correct \
              `token.module`"

@@ -34,6 +34,7 @@ mod logins;
 mod memory;
 mod messages;
 mod module_failures;
+mod overload;
 mod pki;
 mod policy;
 mod process;

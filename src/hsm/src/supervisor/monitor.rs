@@ -14,7 +14,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    Error,
+    Caller, Error,
     job::{Answer, Job},
     link::{Link, reap},
     start::EXIT_TIMEOUT,
@@ -71,7 +71,7 @@ impl Supervisor {
             Some(Outcome::Output(bytes)) => Ok(bytes.into()),
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
-                let in_time = !job.deadline.remaining().is_zero();
+                let in_time = !job.caller.deadline().remaining().is_zero();
                 // Never a self-test: another worker would answer for this one.
                 if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
                     self.try_later(job);
@@ -96,7 +96,7 @@ impl Supervisor {
         };
         if !job.work.is_self_test() {
             metrics::TOKEN_OPERATION.handle().record(spent);
-            self.queue.served(spent);
+            self.queue.served(&job, spent);
         }
         job.answer(result, spent);
         self.queue.dispatch();
@@ -148,7 +148,7 @@ impl Supervisor {
             let (done, answer) = oneshot::channel();
             link.assign(Job {
                 work: Work::new(request::Job::SelfTest(SelfTest {})),
-                deadline: Deadline::after(SELF_TEST_TIMEOUT),
+                caller: Caller::background(Deadline::after(SELF_TEST_TIMEOUT)),
                 done,
                 queued: Instant::now(),
                 waited: Duration::ZERO,

@@ -234,7 +234,7 @@ impl State {
         }
     }
 
-    /// Makes room in a full queue: for jobs that nobody waits for, then for the newest of the lane that
+    /// Makes room in a full queue: for abandoned jobs, then for the newest job of the lane that
     /// fills it.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self

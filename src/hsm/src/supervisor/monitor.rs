@@ -86,6 +86,19 @@ impl Supervisor {
                     });
                     return;
                 }
+                if class == FailureClass::TokenLost
+                    && in_time
+                    && job.losses < LOSSES_MAX_GIVEN_UP
+                    && !job.work.is_self_test()
+                {
+                    // Another worker may have the token still. If none has, the state of the service answers the job.
+                    link.give_up(failure.detail);
+                    self.queue.push_again(Job {
+                        losses: job.losses + 1,
+                        ..job
+                    });
+                    return;
+                }
                 tracing::debug!(parent: &job.span, pid = link.pid(), ?class, detail = %failure.detail, "token job failed");
                 Err(self.error_of(link, class, failure.detail))
             }

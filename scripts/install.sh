@@ -8,6 +8,7 @@ NEXTEST_VERSION=0.9.143
 # A command, or the path of a file, that shows a package is there, and the package. Of MariaDB the core alone: no service.
 PARTS=(
   "cc build-essential"
+  "make build-essential"
   "openssl openssl"
   "sqlite3 sqlite3"
   "curl curl"

@@ -70,6 +70,7 @@ alerts! {
     PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no login is made with it.";
     TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
+    FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
     ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
     Registry = "registry", Critical, "The rows of the wrapping keys and the token disagree.";
     RecordDamaged = "record-damaged", Warning, "A stored row does not verify or does not parse.";

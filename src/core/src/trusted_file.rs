@@ -16,7 +16,7 @@
 //!   Secrets with `fsGroup`).
 //!
 //! A read-only mount counts only in a container, and only when it is another file system than that of the root directory. Where systemd
-//! runs, it does not count: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
+//! runs, it does not count, and the front tells its workers so: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
 //! users of the host can still write to them. A FUSE mount never counts as read-only, because the process that serves it decides what
 //! is read and who the owners are. One that another user mounted is refused. For a socket no mount counts, because the process that
 //! listens can write to the directory.
@@ -46,6 +46,7 @@ mod user;
 mod walk;
 
 pub use error::Error;
+pub use mount::{ignore_read_only_mounts, read_only_mounts_count};
 pub use purpose::Purpose;
 pub use user::User;
 

@@ -1,6 +1,11 @@
 //! What the file system that an entry is in says about who can change the entry.
 
-use std::{env, os::fd::AsFd, path::Path};
+use std::{
+    env,
+    os::fd::AsFd,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use rustix::fs::{FsWord, Stat, StatVfsMountFlags, fstatfs, fstatvfs, major, minor};
 
@@ -18,13 +23,25 @@ pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
         && is_apart_from_root(stat.st_dev)
-        && !is_beside_systemd()
+        && read_only_mounts_count()
 }
 
-/// Whether other processes may see the same file systems without the read-only mounts of this one.
-fn is_beside_systemd() -> bool {
+/// Set by [`ignore_read_only_mounts`].
+static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
+
+/// Whether a read-only mount excuses owner and mode of what is in it. It does not where systemd runs: other processes may see the same
+/// file systems without the read-only mounts of this one.
+pub fn read_only_mounts_count() -> bool {
     // Unknown is taken as yes: then the ordinary rules apply.
-    Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some()
+    let is_beside_systemd =
+        Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some();
+    !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
+}
+
+/// Applies the ordinary rules in read-only mounts, for the rest of this process. For a process whose environment was cleared, so that it
+/// cannot see what the process that started it knows.
+pub fn ignore_read_only_mounts() {
+    IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }
 
 pub(super) fn is_fuse(fd: impl AsFd) -> bool {

@@ -6,7 +6,7 @@ use crate::server::{
     Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
-use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
+use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
@@ -77,6 +77,13 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        for (principal, weight) in &token.weights {
+            range(
+                &format!("weights.{principal:?}"),
+                usize::try_from(*weight).unwrap_or(usize::MAX),
+                1..=100,
+            );
+        }
         let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
         range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
         if let Some(label) = token
@@ -231,6 +238,11 @@ impl Config {
                 "released_users_per_hour",
                 rates.released_users_per_hour,
                 RELEASED_USERS_MAX,
+            ),
+            (
+                "replacements_per_hour",
+                rates.replacements_per_hour,
+                REPLACEMENTS_MAX,
             ),
         ] {
             range(

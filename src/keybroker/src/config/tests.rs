@@ -28,6 +28,7 @@ fn is_default(text: &str) -> bool {
     let alternatives = [
         "serial",
         "uri",
+        "initialize_string",
         "socket_users",
         "password_file",
         "password_variable",

@@ -221,7 +221,8 @@ impl Server {
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        opening::migrate(&config.store, &audit, &mut open_intents).await?;
+        let instance = &config.audit.instance;
+        opening::migrate(&config.store, &audit, instance, &mut open_intents).await?;
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;

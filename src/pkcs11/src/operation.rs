@@ -2,13 +2,11 @@
 //!
 //! Mitigations: M9, M10 of `THREAT_MODEL.md`.
 
-use cryptoki::{
-    mechanism::{
-        Mechanism, MechanismType,
-        rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
-    },
-    session::Session,
+use cryptoki::mechanism::{
+    Mechanism, MechanismType,
+    rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
 };
+use keybroker_pkcs11_ffi::Session;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 

@@ -65,7 +65,7 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
     );
 }
 
-fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     Settings {
         module: PathBuf::from(MODULE),
         label: Some("test".to_owned()),
@@ -79,6 +79,7 @@ fn settings() -> Settings {
         allow_oaep_sha1: true,
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
+        initialize_string: None,
         environment: std::collections::BTreeMap::new(),
     }
 }

@@ -156,7 +156,7 @@ async fn open_loop(callers: &[Caller], rate: f64, deadline: Duration) -> Outcome
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "measures for minutes"]
 async fn goodput_under_overload() {
-    let devices = [("SoftHSM", 0), ("20 ms for each unwrap", 20)];
+    let devices = [("20 ms for each unwrap", 20), ("SoftHSM", 0)];
     for (device, extra) in devices {
         let broker = broker_on(Duration::from_millis(extra)).await;
         let callers = callers(&broker, "releaser");
@@ -176,10 +176,9 @@ async fn goodput_under_overload() {
                     outcome.late,
                     resident_kib(&broker)
                 );
-                assert!(outcome.goodput > 0.0 && outcome.refused > 0);
                 // On SoftHSM the callers of this test take the processors from the token.
                 if extra > 0 {
-                    assert!(share >= GOODPUT, "{share}");
+                    assert!(share >= GOODPUT && outcome.refused > 0, "{share}");
                 }
             }
         }

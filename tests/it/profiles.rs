@@ -23,84 +23,144 @@ enum Verdict {
 
 use Verdict::{Refused, Works};
 
-/// Each profile with its verdict, and with what stands before the PIN of the real token.
-const VERDICTS: [(&str, &str, Verdict); 12] = [
-    (
-        "aws-cloudhsm-sdk5",
-        "crypto_user:",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
-    ),
-    (
+/// A profile with its verdicts.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    profile: &'static str,
+    /// What stands before the PIN of the real token.
+    before_pin: &'static str,
+    /// With the settings that have no default.
+    verdict: Verdict,
+    /// Lines of `[token]`, and the verdict with them.
+    with: Option<(&'static [&'static str], Verdict)>,
+}
+
+const fn expected(profile: &'static str, verdict: Verdict) -> Expected {
+    Expected {
+        profile,
+        before_pin: "",
+        verdict,
+        with: None,
+    }
+}
+
+const COPYABLE_AND_MECHANISMS: &str =
+    "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]";
+
+const EXPECTED: [Expected; 12] = [
+    Expected {
+        before_pin: "crypto_user:",
+        with: Some((
+            &[
+                "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\", \"CKA_SIGN_RECOVER\"]",
+            ],
+            Works,
+        )),
+        ..expected(
+            "aws-cloudhsm-sdk5",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE, CKA_ALLOWED_MECHANISMS and CKA_SIGN_RECOVER in templates",
+                0,
+            ),
+        )
+    },
+    expected(
         "google-kmsp11",
-        "",
         Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
     ),
-    (
+    expected(
         "liar",
-        "",
         Refused(
             UNTRUSTED,
             "the RSA private key can be wrapped with CKM_AES_KEY_WRAP",
             0,
         ),
     ),
-    (
-        "luna-cloud",
-        "",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
-    ),
-    (
-        "luna7",
-        "",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
-    ),
-    (
+    Expected {
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
+        ..expected(
+            "luna-cloud",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                0,
+            ),
+        )
+    },
+    Expected {
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
+        ..expected(
+            "luna7",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                0,
+            ),
+        )
+    },
+    expected(
         "nethsm",
-        "",
         Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
     ),
-    (
-        "nshield",
-        "",
-        Refused(TOKEN, "KeyTypeInconsistent from C_GenerateKey", 0),
-    ),
-    (
+    Expected {
+        with: Some((
+            &[
+                "integrity_key = \"nshield\"",
+                "attribute_exceptions = [\"CKA_COPYABLE\"]",
+            ],
+            Works,
+        )),
+        ..expected(
+            "nshield",
+            Refused(
+                TOKEN,
+                "It makes an integrity key of another kind: set `integrity_key = \"nshield\"`",
+                0,
+            ),
+        )
+    },
+    expected(
         "opencryptoki-3.8",
-        "",
         Refused(TOKEN, "invalid digit found in string", 0),
     ),
-    (
-        "p11-kit-remote",
-        "",
-        Refused(
-            UNTRUSTED,
-            "CKA_ALLOWED_MECHANISMS: DeviceError from C_GetAttributeValue",
-            0,
-        ),
-    ),
-    ("pkcs11-proxy", "", Works),
-    (
+    Expected {
+        with: Some((
+            &["attribute_exceptions = [\"CKA_ALLOWED_MECHANISMS\"]"],
+            Works,
+        )),
+        ..expected(
+            "p11-kit-remote",
+            Refused(
+                UNTRUSTED,
+                "CKA_ALLOWED_MECHANISMS: DeviceError from C_GetAttributeValue",
+                0,
+            ),
+        )
+    },
+    expected("pkcs11-proxy", Works),
+    expected(
         "tpm2",
-        "",
         Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
     ),
-    (
-        "yubihsm2",
-        "0001",
-        Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
-    ),
+    Expected {
+        before_pin: "0001",
+        with: Some((
+            &[
+                "integrity_key = \"sha256-hmac\"",
+                "attribute_exceptions = [\"CKA_ALLOWED_MECHANISMS\"]",
+            ],
+            Refused(
+                UNTRUSTED,
+                "CKA_ALLOWED_MECHANISMS is not exactly CKM_RSA_PKCS_OAEP",
+                0,
+            ),
+        )),
+        ..expected(
+            "yubihsm2",
+            Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
+        )
+    },
 ];
 
 /// A token without keys that behaves like the profile.
@@ -123,54 +183,64 @@ fn objects(site: &Site) -> usize {
         .count()
 }
 
+/// Adds lines to `[token]`.
+fn configure(site: &Site, lines: &[&str]) {
+    let file = site.configuration_file();
+    let text = fs::read_to_string(&file).unwrap();
+    let token = format!("[token]\n{}\n", lines.join("\n"));
+    write_private(&file, &text.replacen("[token]\n", &token, 1));
+}
+
+/// What was found instead, if a verdict is not met.
+fn other_than(site: &Site, expected: Verdict) -> Option<String> {
+    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    match expected {
+        Works if generated.code == Some(0) => {
+            let checked = site.run(&["token", "check"]);
+            (checked.code != Some(0)).then(|| format!("{checked:#?}"))
+        }
+        Refused(code, cause, left)
+            if generated.code == Some(code) && generated.stderr.contains(cause) =>
+        {
+            let found = objects(site);
+            (found != left).then(|| format!("{found} objects are left"))
+        }
+        _ => Some(format!("{generated:#?}")),
+    }
+}
+
 #[test]
 fn each_profile_has_its_verdict() {
     let mut found = BTreeMap::new();
-    for (profile, before_pin, expected) in VERDICTS {
-        let site = site(profile, before_pin);
-        let generated = site.run(&["key", "generate", "--bits", "2048"]);
-        let is_met = match expected {
-            Works => generated.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
-            Refused(code, cause, left) => {
-                generated.code == Some(code)
-                    && generated.stderr.contains(cause)
-                    && objects(&site) == left
-            }
-        };
-        if !is_met {
-            found.insert(profile, (expected, generated));
+    for expected in EXPECTED {
+        let site = site(expected.profile, expected.before_pin);
+        if let Some(other) = other_than(&site, expected.verdict) {
+            found.insert(expected.profile, (expected.verdict, other));
         }
     }
     assert!(found.is_empty(), "{found:#?}");
 }
 
-/// Products whose keys are made and pass once the attributes that the message names are excepted.
-const WITH_EXCEPTIONS: [(&str, &[&str]); 2] = [
-    ("luna7", &["CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS"]),
-    ("p11-kit-remote", &["CKA_ALLOWED_MECHANISMS"]),
-];
-
 #[test]
-fn with_the_exceptions_that_it_needs_a_product_works() {
-    for (profile, exceptions) in WITH_EXCEPTIONS {
-        let site = site(profile, "");
-        let file = site.configuration_file();
-        let text = fs::read_to_string(&file).unwrap();
-        let excepted = format!("[token]\nattribute_exceptions = {exceptions:?}\n");
-        write_private(&file, &text.replacen("[token]\n", &excepted, 1));
-        site.expect_ok(&["key", "generate", "--bits", "2048"]);
-        let checked = site.run(&["token", "check"]);
-        assert_eq!(checked.code, Some(0), "{profile}: {checked:#?}");
-        for exception in exceptions {
-            let warning = format!("warning: {exception} is excepted");
-            assert!(checked.stderr.contains(&warning), "{profile}: {checked:#?}");
+fn with_the_settings_that_it_needs_each_profile_has_its_verdict() {
+    let mut found = BTreeMap::new();
+    for expected in EXPECTED {
+        let Some((lines, verdict)) = expected.with else {
+            continue;
+        };
+        let site = site(expected.profile, expected.before_pin);
+        configure(&site, lines);
+        if let Some(other) = other_than(&site, verdict) {
+            found.insert(expected.profile, (verdict, other));
         }
     }
+    assert!(found.is_empty(), "{found:#?}");
 }
 
 #[test]
 fn every_profile_has_a_verdict() {
-    assert_eq!(faulty::profiles(), VERDICTS.map(|(profile, ..)| profile));
+    let expected = EXPECTED.map(|expected| expected.profile);
+    assert_eq!(faulty::profiles(), expected);
 }
 
 /// The table of `docs/tokens.md` is what the tests have found.
@@ -185,14 +255,21 @@ fn the_page_shows_each_verdict() {
         .lines()
         .filter(|line| line.starts_with("| `"))
         .collect();
-    let expected = VERDICTS.map(|(name, _, verdict)| {
+    let shown = |verdict: Verdict| match verdict {
+        Works => "works".to_owned(),
+        Refused(_, cause, 0) => format!("refused: ``{cause}``"),
+        Refused(_, cause, left) => format!("refused: ``{cause}``; {left} objects are left"),
+    };
+    let expected = EXPECTED.map(|expected| {
+        let name = expected.profile;
         let profile = faulty::profile(name);
         let (product, evidence) = (profile.product, profile.evidence);
-        let result = match verdict {
-            Works => "works | ".to_owned(),
-            Refused(_, cause, left) => format!("refused: `{cause}` | {left}"),
-        };
-        format!("| `{name}` | {product} | {evidence} | {result} |")
+        let result = shown(expected.verdict);
+        let with = expected.with.map_or_else(String::new, |(lines, verdict)| {
+            let lines: Vec<String> = lines.iter().map(|line| format!("`{line}`")).collect();
+            format!("{}: {}", lines.join(", "), shown(verdict))
+        });
+        format!("| `{name}` | {product} | {evidence} | {result} | {with} |")
     });
     assert_eq!(rows, expected);
 }

@@ -205,6 +205,8 @@ fn setup(
             .map(|key| wire::setup::Key {
                 id: key.id.as_bytes().to_vec(),
                 fingerprint: key.fingerprint.0.to_vec(),
+                private_cka_id: key.objects.private_bytes().to_vec(),
+                integrity_cka_id: key.objects.integrity_bytes().to_vec(),
             })
             .collect(),
         ..settings.to_setup(state.path())

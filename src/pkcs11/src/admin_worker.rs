@@ -14,14 +14,19 @@ use std::{
     time::Duration,
 };
 
-use keybroker_core::{call::Timestamp, key::WrappingKeyId, state::StateDirectory};
+use keybroker_core::{
+    call::Timestamp,
+    key::{ObjectIds, WrappingKeyId},
+    state::StateDirectory,
+};
 use keybroker_worker_protocol::{
     Pin, Settings,
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, OaepSupport, OpenToken, PinSource, Setup, TokenEntry,
-        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        DecryptLoop, InitToken, KeyIds, KnowKeys, OaepSupport, OpenToken, PinSource, Setup,
+        TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
+        pin_source::Source,
     },
 };
 
@@ -133,6 +138,7 @@ impl State {
             }
             Job::VerifyMac(job) => self.verify(&job.key_id, &job.message, &job.mac),
             Job::DecryptLoop(job) => self.decrypt_loop(job),
+            Job::KnowKeys(job) => self.know(job),
         }
     }
 
@@ -150,6 +156,23 @@ impl State {
         self.token
             .as_ref()
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
+    }
+
+    /// Keys that were found before are found again where they are now said to be.
+    fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
+        self.verifier = None;
+        let token = self
+            .token
+            .as_mut()
+            .ok_or_else(|| AdminError::Token("no token is open".to_owned()))?;
+        for key in &job.keys {
+            let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id)
+                .ok_or_else(|| AdminError::Untrusted("a CKA_ID that is too long".to_owned()))?;
+            token.know(key_id(&key.id)?, objects);
+        }
+        Ok(Outcome::Count(
+            u64::try_from(job.keys.len()).unwrap_or(u64::MAX),
+        ))
     }
 
     /// Finds a key once, at its first MAC.
@@ -260,6 +283,8 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
 
 fn key(checked: admin::CheckedKey) -> Outcome {
     Outcome::Key(CheckedKey {
+        private_cka_id: checked.objects.private_bytes().to_vec(),
+        integrity_cka_id: checked.objects.integrity_bytes().to_vec(),
         key: Some(TokenKey {
             id: checked.id.as_bytes().to_vec(),
             spki: checked.spki,

@@ -11,13 +11,12 @@ use cryptoki::{
     types::AuthPin,
 };
 
-use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, KeySession, PublicSide},
+    keys::{self, KeyPair, KeySession, Place, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
     negative::{self, Subject, Terms},
@@ -39,7 +38,8 @@ pub(super) struct OpenToken {
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    pub(super) id: WrappingKeyId,
+    /// Where it was found.
+    pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
     /// Negative tests that the token cannot make.
@@ -168,7 +168,7 @@ impl OpenToken {
         settings: &Settings,
         expected: &ExpectedKey,
     ) -> Result<ProvedKey, Fault> {
-        let pair = keys::find(&self.anchor, expected.id)?;
+        let pair = keys::find(&self.anchor, &place_of(expected))?;
         keys::inspect(&self.anchor, &pair, &settings.attribute_exceptions)?.require(pair.id)?;
         let public = keys::public_side(&self.anchor, &pair)?;
         if public.fingerprint != expected.fingerprint {
@@ -181,11 +181,11 @@ impl OpenToken {
                 ),
             ));
         }
-        let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
+        let self_test = self.probe(&pair.place(), &public, settings.allow_oaep_sha1)?;
         let not_tried =
             self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
-            id: pair.id,
+            place: pair.place(),
             public,
             self_test,
             not_tried,
@@ -194,11 +194,12 @@ impl OpenToken {
 
     pub(super) fn probe(
         &self,
-        id: WrappingKeyId,
+        key: &Place,
         public: &PublicSide,
         allow_oaep_sha1: bool,
     ) -> Result<SelfTest, Fault> {
-        operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
+        let open = || self.session(std::slice::from_ref(key));
+        operation::probe(open, key.id, public, allow_oaep_sha1)
     }
 
     /// The negative tests. The risk of each exception is logged. Returns the names of the tests that this token cannot make.
@@ -227,8 +228,15 @@ impl OpenToken {
     }
 
     /// Another session of the same login, with the handles of the keys.
-    pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
-        KeySession::open(&self.module, self.slot, ids)
+    pub(super) fn session(&self, keys: &[Place]) -> Result<KeySession, Fault> {
+        KeySession::open(&self.module, self.slot, keys)
+    }
+}
+
+fn place_of(expected: &ExpectedKey) -> Place {
+    Place {
+        id: expected.id,
+        objects: expected.objects.clone(),
     }
 }
 

@@ -9,19 +9,21 @@ use std::{
     process::Command,
 };
 
+use cryptoki::session::Session;
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
 use keybroker_test_support::faulty::{self, Faulty};
-use keybroker_worker_protocol::{Pin, Settings};
+use keybroker_worker_protocol::{IntegrityKey, Pin, Settings};
 
 use super::{
     PinRecord,
     admin::{self, Admin, AdminError},
+    keys::{self, KeyPair, Terms},
     open::OpenToken,
 };
 
 mod attribute_check;
 mod behaviours;
-mod keys;
+mod making;
 mod negative;
 mod session;
 mod tokens;
@@ -77,6 +79,7 @@ fn settings() -> Settings {
         queue_length_max: 1,
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
+        integrity_key: IntegrityKey::default(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
         environment: std::collections::BTreeMap::new(),
@@ -109,6 +112,13 @@ fn faulty(folder: &Path) -> (Settings, Faulty) {
         ..settings()
     };
     (settings, faulty)
+}
+
+/// A key as `key generate` makes it.
+fn generated(session: &Session) -> KeyPair {
+    let settings = settings();
+    let made = keys::generate(session, 2_048, Terms::of(&settings));
+    made.unwrap().pair
 }
 
 fn id(number: u8) -> WrappingKeyId {

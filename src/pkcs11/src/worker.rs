@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
 use keybroker_core::{
-    key::{Fingerprint, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -38,6 +38,7 @@ use keybroker_worker_protocol::{
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
+    keys::Place,
     open::OpenToken,
     session::{self, SessionThread, Shared},
 };
@@ -182,7 +183,7 @@ fn open(
     for key in &setup.keys {
         keys.push(token.prove(settings, &expected(key)?)?);
     }
-    let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
+    let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
         module: token.module.clone(),
         slot: token.slot,
@@ -194,7 +195,7 @@ fn open(
     for _ in 0..sessions {
         open.push(SessionThread::new(
             Arc::clone(&shared),
-            token.session(&ids)?,
+            token.session(&places)?,
         ));
     }
     Ok((token, shared, open))
@@ -203,9 +204,11 @@ fn open(
 fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     let id = WrappingKeyId::from_slice(&key.id);
     let fingerprint: Option<[u8; 32]> = key.fingerprint.as_slice().try_into().ok();
-    match (id, fingerprint) {
-        (Some(id), Some(fingerprint)) => Ok(ExpectedKey {
+    let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id);
+    match (id, fingerprint, objects) {
+        (Some(id), Some(fingerprint), Some(objects)) => Ok(ExpectedKey {
             id,
+            objects,
             fingerprint: Fingerprint(fingerprint),
         }),
         _ => Err(Fault::new(
@@ -238,7 +241,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
             .keys
             .iter()
             .map(|key| TokenKey {
-                id: key.id.as_bytes().to_vec(),
+                id: key.place.id.as_bytes().to_vec(),
                 spki: key.public.spki.clone(),
                 algorithm: key.self_test.algorithm().number().into(),
             })

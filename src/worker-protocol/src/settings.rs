@@ -7,9 +7,48 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use keybroker_core::key::{Fingerprint, WrappingKeyId};
+use keybroker_core::key::{Fingerprint, ObjectIds, WrappingKeyId};
 
 use crate::wire::{Setup, TokenIdentity};
+
+/// What kind of object an integrity key is, and by which mechanism the token makes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IntegrityKey {
+    /// A generic secret that may be used with `CKM_SHA256_HMAC` alone.
+    #[default]
+    GenericSecret,
+    /// `CKK_SHA256_HMAC`, without a length and without allowed mechanisms in the template: YubiHSM 2.
+    Sha256Hmac,
+    /// `CKK_SHA256_HMAC` by the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`: Entrust nShield.
+    Nshield,
+}
+
+impl IntegrityKey {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
+
+    /// As in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::GenericSecret => "generic-secret",
+            Self::Sha256Hmac => "sha256-hmac",
+            Self::Nshield => "nshield",
+        }
+    }
+
+    /// From the text of the configuration.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+
+    /// This kind and then the others.
+    pub fn and_others(self) -> impl Iterator<Item = Self> {
+        [self]
+            .into_iter()
+            .chain(Self::ALL.into_iter().filter(move |other| *other != self))
+    }
+}
 
 /// Which token to use and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,6 +81,9 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
+    /// What kind of object the integrity keys of this token are.
+    #[serde(default)]
+    pub integrity_key: IntegrityKey,
     /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates, and may be absent, never wrong.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
@@ -79,6 +121,7 @@ impl Settings {
             uri: self.uri.clone().unwrap_or_default(),
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
+            integrity_key: self.integrity_key.as_str().to_owned(),
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
             ..Setup::default()
@@ -99,6 +142,7 @@ impl Settings {
             queue_length_max: 1,
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
+            integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
             environment: BTreeMap::new(),
@@ -107,10 +151,12 @@ impl Settings {
 }
 
 /// A wrapping key that must be on the token, as the registry knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpectedKey {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
+    /// Where its objects are.
+    pub objects: ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
 }

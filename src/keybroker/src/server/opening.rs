@@ -258,6 +258,7 @@ pub(super) async fn start_token(
         .filter(|row| row.state != WrappingKeyState::Destroyed)
         .map(|row| ExpectedKey {
             id: row.id,
+            objects: row.objects.clone(),
             fingerprint: row.fingerprint,
         })
         .collect();

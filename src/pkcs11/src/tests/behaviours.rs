@@ -1,7 +1,10 @@
 //! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
 
 use super::{Admin, USER_PIN, faulty, init, open, pin, record, with_softhsm};
-use keybroker_worker_protocol::Settings;
+use keybroker_core::key::ObjectIds;
+use keybroker_worker_protocol::{IntegrityKey, Settings};
+
+use crate::admin::Verifier;
 
 /// Objects on the token, of any kind.
 fn objects() -> usize {
@@ -55,6 +58,159 @@ fn a_refused_attribute_is_named_and_its_exception_helps() {
             let key = admin.generate_key(2_048).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(objects(), 3);
+        },
+    );
+}
+
+#[test]
+fn the_message_names_the_attributes_of_both_keys_at_once() {
+    with_softhsm(
+        "behaviours::the_message_names_the_attributes_of_both_keys_at_once",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(&(unknown("CKA_COPYABLE") + &unknown("CKA_SIGN_RECOVER")));
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let setting = "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_SIGN_RECOVER\"]";
+            assert!(message.contains(setting), "{message}");
+            drop(admin);
+            let excepted = Settings {
+                attribute_exceptions: vec![
+                    "CKA_COPYABLE".to_owned(),
+                    "CKA_SIGN_RECOVER".to_owned(),
+                ],
+                ..settings
+            };
+            let admin = Admin::open(&excepted, &record(), &pin(USER_PIN), true).unwrap();
+            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+        },
+    );
+}
+
+/// What a token does with keys for HMAC that are not generic secrets, and that their type restricts to one hash.
+fn hmac_keys(also: &str) -> String {
+    let others = ["CKM_SHA224_HMAC", "CKM_SHA512_HMAC"].map(|mechanism| {
+        format!(
+            "[[mechanism]]\nabsent = \"{mechanism}\"\nfunctions = [\"C_SignInit\"]\n\
+             refuse = \"CKR_KEY_TYPE_INCONSISTENT\"\n"
+        )
+    });
+    format!(
+        "[hmac]\nkey_type = \"CKK_SHA256_HMAC\"\nrefuse = \"CKR_TEMPLATE_INCONSISTENT\"\n{also}{}",
+        others.concat()
+    )
+}
+
+#[test]
+fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
+    with_softhsm(
+        "behaviours::the_kind_of_integrity_key_that_a_token_makes_is_found_and_works",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            // Without the length and the mechanisms that the type implies.
+            let by_type = hmac_keys("length = 32\n")
+                + "[[template]]\nfunction = \"C_GenerateKey\"\nrefuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\nonly = [\
+                   \"CKA_CLASS\", \"CKA_KEY_TYPE\", \"CKA_TOKEN\", \"CKA_PRIVATE\", \"CKA_SENSITIVE\", \"CKA_EXTRACTABLE\", \
+                   \"CKA_MODIFIABLE\", \"CKA_COPYABLE\", \"CKA_SIGN\", \"CKA_VERIFY\", \"CKA_ENCRYPT\", \"CKA_DECRYPT\", \
+                   \"CKA_WRAP\", \"CKA_UNWRAP\", \"CKA_DERIVE\", \"CKA_ID\", \"CKA_LABEL\"]\n";
+            for (behaviour, kind) in [
+                (by_type, IntegrityKey::Sha256Hmac),
+                (hmac_keys("mechanism = 0xde436997\n"), IntegrityKey::Nshield),
+            ] {
+                faulty.behave(&behaviour);
+                let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                let setting = format!("set `integrity_key = \"{}\"`", kind.as_str());
+                assert!(message.contains(&setting), "{message}");
+                assert!(!message.contains("attribute_exceptions"), "{message}");
+                drop(admin);
+                assert_eq!(objects(), 0);
+                let other = Settings {
+                    integrity_key: kind,
+                    ..settings.clone()
+                };
+                let admin = Admin::open(&other, &record(), &pin(USER_PIN), true).unwrap();
+                let key = admin.generate_key(2_048).unwrap();
+                assert_eq!(key.problem, None);
+                drop(admin);
+                faulty.behave("");
+                let token = open();
+                for object in token.anchor.find_objects(&[]).unwrap() {
+                    token.anchor.destroy_object(object).unwrap();
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key() {
+    with_softhsm(
+        "behaviours::a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[objects]\nrefuse_duplicate_id = \"CKR_ATTRIBUTE_VALUE_INVALID\"\n");
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            assert_eq!(key.objects.private, None);
+            assert!(key.objects.integrity.is_some());
+            drop(admin);
+            assert_eq!(objects(), 3);
+            // The key is found again before it is registered, and where the registry says.
+            for known in [ObjectIds::default(), key.objects] {
+                let mut admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
+                admin.know(key.id, known);
+                assert_eq!(admin.check(key.id).unwrap().problem, None);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_token_whose_public_keys_must_be_private_gets_such_ones() {
+    with_softhsm(
+        "behaviours::a_token_whose_public_keys_must_be_private_gets_such_ones",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(
+                "[[attribute]]\nname = \"CKA_PRIVATE\"\n\
+                 in_template = { refuse = \"CKR_TEMPLATE_INCONSISTENT\", unless = true }\n",
+            );
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+        },
+    );
+}
+
+#[test]
+fn without_c_verify_the_mac_is_made_again_and_compared() {
+    with_softhsm(
+        "behaviours::without_c_verify_the_mac_is_made_again_and_compared",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(
+                "[[rule]]\nfunction = [\"C_VerifyInit\", \"C_Verify\"]\n\
+                 do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n",
+            );
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            let mac = admin.mac(key.id, b"message").unwrap();
+            let mut verifier = Verifier::new(&admin, key.id).unwrap();
+            let mut verify =
+                |message: &[u8], mac: &[u8]| verifier.verify(&admin, key.id, message, mac).unwrap();
+            assert!(verify(b"message", &mac));
+            assert!(!verify(b"massage", &mac));
+            assert!(!verify(b"message", &mac[1..]));
+            let mut forged = mac;
+            forged[31] ^= 1;
+            assert!(!verify(b"message", &forged));
         },
     );
 }

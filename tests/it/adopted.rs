@@ -1,6 +1,6 @@
 //! Keys that an administrator made with another tool, under a `CKA_ID` of the tool's own, are registered and used like any other.
 
-use std::{process::Command, sync::Arc};
+use std::{fs, process::Command, sync::Arc};
 
 use crate::{
     client::Caller,
@@ -8,6 +8,7 @@ use crate::{
     faulty_token,
     process::Broker,
     site::{Options, Site},
+    softhsm::write_private,
 };
 
 const UNTRUSTED: i32 = 6;
@@ -196,4 +197,71 @@ fn a_key_that_was_imported_is_not_registered() {
     assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
     assert!(refused.stderr.contains("was imported"), "{refused:#?}");
     assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "0");
+}
+
+/// The keys are visible without a login, as on a token of a cloud whose credentials control the access.
+const WITHOUT_LOGIN: &str = "[token]\nclear_flags = [\"CKF_LOGIN_REQUIRED\"]\n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_whose_access_is_controlled_outside_pkcs11_need_a_word_and_no_login() {
+    let site = Site::without_keys(Options::default());
+    let faulty = faulty_token::put_before(&site);
+    let private =
+        "name = \"CKA_PRIVATE\"\nparts = [\"private\", \"secret\"]\nin_template.replace = ";
+    faulty.behave(&TOOL.replace(&format!("{private}true"), &format!("{private}false")));
+    make_rsa_pair(&site, &faulty, PRIVATE);
+    make_integrity_key(&site, &faulty, INTEGRITY);
+    faulty.behave(WITHOUT_LOGIN);
+    site.expect_ok(&["store", "migrate"]);
+    let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
+    let refused = site.run(&register);
+    assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+    let word = "access_control = \"outside-pkcs11\"";
+    assert!(refused.stderr.contains(word), "{refused:#?}");
+
+    // Without a PIN, too.
+    let file = site.configuration_file();
+    let text = fs::read_to_string(&file).unwrap();
+    let lines = text.lines().filter(|line| !line.starts_with("pin_file"));
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let token = format!("[token]\n{word}\n");
+    write_private(&file, &text.replacen("[token]\n", &token, 1));
+    site.expect_ok(&register);
+    let checked = site.run(&["token", "check"]);
+    assert_eq!(checked.code, Some(0), "{checked:#?}");
+    let sentence = "every program that has the vendor's credentials can use the keys";
+    assert!(checked.stderr.contains(sentence), "{checked:#?}");
+    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    assert!(generated.stderr.contains("vendor's tool"), "{generated:#?}");
+
+    let broker = Broker::start_on(Arc::new(site));
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", b"material of ada").await.unwrap();
+    let releaser = Caller::of(&broker, "releaser");
+    let released = releaser.unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, b"material of ada");
+    let (site, _) = broker.stop();
+    assert_eq!(faulty.count("C_Login begins"), 3, "only before the word");
+    let log = site.log();
+    assert!(log.contains(sentence), "{log}");
+    let entry = |text: &str| {
+        let lines = text.lines();
+        lines
+            .filter(|line| line.contains("token.risks_accepted"))
+            .count()
+    };
+    assert_eq!(entry(&site.audit()), 1, "{}", site.audit());
+    assert!(site.audit().contains(sentence));
+
+    // Once for each change.
+    let (site, _) = Broker::start_on(site).stop();
+    assert_eq!(entry(&site.audit()), 1, "{}", site.audit());
+
+    // A token that demands a login is not used without one.
+    faulty.behave("");
+    let refused = site.run(&["token", "check"]);
+    assert!(
+        refused.stderr.contains("CKF_LOGIN_REQUIRED"),
+        "{refused:#?}"
+    );
 }

@@ -154,6 +154,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             revisions_max: 1_000,
             keys_per_user_max: 1_000,
         },
+        accepted_risks: Vec::new(),
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

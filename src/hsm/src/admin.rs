@@ -247,6 +247,7 @@ impl Admin {
                 fingerprint: Vec::new(),
                 private_cka_id: objects.private_bytes().to_vec(),
                 integrity_cka_id: objects.integrity_bytes().to_vec(),
+                token_serial: String::new(),
             })
             .collect();
         for some in keys.chunks(KEYS_PER_FRAME) {

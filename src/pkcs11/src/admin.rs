@@ -14,7 +14,9 @@ use keybroker_core::{
     envelope::{Algorithm, Mac},
     key::{ObjectId, ObjectIds, WrappingKeyId},
 };
-use keybroker_worker_protocol::{ExpectedKey, IntegrityKey, Pin, Settings, TokenInfo, unpadded};
+use keybroker_worker_protocol::{
+    AccessControl, ExpectedKey, IntegrityKey, Pin, Settings, TokenInfo, unpadded,
+};
 
 use crate::{
     PinRecord,
@@ -274,7 +276,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let (slot, info) = select::find(&module, &selector)?;
+    let (slot, info) = select::find(&module, &selector, &[])?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -418,10 +420,10 @@ pub(crate) struct Admin {
 
 impl Admin {
     /// Logs in if the record of PINs allows it, read-write if keys are to be made.
-    pub(crate) fn open(
+    pub(crate) fn open<'a>(
         settings: &Settings,
         record: &PinRecord,
-        pin: &Pin,
+        pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, AdminError> {
         Ok(Self {
@@ -462,6 +464,13 @@ impl Admin {
     /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. Nothing is registered here. A key
     /// that is not as it must be is removed again.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        if self.settings.access_control == AccessControl::OutsidePkcs11 {
+            return Err(AdminError::Token(
+                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, which this command does not \
+                 make. Make the keys with the vendor's tool and register them with `keybroker key register`"
+                    .to_owned(),
+            ));
+        }
         let session = &self.token.anchor;
         self.try_for_a_session()?;
         let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
@@ -564,15 +573,12 @@ impl Admin {
     /// Checks the attributes of one key and runs a self-test with it.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
         let pair = keys::find(&self.token.anchor, &self.place(id))?;
-        let verdict = keys::inspect(
-            &self.token.anchor,
-            &pair,
-            &self.settings.attribute_exceptions,
-        )?;
+        let verdict = keys::inspect(&self.token.anchor, &pair, &self.settings)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let expected = ExpectedKey {
             id,
             objects: pair.objects.clone(),
+            token_serial: self.token.info.serial.clone(),
             fingerprint: public.fingerprint,
         };
         let proved = self.token.prove(&self.settings, &expected);

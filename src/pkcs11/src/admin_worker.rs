@@ -145,7 +145,7 @@ impl State {
     fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {
         let parsed = parse(job.setup.as_ref())?;
         let pin = read(job.pin.as_ref())?;
-        let admin = Admin::open(&parsed.settings, &parsed.record, &pin, job.write)
+        let admin = Admin::open(&parsed.settings, &parsed.record, pin.as_ref(), job.write)
             .map_err(|error| of_pin(error, job.pin.as_ref()))?;
         let entry = entry(&admin::Listed::of(admin.info()));
         self.token = Some(admin);
@@ -217,7 +217,8 @@ fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
     })
 }
 
-fn read(source: Option<&PinSource>) -> Result<Pin, AdminError> {
+/// Absent for a token that is used without a login.
+fn read(source: Option<&PinSource>) -> Result<Option<Pin>, AdminError> {
     source
         .ok_or_else(|| AdminError::Pin("a request without a PIN".to_owned()))?
         .read()
@@ -246,8 +247,9 @@ fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
 
 fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let parsed = parse(job.setup.as_ref())?;
-    let so_pin = read(job.so_pin.as_ref())?;
-    let user_pin = read(job.user_pin.as_ref())?;
+    let no_pin = || AdminError::Pin("a token is initialised with two PINs".to_owned());
+    let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
+    let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
     let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
     let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase).map_err(
         |error| match error {

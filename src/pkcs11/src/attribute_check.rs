@@ -13,6 +13,8 @@ use cryptoki::{
     session::Session,
 };
 
+use keybroker_worker_protocol::AccessControl;
+
 use crate::{
     calling,
     classify::{Class, Fault},
@@ -122,6 +124,20 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_MODIFIABLE", AttributeType::Modifiable, FALSE),
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
+
+/// What `access_control = "outside-pkcs11"` gives away, in one sentence without its end.
+pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
+
+/// The rules for keys to which access is controlled in this way.
+pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
+    rules
+        .iter()
+        .map(|(name, kind, expected)| match (access, kind) {
+            (AccessControl::OutsidePkcs11, AttributeType::Private) => (*name, *kind, FALSE),
+            _ => (*name, *kind, *expected),
+        })
+        .collect()
+}
 
 /// The RSA private key of purpose *plain*.
 pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
@@ -386,6 +402,20 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
 
 /// Names the setting that would help, and only where it would.
 fn remedy(wrong: &[&Finding]) -> String {
+    if let [finding] = wrong
+        && finding.attribute == "CKA_PRIVATE"
+    {
+        return match finding.expected {
+            Expected::Flag(false) => {
+                "The token demands a login for this key: remove `access_control` from [token]"
+                    .to_owned()
+            }
+            _ => format!(
+                "If the vendor controls access to the keys outside PKCS#11, set `access_control = \"outside-pkcs11\"` in [token]; \
+                 the accepted risk: {ACCESS_OUTSIDE_PKCS11}"
+            ),
+        };
+    }
     let helps: Vec<Exception> = wrong
         .iter()
         .filter_map(|finding| {

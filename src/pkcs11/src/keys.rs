@@ -12,10 +12,10 @@ use cryptoki::{
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
-use keybroker_worker_protocol::oaep;
+use keybroker_worker_protocol::{Settings, oaep};
 
 use crate::{
-    attribute_check::{self, Finding},
+    attribute_check::{self, Finding, Rule},
     calling,
     classify::{Class, Fault},
 };
@@ -78,8 +78,28 @@ pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fa
             | RvError::FunctionFailed
             | RvError::ArgumentsBad,
             _,
-        )) => Ok(module.open_rw_session(slot)?),
-        other => Ok(other?),
+        )) => writing_session(module, slot),
+        other => other.map_err(no_session),
+    }
+}
+
+/// A session that may make and remove objects.
+pub(super) fn writing_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+    calling::next("C_OpenSession");
+    module.open_rw_session(slot).map_err(no_session)
+}
+
+/// A token without a free session, with the settings that help.
+fn no_session(error: Error) -> Fault {
+    let is_full = matches!(error, Error::Pkcs11(RvError::SessionCount, _));
+    let fault = Fault::from(error);
+    if is_full {
+        fault.with(
+            "the token has no session left; each worker opens `sessions_per_worker` and one more at least: lower that setting or \
+             `workers` in [token]",
+        )
+    } else {
+        fault
     }
 }
 
@@ -216,21 +236,15 @@ impl Verdict {
 pub(super) fn inspect(
     session: &Session,
     pair: &KeyPair,
-    exceptions: &[String],
+    settings: &Settings,
 ) -> Result<Verdict, Fault> {
+    let inspect = |object, rules: &[Rule]| {
+        let rules = attribute_check::adapted(rules, settings.access_control);
+        attribute_check::inspect(session, object, &rules, &settings.attribute_exceptions)
+    };
     Ok(Verdict {
-        private: attribute_check::inspect(
-            session,
-            pair.private,
-            attribute_check::RSA_PRIVATE,
-            exceptions,
-        )?,
-        binding: attribute_check::inspect(
-            session,
-            pair.binding,
-            attribute_check::BINDING,
-            exceptions,
-        )?,
+        private: inspect(pair.private, attribute_check::RSA_PRIVATE)?,
+        binding: inspect(pair.binding, attribute_check::BINDING)?,
     })
 }
 

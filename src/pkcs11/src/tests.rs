@@ -12,7 +12,7 @@ use std::{
 use cryptoki::session::Session;
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
 use keybroker_test_support::faulty::{self, Faulty};
-use keybroker_worker_protocol::{IntegrityKey, Pin, Settings};
+use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings};
 
 use super::{
     PinRecord,
@@ -79,6 +79,7 @@ fn settings() -> Settings {
         queue_length_max: 1,
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
+        access_control: AccessControl::default(),
         integrity_key: IntegrityKey::default(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),

@@ -87,9 +87,7 @@ fn serve() -> io::Result<()> {
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
     let settings = Settings::from_setup(&setup);
     let limit = limit_opening();
-    let opened = Pin::from_file(Path::new(&setup.pin_file))
-        .map_err(|error| Fault::new(Class::Pin, error.to_string()))
-        .and_then(|pin| open(&setup, &settings, &pin, sessions));
+    let opened = read_pin(&setup).and_then(|pin| open(&setup, &settings, pin.as_ref(), sessions));
     drop(limit);
     calling::report_no_more();
     let (token, shared, sessions_open) = match opened {
@@ -171,17 +169,37 @@ pub(crate) fn end_with_front(stream: UnixStream) {
     });
 }
 
+/// Absent for a token that is used without a login.
+fn read_pin(setup: &Setup) -> Result<Option<Pin>, Fault> {
+    if setup.pin_file.is_empty() {
+        return Ok(None);
+    }
+    Pin::from_file(Path::new(&setup.pin_file))
+        .map(Some)
+        .map_err(|error| Fault::new(Class::Pin, error.to_string()))
+}
+
 fn open(
     setup: &Setup,
     settings: &Settings,
-    pin: &Pin,
+    pin: Option<&Pin>,
     sessions: usize,
 ) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
-    let token = OpenToken::login(settings, &record, pin, false)?;
+    let expected = setup
+        .keys
+        .iter()
+        .map(expected)
+        .collect::<Result<Vec<_>, _>>()?;
+    let serials: Vec<&str> = expected
+        .iter()
+        .map(|key| key.token_serial.as_str())
+        .collect();
+    let token = OpenToken::login_to(settings, &record, pin, false, &serials)?;
     let mut keys = Vec::new();
-    for key in &setup.keys {
-        keys.push(token.prove(settings, &expected(key)?)?);
+    for key in &expected {
+        let proved = token.prove(settings, key);
+        keys.push(proved.map_err(|fault| token.explained(fault))?);
     }
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
@@ -209,6 +227,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
         (Some(id), Some(fingerprint), Some(objects)) => Ok(ExpectedKey {
             id,
             objects,
+            token_serial: key.token_serial.clone(),
             fingerprint: Fingerprint(fingerprint),
         }),
         _ => Err(Fault::new(

@@ -18,9 +18,9 @@ pub enum IntegrityKey {
     /// A generic secret that may be used with `CKM_SHA256_HMAC` alone.
     #[default]
     GenericSecret,
-    /// `CKK_SHA256_HMAC`, without a length and without allowed mechanisms in the template: YubiHSM 2.
+    /// `CKK_SHA256_HMAC`, without a length and without allowed mechanisms in the template: `YubiHSM` 2.
     Sha256Hmac,
-    /// `CKK_SHA256_HMAC` by the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`: Entrust nShield.
+    /// `CKK_SHA256_HMAC` by the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`: Entrust `nShield`.
     Nshield,
 }
 
@@ -48,6 +48,17 @@ impl IntegrityKey {
             .into_iter()
             .chain(Self::ALL.into_iter().filter(move |other| *other != self))
     }
+}
+
+/// Who decides which program may use the keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessControl {
+    /// The token, which demands a login: the keys have `CKA_PRIVATE=true`.
+    #[default]
+    Login,
+    /// Something that PKCS#11 does not know, such as the credentials of a cloud: the keys have `CKA_PRIVATE=false`.
+    OutsidePkcs11,
 }
 
 /// Which token to use and how to reach it: the `[token]` section of the configuration.
@@ -81,6 +92,9 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
+    /// Who decides which program may use the keys.
+    #[serde(default)]
+    pub access_control: AccessControl,
     /// What kind of object the integrity keys of this token are.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
@@ -96,6 +110,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Whether the token is used without a login: it has no PIN, and the settings say that something else controls access.
+    pub fn is_without_login(&self) -> bool {
+        self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
+    }
+
     fn default_workers() -> usize {
         2
     }
@@ -122,6 +141,7 @@ impl Settings {
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
             integrity_key: self.integrity_key.as_str().to_owned(),
+            access_outside_pkcs11: self.access_control == AccessControl::OutsidePkcs11,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
             ..Setup::default()
@@ -142,6 +162,11 @@ impl Settings {
             queue_length_max: 1,
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
+            access_control: if setup.access_outside_pkcs11 {
+                AccessControl::OutsidePkcs11
+            } else {
+                AccessControl::Login
+            },
             integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
@@ -157,6 +182,8 @@ pub struct ExpectedKey {
     pub id: WrappingKeyId,
     /// Where its objects are.
     pub objects: ObjectIds,
+    /// Serial number of the token that holds it.
+    pub token_serial: String,
     /// Of the public key.
     pub fingerprint: Fingerprint,
 }

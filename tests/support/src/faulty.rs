@@ -304,7 +304,10 @@ impl Script {
         if let Some(profile) = &self.profile {
             writeln!(text, "include = ['{}']", profile.display()).unwrap();
         }
-        writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap();
+        // Otherwise the behaviour may have the table.
+        if self.flags != 0 || self.nul {
+            writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap();
+        }
         if self.nul {
             text.push_str("pad = \"nul\"\n");
         }

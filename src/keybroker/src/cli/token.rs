@@ -8,10 +8,12 @@ use serde_json::json;
 use keybroker_audit::Entry;
 use keybroker_core::{call::Timestamp, key::WrappingKeyId};
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
-use keybroker_pkcs11::{PinRecord, attribute_check};
+use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
+
+use crate::config::accepted;
 
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
@@ -207,6 +209,11 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         shown.extend(findings("RSA private key", &checked, &checked.private));
         shown.extend(findings("integrity key", &checked, &checked.binding));
     }
+    if admin.info().serial.is_empty() {
+        context.output.note(
+            "warning: the token reports no serial number, so the registry cannot tell it from another token with the same keys",
+        );
+    }
     let has_keys = !shown.is_empty();
     context
         .output
@@ -260,16 +267,8 @@ fn to_check(
 
 /// What the settings take from the checks.
 fn show_weakened(context: &Context, config: &crate::config::Config) {
-    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
-        context.output.note(&format!(
-            "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
-            exception.attribute, exception.gives_away
-        ));
-    }
-    for test in &config.token.spared_tests {
-        context.output.note(&format!(
-            "warning: the negative test {test} is not made (`token.spared_tests`)"
-        ));
+    for risk in accepted::risks(&config.token) {
+        context.output.note(&format!("warning: {risk}"));
     }
 }
 

@@ -1,10 +1,12 @@
 //! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
 
-use super::{Admin, USER_PIN, faulty, init, open, pin, record, with_softhsm};
+use super::{
+    Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
+};
 use keybroker_core::key::ObjectIds;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
-use crate::admin::Verifier;
+use crate::{admin::Verifier, keys};
 
 /// Objects on the token, of any kind.
 fn objects() -> usize {
@@ -290,6 +292,66 @@ fn a_token_that_takes_its_pin_at_a_pad_is_refused_before_a_login() {
             let error = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap_err();
             assert!(error.to_string().contains("PIN pad"), "{error}");
             assert_eq!(faulty.count("C_Login begins"), 0);
+        },
+    );
+}
+
+#[test]
+fn a_token_without_a_free_session_says_which_settings_help() {
+    with_softhsm(
+        "behaviours::a_token_without_a_free_session_says_which_settings_help",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[sessions]\nmax = 1\n");
+            let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), false).unwrap();
+            let fault = token.session(&[]).unwrap_err();
+            assert!(fault.detail.contains("SessionCount"), "{fault}");
+            assert!(fault.detail.contains("sessions_per_worker"), "{fault}");
+        },
+    );
+}
+
+#[test]
+fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
+    with_softhsm(
+        "behaviours::a_login_of_another_process_is_named_when_the_keys_are_not_found",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            // It says that another process is logged in, and does not let this one use that login.
+            faulty.behave(
+                "[[rule]]\nfunction = \"C_Login\"\ndo = { return = \"CKR_USER_ALREADY_LOGGED_IN\" }\n",
+            );
+            let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), false).unwrap();
+            let fault = keys::find(&token.anchor, &id(1).into()).unwrap_err();
+            let fault = token.explained(fault);
+            assert!(fault.detail.contains("`workers = 1`"), "{fault}");
+        },
+    );
+}
+
+#[test]
+fn of_two_tokens_with_one_label_the_registry_says_which() {
+    with_softhsm(
+        "behaviours::of_two_tokens_with_one_label_the_registry_says_which",
+        |folder| {
+            init();
+            let twin = admin::init_token(&settings(), "twin", &pin("654321"), &pin(USER_PIN), None);
+            let twin = twin.unwrap();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[token]\nlabel = \"test\"\n");
+            let open = |serials: &[&str]| {
+                let pin = pin(USER_PIN);
+                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+            };
+            for serials in [&[][..], &["0"], &[""]] {
+                let fault = open(serials).unwrap_err();
+                assert!(fault.detail.contains("`token.serial`"), "{fault}");
+                assert!(fault.detail.contains(&twin.serial), "{fault}");
+            }
+            assert_eq!(faulty.count("C_Login begins"), 0);
+            assert_eq!(open(&["0", &twin.serial]).unwrap().info.serial, twin.serial);
         },
     );
 }

@@ -46,6 +46,7 @@ impl Bench {
                 let expected = ExpectedKey {
                     id: pair.id,
                     objects: pair.objects.clone(),
+                    token_serial: token.info.serial.clone(),
                     fingerprint: keys::public_side(&token.anchor, &pair).unwrap().fingerprint,
                 };
                 token.prove(&settings, &expected).unwrap()

@@ -118,16 +118,21 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     Ok(ExpectedKey {
         id: row.id,
         objects: row.objects.clone(),
+        token_serial: row.token_serial.clone(),
         fingerprint: row.fingerprint,
     })
 }
 
 pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
-    let path = config.token.pin_file.as_deref().ok_or_else(|| {
-        Failure::new(
-            Exit::Pin,
-            "bench reads the PIN from `token.pin_file`, which is not set",
-        )
-    })?;
-    log_in(config, &PinSource::File(path.to_owned()), false)
+    let source = match &config.token.pin_file {
+        Some(path) => PinSource::File(path.clone()),
+        None if config.token.is_without_login() => PinSource::NotNeeded,
+        None => {
+            return Err(Failure::new(
+                Exit::Pin,
+                "bench reads the PIN from `token.pin_file`, which is not set",
+            ));
+        }
+    };
+    log_in(config, &source, false)
 }

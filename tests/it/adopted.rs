@@ -14,9 +14,9 @@ use crate::{
 const UNTRUSTED: i32 = 6;
 const USAGE: i32 = 2;
 /// As Java and EJBCA name keys: 20 bytes.
-const PRIVATE: &str = "00112233445566778899aabbccddeeff01234567";
+pub(crate) const PRIVATE: &str = "00112233445566778899aabbccddeeff01234567";
 /// As a person names them.
-const INTEGRITY: &str = "0a";
+pub(crate) const INTEGRITY: &str = "0a";
 
 /// A tool that makes keys with the attributes that are needed, whatever it is asked for.
 const TOOL: &str = r#"
@@ -116,7 +116,7 @@ fn make_integrity_key(site: &Site, faulty: &Faulty, id: &str) {
 }
 
 /// A token with keys that a tool made, and a database without any.
-fn site() -> (Site, Faulty) {
+pub(crate) fn site() -> (Site, Faulty) {
     let site = Site::without_keys(Options::default());
     let faulty = faulty_token::put_before(&site);
     faulty.behave(TOOL);

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use crate::{
-    faulty, faulty_token,
+    adopted, faulty, faulty_token,
     site::{Options, Site},
     softhsm::write_private,
 };
@@ -163,13 +163,38 @@ const EXPECTED: [Expected; 12] = [
     },
 ];
 
+/// Profiles of products whose keys are made with the vendor's tool, with the lines of `[token]` that such keys need, and what `key
+/// register` says of them.
+const ADOPTED: [(&str, &str, &[&str], Verdict); 4] = [
+    (
+        "aws-cloudhsm-sdk5",
+        "crypto_user:",
+        &[
+            "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\", \"CKA_SIGN_RECOVER\"]",
+        ],
+        Works,
+    ),
+    (
+        "google-kmsp11",
+        "",
+        &["access_control = \"outside-pkcs11\""],
+        Works,
+    ),
+    (
+        "nethsm",
+        "",
+        &["attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_LOCAL\"]"],
+        Refused(UNTRUSTED, "CKA_LOCAL is not true", 3),
+    ),
+    ("yubihsm2", "0001", &[], Works),
+];
+
 /// A token without keys that behaves like the profile.
 fn site(profile: &str, before_pin: &str) -> Site {
     let site = Site::without_keys(Options::default());
     let faulty = faulty_token::put_before(&site);
     faulty.set_profile(profile);
-    let pin = format!("{before_pin}{}", site.token.pin());
-    write_private(&site.token.pin_file(), &pin);
+    put_before_pin(&site, before_pin);
     site.expect_ok(&["store", "migrate"]);
     site
 }
@@ -181,6 +206,42 @@ fn objects(site: &Site) -> usize {
     String::from_utf8_lossy(&output.stdout)
         .matches(" Object;")
         .count()
+}
+
+fn put_before_pin(site: &Site, text: &str) {
+    let pin = format!("{text}{}", site.token.pin());
+    write_private(&site.token.pin_file(), &pin);
+}
+
+#[test]
+fn keys_of_the_vendors_tool_have_their_verdict() {
+    let mut found = BTreeMap::new();
+    for (profile, before_pin, lines, verdict) in ADOPTED {
+        let (site, faulty) = adopted::site();
+        faulty.set_profile(profile);
+        put_before_pin(&site, before_pin);
+        configure(&site, lines);
+        let register = [
+            "key",
+            "register",
+            adopted::PRIVATE,
+            "--integrity-id",
+            adopted::INTEGRITY,
+        ];
+        let registered = site.run(&register);
+        let is_met = match verdict {
+            Works => registered.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
+            Refused(code, cause, left) => {
+                registered.code == Some(code)
+                    && registered.stderr.contains(cause)
+                    && objects(&site) == left
+            }
+        };
+        if !is_met {
+            found.insert(profile, (verdict, registered));
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
 }
 
 /// Adds lines to `[token]`.
@@ -251,14 +312,21 @@ fn the_page_shows_each_verdict() {
     let (_, section) = page
         .split_once("## Products that the tests do not run")
         .unwrap();
-    let rows: Vec<&str> = section
-        .lines()
-        .filter(|line| line.starts_with("| `"))
-        .collect();
+    let (section, adopted) = section
+        .split_once("| Profile | Settings | Result |")
+        .unwrap();
     let shown = |verdict: Verdict| match verdict {
         Works => "works".to_owned(),
         Refused(_, cause, 0) => format!("refused: ``{cause}``"),
         Refused(_, cause, left) => format!("refused: ``{cause}``; {left} objects are left"),
+    };
+    let settings = |lines: &[&str]| {
+        let lines: Vec<String> = lines.iter().map(|line| format!("`{line}`")).collect();
+        lines.join(", ")
+    };
+    let rows = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| line.starts_with("| `"));
+        lines.map(str::to_owned).collect()
     };
     let expected = EXPECTED.map(|expected| {
         let name = expected.profile;
@@ -266,10 +334,18 @@ fn the_page_shows_each_verdict() {
         let (product, evidence) = (profile.product, profile.evidence);
         let result = shown(expected.verdict);
         let with = expected.with.map_or_else(String::new, |(lines, verdict)| {
-            let lines: Vec<String> = lines.iter().map(|line| format!("`{line}`")).collect();
-            format!("{}: {}", lines.join(", "), shown(verdict))
+            format!("{}: {}", settings(lines), shown(verdict))
         });
         format!("| `{name}` | {product} | {evidence} | {result} | {with} |")
     });
-    assert_eq!(rows, expected);
+    assert_eq!(rows(section), expected);
+    let expected = ADOPTED.map(|(name, _, lines, verdict)| {
+        // The keys of the tool are not ours to remove.
+        let verdict = match verdict {
+            Refused(code, cause, _) => Refused(code, cause, 0),
+            Works => Works,
+        };
+        format!("| `{name}` | {} | {} |", settings(lines), shown(verdict))
+    });
+    assert_eq!(rows(adopted), expected);
 }

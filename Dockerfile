@@ -11,6 +11,11 @@ ARG RUNTIME_IMAGE=debian:bookworm-slim
 FROM ${BUILD_IMAGE} AS build
 # `release` takes minutes; `dev` is for looking at the image itself.
 ARG PROFILE=release
+# The allocator's build needs `make`, which the image of the toolchain does not have.
+RUN set -eux; \
+    apt-get update; \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends make; \
+    rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY proto proto

@@ -137,14 +137,16 @@ impl Broker {
         }
     }
 
-    /// Makes the entry of an alert about a principal durable.
+    /// Makes the entry of an alert about a principal, and about a record if it concerns one, durable.
     pub(super) async fn record_alert(
         &self,
         principal: &Principal,
         call: &Call,
         action: &'static str,
+        record: Option<(RecordId, Revision)>,
     ) -> Result<(), Error> {
         let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
+        (entry.record_id, entry.revision) = record.unzip();
         entry.principal = Some(principal.name().to_owned());
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);

@@ -348,7 +348,8 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        self.store_up.load(Ordering::Relaxed)
+        // Another database than the known one is found at the start, before the first probe.
+        self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }
 

@@ -20,6 +20,9 @@ use super::{
     plan::Commit,
 };
 
+/// The hour within which the replacements of a record are counted.
+const REPLACEMENTS_WINDOW_US: i64 = 3_600 * 1_000_000;
+
 /// What a caller wants changed.
 #[derive(Debug)]
 pub(super) enum Change {
@@ -273,7 +276,49 @@ impl Broker {
         match (outcome, earlier) {
             (Err(error), _) if error.reason() == Reason::AuditDown => Err(error),
             (_, Some(info)) => self.replay(draft, info).await,
-            (outcome, None) => outcome,
+            (Ok(info), None) => {
+                if matches!(
+                    mutation.change,
+                    Change::Replace { .. } | Change::Restore { .. }
+                ) {
+                    self.watch_replacements(mutation, &info).await;
+                }
+                Ok(info)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    /// Raises the alert about a record that is replaced unusually often: another person may use the credential of the caller, or a
+    /// program fails and tries again. It refuses nothing, and its own failure does not fail the change, which is committed.
+    async fn watch_replacements(&self, mutation: &Mutation, info: &RecordInfo) {
+        let Some(telling) = self.limits.telling_revision(info.revision) else {
+            return;
+        };
+        let Mutation {
+            principal, call, ..
+        } = mutation;
+        let then = match self.store.revision(info.id, telling).await {
+            Ok(Some(stored)) => stored.created,
+            // Revisions are removed by the purge alone, long after they were superseded.
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(call_id = %call.id, %error, "cannot count the replacements of a record");
+                return;
+            }
+        };
+        let since = info.updated.micros().saturating_sub(then.micros());
+        if since >= REPLACEMENTS_WINDOW_US || !self.limits.may_alert_of_replacements(info.id) {
+            return;
+        }
+        keybroker_core::alert!(
+            FrequentReplacement, call_id = %call.id, %principal, record = %info.id, revision = info.revision.get(),
+            "a record was replaced more than `replacements_per_hour` times within an hour"
+        );
+        let record = Some((info.id, info.revision));
+        let action = "alarm.frequent_replacement";
+        if let Err(error) = self.record_alert(principal, call, action, record).await {
+            tracing::error!(%error, "no audit entry was written for the alert");
         }
     }
 

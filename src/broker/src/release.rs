@@ -92,7 +92,7 @@ impl Broker {
             "keys of more users than `released_users_per_hour` were released within an hour"
         );
         if let Err(error) = self
-            .record_alert(principal, call, "alarm.bulk_release")
+            .record_alert(principal, call, "alarm.bulk_release", None)
             .await
         {
             tracing::error!(%error, "no audit entry was written for the alert");

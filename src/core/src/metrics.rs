@@ -412,6 +412,7 @@ declare! {
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";
+        CLIENT_CRL_PROBLEMS = "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; their accepted predecessors stay in use until they end.";
         ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
         ISSUER_REFUSED_KEYS = "keybroker_issuer_refused_keys" [ISSUER] "Weak or malformed keys in the key set of an issuer.";
         POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";

@@ -10,8 +10,8 @@ use std::fmt;
 use cryptoki::{
     mechanism::MechanismType,
     object::{Attribute, AttributeType, KeyType, ObjectHandle},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use keybroker_worker_protocol::AccessControl;
 
@@ -300,10 +300,10 @@ pub(super) fn inspect(
                 exceptions.iter().any(|exception| exception == name) && exceptable(*kind).is_some();
             let found = match read(session, object, *kind) {
                 Ok(Some(attribute)) if is_expected(&attribute, *expected) => Found::AsExpected,
-                Ok(Some(attribute)) if !restricts_nothing(&attribute) => Found::Wrong,
-                Ok(_) if is_implied_by_type(session, object, *expected)? => Found::ImpliedByType,
-                Ok(_) if is_excepted => Found::Excepted,
-                Ok(_) => Found::Missing,
+                Ok(Some(_)) => Found::Wrong,
+                Ok(None) if is_implied_by_type(session, object, *expected)? => Found::ImpliedByType,
+                Ok(None) if is_excepted => Found::Excepted,
+                Ok(None) => Found::Missing,
                 Err(fault) if is_excepted && is_about_the_attribute(&fault) => Found::Excepted,
                 Err(fault) => return Err(unreadable(fault, name, *kind)),
             };
@@ -314,11 +314,6 @@ pub(super) fn inspect(
             })
         })
         .collect()
-}
-
-/// An empty list is how some tokens show that a key has no list of allowed mechanisms.
-fn restricts_nothing(attribute: &Attribute) -> bool {
-    matches!(attribute, Attribute::AllowedMechanisms(mechanisms) if mechanisms.is_empty())
 }
 
 /// A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11 v3.0, section 2.20.8): tokens that have such keys have no need of a
@@ -452,7 +447,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// One attribute, or `None` when the token does not have it. An empty list is how an absent attribute reads.
+/// One attribute, or `None` when the token does not have it. A list of no mechanisms is that of a key whose mechanisms are not
+/// restricted: some tokens show it instead of an absent attribute.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,
@@ -460,8 +456,9 @@ pub(super) fn read(
 ) -> Result<Option<Attribute>, Fault> {
     use cryptoki::error::{Error, RvError};
     calling::next("C_GetAttributeValue");
-    match session.get_attributes(object, &[kind]) {
-        Ok(attributes) => Ok(attributes.into_iter().next()),
+    match session.attribute(object, kind) {
+        Ok(Some(Attribute::AllowedMechanisms(list))) if list.is_empty() => Ok(None),
+        Ok(attribute) => Ok(attribute),
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)
         }

@@ -4,14 +4,13 @@
 
 use aws_lc_rs::digest;
 use cryptoki::{
-    context::Pkcs11,
     error::{Error, RvError},
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
-    session::Session,
     slot::Slot,
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{Settings, oaep};
 
 use crate::{
@@ -67,7 +66,7 @@ pub(super) struct PublicSide {
 }
 
 /// A session that changes nothing: read-only, or read-write on tokens that have no other.
-pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+pub(super) fn reading_session(module: &Module, slot: Slot) -> Result<Session, Fault> {
     calling::next("C_OpenSession");
     match module.open_ro_session(slot) {
         Err(Error::Pkcs11(
@@ -84,7 +83,7 @@ pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fa
 }
 
 /// A session that may make and remove objects.
-pub(super) fn writing_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+pub(super) fn writing_session(module: &Module, slot: Slot) -> Result<Session, Fault> {
     calling::next("C_OpenSession");
     module.open_rw_session(slot).map_err(no_session)
 }
@@ -113,7 +112,7 @@ pub(super) struct KeySession {
 impl KeySession {
     /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
     /// another object.
-    pub(super) fn open(module: &Pkcs11, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
+    pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys
             .iter()

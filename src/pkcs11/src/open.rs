@@ -4,13 +4,13 @@
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use cryptoki::{
-    context::Pkcs11,
     error::{Error, RvError},
-    session::{Session, UserType},
+    session::UserType,
     slot::Slot,
     types::AuthPin,
 };
 
+use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{AccessControl, ExpectedKey, Pin, Settings, TokenInfo};
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
 /// A token that this process is logged in to.
 #[derive(Debug)]
 pub(super) struct OpenToken {
-    pub(super) module: Pkcs11,
+    pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
     /// Keeps the login alive: when the last session of a process closes, the token forgets it.
@@ -69,7 +69,7 @@ impl OpenToken {
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
-        let module = module::load(&settings.module)?;
+        let module = module::load(settings)?;
         let (slot, info) = select::find(&module, &selector, serials)?;
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
@@ -280,7 +280,7 @@ fn place_of(expected: &ExpectedKey) -> Place {
 
 /// Without a PIN only a token is used that demands no login, and only if the settings say that something else controls access.
 fn require_no_login(
-    module: &Pkcs11,
+    module: &Module,
     slot: Slot,
     info: &TokenInfo,
     access: AccessControl,
@@ -302,7 +302,7 @@ fn require_no_login(
 }
 
 /// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.
-fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
+fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {
         return Ok(());

@@ -10,8 +10,8 @@ use cryptoki::{
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
     object::ObjectHandle,
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cryptoki::{context::Pkcs11, slot::Slot};
+use cryptoki::slot::Slot;
+use keybroker_pkcs11_ffi::Module;
 use zeroize::Zeroizing;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
@@ -29,7 +30,7 @@ use crate::{
 /// What every session thread of a worker shares.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) module: Pkcs11,
+    pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
     /// Number of self-tests begun, over all threads: it chooses the key of the next one.

@@ -9,8 +9,8 @@ use std::{
     process::Command,
 };
 
-use cryptoki::session::Session;
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_pkcs11_ffi::Session;
 use keybroker_test_support::faulty::{self, Faulty};
 use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings};
 
@@ -67,7 +67,7 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
     );
 }
 
-fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     Settings {
         module: PathBuf::from(MODULE),
         label: Some("test".to_owned()),
@@ -83,6 +83,7 @@ fn settings() -> Settings {
         integrity_key: IntegrityKey::default(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
+        initialize_string: None,
         environment: std::collections::BTreeMap::new(),
     }
 }

@@ -7,7 +7,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use keybroker_core::key::{Fingerprint, ObjectIds, WrappingKeyId};
+use keybroker_core::{
+    key::{Fingerprint, ObjectIds, WrappingKeyId},
+    trusted_file,
+};
 
 use crate::wire::{Setup, TokenIdentity};
 
@@ -104,6 +107,9 @@ pub struct Settings {
     /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
+    /// String for `C_Initialize` (`pReserved`), which some modules need. Most modules refuse one.
+    #[serde(default)]
+    pub initialize_string: Option<String>,
     /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is passed on.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
@@ -144,12 +150,18 @@ impl Settings {
             access_outside_pkcs11: self.access_control == AccessControl::OutsidePkcs11,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
+            read_only_mounts_count: trusted_file::read_only_mounts_count(),
+            initialize_string: self.initialize_string.clone().unwrap_or_default(),
             ..Setup::default()
         }
     }
 
-    /// The part of the settings that a worker needs.
+    /// The part of the settings that a worker needs. From here on, this process opens files by the rule of the process that sent
+    /// the setup.
     pub fn from_setup(setup: &Setup) -> Self {
+        if !setup.read_only_mounts_count {
+            trusted_file::ignore_read_only_mounts();
+        }
         let given = |text: &String| (!text.is_empty()).then(|| text.clone());
         Self {
             module: PathBuf::from(&setup.module),
@@ -170,6 +182,7 @@ impl Settings {
             integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
+            initialize_string: given(&setup.initialize_string),
             environment: BTreeMap::new(),
         }
     }

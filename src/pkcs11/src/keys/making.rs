@@ -6,10 +6,10 @@ use cryptoki::{
     error::Error,
     mechanism::Mechanism,
     object::{Attribute, ObjectHandle},
-    session::Session,
 };
 
 use keybroker_core::key::{ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
 use crate::{

@@ -118,6 +118,7 @@ impl Broker {
             } else {
                 self.keep_refusals().await;
             }
+            self.flush_overload().await;
             count += 1;
         }
     }

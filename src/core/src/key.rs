@@ -192,6 +192,13 @@ id!(
     /// Identity of an API client, which it sends with its secret.
     ClientId
 );
+impl ClientId {
+    /// Name of the principal that this client authenticates as.
+    pub fn principal_name(self) -> String {
+        format!("client:{self}")
+    }
+}
+
 id!(
     /// Identity of a wrapping key and its integrity key: the `CKA_ID` of their objects on the token, unless [`ObjectIds`] says
     /// otherwise.

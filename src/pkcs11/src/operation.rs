@@ -95,8 +95,26 @@ pub(super) fn verify(
                 Err(Fault::new(Class::Input, "the MAC does not verify"))
             }
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(verify_fault(error)),
     }
+}
+
+/// Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` of `C_Verify` itself state that the MAC is wrong (PKCS#11 2.40,
+/// section 5.12). After every other code the self-test decides.
+fn verify_fault(error: Error) -> Fault {
+    let states_it = matches!(
+        error,
+        Error::Pkcs11(
+            RvError::SignatureInvalid | RvError::SignatureLenRange,
+            Function::Verify
+        )
+    );
+    let fault = Fault::from(error);
+    let class = match fault.class {
+        Class::Input if !states_it => Class::Ambiguous,
+        class => class,
+    };
+    Fault { class, ..fault }
 }
 
 /// What the token must be able to do with one key, with an answer that is known. Made once per worker, checked often.

@@ -366,7 +366,7 @@ fn a_token_whose_clock_is_odd_is_used() {
         drop(admin);
         for time in ["21:38:18", "                ", "", "\\u0000\\u0000"] {
             faulty.set_clock(time);
-            assert_eq!(crate::admin::list_tokens(&settings).unwrap().len(), 2);
+            assert_eq!(admin::list_tokens(&settings).unwrap().len(), 2);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
             assert_eq!(admin.check(key.id).unwrap().problem, None, "{time:?}");
         }
@@ -403,11 +403,9 @@ fn a_string_for_a_module_that_expects_none_is_named() {
             for (text, named) in [("configdir='x'", "expects another string"), ("a\0b", "NUL")] {
                 let settings = Settings {
                     initialize_string: Some(text.to_owned()),
-                    ..crate::tests::settings()
+                    ..settings()
                 };
-                let error = crate::admin::list_tokens(&settings)
-                    .unwrap_err()
-                    .to_string();
+                let error = admin::list_tokens(&settings).unwrap_err().to_string();
                 assert!(error.contains("token.initialize_string"), "{error}");
                 assert!(error.contains(named), "{error}");
             }

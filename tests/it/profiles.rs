@@ -120,24 +120,18 @@ const EXPECTED: [Expected; 12] = [
             ),
         )
     },
-    expected(
-        "opencryptoki-3.8",
-        Refused(TOKEN, "invalid digit found in string", 0),
-    ),
     Expected {
-        with: Some((
-            &["attribute_exceptions = [\"CKA_ALLOWED_MECHANISMS\"]"],
-            Works,
-        )),
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
         ..expected(
-            "p11-kit-remote",
+            "opencryptoki-3.8",
             Refused(
-                UNTRUSTED,
-                "CKA_ALLOWED_MECHANISMS: DeviceError from C_GetAttributeValue",
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
                 0,
             ),
         )
     },
+    expected("p11-kit-remote", Works),
     expected("pkcs11-proxy", Works),
     expected(
         "tpm2",

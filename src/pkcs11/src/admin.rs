@@ -27,7 +27,8 @@ use crate::{
     module,
     negative::Subject,
     open::{OpenToken, auth_pin},
-    operation, select,
+    operation,
+    select::{self, Selected},
 };
 
 mod verifier;
@@ -276,7 +277,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let (slot, info) = select::find(&module, &selector, &[])?;
+    let Selected { slot, info, .. } = select::find(&module, &selector, &[])?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \

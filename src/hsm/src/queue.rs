@@ -202,7 +202,7 @@ impl State {
             let mean = self.estimates.of(Kind::of(&job.work)).mean;
             if left < mean && !self.waiting.is_empty() {
                 self.add_caution();
-                let refusal = self.refusal(Duration::ZERO);
+                let refusal = refusal(Duration::ZERO);
                 job.answer(Err(refusal), Duration::ZERO);
                 continue;
             }
@@ -242,7 +242,7 @@ impl State {
         if wait + job.upper() + answer <= left {
             Ok(())
         } else {
-            Err(self.refusal(wait))
+            Err(refusal(wait))
         }
     }
 
@@ -270,18 +270,10 @@ impl State {
         let wait = self.expected_wait();
         match self.waiting.evict_for(lane, cost) {
             Some(evicted) => {
-                evicted.answer(Err(self.refusal(wait)), Duration::ZERO);
+                evicted.answer(Err(refusal(wait)), Duration::ZERO);
                 Ok(())
             }
-            None => Err(self.refusal(wait)),
-        }
-    }
-
-    /// With a retry hint from which callers that were refused together do not return together.
-    fn refusal(&self, wait: Duration) -> Error {
-        let wait = wait.max(RETRY_MIN);
-        Error::QueueFull {
-            retry_after: spread(wait, wait),
+            None => Err(refusal(wait)),
         }
     }
 
@@ -289,5 +281,13 @@ impl State {
         let sessions: usize = self.links.iter().map(|link| link.sessions()).sum();
         let sessions = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
         self.waiting.work() / sessions
+    }
+}
+
+/// With a retry hint from which callers that were refused together do not return together.
+fn refusal(wait: Duration) -> Error {
+    let wait = wait.max(RETRY_MIN);
+    Error::QueueFull {
+        retry_after: spread(wait, wait),
     }
 }

@@ -26,9 +26,9 @@ impl Broker {
         change: &Change,
         id: RequestId,
     ) -> Result<RequestStamp, Error> {
-        let binding = self.registry()?.binding_key()?;
+        let integrity_key = self.registry()?.integrity_key()?;
         let message = content(key, change);
-        let mac = within(call, self.token.mac(binding, &message, call.deadline)).await?;
+        let mac = within(call, self.token.mac(integrity_key, &message, call.deadline)).await?;
         Ok(RequestStamp {
             scope: RequestScope {
                 tenant: principal.tenant().clone(),
@@ -36,7 +36,7 @@ impl Broker {
                 id,
             },
             content: mac,
-            key: binding,
+            key: integrity_key,
             result: None,
         })
     }

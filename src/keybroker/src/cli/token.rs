@@ -210,7 +210,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             ));
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
-        shown.extend(findings("integrity key", &checked, &checked.binding));
+        shown.extend(findings("integrity key", &checked, &checked.integrity));
     }
     let has_keys = !shown.is_empty();
     context

@@ -14,7 +14,7 @@ use keybroker_store as store;
 use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
 use super::{
-    Broker, UserKeyRef,
+    Broker, UserKeyRef, caller,
     change::{Change, Mutation},
     commit::Settled,
     journal::{Draft, Recorded},
@@ -129,6 +129,7 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
+        self.check_admission(principal, call, action)?;
         let permit = self.permit_key(principal, call, action, key).await?;
         let mut draft = Draft::permitted(principal, call, &permit);
         draft.request(*request);
@@ -160,13 +161,17 @@ impl Broker {
             ..
         } = mutation;
         self.check_acknowledged()?;
+        let token = caller(principal, call);
         let request = match request {
             None => None,
             Some(id) => {
                 let stamp = self
                     .request_stamp(principal, call, key, change, *id)
                     .await?;
-                if let Some(result) = self.earlier_result(call, &stamp, key, change).await? {
+                if let Some(result) = self
+                    .earlier_result(&token, call, &stamp, key, change)
+                    .await?
+                {
                     return Ok(Prepared::Replayed(result));
                 }
                 Some(stamp)
@@ -186,7 +191,7 @@ impl Broker {
             None => None,
             Some(request) => {
                 let result = commit.result(at);
-                Some(self.with_result(call, request, result).await?)
+                Some(self.with_result(&token, call, request, result).await?)
             }
         };
         let stamp = Stamp {
@@ -299,9 +304,14 @@ impl Broker {
         match request {
             Some(stamp) if rivals.contains(&error.reason()) => {
                 let Mutation {
-                    call, key, change, ..
+                    principal,
+                    call,
+                    key,
+                    change,
+                    ..
                 } = mutation;
-                self.earlier_result(call, stamp, key, change).await
+                self.earlier_result(&caller(principal, call), call, stamp, key, change)
+                    .await
             }
             _ => Ok(None),
         }

@@ -387,6 +387,7 @@ declare! {
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited out a short fault instead of failing.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that were answered at once because too many waited for their next try.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";

@@ -35,9 +35,13 @@ pub struct Settings {
     /// Session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
+    /// Jobs that may wait; one more is refused with `QUEUE_FULL`, or takes the place of a job of the principal with the most.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
+    /// Share of a principal, by its name, while jobs of several wait: one with 4 gets four times the share of one that is not
+    /// listed.
+    #[serde(default)]
+    pub weights: BTreeMap<String, u32>,
     /// Longest time for one call of the module in a command, in milliseconds; a command that makes a key or initialises a token
     /// allows at least five minutes for that call.
     #[serde(default = "Settings::default_call_timeout_ms")]
@@ -69,7 +73,7 @@ impl Settings {
     }
 
     fn default_queue_length_max() -> usize {
-        256
+        4_096
     }
 
     fn default_call_timeout_ms() -> u64 {
@@ -109,6 +113,7 @@ impl Settings {
             workers: 1,
             sessions_per_worker: 1,
             queue_length_max: 1,
+            weights: BTreeMap::new(),
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
             attribute_exceptions: setup.attribute_exceptions.clone(),

@@ -77,6 +77,13 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        for (principal, weight) in &token.weights {
+            range(
+                &format!("weights.{principal:?}"),
+                usize::try_from(*weight).unwrap_or(usize::MAX),
+                1..=100,
+            );
+        }
         let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
         range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
         if let Some(label) = token

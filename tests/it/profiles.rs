@@ -4,13 +4,12 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use crate::{
-    adopted, faulty, faulty_token,
+    adopted,
+    expected::{TOKEN, UNTRUSTED},
+    faulty, faulty_token,
     site::{Options, Site},
     softhsm::write_private,
 };
-
-const TOKEN: i32 = 4;
-const UNTRUSTED: i32 = 6;
 
 /// What `key generate`, and `token check` after it, say of a token.
 #[derive(Clone, Copy, Debug)]

@@ -207,7 +207,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             ));
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
-        shown.extend(findings("integrity key", &checked, &checked.binding));
+        shown.extend(findings("integrity key", &checked, &checked.integrity));
     }
     if admin.info().serial.is_empty() {
         context.output.note(

@@ -151,7 +151,11 @@ const EXPECTED: [Expected; 12] = [
         )),
         ..expected(
             "yubihsm2",
-            Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
+            Refused(
+                TOKEN,
+                "set `integrity_key` in [token] to \"sha256-hmac\" or \"nshield\"",
+                0,
+            ),
         )
     },
 ];

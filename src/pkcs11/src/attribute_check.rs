@@ -154,7 +154,7 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
 ]);
 
 /// The integrity key.
-pub(super) const BINDING: &[Rule] = &with_those_of_every_key::<8, 17>([
+pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
     ("CKA_ENCRYPT", AttributeType::Encrypt, FALSE),
@@ -261,7 +261,7 @@ pub const EXCEPTIONS: &[Exception] = &[
 pub fn is_checked(attribute: &str) -> bool {
     RSA_PRIVATE
         .iter()
-        .chain(BINDING)
+        .chain(INTEGRITY_KEY)
         .any(|(name, ..)| *name == attribute)
 }
 
@@ -277,7 +277,7 @@ pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
 pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
     let (name, ..) = RSA_PRIVATE
         .iter()
-        .chain(BINDING)
+        .chain(INTEGRITY_KEY)
         .find(|(_, checked, _)| *checked == kind)?;
     EXCEPTIONS
         .iter()

@@ -1,4 +1,6 @@
 //! Making a wrapping key and its integrity key, and finding out why a token does not make them.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use std::fmt;
 

@@ -43,7 +43,7 @@ listed() { grep -vE '^(#|$)' "$LIST"; }
 update() {
   local file
   git ls-files -z '*.md' 'src/*.rs' | while IFS= read -r -d '' file; do
-    listed | grep -qxF -- "$file" && continue
+    grep -qxF -- "$file" "$LIST" && continue
     clean "$file" >/dev/null && printf '%s\n' "$file"
   done >>"$LIST"
 }

@@ -125,7 +125,7 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
 
-/// What `access_control = "outside-pkcs11"` gives away, in one sentence without its end.
+/// What `access_control = "outside-pkcs11"` permits, in one sentence without its end.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
 /// The rules for keys to which access is controlled in this way.

@@ -185,7 +185,7 @@ pub(crate) struct CheckedKey {
     /// The attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The attribute check of the integrity key.
-    pub(crate) binding: Vec<Finding>,
+    pub(crate) integrity_key: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub(crate) problem: Option<String>,
     /// Negative tests that the token cannot make.
@@ -590,7 +590,7 @@ impl Admin {
             modulus_bits: public.modulus_bits,
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
             private: verdict.private,
-            binding: verdict.binding,
+            integrity_key: verdict.integrity_key,
             not_tried: proved
                 .as_ref()
                 .map(|key| key.not_tried.clone())

@@ -101,7 +101,7 @@ pub const TESTS: &[NegativeTest] = &[
     never(
         "read-integrity-key",
         "the integrity key can be read",
-        |on| readable(on, on.pair.binding, AttributeType::Value),
+        |on| readable(on, on.pair.integrity_key, AttributeType::Value),
     ),
     never(
         "wrap-private-aes-kw",
@@ -121,17 +121,17 @@ pub const TESTS: &[NegativeTest] = &[
     never(
         "wrap-integrity-aes-kw",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP",
-        |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.binding),
+        |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.integrity_key),
     ),
     never(
         "wrap-integrity-aes-kwp",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PAD",
-        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.pair.binding),
+        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.pair.integrity_key),
     ),
     never(
         "wrap-integrity-aes-cbc",
         "the integrity key can be wrapped with CKM_AES_CBC_PAD",
-        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.binding),
+        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.integrity_key),
     ),
     never(
         "wrap-integrity-rsa-oaep",
@@ -156,12 +156,18 @@ pub const TESTS: &[NegativeTest] = &[
     never(
         "copy-integrity-extractable",
         "an extractable copy of the integrity key can be made",
-        |on| copies(on, on.pair.binding, Some(Attribute::Extractable(true))),
+        |on| {
+            copies(
+                on,
+                on.pair.integrity_key,
+                Some(Attribute::Extractable(true)),
+            )
+        },
     ),
     never(
         "copy-integrity-readable",
         "a readable copy of the integrity key can be made",
-        |on| copies(on, on.pair.binding, Some(Attribute::Sensitive(false))),
+        |on| copies(on, on.pair.integrity_key, Some(Attribute::Sensitive(false))),
     ),
     unless(
         "CKA_COPYABLE",
@@ -173,7 +179,7 @@ pub const TESTS: &[NegativeTest] = &[
         "CKA_COPYABLE",
         "copy-integrity",
         "the integrity key can be copied",
-        |on| copies(on, on.pair.binding, None),
+        |on| copies(on, on.pair.integrity_key, None),
     ),
     unless(
         "CKA_ALLOWED_MECHANISMS",
@@ -203,13 +209,13 @@ pub const TESTS: &[NegativeTest] = &[
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha224",
         "the integrity key makes MACs with another hash (CKM_SHA224_HMAC)",
-        |on| signs(on, &Mechanism::Sha224Hmac, on.pair.binding),
+        |on| signs(on, &Mechanism::Sha224Hmac, on.pair.integrity_key),
     ),
     unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha512",
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
-        |on| signs(on, &Mechanism::Sha512Hmac, on.pair.binding),
+        |on| signs(on, &Mechanism::Sha512Hmac, on.pair.integrity_key),
     ),
     input(
         "verify-short-mac",
@@ -242,12 +248,12 @@ pub const TESTS: &[NegativeTest] = &[
     changes(
         "set-integrity-extractable",
         "the integrity key can be made extractable",
-        |on| sets(on, on.pair.binding, Attribute::Extractable(true)),
+        |on| sets(on, on.pair.integrity_key, Attribute::Extractable(true)),
     ),
     changes(
         "set-integrity-readable",
         "the integrity key can be made readable",
-        |on| sets(on, on.pair.binding, Attribute::Sensitive(false)),
+        |on| sets(on, on.pair.integrity_key, Attribute::Sensitive(false)),
     ),
 ];
 

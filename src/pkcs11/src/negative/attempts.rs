@@ -110,7 +110,7 @@ pub(super) fn wraps(
 /// Wraps the integrity key under an RSA public key that any program could import: that of the wrapping key, as an object of the
 /// session.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
-    wraps_under(on, mechanism, on.helpers.rsa, on.pair.binding)
+    wraps_under(on, mechanism, on.helpers.rsa, on.pair.integrity_key)
 }
 
 /// That a key is not wrapped shows something only if the token wraps another key in the same way.
@@ -232,7 +232,9 @@ pub(super) fn signs(
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     calling::next("C_Sign");
-    let mut mac = on.session.sign(&mechanism, on.pair.binding, MESSAGE)?;
+    let mut mac = on
+        .session
+        .sign(&mechanism, on.pair.integrity_key, MESSAGE)?;
     let length = length.min(mac.len());
     for byte in &mut mac[length..] {
         *byte = !*byte;
@@ -240,7 +242,7 @@ pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> 
     let shown = &mac[..length];
     calling::next("C_Verify");
     on.session
-        .verify(&mechanism, on.pair.binding, MESSAGE, shown)?;
+        .verify(&mechanism, on.pair.integrity_key, MESSAGE, shown)?;
     Ok(Done::It)
 }
 

@@ -46,10 +46,10 @@ fn tried(
             &with(keys::private_template(id(1)), private),
         )
         .unwrap();
-    let binding = session
+    let integrity_key = session
         .generate_key(
             &Mechanism::GenericSecretKeyGen,
-            &with(keys::binding_template(id(1)), integrity),
+            &with(keys::generic_secret_template(id(1)), integrity),
         )
         .unwrap();
     let pair = keys::find(session, &id(1).into()).unwrap();
@@ -57,7 +57,7 @@ fn tried(
     let self_test = token.probe(&id(1).into(), &side, true).unwrap();
     while_tried();
     let result = token.try_what_must_fail(settings, &pair, &side, &self_test, Subject::Throwaway);
-    for object in [public, private, binding] {
+    for object in [public, private, integrity_key] {
         // A test that succeeded may have changed the key.
         let _destroyed = session.destroy_object(object);
     }

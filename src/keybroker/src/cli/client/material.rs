@@ -66,7 +66,7 @@ impl Source {
             "the key material is longer than 190 bytes"
         };
         KeyMaterial::new(material.to_vec()).map_err(|_| {
-            Failure::new(Exit::Usage, what).hint("key material is 1 to 190 bytes, as they are")
+            Failure::new(Exit::Usage, what).hint("key material is 1 to 190 raw bytes")
         })
     }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what building, testing and the demonstration need on Debian 12 with Rust: Debian packages (root or sudo) and,
-# with --tools, the test runner. Does nothing when all is there.
+# with --tools, the test runner and the PKCS#11 modules of the conformance tests. Does nothing when all is there.
 set -euo pipefail
 
 NEXTEST_VERSION=0.9.143
@@ -21,6 +21,18 @@ PARTS=(
   "/usr/sbin/mariadbd mariadb-server-core"
   "mariadb-dump mariadb-client"
   "/usr/lib/python3*/ensurepip python3-venv"
+)
+
+# The same for the conformance tests: modules, and what building Kryoptic needs.
+MODULE_PARTS=(
+  "/usr/sbin/pkcsslotd opencryptoki"
+  "p11-kit p11-kit"
+  "/usr/lib/*/pkcs11/p11-kit-client.so p11-kit-modules"
+  "certutil libnss3-tools"
+  "/usr/lib/llvm-*/lib/libclang.so* libclang-dev"
+  "/usr/include/openssl/evp.h libssl-dev"
+  "/usr/include/sqlite3.h libsqlite3-dev"
+  "pkg-config pkg-config"
 )
 
 fail() {
@@ -48,7 +60,7 @@ no_cluster() {
 
 packages() {
   local part missing=()
-  for part in "${PARTS[@]}"; do
+  for part in "$@"; do
     command -v "${part%% *}" >/dev/null || compgen -G "${part%% *}" >/dev/null || missing+=("${part##* }")
   done
   [[ ${#missing[@]} -eq 0 ]] && return
@@ -66,6 +78,8 @@ packages() {
   # Debian starts it with the package; the tests start their own.
   [[ " ${missing[*]} " == *" pgbouncer "* && -d /run/systemd/system ]] \
     && as_root systemctl disable --quiet --now pgbouncer.service
+  [[ " ${missing[*]} " == *" opencryptoki "* && -d /run/systemd/system ]] \
+    && as_root systemctl disable --quiet --now pkcsslotd.service
   rm -f "$log"
 }
 
@@ -87,9 +101,10 @@ cargo_tool() {
 }
 
 main() {
-  packages
+  packages "${PARTS[@]}"
   rust
   if [[ ${1:-} == --tools ]]; then
+    packages "${MODULE_PARTS[@]}"
     cargo_tool cargo-nextest "$NEXTEST_VERSION"
     # The dependency check reads every package of the lock file, those of other platforms too, and has no network.
     cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; what it said is above"

@@ -17,6 +17,7 @@ main() {
   scripts/install.sh --tools
   export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
   scripts/check.sh
+  scripts/kryoptic.sh
 
   local log
   log=$(mktemp)

@@ -147,6 +147,10 @@ fn a_planted_dependency_is_found() {
             json!({"name": "sqlx", "kind": null, "path": null}),
         ),
         (
+            "keybroker-pkcs11",
+            json!({"name": "cryptoki-sys", "kind": null, "path": null}),
+        ),
+        (
             "keybroker-store",
             json!({"name": "cryptoki", "kind": null, "path": null}),
         ),
@@ -193,11 +197,21 @@ fn a_planted_dependency_is_found() {
 }
 
 /// What the manifests cannot say: a word, the places where it may stand, and why.
-const CALL_SITES: [(&str, &[&str], &str); 6] = [
+const CALL_SITES: [(&str, &[&str], &str); 8] = [
     (
         "cryptoki::",
-        &["src/pkcs11/"],
+        &["src/pkcs11/", "src/pkcs11-ffi/"],
         "only the crate of the worker process knows PKCS#11",
+    ),
+    (
+        "unsafe {",
+        &["src/pkcs11-ffi/src/calls.rs"],
+        "only the calls that cryptoki cannot make are unsafe",
+    ),
+    (
+        "unsafe_code",
+        &[],
+        "the manifests decide where unsafe code is allowed",
     ),
     (
         "Principal::authenticated(",
@@ -301,6 +315,9 @@ fn a_planted_word_is_found() {
             "use keybroker_core::secret::KeyMaterial;",
         ),
         ("src/hsm/src/link.rs", "use cryptoki::session::Session;"),
+        ("src/pkcs11/src/keys.rs", "let list = unsafe { *list };"),
+        ("src/pkcs11-ffi/src/lib.rs", "let list = unsafe { *list };"),
+        ("src/core/src/lib.rs", "#![allow(unsafe_code)]"),
         ("src/broker/src/lib.rs", "use axum::Router;"),
         ("src/keybroker/src/config/check.rs", "use tonic::Status;"),
     ] {

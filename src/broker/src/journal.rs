@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 use keybroker_policy::{KeyPermit, Resource};
 
-use super::Broker;
+use super::{Broker, overload::is_overload};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] makes one, from the result and the entry
 /// together, so the entry of one release cannot vouch for another.
@@ -155,12 +155,18 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the entry of a refusal or failure durable.
+    /// Makes the entry of a refusal or failure durable. Refusals for overload are counted instead, and recorded once a second.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
         error: &Error,
     ) -> Result<(), Error> {
+        let Draft(entry) = &mut draft;
+        if entry.kind == EntryKind::Decision && is_overload(error) {
+            let principal = entry.principal.take().zip(entry.tenant.take());
+            self.overload.note(principal, &entry.action, error);
+            return Ok(());
+        }
         if error.reason() == Reason::EnvelopeRejected
             && let Some(principal) = &draft.0.principal
             && self.limits.fail_envelope(principal).is_err()

@@ -14,7 +14,7 @@ use keybroker_store as store;
 use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
 use super::{
-    Broker, UserKeyRef,
+    Broker, UserKeyRef, caller,
     commit::Settled,
     journal::{Draft, Recorded},
     plan::Commit,
@@ -63,7 +63,7 @@ enum Prepared {
 
 /// One mutation under way; owns all it needs, because it may outlive its caller.
 pub(super) struct Mutation {
-    principal: Principal,
+    pub(super) principal: Principal,
     pub(super) call: Call,
     key: UserKeyRef,
     pub(super) change: Change,
@@ -169,6 +169,7 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
+        self.check_admission(principal, call, action)?;
         let permit = self.permit_key(principal, call, action, key).await?;
         let mut draft = Draft::permitted(principal, call, &permit);
         draft.request(*request);
@@ -200,13 +201,17 @@ impl Broker {
             ..
         } = mutation;
         self.check_acknowledged()?;
+        let token = caller(principal, call);
         let request = match request {
             None => None,
             Some(id) => {
                 let stamp = self
                     .request_stamp(principal, call, key, change, *id)
                     .await?;
-                if let Some(result) = self.earlier_result(call, &stamp, key, change).await? {
+                if let Some(result) = self
+                    .earlier_result(&token, call, &stamp, key, change)
+                    .await?
+                {
                     return Ok(Prepared::Replayed(result));
                 }
                 Some(stamp)
@@ -226,7 +231,7 @@ impl Broker {
             None => None,
             Some(request) => {
                 let result = commit.result(at);
-                Some(self.with_result(call, request, result).await?)
+                Some(self.with_result(&token, call, request, result).await?)
             }
         };
         let stamp = Stamp {
@@ -339,9 +344,14 @@ impl Broker {
         match request {
             Some(stamp) if rivals.contains(&error.reason()) => {
                 let Mutation {
-                    call, key, change, ..
+                    principal,
+                    call,
+                    key,
+                    change,
+                    ..
                 } = mutation;
-                self.earlier_result(call, stamp, key, change).await
+                self.earlier_result(&caller(principal, call), call, stamp, key, change)
+                    .await
             }
             _ => Ok(None),
         }

@@ -233,6 +233,11 @@ impl Error {
         matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
+    /// Whether the file may be read, but is longer than it may be.
+    pub fn is_too_long(&self) -> bool {
+        matches!(*self.problem, Problem::TooLong(_))
+    }
+
     /// Whether a file was expected and a directory is there.
     pub fn is_directory(&self) -> bool {
         matches!(*self.problem, Problem::NotRegular(DIRECTORY))

@@ -3,10 +3,9 @@
 use std::ops::RangeInclusive;
 
 use cryptoki::{
-    context::Pkcs11,
     mechanism::{MechanismInfo, MechanismType},
     session::UserType,
-    slot::{Slot, TokenInfo as PkcsTokenInfo},
+    slot::Slot,
 };
 
 use keybroker_core::{
@@ -14,6 +13,7 @@ use keybroker_core::{
     envelope::{Algorithm, Mac},
     key::WrappingKeyId,
 };
+use keybroker_pkcs11_ffi::{Module, TokenInfo as PkcsTokenInfo};
 use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded};
 
 use crate::{
@@ -152,7 +152,7 @@ pub(crate) struct CheckedKey {
 
 /// All slots with a token, initialised or not. Needs no PIN.
 pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
-    let module = module::load(&settings.module)?;
+    let module = module::load(settings)?;
     // `token list` also helps to find the right settings.
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
@@ -187,12 +187,12 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
 }
 
 /// The information of a slot about a mechanism; absent if the slot does not list it.
-fn mechanism(module: &Pkcs11, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
+fn mechanism(module: &Module, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
 }
 
-fn oaep_bits(module: &Pkcs11, slot: Slot) -> Option<RangeInclusive<u64>> {
+fn oaep_bits(module: &Module, slot: Slot) -> Option<RangeInclusive<u64>> {
     let info = mechanism(module, slot, MechanismType::RSA_PKCS_OAEP)?;
     let bits = |size: usize| u64::try_from(size).unwrap_or(u64::MAX);
     Some(bits(info.min_key_size())..=bits(info.max_key_size()))
@@ -208,7 +208,7 @@ pub(crate) fn init_token(
     erase_serial: Option<&str>,
 ) -> Result<TokenInfo, AdminError> {
     check_label(label)?;
-    let module = module::load(&settings.module)?;
+    let module = module::load(settings)?;
     let slot = match erase_serial {
         None => blank_slot(&module, label)?,
         Some(serial) => slot_to_erase(&module, serial, label)?,
@@ -246,7 +246,7 @@ pub(crate) fn init_token(
     Ok(info)
 }
 
-fn set_user_pin(module: &Pkcs11, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Result<(), Fault> {
+fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let session = module.open_rw_session(slot)?;
     calling::next("C_Login");
@@ -323,7 +323,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
     Err(AdminError::Pin(format!("{problem}. Nothing was changed")))
 }
 
-fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
+fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
     calling::next("C_GetSlotList");
     for slot in module.get_slots_with_token().map_err(Fault::from)? {
@@ -348,7 +348,7 @@ fn blank_slot(module: &Pkcs11, label: &str) -> Result<Slot, AdminError> {
     })
 }
 
-fn slot_to_erase(module: &Pkcs11, serial: &str, label: &str) -> Result<Slot, AdminError> {
+fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, AdminError> {
     let mut wanted = None;
     for (slot, info) in select::list(module)? {
         let found = unpadded(info.serial_number());

@@ -10,8 +10,8 @@ use std::fmt;
 use cryptoki::{
     mechanism::MechanismType,
     object::{Attribute, AttributeType, ObjectHandle},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use crate::{
     calling,
@@ -359,7 +359,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// One attribute, or `None` when the token does not have it. An empty list is how an absent attribute reads.
+/// One attribute, or `None` when the token does not have it. A list of no mechanisms is that of a key whose mechanisms are not
+/// restricted: some tokens show it instead of an absent attribute.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,
@@ -367,8 +368,9 @@ pub(super) fn read(
 ) -> Result<Option<Attribute>, Fault> {
     use cryptoki::error::{Error, RvError};
     calling::next("C_GetAttributeValue");
-    match session.get_attributes(object, &[kind]) {
-        Ok(attributes) => Ok(attributes.into_iter().next()),
+    match session.attribute(object, kind) {
+        Ok(Some(Attribute::AllowedMechanisms(list))) if list.is_empty() => Ok(None),
+        Ok(attribute) => Ok(attribute),
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)
         }

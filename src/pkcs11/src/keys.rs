@@ -5,15 +5,14 @@
 use std::fmt;
 
 use cryptoki::{
-    context::Pkcs11,
     error::{Error, RvError},
     mechanism::{Mechanism, MechanismType},
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
-    session::Session,
     slot::Slot,
 };
 
 use keybroker_core::key::{Fingerprint, ID_BYTES, WrappingKeyId};
+use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::oaep;
 
 use crate::{
@@ -45,7 +44,7 @@ pub(super) struct PublicSide {
 }
 
 /// A session that changes nothing: read-only, or read-write on tokens that have no other.
-pub(super) fn reading_session(module: &Pkcs11, slot: Slot) -> Result<Session, Fault> {
+pub(super) fn reading_session(module: &Module, slot: Slot) -> Result<Session, Fault> {
     calling::next("C_OpenSession");
     match module.open_ro_session(slot) {
         Err(Error::Pkcs11(
@@ -71,7 +70,7 @@ pub(super) struct KeySession {
 impl KeySession {
     /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
     /// another object.
-    pub(super) fn open(module: &Pkcs11, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
+    pub(super) fn open(module: &Module, slot: Slot, ids: &[WrappingKeyId]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = ids
             .iter()

@@ -6,7 +6,8 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use cryptoki::{error::RvError, slot::TokenInfo};
+use cryptoki::error::RvError;
+use keybroker_pkcs11_ffi::TokenInfo;
 use serde::{Deserialize, Serialize};
 
 /// Logins that may fail without a code of the PIN family before a PIN has logged in once.

@@ -2,22 +2,21 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ffi::CString, path::Path};
 
-use cryptoki::{
-    context::{CInitializeArgs, CInitializeFlags, Pkcs11},
-    error::{Error, RvError},
-};
+use cryptoki::error::{Error, RvError};
 
-use keybroker_worker_protocol::{check_module, softhsm_problem};
+use keybroker_pkcs11_ffi::Module;
+use keybroker_worker_protocol::{Settings, check_module, softhsm_problem};
 
 use crate::{
     calling,
     classify::{Class, Fault},
 };
 
-/// Loads and initialises the module at a path.
-pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
+/// Loads and initialises the module of the settings.
+pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
+    let path = settings.module.as_path();
     let shown = path.display();
     let unfit = |detail: String| Fault::new(Class::NoToken, detail);
     if !path.is_absolute() {
@@ -28,32 +27,51 @@ pub(super) fn load(path: &Path) -> Result<Pkcs11, Fault> {
     }
     check_module(path).map_err(|error| unfit(error.to_string()))?;
     calling::next("dlopen");
-    let module = Pkcs11::new(path).map_err(|error| {
+    let mut module = Module::load(path).map_err(|error| {
         unfit(format!(
             "{shown} is not a PKCS#11 module: it cannot be loaded, or it has no C_GetFunctionList ({error}); correct \
              `token.module`"
         ))
     })?;
-    // With locking by the operating system: without it SoftHSM crashes as soon as two threads use it.
-    let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
+    let reserved =
+        match &settings.initialize_string {
+            None => None,
+            Some(text) => Some(CString::new(text.as_str()).map_err(|_| {
+                unfit("`token.initialize_string` contains a NUL character".to_owned())
+            })?),
+        };
     calling::next("C_Initialize");
-    match module.initialize(arguments) {
+    match module.initialize(reserved) {
         // Another part of this process was first; the module has one state per process.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(module),
         Err(error) => {
-            let fault = Fault::from(error);
-            let environment: BTreeMap<String, String> = std::env::vars_os()
-                .filter_map(|(name, value)| {
-                    Some((name.into_string().ok()?, value.into_string().ok()?))
-                })
-                .collect();
-            let hint = softhsm_problem(path, &environment).unwrap_or_else(|| {
-                "check the module's own configuration and [token.environment], which is the whole environment of the module".to_owned()
-            });
+            let hint = match error {
+                Error::Pkcs11(RvError::ArgumentsBad, _) => arguments_hint(settings).to_owned(),
+                _ => configuration_hint(path),
+            };
             Err(unfit(format!(
-                "the PKCS#11 module {shown} does not initialise ({fault}): {hint}"
+                "the PKCS#11 module {shown} does not initialise ({}): {hint}",
+                Fault::from(error)
             )))
         }
+    }
+}
+
+fn configuration_hint(path: &Path) -> String {
+    let environment: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    softhsm_problem(path, &environment).unwrap_or_else(|| {
+        "check the module's own configuration and [token.environment], which is the whole environment of the module".to_owned()
+    })
+}
+
+/// What is wrong with the arguments of `C_Initialize`, which have no variable part but the string.
+fn arguments_hint(settings: &Settings) -> &'static str {
+    if settings.initialize_string.is_some() {
+        "the module expects another string, or none, in `token.initialize_string`"
+    } else {
+        "some modules (NSS) need a string in `token.initialize_string`; its form is in the vendor's manual"
     }
 }
 
@@ -70,7 +88,11 @@ mod tests {
         fs::write(&module, "").unwrap();
         for (mode, good) in [(0o755, true), (0o644, true), (0o775, false), (0o646, false)] {
             fs::set_permissions(&module, fs::Permissions::from_mode(mode)).unwrap();
-            let fault = load(&module).unwrap_err();
+            let fault = load(&Settings {
+                module: module.clone(),
+                ..crate::tests::settings()
+            })
+            .unwrap_err();
             assert_eq!(
                 fault.detail.contains("chmod go-w"),
                 !good,

@@ -12,8 +12,8 @@ use cryptoki::{
     error::{Error, RvError},
     mechanism::Mechanism,
     object::{Attribute, AttributeType},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use crate::{
     classify::{Class, Fault, classify},

@@ -4,14 +4,14 @@
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
 use cryptoki::{
-    context::Pkcs11,
     error::{Error, RvError},
-    session::{Session, UserType},
+    session::UserType,
     slot::Slot,
     types::AuthPin,
 };
 
 use keybroker_core::key::WrappingKeyId;
+use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
 
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
 /// A token that this process is logged in to.
 #[derive(Debug)]
 pub(super) struct OpenToken {
-    pub(super) module: Pkcs11,
+    pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
     /// Keeps the login alive: when the last session of a process closes, the token forgets it.
@@ -56,7 +56,7 @@ impl OpenToken {
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
-        let module = module::load(&settings.module)?;
+        let module = module::load(settings)?;
         let (slot, info) = select::find(&module, &selector)?;
         refuse_pin_pad(&module, slot, &info)?;
         calling::next("C_OpenSession");
@@ -233,7 +233,7 @@ impl OpenToken {
 }
 
 /// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.
-fn refuse_pin_pad(module: &Pkcs11, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
+fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {
         return Ok(());

@@ -5,8 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cryptoki::{context::Pkcs11, slot::Slot};
+use cryptoki::slot::Slot;
 
+use keybroker_pkcs11_ffi::Module;
 use keybroker_worker_protocol::{Settings, TokenInfo, unpadded};
 
 use crate::{
@@ -103,7 +104,7 @@ impl Selector {
         Ok(selector)
     }
 
-    pub(super) fn fits(&self, info: &cryptoki::slot::TokenInfo) -> bool {
+    pub(super) fn fits(&self, info: &keybroker_pkcs11_ffi::TokenInfo) -> bool {
         let same = |wanted: &Option<String>, found: &str| {
             wanted
                 .as_deref()
@@ -149,7 +150,7 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
 }
 
 /// Finds the one initialised token that fits, and looks again for a while when there is none.
-pub(super) fn find(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+pub(super) fn find(module: &Module, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
         match find_now(module, selector) {
@@ -159,7 +160,7 @@ pub(super) fn find(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenI
     }
 }
 
-fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+fn find_now(module: &Module, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
     let tokens = list(module)?;
     let mut fitting = tokens.iter().filter(|(_, info)| selector.fits(info));
     let wanted = selector.describe();
@@ -197,18 +198,21 @@ fn find_now(module: &Pkcs11, selector: &Selector) -> Result<(Slot, TokenInfo), F
 }
 
 /// All initialised tokens.
-pub(super) fn list(module: &Pkcs11) -> Result<Vec<(Slot, cryptoki::slot::TokenInfo)>, Fault> {
+pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_initialized_token()? {
+    for slot in module.get_slots_with_token()? {
         calling::next("C_GetTokenInfo");
-        tokens.push((slot, module.get_token_info(slot)?));
+        let info = module.get_token_info(slot)?;
+        if info.token_initialized() {
+            tokens.push((slot, info));
+        }
     }
     Ok(tokens)
 }
 
 /// The token information (`C_GetTokenInfo`), padding removed.
-pub(super) fn describe(info: &cryptoki::slot::TokenInfo) -> TokenInfo {
+pub(super) fn describe(info: &keybroker_pkcs11_ffi::TokenInfo) -> TokenInfo {
     TokenInfo {
         label: unpadded(info.label()).to_owned(),
         serial: unpadded(info.serial_number()).to_owned(),

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cryptoki::{context::Pkcs11, slot::Slot};
+use cryptoki::slot::Slot;
+use keybroker_pkcs11_ffi::Module;
 use zeroize::Zeroizing;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
@@ -29,7 +30,7 @@ use crate::{
 /// What every session thread of a worker shares.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) module: Pkcs11,
+    pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
     /// Number of self-tests begun, over all threads: it chooses the key of the next one.
@@ -257,10 +258,20 @@ impl SessionThread {
         let Err(fault) = check(proved, session) else {
             return Ok(());
         };
+        let key = proved.id;
         self.current = None;
         match fault.class {
             Class::SessionLost => Err(Stop::SessionLost(fault)),
-            _ => Err(Stop::from_self_test(&fault)),
+            Class::TokenLost | Class::KeyMissing | Class::BackOff | Class::Untrusted => {
+                Err(Stop::from_self_test(&fault))
+            }
+            // One error of a passing kind is no reason to replace the worker: another session decides.
+            Class::Input
+            | Class::Ambiguous
+            | Class::Pin
+            | Class::Login
+            | Class::Configuration
+            | Class::NoToken => self.revive(key.as_bytes(), deadline),
         }
     }
 }

@@ -65,7 +65,7 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
     );
 }
 
-fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     Settings {
         module: PathBuf::from(MODULE),
         label: Some("test".to_owned()),
@@ -75,10 +75,12 @@ fn settings() -> Settings {
         workers: 1,
         sessions_per_worker: 1,
         queue_length_max: 1,
+        weights: std::collections::BTreeMap::new(),
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
+        initialize_string: None,
         environment: std::collections::BTreeMap::new(),
     }
 }

@@ -174,6 +174,8 @@ struct Script {
     rules: BTreeMap<String, String>,
     flags: u64,
     nul: bool,
+    /// The time that the token shows.
+    clock: Option<String>,
     /// Further tables.
     behaviour: String,
 }
@@ -188,6 +190,7 @@ impl Faulty {
             rules: BTreeMap::new(),
             flags: 0,
             nul: false,
+            clock: None,
             behaviour: String::new(),
         };
         let faulty = Self {
@@ -231,6 +234,11 @@ impl Faulty {
     /// From now on, texts are padded with NUL instead of blanks.
     pub fn pad_with_nul(&self) {
         self.edit(|script| script.nul = true);
+    }
+
+    /// From now on the token shows this time (`CKF_CLOCK_ON_TOKEN`).
+    pub fn set_clock(&self, time: &str) {
+        self.edit(|script| script.clock = Some(time.to_owned()));
     }
 
     /// From now on the token behaves as these tables of the script say.
@@ -304,7 +312,15 @@ impl Script {
         if let Some(profile) = &self.profile {
             writeln!(text, "include = ['{}']", profile.display()).unwrap();
         }
-        writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap();
+        match &self.clock {
+            None => writeln!(text, "[token]\nset_flags = [{}]", self.flags),
+            Some(time) => writeln!(
+                text,
+                "[token]\nset_flags = [\"CKF_CLOCK_ON_TOKEN\", {}]\nutc_time = \"{time}\"",
+                self.flags
+            ),
+        }
+        .unwrap();
         if self.nul {
             text.push_str("pad = \"nul\"\n");
         }

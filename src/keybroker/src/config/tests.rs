@@ -28,11 +28,13 @@ fn is_default(text: &str) -> bool {
     let alternatives = [
         "serial",
         "uri",
+        "initialize_string",
         "socket_users",
         "password_file",
         "password_variable",
         "ca_file",
         "client_crl_file",
+        "client_crl_issuers_file",
         "plaintext",
         "profile",
         "discovery_url",
@@ -246,6 +248,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "# client_crl_file = \"/",
         "client_crl_file = \"",
         "absolute path",
+    ),
+    (
+        "# client_crl_issuers_file = \"/",
+        "client_crl_issuers_file = \"",
+        "absolute path",
+    ),
+    (
+        "# client_crl_issuers_file",
+        "client_crl_issuers_file",
+        "`client_crl_file`, which is not set",
     ),
     (
         "# trust_domains = []",

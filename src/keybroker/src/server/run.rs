@@ -186,6 +186,7 @@ struct Server {
     store: Arc<dyn Store>,
     audit: AuditLog,
     health: HealthReporter,
+    file_problems: Arc<watch::FileProblems>,
     addresses: Vec<SocketAddr>,
     status_address: SocketAddr,
     remote_status_address: Option<SocketAddr>,
@@ -263,6 +264,7 @@ impl Server {
             store,
             audit,
             health,
+            file_problems: Arc::default(),
         };
         // Health does not say SERVING before the first check.
         watch::report(&server.broker.health(), &server.health).await;
@@ -333,6 +335,7 @@ impl Server {
     fn probes(&self) -> Router {
         status::routes(status::Probe {
             broker: Arc::clone(&self.broker),
+            files: Arc::clone(&self.file_problems),
             metrics: self.metrics.clone(),
             stopping: self.stop_background.clone(),
         })
@@ -371,13 +374,15 @@ impl Server {
     ) {
         let listeners = bound.iter().filter_map(|one| one.tls.clone());
         let tls: Vec<Arc<Tls>> = listeners.chain(status).collect();
+        let problems = Arc::clone(&self.file_problems);
         let stop = self.stop_background.clone();
         self.background
-            .spawn(watch::files(tls, policy, hangup, stop));
+            .spawn(watch::files(tls, policy, problems, hangup, stop));
         self.background
             .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
         self.background.spawn(watch::health(
             Arc::clone(&self.broker),
+            Arc::clone(&self.file_problems),
             self.health.clone(),
             self.stop_background.clone(),
         ));

@@ -6,8 +6,8 @@ use cryptoki::{
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
-    session::Session,
 };
+use keybroker_pkcs11_ffi::Session;
 
 use super::{id, init, open, with_softhsm};
 use crate::{

@@ -137,3 +137,62 @@ fn a_token_that_takes_its_pin_at_a_pad_is_refused_before_a_login() {
         },
     );
 }
+
+#[test]
+fn a_token_whose_clock_is_odd_is_used() {
+    with_softhsm("behaviours::a_token_whose_clock_is_odd_is_used", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap();
+        drop(admin);
+        for time in ["21:38:18", "                ", "", "\\u0000\\u0000"] {
+            faulty.set_clock(time);
+            assert_eq!(crate::admin::list_tokens(&settings).unwrap().len(), 2);
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
+            assert_eq!(admin.check(key.id).unwrap().problem, None, "{time:?}");
+        }
+    });
+}
+
+/// Every attribute that is checked can be read although the token fails when it is asked for its length.
+#[test]
+fn an_attribute_is_read_without_asking_for_its_length() {
+    with_softhsm(
+        "behaviours::an_attribute_is_read_without_asking_for_its_length",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let query = ["CKA_ALLOWED_MECHANISMS", "CKA_MODULUS", "CKA_ID"]
+                .map(|name| {
+                    format!("[[attribute]]\nname = \"{name}\"\non_read.size_query = \"CKR_DEVICE_ERROR\"\n")
+                })
+                .concat();
+            faulty.behave(&query);
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            assert_eq!(admin.key_ids().unwrap(), [key.id]);
+        },
+    );
+}
+
+#[test]
+fn a_string_for_a_module_that_expects_none_is_named() {
+    with_softhsm(
+        "behaviours::a_string_for_a_module_that_expects_none_is_named",
+        |_| {
+            for (text, named) in [("configdir='x'", "expects another string"), ("a\0b", "NUL")] {
+                let settings = Settings {
+                    initialize_string: Some(text.to_owned()),
+                    ..crate::tests::settings()
+                };
+                let error = crate::admin::list_tokens(&settings)
+                    .unwrap_err()
+                    .to_string();
+                assert!(error.contains("token.initialize_string"), "{error}");
+                assert!(error.contains(named), "{error}");
+            }
+        },
+    );
+}

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Builds Kryoptic, an independent PKCS#11 module, for the conformance tests: once for each version, which tests/kryoptic/Cargo.toml
+# fixes. Prints the path of the module. Needs the packages of scripts/install.sh, and the network the first time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+main() {
+  local version module log
+  version=$(sed -nE 's/^kryoptic = \{ version = "=([0-9.]+)".*/\1/p' tests/kryoptic/Cargo.toml)
+  [[ -n $version ]] || { printf 'kryoptic: tests/kryoptic/Cargo.toml fixes no version\n' >&2; exit 1; }
+  module=target/kryoptic/libkryoptic-$version.so
+  if [[ ! -e $module ]]; then
+    printf 'kryoptic: building %s (once, about two minutes)\n' "$version" >&2
+    log=$(mktemp)
+    if ! cargo build --quiet --locked --release --manifest-path tests/kryoptic/Cargo.toml --package kryoptic \
+      --target-dir target/kryoptic >"$log" 2>&1; then
+      tail -n 30 "$log" >&2
+      printf 'kryoptic: the build failed; what it said is above and in %s\n' "$log" >&2
+      exit 1
+    fi
+    rm -f "$log"
+    # Last, so that an interrupted build is not taken for the module.
+    cp target/kryoptic/release/libkryoptic_pkcs11.so "$module.partial"
+    mv "$module.partial" "$module"
+  fi
+  printf '%s\n' "$module"
+}
+
+main "$@"

@@ -1,0 +1,1 @@
+//! Nothing: `scripts/kryoptic.sh` builds the dependency `kryoptic` itself, whose library is the module.

@@ -8,13 +8,14 @@ use std::{
     process::{Command, Stdio},
 };
 
+use keybroker_test_support::skip::is_root;
 use rustix::process::Signal;
 
 use crate::{
     expected::{AUDIT, CONFIGURATION, INTERRUPTED, OTHER_USER, PIN, STORE, TOKEN, UNTRUSTED, says},
     faulty::{Fault, code},
     faulty_token,
-    process::{send, until},
+    process::{can_mount, send, until},
     site::{Finished, Options, Site},
     softhsm::{self, write_private},
 };
@@ -27,9 +28,7 @@ fn run_mounted(
     mounts: &str,
     arguments: &[&str],
 ) -> Option<Finished> {
-    let probe = Command::new("unshare").args(["--mount", "true"]).output();
-    if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED without the right to mount: {arguments:?}");
+    if !can_mount(&format!("{arguments:?}")) {
         return None;
     }
     let plain = site.command(arguments);
@@ -320,8 +319,7 @@ fn a_file_system_that_cannot_be_written_is_named_as_such() {
 /// Reads that another user tries say which user to be.
 #[test]
 fn a_file_that_cannot_be_read_says_which_user_to_be() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED without root: commands of another user");
+    if !is_root("commands of another user") {
         return;
     }
     let site = Site::fresh(Options::default());

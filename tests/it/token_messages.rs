@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::chown};
 
+use keybroker_test_support::skip::is_root;
+
 use crate::{
     expected::{CONFIGURATION, OTHER_USER, PIN, TOKEN, UNTRUSTED, USAGE, says},
     faulty::{Fault, flag},
@@ -397,7 +399,7 @@ fn config_check_says_when_no_token_was_looked_for_or_none_is_there() {
 #[test]
 fn root_is_told_which_user_to_be() {
     // Only root can give a file to another user.
-    if !rustix::process::geteuid().is_root() {
+    if !is_root("a PIN file of another user") {
         return;
     }
     let site = Site::fresh(Options::default());

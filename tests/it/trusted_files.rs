@@ -10,6 +10,7 @@ use std::{
     sync::Arc,
 };
 
+use keybroker_test_support::skip::is_root;
 use rcgen::KeyPair;
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
@@ -21,7 +22,7 @@ use crate::{
     expected::{CONFIGURATION, OTHER_USER, PIN, TOKEN},
     faulty::{Fault, code},
     faulty_token,
-    process::{Broker, children_of, is_alive, send, until},
+    process::{Broker, can_mount, children_of, is_alive, send, until},
     site::{Finished, Options, Site, policy_section},
     softhsm::{self, write_private},
 };
@@ -50,10 +51,7 @@ const HARMS: [Harm; 6] = [
 
 /// Those that can be arranged here: a file can be given away by root alone.
 fn harms() -> impl Iterator<Item = Harm> {
-    let is_root = geteuid().is_root();
-    if !is_root {
-        eprintln!("SKIPPED without root: files of another user");
-    }
+    let is_root = is_root("files of another user");
     HARMS
         .into_iter()
         .filter(move |harm| is_root || *harm != Harm::OtherOwner)
@@ -474,9 +472,7 @@ fn run_after(
     commands: &str,
     arguments: &[&str],
 ) -> Option<Finished> {
-    let probe = Command::new("unshare").args(["--mount", "true"]).output();
-    if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED without the right to mount: read-only mounts");
+    if !can_mount("read-only mounts") {
         return None;
     }
     let mut command = Command::new("unshare");

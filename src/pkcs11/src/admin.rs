@@ -25,7 +25,7 @@ use crate::{
     classify::{Class, Fault},
     keys::{self, Cause, KeySession, Making, Place, Refusal, Terms},
     module,
-    negative::Subject,
+    negative::{self, Subject},
     open::{OpenToken, auth_pin},
     operation,
     select::{self, Selected},
@@ -37,6 +37,12 @@ pub(crate) use verifier::Verifier;
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
+
+/// The negative tests that are made only with keys for a session.
+fn tests_that_change_a_key() -> Vec<&'static str> {
+    let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
+    tests.map(|test| test.name).collect()
+}
 
 /// Names the settings with which a token makes the keys that it refused, and what they mean.
 fn helped_by_settings(
@@ -473,12 +479,17 @@ impl Admin {
             ));
         }
         let session = &self.token.anchor;
-        self.try_for_a_session()?;
+        let not_made = self.try_for_a_session()?;
         let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
             .map_err(|refusal| self.explained(refusal))?;
         let problem = match self.check(made.pair.id) {
-            Ok(checked) => match &checked.problem {
+            Ok(mut checked) => match &checked.problem {
                 None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
+                    for test in not_made {
+                        if !checked.not_tried.contains(&test) {
+                            checked.not_tried.push(test);
+                        }
+                    }
                     return Ok(checked);
                 }
                 None => format!(
@@ -499,9 +510,9 @@ impl Admin {
         )))
     }
 
-    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. A token
-    /// that makes no keys for a session is not tried.
-    fn try_for_a_session(&self) -> Result<(), AdminError> {
+    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. Returns the
+    /// names of the negative tests that were not made: those that change a key, on a token that makes no keys for a session.
+    fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
         let made = match keys::generate_for_session(session, terms) {
@@ -520,7 +531,7 @@ impl Admin {
                         &attributes,
                         &self.settings,
                     )),
-                    _ => Ok(()),
+                    _ => Ok(tests_that_change_a_key()),
                 };
             }
         };
@@ -542,7 +553,11 @@ impl Admin {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
-            _ => Ok(()),
+            Err(fault) => {
+                tracing::warn!(%fault, "the tests with keys for a session ended early");
+                Ok(tests_that_change_a_key())
+            }
+            Ok(not_made) => Ok(not_made),
         }
     }
 

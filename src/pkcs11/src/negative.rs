@@ -24,8 +24,9 @@ use crate::{
 mod attempts;
 
 use attempts::{
-    Helpers, copies, decrypts, decrypts_oaep, oaep_sha1, readable, sets, signs, unwraps, verifies,
-    wraps, wraps_under_rsa,
+    Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives,
+    extract_first_byte, oaep_sha1, readable, readable_template, sets, signs, unwraps, verifies,
+    with_known_data, wraps, wraps_under_rsa, wraps_with_gcm,
 };
 
 /// Any: nothing is ever unwrapped again.
@@ -119,6 +120,11 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.private),
     ),
     never(
+        "wrap-private-aes-gcm",
+        "the RSA private key can be wrapped with CKM_AES_GCM",
+        |on| wraps_with_gcm(on, on.pair.private),
+    ),
+    never(
         "wrap-integrity-aes-kw",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP",
         |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.integrity_key),
@@ -134,6 +140,21 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.integrity_key),
     ),
     never(
+        "wrap-integrity-aes-cbc-unpadded",
+        "the integrity key can be wrapped with CKM_AES_CBC",
+        |on| wraps(on, &Mechanism::AesCbc(IV), on.pair.integrity_key),
+    ),
+    never(
+        "wrap-integrity-aes-ecb",
+        "the integrity key can be wrapped with CKM_AES_ECB",
+        |on| wraps(on, &Mechanism::AesEcb, on.pair.integrity_key),
+    ),
+    never(
+        "wrap-integrity-aes-gcm",
+        "the integrity key can be wrapped with CKM_AES_GCM",
+        |on| wraps_with_gcm(on, on.pair.integrity_key),
+    ),
+    never(
         "wrap-integrity-rsa-oaep",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS_OAEP",
         |on| wraps_under_rsa(on, &oaep_sha1()),
@@ -142,6 +163,60 @@ pub const TESTS: &[NegativeTest] = &[
         "wrap-integrity-rsa-pkcs1",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS",
         |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
+    ),
+    never(
+        "derive-integrity-part",
+        "a part of the integrity key can be made a key of its own (CKM_EXTRACT_KEY_FROM_KEY), which is short enough to be guessed",
+        |on| {
+            derives(
+                on,
+                &[extract_first_byte()],
+                on.pair.integrity_key,
+                PART_BYTES,
+                &[],
+            )
+        },
+    ),
+    never(
+        "derive-integrity-readable",
+        "a readable key can be derived from the integrity key",
+        |on| {
+            derives(
+                on,
+                &with_known_data(),
+                on.pair.integrity_key,
+                SECRET_KEY_BYTES,
+                &readable_template(),
+            )
+        },
+    ),
+    unless(
+        "CKA_DERIVE",
+        "derive-integrity",
+        "keys can be derived from the integrity key",
+        |on| {
+            derives(
+                on,
+                &with_known_data(),
+                on.pair.integrity_key,
+                SECRET_KEY_BYTES,
+                &[],
+            )
+        },
+    ),
+    unless(
+        "CKA_DERIVE",
+        "derive-private",
+        "keys can be derived from the RSA private key",
+        |on| {
+            derives(
+                on,
+                &with_known_data(),
+                on.pair.private,
+                SECRET_KEY_BYTES,
+                &[],
+            )
+        },
     ),
     never(
         "copy-private-extractable",

@@ -233,7 +233,7 @@ async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
     restarted.postponed(&recent, "none of", false).await;
 }
 
-/// Whoever knows how a provider names its keys can name the next one first.
+/// A caller who knows how a provider names its keys can send the next name first.
 #[tokio::test]
 async fn a_key_id_that_a_caller_named_before_its_time_is_not_held_against_the_key() {
     let service = Identity::start(Options::default());

@@ -228,7 +228,11 @@ pub const TESTS: &[NegativeTest] = &[
     input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
-        |on| decrypts_oaep(on, &on.self_test.wrapped()[1..]),
+        // Cut at its end: without a leading zero byte it would be the same number, which some tokens accept.
+        |on| {
+            let wrapped = on.self_test.wrapped();
+            decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
+        },
     ),
     input(
         "decrypt-extended",

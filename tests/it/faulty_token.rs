@@ -172,7 +172,7 @@ async fn a_short_failure_is_not_answered_with_data_loss() {
     assert!(!log.contains("record-damaged"), "{log}");
 }
 
-/// A session that the device has dropped is replaced, and the caller does not notice.
+/// A session that the device has dropped is and the caller does not notice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_session_is_replaced_unseen() {
     let (site, faulty) = site(Options::default());
@@ -272,4 +272,25 @@ async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
         entry.is_some_and(|line| line.contains("unwrap")),
         "{id}: {audited}"
     );
+}
+
+/// A second token of the same name, as a vendor's tool makes it, does not stop a broker that serves or starts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_token_with_the_label_does_not_stop_the_broker() {
+    let (site, faulty) = site(Options::default());
+    site.expect_ok(&["token", "backup-confirmed"]);
+    let so_pin = site.folder().join("so-pin");
+    softhsm::write_private(&so_pin, "87654321");
+    let init = ["token", "init", "--label", "twin", "--so-pin-file"];
+    site.expect_ok(&[&init[..], &[so_pin.to_str().unwrap()]].concat());
+    faulty.behave(&format!("[token]\nlabel = \"{}\"\n", site.token.label()));
+    let ambiguous = site.run(&["token", "check"]);
+    assert!(
+        ambiguous.stderr.contains("`token.serial`"),
+        "{ambiguous:#?}"
+    );
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    broker.stop();
 }

@@ -9,6 +9,7 @@
     reason = "a test that meets a surprise stops there and says where"
 )]
 
+mod adopted;
 mod audit_log;
 mod bad_inputs;
 mod bench;
@@ -24,6 +25,7 @@ mod cut_short;
 mod databases;
 mod end_to_end;
 mod examples;
+mod expected;
 mod faults;
 mod faulty_token;
 mod file_messages;

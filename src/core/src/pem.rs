@@ -105,12 +105,33 @@ pub enum Error {
     TooDamaged(usize),
 }
 
+/// Where a part of a file is. Blocks are counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It is this block.
+    Block(usize),
+    /// It is the text after this block and before the next one.
+    After(usize),
+    /// It is the text before the first block, or the whole of a file without a block.
+    Beginning,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(number) => write!(f, "block {number}"),
+            Self::After(number) => write!(f, "after block {number}"),
+            Self::Beginning => f.write_str("at its beginning"),
+        }
+    }
+}
+
 /// A part of a file that cannot be read. The text is a clause that follows the name of the file.
 #[derive(Debug, thiserror::Error)]
-#[error("block {index}")]
+#[error("{place}")]
 pub struct DamagedBlock {
-    /// Of the block, counted from 1, or of the last block before the part between two blocks; 0 is the beginning of the file.
-    pub index: usize,
+    /// Where it is.
+    pub place: Place,
     /// What is wrong with it.
     #[source]
     pub source: Error,
@@ -256,16 +277,17 @@ pub fn revocation_lists(
             Ok(block) => Err(block.unexpected()),
             Err(error) => Err(error),
         };
-        let index = scan.blocks;
+        let place = scan.place;
+        let damage = |source| DamagedBlock { place, source };
         if read.is_err() {
             damaged += 1;
         }
         if damaged > DAMAGED_BLOCKS_MAX {
             let source = Error::TooDamaged(DAMAGED_BLOCKS_MAX);
-            found.push(Err(DamagedBlock { index, source }));
+            found.push(Err(damage(source)));
             break;
         }
-        found.push(read.map_err(|source| DamagedBlock { index, source }));
+        found.push(read.map_err(damage));
     }
     found
 }
@@ -330,6 +352,8 @@ struct Scan<'a> {
     refused: Option<Error>,
     /// BEGIN lines so far.
     blocks: usize,
+    /// Of what was read last.
+    place: Place,
     /// The last position whose line was asked for, and its line.
     counted: (usize, usize),
 }
@@ -349,6 +373,7 @@ impl<'a> Scan<'a> {
             at: refused.is_none().then_some(0),
             refused,
             blocks: 0,
+            place: Place::Beginning,
             counted: (0, 1),
         }
     }
@@ -414,6 +439,9 @@ impl Iterator for Scan<'_> {
         let begin = find(&self.text[at..], BEGIN).map(|offset| at + offset);
         if let Err(error) = self.check_between(at, begin.unwrap_or(self.text.len())) {
             self.at = begin;
+            if self.blocks > 0 {
+                self.place = Place::After(self.blocks);
+            }
             return Some(Err(error));
         }
         let Some(begin) = begin else {
@@ -421,6 +449,7 @@ impl Iterator for Scan<'_> {
             return None;
         };
         self.blocks += 1;
+        self.place = Place::Block(self.blocks);
         Some(self.block(begin))
     }
 }

@@ -109,7 +109,13 @@ fn what_does_not_belong_into_a_file_is_refused_with_the_remedy() {
         }
     }
     for bytes in [a.as_bytes(), private.as_bytes()] {
-        let [Err(DamagedBlock { index: 1, source })] = &revocation_lists(bytes)[..] else {
+        let [
+            Err(DamagedBlock {
+                place: Place::Block(1),
+                source,
+            }),
+        ] = &revocation_lists(bytes)[..]
+        else {
             panic!("one block, which is refused")
         };
         assert!(source.to_string().contains("does not belong"), "{source}");
@@ -165,27 +171,27 @@ fn a_key_file_holds_one_key_in_clear() {
 fn a_damaged_block_does_not_withhold_the_revocation_lists_after_it() {
     let block = |text: &str| format!("-----BEGIN X509 CRL-----\n{text}\n-----END X509 CRL-----\n");
     let (first, last) = (block("Zmlyc3Q="), block("bGFzdA=="));
-    for (damaged, index, words) in [
-        (block("!!"), 2, "in line 4 cannot be decoded"),
+    for (damaged, place, words) in [
+        (block("!!"), Place::Block(2), "in line 4 cannot be decoded"),
         (
             block("Zmlyc3Q=").replace("END X509", "END X508"),
-            2,
+            Place::Block(2),
             "has no END line",
         ),
         (
             "-----BEGIN X509 CRL-----\nZmly\n".to_owned(),
-            2,
+            Place::Block(2),
             "has no END line",
         ),
-        (certificate(), 2, "does not belong"),
+        (certificate(), Place::Block(2), "does not belong"),
         (
             block("Zmly").replacen("-----BEGIN", "----BEGIN", 1),
-            1,
+            Place::After(1),
             "line 4 looks like",
         ),
         (
             "-----END X509 CRL-----\n".to_owned(),
-            1,
+            Place::After(1),
             "line 4 ends a block",
         ),
     ] {
@@ -193,13 +199,22 @@ fn a_damaged_block_does_not_withhold_the_revocation_lists_after_it() {
         let good: Vec<&[u8]> = read.iter().flatten().map(AsRef::as_ref).collect();
         assert_eq!(good, [&b"first"[..], b"last"], "{damaged}");
         let bad = read.iter().find_map(|one| one.as_ref().err()).unwrap();
-        assert_eq!(bad.index, index, "{damaged}");
+        assert_eq!(bad.place, place, "{damaged}");
         assert!(bad.source.to_string().contains(words), "{words}: {bad:?}");
     }
     let truncated = &last[..last.len() / 2];
     let read = revocation_lists(format!("{first}{truncated}").as_bytes());
     assert!(
-        matches!(&read[..], [Ok(_), Err(DamagedBlock { index: 2, .. })]),
+        matches!(
+            &read[..],
+            [
+                Ok(_),
+                Err(DamagedBlock {
+                    place: Place::Block(2),
+                    ..
+                })
+            ]
+        ),
         "{read:?}"
     );
 }

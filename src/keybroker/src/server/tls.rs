@@ -159,7 +159,7 @@ impl Tls {
 
     /// Stores the accepted revocation lists, so that a restart does not forget them.
     pub(super) fn remember_lists(&self) -> Result<(), MemoryError> {
-        held(&self.memory).store()
+        held(&self.memory).store(now())
     }
 
     pub(super) fn current(&self) -> Arc<Accepting> {

@@ -84,16 +84,20 @@ impl FileState {
                 .with([path.clone()])
                 .set(to_float(until));
         }
-        let has_ended = self.until.is_some_and(|until| until < now);
-        match (self.problems, has_ended) {
-            (0, false) => None,
-            (0, true) => Some(format!(
-                "client_crl_file {path}: a revocation list has ended"
-            )),
-            (problems, _) => Some(format!(
-                "client_crl_file {path}: {problems} revocation lists refused or missing (alert client-crl)"
-            )),
+        let mut wrong = Vec::new();
+        if self.problems > 0 {
+            let problems = self.problems;
+            wrong.push(format!("revocation lists refused or missing: {problems}"));
         }
+        if self.until.is_some_and(|until| until < now) {
+            wrong.push("a revocation list has ended".to_owned());
+        }
+        (!wrong.is_empty()).then(|| {
+            format!(
+                "client_crl_file {path}: {} (alert client-crl)",
+                wrong.join(", ")
+            )
+        })
     }
 }
 

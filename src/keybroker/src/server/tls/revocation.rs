@@ -39,6 +39,9 @@ use list::{Authority, List, Slot, Version, authority_of, name_of};
 
 /// Longest file of revocation lists, in bytes.
 pub(super) const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Unverified lists that are kept although they are no longer in the file, and their length in bytes.
+const UNVERIFIED_KEPT_MAX: usize = 128;
+const UNVERIFIED_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Lists that the log names when they are left out; a file may have very many.
 const PROBLEMS_SHOWN: usize = 5;
 /// Length of each of them in the log: the name of an authority may be very long.
@@ -205,8 +208,10 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists in use of authorities that are not configured and have none in the file, until they end.
+    /// Keeps the lists in use of authorities that are not configured and have none in the file, until they end. A file that has lists of
+    /// other unknown authorities at each reload must not fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
+        let (mut count, mut bytes) = (0, 0);
         for (slot, kept) in &in_use.groups {
             let (name, key) = &slot.authority;
             let is_configured = self.configured.keys().any(|(other, _)| other == name);
@@ -216,7 +221,13 @@ impl Lists {
                 && kept.life.includes(now)
             {
                 let is_reported = self.has_problem_of(name);
-                self.keep(slot, kept, is_reported);
+                count += 1;
+                bytes += kept.der.len();
+                if count <= UNVERIFIED_KEPT_MAX && bytes <= UNVERIFIED_BYTES_MAX {
+                    self.keep(slot, kept, is_reported);
+                } else if !is_reported {
+                    self.report(name.clone(), ListsError::Missing(name_of(name)));
+                }
             }
         }
     }
@@ -256,11 +267,22 @@ impl Lists {
         }
     }
 
-    /// What the log says about the lists that were left out.
+    /// What the log says about the lists that were left out. Those of configured authorities come first, so that others in the file do not
+    /// hide them.
     pub(super) fn left_out(&self) -> Option<String> {
-        let shown: Vec<String> = self
-            .problems
-            .iter()
+        let configured: BTreeSet<&[u8]> = self
+            .configured
+            .keys()
+            .map(|(name, _)| name.as_slice())
+            .collect();
+        let is_foreign = |problem: &&Problem| {
+            let name = problem.name.as_deref();
+            name.is_none_or(|name| !configured.contains(name))
+        };
+        let mut problems: Vec<&Problem> = self.problems.iter().collect();
+        problems.sort_by_key(is_foreign);
+        let shown: Vec<String> = problems
+            .into_iter()
             .take(PROBLEMS_SHOWN)
             .map(|problem| {
                 let text = chain(&problem.error);
@@ -390,7 +412,9 @@ fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
                 Ok((block, list))
             }
             Err(damaged) => {
-                block = damaged.index;
+                if let pem::Place::Block(number) = damaged.place {
+                    block = number;
+                }
                 Err(ListsError::Block(damaged))
             }
         })

@@ -29,7 +29,7 @@ use super::{
     parsed, roots,
 };
 
-/// Lists of one file that are stored; those of authorities that are not configured any more are removed first.
+/// Lists of one file that are stored. Of more, those that have ended or whose authority is no longer configured are removed.
 const STORED_MAX: usize = 128;
 /// Bytes of a digest in the name of a state file.
 const NAMED_BYTES: usize = 8;
@@ -151,11 +151,11 @@ impl Place {
         Ok(versions)
     }
 
-    /// Removes the stored lists that were not replaced for longest, except those in `current`.
-    fn limit(&self, current: &BTreeSet<String>) -> Result<(), MemoryError> {
+    /// Removes the stored lists that were not replaced for longest, except those in `valid`.
+    fn limit(&self, valid: &BTreeSet<String>) -> Result<(), MemoryError> {
         let names = self.state.names(&format!("{}-", self.file), SUFFIX)?;
         let too_many = names.len().saturating_sub(STORED_MAX);
-        let former = names.iter().filter(|name| !current.contains(*name));
+        let former = names.iter().filter(|name| !valid.contains(*name));
         for name in former.take(too_many) {
             self.state.remove(name)?;
         }
@@ -303,7 +303,7 @@ impl Memory {
     }
 
     /// Stores the accepted lists that are not stored yet.
-    pub(in super::super) fn store(&mut self) -> Result<(), MemoryError> {
+    pub(in super::super) fn store(&mut self, now: i64) -> Result<(), MemoryError> {
         let Some(place) = &self.place else {
             return Ok(());
         };
@@ -316,8 +316,9 @@ impl Memory {
             }
         }
         if is_new {
-            let current = self.accepted.keys().map(|slot| place.name(slot));
-            place.limit(&current.collect())?;
+            let valid = self.accepted.iter().filter(|(_, list)| list.is_valid(now));
+            let names = valid.map(|(slot, _)| place.name(slot));
+            place.limit(&names.collect())?;
         }
         Ok(())
     }

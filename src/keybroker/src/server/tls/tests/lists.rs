@@ -235,6 +235,64 @@ fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
     assert!(refused.unwrap_err().contains("no list of \"CN=CA\""));
 }
 
+/// An attacker who replaces the file again and again could otherwise fill the memory with lists that end in a thousand years.
+#[test]
+fn missing_lists_of_unknown_authorities_are_kept_only_up_to_a_limit() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let authorities = [ca.der().clone()];
+    let own = list(&ca, &[7], -2, 24);
+    let unknown = |name: &str| {
+        let names = (0..70).map(|n| format!("{name} {n}"));
+        let lists = names.map(|name| {
+            let unknown = authority(&name, &rcgen::PKCS_ECDSA_P256_SHA256);
+            list(&unknown, &[], -2, 24)
+        });
+        lists.collect::<String>()
+    };
+    let mut in_use = None;
+    let mut counts = Vec::new();
+    for text in [
+        unknown("first"),
+        unknown("second"),
+        unknown("third"),
+        String::new(),
+    ] {
+        let text = format!("{own}{text}");
+        let memory = Memory::default();
+        let lists = follow(
+            text.as_bytes(),
+            &authorities,
+            &memory,
+            in_use.as_ref(),
+            now(),
+        )
+        .unwrap();
+        counts.push((lists.count(), lists.problem_count()));
+        in_use = Some(lists);
+    }
+    assert_eq!(counts, [(71, 0), (141, 70), (199, 140), (129, 198)]);
+}
+
+#[test]
+fn the_problem_of_a_configured_authority_is_reported_before_others() {
+    let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let other = authority("other CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let authorities = [ca.der().clone(), other.der().clone()];
+    let mut memory = Memory::default();
+    let (own, of_other) = (list(&ca, &[], -2, 24), list(&other, &[], -2, 24));
+    let read = |text: &str, memory: &Memory| {
+        follow(text.as_bytes(), &authorities, memory, None, now()).unwrap()
+    };
+    memory.accept(&read(&format!("{own}{of_other}"), &memory));
+    let damaged = own.replace("\nMI", "\n!!").repeat(9);
+    let reported = read(&format!("{damaged}{own}"), &memory)
+        .left_out()
+        .unwrap();
+    let first = "no longer holds a list of \"CN=other CA\"";
+    assert!(reported.starts_with(first), "{reported}");
+    assert!(reported.ends_with("and 5 more"), "{reported}");
+}
+
 /// The list that covers only the certificates with that distribution point.
 fn partial(authority: &Authority, number: u64, revoked: &[u64], point: &str, from: i64) -> String {
     signed(authority, Some(point), number, revoked, from, 24)

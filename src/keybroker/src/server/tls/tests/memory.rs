@@ -326,3 +326,33 @@ fn what_an_earlier_release_remembered_counts_for_verified_lists() {
         assert!(refused.contains(&file), "{refused}");
     }
 }
+
+/// Authorities come and go, and distribution points get other names.
+#[test]
+fn the_state_directory_does_not_fill_up_with_lists_that_are_not_needed() {
+    let site = Site::fresh();
+    let state = StateDirectory::at(&site.path("state"));
+    let start = || site.try_load_with(Some(&state)).unwrap();
+    site.write("crl", &list(&site.ca, &[7], -3, 24));
+    start().remember_lists().unwrap();
+    let [needed] = &stored(&state)[..] else {
+        panic!("one list of one authority")
+    };
+    let (prefix, _) = needed
+        .to_str()
+        .unwrap()
+        .rsplit_once("/client-crl-")
+        .unwrap();
+    let file = needed.file_name().unwrap().to_str().unwrap();
+    let file: Vec<&str> = file.split('-').collect();
+    for former in 0..200 {
+        let path = format!("{prefix}/client-crl-{}-{former:016x}-all.der", file[2]);
+        fs::copy(needed, path).unwrap();
+    }
+    site.write("crl", &list(&site.ca, &[7, 8], -2, 24));
+    start().remember_lists().unwrap();
+    assert_eq!(stored(&state).len(), 128);
+    assert!(needed.exists());
+    fs::write(site.path("crl"), "").unwrap();
+    assert!(!Site::verifies(&start(), &site.ca, 8));
+}

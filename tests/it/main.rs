@@ -43,6 +43,7 @@ mod profiles;
 mod purge;
 mod rates;
 mod recovery;
+mod reports;
 mod rest;
 mod restored;
 mod retries;

@@ -20,8 +20,9 @@ use keybroker_worker_protocol::{
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, OaepSupport, OpenToken, PinSource, Setup, TokenEntry,
-        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        DecryptLoop, InitToken, KeyIds, LoopCount, MakeReport, OaepSupport, OpenToken, PinSource,
+        Setup, TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
+        pin_source::Source,
     },
 };
 
@@ -133,6 +134,7 @@ impl State {
             }
             Job::VerifyMac(job) => self.verify(&job.key_id, &job.message, &job.mac),
             Job::DecryptLoop(job) => self.decrypt_loop(job),
+            Job::MakeReport(job) => self.report(job),
         }
     }
 
@@ -177,7 +179,18 @@ impl State {
         let count = self
             .token()?
             .decrypt_loop(key_id(&job.key_id)?, threads, until)?;
-        Ok(Outcome::Count(count))
+        Ok(Outcome::Count(LoopCount {
+            operations: count.operations,
+            waits: count.waits,
+        }))
+    }
+
+    fn report(&self, job: &MakeReport) -> Result<Outcome, AdminError> {
+        let pin = read(job.pin.as_ref())?;
+        let report = self.token()?.report(&pin, job.write, job.serial)?;
+        let text = serde_json::to_string(&report)
+            .map_err(|error| AdminError::Token(format!("the report cannot be written: {error}")))?;
+        Ok(Outcome::Report(text))
     }
 }
 

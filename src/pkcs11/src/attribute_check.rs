@@ -92,6 +92,11 @@ impl Finding {
     pub fn passes(&self) -> bool {
         matches!(self.found, Found::AsExpected | Found::Excepted)
     }
+
+    /// Whether the token does not have the attribute.
+    pub(crate) fn is_absent(&self) -> bool {
+        matches!(self.found, Found::Missing | Found::Excepted)
+    }
 }
 
 /// One row: name, type, expected value.

@@ -471,6 +471,20 @@ pub(super) fn cause_of_refusal(session: &Session, making: Making, exceptions: &[
     Cause::Attributes(left_out)
 }
 
+/// The id of keys that end with their session, of which nothing else is known.
+pub(super) fn no_id() -> WrappingKeyId {
+    WrappingKeyId::from_bytes([0; ID_BYTES])
+}
+
+/// Keys of a session that were made one by one.
+pub(super) fn session_pair(private: ObjectHandle, binding: ObjectHandle) -> KeyPair {
+    KeyPair {
+        id: no_id(),
+        private,
+        binding,
+    }
+}
+
 fn fresh_id() -> Result<WrappingKeyId, Fault> {
     let mut bytes = [0; ID_BYTES];
     aws_lc_rs::rand::fill(&mut bytes)

@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod attempts;
+pub(crate) mod survey;
 
 use attempts::{
     Helpers, copies, decrypts, decrypts_oaep, oaep_sha1, readable, sets, signs, unwraps, verifies,

@@ -199,6 +199,31 @@ fn a_database_of_a_newer_schema_is_refused_and_left_alone() {
     assert_eq!(fs::read(site.database()).unwrap(), before);
 }
 
+/// The brokers of two releases serve one database during an upgrade, also when one of the old release is started again.
+#[test]
+fn a_broker_serves_from_a_newer_schema_that_only_adds_to_its_own_and_says_so() {
+    let site = Arc::new(Site::fresh(Options::default()));
+    let newest = site.sql("SELECT max(version) FROM _sqlx_migrations");
+    site.sql(&format!(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES (9999, 'from the future usable from {}', 1, x'00', 0)",
+        newest.trim()
+    ));
+    let status = site.expect_ok(&["-o", "json", "store", "status"]);
+    assert!(status.contains("\"ready\": true"), "{status}");
+    for migrates in [false, true] {
+        site.write_configuration(|text| {
+            let section = format!("[store]\nmigrate_at_start = {migrates}");
+            *text = text.replace("[store]", &section);
+        });
+        let broker = Broker::start_on(Arc::clone(&site));
+        assert!(broker.site.log().contains("finish the upgrade"));
+        drop(broker);
+    }
+    let finished = site.run(&["store", "migrate"]);
+    assert_eq!(finished.code, Some(7), "{finished:#?}");
+}
+
 #[test]
 fn a_database_that_was_never_migrated_is_refused_with_the_remedy() {
     let site = Site::without_keys(Options::default());

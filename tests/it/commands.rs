@@ -57,7 +57,7 @@ fn the_configuration_is_checked_whole_and_shown_without_secrets() {
     assert!(shown.contains("call_timeout_max_ms = 30000"), "{shown}");
     assert!(!shown.contains(site.token.pin()), "{shown}");
     let object = json(&site.expect_ok(&["config", "show", "-o", "json"]));
-    assert_eq!(object["token"]["queue_length_max"], 256);
+    assert_eq!(object["token"]["queue_length_max"], 4_096);
 
     let key = site.pki.key_file("server");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();

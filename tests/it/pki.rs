@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use rcgen::{
@@ -51,6 +52,8 @@ pub(crate) fn uri(client: &str) -> String {
 pub(crate) struct Pki {
     folder: TempDir,
     authority: Issuer,
+    /// Lists of revoked certificates so far.
+    lists: AtomicU64,
 }
 
 impl Pki {
@@ -63,6 +66,7 @@ impl Pki {
         let pki = Self {
             folder,
             authority: authority("test CA"),
+            lists: AtomicU64::new(0),
         };
         fs::write(pki.ca_file(), pki.authority.pem()).unwrap();
         pki.issue_server();
@@ -119,7 +123,7 @@ impl Pki {
         self.write("server", &parameters, &self.authority);
     }
 
-    /// Writes the CA's list of revoked certificates: those clients', and no other. It ends so many seconds from now.
+    /// Writes the CA's next list of revoked certificates: those clients', and no other. It ends so many seconds from now.
     pub(crate) fn revoke(&self, clients: &[&str], ends_in_s: i64) {
         let now = OffsetDateTime::now_utc();
         let revoked = clients.iter().map(|client| RevokedCertParams {
@@ -131,7 +135,7 @@ impl Pki {
         let list = CertificateRevocationListParams {
             this_update: now - Duration::days(1),
             next_update: now + Duration::seconds(ends_in_s),
-            crl_number: SerialNumber::from(1_u64),
+            crl_number: SerialNumber::from(1 + self.lists.fetch_add(1, Ordering::Relaxed)),
             issuing_distribution_point: None,
             revoked_certs: revoked.collect(),
             key_identifier_method: KeyIdMethod::Sha256,

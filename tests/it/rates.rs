@@ -1,4 +1,4 @@
-//! Limits of callers: rates, failure budgets, and the alert about bulk releases, with the real broker.
+//! Limits of callers: rates, failure budgets, and the alerts about bulk releases and frequent replacements, with the real broker.
 
 use std::time::{Duration, Instant};
 
@@ -171,4 +171,70 @@ async fn releasing_the_keys_of_too_many_users_raises_an_alert() {
         .collect();
     assert_eq!(alerts.len(), 1, "{alerts:?}");
     assert!(alerts[0].contains("/releaser"), "{alerts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replacing_a_record_too_often_raises_one_alert_and_refuses_nothing() {
+    let broker = Broker::start(with_rates("replacements_per_hour = 3"));
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    enroller.create("bob", MATERIAL).await.unwrap();
+    let replace = async |user: &str, revision: u64| {
+        let changed = enroller.replace(user, MATERIAL, revision, "").await;
+        assert_eq!(changed.unwrap().revision, revision + 1);
+    };
+    for revision in 1..=3 {
+        replace("ada", revision).await;
+        replace("bob", revision).await;
+    }
+    assert!(!broker.site.log().contains("frequent-replacement"));
+    for revision in 4..=8 {
+        replace("ada", revision).await;
+    }
+    let raised = "keybroker_alerts_total{alert=\"frequent-replacement\"} 1";
+    let metrics = get(broker.status, "/metrics");
+    assert!(metrics.contains(raised), "{metrics}");
+    let (site, _) = broker.stop();
+    let log = site.log();
+    let lines: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("\"frequent-replacement\""))
+        .collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("/enroller"), "{lines:?}");
+    let audit = site.audit();
+    let entries: Vec<_> = audit
+        .lines()
+        .filter(|line| line.contains("alarm.frequent_replacement"))
+        .collect();
+    assert_eq!(entries.len(), 1, "{entries:?}");
+    assert!(entries[0].contains("\"revision\":5"), "{entries:?}");
+}
+
+/// The times are those of the database, so that a restart, or a change of the broker, does not begin a new count.
+#[tokio::test(flavor = "multi_thread")]
+async fn replacements_before_a_restart_count_and_old_ones_do_not() {
+    let broker = Broker::start(with_rates("replacements_per_hour = 3"));
+    let enroller = Caller::of(&broker, "enroller");
+    for user in ["ada", "bob"] {
+        enroller.create(user, MATERIAL).await.unwrap();
+        for revision in 1..=3 {
+            enroller
+                .replace(user, MATERIAL, revision, "")
+                .await
+                .unwrap();
+        }
+    }
+    let (site, _) = broker.stop();
+    let hour = 3_600 * 1_000_000_u64;
+    site.sql(&format!(
+        "UPDATE revisions SET created_us = created_us - {hour} WHERE record_id IN \
+         (SELECT record_id FROM records WHERE user = 'bob')"
+    ));
+    let broker = Broker::start_on(site);
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.replace("bob", MATERIAL, 4, "").await.unwrap();
+    assert!(!broker.site.log().contains("frequent-replacement"));
+    enroller.replace("ada", MATERIAL, 4, "").await.unwrap();
+    assert!(broker.site.log().contains("frequent-replacement"));
 }

@@ -58,6 +58,16 @@ async fn an_earlier_state_of_the_database_is_refused_until_it_is_accepted() {
     let enroller = Caller::of(&broker, "enroller");
     refused(enroller.create("eve", MATERIAL).await, "STORE_DOWN");
     is_refused_with_an_alert(&broker.site);
+    // From the first line on: a load balancer must not send calls here even for a moment.
+    let first = until("the first line about health", || {
+        let log = broker.site.log();
+        let mut lines = log
+            .lines()
+            .skip_while(|line| !line.contains("store-restored"));
+        let first = lines.find(|line| line.contains("\"health\""));
+        first.map(str::to_owned)
+    });
+    assert!(first.contains("\"user_keys\":false"), "{first}");
 
     // Put right, it serves without a word of an operator.
     let (site, _) = broker.stop();
@@ -259,6 +269,63 @@ async fn an_audit_log_in_the_place_of_another_is_refused_until_it_is_acknowledge
     // The acknowledged log is now the one that the database knows.
     let broker = Broker::start_on(site);
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+}
+
+/// A migration cannot be undone, so it must not begin on the database of another broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_refuses_a_database_that_was_used_with_another_audit_log() {
+    let broker = Broker::start(Options::default());
+    let (site, _) = broker.stop();
+    let (directory, moved) = (site.audit_directory(), site.folder().join("moved"));
+    // With its own log, the database can be migrated again.
+    site.expect_ok(&["store", "migrate"]);
+    fs::rename(&directory, &moved).unwrap();
+    let before = fs::read(site.database()).unwrap();
+    for at_start in [false, true] {
+        site.write_configuration(|text| {
+            if at_start {
+                *text = text.replace("[store]", "[store]\nmigrate_at_start = true");
+            }
+        });
+        let finished = if at_start {
+            site.serve_to_its_end()
+        } else {
+            site.run(&["store", "migrate"])
+        };
+        assert_eq!(finished.code, Some(8), "{finished:#?}");
+        for words in [
+            "other logs of this instance",
+            "KEYBROKER_AUDIT_INSTANCE",
+            "keybroker audit acknowledge",
+        ] {
+            assert!(finished.stderr.contains(words), "{words}: {finished:#?}");
+        }
+        assert!(fs::read(site.database()).unwrap() == before);
+        // Without the latch, so that the database alone decides the second time.
+        fs::remove_dir_all(&directory).unwrap();
+    }
+    // Another name is another instance; a dry run changes nothing and tells what would be done.
+    let dry = site.run(&["store", "migrate", "--dry-run"]);
+    assert_eq!(dry.code, Some(0), "{dry:#?}");
+    let mut command = site.command(&["store", "migrate"]);
+    command.env("KEYBROKER_AUDIT_INSTANCE", "another");
+    let finished = site.run_to_its_end(command);
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+}
+
+/// The word of the operator counts before a migration as it does at a start.
+#[test]
+fn a_migration_takes_an_acknowledged_audit_log() {
+    let (site, _) = Broker::start(Options::default()).stop();
+    fs::rename(site.audit_directory(), site.folder().join("moved")).unwrap();
+    for _ in 0..2 {
+        let finished = site.run(&["store", "migrate"]);
+        assert_eq!(finished.code, Some(8), "{finished:#?}");
+    }
+    site.expect_ok(&["audit", "acknowledge"]);
+    site.expect_ok(&["store", "migrate"]);
+    let (site, _) = Broker::start_on(site).stop();
+    site.expect_ok(&["store", "migrate"]);
 }
 
 /// A log of a release that did not record logs, and the first log of another instance, need no acknowledgement.

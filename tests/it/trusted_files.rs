@@ -26,6 +26,7 @@ use crate::{
 };
 
 const CONFIGURATION: i32 = 3;
+const TOKEN: i32 = 4;
 const PIN: i32 = 5;
 const OTHER_USER: u32 = 65_534;
 const MATERIAL: &[u8] = b"material of this user";
@@ -460,8 +461,22 @@ const CONTAINER: &str = "mount -t tmpfs tmpfs /run\nunset INVOCATION_ID";
 /// Shell commands that make a mount namespace look like that of a systemd service.
 const SERVICE: &str = "mount -t tmpfs tmpfs /run\nmkdir -p /run/systemd/system";
 
+/// The same for a service that does not see `/run` of the host.
+const SERVICE_WITHOUT_RUN: &str =
+    "mount -t tmpfs tmpfs /run\nexport INVOCATION_ID=0123456789abcdef0123456789abcdef";
+
 /// Runs `config check` after commands of the shell in a mount namespace of its own, with `$1` as the policy directory.
 fn check_after(site: &Site, directory: &Path, commands: &str) -> Option<Finished> {
+    run_after(site, directory, commands, &["config", "check"])
+}
+
+/// The same with another command of the binary.
+fn run_after(
+    site: &Site,
+    directory: &Path,
+    commands: &str,
+    arguments: &[&str],
+) -> Option<Finished> {
     let probe = Command::new("unshare").args(["--mount", "true"]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         eprintln!("SKIPPED without the right to mount: read-only mounts");
@@ -476,7 +491,7 @@ fn check_after(site: &Site, directory: &Path, commands: &str) -> Option<Finished
         .arg(env!("CARGO_BIN_EXE_keybroker"))
         .arg("--config")
         .arg(site.configuration_file())
-        .args(["config", "check"]);
+        .args(arguments);
     Some(site.run_to_its_end(command))
 }
 
@@ -555,12 +570,10 @@ fn a_read_only_view_of_a_service_is_not_trusted_whichever_file_system_it_shows()
         .unwrap();
     });
     let view = "mount -t tmpfs -o mode=0777 tmpfs \"$1\"\nmount -o remount,bind,ro \"$1\"";
-    let without_run =
-        "mount -t tmpfs tmpfs /run\nexport INVOCATION_ID=0123456789abcdef0123456789abcdef";
     for (beside, expected) in [
         (CONTAINER, 0),
         (SERVICE, CONFIGURATION),
-        (without_run, CONFIGURATION),
+        (SERVICE_WITHOUT_RUN, CONFIGURATION),
     ] {
         let Some(finished) = check_after(&site, &directory, &format!("{beside}\n{view}")) else {
             return;
@@ -570,6 +583,47 @@ fn a_read_only_view_of_a_service_is_not_trusted_whichever_file_system_it_shows()
             let shown = directory.to_str().unwrap();
             assert!(finished.stderr.contains(shown), "{finished:#?}");
             assert!(finished.stderr.contains("mode 0777"), "{finished:#?}");
+        }
+    }
+}
+
+/// A worker has the environment of the configuration alone, so it does not see that systemd started the front.
+#[test]
+fn a_worker_trusts_a_read_only_view_no_more_than_the_front_that_started_it() {
+    for name in ["module", "pin"] {
+        let trust = Trust::new();
+        let directory = trust.site.folder().join("view");
+        fs::create_dir(&directory).unwrap();
+        let file = trust.file(name);
+        let moved = directory.join("file");
+        let configuration = trust.site.configuration_file();
+        let text = fs::read_to_string(&configuration).unwrap();
+        let (before, after) = (file.display().to_string(), moved.display().to_string());
+        assert!(text.contains(&before), "{text}");
+        fs::write(&configuration, text.replace(&before, &after)).unwrap();
+        let view = format!(
+            "mount -t tmpfs -o mode=0777 tmpfs \"$1\"\ncp -pL '{}' \"$1/file\"\nmount -o remount,bind,ro \"$1\"",
+            file.display()
+        );
+        let refused = if name == "pin" { PIN } else { TOKEN };
+        for (beside, expected) in [(CONTAINER, 0), (SERVICE_WITHOUT_RUN, refused)] {
+            let commands = format!("{beside}\n{view}");
+            let check = ["token", "check"];
+            let Some(finished) = run_after(&trust.site, &directory, &commands, &check) else {
+                return;
+            };
+            assert_eq!(finished.code, Some(expected), "{name}: {finished:#?}");
+            let is_named = |finished: &Finished| {
+                finished.stderr.contains(directory.to_str().unwrap())
+                    && finished.stderr.contains("mode 0777")
+            };
+            assert_eq!(is_named(&finished), expected != 0, "{name}: {finished:#?}");
+            // The worker of `serve`. Without a PIN the broker would stay up.
+            if expected == TOKEN {
+                let finished = run_after(&trust.site, &directory, &commands, &["serve"]).unwrap();
+                assert_eq!(finished.code, Some(TOKEN), "{name}: {finished:#?}");
+                assert!(is_named(&finished), "{name}: {finished:#?}");
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::{fs, path::Path, process::Command};
 
+use keybroker::cli::exit::Exit;
+
 use crate::root;
 
 const UNIT: &str = "packaging/systemd/keybroker.service";
@@ -62,6 +64,28 @@ fn there_is_time_for_the_drain() {
     let needed_s = drain_s + lame_duck_s + mutations_s + workers_s + store_s;
     let given_s: u64 = value("TimeoutStopSec").parse().unwrap();
     assert!(given_s >= needed_s, "{given_s} < {needed_s}");
+}
+
+/// An exit code that needs a person ends the restarts, and its page says so. Every other one is tried again for as long as it takes.
+#[test]
+fn what_needs_a_person_is_not_started_again() {
+    let codes: Vec<String> = Exit::ALL
+        .into_iter()
+        .filter(|exit| exit.needs_person())
+        .map(|exit| exit.code().to_string())
+        .collect();
+    assert_eq!(value("RestartPreventExitStatus"), codes.join(" "));
+    assert_eq!(value("StartLimitIntervalSec"), "0");
+    let (last, others) = codes.split_last().unwrap();
+    let sentence = format!(
+        "does not start `serve` again after codes {} and {last}",
+        others.join(", ")
+    );
+    let page = fs::read_to_string(root().join("docs/cli.md")).unwrap();
+    let page = page.replace('\n', " ");
+    assert!(page.contains(&sentence), "{sentence}");
+    let pause = format!("after {} seconds", value("RestartSec"));
+    assert!(page.contains(&pause), "{pause}");
 }
 
 #[test]

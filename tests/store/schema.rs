@@ -174,6 +174,53 @@ pub(crate) async fn an_open_store_goes_on_when_the_schema_becomes_newer(engine: 
     assert!(refused.to_string().contains("newer than"), "{refused}");
 }
 
+/// Two releases then serve one database during an upgrade. Commands of the old one, which may look at whole tables, are refused.
+pub(crate) async fn a_newer_schema_serves_if_each_of_its_migrations_says_so(engine: &Engine) {
+    let newest = store::status(&engine.settings).await.unwrap().newest;
+    let usable = format!("notes usable from {newest}");
+    let later = format!("notes usable from {}", newest + 1);
+    engine.sql("CREATE TABLE of_a_later_release (number INTEGER NOT NULL PRIMARY KEY)");
+    let cases: [(&[&str], bool); 4] = [
+        (&[&usable], true),
+        (&[&usable, "notes usable from 1"], true),
+        (&[&usable, &later], false),
+        (&["notes", &usable], false),
+    ];
+    for (descriptions, is_usable) in cases {
+        for (number, description) in (9_000..).zip(descriptions) {
+            record_migration(engine, number, description);
+        }
+        let status = store::status(&engine.settings).await.unwrap();
+        assert_eq!(status.is_usable, is_usable, "{descriptions:?}");
+        let serving = store::open_to_serve(&engine.settings).await;
+        match serving {
+            Ok(opened) => {
+                assert!(is_usable, "{descriptions:?}");
+                let address = user(&format!("user-{}", descriptions.len()));
+                let number = u8::try_from(descriptions.len()).unwrap();
+                let new = revision(&address, number, 1);
+                let created = opened.create(new, stamp()).await.unwrap();
+                let read = opened.record(&address).await.unwrap().unwrap();
+                assert_eq!(read.info, created);
+                opened.close().await;
+            }
+            Err(error) => {
+                assert!(!is_usable, "{descriptions:?}: {error}");
+                assert!(error.to_string().contains("newer than"), "{error}");
+            }
+        }
+        for result in [
+            store::open(&engine.settings).await.map(drop),
+            store::open_tables(&engine.settings).await.map(drop),
+            store::migrate(&engine.settings, false).await.map(drop),
+        ] {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains("newer than"), "{error}");
+        }
+        engine.sql("DELETE FROM _sqlx_migrations WHERE version >= 9000");
+    }
+}
+
 pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
     record_later_schema(engine);
     for result in [
@@ -190,13 +237,14 @@ pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
 
 /// What `store migrate` of a later release leaves behind.
 fn record_later_schema(engine: &Engine) {
-    engine.sql(engine.pick(
+    record_migration(engine, 9_999, "later");
+}
+
+fn record_migration(engine: &Engine, version: u32, description: &str) {
+    let (success, checksum) = engine.pick(("1", "x'00'"), ("true", "''"), ("true", "''"));
+    engine.sql(&format!(
         "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', 1, x'00', 0)",
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', true, '', 0)",
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
-         VALUES (9999, 'later', true, '', 0)",
+         VALUES ({version}, '{description}', {success}, {checksum}, 0)"
     ));
 }
 

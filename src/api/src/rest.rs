@@ -17,6 +17,7 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{Router, routing};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use keybroker_broker::Broker;
@@ -41,6 +42,20 @@ pub struct Context {
     pub call_timeout_max: Duration,
     /// Calls under way, also those whose callers have gone.
     pub calls: TaskTracker,
+    /// Places for requests that wait for their next try.
+    retries: Arc<Semaphore>,
+}
+
+impl Context {
+    /// What the routes of the REST API need.
+    pub fn new(broker: Arc<Broker>, call_timeout_max: Duration, calls: TaskTracker) -> Self {
+        Self {
+            broker,
+            call_timeout_max,
+            calls,
+            retries: Arc::new(Semaphore::new(retry::RETRIES_MAX)),
+        }
+    }
 }
 
 /// The routes of the REST API. The server must have put a `Caller` among the extensions of each request.

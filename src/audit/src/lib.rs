@@ -28,7 +28,7 @@ mod tail;
 mod verify;
 mod writer;
 
-pub use log::AuditLog;
+pub use log::{AuditLog, ClosedLog};
 pub use memory::Tampering;
 pub use recovery::open_intents;
 pub use tail::{tail, tail_matching};
@@ -71,6 +71,12 @@ impl Settings {
             self.segment_bytes_max,
             &self.memory(),
         )
+    }
+
+    /// The log of this instance as its files are, without opening it: a broker may be using it. Refuses a log that is gone, or whose
+    /// tampering no operator has acknowledged, like [`Settings::open_instance`].
+    pub fn examine_instance(&self) -> Result<ClosedLog, Error> {
+        ClosedLog::examine(self.directory.join(&self.instance), self.memory())
     }
 
     /// The tampering with the log of this instance that no operator has acknowledged.

@@ -179,12 +179,7 @@ impl AuditLog {
 
     /// Latches the log as one that replaced another, until an operator acknowledges it. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
-        let finding = format!(
-            "the log in {} is new, and the database was used with other logs of this instance. If this is another host or replica, give \
-             it a name that no other one has, with `audit.instance` or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
-             again. Otherwise the log was replaced, lost, or moved while the broker was stopped",
-            self.0.directory.display()
-        );
+        let finding = unknown_to_database(&self.0.directory);
         match &self.0.memory {
             Some(memory) => found_at_start(memory, finding),
             None => Error::tampered(finding),
@@ -247,6 +242,55 @@ impl AuditLog {
             );
         }
     }
+}
+
+/// The log of an instance that this process has not opened.
+#[derive(Debug)]
+pub struct ClosedLog {
+    directory: PathBuf,
+    memory: Memory,
+    id: Option<String>,
+    is_binding_required: bool,
+}
+
+impl ClosedLog {
+    pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
+        // An acknowledgement accepts a log that the database does not know, as it does when the log is opened.
+        let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
+        let id = segment::existing_log_id(&directory)?;
+        let is_binding_required =
+            !is_acknowledged && (id.is_none() || memory.is_binding_required()?);
+        Ok(Self {
+            directory,
+            memory,
+            id,
+            is_binding_required,
+        })
+    }
+
+    /// The id of the log. Absent before the first start of the instance.
+    pub fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    /// The same as [`AuditLog::is_binding_required`].
+    pub fn is_binding_required(&self) -> bool {
+        self.is_binding_required
+    }
+
+    /// The same as [`AuditLog::refuse_unknown`].
+    pub fn refuse_unknown(&self) -> Error {
+        found_at_start(&self.memory, unknown_to_database(&self.directory))
+    }
+}
+
+fn unknown_to_database(directory: &Path) -> String {
+    format!(
+        "the log in {} is new, and the database was used with other logs of this instance. If this is another host or replica, give \
+         it a name that no other one has, with `audit.instance` or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
+         again. Otherwise the log was replaced, lost, or moved while the broker was stopped",
+        directory.display()
+    )
 }
 
 /// The operator's acknowledgement, if tampering was found earlier. An error when it was found and not acknowledged, or when the

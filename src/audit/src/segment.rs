@@ -126,6 +126,25 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
 
 /// The id of the log: made once, 32 hexadecimal digits.
 pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
+    if let Some(id) = existing_log_id(directory)? {
+        return Ok(id);
+    }
+    let path = directory.join(LOG_ID);
+    if path.exists() {
+        // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
+        remove(&path)?;
+    }
+    let mut bytes = [0; 16];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Error::new("the random generator failed".to_owned()))?;
+    let id = hex::encode(bytes);
+    write_new(&path, id.as_bytes())?;
+    sync_directory(directory)?;
+    Ok(id)
+}
+
+/// The id of a log that was made before.
+pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error> {
     let path = directory.join(LOG_ID);
     // A FIFO in its place would otherwise block the start.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
@@ -138,11 +157,8 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
         ));
     }
     match fs::read_to_string(&path) {
-        Ok(text) if text.trim().len() == 32 => return Ok(text.trim().to_owned()),
-        // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
-        Ok(text) if text.is_empty() && segments(directory)?.is_empty() => {
-            remove(&path)?;
-        }
+        Ok(text) if text.trim().len() == 32 => return Ok(Some(text.trim().to_owned())),
+        Ok(text) if text.is_empty() && segments(directory)?.is_empty() => return Ok(None),
         Ok(_) => {
             let remedy = "the log was tampered with; keep it for the auditors and start another";
             return Err(fail("not a log id in", &path, "wrong length", remedy));
@@ -157,17 +173,11 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
             ));
         }
     }
-    if !segments(directory)?.is_empty() {
+    if directory.exists() && !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start another";
         return Err(fail("segments without", &path, "file missing", remedy));
     }
-    let mut bytes = [0; 16];
-    aws_lc_rs::rand::fill(&mut bytes)
-        .map_err(|_| Error::new("the random generator failed".to_owned()))?;
-    let id = hex::encode(bytes);
-    write_new(&path, id.as_bytes())?;
-    sync_directory(directory)?;
-    Ok(id)
+    Ok(None)
 }
 
 /// Writes a file that does not exist yet, and syncs it. One that cannot be written whole is removed again.

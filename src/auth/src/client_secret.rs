@@ -476,7 +476,7 @@ impl Hashes {
 fn identity(credential: &ClientCredential) -> Identity {
     let grant = credential.document.grant();
     Identity {
-        name: format!("client:{}", credential.id),
+        name: credential.id.principal_name(),
         credential: Credential::ClientSecret,
         kind: Kind::Service,
         users: grant.users(),

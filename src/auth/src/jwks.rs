@@ -22,6 +22,7 @@ use keybroker_core::{error::chain, pem};
 
 use super::issuer::Algorithm;
 
+mod absent;
 mod error;
 mod fetch;
 mod keys;
@@ -233,6 +234,11 @@ impl KeySet {
         names
             .map(|name| plain(name.unwrap_or(WITHOUT_NAME), SHOWN_CHARS_MAX))
             .collect()
+    }
+
+    /// The key ids of its keys.
+    pub(super) fn kids(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().filter_map(|key| key.kid.as_deref())
     }
 
     /// How many keys of the set are weak or malformed.

@@ -277,6 +277,12 @@ impl Issuer {
             },
             Ok(_) => false,
         };
+        let unknown = named
+            .kid
+            .filter(|_| matches!(&outcome, Err(refusal) if refusal.cause == Cause::KeyId));
+        if let Some(kid) = unknown {
+            self.keys.note_unknown(kid);
+        }
         if may_be_newer {
             match self.keys.newer_than(&set).await {
                 Newer::Set(newer) => {
@@ -285,10 +291,10 @@ impl Issuer {
                 }
                 // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
                 // ids could have good tokens rejected after a key rotation.
-                Newer::Unknown(wait) => {
+                Newer::Unknown(wait) if !unknown.is_some_and(|kid| self.keys.is_absent(kid)) => {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
-                Newer::Same => {}
+                Newer::Unknown(_) | Newer::Same => {}
             }
         }
         let (claims, is_expired) = outcome?;

@@ -218,7 +218,7 @@ impl Broker {
             self.read_async(principal, call, Action::ListClients, async {
                 let found = within(call, self.store.clients(&from, limit)).await?;
                 let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= limit);
-                let mut verifier = PageVerifier::new(call);
+                let mut verifier = PageVerifier::new(principal, call);
                 let mut end = from;
                 let mut rows = Vec::new();
                 for row in found {

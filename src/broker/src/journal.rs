@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 use keybroker_policy::{KeyPermit, Resource};
 
-use super::Broker;
+use super::{Broker, overload::is_overload};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] makes one, from the result and the entry
 /// together, so the entry of one release cannot vouch for another.
@@ -137,14 +137,16 @@ impl Broker {
         }
     }
 
-    /// Makes the entry of an alert about a principal durable.
+    /// Makes the entry of an alert about a principal, and about a record if it concerns one, durable.
     pub(super) async fn record_alert(
         &self,
         principal: &Principal,
         call: &Call,
         action: &'static str,
+        record: Option<(RecordId, Revision)>,
     ) -> Result<(), Error> {
         let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
+        (entry.record_id, entry.revision) = record.unzip();
         entry.principal = Some(principal.name().to_owned());
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
@@ -153,12 +155,18 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the entry of a refusal or failure durable.
+    /// Makes the entry of a refusal or failure durable. Refusals for overload are counted instead, and recorded once a second.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
         error: &Error,
     ) -> Result<(), Error> {
+        let Draft(entry) = &mut draft;
+        if entry.kind == EntryKind::Decision && is_overload(error) {
+            let principal = entry.principal.take().zip(entry.tenant.take());
+            self.overload.note(principal, &entry.action, error);
+            return Ok(());
+        }
         if error.reason() == Reason::EnvelopeRejected
             && let Some(principal) = &draft.0.principal
             && self.limits.fail_envelope(principal).is_err()

@@ -36,7 +36,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     state::StateDirectory,
 };
-use keybroker_hsm::Token;
+use keybroker_hsm::{Caller, Token};
 use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
@@ -49,6 +49,7 @@ mod journal;
 pub mod limits;
 mod maintenance;
 mod mutation;
+mod overload;
 mod plan;
 mod reading;
 mod refusals;
@@ -74,6 +75,7 @@ pub use release::Released;
 
 use acknowledged::Acknowledged;
 use clients::ClientUses;
+use overload::Overload;
 use refusals::Refusals;
 use registry::Registry;
 use uses::Uses;
@@ -154,6 +156,7 @@ pub struct Broker {
     /// The problem of the registry at its last check.
     registry_complaint: Mutex<Option<String>>,
     refusals: Refusals,
+    overload: Overload,
     uses: Uses,
     client_rules: ClientRules,
     client_uses: ClientUses,
@@ -183,6 +186,7 @@ impl Broker {
             capacity: parts.capacity,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
+            overload: Overload::default(),
             uses: Uses::default(),
             client_rules: parts.client_rules,
             client_uses: ClientUses::default(),
@@ -212,6 +216,7 @@ impl Broker {
             );
         }
         self.flush_refusals().await;
+        self.flush_overload().await;
         self.keep_acknowledged();
         let uses = async {
             self.flush_uses(usize::MAX).await;
@@ -344,7 +349,8 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        self.store_up.load(Ordering::Relaxed)
+        // Another database than the known one is found at the start, before the first probe.
+        self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }
 
@@ -386,8 +392,17 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
         Reason::Bug => {
             keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
+        // Counted, with a line for each principal and second.
+        Reason::QueueFull => {
+            tracing::debug!(call_id = %call.id, action = %action, error = %error, "call refused");
+        }
         _ => tracing::info!(call_id = %call.id, action = %action, error = %error, "call failed"),
     }
+}
+
+/// For whom the token works: the jobs of each principal wait in a separate queue.
+fn caller(principal: &Principal, call: &Call) -> Caller {
+    Caller::principal(principal.name(), call.deadline)
 }
 
 /// The result of a store or token call, or `DEADLINE` when the call's time is up first.

@@ -1,5 +1,5 @@
-//! How much one caller may ask for: rates of calls, a limit of failures, and an alert when one service releases the
-//! keys of unusually many users. All state is bounded, and forgets callers without calls once their entry no longer
+//! How much one caller may ask for: rates of calls, a limit of failures, and alerts when one service releases the keys of
+//! unusually many users or a record is replaced unusually often. All state is bounded, and forgets callers without calls once their entry no longer
 //! changes a decision.
 //!
 //! When the authentication failure limit is reached, failing credentials and those that are costly to check are
@@ -31,13 +31,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use keybroker_core::{
     error::{Error, Reason},
+    key::{RecordId, Revision},
     metrics,
     principal::{Kind, Principal},
 };
 
 mod releases;
+mod replacements;
 
 use releases::Releases;
+use replacements::Replacements;
 
 /// The `[rates]` section. Every rate has a default; none can be switched off.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -51,6 +54,8 @@ pub struct Settings {
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release before an alert is raised.
     pub released_users_per_hour: u32,
+    /// How often one record may be replaced before an alert is raised.
+    pub replacements_per_hour: u32,
 }
 
 impl Default for Settings {
@@ -60,6 +65,7 @@ impl Default for Settings {
             service_calls_per_minute: 600_000,
             failures_per_minute: 20,
             released_users_per_hour: 1_000,
+            replacements_per_hour: 10,
         }
     }
 }
@@ -68,6 +74,8 @@ impl Default for Settings {
 pub const RATE_MAX: u32 = 60_000_000;
 /// Largest number of users that are counted for an alert.
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
+/// Largest number of replacements of one record that are counted for an alert.
+pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
 /// Callers that are told apart.
 const CALLERS_MAX: u64 = 100_000;
@@ -88,6 +96,7 @@ pub struct Limits {
     refused_envelopes: Buckets<String>,
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
+    replacements: Replacements,
     lines_by_network: Buckets<Network>,
     lines: Buckets<()>,
     suppressed: AtomicU64,
@@ -106,6 +115,7 @@ impl Limits {
                 .time_to_idle(FORGOTTEN_AFTER)
                 .build(),
             releases: Releases::new(settings.released_users_per_hour),
+            replacements: Replacements::new(settings.replacements_per_hour),
             lines_by_network: Buckets::new(LINES_PER_NETWORK),
             lines: Buckets::new(LINES_MAX),
             suppressed: AtomicU64::new(0),
@@ -179,6 +189,17 @@ impl Limits {
     /// said within the hour.
     pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
         principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
+    }
+
+    /// The revision that tells by its time whether a record was replaced unusually often within an hour: if it was written within the
+    /// hour before the current revision. Absent if the record was not replaced often enough in its whole life.
+    pub fn telling_revision(&self, current: Revision) -> Option<Revision> {
+        self.replacements.telling_revision(current)
+    }
+
+    /// Whether to raise the alert about a record that was replaced unusually often: at most once an hour.
+    pub fn may_alert_of_replacements(&self, record: RecordId) -> bool {
+        self.replacements.may_alert(record)
     }
 }
 
@@ -331,6 +352,7 @@ mod tests {
             service_calls_per_minute: per_minute,
             failures_per_minute: per_minute,
             released_users_per_hour: per_minute,
+            replacements_per_hour: per_minute,
         })
     }
 

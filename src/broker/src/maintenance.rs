@@ -116,6 +116,7 @@ impl Broker {
             } else {
                 self.keep_refusals().await;
             }
+            self.flush_overload().await;
             count += 1;
         }
     }

@@ -14,11 +14,14 @@ use keybroker_store as store;
 use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
 use super::{
-    Broker, UserKeyRef,
+    Broker, UserKeyRef, caller,
     commit::Settled,
     journal::{Draft, Recorded},
     plan::Commit,
 };
+
+/// The hour within which the replacements of a record are counted.
+const REPLACEMENTS_WINDOW_US: i64 = 3_600 * 1_000_000;
 
 /// What a caller wants changed.
 #[derive(Debug)]
@@ -60,7 +63,7 @@ enum Prepared {
 
 /// One mutation under way; owns all it needs, because it may outlive its caller.
 pub(super) struct Mutation {
-    principal: Principal,
+    pub(super) principal: Principal,
     pub(super) call: Call,
     key: UserKeyRef,
     pub(super) change: Change,
@@ -166,6 +169,7 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
+        self.check_admission(principal, call, action)?;
         let permit = self.permit_key(principal, call, action, key).await?;
         let mut draft = Draft::permitted(principal, call, &permit);
         draft.request(*request);
@@ -197,13 +201,17 @@ impl Broker {
             ..
         } = mutation;
         self.check_acknowledged()?;
+        let token = caller(principal, call);
         let request = match request {
             None => None,
             Some(id) => {
                 let stamp = self
                     .request_stamp(principal, call, key, change, *id)
                     .await?;
-                if let Some(result) = self.earlier_result(call, &stamp, key, change).await? {
+                if let Some(result) = self
+                    .earlier_result(&token, call, &stamp, key, change)
+                    .await?
+                {
                     return Ok(Prepared::Replayed(result));
                 }
                 Some(stamp)
@@ -223,7 +231,7 @@ impl Broker {
             None => None,
             Some(request) => {
                 let result = commit.result(at);
-                Some(self.with_result(call, request, result).await?)
+                Some(self.with_result(&token, call, request, result).await?)
             }
         };
         let stamp = Stamp {
@@ -273,7 +281,49 @@ impl Broker {
         match (outcome, earlier) {
             (Err(error), _) if error.reason() == Reason::AuditDown => Err(error),
             (_, Some(info)) => self.replay(draft, info).await,
-            (outcome, None) => outcome,
+            (Ok(info), None) => {
+                if matches!(
+                    mutation.change,
+                    Change::Replace { .. } | Change::Restore { .. }
+                ) {
+                    self.watch_replacements(mutation, &info).await;
+                }
+                Ok(info)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    /// Raises the alert about a record that is replaced unusually often: another person may use the credential of the caller, or a
+    /// program fails and tries again. It refuses nothing, and its own failure does not fail the change, which is committed.
+    async fn watch_replacements(&self, mutation: &Mutation, info: &RecordInfo) {
+        let Some(telling) = self.limits.telling_revision(info.revision) else {
+            return;
+        };
+        let Mutation {
+            principal, call, ..
+        } = mutation;
+        let then = match self.store.revision(info.id, telling).await {
+            Ok(Some(stored)) => stored.created,
+            // Revisions are removed by the purge alone, long after they were superseded.
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(call_id = %call.id, %error, "cannot count the replacements of a record");
+                return;
+            }
+        };
+        let since = info.updated.micros().saturating_sub(then.micros());
+        if since >= REPLACEMENTS_WINDOW_US || !self.limits.may_alert_of_replacements(info.id) {
+            return;
+        }
+        keybroker_core::alert!(
+            FrequentReplacement, call_id = %call.id, %principal, record = %info.id, revision = info.revision.get(),
+            "a record was replaced more than `replacements_per_hour` times within an hour"
+        );
+        let record = Some((info.id, info.revision));
+        let action = "alarm.frequent_replacement";
+        if let Err(error) = self.record_alert(principal, call, action, record).await {
+            tracing::error!(%error, "no audit entry was written for the alert");
         }
     }
 
@@ -294,9 +344,14 @@ impl Broker {
         match request {
             Some(stamp) if rivals.contains(&error.reason()) => {
                 let Mutation {
-                    call, key, change, ..
+                    principal,
+                    call,
+                    key,
+                    change,
+                    ..
                 } = mutation;
-                self.earlier_result(call, stamp, key, change).await
+                self.earlier_result(&caller(principal, call), call, stamp, key, change)
+                    .await
             }
             _ => Ok(None),
         }

@@ -7,11 +7,12 @@ use keybroker_core::{
     key::{ID_BYTES, KeyAddress, RecordId, Revision},
     secret::KeyMaterial,
 };
+use keybroker_hsm::Caller;
 use keybroker_policy::KeyPermit;
 use keybroker_store::{NewRevision, RecordInfo, RecordState};
 
 use super::{
-    Broker,
+    Broker, caller,
     journal::Draft,
     mutation::{Change, Mutation},
     within,
@@ -83,6 +84,7 @@ impl Broker {
         draft: &mut Draft,
     ) -> Result<Commit, Error> {
         let (call, address) = (&mutation.call, permit.address());
+        let token = &caller(&mutation.principal, call);
         if permit.action() != mutation.change.action() {
             return Err(Error::new(Reason::Bug, "the permit is not of this change"));
         }
@@ -93,7 +95,14 @@ impl Broker {
                 }
                 self.check_keys(call, address).await?;
                 let new = self
-                    .wrap(call, address, fresh_record_id()?, Revision::FIRST, material)
+                    .wrap(
+                        token,
+                        call,
+                        address,
+                        fresh_record_id()?,
+                        Revision::FIRST,
+                        material,
+                    )
                     .await?;
                 Ok(Commit::Create(new))
             }
@@ -102,7 +111,14 @@ impl Broker {
                 check_revision(&record.info, *expected)?;
                 self.check_revisions(call, &record.info).await?;
                 let new = self
-                    .wrap(call, address, record.info.id, expected.next(), material)
+                    .wrap(
+                        token,
+                        call,
+                        address,
+                        record.info.id,
+                        expected.next(),
+                        material,
+                    )
                     .await?;
                 Ok(Commit::Supersede(new, record.info))
             }
@@ -110,7 +126,7 @@ impl Broker {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
                 // No limit of revisions: a caller who used it up must not prevent the recovery of an earlier revision.
-                let new = self.rebind(call, &record.info, *revision).await?;
+                let new = self.rebind(token, call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }
             Change::Delete { expected } => {
@@ -165,6 +181,7 @@ impl Broker {
 
     async fn wrap(
         &self,
+        caller: &Caller,
         call: &Call,
         address: &KeyAddress,
         record: RecordId,
@@ -177,9 +194,7 @@ impl Broker {
             record_id: record,
             revision,
         };
-        let job = self
-            .token
-            .wrap(wrapping_key, context, material, call.deadline);
+        let job = self.token.wrap(wrapping_key, context, material, caller);
         let envelope = within(call, job).await?;
         Ok(new_revision(address, record, revision, &envelope))
     }
@@ -188,6 +203,7 @@ impl Broker {
     /// before it makes the new one; the RSA key is not used.
     async fn rebind(
         &self,
+        caller: &Caller,
         call: &Call,
         info: &RecordInfo,
         earlier: Revision,
@@ -210,7 +226,7 @@ impl Broker {
         let next = info.revision.next();
         let job = self
             .token
-            .rebind(&envelope, context(earlier), context(next), call.deadline);
+            .rebind(&envelope, context(earlier), context(next), caller);
         let envelope = within(call, job).await?;
         Ok(new_revision(&info.address, info.id, next, &envelope))
     }

@@ -199,7 +199,12 @@ impl Broker {
         let message = row.mac_message();
         match self
             .token
-            .verify_mac(row.id, &message, &row.mac, deadline)
+            .verify_mac(
+                row.id,
+                &message,
+                &row.mac,
+                &hsm::Caller::background(deadline),
+            )
             .await
         {
             Ok(()) => Ok(()),

@@ -14,7 +14,7 @@ use keybroker_policy::KeyPermit;
 use keybroker_store::{Record, RecordState};
 
 use super::{
-    Broker, UserKeyRef,
+    Broker, UserKeyRef, caller,
     journal::{Draft, Recorded},
     observed, within,
 };
@@ -69,11 +69,14 @@ impl Broker {
         key: &UserKeyRef,
     ) -> Result<Released, Error> {
         observed(Action::Unwrap, call, async {
+            self.check_admission(principal, call, Action::Unwrap)?;
             let permit = self
                 .permit_key(principal, call, Action::Unwrap, key)
                 .await?;
             let mut draft = Draft::permitted(principal, call, &permit);
-            let unwrapped = self.unwrap_record(&permit, call, &mut draft).await;
+            let unwrapped = self
+                .unwrap_record(principal, &permit, call, &mut draft)
+                .await;
             let unwrapped = self.conclude(draft, unwrapped).await?;
             self.uses.note(unwrapped.record());
             if self.limits.note_release(principal, key.user.as_str()) {
@@ -92,7 +95,7 @@ impl Broker {
             "keys of more users than `released_users_per_hour` were released within an hour"
         );
         if let Err(error) = self
-            .record_alert(principal, call, "alarm.bulk_release")
+            .record_alert(principal, call, "alarm.bulk_release", None)
             .await
         {
             tracing::error!(%error, "no audit entry was written for the alert");
@@ -101,6 +104,7 @@ impl Broker {
 
     async fn unwrap_record(
         &self,
+        principal: &Principal,
         permit: &KeyPermit,
         call: &Call,
         draft: &mut Draft,
@@ -116,7 +120,8 @@ impl Broker {
             record_id: record.info.id,
             revision: record.info.revision,
         };
-        let job = self.token.unwrap(&envelope, context, call.deadline);
+        let caller = caller(principal, call);
+        let job = self.token.unwrap(&envelope, context, &caller);
         let material = within(call, job).await?;
         Ok(Unwrapped {
             record: record.info.id,

@@ -14,7 +14,7 @@ use keybroker_core::{
 use keybroker_hsm as hsm;
 use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, request_message};
 
-use super::{Broker, UserKeyRef, mutation::Change, within};
+use super::{Broker, UserKeyRef, caller, mutation::Change, within};
 
 impl Broker {
     /// The request id with the proof of its content, made on the token.
@@ -28,7 +28,11 @@ impl Broker {
     ) -> Result<RequestStamp, Error> {
         let binding = self.registry()?.binding_key()?;
         let message = content(key, change);
-        let mac = within(call, self.token.mac(binding, &message, call.deadline)).await?;
+        let mac = within(
+            call,
+            self.token.mac(binding, &message, &caller(principal, call)),
+        )
+        .await?;
         Ok(RequestStamp {
             scope: RequestScope {
                 tenant: principal.tenant().clone(),
@@ -44,12 +48,13 @@ impl Broker {
     /// The same with what the mutation will have done, and the proof of that.
     pub(super) async fn with_result(
         &self,
+        token: &hsm::Caller,
         call: &Call,
         stamp: RequestStamp,
         result: RecordInfo,
     ) -> Result<RequestStamp, Error> {
         let message = request_message(&stamp.scope, &stamp.content, &result);
-        let mac = within(call, self.token.mac(stamp.key, &message, call.deadline)).await?;
+        let mac = within(call, self.token.mac(stamp.key, &message, token)).await?;
         Ok(RequestStamp {
             result: Some((result, mac)),
             ..stamp
@@ -59,7 +64,7 @@ impl Broker {
     /// Fails when the row of a request id is not as it was written. A row of a release before schema 4 passes: it has no MAC.
     async fn verify_result(
         &self,
-        call: &Call,
+        token: &hsm::Caller,
         scope: &RequestScope,
         earlier: &RequestRecord,
     ) -> Result<(), Error> {
@@ -77,9 +82,7 @@ impl Broker {
             }
         }
         let message = request_message(scope, &earlier.content, &earlier.result);
-        let job = self
-            .token
-            .verify_mac(earlier.key, &message, mac, call.deadline);
+        let job = self.token.verify_mac(earlier.key, &message, mac, token);
         match job.await {
             Ok(()) => Ok(()),
             Err(hsm::Error::MacRefused) => Err(altered()),
@@ -90,6 +93,7 @@ impl Broker {
     /// What an earlier call with the same request id and content was answered.
     pub(super) async fn earlier_result(
         &self,
+        token: &hsm::Caller,
         call: &Call,
         stamp: &RequestStamp,
         key: &UserKeyRef,
@@ -98,7 +102,7 @@ impl Broker {
         let Some(earlier) = within(call, self.store.request(&stamp.scope)).await? else {
             return Ok(None);
         };
-        self.verify_result(call, &stamp.scope, &earlier).await?;
+        self.verify_result(token, &stamp.scope, &earlier).await?;
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
@@ -106,7 +110,7 @@ impl Broker {
             let message = content(key, change);
             let job = self
                 .token
-                .verify_mac(earlier.key, &message, &earlier.content, call.deadline);
+                .verify_mac(earlier.key, &message, &earlier.content, token);
             match job.await {
                 Ok(()) => true,
                 Err(hsm::Error::MacRefused) => false,

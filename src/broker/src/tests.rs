@@ -36,10 +36,10 @@ impl Token for LateToken {
         key: WrappingKeyId,
         context: Context<'_>,
         _material: &KeyMaterial,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Envelope, hsm::Error> {
         // Not on the runtime's clock: that one would see the deadline first.
-        thread::sleep(deadline.remaining() + Duration::from_millis(1));
+        thread::sleep(caller.deadline().remaining() + Duration::from_millis(1));
         let unsealed = Unsealed::new(Algorithm::RsaOaepSha256, key, vec![1; 256]).unwrap();
         Ok(unsealed.seal(&context, [0; 32]))
     }
@@ -48,7 +48,7 @@ impl Token for LateToken {
         &self,
         _envelope: &Envelope,
         _context: Context<'_>,
-        _deadline: Deadline,
+        _caller: &Caller,
     ) -> Result<KeyMaterial, hsm::Error> {
         Err(hsm::Error::Deadline)
     }
@@ -58,7 +58,7 @@ impl Token for LateToken {
         _envelope: &Envelope,
         _old: Context<'_>,
         _new: Context<'_>,
-        _deadline: Deadline,
+        _caller: &Caller,
     ) -> Result<Envelope, hsm::Error> {
         Err(hsm::Error::Deadline)
     }
@@ -67,7 +67,7 @@ impl Token for LateToken {
         &self,
         _key: WrappingKeyId,
         _message: &MacMessage,
-        _deadline: Deadline,
+        _caller: &Caller,
     ) -> Result<Mac, hsm::Error> {
         Ok([0; 32])
     }
@@ -77,8 +77,12 @@ impl Token for LateToken {
         _key: WrappingKeyId,
         _message: &MacMessage,
         _mac: &Mac,
-        _deadline: Deadline,
+        _caller: &Caller,
     ) -> Result<(), hsm::Error> {
+        Ok(())
+    }
+
+    fn check_admission(&self, _caller: &Caller) -> Result<(), hsm::Error> {
         Ok(())
     }
 

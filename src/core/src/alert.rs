@@ -70,6 +70,7 @@ alerts! {
     PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no login is made with it.";
     TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
+    FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
     ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
     Registry = "registry", Critical, "The rows of the wrapping keys and the token disagree.";
     RecordDamaged = "record-damaged", Warning, "A stored row does not verify or does not parse.";
@@ -78,7 +79,7 @@ alerts! {
     AuditLog = "audit-log", Critical, "The audit log cannot be written.";
     AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
     TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
-    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, has expired, ends soon, or could not be remembered.";
+    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, is missing, has expired, ends soon, or could not be stored.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
     PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";

@@ -221,7 +221,7 @@ impl Error {
         }
     }
 
-    /// The same error for a credential that was not rejected but may be invented: it counts as a failed attempt.
+    /// The same error for a credential that was not rejected, and whose check was costly: it counts as a failed attempt.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {

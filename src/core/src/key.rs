@@ -192,6 +192,13 @@ id!(
     /// Identity of an API client, which it sends with its secret.
     ClientId
 );
+impl ClientId {
+    /// Name of the principal that this client authenticates as.
+    pub fn principal_name(self) -> String {
+        format!("client:{self}")
+    }
+}
+
 id!(
     /// `CKA_ID` of a wrapping key and of its integrity key.
     WrappingKeyId

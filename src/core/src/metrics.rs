@@ -387,6 +387,7 @@ declare! {
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited out a short fault instead of failing.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that were answered at once because too many waited for their next try.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
@@ -412,6 +413,7 @@ declare! {
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";
+        CLIENT_CRL_PROBLEMS = "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; their accepted predecessors stay in use until they end.";
         ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
         ISSUER_REFUSED_KEYS = "keybroker_issuer_refused_keys" [ISSUER] "Weak or malformed keys in the key set of an issuer.";
         POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";

@@ -1,4 +1,5 @@
-//! Reads PEM files (RFC 7468) completely or not at all.
+//! Reads PEM files (RFC 7468) completely or not at all. Only from a file of revocation lists ([`revocation_lists`]) the blocks that can be
+//! read are used, and the others are reported.
 //!
 //! A PEM parser skips what it does not understand. In a file that decides who is trusted, a block that is skipped is a
 //! certificate authority, an intermediate certificate or a key that is silently missing. So the file is split here, every
@@ -28,6 +29,8 @@ const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 /// First byte of a DER structure: SEQUENCE.
 const DER_SEQUENCE: u8 = 0x30;
 const LABEL_BYTES_MAX: usize = 64;
+/// Parts of a file of revocation lists that cannot be read, before the rest is ignored.
+pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
@@ -97,6 +100,20 @@ pub enum Error {
     /// More private keys than the one that is used.
     #[error("it holds {0} private keys; keep the one that belongs to the certificate")]
     Keys(usize),
+    /// So many parts that cannot be read that the rest of the file is not looked at.
+    #[error("more than {0} parts of it cannot be read; the rest is ignored")]
+    TooDamaged(usize),
+}
+
+/// A part of a file that cannot be read. The text is a clause that follows the name of the file.
+#[derive(Debug, thiserror::Error)]
+#[error("block {index}")]
+pub struct DamagedBlock {
+    /// Of the block, counted from 1, or of the last block before the part between two blocks; 0 is the beginning of the file.
+    pub index: usize,
+    /// What is wrong with it.
+    #[source]
+    pub source: Error,
 }
 
 /// A decoded block.
@@ -224,16 +241,33 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     }
 }
 
-/// The revocation lists of a file that holds nothing else. There may be none.
-pub fn revocation_lists(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, Error> {
-    let mut found = Vec::new();
-    for block in blocks(bytes)? {
-        match block.kind {
-            Some(SectionKind::Crl) => found.push(block.der.to_vec().into()),
-            _ => return Err(block.unexpected()),
+/// The revocation lists of a file that holds nothing else, and for each part of the file that is none, why. There may be no list at
+/// all. The file comes from other machines and may be damaged: one bad block must not withhold the lists of all other authorities.
+///
+/// After [`DAMAGED_BLOCKS_MAX`] parts that cannot be read, the rest of the file is not looked at, and the last entry says so.
+pub fn revocation_lists(
+    bytes: &[u8],
+) -> Vec<Result<CertificateRevocationListDer<'static>, DamagedBlock>> {
+    let mut scan = Scan::new(bytes);
+    let (mut found, mut damaged) = (Vec::new(), 0);
+    while let Some(block) = scan.next() {
+        let read = match block {
+            Ok(block) if block.kind == Some(SectionKind::Crl) => Ok(block.der.to_vec().into()),
+            Ok(block) => Err(block.unexpected()),
+            Err(error) => Err(error),
+        };
+        let index = scan.blocks;
+        if read.is_err() {
+            damaged += 1;
         }
+        if damaged > DAMAGED_BLOCKS_MAX {
+            let source = Error::TooDamaged(DAMAGED_BLOCKS_MAX);
+            found.push(Err(DamagedBlock { index, source }));
+            break;
+        }
+        found.push(read.map_err(|source| DamagedBlock { index, source }));
     }
-    Ok(found)
+    found
 }
 
 /// Writes certificates in the plainest form, for a library that reads PEM itself.
@@ -284,37 +318,111 @@ fn not_empty<T>(found: Vec<T>, what: &'static str) -> Result<Vec<T>, Error> {
 
 /// All blocks of a file, in order.
 pub fn blocks(bytes: &[u8]) -> Result<Vec<Block>, Error> {
-    if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
-        return Err(Error::Utf16);
+    Scan::new(bytes).collect()
+}
+
+/// Reads a file block by block. After a block that cannot be read it continues with the next BEGIN line.
+struct Scan<'a> {
+    text: &'a [u8],
+    /// Where the search for the next block begins; absent at the end of the file.
+    at: Option<usize>,
+    /// Why the file as a whole is not read.
+    refused: Option<Error>,
+    /// BEGIN lines so far.
+    blocks: usize,
+    /// The last position whose line was asked for, and its line.
+    counted: (usize, usize),
+}
+
+impl<'a> Scan<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        let text = bytes.strip_prefix(UTF8_MARK).unwrap_or(bytes);
+        let refused = if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
+            Some(Error::Utf16)
+        } else if text.first() == Some(&DER_SEQUENCE) && find(text, BEGIN).is_none() {
+            Some(Error::Der)
+        } else {
+            None
+        };
+        Self {
+            text,
+            at: refused.is_none().then_some(0),
+            refused,
+            blocks: 0,
+            counted: (0, 1),
+        }
     }
-    let text = bytes.strip_prefix(UTF8_MARK).unwrap_or(bytes);
-    if text.first() == Some(&DER_SEQUENCE) && find(text, BEGIN).is_none() {
-        return Err(Error::Der);
+
+    /// Line of a position, counted from the last one: a file of many blocks is counted once.
+    fn line(&mut self, at: usize) -> usize {
+        let (from, line) = match self.counted {
+            (from, line) if from <= at => (from, line),
+            _ => (0, 1),
+        };
+        let ends = self.text[from..at].iter().filter(|byte| **byte == b'\n');
+        self.counted = (at, line + ends.count());
+        self.counted.1
     }
-    let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(begin) = find(&text[at..], BEGIN).map(|offset| at + offset) {
-        check_between(text, at, begin)?;
-        let line = line_of(text, begin);
+
+    /// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
+    fn check_between(&mut self, from: usize, to: usize) -> Result<(), Error> {
+        let between = &self.text[from..to];
+        if let Some(offset) = find_marker(between, b"BEGIN ") {
+            return Err(Error::Malformed(self.line(from + offset)));
+        }
+        if let Some(offset) = find(between, END) {
+            return Err(Error::StrayEnd(self.line(from + offset)));
+        }
+        match find_marker(between, b"END ") {
+            Some(offset) => Err(Error::Malformed(self.line(from + offset))),
+            None => Ok(()),
+        }
+    }
+
+    /// The block whose BEGIN line begins there. Sets where the next one is searched for.
+    fn block(&mut self, begin: usize) -> Result<Block, Error> {
+        let text = self.text;
+        let line = self.line(begin);
         let label_at = begin + BEGIN.len();
+        self.at = Some(label_at);
         let label_end = find(&text[label_at..], DASHES).map(|offset| label_at + offset);
         let label = label_end.and_then(|end| label(&text[label_at..end]));
         let (Some(label_end), Some(label)) = (label_end, label) else {
             return Err(Error::Malformed(line));
         };
         let body_at = label_end + DASHES.len();
+        self.at = Some(body_at);
         let end_line = [END, label.as_bytes(), DASHES].concat();
-        let Some(end) = find(&text[body_at..], DASHES).map(|offset| body_at + offset) else {
-            return Err(Error::Unclosed { line, label });
-        };
-        if !text[end..].starts_with(&end_line) {
-            return Err(Error::Unclosed { line, label });
+        match find(&text[body_at..], DASHES).map(|offset| body_at + offset) {
+            Some(end) if text[end..].starts_with(&end_line) => {
+                self.at = Some(end + end_line.len());
+                block(&text[body_at..end], label, line)
+            }
+            _ => Err(Error::Unclosed { line, label }),
         }
-        found.push(block(&text[body_at..end], label, line)?);
-        at = end + end_line.len();
     }
-    check_between(text, at, text.len())?;
-    Ok(found)
+}
+
+impl Iterator for Scan<'_> {
+    type Item = Result<Block, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(refused) = self.refused.take() {
+            return Some(Err(refused));
+        }
+        let at = self.at?;
+        let begin = find(&self.text[at..], BEGIN).map(|offset| at + offset);
+        if let Err(error) = self.check_between(at, begin.unwrap_or(self.text.len())) {
+            self.at = begin;
+            return Some(Err(error));
+        }
+        let Some(begin) = begin else {
+            self.at = None;
+            return None;
+        };
+        self.blocks += 1;
+        Some(self.block(begin))
+    }
 }
 
 fn label(bytes: &[u8]) -> Option<String> {
@@ -323,19 +431,6 @@ fn label(bytes: &[u8]) -> Option<String> {
         return None;
     }
     String::from_utf8(bytes.to_vec()).ok()
-}
-
-/// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
-fn check_between(text: &[u8], from: usize, to: usize) -> Result<(), Error> {
-    let between = &text[from..to];
-    let malformed = |offset| Error::Malformed(line_of(text, from + offset));
-    if let Some(offset) = find_marker(between, b"BEGIN ") {
-        return Err(malformed(offset));
-    }
-    if let Some(offset) = find(between, END) {
-        return Err(Error::StrayEnd(line_of(text, from + offset)));
-    }
-    find_marker(between, b"END ").map_or(Ok(()), |offset| Err(malformed(offset)))
 }
 
 /// Where a word follows a hyphen, or a dash of a word processor.
@@ -388,8 +483,4 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
 
 fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {
     text.windows(wanted.len()).position(|part| part == wanted)
-}
-
-fn line_of(text: &[u8], at: usize) -> usize {
-    text[..at].split(|byte| *byte == b'\n').count()
 }

@@ -90,8 +90,13 @@ impl StateDirectory {
     /// Reads a fact. Returns `None` when it was never written. Fails when the file or the directory belongs to another
     /// user, is open to others, is not a regular file, or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.read_up_to(name, FACT_BYTES_MAX)
+    }
+
+    /// Reads a fact that may be longer, up to `bytes_max`.
+    pub fn read_up_to(&self, name: &str, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path.join(name);
-        match self.read_file(&path) {
+        match self.read_file(&path, bytes_max) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(fail("cannot read the state file", &path, source)),
@@ -102,9 +107,39 @@ impl StateDirectory {
     ///
     /// Fails for a fact of more than 64 KiB, which could not be read again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.write_up_to(name, bytes, FACT_BYTES_MAX)
+    }
+
+    /// Replaces a fact that may be longer, up to `bytes_max`.
+    pub fn write_up_to(&self, name: &str, bytes: &[u8], bytes_max: u64) -> Result<(), Error> {
         let path = self.path.join(name);
-        self.write_file(&path, bytes)
+        self.write_file(&path, bytes, bytes_max)
             .map_err(|source| fail("cannot write the state file", &path, source))
+    }
+
+    /// The names of the facts that begin with `prefix` and end with `suffix`, the one that was written first in front.
+    pub fn names(&self, prefix: &str, suffix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix, suffix)
+            .map_err(|source| fail("cannot list the state directory", &self.path, source))
+    }
+
+    fn list(&self, prefix: &str, suffix: &str) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
+            if name.starts_with(prefix) && name.ends_with(suffix) {
+                found.push((entry.metadata()?.modified()?, name));
+            }
+        }
+        found.sort();
+        Ok(found.into_iter().map(|(_, name)| name).collect())
     }
 
     /// Reads a fact that is kept as JSON. Fails like [`StateDirectory::read`], and with [`Error::Damaged`] when the content is not
@@ -192,7 +227,7 @@ impl StateDirectory {
         check(&fs::metadata(&self.path)?)
     }
 
-    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
+    fn read_file(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         check(&fs::metadata(&self.path)?)?;
         // A FIFO in its place would otherwise block the open.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -205,17 +240,21 @@ impl StateDirectory {
             return Err(io::Error::other("it is not a regular file"));
         }
         check(&meta)?;
-        if meta.len() > FACT_BYTES_MAX {
-            return Err(io::Error::other("it is longer than 64 KiB"));
+        if meta.len() > bytes_max {
+            let kib = bytes_max / 1024;
+            return Err(io::Error::other(format!("it is longer than {kib} KiB")));
         }
         let mut bytes = Vec::new();
-        file.take(FACT_BYTES_MAX).read_to_end(&mut bytes)?;
+        file.take(bytes_max).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn write_file(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        if u64::try_from(bytes.len()).is_ok_and(|length| length > FACT_BYTES_MAX) {
-            return Err(io::Error::other("the fact is longer than 64 KiB"));
+    fn write_file(&self, path: &Path, bytes: &[u8], bytes_max: u64) -> io::Result<()> {
+        if u64::try_from(bytes.len()).is_ok_and(|length| length > bytes_max) {
+            let kib = bytes_max / 1024;
+            return Err(io::Error::other(format!(
+                "the fact is longer than {kib} KiB"
+            )));
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
@@ -315,6 +354,21 @@ mod tests {
         let unreadable = state.write("mark", &vec![0; 64 * 1024 + 1]).unwrap_err();
         assert!(!unreadable.is_damaged(), "{unreadable}");
         assert_eq!(state.read_json::<u64>("mark").unwrap(), Some(7));
+    }
+
+    #[test]
+    fn facts_are_found_by_the_ends_of_their_names() {
+        let audit = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(audit.path());
+        assert_eq!(state.names("list-", ".der").unwrap(), [""; 0]);
+        let long = vec![7; 64 * 1024 + 1];
+        for name in ["list-a.der", "list-a.json", "other.der"] {
+            state.write_up_to(name, &long, 65 * 1024).unwrap();
+        }
+        assert_eq!(state.names("list-", ".der").unwrap(), ["list-a.der"]);
+        let read = state.read_up_to("list-a.der", 65 * 1024).unwrap();
+        assert_eq!(read, Some(long));
+        state.read("list-a.der").unwrap_err();
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //!   Secrets with `fsGroup`).
 //!
 //! A read-only mount counts only in a container, and only when it is another file system than that of the root directory. Where systemd
-//! runs, it does not count: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
+//! runs, it does not count, and the front tells its workers so: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
 //! users of the host can still write to them. A FUSE mount never counts as read-only, because the process that serves it decides what
 //! is read and who the owners are. One that another user mounted is refused. For a socket no mount counts, because the process that
 //! listens can write to the directory.
@@ -39,6 +39,7 @@ use std::{
         unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     },
     path::{Component, Path, PathBuf, absolute},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use rustix::{
@@ -230,6 +231,11 @@ impl Error {
     /// Whether the file does not exist.
     pub fn is_missing(&self) -> bool {
         matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Whether the file may be read, but is longer than it may be.
+    pub fn is_too_long(&self) -> bool {
+        matches!(*self.problem, Problem::TooLong(_))
     }
 
     /// Whether a file was expected and a directory is there.
@@ -808,13 +814,25 @@ fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
         && is_apart_from_root(stat.st_dev)
-        && !is_beside_systemd()
+        && read_only_mounts_count()
 }
 
-/// Whether other processes may see the same file systems without the read-only mounts of this one.
-fn is_beside_systemd() -> bool {
+/// Set by [`ignore_read_only_mounts`].
+static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
+
+/// Whether a read-only mount excuses owner and mode of what is in it. It does not where systemd runs: other processes may see the same
+/// file systems without the read-only mounts of this one.
+pub fn read_only_mounts_count() -> bool {
     // Unknown is taken as yes: then the ordinary rules apply.
-    Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some()
+    let is_beside_systemd =
+        Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some();
+    !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
+}
+
+/// Applies the ordinary rules in read-only mounts, for the rest of this process. For a process whose environment was cleared, so that it
+/// cannot see what the process that started it knows.
+pub fn ignore_read_only_mounts() {
+    IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }
 
 fn is_fuse(fd: impl AsFd) -> bool {

@@ -6,10 +6,9 @@ use tokio::sync::oneshot;
 use tracing::Span;
 use zeroize::Zeroizing;
 
-use keybroker_core::call::Deadline;
 use keybroker_worker_protocol::Work;
 
-use crate::Error;
+use crate::{Error, caller::Caller};
 
 /// Bytes from the token: a MAC, key material, or nothing.
 pub(super) type Output = Zeroizing<Vec<u8>>;
@@ -18,7 +17,7 @@ pub(super) type Output = Zeroizing<Vec<u8>>;
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) work: Work,
-    pub(super) deadline: Deadline,
+    pub(super) caller: Caller,
     pub(super) done: oneshot::Sender<Answer>,
     pub(super) queued: Instant,
     /// How long it waited for a session.

@@ -12,7 +12,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use keybroker_core::{
-    call::{Deadline, Timestamp},
+    call::Timestamp,
     envelope::{Algorithm, Context, Envelope, Mac, mac::MacMessage},
     error::{self, Reason},
     key::{Fingerprint, WrappingKeyId},
@@ -20,6 +20,7 @@ use keybroker_core::{
 };
 
 pub mod admin;
+mod caller;
 mod job;
 mod link;
 mod process;
@@ -27,6 +28,7 @@ mod queue;
 mod start;
 mod supervisor;
 
+pub use caller::Caller;
 pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
 pub use supervisor::{StartupError, Supervisor};
 
@@ -39,7 +41,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         key: WrappingKeyId,
         context: Context<'_>,
         material: &KeyMaterial,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Envelope, Error>;
 
     /// Verifies the MAC over context and wrapped bytes, and only then decrypts: one job on the token.
@@ -47,7 +49,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         &self,
         envelope: &Envelope,
         context: Context<'_>,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
 
     /// Verifies the MAC of the old context and makes one for the new. The RSA key is not used.
@@ -56,7 +58,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         envelope: &Envelope,
         old: Context<'_>,
         new: Context<'_>,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Envelope, Error>;
 
     /// Makes a MAC with the integrity key of that id.
@@ -64,7 +66,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         &self,
         key: WrappingKeyId,
         message: &MacMessage,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Mac, Error>;
 
     /// Verifies a MAC on the token. [`Error::MacRefused`] when it does not.
@@ -73,8 +75,12 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         key: WrappingKeyId,
         message: &MacMessage,
         mac: &Mac,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<(), Error>;
+
+    /// [`Error::QueueFull`] when any job of this caller is certain to be refused. For refusals that cost little: before policy and
+    /// store are asked.
+    fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
 
     /// The state as last seen; never waits for the token.
     fn state(&self) -> TokenState;
@@ -152,10 +158,10 @@ pub enum Error {
     /// The deadline passed before a token call began, or before its result came.
     #[error("deadline passed before the token answered")]
     Deadline,
-    /// The queue is full.
-    #[error("the token queue is full")]
+    /// The token has more work than it can do before the deadline, or the queue is full.
+    #[error("the token has more work than it can do in time")]
     QueueFull {
-        /// When a place is likely to be free.
+        /// When to come again, at random within a range.
         retry_after: Duration,
     },
     /// The token is unavailable.

@@ -118,8 +118,9 @@ impl Link {
         if !job.work.is_self_test() {
             self.busy.fetch_add(1, Ordering::Relaxed);
         }
-        let deadline_ns = frame::monotonic_ns()
-            .saturating_add(u64::try_from(job.deadline.remaining().as_nanos()).unwrap_or(u64::MAX));
+        let deadline_ns = frame::monotonic_ns().saturating_add(
+            u64::try_from(job.caller.deadline().remaining().as_nanos()).unwrap_or(u64::MAX),
+        );
         tracing::debug!(parent: &job.span, pid = self.pid, generation = self.generation, job = id, "token job sent to a worker");
         let mut state = self.state();
         state.unsent.push(job.work.stamped(id, deadline_ns));
@@ -213,7 +214,7 @@ impl Link {
         self.state()
             .held
             .values()
-            .any(|job| job.deadline.instant() + WEDGED_AFTER < now)
+            .any(|job| job.caller.deadline().instant() + WEDGED_AFTER < now)
     }
 
     /// Removes and returns every job that it holds.

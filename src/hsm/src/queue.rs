@@ -1,22 +1,42 @@
 //! Jobs waiting for a session, and the workers that take them: one bounded queue in the front, where fairness and waiting
 //! time are known. A worker holds at most one job per session thread.
 //!
+//! A job that cannot be done in time is refused when it arrives, so that the token works only on jobs whose callers still wait.
+//! Principals take turns ([`backlogs`]); the time of a job is estimated for each key ([`estimate`]).
+//!
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use keybroker_core::metrics;
+use keybroker_core::{
+    call::{Deadline, spread},
+    metrics,
+};
 
-use crate::{Error, job::Job, link::Link};
+use crate::{
+    Error, Settings,
+    caller::{Caller, Lane},
+    job::Job,
+    link::Link,
+};
 
-/// Retry hint when the queue is full and nothing is known of the token's speed yet.
+use backlogs::{Backlogs, Waiting};
+use estimate::{Estimate, Estimates, Kind};
+
+mod backlogs;
+mod estimate;
+
+/// Least delay of a retry hint.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// One job is this part of the average of service time, and the past is the rest.
-const AVERAGE_PARTS: u32 = 16;
+/// What a call still needs once the token has answered: the audit entry on disk, and the way to the caller. A part of the time
+/// that is left, and at most so much.
+const ANSWER_PARTS: u32 = 10;
+const ANSWER_MAX: Duration = Duration::from_millis(20);
+/// A full queue is searched for abandoned jobs at most this often: a refusal stays cheap.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The queue, and the workers it feeds.
 #[derive(Debug)]
@@ -25,19 +45,38 @@ pub(super) struct Queue {
     length_max: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    waiting: VecDeque<Job>,
+    waiting: Backlogs<Job>,
     links: Vec<Arc<Link>>,
-    /// Average time of a job in the module.
-    service: Duration,
+    estimates: Estimates,
+    searched: Option<Instant>,
+}
+
+impl Waiting for Job {
+    fn queued(&self) -> Instant {
+        self.queued
+    }
+
+    fn deadline(&self) -> Instant {
+        self.caller.deadline().instant()
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.done.is_closed()
+    }
 }
 
 impl Queue {
-    pub(super) fn new(length_max: usize) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         Self {
-            state: Mutex::default(),
-            length_max,
+            state: Mutex::new(State {
+                waiting: Backlogs::new(settings.weights.clone()),
+                links: Vec::new(),
+                estimates: Estimates::default(),
+                searched: None,
+            }),
+            length_max: settings.queue_length_max,
         }
     }
 
@@ -45,27 +84,34 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a job in, and hands it to a free session at once if there is one.
+    /// Takes a job in, and hands it to a free session at once if there is one. Refuses a job that cannot be done in time.
     pub(super) fn push(&self, job: Job) -> Result<(), Error> {
+        let now = Instant::now();
         let mut state = self.state();
+        let estimate = state.estimates.of(Kind::of(&job.work));
+        let lane = job.caller.lane().clone();
+        state.check_in_time(&lane, estimate, job.caller.deadline(), now)?;
         if state.waiting.len() >= self.length_max {
-            // A job whose caller has gone keeps no place.
-            state.waiting.retain(|job| !job.done.is_closed());
+            state.make_room(&lane, estimate.mean, now)?;
         }
-        if state.waiting.len() >= self.length_max {
-            return Err(Error::QueueFull {
-                retry_after: state.expected_wait(),
-            });
-        }
-        state.waiting.push_back(job);
+        state.waiting.push(&lane, job, estimate.mean);
         state.dispatch();
         Ok(())
     }
 
-    /// Takes back a job whose session or worker was lost: to the front, since it waited its turn before.
+    /// Whether a job of this caller is certain to be refused, whatever its key. Costs no more than a look at the queue.
+    pub(super) fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
+        let state = self.state();
+        let least = state.estimates.least();
+        state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
+    }
+
+    /// Takes back a job whose session or worker was lost: it is the next of its principal, since it waited its turn before.
     pub(super) fn push_again(&self, job: Job) {
         let mut state = self.state();
-        state.waiting.push_front(job);
+        let cost = state.estimates.of(Kind::of(&job.work)).mean;
+        let lane = job.caller.lane().clone();
+        state.waiting.push_again(&lane, job, cost);
         state.dispatch();
     }
 
@@ -75,9 +121,10 @@ impl Queue {
     }
 
     /// Takes note of a job's time in the module.
-    pub(super) fn served(&self, spent: Duration) {
-        let mut state = self.state();
-        state.service = (state.service * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;
+    pub(super) fn served(&self, job: &Job, spent: Duration) {
+        if let Some(kind) = Kind::of(&job.work) {
+            self.state().estimates.add(kind, spent);
+        }
     }
 
     pub(super) fn add(&self, link: Arc<Link>) {
@@ -108,7 +155,8 @@ impl Queue {
 
     /// Answers every waiting job with the same error.
     pub(super) fn fail_all(&self, error: &Error) {
-        for job in std::mem::take(&mut self.state().waiting) {
+        let waiting = self.state().waiting.take_all();
+        for job in waiting {
             job.answer(Err(error.clone()), Duration::ZERO);
         }
     }
@@ -116,6 +164,7 @@ impl Queue {
 
 impl State {
     fn dispatch(&mut self) {
+        let quantum = self.estimates.most();
         while !self.waiting.is_empty() {
             // The emptiest worker first, so that no process idles while another has two jobs.
             let Some(link) = self
@@ -123,29 +172,106 @@ impl State {
                 .iter()
                 .filter(|link| link.has_room())
                 .min_by_key(|link| link.in_flight())
+                .map(Arc::clone)
             else {
                 break;
             };
-            let Some(mut job) = self.waiting.pop_front() else {
+            let now = Instant::now();
+            let Some(mut job) = self.waiting.pop(quantum, now) else {
                 break;
             };
             if job.done.is_closed() {
                 continue;
             }
-            if job.deadline.remaining().is_zero() {
+            let left = job.caller.deadline().remaining();
+            if left.is_zero() {
                 job.answer(Err(Error::Deadline), Duration::ZERO);
                 continue;
             }
-            job.waited = job.queued.elapsed();
+            job.waited = now.saturating_duration_since(job.queued);
+            // The first job after the wait for a free session shows how long the token takes now, so it is always tried.
+            let mean = self.estimates.of(Kind::of(&job.work)).mean;
+            if left < mean && !self.waiting.is_empty() {
+                let refusal = self.refusal(Duration::ZERO);
+                job.answer(Err(refusal), Duration::ZERO);
+                continue;
+            }
             metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
             link.assign(job);
         }
     }
 
+    /// Refuses a job that would be too late with the queue as it is. A job that a free session takes at once is always
+    /// accepted: it shows how long the token takes now.
+    fn check_in_time(
+        &self,
+        lane: &Lane,
+        job: Estimate,
+        deadline: Deadline,
+        now: Instant,
+    ) -> Result<(), Error> {
+        let (sessions, busy) = self.links.iter().fold((0, 0), |(sessions, busy), link| {
+            (sessions + link.sessions(), busy + link.in_flight())
+        });
+        // Without a worker nothing is known; the next one is due. Background work has its share whatever else waits.
+        if sessions == 0
+            || *lane == Lane::Background
+            || (busy < sessions && self.waiting.is_empty())
+        {
+            return Ok(());
+        }
+        let [sessions, busy] =
+            [sessions, busy].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        // On average, half of each job that a session has in its hands is still to be done.
+        let under_way = job.mean * busy / 2;
+        let wait = (self.waiting.work_before(lane, job.mean) + under_way) / sessions;
+        let left = deadline.instant().saturating_duration_since(now);
+        let answer = (left / ANSWER_PARTS).min(ANSWER_MAX);
+        if wait + job.upper() + answer <= left {
+            Ok(())
+        } else {
+            Err(self.refusal(wait))
+        }
+    }
+
+    /// Makes room in a full queue: for abandoned jobs, then for the newest job of the lane that
+    /// fills it.
+    fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
+        let is_due = self
+            .searched
+            .is_none_or(|at| now.saturating_duration_since(at) >= SEARCH_INTERVAL);
+        if is_due {
+            self.searched = Some(now);
+            let useless = self.waiting.take_useless(now);
+            let found = !useless.is_empty();
+            for job in useless {
+                job.answer(Err(Error::Deadline), Duration::ZERO);
+            }
+            if found {
+                return Ok(());
+            }
+        }
+        let wait = self.expected_wait();
+        match self.waiting.evict_for(lane, cost) {
+            Some(evicted) => {
+                evicted.answer(Err(self.refusal(wait)), Duration::ZERO);
+                Ok(())
+            }
+            None => Err(self.refusal(wait)),
+        }
+    }
+
+    /// With a retry hint from which callers that were refused together do not return together.
+    fn refusal(&self, wait: Duration) -> Error {
+        let wait = wait.max(RETRY_MIN);
+        Error::QueueFull {
+            retry_after: spread(wait, wait),
+        }
+    }
+
     fn expected_wait(&self) -> Duration {
         let sessions: usize = self.links.iter().map(|link| link.sessions()).sum();
-        let jobs = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
         let sessions = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
-        (self.service.saturating_mul(jobs) / sessions).max(RETRY_MIN)
+        self.waiting.work() / sessions
     }
 }

@@ -126,7 +126,7 @@ impl Supervisor {
         state: StateDirectory,
     ) -> Arc<Self> {
         Arc::new(Self {
-            queue: Queue::new(settings.queue_length_max),
+            queue: Queue::new(&settings),
             found: ArcSwap::default(),
             serving: watch::Sender::new(Serving::Down("the workers are starting".to_owned())),
             machine: Mutex::new(Decider {

@@ -89,6 +89,10 @@ pub struct TlsSettings {
     pub client_ca_file: Option<PathBuf>,
     /// Revocation lists of those CAs; without it certificates are not checked for revocation.
     pub client_crl_file: Option<PathBuf>,
+    /// Certificates of further authorities whose lists are in that file, such as intermediate CAs. They are no trust anchors: their lists
+    /// are verified with them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_crl_issuers_file: Option<PathBuf>,
     /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`; otherwise one without any is accepted, too.
     #[serde(default = "default_client_auth_usage_required")]
     pub client_auth_usage_required: bool,

@@ -2,9 +2,13 @@
 //!
 //! Mitigations: M9, M10 of `THREAT_MODEL.md`.
 
-use cryptoki::mechanism::{
-    Mechanism, MechanismType,
-    rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
+use cryptoki::{
+    context::Function,
+    error::{Error, RvError},
+    mechanism::{
+        Mechanism, MechanismType,
+        rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
+    },
 };
 use keybroker_pkcs11_ffi::Session;
 use subtle::ConstantTimeEq as _;
@@ -71,7 +75,27 @@ pub(super) fn verify(
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
     calling::next("C_Verify");
-    Ok(session.verify(&Mechanism::Sha256Hmac, pair.binding, message, mac)?)
+    session
+        .verify(&Mechanism::Sha256Hmac, pair.binding, message, mac)
+        .map_err(verify_fault)
+}
+
+/// Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` of `C_Verify` itself state that the MAC is wrong (PKCS#11 2.40,
+/// section 5.12). After every other code the self-test decides.
+fn verify_fault(error: Error) -> Fault {
+    let states_it = matches!(
+        error,
+        Error::Pkcs11(
+            RvError::SignatureInvalid | RvError::SignatureLenRange,
+            Function::Verify
+        )
+    );
+    let fault = Fault::from(error);
+    let class = match fault.class {
+        Class::Input if !states_it => Class::Ambiguous,
+        class => class,
+    };
+    Fault { class, ..fault }
 }
 
 /// What the token must be able to do with one key, with an answer that is known. Made once per worker, checked often.

@@ -258,10 +258,20 @@ impl SessionThread {
         let Err(fault) = check(proved, session) else {
             return Ok(());
         };
+        let key = proved.id;
         self.current = None;
         match fault.class {
             Class::SessionLost => Err(Stop::SessionLost(fault)),
-            _ => Err(Stop::from_self_test(&fault)),
+            Class::TokenLost | Class::KeyMissing | Class::BackOff | Class::Untrusted => {
+                Err(Stop::from_self_test(&fault))
+            }
+            // One error of a passing kind is no reason to replace the worker: another session decides.
+            Class::Input
+            | Class::Ambiguous
+            | Class::Pin
+            | Class::Login
+            | Class::Configuration
+            | Class::NoToken => self.revive(key.as_bytes(), deadline),
         }
     }
 }

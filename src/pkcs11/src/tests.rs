@@ -75,6 +75,7 @@ pub(crate) fn settings() -> Settings {
         workers: 1,
         sessions_per_worker: 1,
         queue_length_max: 1,
+        weights: std::collections::BTreeMap::new(),
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
         attribute_exceptions: Vec::new(),

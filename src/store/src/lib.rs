@@ -51,6 +51,7 @@ pub use record::{
     RequestStamp, Stamp, StoredRevision, request_message,
 };
 pub use registry::RegistryRow;
+use schema::Accepted;
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};
 pub use sqlite::file::StoreLock;
@@ -63,19 +64,24 @@ use url::Target;
 /// Opens a database whose schema is this binary's. A process that changes anything in it must hold the lock of
 /// [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
-    Ok(open_whole(settings).await?)
+    Ok(open_whole(settings, Accepted::Own).await?)
+}
+
+/// The same, for a broker that serves: the schema may also be that of a later release, if its migrations say that this one can serve.
+pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
+    Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
 /// The same, for a command that goes through whole tables. No call's deadline depends on it, so it waits longer.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
-    open_whole(&settings.for_command()).await
+    open_whole(&settings.for_command(), Accepted::Own).await
 }
 
-async fn open_whole(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
+async fn open_whole(settings: &Settings, accepted: Accepted) -> Result<Arc<dyn Tables>, Error> {
     match settings.target()? {
-        Target::Sqlite(path) => sqlite::open(&path, settings).await,
-        Target::Postgres(place) => server::open::<PostgreSql>(settings, &place).await,
-        Target::MySql(place) => server::open::<MySqlOrMariaDb>(settings, &place).await,
+        Target::Sqlite(path) => sqlite::open(&path, settings, accepted).await,
+        Target::Postgres(place) => server::open::<PostgreSql>(settings, &place, accepted).await,
+        Target::MySql(place) => server::open::<MySqlOrMariaDb>(settings, &place, accepted).await,
     }
 }
 
@@ -89,6 +95,24 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
         }
         Target::Postgres(place) => server::migrate::<PostgreSql>(settings, &place, dry_run).await,
         Target::MySql(place) => server::migrate::<MySqlOrMariaDb>(settings, &place, dry_run).await,
+    }
+}
+
+/// Whether a database knows an audit log of an instance, whatever its schema is. A database that does not exist, or whose schema is
+/// older than the table, knows none.
+pub async fn known_audit_log(
+    settings: &Settings,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    match settings.target()? {
+        Target::Sqlite(path) => sqlite::file::known_audit_log(&path, instance, log_id).await,
+        Target::Postgres(place) => {
+            server::known_audit_log::<PostgreSql>(settings, &place, instance, log_id).await
+        }
+        Target::MySql(place) => {
+            server::known_audit_log::<MySqlOrMariaDb>(settings, &place, instance, log_id).await
+        }
     }
 }
 

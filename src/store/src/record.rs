@@ -72,6 +72,8 @@ pub struct StoredRevision {
     pub envelope: Vec<u8>,
     /// Wrapping key named in the row.
     pub wrapping_key: WrappingKeyId,
+    /// When it was written.
+    pub created: Timestamp,
 }
 
 /// A revision to be written.

@@ -13,8 +13,8 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, Error, NewRevision, Record, RecordInfo,
-    RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, KnownLog, NewRevision, Record,
+    RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},
@@ -323,6 +323,16 @@ pub(super) fn stored_revision(
         revision,
         wrapping_key: row.wrapping_key("wrapping_key_id")?,
         envelope: row.bytes("envelope")?.to_vec(),
+        created: row.time("created_us")?,
+    })
+}
+
+/// What the statement about the audit logs of an instance counted.
+pub(super) fn known_log(row: &impl Columns) -> Result<KnownLog, Error> {
+    Ok(match (row.integer("known")?, row.integer("this")?) {
+        (0, _) => KnownLog::None,
+        (_, 0) => KnownLog::Another,
+        _ => KnownLog::This,
     })
 }
 

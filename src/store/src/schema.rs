@@ -1,9 +1,14 @@
 //! The schema of a database, on any engine: what it is, what is missing, whether it fits.
+//!
+//! A migration that only adds to the schema says in its name which earlier schema's release can still serve:
+//! `0009_notes_usable_from_8.up.sql`. The database keeps the name, so that a release learns of migrations that came after it.
+
+use std::cmp::Ordering;
 
 use sqlx::migrate::Migrator;
 
 use super::{
-    Error,
+    Error, KnownLog, rows,
     session::{Columns as _, Session},
     statements::Statements,
 };
@@ -15,6 +20,20 @@ pub struct SchemaStatus {
     pub current: i64,
     /// Newest version that this binary knows.
     pub newest: i64,
+    /// Whether a broker of this binary can serve from the database.
+    pub is_usable: bool,
+}
+
+/// What the end of a migration's description says before the number.
+const USABLE_FROM: &str = " usable from ";
+
+/// Which schemas a caller can work with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accepted {
+    /// That of this binary.
+    Own,
+    /// Also a newer one, if its migrations say that a release of this binary's schema can serve.
+    Usable,
 }
 
 /// What a migration did, or would do.
@@ -48,19 +67,54 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
         .map_or(Ok(0), |row| Ok(row.integer("version")?))
 }
 
-/// Refuses a schema that is older or newer than this binary's.
-pub(super) fn require_current(current: i64, migrator: &Migrator) -> Result<(), Error> {
-    let newest = newest(migrator);
+/// The first schema with the table of audit logs.
+const AUDIT_LOGS_SINCE: i64 = 6;
+
+/// Whether a database knows an audit log of an instance. One with an older schema knows none.
+pub(super) async fn known_audit_log(
+    session: &mut impl Session,
+    sql: &Statements,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    if current(session, sql).await? < AUDIT_LOGS_SINCE {
+        return Ok(KnownLog::None);
+    }
+    let values = vec![log_id.into(), instance.into()];
+    let found = session.rows(sql.audit_logs, values).await?;
+    rows::known_log(found.first().ok_or(Error::NotFound)?)
+}
+
+/// Refuses a schema that is older than this binary's, or newer than is accepted.
+pub(super) async fn require(
+    accepted: Accepted,
+    session: &mut impl Session,
+    sql: &Statements,
+    migrator: &Migrator,
+) -> Result<(), Error> {
+    let SchemaStatus {
+        current,
+        newest,
+        is_usable,
+    } = status(session, sql, migrator).await?;
     match current.cmp(&newest) {
-        std::cmp::Ordering::Equal => Ok(()),
-        std::cmp::Ordering::Less => {
+        Ordering::Equal => Ok(()),
+        Ordering::Less => {
             let what = format!(
                 "the database has schema {current}, this release needs {newest}; back it up, then run \
                  `keybroker store migrate`"
             );
             Err(Error::Schema(what.into()))
         }
-        std::cmp::Ordering::Greater => Err(too_new(current, newest)),
+        Ordering::Greater if is_usable && accepted == Accepted::Usable => {
+            tracing::warn!(
+                schema = current,
+                schema_of_this_release = newest,
+                "a later release migrated the database, and this one can still serve from it; finish the upgrade"
+            );
+            Ok(())
+        }
+        Ordering::Greater => Err(too_new(current, newest)),
     }
 }
 
@@ -72,11 +126,47 @@ fn too_new(current: i64, newest: i64) -> Error {
     Error::Schema(what.into())
 }
 
-pub(super) fn status(current: i64, migrator: &Migrator) -> SchemaStatus {
-    SchemaStatus {
+pub(super) async fn status(
+    session: &mut impl Session,
+    sql: &Statements,
+    migrator: &Migrator,
+) -> Result<SchemaStatus, Error> {
+    let (current, newest) = (current(session, sql).await?, newest(migrator));
+    let is_usable = match current.cmp(&newest) {
+        Ordering::Less => false,
+        Ordering::Equal => true,
+        Ordering::Greater => {
+            let later = session
+                .rows(sql.later_migrations, vec![newest.into()])
+                .await?;
+            let mut is_usable = true;
+            for row in &later {
+                is_usable &=
+                    usable_from(row.text("description")?).is_some_and(|from| from <= newest);
+            }
+            is_usable
+        }
+    };
+    Ok(SchemaStatus {
         current,
+        newest,
+        is_usable,
+    })
+}
+
+/// The status of a database that does not exist.
+pub(super) fn none(migrator: &Migrator) -> SchemaStatus {
+    SchemaStatus {
+        current: 0,
         newest: newest(migrator),
+        is_usable: false,
     }
+}
+
+/// The lowest schema whose release can serve after a migration with this description.
+fn usable_from(description: &str) -> Option<i64> {
+    let (_, number) = description.rsplit_once(USABLE_FROM)?;
+    number.parse().ok()
 }
 
 /// What a migration from a schema does.
@@ -95,4 +185,52 @@ pub(super) fn plan(current: i64, migrator: &Migrator) -> Result<MigrationReport,
         newest,
         pending,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn only_a_whole_number_at_the_end_says_which_release_can_serve() {
+        assert_eq!(usable_from("notes usable from 7"), Some(7));
+        assert_eq!(usable_from("usable from 5 usable from 8"), Some(8));
+        for other in [
+            "notes",
+            "usable from 7",
+            "notes usable from",
+            "notes usable from ",
+            "notes usable from 7 or so",
+            "notes usable from 7x",
+        ] {
+            assert_eq!(usable_from(other), None, "{other}");
+        }
+    }
+
+    /// A release learns of later migrations by these names, on whichever engine it runs.
+    #[test]
+    fn the_engines_have_the_same_migrations_and_none_names_a_schema_that_is_not_earlier() {
+        let names = |engine: &str| -> BTreeSet<String> {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../migrations");
+            let files = fs::read_dir(folder.join(engine)).unwrap();
+            files
+                .map(|file| file.unwrap().file_name().into_string().unwrap())
+                .collect()
+        };
+        let sqlite = names("sqlite");
+        assert!(sqlite.len() >= 12, "{sqlite:?}");
+        for engine in ["postgres", "mysql"] {
+            assert_eq!(names(engine), sqlite, "{engine}");
+        }
+        for name in &sqlite {
+            let (version, rest) = name.split_once('_').unwrap();
+            let description = rest.split('.').next().unwrap().replace('_', " ");
+            if description.contains("usable") {
+                let (from, version) = (usable_from(&description), version.parse().unwrap());
+                assert!(from.is_some_and(|from| from < version), "{name}");
+            }
+        }
+    }
 }

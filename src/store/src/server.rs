@@ -18,13 +18,14 @@ use tokio::sync::Semaphore;
 use keybroker_core::error::chain;
 
 use super::{
-    Error, MigrationReport, SchemaStatus, Settings,
+    Error, KnownLog, MigrationReport, SchemaStatus, Settings,
     dialect::Dialect,
     driver_errors::is_damage,
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
     error::Detail,
-    identity, schema,
+    identity,
+    schema::{self, Accepted},
     session::Session,
     settings::Tls,
     socket::Socket,
@@ -108,15 +109,15 @@ impl Limits {
     }
 }
 
-/// Opens a database whose schema is this binary's.
+/// Opens a database whose schema is accepted.
 pub(super) async fn open<S: Server>(
     settings: &Settings,
     place: &Place,
+    accepted: Accepted,
 ) -> Result<Arc<dyn Tables>, Error> {
     let options = S::options(settings, place)?;
     let (mut first, socket) = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut first, S::sql()).await?;
-    schema::require_current(current, S::migrator())?;
+    schema::require(accepted, &mut first, S::sql(), S::migrator()).await?;
     let weaknesses = weaknesses::<S>(&mut first).await?;
     durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
@@ -158,9 +159,22 @@ pub(super) async fn status<S: Server>(
 ) -> Result<SchemaStatus, Error> {
     let options = S::options(settings, place)?;
     let (mut connection, _) = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut connection, S::sql()).await;
+    let status = schema::status(&mut connection, S::sql(), S::migrator()).await;
     close::<S>(connection).await;
-    Ok(schema::status(current?, S::migrator()))
+    status
+}
+
+pub(super) async fn known_audit_log<S: Server>(
+    settings: &Settings,
+    place: &Place,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    let options = S::options(settings, place)?;
+    let (mut connection, _) = connect::<S>(&options, settings, place).await?;
+    let known = schema::known_audit_log(&mut connection, S::sql(), instance, log_id).await;
+    close::<S>(connection).await;
+    known
 }
 
 pub(super) async fn migrate<S: Server>(

@@ -20,6 +20,7 @@ use super::{
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
     engine::{Engine, EngineStore, Purpose},
+    schema::Accepted,
     session::Session as _,
     statements::Statements,
     tables::Tables,
@@ -103,11 +104,15 @@ fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
         .connect_lazy_with(options(path).read_only(true))
 }
 
-/// Opens a database whose schema is this binary's.
-pub(super) async fn open(path: &Path, settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
+/// Opens a database whose schema is accepted.
+pub(super) async fn open(
+    path: &Path,
+    settings: &Settings,
+    accepted: Accepted,
+) -> Result<Arc<dyn Tables>, Error> {
     file::check(path)?;
     let keeper = writer(path);
-    file::require_current(&keeper).await?;
+    file::require(accepted, &keeper).await?;
     let place = Arc::new(place::Place::of(path)?);
     let writer = writer(path);
     let mut connection = writer.acquire().await?;

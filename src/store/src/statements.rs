@@ -38,7 +38,7 @@ pub(super) struct Statements {
 
     /// tenant, user, key name: the record and its envelope.
     pub(super) record: &'static str,
-    /// record, revision: its envelope and wrapping key.
+    /// record, revision: its envelope, wrapping key and time.
     pub(super) revision: &'static str,
     /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: records with their addresses.
     pub(super) page: &'static str,
@@ -113,6 +113,8 @@ pub(super) struct Statements {
     pub(super) has_migrations: &'static str,
     /// The newest migration that was completed, if there is one.
     pub(super) newest_migration: &'static str,
+    /// version: the completed migrations after it, with their descriptions.
+    pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
 
     tables: PerTable<OfTable>,
@@ -158,7 +160,7 @@ impl Statements {
                  WHERE r.tenant = ? AND r.\"user\" = ? AND r.key_name = ?"
             )),
             revision: sql(
-                "SELECT wrapping_key_id, envelope FROM revisions WHERE record_id = ? AND revision = ?",
+                "SELECT wrapping_key_id, envelope, created_us FROM revisions WHERE record_id = ? AND revision = ?",
             ),
             page: sql(&format!(
                 "SELECT {RECORD}, {ADDRESS} FROM {RECORDS} \
@@ -259,6 +261,9 @@ impl Statements {
             has_migrations: dialect.has_migrations,
             newest_migration: sql(
                 "SELECT version FROM _sqlx_migrations WHERE success ORDER BY version DESC LIMIT 1",
+            ),
+            later_migrations: sql(
+                "SELECT version, description FROM _sqlx_migrations WHERE success AND version > ?",
             ),
             durability: dialect.durability,
 

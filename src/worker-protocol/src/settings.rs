@@ -7,7 +7,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use keybroker_core::key::{Fingerprint, WrappingKeyId};
+use keybroker_core::{
+    key::{Fingerprint, WrappingKeyId},
+    trusted_file,
+};
 
 use crate::wire::{Setup, TokenIdentity};
 
@@ -32,9 +35,13 @@ pub struct Settings {
     /// Session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Jobs that may wait; one more is refused with `QUEUE_FULL`.
+    /// Jobs that may wait; one more is refused with `QUEUE_FULL`, or takes the place of a job of the principal with the most.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
+    /// Share of a principal, by its name, while jobs of several wait: one with 4 gets four times the share of one that is not
+    /// listed.
+    #[serde(default)]
+    pub weights: BTreeMap<String, u32>,
     /// Longest time for one call of the module in a command, in milliseconds; a command that makes a key or initialises a token
     /// allows at least five minutes for that call.
     #[serde(default = "Settings::default_call_timeout_ms")]
@@ -66,7 +73,7 @@ impl Settings {
     }
 
     fn default_queue_length_max() -> usize {
-        256
+        4_096
     }
 
     fn default_call_timeout_ms() -> u64 {
@@ -84,13 +91,18 @@ impl Settings {
             allow_oaep_sha1: self.allow_oaep_sha1,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
+            read_only_mounts_count: trusted_file::read_only_mounts_count(),
             initialize_string: self.initialize_string.clone().unwrap_or_default(),
             ..Setup::default()
         }
     }
 
-    /// The part of the settings that a worker needs.
+    /// The part of the settings that a worker needs. From here on, this process opens files by the rule of the process that sent
+    /// the setup.
     pub fn from_setup(setup: &Setup) -> Self {
+        if !setup.read_only_mounts_count {
+            trusted_file::ignore_read_only_mounts();
+        }
         let given = |text: &String| (!text.is_empty()).then(|| text.clone());
         Self {
             module: PathBuf::from(&setup.module),
@@ -101,6 +113,7 @@ impl Settings {
             workers: 1,
             sessions_per_worker: 1,
             queue_length_max: 1,
+            weights: BTreeMap::new(),
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
             attribute_exceptions: setup.attribute_exceptions.clone(),

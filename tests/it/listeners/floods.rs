@@ -67,7 +67,7 @@ pub(super) fn peak_kib(broker: &Broker) -> u64 {
 }
 
 /// The memory that the front has now, in KiB.
-pub(super) fn resident_kib(broker: &Broker) -> u64 {
+pub(crate) fn resident_kib(broker: &Broker) -> u64 {
     status_kib(broker, "VmRSS:")
 }
 

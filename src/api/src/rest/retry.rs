@@ -1,6 +1,11 @@
 //! Retries during short outages, because a client would log its user out after an error.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Semaphore;
 
 use keybroker_core::{
     call::{Call, CallId, Deadline},
@@ -14,6 +19,9 @@ const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 const REPETITIONS_MAX: u32 = 5;
 /// Time limit of one attempt. The next one may use another worker, or another connection.
 const TRY: Duration = Duration::from_secs(5);
+/// Requests that may wait for their next try at the same time; one more is answered at once. Each holds its body and its
+/// connection.
+pub(super) const RETRIES_MAX: usize = 4_096;
 /// Before the second try; doubled before each other one. All of them together fill [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// What a try needs at least: none is begun that could not end.
@@ -27,18 +35,20 @@ pub(super) struct Retry {
     request: Call,
     until: Instant,
     repetitions: u32,
+    places: Arc<Semaphore>,
     /// The call that was made last; `None` before the first.
     last: Option<CallId>,
 }
 
 impl Retry {
     /// That of a request, whose first call has its id.
-    pub(super) fn new(request: Call) -> Self {
+    pub(super) fn new(request: Call, places: Arc<Semaphore>) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
             until: request.deadline.instant().min(until),
             request,
             repetitions: 0,
+            places,
             last: None,
         }
     }
@@ -64,7 +74,11 @@ impl Retry {
             if is_outcome_unknown {
                 error = error.outcome_unknown();
             }
-            let Some(pause) = self.pause(error.reason()) else {
+            let Some(pause) = self.pause(&error) else {
+                return Err(error);
+            };
+            let Ok(_place) = self.places.try_acquire() else {
+                metrics::REST_RETRIES_REFUSED.increment();
                 return Err(error);
             };
             let (first, id) = (self.request.id, self.last());
@@ -94,16 +108,20 @@ impl Retry {
         }
     }
 
-    /// How long to wait before the next try; `None` when there is none.
-    fn pause(&mut self, reason: Reason) -> Option<Duration> {
-        if !is_transient(reason) || self.repetitions == REPETITIONS_MAX {
+    /// How long to wait before the next try; `None` when there is none. Not less than the broker asks for.
+    fn pause(&mut self, error: &Error) -> Option<Duration> {
+        if !is_transient(error.reason()) || self.repetitions == REPETITIONS_MAX {
             return None;
         }
         let left = self.until.saturating_duration_since(Instant::now());
         let longest = left.checked_sub(LEFT_FOR_A_TRY)?;
         let pause = FIRST_PAUSE * (1 << self.repetitions);
         self.repetitions += 1;
-        Some(jittered(pause).min(longest))
+        let asked = match error.reason() {
+            Reason::QueueFull => error.retry_delay().unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        Some(jittered(pause).max(asked).min(longest))
     }
 }
 
@@ -152,15 +170,23 @@ mod tests {
         Call::start("127.0.0.1:1", Deadline::after(timeout))
     }
 
+    fn places() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(RETRIES_MAX))
+    }
+
+    fn queue_full() -> Error {
+        Error::new(Reason::QueueFull, "").retry_after(Duration::from_millis(1))
+    }
+
     fn retry(timeout: Duration) -> Retry {
-        Retry::new(call(timeout))
+        Retry::new(call(timeout), places())
     }
 
     #[tokio::test]
     async fn a_short_outage_is_waited_out_with_an_id_for_each_try() {
         let mut ids = HashSet::new();
         let request = call(Duration::from_secs(30));
-        let mut retry = Retry::new(request.clone());
+        let mut retry = Retry::new(request.clone(), places());
         let answer = retry.ask(|call| {
             ids.insert(call.id);
             let outage = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "unavailable"));
@@ -196,7 +222,7 @@ mod tests {
     #[tokio::test]
     async fn every_step_has_an_id_and_a_deadline_of_its_own() {
         let request = call(Duration::from_secs(30));
-        let mut retry = Retry::new(request.clone());
+        let mut retry = Retry::new(request.clone(), places());
         let mut ids = HashSet::new();
         for _ in 0..4 {
             let step = retry.ask(|call| async { Ok(call) }).await.unwrap();
@@ -205,7 +231,7 @@ mod tests {
         }
         assert!(ids.contains(&request.id));
         let short = call(Duration::from_secs(1));
-        let step = Retry::new(short.clone()).next();
+        let step = Retry::new(short.clone(), places()).next();
         assert_eq!(step.deadline, short.deadline);
     }
 
@@ -227,17 +253,17 @@ mod tests {
     #[test]
     fn repetitions_are_counted() {
         let mut retry = retry(Duration::from_secs(30));
-        let pauses: Vec<Duration> = std::iter::from_fn(|| retry.pause(Reason::QueueFull)).collect();
+        let pauses: Vec<Duration> = std::iter::from_fn(|| retry.pause(&queue_full())).collect();
         assert_eq!(pauses.len(), 5);
         assert!(pauses.is_sorted());
-        assert_eq!(retry.pause(Reason::Deadline), None);
+        assert_eq!(retry.pause(&Error::new(Reason::Deadline, "")), None);
     }
 
     #[tokio::test]
     async fn an_outage_that_lasts_is_answered_before_the_deadline() {
         for reason in [Reason::TokenDown, Reason::Deadline] {
             let call = call(Duration::from_millis(900));
-            let mut retry = Retry::new(call.clone());
+            let mut retry = Retry::new(call.clone(), places());
             let answer = retry.ask(|_| async { Err::<(), _>(Error::new(reason, "unavailable")) });
             assert_eq!(answer.await.unwrap_err().reason(), reason);
             assert!(!call.deadline.remaining().is_zero());
@@ -255,5 +281,37 @@ mod tests {
         for pause in pauses {
             assert!((FIRST_PAUSE * 4 / 5..FIRST_PAUSE).contains(&pause));
         }
+    }
+
+    /// A request that is refused for lack of places leaves them free for those that wait already.
+    #[tokio::test]
+    async fn waiting_requests_cannot_fill_the_broker() {
+        let places = Arc::new(Semaphore::new(1));
+        let taken = Arc::clone(&places).try_acquire_owned().unwrap();
+        for is_free in [false, true] {
+            let mut tries = 0;
+            let mut retry = Retry::new(call(Duration::from_secs(30)), Arc::clone(&places));
+            let answer = retry.ask(|_| {
+                tries += 1;
+                let full = (tries == 1).then(queue_full);
+                async { full.map_or(Ok(()), Err) }
+            });
+            assert_eq!(answer.await.is_ok(), is_free);
+            assert_eq!(tries, if is_free { 2 } else { 1 });
+            if !is_free {
+                places.add_permits(1);
+            }
+        }
+        drop(taken);
+        assert_eq!(places.available_permits(), 2);
+    }
+
+    /// The pause is at least the time that the broker asks for.
+    #[test]
+    fn a_full_queue_is_left_alone_for_as_long_as_it_asks() {
+        let mut retry = retry(Duration::from_secs(30));
+        let asked = Duration::from_secs(2);
+        let error = Error::new(Reason::QueueFull, "").retry_after(asked);
+        assert!(retry.pause(&error).unwrap() >= asked);
     }
 }

@@ -17,7 +17,12 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{KeySet, SET_BYTES_MAX, SourceError, error::NoSet, fetch::Fetcher};
+use super::{
+    KeySet, SET_BYTES_MAX, SourceError,
+    absent::{Asked, Withdrawn},
+    error::NoSet,
+    fetch::Fetcher,
+};
 
 /// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
@@ -71,6 +76,7 @@ pub(crate) struct Keys {
     pace: Pace,
     source: Source,
     current: ArcSwapOption<Held>,
+    asked: Asked,
     /// When a fetch because of an unknown key last began.
     refetched: Arc<Mutex<Option<Instant>>>,
     /// What the last attempt failed with: for refusals, and so that it is reported once.
@@ -80,7 +86,10 @@ pub(crate) struct Keys {
 #[derive(Debug)]
 struct Held {
     set: Arc<KeySet>,
+    /// When the fetch began that found it last.
+    begun: Instant,
     since: Instant,
+    withdrawn: Withdrawn,
 }
 
 #[derive(Debug)]
@@ -102,11 +111,12 @@ impl Keys {
                 }
             },
             current: ArcSwapOption::empty(),
+            asked: Asked::new(),
             refetched: Arc::default(),
             problem: SyncMutex::default(),
         };
         if let Source::File(source) = &keys.source {
-            keys.take(read(source)?);
+            keys.take(read(source)?, Instant::now());
         }
         Ok(keys)
     }
@@ -131,6 +141,21 @@ impl Keys {
     pub(crate) fn problem(&self) -> Option<String> {
         let problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         problem.clone()
+    }
+
+    /// Notes that a token names a key id that the set in use does not have.
+    pub(crate) fn note_unknown(&self, kid: &str) {
+        self.asked.note(kid);
+    }
+
+    /// Whether the provider is known not to have a key of that id: a set without it was fetched after a token first named it, or after
+    /// an earlier set had it.
+    pub(crate) fn is_absent(&self, kid: &str) -> bool {
+        let held = self.current.load();
+        held.as_ref().is_some_and(|held| {
+            !held.set.kids().any(|known| known == kid)
+                && (held.withdrawn.contains(kid) || self.asked.is_before(kid, held.begun))
+        })
     }
 
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
@@ -200,6 +225,7 @@ impl Keys {
 
     /// Reads or fetches the set once; whether that went well.
     async fn update(&self) -> bool {
+        let begun = Instant::now();
         let outcome = match &self.source {
             Source::Provider(fetcher) => fetcher.fetch().await,
             Source::File(source) => {
@@ -212,7 +238,7 @@ impl Keys {
         };
         match outcome {
             Ok(set) => {
-                self.take(set);
+                self.take(set, begun);
                 true
             }
             Err(error) => {
@@ -222,8 +248,11 @@ impl Keys {
         }
     }
 
-    fn take(&self, set: KeySet) {
+    fn take(&self, set: KeySet, begun: Instant) {
         let previous = self.current.load();
+        let withdrawn = previous.as_ref().map_or_else(Withdrawn::default, |held| {
+            held.withdrawn.after(held.set.kids(), set.kids())
+        });
         let previous = previous.as_ref().map(|held| &held.set);
         let set = match previous {
             // The same one, so that what was verified with it stays verified.
@@ -235,7 +264,12 @@ impl Keys {
             }
         };
         let since = Instant::now();
-        self.current.store(Some(Arc::new(Held { set, since })));
+        self.current.store(Some(Arc::new(Held {
+            set,
+            begun,
+            since,
+            withdrawn,
+        })));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
             tracing::info!(issuer = %self.name, "the key set can be had again");

@@ -83,7 +83,12 @@ impl Refusal {
     /// The error for the caller, with this detail for the log. A token that cannot be verified now is not a rejected one.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // The key id may be invented, so the attempt counts as failed.
+            // After a key rotation every token of a network may name a key that was not fetched yet, so the attempt does not count as
+            // failed. It was cheap: without a key no signature is checked. The same id counts once a set without it was fetched.
+            (Cause::KeyId, Some(wait)) => {
+                Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
+            }
+            // Signatures were checked.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),

@@ -34,22 +34,26 @@ const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Verifies the rows of one page on the token, until the token fails or its time is up.
 #[derive(Debug)]
 pub(super) struct PageVerifier {
-    deadline: Deadline,
+    caller: hsm::Caller,
     has_failed: bool,
 }
 
 impl PageVerifier {
-    pub(super) fn new(call: &Call) -> Self {
-        let deadline = Deadline::after(PAGE_TIMEOUT);
+    pub(super) fn new(principal: &Principal, call: &Call) -> Self {
+        let last = call
+            .deadline
+            .instant()
+            .min(Deadline::after(PAGE_TIMEOUT).instant());
         Self {
-            deadline: if call.deadline.instant() < deadline.instant() {
-                call.deadline
-            } else {
-                deadline
-            },
+            caller: hsm::Caller::principal(principal.name(), Deadline::at(last)),
             has_failed: false,
         }
     }
+}
+
+/// For jobs about one API client. They wait in the queue of that client, as its calls do.
+fn caller_about(id: ClientId) -> hsm::Caller {
+    hsm::Caller::principal(id.principal_name(), Deadline::after(MAC_TIMEOUT))
 }
 
 /// What became of the verification of a listed row.
@@ -93,7 +97,7 @@ impl Broker {
         let message = row.mac_message();
         let verified = self
             .token
-            .verify_mac(row.key, &message, &row.mac, verifier.deadline);
+            .verify_mac(row.key, &message, &row.mac, &verifier.caller);
         match verified.await {
             Ok(()) => Verified::Yes,
             Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
@@ -143,10 +147,9 @@ impl Broker {
             checked => checked?,
         }
         let message = row.mac_message();
-        let deadline = Deadline::after(MAC_TIMEOUT);
         match self
             .token
-            .verify_mac(row.key, &message, &row.mac, deadline)
+            .verify_mac(row.key, &message, &row.mac, &caller_about(id))
             .await
         {
             Ok(()) => {}
@@ -242,8 +245,8 @@ impl Broker {
             updated: Timestamp::now(),
         };
         let message = row.mac_message();
-        let deadline = Deadline::after(MAC_TIMEOUT);
-        row.mac = self.token.mac(row.key, &message, deadline).await?;
+        let caller = caller_about(row.id);
+        row.mac = self.token.mac(row.key, &message, &caller).await?;
         Ok(row)
     }
 }

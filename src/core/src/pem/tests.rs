@@ -109,8 +109,10 @@ fn what_does_not_belong_into_a_file_is_refused_with_the_remedy() {
         }
     }
     for bytes in [a.as_bytes(), private.as_bytes()] {
-        let error = revocation_lists(bytes).unwrap_err().to_string();
-        assert!(error.contains("does not belong"), "{error}");
+        let [Err(DamagedBlock { index: 1, source })] = &revocation_lists(bytes)[..] else {
+            panic!("one block, which is refused")
+        };
+        assert!(source.to_string().contains("does not belong"), "{source}");
     }
     for (bytes, words) in [
         (&b"\x30\x82\x01\x0a"[..], "openssl x509 -inform der"),
@@ -156,4 +158,57 @@ fn a_key_file_holds_one_key_in_clear() {
         assert!(error.contains(words), "{words}: {error}");
         assert!(!error.contains(private.lines().nth(1).unwrap()), "{error}");
     }
+}
+
+/// A file that is put together from lists of several authorities, one of which was damaged on the way.
+#[test]
+fn a_damaged_block_does_not_withhold_the_revocation_lists_after_it() {
+    let block = |text: &str| format!("-----BEGIN X509 CRL-----\n{text}\n-----END X509 CRL-----\n");
+    let (first, last) = (block("Zmlyc3Q="), block("bGFzdA=="));
+    for (damaged, index, words) in [
+        (block("!!"), 2, "in line 4 cannot be decoded"),
+        (
+            block("Zmlyc3Q=").replace("END X509", "END X508"),
+            2,
+            "has no END line",
+        ),
+        (
+            "-----BEGIN X509 CRL-----\nZmly\n".to_owned(),
+            2,
+            "has no END line",
+        ),
+        (certificate(), 2, "does not belong"),
+        (
+            block("Zmly").replacen("-----BEGIN", "----BEGIN", 1),
+            1,
+            "line 4 looks like",
+        ),
+        (
+            "-----END X509 CRL-----\n".to_owned(),
+            1,
+            "line 4 ends a block",
+        ),
+    ] {
+        let read = revocation_lists(format!("{first}{damaged}{last}").as_bytes());
+        let good: Vec<&[u8]> = read.iter().flatten().map(AsRef::as_ref).collect();
+        assert_eq!(good, [&b"first"[..], b"last"], "{damaged}");
+        let bad = read.iter().find_map(|one| one.as_ref().err()).unwrap();
+        assert_eq!(bad.index, index, "{damaged}");
+        assert!(bad.source.to_string().contains(words), "{words}: {bad:?}");
+    }
+    let truncated = &last[..last.len() / 2];
+    let read = revocation_lists(format!("{first}{truncated}").as_bytes());
+    assert!(
+        matches!(&read[..], [Ok(_), Err(DamagedBlock { index: 2, .. })]),
+        "{read:?}"
+    );
+}
+
+#[test]
+fn a_file_of_damaged_blocks_is_not_read_to_its_end() {
+    let block = "-----BEGIN X509 CRL-----\n!!\n-----END X509 CRL-----\n";
+    let read = revocation_lists(block.repeat(DAMAGED_BLOCKS_MAX + 9).as_bytes());
+    assert_eq!(read.len(), DAMAGED_BLOCKS_MAX + 1);
+    let last = read.last().unwrap().as_ref().unwrap_err();
+    assert!(matches!(last.source, Error::TooDamaged(_)), "{last:?}");
 }

@@ -14,7 +14,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    Error,
+    Caller, Error,
     job::{Answer, Job},
     link::{Link, reap},
     start::EXIT_TIMEOUT,
@@ -71,7 +71,7 @@ impl Supervisor {
             Some(Outcome::Output(bytes)) => Ok(bytes.into()),
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
-                let in_time = !job.deadline.remaining().is_zero();
+                let in_time = !job.caller.deadline().remaining().is_zero();
                 // Never a self-test: another worker would answer for this one.
                 if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
                     self.try_later(job);
@@ -86,6 +86,19 @@ impl Supervisor {
                     });
                     return;
                 }
+                if class == FailureClass::TokenLost
+                    && in_time
+                    && job.losses < LOSSES_MAX_GIVEN_UP
+                    && !job.work.is_self_test()
+                {
+                    // Another worker may have the token still. If none has, the state of the service answers the job.
+                    link.give_up(failure.detail);
+                    self.queue.push_again(Job {
+                        losses: job.losses + 1,
+                        ..job
+                    });
+                    return;
+                }
                 tracing::debug!(parent: &job.span, pid = link.pid(), ?class, detail = %failure.detail, "token job failed");
                 Err(self.error_of(link, class, failure.detail))
             }
@@ -96,7 +109,7 @@ impl Supervisor {
         };
         if !job.work.is_self_test() {
             metrics::TOKEN_OPERATION.handle().record(spent);
-            self.queue.served(spent);
+            self.queue.served(&job, spent);
         }
         job.answer(result, spent);
         self.queue.dispatch();
@@ -148,7 +161,7 @@ impl Supervisor {
             let (done, answer) = oneshot::channel();
             link.assign(Job {
                 work: Work::new(request::Job::SelfTest(SelfTest {})),
-                deadline: Deadline::after(SELF_TEST_TIMEOUT),
+                caller: Caller::background(Deadline::after(SELF_TEST_TIMEOUT)),
                 done,
                 queued: Instant::now(),
                 waited: Duration::ZERO,

@@ -33,7 +33,7 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
     let (done, answer) = oneshot::channel();
     let job = Job {
         work: Work::new(work),
-        deadline: Deadline::after(Duration::from_mins(1)),
+        caller: crate::Caller::background(Deadline::after(Duration::from_mins(1))),
         done,
         queued: Instant::now(),
         waited: Duration::ZERO,

@@ -10,11 +10,11 @@ use tokio::sync::oneshot;
 use tracing::Span;
 
 use crate::{
-    Error, Serving, Token, TokenState,
+    Caller, Error, Serving, Token, TokenState,
     job::{Job, Output},
 };
 use keybroker_core::{
-    call::{Deadline, outside_time},
+    call::outside_time,
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     key::WrappingKeyId,
     secret::KeyMaterial,
@@ -28,14 +28,14 @@ use super::Supervisor;
 
 impl Supervisor {
     /// Runs a job on some worker, or fails at the deadline whatever the worker does.
-    async fn run_job(&self, work: request::Job, deadline: Deadline) -> Result<Output, Error> {
+    async fn run_job(&self, work: request::Job, caller: &Caller) -> Result<Output, Error> {
         // First of all: it may hold key material, and is wiped wherever this ends.
         let work = Work::new(work);
         self.check_serving()?;
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
             work,
-            deadline,
+            caller: caller.clone(),
             done,
             queued: Instant::now(),
             waited: Duration::ZERO,
@@ -49,7 +49,7 @@ impl Supervisor {
         {
             self.queue.fail_all(&error);
         }
-        match tokio::time::timeout_at(deadline.instant().into(), answer).await {
+        match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
                 outside_time::note(answer.outside);
                 answer.result
@@ -72,13 +72,13 @@ impl Supervisor {
         &self,
         key: WrappingKeyId,
         message: &MacMessage,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Mac, Error> {
         let work = request::Job::Mac(wire::Mac {
             key_id: key.as_bytes().to_vec(),
             message: message.as_bytes().to_vec(),
         });
-        to_mac(&self.run_job(work, deadline).await?)
+        to_mac(&self.run_job(work, caller).await?)
     }
 }
 
@@ -96,7 +96,7 @@ impl Token for Supervisor {
         key: WrappingKeyId,
         context: Context<'_>,
         material: &KeyMaterial,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Envelope, Error> {
         let found = Arc::clone(&self.found.load());
         let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
@@ -106,7 +106,7 @@ impl Token for Supervisor {
         let unsealed = Unsealed::new(public.algorithm(), key, wrapped)
             .map_err(|error| Error::Untrusted(error.to_string()))?;
         let message = unsealed.mac_message(&context);
-        let mac = self.make_mac(key, &message, deadline).await?;
+        let mac = self.make_mac(key, &message, caller).await?;
         Ok(unsealed.seal(&context, mac))
     }
 
@@ -114,7 +114,7 @@ impl Token for Supervisor {
         &self,
         envelope: &Envelope,
         context: Context<'_>,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
         let work = request::Job::Unwrap(wire::Unwrap {
             key_id: envelope.wrapping_key().as_bytes().to_vec(),
@@ -123,7 +123,7 @@ impl Token for Supervisor {
             algorithm: envelope.algorithm().number().into(),
             wrapped: envelope.wrapped().to_vec(),
         });
-        let mut output = self.run_job(work, deadline).await?;
+        let mut output = self.run_job(work, caller).await?;
         KeyMaterial::new(std::mem::take(&mut *output))
             .map_err(|error| Error::Damaged(error.to_string()))
     }
@@ -133,7 +133,7 @@ impl Token for Supervisor {
         envelope: &Envelope,
         old: Context<'_>,
         new: Context<'_>,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Envelope, Error> {
         let unsealed = envelope.to_unsealed();
         let work = request::Job::Rebind(wire::Rebind {
@@ -142,7 +142,7 @@ impl Token for Supervisor {
             mac: envelope.mac().to_vec(),
             new_message: unsealed.mac_message(&new).as_bytes().to_vec(),
         });
-        let mac = to_mac(&self.run_job(work, deadline).await?)?;
+        let mac = to_mac(&self.run_job(work, caller).await?)?;
         Ok(unsealed.seal(&new, mac))
     }
 
@@ -150,9 +150,9 @@ impl Token for Supervisor {
         &self,
         key: WrappingKeyId,
         message: &MacMessage,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<Mac, Error> {
-        self.make_mac(key, message, deadline).await
+        self.make_mac(key, message, caller).await
     }
 
     async fn verify_mac(
@@ -160,14 +160,18 @@ impl Token for Supervisor {
         key: WrappingKeyId,
         message: &MacMessage,
         mac: &Mac,
-        deadline: Deadline,
+        caller: &Caller,
     ) -> Result<(), Error> {
         let work = request::Job::VerifyMac(wire::VerifyMac {
             key_id: key.as_bytes().to_vec(),
             message: message.as_bytes().to_vec(),
             mac: mac.to_vec(),
         });
-        self.run_job(work, deadline).await.map(drop)
+        self.run_job(work, caller).await.map(drop)
+    }
+
+    fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
+        self.queue.check_admission(caller)
     }
 
     fn state(&self) -> TokenState {

@@ -72,6 +72,14 @@ impl Exit {
         }
     }
 
+    /// Whether `serve` ends the same way when it is started again, until a person repairs the cause.
+    pub const fn needs_person(self) -> bool {
+        matches!(
+            self,
+            Self::Usage | Self::Configuration | Self::Untrusted | Self::Audit
+        )
+    }
+
     /// The meaning, in the words of the documentation.
     pub const fn meaning(self) -> &'static str {
         match self {

@@ -7,7 +7,9 @@ use keybroker_audit::Entry;
 use keybroker_broker::acknowledged::{Acceptance, accept_restored as accept};
 use keybroker_core::state::StateDirectory;
 use keybroker_store as store;
-use keybroker_store::StoreLock;
+use keybroker_store::{KnownLog, StoreLock};
+
+use crate::config::Config;
 
 use super::{
     Context, block_on, change,
@@ -66,6 +68,7 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
     let report = if dry_run {
         migrate()?
     } else {
+        require_own_log(&config)?;
         let nothing_more = |_: &mut Entry| {};
         change::audited(context, &config, "store.migrate", nothing_more, migrate)?
     };
@@ -81,12 +84,28 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
     ])
 }
 
+/// Refuses a database that was used with other audit logs of this instance, as the next start would: it may be another broker's, and a
+/// migration cannot be undone.
+fn require_own_log(config: &Config) -> Result<(), Failure> {
+    let log = config.audit.examine_instance()?;
+    let id = log.id().unwrap_or_default();
+    let known = block_on(store::known_audit_log(
+        &config.store,
+        &config.audit.instance,
+        id,
+    ))??;
+    if known == KnownLog::Another && log.is_binding_required() {
+        return Err(log.refuse_unknown().into());
+    }
+    Ok(())
+}
+
 fn status(context: &Context) -> Result<(), Failure> {
     let status = block_on(store::status(&context.config()?.store))??;
     context.output.fields(vec![
         ("schema", json!(status.current)),
         ("schema_of_this_release", json!(status.newest)),
-        ("ready", json!(status.current == status.newest)),
+        ("ready", json!(status.is_usable)),
     ])
 }
 

@@ -6,7 +6,7 @@ use crate::server::{
     Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
-use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX};
+use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
@@ -77,6 +77,13 @@ impl Config {
         range("workers", token.workers, 1..=64);
         range("sessions_per_worker", token.sessions_per_worker, 1..=256);
         range("queue_length_max", token.queue_length_max, 1..=65_536);
+        for (principal, weight) in &token.weights {
+            range(
+                &format!("weights.{principal:?}"),
+                usize::try_from(*weight).unwrap_or(usize::MAX),
+                1..=100,
+            );
+        }
         let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
         range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
         if let Some(label) = token
@@ -231,6 +238,11 @@ impl Config {
                 "released_users_per_hour",
                 rates.released_users_per_hour,
                 RELEASED_USERS_MAX,
+            ),
+            (
+                "replacements_per_hour",
+                rates.replacements_per_hour,
+                REPLACEMENTS_MAX,
             ),
         ] {
             range(
@@ -418,6 +430,12 @@ fn check_listener_tls(
              for; take them out, or set `client_certificates`"
         ));
     }
+    if tls.client_crl_issuers_file.is_some() && tls.client_crl_file.is_none() {
+        problems.push(format!(
+            "{name}: `client_crl_issuers_file` has the certificates that verify lists in `client_crl_file`, which is not \
+             set; set it, or take this setting out"
+        ));
+    }
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
@@ -430,6 +448,7 @@ fn check_listener_tls(
         Some(&tls.key_file),
         tls.client_ca_file.as_ref(),
         tls.client_crl_file.as_ref(),
+        tls.client_crl_issuers_file.as_ref(),
     ];
     for path in files.into_iter().flatten() {
         if !trusted_file::is_absolute(path) {

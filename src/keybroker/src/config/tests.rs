@@ -34,6 +34,7 @@ fn is_default(text: &str) -> bool {
         "password_variable",
         "ca_file",
         "client_crl_file",
+        "client_crl_issuers_file",
         "plaintext",
         "profile",
         "discovery_url",
@@ -241,6 +242,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "# client_crl_file = \"/",
         "client_crl_file = \"",
         "absolute path",
+    ),
+    (
+        "# client_crl_issuers_file = \"/",
+        "client_crl_issuers_file = \"",
+        "absolute path",
+    ),
+    (
+        "# client_crl_issuers_file",
+        "client_crl_issuers_file",
+        "`client_crl_file`, which is not set",
     ),
     (
         "# trust_domains = []",

@@ -66,11 +66,11 @@ impl Apis<'_> {
     }
 
     fn rest(&self) -> Router {
-        let context = rest::Context {
-            broker: Arc::clone(self.broker),
-            call_timeout_max: self.call_timeout_max(),
-            calls: self.calls.clone(),
-        };
+        let context = rest::Context::new(
+            Arc::clone(self.broker),
+            self.call_timeout_max(),
+            self.calls.clone(),
+        );
         rest::routes(context, &self.config.rest)
     }
 

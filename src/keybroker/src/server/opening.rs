@@ -99,6 +99,7 @@ const MIGRATE: &str = "store.migrate";
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,
+    instance: &str,
     open: &mut Vec<OpenIntent>,
 ) -> Result<(), Failure> {
     let cut_short: Vec<OpenIntent> = open
@@ -107,7 +108,9 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start && cut_short.is_empty() {
         return Ok(());
     }
-    let pending = !store::migrate(settings, true).await?.pending.is_empty();
+    // A newer schema is no error here: whether this release can serve from it is decided when the database is opened.
+    let status = store::status(settings).await?;
+    let pending = status.current < status.newest;
     for intent in cut_short {
         let outcome = if pending {
             Outcome::Failed
@@ -118,6 +121,11 @@ pub(super) async fn migrate(
     }
     if !settings.migrate_at_start || !pending {
         return Ok(());
+    }
+    // A migration cannot be undone, so a database of other logs is refused before it.
+    let known = store::known_audit_log(settings, instance, audit.id()).await?;
+    if known == KnownLog::Another && audit.is_binding_required() {
+        return Err(audit.refuse_unknown().into());
     }
     let call = CallId::fresh();
     let entry = |kind, outcome| {
@@ -146,7 +154,7 @@ pub(super) async fn open_store(
     audit: &AuditLog,
 ) -> Result<(StoreLock, Arc<dyn Store>), Failure> {
     let lock = store::lock(&config.store)?;
-    let store = store::open(&config.store).await?;
+    let store = store::open_to_serve(&config.store).await?;
     bind_log(audit, &store, &config.audit.instance).await?;
     Ok((lock, store))
 }

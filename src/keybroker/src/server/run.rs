@@ -186,6 +186,7 @@ struct Server {
     store: Arc<dyn Store>,
     audit: AuditLog,
     health: HealthReporter,
+    file_problems: Arc<watch::FileProblems>,
     addresses: Vec<SocketAddr>,
     status_address: SocketAddr,
     remote_status_address: Option<SocketAddr>,
@@ -220,7 +221,8 @@ impl Server {
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        opening::migrate(&config.store, &audit, &mut open_intents).await?;
+        let instance = &config.audit.instance;
+        opening::migrate(&config.store, &audit, instance, &mut open_intents).await?;
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
@@ -262,6 +264,7 @@ impl Server {
             store,
             audit,
             health,
+            file_problems: Arc::default(),
         };
         // Health does not say SERVING before the first check.
         watch::report(&server.broker.health(), &server.health).await;
@@ -332,6 +335,7 @@ impl Server {
     fn probes(&self) -> Router {
         status::routes(status::Probe {
             broker: Arc::clone(&self.broker),
+            files: Arc::clone(&self.file_problems),
             metrics: self.metrics.clone(),
             stopping: self.stop_background.clone(),
         })
@@ -370,13 +374,15 @@ impl Server {
     ) {
         let listeners = bound.iter().filter_map(|one| one.tls.clone());
         let tls: Vec<Arc<Tls>> = listeners.chain(status).collect();
+        let problems = Arc::clone(&self.file_problems);
         let stop = self.stop_background.clone();
         self.background
-            .spawn(watch::files(tls, policy, hangup, stop));
+            .spawn(watch::files(tls, policy, problems, hangup, stop));
         self.background
             .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
         self.background.spawn(watch::health(
             Arc::clone(&self.broker),
+            Arc::clone(&self.file_problems),
             self.health.clone(),
             self.stop_background.clone(),
         ));

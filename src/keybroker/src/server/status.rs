@@ -30,7 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use keybroker_broker::Broker;
 use keybroker_core::metrics;
 
-use super::{handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting};
+use super::{handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting, watch::FileProblems};
 
 /// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
 const CONNECTIONS_MAX: usize = 64;
@@ -48,6 +48,7 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 #[derive(Clone, Debug)]
 pub(super) struct Probe {
     pub(super) broker: Arc<Broker>,
+    pub(super) files: Arc<FileProblems>,
     pub(super) metrics: PrometheusHandle,
     /// Cancelled when the broker begins to stop.
     pub(super) stopping: CancellationToken,
@@ -71,7 +72,7 @@ async fn show_metrics(State(probe): State<Probe>) -> impl IntoResponse {
 }
 
 async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
-    let health = probe.broker.health();
+    let health = probe.files.health(&probe.broker);
     let problem = if probe.stopping.is_cancelled() {
         "stopping".to_owned()
     } else if health.user_keys {

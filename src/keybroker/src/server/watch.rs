@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use tokio::{signal::unix::Signal, time};
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -21,7 +22,37 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 const FILES_INTERVAL: Duration = Duration::from_secs(1);
 const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
 
-pub(super) async fn health(broker: Arc<Broker>, reporter: HealthReporter, stop: CancellationToken) {
+/// What is wrong with files that are read again while the broker serves, as a part of the broker's health. Empty if nothing is.
+#[derive(Debug, Default)]
+pub(super) struct FileProblems(ArcSwap<String>);
+
+impl FileProblems {
+    fn set(&self, problems: String) {
+        if **self.0.load() != problems {
+            self.0.store(Arc::new(problems));
+        }
+    }
+
+    /// The health of the broker, with these problems in its detail.
+    pub(super) fn health(&self, broker: &Broker) -> Health {
+        let mut health = broker.health();
+        let problems = self.0.load();
+        if !problems.is_empty() {
+            if !health.detail.is_empty() {
+                health.detail.push_str("; ");
+            }
+            health.detail.push_str(&problems);
+        }
+        health
+    }
+}
+
+pub(super) async fn health(
+    broker: Arc<Broker>,
+    files: Arc<FileProblems>,
+    reporter: HealthReporter,
+    stop: CancellationToken,
+) {
     let mut ticks = time::interval(HEALTH_INTERVAL);
     let mut last = None;
     loop {
@@ -29,7 +60,7 @@ pub(super) async fn health(broker: Arc<Broker>, reporter: HealthReporter, stop: 
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        let health = broker.health();
+        let health = files.health(&broker);
         if last.as_ref() == Some(&health) {
             continue;
         }
@@ -61,6 +92,7 @@ pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
 pub(super) async fn files(
     tls: Vec<Arc<Tls>>,
     policy: Arc<Policy>,
+    problems: Arc<FileProblems>,
     mut hangup: Signal,
     stop: CancellationToken,
 ) {
@@ -75,14 +107,23 @@ pub(super) async fn files(
             tracing::info!("SIGHUP: looking at the TLS files and the policies");
             notify::reloading();
         }
-        for one in &tls {
-            if asked {
-                one.report_again();
+        // Large revocation lists and a large set of policies take their time to be verified: not on an async thread.
+        let listeners = tls.clone();
+        let look = move || {
+            for one in &listeners {
+                if asked {
+                    one.report_again();
+                }
+                one.reload();
             }
-            one.reload();
-            one.measure();
+            Tls::measure(&listeners)
+        };
+        match tokio::task::spawn_blocking(look).await {
+            Ok(found) => problems.set(found),
+            Err(panic) => {
+                keybroker_core::alert!(Bug, %panic, "checking the TLS files for changes failed");
+            }
         }
-        // A large set takes its time to be validated: not on an async thread.
         let policy = Arc::clone(&policy);
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
             keybroker_core::alert!(Bug, %panic, "checking the policies for changes failed");

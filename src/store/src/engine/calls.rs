@@ -207,12 +207,7 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn audit_log(&self, instance: &str, log_id: &str) -> Result<KnownLog, Error> {
         let values = vec![log_id.into(), instance.into()];
         let found = self.query(E::sql().audit_logs, values).await?;
-        let row = found.first().ok_or(Error::NotFound)?;
-        Ok(match (row.integer("known")?, row.integer("this")?) {
-            (0, _) => KnownLog::None,
-            (_, 0) => KnownLog::Another,
-            _ => KnownLog::This,
-        })
+        rows::known_log(found.first().ok_or(Error::NotFound)?)
     }
 
     async fn add_audit_log(

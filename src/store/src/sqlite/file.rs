@@ -12,7 +12,10 @@ use sqlx::{SqlitePool, migrate::Migrator};
 
 use keybroker_core::trusted_file::{self, Purpose};
 
-use crate::{Error, MigrationReport, SchemaStatus, error::Detail, identity, schema};
+use crate::{
+    Error, KnownLog, MigrationReport, SchemaStatus, error::Detail, identity, schema,
+    schema::Accepted,
+};
 
 use super::SQL;
 
@@ -129,27 +132,47 @@ fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }
 
-async fn current(pool: &SqlitePool) -> Result<i64, Error> {
-    schema::current(&mut *pool.acquire().await?, &SQL).await
+pub(super) async fn require(accepted: Accepted, pool: &SqlitePool) -> Result<(), Error> {
+    schema::require(accepted, &mut *pool.acquire().await?, &SQL, &MIGRATOR).await
 }
 
-pub(super) async fn require_current(pool: &SqlitePool) -> Result<(), Error> {
-    schema::require_current(current(pool).await?, &MIGRATOR)
+/// Whether there is a file, which other users cannot change.
+fn exists(path: &Path) -> Result<bool, Error> {
+    match path.try_exists() {
+        Ok(true) => check(path).map(|()| true),
+        Ok(false) => Ok(false),
+        Err(error) => Err(not_examined(path, error)),
+    }
 }
 
 /// What migration would do, or has been done.
 pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
-    match path.try_exists() {
-        Ok(true) => check(path)?,
-        Ok(false) => return Ok(schema::status(0, &MIGRATOR)),
-        Err(error) => {
-            return Err(not_examined(path, error));
-        }
+    if !exists(path)? {
+        return Ok(schema::none(&MIGRATOR));
     }
     let pool = super::writer(path);
-    let current = current(&pool).await;
+    let status = async { schema::status(&mut *pool.acquire().await?, &SQL, &MIGRATOR).await };
+    let status = status.await;
     pool.close().await;
-    Ok(schema::status(current?, &MIGRATOR))
+    status
+}
+
+pub(crate) async fn known_audit_log(
+    path: &Path,
+    instance: &str,
+    log_id: &str,
+) -> Result<KnownLog, Error> {
+    if !exists(path)? {
+        return Ok(KnownLog::None);
+    }
+    let pool = super::writer(path);
+    let known = async {
+        let mut connection = pool.acquire().await?;
+        schema::known_audit_log(&mut *connection, &SQL, instance, log_id).await
+    };
+    let known = known.await;
+    pool.close().await;
+    known
 }
 
 /// Brings a database to the newest schema, making the file if need be. The caller holds the lock.
@@ -267,6 +290,14 @@ fn note_holder(file: &mut File) -> io::Result<()> {
     file.set_len(0)?;
     file.write_all(std::process::id().to_string().as_bytes())
 }
+
+#[cfg(test)]
+#[path = "../../../../tests/support/src/skip.rs"]
+#[allow(
+    unreachable_pub,
+    reason = "other packages use it as a part of a library"
+)]
+mod skip;
 
 #[cfg(test)]
 mod tests {

@@ -130,11 +130,11 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
         "calls at the same time share one fetch"
     );
     // The old key was withdrawn: what was verified with it is not remembered either.
-    running.postponed(&old, "none of").await;
+    running.refused(&old, "none of").await;
 
     for n in 0..50 {
         let token = service.mint(user(ADA), json!({"kid": format!("random-{n}")}));
-        running.postponed(&token, "none of").await;
+        running.postponed(&token, "none of", false).await;
     }
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
@@ -155,7 +155,9 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     });
     for _ in 0..10 {
         let token = foreign.mint(user(ADA), json!({"kid": null}));
-        running.postponed(&token, "signature does not verify").await;
+        running
+            .postponed(&token, "signature does not verify", true)
+            .await;
     }
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
@@ -196,7 +198,52 @@ async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
     service.rotate_key();
     let good = service.user_token(ADA);
     service.stop();
-    running.postponed(&good, "none of").await;
+    running.postponed(&good, "none of", false).await;
+}
+
+/// Callers could otherwise displace the key ids that are remembered, and a withdrawn key would again look like a new one.
+#[tokio::test]
+async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
+    let service = Identity::start(Options::default());
+    let running = Running::ready(&service, "").await;
+    let old = service.user_token(ADA);
+    running.accepted(&old).await;
+    service.rotate_key();
+    running.accepted(&service.user_token(ADA)).await;
+    for n in 0..2_000 {
+        let token = service.mint(user(ADA), json!({"kid": format!("random-{n}")}));
+        running.postponed(&token, "none of", false).await;
+    }
+    running.refused(&old, "none of").await;
+    // A provider may take a key back into use.
+    service.rotate_key();
+    running
+        .postponed(&service.user_token(ADA), "none of", false)
+        .await;
+}
+
+/// The next fetch may be for another token, or the one that is due anyway.
+#[tokio::test]
+async fn a_kid_is_rejected_once_a_set_without_it_was_fetched_after_it_was_first_named() {
+    let service = Identity::start(Options::default());
+    let pace = |settings: &Settings| Pace {
+        refresh: Duration::from_millis(300),
+        ..quick(settings)
+    };
+    let running = Running::with(&[settings(&service, "")], pace);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    let invented = |name: &str| service.mint(user(ADA), json!({"kid": name}));
+    // This one takes the fetch of the minute.
+    running.refused(&invented("first"), "none of").await;
+    let second = invented("second");
+    let before = service.fetches(JWKS);
+    let _undecided_or_refused = running.tokens.verify(second.as_bytes()).await;
+    // The first of these may have begun before the token came.
+    running.until(|_| service.fetches(JWKS) >= before + 3).await;
+    running.refused(&second, "none of").await;
+    running.accepted(&service.user_token(ADA)).await;
 }
 
 #[tokio::test]

@@ -1,0 +1,105 @@
+//! Records that are replaced unusually often. The times are those of the stored revisions, so that all brokers of one database count
+//! together and a restart forgets nothing; only the alerts that were raised are remembered here.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use keybroker_core::key::{RecordId, Revision};
+
+/// Alerts about one record come no more often than this.
+const INTERVAL: Duration = Duration::from_hours(1);
+/// Records whose alert is remembered. Further ones raise no alert until the oldest alert is an hour old: a thousand alerts were raised
+/// then.
+const RECORDS_MAX: usize = 1_000;
+
+#[derive(Debug)]
+pub(super) struct Replacements {
+    per_hour: u64,
+    alerts: Mutex<HashMap<RecordId, Instant>>,
+}
+
+impl Replacements {
+    pub(super) fn new(per_hour: u32) -> Self {
+        Self {
+            per_hour: per_hour.into(),
+            alerts: Mutex::default(),
+        }
+    }
+
+    pub(super) fn telling_revision(&self, current: Revision) -> Option<Revision> {
+        let number = current.get().checked_sub(self.per_hour)?;
+        // The first revision is no replacement.
+        Revision::new(number).filter(|revision| *revision > Revision::FIRST)
+    }
+
+    pub(super) fn may_alert(&self, record: RecordId) -> bool {
+        self.may_alert_at(record, Instant::now())
+    }
+
+    fn may_alert_at(&self, record: RecordId, now: Instant) -> bool {
+        let mut alerts = self.alerts.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_recent = |at: &Instant| now.saturating_duration_since(*at) < INTERVAL;
+        if alerts.get(&record).is_some_and(is_recent) {
+            return false;
+        }
+        if alerts.len() >= RECORDS_MAX {
+            alerts.retain(|_, at| is_recent(at));
+        }
+        if alerts.len() >= RECORDS_MAX {
+            return false;
+        }
+        alerts.insert(record, now);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn revision(number: u64) -> Revision {
+        Revision::new(number).unwrap()
+    }
+
+    #[test]
+    fn the_revision_that_tells_is_a_replacement() {
+        let replacements = Replacements::new(3);
+        for number in 1..=4 {
+            assert_eq!(replacements.telling_revision(revision(number)), None);
+        }
+        // Revisions 2, 3, 4 and 5 are four replacements.
+        assert_eq!(
+            replacements.telling_revision(revision(5)),
+            Some(revision(2))
+        );
+        assert_eq!(
+            replacements.telling_revision(revision(9)),
+            Some(revision(6))
+        );
+    }
+
+    #[test]
+    fn alerts_come_once_an_hour_for_each_record_and_a_bounded_number_is_remembered() {
+        let replacements = Replacements::new(3);
+        let start = Instant::now();
+        let record = |number: usize| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&number.to_be_bytes());
+            RecordId::from_bytes(bytes)
+        };
+        for number in 0..RECORDS_MAX {
+            assert!(replacements.may_alert_at(record(number), start));
+            assert!(!replacements.may_alert_at(record(number), start));
+        }
+        let later = start + Duration::from_mins(59);
+        assert!(!replacements.may_alert_at(record(0), later));
+        assert!(!replacements.may_alert_at(record(RECORDS_MAX), later));
+        let next = start + INTERVAL;
+        assert!(replacements.may_alert_at(record(0), next));
+        assert!(replacements.may_alert_at(record(RECORDS_MAX), next));
+        assert_eq!(replacements.alerts.lock().unwrap().len(), 2);
+    }
+}

@@ -1,0 +1,160 @@
+//! Calls that were refused because the token or the database has more work than it can do in time. They are counted for each
+//! principal and action and recorded once a second: at the moment of an overload there are too many for an entry and a log line
+//! each. Nothing was released or changed by such a call.
+//!
+//! A broker that is killed loses the counts of the last second.
+//!
+//! Mitigation: M8 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use futures_util::future::join_all;
+
+use keybroker_audit::{Entry, EntryKind, Outcome};
+use keybroker_core::{
+    call::Call,
+    error::{Error, Reason},
+    key::Tenant,
+    principal::{Action, Principal},
+};
+
+use super::{Broker, caller};
+
+/// Principals and actions that are counted apart within a second; those beyond share one entry for each action. An entry has
+/// some 300 bytes, so an hour of overload by many principals adds less than 80 MB to the audit log.
+const CALLERS_MAX: usize = 64;
+
+/// Whose calls were refused. Absent for all those that were not counted apart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Refused {
+    principal: Option<(String, Tenant)>,
+    action: String,
+}
+
+/// What was refused in this second.
+#[derive(Debug, Default)]
+pub(super) struct Overload(Mutex<HashMap<Refused, Count>>);
+
+#[derive(Debug)]
+struct Count {
+    calls: u64,
+    /// Why the first of them was refused.
+    cause: String,
+}
+
+impl Overload {
+    fn counts(&self) -> MutexGuard<'_, HashMap<Refused, Count>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn note(&self, principal: Option<(String, Tenant)>, action: &str, error: &Error) {
+        let refused = Refused {
+            principal,
+            action: action.to_owned(),
+        };
+        self.add(refused, 1, || error.to_string());
+    }
+
+    fn add(&self, mut refused: Refused, calls: u64, cause: impl FnOnce() -> String) {
+        let mut counts = self.counts();
+        if counts.len() >= CALLERS_MAX && !counts.contains_key(&refused) {
+            refused.principal = None;
+        }
+        let count = counts.entry(refused).or_insert_with(|| Count {
+            calls: 0,
+            cause: cause(),
+        });
+        count.calls = count.calls.saturating_add(calls);
+    }
+
+    fn take(&self) -> HashMap<Refused, Count> {
+        std::mem::take(&mut self.counts())
+    }
+}
+
+/// Whether an error is one of those that are counted instead of recorded one by one.
+pub(super) fn is_overload(error: &Error) -> bool {
+    error.reason() == Reason::QueueFull
+}
+
+impl Broker {
+    /// Refuses a call that the token certainly cannot serve in time: before policy and store are asked, so that a refusal costs
+    /// little.
+    pub(super) fn check_admission(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+    ) -> Result<(), Error> {
+        self.token
+            .check_admission(&caller(principal, call))
+            .map_err(|full| {
+                let error = Error::from(full);
+                let name = (principal.name().to_owned(), principal.tenant().clone());
+                self.overload.note(Some(name), action.as_str(), &error);
+                error
+            })
+    }
+
+    /// Writes one entry for each principal and action, and one log line that names the principal with the most refused calls.
+    /// What cannot be written is counted on.
+    pub(super) async fn flush_overload(&self) {
+        let refused = self.overload.take();
+        let Some((most, Count { cause, .. })) = refused.iter().max_by_key(|(_, count)| count.calls)
+        else {
+            return;
+        };
+        let calls: u64 = refused.values().map(|count| count.calls).sum();
+        let principal = most.principal.as_ref().map_or("others", |(name, _)| name);
+        tracing::warn!(
+            calls,
+            principal,
+            action = most.action,
+            cause,
+            "calls were refused: there is more work than can be done in time"
+        );
+        join_all(refused.into_iter().map(async |(refused, count)| {
+            let Count { calls, cause } = count;
+            let (name, tenant) = refused.principal.clone().unzip();
+            let mut entry =
+                Entry::new(EntryKind::Decision, refused.action.clone(), Outcome::Failed);
+            entry.reason = Some(Reason::QueueFull);
+            entry.principal = name;
+            entry.tenant = tenant;
+            entry.count = Some(calls);
+            if self.audit.append(entry).await.is_err() {
+                self.overload.add(refused, calls, || cause);
+            }
+        }))
+        .await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callers_beyond_the_limit_share_a_count() {
+        let overload = Overload::default();
+        let error = Error::new(Reason::QueueFull, "busy");
+        for number in 0..CALLERS_MAX + 40 {
+            for _ in 0..2 {
+                let principal = (format!("principal{number}"), Tenant::default());
+                overload.note(Some(principal), "user_key.unwrap", &error);
+            }
+        }
+        let counts = overload.take();
+        assert_eq!(counts.len(), CALLERS_MAX + 1);
+        let others = counts
+            .iter()
+            .find(|(refused, _)| refused.principal.is_none());
+        assert_eq!(others.unwrap().1.calls, 80);
+        let total: u64 = counts.values().map(|count| count.calls).sum();
+        assert_eq!(total, 2 * (u64::try_from(CALLERS_MAX).unwrap() + 40));
+        assert!(overload.take().is_empty());
+    }
+}

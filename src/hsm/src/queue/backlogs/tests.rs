@@ -1,0 +1,296 @@
+//! The order of jobs, computed on a clock of its own: a token with one session is simulated job by job.
+
+use super::*;
+
+/// Each job costs this much.
+const COST: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Item {
+    name: String,
+    queued: Instant,
+    deadline: Instant,
+    is_abandoned: bool,
+}
+
+impl Waiting for Item {
+    fn queued(&self) -> Instant {
+        self.queued
+    }
+
+    fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.is_abandoned
+    }
+}
+
+fn lane(name: &str) -> Lane {
+    Lane::Principal(name.into())
+}
+
+/// Backlogs with a clock.
+struct Token {
+    backlogs: Backlogs<Item>,
+    now: Instant,
+}
+
+impl Token {
+    fn new(weights: &[(&str, u32)]) -> Self {
+        let weights = weights
+            .iter()
+            .map(|(name, weight)| ((*name).to_owned(), *weight));
+        Self {
+            backlogs: Backlogs::new(weights.collect()),
+            now: Instant::now(),
+        }
+    }
+
+    fn item(&self, name: String, given: Duration) -> Item {
+        Item {
+            name,
+            queued: self.now,
+            deadline: self.now + given,
+            is_abandoned: false,
+        }
+    }
+
+    /// So many jobs of one principal, numbered.
+    fn push(&mut self, principal: &str, count: usize) {
+        for number in 0..count {
+            let item = self.item(format!("{principal}{number}"), Duration::from_mins(1));
+            self.backlogs.push(&lane(principal), item, COST);
+        }
+    }
+
+    fn push_background(&mut self, count: usize) {
+        for number in 0..count {
+            let item = self.item(format!("background{number}"), Duration::from_mins(1));
+            self.backlogs.push(&Lane::Background, item, COST);
+        }
+    }
+
+    fn pop(&mut self) -> String {
+        let item = self.backlogs.pop(COST, self.now).unwrap();
+        self.now += COST;
+        item.name
+    }
+
+    fn pop_many(&mut self, count: usize) -> Vec<String> {
+        (0..count).map(|_| self.pop()).collect()
+    }
+}
+
+#[test]
+fn principals_take_turns_and_the_oldest_of_each_is_first() {
+    let mut token = Token::new(&[]);
+    token.push("a", 3);
+    token.push("b", 2);
+    token.push("c", 1);
+    assert_eq!(token.pop_many(6), ["a0", "b0", "c0", "a1", "b1", "a2"]);
+    assert!(token.backlogs.is_empty() && token.backlogs.pop(COST, token.now).is_none());
+}
+
+/// However many jobs of another principal wait, one that comes is served after at most one of them.
+#[test]
+fn a_thousand_jobs_of_another_principal_delay_a_job_by_one() {
+    let mut token = Token::new(&[]);
+    token.push("saturating", 1_000);
+    for _ in 0..50 {
+        token.push("polite", 1);
+        let served = token.pop_many(2);
+        assert!(served.contains(&"polite0".to_owned()), "{served:?}");
+    }
+}
+
+#[test]
+fn a_weight_is_a_larger_share() {
+    let mut token = Token::new(&[("heavy", 3)]);
+    token.push("light", 100);
+    token.push("heavy", 100);
+    let served = token.pop_many(80);
+    let heavy = served
+        .iter()
+        .filter(|name| name.starts_with("heavy"))
+        .count();
+    assert_eq!(heavy, 60, "{served:?}");
+}
+
+/// Fair by cost: one whose jobs cost five times as much has a fifth of the jobs.
+#[test]
+fn turns_are_counted_by_cost() {
+    let mut token = Token::new(&[]);
+    for number in 0..100 {
+        for (name, cost) in [("cheap", COST), ("dear", COST * 5)] {
+            let item = token.item(format!("{name}{number}"), Duration::from_mins(1));
+            token.backlogs.push(&lane(name), item, cost);
+        }
+    }
+    let served: Vec<String> = (0..60)
+        .map(|_| token.backlogs.pop(COST * 5, token.now).unwrap().name)
+        .collect();
+    let dear = served
+        .iter()
+        .filter(|name| name.starts_with("dear"))
+        .count();
+    assert_eq!(dear, 10, "{served:?}");
+}
+
+/// The estimate of a job may have been far above what jobs cost now: it is served all the same.
+#[test]
+fn a_job_that_costs_more_than_a_turn_is_served() {
+    let mut token = Token::new(&[]);
+    let item = token.item("dear".to_owned(), Duration::from_mins(1));
+    token.backlogs.push(&lane("a"), item, COST * 1_000);
+    token.push("b", 10);
+    let served = token.pop_many(11);
+    assert!(served[..3].contains(&"dear".to_owned()), "{served:?}");
+}
+
+#[test]
+fn the_background_has_one_job_of_sixteen() {
+    let mut token = Token::new(&[]);
+    token.push("a", 200);
+    token.push_background(20);
+    let served = token.pop_many(160);
+    let background = served
+        .iter()
+        .filter(|name| name.starts_with("background"))
+        .count();
+    assert_eq!(background, 10, "{served:?}");
+}
+
+#[test]
+fn the_background_has_the_token_when_nothing_else_waits() {
+    let mut token = Token::new(&[]);
+    token.push_background(3);
+    assert_eq!(
+        token.pop_many(3),
+        ["background0", "background1", "background2"]
+    );
+}
+
+#[test]
+fn a_job_that_is_repeated_is_the_next() {
+    let mut token = Token::new(&[]);
+    token.push("a", 2);
+    token.push("b", 2);
+    let lost = token.backlogs.pop(COST, token.now).unwrap();
+    assert_eq!(lost.name, "a0");
+    token.backlogs.push_again(&lane("a"), lost, COST);
+    assert_eq!(token.pop_many(4), ["a0", "b0", "a1", "b1"]);
+    // Also of a principal that has no other job.
+    token.push("b", 2);
+    token.push("c", 1);
+    let again = token.item("again".to_owned(), Duration::from_mins(1));
+    token.backlogs.push_again(&lane("d"), again, COST);
+    assert_eq!(token.pop(), "again");
+}
+
+/// A queue whose oldest job is always late is served from its newest end, so that some jobs are in time. A job that has waited
+/// for half as long as it has left goes first nevertheless.
+#[test]
+fn a_standing_queue_is_served_from_the_newest_end() {
+    let given = Duration::from_secs(4);
+    let mut token = Token::new(&[]);
+    let push = |token: &mut Token, name: String| {
+        let item = token.item(name, given);
+        token.backlogs.push(&lane("a"), item, COST);
+    };
+    for number in 0..100 {
+        push(&mut token, format!("old{number}"));
+    }
+    // Late, but not for the whole interval yet.
+    token.now += Duration::from_millis(1_050);
+    for number in 0..10 {
+        push(&mut token, "new".to_owned());
+        assert_eq!(token.pop(), format!("old{number}"));
+    }
+    assert_eq!(token.pop_many(3), ["new", "new", "new"]);
+    // The cap: from 1.34 s on the oldest has waited for half as long as it has left.
+    token.now += Duration::from_millis(200);
+    assert_eq!(token.pop_many(2), ["old10", "old11"]);
+}
+
+/// A queue that was short for a moment does not stand.
+#[test]
+fn a_queue_that_recovers_is_served_in_order() {
+    let mut token = Token::new(&[]);
+    let push = |token: &mut Token, name: &str, given: u64| {
+        let item = token.item(name.to_owned(), Duration::from_secs(given));
+        token.backlogs.push(&lane("a"), item, COST);
+    };
+    for name in ["one", "two", "three"] {
+        push(&mut token, name, 4);
+    }
+    token.now += Duration::from_millis(1_100);
+    assert_eq!(token.pop(), "one");
+    token.now += STANDING_INTERVAL;
+    token.backlogs.take_all();
+    for name in ["four", "five"] {
+        push(&mut token, name, 4);
+    }
+    assert_eq!(token.pop_many(2), ["four", "five"]);
+}
+
+#[test]
+fn the_work_before_a_job_is_what_the_turns_make_of_it() {
+    let mut token = Token::new(&[("heavy", 4)]);
+    let before = |token: &Token, name: &str| token.backlogs.work_before(&lane(name), COST);
+    assert_eq!(before(&token, "a"), Duration::ZERO);
+    token.push("a", 100);
+    // Its own jobs come first, but of another principal's only one for each of its own.
+    assert_eq!(before(&token, "a"), COST * 100);
+    assert_eq!(before(&token, "b"), COST);
+    token.push("b", 2);
+    assert_eq!(before(&token, "b"), COST * 5);
+    assert_eq!(before(&token, "a"), COST * 102);
+    // With four shares, three others' jobs cost it less.
+    assert_eq!(before(&token, "heavy"), COST / 4 * 2);
+}
+
+#[test]
+fn a_full_queue_loses_the_newest_job_of_the_principal_that_fills_it() {
+    let mut token = Token::new(&[("heavy", 100)]);
+    token.push("a", 5);
+    token.push("b", 2);
+    let evicted = token.backlogs.evict_for(&lane("b"), COST).unwrap();
+    assert_eq!(evicted.name, "a4");
+    assert!(token.backlogs.evict_for(&lane("a"), COST).is_none());
+    // Its weight entitles a principal to a longer queue.
+    token.push("heavy", 50);
+    let evicted = token.backlogs.evict_for(&lane("c"), COST).unwrap();
+    assert_eq!(evicted.name, "a3");
+    assert_eq!(token.backlogs.len(), 55);
+    token.backlogs.take_all();
+    // One job of each is fair, whoever came first.
+    token.push("a", 1);
+    assert!(token.backlogs.evict_for(&lane("b"), COST / 10).is_none());
+}
+
+#[test]
+fn jobs_that_nobody_waits_for_are_found() {
+    let mut token = Token::new(&[]);
+    token.push("a", 1);
+    let abandoned = Item {
+        is_abandoned: true,
+        ..token.item("abandoned".to_owned(), Duration::from_mins(1))
+    };
+    token.backlogs.push(&lane("a"), abandoned, COST);
+    let due = token.item("due".to_owned(), Duration::ZERO);
+    token.backlogs.push(&lane("b"), due, COST);
+    let mut useless = token.backlogs.take_useless(token.now);
+    useless.sort_by(|one, other| one.name.cmp(&other.name));
+    assert_eq!(
+        useless
+            .iter()
+            .map(|item| item.name.as_str())
+            .collect::<Vec<_>>(),
+        ["abandoned", "due"]
+    );
+    assert_eq!((token.backlogs.len(), token.backlogs.work()), (1, COST));
+    assert_eq!(token.pop(), "a0");
+    assert!(token.backlogs.is_empty());
+}

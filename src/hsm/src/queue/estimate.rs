@@ -1,0 +1,164 @@
+//! How long the token takes for a job: a moving average and its deviation, for each key and kind of job.
+
+use std::{collections::HashMap, time::Duration};
+
+use keybroker_core::key::WrappingKeyId;
+use keybroker_worker_protocol::{Work, wire::request::Job};
+
+/// Cost of a job of which nothing is known yet: neither free nor expensive.
+const UNKNOWN: Duration = Duration::from_millis(1);
+/// A new value is this part of the average. The deviation follows twice as fast, as in RFC 6298.
+const AVERAGE_PARTS: u32 = 16;
+const DEVIATION_PARTS: u32 = 8;
+/// Keys that are told apart. A registry holds few; those beyond share nothing and count as unknown.
+const KEYS_MAX: usize = 1_024;
+
+/// What a job asks of the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Kind {
+    /// Whether the RSA key is used, beside the integrity key.
+    is_unwrap: bool,
+    key: WrappingKeyId,
+}
+
+impl Kind {
+    /// Absent for a self-test or a malformed request.
+    pub(super) fn of(work: &Work) -> Option<Self> {
+        let (is_unwrap, key) = match work.job()? {
+            Job::Unwrap(job) => (true, &job.key_id),
+            Job::Mac(job) => (false, &job.key_id),
+            Job::VerifyMac(job) => (false, &job.key_id),
+            Job::Rebind(job) => (false, &job.key_id),
+            _ => return None,
+        };
+        let key = WrappingKeyId::from_bytes(key.as_slice().try_into().ok()?);
+        Some(Self { is_unwrap, key })
+    }
+}
+
+/// Service time of one kind of job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Estimate {
+    pub(super) mean: Duration,
+    deviation: Duration,
+}
+
+impl Estimate {
+    fn first(spent: Duration) -> Self {
+        Self {
+            mean: spent,
+            deviation: spent / 2,
+        }
+    }
+
+    fn add(&mut self, spent: Duration) {
+        let apart = spent.abs_diff(self.mean);
+        self.deviation = (self.deviation * (DEVIATION_PARTS - 1) + apart) / DEVIATION_PARTS;
+        self.mean = (self.mean * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;
+    }
+
+    /// A time that few jobs exceed.
+    pub(super) fn upper(&self) -> Duration {
+        self.mean + self.deviation * 2
+    }
+}
+
+/// Service times of all kinds of jobs.
+#[derive(Debug, Default)]
+pub(super) struct Estimates(HashMap<Kind, Estimate>);
+
+impl Estimates {
+    /// Takes note of a job's time in the module.
+    pub(super) fn add(&mut self, kind: Kind, spent: Duration) {
+        if let Some(known) = self.0.get_mut(&kind) {
+            known.add(spent);
+        } else if self.0.len() < KEYS_MAX {
+            self.0.insert(kind, Estimate::first(spent));
+        }
+    }
+
+    /// Of one kind of job.
+    pub(super) fn of(&self, kind: Option<Kind>) -> Estimate {
+        kind.and_then(|kind| self.0.get(&kind))
+            .copied()
+            .unwrap_or(Estimate {
+                mean: UNKNOWN,
+                deviation: Duration::ZERO,
+            })
+    }
+
+    /// Of the least expensive job: what holds for it holds for every other one.
+    pub(super) fn least(&self) -> Estimate {
+        self.0
+            .values()
+            .min_by_key(|known| known.mean)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// Mean time of the most expensive job.
+    pub(super) fn most(&self) -> Duration {
+        let means = self.0.values().map(|known| known.mean);
+        means.max().unwrap_or_default().max(UNKNOWN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keybroker_worker_protocol::wire::{SelfTest, Unwrap, VerifyMac};
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn unwrap(key: u8) -> Work {
+        Work::new(Job::Unwrap(Unwrap {
+            key_id: vec![key; 16],
+            ..Unwrap::default()
+        }))
+    }
+
+    #[test]
+    fn each_key_and_kind_has_its_own_average() {
+        let mac = Work::new(Job::VerifyMac(VerifyMac {
+            key_id: vec![1; 16],
+            ..VerifyMac::default()
+        }));
+        let mut estimates = Estimates::default();
+        for _ in 0..200 {
+            estimates.add(Kind::of(&unwrap(1)).unwrap(), MS * 20);
+            estimates.add(Kind::of(&unwrap(2)).unwrap(), MS * 4);
+            estimates.add(Kind::of(&mac).unwrap(), MS * 2);
+        }
+        let mean = |work: &Work| estimates.of(Kind::of(work)).mean.as_millis();
+        assert_eq!((mean(&unwrap(1)), mean(&unwrap(2)), mean(&mac)), (20, 4, 2));
+        assert_eq!(estimates.of(Kind::of(&unwrap(3))).mean, UNKNOWN);
+        assert_eq!(estimates.least().mean.as_millis(), 2);
+        assert_eq!(estimates.most().as_millis(), 20);
+    }
+
+    #[test]
+    fn the_upper_time_follows_the_deviation_and_returns() {
+        let mut estimate = Estimate::first(MS * 20);
+        for _ in 0..100 {
+            estimate.add(MS * 20);
+        }
+        assert!(estimate.upper() < MS * 21, "{estimate:?}");
+        // One outlier: the average moves little, the upper time much.
+        estimate.add(MS * 500);
+        assert!(
+            estimate.mean < MS * 51 && estimate.upper() > MS * 100,
+            "{estimate:?}"
+        );
+        for _ in 0..100 {
+            estimate.add(MS * 20);
+        }
+        assert!(estimate.upper() < MS * 25, "{estimate:?}");
+    }
+
+    #[test]
+    fn a_self_test_and_a_malformed_request_have_no_kind() {
+        assert_eq!(Kind::of(&Work::new(Job::SelfTest(SelfTest {}))), None);
+        assert_eq!(Kind::of(&Work::new(Job::Unwrap(Unwrap::default()))), None);
+    }
+}

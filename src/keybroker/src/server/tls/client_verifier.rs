@@ -1,0 +1,116 @@
+//! Verifies client certificates with the library's verifiers, and adds two rules to theirs.
+//!
+//! Several authorities may have one name and different keys, as while a key is replaced. A verifier of the library uses only the first
+//! revocation list of a name, and refuses a client when another key signed it. So each key gets a verifier.
+//!
+//! A client certificate is for clients: it says so in its `extendedKeyUsage`. The library accepts a certificate without that extension for
+//! any use (RFC 5280 section 4.2.1.12), such as one that was made for mail.
+
+use std::sync::Arc;
+
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+/// Verifiers with the same authorities, each with the lists of other keys of one name. A certificate that one accepts is accepted: each
+/// verifier requires a list that the issuer's key signed, so none can accept what that issuer has revoked.
+#[derive(Debug)]
+pub(super) struct ClientVerifier {
+    pub(super) first: Arc<dyn ClientCertVerifier>,
+    pub(super) others: Vec<Arc<dyn ClientCertVerifier>>,
+    /// Whether a certificate must have the `extendedKeyUsage` `clientAuth`.
+    pub(super) usage_required: bool,
+}
+
+impl ClientVerifier {
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let mut refused = match self.first.verify_client_cert(leaf, intermediates, now) {
+            Err(error) => error,
+            verified => return verified,
+        };
+        for verifier in &self.others {
+            match verifier.verify_client_cert(leaf, intermediates, now) {
+                // The error of the verifier that has the issuer's list says why.
+                Err(error) if is_of_another_key(&refused) => refused = error,
+                Err(_) => {}
+                verified => return verified,
+            }
+        }
+        Err(refused)
+    }
+}
+
+/// Whether an error only says that a signature was made with another key of the same name.
+fn is_of_another_key(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::InvalidCertRevocationList(_)
+            | Error::InvalidCertificate(CertificateError::BadSignature)
+    )
+}
+
+fn is_for_clients(leaf: &CertificateDer<'_>) -> bool {
+    let Ok((_, certificate)) = X509Certificate::from_der(leaf) else {
+        return false;
+    };
+    let usage = certificate.extended_key_usage();
+    usage.is_ok_and(|usage| usage.is_some_and(|usage| usage.value.client_auth))
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.verify(leaf, intermediates, now)?;
+        if self.usage_required && !is_for_clients(leaf) {
+            return Err(CertificateError::InvalidPurpose.into());
+        }
+        Ok(verified)
+    }
+
+    fn offer_client_auth(&self) -> bool {
+        self.first.offer_client_auth()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.first.client_auth_mandatory()
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.first.root_hint_subjects()
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.first.verify_tls12_signature(message, leaf, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.first.verify_tls13_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.first.supported_verify_schemes()
+    }
+}

@@ -1,0 +1,364 @@
+//! One revocation list: what it says, who signed it, and whether the handshake can use it.
+
+use std::{cmp::Ordering, collections::BTreeSet, sync::Arc};
+
+use aws_lc_rs::digest;
+use rustls::{
+    RootCertStore,
+    crypto::aws_lc_rs::default_provider,
+    server::{VerifierBuilderError, WebPkiClientVerifier},
+};
+use rustls_pki_types::CertificateRevocationListDer;
+use x509_parser::{
+    num_bigint::BigUint,
+    oid_registry::OID_X509_EXT_ISSUER_DISTRIBUTION_POINT,
+    prelude::{CertificateRevocationList, FromDer as _, RevokedCertificate, X509Certificate},
+};
+
+use keybroker_core::call::Timestamp;
+
+use super::{super::to_array, Problem, error::ListsError};
+
+/// Part of a list's life, from its end, in which a missing newer list is worth a warning.
+const LAST_PART: i64 = 4;
+
+/// One list that can be used.
+#[derive(Clone, Debug)]
+pub(super) struct List {
+    pub(super) der: CertificateRevocationListDer<'static>,
+    pub(super) version: Version,
+    pub(super) life: Life,
+    /// SHA-256 of the authority and the serial numbers on the list.
+    pub(super) revoked: [u8; 32],
+}
+
+/// When the first of several lists ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Life {
+    /// Seconds since 1970.
+    from: i64,
+    pub(in super::super) until: i64,
+}
+
+/// What the log says about the age of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Age {
+    Good,
+    /// It should have been replaced by now.
+    Late,
+    /// It counts no more.
+    Over,
+}
+
+impl Life {
+    fn of(list: &CertificateRevocationList<'_>) -> Result<Self, ListsError> {
+        let Some(next) = list.next_update() else {
+            return Err(ListsError::NoEnd(list.issuer().to_string()));
+        };
+        Ok(Self {
+            from: list.last_update().timestamp(),
+            until: next.timestamp(),
+        })
+    }
+
+    pub(super) fn includes(self, now: i64) -> bool {
+        (self.from..=self.until).contains(&now)
+    }
+
+    fn check(self, list: &CertificateRevocationList<'_>, now: i64) -> Result<(), ListsError> {
+        let issuer = list.issuer().to_string();
+        if now > self.until {
+            let until = date(self.until);
+            return Err(ListsError::Ended { issuer, until });
+        }
+        if now < self.from {
+            let from = date(self.from);
+            return Err(ListsError::NotYetValid { issuer, from });
+        }
+        Ok(())
+    }
+
+    /// When it ends, as messages show it.
+    pub(super) fn ends(self) -> Timestamp {
+        date(self.until)
+    }
+
+    pub(in super::super) fn age(self, now: i64) -> Age {
+        let last_part = (self.until - self.from) / LAST_PART;
+        if now > self.until {
+            Age::Over
+        } else if now > self.until - last_part {
+            Age::Late
+        } else {
+            Age::Good
+        }
+    }
+}
+
+/// How new a list is: its `crlNumber`, if it has one, and its `thisUpdate`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Version {
+    /// Big-endian, without zeros in front.
+    pub(super) number: Option<Vec<u8>>,
+    /// Seconds since 1970.
+    pub(super) from: i64,
+}
+
+/// Name of an authority, and SHA-256 of its key; without a key where its certificate is not known.
+pub(super) type Authority = (Vec<u8>, Option<[u8; 32]>);
+
+/// What a list is about. A newer list takes the place of an older one only if both are about the same.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Slot {
+    pub(super) authority: Authority,
+    /// SHA-256 of the `issuingDistributionPoint`: such a list covers only some certificates of its authority (RFC 5280 section 5.2.5).
+    /// Absent for a list of all of them, and for one that is not verified.
+    pub(super) scope: Option<[u8; 32]>,
+}
+
+impl Version {
+    /// The version that a list claims.
+    pub(super) fn read(der: &[u8]) -> Option<Self> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        Some(Self::of(&list))
+    }
+
+    fn of(list: &CertificateRevocationList<'_>) -> Self {
+        let number = list.crl_number().map(BigUint::to_bytes_be);
+        Self {
+            number,
+            from: list.last_update().timestamp(),
+        }
+    }
+
+    fn numbers(&self, other: &Self) -> Option<Ordering> {
+        let (one, other) = (self.number.as_ref()?, other.number.as_ref()?);
+        Some((one.len(), one).cmp(&(other.len(), other)))
+    }
+
+    /// By number, and where that does not decide by date.
+    pub(super) fn compare(&self, other: &Self) -> Ordering {
+        let numbers = self.numbers(other).unwrap_or(Ordering::Equal);
+        numbers.then(self.from.cmp(&other.from))
+    }
+
+    /// Whether a list of this version must not take the place of one of that version.
+    pub(super) fn goes_back(&self, accepted: &Self) -> bool {
+        self.numbers(accepted) == Some(Ordering::Less) || self.from < accepted.from
+    }
+
+    pub(super) fn shown(&self) -> String {
+        let date = date(self.from);
+        match &self.number {
+            Some(number) => format!("number 0x{} of {date}", hex::encode(number)),
+            None => format!("without a number, of {date}"),
+        }
+    }
+}
+
+fn date(seconds: i64) -> Timestamp {
+    Timestamp::from_micros(seconds.saturating_mul(1_000_000))
+}
+
+/// SHA-256 of an authority's name and key.
+pub(super) type AuthorityId = [u8; 32];
+
+pub(super) fn id_of((name, key): &Authority) -> AuthorityId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&u64::try_from(name.len()).unwrap_or(0).to_be_bytes());
+    context.update(name);
+    context.update(key.as_ref().map_or(&[][..], |key| key));
+    to_array(context.finish().as_ref())
+}
+
+pub(super) fn name_of(raw: &[u8]) -> String {
+    match x509_parser::x509::X509Name::from_der(raw) {
+        Ok((_, name)) => name.to_string(),
+        Err(_) => hex::encode(raw),
+    }
+}
+
+impl List {
+    /// The list in a block of the file, counted from 1.
+    pub(super) fn read(
+        der: &CertificateRevocationListDer<'static>,
+        block: usize,
+        authorities: &[X509Certificate<'_>],
+        roots: &Arc<RootCertStore>,
+        now: i64,
+    ) -> Result<(Slot, Self), Problem> {
+        let (_, list) = CertificateRevocationList::from_der(der).map_err(|source| Problem {
+            name: None,
+            error: ListsError::Malformed { block, source },
+        })?;
+        let of_issuer = |error| Problem {
+            name: Some(list.issuer().as_raw().to_vec()),
+            error,
+        };
+        let life = Life::of(&list).map_err(of_issuer)?;
+        life.check(&list, now).map_err(of_issuer)?;
+        let authority = signer(&list, der, authorities).map_err(of_issuer)?;
+        check_for_handshake(&list.issuer().to_string(), der, roots).map_err(of_issuer)?;
+        Ok(Self::new(&list, der, life, authority))
+    }
+
+    /// A list that was accepted before, also if it has ended meanwhile; absent if that authority did not sign it.
+    pub(super) fn accepted(
+        der: &CertificateRevocationListDer<'static>,
+        authority: &X509Certificate<'_>,
+    ) -> Option<(Slot, Self)> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        let life = Life::of(&list).ok()?;
+        let signer = signer(&list, der, std::slice::from_ref(authority)).ok()?;
+        (signer == authority_of(authority)).then(|| Self::new(&list, der, life, signer))
+    }
+
+    fn new(
+        list: &CertificateRevocationList<'_>,
+        der: &CertificateRevocationListDer<'static>,
+        life: Life,
+        authority: Authority,
+    ) -> (Slot, Self) {
+        let revoked = revoked(&authority, list);
+        let scope = authority.1.and_then(|_| scope(list));
+        let slot = Slot { authority, scope };
+        let list = Self {
+            version: Version::of(list),
+            life,
+            revoked,
+            der: der.clone(),
+        };
+        (slot, list)
+    }
+}
+
+fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
+    let mut extensions = list.extensions().iter();
+    let point = extensions.find(|one| one.oid == OID_X509_EXT_ISSUER_DISTRIBUTION_POINT)?;
+    let digest = digest::digest(&digest::SHA256, point.value);
+    Some(to_array(digest.as_ref()))
+}
+
+/// Refuses a list that the library of the handshake does not take, such as one with an unknown critical extension: with it among others, no
+/// verifier could be made.
+pub(super) fn check_for_handshake(
+    issuer: &str,
+    der: &CertificateRevocationListDer<'static>,
+    roots: &Arc<RootCertStore>,
+) -> Result<(), ListsError> {
+    let provider = Arc::new(default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider)
+        .with_crls([der.clone()]);
+    match verifier.build() {
+        Err(source @ VerifierBuilderError::InvalidCrl(_)) => Err(ListsError::Unusable {
+            issuer: issuer.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn authority_of(certificate: &X509Certificate<'_>) -> Authority {
+    let key = digest::digest(&digest::SHA256, certificate.public_key().raw);
+    let name = certificate.subject().as_raw().to_vec();
+    (name, Some(to_array(key.as_ref())))
+}
+
+/// Who signed a list. A list of an authority that is not configured, such as one below those that are, is verified in the
+/// handshake, with the certificate that the client sends.
+fn signer(
+    list: &CertificateRevocationList<'_>,
+    der: &[u8],
+    authorities: &[X509Certificate<'_>],
+) -> Result<Authority, ListsError> {
+    let issuer = list.issuer();
+    let (mut is_named, mut is_supported) = (false, false);
+    // Two authorities may have one name, as while a key is replaced.
+    for authority in authorities {
+        if authority.subject().as_raw() != issuer.as_raw() {
+            continue;
+        }
+        is_named = true;
+        match verifies(list, der, authority) {
+            Signature::Good => return Ok(authority_of(authority)),
+            Signature::Bad => is_supported = true,
+            Signature::Unsupported => {}
+        }
+    }
+    if !is_named {
+        return Ok((issuer.as_raw().to_vec(), None));
+    }
+    let version = Version::of(list).shown();
+    let issuer = issuer.to_string();
+    Err(if is_supported {
+        ListsError::Signature { issuer, version }
+    } else {
+        ListsError::Algorithm {
+            issuer,
+            version,
+            algorithm: list.signature_algorithm.algorithm.to_string(),
+        }
+    })
+}
+
+/// What a signature of a list is worth.
+enum Signature {
+    Good,
+    Bad,
+    Unsupported,
+}
+
+fn verifies(
+    list: &CertificateRevocationList<'_>,
+    der: &[u8],
+    authority: &X509Certificate<'_>,
+) -> Signature {
+    let key = authority.public_key();
+    let tbs = list.tbs_cert_list.as_ref();
+    // CertificateList ::= SEQUENCE { tbsCertList, signatureAlgorithm, signatureValue }; SubjectPublicKeyInfo begins with an
+    // AlgorithmIdentifier, too. The parser keeps neither as it stands in the list.
+    let signed = element(der).and_then(|(list, _)| element(list.get(tbs.len()..)?));
+    let keyed = element(key.raw).and_then(|(info, _)| element(info));
+    let (Some((signed, _)), Some((keyed, _))) = (signed, keyed) else {
+        return Signature::Unsupported;
+    };
+    let supported = default_provider().signature_verification_algorithms.all;
+    let fitting = supported.iter().filter(|algorithm| {
+        *algorithm.signature_alg_id() == *signed && *algorithm.public_key_alg_id() == *keyed
+    });
+    let mut outcome = Signature::Unsupported;
+    for algorithm in fitting {
+        let (public, signature) = (&key.subject_public_key.data, &list.signature_value.data);
+        outcome = Signature::Bad;
+        if algorithm.verify_signature(public, tbs, signature).is_ok() {
+            return Signature::Good;
+        }
+    }
+    outcome
+}
+
+/// Content of the first DER element, and what follows it (X.690 section 8.1).
+fn element(der: &[u8]) -> Option<(&[u8], &[u8])> {
+    const LONG: u8 = 0x80;
+    let (length, rest) = (*der.get(1)?, der.get(2..)?);
+    if length < LONG {
+        return rest.split_at_checked(length.into());
+    }
+    let (length, rest) = rest.split_at_checked((length - LONG).into())?;
+    let length = length.iter().try_fold(0_usize, |length, byte| {
+        Some(length.checked_mul(256)? + usize::from(*byte))
+    })?;
+    rest.split_at_checked(length)
+}
+
+fn revoked(authority: &Authority, list: &CertificateRevocationList<'_>) -> [u8; 32] {
+    let entries = list.iter_revoked_certificates();
+    let serials: BTreeSet<&[u8]> = entries.map(RevokedCertificate::raw_serial).collect();
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&id_of(authority));
+    for serial in serials {
+        context.update(&u64::try_from(serial.len()).unwrap_or(0).to_be_bytes());
+        context.update(serial);
+    }
+    to_array(context.finish().as_ref())
+}

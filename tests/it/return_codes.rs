@@ -1,0 +1,198 @@
+//! Every kind of return code from every function that a job calls: what the caller reads, and what becomes of the session and of
+//! the worker. The code comes once, from the scriptable module in front of the real token.
+//!
+//! `KEYBROKER_TEST_RETURN_CODES=all` runs every code with every function; the suite makes do with a few of each kind.
+
+use std::env;
+
+use crate::{
+    client::{Caller, eventually},
+    faulty::{Fault, Faulty},
+    faulty_token::site,
+    process::{Broker, until},
+    site::Options,
+    wire::get,
+};
+
+const MATERIAL: &[u8] = b"material of this user";
+
+/// Functions of a release and of a change: each is called at least once by the call that follows.
+const RELEASE: [&str; 4] = ["C_VerifyInit", "C_Verify", "C_DecryptInit", "C_Decrypt"];
+const CHANGE: [&str; 2] = ["C_SignInit", "C_Sign"];
+/// Functions that a new session calls before its first job.
+const SESSION: [&str; 3] = ["C_OpenSession", "C_FindObjectsInit", "C_FindObjects"];
+
+/// What a code does to the call and to the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// The caller sees nothing; the worker stays.
+    Unseen,
+    /// The caller sees nothing, since the next worker does the job; the worker is replaced.
+    Replaced,
+    /// The token states that a MAC is wrong: the caller reads `RECORD_DAMAGED`, and the worker stays.
+    Damaged,
+}
+
+/// Codes of a token that has no room now.
+const NO_ROOM: [&str; 3] = ["CKR_HOST_MEMORY", "CKR_DEVICE_MEMORY", "CKR_SESSION_COUNT"];
+
+/// Codes with which a token may refuse a read-only session: a read-write one is tried.
+const REFUSES_READ_ONLY: [&str; 2] = ["CKR_FUNCTION_FAILED", "CKR_ARGUMENTS_BAD"];
+
+/// Names of the standard, values, and the effect of one occurrence.
+const CODES: [(&str, i64, Effect); 27] = [
+    ("CKR_HOST_MEMORY", 0x02, Effect::Unseen),
+    ("CKR_GENERAL_ERROR", 0x05, Effect::Unseen),
+    ("CKR_FUNCTION_FAILED", 0x06, Effect::Unseen),
+    ("CKR_ARGUMENTS_BAD", 0x07, Effect::Unseen),
+    ("CKR_DATA_LEN_RANGE", 0x21, Effect::Unseen),
+    ("CKR_DEVICE_ERROR", 0x30, Effect::Unseen),
+    ("CKR_DEVICE_MEMORY", 0x31, Effect::Unseen),
+    ("CKR_DEVICE_REMOVED", 0x32, Effect::Replaced),
+    ("CKR_ENCRYPTED_DATA_INVALID", 0x40, Effect::Unseen),
+    ("CKR_ENCRYPTED_DATA_LEN_RANGE", 0x41, Effect::Unseen),
+    ("CKR_FUNCTION_CANCELED", 0x50, Effect::Unseen),
+    ("CKR_KEY_HANDLE_INVALID", 0x60, Effect::Unseen),
+    ("CKR_OBJECT_HANDLE_INVALID", 0x82, Effect::Unseen),
+    ("CKR_OPERATION_ACTIVE", 0x90, Effect::Unseen),
+    ("CKR_OPERATION_NOT_INITIALIZED", 0x91, Effect::Unseen),
+    ("CKR_SESSION_CLOSED", 0xb0, Effect::Unseen),
+    ("CKR_SESSION_COUNT", 0xb1, Effect::Unseen),
+    ("CKR_SESSION_HANDLE_INVALID", 0xb3, Effect::Unseen),
+    ("CKR_SIGNATURE_INVALID", 0xc0, Effect::Unseen),
+    ("CKR_SIGNATURE_LEN_RANGE", 0xc1, Effect::Unseen),
+    ("CKR_TOKEN_NOT_PRESENT", 0xe0, Effect::Replaced),
+    ("CKR_TOKEN_NOT_RECOGNIZED", 0xe1, Effect::Replaced),
+    ("CKR_USER_NOT_LOGGED_IN", 0x101, Effect::Unseen),
+    ("CKR_RANDOM_NO_RNG", 0x121, Effect::Unseen),
+    ("CKR_BUFFER_TOO_SMALL", 0x150, Effect::Unseen),
+    ("CKR_CRYPTOKI_NOT_INITIALIZED", 0x190, Effect::Replaced),
+    ("CKR_VENDOR_DEFINED", 0x8000_0001, Effect::Unseen),
+];
+
+struct Bench {
+    broker: Broker,
+    faulty: Faulty,
+    releaser: Caller,
+    enroller: Caller,
+    users: usize,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let (site, faulty) = site(Options {
+            sessions_per_worker: 1,
+            ..Options::default()
+        });
+        let broker = Broker::start_on(site);
+        let enroller = Caller::of(&broker, "enroller");
+        enroller.create("ada", MATERIAL).await.unwrap();
+        Self {
+            releaser: Caller::of(&broker, "releaser"),
+            broker,
+            faulty,
+            enroller,
+            users: 0,
+        }
+    }
+
+    /// One call that uses the function. `None` when it succeeds, else its reason.
+    async fn call(&mut self, is_change: bool) -> Option<String> {
+        let result = if is_change {
+            self.users += 1;
+            let user = format!("user{}", self.users);
+            self.enroller.create(&user, MATERIAL).await.map(drop)
+        } else {
+            let released = self.releaser.unwrap("ada").await;
+            released.map(|key| assert_eq!(key.key_material, MATERIAL))
+        };
+        result.err().as_ref().map(crate::client::reason)
+    }
+
+    fn worker(&self) -> u32 {
+        until("a worker", || self.broker.workers().first().copied())
+    }
+
+    fn restarts(&self) -> String {
+        let metrics = get(self.broker.status, "/metrics");
+        let line = metrics
+            .lines()
+            .find(|line| line.starts_with("keybroker_token_worker_restarts_total"));
+        line.unwrap().to_owned()
+    }
+
+    /// The code once from this function, and one call.
+    async fn once(&mut self, function: &str, (name, code, effect): (&str, i64, Effect)) {
+        let what = format!("{name} from {function}");
+        let effect = match function {
+            "C_Verify" if name.starts_with("CKR_SIGNATURE_") => Effect::Damaged,
+            "C_OpenSession" if REFUSES_READ_ONLY.contains(&name) => Effect::Unseen,
+            // A session that cannot be opened, or shows no keys, means that the token is gone, unless it only lacks room.
+            _ if SESSION.contains(&function) && !NO_ROOM.contains(&name) => Effect::Replaced,
+            _ => effect,
+        };
+        let (worker, restarts) = (self.worker(), self.restarts());
+        if SESSION.contains(&function) {
+            // The session is lost first, so that the next job opens another.
+            self.faulty.set("C_VerifyInit", &Fault::times(0xb3, 1));
+        }
+        let returned = format!("{function} ends {code}");
+        let before = self.faulty.count(&returned);
+        self.faulty.set(function, &Fault::times(code, 1));
+        // A self-test of the broker may meet the code instead of the call; it has the same effect on the worker.
+        let seen = self.call(CHANGE.contains(&function)).await;
+        until(&what, || {
+            (self.faulty.count(&returned) > before).then_some(())
+        });
+        match effect {
+            Effect::Unseen => {
+                assert_eq!(seen, None, "{what}");
+                assert_eq!(self.worker(), worker, "{what}: the worker was replaced");
+                assert_eq!(self.restarts(), restarts, "{what}");
+            }
+            // Unless a self-test met it.
+            Effect::Damaged => {
+                let is_expected = seen.is_none() || seen.as_deref() == Some("RECORD_DAMAGED");
+                assert!(is_expected, "{what}: {seen:?}");
+                assert_eq!(self.restarts(), restarts, "{what}");
+            }
+            Effect::Replaced => {
+                assert_eq!(seen, None, "{what}");
+                until(&format!("{what}: another worker"), || {
+                    let now = self.broker.workers();
+                    (!now.contains(&worker) && !now.is_empty()).then_some(())
+                });
+                assert_ne!(self.restarts(), restarts, "{what}");
+                let releaser = self.releaser.clone();
+                eventually(|| releaser.unwrap("ada")).await;
+            }
+        }
+        self.faulty.clear(function);
+    }
+}
+
+fn chosen(function: &str) -> Vec<(&'static str, i64, Effect)> {
+    let all = env::var("KEYBROKER_TEST_RETURN_CODES").is_ok_and(|codes| codes == "all");
+    let codes = CODES.into_iter().enumerate();
+    // Other codes for each function, so that the suite meets every code.
+    let offset = function.len();
+    codes
+        .filter(|(at, _)| all || (at + offset) % 9 == 0)
+        .map(|(_, code)| code)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_return_code_of_a_job_has_its_effect() {
+    let mut bench = Bench::start().await;
+    let mut met = 0;
+    for function in RELEASE.into_iter().chain(CHANGE).chain(SESSION) {
+        for code in chosen(function) {
+            bench.once(function, code).await;
+            met += 1;
+        }
+    }
+    println!("{met} return codes, each from one function");
+    let log = bench.broker.site.log();
+    assert!(!log.contains("pin-latched"), "{log}");
+}

@@ -37,6 +37,7 @@ fn is_as_published(maker: Maker, result: Outcome) {
     let Some(folder) = env::var_os(WRITE_TO) else {
         arguments.extend(["--expect", &file]);
         let found = read(&stand.site.expect_ok(&arguments));
+        assert!(fs::read_to_string(page).unwrap().contains("## Identity"));
         assert_eq!(found.verdict.result, result, "{found:#?}");
         let expected = read(&fs::read_to_string(&file).unwrap());
         assert_eq!(expected.verdict.result, result, "{file}");
@@ -78,6 +79,17 @@ fn p11_kit_remote_is_as_published() {
 #[test]
 fn nss_is_as_published() {
     is_as_published(Maker::Nss, Outcome::Refused);
+}
+
+/// CPU time, because the machine does other things as well.
+#[test]
+fn the_negative_tests_of_a_start_are_cheap() {
+    let site = Site::without_keys(Options::default());
+    let report = read(&site.expect_ok(&["-o", "json", "token", "report"]));
+    let name = "the negative tests of a worker's start, milliseconds of CPU time";
+    let rate = report.rates.iter().find(|rate| rate.name == name).unwrap();
+    eprintln!("{name}: {}", rate.value);
+    assert!(rate.value > 0.0 && rate.value < 300.0, "{rate:?}");
 }
 
 /// A token that lies about its keys is worse than the one behind it, and the report names the test.

@@ -224,13 +224,18 @@ pub(crate) fn make(
             };
             negative(token, &probe, &mut report, &mut findings)?;
             abilities::wrong_input(token, &probe, &mut report)?;
-            rates::measure(token, &probe, &mut report)?;
+            let settings = Settings {
+                attribute_exceptions: findings.exceptions.clone(),
+                spared_tests: Vec::new(),
+                ..settings.clone()
+            };
+            rates::measure(token, &probe, &settings, &mut report)?;
         }
     }
     if allowed.write {
         on_token(token, &findings, &mut report)?;
     }
-    report.sessions.extend(after_logout(token));
+    report.sessions.push(after_logout(token));
     report.verdict = verdict(settings, findings);
     Ok(report)
 }
@@ -327,20 +332,20 @@ fn sessions(token: &OpenToken, pin: &Pin) -> Vec<Answer> {
 }
 
 /// The last thing that is tried.
-fn after_logout(token: &OpenToken) -> Option<Answer> {
+fn after_logout(token: &OpenToken) -> Answer {
     calling::next("C_Logout");
     let ended = token.anchor.logout();
     if ended.is_err() {
-        return Some(answer("C_Logout", &ended));
+        return answer("C_Logout", &ended);
     }
     calling::next("C_FindObjects");
     let found = token
         .anchor
         .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
-    Some(told(
+    told(
         "private keys seen after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
-    ))
+    )
 }
 
 /// What the token does with each attribute of a template. Returns a key with all that it takes.
@@ -532,14 +537,29 @@ fn on_token(token: &OpenToken, findings: &Findings, report: &mut Report) -> Resu
         |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
     let other = token.session(&[])?;
     let found = keys::find(&other.session, made.pair.id);
-    let checked = found.as_ref().map_err(Clone::clone).and_then(|pair| {
-        keys::inspect(&other.session, pair, &findings.exceptions)?.require(pair.id)
-    });
+    let checked = match &found {
+        Ok(pair) => match keys::inspect(&other.session, pair, &findings.exceptions) {
+            Ok(verdict) => {
+                let wrong = verdict.private.iter().chain(&verdict.binding);
+                let wrong: Vec<String> = wrong
+                    .filter(|finding| !finding.passes())
+                    .map(ToString::to_string)
+                    .collect();
+                if wrong.is_empty() {
+                    WORKS.to_owned()
+                } else {
+                    wrong.join("; ")
+                }
+            }
+            Err(fault) => fault.to_string(),
+        },
+        Err(_) => "not made".to_owned(),
+    };
     let removed = made.remove(&writing);
     report.token_objects.extend([
         told("keys that stay on the token", WORKS),
         told("found by another session", result(found.err())),
-        told("attribute check", result(checked.err())),
+        told("attribute check", checked),
         told("removed", result(removed.err())),
     ]);
     Ok(())

@@ -154,10 +154,14 @@ pub struct Rate {
 }
 
 impl Report {
-    /// Where this report is worse than another of the same token. What is better is not named.
+    /// Where this report is worse than another of the same token. What is better is not named. A token that was refused before
+    /// cannot be worse.
     pub fn worse_than(&self, expected: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         let (now, then) = (&self.verdict, &expected.verdict);
+        if then.result == Outcome::Refused {
+            return worse;
+        }
         if now.result > then.result {
             worse.push(format!(
                 "the verdict is {}: {}",
@@ -326,6 +330,10 @@ mod tests {
             }),
         ];
         assert_eq!(report().worse_than(&report()), Vec::<String>::new());
+        let mut refused = report();
+        refused.verdict.result = Outcome::Refused;
+        refused.negative[0].result = SUCCEEDED.to_owned();
+        assert_eq!(refused.worse_than(&refused), Vec::<String>::new());
         for (word, change) in changes {
             let mut changed = report();
             change(&mut changed);

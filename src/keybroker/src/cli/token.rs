@@ -32,7 +32,7 @@ pub(super) enum Command {
     /// Report what the token does, and what it does although it must not; to publish and to compare
     ///
     /// Everything is tried with keys that end with the session, in a process of its own. Run it while no broker uses the token: it
-    /// loads the token with operations, and its login ends with C_Logout.
+    /// loads the token with operations, and its login ends with `C_Logout`.
     Report(report::Arguments),
     /// Allow one more login with a PIN that the token rejected; also while `serve` runs
     ///

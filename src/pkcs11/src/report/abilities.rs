@@ -43,7 +43,7 @@ const MAC_BYTES: usize = 32;
 struct Hash {
     name: &'static str,
     software: &'static OaepAlgorithm,
-    hash: MechanismType,
+    digest: MechanismType,
     mgf: PkcsMgfType,
 }
 
@@ -51,19 +51,19 @@ const HASHES: [Hash; 3] = [
     Hash {
         name: OAEP_SHA1,
         software: &OAEP_SHA1_MGF1SHA1,
-        hash: MechanismType::SHA1,
+        digest: MechanismType::SHA1,
         mgf: PkcsMgfType::MGF1_SHA1,
     },
     Hash {
         name: OAEP_SHA256,
         software: &OAEP_SHA256_MGF1SHA256,
-        hash: MechanismType::SHA256,
+        digest: MechanismType::SHA256,
         mgf: PkcsMgfType::MGF1_SHA256,
     },
     Hash {
         name: "RSA-OAEP with SHA-384",
         software: &OAEP_SHA384_MGF1SHA384,
-        hash: MechanismType::SHA384,
+        digest: MechanismType::SHA384,
         mgf: PkcsMgfType::MGF1_SHA384,
     },
 ];
@@ -71,7 +71,7 @@ const HASHES: [Hash; 3] = [
 impl Hash {
     fn mechanism<'a>(&self, label: Option<&'a [u8]>) -> Mechanism<'a> {
         let source = label.map_or_else(PkcsOaepSource::empty, PkcsOaepSource::data_specified);
-        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(self.hash, self.mgf, source))
+        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(self.digest, self.mgf, source))
     }
 
     /// The known plaintext under the public key, in software.

@@ -8,13 +8,18 @@ use std::{
 use cryptoki::mechanism::Mechanism;
 
 use keybroker_pkcs11_ffi::Session;
-use keybroker_worker_protocol::report::{Rate, Report};
+use keybroker_worker_protocol::{
+    Settings,
+    report::{Rate, Report},
+};
+use rustix::time::{ClockId, clock_gettime};
 
 use super::Probe;
-use crate::{calling, classify::Fault, open::OpenToken};
+use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 
 /// How long each loop runs.
 const LOOP: Duration = Duration::from_millis(300);
+const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
 /// Waits for each operation from which on the token's work is not that of this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
@@ -55,7 +60,12 @@ pub(crate) fn waits_of_this_thread() -> u64 {
         .unwrap_or(0)
 }
 
-pub(super) fn measure(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
+pub(super) fn measure(
+    token: &OpenToken,
+    probe: &Probe,
+    settings: &Settings,
+    report: &mut Report,
+) -> Result<(), Fault> {
     let decrypt = |session: &Session| probe.self_test.decrypt(session, &probe.pair);
     let mac = |session: &Session| {
         let made = session.sign(&Mechanism::Sha256Hmac, probe.pair.binding, &MESSAGE);
@@ -83,6 +93,23 @@ pub(super) fn measure(token: &OpenToken, probe: &Probe, report: &mut Report) -> 
     report
         .rates
         .push(milliseconds("a search for all objects", began));
+    let (began, cpu) = (Instant::now(), cpu_time());
+    // Those of a worker's start. A token that fails one is not used, so that their cost is of no interest.
+    let tried = token.try_what_must_fail(
+        settings,
+        &probe.pair,
+        &probe.public,
+        &probe.self_test,
+        Subject::InUse,
+    );
+    if tried.is_ok() {
+        let spent = cpu_time().saturating_sub(cpu);
+        report.rates.push(milliseconds(NEGATIVE_TESTS, began));
+        report.rates.push(Rate {
+            name: format!("{NEGATIVE_TESTS}, milliseconds of CPU time"),
+            value: rounded(spent),
+        });
+    }
     Ok(())
 }
 
@@ -127,7 +154,7 @@ fn run(
 fn per_second(what: &str, sessions: u32, counted: Counted, seconds: f64) -> Rate {
     let operations = f64::from(u32::try_from(counted.operations).unwrap_or(u32::MAX));
     Rate {
-        name: format!("{what} per second, {sessions} sessions"),
+        name: format!("{what} per second, sessions: {sessions}"),
         value: (operations / seconds).round(),
     }
 }
@@ -135,6 +162,20 @@ fn per_second(what: &str, sessions: u32, counted: Counted, seconds: f64) -> Rate
 fn milliseconds(what: &str, began: Instant) -> Rate {
     Rate {
         name: format!("{what}, milliseconds"),
-        value: (began.elapsed().as_secs_f64() * 1e5).round() / 100.0,
+        value: rounded(began.elapsed()),
     }
+}
+
+/// In milliseconds, with two decimals.
+fn rounded(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
+}
+
+/// CPU time of this process so far.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }

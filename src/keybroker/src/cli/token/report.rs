@@ -1,7 +1,6 @@
 //! `keybroker token report`: what a token does, to publish and to compare.
 
 use std::{
-    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
 };
@@ -97,42 +96,12 @@ fn published(path: &Path) -> Result<Report, Failure> {
 
 /// The report as a page of Markdown.
 fn page(report: &Report) -> String {
-    let identity = &report.identity;
-    let verdict = &report.verdict;
-    let mut page = format!("# {} {}\n\n", identity.manufacturer, identity.model);
-    // Writing to a string does not fail.
-    let mut line = |text: String| {
-        let _written = writeln!(page, "{text}");
-    };
-    line(format!(
-        "Made by `keybroker token report` {}. Verdict: **{}**.",
-        report.keybroker,
-        verdict.result.as_str()
-    ));
-    line(String::new());
-    let heading = match verdict.result {
-        Outcome::Works => "",
-        Outcome::WorksWithExceptions => "What each exception accepts:",
-        Outcome::Refused => "Why it cannot be used:",
-    };
-    if !heading.is_empty() {
-        line(heading.to_owned() + "\n");
-        for reason in &verdict.reasons {
-            line(format!("- {reason}"));
-        }
-        line(String::new());
-    }
-    if !verdict.settings.is_empty() {
-        line(format!(
-            "```toml\n[token]\n{}\n```\n",
-            verdict.settings.join("\n")
-        ));
-    }
-    line("## Identity\n".to_owned());
-    line(table(&["", ""], identity_rows(report)));
+    let mut parts = introduction(report);
+    parts.push("## Identity".to_owned());
+    parts.push(table(&["", ""], identity_rows(report)));
     for (heading, answers) in [
         ("Sessions and login", &report.sessions),
-        ("What must work", &report.positive),
+        ("What was tried with the keys", &report.positive),
         ("Keys that stay on the token", &report.token_objects),
         ("Answers to wrong input", &report.errors),
     ] {
@@ -140,65 +109,97 @@ fn page(report: &Report) -> String {
             let rows = answers
                 .iter()
                 .map(|answer| vec![answer.name.clone(), answer.result.clone()]);
-            line(format!("## {heading}\n"));
-            line(table(&["Tried", "Result"], rows));
+            parts.push(format!("## {heading}"));
+            parts.push(table(&["Tried", "Result"], rows));
         }
     }
-    line("## What must not work\n".to_owned());
-    line(table(
-        &[
-            "Test",
-            "What the token would do",
-            "Result",
-            "Code",
-            "Session usable afterwards",
-        ],
-        report.negative.iter().map(|test| {
-            vec![
-                format!("`{}`", test.name),
-                test.meaning.clone(),
-                test.result.clone(),
-                test.code.clone().unwrap_or_default(),
-                yes(test.session_is_usable),
-            ]
-        }),
+    parts.push("## What must not work".to_owned());
+    parts.push(negative_table(report));
+    parts.push("## Attributes of the templates".to_owned());
+    parts.push(attribute_table(report));
+    parts.push("## Rates".to_owned());
+    let place = match report.token_cpu_is_local {
+        Some(true) => "The token's work takes CPU time of this machine.",
+        Some(false) => "The token's work takes no CPU time of the process that uses it.",
+        None => "Where the token works was not measured.",
+    };
+    parts.push(format!(
+        "Measured once, on a machine that did other things as well. {place}"
     ));
-    line("## Attributes of the templates\n".to_owned());
-    line(table(
-        &[
-            "Object",
-            "Attribute",
-            "In a template",
-            "Read",
-            "Read by a length query",
-        ],
-        report.templates.iter().map(|row| {
-            vec![
-                row.object.clone(),
-                format!("`{}`", row.attribute),
-                row.in_template.clone(),
-                row.read.clone(),
-                row.length_query.clone(),
-            ]
-        }),
-    ));
-    line("## Rates\n".to_owned());
-    line(
-        match report.token_cpu_is_local {
-            Some(true) => "The token's work takes CPU time of this machine.\n",
-            Some(false) => "The token's work takes no CPU time of the process that uses it.\n",
-            None => "It was not measured where the token works.\n",
-        }
-        .to_owned(),
-    );
-    line(table(
+    let rates = report.rates.iter();
+    parts.push(table(
         &["Measured", "Value"],
-        report
-            .rates
-            .iter()
-            .map(|rate| vec![rate.name.clone(), rate.value.to_string()]),
+        rates.map(|rate| vec![rate.name.clone(), rate.value.to_string()]),
     ));
-    page
+    parts.join("\n\n") + "\n"
+}
+
+fn introduction(report: &Report) -> Vec<String> {
+    let (identity, verdict) = (&report.identity, &report.verdict);
+    let mut parts = vec![
+        format!("# {} {}", identity.manufacturer, identity.model),
+        format!(
+            "Made by `keybroker token report` {}. Verdict: **{}**.",
+            report.keybroker,
+            verdict.result.as_str()
+        ),
+    ];
+    let heading = match verdict.result {
+        Outcome::Works => None,
+        Outcome::WorksWithExceptions => Some("What each exception accepts:"),
+        Outcome::Refused => Some("Why it cannot be used:"),
+    };
+    if let Some(heading) = heading {
+        parts.push(heading.to_owned());
+        parts.push(format!("- {}", verdict.reasons.join("\n- ")));
+    }
+    if !verdict.settings.is_empty() {
+        parts.push(format!(
+            "```toml\n[token]\n{}\n```",
+            verdict.settings.join("\n")
+        ));
+    }
+    parts
+}
+
+fn negative_table(report: &Report) -> String {
+    let rows = report.negative.iter().map(|test| {
+        vec![
+            format!("`{}`", test.name),
+            test.meaning.clone(),
+            test.result.clone(),
+            test.code.clone().unwrap_or_default(),
+            yes(test.session_is_usable),
+        ]
+    });
+    let headings = [
+        "Test",
+        "What the token would do",
+        "Result",
+        "Code",
+        "Session usable afterwards",
+    ];
+    table(&headings, rows)
+}
+
+fn attribute_table(report: &Report) -> String {
+    let rows = report.templates.iter().map(|row| {
+        vec![
+            row.object.clone(),
+            format!("`{}`", row.attribute),
+            row.in_template.clone(),
+            row.read.clone(),
+            row.length_query.clone(),
+        ]
+    });
+    let headings = [
+        "Object",
+        "Attribute",
+        "In a template",
+        "Read",
+        "Read by a length query",
+    ];
+    table(&headings, rows)
 }
 
 fn identity_rows(report: &Report) -> Vec<Vec<String>> {
@@ -264,12 +265,12 @@ fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Stri
             .into_iter()
             .map(|cell| cell.replace('|', "\\|").replace('\n', " "))
             .collect();
-        format!("| {} |\n", cells.join(" | "))
+        format!("| {} |", cells.join(" | "))
     };
-    let mut table = row(headings.iter().map(|&heading| heading.to_owned()).collect());
-    table += &format!("|{}\n", "---|".repeat(headings.len()));
-    for cells in rows {
-        table += &row(cells);
-    }
-    table
+    let mut lines = vec![
+        row(headings.iter().map(|&heading| heading.to_owned()).collect()),
+        format!("|{}", "---|".repeat(headings.len())),
+    ];
+    lines.extend(rows.into_iter().map(row));
+    lines.join("\n")
 }

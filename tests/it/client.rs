@@ -1,4 +1,8 @@
-//! Real gRPC clients over mTLS.
+//! Real gRPC clients over mTLS, with the generated stubs.
+//!
+//! The library `keybroker-client` has tests of its own in `client_library`. Here tests see the wire as it is: they send what the
+//! library does not let pass (fields out of range, no request id, a request id of another call), see every status with
+//! its details, make exactly one attempt, and choose the address and the local address of a connection.
 
 use std::{
     fs,
@@ -9,6 +13,7 @@ use std::{
 
 use base64ct::{Base64, Encoding as _};
 
+use keybroker_client::Refusal;
 use keybroker_proto::{
     BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
     DeleteUserKeyRequest, GetUserKeyRequest, ListUserKeysRequest, ListUserKeysResponse,
@@ -257,29 +262,16 @@ pub(crate) async fn retrying<T, F: Future<Output = Result<T, Status>>>(
             Ok(answer) => return Ok(answer),
             Err(status) => status,
         };
-        let asked = status.get_details_retry_info();
-        let asked = asked.and_then(|info| info.retry_delay).unwrap_or_default();
+        let error = keybroker_client::Error::from(status.clone());
+        let asked = error.refusal().and_then(Refusal::retry_delay);
         let own = keybroker_core::call::spread(pause / 2, pause);
-        let next = own.max(asked);
-        if !is_worth_another_try(&status) || Instant::now() + next > until {
+        let next = own.max(asked.unwrap_or_default());
+        if !error.is_transient() || Instant::now() + next > until {
             return Err(status);
         }
         tokio::time::sleep(next).await;
         pause = (pause * 2).min(Duration::from_secs(1));
     }
-}
-
-/// Without a reason it comes from the connection and not from the broker.
-fn is_worth_another_try(status: &Status) -> bool {
-    let passing = [
-        "QUEUE_FULL",
-        "TOKEN_DOWN",
-        "STORE_DOWN",
-        "AUDIT_DOWN",
-        "IDENTITY_DOWN",
-        "DEADLINE",
-    ];
-    status.get_details_error_info().is_none() || passing.contains(&reason(status).as_str())
 }
 
 /// Repeats a call that may fail for a while, at most for thirty seconds.

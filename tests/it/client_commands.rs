@@ -152,10 +152,6 @@ fn refusals_have_reason_call_id_hint_and_code() {
     let broker = Broker::start(Options::default());
     let (material, material_text) = scratch(&broker, "material");
     let create = ["create", "--user", "ada", "--material-file", &material_text];
-    for length in [0, 191] {
-        fs::write(&material, vec![b'm'; length]).unwrap();
-        expect_refused(&broker, "enroller", &create, "REQUEST");
-    }
     fs::write(&material, b"material of ada").unwrap();
     expect_ok(&broker, "enroller", &create);
     expect_refused(&broker, "enroller", &create, "KEY_EXISTS");
@@ -192,6 +188,48 @@ fn refusals_have_reason_call_id_hint_and_code() {
     let ada = Base64::encode_string(b"material of ada");
     assert_eq!(rows[0]["key_material"], ada);
     assert_eq!(rows[1]["reason"], "KEY_NOT_FOUND");
+}
+
+/// What breaks the limits of the protocol is not sent, least of all key material.
+#[test]
+fn arguments_and_material_out_of_range_are_refused_before_a_call() {
+    let broker = Broker::start(Options::default());
+    let (material, text) = scratch(&broker, "material");
+    let create = ["create", "--user", "ada", "--material-file", &text];
+    for (length, words) in [(0, "is empty"), (191, "longer than 190 bytes")] {
+        fs::write(&material, vec![b'm'; length]).unwrap();
+        let finished = run(&broker, "enroller", &create);
+        assert_eq!(finished.code, Some(2), "{finished:#?}");
+        assert!(finished.stderr.contains(words), "{finished:#?}");
+    }
+    for (arguments, words) in [
+        (&["get", "--user", ""][..], "user must be 1 to 255 bytes"),
+        (
+            &["get", "--user", "ada", "--key-name", "Vault"],
+            "key_name must be",
+        ),
+        (&["wrapping-key", "07"], "not 32 hexadecimal digits"),
+        (
+            &["delete", "--user", "ada", "--expected-revision", "0"],
+            "a whole number from 1",
+        ),
+        (
+            &[
+                "undelete",
+                "--user",
+                "ada",
+                "--request-id",
+                "00000000-0000-0000-0000-000000000000",
+            ],
+            "request_id must be a UUID",
+        ),
+    ] {
+        let finished = run(&broker, "enroller", arguments);
+        assert_eq!(finished.code, Some(2), "{arguments:?}: {finished:#?}");
+        assert!(finished.stderr.contains(words), "{finished:#?}");
+    }
+    let audit = broker.site.audit();
+    assert!(!audit.contains("user_key."), "{audit}");
 }
 
 #[test]

@@ -533,10 +533,12 @@ async fn who_may_make_list_and_grant_is_limited() {
             "{finished:#?}"
         );
     }
-    let malformed = credential_refused(&broker, "admin", &["revoke", "backup"], "REQUEST");
+    let revoke = ["revoke", "backup"];
+    let malformed = command(&broker, "client-credential", Some("admin"), &revoke);
+    assert_eq!(malformed.code, Some(2), "{malformed:#?}");
     assert!(
-        malformed.contains("id: 32 hexadecimal digits"),
-        "{malformed}"
+        malformed.stderr.contains("not 32 hexadecimal digits"),
+        "{malformed:#?}"
     );
     let audit = broker.site.audit();
     assert!(

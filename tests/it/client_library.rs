@@ -3,9 +3,9 @@
 use std::{fs, sync::Arc, time::Duration};
 
 use keybroker_client::{
-    BearerToken, Client, ClientBuilder, ClientId, ClientSecret, ErrorKind, KeyMaterial,
-    ListUserKeys, Reason, RetryPolicy, Revision, UserKeyRef, UserKeyState, new_request_id,
-    parse_request_id, proto,
+    BearerToken, Client, ClientBuilder, ClientId, ClientSecret, Code, ErrorKind, KeyMaterial,
+    ListUserKeys, Reason, RetryPolicy, Revision, Service, ServiceHealth, Status, UserKeyRef,
+    UserKeyState, new_request_id, parse_request_id, proto,
 };
 use tokio::{
     io::copy_bidirectional,
@@ -17,6 +17,7 @@ use crate::{
     pki::{EXPIRED, Pki},
     process::Broker,
     site::{Options, Site},
+    wire::get,
 };
 
 const MATERIAL: &[u8] = b"material of this user";
@@ -271,6 +272,65 @@ async fn the_control_plane_is_read() {
     assert_eq!(state.serving(), proto::TokenServing::Up);
     let tail = auditor.tail_audit_log(5).await.unwrap();
     assert!(!tail.is_empty() && tail.len() <= 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_report_their_health() {
+    let broker = Broker::start(Options::default());
+    let auditor = of(&broker, "auditor");
+    for service in Service::ALL {
+        let health = auditor.check_health(service).await.unwrap();
+        assert_eq!(health, ServiceHealth::Serving, "{service:?}");
+    }
+}
+
+/// The listener of this broker has the user-key service alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_another_listeners_service_shows_its_status() {
+    let site = Site::fresh(Options::default());
+    site.write_configuration(|text| {
+        *text = text.replace("apis = [\"grpc\", \"admin\"]", "apis = [\"grpc\"]");
+    });
+    let broker = Broker::start_on(Arc::new(site));
+    let auditor = of(&broker, "auditor");
+    let error = auditor.get_token_state().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnexpectedResponse, "{error:?}");
+    let code = error.status().map(Status::code);
+    assert_eq!(code, Some(Code::Unimplemented), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_made_early_and_separately() {
+    let broker = Broker::start(Options::default());
+    let first = of(&broker, "releaser");
+    let second = first.with_separate_connection();
+    for (client, connections) in [(&first, 1), (&first.clone(), 1), (&second, 2)] {
+        let missing = client.unwrap_user_key(&key("ada")).await.unwrap_err();
+        assert_eq!(missing.reason(), Some(Reason::KeyNotFound), "{missing:?}");
+        let metrics = get(broker.status, "/metrics");
+        let open = format!("\nkeybroker_connections {connections}\n");
+        assert!(metrics.contains(&open), "{metrics}");
+    }
+    second.connect().await.unwrap();
+
+    let port = broker.grpc.port();
+    let distrusting = Client::builder(format!("https://localhost:{port}"))
+        .ca_file(Pki::fresh().ca_file())
+        .build()
+        .unwrap();
+    let error = distrusting.connect().await.unwrap_err();
+    assert_eq!((error.kind(), error.attempts()), (ErrorKind::Connection, 1));
+    let cause = keybroker_core::error::root_cause(&error);
+    assert!(cause.contains("invalid peer certificate"), "{cause}");
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let waiting = Client::builder(format!("https://localhost:{port}"))
+        .ca_file(broker.site.pki.ca_file())
+        .deadline(Duration::from_millis(300))
+        .build()
+        .unwrap();
+    let error = waiting.connect().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::DeadlineExceeded, "{error:?}");
 }
 
 /// A server whose certificate another CA signed, and clients whose certificate the broker does not accept.

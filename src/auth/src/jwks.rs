@@ -33,9 +33,10 @@ mod tests;
 use error::{KeyError, LeftOut};
 
 pub use error::{SetError, SourceError};
-pub(super) use fetch::SET_BYTES_MAX;
 pub(super) use keys::{Keys, Newer, Pace};
 
+/// Longest key set and discovery document, in bytes.
+pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
 /// Most keys in a set. Providers publish two or three.
 const KEYS_MAX: usize = 64;
 /// Bits of an RSA modulus: fewer can be factored, and more are refused by the library that verifies.

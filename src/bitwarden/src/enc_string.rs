@@ -7,8 +7,10 @@ use base64ct::{Base64, Encoding as _};
 use super::{
     Error,
     cipher::{BLOCK_BYTES, Iv, Mac},
-    key_pair::RSA_BYTES,
 };
+
+/// Length of the modulus of a key pair, and so of every text of type 4, in bytes.
+pub(super) const RSA_BYTES: usize = 256;
 
 /// Longest text that is read, in bytes. The longest that clients write, a note, is a tenth of it.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;

@@ -1,12 +1,10 @@
 //! The two ways from a password to a master key.
 
-use std::num::NonZeroU32;
-
 use argon2::{Algorithm, ParamsBuilder, Version};
-use aws_lc_rs::{digest, pbkdf2};
+use aws_lc_rs::digest;
 use zeroize::Zeroizing;
 
-use super::{Error, MASTER_KEY_BYTES, MasterKey, Password};
+use super::{Error, MASTER_KEY_BYTES, MasterKey, Password, keys::pbkdf2_sha256};
 
 /// The most that clients offer for new accounts: iterations of PBKDF2; iterations, memory in MiB and parallelism of Argon2id.
 const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;
@@ -153,10 +151,4 @@ impl Kdf {
         }
         MasterKey::from_bytes(key)
     }
-}
-
-/// PBKDF2-HMAC-SHA256 (RFC 8018), filling `out`.
-pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &mut [u8]) {
-    let iterations = NonZeroU32::new(iterations).expect("callers name more than none");
-    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
 }

@@ -9,10 +9,7 @@ use aws_lc_rs::rsa::{
 };
 use zeroize::Zeroizing;
 
-use super::{EncString, Error};
-
-/// Length of the modulus, and so of every text of type 4, in bytes.
-pub(super) const RSA_BYTES: usize = 256;
+use super::{EncString, Error, enc_string::RSA_BYTES};
 
 /// The private half, as a device keeps it.
 pub struct PrivateKey(OaepPrivateDecryptingKey);

@@ -1,13 +1,16 @@
 //! Master keys, and the symmetric keys that they wrap.
 
-use std::fmt;
+use std::{fmt, num::NonZeroU32};
 
-use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Prk};
+use aws_lc_rs::{
+    hkdf::{HKDF_SHA256, KeyType, Prk},
+    pbkdf2,
+};
 use base64ct::{Base64, Encoding as _};
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
-use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher, kdf::pbkdf2_sha256};
+use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher};
 
 /// AES-256 and HMAC-SHA256, 32 bytes each.
 const SYMMETRIC_KEY_BYTES: usize = 64;
@@ -111,6 +114,12 @@ pub(super) fn expand(prk: &Prk, info: &[u8], out: &mut [u8]) -> Result<(), Error
     prk.expand(&info, OutputLength(out.len()))
         .and_then(|okm| okm.fill(out))
         .map_err(|_| Error::TooLong)
+}
+
+/// PBKDF2-HMAC-SHA256 (RFC 8018), filling `out`.
+pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &mut [u8]) {
+    let iterations = NonZeroU32::new(iterations).expect("callers name more than none");
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
 }
 
 /// A user key, an organisation's key, a device's key: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes of an account

@@ -97,6 +97,14 @@ pub struct ClientPage {
     pub next: Option<Position<ClientId>>,
 }
 
+/// A permitted change of an API client; owns all it needs, because it may outlive its caller.
+struct ClientChange {
+    broker: Arc<Broker>,
+    principal: Principal,
+    call: Call,
+    draft: Draft,
+}
+
 impl Broker {
     /// Makes an API client with its first secret.
     pub async fn create_client(
@@ -105,20 +113,26 @@ impl Broker {
         call: &Call,
         new: NewClient,
     ) -> Result<CreatedSecret, Error> {
-        let broker = Arc::clone(self);
-        let (principal, call) = (principal.clone(), call.clone());
-        self.run_change(Action::CreateClient, call.clone(), async move {
-            let mut draft = broker
-                .begin_client(&principal, &call, Action::CreateClient)
-                .await?;
-            let prepared = broker
-                .prepare_client(&principal, &call, new, &mut draft)
-                .await;
-            let (row, secret) = broker.or_record(&draft, prepared).await?;
-            let document = document_of(&row)?;
-            broker.insert_client(&call, draft, row.clone()).await?;
-            Ok(created(row.id, document, secret))
-        })
+        self.change_client(
+            Action::CreateClient,
+            principal,
+            call,
+            move |change| async move {
+                let ClientChange {
+                    broker,
+                    principal,
+                    call,
+                    mut draft,
+                } = change;
+                let prepared = broker
+                    .prepare_client(&principal, &call, new, &mut draft)
+                    .await;
+                let (row, secret) = broker.or_record(&draft, prepared).await?;
+                let document = document_of(&row)?;
+                broker.insert_client(&call, draft, row.clone()).await?;
+                Ok(created(row.id, document, secret))
+            },
+        )
         .await
     }
 
@@ -130,12 +144,13 @@ impl Broker {
         id: ClientId,
         expires: Option<Timestamp>,
     ) -> Result<CreatedSecret, Error> {
-        let broker = Arc::clone(self);
-        let (principal, call) = (principal.clone(), call.clone());
-        self.run_change(Action::CreateClient, call.clone(), async move {
-            let mut draft = broker
-                .begin_client(&principal, &call, Action::CreateClient)
-                .await?;
+        self.change_client(Action::CreateClient, principal, call, move |change| async move {
+            let ClientChange {
+                broker,
+                principal,
+                call,
+                mut draft,
+            } = change;
             draft.client(id);
             let prepared = async {
                 let mut credential = broker
@@ -176,31 +191,63 @@ impl Broker {
         id: ClientId,
         secret: Option<u32>,
     ) -> Result<ClientView, Error> {
-        let broker = Arc::clone(self);
-        let (principal, call) = (principal.clone(), call.clone());
-        self.run_change(Action::RevokeClient, call.clone(), async move {
-            let mut draft = broker
-                .begin_client(&principal, &call, Action::RevokeClient)
-                .await?;
-            draft.client(id);
-            let prepared = async {
-                // One secret less leaves a client that is let in: that one must be in force.
-                let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
-                let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
-                revoke(&mut credential.document, secret)?;
-                broker.next_row(credential).await
-            };
-            let row = broker.or_record(&draft, prepared.await).await?;
-            let document = document_of(&row)?;
-            draft.grant(&document);
-            broker.update_client(&call, draft, row).await?;
-            let uses = broker.store.client_uses(id).await.unwrap_or_default();
-            Ok(ClientView {
-                id,
-                document,
-                uses,
-                is_verified: true,
+        self.change_client(
+            Action::RevokeClient,
+            principal,
+            call,
+            move |change| async move {
+                let ClientChange {
+                    broker,
+                    principal,
+                    call,
+                    mut draft,
+                } = change;
+                draft.client(id);
+                let prepared = async {
+                    // One secret less leaves a client that is let in: that one must be in force.
+                    let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
+                    let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
+                    revoke(&mut credential.document, secret)?;
+                    broker.next_row(credential).await
+                };
+                let row = broker.or_record(&draft, prepared.await).await?;
+                let document = document_of(&row)?;
+                draft.grant(&document);
+                broker.update_client(&call, draft, row).await?;
+                let uses = broker.store.client_uses(id).await.unwrap_or_default();
+                Ok(ClientView {
+                    id,
+                    document,
+                    uses,
+                    is_verified: true,
+                })
+            },
+        )
+        .await
+    }
+
+    /// Runs a change of an API client in a task of its own, as far as it is permitted.
+    async fn change_client<T, F>(
+        self: &Arc<Self>,
+        action: Action,
+        principal: &Principal,
+        call: &Call,
+        change: impl FnOnce(ClientChange) -> F + Send + 'static,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send,
+    {
+        let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(action, call.clone(), async move {
+            let draft = broker.begin_client(&principal, &call, action).await?;
+            change(ClientChange {
+                broker,
+                principal,
+                call,
+                draft,
             })
+            .await
         })
         .await
     }

@@ -41,6 +41,7 @@ use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
 pub mod acknowledged;
+mod change;
 mod clients;
 mod commit;
 mod control;

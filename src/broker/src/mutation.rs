@@ -6,7 +6,7 @@ use keybroker_core::{
     call::{Call, RequestId, Timestamp},
     error::{Error, Reason},
     key::Revision,
-    principal::{Action, Principal},
+    principal::Principal,
     secret::KeyMaterial,
 };
 use keybroker_policy::KeyPermit;
@@ -15,6 +15,7 @@ use keybroker_store::{RecordInfo, RequestStamp, Stamp};
 
 use super::{
     Broker, UserKeyRef, caller,
+    change::{Change, Mutation},
     commit::Settled,
     journal::{Draft, Recorded},
     plan::Commit,
@@ -23,51 +24,10 @@ use super::{
 /// The hour within which the replacements of a record are counted.
 const REPLACEMENTS_WINDOW_US: i64 = 3_600 * 1_000_000;
 
-/// What a caller wants changed.
-#[derive(Debug)]
-pub(super) enum Change {
-    Create {
-        material: KeyMaterial,
-    },
-    Replace {
-        material: KeyMaterial,
-        expected: Revision,
-    },
-    Delete {
-        expected: Revision,
-    },
-    Undelete,
-    Restore {
-        revision: Revision,
-        expected: Revision,
-    },
-}
-
-impl Change {
-    pub(super) fn action(&self) -> Action {
-        match self {
-            Self::Create { .. } => Action::Create,
-            Self::Replace { .. } => Action::Replace,
-            Self::Delete { .. } => Action::Delete,
-            Self::Undelete => Action::Undelete,
-            Self::Restore { .. } => Action::Restore,
-        }
-    }
-}
-
 /// A change that is ready, or the answer that an earlier call with the same request id got.
 enum Prepared {
     Ready(Box<(Commit, Stamp)>),
     Replayed(RecordInfo),
-}
-
-/// One mutation under way; owns all it needs, because it may outlive its caller.
-pub(super) struct Mutation {
-    pub(super) principal: Principal,
-    pub(super) call: Call,
-    key: UserKeyRef,
-    pub(super) change: Change,
-    request: Option<RequestId>,
 }
 
 impl Broker {

@@ -13,8 +13,8 @@ use keybroker_store::{NewRevision, RecordInfo, RecordState};
 
 use super::{
     Broker, caller,
+    change::{Change, Mutation},
     journal::Draft,
-    mutation::{Change, Mutation},
     within,
 };
 
@@ -44,16 +44,7 @@ impl Commit {
     /// The record after this change, if it commits at `at` and no other change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
-            Self::Create(new) => RecordInfo {
-                address: new.address.clone(),
-                id: new.record,
-                state: RecordState::Active,
-                revision: new.revision,
-                wrapping_key: new.wrapping_key,
-                created: at,
-                updated: at,
-                deleted: None,
-            },
+            Self::Create(new) => new.record_info(at),
             Self::Supersede(new, before) => RecordInfo {
                 revision: new.revision,
                 wrapping_key: new.wrapping_key,

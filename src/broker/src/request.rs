@@ -14,7 +14,7 @@ use keybroker_core::{
 use keybroker_hsm as hsm;
 use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, request_message};
 
-use super::{Broker, UserKeyRef, caller, mutation::Change, within};
+use super::{Broker, UserKeyRef, caller, change::Change, within};
 
 impl Broker {
     /// The request id with the proof of its content, made on the token.

@@ -3,8 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Mutex,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use keybroker_core::{error::root_cause, key::ClientId};
@@ -17,12 +16,12 @@ use crate::{
     credential::{BearerToken, ClientSecret, Credential},
     error::{BoxError, BuildError},
     link::Link,
-    retry::{Bucket, RetryPolicy},
+    retry::RetryPolicy,
 };
 
 /// Deadline of a call that sets none.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Longest wait for a TCP connection, so that an address that does not answer leaves time for another attempt.
+/// Longest wait for a connection, so that an address that does not answer leaves time for another attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection that is silent for this long during a call is checked with an HTTP/2 ping.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -70,14 +69,20 @@ enum Authorization {
     Ready(Credential),
 }
 
-/// Builds a [`Client`]. Made by [`Client::builder`].
+/// Where the calls of the client go.
+enum Target {
+    Endpoint(String),
+    Channel(Channel),
+}
+
+/// Builds a [`Client`]. Made by [`Client::builder`] or [`Client::builder_with_channel`].
 ///
-/// `ca_file` or `ca_pem` is required. Of the credentials (`bearer_token`, `bearer_token_provider`, `api_client`) the last
+/// For an endpoint, `ca_file` or `ca_pem` is required. Of the credentials (`bearer_token`, `bearer_token_provider`, `api_client`) the last
 /// one that was set counts; it takes the place of the client certificate, because the broker ignores the certificate of a
 /// call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
-    endpoint: String,
+    target: Target,
     ca: Option<Pem>,
     identity: Option<Pair>,
     server_name: Option<String>,
@@ -89,8 +94,12 @@ pub struct ClientBuilder {
 
 impl std::fmt::Debug for ClientBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let endpoint = match &self.target {
+            Target::Endpoint(endpoint) => endpoint.as_str(),
+            Target::Channel(_) => "(a channel)",
+        };
         f.debug_struct("ClientBuilder")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &endpoint)
             .field("deadline", &self.deadline)
             .field("retry", &self.retry)
             .finish_non_exhaustive()
@@ -98,9 +107,17 @@ impl std::fmt::Debug for ClientBuilder {
 }
 
 impl ClientBuilder {
-    pub(crate) fn new(endpoint: String) -> Self {
+    pub(crate) fn to_endpoint(endpoint: String) -> Self {
+        Self::new(Target::Endpoint(endpoint))
+    }
+
+    pub(crate) fn with_channel(channel: Channel) -> Self {
+        Self::new(Target::Channel(channel))
+    }
+
+    fn new(target: Target) -> Self {
         Self {
-            endpoint,
+            target,
             ca: None,
             identity: None,
             server_name: None,
@@ -186,7 +203,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Longest wait for a TCP connection. Default 5 s. The TLS handshake is limited by the deadline of the call alone.
+    /// Longest wait for a connection, TCP and TLS handshake together. Default 5 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
         self
@@ -198,7 +215,8 @@ impl ClientBuilder {
         self
     }
 
-    /// Builds the client and reads its files. The connection is made by the first call, and again whenever it was lost.
+    /// Builds the client and reads its files. The connection is made by [`Client::connect`] or by the first call, and again
+    /// whenever it was lost.
     ///
     /// Must be called within a tokio runtime.
     ///
@@ -206,43 +224,29 @@ impl ClientBuilder {
     /// If the endpoint is not an `https` URL, no CA is set, a file cannot be read, or a certificate, key or credential
     /// cannot be used.
     pub fn build(self) -> Result<Client, BuildError> {
-        let link = Link::to(self.endpoint()?);
-        self.over(link)
-    }
-
-    /// Builds the client on a channel of your own, for a transport that this builder does not know. Endpoint, CA, identity
-    /// and connection timeout of the builder are not used.
-    ///
-    /// **The channel must authenticate the broker and encrypt**: released keys and credentials travel over it in clear.
-    ///
-    /// # Errors
-    /// If the credential cannot be used.
-    pub fn build_over(self, channel: Channel) -> Result<Client, BuildError> {
-        self.over(Link::over(channel))
-    }
-
-    fn over(self, link: Link) -> Result<Client, BuildError> {
-        let credential = match self.authorization {
-            Authorization::ApiClient(id, secret) => Credential::api_client(id, &secret)?,
-            Authorization::Bearer(token) => Credential::bearer(&token)?,
-            Authorization::Ready(credential) => credential,
+        let credential = match &self.authorization {
+            Authorization::ApiClient(id, secret) => Credential::api_client(*id, secret)?,
+            Authorization::Bearer(token) => Credential::bearer(token)?,
+            Authorization::Ready(credential) => credential.clone(),
         };
-        let bucket = Bucket::full(self.retry.budget, Instant::now());
-        Ok(Client::new(Shared {
+        let link = match &self.target {
+            Target::Endpoint(endpoint) => Link::to(self.endpoint(endpoint)?),
+            Target::Channel(channel) => Link::over(channel.clone()),
+        };
+        Ok(Client::new(Shared::new(
             link,
             credential,
-            deadline: self.deadline,
-            retry: self.retry,
-            bucket: Mutex::new(bucket),
-        }))
+            self.deadline,
+            self.retry,
+        )))
     }
 
-    fn endpoint(&self) -> Result<Endpoint, BuildError> {
+    fn endpoint(&self, url: &str) -> Result<Endpoint, BuildError> {
         let unusable = |problem: String| BuildError::Endpoint {
-            endpoint: self.endpoint.clone(),
+            endpoint: url.to_owned(),
             problem,
         };
-        if !self.endpoint.starts_with("https://") {
+        if !url.starts_with("https://") {
             return Err(unusable(
                 "must begin with https://; a broker accepts gRPC over TLS only".to_owned(),
             ));
@@ -256,7 +260,7 @@ impl ClientBuilder {
             let (certificate, key) = (certificate.read()?, key.read()?);
             tls = tls.identity(Identity::from_pem(certificate.as_slice(), key.as_slice()));
         }
-        let endpoint = Endpoint::from_shared(self.endpoint.clone())
+        let endpoint = Endpoint::from_shared(url.to_owned())
             .and_then(|endpoint| endpoint.user_agent(USER_AGENT))
             .map_err(|error| unusable(root_cause(&error)))?
             .tls_config(tls)
@@ -320,9 +324,9 @@ mod tests {
     #[tokio::test]
     async fn a_credential_that_no_header_can_carry_is_refused() {
         let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-        let built = builder("")
+        let built = Client::builder_with_channel(channel)
             .bearer_token(BearerToken::new("a\nb"))
-            .build_over(channel);
+            .build();
         assert!(matches!(built, Err(BuildError::Credential(_))), "{built:?}");
     }
 }

@@ -36,14 +36,58 @@ type Attempts<'a, T> = Box<dyn Fn(Attempt) -> AttemptFuture<'a, T> + Send + Sync
 /// What all calls of a client and its clones share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) link: Link,
-    pub(crate) credential: Credential,
-    pub(crate) deadline: Duration,
-    pub(crate) retry: RetryPolicy,
-    pub(crate) bucket: Mutex<Bucket>,
+    link: Link,
+    credential: Credential,
+    deadline: Duration,
+    retry: RetryPolicy,
+    bucket: Mutex<Bucket>,
 }
 
 impl Shared {
+    pub(crate) fn new(
+        link: Link,
+        credential: Credential,
+        deadline: Duration,
+        retry: RetryPolicy,
+    ) -> Self {
+        let bucket = Bucket::full(retry.budget, Instant::now());
+        Self {
+            link,
+            credential,
+            deadline,
+            retry,
+            bucket: Mutex::new(bucket),
+        }
+    }
+
+    /// The same settings with another connection and another retry budget.
+    pub(crate) fn separate(&self) -> Self {
+        Self::new(
+            self.link.separate(),
+            self.credential.clone(),
+            self.deadline,
+            self.retry,
+        )
+    }
+
+    pub(crate) async fn connect(&self) -> Result<(), Error> {
+        let connecting = timeout(self.deadline.min(DEADLINE_MAX), self.link.connect());
+        let (kind, source) = match connecting.await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => (ErrorKind::Connection, Some(error.into())),
+            Err(_) => (ErrorKind::DeadlineExceeded, None),
+        };
+        Err(Error {
+            kind,
+            refusal: None,
+            attempts: 1,
+            request_id: None,
+            outcome_unknown: false,
+            detail: "",
+            source,
+        })
+    }
+
     fn bucket(&self) -> MutexGuard<'_, Bucket> {
         // A bucket is whole between any two of its operations.
         self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
@@ -197,12 +241,6 @@ impl<'a, T: Send + 'a> Read<'a, T> {
     {
         Self(Call::new(shared, Safety::Read, attempts))
     }
-
-    /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.0.deadline = deadline;
-        self
-    }
 }
 
 /// A change that the broker recognises by its request id when it is repeated. Await it, after setting what differs from
@@ -224,12 +262,6 @@ impl<'a, T: Send + 'a> Change<'a, T> {
     {
         let safety = Safety::Identified(new_request_id());
         Self(Call::new(shared, safety, attempts))
-    }
-
-    /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.0.deadline = deadline;
-        self
     }
 
     /// The request id: the same one for a repetition of the same change, never one for two changes.
@@ -254,16 +286,18 @@ impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
     {
         Self(Call::new(shared, Safety::Unidentified, attempts))
     }
-
-    /// Deadline of this call, from the moment it is awaited.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.0.deadline = deadline;
-        self
-    }
 }
 
 macro_rules! awaitable {
     ($($name:ident),*) => {$(
+        impl<'a, T: Send + 'a> $name<'a, T> {
+            /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
+            pub fn deadline(mut self, deadline: Duration) -> Self {
+                self.0.deadline = deadline;
+                self
+            }
+        }
+
         impl<'a, T: Send + 'a> IntoFuture for $name<'a, T> {
             type Output = Result<T, Error>;
             type IntoFuture = CallFuture<'a, T>;
@@ -297,7 +331,7 @@ pub fn new_request_id() -> RequestId {
 /// # Errors
 /// If the text is not a UUID, or is the nil UUID.
 pub fn parse_request_id(text: &str) -> Result<RequestId, InvalidField> {
-    let parsed = RequestId::parse(text).map_err(InvalidField::from)?;
+    let parsed = RequestId::parse(text).ok().flatten();
     parsed.ok_or(InvalidField::REQUEST_ID)
 }
 

@@ -15,6 +15,9 @@ use crate::retry::Verdict;
 const DOMAIN: &str = "keybroker.v1";
 /// Name of the call id in the metadata of `google.rpc.ErrorInfo`.
 const CALL_ID: &str = "call_id";
+/// Metadata of `google.rpc.ErrorInfo` when the broker does not know whether the change was made.
+const OUTCOME: &str = "outcome";
+const UNKNOWN: &str = "unknown";
 /// tonic reports an expired deadline as `CANCELLED` with this text.
 const TONIC_DEADLINE: &str = "Timeout expired";
 
@@ -147,6 +150,13 @@ impl Error {
         self.refusal.as_deref()
     }
 
+    /// The gRPC status of the last attempt, for what the other methods do not say: its code, its message, and details of
+    /// other domains. `None` if there was none: the deadline passed on this side, the connection could not be made by
+    /// [`Client::connect`](crate::Client::connect), or a credential or response was not valid.
+    pub fn status(&self) -> Option<&Status> {
+        self.source.as_deref()?.downcast_ref()
+    }
+
     /// The attempts that were made, from 0: a call whose credential provider fails makes none.
     pub fn attempts(&self) -> u32 {
         self.attempts
@@ -157,13 +167,41 @@ impl Error {
         self.request_id
     }
 
-    /// Whether this was a change that may or may not have been made: an attempt got no answer from the broker.
+    /// Whether the same call may succeed later: the broker's reason says so, or the connection failed. For a change, repeat
+    /// it with its [request id](Self::request_id) only. The client itself repeats such calls by its
+    /// [`RetryPolicy`](crate::RetryPolicy).
+    pub fn is_transient(&self) -> bool {
+        match &self.refusal {
+            Some(refusal) => refusal.is_transient(),
+            None => self.kind == ErrorKind::Connection,
+        }
+    }
+
+    /// Whether this was a change that may or may not have been made: an attempt got no answer from the broker, or the broker
+    /// answered that it does not know either, because its database or audit log failed meanwhile.
     ///
     /// To find out, make the same call with the same content and [request id](Self::request_id) within 24 hours: the
     /// broker then answers what it answered, or would have answered, the first time. For changes without a request id
     /// (API clients), list them.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
+    }
+}
+
+/// What the status of a call with the generated stubs of [`proto`](crate::proto) means, as if it was the only attempt of a
+/// change.
+impl From<Status> for Error {
+    fn from(status: Status) -> Self {
+        let failed = Classified::of(status.into());
+        Self {
+            kind: failed.kind,
+            refusal: failed.refusal,
+            attempts: 1,
+            request_id: None,
+            outcome_unknown: failed.outcome_unknown,
+            detail: failed.detail,
+            source: failed.source,
+        }
     }
 }
 
@@ -236,6 +274,7 @@ pub struct Refusal {
     violations: Vec<FieldViolation>,
     retry_delay: Option<Duration>,
     call_id: Option<CallId>,
+    outcome_unknown: bool,
 }
 
 impl Refusal {
@@ -279,6 +318,7 @@ impl Refusal {
             violations: Vec::new(),
             retry_delay: None,
             call_id: None,
+            outcome_unknown: false,
         }
     }
 
@@ -297,11 +337,15 @@ impl Refusal {
             violations: violations.into_iter().flatten().map(violation).collect(),
             retry_delay: details.retry_info().and_then(|info| info.retry_delay),
             call_id: info.metadata.get(CALL_ID).and_then(|id| CallId::parse(id)),
+            outcome_unknown: info
+                .metadata
+                .get(OUTCOME)
+                .is_some_and(|text| text == UNKNOWN),
         })
     }
 
     /// Whether the same call may succeed later, by the rule in `docs/errors.md`.
-    fn is_transient(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         matches!(
             self.reason(),
             Some(
@@ -398,7 +442,7 @@ impl Classified {
             } else {
                 Verdict::Permanent
             },
-            outcome_unknown: is_deadline,
+            outcome_unknown: is_deadline || refusal.outcome_unknown,
             refusal: Some(Box::new(refusal)),
             detail: "",
             source: Some(status.into()),
@@ -415,9 +459,11 @@ impl Classified {
             }
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
             // Without a reason it never comes from the broker. UNAVAILABLE also comes from proxies.
-            Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, TRANSIENT),
+            Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
             // "h2 protocol error" and the like, made by tonic on this side.
-            Code::Internal | Code::Unknown if is_local => (ErrorKind::Connection, TRANSIENT),
+            Code::Internal | Code::Unknown if is_local => {
+                (ErrorKind::Connection, Verdict::Disconnected)
+            }
             _ => (ErrorKind::UnexpectedResponse, Verdict::Permanent),
         };
         Self {
@@ -431,8 +477,6 @@ impl Classified {
         }
     }
 }
-
-const TRANSIENT: Verdict = Verdict::Transient { delay: None };
 
 /// Whether there was no connection to send the request on.
 fn was_never_sent(status: &Status) -> bool {
@@ -525,12 +569,27 @@ mod tests {
         }
         let broker = classified("DEADLINE");
         assert_eq!(broker.kind, ErrorKind::DeadlineExceeded);
-        assert_eq!(broker.verdict, TRANSIENT);
+        assert_eq!(broker.verdict, Verdict::Transient { delay: None });
         assert!(broker.outcome_unknown);
     }
 
     #[test]
-    fn failures_of_the_connection_are_transient_and_other_responses_are_not() {
+    fn a_refusal_says_whether_the_change_may_have_been_made() {
+        for (metadata, expected) in [
+            (HashMap::new(), false),
+            (
+                HashMap::from([(OUTCOME.to_owned(), UNKNOWN.to_owned())]),
+                true,
+            ),
+        ] {
+            let details = ErrorDetails::with_error_info("STORE_DOWN", DOMAIN, metadata);
+            let status = Status::with_error_details(Code::Unavailable, "text", details);
+            assert_eq!(Error::from(status).outcome_unknown(), expected);
+        }
+    }
+
+    #[test]
+    fn failures_of_the_connection_are_repeated_and_other_responses_are_not() {
         let local = Status::from_error("h2 protocol error".into());
         assert_eq!(local.code(), Code::Unknown);
         for status in [
@@ -541,7 +600,7 @@ mod tests {
             let classified = Classified::of(status.into());
             assert_eq!(
                 (classified.kind, classified.verdict),
-                (ErrorKind::Connection, TRANSIENT)
+                (ErrorKind::Connection, Verdict::Disconnected)
             );
         }
         for status in [

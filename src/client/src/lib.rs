@@ -54,13 +54,16 @@
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint, and makes a new one when it
 //! is lost. It also makes a new one after a call that ran into its deadline while nothing at all was answered.
+//! [`Client::connect`] makes it early, and [`Client::with_separate_connection`] makes another one.
 //!
 //! # Errors
 //!
 //! A failed call is an [`Error`]: its [kind](Error::kind), the broker's [reason](Error::reason), the
 //! [fields](Refusal::violations) at fault, the [delay](Refusal::retry_delay) that the broker asks for and the
 //! [call id](Refusal::call_id) that finds the call in the broker's log. After a change,
-//! [`outcome_unknown`](Error::outcome_unknown) says whether it may have been made although the call failed.
+//! [`outcome_unknown`](Error::outcome_unknown) says whether it may have been made although the call failed. The raw
+//! [gRPC status](Error::status) is there, too; its types are those of [`tonic`], whose [`Status`] and [`Code`] are
+//! exported.
 //!
 //! # Secrets in memory
 //!
@@ -82,12 +85,14 @@ pub use keybroker_core::{
 };
 pub use keybroker_proto as proto;
 pub use pace::PacedConnector;
+pub use tonic::{Code, Status};
 
 mod builder;
 mod call;
 mod control;
 mod credential;
 mod error;
+mod health;
 mod link;
 mod pace;
 mod retry;
@@ -99,6 +104,7 @@ pub use call::{CallFuture, Change, NonIdempotent, Read, new_request_id, parse_re
 pub use control::IssuedSecret;
 pub use credential::{BearerToken, ClientSecret};
 pub use error::{BoxError, BuildError, Error, ErrorKind, FieldViolation, InvalidField, Refusal};
+pub use health::{Service, ServiceHealth};
 pub use retry::{RetryBudget, RetryPolicy};
 pub use user_keys::{
     DamagedUserKey, ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState,
@@ -111,7 +117,34 @@ pub struct Client(Arc<call::Shared>);
 impl Client {
     /// Sets up a client of the broker at `endpoint`, `https://host:port`.
     pub fn builder(endpoint: impl Into<String>) -> ClientBuilder {
-        ClientBuilder::new(endpoint.into())
+        ClientBuilder::to_endpoint(endpoint.into())
+    }
+
+    /// Sets up a client over a channel of your own, for a transport that [`builder`](Self::builder) does not know. CA,
+    /// identity, server name and connection timeout of the builder are not used.
+    ///
+    /// **The channel must authenticate the broker and encrypt**: released keys and credentials travel over it in clear.
+    pub fn builder_with_channel(channel: tonic::transport::Channel) -> ClientBuilder {
+        ClientBuilder::with_channel(channel)
+    }
+
+    /// Connects now, in one attempt within the client's deadline, so that a broker that cannot be reached is reported before
+    /// the first call. Calls do not need this. A client over a channel of your own is not connected by it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Connection`] with the cause as its [source](std::error::Error::source), or
+    /// [`ErrorKind::DeadlineExceeded`].
+    pub async fn connect(&self) -> Result<(), Error> {
+        self.0.connect().await
+    }
+
+    /// Returns a client with the same settings that has a connection and a retry budget of its own, for programs that need
+    /// more than one connection. A channel of your own is shared.
+    ///
+    /// Must be called within a tokio runtime.
+    #[must_use]
+    pub fn with_separate_connection(&self) -> Self {
+        Self::new(self.0.separate())
     }
 
     fn new(shared: call::Shared) -> Self {

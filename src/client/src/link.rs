@@ -1,15 +1,14 @@
 //! The connection of a client, and when it is given up.
 //!
-//! tonic limits the time for TCP, but not for the TLS handshake: a peer that accepts a connection and then stays silent, or
-//! whose host disappears at that moment, would keep all later calls waiting for as long as TCP retransmits. So a channel
-//! on which nothing at all was answered during a call that ran into its deadline is replaced by a new one.
+//! A peer that stays silent, or whose host disappears, would keep all later calls waiting until the HTTP/2 pings or TCP give
+//! up. So a channel on which nothing at all was answered during a call that ran into its deadline is replaced by a new one.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Error};
 
 use crate::pace::PacedConnector;
 
@@ -52,6 +51,27 @@ impl Link {
             connector,
             state: Mutex::new(state),
         }
+    }
+
+    /// A link to the same endpoint with another connection. A channel that the caller made is shared.
+    pub(crate) fn separate(&self) -> Self {
+        match &self.endpoint {
+            Some(endpoint) => Self::to(endpoint.clone()),
+            None => Self::over(self.channel()),
+        }
+    }
+
+    /// Makes a connection now.
+    pub(crate) async fn connect(&self) -> Result<(), Error> {
+        let Some(endpoint) = &self.endpoint else {
+            return Ok(());
+        };
+        let connector = self.connector.clone();
+        let channel = endpoint.connect_with_connector(connector).await?;
+        let mut state = self.state();
+        state.channel = channel;
+        state.made = Instant::now();
+        Ok(())
     }
 
     pub(crate) fn channel(&self) -> Channel {

@@ -23,6 +23,10 @@ const MILLI: u64 = 1_000;
 pub struct RetryPolicy {
     /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
+    /// Attempts per call that may fail because of the connection; the call fails with the last of them. It never exceeds
+    /// `max_attempts`. The default of 14 outlasts the restart of a broker. A person who waits at a terminal is served
+    /// better by 3: a broker that does not accept a client certificate also closes the connection. 0 counts as 1.
+    pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,
     /// Longest pause, before jitter. Default 1 s.
@@ -35,6 +39,7 @@ impl Default for RetryPolicy {
     fn default() -> Self {
         Self {
             max_attempts: 14,
+            max_connection_attempts: 14,
             initial_backoff: Duration::from_millis(50),
             max_backoff: Duration::from_secs(1),
             budget: RetryBudget::default(),
@@ -43,7 +48,8 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// A policy that never repeats an attempt: for a load generator, or under a retry layer of your own.
+    /// A policy that never repeats an attempt: for a load generator that counts every refusal, or under a retry layer of
+    /// your own.
     #[must_use]
     pub fn never() -> Self {
         Self {
@@ -92,6 +98,8 @@ impl Default for RetryBudget {
 pub(crate) enum Verdict {
     /// The same attempt would fail in the same way, or repeating it is not safe.
     Permanent,
+    /// The connection failed. It may succeed on the next one.
+    Disconnected,
     /// It may succeed later, not before the delay that the broker asked for.
     Transient {
         /// `google.rpc.RetryInfo`.
@@ -151,11 +159,16 @@ impl Bucket {
 pub(crate) struct Retries {
     policy: RetryPolicy,
     failed: u32,
+    disconnected: u32,
 }
 
 impl Retries {
     pub(crate) fn new(policy: RetryPolicy) -> Self {
-        Self { policy, failed: 0 }
+        Self {
+            policy,
+            failed: 0,
+            disconnected: 0,
+        }
     }
 
     /// The pause before the next attempt, or `None` when there is none. `random` is uniform over all values; `remaining`
@@ -169,8 +182,16 @@ impl Retries {
         random: u32,
     ) -> Option<Duration> {
         self.failed = self.failed.saturating_add(1);
-        let Verdict::Transient { delay } = verdict else {
-            return None;
+        let delay = match verdict {
+            Verdict::Permanent => return None,
+            Verdict::Disconnected => {
+                self.disconnected = self.disconnected.saturating_add(1);
+                if self.disconnected >= self.policy.max_connection_attempts {
+                    return None;
+                }
+                None
+            }
+            Verdict::Transient { delay } => delay,
         };
         if self.failed >= self.policy.max_attempts {
             return None;
@@ -254,6 +275,26 @@ mod tests {
             let pause = retries.after_failure(TRANSIENT, LONG, &mut bucket(9, 0, now), now, 0);
             assert_eq!(pause, None);
         }
+    }
+
+    #[test]
+    fn failures_of_the_connection_have_their_own_limit() {
+        let now = Instant::now();
+        let mut bucket = bucket(100, 0, now);
+        let mut retries = Retries::new(RetryPolicy {
+            max_connection_attempts: 3,
+            ..RetryPolicy::default()
+        });
+        let mut after = |verdict| {
+            retries
+                .after_failure(verdict, LONG, &mut bucket, now, 0)
+                .is_some()
+        };
+        for _ in 0..5 {
+            assert!(after(TRANSIENT));
+        }
+        assert!(after(Verdict::Disconnected) && after(Verdict::Disconnected));
+        assert!(!after(Verdict::Disconnected));
     }
 
     #[test]

@@ -155,8 +155,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The call is repeated only if it fails as a whole. A refused item is not: look at its
-    /// [`reason`](Refusal::reason) and ask for it again if the reason is a transient one.
+    /// The call is repeated only if it fails as a whole. A refused item is not: ask for it again if it
+    /// [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],

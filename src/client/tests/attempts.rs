@@ -220,7 +220,7 @@ async fn client(
     let channel = Endpoint::from_shared(format!("http://{address}"))
         .unwrap()
         .connect_lazy();
-    let built = set(Client::builder("")).build_over(channel).unwrap();
+    let built = set(Client::builder_with_channel(channel)).build().unwrap();
     (built, script)
 }
 
@@ -389,12 +389,12 @@ async fn an_address_where_nothing_listens_is_a_connection_error_and_changes_noth
     let channel = Endpoint::from_shared(format!("http://{address}"))
         .unwrap()
         .connect_lazy();
-    let client = Client::builder("")
+    let client = Client::builder_with_channel(channel)
         .retry(RetryPolicy {
-            max_attempts: 3,
+            max_connection_attempts: 3,
             ..RetryPolicy::default()
         })
-        .build_over(channel)
+        .build()
         .unwrap();
     let (key, material) = (key(), material());
     let error = client.create_user_key(&key, &material).await.unwrap_err();

@@ -12,6 +12,7 @@ mod apis;
 mod clients;
 mod connection;
 mod descriptors;
+mod file_problems;
 mod frames;
 mod handshake;
 mod identify;

@@ -4,14 +4,7 @@
 
 use std::fmt;
 
-use keybroker_core::call::Timestamp;
 use uuid::Uuid;
-
-use super::{
-    Error, mutations,
-    session::{Session, Value},
-    statements::Statements,
-};
 
 /// Changes that one call of [`crate::Store::evidence`] can ask for.
 pub const CHANGES_MAX: usize = 16;
@@ -41,7 +34,7 @@ pub enum KnownLog {
 }
 
 impl StoreId {
-    fn fresh() -> Self {
+    pub(super) fn fresh() -> Self {
         Self(*Uuid::new_v4().as_bytes())
     }
 
@@ -71,11 +64,4 @@ impl fmt::Debug for StoreId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "StoreId({self})")
     }
-}
-
-/// Writes an identity if the database has none.
-pub(super) async fn ensure(session: &mut impl Session, sql: &Statements) -> Result<(), Error> {
-    let values: Vec<Value> = vec![StoreId::fresh().into(), Timestamp::now().into()];
-    mutations::insert_unless_taken(session, sql.insert_identity, values).await?;
-    Ok(())
 }

@@ -2,6 +2,8 @@
 
 use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
 
+use super::Error;
+
 /// The most damaged rows without a readable key that a page may begin after. Bounds what a page token can make the database
 /// skip.
 pub const SKIPPED_MAX: u32 = 100_000;
@@ -33,6 +35,17 @@ impl<K> From<Option<K>> for Position<K> {
 }
 
 impl<K> Position<K> {
+    /// Refuses a position that could make the database skip any number of rows.
+    pub(super) fn check_skipped(&self) -> Result<(), Error> {
+        if self.skip <= SKIPPED_MAX {
+            return Ok(());
+        }
+        let what = format!(
+            "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
+        );
+        Err(Error::Corrupt(what.into()))
+    }
+
     /// Moves past one row, given its key if that could be read.
     pub fn advance(&mut self, key: Option<K>) {
         match key {

@@ -11,7 +11,7 @@ use keybroker_core::{
 
 use super::{
     Error, NewRevision, REQUEST_KEPT_US, RecordInfo, RecordState, RequestRecord, RequestStamp,
-    Stamp, rows,
+    Stamp, StoreId, rows,
     session::{Session, Value},
     statements::Statements,
     tables::Table,
@@ -82,16 +82,7 @@ async fn create(
         return Err(Error::Exists);
     }
     insert_revision(session, sql, new, at).await?;
-    Ok(RecordInfo {
-        address: new.address.clone(),
-        id: new.record,
-        state: RecordState::Active,
-        revision: new.revision,
-        wrapping_key: new.wrapping_key,
-        created: at,
-        updated: at,
-        deleted: None,
-    })
+    Ok(new.record_info(at))
 }
 
 async fn supersede(
@@ -265,6 +256,16 @@ pub(super) async fn is_committed(
     let none = RecordId::from_bytes([0; 16]);
     let mark = rows::new_change(call, none, Timestamp::from_micros(0));
     Ok(!insert_unless_taken(session, sql.insert_change, mark).await?)
+}
+
+/// Writes an identity of the database if it has none.
+pub(super) async fn ensure_identity(
+    session: &mut impl Session,
+    sql: &Statements,
+) -> Result<(), Error> {
+    let values: Vec<Value> = vec![StoreId::fresh().into(), Timestamp::now().into()];
+    insert_unless_taken(session, sql.insert_identity, values).await?;
+    Ok(())
 }
 
 /// Inserts a row, or returns `false` when its key is taken. Most engines can be told to insert nothing then; MySQL cannot without

@@ -91,6 +91,22 @@ pub struct NewRevision {
     pub wrapping_key: WrappingKeyId,
 }
 
+impl NewRevision {
+    /// What the store has of a record that was created with this revision at that moment.
+    pub fn record_info(&self, at: Timestamp) -> RecordInfo {
+        RecordInfo {
+            address: self.address.clone(),
+            id: self.record,
+            state: RecordState::Active,
+            revision: self.revision,
+            wrapping_key: self.wrapping_key,
+            created: at,
+            updated: at,
+            deleted: None,
+        }
+    }
+}
+
 /// Who changes what when, and under which request id: written in the mutation's own transaction.
 #[derive(Clone, Debug)]
 pub struct Stamp {

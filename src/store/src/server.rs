@@ -24,7 +24,7 @@ use super::{
     durability::{self, Found, Weakness},
     engine::{Engine, EngineStore, Purpose},
     error::Detail,
-    identity,
+    mutations,
     schema::{self, Accepted},
     session::Session,
     settings::Tls,
@@ -190,7 +190,7 @@ pub(super) async fn migrate<S: Server>(
         if !report.pending.is_empty() {
             run_migrations::<S>(&mut connection).await?;
         }
-        identity::ensure(&mut connection, S::sql()).await?;
+        mutations::ensure_identity(&mut connection, S::sql()).await?;
     }
     close::<S>(connection).await;
     Ok(report)

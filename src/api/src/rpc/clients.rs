@@ -18,7 +18,10 @@ use keybroker_core::{
 };
 use keybroker_proto as proto;
 
-use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, convert};
+use super::{
+    AuthenticatedCall, MESSAGE_BYTES_MAX, convert,
+    page::{self, TOKEN_BYTES_MAX},
+};
 
 const PAGE_SIZE_DEFAULT: u32 = 100;
 const PAGE_SIZE_MAX: u32 = 1_000;
@@ -26,14 +29,10 @@ const USERS_MAX: usize = 1_000;
 const KEY_NAMES_MAX: usize = 100;
 const ALL: &str = "*";
 
-/// Longest page token, in bytes.
-const TOKEN_BYTES_MAX: usize = 1_024;
 /// Before the id in a page token: other than that of user keys.
 const TOKEN_PREFIX: &str = "c1";
 /// The same, of a token that also counts rows after it without a readable id.
 const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
-/// A tag and a length before each field: one byte, and at most three for what fits a message.
-const OVERHEAD: usize = 4;
 
 pub(super) async fn create(
     broker: &Arc<Broker>,
@@ -88,7 +87,7 @@ pub(super) async fn list(
         .clients(&entered.principal, &entered.call, from, limit)
         .await
         .map_err(|error| entered.status(&error))?;
-    Ok(Response::new(page(listed, MESSAGE_BYTES_MAX)))
+    Ok(Response::new(message(listed, MESSAGE_BYTES_MAX)))
 }
 
 pub(super) async fn revoke(
@@ -224,32 +223,14 @@ fn position(token: &str) -> Result<Position<ClientId>, Error> {
     parse().ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
 }
 
-/// As many rows of a page as a message holds; the next page begins after them. The longest document is half as long as a
-/// message, so that every page advances.
-fn page(page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
-    let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
-    let mut answer = proto::ListClientCredentialsResponse::default();
-    let mut next = page.next;
-    let mut last = None;
-    for row in page.rows {
-        let (good, damaged) = match &row.content {
-            Ok(view) => (Some(client(view)), None),
-            Err(row) => (None, Some(damaged(row))),
-        };
-        let length = good.as_ref().map_or(0, prost::Message::encoded_len)
-            + damaged.as_ref().map_or(0, prost::Message::encoded_len)
-            + OVERHEAD;
-        if length > room {
-            next = last;
-            break;
-        }
-        room -= length;
-        last = Some(row.end);
-        answer.client_credentials.extend(good);
-        answer.damaged.extend(damaged);
+/// The message of a page of API clients. The longest document is half as long as a message.
+fn message(page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
+    let filled = page::fill(page.rows, page.next, bytes_max, client, damaged);
+    proto::ListClientCredentialsResponse {
+        client_credentials: filled.rows,
+        damaged: filled.damaged,
+        next_page_token: token(filled.next.as_ref()),
     }
-    answer.next_page_token = token(next.as_ref());
-    answer
 }
 
 fn damaged(row: &DamagedClient) -> proto::DamagedClientCredential {

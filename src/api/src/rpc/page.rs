@@ -2,17 +2,18 @@
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 
-use keybroker_broker::{DamagedRecord, ListPage, Position, SKIPPED_MAX};
+use keybroker_broker::{DamagedRecord, ListPage, PageRow, Position, SKIPPED_MAX};
 use keybroker_core::{
     error::Error,
     key::{KeyName, UserId},
 };
 use keybroker_proto as proto;
+use prost::Message;
 
 use super::convert;
 
 /// Longest page token, in bytes.
-const TOKEN_BYTES_MAX: usize = 1_024;
+pub(super) const TOKEN_BYTES_MAX: usize = 1_024;
 /// Of a token that names the last row of the page.
 const VERSION: char = '1';
 /// Of a token that also counts rows after it without a readable key.
@@ -23,32 +24,63 @@ const SEPARATOR: char = '\u{1f}';
 /// A tag and a length before each field: one byte, and at most three for what fits a message.
 const OVERHEAD: usize = 4;
 
-/// As many rows of a page as a message holds; the next page begins after them. The longest row is far shorter than a message,
-/// so that every page advances.
-pub(super) fn message(page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
+/// The rows of one page that fit a message, and where the next page begins.
+pub(super) struct Filled<M, D, K> {
+    pub(super) rows: Vec<M>,
+    pub(super) damaged: Vec<D>,
+    pub(super) next: Option<Position<K>>,
+}
+
+/// As many rows as a message holds, each as its message or as that of a damaged row; the next page begins after them. The
+/// longest row is far shorter than a message, so that every page advances.
+pub(super) fn fill<V, W, K, M: Message, D: Message>(
+    rows: Vec<PageRow<V, W, K>>,
+    next: Option<Position<K>>,
+    bytes_max: usize,
+    good: impl Fn(&V) -> M,
+    bad: impl Fn(&W) -> D,
+) -> Filled<M, D, K> {
     let mut room = bytes_max - TOKEN_BYTES_MAX - OVERHEAD;
-    let mut answer = proto::ListUserKeysResponse::default();
-    let mut next = page.next;
+    let mut filled = Filled {
+        rows: Vec::new(),
+        damaged: Vec::new(),
+        next,
+    };
     let mut last = None;
-    for row in page.rows {
-        let (user_key, damaged) = match &row.content {
-            Ok(view) => (Some(convert::user_key_view(view)), None),
-            Err(record) => (None, Some(damaged(record))),
+    for row in rows {
+        let content = row.content.as_ref().map(&good).map_err(&bad);
+        let length = match &content {
+            Ok(message) => message.encoded_len(),
+            Err(message) => message.encoded_len(),
         };
-        let length = user_key.as_ref().map_or(0, prost::Message::encoded_len)
-            + damaged.as_ref().map_or(0, prost::Message::encoded_len)
-            + OVERHEAD;
-        if length > room {
-            next = last;
+        if length + OVERHEAD > room {
+            filled.next = last;
             break;
         }
-        room -= length;
+        room -= length + OVERHEAD;
         last = Some(row.end);
-        answer.user_keys.extend(user_key);
-        answer.damaged.extend(damaged);
+        match content {
+            Ok(message) => filled.rows.push(message),
+            Err(message) => filled.damaged.push(message),
+        }
     }
-    answer.next_page_token = encode(next.as_ref());
-    answer
+    filled
+}
+
+/// The message of a page of records.
+pub(super) fn message(page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
+    let filled = fill(
+        page.rows,
+        page.next,
+        bytes_max,
+        convert::user_key_view,
+        damaged,
+    );
+    proto::ListUserKeysResponse {
+        user_keys: filled.rows,
+        damaged: filled.damaged,
+        next_page_token: encode(filled.next.as_ref()),
+    }
 }
 
 fn damaged(record: &DamagedRecord) -> proto::DamagedUserKey {

@@ -14,10 +14,7 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{KeySet, SourceError};
-
-/// Longest key set and discovery document, in bytes.
-pub(crate) const SET_BYTES_MAX: usize = 64 * 1024;
+use super::{KeySet, SET_BYTES_MAX, SourceError};
 
 /// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;

@@ -10,7 +10,12 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::*;
+use rustix::fs::{CWD, Mode};
+
+use super::{
+    mount::{FuseServer, server_in},
+    *,
+};
 
 const TRUST: Purpose = Purpose::trust("other users could do harm");
 const SECRET: Purpose = Purpose::secret("PIN");
@@ -48,7 +53,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
-/// Whether files can be given away here.
+/// Whether files can be given to another user here.
 fn is_root(test: &str) -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {

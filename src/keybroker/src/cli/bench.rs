@@ -4,6 +4,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
+use keybroker_client::RetryPolicy;
 use serde_json::{Map, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -11,7 +12,7 @@ use crate::{config::Config, output_file};
 
 use super::{
     Context, block_on,
-    client::connect::Connection,
+    client::connect::{self, Connection},
     exit::{Exit, Failure},
     output::Field,
 };
@@ -133,9 +134,11 @@ async fn measure_served(
     config: &Config,
 ) -> Result<Measured, Failure> {
     let broker = Served::start(arguments, context, config).await?;
+    // Every refusal is counted, so no call is repeated.
+    let builder = arguments.connection.client(&broker.endpoint)?;
     let plan = load::Plan {
-        endpoint: arguments.connection.endpoint(&broker.endpoint)?,
-        timeout: arguments.connection.timeout(),
+        client: connect::build(builder.retry(RetryPolicy::never()))?,
+        endpoint: broker.endpoint.clone(),
         connections: arguments.connections,
         users: Users::new(arguments.seed.unwrap_or(arguments.users)),
         enrolled: arguments.seed.is_some(),

@@ -1,17 +1,12 @@
-//! `keybroker client`: a gRPC client like any other.
-
-use std::time::{Duration, Instant};
+//! `keybroker client`: a program that uses the client library like any other.
 
 use clap::{Args, Subcommand};
-use tonic::{
-    Request, Response, Status,
-    metadata::{Ascii, MetadataValue},
-    transport::Channel,
-};
+use keybroker_client::{Client, RetryPolicy};
 
 use super::{Context, block_on, exit::Failure, output::Output};
 
 mod api_clients;
+mod arguments;
 pub(super) mod connect;
 mod control;
 mod credential;
@@ -19,12 +14,14 @@ mod keys;
 pub(super) mod material;
 pub(super) mod refusal;
 mod release;
-mod retry;
 mod show;
 
 use connect::Connection;
 use credential::Credential;
-use retry::Retry;
+
+/// Attempts that may fail because of the connection. It also fails for a certificate that the broker does not accept, which
+/// no attempt changes.
+const CONNECTION_ATTEMPTS: u32 = 3;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
@@ -91,72 +88,24 @@ impl Who {
         calls: impl AsyncFnOnce(Caller) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let connection = &self.connection;
-        let endpoint = connection.endpoint(&connection.named_endpoint()?)?;
-        let authorization = self.credential.authorization()?;
-        let timeout = connection.timeout();
+        let endpoint = connection.named_endpoint()?;
+        let retry = RetryPolicy {
+            max_connection_attempts: CONNECTION_ATTEMPTS,
+            ..RetryPolicy::default()
+        };
+        let builder = connection.client(&endpoint)?.retry(retry);
+        let builder = self.credential.set(builder)?;
         block_on(async {
-            calls(Caller {
-                channel: connect::connect(&endpoint, timeout).await?,
-                authorization,
-                timeout,
-                output,
-            })
-            .await
+            let client = connect::build(builder)?;
+            connect::connect(&client, &endpoint).await?;
+            calls(Caller { client, output }).await
         })?
         .map_err(|failure| refusal::explain_closed(failure, connection.has_certificate()))
     }
 }
 
-/// What a call shows instead of the certificate of its connection.
-type Authorization = MetadataValue<Ascii>;
-
-/// How calls are made and their answers shown.
+/// The client, and how answers are shown.
 struct Caller {
-    channel: Channel,
-    authorization: Option<Authorization>,
-    timeout: Duration,
+    client: Client,
     output: Output,
-}
-
-impl Caller {
-    /// A request with the deadline and the credential that the person set.
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.set_timeout(self.timeout);
-        if let Some(authorization) = &self.authorization {
-            let metadata = request.metadata_mut();
-            metadata.insert("authorization", authorization.clone());
-        }
-        request
-    }
-
-    /// Calls by the retry rule, for calls that may be repeated: those that change nothing, and changes with a request id. The
-    /// time that the person set is for all attempts.
-    async fn retried<M: Clone, T>(
-        &self,
-        message: M,
-        mut call: impl AsyncFnMut(Request<M>) -> Result<Response<T>, Status>,
-    ) -> Result<T, Failure> {
-        let begun = Instant::now();
-        let mut retry = Retry::begin(self.timeout);
-        loop {
-            let mut request = self.request(message.clone());
-            request.set_timeout(self.timeout.saturating_sub(begun.elapsed()));
-            let status = match call(request).await {
-                Ok(answer) => return Ok(answer.into_inner()),
-                Err(status) => status,
-            };
-            match retry.pause(&status) {
-                Some(pause) => tokio::time::sleep(pause).await,
-                None => return Err(refusal::failure(&status)),
-            }
-        }
-    }
-}
-
-/// The message of an answer, or the failure that its status stands for.
-async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Failure> {
-    call.await
-        .map(Response::into_inner)
-        .map_err(|status| refusal::failure(&status))
 }

@@ -30,7 +30,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use keybroker_broker::Broker;
 use keybroker_core::metrics;
 
-use super::{handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting, watch::FileProblems};
+use super::{
+    file_problems::FileProblems, handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting,
+};
 
 /// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
 const CONNECTIONS_MAX: usize = 64;

@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use arc_swap::ArcSwap;
 use tokio::{signal::unix::Signal, time};
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -13,7 +12,7 @@ use keybroker_core::{call::Deadline, error::Reason};
 use keybroker_hsm::{Supervisor, Token as _};
 use keybroker_policy::Policy;
 
-use super::{notify, tls::Tls};
+use super::{file_problems::FileProblems, notify, tls::Tls};
 
 /// For reading the registry and verifying it on the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,31 +20,6 @@ pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 const FILES_INTERVAL: Duration = Duration::from_secs(1);
 const REGISTRY_INTERVAL: Duration = Duration::from_millis(250);
-
-/// What is wrong with files that are read again while the broker serves, as a part of the broker's health. Empty if nothing is.
-#[derive(Debug, Default)]
-pub(super) struct FileProblems(ArcSwap<String>);
-
-impl FileProblems {
-    fn set(&self, problems: String) {
-        if **self.0.load() != problems {
-            self.0.store(Arc::new(problems));
-        }
-    }
-
-    /// The health of the broker, with these problems in its detail.
-    pub(super) fn health(&self, broker: &Broker) -> Health {
-        let mut health = broker.health();
-        let problems = self.0.load();
-        if !problems.is_empty() {
-            if !health.detail.is_empty() {
-                health.detail.push_str("; ");
-            }
-            health.detail.push_str(&problems);
-        }
-        health
-    }
-}
 
 pub(super) async fn health(
     broker: Arc<Broker>,

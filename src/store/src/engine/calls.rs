@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use crate::{
     CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, KnownLog, ListQuery,
     NewRevision, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryRow, RequestRecord,
-    RequestScope, SKIPPED_MAX, Stamp, Store, StoreId, StoredRevision,
+    RequestScope, Stamp, Store, StoreId, StoredRevision,
     mutations::{self, Change},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -117,7 +117,7 @@ impl<E: Engine> Store for EngineStore<E> {
         &self,
         query: &ListQuery,
     ) -> Result<Vec<Result<RecordInfo, DamagedRecord>>, Error> {
-        check_skipped(query.from.skip)?;
+        query.from.check_skipped()?;
         let skip: Value = query.from.skip.into();
         let deleted = i64::from(query.deleted);
         let limit = i64::from(query.limit);
@@ -315,17 +315,6 @@ impl<E: Engine> Store for EngineStore<E> {
         self.tasks.wait().await;
         self.engine.close().await;
     }
-}
-
-/// Refuses a position that could make the database skip any number of rows.
-pub(super) fn check_skipped(skip: u32) -> Result<(), Error> {
-    if skip <= SKIPPED_MAX {
-        return Ok(());
-    }
-    let what = format!(
-        "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
-    );
-    Err(Error::Corrupt(what.into()))
 }
 
 async fn in_time<T>(probe: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

@@ -15,7 +15,7 @@ use keybroker_core::{
     key::ClientId,
 };
 
-use super::{End, Engine, EngineStore, calls::check_skipped};
+use super::{End, Engine, EngineStore};
 
 /// What is done to a client.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +30,7 @@ impl<E: Engine> EngineStore<E> {
         from: &Position<ClientId>,
         limit: u32,
     ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error> {
-        check_skipped(from.skip)?;
+        from.check_skipped()?;
         // No id is empty, so the empty one comes before all.
         let after = from.after.map_or(Value::Bytes(Vec::new()), Value::from);
         let values = vec![after, limit.into(), from.skip.into()];

@@ -13,7 +13,7 @@ use sqlx::{SqlitePool, migrate::Migrator};
 use keybroker_core::trusted_file::{self, Purpose};
 
 use crate::{
-    Error, KnownLog, MigrationReport, SchemaStatus, error::Detail, identity, schema,
+    Error, KnownLog, MigrationReport, SchemaStatus, error::Detail, mutations, schema,
     schema::Accepted,
 };
 
@@ -196,7 +196,7 @@ async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
             error,
         ))
     })?;
-    identity::ensure(&mut *pool.acquire().await?, &SQL).await
+    mutations::ensure_identity(&mut *pool.acquire().await?, &SQL).await
 }
 
 fn make_file(path: &Path) -> Result<(), Error> {

@@ -244,7 +244,7 @@ fn a_page_ends_before_its_message_is_too_long() {
             }
         })
         .collect();
-    let answer = page(ClientPage { rows, next: None }, MESSAGE_BYTES_MAX);
+    let answer = message(ClientPage { rows, next: None }, MESSAGE_BYTES_MAX);
     assert!(answer.encoded_len() <= MESSAGE_BYTES_MAX);
     let shown = u8::try_from(answer.client_credentials.len()).unwrap();
     assert!((1..4).contains(&shown), "{shown}");

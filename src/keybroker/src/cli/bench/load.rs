@@ -14,10 +14,6 @@ use tokio::{
     task::JoinSet,
     time::{MissedTickBehavior, interval_at},
 };
-use tonic::{
-    Code, Request,
-    transport::{Channel, Endpoint},
-};
 
 use crate::cli::{
     client::{connect, refusal},
@@ -25,31 +21,28 @@ use crate::cli::{
     output::Output,
     progress::Progress,
 };
-use keybroker_proto::{
-    CreateUserKeyRequest, UnwrapUserKeyRequest, user_key_service_client::UserKeyServiceClient,
-};
+use keybroker_client::{Client, Reason};
 
 use super::{
     cpu::CpuTime,
     metrics::Added,
-    users::{KEY_NAME, User, Users},
+    users::{User, Users},
 };
 
 /// TLS connections at most; more callers share them. Far below what a listener takes by default.
-const CHANNELS_MAX: u32 = 256;
+const CONNECTIONS_MAX: u32 = 256;
 /// Calls under way while users are enrolled.
 const ENROL_AT_ONCE: u32 = 16;
 const ENROL_STEP: usize = 16;
 /// Longest latency that the histogram tells apart, in microseconds.
 const LATENCY_US_MAX: u64 = 600_000_000;
 
-type Client = UserKeyServiceClient<Channel>;
-
 /// What to measure.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub(super) endpoint: Endpoint,
-    pub(super) timeout: Duration,
+    /// A client that is not connected yet and repeats no call.
+    pub(super) client: Client,
+    pub(super) endpoint: String,
     pub(super) connections: u32,
     pub(super) users: Users,
     /// Whether they have their keys already.
@@ -147,23 +140,24 @@ impl Moment {
 }
 
 pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure> {
-    let mut channels = Vec::new();
-    for _ in 0..plan.connections.min(CHANNELS_MAX) {
-        channels.push(connect::connect(&plan.endpoint, plan.timeout).await?);
+    let mut clients = Vec::new();
+    for _ in 0..plan.connections.min(CONNECTIONS_MAX) {
+        let client = plan.client.with_separate_connection();
+        connect::connect(&client, &plan.endpoint).await?;
+        clients.push(client);
     }
     if !plan.enrolled {
         let progress = Progress::new(output, "enrolling users", plan.users.count().into());
-        enrol(plan, &channels, progress).await?;
+        enrol(plan, &clients, progress).await?;
     }
     let measuring = Arc::new(AtomicBool::new(false));
     let stop = Arc::new(AtomicBool::new(false));
     let mut callers = JoinSet::new();
-    for (number, channel) in (0..plan.connections).zip(channels.iter().cycle()) {
+    for (number, client) in (0..plan.connections).zip(clients.iter().cycle()) {
         callers.spawn(
             Caller {
-                client: Client::new(channel.clone()),
+                client: client.clone(),
                 users: plan.users.clone(),
-                timeout: plan.timeout,
                 pace: plan.pace(number),
                 measuring: Arc::clone(&measuring),
                 stop: Arc::clone(&stop),
@@ -188,7 +182,7 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
     }
     let added = after.added.zip(before.added);
     Ok(Measured {
-        channels: channels.len(),
+        channels: clients.len(),
         operations: all.operations,
         errors: all.errors,
         first_error: all.first_error,
@@ -202,27 +196,19 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
 }
 
 /// Creates the users' keys. Those of an earlier run are used again.
-async fn enrol(plan: &Plan, channels: &[Channel], progress: Progress) -> Result<(), Failure> {
+async fn enrol(plan: &Plan, clients: &[Client], progress: Progress) -> Result<(), Failure> {
     let progress = Arc::new(progress);
     let mut tasks = JoinSet::new();
-    for (first, channel) in (0..ENROL_AT_ONCE).zip(channels.iter().cycle()) {
-        let mut client = Client::new(channel.clone());
+    for (first, client) in (0..ENROL_AT_ONCE).zip(clients.iter().cycle()) {
+        let client = client.clone();
         let users = plan.users.clone();
         let progress = Arc::clone(&progress);
-        let timeout = plan.timeout;
         tasks.spawn(async move {
             for number in (first..users.count()).step_by(ENROL_STEP) {
                 let user = users.user(number);
-                let mut request = Request::new(CreateUserKeyRequest {
-                    user: user.name,
-                    key_name: KEY_NAME.to_owned(),
-                    key_material: user.material,
-                    request_id: String::new(),
-                });
-                request.set_timeout(timeout);
-                match client.create_user_key(request).await {
-                    Err(status) if status.code() != Code::AlreadyExists => {
-                        return Err(refusal::failure(&status));
+                match client.create_user_key(&user.key, &user.material).await {
+                    Err(error) if error.reason() != Some(Reason::KeyExists) => {
+                        return Err(refusal::failure(&error));
                     }
                     _ => progress.step(),
                 }
@@ -239,7 +225,6 @@ async fn enrol(plan: &Plan, channels: &[Channel], progress: Progress) -> Result<
 struct Caller {
     client: Client,
     users: Users,
-    timeout: Duration,
     /// When to begin, and the time from one call to the next.
     pace: Option<(tokio::time::Instant, Duration)>,
     measuring: Arc<AtomicBool>,
@@ -247,7 +232,7 @@ struct Caller {
 }
 
 impl Caller {
-    async fn run(mut self) -> Result<Seen, Failure> {
+    async fn run(self) -> Result<Seen, Failure> {
         let mut seen = Seen::new()?;
         let mut ticks = self.pace.map(|(first, pace)| interval_at(first, pace));
         if let Some(ticks) = &mut ticks {
@@ -261,7 +246,7 @@ impl Caller {
             let user = self.users.any();
             let began = Instant::now();
             let counted = self.measuring.load(Ordering::Relaxed);
-            let result = self.call(user).await;
+            let result = self.call(&user).await;
             if !counted {
                 continue;
             }
@@ -280,19 +265,14 @@ impl Caller {
         Ok(seen)
     }
 
-    async fn call(&mut self, user: User) -> Result<(), Failure> {
-        let mut request = Request::new(UnwrapUserKeyRequest {
-            user: user.name,
-            key_name: KEY_NAME.to_owned(),
-        });
-        request.set_timeout(self.timeout);
-        match self.client.unwrap_user_key(request).await {
-            Ok(answer) if answer.get_ref().key_material == user.material => Ok(()),
+    async fn call(&self, user: &User) -> Result<(), Failure> {
+        match self.client.unwrap_user_key(&user.key).await {
+            Ok(released) if released.key_material.expose() == user.material.expose() => Ok(()),
             Ok(_) => Err(Failure::new(
                 Exit::Verification,
                 "a released key is not the one that was enrolled",
             )),
-            Err(status) => Err(refusal::failure(&status)),
+            Err(error) => Err(refusal::failure(&error)),
         }
     }
 }

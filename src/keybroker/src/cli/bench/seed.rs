@@ -23,21 +23,18 @@ use crate::{
 };
 use keybroker_audit::Entry;
 use keybroker_auth::Authenticator;
+use keybroker_client::UserKeyRef;
 use keybroker_core::{
     call::Timestamp,
     envelope,
     error::chain,
-    key::{ID_BYTES, KeyAddress, KeyName, RecordId, Revision, Tenant, UserId},
-    secret::KeyMaterial,
+    key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant},
 };
 use keybroker_hsm::admin::Wrapper;
 use keybroker_store as store;
 use keybroker_store::{NewRevision, Store, tally::Tally};
 
-use super::{
-    bare,
-    users::{KEY_NAME, Users},
-};
+use super::{bare, users::Users};
 
 /// Records in a transaction: many, and yet done long before a statement may be cancelled.
 const BATCH: u32 = 500;
@@ -167,21 +164,21 @@ impl Seed {
     }
 
     async fn is_there(&self, number: u32) -> Result<bool, Failure> {
-        let address = self.address(&self.users.user(number).name)?;
+        let address = self.address(self.users.user(number).key);
         Ok(self.store.record(&address).await?.is_some())
     }
 
-    fn address(&self, user: &str) -> Result<KeyAddress, Failure> {
-        Ok(KeyAddress {
+    fn address(&self, key: UserKeyRef) -> KeyAddress {
+        KeyAddress {
             tenant: self.tenant.clone(),
-            user: UserId::parse(user)?,
-            name: KeyName::parse(KEY_NAME)?,
-        })
+            user: key.user,
+            name: key.key_name,
+        }
     }
 
     fn record(&self, wrapper: &Wrapper, number: u32) -> Result<NewRevision, Failure> {
         let user = self.users.user(number);
-        let address = self.address(&user.name)?;
+        let address = self.address(user.key);
         let mut id = [0; ID_BYTES];
         aws_lc_rs::rand::fill(&mut id)
             .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
@@ -191,7 +188,7 @@ impl Seed {
             record_id: record,
             revision,
         };
-        let envelope = wrapper.wrap(&context, &KeyMaterial::new(user.material)?)?;
+        let envelope = wrapper.wrap(&context, &user.material)?;
         Ok(NewRevision {
             wrapping_key: envelope.wrapping_key(),
             envelope: envelope.to_bytes(),

@@ -2,9 +2,10 @@
 //! remembered between runs, nor held in memory for a million.
 
 use aws_lc_rs::{hmac, rand};
+use keybroker_client::{KeyMaterial, UserKeyRef};
 
 /// The key name that belongs to this command.
-pub(super) const KEY_NAME: &str = "bench";
+const KEY_NAME: &str = "bench";
 
 /// A number of users, numbered from 0.
 #[derive(Clone, Debug)]
@@ -16,8 +17,8 @@ pub(super) struct Users {
 /// A user and their key of 32 bytes.
 #[derive(Debug)]
 pub(super) struct User {
-    pub(super) name: String,
-    pub(super) material: Vec<u8>,
+    pub(super) key: UserKeyRef,
+    pub(super) material: KeyMaterial,
 }
 
 impl Users {
@@ -33,7 +34,10 @@ impl Users {
     pub(super) fn user(&self, number: u32) -> User {
         let name = format!("bench-{number:07}");
         let material = hmac::sign(&self.key, name.as_bytes()).as_ref().to_vec();
-        User { name, material }
+        User {
+            key: UserKeyRef::parse(&name, KEY_NAME).expect("both keep the limits of the protocol"),
+            material: KeyMaterial::new(material).expect("the digest has 32 bytes"),
+        }
     }
 
     /// Any of them, each as likely as the other: a database cannot guess who comes next.
@@ -54,16 +58,17 @@ mod tests {
     #[test]
     fn a_number_is_always_the_same_user() {
         let (few, many) = (Users::new(3), Users::new(1_000));
-        assert_eq!(few.user(2).name, "bench-0000002");
-        assert_eq!(few.user(2).material, many.user(2).material);
-        assert_ne!(few.user(2).material, few.user(1).material);
+        assert_eq!(few.user(2).key.to_string(), "bench-0000002/bench");
+        let material = |users: &Users, number| users.user(number).material.expose().to_vec();
+        assert_eq!(material(&few, 2), material(&many, 2));
+        assert_ne!(material(&few, 2), material(&few, 1));
     }
 
     #[test]
     fn every_user_and_no_other_is_drawn() {
         let users = Users::new(5);
-        let seen: BTreeSet<String> = (0..1_000).map(|_| users.any().name).collect();
-        let all: BTreeSet<String> = (0..5).map(|number| users.user(number).name).collect();
+        let seen: BTreeSet<_> = (0..1_000).map(|_| users.any().key).collect();
+        let all: BTreeSet<_> = (0..5).map(|number| users.user(number).key).collect();
         assert_eq!(seen, all);
     }
 }

@@ -11,11 +11,10 @@ use crate::cli::{
     exit::{Exit, Failure},
     output::Field,
 };
-use keybroker_core::{call::Timestamp, error::Reason, principal::Role};
-use keybroker_proto as proto;
-use keybroker_proto::control_service_client::ControlServiceClient;
+use keybroker_client::{ClientId, Error, IssuedSecret, Reason, Timestamp, proto};
+use keybroker_core::principal::Role;
 
-use super::{Caller, answer, material, refusal, show};
+use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
 /// A hundred years.
@@ -33,7 +32,8 @@ pub(super) enum Command {
     /// Add a second secret to an API client, and show it once
     AddSecret {
         /// Id of the API client, 32 hexadecimal digits
-        id: String,
+        #[arg(value_parser = arguments::client_id)]
+        id: ClientId,
         #[command(flatten)]
         fresh: Fresh,
     },
@@ -49,7 +49,8 @@ pub(super) enum Command {
     /// Revoke an API client permanently, or one of its secrets
     Revoke {
         /// Id of the API client, 32 hexadecimal digits
-        id: String,
+        #[arg(value_parser = arguments::client_id)]
+        id: ClientId,
         /// Revoke only the secret with this number
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         secret: Option<u32>,
@@ -125,7 +126,6 @@ impl Command {
 
 impl Caller {
     pub(super) async fn api_clients(&self, command: Command) -> Result<(), Failure> {
-        let mut service = ControlServiceClient::new(self.channel.clone());
         match command {
             Command::Create { grant, fresh } => {
                 let message = proto::CreateClientCredentialRequest {
@@ -135,43 +135,24 @@ impl Caller {
                     key_names: grant.key_name,
                     expire_time: fresh.expire_time(Timestamp::now()),
                 };
-                let call = answer(service.create_client_credential(self.request(message)));
-                let made = call.await.map_err(uncertain)?;
-                let secret = Zeroizing::new(made.secret);
-                self.made(made.client_credential, made.secret_number, &secret, &fresh)
+                let made = self.client.create_client_credential(message).await;
+                self.made(&made.map_err(|error| failure(&error))?, &fresh)
             }
             Command::AddSecret { id, fresh } => {
-                let message = proto::AddClientSecretRequest {
-                    id,
-                    expire_time: fresh.expire_time(Timestamp::now()),
-                };
-                let call = answer(service.add_client_secret(self.request(message)));
-                let made = call.await.map_err(uncertain).map_err(unknown)?;
-                let secret = Zeroizing::new(made.secret);
-                self.made(made.client_credential, made.secret_number, &secret, &fresh)
+                let expires = fresh.expire_time(Timestamp::now());
+                let made = self.client.add_client_secret(id, expires).await;
+                self.made(&made.map_err(|error| failure(&error))?, &fresh)
             }
-            Command::List { all, page_size } => {
-                self.list_api_clients(service, all, page_size).await
-            }
+            Command::List { all, page_size } => self.list_api_clients(all, page_size).await,
             Command::Revoke { id, secret } => {
-                let message = proto::RevokeClientCredentialRequest {
-                    id,
-                    secret_number: secret,
-                };
-                let call = answer(service.revoke_client_credential(self.request(message)));
-                let revoked = call.await.map_err(unknown)?.client_credential;
-                let is_json = self.output.is_json();
-                self.output.fields(fields(&present(revoked)?, is_json))
+                let revoked = self.client.revoke_client_credential(id, secret).await;
+                let revoked = revoked.map_err(|error| failure(&error))?;
+                self.output.fields(fields(&revoked, self.output.is_json()))
             }
         }
     }
 
-    async fn list_api_clients(
-        &self,
-        mut service: ControlServiceClient<tonic::transport::Channel>,
-        all: bool,
-        page_size: u32,
-    ) -> Result<(), Failure> {
+    async fn list_api_clients(&self, all: bool, page_size: u32) -> Result<(), Failure> {
         let mut next = proto::ListClientCredentialsRequest {
             page_size,
             page_token: String::new(),
@@ -179,10 +160,8 @@ impl Caller {
         let mut rows = Vec::new();
         let mut damaged = 0;
         loop {
-            let call = self.retried(next.clone(), async |request| {
-                service.list_client_credentials(request).await
-            });
-            let page = call.await?;
+            let page = self.client.list_client_credentials(next.clone()).await;
+            let page = page.map_err(|error| refusal::failure(&error))?;
             let clients = page.client_credentials.iter();
             rows.extend(clients.map(|client| fields(client, self.output.is_json())));
             rows.extend(page.damaged.iter().map(damaged_fields));
@@ -194,22 +173,15 @@ impl Caller {
         }
         self.output.list(rows, "no API clients")?;
         show::note_damaged(self.output, damaged);
-        if !next.page_token.is_empty() {
-            self.output.note("there are more: --all shows every page");
-        }
+        show::note_more(self.output, !next.page_token.is_empty());
         Ok(())
     }
 
     /// Shows the new client and its secret, which is not shown again.
-    fn made(
-        &self,
-        client: Option<proto::ClientCredential>,
-        number: u32,
-        secret: &str,
-        fresh: &Fresh,
-    ) -> Result<(), Failure> {
-        let client = present(client)?;
-        let mut shown = fields(&client, self.output.is_json());
+    fn made(&self, made: &IssuedSecret, fresh: &Fresh) -> Result<(), Failure> {
+        let (client, number) = (&made.client_credential, made.secret_number);
+        let secret = made.secret.expose();
+        let mut shown = fields(client, self.output.is_json());
         shown.push(("secret_number", json!(number)));
         if let Some(path) = &fresh.secret_file {
             material::write_secret(path, secret.as_bytes()).map_err(|failure| {
@@ -231,31 +203,22 @@ impl Caller {
     }
 }
 
-fn present(client: Option<proto::ClientCredential>) -> Result<proto::ClientCredential, Failure> {
-    client.ok_or_else(|| {
-        Failure::new(Exit::Refused, "the broker's answer is empty")
-            .hint("is it a broker of a later release?")
-    })
-}
-
-/// The secret of a client that was created without an answer is lost.
-fn uncertain(failure: Failure) -> Failure {
-    if !refusal::is_uncertain(&failure) {
+/// A failed change of an API client. The hint of the reason is about user keys, and the secret of a client that was created
+/// without an answer is lost.
+fn failure(error: &Error) -> Failure {
+    let failure = refusal::failure(error);
+    if error.reason() == Some(Reason::KeyNotFound) {
+        return failure
+            .hint("`keybroker client-credential list` shows which API clients there are");
+    }
+    if !error.outcome_unknown() {
         return failure;
     }
     let hint = failure.hint.clone().unwrap_or_default();
     failure.hint(format!(
-        "{hint}; `keybroker client-credential list` shows whether it was made: revoke what came without its secret"
+        "{hint}; `keybroker client-credential list` shows whether the change was made: revoke a secret that you did not \
+         receive"
     ))
-}
-
-/// The reason's hint is about user keys, and here it is an API client that was not found.
-fn unknown(failure: Failure) -> Failure {
-    if failure.reason.as_deref() == Some(Reason::KeyNotFound.as_str()) {
-        return failure
-            .hint("`keybroker client-credential list` shows which API clients there are");
-    }
-    failure
 }
 
 fn fields(client: &proto::ClientCredential, json: bool) -> Vec<Field> {

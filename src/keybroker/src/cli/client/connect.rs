@@ -6,8 +6,9 @@ use std::{
 };
 
 use clap::Args;
+use hyper::Uri;
+use keybroker_client::{BuildError, Client, ClientBuilder, ErrorKind};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -15,7 +16,6 @@ use crate::{
     cli::exit::{Exit, Failure},
 };
 use keybroker_auth::PeerCertificate;
-use keybroker_client::PacedConnector;
 use keybroker_core::{
     error::{chain, root_cause},
     pem,
@@ -80,13 +80,8 @@ impl Connection {
         self.cert.is_some()
     }
 
-    /// Longest wait for an answer.
-    pub(in crate::cli) fn timeout(&self) -> Duration {
-        Duration::from_millis(self.timeout_ms)
-    }
-
-    /// How to connect, with the TLS files read.
-    pub(in crate::cli) fn endpoint(&self, url: &str) -> Result<Endpoint, Failure> {
+    /// A client of the broker at that URL, with the TLS files read and checked.
+    pub(in crate::cli) fn client(&self, url: &str) -> Result<ClientBuilder, Failure> {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
             return Err(Failure::new(Exit::Usage, what).hint("a broker offers gRPC only over TLS"));
@@ -100,8 +95,12 @@ impl Connection {
         };
         let authorities = pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, error))?;
-        let authorities = Certificate::from_pem(pem::encode(&authorities));
-        let mut tls = ClientTlsConfig::new().ca_certificate(authorities);
+        let timeout = Duration::from_millis(self.timeout_ms);
+        let mut builder = Client::builder(url)
+            .ca_pem(pem::encode(&authorities))
+            .deadline(timeout)
+            // The deadline ends the wait.
+            .connect_timeout(timeout * 2);
         let (missing, given) = match (&self.cert, &self.key) {
             (Some(_), None) => ("--key", "--cert"),
             (None, Some(_)) => ("--cert", "--key"),
@@ -123,50 +122,52 @@ impl Connection {
                 check_certificate(cert, leaf, key, &private)?;
             }
             let key = pem::encode_key(&private);
-            tls = tls.identity(Identity::from_pem(
-                pem::encode(&certificates),
-                key.as_bytes(),
-            ));
+            builder = builder.identity_pem(pem::encode(&certificates), key.as_bytes());
         }
-        let unusable = |what: &str, error: tonic::transport::Error| {
-            Failure::new(Exit::Usage, format!("{what}: {}", root_cause(&error)))
-        };
-        let endpoint = Endpoint::from_shared(url.to_owned())
-            .map_err(|error| unusable(&format!("--endpoint {url:?}"), error))?
-            .tls_config(tls)
-            .map_err(|error| {
-                unusable("--ca, --cert and --key cannot be used", error)
-                    .hint("each is a PEM file; --key must be the private key of the certificate in --cert")
-            })?;
-        Ok(endpoint.tcp_nodelay(true))
+        Ok(builder)
     }
 }
 
-/// One connection, ready for calls. tonic's own timeout ends with TCP; this one covers the TLS handshake, too.
-pub(in crate::cli) async fn connect(
-    endpoint: &Endpoint,
-    timeout: Duration,
-) -> Result<Channel, Failure> {
-    let url = endpoint.uri();
+/// The client, ready to connect.
+pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
+    let usage = |what: String| Failure::new(Exit::Usage, what);
+    builder.build().map_err(|error| match error {
+        BuildError::Endpoint { endpoint, problem } => {
+            usage(format!("--endpoint {endpoint:?}: {problem}"))
+        }
+        BuildError::Tls { source } => usage(format!(
+            "--ca, --cert and --key cannot be used: {}",
+            root_cause(&source)
+        ))
+        .hint("each is a PEM file; --key must be the private key of the certificate in --cert"),
+        BuildError::Credential(_) => {
+            usage("--token-file has characters that no token has".to_owned())
+        }
+        other => usage(chain(&other)),
+    })
+}
+
+/// Connects, so that a broker that cannot be reached is told from one that does not answer a call.
+pub(in crate::cli) async fn connect(client: &Client, url: &str) -> Result<(), Failure> {
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
-    let connecting = endpoint.connect_with_connector(PacedConnector::default());
-    let Ok(connected) = tokio::time::timeout(timeout, connecting).await else {
-        return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
+    let Err(error) = client.connect().await else {
+        return Ok(());
     };
-    connected.map_err(|error| {
-        let cause = root_cause(&error);
-        let mut hint = hint(&cause, "--ca");
-        if url.port().is_none() {
-            hint = format!("no port is named in --endpoint, so 443 was tried; {hint}");
-        }
-        if is_unknown_issuer(&cause) {
-            let what =
-                format!("the broker's certificate is not signed by an authority in --ca ({cause})");
-            return unreachable(&what).hint(hint);
-        }
-        unreachable(&cause).hint(hint)
-    })
+    if error.kind() == ErrorKind::DeadlineExceeded {
+        return Err(unreachable("no answer within --timeout-ms").hint(NO_ANSWER));
+    }
+    let cause = root_cause(&error);
+    let mut hint = hint(&cause, "--ca");
+    if url.parse::<Uri>().is_ok_and(|url| url.port().is_none()) {
+        hint = format!("no port is named in --endpoint, so 443 was tried; {hint}");
+    }
+    if is_unknown_issuer(&cause) {
+        let what =
+            format!("the broker's certificate is not signed by an authority in --ca ({cause})");
+        return Err(unreachable(&what).hint(hint));
+    }
+    Err(unreachable(&cause).hint(hint))
 }
 
 fn is_unknown_issuer(cause: &str) -> bool {

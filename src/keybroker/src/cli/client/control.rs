@@ -1,19 +1,15 @@
 //! Calls of the control plane and of the health service.
 
 use clap::Subcommand;
+use keybroker_client::{Service, ServiceHealth, WrappingKeyId, proto};
 use serde_json::{Value, json};
-use tonic::{Code, transport::Channel};
-use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::cli::{
     exit::{Exit, Failure},
     output::Field,
 };
-use keybroker_api::rpc;
-use keybroker_proto as proto;
-use keybroker_proto::control_service_client::ControlServiceClient;
 
-use super::{Caller, refusal, show};
+use super::{Caller, arguments, refusal, show};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -22,7 +18,8 @@ pub(super) enum Command {
     /// Show one wrapping key with its public key
     WrappingKey {
         /// `CKA_ID` of the key, 32 hexadecimal digits
-        id: String,
+        #[arg(value_parser = arguments::wrapping_key_id)]
+        id: WrappingKeyId,
     },
     /// Show the token and its workers
     TokenState,
@@ -38,55 +35,27 @@ pub(super) enum Command {
 
 impl Caller {
     pub(super) async fn control(&self, command: Command) -> Result<(), Failure> {
-        let mut service = ControlServiceClient::new(self.channel.clone());
+        let (client, failure) = (&self.client, |error| refusal::failure(&error));
         match command {
             Command::WrappingKeys => {
-                let message = proto::ListWrappingKeysRequest {};
-                let listed = self
-                    .retried(message, async |request| {
-                        service.list_wrapping_keys(request).await
-                    })
-                    .await?;
-                let rows = listed
-                    .wrapping_keys
-                    .iter()
-                    .map(show::wrapping_key)
-                    .collect();
+                let listed = client.list_wrapping_keys().await.map_err(failure)?;
+                let rows = listed.iter().map(show::wrapping_key).collect();
                 self.output.list(rows, "no wrapping key")
             }
             Command::WrappingKey { id } => {
-                let id = hex::decode(&id).map_err(|error| {
-                    Failure::new(Exit::Usage, format!("{id:?} is not hexadecimal: {error}"))
-                })?;
-                let message = proto::GetWrappingKeyRequest { id };
-                let got = self
-                    .retried(message, async |request| {
-                        service.get_wrapping_key(request).await
-                    })
-                    .await?;
-                let key = got.wrapping_key.unwrap_or_default();
+                let key = client.get_wrapping_key(id).await.map_err(failure)?;
                 let mut fields = show::wrapping_key(&key);
                 fields.push(("public_key", json!(key.public_key_pem)));
                 self.output.fields(fields)
             }
             Command::TokenState => {
-                let message = proto::GetTokenStateRequest {};
-                let state = self
-                    .retried(message, async |request| {
-                        service.get_token_state(request).await
-                    })
-                    .await?;
+                let state = client.get_token_state().await.map_err(failure)?;
                 self.output
                     .fields(token_state(&state, self.output.is_json()))
             }
             Command::AuditTail { limit } => {
-                let message = proto::TailAuditLogRequest { limit };
-                let tail = self
-                    .retried(message, async |request| {
-                        service.tail_audit_log(request).await
-                    })
-                    .await?;
-                self.output.entries(&tail.entries)
+                let entries = client.tail_audit_log(limit).await.map_err(failure)?;
+                self.output.entries(&entries)
             }
             Command::Health => self.health().await,
         }
@@ -95,10 +64,14 @@ impl Caller {
     async fn health(&self) -> Result<(), Failure> {
         let mut rows = Vec::new();
         let mut all_serve = true;
-        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE] {
-            let status = self.health_of(self.channel.clone(), service).await?;
-            all_serve &= status == "SERVING";
-            rows.push(vec![("service", json!(service)), ("status", json!(status))]);
+        for service in Service::ALL {
+            let health = self.client.check_health(service).await;
+            let health = health.map_err(|error| refusal::failure(&error))?;
+            all_serve &= health == ServiceHealth::Serving;
+            rows.push(vec![
+                ("service", json!(service.name())),
+                ("status", json!(health.name())),
+            ]);
         }
         self.output.list(rows, "no services")?;
         if all_serve {
@@ -106,21 +79,6 @@ impl Caller {
         }
         let failure = Failure::new(Exit::Refused, "not every service serves");
         Err(failure.hint("`client token-state` and the broker's log show the cause"))
-    }
-
-    async fn health_of(&self, channel: Channel, service: &str) -> Result<String, Failure> {
-        let message = HealthCheckRequest {
-            service: service.to_owned(),
-        };
-        match HealthClient::new(channel)
-            .check(self.request(message))
-            .await
-        {
-            Ok(answer) => Ok(answer.get_ref().status().as_str_name().to_owned()),
-            // Health answers for the services that the broker has told it of.
-            Err(status) if status.code() == Code::NotFound => Ok("SERVICE_UNKNOWN".to_owned()),
-            Err(status) => Err(refusal::failure(&status)),
-        }
     }
 }
 

@@ -2,16 +2,14 @@
 
 use std::path::PathBuf;
 
-use base64ct::{Base64, Encoding as _};
 use clap::Args;
-use tonic::metadata::{Ascii, MetadataValue};
+use keybroker_client::{BearerToken, ClientBuilder, ClientId, ClientSecret};
 use zeroize::Zeroizing;
 
 use crate::cli::{
     exit::{Exit, Failure},
     secrets::Source,
 };
-use keybroker_core::key::ClientId;
 
 /// Credentials that replace the client's certificate.
 #[derive(Args, Clone, Debug, Default)]
@@ -28,43 +26,34 @@ pub(super) struct Credential {
 }
 
 impl Credential {
-    /// The `authorization` header, when a credential is named. Libraries copy it on its way to the broker, and those copies
-    /// are not overwritten.
-    pub(super) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>, Failure> {
-        let text = match (&self.client_id, &self.client_secret_file, &self.token_file) {
-            (None, None, None) => return Ok(None),
-            (Some(id), Some(file), None) => basic(id, &line("--client-secret-file", file)?)?,
+    /// Sets the credential that is named, if one is. Libraries copy it on its way to the broker, and those copies are not
+    /// overwritten.
+    pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {
+        match (&self.client_id, &self.client_secret_file, &self.token_file) {
+            (None, None, None) => Ok(builder),
+            (Some(id), Some(file), None) => {
+                let id = ClientId::from_hex(id).ok_or_else(|| {
+                    let what = format!("--client-id {id:?} is not 32 hexadecimal digits");
+                    Failure::new(Exit::Usage, what)
+                        .hint("`keybroker client-credential list` shows the ids")
+                })?;
+                let secret = line("--client-secret-file", file)?;
+                Ok(builder.api_client(id, ClientSecret::new(secret.as_str())))
+            }
             (None, None, Some(file)) => {
-                Zeroizing::new(format!("Bearer {}", *line("--token-file", file)?))
+                let token = line("--token-file", file)?;
+                Ok(builder.bearer_token(BearerToken::new(token.as_str())))
             }
             (_, _, Some(_)) => {
                 let what = "both an access token and an API client were given; pass only one";
-                return Err(Failure::new(Exit::Usage, what));
+                Err(Failure::new(Exit::Usage, what))
             }
             _ => {
                 let what = "--client-id and --client-secret-file belong together; pass both";
-                return Err(Failure::new(Exit::Usage, what));
+                Err(Failure::new(Exit::Usage, what))
             }
-        };
-        let mut value = MetadataValue::try_from(text.as_str()).map_err(|_| {
-            let what = "--token-file has characters that no token has";
-            Failure::new(Exit::Usage, what)
-        })?;
-        // Not for logs, nor for the compression of headers.
-        value.set_sensitive(true);
-        Ok(Some(value))
+        }
     }
-}
-
-/// RFC 7617.
-fn basic(id: &str, secret: &str) -> Result<Zeroizing<String>, Failure> {
-    let id = ClientId::from_hex(id).ok_or_else(|| {
-        let what = format!("--client-id {id:?} is not 32 hexadecimal digits");
-        Failure::new(Exit::Usage, what).hint("`keybroker client-credential list` shows the ids")
-    })?;
-    let pair = Zeroizing::new(format!("{id}:{secret}"));
-    let encoded = Zeroizing::new(Base64::encode_string(pair.as_bytes()));
-    Ok(Zeroizing::new(format!("Basic {}", *encoded)))
 }
 
 fn line(what: &'static str, file: &std::path::Path) -> Result<Zeroizing<String>, Failure> {
@@ -85,7 +74,9 @@ fn line(what: &'static str, file: &std::path::Path) -> Result<Zeroizing<String>,
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-    use super::*;
+    use keybroker_client::Client;
+
+    use super::{super::connect, *};
 
     const ID: &str = "000102030405060708090a0b0c0d0e0f";
 
@@ -112,26 +103,13 @@ mod tests {
     }
 
     #[test]
-    fn an_id_and_a_secret_are_basic_and_a_token_is_bearer() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = written(folder.path(), "kbs_secret\n", 0o600);
-        let value = client(ID, file).authorization().unwrap().unwrap();
-        assert!(value.is_sensitive());
-        let encoded = value.to_str().unwrap().strip_prefix("Basic ").unwrap();
-        let pair = Base64::decode_vec(encoded).unwrap();
-        assert_eq!(pair, format!("{ID}:kbs_secret").into_bytes());
-        let file = written(folder.path(), "aaa.bbb.ccc\r\n", 0o600);
-        let value = bearer(file).authorization().unwrap().unwrap();
-        assert!(value.is_sensitive());
-        assert_eq!(value.to_str().unwrap(), "Bearer aaa.bbb.ccc");
-        assert!(Credential::default().authorization().unwrap().is_none());
-    }
-
-    #[test]
     fn what_is_no_credential_or_open_to_others_is_refused() {
         let folder = tempfile::tempdir().unwrap();
+        let set = |credential: &Credential| {
+            credential.set(Client::builder("https://localhost:1").ca_pem(""))
+        };
         let refused = |credential: &Credential, word: &str| {
-            let failure = credential.authorization().unwrap_err();
+            let failure = set(credential).and_then(connect::build).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage);
             assert!(failure.message.contains(word), "{failure:?}");
             assert!(!failure.message.contains("kbs_secret"), "{failure:?}");

@@ -3,16 +3,16 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use tonic::transport::Channel;
-use uuid::Uuid;
+use keybroker_client::{
+    Error, KeyMaterial, KeyName, ListUserKeys, Reason, RequestId, Revision, UserId, UserKey,
+    UserKeyRef, new_request_id,
+};
 
-use crate::cli::exit::{Exit, Failure};
-use keybroker_core::error::Reason;
-use keybroker_proto as proto;
-use keybroker_proto::user_key_service_client::UserKeyServiceClient;
+use crate::cli::exit::Failure;
 
 use super::{
-    Caller,
+    Caller, arguments,
+    arguments::Key,
     material::{self, Source},
     refusal, show,
 };
@@ -20,28 +20,17 @@ use super::{
 /// Largest number of records on one page.
 const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// Options that name a user key.
-#[derive(Args, Clone, Debug)]
-pub(super) struct Key {
-    /// User of the key, 1 to 255 bytes
-    #[arg(long)]
-    user: String,
-    /// Key name, 1 to 64 bytes of [a-z0-9._-]
-    #[arg(long, default_value = "default")]
-    key_name: String,
-}
-
 /// Makes the retry of a mutation safe.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Retry {
     /// UUID that makes a retry safe: send it again with the same content [default: a new one]
-    #[arg(long, value_name = "UUID")]
-    request_id: Option<Uuid>,
+    #[arg(long, value_name = "UUID", value_parser = arguments::request_id)]
+    request_id: Option<RequestId>,
 }
 
 impl Retry {
-    fn id(&self) -> Uuid {
-        self.request_id.unwrap_or_else(Uuid::new_v4)
+    fn id(&self) -> RequestId {
+        self.request_id.unwrap_or_else(new_request_id)
     }
 }
 
@@ -70,11 +59,11 @@ pub(super) enum Command {
     /// Release the keys of several users, in base64
     BatchUnwrap {
         /// Users whose keys to release, at most 64
-        #[arg(long, required = true, num_args = 1..)]
-        user: Vec<String>,
+        #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
+        user: Vec<UserId>,
         /// Name of the keys
-        #[arg(long, default_value = "default")]
-        key_name: String,
+        #[arg(long, default_value = "default", value_parser = arguments::key_name)]
+        key_name: KeyName,
         /// Write to standard output even if it is a terminal
         #[arg(long)]
         force: bool,
@@ -86,8 +75,8 @@ pub(super) enum Command {
         #[command(flatten)]
         source: Source,
         /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
-        #[arg(long)]
-        expected_revision: u64,
+        #[arg(long, value_parser = arguments::revision)]
+        expected_revision: Revision,
         #[command(flatten)]
         retry: Retry,
     },
@@ -99,8 +88,8 @@ pub(super) enum Command {
     /// List records
     List {
         /// Only records of this user
-        #[arg(long, default_value = "")]
-        user: String,
+        #[arg(long, value_parser = arguments::user)]
+        user: Option<UserId>,
         /// Include deleted records
         #[arg(long)]
         deleted: bool,
@@ -116,8 +105,8 @@ pub(super) enum Command {
         #[command(flatten)]
         key: Key,
         /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
-        #[arg(long)]
-        expected_revision: u64,
+        #[arg(long, value_parser = arguments::revision)]
+        expected_revision: Revision,
         #[command(flatten)]
         retry: Retry,
     },
@@ -133,11 +122,11 @@ pub(super) enum Command {
         #[command(flatten)]
         key: Key,
         /// Number of the earlier revision
-        #[arg(long)]
-        revision: u64,
+        #[arg(long, value_parser = arguments::revision)]
+        revision: Revision,
         /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
-        #[arg(long)]
-        expected_revision: u64,
+        #[arg(long, value_parser = arguments::revision)]
+        expected_revision: Revision,
         #[command(flatten)]
         retry: Retry,
     },
@@ -160,43 +149,23 @@ impl Command {
 
 impl Caller {
     pub(super) async fn keys(&self, command: Command) -> Result<(), Failure> {
-        let mut service = UserKeyServiceClient::new(self.channel.clone());
+        let client = &self.client;
         match command {
-            Command::Unwrap { key, out, .. } => {
-                let message = proto::UnwrapUserKeyRequest {
-                    user: key.user,
-                    key_name: key.key_name,
-                };
-                self.unwrap(service, message, out).await
-            }
-            Command::BatchUnwrap { user, key_name, .. } => {
-                self.batch_unwrap(service, user, key_name).await
-            }
-            Command::Get {
-                key: Key { user, key_name },
-            } => {
-                let message = proto::GetUserKeyRequest { user, key_name };
-                let got = self
-                    .retried(message, async |request| service.get_user_key(request).await)
-                    .await?;
-                self.show(got.user_key)
-            }
+            Command::Unwrap { key, out, .. } => self.unwrap(&key.into(), out).await,
+            Command::BatchUnwrap { user, key_name, .. } => self.batch_unwrap(user, &key_name).await,
+            Command::Get { key } => self.answered(client.get_user_key(&key.into()).await),
             Command::List {
                 user,
                 deleted,
                 all,
                 page_size,
-            } => {
-                let first = proto::ListUserKeysRequest {
-                    page_size,
-                    page_token: String::new(),
-                    user,
-                    show_deleted: deleted,
-                };
-                self.list(service, first, all).await
-            }
+            } => self.list(user, deleted, page_size, all).await,
             Command::Create { key, source, retry } => {
-                self.create(service, key, &source, retry.id()).await
+                let (key, id) = (key.into(), retry.id());
+                self.store(&key, &source, async |material| {
+                    client.create_user_key(&key, material).request_id(id).await
+                })
+                .await
             }
             Command::Replace {
                 key,
@@ -204,177 +173,97 @@ impl Caller {
                 expected_revision,
                 retry,
             } => {
-                let expected = expected_revision;
-                self.replace(service, key, &source, expected, retry.id())
-                    .await
+                let (key, id) = (key.into(), retry.id());
+                self.store(&key, &source, async |material| {
+                    let replaced = client.replace_user_key(&key, material, expected_revision);
+                    replaced.request_id(id).await
+                })
+                .await
             }
-            Command::Delete { .. } | Command::Undelete { .. } | Command::Restore { .. } => {
-                self.change(service, command).await
-            }
-        }
-    }
-
-    async fn create(
-        &self,
-        mut service: UserKeyServiceClient<Channel>,
-        key: Key,
-        source: &Source,
-        id: Uuid,
-    ) -> Result<(), Failure> {
-        let material = source.read_for(&key.key_name)?;
-        let message = proto::CreateUserKeyRequest {
-            user: key.user,
-            key_name: key.key_name,
-            key_material: material.to_vec(),
-            request_id: id.to_string(),
-        };
-        let call = self.retried(message, async |request| {
-            service.create_user_key(request).await
-        });
-        let created = call.await.inspect_err(|failure| discard(source, failure));
-        self.show(created.map_err(|failure| retry_hint(failure, id))?.user_key)
-    }
-
-    async fn replace(
-        &self,
-        mut service: UserKeyServiceClient<Channel>,
-        key: Key,
-        source: &Source,
-        expected_revision: u64,
-        id: Uuid,
-    ) -> Result<(), Failure> {
-        let material = source.read_for(&key.key_name)?;
-        let message = proto::ReplaceUserKeyRequest {
-            user: key.user,
-            key_name: key.key_name,
-            key_material: material.to_vec(),
-            expected_revision,
-            request_id: id.to_string(),
-        };
-        let call = self.retried(message, async |request| {
-            service.replace_user_key(request).await
-        });
-        let replaced = call.await.inspect_err(|failure| discard(source, failure));
-        self.show(
-            replaced
-                .map_err(|failure| retry_hint(failure, id))?
-                .user_key,
-        )
-    }
-
-    /// Changes that carry no key material.
-    async fn change(
-        &self,
-        mut service: UserKeyServiceClient<Channel>,
-        command: Command,
-    ) -> Result<(), Failure> {
-        let (id, changed) = match command {
             Command::Delete {
-                key: Key { user, key_name },
+                key,
                 expected_revision,
                 retry,
             } => {
-                let id = retry.id();
-                let message = proto::DeleteUserKeyRequest {
-                    user,
-                    key_name,
-                    expected_revision,
-                    request_id: id.to_string(),
-                };
-                let call = self.retried(message, async |request| {
-                    service.delete_user_key(request).await
-                });
-                (id, call.await.map(|deleted| deleted.user_key))
+                let deleted = client
+                    .delete_user_key(&key.into(), expected_revision)
+                    .request_id(retry.id())
+                    .await;
+                self.answered(deleted)
             }
-            Command::Undelete {
-                key: Key { user, key_name },
-                retry,
-            } => {
-                let id = retry.id();
-                let message = proto::UndeleteUserKeyRequest {
-                    user,
-                    key_name,
-                    request_id: id.to_string(),
-                };
-                let call = self.retried(message, async |request| {
-                    service.undelete_user_key(request).await
-                });
-                let undeleted = call.await.map_err(explain_active);
-                (id, undeleted.map(|undeleted| undeleted.user_key))
+            Command::Undelete { key, retry } => {
+                let undeleted = client
+                    .undelete_user_key(&key.into())
+                    .request_id(retry.id())
+                    .await;
+                self.answered(undeleted).map_err(explain_active)
             }
             Command::Restore {
-                key: Key { user, key_name },
+                key,
                 revision,
                 expected_revision,
                 retry,
             } => {
-                let id = retry.id();
-                let message = proto::RestoreUserKeyRevisionRequest {
-                    user,
-                    key_name,
-                    revision,
-                    expected_revision,
-                    request_id: id.to_string(),
-                };
-                let call = self.retried(message, async |request| {
-                    service.restore_user_key_revision(request).await
-                });
-                (id, call.await.map(|restored| restored.user_key))
+                let restored = client
+                    .restore_user_key_revision(&key.into(), revision, expected_revision)
+                    .request_id(retry.id())
+                    .await;
+                self.answered(restored)
             }
-            _ => {
-                return Err(Failure::new(
-                    Exit::Internal,
-                    "not a change without material",
-                ));
-            }
-        };
-        self.show(changed.map_err(|failure| retry_hint(failure, id))?)
+        }
+    }
+
+    /// Sends the material of a source. Generated material stays in its file as long as it may have been stored.
+    async fn store(
+        &self,
+        key: &UserKeyRef,
+        source: &Source,
+        call: impl AsyncFnOnce(&KeyMaterial) -> Result<UserKey, Error>,
+    ) -> Result<(), Failure> {
+        let material = source.read_for(&key.key_name)?;
+        let stored = call(&material).await;
+        if stored.as_ref().is_err_and(|error| !error.outcome_unknown()) {
+            source.discard();
+        }
+        self.answered(stored)
     }
 
     async fn list(
         &self,
-        mut service: UserKeyServiceClient<Channel>,
-        first: proto::ListUserKeysRequest,
+        user: Option<UserId>,
+        show_deleted: bool,
+        page_size: u32,
         all: bool,
     ) -> Result<(), Failure> {
         let mut rows = Vec::new();
         let mut damaged: usize = 0;
-        let mut next = first;
-        loop {
-            let page = self
-                .retried(next.clone(), async |request| {
-                    service.list_user_keys(request).await
-                })
-                .await?;
+        let mut next = ListUserKeys {
+            user,
+            show_deleted,
+            page_size,
+            page_token: String::new(),
+        };
+        let has_more = loop {
+            let page = self.client.list_user_keys(&next).await;
+            let page = page.map_err(|error| refusal::failure(&error))?;
             rows.extend(page.user_keys.iter().map(show::record));
             rows.extend(page.damaged.iter().map(show::damaged_record));
             damaged += page.damaged.len();
-            next.page_token = page.next_page_token;
-            if next.page_token.is_empty() || !all {
-                break;
+            match page.next_page_token {
+                Some(token) if all => next.page_token = token,
+                token => break token.is_some(),
             }
-        }
+        };
         self.output.list(rows, "no records")?;
         show::note_damaged(self.output, damaged);
-        if !next.page_token.is_empty() {
-            self.output.note("there are more: --all shows every page");
-        }
+        show::note_more(self.output, has_more);
         Ok(())
     }
 
-    fn show(&self, record: Option<proto::UserKey>) -> Result<(), Failure> {
-        let record = record.ok_or_else(|| {
-            Failure::new(Exit::Refused, "the broker's answer is empty")
-                .hint("is it a broker of a later release?")
-        })?;
+    /// Shows the record, or fails; the failure of a change says how to repeat it.
+    fn answered(&self, answer: Result<UserKey, Error>) -> Result<(), Failure> {
+        let record = answer.map_err(|error| failure(&error))?;
         self.output.fields(show::record(&record))
-    }
-}
-
-/// Keeps generated material as long as it is unknown whether it was stored.
-fn discard(source: &Source, failure: &Failure) {
-    if !refusal::is_uncertain(failure) {
-        source.discard();
     }
 }
 
@@ -386,12 +275,15 @@ fn explain_active(failure: Failure) -> Failure {
     failure
 }
 
-fn retry_hint(failure: Failure, id: Uuid) -> Failure {
-    if !refusal::is_uncertain(&failure) {
-        return failure;
+fn failure(error: &Error) -> Failure {
+    let failure = refusal::failure(error);
+    match error.request_id() {
+        Some(id) if error.outcome_unknown() => {
+            let hint = failure.hint.clone().unwrap_or_default();
+            failure.hint(format!(
+                "{hint}; a retry with the same content and --request-id {id} is safe for 24 hours"
+            ))
+        }
+        _ => failure,
     }
-    let hint = failure.hint.clone().unwrap_or_default();
-    failure.hint(format!(
-        "{hint}; a retry with the same content and --request-id {id} is safe for 24 hours"
-    ))
 }

@@ -12,6 +12,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use crate::cli::exit::{Exit, Failure};
+use keybroker_client::{KeyMaterial, KeyName};
 use keybroker_core::secret::KEY_MATERIAL_BYTES_MAX;
 
 /// Name and length of the key that Bitwarden's clients ask for over REST, which refuses to hand out any other length.
@@ -43,7 +44,8 @@ pub(super) struct Source {
 
 impl Source {
     /// Reads or generates the material for a key of this name.
-    pub(super) fn read_for(&self, key_name: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    pub(super) fn read_for(&self, key_name: &KeyName) -> Result<KeyMaterial, Failure> {
+        let key_name = key_name.as_str();
         let (name, length) = BITWARDEN;
         let odd = |found: usize| {
             let what = format!("a key named {name} has {length} bytes, and this one has {found}");
@@ -58,7 +60,14 @@ impl Source {
         if key_name == name && material.len() != length {
             return Err(odd(material.len()));
         }
-        Ok(material)
+        let what = if material.is_empty() {
+            "the key material is empty"
+        } else {
+            "the key material is longer than 190 bytes"
+        };
+        KeyMaterial::new(material.to_vec()).map_err(|_| {
+            Failure::new(Exit::Usage, what).hint("key material is 1 to 190 bytes, as they are")
+        })
     }
 
     /// The bytes; generated ones are on disk before they are sent.
@@ -90,7 +99,7 @@ impl Source {
     }
 }
 
-/// Reads at most one byte more than is permitted, so that the broker says what is wrong with longer material.
+/// Reads at most one byte more than is permitted, so that longer material is noticed.
 fn read(from: impl Read, shown: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
     // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
     let mut material = Zeroizing::new(Vec::with_capacity(KEY_MATERIAL_BYTES_MAX + 1));
@@ -253,6 +262,7 @@ mod tests {
 
     #[test]
     fn a_key_for_bitwarden_has_32_bytes() {
+        let [bitwarden, vault] = ["bitwarden", "vault"].map(|name| KeyName::parse(name).unwrap());
         let folder = tempfile::tempdir().unwrap();
         for (length, is_good) in [(31, false), (32, true), (33, false), (44, false)] {
             let path = folder.path().join(length.to_string());
@@ -263,14 +273,15 @@ mod tests {
                 generate: None,
                 out: None,
             };
-            assert_eq!(source.read_for("bitwarden").is_ok(), is_good, "{length}");
-            assert_eq!(source.read_for("vault").unwrap().len(), length);
+            assert_eq!(source.read_for(&bitwarden).is_ok(), is_good, "{length}");
+            let other = source.read_for(&vault).unwrap();
+            assert_eq!(other.expose().len(), length);
             // Refused before it is on disk.
             let made = folder.path().join(format!("made-{length}"));
             source.material_file = None;
             source.generate = Some(u16::try_from(length).unwrap());
             source.out = Some(made.clone());
-            assert_eq!(source.read_for("bitwarden").is_ok(), is_good, "{length}");
+            assert_eq!(source.read_for(&bitwarden).is_ok(), is_good, "{length}");
             assert_eq!(made.exists(), is_good);
         }
     }

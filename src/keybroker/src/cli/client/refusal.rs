@@ -1,47 +1,32 @@
 //! What a failed call means for the person who made it.
 
-use tonic::{Code, Status};
-use tonic_types::StatusExt as _;
+use keybroker_client::{Code, Error, ErrorKind, Reason, Status};
+use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
-use keybroker_core::error::Reason;
 
-/// The failure that a status stands for: with the broker's reason when it gave one, else that of the connection.
-pub(in crate::cli) fn failure(status: &Status) -> Failure {
-    let details = status.get_error_details();
-    let Some(info) = details.error_info() else {
-        return without_reason(status);
+/// The failure of a command whose call failed: with the broker's reason when it gave one, else that of the connection.
+pub(in crate::cli) fn failure(error: &Error) -> Failure {
+    let Some(refusal) = error.refusal() else {
+        return without_reason(error);
     };
-    let mut message = format!("{}: {}", info.reason, status.message());
-    for violation in details
-        .bad_request()
-        .map(|bad| &bad.field_violations)
-        .into_iter()
-        .flatten()
-    {
+    let mut message = format!("{}: {}", refusal.reason_name(), refusal.text());
+    for violation in refusal.violations() {
         message = format!("{message}; {}: {}", violation.field, violation.description);
     }
-    if let Some(delay) = details.retry_info().and_then(|info| info.retry_delay) {
+    if let Some(delay) = refusal.retry_delay() {
         message = format!("{message}; retry after {} ms", delay.as_millis());
     }
-    let known = Reason::ALL
-        .into_iter()
-        .find(|reason| reason.as_str() == info.reason);
-    let exit = match known {
+    let exit = match error.kind() {
         // The same end as when our own timer fires first: which of the two does is chance.
-        Some(Reason::Deadline) => Exit::Unreachable,
+        ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
     Failure {
-        hint: known.map(|reason| hint(reason).to_owned()),
-        reason: Some(info.reason.clone()),
+        hint: refusal.reason().map(|reason| hint(reason).to_owned()),
+        reason: Some(refusal.reason_name().to_owned()),
         ..Failure::new(exit, message)
     }
-}
-
-/// Whether the call may or may not have been carried out.
-pub(in crate::cli) fn is_uncertain(failure: &Failure) -> bool {
-    failure.exit == Exit::Unreachable
 }
 
 /// What the broker does to a client without an accepted certificate.
@@ -67,54 +52,57 @@ pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure
     failure.hint(format!("{certainty}{cause}"))
 }
 
-fn without_reason(status: &Status) -> Failure {
-    let message = status.message();
-    // What hyper says when the answer is HTTP, and no gRPC.
-    let is_other_protocol = message.contains("invalid compression flag");
-    let (what, hint) = match status.code() {
-        // What tonic's own timer says when a deadline passes on this side.
-        Code::Cancelled if message.contains("Timeout expired") => (
-            "no answer within --timeout-ms".to_owned(),
-            "the call may or may not have been carried out",
-        ),
+fn without_reason(error: &Error) -> Failure {
+    match error.kind() {
+        ErrorKind::DeadlineExceeded => {
+            Failure::new(Exit::Unreachable, "no answer within --timeout-ms")
+                .hint("the call may or may not have been carried out")
+        }
         // In TLS 1.3 a client without an accepted certificate learns so only at its first call.
-        Code::Unknown | Code::Unavailable
-            if message.contains("right after the TLS handshake")
-                || format!("{status:?}").contains("right after the TLS handshake") =>
-        {
-            (
-                CLOSED.to_owned(),
+        ErrorKind::Connection if chain(error).contains("right after the TLS handshake") => {
+            Failure::new(Exit::Unreachable, CLOSED).hint(
                 "it does not accept the certificate in --cert, or requires one: pass --cert and --key, and compare its issuer with \
-             `client_ca_file` of the listener; the broker's log names the cause",
+                 `client_ca_file` of the listener; the broker's log names the cause",
             )
         }
-        Code::Cancelled | Code::Unknown | Code::Unavailable => (
-            format!("{ENDED}: {message}"),
-            "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
-             CA, its dates and the broker's log",
-        ),
-        _ if is_other_protocol => (
-            "the listener at this address does not offer gRPC".to_owned(),
+        ErrorKind::Connection => {
+            let cause = error.status().map_or_else(|| chain(error), |status| status.message().to_owned());
+            Failure::new(Exit::Unreachable, format!("{ENDED}: {cause}")).hint(
+                "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
+                 CA, its dates and the broker's log",
+            )
+        }
+        ErrorKind::InvalidResponse => Failure::new(Exit::Refused, error.to_string())
+            .hint("is it a broker of a later release?"),
+        _ => match error.status() {
+            Some(status) => of_another_service(status),
+            None => Failure::new(Exit::Unreachable, chain(error)),
+        },
+    }
+}
+
+/// An answer that does not come from the API of a broker.
+fn of_another_service(status: &Status) -> Failure {
+    let message = status.message();
+    // What tonic says when the answer is HTTP, and no gRPC.
+    if message.contains("invalid compression flag") {
+        let what = "the listener at this address does not offer gRPC";
+        return Failure::new(Exit::Refused, what).hint(
             "perhaps it is the listener of the REST API: compare --endpoint with the [[listener]] sections of the broker's \
              configuration",
-        ),
-        Code::Unimplemented => (
-            format!("this listener does not have the service: {message}"),
+        );
+    }
+    // The call was not carried out, and another attempt changes nothing.
+    if status.code() == Code::Unimplemented {
+        let what = format!("this listener does not have the service: {message}");
+        return Failure::new(Exit::Refused, what).hint(
             "user keys (API `grpc`) and the admin API may be at different listeners: compare --endpoint with the `apis` of \
              each [[listener]] in the broker's configuration",
-        ),
-        code => (
-            format!("{code:?}: {message}"),
-            "the answer carries no reason, as every answer of a broker does: check which program listens at --endpoint",
-        ),
-    };
-    let exit = match status.code() {
-        // An answer: the call was not carried out, and another attempt changes nothing.
-        Code::Unimplemented => Exit::Refused,
-        _ if is_other_protocol => Exit::Refused,
-        _ => Exit::Unreachable,
-    };
-    Failure::new(exit, what).hint(hint)
+        );
+    }
+    Failure::new(Exit::Unreachable, format!("{:?}: {message}", status.code())).hint(
+        "the answer carries no reason, as every answer of a broker does: check which program listens at --endpoint",
+    )
 }
 
 /// What to do next. Exhaustive on purpose: a new reason must say.
@@ -172,19 +160,19 @@ const fn hint(reason: Reason) -> &'static str {
 mod tests {
     use std::{collections::HashMap, time::Duration};
 
-    use tonic_types::ErrorDetails;
+    use tonic_types::{ErrorDetails, StatusExt as _};
 
     use super::*;
 
-    fn status(code: Code, reason: &str) -> Status {
+    fn refusal(code: Code, reason: &str) -> Error {
         let details = ErrorDetails::with_error_info(reason, "keybroker.v1", HashMap::new());
-        Status::with_error_details(code, "fixed text (call 7)", details)
+        Status::with_error_details(code, "fixed text (call 7)", details).into()
     }
 
     #[test]
     fn every_reason_has_its_name_its_call_id_and_a_hint() {
         for reason in Reason::ALL {
-            let failure = failure(&status(Code::Internal, reason.as_str()));
+            let failure = failure(&refusal(Code::Internal, reason.as_str()));
             assert_eq!(failure.message, format!("{reason}: fixed text (call 7)"));
             assert_eq!(failure.reason.as_deref(), Some(reason.as_str()));
             assert!(failure.hint.is_some());
@@ -193,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_reason_of_a_later_release_is_shown_as_it_is() {
-        let failure = failure(&status(Code::Internal, "LATER"));
+        let failure = failure(&refusal(Code::Internal, "LATER"));
         assert_eq!((failure.exit, failure.hint), (Exit::Refused, None));
         assert_eq!(failure.reason.as_deref(), Some("LATER"));
     }
@@ -205,15 +193,15 @@ mod tests {
         details.set_retry_info(Some(Duration::from_millis(20)));
         let status = Status::with_error_details(Code::InvalidArgument, "text", details);
         assert_eq!(
-            failure(&status).message,
+            failure(&status.into()).message,
             "REQUEST: text; user: not empty; retry after 20 ms"
         );
     }
 
     #[test]
     fn both_timers_end_alike() {
-        let ours = failure(&Status::cancelled("Timeout expired"));
-        let theirs = failure(&status(Code::DeadlineExceeded, "DEADLINE"));
+        let ours = failure(&Status::cancelled("Timeout expired").into());
+        let theirs = failure(&refusal(Code::DeadlineExceeded, "DEADLINE"));
         assert_eq!(
             (ours.exit, theirs.exit),
             (Exit::Unreachable, Exit::Unreachable)
@@ -223,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_missing_certificate_is_explained() {
-        let failure = failure(&Status::cancelled("operation was canceled"));
+        let failure = failure(&Status::cancelled("operation was canceled").into());
         assert_eq!(failure.exit, Exit::Unreachable);
         assert!(failure.hint.unwrap().contains("--cert"));
     }

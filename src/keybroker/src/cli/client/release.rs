@@ -3,67 +3,55 @@
 use std::path::PathBuf;
 
 use base64ct::{Base64, Encoding as _};
+use keybroker_client::{KeyMaterial, KeyName, Refusal, ReleasedKey, UserId, UserKeyRef};
 use serde_json::{Value, json};
-use tonic::transport::Channel;
-use zeroize::Zeroizing;
 
 use crate::cli::{
     exit::{Exit, Failure},
     output::Field,
 };
-use keybroker_proto as proto;
-use keybroker_proto::{
-    batch_unwrap_result::Result as BatchResult, user_key_service_client::UserKeyServiceClient,
-};
 
-use super::{Caller, material};
+use super::{Caller, material, refusal};
 
 impl Caller {
     pub(super) async fn unwrap(
         &self,
-        mut service: UserKeyServiceClient<Channel>,
-        message: proto::UnwrapUserKeyRequest,
+        key: &UserKeyRef,
         out: Option<PathBuf>,
     ) -> Result<(), Failure> {
-        let released = self
-            .retried(message, async |request| {
-                service.unwrap_user_key(request).await
-            })
-            .await?;
-        let material = Zeroizing::new(released.key_material);
-        let revision = ("revision", json!(released.revision));
+        let released = self.client.unwrap_user_key(key).await;
+        let released = released.map_err(|error| refusal::failure(&error))?;
+        let material = &released.key_material;
+        let revision = ("revision", json!(released.revision.get()));
         if let Some(path) = out {
-            material::write_secret(&path, &material)?;
+            material::write_secret(&path, material.expose())?;
             return self.output.fields(vec![revision]);
         }
         if self.output.is_json() {
-            let encoded = ("key_material", base64(&material));
-            return self.output.fields(vec![revision, encoded]);
+            return self
+                .output
+                .fields(vec![revision, ("key_material", base64(material))]);
         }
-        self.output.bytes(&material)
+        self.output.bytes(material.expose())
     }
 
     pub(super) async fn batch_unwrap(
         &self,
-        mut service: UserKeyServiceClient<Channel>,
-        users: Vec<String>,
-        key_name: String,
+        users: Vec<UserId>,
+        key_name: &KeyName,
     ) -> Result<(), Failure> {
-        let item = |user: &String| proto::UnwrapUserKeyRequest {
-            user: user.clone(),
-            key_name: key_name.clone(),
-        };
-        let items = users.iter().map(item).collect();
-        let message = proto::BatchUnwrapUserKeysRequest { items };
-        let results = self
-            .retried(message, async |request| {
-                service.batch_unwrap_user_keys(request).await
+        let keys: Vec<_> = users
+            .into_iter()
+            .map(|user| UserKeyRef {
+                user,
+                key_name: key_name.clone(),
             })
-            .await?
-            .results;
-        let rows: Vec<_> = users.iter().zip(results).map(batch_row).collect();
-        let refused = rows.iter().filter(|row| row.iter().any(is_reason)).count();
-        let asked = rows.len();
+            .collect();
+        let results = self.client.batch_unwrap_user_keys(&keys).await;
+        let results = results.map_err(|error| refusal::failure(&error))?;
+        let refused = results.iter().filter(|result| result.is_err()).count();
+        let asked = results.len();
+        let rows = keys.iter().zip(&results).map(batch_row).collect();
         self.output.list(rows, "nothing asked")?;
         if refused > 0 {
             let what = format!("{refused} of {asked} keys were not released");
@@ -73,27 +61,23 @@ impl Caller {
     }
 }
 
-fn batch_row((user, result): (&String, proto::BatchUnwrapResult)) -> Vec<Field> {
-    let (revision, key_material, reason) = match result.result {
-        Some(BatchResult::Released(released)) => {
-            let material = Zeroizing::new(released.key_material);
-            (json!(released.revision), base64(&material), Value::Null)
-        }
-        Some(BatchResult::Error(error)) => (Value::Null, Value::Null, json!(error.reason)),
-        None => (Value::Null, Value::Null, json!("no result")),
+fn batch_row((key, result): (&UserKeyRef, &Result<ReleasedKey, Refusal>)) -> Vec<Field> {
+    let (revision, key_material, reason) = match result {
+        Ok(released) => (
+            json!(released.revision.get()),
+            base64(&released.key_material),
+            Value::Null,
+        ),
+        Err(refusal) => (Value::Null, Value::Null, json!(refusal.reason_name())),
     };
     vec![
-        ("user", json!(user)),
+        ("user", json!(key.user.as_str())),
         ("revision", revision),
         ("key_material", key_material),
         ("reason", reason),
     ]
 }
 
-fn is_reason((name, value): &Field) -> bool {
-    *name == "reason" && !value.is_null()
-}
-
-fn base64(material: &[u8]) -> Value {
-    json!(Base64::encode_string(material))
+fn base64(material: &KeyMaterial) -> Value {
+    json!(Base64::encode_string(material.expose()))
 }

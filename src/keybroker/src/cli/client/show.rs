@@ -1,48 +1,42 @@
 //! Messages as fields to show.
 
+use std::fmt::Display;
+
+use keybroker_client::{DamagedUserKey, Timestamp, UserKey, UserKeyState, proto};
 use prost_types::Timestamp as WireTimestamp;
 use serde_json::{Value, json};
 
 use crate::cli::output::{Field, Output};
-use keybroker_core::call::Timestamp;
-use keybroker_proto as proto;
 
-pub(super) fn record(record: &proto::UserKey) -> Vec<Field> {
-    let state = match record.state() {
-        proto::UserKeyState::Active => "active",
-        proto::UserKeyState::Deleted => "deleted",
-        proto::UserKeyState::Unspecified => "unknown",
+pub(super) fn record(record: &UserKey) -> Vec<Field> {
+    let state = match record.state {
+        UserKeyState::Active => "active",
+        UserKeyState::Deleted => "deleted",
+        _ => "unknown",
     };
     vec![
-        ("user", json!(record.user)),
-        ("key_name", json!(record.key_name)),
+        ("user", text(&record.key.user)),
+        ("key_name", text(&record.key.key_name)),
         ("state", json!(state)),
-        ("revision", json!(record.revision)),
-        ("record_id", json!(hex::encode(&record.record_id))),
-        ("wrapping_key", json!(hex::encode(&record.wrapping_key_id))),
-        ("created", time(record.create_time.as_ref())),
-        ("updated", time(record.update_time.as_ref())),
-        ("deleted", time(record.delete_time.as_ref())),
-        ("last_used", time(record.last_use_time.as_ref())),
+        ("revision", json!(record.revision.get())),
+        ("record_id", text(&record.record_id)),
+        ("wrapping_key", text(&record.wrapping_key_id)),
+        ("created", text(&record.create_time)),
+        ("updated", text(&record.update_time)),
+        ("deleted", known(record.delete_time.as_ref())),
+        ("last_used", known(record.last_use_time.as_ref())),
         ("problem", Value::Null),
     ]
 }
 
 /// The same columns, of a record that the broker could not read or verify.
-pub(super) fn damaged_record(record: &proto::DamagedUserKey) -> Vec<Field> {
-    let known = |text: &str| {
-        if text.is_empty() {
-            Value::Null
-        } else {
-            json!(text)
-        }
-    };
+pub(super) fn damaged_record(record: &DamagedUserKey) -> Vec<Field> {
     vec![
-        ("user", known(&record.user)),
-        ("key_name", known(&record.key_name)),
+        ("user", known(record.user.as_ref())),
+        ("key_name", known(record.key_name.as_ref())),
         ("state", json!("damaged")),
         ("revision", Value::Null),
-        ("record_id", known(&hex::encode(&record.record_id))),
+        ("record_id", known(record.record_id.as_ref())),
         ("wrapping_key", Value::Null),
         ("created", Value::Null),
         ("updated", Value::Null),
@@ -50,6 +44,21 @@ pub(super) fn damaged_record(record: &proto::DamagedUserKey) -> Vec<Field> {
         ("last_used", Value::Null),
         ("problem", json!(record.problem)),
     ]
+}
+
+fn text(value: &impl Display) -> Value {
+    json!(value.to_string())
+}
+
+fn known(value: Option<&impl Display>) -> Value {
+    value.map_or(Value::Null, text)
+}
+
+/// Says how to see the pages after the first one.
+pub(super) fn note_more(output: Output, has_more: bool) {
+    if has_more {
+        output.note("there are more: --all shows every page");
+    }
 }
 
 /// Points an administrator to the command that says more.

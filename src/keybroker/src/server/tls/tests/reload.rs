@@ -14,7 +14,7 @@ fn only_a_change_of_trust_ends_connections() {
     assert!(!Arc::ptr_eq(&first, &tls.current()), "taken over");
     assert!(
         !first.outdated.is_cancelled(),
-        "a list made anew revokes nobody"
+        "a renewed list revokes no certificate"
     );
 
     site.renew_server();

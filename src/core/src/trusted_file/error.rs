@@ -1,0 +1,188 @@
+//! Why a file or directory was refused.
+
+use std::{fmt, io, path::Path};
+
+use super::{
+    CREDENTIALS_VARIABLE, Purpose,
+    mount::MOUNTS,
+    walk::{DIRECTORY, ROOT},
+};
+
+/// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
+#[derive(Debug)]
+pub struct Error {
+    pub(super) path: Box<Path>,
+    /// The file itself, a directory above it, or a symbolic link on the way.
+    pub(super) component: Box<Path>,
+    pub(super) purpose: Purpose,
+    pub(super) problem: Box<Problem>,
+}
+
+#[derive(Debug)]
+pub(super) enum Problem {
+    Io(io::Error),
+    NoCredentials,
+    NotRegular(&'static str),
+    NotDirectory(&'static str),
+    NotSocket(&'static str),
+    ForeignMount {
+        /// Unknown if the mount table does not name one.
+        owner: Option<u32>,
+    },
+    ProcLink,
+    TooLong(u64),
+    Grew,
+    HardLinks,
+    Owner {
+        what: &'static str,
+        owner: u32,
+    },
+    Writable {
+        what: &'static str,
+        mode: u32,
+        owner: u32,
+    },
+    Readable {
+        mode: u32,
+        owner: u32,
+        is_read_only: bool,
+    },
+}
+
+impl Error {
+    /// Whether the file does not exist.
+    pub fn is_missing(&self) -> bool {
+        matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Whether the file may be read, but is longer than it may be.
+    pub fn is_too_long(&self) -> bool {
+        matches!(*self.problem, Problem::TooLong(_))
+    }
+
+    /// Whether a file was expected and a directory is there.
+    pub fn is_directory(&self) -> bool {
+        matches!(*self.problem, Problem::NotRegular(DIRECTORY))
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &*self.problem {
+            Problem::Io(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (path, at) = (self.path.display(), self.component.display());
+        let risk = self.purpose.risk();
+        let ours = rustix::process::geteuid().as_raw();
+        if self.path != self.component
+            && !matches!(*self.problem, Problem::Io(_) | Problem::NoCredentials)
+        {
+            write!(f, "{path} is not trusted: ")?;
+        }
+        match &*self.problem {
+            // The component may be the absolute form of the same path.
+            Problem::Io(error) if self.component.ends_with(&self.path) => {
+                write!(f, "cannot read {path}: {error}")
+            }
+            Problem::Io(error) => write!(f, "cannot read {path}: {at}: {error}"),
+            Problem::NoCredentials => write!(
+                f,
+                "cannot read {path}: the environment variable {CREDENTIALS_VARIABLE} is not set; add LoadCredential= to the \
+                 systemd unit, or name the file by its absolute path"
+            ),
+            Problem::NotRegular(kind) => write!(
+                f,
+                "{at} is {kind}, and only a regular file is read; name a regular file, or write the content to one"
+            ),
+            Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
+            Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
+            Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
+            Problem::ProcLink => write!(
+                f,
+                "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
+                 descriptors, or write the content to a regular file"
+            ),
+            Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
+            Problem::HardLinks => write!(
+                f,
+                "{at} has more than one hard link in a directory where other users can add one: {risk}; copy the file to another \
+                 directory"
+            ),
+            Problem::Grew => write!(f, "{at} changed while it was read"),
+            Problem::Owner { what, owner } => {
+                if let Some(remedy) = self.purpose.owner_remedy() {
+                    return write!(
+                        f,
+                        "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
+                    );
+                }
+                write!(
+                    f,
+                    "{what}{at} belongs to user {owner}, and it must belong to root or to user {ours}: {risk}; run `chown root \
+                     {at}`"
+                )?;
+                if ours == ROOT {
+                    write!(f, ", or run this command as user {owner}")?;
+                }
+                Ok(())
+            }
+            Problem::Writable { what, mode, owner } => write!(
+                f,
+                "{what}{at} has mode {mode:04o} and belongs to user {owner}: {risk}; run `chmod go-w {at}`"
+            ),
+            Problem::Readable {
+                mode,
+                owner,
+                is_read_only,
+            } => self.fmt_readable(f, *mode, *owner, *is_read_only),
+        }
+    }
+}
+
+impl Error {
+    fn fmt_mount(&self, f: &mut fmt::Formatter<'_>, owner: Option<u32>) -> fmt::Result {
+        let (at, risk) = (self.component.display(), self.purpose.risk());
+        match owner {
+            Some(owner) => write!(
+                f,
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+            ),
+            None => write!(
+                f,
+                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+            ),
+        }
+    }
+
+    fn fmt_readable(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        mode: u32,
+        owner: u32,
+        is_read_only: bool,
+    ) -> fmt::Result {
+        let at = self.component.display();
+        let secret = self.purpose.content();
+        write!(
+            f,
+            "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
+        )?;
+        if is_read_only {
+            // `chmod` fails there: the mode is that of the source of the mount.
+            write!(
+                f,
+                "it is mounted read-only, so set the mode where it is mounted from (Kubernetes: `defaultMode: 0440` of the \
+                 volume and `fsGroup` of the pod; Compose: `mode: 0440` with `uid` and `gid` of the secret)"
+            )?;
+        } else {
+            write!(f, "run `chmod 600 {at}`")?;
+        }
+        write!(f, ", and change the {secret} if others may have read it")
+    }
+}

@@ -1,0 +1,44 @@
+//! Users who are trusted with a path besides root and the user of this process.
+
+use std::path::Path;
+
+use super::{Error, Purpose, read};
+
+/// The users of this machine. Users of other directory services are named by their numbers.
+const USERS: &str = "/etc/passwd";
+const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// A user who is trusted with a path besides root and the user of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    pub(super) id: u32,
+    /// The user's own group, which may write to a directory on the way; unknown without an entry in `/etc/passwd`.
+    pub(super) group: Option<u32>,
+}
+
+impl User {
+    /// The user with this name or number. A number that `/etc/passwd` does not have is a user in a container or of a directory
+    /// service, whose group is unknown: on this machine, the group with the same number has other members.
+    pub fn find(name: &str) -> Result<Option<Self>, Error> {
+        let purpose = Purpose::trust("other users could choose who is trusted");
+        let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
+        Ok(Self::find_in(&String::from_utf8_lossy(&users), name))
+    }
+
+    pub(super) fn find_in(users: &str, name: &str) -> Option<Self> {
+        let number = name.parse::<u32>().ok();
+        let known = users.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let found = fields.next()?;
+            let id = fields.nth(1)?.parse().ok()?;
+            let group = Some(fields.next()?.parse().ok()?);
+            (found == name || number == Some(id)).then_some(Self { id, group })
+        });
+        known.or(number.map(|id| Self { id, group: None }))
+    }
+
+    /// The number of the user.
+    pub const fn id(self) -> u32 {
+        self.id
+    }
+}

@@ -1,0 +1,32 @@
+//! What is wrong with files that are read again while the broker serves.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use keybroker_broker::{Broker, Health};
+
+/// What is wrong with files that are read again while the broker serves, as a part of the broker's health. Empty if nothing is.
+#[derive(Debug, Default)]
+pub(super) struct FileProblems(ArcSwap<String>);
+
+impl FileProblems {
+    pub(super) fn set(&self, problems: String) {
+        if **self.0.load() != problems {
+            self.0.store(Arc::new(problems));
+        }
+    }
+
+    /// The health of the broker, with these problems in its detail.
+    pub(super) fn health(&self, broker: &Broker) -> Health {
+        let mut health = broker.health();
+        let problems = self.0.load();
+        if !problems.is_empty() {
+            if !health.detail.is_empty() {
+                health.detail.push_str("; ");
+            }
+            health.detail.push_str(&problems);
+        }
+        health
+    }
+}

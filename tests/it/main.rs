@@ -9,6 +9,7 @@
     reason = "a test that meets a surprise stops there and says where"
 )]
 
+mod adopted;
 mod audit_log;
 mod bad_inputs;
 mod bench;

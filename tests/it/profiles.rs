@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use crate::{
-    faulty, faulty_token,
+    adopted, faulty, faulty_token,
     site::{Options, Site},
     softhsm::write_private,
 };
@@ -23,80 +23,164 @@ enum Verdict {
 
 use Verdict::{Refused, Works};
 
-/// Each profile with its verdict, and with what stands before the PIN of the real token.
-const VERDICTS: [(&str, &str, Verdict); 12] = [
-    (
-        "aws-cloudhsm-sdk5",
-        "crypto_user:",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
-    ),
-    (
+/// A profile with its verdicts.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    profile: &'static str,
+    /// What stands before the PIN of the real token.
+    before_pin: &'static str,
+    /// With the settings that have no default.
+    verdict: Verdict,
+    /// Lines of `[token]`, and the verdict with them.
+    with: Option<(&'static [&'static str], Verdict)>,
+}
+
+const fn expected(profile: &'static str, verdict: Verdict) -> Expected {
+    Expected {
+        profile,
+        before_pin: "",
+        verdict,
+        with: None,
+    }
+}
+
+const COPYABLE_AND_MECHANISMS: &str =
+    "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]";
+
+const EXPECTED: [Expected; 12] = [
+    Expected {
+        before_pin: "crypto_user:",
+        with: Some((
+            &[
+                "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\", \"CKA_SIGN_RECOVER\"]",
+            ],
+            Works,
+        )),
+        ..expected(
+            "aws-cloudhsm-sdk5",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE, CKA_ALLOWED_MECHANISMS and CKA_SIGN_RECOVER in templates",
+                0,
+            ),
+        )
+    },
+    expected(
         "google-kmsp11",
-        "",
         Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
     ),
-    (
+    expected(
         "liar",
-        "",
         Refused(
             UNTRUSTED,
             "the RSA private key can be wrapped with CKM_AES_KEY_WRAP",
             0,
         ),
     ),
+    Expected {
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
+        ..expected(
+            "luna-cloud",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                0,
+            ),
+        )
+    },
+    Expected {
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
+        ..expected(
+            "luna7",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                0,
+            ),
+        )
+    },
+    expected(
+        "nethsm",
+        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
+    ),
+    Expected {
+        with: Some((
+            &[
+                "integrity_key = \"nshield\"",
+                "attribute_exceptions = [\"CKA_COPYABLE\"]",
+            ],
+            Works,
+        )),
+        ..expected(
+            "nshield",
+            Refused(
+                TOKEN,
+                "It makes an integrity key of another kind: set `integrity_key = \"nshield\"`",
+                0,
+            ),
+        )
+    },
+    Expected {
+        with: Some((&[COPYABLE_AND_MECHANISMS], Works)),
+        ..expected(
+            "opencryptoki-3.8",
+            Refused(
+                TOKEN,
+                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                0,
+            ),
+        )
+    },
+    expected("p11-kit-remote", Works),
+    expected("pkcs11-proxy", Works),
+    expected(
+        "tpm2",
+        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
+    ),
+    Expected {
+        before_pin: "0001",
+        with: Some((
+            &[
+                "integrity_key = \"sha256-hmac\"",
+                "attribute_exceptions = [\"CKA_ALLOWED_MECHANISMS\"]",
+            ],
+            Refused(
+                UNTRUSTED,
+                "CKA_ALLOWED_MECHANISMS is not exactly CKM_RSA_PKCS_OAEP",
+                0,
+            ),
+        )),
+        ..expected(
+            "yubihsm2",
+            Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
+        )
+    },
+];
+
+/// Profiles of products whose keys are made with the vendor's tool, with the lines of `[token]` that such keys need, and what `key
+/// register` says of them.
+const ADOPTED: [(&str, &str, &[&str], Verdict); 4] = [
     (
-        "luna-cloud",
-        "",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
+        "aws-cloudhsm-sdk5",
+        "crypto_user:",
+        &[
+            "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\", \"CKA_SIGN_RECOVER\"]",
+        ],
+        Works,
     ),
     (
-        "luna7",
+        "google-kmsp11",
         "",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
+        &["access_control = \"outside-pkcs11\""],
+        Works,
     ),
     (
         "nethsm",
         "",
-        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
+        &["attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_LOCAL\"]"],
+        Refused(UNTRUSTED, "CKA_LOCAL is not true", 3),
     ),
-    (
-        "nshield",
-        "",
-        Refused(TOKEN, "KeyTypeInconsistent from C_GenerateKey", 0),
-    ),
-    (
-        "opencryptoki-3.8",
-        "",
-        Refused(
-            TOKEN,
-            "CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in the template of the integrity key",
-            0,
-        ),
-    ),
-    ("p11-kit-remote", "", Works),
-    ("pkcs11-proxy", "", Works),
-    (
-        "tpm2",
-        "",
-        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
-    ),
-    (
-        "yubihsm2",
-        "0001",
-        Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
-    ),
+    ("yubihsm2", "0001", &[], Works),
 ];
 
 /// A token without keys that behaves like the profile.
@@ -104,8 +188,7 @@ fn site(profile: &str, before_pin: &str) -> Site {
     let site = Site::without_keys(Options::default());
     let faulty = faulty_token::put_before(&site);
     faulty.set_profile(profile);
-    let pin = format!("{before_pin}{}", site.token.pin());
-    write_private(&site.token.pin_file(), &pin);
+    put_before_pin(&site, before_pin);
     site.expect_ok(&["store", "migrate"]);
     site
 }
@@ -119,57 +202,100 @@ fn objects(site: &Site) -> usize {
         .count()
 }
 
+fn put_before_pin(site: &Site, text: &str) {
+    let pin = format!("{text}{}", site.token.pin());
+    write_private(&site.token.pin_file(), &pin);
+}
+
 #[test]
-fn each_profile_has_its_verdict() {
+fn keys_of_the_vendors_tool_have_their_verdict() {
     let mut found = BTreeMap::new();
-    for (profile, before_pin, expected) in VERDICTS {
-        let site = site(profile, before_pin);
-        let generated = site.run(&["key", "generate", "--bits", "2048"]);
-        let is_met = match expected {
-            Works => generated.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
+    for (profile, before_pin, lines, verdict) in ADOPTED {
+        let (site, faulty) = adopted::site();
+        faulty.set_profile(profile);
+        put_before_pin(&site, before_pin);
+        configure(&site, lines);
+        let register = [
+            "key",
+            "register",
+            adopted::PRIVATE,
+            "--integrity-id",
+            adopted::INTEGRITY,
+        ];
+        let registered = site.run(&register);
+        let is_met = match verdict {
+            Works => registered.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
             Refused(code, cause, left) => {
-                generated.code == Some(code)
-                    && generated.stderr.contains(cause)
+                registered.code == Some(code)
+                    && registered.stderr.contains(cause)
                     && objects(&site) == left
             }
         };
         if !is_met {
-            found.insert(profile, (expected, generated));
+            found.insert(profile, (verdict, registered));
         }
     }
     assert!(found.is_empty(), "{found:#?}");
 }
 
-/// Products whose keys are made and pass once the attributes that the message names are excepted.
-const WITH_EXCEPTIONS: [(&str, &[&str]); 2] = [
-    ("luna7", &["CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS"]),
-    (
-        "opencryptoki-3.8",
-        &["CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS"],
-    ),
-];
+/// Adds lines to `[token]`.
+fn configure(site: &Site, lines: &[&str]) {
+    let file = site.configuration_file();
+    let text = fs::read_to_string(&file).unwrap();
+    let token = format!("[token]\n{}\n", lines.join("\n"));
+    write_private(&file, &text.replacen("[token]\n", &token, 1));
+}
 
-#[test]
-fn with_the_exceptions_that_it_needs_a_product_works() {
-    for (profile, exceptions) in WITH_EXCEPTIONS {
-        let site = site(profile, "");
-        let file = site.configuration_file();
-        let text = fs::read_to_string(&file).unwrap();
-        let excepted = format!("[token]\nattribute_exceptions = {exceptions:?}\n");
-        write_private(&file, &text.replacen("[token]\n", &excepted, 1));
-        site.expect_ok(&["key", "generate", "--bits", "2048"]);
-        let checked = site.run(&["token", "check"]);
-        assert_eq!(checked.code, Some(0), "{profile}: {checked:#?}");
-        for exception in exceptions {
-            let warning = format!("warning: {exception} is excepted");
-            assert!(checked.stderr.contains(&warning), "{profile}: {checked:#?}");
+/// What was found instead, if a verdict is not met.
+fn other_than(site: &Site, expected: Verdict) -> Option<String> {
+    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    match expected {
+        Works if generated.code == Some(0) => {
+            let checked = site.run(&["token", "check"]);
+            (checked.code != Some(0)).then(|| format!("{checked:#?}"))
         }
+        Refused(code, cause, left)
+            if generated.code == Some(code) && generated.stderr.contains(cause) =>
+        {
+            let found = objects(site);
+            (found != left).then(|| format!("{found} objects are left"))
+        }
+        _ => Some(format!("{generated:#?}")),
     }
 }
 
 #[test]
+fn each_profile_has_its_verdict() {
+    let mut found = BTreeMap::new();
+    for expected in EXPECTED {
+        let site = site(expected.profile, expected.before_pin);
+        if let Some(other) = other_than(&site, expected.verdict) {
+            found.insert(expected.profile, (expected.verdict, other));
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn with_the_settings_that_it_needs_each_profile_has_its_verdict() {
+    let mut found = BTreeMap::new();
+    for expected in EXPECTED {
+        let Some((lines, verdict)) = expected.with else {
+            continue;
+        };
+        let site = site(expected.profile, expected.before_pin);
+        configure(&site, lines);
+        if let Some(other) = other_than(&site, verdict) {
+            found.insert(expected.profile, (verdict, other));
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
 fn every_profile_has_a_verdict() {
-    assert_eq!(faulty::profiles(), VERDICTS.map(|(profile, ..)| profile));
+    let expected = EXPECTED.map(|expected| expected.profile);
+    assert_eq!(faulty::profiles(), expected);
 }
 
 /// The table of `docs/tokens.md` is what the tests have found.
@@ -180,18 +306,40 @@ fn the_page_shows_each_verdict() {
     let (_, section) = page
         .split_once("## Products that the tests do not run")
         .unwrap();
-    let rows: Vec<&str> = section
-        .lines()
-        .filter(|line| line.starts_with("| `"))
-        .collect();
-    let expected = VERDICTS.map(|(name, _, verdict)| {
+    let (section, adopted) = section
+        .split_once("| Profile | Settings | Result |")
+        .unwrap();
+    let shown = |verdict: Verdict| match verdict {
+        Works => "works".to_owned(),
+        Refused(_, cause, 0) => format!("refused: ``{cause}``"),
+        Refused(_, cause, left) => format!("refused: ``{cause}``; {left} objects are left"),
+    };
+    let settings = |lines: &[&str]| {
+        let lines: Vec<String> = lines.iter().map(|line| format!("`{line}`")).collect();
+        lines.join(", ")
+    };
+    let rows = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| line.starts_with("| `"));
+        lines.map(str::to_owned).collect()
+    };
+    let expected = EXPECTED.map(|expected| {
+        let name = expected.profile;
         let profile = faulty::profile(name);
         let (product, evidence) = (profile.product, profile.evidence);
-        let result = match verdict {
-            Works => "works | ".to_owned(),
-            Refused(_, cause, left) => format!("refused: `{cause}` | {left}"),
-        };
-        format!("| `{name}` | {product} | {evidence} | {result} |")
+        let result = shown(expected.verdict);
+        let with = expected.with.map_or_else(String::new, |(lines, verdict)| {
+            format!("{}: {}", settings(lines), shown(verdict))
+        });
+        format!("| `{name}` | {product} | {evidence} | {result} | {with} |")
     });
-    assert_eq!(rows, expected);
+    assert_eq!(rows(section), expected);
+    let expected = ADOPTED.map(|(name, _, lines, verdict)| {
+        // The keys of the tool are not ours to remove.
+        let verdict = match verdict {
+            Refused(code, cause, _) => Refused(code, cause, 0),
+            Works => Works,
+        };
+        format!("| `{name}` | {} | {} |", settings(lines), shown(verdict))
+    });
+    assert_eq!(rows(adopted), expected);
 }

@@ -6,7 +6,7 @@ use keybroker::config::Config;
 use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::Document,
-    key::{ClientId, Tenant},
+    key::{ClientId, Tenant, WrappingKeyId},
     principal::{Reach, Role},
     state::StateDirectory,
 };
@@ -38,7 +38,7 @@ fn document(number: u8) -> Document {
 
 /// As a broker writes it: the MAC is made by the token.
 fn signed(admin: &Admin, number: u8, revision: u64, document: Vec<u8>) -> ClientRow {
-    let key = admin.key_ids().unwrap()[0];
+    let key = WrappingKeyId::from_slice(admin.key_ids().unwrap()[0].as_bytes()).unwrap();
     let mut row = ClientRow {
         id: ClientId::from_bytes([number; 16]),
         revision,

@@ -54,8 +54,8 @@ fn edit(column: &str, kind: &str) -> String {
         "INTEGER" => format!("coalesce({column}, 0) + 1000"),
         "TEXT" => format!("{column} || 'x'"),
         "BLOB" => format!(
-            "CAST(substr({column}, 1, length({column}) - 1) || \
-             CASE WHEN substr({column}, -1) = x'00' THEN x'01' ELSE x'00' END AS BLOB)"
+            "CASE WHEN length({column}) = 0 THEN x'01' ELSE CAST(substr({column}, 1, length({column}) - 1) || \
+             CASE WHEN substr({column}, -1) = x'00' THEN x'01' ELSE x'00' END AS BLOB) END"
         ),
         other => panic!("a column of type {other}"),
     }

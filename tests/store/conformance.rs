@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::{Fingerprint, Purpose, Revision, Tenant, UserId, WrappingKeyState},
+    key::{Fingerprint, ObjectIds, Purpose, Revision, Tenant, UserId, WrappingKeyState},
 };
 use keybroker_store::{Error, ListQuery, Position, RecordInfo, RecordState, RegistryRow, Store};
 use tokio::task::JoinSet;
@@ -397,6 +397,7 @@ pub(crate) async fn the_registry_is_compare_and_swap(engine: &Engine) {
     let row = RegistryRow {
         id: KEY,
         fingerprint: Fingerprint([3; 32]),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
         purpose: Purpose::Plain,
         state: WrappingKeyState::Active,
         token_serial: "0123".to_owned(),

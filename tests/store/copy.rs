@@ -4,7 +4,7 @@ use std::{process::Command, sync::Arc};
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::{Fingerprint, Purpose, Revision, WrappingKeyState},
+    key::{Fingerprint, ObjectIds, Purpose, Revision, WrappingKeyState},
 };
 use keybroker_store::{
     RegistryRow,
@@ -49,6 +49,7 @@ async fn source() -> Engine {
     let row = RegistryRow {
         id: KEY,
         fingerprint: Fingerprint([0xfe; 32]),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
         purpose: Purpose::Plain,
         state: WrappingKeyState::Deactivated,
         token_serial: "0123 \u{fc}".to_owned(),

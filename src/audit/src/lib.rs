@@ -222,6 +222,8 @@ pub struct Entry {
     pub grant: Option<String>,
     /// The identity of the database that the log is used with.
     pub store: Option<String>,
+    /// Risks of the token that its settings accept.
+    pub risks: Option<String>,
 }
 
 impl Entry {
@@ -248,6 +250,7 @@ impl Entry {
             client: None,
             grant: None,
             store: None,
+            risks: None,
             cause: None,
         }
     }

@@ -42,6 +42,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.shown("record_id", entry.record_id.as_ref());
     object.shown("request_id", entry.request_id.as_ref());
     object.number("revision", entry.revision.map(Revision::get));
+    object.text("risks", entry.risks.as_deref());
     object.number("sequence", Some(place.sequence));
     object.text("store", entry.store.as_deref());
     object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));

@@ -131,6 +131,8 @@ pub struct Parts {
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
+    /// Risks of the token that its settings accept, for the health details, each as a sentence without its end.
+    pub accepted_risks: Vec<String>,
 }
 
 /// Limits on what is stored for one user. Concurrent calls can exceed a limit by one each.
@@ -163,6 +165,7 @@ pub struct Broker {
     client_uses: ClientUses,
     acknowledged: Acknowledged,
     capacity: Capacity,
+    accepted_risks: Vec<String>,
     /// Grows with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
@@ -185,6 +188,7 @@ impl Broker {
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),
             capacity: parts.capacity,
+            accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
             overload: Overload::default(),

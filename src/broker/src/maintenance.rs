@@ -72,7 +72,9 @@ impl Broker {
         }
         let user_keys = problems.is_empty();
         // The token still serves.
-        problems.extend(token.note.map(|note| format!("token: {note}")));
+        let risks = self.accepted_risks.iter().cloned();
+        let notes = token.note.into_iter().chain(risks);
+        problems.extend(notes.map(|note| format!("token: {note}")));
         Health {
             user_keys,
             control,

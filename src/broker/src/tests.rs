@@ -9,7 +9,7 @@ use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::Document,
     envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
-    key::{ClientId, Fingerprint, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
+    key::{ClientId, Fingerprint, ObjectIds, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
     principal::{Reach, Role},
     secret::KeyMaterial,
     state::StateDirectory,
@@ -116,6 +116,7 @@ fn token_key_called(id: WrappingKeyId) -> TokenKey {
 fn registered(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> RegistryRow {
     RegistryRow {
         id,
+        objects: ObjectIds::default(),
         fingerprint: Fingerprint([1; 32]),
         purpose: Purpose::Plain,
         state,
@@ -157,6 +158,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             revisions_max: 1_000,
             keys_per_user_max: 1_000,
         },
+        accepted_risks: Vec::new(),
     });
     broker
         .load_registry(Deadline::after(Duration::from_secs(1)))

@@ -200,9 +200,89 @@ impl ClientId {
 }
 
 id!(
-    /// `CKA_ID` of a wrapping key and of its integrity key.
+    /// Identity of a wrapping key and its integrity key: the `CKA_ID` of their objects on the token, unless [`ObjectIds`] says
+    /// otherwise.
     WrappingKeyId
 );
+
+/// `CKA_ID` of an object on a token: 1 to 255 bytes.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectId(Box<[u8]>);
+
+impl ObjectId {
+    /// Longest id, in bytes.
+    pub const BYTES_MAX: usize = 255;
+
+    /// From bytes of a permitted length.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        (1..=Self::BYTES_MAX)
+            .contains(&bytes.len())
+            .then(|| Self(bytes.into()))
+    }
+
+    /// From hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        hex::decode(text)
+            .ok()
+            .and_then(|bytes| Self::from_slice(&bytes))
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl From<WrappingKeyId> for ObjectId {
+    fn from(id: WrappingKeyId) -> Self {
+        Self(id.as_bytes().as_slice().into())
+    }
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(&self.0))
+    }
+}
+
+impl fmt::Debug for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ObjectId({self})")
+    }
+}
+
+/// The `CKA_ID` of the two objects of a wrapping key, where it is not the id of the wrapping key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObjectIds {
+    /// Of the RSA private key.
+    pub private: Option<ObjectId>,
+    /// Of the integrity key.
+    pub integrity: Option<ObjectId>,
+}
+
+impl ObjectIds {
+    /// From two byte strings as stored and sent: an empty one stands for the id of the wrapping key. None if one is too long.
+    pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
+        let id = |bytes: &[u8]| match bytes {
+            [] => Some(None),
+            bytes => ObjectId::from_slice(bytes).map(Some),
+        };
+        Some(Self {
+            private: id(private)?,
+            integrity: id(integrity)?,
+        })
+    }
+
+    /// As stored and sent, of the RSA private key.
+    pub fn private_bytes(&self) -> &[u8] {
+        self.private.as_ref().map_or(&[], ObjectId::as_bytes)
+    }
+
+    /// As stored and sent, of the integrity key.
+    pub fn integrity_bytes(&self) -> &[u8] {
+        self.integrity.as_ref().map_or(&[], ObjectId::as_bytes)
+    }
+}
 
 /// Number of a record's revision, from 1; at most `i64::MAX`, which every SQL engine can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -359,6 +439,27 @@ mod tests {
             &"ä".repeat(128),
         ] {
             assert!(UserId::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn ids_of_objects_have_any_length_up_to_their_limit() {
+        for (private, integrity, is_good) in [
+            (0, 0, true),
+            (1, 255, true),
+            (256, 0, false),
+            (0, 256, false),
+        ] {
+            let ids = ObjectIds::from_slices(&vec![7; private], &vec![8; integrity]);
+            assert_eq!(ids.is_some(), is_good, "{private} {integrity}");
+            if let Some(ids) = ids {
+                assert_eq!(ids.private_bytes(), vec![7; private]);
+                assert_eq!(ids.integrity_bytes(), vec![8; integrity]);
+            }
+        }
+        assert_eq!(ObjectId::from_hex("0a").unwrap().to_string(), "0a");
+        for bad in ["", "0", "0g"] {
+            assert_eq!(ObjectId::from_hex(bad), None, "{bad:?}");
         }
     }
 

@@ -18,7 +18,7 @@ use std::{
 
 use keybroker_core::{
     envelope::{Algorithm, Mac, mac::MacMessage},
-    key::{Fingerprint, WrappingKeyId},
+    key::{Fingerprint, ObjectId, ObjectIds, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -28,8 +28,8 @@ use keybroker_worker_protocol::{
     report::Report,
     wire::{
         self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
-        InitToken, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, TokenEntry, VerifyMac,
-        admin_reply::Outcome, admin_request::Job,
+        InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, TokenEntry,
+        VerifyMac, admin_reply::Outcome, admin_request::Job,
     },
 };
 use zeroize::Zeroize as _;
@@ -46,6 +46,8 @@ const WORKER: &str = "token-admin-worker";
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
 /// How long a worker may take to end by itself once its socket is closed: longer than it gives the module.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
+/// Keys in one message, far below the longest frame.
+const KEYS_PER_FRAME: usize = 64;
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
@@ -112,8 +114,10 @@ pub struct Listed {
 /// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub struct CheckedKey {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
+    /// Where its objects were found on the token.
+    pub objects: ObjectIds,
     /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// DER SubjectPublicKeyInfo.
@@ -232,8 +236,35 @@ impl Admin {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ids of all RSA private keys on the token.
-    pub fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
+    /// Says where the objects of keys are. Without that, the objects of a key are looked for as `key generate` makes them.
+    pub fn know<'a>(
+        &self,
+        keys: impl IntoIterator<Item = (WrappingKeyId, &'a ObjectIds)>,
+    ) -> Result<(), AdminError> {
+        let keys: Vec<wire::setup::Key> = keys
+            .into_iter()
+            .map(|(id, objects)| wire::setup::Key {
+                id: id.as_bytes().to_vec(),
+                fingerprint: Vec::new(),
+                private_cka_id: objects.private_bytes().to_vec(),
+                integrity_cka_id: objects.integrity_bytes().to_vec(),
+                token_serial: String::new(),
+            })
+            .collect();
+        for some in keys.chunks(KEYS_PER_FRAME) {
+            let job = Job::KnowKeys(KnowKeys {
+                keys: some.to_vec(),
+            });
+            match self.worker().ask(job, Duration::ZERO)? {
+                Outcome::Known(_) => {}
+                _ => return Err(unexpected()),
+            }
+        }
+        Ok(())
+    }
+
+    /// `CKA_ID` of all RSA private keys on the token.
+    pub fn key_ids(&self) -> Result<Vec<ObjectId>, AdminError> {
         match self
             .worker()
             .ask(Job::ListKeys(ListKeys {}), Duration::ZERO)?
@@ -241,7 +272,7 @@ impl Admin {
             Outcome::KeyIds(list) => list
                 .ids
                 .iter()
-                .map(|id| WrappingKeyId::from_slice(id).ok_or_else(unexpected))
+                .map(|id| ObjectId::from_slice(id).ok_or_else(unexpected))
                 .collect(),
             _ => Err(unexpected()),
         }
@@ -372,6 +403,8 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     };
     Ok(CheckedKey {
         id: WrappingKeyId::from_slice(&key.id).ok_or_else(unexpected)?,
+        objects: ObjectIds::from_slices(&checked.private_cka_id, &checked.integrity_cka_id)
+            .ok_or_else(unexpected)?,
         fingerprint: oaep::fingerprint(&key.spki),
         spki: key.spki,
         modulus_bits: usize::try_from(checked.modulus_bits).map_err(|_| unexpected())?,

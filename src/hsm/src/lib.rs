@@ -121,7 +121,7 @@ pub enum Serving {
 /// A wrapping key as found on the token and accepted by the attribute check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenKey {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
     /// Of the public key below.
     pub fingerprint: Fingerprint,

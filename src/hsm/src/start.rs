@@ -186,25 +186,34 @@ fn setup(
     expected: &[ExpectedKey],
     state: &StateDirectory,
 ) -> Result<Setup, Failure> {
-    let pin_file = settings.pin_file.as_deref().ok_or_else(|| {
-        Failure::new(
+    if settings.pin_file.is_none() && !settings.is_without_login() {
+        return Err(Failure::new(
             FailureClass::Configuration,
             "no PIN: set `token.pin_file` to a file that only this user can read",
-        )
-    })?;
+        ));
+    }
     check_environment(&settings.environment)
         .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
     // Resolved here, because the worker has no environment.
-    let pin_file = resolve_pin_file(pin_file)
-        .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
+    let pin_file = settings
+        .pin_file
+        .as_deref()
+        .map(resolve_pin_file)
+        .transpose();
+    let pin_file = pin_file
+        .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?
+        .map(|path| path.to_string_lossy().into_owned());
     Ok(Setup {
-        pin_file: pin_file.to_string_lossy().into_owned(),
+        pin_file: pin_file.unwrap_or_default(),
         sessions: u32::try_from(settings.sessions_per_worker).unwrap_or(1),
         keys: expected
             .iter()
             .map(|key| wire::setup::Key {
                 id: key.id.as_bytes().to_vec(),
                 fingerprint: key.fingerprint.0.to_vec(),
+                private_cka_id: key.objects.private_bytes().to_vec(),
+                integrity_cka_id: key.objects.integrity_bytes().to_vec(),
+                token_serial: key.token_serial.clone(),
             })
             .collect(),
         ..settings.to_setup(state.path())

@@ -18,6 +18,7 @@ use keybroker_hsm as hsm;
 use keybroker_policy as policy;
 use keybroker_store as store;
 
+pub(crate) mod accepted;
 mod advice;
 mod certificates;
 mod check;

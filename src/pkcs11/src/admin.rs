@@ -1,6 +1,6 @@
 //! Administration of tokens and keys, in the admin worker: one thread uses the module.
 
-use std::ops::RangeInclusive;
+use std::{collections::HashMap, ops::RangeInclusive};
 
 use cryptoki::{
     mechanism::{MechanismInfo, MechanismType},
@@ -11,17 +11,19 @@ use cryptoki::{
 use keybroker_core::{
     call::Timestamp,
     envelope::{Algorithm, Mac},
-    key::WrappingKeyId,
+    key::{ObjectId, ObjectIds, WrappingKeyId},
 };
 use keybroker_pkcs11_ffi::{Module, TokenInfo as PkcsTokenInfo};
-use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo, unpadded};
+use keybroker_worker_protocol::{
+    AccessControl, ExpectedKey, IntegrityKey, Pin, Settings, TokenInfo, unpadded,
+};
 
 use crate::{
     PinRecord,
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, KeySession, Refusal},
+    keys::{self, Cause, KeySession, Making, Place, Refusal, Terms},
     module,
     negative::Subject,
     open::{OpenToken, auth_pin},
@@ -37,23 +39,66 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// Names what a token refuses in a template, and the setting that leaves it out.
-fn refused_attributes(refusal: &Refusal, refused: &[Exception], excepted: &[String]) -> AdminError {
-    let names: Vec<&str> = refused
-        .iter()
-        .map(|exception| exception.attribute)
-        .collect();
+/// Names the settings with which a token makes the keys that it refused, and what they mean.
+fn helped_by_settings(
+    refusal: &Refusal,
+    integrity_key: IntegrityKey,
+    attributes: &[Exception],
+    settings: &Settings,
+) -> AdminError {
     let making = refusal
         .making
-        .map_or_else(String::new, |making| making.to_string());
-    let mut all: Vec<Exception> = attribute_check::exceptions_in_use(excepted).collect();
-    all.extend(refused);
+        .map_or_else(|| "the keys".to_owned(), |making| making.to_string());
+    let mut help = Vec::new();
+    if integrity_key != settings.integrity_key {
+        help.push(format!(
+            "It makes an integrity key of another kind: set `integrity_key = \"{}\"` in [token]",
+            integrity_key.as_str()
+        ));
+    }
+    if !attributes.is_empty() {
+        let names: Vec<&str> = attributes
+            .iter()
+            .map(|exception| exception.attribute)
+            .collect();
+        let mut all: Vec<Exception> =
+            attribute_check::exceptions_in_use(&settings.attribute_exceptions).collect();
+        all.extend(attributes);
+        help.push(format!(
+            "It refuses {} in templates. If it cannot express that, {}",
+            listed_names(&names),
+            attribute_check::accept(&all)
+        ));
+    }
     AdminError::Token(format!(
-        "the token refuses {} in the template of {making}: {}. If the token cannot express that, {}. No key was made",
-        names.join(" and "),
+        "the token did not make {making}: {}. {}. No key was made",
         refusal.fault,
-        attribute_check::accept(&all)
+        help.join(". ")
     ))
+}
+
+fn listed_names(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [only] => (*only).to_owned(),
+        [most @ .., last] => format!("{} and {last}", most.join(", ")),
+    }
+}
+
+/// The other kinds of integrity keys, for a token that makes none for a session.
+fn other_kinds(making: Making) -> String {
+    let Making::IntegrityKey(kind) = making else {
+        return String::new();
+    };
+    let others: Vec<String> = kind
+        .and_others()
+        .skip(1)
+        .map(|other| format!("\"{}\"", other.as_str()))
+        .collect();
+    format!(
+        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}",
+        others.join(" or ")
+    )
 }
 
 /// Class of an administrative failure, with its message.
@@ -128,8 +173,10 @@ impl Listed {
 /// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub(crate) struct CheckedKey {
-    /// `CKA_ID`.
+    /// Its id.
     pub(crate) id: WrappingKeyId,
+    /// Where its objects were found.
+    pub(crate) objects: ObjectIds,
     /// DER SubjectPublicKeyInfo.
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
@@ -231,7 +278,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let (slot, info) = select::find(&module, &selector)?;
+    let (slot, info) = select::find(&module, &selector, &[])?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -369,20 +416,41 @@ fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, Adm
 pub(crate) struct Admin {
     settings: Settings,
     token: OpenToken,
+    /// Where the objects of keys are, as far as the command has said it.
+    known: HashMap<WrappingKeyId, ObjectIds>,
 }
 
 impl Admin {
     /// Logs in if the record of PINs allows it, read-write if keys are to be made.
-    pub(crate) fn open(
+    pub(crate) fn open<'a>(
         settings: &Settings,
         record: &PinRecord,
-        pin: &Pin,
+        pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
             token: OpenToken::login(settings, record, pin, write)?,
+            known: HashMap::new(),
         })
+    }
+
+    /// Takes note of where the objects of a key are.
+    pub(crate) fn know(&mut self, id: WrappingKeyId, objects: ObjectIds) {
+        self.known.insert(id, objects);
+    }
+
+    fn place(&self, id: WrappingKeyId) -> Place {
+        Place {
+            id,
+            objects: self.known.get(&id).cloned().unwrap_or_default(),
+        }
+    }
+
+    /// A session with the handles of keys.
+    fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
+        let places: Vec<Place> = ids.iter().map(|id| self.place(*id)).collect();
+        self.token.session(&places)
     }
 
     /// The token.
@@ -390,18 +458,24 @@ impl Admin {
         &self.token.info
     }
 
-    /// Ids of all RSA private keys on the token.
-    pub(crate) fn key_ids(&self) -> Result<Vec<WrappingKeyId>, AdminError> {
+    /// `CKA_ID` of all RSA private keys on the token.
+    pub(crate) fn key_ids(&self) -> Result<Vec<ObjectId>, AdminError> {
         Ok(keys::list(&self.token.anchor)?)
     }
 
     /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. Nothing is registered here. A key
     /// that is not as it must be is removed again.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+        if self.settings.access_control == AccessControl::OutsidePkcs11 {
+            return Err(AdminError::Token(
+                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, which this command does not \
+                 make. Make the keys with the vendor's tool and register them with `keybroker key register`"
+                    .to_owned(),
+            ));
+        }
         let session = &self.token.anchor;
-        let exceptions = &self.settings.attribute_exceptions;
         self.try_for_a_session()?;
-        let made = keys::generate(session, modulus_bits, exceptions)
+        let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
             .map_err(|refusal| self.explained(refusal))?;
         let problem = match self.check(made.pair.id) {
             Ok(checked) => match &checked.problem {
@@ -430,17 +504,23 @@ impl Admin {
     /// that makes no keys for a session is not tried.
     fn try_for_a_session(&self) -> Result<(), AdminError> {
         let session = &self.token.anchor;
-        let exceptions = &self.settings.attribute_exceptions;
-        let made = match keys::generate_for_session(session, exceptions) {
+        let terms = Terms::of(&self.settings);
+        let made = match keys::generate_for_session(session, terms) {
             Ok(made) => made,
             Err(refusal) => {
                 return match refusal
                     .making
-                    .map(|making| keys::cause_of_refusal(session, making, exceptions))
+                    .map(|making| keys::cause_of_refusal(session, making, terms))
                 {
-                    Some(Cause::Attributes(refused)) => {
-                        Err(refused_attributes(&refusal, &refused, exceptions))
-                    }
+                    Some(Cause::Settings {
+                        integrity_key,
+                        attributes,
+                    }) => Err(helped_by_settings(
+                        &refusal,
+                        integrity_key,
+                        &attributes,
+                        &self.settings,
+                    )),
                     _ => Ok(()),
                 };
             }
@@ -448,7 +528,7 @@ impl Admin {
         let tried = keys::public_side(session, &made.pair).and_then(|public| {
             let self_test =
                 self.token
-                    .probe(made.pair.id, &public, self.settings.allow_oaep_sha1)?;
+                    .probe(&made.pair.place(), &public, self.settings.allow_oaep_sha1)?;
             self.token.try_what_must_fail(
                 &self.settings,
                 &made.pair,
@@ -472,9 +552,12 @@ impl Admin {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
         };
-        let exceptions = &self.settings.attribute_exceptions;
-        match keys::cause_of_refusal(&self.token.anchor, making, exceptions) {
-            Cause::Attributes(refused) => refused_attributes(&refusal, &refused, exceptions),
+        let terms = Terms::of(&self.settings);
+        match keys::cause_of_refusal(&self.token.anchor, making, terms) {
+            Cause::Settings {
+                integrity_key,
+                attributes,
+            } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
                 "the token did not make {making}: {}. It makes the same key for a session, so the template is good: the token \
                  may be full or write-protected. No key was made",
@@ -482,28 +565,28 @@ impl Admin {
             )),
             Cause::Unknown => AdminError::Token(format!(
                 "the token did not make {making}: {}. It makes no such key for a session either, so the attribute that it refuses \
-                 cannot be found by trying; its manual has the attributes and mechanisms that it takes. No key was made",
-                refusal.fault
+                 cannot be found by trying; its manual has the attributes and mechanisms that it takes{}. No key was made",
+                refusal.fault,
+                other_kinds(making)
             )),
         }
     }
 
     /// Checks the attributes of one key and runs a self-test with it.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
-        let verdict = keys::inspect(
-            &self.token.anchor,
-            &pair,
-            &self.settings.attribute_exceptions,
-        )?;
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let verdict = keys::inspect(&self.token.anchor, &pair, &self.settings)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let expected = ExpectedKey {
             id,
+            objects: pair.objects.clone(),
+            token_serial: self.token.info.serial.clone(),
             fingerprint: public.fingerprint,
         };
         let proved = self.token.prove(&self.settings, &expected);
         Ok(CheckedKey {
             id,
+            objects: pair.objects,
             spki: public.spki,
             modulus_bits: public.modulus_bits,
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
@@ -519,7 +602,7 @@ impl Admin {
 
     /// Makes a MAC with the integrity key of that id.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
@@ -527,7 +610,7 @@ impl Admin {
     /// with it.
     pub(crate) fn report(
         &self,
-        pin: &Pin,
+        pin: Option<&Pin>,
         write: bool,
         serial: bool,
     ) -> Result<keybroker_worker_protocol::report::Report, AdminError> {
@@ -543,13 +626,13 @@ impl Admin {
         threads: usize,
         until: Timestamp,
     ) -> Result<Counted, AdminError> {
-        let pair = keys::find(&self.token.anchor, id)?;
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let self_test = self
             .token
-            .probe(id, &public, self.settings.allow_oaep_sha1)?;
+            .probe(&pair.place(), &public, self.settings.allow_oaep_sha1)?;
         let sessions: Vec<KeySession> = (0..threads)
-            .map(|_| self.token.session(&[id]))
+            .map(|_| self.session(&[id]))
             .collect::<Result<_, _>>()?;
         let counts = std::thread::scope(|scope| {
             let running: Vec<_> = sessions

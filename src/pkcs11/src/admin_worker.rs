@@ -14,15 +14,19 @@ use std::{
     time::Duration,
 };
 
-use keybroker_core::{call::Timestamp, key::WrappingKeyId, state::StateDirectory};
+use keybroker_core::{
+    call::Timestamp,
+    key::{ObjectIds, WrappingKeyId},
+    state::StateDirectory,
+};
 use keybroker_worker_protocol::{
     Pin, Settings,
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, LoopCount, MakeReport, OaepSupport, OpenToken, PinSource,
-        Setup, TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
-        pin_source::Source,
+        DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MakeReport, OaepSupport, OpenToken,
+        PinSource, Setup, TokenEntry, TokenKey, TokenList, admin_reply::Outcome,
+        admin_request::Job, pin_source::Source,
     },
 };
 
@@ -135,13 +139,14 @@ impl State {
             Job::VerifyMac(job) => self.verify(&job.key_id, &job.message, &job.mac),
             Job::DecryptLoop(job) => self.decrypt_loop(job),
             Job::MakeReport(job) => self.report(job),
+            Job::KnowKeys(job) => self.know(job),
         }
     }
 
     fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {
         let parsed = parse(job.setup.as_ref())?;
         let pin = read(job.pin.as_ref())?;
-        let admin = Admin::open(&parsed.settings, &parsed.record, &pin, job.write)
+        let admin = Admin::open(&parsed.settings, &parsed.record, pin.as_ref(), job.write)
             .map_err(|error| of_pin(error, job.pin.as_ref()))?;
         let entry = entry(&admin::Listed::of(admin.info()));
         self.token = Some(admin);
@@ -152,6 +157,23 @@ impl State {
         self.token
             .as_ref()
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
+    }
+
+    /// Keys that were found before are found again where they are now said to be.
+    fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
+        self.verifier = None;
+        let token = self
+            .token
+            .as_mut()
+            .ok_or_else(|| AdminError::Token("no token is open".to_owned()))?;
+        for key in &job.keys {
+            let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id)
+                .ok_or_else(|| AdminError::Untrusted("a CKA_ID that is too long".to_owned()))?;
+            token.know(key_id(&key.id)?, objects);
+        }
+        Ok(Outcome::Known(
+            u64::try_from(job.keys.len()).unwrap_or(u64::MAX),
+        ))
     }
 
     /// Finds a key once, at its first MAC.
@@ -187,7 +209,7 @@ impl State {
 
     fn report(&self, job: &MakeReport) -> Result<Outcome, AdminError> {
         let pin = read(job.pin.as_ref())?;
-        let report = self.token()?.report(&pin, job.write, job.serial)?;
+        let report = self.token()?.report(pin.as_ref(), job.write, job.serial)?;
         let text = serde_json::to_string(&report)
             .map_err(|error| AdminError::Token(format!("the report cannot be written: {error}")))?;
         Ok(Outcome::Report(text))
@@ -207,7 +229,8 @@ fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
     })
 }
 
-fn read(source: Option<&PinSource>) -> Result<Pin, AdminError> {
+/// Absent for a token that is used without a login.
+fn read(source: Option<&PinSource>) -> Result<Option<Pin>, AdminError> {
     source
         .ok_or_else(|| AdminError::Pin("a request without a PIN".to_owned()))?
         .read()
@@ -236,8 +259,9 @@ fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
 
 fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let parsed = parse(job.setup.as_ref())?;
-    let so_pin = read(job.so_pin.as_ref())?;
-    let user_pin = read(job.user_pin.as_ref())?;
+    let no_pin = || AdminError::Pin("a token is initialised with two PINs".to_owned());
+    let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
+    let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
     let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
     let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase).map_err(
         |error| match error {
@@ -273,6 +297,8 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
 
 fn key(checked: admin::CheckedKey) -> Outcome {
     Outcome::Key(CheckedKey {
+        private_cka_id: checked.objects.private_bytes().to_vec(),
+        integrity_cka_id: checked.objects.integrity_bytes().to_vec(),
         key: Some(TokenKey {
             id: checked.id.as_bytes().to_vec(),
             spki: checked.spki,

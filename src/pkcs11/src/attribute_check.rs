@@ -9,9 +9,11 @@ use std::fmt;
 
 use cryptoki::{
     mechanism::MechanismType,
-    object::{Attribute, AttributeType, ObjectHandle},
+    object::{Attribute, AttributeType, KeyType, ObjectHandle},
 };
 use keybroker_pkcs11_ffi::Session;
+
+use keybroker_worker_protocol::AccessControl;
 
 use crate::{
     calling,
@@ -54,6 +56,8 @@ pub enum Found {
     Wrong,
     /// Not there, or not readable, and a named exception of the configuration says that this token cannot express it.
     Excepted,
+    /// Not there, and the type of the key says the same (`CKK_SHA256_HMAC`).
+    ImpliedByType,
     /// Not there.
     Missing,
 }
@@ -81,6 +85,7 @@ impl fmt::Display for Finding {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
             Found::Excepted => "is absent and excepted, should be",
+            Found::ImpliedByType => "is absent, and the type of the key implies",
             Found::Missing => "is absent, must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
@@ -90,7 +95,10 @@ impl fmt::Display for Finding {
 impl Finding {
     /// Whether the key may be used as far as this attribute goes.
     pub fn passes(&self) -> bool {
-        matches!(self.found, Found::AsExpected | Found::Excepted)
+        matches!(
+            self.found,
+            Found::AsExpected | Found::Excepted | Found::ImpliedByType
+        )
     }
 
     /// Whether the token does not have the attribute.
@@ -121,6 +129,20 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_MODIFIABLE", AttributeType::Modifiable, FALSE),
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
+
+/// What `access_control = "outside-pkcs11"` gives away, in one sentence without its end.
+pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
+
+/// The rules for keys to which access is controlled in this way.
+pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
+    rules
+        .iter()
+        .map(|(name, kind, expected)| match (access, kind) {
+            (AccessControl::OutsidePkcs11, AttributeType::Private) => (*name, *kind, FALSE),
+            _ => (*name, *kind, *expected),
+        })
+        .collect()
+}
 
 /// The RSA private key of purpose *plain*.
 pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
@@ -284,10 +306,11 @@ pub(super) fn inspect(
             let found = match read(session, object, *kind) {
                 Ok(Some(attribute)) if is_expected(&attribute, *expected) => Found::AsExpected,
                 Ok(Some(_)) => Found::Wrong,
+                Ok(None) if is_implied_by_type(session, object, *expected)? => Found::ImpliedByType,
                 Ok(None) if is_excepted => Found::Excepted,
                 Ok(None) => Found::Missing,
                 Err(fault) if is_excepted && is_about_the_attribute(&fault) => Found::Excepted,
-                Err(fault) => return Err(fault.about(name)),
+                Err(fault) => return Err(unreadable(fault, name, *kind)),
             };
             Ok(Finding {
                 attribute: name,
@@ -298,12 +321,53 @@ pub(super) fn inspect(
         .collect()
 }
 
+/// A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11 v3.0, section 2.20.8): tokens that have such keys have no need of a
+/// list of allowed mechanisms.
+fn is_implied_by_type(
+    session: &Session,
+    object: ObjectHandle,
+    expected: Expected,
+) -> Result<bool, Fault> {
+    if expected != Expected::OnlyMechanism(Mechanism::Sha256Hmac) {
+        return Ok(false);
+    }
+    let key_type = read(session, object, AttributeType::KeyType)?;
+    Ok(matches!(
+        key_type,
+        Some(Attribute::KeyType(KeyType::SHA256_HMAC))
+    ))
+}
+
+/// A failed read, with the setting that helps if the token cannot express the attribute.
+fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
+    let is_about_it = is_about_the_attribute(&fault);
+    let fault = fault.about(name);
+    match exceptable(kind) {
+        Some(exception) if is_about_it => fault.with(&format!(
+            "if the token cannot express it, {}",
+            accept(&[exception])
+        )),
+        _ => fault,
+    }
+}
+
 /// Whether a failed read says something of the attribute, and not of the token or the session.
 fn is_about_the_attribute(fault: &Fault) -> bool {
     !matches!(
         fault.class,
         Class::TokenLost | Class::BackOff | Class::SessionLost
     )
+}
+
+/// Whether the findings are those of a key that was made elsewhere and then brought onto the token: it was not made there, and was
+/// extractable or readable once. Such a key never holds records.
+pub(super) fn is_imported(findings: &[Finding]) -> bool {
+    let lacks = |name| {
+        findings
+            .iter()
+            .any(|finding| finding.attribute == name && !finding.passes())
+    };
+    lacks("CKA_LOCAL") && (lacks("CKA_NEVER_EXTRACTABLE") || lacks("CKA_ALWAYS_SENSITIVE"))
 }
 
 /// Refuses a key with any finding that does not pass, naming all of them.
@@ -316,6 +380,16 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Ok(());
     }
     let named: Vec<String> = wrong.iter().map(ToString::to_string).collect();
+    if is_imported(findings) {
+        return Err(Fault::new(
+            Class::Untrusted,
+            format!(
+                "{what} was imported: {}. It has been outside of the token, so copies of it may exist, and it must never protect \
+                 user keys. No setting accepts that; make a key on the token, with `keybroker key generate` or with the vendor's tool",
+                named.join("; ")
+            ),
+        ));
+    }
     Err(Fault::new(
         Class::Untrusted,
         format!(
@@ -328,6 +402,20 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
 
 /// Names the setting that would help, and only where it would.
 fn remedy(wrong: &[&Finding]) -> String {
+    if let [finding] = wrong
+        && finding.attribute == "CKA_PRIVATE"
+    {
+        return match finding.expected {
+            Expected::Flag(false) => {
+                "The token demands a login for this key: remove `access_control` from [token]"
+                    .to_owned()
+            }
+            _ => format!(
+                "If the vendor controls access to the keys outside PKCS#11, set `access_control = \"outside-pkcs11\"` in [token]; \
+                 the accepted risk: {ACCESS_OUTSIDE_PKCS11}"
+            ),
+        };
+    }
     let helps: Vec<Exception> = wrong
         .iter()
         .filter_map(|finding| {

@@ -10,14 +10,13 @@ use cryptoki::{
     types::AuthPin,
 };
 
-use keybroker_core::key::WrappingKeyId;
 use keybroker_pkcs11_ffi::{Module, Session};
-use keybroker_worker_protocol::{ExpectedKey, Pin, Settings, TokenInfo};
+use keybroker_worker_protocol::{AccessControl, ExpectedKey, Pin, Settings, TokenInfo};
 
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, KeySession, PublicSide},
+    keys::{self, KeyPair, KeySession, Place, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
     module,
     negative::{self, Subject, Terms},
@@ -34,12 +33,15 @@ pub(super) struct OpenToken {
     pub(super) info: TokenInfo,
     /// Keeps the login alive: when the last session of a process closes, the token forgets it.
     pub(super) anchor: Session,
+    /// Another process had logged in, and the token says that this login is that one.
+    is_login_of_another: bool,
 }
 
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    pub(super) id: WrappingKeyId,
+    /// Where it was found.
+    pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
     /// Negative tests that the token cannot make.
@@ -47,36 +49,53 @@ pub(super) struct ProvedKey {
 }
 
 impl OpenToken {
-    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it.
-    pub(super) fn login(
+    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made.
+    pub(super) fn login<'a>(
         settings: &Settings,
         record: &PinRecord,
-        pin: &Pin,
+        pin: impl Into<Option<&'a Pin>>,
         write: bool,
+    ) -> Result<Self, Fault> {
+        Self::login_to(settings, record, pin.into(), write, &[])
+    }
+
+    /// The same. If the settings fit several tokens, the one is chosen that has one of the serial numbers.
+    pub(super) fn login_to(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: Option<&Pin>,
+        write: bool,
+        serials: &[&str],
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
         let module = module::load(settings)?;
-        let (slot, info) = select::find(&module, &selector)?;
-        refuse_pin_pad(&module, slot, &info)?;
-        calling::next("C_OpenSession");
+        let (slot, info) = select::find(&module, &selector, serials)?;
+        match pin {
+            Some(_) => refuse_pin_pad(&module, slot, &info)?,
+            None => require_no_login(&module, slot, &info, settings.access_control)?,
+        }
         let anchor = if write {
-            module.open_rw_session(slot)?
+            keys::writing_session(&module, slot)?
         } else {
             keys::reading_session(&module, slot)?
         };
-        let token = Self {
+        let mut token = Self {
             module,
             slot,
             info,
             anchor,
+            is_login_of_another: false,
         };
-        token.log_in(record, pin)?;
+        if let Some(pin) = pin {
+            token.is_login_of_another = token.log_in(record, pin)?;
+        }
         Ok(token)
     }
 
-    /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said.
-    fn log_in(&self, record: &PinRecord, pin: &Pin) -> Result<(), Fault> {
+    /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said. Returns whether another process was
+    /// logged in already.
+    fn log_in(&self, record: &PinRecord, pin: &Pin) -> Result<bool, Fault> {
         let mut login = record.begin(&self.info.serial, pin)?;
         let before = self.counter()?;
         let was = login.standing().cloned();
@@ -111,15 +130,34 @@ impl OpenToken {
             if let Err(error) = recorded {
                 tracing::warn!(%error, "an accepted PIN could not be recorded");
             }
-            return Ok(());
+            return Ok(false);
         };
         // Where a login belongs to more than one process, another one was first. The PIN was not checked; the attribute
         // check and the self-test decide whether this login is of use.
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
-            return Ok(());
+            tracing::info!(
+                token = self.info.label,
+                "another process is logged in to the token already, and this one uses that login"
+            );
+            return Ok(true);
         }
         recorded?;
         Err(self.failed_login(&error, answer, now.as_ref(), after))
+    }
+
+    /// A failure after the login, with what a login of another process may have to do with it.
+    pub(super) fn explained(&self, fault: Fault) -> Fault {
+        let may_be_the_login = matches!(
+            fault.class,
+            Class::KeyMissing | Class::SessionLost | Class::Ambiguous | Class::Configuration
+        );
+        if !self.is_login_of_another || !may_be_the_login {
+            return fault;
+        }
+        fault.with(
+            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among processes, \
+             set `workers = 1` in [token], and stop `serve` before other commands",
+        )
     }
 
     fn counter(&self) -> Result<Counter, Fault> {
@@ -168,8 +206,8 @@ impl OpenToken {
         settings: &Settings,
         expected: &ExpectedKey,
     ) -> Result<ProvedKey, Fault> {
-        let pair = keys::find(&self.anchor, expected.id)?;
-        keys::inspect(&self.anchor, &pair, &settings.attribute_exceptions)?.require(pair.id)?;
+        let pair = keys::find(&self.anchor, &place_of(expected))?;
+        keys::inspect(&self.anchor, &pair, settings)?.require(pair.id)?;
         let public = keys::public_side(&self.anchor, &pair)?;
         if public.fingerprint != expected.fingerprint {
             return Err(Fault::new(
@@ -181,11 +219,11 @@ impl OpenToken {
                 ),
             ));
         }
-        let self_test = self.probe(pair.id, &public, settings.allow_oaep_sha1)?;
+        let self_test = self.probe(&pair.place(), &public, settings.allow_oaep_sha1)?;
         let not_tried =
             self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
         Ok(ProvedKey {
-            id: pair.id,
+            place: pair.place(),
             public,
             self_test,
             not_tried,
@@ -194,11 +232,12 @@ impl OpenToken {
 
     pub(super) fn probe(
         &self,
-        id: WrappingKeyId,
+        key: &Place,
         public: &PublicSide,
         allow_oaep_sha1: bool,
     ) -> Result<SelfTest, Fault> {
-        operation::probe(|| self.session(&[id]), id, public, allow_oaep_sha1)
+        let open = || self.session(std::slice::from_ref(key));
+        operation::probe(open, key.id, public, allow_oaep_sha1)
     }
 
     /// The negative tests. The risk of each exception is logged. Returns the names of the tests that this token cannot make.
@@ -227,9 +266,39 @@ impl OpenToken {
     }
 
     /// Another session of the same login, with the handles of the keys.
-    pub(super) fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
-        KeySession::open(&self.module, self.slot, ids)
+    pub(super) fn session(&self, keys: &[Place]) -> Result<KeySession, Fault> {
+        KeySession::open(&self.module, self.slot, keys)
     }
+}
+
+fn place_of(expected: &ExpectedKey) -> Place {
+    Place {
+        id: expected.id,
+        objects: expected.objects.clone(),
+    }
+}
+
+/// Without a PIN only a token is used that demands no login, and only if the settings say that something else controls access.
+fn require_no_login(
+    module: &Module,
+    slot: Slot,
+    info: &TokenInfo,
+    access: AccessControl,
+) -> Result<(), Fault> {
+    if access != AccessControl::OutsidePkcs11 {
+        return Err(Fault::new(Class::Pin, "no PIN was given"));
+    }
+    calling::next("C_GetTokenInfo");
+    if !module.get_token_info(slot)?.login_required() {
+        return Ok(());
+    }
+    Err(Fault::new(
+        Class::Pin,
+        format!(
+            "{} demands a login (CKF_LOGIN_REQUIRED), and there is no PIN: set `token.pin_file`",
+            named(info)
+        ),
+    ))
 }
 
 /// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.

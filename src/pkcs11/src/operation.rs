@@ -9,6 +9,7 @@ use cryptoki::{
         Mechanism, MechanismType,
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
+    object::ObjectHandle,
 };
 use keybroker_pkcs11_ffi::Session;
 use subtle::ConstantTimeEq as _;
@@ -51,8 +52,13 @@ pub(super) fn decrypt(
 
 /// `C_Sign` with the integrity key.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
+    mac_with(session, pair.binding, message)
+}
+
+/// `C_Sign` with an integrity key that has no wrapping key yet.
+pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> Result<Mac, Fault> {
     calling::next("C_Sign");
-    let mac = session.sign(&Mechanism::Sha256Hmac, pair.binding, message)?;
+    let mac = session.sign(&Mechanism::Sha256Hmac, key, message)?;
     mac.try_into().map_err(|mac: Vec<u8>| {
         Fault::new(
             Class::Untrusted,
@@ -64,7 +70,8 @@ pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<M
     })
 }
 
-/// `C_Verify` with the integrity key. A MAC that is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. A MAC that
+/// is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -75,9 +82,21 @@ pub(super) fn verify(
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
     calling::next("C_Verify");
-    session
-        .verify(&Mechanism::Sha256Hmac, pair.binding, message, mac)
-        .map_err(verify_fault)
+    match session.verify(&Mechanism::Sha256Hmac, pair.binding, message, mac) {
+        Ok(()) => Ok(()),
+        Err(
+            Error::NullFunctionPointer
+            | Error::Pkcs11(RvError::FunctionNotSupported, Function::VerifyInit | Function::Verify),
+        ) => {
+            let right = self::mac(session, pair, message)?;
+            if bool::from(right.ct_eq(mac)) {
+                Ok(())
+            } else {
+                Err(Fault::new(Class::Input, "the MAC does not verify"))
+            }
+        }
+        Err(error) => Err(verify_fault(error)),
+    }
 }
 
 /// Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` of `C_Verify` itself state that the MAC is wrong (PKCS#11 2.40,

@@ -13,10 +13,10 @@ use cryptoki::{
     session::UserType,
 };
 
-use keybroker_core::envelope::Algorithm;
+use keybroker_core::{envelope::Algorithm, key::ObjectId};
 use keybroker_pkcs11_ffi::{Session, TokenInfo};
 use keybroker_worker_protocol::{
-    Pin, Settings,
+    IntegrityKey, Pin, Settings,
     report::{
         Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, Report,
         SUCCEEDED, Verdict, WORKS,
@@ -28,7 +28,7 @@ use crate::{
     attribute_check::{self, Finding, Rule},
     calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, PublicSide},
+    keys::{self, KeyPair, Lifetime, PublicSide, Terms},
     negative::survey::{Found, survey},
     open::{OpenToken, auth_pin},
     operation::SelfTest,
@@ -57,24 +57,24 @@ pub(crate) struct Allowed {
     pub(crate) serial: bool,
 }
 
-/// The kinds of key that have a template.
+/// A key that has a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    IntegrityKey,
+    IntegrityKey(IntegrityKey),
     RsaPair,
 }
 
 impl Kind {
     fn name(self) -> &'static str {
         match self {
-            Self::IntegrityKey => "integrity key",
+            Self::IntegrityKey(_) => "integrity key",
             Self::RsaPair => "RSA private key",
         }
     }
 
     fn rules(self) -> &'static [Rule] {
         match self {
-            Self::IntegrityKey => attribute_check::BINDING,
+            Self::IntegrityKey(_) => attribute_check::BINDING,
             Self::RsaPair => attribute_check::RSA_PRIVATE,
         }
     }
@@ -83,22 +83,12 @@ impl Kind {
     fn template(self, left_out: &[&str]) -> Vec<Attribute> {
         let id = keys::no_id();
         let template = match self {
-            Self::IntegrityKey => keys::binding_template(id),
+            Self::IntegrityKey(kind) => keys::integrity_template(kind, id, &ObjectId::from(id)),
             Self::RsaPair => keys::private_template(id),
         };
-        template
-            .into_iter()
-            .map(|attribute| match attribute {
-                Attribute::Token(_) => Attribute::Token(false),
-                other => other,
-            })
-            .filter(|attribute| !left_out.contains(&self.name_of(attribute).as_str()))
-            .collect()
-    }
-
-    /// The name of an attribute in the standard.
-    fn name_of(self, attribute: &Attribute) -> String {
-        attribute.attribute_type().to_string()
+        keys::adapted(template, Lifetime::Session, |attribute| {
+            left_out.contains(&name_of(attribute).as_str())
+        })
     }
 
     /// The attributes of the template that may be excepted.
@@ -107,31 +97,29 @@ impl Kind {
         let excepted = template
             .iter()
             .filter(|attribute| attribute_check::exceptable(attribute.attribute_type()).is_some());
-        excepted.map(|attribute| self.name_of(attribute)).collect()
+        excepted.map(name_of).collect()
     }
 
     /// Makes a key that ends with the session.
     fn make(self, session: &Session, bits: u32, left_out: &[&str]) -> Result<ObjectHandle, Error> {
         let template = self.template(left_out);
-        match self {
-            Self::IntegrityKey => {
-                calling::next("C_GenerateKey");
-                session.generate_key(&Mechanism::GenericSecretKeyGen, &template)
-            }
-            Self::RsaPair => {
-                let mut public = keys::public_template(keys::no_id(), bits);
-                for attribute in &mut public {
-                    if let Attribute::Token(is_on_token) = attribute {
-                        *is_on_token = false;
-                    }
-                }
-                calling::next("C_GenerateKeyPair");
-                let pair =
-                    session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &template)?;
-                Ok(pair.1)
-            }
+        if let Self::IntegrityKey(kind) = self {
+            let mechanism = keys::integrity_mechanism(kind).map_err(|_| Error::NotSupported)?;
+            calling::next("C_GenerateKey");
+            return session.generate_key(&mechanism, &template);
         }
+        let public = keys::public_template(keys::no_id(), bits);
+        let public = keys::adapted(public, Lifetime::Session, |_| false);
+        calling::next("C_GenerateKeyPair");
+        let (_, private) =
+            session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &template)?;
+        Ok(private)
     }
+}
+
+/// The name of an attribute in the standard.
+fn name_of(attribute: &Attribute) -> String {
+    attribute.attribute_type().to_string()
 }
 
 /// The code of a failure, without the function: the name of what was tried says which it was.
@@ -164,6 +152,7 @@ struct Probe {
 /// What has been found so far.
 #[derive(Default)]
 struct Findings {
+    integrity_key: IntegrityKey,
     exceptions: Vec<String>,
     allow_oaep_sha1: bool,
     /// Why the token cannot be used.
@@ -171,6 +160,22 @@ struct Findings {
 }
 
 impl Findings {
+    fn cannot_make(&mut self, kind: Kind, error: &Error) {
+        let reason = format!("it makes no {}: {}", kind.name(), code(error));
+        self.reasons.push(reason);
+    }
+
+    /// The settings that the token needs.
+    fn settings(&self, settings: &Settings) -> Settings {
+        Settings {
+            attribute_exceptions: self.exceptions.clone(),
+            integrity_key: self.integrity_key,
+            allow_oaep_sha1: self.allow_oaep_sha1,
+            spared_tests: Vec::new(),
+            ..settings.clone()
+        }
+    }
+
     fn except(&mut self, attribute: &str) {
         if !self.exceptions.iter().any(|name| name == attribute) {
             self.exceptions.push(attribute.to_owned());
@@ -182,7 +187,7 @@ impl Findings {
 pub(crate) fn make(
     token: &OpenToken,
     settings: &Settings,
-    pin: &Pin,
+    pin: Option<&Pin>,
     allowed: Allowed,
 ) -> Result<Report, Fault> {
     calling::next("C_GetTokenInfo");
@@ -210,8 +215,11 @@ pub(crate) fn make(
     };
     let keeper = token.session(&[])?;
     let session = &keeper.session;
-    let binding = templates(session, Kind::IntegrityKey, &mut report, &mut findings);
-    let private = templates(session, Kind::RsaPair, &mut report, &mut findings);
+    let binding = integrity_key(session, settings, &mut report, &mut findings);
+    let private = made(session, Kind::RsaPair)
+        .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
+        .map_err(|error| findings.cannot_make(Kind::RsaPair, &error))
+        .ok();
     if let (Some(binding), Some(private)) = (binding, private) {
         let pair = keys::session_pair(private, binding);
         let public = keys::public_side(session, &pair)?;
@@ -224,16 +232,12 @@ pub(crate) fn make(
             };
             negative(token, &probe, &mut report, &mut findings)?;
             abilities::wrong_input(token, &probe, &mut report)?;
-            let settings = Settings {
-                attribute_exceptions: findings.exceptions.clone(),
-                spared_tests: Vec::new(),
-                ..settings.clone()
-            };
+            let settings = findings.settings(settings);
             rates::measure(token, &probe, &settings, &mut report)?;
         }
     }
     if allowed.write {
-        on_token(token, &findings, &mut report)?;
+        on_token(token, settings, &findings, &mut report)?;
     }
     report.sessions.push(after_logout(token));
     report.verdict = verdict(settings, findings);
@@ -301,7 +305,7 @@ fn sha256(bytes: &[u8]) -> String {
     hex::encode(digest::digest(&digest::SHA256, bytes))
 }
 
-fn sessions(token: &OpenToken, pin: &Pin) -> Vec<Answer> {
+fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     calling::next("C_OpenSession");
     let read_only = token.module.open_ro_session(token.slot);
     let read_write = token.module.open_rw_session(token.slot);
@@ -325,9 +329,11 @@ fn sessions(token: &OpenToken, pin: &Pin) -> Vec<Answer> {
         ),
     ));
     drop(open);
-    calling::next("C_Login");
-    let again = token.anchor.login(UserType::User, Some(&auth_pin(pin)));
-    answers.push(answer("a second login", &again));
+    if let Some(pin) = pin {
+        calling::next("C_Login");
+        let again = token.anchor.login(UserType::User, Some(&auth_pin(pin)));
+        answers.push(answer("a second login", &again));
+    }
     answers
 }
 
@@ -348,41 +354,82 @@ fn after_logout(token: &OpenToken) -> Answer {
     )
 }
 
-/// What the token does with each attribute of a template. Returns a key with all that it takes.
-fn templates(
+/// A key of a session, and the attributes that the token refused in its template, each with the code.
+struct Made {
+    object: ObjectHandle,
+    refused: Vec<(String, String)>,
+}
+
+/// Makes a key with everything that the token takes; finds out one by one what it refuses.
+fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
+    if let Ok(object) = kind.make(session, MODULUS_BITS, &[]) {
+        return Ok(Made {
+            object,
+            refused: Vec::new(),
+        });
+    }
+    let exceptable = kind.exceptable();
+    let all: Vec<&str> = exceptable.iter().map(String::as_str).collect();
+    destroy(session, kind.make(session, MODULUS_BITS, &all)?);
+    let mut refused = Vec::new();
+    for name in &all {
+        let others: Vec<&str> = all.iter().copied().filter(|other| other != name).collect();
+        match kind.make(session, MODULUS_BITS, &others) {
+            Ok(object) => destroy(session, object),
+            Err(error) => refused.push(((*name).to_owned(), code(&error))),
+        }
+    }
+    let left_out: Vec<&str> = refused.iter().map(|(name, _)| name.as_str()).collect();
+    Ok(Made {
+        object: kind.make(session, MODULUS_BITS, &left_out)?,
+        refused,
+    })
+}
+
+/// The first kind of integrity key that the token makes, that of the settings before the others.
+fn integrity_key(
     session: &Session,
-    kind: Kind,
+    settings: &Settings,
     report: &mut Report,
     findings: &mut Findings,
 ) -> Option<ObjectHandle> {
-    let exceptable = kind.exceptable();
-    let all: Vec<&str> = exceptable.iter().map(String::as_str).collect();
-    let without =
-        |kept: &str| -> Vec<&str> { all.iter().copied().filter(|name| *name != kept).collect() };
-    let mut refused: Vec<(&str, String)> = Vec::new();
-    let made = kind.make(session, MODULUS_BITS, &[]).or_else(|_| {
-        // It is found out one by one which attributes the token refuses.
-        let plain = kind.make(session, MODULUS_BITS, &all)?;
-        destroy(session, plain);
-        for name in &all {
-            match kind.make(session, MODULUS_BITS, &without(name)) {
-                Ok(object) => destroy(session, object),
-                Err(error) => refused.push((name, code(&error))),
+    let mut first = None;
+    for kind in settings.integrity_key.and_others() {
+        match made(session, Kind::IntegrityKey(kind)) {
+            Ok(made) => {
+                findings.integrity_key = kind;
+                return Some(templates(
+                    session,
+                    Kind::IntegrityKey(kind),
+                    &made,
+                    report,
+                    findings,
+                ));
+            }
+            Err(error) => {
+                first.get_or_insert(error);
             }
         }
-        let left_out: Vec<&str> = refused.iter().map(|(name, _)| *name).collect();
-        kind.make(session, MODULUS_BITS, &left_out)
-    });
-    let object = match made {
-        Ok(object) => object,
-        Err(error) => {
-            let reason = format!("it makes no {}: {}", kind.name(), code(&error));
-            findings.reasons.push(reason);
-            return None;
-        }
-    };
+    }
+    let kind = Kind::IntegrityKey(settings.integrity_key);
+    if let Some(error) = first {
+        findings.cannot_make(kind, &error);
+    }
+    None
+}
+
+/// What the token does with each attribute of a template. Returns the key.
+fn templates(
+    session: &Session,
+    kind: Kind,
+    made: &Made,
+    report: &mut Report,
+    findings: &mut Findings,
+) -> ObjectHandle {
+    let Made { object, refused } = made;
+    let object = *object;
     for attribute in kind.template(&[]) {
-        let name = kind.name_of(&attribute);
+        let name = name_of(&attribute);
         let refusal = refused.iter().find(|(refused, _)| *refused == name);
         let attribute_type = attribute.attribute_type();
         calling::next("C_GetAttributeValue");
@@ -401,13 +448,13 @@ fn templates(
             length_query: shown(&length, &attribute),
         });
     }
-    for (name, _) in &refused {
+    for (name, _) in refused {
         findings.except(name);
     }
     for rule in kind.rules() {
-        judge_attribute(session, object, rule, kind, findings);
+        check_attribute(session, object, rule, kind, findings);
     }
-    Some(object)
+    object
 }
 
 fn shown(read: &Result<Option<Attribute>, Error>, asked: &Attribute) -> String {
@@ -420,7 +467,7 @@ fn shown(read: &Result<Option<Attribute>, Error>, asked: &Attribute) -> String {
 }
 
 /// The attribute check of one rule, which decides whether an exception is needed or nothing helps.
-fn judge_attribute(
+fn check_attribute(
     session: &Session,
     object: ObjectHandle,
     rule: &Rule,
@@ -520,10 +567,16 @@ fn negative(
 }
 
 /// Keys that stay on the token: made, found by another session, checked and removed.
-fn on_token(token: &OpenToken, findings: &Findings, report: &mut Report) -> Result<(), Fault> {
+fn on_token(
+    token: &OpenToken,
+    settings: &Settings,
+    findings: &Findings,
+    report: &mut Report,
+) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    let made = match keys::generate(&writing, MODULUS_BITS, &findings.exceptions) {
+    let settings = findings.settings(settings);
+    let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
         Ok(made) => made,
         Err(refusal) => {
             let result = refusal.fault.to_string();
@@ -536,9 +589,9 @@ fn on_token(token: &OpenToken, findings: &Findings, report: &mut Report) -> Resu
     let result =
         |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
     let other = token.session(&[])?;
-    let found = keys::find(&other.session, made.pair.id);
+    let found = keys::find(&other.session, &made.pair.place());
     let checked = match &found {
-        Ok(pair) => match keys::inspect(&other.session, pair, &findings.exceptions) {
+        Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
             Ok(verdict) => {
                 let wrong = verdict.private.iter().chain(&verdict.binding);
                 let wrong: Vec<String> = wrong
@@ -567,6 +620,7 @@ fn on_token(token: &OpenToken, findings: &Findings, report: &mut Report) -> Resu
 
 fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     let Findings {
+        integrity_key,
         exceptions,
         allow_oaep_sha1,
         reasons,
@@ -589,6 +643,9 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     );
     if allow_oaep_sha1 {
         lines.push("allow_oaep_sha1 = true".to_owned());
+    }
+    if integrity_key != IntegrityKey::default() {
+        lines.push(format!("integrity_key = {:?}", integrity_key.as_str()));
     }
     if !exceptions.is_empty() {
         lines.push(format!("attribute_exceptions = {exceptions:?}"));

@@ -149,20 +149,32 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
     String::from_utf8(bytes).map_err(|_| bad())
 }
 
-/// Finds the one initialised token that fits, and looks again for a while when there is none.
-pub(super) fn find(module: &Module, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+/// Finds the one initialised token that fits, and looks again for a while when there is none. Of several that fit, the one is chosen
+/// whose serial number is among `serials`: those of the registry.
+pub(super) fn find(
+    module: &Module,
+    selector: &Selector,
+    serials: &[&str],
+) -> Result<(Slot, TokenInfo), Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
-        match find_now(module, selector) {
+        match find_now(module, selector, serials) {
             Err(_) if Instant::now() < until => thread::sleep(ABSENT_PAUSE),
             result => return result,
         }
     }
 }
 
-fn find_now(module: &Module, selector: &Selector) -> Result<(Slot, TokenInfo), Fault> {
+fn find_now(
+    module: &Module,
+    selector: &Selector,
+    serials: &[&str],
+) -> Result<(Slot, TokenInfo), Fault> {
     let tokens = list(module)?;
-    let mut fitting = tokens.iter().filter(|(_, info)| selector.fits(info));
+    let fitting: Vec<_> = tokens
+        .iter()
+        .filter(|(_, info)| selector.fits(info))
+        .collect();
     let wanted = selector.describe();
     if tokens.is_empty() {
         return Err(Fault::new(
@@ -173,28 +185,48 @@ fn find_now(module: &Module, selector: &Selector) -> Result<(Slot, TokenInfo), F
             ),
         ));
     }
-    let Some((slot, info)) = fitting.next() else {
-        return Err(Fault::new(
-            Class::NoToken,
-            format!(
-                "no token with {wanted}; {} initialised token(s) seen: {}. List tokens with `keybroker token \
-                 list`, create one with `keybroker token init`",
-                tokens.len(),
-                tokens
-                    .iter()
-                    .map(|(_, info)| format!("{:?}", unpadded(info.label())))
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
-        ));
+    let registered = |info: &keybroker_pkcs11_ffi::TokenInfo| {
+        let serial = unpadded(info.serial_number());
+        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
     };
-    if fitting.next().is_some() {
-        return Err(Fault::new(
-            Class::Configuration,
-            format!("more than one token with {wanted}: choose it by `token.serial`"),
-        ));
+    let of_the_registry: Vec<_> = fitting
+        .iter()
+        .copied()
+        .filter(|(_, info)| registered(info))
+        .collect();
+    match (fitting.as_slice(), of_the_registry.as_slice()) {
+        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok((*slot, describe(info))),
+        ([], _) => Err(no_token(&wanted, &tokens)),
+        (several, _) => {
+            let serials: Vec<String> = several
+                .iter()
+                .map(|(_, info)| format!("{:?}", unpadded(info.serial_number())))
+                .collect();
+            Err(Fault::new(
+                Class::Configuration,
+                format!(
+                    "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                    serials.join(", ")
+                ),
+            ))
+        }
     }
-    Ok((*slot, describe(info)))
+}
+
+fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) -> Fault {
+    Fault::new(
+        Class::NoToken,
+        format!(
+            "no token with {wanted}; {} initialised token(s) seen: {}. List tokens with `keybroker token \
+             list`, create one with `keybroker token init`",
+            tokens.len(),
+            tokens
+                .iter()
+                .map(|(_, info)| format!("{:?}", unpadded(info.label())))
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
+    )
 }
 
 /// All initialised tokens.

@@ -22,7 +22,7 @@ use keybroker_worker_protocol::{
 
 use crate::{
     classify::{Class, Fault},
-    keys::{KeyPair, KeySession},
+    keys::{KeyPair, KeySession, Place},
     open::ProvedKey,
     operation,
 };
@@ -38,12 +38,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn ids(&self) -> Vec<WrappingKeyId> {
-        self.keys.iter().map(|key| key.id).collect()
-    }
-
     fn open(&self) -> Result<KeySession, Fault> {
-        KeySession::open(&self.module, self.slot, &self.ids())
+        let places: Vec<Place> = self.keys.iter().map(|key| key.place.clone()).collect();
+        KeySession::open(&self.module, self.slot, &places)
     }
 }
 
@@ -237,7 +234,7 @@ impl SessionThread {
             .shared
             .keys
             .iter()
-            .find(|known| known.id.as_bytes() == key);
+            .find(|known| known.place.id.as_bytes() == key);
         if let Some(proved) = proved {
             check(proved, &session).map_err(|fault| Stop::from_self_test(&fault))?;
         }
@@ -258,7 +255,7 @@ impl SessionThread {
         let Err(fault) = check(proved, session) else {
             return Ok(());
         };
-        let key = proved.id;
+        let key = proved.place.id;
         self.current = None;
         match fault.class {
             Class::SessionLost => Err(Stop::SessionLost(fault)),
@@ -277,8 +274,8 @@ impl SessionThread {
 }
 
 fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
-    let Some(pair) = session.pair(key.id) else {
-        let detail = format!("key {} is no longer on the token", key.id);
+    let Some(pair) = session.pair(key.place.id) else {
+        let detail = format!("key {} is no longer on the token", key.place.id);
         return Err(Fault::new(Class::TokenLost, detail));
     };
     key.self_test.check(&session.session, pair)

@@ -10,18 +10,20 @@ use std::{
 };
 
 use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_pkcs11_ffi::Session;
 use keybroker_test_support::faulty::{self, Faulty};
-use keybroker_worker_protocol::{Pin, Settings};
+use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings};
 
 use super::{
     PinRecord,
     admin::{self, Admin, AdminError},
+    keys::{self, KeyPair, Terms},
     open::OpenToken,
 };
 
 mod attribute_check;
 mod behaviours;
-mod keys;
+mod making;
 mod negative;
 mod session;
 mod tokens;
@@ -78,6 +80,8 @@ pub(crate) fn settings() -> Settings {
         weights: std::collections::BTreeMap::new(),
         call_timeout_ms: 30_000,
         allow_oaep_sha1: true,
+        access_control: AccessControl::default(),
+        integrity_key: IntegrityKey::default(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
         initialize_string: None,
@@ -111,6 +115,13 @@ fn faulty(folder: &Path) -> (Settings, Faulty) {
         ..settings()
     };
     (settings, faulty)
+}
+
+/// A key as `key generate` makes it.
+fn generated(session: &Session) -> KeyPair {
+    let settings = settings();
+    let made = keys::generate(session, 2_048, Terms::of(&settings));
+    made.unwrap().pair
 }
 
 fn id(number: u8) -> WrappingKeyId {

@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
 use keybroker_core::{
-    key::{Fingerprint, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -38,6 +38,7 @@ use keybroker_worker_protocol::{
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
+    keys::Place,
     open::OpenToken,
     session::{self, SessionThread, Shared},
 };
@@ -86,9 +87,7 @@ fn serve() -> io::Result<()> {
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
     let settings = Settings::from_setup(&setup);
     let limit = limit_opening();
-    let opened = Pin::from_file(Path::new(&setup.pin_file))
-        .map_err(|error| Fault::new(Class::Pin, error.to_string()))
-        .and_then(|pin| open(&setup, &settings, &pin, sessions));
+    let opened = read_pin(&setup).and_then(|pin| open(&setup, &settings, pin.as_ref(), sessions));
     drop(limit);
     calling::report_no_more();
     let (token, shared, sessions_open) = match opened {
@@ -170,19 +169,39 @@ pub(crate) fn end_with_front(stream: UnixStream) {
     });
 }
 
+/// Absent for a token that is used without a login.
+fn read_pin(setup: &Setup) -> Result<Option<Pin>, Fault> {
+    if setup.pin_file.is_empty() {
+        return Ok(None);
+    }
+    Pin::from_file(Path::new(&setup.pin_file))
+        .map(Some)
+        .map_err(|error| Fault::new(Class::Pin, error.to_string()))
+}
+
 fn open(
     setup: &Setup,
     settings: &Settings,
-    pin: &Pin,
+    pin: Option<&Pin>,
     sessions: usize,
 ) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
-    let token = OpenToken::login(settings, &record, pin, false)?;
+    let expected = setup
+        .keys
+        .iter()
+        .map(expected)
+        .collect::<Result<Vec<_>, _>>()?;
+    let serials: Vec<&str> = expected
+        .iter()
+        .map(|key| key.token_serial.as_str())
+        .collect();
+    let token = OpenToken::login_to(settings, &record, pin, false, &serials)?;
     let mut keys = Vec::new();
-    for key in &setup.keys {
-        keys.push(token.prove(settings, &expected(key)?)?);
+    for key in &expected {
+        let proved = token.prove(settings, key);
+        keys.push(proved.map_err(|fault| token.explained(fault))?);
     }
-    let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
+    let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
         module: token.module.clone(),
         slot: token.slot,
@@ -194,7 +213,7 @@ fn open(
     for _ in 0..sessions {
         open.push(SessionThread::new(
             Arc::clone(&shared),
-            token.session(&ids)?,
+            token.session(&places)?,
         ));
     }
     Ok((token, shared, open))
@@ -203,9 +222,12 @@ fn open(
 fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     let id = WrappingKeyId::from_slice(&key.id);
     let fingerprint: Option<[u8; 32]> = key.fingerprint.as_slice().try_into().ok();
-    match (id, fingerprint) {
-        (Some(id), Some(fingerprint)) => Ok(ExpectedKey {
+    let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id);
+    match (id, fingerprint, objects) {
+        (Some(id), Some(fingerprint), Some(objects)) => Ok(ExpectedKey {
             id,
+            objects,
+            token_serial: key.token_serial.clone(),
             fingerprint: Fingerprint(fingerprint),
         }),
         _ => Err(Fault::new(
@@ -238,7 +260,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
             .keys
             .iter()
             .map(|key| TokenKey {
-                id: key.id.as_bytes().to_vec(),
+                id: key.place.id.as_bytes().to_vec(),
                 spki: key.public.spki.clone(),
                 algorithm: key.self_test.algorithm().number().into(),
             })

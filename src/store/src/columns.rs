@@ -125,6 +125,7 @@ tables! {
         key_id: Bytes;
         fingerprint: Bytes, purpose: Text, state: Text, token_serial: Text, sequence: Integer,
         registered_us: Integer, backup_confirmed_us: OptionalInteger, mac: Bytes,
+        private_cka_id: Bytes, integrity_cka_id: Bytes,
     }
 }
 

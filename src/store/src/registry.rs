@@ -6,14 +6,16 @@ use keybroker_core::{
         Mac,
         mac::{MacMessage, RegistryFields},
     },
-    key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
 /// One wrapping key as SQL knows it. The public key is not here: it always comes from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistryRow {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
+    /// The `CKA_ID` of its objects, where that is not its id.
+    pub objects: ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
     /// What the key is for.
@@ -34,10 +36,23 @@ pub struct RegistryRow {
 }
 
 impl RegistryRow {
+    /// `CKA_ID` of the RSA private key.
+    pub fn private_object(&self) -> ObjectId {
+        let own = &self.objects.private;
+        own.clone().unwrap_or_else(|| self.id.into())
+    }
+
+    /// `CKA_ID` of the integrity key.
+    pub fn integrity_object(&self) -> ObjectId {
+        let own = &self.objects.integrity;
+        own.clone().unwrap_or_else(|| self.private_object())
+    }
+
     /// What the row's MAC must be over.
     pub fn mac_message(&self) -> MacMessage {
         MacMessage::registry(&RegistryFields {
             id: self.id,
+            objects: &self.objects,
             fingerprint: self.fingerprint,
             purpose: self.purpose,
             state: self.state,

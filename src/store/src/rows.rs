@@ -6,8 +6,8 @@ use keybroker_core::{
     client_credential::DOCUMENT_BYTES_MAX,
     envelope::Mac,
     key::{
-        ClientId, Fingerprint, KeyAddress, KeyName, Purpose, RecordId, Revision, Tenant, UserId,
-        WrappingKeyId, WrappingKeyState,
+        ClientId, Fingerprint, KeyAddress, KeyName, ObjectIds, Purpose, RecordId, Revision, Tenant,
+        UserId, WrappingKeyId, WrappingKeyState,
     },
     metrics,
 };
@@ -463,8 +463,12 @@ pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
     if token_serial.len() > TOKEN_SERIAL_BYTES_MAX {
         return Err(row.corrupt("token_serial"));
     }
+    let private = row.bytes("private_cka_id")?;
+    let integrity = row.bytes("integrity_cka_id")?;
     Ok(RegistryRow {
         id: row.wrapping_key("key_id")?,
+        objects: ObjectIds::from_slices(private, integrity)
+            .ok_or_else(|| row.corrupt("private_cka_id or integrity_cka_id"))?,
         fingerprint: Fingerprint(row.array("fingerprint")?),
         purpose: row.parsed("purpose", Purpose::parse)?,
         state: row.parsed("state", WrappingKeyState::parse)?,
@@ -494,6 +498,8 @@ pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
         row.registered.into(),
         row.backup_confirmed.into(),
         (&row.mac).into(),
+        row.objects.private_bytes().into(),
+        row.objects.integrity_bytes().into(),
     ]
 }
 

@@ -12,5 +12,5 @@ mod work;
 
 pub use paths::{PathError, check_environment, check_module, softhsm_problem};
 pub use pin::{Pin, PinError, PinSource, resolve as resolve_pin_file};
-pub use settings::{ExpectedKey, Settings, TokenInfo, unpadded};
+pub use settings::{AccessControl, ExpectedKey, IntegrityKey, Settings, TokenInfo, unpadded};
 pub use work::Work;

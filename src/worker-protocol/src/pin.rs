@@ -50,9 +50,6 @@ pub enum PinError {
     /// More bytes than a PIN may have.
     #[error("it is longer than {PIN_BYTES_MAX} bytes, and no PIN is; is this the right file?")]
     TooLong,
-    /// The request of a worker has none.
-    #[error("no PIN was given")]
-    Absent,
     /// It cannot be read.
     #[error("{}", describe_read(.0))]
     Read(#[from] io::Error),
@@ -160,28 +157,29 @@ pub enum PinSource {
     File(PathBuf),
     /// A PIN that a person typed, or that was read from a descriptor.
     Text(Pin),
+    /// Nowhere: the token is used without a login.
+    NotNeeded,
 }
 
 impl PinSource {
     /// The form that crosses the socket. The path is resolved here, because the worker has no environment.
     pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {
-            Self::File(path) => Source::File(resolve(path)?.to_string_lossy().into_owned()),
-            Self::Text(pin) => Source::Text(pin.expose().to_owned()),
+            Self::File(path) => Some(Source::File(resolve(path)?.to_string_lossy().into_owned())),
+            Self::Text(pin) => Some(Source::Text(pin.expose().to_owned())),
+            Self::NotNeeded => None,
         };
-        Ok(wire::PinSource {
-            source: Some(source),
-        })
+        Ok(wire::PinSource { source })
     }
 }
 
 impl wire::PinSource {
-    /// The PIN: text, or the content of the file.
-    pub fn read(&self) -> Result<Pin, PinError> {
+    /// The PIN: text, or the content of the file. Absent for a token that is used without a login.
+    pub fn read(&self) -> Result<Option<Pin>, PinError> {
         match &self.source {
-            Some(Source::File(path)) => Pin::from_file(Path::new(path)),
-            Some(Source::Text(text)) => Pin::from_text(text.clone()),
-            None => Err(PinError::Absent),
+            Some(Source::File(path)) => Pin::from_file(Path::new(path)).map(Some),
+            Some(Source::Text(text)) => Pin::from_text(text.clone()).map(Some),
+            None => Ok(None),
         }
     }
 }

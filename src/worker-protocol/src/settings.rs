@@ -8,11 +8,61 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use keybroker_core::{
-    key::{Fingerprint, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, WrappingKeyId},
     trusted_file,
 };
 
 use crate::wire::{Setup, TokenIdentity};
+
+/// What kind of object an integrity key is, and by which mechanism the token makes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IntegrityKey {
+    /// A generic secret that may be used with `CKM_SHA256_HMAC` alone.
+    #[default]
+    GenericSecret,
+    /// `CKK_SHA256_HMAC`, without a length and without allowed mechanisms in the template: `YubiHSM` 2.
+    Sha256Hmac,
+    /// `CKK_SHA256_HMAC` by the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`: Entrust `nShield`.
+    Nshield,
+}
+
+impl IntegrityKey {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
+
+    /// As in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::GenericSecret => "generic-secret",
+            Self::Sha256Hmac => "sha256-hmac",
+            Self::Nshield => "nshield",
+        }
+    }
+
+    /// From the text of the configuration.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+
+    /// This kind and then the others.
+    pub fn and_others(self) -> impl Iterator<Item = Self> {
+        [self]
+            .into_iter()
+            .chain(Self::ALL.into_iter().filter(move |other| *other != self))
+    }
+}
+
+/// Who decides which program may use the keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessControl {
+    /// The token, which demands a login: the keys have `CKA_PRIVATE=true`.
+    #[default]
+    Login,
+    /// Something that PKCS#11 does not know, such as the credentials of a cloud: the keys have `CKA_PRIVATE=false`.
+    OutsidePkcs11,
+}
 
 /// Which token to use and how to reach it: the `[token]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,6 +99,12 @@ pub struct Settings {
     /// Allows RSA-OAEP with SHA-1 when the token can do no other.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
+    /// Who decides which program may use the keys.
+    #[serde(default)]
+    pub access_control: AccessControl,
+    /// What kind of object the integrity keys of this token are.
+    #[serde(default)]
+    pub integrity_key: IntegrityKey,
     /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates, and may be absent, never wrong.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
@@ -64,6 +120,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Whether the token is used without a login: it has no PIN, and the settings say that something else controls access.
+    pub fn is_without_login(&self) -> bool {
+        self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
+    }
+
     fn default_workers() -> usize {
         2
     }
@@ -89,6 +150,8 @@ impl Settings {
             uri: self.uri.clone().unwrap_or_default(),
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
+            integrity_key: self.integrity_key.as_str().to_owned(),
+            access_outside_pkcs11: self.access_control == AccessControl::OutsidePkcs11,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
             read_only_mounts_count: trusted_file::read_only_mounts_count(),
@@ -116,6 +179,12 @@ impl Settings {
             weights: BTreeMap::new(),
             call_timeout_ms: Self::default_call_timeout_ms(),
             allow_oaep_sha1: setup.allow_oaep_sha1,
+            access_control: if setup.access_outside_pkcs11 {
+                AccessControl::OutsidePkcs11
+            } else {
+                AccessControl::Login
+            },
+            integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
             initialize_string: given(&setup.initialize_string),
@@ -125,10 +194,14 @@ impl Settings {
 }
 
 /// A wrapping key that must be on the token, as the registry knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpectedKey {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
+    /// Where its objects are.
+    pub objects: ObjectIds,
+    /// Serial number of the token that holds it.
+    pub token_serial: String,
     /// Of the public key.
     pub fingerprint: Fingerprint,
 }

@@ -312,15 +312,17 @@ impl Script {
         if let Some(profile) = &self.profile {
             writeln!(text, "include = ['{}']", profile.display()).unwrap();
         }
+        // Otherwise the behaviour may have the table.
         match &self.clock {
-            None => writeln!(text, "[token]\nset_flags = [{}]", self.flags),
+            None if self.flags == 0 && !self.nul => {}
+            None => writeln!(text, "[token]\nset_flags = [{}]", self.flags).unwrap(),
             Some(time) => writeln!(
                 text,
                 "[token]\nset_flags = [\"CKF_CLOCK_ON_TOKEN\", {}]\nutc_time = \"{time}\"",
                 self.flags
-            ),
+            )
+            .unwrap(),
         }
-        .unwrap();
         if self.nul {
             text.push_str("pad = \"nul\"\n");
         }

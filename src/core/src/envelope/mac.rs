@@ -9,12 +9,14 @@ use std::fmt;
 use aws_lc_rs::digest;
 use zeroize::Zeroizing;
 
-use crate::key::{ClientId, Fingerprint, Purpose, WrappingKeyId, WrappingKeyState};
+use crate::key::{ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState};
 
 use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
+/// Of a row that says where the objects of the key are. A row of an earlier release does not, and keeps its MAC.
+const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -73,8 +75,17 @@ impl MacMessage {
 
     /// What the MAC of a registry row covers: all of the row but the MAC.
     pub fn registry(row: &RegistryFields<'_>) -> Self {
-        let mut message = Message::new(REGISTRY_DOMAIN);
+        let has_objects = *row.objects != ObjectIds::default();
+        let mut message = Message::new(if has_objects {
+            REGISTRY_OBJECTS_DOMAIN
+        } else {
+            REGISTRY_DOMAIN
+        });
         message.fixed(row.id.as_bytes());
+        if has_objects {
+            message.sized(row.objects.private_bytes());
+            message.sized(row.objects.integrity_bytes());
+        }
         message.fixed(&row.fingerprint.0);
         message.sized(row.purpose.as_str().as_bytes());
         message.sized(row.state.as_str().as_bytes());
@@ -122,8 +133,10 @@ impl MacMessage {
 /// The authenticated part of a registry row.
 #[derive(Clone, Copy, Debug)]
 pub struct RegistryFields<'a> {
-    /// `CKA_ID`.
+    /// Its id.
     pub id: WrappingKeyId,
+    /// Where its objects are on the token.
+    pub objects: &'a ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
     /// What the key is for.

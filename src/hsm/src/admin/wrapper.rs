@@ -20,6 +20,7 @@ pub struct Wrapper {
 impl Admin {
     /// Checks a key, to wrap under it.
     pub fn into_wrapper(self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
+        self.know([(key.id, &key.objects)])?;
         let checked = self.check(key.id)?;
         if let Some(problem) = checked.problem {
             return Err(AdminError::Untrusted(problem));

@@ -83,8 +83,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         context.output.note("measuring the bare token");
         Ok([
-            bare::measure(context, key, 1, arguments.seconds.div_ceil(4))?,
-            bare::measure(context, key, threads, arguments.seconds.div_ceil(2))?,
+            bare::measure(context, &key, 1, arguments.seconds.div_ceil(4))?,
+            bare::measure(context, &key, threads, arguments.seconds.div_ceil(2))?,
         ])
     };
     let [single, bare] = measure_bare()?;

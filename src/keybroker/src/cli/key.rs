@@ -7,7 +7,7 @@ use crate::config::Config;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{Purpose, WrappingKeyId, WrappingKeyState},
+    key::{ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
@@ -30,14 +30,15 @@ pub(super) enum Command {
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use it to complete an interrupted `key generate`, or after the token was restored to a device with another
-    /// serial number. The key keeps its state. The broker must be stopped.
+    /// Use it to complete an interrupted `key generate`, for a key that was made with the vendor's tool, or after the token
+    /// was restored to a device with another serial number; a registered key keeps its state. The key must pass the checks
+    /// of `token check`. The broker must be stopped.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
     /// Show one registered key; needs no PIN
     Show {
-        /// `CKA_ID` of the key, 32 hexadecimal digits
+        /// Id of the key, 32 hexadecimal digits
         id: String,
     },
 }
@@ -53,8 +54,11 @@ pub(super) struct Generate {
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// `CKA_ID` of the key, 32 hexadecimal digits
+    /// `CKA_ID` of the RSA private key, 1 to 255 bytes in hexadecimal; of a registered key, its id
     id: String,
+    /// `CKA_ID` of the integrity key, 1 to 255 bytes in hexadecimal [default: that of the RSA private key]
+    #[arg(long, value_name = "HEX")]
+    integrity_id: Option<String>,
     #[command(flatten)]
     pin: UserPin,
 }
@@ -86,7 +90,16 @@ fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
     WrappingKeyId::from_hex(text).ok_or_else(|| {
         Failure::new(
             Exit::Usage,
-            format!("{text:?} is not a CKA_ID of 32 hexadecimal digits"),
+            format!("{text:?} is not a key id of 32 hexadecimal digits"),
+        )
+    })
+}
+
+fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
+    ObjectId::from_hex(text).ok_or_else(|| {
+        Failure::new(
+            Exit::Usage,
+            format!("{text:?} is not a CKA_ID: 1 to 255 bytes, two hexadecimal digits each"),
         )
     })
 }
@@ -141,12 +154,18 @@ fn warn_of_backup(context: &Context) {
 
 fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let id = parse_id(&arguments.id)?;
+    let object = parse_object_id(&arguments.id)?;
+    let integrity = arguments
+        .integrity_id
+        .as_deref()
+        .map(parse_object_id)
+        .transpose()?;
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, false)?;
-    let key = admin.check(id)?;
+    let key = find(&admin, &rows, object, integrity)?;
+    let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
@@ -173,11 +192,55 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     context.output.fields(fields(&row))
 }
 
+/// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
+/// its `CKA_ID` if that has the length of an id; else a new id.
+fn find(
+    admin: &Admin,
+    rows: &[RegistryRow],
+    object: ObjectId,
+    integrity: Option<ObjectId>,
+) -> Result<CheckedKey, Failure> {
+    let known = rows
+        .iter()
+        .find(|row| row.private_object() == object || ObjectId::from(row.id) == object);
+    let (id, private) = match known {
+        Some(row) => (row.id, row.objects.private.clone()),
+        None => match WrappingKeyId::from_slice(object.as_bytes()) {
+            Some(id) => (id, None),
+            None => (fresh_id()?, Some(object)),
+        },
+    };
+    let integrity = integrity.or_else(|| known?.objects.integrity.clone());
+    let objects = ObjectIds { private, integrity };
+    admin.know([(id, &objects)])?;
+    let checked = admin.check(id)?;
+    let elsewhere = rows
+        .iter()
+        .find(|row| row.fingerprint == checked.fingerprint && row.id != id);
+    let Some(row) = elsewhere else {
+        return Ok(checked);
+    };
+    let objects = ObjectIds {
+        private: Some(objects.private.unwrap_or_else(|| id.into())),
+        integrity: objects.integrity,
+    };
+    admin.know([(row.id, &objects)])?;
+    Ok(admin.check(row.id)?)
+}
+
+fn fresh_id() -> Result<WrappingKeyId, Failure> {
+    let mut bytes = [0; ID_BYTES];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
+    Ok(WrappingKeyId::from_bytes(bytes))
+}
+
 /// The row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
     let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
         id: key.id,
+        objects: key.objects.clone(),
         fingerprint: key.fingerprint,
         purpose: Purpose::Plain,
         state: WrappingKeyState::Active,
@@ -208,6 +271,7 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {
+        objects: key.objects.clone(),
         token_serial: admin.info().serial.clone(),
         backup_confirmed: None,
         ..old.clone()
@@ -232,6 +296,11 @@ fn fields(row: &RegistryRow) -> Vec<Field> {
         ("state", json!(row.state.as_str())),
         ("sequence", json!(row.sequence)),
         ("token_serial", json!(row.token_serial)),
+        ("cka_id", json!(row.private_object().to_string())),
+        (
+            "integrity_cka_id",
+            json!(row.integrity_object().to_string()),
+        ),
         ("fingerprint", json!(row.fingerprint.to_string())),
         ("registered", json!(row.registered.to_string())),
         (

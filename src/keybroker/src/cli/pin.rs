@@ -40,6 +40,10 @@ impl UserPin {
             check_option("--pin-file", self.pin_file.as_deref())?;
             self.pin_file.as_ref().or(settings.pin_file.as_ref())
         };
+        let is_given = file.is_some() || self.pin_fd.is_some() || self.pin_prompt;
+        if !is_given && settings.is_without_login() {
+            return Ok(PinSource::NotNeeded);
+        }
         read(file, self.pin_fd, "User PIN: ")
     }
 }

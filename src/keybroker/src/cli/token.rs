@@ -6,12 +6,14 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use keybroker_audit::Entry;
-use keybroker_core::call::Timestamp;
+use keybroker_core::{call::Timestamp, key::WrappingKeyId};
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
-use keybroker_pkcs11::{PinRecord, attribute_check};
+use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::unpadded;
+
+use crate::config::accepted;
 
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
@@ -179,16 +181,10 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let rows = registry(&config)?;
+    admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
-    let mut ids = admin.key_ids()?;
-    ids.extend(
-        rows.iter()
-            .map(|row| row.id)
-            .filter(|id| !ids.contains(id))
-            .collect::<Vec<_>>(),
-    );
-    for id in ids {
+    for id in to_check(&admin, &rows, context)? {
         let row = rows.iter().find(|row| row.id == id);
         let checked = match admin.check(id) {
             Ok(checked) => checked,
@@ -206,6 +202,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         }
         match row {
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
+            None if checked.problem.is_some() => {}
             None => context.output.note(&format!(
                 "note: key {id} is on the token but not in the registry; `keybroker key register {id}` \
                  registers it"
@@ -219,6 +216,11 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
         shown.extend(findings("integrity key", &checked, &checked.binding));
+    }
+    if admin.info().serial.is_empty() {
+        context.output.note(
+            "warning: the token reports no serial number, so the registry cannot tell it from another token with the same keys",
+        );
     }
     let has_keys = !shown.is_empty();
     context
@@ -242,18 +244,39 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
+/// The keys on the token and those of the registry. A key that is not registered is checked only if its `CKA_ID` has the length of an
+/// id, as `key generate` makes them: what another program keeps on the token is its own.
+fn to_check(
+    admin: &Admin,
+    rows: &[RegistryRow],
+    context: &Context,
+) -> Result<Vec<WrappingKeyId>, Failure> {
+    let mut ids = Vec::new();
+    for object in admin.key_ids()? {
+        let registered = rows.iter().find(|row| row.private_object() == object);
+        match registered
+            .map(|row| row.id)
+            .or_else(|| WrappingKeyId::from_slice(object.as_bytes()))
+        {
+            Some(id) => ids.push(id),
+            None => context.output.note(&format!(
+                "note: the RSA private key with CKA_ID {object} is on the token but not in the registry, and was not checked; \
+                 `keybroker key register {object} --integrity-id HEX` registers it if it passes"
+            )),
+        }
+    }
+    for row in rows {
+        if !ids.contains(&row.id) {
+            ids.push(row.id);
+        }
+    }
+    Ok(ids)
+}
+
 /// What the settings take from the checks.
 fn show_weakened(context: &Context, config: &crate::config::Config) {
-    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
-        context.output.note(&format!(
-            "warning: {} is excepted (`token.attribute_exceptions`); the accepted risk: {}",
-            exception.attribute, exception.gives_away
-        ));
-    }
-    for test in &config.token.spared_tests {
-        context.output.note(&format!(
-            "warning: the negative test {test} is not made (`token.spared_tests`)"
-        ));
+    for risk in accepted::risks(&config.token) {
+        context.output.note(&format!("warning: {risk}"));
     }
 }
 
@@ -333,6 +356,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
     let rows = registry(&config)?;
+    admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let of_token = rows
         .iter()
         .any(|row| unpadded(&row.token_serial) == admin.info().serial);

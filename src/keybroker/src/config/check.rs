@@ -55,7 +55,7 @@ impl Config {
                     .to_owned(),
             );
         }
-        if token.pin_file.is_none() {
+        if token.pin_file.is_none() && !token.is_without_login() {
             problems.push(
                 "[token]: set `pin_file` to a file with the user PIN that only this user can read"
                     .to_owned(),

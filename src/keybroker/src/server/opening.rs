@@ -8,12 +8,11 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use keybroker_pkcs11::attribute_check;
 use tokio::net::TcpListener;
 
 use crate::{
     cli::exit::{Exit, Failure},
-    config::Config,
+    config::{Config, accepted},
 };
 use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
@@ -191,6 +190,49 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
     Ok(audit.require_binding()?)
 }
 
+/// The risks that the settings accepted at the last start, in the state directory.
+const ACCEPTED_RISKS: &str = "accepted-risks";
+
+/// Logs the risks of the token that the settings accept, and records them in the audit log when they are not those of the last
+/// start. Returns them as sentences.
+pub(super) async fn record_accepted_risks(
+    config: &Config,
+    audit: &AuditLog,
+) -> Result<Vec<String>, Failure> {
+    let risks = accepted::risks(&config.token);
+    for risk in &risks {
+        tracing::warn!(
+            setting = risk.setting,
+            what = risk.what,
+            gives_away = risk.gives_away,
+            "the settings accept a risk of the token"
+        );
+    }
+    let risks: Vec<String> = risks.iter().map(ToString::to_string).collect();
+    let state = StateDirectory::below(&config.audit.directory);
+    // Two instances may share the directory.
+    let fact = format!("{ACCEPTED_RISKS}-{}", config.audit.instance);
+    let before = state.read_json::<Vec<String>>(&fact);
+    let is_known = match &before {
+        Ok(before) => *before.as_deref().unwrap_or_default() == *risks,
+        Err(error) => {
+            tracing::warn!(error = %chain(error), "the risks of the last start are not known");
+            false
+        }
+    };
+    if is_known {
+        return Ok(risks);
+    }
+    let mut changed = Entry::new(EntryKind::System, "token.risks_accepted", Outcome::Ok);
+    changed.count = u64::try_from(risks.len()).ok();
+    changed.risks = (!risks.is_empty()).then(|| risks.join(". "));
+    audit.append(changed).await?;
+    if let Err(error) = state.write_json(&fact, &risks) {
+        tracing::warn!(error = %chain(&error), "the next start records the accepted risks again");
+    }
+    Ok(risks)
+}
+
 pub(super) async fn bind_all(
     listeners: &[ListenerSettings],
     state: &StateDirectory,
@@ -266,6 +308,8 @@ pub(super) async fn start_token(
         .filter(|row| row.state != WrappingKeyState::Destroyed)
         .map(|row| ExpectedKey {
             id: row.id,
+            objects: row.objects.clone(),
+            token_serial: row.token_serial.clone(),
             fingerprint: row.fingerprint,
         })
         .collect();
@@ -275,16 +319,6 @@ pub(super) async fn start_token(
             "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
              generate`",
         ));
-    }
-    for exception in attribute_check::exceptions_in_use(&config.token.attribute_exceptions) {
-        tracing::warn!(
-            attribute = exception.attribute,
-            gives_away = exception.gives_away,
-            "an attribute of the keys is excepted (`token.attribute_exceptions`)"
-        );
-    }
-    for test in &config.token.spared_tests {
-        tracing::warn!(%test, "a negative test is not made (`token.spared_tests`)");
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);

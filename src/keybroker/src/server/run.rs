@@ -226,6 +226,7 @@ impl Server {
         opening::migrate(&config.store, &audit, instance, &mut open_intents).await?;
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
+        let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let supervisor = opening::start_token(&config, &store, program, token_started).await?;
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
@@ -238,6 +239,7 @@ impl Server {
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
             capacity: capacity(&config.store),
+            accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;
         let identifier = Identifier {

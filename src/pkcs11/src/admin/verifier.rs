@@ -25,7 +25,7 @@ impl Verifier {
     pub(crate) fn new(admin: &Admin, id: WrappingKeyId) -> Result<Self, AdminError> {
         Ok(Self {
             ids: vec![id],
-            session: admin.token.session(&[id])?,
+            session: admin.session(&[id])?,
         })
     }
 
@@ -35,7 +35,7 @@ impl Verifier {
             return Ok(());
         }
         let ids: Vec<_> = self.ids.iter().copied().chain([id]).collect();
-        self.session = admin.token.session(&ids)?;
+        self.session = admin.session(&ids)?;
         self.ids = ids;
         Ok(())
     }
@@ -81,7 +81,7 @@ impl Verifier {
     }
 
     fn renew(&mut self, admin: &Admin) -> Result<(), AdminError> {
-        self.session = admin.token.session(&self.ids)?;
+        self.session = admin.session(&self.ids)?;
         Ok(())
     }
 

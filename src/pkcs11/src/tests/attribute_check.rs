@@ -9,7 +9,7 @@ use cryptoki::{
 };
 use keybroker_pkcs11_ffi::Session;
 
-use super::{id, init, open, with_softhsm};
+use super::{generated, id, init, open, with_softhsm};
 use crate::{
     attribute_check::{self, Found},
     classify::Class,
@@ -163,7 +163,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 (findings[0].found, is_good)
             };
             let exception = [name.to_owned()];
-            let without = keys::generate(session, 2_048, &[]).unwrap().pair.binding;
+            let without = generated(session).binding;
             assert_eq!(verdict(without, &[]), (Found::Missing, false));
             assert_eq!(verdict(without, &exception), (Found::Excepted, true));
             // Absent, never wrong.
@@ -208,7 +208,7 @@ fn the_attacks_on_pkcs11_are_blocked() {
         init();
         let token = open();
         let session = &token.anchor;
-        let pair = keys::generate(session, 2_048, &[]).unwrap().pair;
+        let pair = generated(session);
         let public = session
             .find_objects(&[
                 Attribute::Class(ObjectClass::PUBLIC_KEY),

@@ -1,7 +1,12 @@
 //! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
 
-use super::{Admin, USER_PIN, faulty, init, open, pin, record, with_softhsm};
-use keybroker_worker_protocol::Settings;
+use super::{
+    Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
+};
+use keybroker_core::key::ObjectIds;
+use keybroker_worker_protocol::{IntegrityKey, Settings};
+
+use crate::{admin::Verifier, keys};
 
 /// Objects on the token, of any kind.
 fn objects() -> usize {
@@ -55,6 +60,159 @@ fn a_refused_attribute_is_named_and_its_exception_helps() {
             let key = admin.generate_key(2_048).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(objects(), 3);
+        },
+    );
+}
+
+#[test]
+fn the_message_names_the_attributes_of_both_keys_at_once() {
+    with_softhsm(
+        "behaviours::the_message_names_the_attributes_of_both_keys_at_once",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(&(unknown("CKA_COPYABLE") + &unknown("CKA_SIGN_RECOVER")));
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let setting = "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_SIGN_RECOVER\"]";
+            assert!(message.contains(setting), "{message}");
+            drop(admin);
+            let excepted = Settings {
+                attribute_exceptions: vec![
+                    "CKA_COPYABLE".to_owned(),
+                    "CKA_SIGN_RECOVER".to_owned(),
+                ],
+                ..settings
+            };
+            let admin = Admin::open(&excepted, &record(), &pin(USER_PIN), true).unwrap();
+            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+        },
+    );
+}
+
+/// What a token does with keys for HMAC that are not generic secrets, and that their type restricts to one hash.
+fn hmac_keys(also: &str) -> String {
+    let others = ["CKM_SHA224_HMAC", "CKM_SHA512_HMAC"].map(|mechanism| {
+        format!(
+            "[[mechanism]]\nabsent = \"{mechanism}\"\nfunctions = [\"C_SignInit\"]\n\
+             refuse = \"CKR_KEY_TYPE_INCONSISTENT\"\n"
+        )
+    });
+    format!(
+        "[hmac]\nkey_type = \"CKK_SHA256_HMAC\"\nrefuse = \"CKR_TEMPLATE_INCONSISTENT\"\n{also}{}",
+        others.concat()
+    )
+}
+
+#[test]
+fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
+    with_softhsm(
+        "behaviours::the_kind_of_integrity_key_that_a_token_makes_is_found_and_works",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            // Without the length and the mechanisms that the type implies.
+            let by_type = hmac_keys("length = 32\n")
+                + "[[template]]\nfunction = \"C_GenerateKey\"\nrefuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\nonly = [\
+                   \"CKA_CLASS\", \"CKA_KEY_TYPE\", \"CKA_TOKEN\", \"CKA_PRIVATE\", \"CKA_SENSITIVE\", \"CKA_EXTRACTABLE\", \
+                   \"CKA_MODIFIABLE\", \"CKA_COPYABLE\", \"CKA_SIGN\", \"CKA_VERIFY\", \"CKA_ENCRYPT\", \"CKA_DECRYPT\", \
+                   \"CKA_WRAP\", \"CKA_UNWRAP\", \"CKA_DERIVE\", \"CKA_ID\", \"CKA_LABEL\"]\n";
+            for (behaviour, kind) in [
+                (by_type, IntegrityKey::Sha256Hmac),
+                (hmac_keys("mechanism = 0xde436997\n"), IntegrityKey::Nshield),
+            ] {
+                faulty.behave(&behaviour);
+                let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                let setting = format!("set `integrity_key = \"{}\"`", kind.as_str());
+                assert!(message.contains(&setting), "{message}");
+                assert!(!message.contains("attribute_exceptions"), "{message}");
+                drop(admin);
+                assert_eq!(objects(), 0);
+                let other = Settings {
+                    integrity_key: kind,
+                    ..settings.clone()
+                };
+                let admin = Admin::open(&other, &record(), &pin(USER_PIN), true).unwrap();
+                let key = admin.generate_key(2_048).unwrap();
+                assert_eq!(key.problem, None);
+                drop(admin);
+                faulty.behave("");
+                let token = open();
+                for object in token.anchor.find_objects(&[]).unwrap() {
+                    token.anchor.destroy_object(object).unwrap();
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key() {
+    with_softhsm(
+        "behaviours::a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[objects]\nrefuse_duplicate_id = \"CKR_ATTRIBUTE_VALUE_INVALID\"\n");
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            assert_eq!(key.objects.private, None);
+            assert!(key.objects.integrity.is_some());
+            drop(admin);
+            assert_eq!(objects(), 3);
+            // The key is found again before it is registered, and where the registry says.
+            for known in [ObjectIds::default(), key.objects] {
+                let mut admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
+                admin.know(key.id, known);
+                assert_eq!(admin.check(key.id).unwrap().problem, None);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_token_whose_public_keys_must_be_private_gets_such_ones() {
+    with_softhsm(
+        "behaviours::a_token_whose_public_keys_must_be_private_gets_such_ones",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(
+                "[[attribute]]\nname = \"CKA_PRIVATE\"\n\
+                 in_template = { refuse = \"CKR_TEMPLATE_INCONSISTENT\", unless = true }\n",
+            );
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+        },
+    );
+}
+
+#[test]
+fn without_c_verify_the_mac_is_made_again_and_compared() {
+    with_softhsm(
+        "behaviours::without_c_verify_the_mac_is_made_again_and_compared",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(
+                "[[rule]]\nfunction = [\"C_VerifyInit\", \"C_Verify\"]\n\
+                 do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n",
+            );
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            let mac = admin.mac(key.id, b"message").unwrap();
+            let mut verifier = Verifier::new(&admin, key.id).unwrap();
+            let mut verify =
+                |message: &[u8], mac: &[u8]| verifier.verify(&admin, key.id, message, mac).unwrap();
+            assert!(verify(b"message", &mac));
+            assert!(!verify(b"massage", &mac));
+            assert!(!verify(b"message", &mac[1..]));
+            let mut forged = mac;
+            forged[31] ^= 1;
+            assert!(!verify(b"message", &forged));
         },
     );
 }
@@ -139,6 +297,66 @@ fn a_token_that_takes_its_pin_at_a_pad_is_refused_before_a_login() {
 }
 
 #[test]
+fn a_token_without_a_free_session_says_which_settings_help() {
+    with_softhsm(
+        "behaviours::a_token_without_a_free_session_says_which_settings_help",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[sessions]\nmax = 1\n");
+            let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), false).unwrap();
+            let fault = token.session(&[]).unwrap_err();
+            assert!(fault.detail.contains("SessionCount"), "{fault}");
+            assert!(fault.detail.contains("sessions_per_worker"), "{fault}");
+        },
+    );
+}
+
+#[test]
+fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
+    with_softhsm(
+        "behaviours::a_login_of_another_process_is_named_when_the_keys_are_not_found",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            // It says that another process is logged in, and does not let this one use that login.
+            faulty.behave(
+                "[[rule]]\nfunction = \"C_Login\"\ndo = { return = \"CKR_USER_ALREADY_LOGGED_IN\" }\n",
+            );
+            let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), false).unwrap();
+            let fault = keys::find(&token.anchor, &id(1).into()).unwrap_err();
+            let fault = token.explained(fault);
+            assert!(fault.detail.contains("`workers = 1`"), "{fault}");
+        },
+    );
+}
+
+#[test]
+fn of_two_tokens_with_one_label_the_registry_says_which() {
+    with_softhsm(
+        "behaviours::of_two_tokens_with_one_label_the_registry_says_which",
+        |folder| {
+            init();
+            let twin = admin::init_token(&settings(), "twin", &pin("654321"), &pin(USER_PIN), None);
+            let twin = twin.unwrap();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave("[token]\nlabel = \"test\"\n");
+            let open = |serials: &[&str]| {
+                let pin = pin(USER_PIN);
+                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+            };
+            for serials in [&[][..], &["0"], &[""]] {
+                let fault = open(serials).unwrap_err();
+                assert!(fault.detail.contains("`token.serial`"), "{fault}");
+                assert!(fault.detail.contains(&twin.serial), "{fault}");
+            }
+            assert_eq!(faulty.count("C_Login begins"), 0);
+            assert_eq!(open(&["0", &twin.serial]).unwrap().info.serial, twin.serial);
+        },
+    );
+}
+
+#[test]
 fn a_token_whose_clock_is_odd_is_used() {
     with_softhsm("behaviours::a_token_whose_clock_is_odd_is_used", |folder| {
         init();
@@ -148,7 +366,7 @@ fn a_token_whose_clock_is_odd_is_used() {
         drop(admin);
         for time in ["21:38:18", "                ", "", "\\u0000\\u0000"] {
             faulty.set_clock(time);
-            assert_eq!(crate::admin::list_tokens(&settings).unwrap().len(), 2);
+            assert_eq!(admin::list_tokens(&settings).unwrap().len(), 2);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
             assert_eq!(admin.check(key.id).unwrap().problem, None, "{time:?}");
         }
@@ -172,7 +390,7 @@ fn an_attribute_is_read_without_asking_for_its_length() {
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
             let key = admin.generate_key(2_048).unwrap();
             assert_eq!(key.problem, None);
-            assert_eq!(admin.key_ids().unwrap(), [key.id]);
+            assert_eq!(admin.key_ids().unwrap(), [key.id.into()]);
         },
     );
 }
@@ -185,11 +403,9 @@ fn a_string_for_a_module_that_expects_none_is_named() {
             for (text, named) in [("configdir='x'", "expects another string"), ("a\0b", "NUL")] {
                 let settings = Settings {
                     initialize_string: Some(text.to_owned()),
-                    ..crate::tests::settings()
+                    ..settings()
                 };
-                let error = crate::admin::list_tokens(&settings)
-                    .unwrap_err()
-                    .to_string();
+                let error = admin::list_tokens(&settings).unwrap_err().to_string();
                 assert!(error.contains("token.initialize_string"), "{error}");
                 assert!(error.contains(named), "{error}");
             }

@@ -52,9 +52,9 @@ fn tried(
             &with(keys::binding_template(id(1)), integrity),
         )
         .unwrap();
-    let pair = keys::find(session, id(1)).unwrap();
+    let pair = keys::find(session, &id(1).into()).unwrap();
     let side = keys::public_side(session, &pair).unwrap();
-    let self_test = token.probe(id(1), &side, true).unwrap();
+    let self_test = token.probe(&id(1).into(), &side, true).unwrap();
     while_tried();
     let result = token.try_what_must_fail(settings, &pair, &side, &self_test, Subject::Throwaway);
     for object in [public, private, binding] {

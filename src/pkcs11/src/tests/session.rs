@@ -9,7 +9,7 @@ use std::{
 use super::{
     Faulty, USER_PIN, faulty,
     faulty::{Fault, code},
-    init, pin, record, with_softhsm,
+    generated, init, pin, record, with_softhsm,
 };
 use keybroker_core::envelope::Algorithm;
 use keybroker_worker_protocol::{
@@ -42,15 +42,17 @@ impl Bench {
         let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
         let keys: Vec<ProvedKey> = (0..count)
             .map(|_| {
-                let pair = keys::generate(&token.anchor, 2_048, &[]).unwrap().pair;
+                let pair = generated(&token.anchor);
                 let expected = ExpectedKey {
                     id: pair.id,
+                    objects: pair.objects.clone(),
+                    token_serial: token.info.serial.clone(),
                     fingerprint: keys::public_side(&token.anchor, &pair).unwrap().fingerprint,
                 };
                 token.prove(&settings, &expected).unwrap()
             })
             .collect();
-        let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
+        let ids: Vec<_> = keys.iter().map(|key| key.place.clone()).collect();
         let shared = Arc::new(Shared {
             module: token.module.clone(),
             slot: token.slot,
@@ -78,11 +80,11 @@ impl Bench {
 
     /// Unwraps a row of the first key whose MAC is good.
     fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
-        let id = self.shared.keys[0].id;
-        let pair = keys::find(&self.token.anchor, id).unwrap();
+        let place = &self.shared.keys[0].place;
+        let pair = keys::find(&self.token.anchor, place).unwrap();
         let mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
         let job = Job::Unwrap(wire::Unwrap {
-            key_id: id.as_bytes().to_vec(),
+            key_id: place.id.as_bytes().to_vec(),
             message: MESSAGE.to_vec(),
             mac: mac.to_vec(),
             algorithm: Algorithm::RsaOaepSha1.number().into(),
@@ -165,7 +167,7 @@ fn keys_that_are_gone_mean_that_the_token_is() {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();
             bench.token.anchor.logout().unwrap();
-            let id = bench.shared.keys[0].id;
+            let id = bench.shared.keys[0].place.id;
             let job = Job::Mac(wire::Mac {
                 key_id: id.as_bytes().to_vec(),
                 message: MESSAGE.to_vec(),
@@ -188,7 +190,7 @@ fn the_self_test_uses_one_key_at_a_time() {
             assert_eq!(bench.faulty.count("C_DecryptInit begins"), before + 1);
         }
         // One of the three is lost, and one of three self-tests in a row notices.
-        let pair = keys::find(&bench.token.anchor, bench.shared.keys[1].id).unwrap();
+        let pair = keys::find(&bench.token.anchor, &bench.shared.keys[1].place).unwrap();
         bench.token.anchor.destroy_object(pair.private).unwrap();
         let noticed = (0..3).any(|_| bench.run(Job::SelfTest(wire::SelfTest {}), LONG).is_err());
         assert!(noticed);

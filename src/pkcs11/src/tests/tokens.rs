@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 use super::{
     Admin, AdminError, OpenToken, USER_PIN, admin, faulty,
     faulty::{Fault, code, flag},
-    init, pin, record, settings, with_softhsm,
+    generated, init, pin, record, settings, with_softhsm,
 };
 use keybroker_worker_protocol::Settings;
 
@@ -252,7 +252,7 @@ fn a_token_that_is_logged_in_already_is_used() {
                 &Fault::always(code::after(code::USER_ALREADY_LOGGED_IN)),
             );
             let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            crate::keys::generate(&token.anchor, 2_048, &[]).unwrap();
+            generated(&token.anchor);
         },
     );
 }

@@ -77,6 +77,7 @@ fn a_row_that_is_written_is_read_as_the_same() {
 
     let registry_row = RegistryRow {
         id: WrappingKeyId::from_bytes([22; 16]),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
         fingerprint: Fingerprint([23; 32]),
         purpose: Purpose::Sealed,
         state: WrappingKeyState::Compromised,

@@ -16,7 +16,6 @@ use crate::{
     },
     config::Config,
 };
-use keybroker_core::key::WrappingKeyId;
 use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
@@ -77,14 +76,15 @@ impl Bare {
 /// Runs the loop in an admin worker, whose CPU time is counted.
 pub(super) fn measure(
     context: &Context,
-    key: WrappingKeyId,
+    key: &ExpectedKey,
     threads: u32,
     seconds: u64,
 ) -> Result<Bare, Failure> {
     let admin = open(&context.config_for_token()?)?;
+    admin.know([(key.id, &key.objects)])?;
     let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
     let (began, before) = (Instant::now(), CpuTime::of(admin.pid())?);
-    let count = admin.decrypt_loop(key, threads, seconds)?;
+    let count = admin.decrypt_loop(key.id, threads, seconds)?;
     Ok(Bare {
         operations: u32::try_from(count.operations).unwrap_or(u32::MAX),
         waits: u32::try_from(count.waits).unwrap_or(u32::MAX),
@@ -106,15 +106,18 @@ pub(super) fn ourselves(context: &Context) -> Result<Command, Failure> {
 }
 
 /// The key that wraps now, and the length of its modulus, read from the token.
-pub(super) fn wrapping_key(config: &Config) -> Result<(WrappingKeyId, usize), Failure> {
+pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Failure> {
     let rows = block_on(async {
         let store = store::open(&config.store).await?;
         let rows = store.registry().await;
         store.close().await;
         rows
     })??;
-    let id = active(&rows)?.id;
-    Ok((id, open(config)?.check(id)?.modulus_bits))
+    let key = active(&rows)?;
+    let admin = open(config)?;
+    admin.know([(key.id, &key.objects)])?;
+    let bits = admin.check(key.id)?.modulus_bits;
+    Ok((key, bits))
 }
 
 /// The key that wraps now.
@@ -129,16 +132,22 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
         })?;
     Ok(ExpectedKey {
         id: row.id,
+        objects: row.objects.clone(),
+        token_serial: row.token_serial.clone(),
         fingerprint: row.fingerprint,
     })
 }
 
 pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
-    let path = config.token.pin_file.as_deref().ok_or_else(|| {
-        Failure::new(
-            Exit::Pin,
-            "bench reads the PIN from `token.pin_file`, which is not set",
-        )
-    })?;
-    log_in(config, &PinSource::File(path.to_owned()), false)
+    let source = match &config.token.pin_file {
+        Some(path) => PinSource::File(path.clone()),
+        None if config.token.is_without_login() => PinSource::NotNeeded,
+        None => {
+            return Err(Failure::new(
+                Exit::Pin,
+                "bench reads the PIN from `token.pin_file`, which is not set",
+            ));
+        }
+    };
+    log_in(config, &source, false)
 }

@@ -162,6 +162,7 @@ async fn learn(
 
 /// Checks every key that verifies rows. While the registry itself is in doubt no row can be checked.
 fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
+    admin.know(registry.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
     for row in registry {
         if row.state == WrappingKeyState::Destroyed {

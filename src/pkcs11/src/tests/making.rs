@@ -7,6 +7,7 @@ use super::{
     faulty::{Fault, code},
     id, init, open, pin, record, settings, with_softhsm,
 };
+use keybroker_core::key::ObjectIds;
 use keybroker_worker_protocol::Settings;
 
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
 
 #[test]
 fn a_generated_key_passes_and_is_proved() {
-    with_softhsm("keys::a_generated_key_passes_and_is_proved", |_| {
+    with_softhsm("making::a_generated_key_passes_and_is_proved", |_| {
         init();
         let admin = Admin::open(&settings(), &record(), &pin(USER_PIN), true).unwrap();
         let key = admin.generate_key(2_048).unwrap();
@@ -32,13 +33,14 @@ fn a_generated_key_passes_and_is_proved() {
                 .all(|f| f.found == Found::AsExpected)
         );
         assert!(matches!(key.private[0].expected, Expected::Flag(true)));
-        assert_eq!(admin.key_ids().unwrap(), [key.id]);
+        assert_eq!(admin.key_ids().unwrap(), [key.id.into()]);
+        assert_eq!(key.objects, ObjectIds::default());
     });
 }
 
 #[test]
 fn sha1_is_refused_unless_allowed() {
-    with_softhsm("keys::sha1_is_refused_unless_allowed", |_| {
+    with_softhsm("making::sha1_is_refused_unless_allowed", |_| {
         init();
         let key = Admin::open(&settings(), &record(), &pin(USER_PIN), true)
             .unwrap()
@@ -58,7 +60,7 @@ fn sha1_is_refused_unless_allowed() {
 
 #[test]
 fn two_keys_of_one_id_and_none_are_refused() {
-    with_softhsm("keys::two_keys_of_one_id_and_none_are_refused", |_| {
+    with_softhsm("making::two_keys_of_one_id_and_none_are_refused", |_| {
         init();
         let token = open();
         let session = &token.anchor;
@@ -71,18 +73,18 @@ fn two_keys_of_one_id_and_none_are_refused() {
                 )
                 .unwrap();
         };
-        let none = keys::find(session, id(1)).unwrap_err();
+        let none = keys::find(session, &id(1).into()).unwrap_err();
         assert!(none.detail.contains("is not on the token"), "{none}");
         assert_eq!(none.class, Class::KeyMissing);
         make();
-        let no_binding = keys::find(session, id(1)).unwrap_err();
+        let no_binding = keys::find(session, &id(1).into()).unwrap_err();
         assert!(no_binding.detail.contains("integrity key"), "{no_binding}");
         make();
-        let two = keys::find(session, id(1)).unwrap_err();
+        let two = keys::find(session, &id(1).into()).unwrap_err();
         assert_eq!(two.class, Class::Untrusted);
         assert!(two.detail.contains("more than one"), "{two}");
         // A key that was there before and is not found now means that the token is unavailable, not that a key was forged.
-        let gone = KeySession::open(&token.module, token.slot, &[id(9)]).unwrap_err();
+        let gone = KeySession::open(&token.module, token.slot, &[id(9).into()]).unwrap_err();
         assert_eq!(gone.class, Class::KeyMissing);
     });
 }
@@ -90,7 +92,7 @@ fn two_keys_of_one_id_and_none_are_refused() {
 /// A session that is lost says nothing of what the token can do.
 #[test]
 fn a_lost_session_does_not_choose_sha1() {
-    with_softhsm("keys::a_lost_session_does_not_choose_sha1", |folder| {
+    with_softhsm("making::a_lost_session_does_not_choose_sha1", |folder| {
         init();
         let (settings, faulty) = faulty(folder);
         let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
@@ -109,7 +111,7 @@ fn a_lost_session_does_not_choose_sha1() {
 /// A MAC that verifies whatever it is protects nothing.
 #[test]
 fn a_token_that_takes_any_mac_is_refused() {
-    with_softhsm("keys::a_token_that_takes_any_mac_is_refused", |folder| {
+    with_softhsm("making::a_token_that_takes_any_mac_is_refused", |folder| {
         init();
         let (settings, faulty) = faulty(folder);
         let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();

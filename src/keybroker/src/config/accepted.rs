@@ -1,0 +1,53 @@
+//! The risks of a token that the operator has accepted in `[token]`: each with one sentence on what it gives away.
+
+use std::fmt;
+
+use keybroker_hsm as hsm;
+use keybroker_pkcs11::attribute_check;
+use keybroker_worker_protocol::AccessControl;
+
+/// A setting that takes something from the checks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AcceptedRisk {
+    /// The setting in `[token]`, such as `attribute_exceptions`.
+    pub(crate) setting: &'static str,
+    /// What is accepted, as a sentence without its end.
+    pub(crate) what: String,
+    /// What that gives away; absent where the sentence says it.
+    pub(crate) gives_away: Option<&'static str>,
+}
+
+impl fmt::Display for AcceptedRisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (`token.{}`)", self.what, self.setting)?;
+        match self.gives_away {
+            Some(gives_away) => write!(f, "; the accepted risk: {gives_away}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// All of a token.
+pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
+    let exceptions = attribute_check::exceptions_in_use(&token.attribute_exceptions);
+    let mut risks: Vec<AcceptedRisk> = exceptions
+        .map(|exception| AcceptedRisk {
+            setting: "attribute_exceptions",
+            what: format!("{} is excepted", exception.attribute),
+            gives_away: Some(exception.gives_away),
+        })
+        .collect();
+    if token.access_control == AccessControl::OutsidePkcs11 {
+        risks.push(AcceptedRisk {
+            setting: "access_control",
+            what: "access to the keys is controlled outside PKCS#11".to_owned(),
+            gives_away: Some(attribute_check::ACCESS_OUTSIDE_PKCS11),
+        });
+    }
+    risks.extend(token.spared_tests.iter().map(|test| AcceptedRisk {
+        setting: "spared_tests",
+        what: format!("the negative test {test} is not made"),
+        gives_away: None,
+    }));
+    risks
+}

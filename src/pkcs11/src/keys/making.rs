@@ -1,0 +1,425 @@
+//! Making a wrapping key and its integrity key, and finding out why a token does not make them.
+
+use std::fmt;
+
+use cryptoki::{
+    error::Error,
+    mechanism::Mechanism,
+    object::{Attribute, ObjectHandle},
+};
+
+use keybroker_core::key::{ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_pkcs11_ffi::Session;
+use keybroker_worker_protocol::{IntegrityKey, Settings};
+
+use crate::{
+    attribute_check::{self, Exception},
+    calling,
+    classify::{Class, Fault},
+    operation,
+};
+
+use super::{
+    KeyPair, own_integrity_id,
+    templates::{
+        Lifetime, adapted, integrity_mechanism, integrity_template, is_named, private_template,
+        public_template,
+    },
+};
+
+/// Length of the modulus of a pair that ends with its session.
+const SESSION_PAIR_BITS: u32 = 2_048;
+/// What the MAC of a new integrity key is made over. No row has such a message.
+const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
+
+/// What the settings say of the keys to be made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms<'a> {
+    pub(crate) exceptions: &'a [String],
+    pub(crate) integrity_key: IntegrityKey,
+}
+
+impl<'a> Terms<'a> {
+    pub(crate) fn of(settings: &'a Settings) -> Self {
+        Self {
+            exceptions: &settings.attribute_exceptions,
+            integrity_key: settings.integrity_key,
+        }
+    }
+}
+
+/// What a run made on the token.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) pair: KeyPair,
+    public: ObjectHandle,
+}
+
+impl Made {
+    /// Removes all three objects. A failure says which of them are left.
+    pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
+        let objects = [
+            ("the RSA private key", self.pair.private),
+            ("the integrity key", self.pair.binding),
+            ("the RSA public key", self.public),
+        ];
+        let left: Vec<String> = objects
+            .into_iter()
+            .filter_map(|(what, object)| {
+                let fault = destroy(session, object).err()?;
+                Some(format!("{what} ({fault})"))
+            })
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Class::Ambiguous,
+            format!(
+                "Of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
+                self.pair.id,
+                left.join(" and ")
+            ),
+        ))
+    }
+}
+
+fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
+    calling::next("C_DestroyObject");
+    Ok(session.destroy_object(object)?)
+}
+
+/// Makes an RSA pair and an integrity key under one fresh id. The session must be read-write.
+pub(crate) fn generate(
+    session: &Session,
+    modulus_bits: u32,
+    terms: Terms<'_>,
+) -> Result<Made, Refusal> {
+    make(session, modulus_bits, Lifetime::Token, terms)
+}
+
+/// The same with keys that end with the session, to try what the token can do.
+pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Result<Made, Refusal> {
+    let made = make(session, SESSION_PAIR_BITS, Lifetime::Session, terms)?;
+    // Some tokens make a generic secret and refuse to use it for HMAC.
+    match operation::mac(session, &made.pair, MAC_TRIAL) {
+        Err(fault) if depends_on_the_template(&fault) => {
+            // They end with the session at the latest.
+            let _removed = made.remove(session);
+            Err(Refusal {
+                making: Some(Making::IntegrityKey(terms.integrity_key)),
+                fault,
+            })
+        }
+        _ => Ok(made),
+    }
+}
+
+/// Which of the two a token refused to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Making {
+    IntegrityKey(IntegrityKey),
+    RsaPair,
+}
+
+impl fmt::Display for Making {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::IntegrityKey(IntegrityKey::GenericSecret) => {
+                "the integrity key (CKM_GENERIC_SECRET_KEY_GEN)"
+            }
+            Self::IntegrityKey(IntegrityKey::Sha256Hmac) => {
+                "the integrity key (CKM_GENERIC_SECRET_KEY_GEN with CKK_SHA256_HMAC)"
+            }
+            Self::IntegrityKey(IntegrityKey::Nshield) => {
+                "the integrity key (CKM_NC_SHA256_HMAC_KEY_GEN)"
+            }
+            Self::RsaPair => "the RSA key pair (CKM_RSA_PKCS_KEY_PAIR_GEN)",
+        })
+    }
+}
+
+/// Why no keys were made. What had been made before the refusal is removed.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    /// What was refused; absent when it failed before.
+    pub(crate) making: Option<Making>,
+    pub(crate) fault: Fault,
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        Self {
+            making: None,
+            fault,
+        }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Fault::from(error).into()
+    }
+}
+
+/// The integrity key first: it is the one that fewer tokens can make, and is made fast. It has the `CKA_ID` of the pair unless the
+/// token then refuses the pair: some tokens allow no second object with a `CKA_ID`.
+fn make(
+    session: &Session,
+    modulus_bits: u32,
+    lifetime: Lifetime,
+    terms: Terms<'_>,
+) -> Result<Made, Refusal> {
+    let id = fresh_id()?;
+    let own_id = own_integrity_id(id);
+    refuse_taken(session, &ObjectId::from(id))?;
+    refuse_taken(session, &own_id)?;
+    let mut refused_pair = None;
+    for integrity in [None, Some(own_id)] {
+        let object = integrity.clone().unwrap_or_else(|| ObjectId::from(id));
+        let kind = terms.integrity_key;
+        let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
+        let binding = match make_integrity_key(session, id, &object, kind, lifetime, left_out) {
+            Ok(binding) => binding,
+            Err(fault) => {
+                let making = Some(Making::IntegrityKey(kind));
+                return Err(refused_pair.unwrap_or(Refusal { making, fault }));
+            }
+        };
+        match make_rsa_pair(session, id, modulus_bits, lifetime, left_out) {
+            Ok((public, private)) => {
+                let objects = ObjectIds {
+                    private: None,
+                    integrity,
+                };
+                let pair = KeyPair {
+                    id,
+                    objects,
+                    private,
+                    binding,
+                };
+                return Ok(Made { pair, public });
+            }
+            Err(fault) => {
+                let making = Some(Making::RsaPair);
+                let may_be_the_id = depends_on_the_template(&fault);
+                let refusal = Refusal { making, fault };
+                if let Err(left) = destroy(session, binding) {
+                    let left = format!(
+                        "the integrity key {id}, which this run made, was not removed ({left})"
+                    );
+                    let fault = refusal.fault.with(&left);
+                    return Err(Refusal { making, fault });
+                }
+                if !may_be_the_id {
+                    return Err(refusal);
+                }
+                refused_pair.get_or_insert(refusal);
+            }
+        }
+    }
+    Err(refused_pair.unwrap_or_else(|| {
+        Fault::new(Class::Ambiguous, "no key was made, and no call failed").into()
+    }))
+}
+
+fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
+    calling::next("C_FindObjects");
+    let taken = session.find_objects(&[Attribute::Id(id.as_bytes().to_vec())])?;
+    if taken.is_empty() {
+        return Ok(());
+    }
+    Err(Fault::new(
+        Class::Untrusted,
+        format!("the token already holds an object with the fresh CKA_ID {id}"),
+    ))
+}
+
+/// Whether another template could make a difference.
+fn depends_on_the_template(fault: &Fault) -> bool {
+    !matches!(
+        fault.class,
+        Class::TokenLost | Class::SessionLost | Class::BackOff | Class::Pin
+    )
+}
+
+fn make_integrity_key(
+    session: &Session,
+    id: WrappingKeyId,
+    object: &ObjectId,
+    kind: IntegrityKey,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Result<ObjectHandle, Fault> {
+    let template = adapted(integrity_template(kind, id, object), lifetime, left_out);
+    let mechanism = integrity_mechanism(kind)?;
+    calling::next("C_GenerateKey");
+    Ok(session.generate_key(&mechanism, &template)?)
+}
+
+/// The public and the private object. A token that refuses the smallest template of the public key is asked again with
+/// `CKA_PRIVATE`, which some tokens demand of every object.
+fn make_rsa_pair(
+    session: &Session,
+    id: WrappingKeyId,
+    modulus_bits: u32,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Result<(ObjectHandle, ObjectHandle), Fault> {
+    let mut public = adapted(public_template(id, modulus_bits), lifetime, |_| false);
+    let private = adapted(private_template(id), lifetime, left_out);
+    calling::next("C_GenerateKeyPair");
+    let refusal = match session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)
+    {
+        Ok(pair) => return Ok(pair),
+        Err(error) => Fault::from(error),
+    };
+    if !depends_on_the_template(&refusal) {
+        return Err(refusal);
+    }
+    public.push(Attribute::Private(true));
+    calling::next("C_GenerateKeyPair");
+    session
+        .generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)
+        .map_err(|_| refusal)
+}
+
+/// Why a token refuses to make a key, as far as trying shows.
+#[derive(Debug)]
+pub(crate) enum Cause {
+    /// It makes both keys with this kind of integrity key once these attributes are left out, too.
+    Settings {
+        integrity_key: IntegrityKey,
+        attributes: Vec<Exception>,
+    },
+    /// The template is good for a key of a session: the token does not keep keys, or has no room for one.
+    NotTheTemplate,
+    /// It makes no such key for a session, even with every attribute left out that may be.
+    Unknown,
+}
+
+/// Finds out by trying which setting would help, with keys that end with the session. At most one try for each attribute that may be
+/// excepted, and two, for each kind of integrity key and for the RSA pair.
+pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
+    let Terms {
+        exceptions,
+        integrity_key,
+    } = terms;
+    let (integrity_key, mut attributes) = match making {
+        Making::RsaPair => (integrity_key, Vec::new()),
+        Making::IntegrityKey(configured) => {
+            let found = configured.and_others().find_map(|kind| {
+                let refused = refused_of_integrity_key(session, kind, exceptions)?;
+                Some((kind, refused))
+            });
+            match found {
+                None => return Cause::Unknown,
+                Some((kind, refused)) if kind == configured && refused.is_empty() => {
+                    return Cause::NotTheTemplate;
+                }
+                Some(found) => found,
+            }
+        }
+    };
+    // So that the operator sees all of them at once.
+    let excepted: Vec<String> = exceptions
+        .iter()
+        .cloned()
+        .chain(attributes.iter().map(|one| one.attribute.to_owned()))
+        .collect();
+    match (refused_of_rsa_pair(session, &excepted), making) {
+        (Some(refused), _) => attributes.extend(refused),
+        (None, Making::RsaPair) => return Cause::Unknown,
+        // What is known of the integrity key is of use.
+        (None, Making::IntegrityKey(_)) => {}
+    }
+    if attributes.is_empty() && integrity_key == terms.integrity_key {
+        return Cause::NotTheTemplate;
+    }
+    Cause::Settings {
+        integrity_key,
+        attributes,
+    }
+}
+
+fn refused_of_integrity_key(
+    session: &Session,
+    kind: IntegrityKey,
+    exceptions: &[String],
+) -> Option<Vec<Exception>> {
+    let any = WrappingKeyId::from_bytes([0; ID_BYTES]);
+    let template = integrity_template(kind, any, &ObjectId::from(any));
+    refused(&template, exceptions, |left_out| {
+        let Ok(id) = fresh_id() else { return false };
+        let lifetime = Lifetime::Session;
+        let Ok(key) =
+            make_integrity_key(session, id, &ObjectId::from(id), kind, lifetime, left_out)
+        else {
+            return false;
+        };
+        let is_of_use = operation::mac_with(session, key, MAC_TRIAL).is_ok();
+        // It ends with the session at the latest.
+        let _destroyed = destroy(session, key);
+        is_of_use
+    })
+}
+
+fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<Exception>> {
+    let template = private_template(WrappingKeyId::from_bytes([0; ID_BYTES]));
+    refused(&template, exceptions, |left_out| {
+        let Ok(id) = fresh_id() else { return false };
+        match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
+            Ok((public, private)) => {
+                // They end with the session at the latest.
+                let _destroyed = [destroy(session, public), destroy(session, private)];
+                true
+            }
+            Err(_) => false,
+        }
+    })
+}
+
+/// The attributes of a template that a token refuses besides those that are excepted; none if leaving out all of them does not
+/// help. `works` tries with what it is given left out.
+fn refused(
+    template: &[Attribute],
+    exceptions: &[String],
+    works: impl Fn(&dyn Fn(&Attribute) -> bool) -> bool,
+) -> Option<Vec<Exception>> {
+    let works = |left_out: &[Exception]| {
+        works(&|attribute: &Attribute| {
+            is_named(attribute, exceptions)
+                || attribute_check::exceptable(attribute.attribute_type())
+                    .is_some_and(|exception| left_out.contains(&exception))
+        })
+    };
+    if works(&[]) {
+        return Some(Vec::new());
+    }
+    let mut left_out: Vec<Exception> = template
+        .iter()
+        .filter(|attribute| !is_named(attribute, exceptions))
+        .filter_map(|attribute| attribute_check::exceptable(attribute.attribute_type()))
+        .collect();
+    if !works(&left_out) {
+        return None;
+    }
+    for attribute in left_out.clone() {
+        let fewer: Vec<Exception> = left_out
+            .iter()
+            .copied()
+            .filter(|other| *other != attribute)
+            .collect();
+        if works(&fewer) {
+            left_out = fewer;
+        }
+    }
+    Some(left_out)
+}
+
+fn fresh_id() -> Result<WrappingKeyId, Fault> {
+    let mut bytes = [0; ID_BYTES];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Fault::new(Class::Configuration, "the random generator failed"))?;
+    Ok(WrappingKeyId::from_bytes(bytes))
+}

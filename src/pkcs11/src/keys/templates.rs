@@ -1,0 +1,143 @@
+//! The templates of the keys: every usage flag is set, and what must not be possible is forbidden.
+
+use cryptoki::{
+    mechanism::{Mechanism, MechanismType, vendor_defined::VendorDefinedMechanism},
+    object::{Attribute, KeyType, ObjectClass},
+};
+
+use keybroker_core::key::{ObjectId, WrappingKeyId};
+use keybroker_worker_protocol::IntegrityKey;
+
+use crate::{
+    attribute_check,
+    classify::{Class, Fault},
+};
+
+/// Length of an integrity key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
+const INTEGRITY_KEY_BYTES: u64 = 32;
+const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
+/// `CKM_NC_SHA256_HMAC_KEY_GEN` of nShield's header `pkcs11extra.h`.
+const NSHIELD_HMAC_KEY_GEN: u64 = 0xde43_6997;
+
+/// How long a key object exists: `CKA_TOKEN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lifetime {
+    Token,
+    Session,
+}
+
+/// A template with another lifetime, without the attributes that are left out.
+pub(crate) fn adapted(
+    mut template: Vec<Attribute>,
+    lifetime: Lifetime,
+    left_out: impl Fn(&Attribute) -> bool,
+) -> Vec<Attribute> {
+    template.retain(|attribute| !left_out(attribute));
+    for attribute in &mut template {
+        if let Attribute::Token(is_on_token) = attribute {
+            *is_on_token = lifetime == Lifetime::Token;
+        }
+    }
+    template
+}
+
+/// Whether an attribute may be excepted and is among the names.
+pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
+    attribute_check::exceptable(attribute.attribute_type())
+        .is_some_and(|exception| names.iter().any(|name| name == exception.attribute))
+}
+
+fn label(id: WrappingKeyId, what: &str) -> Attribute {
+    Attribute::Label(format!("keybroker {what} {id}").into_bytes())
+}
+
+/// As little as the standard asks for (PKCS #11 v2.40, section 2.1.2), because tokens refuse more: public keys that must be
+/// private, attributes that they have for private keys alone. What the public object may do is no risk: anyone may have
+/// a public key, and wrapping uses it in software.
+pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
+    vec![
+        Attribute::Token(true),
+        Attribute::ModulusBits(u64::from(modulus_bits).into()),
+        Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
+        Attribute::Id(id.as_bytes().to_vec()),
+        label(id, "wrapping key"),
+    ]
+}
+
+/// Every usage flag is set: what is left out, tokens set to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
+pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
+    vec![
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+        Attribute::Decrypt(true),
+        Attribute::Sign(false),
+        Attribute::SignRecover(false),
+        Attribute::Unwrap(false),
+        Attribute::Derive(false),
+        Attribute::AllowedMechanisms(vec![MechanismType::RSA_PKCS_OAEP]),
+        Attribute::Id(id.as_bytes().to_vec()),
+        label(id, "wrapping key"),
+    ]
+}
+
+/// The template of an integrity key that is a generic secret.
+#[cfg(test)]
+pub(crate) fn binding_template(id: WrappingKeyId) -> Vec<Attribute> {
+    integrity_template(IntegrityKey::GenericSecret, id, &ObjectId::from(id))
+}
+
+/// The template of an integrity key of a kind, under its own `CKA_ID`.
+pub(crate) fn integrity_template(
+    kind: IntegrityKey,
+    id: WrappingKeyId,
+    object: &ObjectId,
+) -> Vec<Attribute> {
+    let key_type = match kind {
+        // SoftHSM refuses `CKK_SHA256_HMAC` for this mechanism; the allowed mechanisms restrict the key instead.
+        IntegrityKey::GenericSecret => KeyType::GENERIC_SECRET,
+        IntegrityKey::Sha256Hmac | IntegrityKey::Nshield => KeyType::SHA256_HMAC,
+    };
+    let mut template = vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(key_type),
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+        Attribute::Sign(true),
+        Attribute::Verify(true),
+        Attribute::Encrypt(false),
+        Attribute::Decrypt(false),
+        Attribute::Wrap(false),
+        Attribute::Unwrap(false),
+        Attribute::Derive(false),
+        Attribute::Id(object.as_bytes().to_vec()),
+        label(id, "binding key"),
+    ];
+    // The type of the key implies both.
+    if kind != IntegrityKey::Sha256Hmac {
+        template.push(Attribute::ValueLen(INTEGRITY_KEY_BYTES.into()));
+        template.push(Attribute::AllowedMechanisms(vec![
+            MechanismType::SHA256_HMAC,
+        ]));
+    }
+    template
+}
+
+/// The mechanism that makes an integrity key of a kind.
+pub(crate) fn integrity_mechanism(kind: IntegrityKey) -> Result<Mechanism<'static>, Fault> {
+    match kind {
+        IntegrityKey::GenericSecret | IntegrityKey::Sha256Hmac => {
+            Ok(Mechanism::GenericSecretKeyGen)
+        }
+        IntegrityKey::Nshield => MechanismType::new_vendor_defined(NSHIELD_HMAC_KEY_GEN)
+            .map(|kind| Mechanism::VendorDefined(VendorDefinedMechanism::new::<()>(kind, None)))
+            .map_err(|error| Fault::new(Class::Configuration, error.to_string())),
+    }
+}

@@ -41,9 +41,10 @@ clean() {
 listed() { grep -vE '^(#|$)' "$LIST"; }
 
 update() {
-  local file
+  local file known
+  known=$(listed)
   git ls-files -z '*.md' 'src/*.rs' | while IFS= read -r -d '' file; do
-    listed | grep -qxF -- "$file" && continue
+    grep -qxF -- "$file" <<<"$known" && continue
     clean "$file" >/dev/null && printf '%s\n' "$file"
   done >>"$LIST"
 }

@@ -9,6 +9,7 @@ use crate::{
     process::Broker,
     site::{Options, Site},
     softhsm::write_private,
+    wire::get,
 };
 
 const UNTRUSTED: i32 = 6;
@@ -240,6 +241,11 @@ async fn keys_whose_access_is_controlled_outside_pkcs11_need_a_word_and_no_login
     let releaser = Caller::of(&broker, "releaser");
     let released = releaser.unwrap("ada").await.unwrap();
     assert_eq!(released.key_material, b"material of ada");
+    let ready = get(broker.status, "/readyz");
+    assert!(
+        ready.contains("ready, but token:") && ready.contains(sentence),
+        "{ready}"
+    );
     let (site, _) = broker.stop();
     assert_eq!(faulty.count("C_Login begins"), 3, "only before the word");
     let log = site.log();

@@ -1,10 +1,12 @@
 //! The clients in `examples/`, run against the real broker.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
+
+use keybroker_test_support::skip::{skip, skip_outside_ci};
 
 use crate::{client::Caller, process::Broker, site::Options};
 
@@ -13,10 +15,6 @@ const NOT_INSTALLED: i32 = 3;
 
 fn root() -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "..", ".."].iter().collect()
-}
-
-fn is_ci() -> bool {
-    env::var("CI").is_ok_and(|value| value == "true")
 }
 
 /// Runs an example with the certificate of that client.
@@ -71,8 +69,7 @@ async fn the_rust_example_enrols_and_unwraps() {
     let target = Path::new(env!("CARGO_BIN_EXE_keybroker")).parent().unwrap();
     let program = target.join("examples/enrol-and-unwrap");
     if !program.exists() {
-        assert!(!is_ci(), "{} was not built", program.display());
-        println!("SKIPPED: run the tests with --workspace to build the Rust example");
+        skip_outside_ci("the Rust example was not built: run the tests with --workspace");
         return;
     }
     let broker = Broker::start(Options::default());
@@ -87,8 +84,7 @@ async fn the_python_example_enrols_and_unwraps() {
     let help = run(&broker, &script, "enroller", &["--help"]);
     if !help.status.success() {
         let error = String::from_utf8_lossy(&help.stderr);
-        assert!(!is_ci(), "the Python example cannot be installed: {error}");
-        println!("SKIPPED: the Python example cannot be installed here: {error}");
+        skip_outside_ci(&format!("the Python example cannot be installed: {error}"));
         return;
     }
     enrols_and_unwraps(&broker, &script).await;
@@ -102,7 +98,7 @@ async fn the_go_example_enrols_and_unwraps() {
     let usage = run(&broker, &script, "enroller", &[]);
     let error = String::from_utf8_lossy(&usage.stderr);
     if usage.status.code() == Some(NOT_INSTALLED) {
-        println!("SKIPPED: the Go example cannot be built here: {error}");
+        skip(&format!("the Go example cannot be built here: {error}"));
         return;
     }
     assert!(error.contains("usage: enrol|unwrap USER"), "{usage:?}");

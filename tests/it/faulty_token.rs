@@ -172,7 +172,7 @@ async fn a_short_failure_is_not_answered_with_data_loss() {
     assert!(!log.contains("record-damaged"), "{log}");
 }
 
-/// A session that the device has dropped is replaced, and the caller does not notice.
+/// A session that the device has dropped is and the caller does not notice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_session_is_replaced_unseen() {
     let (site, faulty) = site(Options::default());

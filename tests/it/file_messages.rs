@@ -8,24 +8,17 @@ use std::{
     process::{Command, Stdio},
 };
 
+use keybroker_test_support::skip::is_root;
 use rustix::process::Signal;
 
 use crate::{
+    expected::{AUDIT, CONFIGURATION, INTERRUPTED, OTHER_USER, PIN, STORE, TOKEN, UNTRUSTED, says},
     faulty::{Fault, code},
     faulty_token,
-    messages::{OTHER_USER, replaced, says},
-    process::{send, until},
+    process::{can_mount, send, until},
     site::{Finished, Options, Site},
     softhsm::{self, write_private},
 };
-
-const CONFIGURATION: i32 = 3;
-const TOKEN: i32 = 4;
-const PIN: i32 = 5;
-const UNTRUSTED: i32 = 6;
-const STORE: i32 = 7;
-const AUDIT: i32 = 8;
-const INTERRUPTED: i32 = 130;
 
 /// Runs a command in a mount namespace of its own, after shell commands that change mounts below the directory `$1`. Absent
 /// without the right to mount.
@@ -35,9 +28,7 @@ fn run_mounted(
     mounts: &str,
     arguments: &[&str],
 ) -> Option<Finished> {
-    let probe = Command::new("unshare").args(["--mount", "true"]).output();
-    if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED without the right to mount: {arguments:?}");
+    if !can_mount(&format!("{arguments:?}")) {
         return None;
     }
     let plain = site.command(arguments);
@@ -122,7 +113,7 @@ fn a_relative_path_that_is_missing_is_named_once() {
 fn a_path_with_a_tilde_is_said_not_to_be_expanded() {
     let site = Site::without_keys(Options::default());
     let pin = site.token.pin_file().display().to_string();
-    replaced(&site, &pin, "~/pin");
+    site.replace_once(&pin, "~/pin");
     let finished = site.run(&["config", "check"]);
     let words = ["[token] `pin_file`", "absolute path", "`~` is not expanded"];
     says("a tilde", &finished, CONFIGURATION, &words);
@@ -328,8 +319,7 @@ fn a_file_system_that_cannot_be_written_is_named_as_such() {
 /// Reads that another user tries say which user to be.
 #[test]
 fn a_file_that_cannot_be_read_says_which_user_to_be() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED without root: commands of another user");
+    if !is_root("commands of another user") {
         return;
     }
     let site = Site::fresh(Options::default());
@@ -530,7 +520,7 @@ fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
         ),
     ] {
         site.write_configuration(|_| {});
-        replaced(&site, from, to);
+        site.replace_once(from, to);
         says(what, &site.run(&["config", "check"]), CONFIGURATION, words);
     }
 }

@@ -25,6 +25,7 @@ mod cut_short;
 mod databases;
 mod end_to_end;
 mod examples;
+mod expected;
 mod faults;
 mod faulty_token;
 mod file_messages;

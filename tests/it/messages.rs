@@ -14,32 +14,13 @@ use time::{Duration, OffsetDateTime};
 
 use crate::{
     client_commands::client,
+    expected::{OTHER_USER, says},
     pki,
     process::{Broker, until},
     rest::site::RestSite,
     site::{Finished, Options, Site},
     softhsm::write_private,
 };
-
-pub(crate) const OTHER_USER: u32 = 65_534;
-
-#[track_caller]
-pub(crate) fn says(what: &str, finished: &Finished, code: i32, words: &[&str]) {
-    assert_eq!(finished.code, Some(code), "{what}: {finished:#?}");
-    for word in words {
-        assert!(
-            finished.stderr.contains(word),
-            "{what}: {word:?} is not in {finished:#?}"
-        );
-    }
-}
-
-pub(crate) fn replaced(site: &Site, from: &str, to: &str) {
-    site.write_configuration(|text| {
-        assert!(text.contains(from), "{from}");
-        *text = text.replacen(from, to, 1);
-    });
-}
 
 fn text(path: &Path) -> String {
     fs::read_to_string(path).unwrap()
@@ -293,7 +274,7 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
         3,
         &["line ", "hint: ", "`drain_timeout_ms = 30000`"],
     );
-    replaced(&site, "drain_timeout_ms = \"30s\"", "drain_timout_ms = 1");
+    site.replace_once("drain_timeout_ms = \"30s\"", "drain_timout_ms = 1");
     says(
         "a typing error",
         &check(),
@@ -433,7 +414,7 @@ fn a_command_of_the_wrong_user_says_which_user_to_be() {
     } else {
         // Only root can give a directory to another user, but /usr is another user's already.
         let ours = format!("directory = \"{}\"", site.audit_directory().display());
-        replaced(&site, &ours, "directory = \"/usr\"");
+        site.replace_once(&ours, "directory = \"/usr\"");
         0
     };
     let finished = site.run(&["store", "migrate"]);
@@ -452,8 +433,7 @@ fn a_command_of_the_wrong_user_says_which_user_to_be() {
 #[test]
 fn a_port_that_needs_a_capability_is_named_with_it() {
     let site = Site::fresh(Options::default());
-    replaced(
-        &site,
+    site.replace_once(
         "[[listener]]\naddress = \"127.0.0.1:0\"",
         "[[listener]]\naddress = \"127.0.0.1:1\"",
     );
@@ -657,7 +637,7 @@ fn options_of_the_connection_are_taken_at_either_end() {
 #[test]
 fn a_method_of_another_listener_is_explained() {
     let site = Site::fresh(Options::default());
-    replaced(&site, "apis = [\"grpc\", \"admin\"]", "apis = [\"grpc\"]");
+    site.replace_once("apis = [\"grpc\", \"admin\"]", "apis = [\"grpc\"]");
     let broker = Broker::start_on(site.into());
     let finished = Finished::from(client(&broker, "admin", &["token-state"]).output().unwrap());
     says(
@@ -700,28 +680,29 @@ async fn a_wrong_path_of_the_rest_api_is_answered_with_the_right_ones() {
     }
 }
 
+fn create(broker: &Broker, user: &str) {
+    let material = broker.site.folder().join("material");
+    write_private(&material, "material of this user");
+    let file = material.to_str().unwrap();
+    let arguments = [
+        "create",
+        "--user",
+        user,
+        "--key-name",
+        "vault",
+        "--material-file",
+        file,
+    ];
+    let finished = Finished::from(client(broker, "enroller", &arguments).output().unwrap());
+    says(user, &finished, 0, &[]);
+}
+
 /// The table of an audit log is for people: a block for each entry, of the width of a terminal, and only what is asked for.
 #[test]
 fn the_audit_log_is_shown_for_people_and_filtered() {
     let broker = Broker::start(Options::default());
-    let create = |user: &str| {
-        let material = broker.site.folder().join("material");
-        write_private(&material, "material of this user");
-        let file = material.to_str().unwrap();
-        let arguments = [
-            "create",
-            "--user",
-            user,
-            "--key-name",
-            "vault",
-            "--material-file",
-            file,
-        ];
-        let finished = Finished::from(client(&broker, "enroller", &arguments).output().unwrap());
-        says(user, &finished, 0, &[]);
-    };
-    create("ada");
-    create("bob");
+    create(&broker, "ada");
+    create(&broker, "bob");
     let show = |arguments: &[&str]| {
         broker
             .site
@@ -754,21 +735,10 @@ fn the_audit_log_is_shown_for_people_and_filtered() {
 #[test]
 fn no_table_is_wider_than_a_terminal() {
     let broker = Broker::start(Options::default());
-    let material = broker.site.folder().join("material");
-    write_private(&material, "material of this user");
-    let file = material.to_str().unwrap();
-    let user = "a-user-with-a-name-of-sixty-bytes-0123456789-0123456789-01234";
-    let arguments = [
-        "create",
-        "--user",
-        user,
-        "--key-name",
-        "vault",
-        "--material-file",
-        file,
-    ];
-    let finished = Finished::from(client(&broker, "enroller", &arguments).output().unwrap());
-    says("create", &finished, 0, &[]);
+    create(
+        &broker,
+        "a-user-with-a-name-of-sixty-bytes-0123456789-0123456789-01234",
+    );
     for command in [
         &["list"][..],
         &["wrapping-keys"],

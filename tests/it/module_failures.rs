@@ -9,14 +9,13 @@ use std::{
 };
 
 use crate::{
+    expected::{CONFIGURATION, TOKEN},
     faulty::{Fault, code},
     faulty_token,
     site::{Finished, Options, Site},
     softhsm::{self, write_private},
 };
 
-const CONFIGURATION: i32 = 3;
-const TOKEN: i32 = 4;
 /// An id that no key has.
 const SOME_ID: &str = "00112233445566778899aabbccddeeff";
 /// Every command that needs the module, apart from `store copy` and `token init`.

@@ -65,7 +65,7 @@ async fn unwrap_within(caller: &Caller, deadline: Duration) -> Result<(), Status
 
 /// So many calls of one principal at once, each of which waits for a long time. Returns once all of them wait; their number
 /// that was answered is counted.
-async fn saturate(broker: &Broker, count: usize) -> Arc<AtomicUsize> {
+fn saturate(broker: &Broker, count: usize) -> Arc<AtomicUsize> {
     let answered = Arc::new(AtomicUsize::new(0));
     let releaser = Caller::of(broker, "releaser");
     for _ in 0..count {
@@ -94,7 +94,7 @@ async fn saturate(broker: &Broker, count: usize) -> Arc<AtomicUsize> {
 async fn a_call_that_cannot_be_in_time_is_refused_on_arrival() {
     let (broker, faulty) = slow_token().await;
     let waiting = 100;
-    let answered = saturate(&broker, waiting).await;
+    let answered = saturate(&broker, waiting);
     let begun = faulty.count("C_Decrypt begins");
     let short = Duration::from_millis(1_500);
     let releaser = Caller::of(&broker, "releaser");
@@ -131,7 +131,7 @@ async fn a_call_that_cannot_be_in_time_is_refused_on_arrival() {
 async fn principals_are_served_in_turn() {
     let (broker, _faulty) = slow_token().await;
     let waiting = 100;
-    let answered = saturate(&broker, waiting).await;
+    let answered = saturate(&broker, waiting);
     let polite = Caller::of(&broker, "other-releaser");
     for _ in 0..5 {
         let before = answered.load(Ordering::Relaxed);
@@ -154,7 +154,7 @@ async fn principals_are_served_in_turn() {
 async fn refusals_for_overload_are_counted() {
     const REFUSED: u64 = 50;
     let (broker, _faulty) = slow_token().await;
-    let _answered = saturate(&broker, 60).await;
+    let _answered = saturate(&broker, 60);
     let releaser = Caller::of(&broker, "releaser");
     for _ in 0..REFUSED {
         let answer = unwrap_within(&releaser, Duration::from_millis(500)).await;

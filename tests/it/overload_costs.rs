@@ -98,16 +98,11 @@ struct Outcome {
     refusal_p99: Duration,
 }
 
-fn percentile(mut times: Vec<Duration>, part: f64) -> Duration {
+/// The time that so many of a thousand calls do not exceed.
+fn percentile(mut times: Vec<Duration>, per_mille: usize) -> Duration {
     times.sort();
     let last = times.len().saturating_sub(1);
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "an index below the length"
-    )]
-    let at = (last as f64 * part).round() as usize;
+    let at = (last * per_mille).div_ceil(1_000);
     times.get(at).copied().unwrap_or_default()
 }
 
@@ -116,10 +111,11 @@ async fn open_loop(callers: &[Caller], rate: f64, deadline: Duration) -> Outcome
     let begun = Instant::now();
     let mut calls = JoinSet::new();
     let mut started = 0_u32;
+    let mut next = callers.iter().cycle().cloned();
     while begun.elapsed() < duration() {
         let due = begun.elapsed().as_secs_f64() * rate;
         while f64::from(started) < due {
-            let caller = callers[started as usize % callers.len()].clone();
+            let caller = next.next().unwrap();
             calls.spawn(async move {
                 let started = Instant::now();
                 let result = unwrap(caller, deadline).await;
@@ -148,7 +144,7 @@ async fn open_loop(callers: &[Caller], rate: f64, deadline: Duration) -> Outcome
         goodput: f64::from(served) / elapsed,
         refused: refusals.len(),
         late,
-        refusal_p99: percentile(refusals, 0.99),
+        refusal_p99: percentile(refusals, 990),
     }
 }
 
@@ -156,7 +152,7 @@ async fn open_loop(callers: &[Caller], rate: f64, deadline: Duration) -> Outcome
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "measures for minutes"]
 async fn goodput_under_overload() {
-    let devices = [("SoftHSM", 0), ("20 ms for each unwrap", 20)];
+    let devices = [("20 ms for each unwrap", 20), ("SoftHSM", 0)];
     for (device, extra) in devices {
         let broker = broker_on(Duration::from_millis(extra)).await;
         let callers = callers(&broker, "releaser");
@@ -176,10 +172,9 @@ async fn goodput_under_overload() {
                     outcome.late,
                     resident_kib(&broker)
                 );
-                assert!(outcome.goodput > 0.0 && outcome.refused > 0);
                 // On SoftHSM the callers of this test take the processors from the token.
                 if extra > 0 {
-                    assert!(share >= GOODPUT, "{share}");
+                    assert!(share >= GOODPUT && outcome.refused > 0, "{share}");
                 }
             }
         }
@@ -220,8 +215,8 @@ async fn fairness_under_overload() {
         eprintln!(
             "beside {count} callers: {} calls, p50 {:?}, p99 {:?}, {refused} refused",
             times.len(),
-            percentile(times.clone(), 0.5),
-            percentile(times.clone(), 0.99)
+            percentile(times.clone(), 500),
+            percentile(times.clone(), 990)
         );
         assert_eq!(refused, 0);
         assert!(!times.is_empty());

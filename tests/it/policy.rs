@@ -1,7 +1,7 @@
 //! Policies of an operator, with the real binary: in force, in the audit log, replaced and refused while it serves; and the commands
 //! that check and explain them.
 
-use std::{fmt::Write as _, fs, path::PathBuf};
+use std::{fs, path::PathBuf};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -27,19 +27,10 @@ unless { context.peer.isLoopback() };
 /// A site with a directory of policies, in which these are.
 fn site(files: &[(&str, &str)]) -> (Site, PathBuf) {
     let site = Site::fresh(Options::default());
-    let directory = site.folder().join("policies");
-    fs::create_dir(&directory).unwrap();
+    let directory = site.policy_directory();
     for (name, text) in files {
         fs::write(directory.join(name), text).unwrap();
     }
-    site.write_configuration(|text| {
-        write!(
-            text,
-            "\n[policy]\ndirectory = \"{}\"\n",
-            directory.display()
-        )
-        .unwrap();
-    });
     (site, directory)
 }
 

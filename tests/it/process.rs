@@ -11,6 +11,8 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use keybroker_test_support::skip::skip_outside_ci;
+
 use crate::site::{Options, Site};
 
 /// Longest wait for the broker to start, to stop, or for anything else that should take far less.
@@ -26,6 +28,16 @@ pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
         thread::sleep(Duration::from_millis(10));
     }
     panic!("waited {WAIT_MAX:?} for {what}");
+}
+
+/// Whether a process here may have mounts of its own. If not, says what is not tested.
+pub(crate) fn can_mount(what: &str) -> bool {
+    let probe = Command::new("unshare").args(["--mount", "true"]).output();
+    let can_mount = probe.is_ok_and(|output| output.status.success());
+    if !can_mount {
+        skip_outside_ci(&format!("{what}: needs the right to mount"));
+    }
+    can_mount
 }
 
 /// A running `keybroker serve`. Killed when dropped; its log is shown when the test fails.

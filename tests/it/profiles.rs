@@ -1,16 +1,17 @@
 //! The real commands on tokens that behave like the products that the profiles of the scriptable module describe. This shows
 //! what the product does with such a token, not that it was tested with the product.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use crate::{
-    adopted, faulty, faulty_token,
+    adopted,
+    client::Caller,
+    expected::{TOKEN, UNTRUSTED},
+    faulty, faulty_token,
+    process::Broker,
     site::{Options, Site},
     softhsm::write_private,
 };
-
-const TOKEN: i32 = 4;
-const UNTRUSTED: i32 = 6;
 
 /// What `key generate`, and `token check` after it, say of a token.
 #[derive(Clone, Copy, Debug)]
@@ -152,7 +153,11 @@ const EXPECTED: [Expected; 12] = [
         )),
         ..expected(
             "yubihsm2",
-            Refused(TOKEN, "TemplateInconsistent from C_GenerateKey", 0),
+            Refused(
+                TOKEN,
+                "set `integrity_key` in [token] to \"sha256-hmac\" or \"nshield\"",
+                0,
+            ),
         )
     },
 ];
@@ -342,4 +347,31 @@ fn the_page_shows_each_verdict() {
         format!("| `{name}` | {} | {} |", settings(lines), shown(verdict))
     });
     assert_eq!(rows(adopted), expected);
+}
+
+/// A broker on each token that works: its workers find the keys and use them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_serves_on_each_profile_that_works() {
+    let mut served = 0;
+    for expected in EXPECTED {
+        let lines: &[&str] = match (expected.verdict, expected.with) {
+            (Works, _) => &[],
+            (_, Some((lines, Works))) => lines,
+            _ => continue,
+        };
+        let site = site(expected.profile, expected.before_pin);
+        configure(&site, lines);
+        site.expect_ok(&["key", "generate", "--bits", "2048"]);
+        let broker = Broker::start_on(Arc::new(site));
+        let enroller = Caller::of(&broker, "enroller");
+        enroller.create("ada", b"material of ada").await.unwrap();
+        let releaser = Caller::of(&broker, "releaser");
+        let released = releaser.unwrap("ada").await.unwrap();
+        assert_eq!(released.key_material, b"material of ada");
+        let (site, status) = broker.stop();
+        assert!(status.success(), "{}: {status}", expected.profile);
+        site.expect_ok(&["store", "check"]);
+        served += 1;
+    }
+    assert_eq!(served, 7);
 }

@@ -177,7 +177,7 @@ fn chosen(function: &str) -> Vec<(&'static str, i64, Effect)> {
     // Other codes for each function, so that the suite meets every code.
     let offset = function.len();
     codes
-        .filter(|(at, _)| all || (at + offset) % 9 == 0)
+        .filter(|(at, _)| all || (at + offset).is_multiple_of(9))
         .map(|(_, code)| code)
         .collect()
 }
@@ -195,4 +195,29 @@ async fn each_return_code_of_a_job_has_its_effect() {
     println!("{met} return codes, each from one function");
     let log = bench.broker.site.log();
     assert!(!log.contains("pin-latched"), "{log}");
+}
+
+/// A module that gives every object another handle, again and again, as after a re-initialisation of the device: the broker
+/// finds the keys again and serves the right ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn object_handles_that_change_cost_no_call() {
+    const CALLS: usize = 30;
+    let mut bench = Bench::start().await;
+    bench.faulty.behave(
+        "[[rule]]\nname = \"handles\"\nfunction = [\"C_VerifyInit\", \"C_DecryptInit\", \"C_SignInit\"]\n\
+         on = { every = 5 }\ndo = { new_handles = true }\n",
+    );
+    for _ in 0..CALLS {
+        assert_eq!(bench.call(false).await, None);
+        assert_eq!(bench.call(true).await, None);
+    }
+    // CKR_KEY_HANDLE_INVALID: the old handles were really used and refused, and never meant another object.
+    let refused: usize = ["C_VerifyInit", "C_DecryptInit", "C_SignInit"]
+        .into_iter()
+        .map(|function| bench.faulty.count(&format!("{function} ends {}", 0x60)))
+        .sum();
+    assert!(
+        refused > CALLS / 5,
+        "{refused} calls with a handle that was no longer valid"
+    );
 }

@@ -155,7 +155,7 @@ async fn an_earlier_revision_in_the_place_of_the_current_one_is_refused() {
     all_refused(site, &["ada"]).await;
 }
 
-/// Whoever has the public key can wrap, but has no binding key: neither a made-up MAC nor that of another row helps.
+/// A person with the public key can wrap, but has no integrity key: neither a made-up MAC nor that of another row helps.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_made_with_the_public_key_alone_is_refused() {
     let broker = enrolled(&["ada", "bob"]).await;

@@ -89,6 +89,22 @@ impl Site {
         fs::write(self.configuration_file(), text).unwrap();
     }
 
+    /// Replaces the first occurrence of a text in the configuration, which must have it.
+    pub(crate) fn replace_once(&self, from: &str, to: &str) {
+        self.write_configuration(|text| {
+            assert!(text.contains(from), "{from}");
+            *text = text.replacen(from, to, 1);
+        });
+    }
+
+    /// A new directory of policies. The configuration is written anew and names it.
+    pub(crate) fn policy_directory(&self) -> PathBuf {
+        let directory = self.folder().join("policies");
+        fs::create_dir(&directory).unwrap();
+        self.write_configuration(|text| text.push_str(&policy_section(&directory)));
+        directory
+    }
+
     fn configuration(&self) -> String {
         let mut text = format!(
             r#"
@@ -379,6 +395,11 @@ pub(crate) struct Finished {
     pub(crate) stdout: String,
     /// Standard error.
     pub(crate) stderr: String,
+}
+
+/// The section of the configuration that names a directory of policies.
+pub(crate) fn policy_section(directory: &Path) -> String {
+    format!("\n[policy]\ndirectory = \"{}\"\n", directory.display())
 }
 
 impl From<Output> for Finished {

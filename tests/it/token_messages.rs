@@ -2,41 +2,18 @@
 
 use std::{fs, os::unix::fs::chown};
 
+use keybroker_test_support::skip::is_root;
+
 use crate::{
+    expected::{CONFIGURATION, OTHER_USER, PIN, TOKEN, UNTRUSTED, USAGE, says},
     faulty::{Fault, flag},
     faulty_token,
-    site::{Finished, Options, Site},
+    site::{Options, Site},
     softhsm::{self, write_private},
 };
 
-const USAGE: i32 = 2;
-const CONFIGURATION: i32 = 3;
-const TOKEN: i32 = 4;
-const PIN: i32 = 5;
-const UNTRUSTED: i32 = 6;
 /// `CKR_PIN_LEN_RANGE`.
 const PIN_LEN_RANGE: i64 = 0xa2;
-/// The user of no file here.
-const NOBODY: u32 = 65_534;
-
-#[track_caller]
-fn says(finished: &Finished, code: i32, words: &[&str]) {
-    assert_eq!(finished.code, Some(code), "{finished:#?}");
-    for word in words {
-        assert!(
-            finished.stderr.contains(word),
-            "no {word:?} in: {}",
-            finished.stderr
-        );
-    }
-}
-
-fn edit(site: &Site, from: &str, to: &str) {
-    site.write_configuration(|text| {
-        assert!(text.contains(from), "{from}");
-        *text = text.replacen(from, to, 1);
-    });
-}
 
 /// A file with a PIN of the security officer, for `--so-pin-file`.
 fn so_pin(site: &Site, pin: &str) -> String {
@@ -62,6 +39,7 @@ fn a_wrong_pin_names_its_file_and_what_the_token_counts() {
     let shown = file.display().to_string();
     let checked = site.run(&["token", "check"]);
     says(
+        "checked",
         &checked,
         PIN,
         &[
@@ -72,6 +50,7 @@ fn a_wrong_pin_names_its_file_and_what_the_token_counts() {
         ],
     );
     says(
+        "token check",
         &site.run(&["token", "check"]),
         PIN,
         &[&shown, "no login was tried"],
@@ -97,17 +76,29 @@ fn each_form_of_a_bad_pin_file_is_named_without_a_login() {
     for (content, word) in forms {
         write_private(&file, "");
         fs::write(&file, content).unwrap();
-        says(&site.run(&["token", "check"]), PIN, &[&shown, word]);
         says(
+            "token check",
+            &site.run(&["token", "check"]),
+            PIN,
+            &[&shown, word],
+        );
+        says(
+            "config check",
             &site.run(&["config", "check"]),
             CONFIGURATION,
             &[&shown, word],
         );
     }
     fs::remove_file(&file).unwrap();
-    says(&site.run(&["token", "check"]), PIN, &[&shown]);
+    says(
+        "token check",
+        &site.run(&["token", "check"]),
+        PIN,
+        &[&shown],
+    );
     fs::create_dir(&file).unwrap();
     says(
+        "token check",
         &site.run(&["token", "check"]),
         PIN,
         &[&shown, "is a directory"],
@@ -138,7 +129,7 @@ fn each_mistake_with_softhsm2_conf_is_named() {
             } else {
                 TOKEN
             };
-            says(&finished, code, words);
+            says("finished", &finished, code, words);
         }
     };
     fs::remove_file(&conf).unwrap();
@@ -167,7 +158,7 @@ fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
         "SOFTHSM2_CONF = \"{}\"\n",
         site.token.configuration().display()
     );
-    edit(&site, &line, "");
+    site.replace_once(&line, "");
     for arguments in [
         &["token", "check"][..],
         &["key", "generate"],
@@ -177,6 +168,7 @@ fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
         command.env("SOFTHSM2_CONF", site.token.configuration());
         let finished = site.run_to_its_end(command);
         says(
+            "finished",
             &finished,
             TOKEN,
             &["not passed on", "SOFTHSM2_CONF", "[token.environment]"],
@@ -189,7 +181,7 @@ fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
     let mut command = site.command(&["token", "init", "--label", label, "--so-pin-file", &so_pin]);
     command.env("OTHER_PKCS11_CONF", "/nowhere");
     let finished = site.run_to_its_end(command);
-    says(&finished, TOKEN, &["already exists (serial "]);
+    says("finished", &finished, TOKEN, &["already exists (serial "]);
     assert!(
         !finished.stderr.contains("OTHER_PKCS11_CONF"),
         "{finished:#?}"
@@ -215,6 +207,7 @@ fn a_wrong_or_short_pin_at_init_changes_nothing() {
     };
     let wrong = so_pin(&site, "87654321-wrong");
     says(
+        "a wrong PIN",
         &init(&wrong),
         PIN,
         &[
@@ -226,6 +219,7 @@ fn a_wrong_or_short_pin_at_init_changes_nothing() {
     let short = so_pin(&site, "123");
     let attempts = faulty.count("C_InitToken begins");
     says(
+        "a short PIN",
         &init(&short),
         PIN,
         &[
@@ -239,6 +233,7 @@ fn a_wrong_or_short_pin_at_init_changes_nothing() {
     let user_file = format!("PIN file {}", site.token.pin_file().display());
     let long = so_pin(&site, "12345678");
     says(
+        "a long PIN",
         &init(&long),
         PIN,
         &[&user_file, "user PIN has 3 bytes", "Nothing was changed"],
@@ -264,6 +259,7 @@ fn a_token_left_without_a_user_pin_says_how_to_go_on() {
     ];
     let made = site.run(&init);
     says(
+        "made",
         &made,
         TOKEN,
         &[
@@ -284,13 +280,14 @@ fn lengths_that_no_key_or_label_has_are_refused_first() {
     let site = Site::without_keys(Options::default());
     for bits in ["2049", "1024", "8192", "0", "x"] {
         let made = site.run(&["key", "generate", "--bits", bits]);
-        says(&made, USAGE, &["2048", "3072", "4096"]);
+        says("made", &made, USAGE, &["2048", "3072", "4096"]);
     }
     let label = "a label of thirty-seven bytes, at all";
     assert_eq!(label.len(), 37);
     let configured = format!("label = \"{}\"", site.token.label());
-    edit(&site, &configured, &format!("label = \"{label}\""));
+    site.replace_once(&configured, &format!("label = \"{label}\""));
     says(
+        "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
         &["`label` has 37 bytes", "at most 32"],
@@ -299,6 +296,7 @@ fn lengths_that_no_key_or_label_has_are_refused_first() {
     let so_pin = so_pin(&site, "12345678");
     let made = site.run(&["token", "init", "--label", label, "--so-pin-file", &so_pin]);
     says(
+        "made",
         &made,
         TOKEN,
         &["longer than 32 bytes", "Nothing was changed"],
@@ -310,9 +308,10 @@ fn lengths_that_no_key_or_label_has_are_refused_first() {
 fn a_token_without_sha256_gets_no_orphan_pair() {
     let site = Site::without_keys(Options::default());
     site.expect_ok(&["store", "migrate"]);
-    edit(&site, "allow_oaep_sha1 = true", "allow_oaep_sha1 = false");
+    site.replace_once("allow_oaep_sha1 = true", "allow_oaep_sha1 = false");
     let made = site.run(&["key", "generate"]);
     says(
+        "made",
         &made,
         UNTRUSTED,
         &["SHA-256", "allow_oaep_sha1 = true", "No key was made"],
@@ -344,6 +343,7 @@ fn config_check_examines_the_token() {
     ] {
         faulty.set_flags(flags);
         says(
+            "config check",
             &site.run(&["config", "check"]),
             CONFIGURATION,
             &[&label, word],
@@ -356,6 +356,7 @@ fn config_check_examines_the_token() {
     // Two tokens of one label, and none of this label.
     site.token.initialise(&label);
     says(
+        "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
         &["more than one token fits", "`serial`"],
@@ -364,6 +365,7 @@ fn config_check_examines_the_token() {
     let other = text.replacen(&format!("label = \"{label}\""), "label = \"another\"", 1);
     fs::write(site.configuration_file(), other).unwrap();
     says(
+        "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
         &["no token fits", &label],
@@ -383,9 +385,10 @@ fn config_check_says_when_no_token_was_looked_for_or_none_is_there() {
         "{none:#?}"
     );
     let module = format!("module = \"{}\"", softhsm::module().display());
-    edit(&site, &module, "module = \"/nowhere/p11.so\"");
+    site.replace_once(&module, "module = \"/nowhere/p11.so\"");
     let missing = site.run(&["config", "check"]);
     says(
+        "missing",
         &missing,
         CONFIGURATION,
         &["/nowhere/p11.so", "no token was looked for"],
@@ -396,20 +399,20 @@ fn config_check_says_when_no_token_was_looked_for_or_none_is_there() {
 #[test]
 fn root_is_told_which_user_to_be() {
     // Only root can give a file to another user.
-    if !rustix::process::geteuid().is_root() {
+    if !is_root("a PIN file of another user") {
         return;
     }
     let site = Site::fresh(Options::default());
     let file = site.token.pin_file();
-    chown(&file, Some(NOBODY), None).unwrap();
+    chown(&file, Some(OTHER_USER), None).unwrap();
     let words = [
         file.to_str().unwrap(),
         "belongs to user 65534",
         "as user 65534",
     ];
-    says(&site.run(&["token", "check"]), PIN, &words);
+    says("token check", &site.run(&["token", "check"]), PIN, &words);
     chown(&file, Some(0), None).unwrap();
-    chown(site.audit_directory(), Some(NOBODY), None).unwrap();
+    chown(site.audit_directory(), Some(OTHER_USER), None).unwrap();
     for arguments in [&["key", "generate"][..], &["token", "retry-pin"]] {
         let made = site.run(arguments);
         assert_ne!(made.code, Some(0), "{made:#?}");

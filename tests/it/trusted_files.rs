@@ -10,6 +10,7 @@ use std::{
     sync::Arc,
 };
 
+use keybroker_test_support::skip::is_root;
 use rcgen::KeyPair;
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
@@ -18,17 +19,14 @@ use rustix::{
 
 use crate::{
     client::{Caller, eventually, refused},
+    expected::{CONFIGURATION, OTHER_USER, PIN, TOKEN},
     faulty::{Fault, code},
     faulty_token,
-    process::{Broker, children_of, is_alive, send, until},
-    site::{Finished, Options, Site},
+    process::{Broker, can_mount, children_of, is_alive, send, until},
+    site::{Finished, Options, Site, policy_section},
     softhsm::{self, write_private},
 };
 
-const CONFIGURATION: i32 = 3;
-const TOKEN: i32 = 4;
-const PIN: i32 = 5;
-const OTHER_USER: u32 = 65_534;
 const MATERIAL: &[u8] = b"material of this user";
 
 /// What is wrong with a file.
@@ -53,10 +51,7 @@ const HARMS: [Harm; 6] = [
 
 /// Those that can be arranged here: a file can be given away by root alone.
 fn harms() -> impl Iterator<Item = Harm> {
-    let is_root = geteuid().is_root();
-    if !is_root {
-        eprintln!("SKIPPED without root: files of another user");
-    }
+    let is_root = is_root("files of another user");
     HARMS
         .into_iter()
         .filter(move |harm| is_root || *harm != Harm::OtherOwner)
@@ -477,9 +472,7 @@ fn run_after(
     commands: &str,
     arguments: &[&str],
 ) -> Option<Finished> {
-    let probe = Command::new("unshare").args(["--mount", "true"]).output();
-    if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED without the right to mount: read-only mounts");
+    if !can_mount("read-only mounts") {
         return None;
     }
     let mut command = Command::new("unshare");
@@ -502,12 +495,7 @@ fn a_volume_as_kubernetes_mounts_it_is_trusted() {
     let directory = site.folder().join("policies");
     fs::create_dir(&directory).unwrap();
     site.write_configuration(|text| {
-        write!(
-            text,
-            "\n[policy]\ndirectory = \"{}\"\n",
-            directory.display()
-        )
-        .unwrap();
+        text.push_str(&policy_section(&directory));
         let certificate = site.pki.certificate_file("server").display().to_string();
         let mounted = directory.join("tls.crt").display().to_string();
         *text = text.replace(&certificate, &mounted);
@@ -536,14 +524,7 @@ fn the_hosts_own_file_system_is_not_trusted_because_it_is_mounted_read_only() {
     let directory = site.folder().join("policies");
     fs::create_dir(&directory).unwrap();
     set_mode(&directory, 0o777);
-    site.write_configuration(|text| {
-        write!(
-            text,
-            "\n[policy]\ndirectory = \"{}\"\n",
-            directory.display()
-        )
-        .unwrap();
-    });
+    site.write_configuration(|text| text.push_str(&policy_section(&directory)));
     let remount =
         format!("{CONTAINER}\nmount --bind \"$1\" \"$1\"\nmount -o remount,bind,ro \"$1\"");
     let Some(finished) = check_after(&site, &directory, &remount) else {
@@ -559,16 +540,7 @@ fn the_hosts_own_file_system_is_not_trusted_because_it_is_mounted_read_only() {
 #[test]
 fn a_read_only_view_of_a_service_is_not_trusted_whichever_file_system_it_shows() {
     let site = Site::without_keys(Options::default());
-    let directory = site.folder().join("policies");
-    fs::create_dir(&directory).unwrap();
-    site.write_configuration(|text| {
-        write!(
-            text,
-            "\n[policy]\ndirectory = \"{}\"\n",
-            directory.display()
-        )
-        .unwrap();
-    });
+    let directory = site.policy_directory();
     let view = "mount -t tmpfs -o mode=0777 tmpfs \"$1\"\nmount -o remount,bind,ro \"$1\"";
     for (beside, expected) in [
         (CONTAINER, 0),

@@ -12,6 +12,7 @@ use std::{
 
 use keybroker_store as store;
 use keybroker_store::Settings;
+use keybroker_test_support::skip::is_root;
 
 use super::{
     Server, revision,
@@ -21,14 +22,6 @@ use super::{
 
 /// Another user than the one the servers run as.
 const OTHER_USER: u32 = 65_533;
-
-fn is_root(test: &str) -> bool {
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root {
-        eprintln!("SKIPPED without root: {test}");
-    }
-    is_root
-}
 
 fn url(kind: Kind, socket: &Path) -> String {
     let scheme = match kind {

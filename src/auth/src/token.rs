@@ -277,12 +277,6 @@ impl Issuer {
             },
             Ok(_) => false,
         };
-        let unknown = named
-            .kid
-            .filter(|_| matches!(&outcome, Err(refusal) if refusal.cause == Cause::KeyId));
-        if let Some(kid) = unknown {
-            self.keys.note_unknown(kid);
-        }
         if may_be_newer {
             match self.keys.newer_than(&set).await {
                 Newer::Set(newer) => {
@@ -291,7 +285,11 @@ impl Issuer {
                 }
                 // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
                 // ids could have good tokens rejected after a key rotation.
-                Newer::Unknown(wait) if !unknown.is_some_and(|kid| self.keys.is_absent(kid)) => {
+                Newer::Unknown(wait)
+                    if !named
+                        .kid
+                        .is_some_and(|kid| self.keys.is_absent(kid, parts.issued_s())) =>
+                {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
                 Newer::Unknown(_) | Newer::Same => {}

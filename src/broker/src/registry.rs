@@ -39,7 +39,7 @@ impl Registry {
 
     /// The integrity key that authenticates request ids: that of the wrapping key, or when none is active, of the
     /// last that may still unwrap.
-    pub(super) fn binding_key(&self) -> Result<WrappingKeyId, Error> {
+    pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
             .filter(|row| row.state.may_unwrap())

@@ -26,11 +26,12 @@ impl Broker {
         change: &Change,
         id: RequestId,
     ) -> Result<RequestStamp, Error> {
-        let binding = self.registry()?.binding_key()?;
+        let integrity_key = self.registry()?.integrity_key()?;
         let message = content(key, change);
         let mac = within(
             call,
-            self.token.mac(binding, &message, &caller(principal, call)),
+            self.token
+                .mac(integrity_key, &message, &caller(principal, call)),
         )
         .await?;
         Ok(RequestStamp {
@@ -40,7 +41,7 @@ impl Broker {
                 id,
             },
             content: mac,
-            key: binding,
+            key: integrity_key,
             result: None,
         })
     }

@@ -56,6 +56,8 @@ use walk::{Target, WRITABLE_BY_ALL, Walk, kind_of};
 /// First component of a path that names a systemd credential.
 const CREDENTIALS_DIRECTORY: &str = "$CREDENTIALS_DIRECTORY";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
+/// The number of the superuser.
+const ROOT: u32 = 0;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
 /// Largest capacity that is reserved before the length of a file is known to be right.

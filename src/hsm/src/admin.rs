@@ -129,7 +129,7 @@ pub struct CheckedKey {
     /// The attribute check of the RSA private key.
     pub private: Vec<Finding>,
     /// The attribute check of the integrity key.
-    pub binding: Vec<Finding>,
+    pub integrity: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub problem: Option<String>,
     /// Negative tests that the token cannot make, by name.
@@ -410,7 +410,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         modulus_bits: usize::try_from(checked.modulus_bits).map_err(|_| unexpected())?,
         algorithm,
         private: findings(checked.private_key),
-        binding: findings(checked.binding_key),
+        integrity: findings(checked.integrity_key),
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
         not_tried: checked.not_tried,
     })

@@ -35,6 +35,11 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 /// that is left, and at most so much.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
+/// By how much the expected wait is raised, in thousandths, when a job turned out to be too late after all; and by how much it
+/// falls with each job that was in time. The estimate can be too low: the token slows down, or other principals come.
+const CAUTION_STEP: u32 = 50;
+const CAUTION_FALL: u32 = 1;
+const CAUTION_MAX: u32 = 1_000;
 /// A full queue is searched for abandoned jobs at most this often: a refusal stays cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -51,6 +56,8 @@ struct State {
     links: Vec<Arc<Link>>,
     estimates: Estimates,
     searched: Option<Instant>,
+    /// What the expected wait is raised by, in thousandths.
+    caution: u32,
 }
 
 impl Waiting for Job {
@@ -75,6 +82,7 @@ impl Queue {
                 links: Vec::new(),
                 estimates: Estimates::default(),
                 searched: None,
+                caution: 0,
             }),
             length_max: settings.queue_length_max,
         }
@@ -185,6 +193,7 @@ impl State {
             }
             let left = job.caller.deadline().remaining();
             if left.is_zero() {
+                self.add_caution();
                 job.answer(Err(Error::Deadline), Duration::ZERO);
                 continue;
             }
@@ -192,10 +201,12 @@ impl State {
             // The first job after the wait for a free session shows how long the token takes now, so it is always tried.
             let mean = self.estimates.of(Kind::of(&job.work)).mean;
             if left < mean && !self.waiting.is_empty() {
-                let refusal = self.refusal(Duration::ZERO);
+                self.add_caution();
+                let refusal = refusal(Duration::ZERO);
                 job.answer(Err(refusal), Duration::ZERO);
                 continue;
             }
+            self.caution = self.caution.saturating_sub(CAUTION_FALL);
             metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
             link.assign(job);
         }
@@ -224,14 +235,26 @@ impl State {
             [sessions, busy].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         // On average, half of each job that a session has in its hands is still to be done.
         let under_way = job.mean * busy / 2;
-        let wait = (self.waiting.work_before(lane, job.mean) + under_way) / sessions;
         let left = deadline.instant().saturating_duration_since(now);
-        let answer = (left / ANSWER_PARTS).min(ANSWER_MAX);
-        if wait + job.upper() + answer <= left {
+        let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
+        let wait_for = |work: Duration| {
+            let wait = (work + under_way) / sessions;
+            wait + wait / CAUTION_MAX * self.caution
+        };
+        // Most calls are in time even behind all others, which is known without a look at each lane.
+        if wait_for(self.waiting.work()) + needed <= left {
+            return Ok(());
+        }
+        let wait = wait_for(self.waiting.work_before(lane, job.mean));
+        if wait + needed <= left {
             Ok(())
         } else {
-            Err(self.refusal(wait))
+            Err(refusal(wait))
         }
+    }
+
+    fn add_caution(&mut self) {
+        self.caution = (self.caution + CAUTION_STEP).min(CAUTION_MAX);
     }
 
     /// Makes room in a full queue: for abandoned jobs, then for the newest job of the lane that
@@ -254,18 +277,10 @@ impl State {
         let wait = self.expected_wait();
         match self.waiting.evict_for(lane, cost) {
             Some(evicted) => {
-                evicted.answer(Err(self.refusal(wait)), Duration::ZERO);
+                evicted.answer(Err(refusal(wait)), Duration::ZERO);
                 Ok(())
             }
-            None => Err(self.refusal(wait)),
-        }
-    }
-
-    /// With a retry hint from which callers that were refused together do not return together.
-    fn refusal(&self, wait: Duration) -> Error {
-        let wait = wait.max(RETRY_MIN);
-        Error::QueueFull {
-            retry_after: spread(wait, wait),
+            None => Err(refusal(wait)),
         }
     }
 
@@ -273,5 +288,13 @@ impl State {
         let sessions: usize = self.links.iter().map(|link| link.sessions()).sum();
         let sessions = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
         self.waiting.work() / sessions
+    }
+}
+
+/// With a retry hint from which callers that were refused together do not return together.
+fn refusal(wait: Duration) -> Error {
+    let wait = wait.max(RETRY_MIN);
+    Error::QueueFull {
+        retry_after: spread(wait, wait),
     }
 }

@@ -25,11 +25,11 @@ use crate::{
     classify::{Class, Fault},
     keys::{self, Cause, KeySession, Making, Place, Refusal, Terms},
     module,
-    negative::Subject,
+    negative::{self, Subject},
     open::{OpenToken, auth_pin},
     operation,
     report::{self, Counted, waits_of_this_thread},
-    select,
+    select::{self, Selected},
 };
 
 mod verifier;
@@ -38,6 +38,12 @@ pub(crate) use verifier::Verifier;
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
+
+/// The negative tests that are made only with keys for a session.
+fn tests_that_change_a_key() -> Vec<&'static str> {
+    let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
+    tests.map(|test| test.name).collect()
+}
 
 /// Names the settings with which a token makes the keys that it refused, and what they mean.
 fn helped_by_settings(
@@ -186,7 +192,7 @@ pub(crate) struct CheckedKey {
     /// The attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The attribute check of the integrity key.
-    pub(crate) binding: Vec<Finding>,
+    pub(crate) integrity_key: Vec<Finding>,
     /// Why the key must not be used; absent for a good one.
     pub(crate) problem: Option<String>,
     /// Negative tests that the token cannot make.
@@ -278,7 +284,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let (slot, info) = select::find(&module, &selector, &[])?;
+    let Selected { slot, info, .. } = select::find(&module, &selector, &[])?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -474,12 +480,17 @@ impl Admin {
             ));
         }
         let session = &self.token.anchor;
-        self.try_for_a_session()?;
+        let not_made = self.try_for_a_session()?;
         let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
             .map_err(|refusal| self.explained(refusal))?;
         let problem = match self.check(made.pair.id) {
-            Ok(checked) => match &checked.problem {
+            Ok(mut checked) => match &checked.problem {
                 None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
+                    for test in not_made {
+                        if !checked.not_tried.contains(&test) {
+                            checked.not_tried.push(test);
+                        }
+                    }
                     return Ok(checked);
                 }
                 None => format!(
@@ -500,9 +511,9 @@ impl Admin {
         )))
     }
 
-    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. A token
-    /// that makes no keys for a session is not tried.
-    fn try_for_a_session(&self) -> Result<(), AdminError> {
+    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. Returns the
+    /// names of the negative tests that were not made: those that change a key, on a token that makes no keys for a session.
+    fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
         let made = match keys::generate_for_session(session, terms) {
@@ -521,7 +532,7 @@ impl Admin {
                         &attributes,
                         &self.settings,
                     )),
-                    _ => Ok(()),
+                    _ => Ok(tests_that_change_a_key()),
                 };
             }
         };
@@ -543,7 +554,11 @@ impl Admin {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
-            _ => Ok(()),
+            Err(fault) => {
+                tracing::warn!(%fault, "the tests with keys for a session ended early");
+                Ok(tests_that_change_a_key())
+            }
+            Ok(not_made) => Ok(not_made),
         }
     }
 
@@ -591,7 +606,7 @@ impl Admin {
             modulus_bits: public.modulus_bits,
             algorithm: proved.as_ref().ok().map(|key| key.self_test.algorithm()),
             private: verdict.private,
-            binding: verdict.binding,
+            integrity_key: verdict.integrity_key,
             not_tried: proved
                 .as_ref()
                 .map(|key| key.not_tried.clone())

@@ -308,7 +308,7 @@ fn key(checked: admin::CheckedKey) -> Outcome {
         }),
         modulus_bits: u32::try_from(checked.modulus_bits).unwrap_or(u32::MAX),
         private_key: checked.private.iter().map(finding).collect(),
-        binding_key: checked.binding.iter().map(finding).collect(),
+        integrity_key: checked.integrity_key.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
         not_tried: checked.not_tried.into_iter().map(str::to_owned).collect(),
     })

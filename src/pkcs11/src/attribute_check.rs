@@ -130,7 +130,7 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
 
-/// What `access_control = "outside-pkcs11"` gives away, in one sentence without its end.
+/// What `access_control = "outside-pkcs11"` permits, in one sentence without its end.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
 /// The rules for keys to which access is controlled in this way.
@@ -159,7 +159,7 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
 ]);
 
 /// The integrity key.
-pub(super) const BINDING: &[Rule] = &with_those_of_every_key::<8, 17>([
+pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
     ("CKA_ENCRYPT", AttributeType::Encrypt, FALSE),
@@ -266,7 +266,7 @@ pub const EXCEPTIONS: &[Exception] = &[
 pub fn is_checked(attribute: &str) -> bool {
     RSA_PRIVATE
         .iter()
-        .chain(BINDING)
+        .chain(INTEGRITY_KEY)
         .any(|(name, ..)| *name == attribute)
 }
 
@@ -282,7 +282,7 @@ pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
 pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
     let (name, ..) = RSA_PRIVATE
         .iter()
-        .chain(BINDING)
+        .chain(INTEGRITY_KEY)
         .find(|(_, checked, _)| *checked == kind)?;
     EXCEPTIONS
         .iter()

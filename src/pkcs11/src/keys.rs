@@ -26,7 +26,7 @@ pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
 };
 #[cfg(test)]
-pub(super) use templates::binding_template;
+pub(super) use templates::generic_secret_template;
 pub(super) use templates::{
     Lifetime, adapted, integrity_mechanism, integrity_template, private_template, public_template,
 };
@@ -57,7 +57,7 @@ pub(super) struct KeyPair {
     /// Where they were found.
     pub(super) objects: ObjectIds,
     pub(super) private: ObjectHandle,
-    pub(super) binding: ObjectHandle,
+    pub(super) integrity_key: ObjectHandle,
 }
 
 /// The public side of a wrapping key, computed from the private object.
@@ -159,7 +159,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
         None => vec![private_id.clone(), own_integrity_id(key.id)],
     };
     for candidate in &candidates {
-        let Some(binding) = find_one(session, ObjectClass::SECRET_KEY, candidate)? else {
+        let Some(integrity_key) = find_one(session, ObjectClass::SECRET_KEY, candidate)? else {
             continue;
         };
         return Ok(KeyPair {
@@ -169,7 +169,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
                 integrity: (*candidate != id).then(|| candidate.clone()),
             },
             private,
-            binding,
+            integrity_key,
         });
     }
     Err(missing(key, "integrity key", &candidates[0]))
@@ -224,13 +224,13 @@ fn find_one(
 #[derive(Clone, Debug)]
 pub(super) struct Verdict {
     pub(super) private: Vec<Finding>,
-    pub(super) binding: Vec<Finding>,
+    pub(super) integrity_key: Vec<Finding>,
 }
 
 impl Verdict {
     pub(super) fn require(&self, id: WrappingKeyId) -> Result<(), Fault> {
         attribute_check::require(&format!("RSA private key {id}"), &self.private)?;
-        attribute_check::require(&format!("integrity key {id}"), &self.binding)
+        attribute_check::require(&format!("integrity key {id}"), &self.integrity_key)
     }
 }
 
@@ -246,7 +246,7 @@ pub(super) fn inspect(
     };
     Ok(Verdict {
         private: inspect(pair.private, attribute_check::RSA_PRIVATE)?,
-        binding: inspect(pair.binding, attribute_check::BINDING)?,
+        integrity_key: inspect(pair.integrity_key, attribute_check::INTEGRITY_KEY)?,
     })
 }
 
@@ -306,11 +306,11 @@ pub(super) fn no_id() -> WrappingKeyId {
 }
 
 /// Keys of a session that were made one by one.
-pub(super) fn session_pair(private: ObjectHandle, binding: ObjectHandle) -> KeyPair {
+pub(super) fn session_pair(private: ObjectHandle, integrity_key: ObjectHandle) -> KeyPair {
     KeyPair {
         id: no_id(),
         objects: ObjectIds::default(),
         private,
-        binding,
+        integrity_key,
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
-    select::{self, Selector},
+    select::{self, Selected, Selector},
 };
 
 /// A token that this process is logged in to.
@@ -70,7 +70,11 @@ impl OpenToken {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
         let module = module::load(settings)?;
-        let (slot, info) = select::find(&module, &selector, serials)?;
+        let Selected {
+            slot,
+            info,
+            is_one_of_several,
+        } = select::find(&module, &selector, serials)?;
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
             None => require_no_login(&module, slot, &info, settings.access_control)?,
@@ -88,17 +92,25 @@ impl OpenToken {
             is_login_of_another: false,
         };
         if let Some(pin) = pin {
-            token.is_login_of_another = token.log_in(record, pin)?;
+            token.is_login_of_another = token.log_in(record, pin, is_one_of_several)?;
         }
         Ok(token)
     }
 
     /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said. Returns whether another process was
     /// logged in already.
-    fn log_in(&self, record: &PinRecord, pin: &Pin) -> Result<bool, Fault> {
+    fn log_in(
+        &self,
+        record: &PinRecord,
+        pin: &Pin,
+        is_one_of_several: bool,
+    ) -> Result<bool, Fault> {
         let mut login = record.begin(&self.info.serial, pin)?;
         let before = self.counter()?;
         let was = login.standing().cloned();
+        if is_one_of_several && !matches!(was, Some(Standing::Proven { .. })) {
+            return Err(unproven_twin(&self.info));
+        }
         let begun = match login_policy::decide(was.as_ref(), before, login.final_try_allowed()) {
             Decision::Login(begun) => begun,
             Decision::Refuse(refusal) => return Err(refused(&refusal, &self.info)),
@@ -299,6 +311,18 @@ fn require_no_login(
             named(info)
         ),
     ))
+}
+
+/// The registry is in the database, whose writer must not be able to choose which token is given the PIN.
+fn unproven_twin(info: &TokenInfo) -> Fault {
+    Fault::new(
+        Class::Configuration,
+        format!(
+            "more than one token fits the settings; the registry names {}, but this PIN has never logged in to it, so no login was \
+             tried. If that is the right token, choose it by `token.serial`",
+            named(info)
+        ),
+    )
 }
 
 /// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.

@@ -52,7 +52,7 @@ pub(super) fn decrypt(
 
 /// `C_Sign` with the integrity key.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
-    mac_with(session, pair.binding, message)
+    mac_with(session, pair.integrity_key, message)
 }
 
 /// `C_Sign` with an integrity key that has no wrapping key yet.
@@ -82,7 +82,7 @@ pub(super) fn verify(
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
     calling::next("C_Verify");
-    match session.verify(&Mechanism::Sha256Hmac, pair.binding, message, mac) {
+    match session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, message, mac) {
         Ok(()) => Ok(()),
         Err(
             Error::NullFunctionPointer

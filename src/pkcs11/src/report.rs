@@ -74,7 +74,7 @@ impl Kind {
 
     fn rules(self) -> &'static [Rule] {
         match self {
-            Self::IntegrityKey(_) => attribute_check::BINDING,
+            Self::IntegrityKey(_) => attribute_check::INTEGRITY_KEY,
             Self::RsaPair => attribute_check::RSA_PRIVATE,
         }
     }
@@ -215,13 +215,13 @@ pub(crate) fn make(
     };
     let keeper = token.session(&[])?;
     let session = &keeper.session;
-    let binding = integrity_key(session, settings, &mut report, &mut findings);
+    let secret = integrity_key(session, settings, &mut report, &mut findings);
     let private = made(session, Kind::RsaPair)
         .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
         .map_err(|error| findings.cannot_make(Kind::RsaPair, &error))
         .ok();
-    if let (Some(binding), Some(private)) = (binding, private) {
-        let pair = keys::session_pair(private, binding);
+    if let (Some(secret), Some(private)) = (secret, private) {
+        let pair = keys::session_pair(private, secret);
         let public = keys::public_side(session, &pair)?;
         abilities::try_all(session, &pair, &public, &mut report)?;
         if let Some(self_test) = chosen(&report, &public, &mut findings)? {
@@ -593,7 +593,7 @@ fn on_token(
     let checked = match &found {
         Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
             Ok(verdict) => {
-                let wrong = verdict.private.iter().chain(&verdict.binding);
+                let wrong = verdict.private.iter().chain(&verdict.integrity_key);
                 let wrong: Vec<String> = wrong
                     .filter(|finding| !finding.passes())
                     .map(ToString::to_string)

@@ -149,13 +149,22 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
     String::from_utf8(bytes).map_err(|_| bad())
 }
 
+/// A token that was chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Selected {
+    pub(super) slot: Slot,
+    pub(super) info: TokenInfo,
+    /// Others fit the settings, too, and the registry names this one.
+    pub(super) is_one_of_several: bool,
+}
+
 /// Finds the one initialised token that fits, and looks again for a while when there is none. Of several that fit, the one is chosen
 /// whose serial number is among `serials`: those of the registry.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
     serials: &[&str],
-) -> Result<(Slot, TokenInfo), Fault> {
+) -> Result<Selected, Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
         match find_now(module, selector, serials) {
@@ -165,11 +174,7 @@ pub(super) fn find(
     }
 }
 
-fn find_now(
-    module: &Module,
-    selector: &Selector,
-    serials: &[&str],
-) -> Result<(Slot, TokenInfo), Fault> {
+fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Selected, Fault> {
     let tokens = list(module)?;
     let fitting: Vec<_> = tokens
         .iter()
@@ -195,7 +200,11 @@ fn find_now(
         .filter(|(_, info)| registered(info))
         .collect();
     match (fitting.as_slice(), of_the_registry.as_slice()) {
-        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok((*slot, describe(info))),
+        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok(Selected {
+            slot: *slot,
+            info: describe(info),
+            is_one_of_several: fitting.len() > 1,
+        }),
         ([], _) => Err(no_token(&wanted, &tokens)),
         (several, _) => {
             let serials: Vec<String> = several

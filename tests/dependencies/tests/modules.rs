@@ -45,12 +45,12 @@ type Edges = BTreeMap<Module, BTreeSet<Module>>;
 impl Modules {
     fn read(root: &Path) -> Self {
         let mut modules = Self::default();
-        modules.add_file(Module::new(), root, root.parent().unwrap());
+        modules.add_file(&Module::new(), root, root.parent().unwrap());
         modules
     }
 
     /// Adds the module of a file; `directory` has the files of its children.
-    fn add_file(&mut self, module: Module, file: &Path, directory: &Path) {
+    fn add_file(&mut self, module: &Module, file: &Path, directory: &Path) {
         let text = fs::read_to_string(file).unwrap();
         let children = self.add(module.clone(), &text);
         for child in children {
@@ -58,7 +58,7 @@ impl Modules {
             path.push(child.clone());
             let file = directory.join(format!("{child}.rs"));
             assert!(file.exists(), "{} is absent", file.display());
-            self.add_file(path, &file, &directory.join(child));
+            self.add_file(&path, &file, &directory.join(child));
         }
     }
 

@@ -303,11 +303,11 @@ async fn while_the_audit_log_is_full() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_token_is_down() {
-    const AWAY: &str = "TOKEN_DOWN";
+    const DOWN: &str = "TOKEN_DOWN";
     let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
     let directory = broker.site.token.directory();
-    let elsewhere = directory.with_extension("away");
+    let elsewhere = directory.with_extension("moved");
     fs::rename(&directory, &elsewhere).unwrap();
     fs::create_dir(&directory).unwrap();
     for pid in broker.workers() {
@@ -316,7 +316,7 @@ async fn while_the_token_is_down() {
     let releaser = Caller::of(&broker, "releaser");
     for _ in 0..100 {
         let unwrapped = releaser.unwrap("user 1").await;
-        if unwrapped.is_err_and(|status| reason(&status) == AWAY) {
+        if unwrapped.is_err_and(|status| reason(&status) == DOWN) {
             break;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -326,20 +326,20 @@ async fn while_the_token_is_down() {
         .expect(
             &broker,
             &[
-                AWAY,
-                AWAY,
-                AWAY,
-                AWAY,
+                DOWN,
+                DOWN,
+                DOWN,
+                DOWN,
                 "OK",
                 "OK",
                 "OK",
                 "KEY_EXISTS",
-                AWAY,
+                DOWN,
                 "OK",
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
-                AWAY,
+                DOWN,
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",
@@ -413,7 +413,7 @@ async fn while_the_queue_is_full() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_somebody_else_holds_the_database() {
-    const AWAY: &str = "STORE_DOWN";
+    const DOWN: &str = "STORE_DOWN";
     let broker = Broker::start(options());
     let asked = Asked::enrolled(&broker, "user").await;
     let lock = WriteLock::take(&broker.site.database());
@@ -421,20 +421,20 @@ async fn while_somebody_else_holds_the_database() {
         .expect(
             &broker,
             &[
-                AWAY,
+                DOWN,
                 "OK",
                 "OK",
-                AWAY,
+                DOWN,
                 "OK",
                 "OK",
-                AWAY,
+                DOWN,
                 "KEY_EXISTS",
-                AWAY,
+                DOWN,
                 "OK",
                 "KEY_NOT_FOUND",
                 "OK",
                 "OK",
-                AWAY,
+                DOWN,
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",

@@ -240,6 +240,40 @@ fn with(
     }
 }
 
+/// Calls the real function with the edited template of a new object, whose class is `unknown` if the template has none.
+///
+/// # Safety
+///
+/// `template` is null or has `count` attributes, which nothing else uses meanwhile.
+unsafe fn with_new(
+    call: &Call,
+    session: Session,
+    unknown: Part,
+    (template, count): (Template, Count),
+    real: impl FnOnce(*mut CK_ATTRIBUTE, CK_ULONG) -> CK_RV,
+) -> CK_RV {
+    // SAFETY: the caller vouches for it.
+    let own = unsafe { attributes(template, count) };
+    let part = part_of_class(number(own, CKA_CLASS), unknown);
+    with(edit_new(call, part, session, own), real)
+}
+
+/// Calls the real function with an edited template that names attributes of existing objects.
+///
+/// # Safety
+///
+/// `template` is null or has `count` attributes, which nothing else uses meanwhile.
+unsafe fn with_named(
+    call: &Call,
+    part: Part,
+    (template, count): (Template, Count),
+    real: impl FnOnce(*mut CK_ATTRIBUTE, CK_ULONG) -> CK_RV,
+) -> CK_RV {
+    // SAFETY: the caller vouches for it.
+    let own = unsafe { attributes(template, count) };
+    with(edit(call, part, Purpose::Name, own), real)
+}
+
 /// The code for a template whose `CKA_ID` another object has.
 fn refuses_id(call: &Call, session: Session, template: &[CK_ATTRIBUTE]) -> Option<CK_RV> {
     let code = call.script.objects.refuse_duplicate_id?;
@@ -299,13 +333,12 @@ pub(crate) unsafe fn create(
     count: Count,
     new: NewObject,
 ) -> CK_RV {
-    // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    let part = part_of_class(number(own, CKA_CLASS), Part::Other);
-    with(edit_new(call, part, session, own), |template, count| {
+    let real = |template, count| {
         // SAFETY: the arguments of our caller, and a template that lives as long.
         unsafe { real(session, template, count, new) }
-    })
+    };
+    // SAFETY: the arguments of our caller.
+    unsafe { with_new(call, session, Part::Other, (template, count), real) }
 }
 
 /// `C_CopyObject`.
@@ -325,12 +358,12 @@ pub(crate) unsafe fn copy(
     new: NewObject,
 ) -> CK_RV {
     let part = part_of_object(call, session, object);
-    // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    with(edit(call, part, Purpose::Name, own), |template, count| {
+    let real = |template, count| {
         // SAFETY: the arguments of our caller, and a template that lives as long.
         unsafe { real(session, object, template, count, new) }
-    })
+    };
+    // SAFETY: the arguments of our caller.
+    unsafe { with_named(call, part, (template, count), real) }
 }
 
 /// `C_SetAttributeValue`.
@@ -348,12 +381,12 @@ pub(crate) unsafe fn set_attributes(
     count: Count,
 ) -> CK_RV {
     let part = part_of_object(call, session, object);
-    // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    with(edit(call, part, Purpose::Name, own), |template, count| {
+    let real = |template, count| {
         // SAFETY: the arguments of our caller, and a template that lives as long.
         unsafe { real(session, object, template, count) }
-    })
+    };
+    // SAFETY: the arguments of our caller.
+    unsafe { with_named(call, part, (template, count), real) }
 }
 
 /// `C_FindObjectsInit`.
@@ -364,15 +397,12 @@ pub(crate) unsafe fn find_init(
     template: Template,
     count: Count,
 ) -> CK_RV {
+    let real = |template, count| {
+        // SAFETY: the arguments of our caller, and a template that lives as long.
+        unsafe { real(session, template, count) }
+    };
     // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    with(
-        edit(call, Part::Search, Purpose::Name, own),
-        |template, count| {
-            // SAFETY: the arguments of our caller, and a template that lives as long.
-            unsafe { real(session, template, count) }
-        },
-    )
+    unsafe { with_named(call, Part::Search, (template, count), real) }
 }
 
 /// `C_FindObjects`: the handles that are valid now.
@@ -545,17 +575,16 @@ pub(crate) unsafe fn unwrap(
     count: Count,
     new: NewObject,
 ) -> CK_RV {
-    // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    let part = part_of_class(number(own, CKA_CLASS), Part::Secret);
-    with(edit_new(call, part, session, own), |template, count| {
+    let real = |template, count| {
         // SAFETY: the arguments of our caller, and a template that lives as long.
         unsafe {
             real(
                 session, mechanism, key, wrapped, length, template, count, new,
             )
         }
-    })
+    };
+    // SAFETY: the arguments of our caller.
+    unsafe { with_new(call, session, Part::Secret, (template, count), real) }
 }
 
 /// `C_DeriveKey`.
@@ -576,13 +605,12 @@ pub(crate) unsafe fn derive(
     count: Count,
     new: NewObject,
 ) -> CK_RV {
-    // SAFETY: the arguments of our caller.
-    let own = unsafe { attributes(template, count) };
-    let part = part_of_class(number(own, CKA_CLASS), Part::Secret);
-    with(edit_new(call, part, session, own), |template, count| {
+    let real = |template, count| {
         // SAFETY: the arguments of our caller, and a template that lives as long.
         unsafe { real(session, mechanism, key, template, count, new) }
-    })
+    };
+    // SAFETY: the arguments of our caller.
+    unsafe { with_new(call, session, Part::Secret, (template, count), real) }
 }
 
 /// `C_GetAttributeValue`: some attributes are answered by the script, the others by the real token.

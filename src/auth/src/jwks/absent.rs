@@ -1,45 +1,17 @@
-//! Key ids that a provider is known not to have. Without them, a token of a withdrawn key could not be told from one of a new key that
-//! was not fetched yet.
-
-use std::time::Instant;
+//! Key ids of earlier key sets. Without them, a token of a withdrawn key could not be told from one of a new key that was not fetched
+//! yet.
 
 use aws_lc_rs::digest;
-use moka::{policy::EvictionPolicy, sync::Cache};
 
-/// Key ids of callers that are remembered. Callers choose them, so the one that was used longest ago makes room.
-const ASKED_MAX: u64 = 1_000;
-/// Key ids of earlier sets that are remembered. Callers cannot displace them.
+/// Key ids that are remembered. A provider decides them, and no caller.
 const WITHDRAWN_MAX: usize = 256;
 
-/// SHA-256 of a key id, whose length a caller or a provider decides.
+/// SHA-256 of a key id, whose length a provider decides.
 type Name = [u8; 32];
 
 fn name_of(kid: &str) -> Name {
     let digest = digest::digest(&digest::SHA256, kid.as_bytes());
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
-}
-
-/// When tokens first named key ids that the set in use did not have.
-#[derive(Debug)]
-pub(super) struct Asked(Cache<Name, Instant>);
-
-impl Asked {
-    pub(super) fn new() -> Self {
-        let cache = Cache::builder()
-            .max_capacity(ASKED_MAX)
-            .eviction_policy(EvictionPolicy::lru());
-        Self(cache.build())
-    }
-
-    /// Notes that a token named this key id.
-    pub(super) fn note(&self, kid: &str) {
-        self.0.get_with(name_of(kid), Instant::now);
-    }
-
-    /// Whether a token named it before that moment.
-    pub(super) fn is_before(&self, kid: &str, moment: Instant) -> bool {
-        self.0.get(&name_of(kid)).is_some_and(|at| at < moment)
-    }
 }
 
 /// Key ids of earlier sets that the set in use does not have, the oldest first.
@@ -89,17 +61,5 @@ mod tests {
         }
         assert_eq!(many.0.len(), WITHDRAWN_MAX);
         assert!(!many.contains("0") && many.contains(&(2 * WITHDRAWN_MAX - 1).to_string()));
-    }
-
-    #[test]
-    fn a_key_id_counts_from_the_first_token_that_named_it() {
-        let asked = Asked::new();
-        let before = Instant::now();
-        asked.note("kid");
-        let between = Instant::now();
-        asked.note("kid");
-        assert!(!asked.is_before("kid", before));
-        assert!(asked.is_before("kid", between + std::time::Duration::from_nanos(1)));
-        assert!(!asked.is_before("other", Instant::now()));
     }
 }

@@ -12,20 +12,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::issuer::{KeySource, Settings};
 use keybroker_core::{
+    call::Timestamp,
     error::chain,
     metrics,
     trusted_file::{self, Purpose},
 };
 
-use super::{
-    KeySet, SET_BYTES_MAX, SourceError,
-    absent::{Asked, Withdrawn},
-    error::NoSet,
-    fetch::Fetcher,
-};
+use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
 /// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+
+/// A provider publishes a key at the latest so many seconds after it first signed with it: caches between it and the broker may be old.
+const PUBLISHED_WITHIN_S: i64 = 300;
 
 /// How often things happen.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +75,6 @@ pub(crate) struct Keys {
     pace: Pace,
     source: Source,
     current: ArcSwapOption<Held>,
-    asked: Asked,
     /// When a fetch because of an unknown key last began.
     refetched: Arc<Mutex<Option<Instant>>>,
     /// What the last attempt failed with: for refusals, and so that it is reported once.
@@ -87,7 +85,7 @@ pub(crate) struct Keys {
 struct Held {
     set: Arc<KeySet>,
     /// When the fetch began that found it last.
-    begun: Instant,
+    begun: Timestamp,
     since: Instant,
     withdrawn: Withdrawn,
 }
@@ -111,12 +109,11 @@ impl Keys {
                 }
             },
             current: ArcSwapOption::empty(),
-            asked: Asked::new(),
             refetched: Arc::default(),
             problem: SyncMutex::default(),
         };
         if let Source::File(source) = &keys.source {
-            keys.take(read(source)?, Instant::now());
+            keys.take(read(source)?, Timestamp::now());
         }
         Ok(keys)
     }
@@ -143,19 +140,18 @@ impl Keys {
         problem.clone()
     }
 
-    /// Notes that a token names a key id that the set in use does not have.
-    pub(crate) fn note_unknown(&self, kid: &str) {
-        self.asked.note(kid);
-    }
-
-    /// Whether the provider is known not to have a key of that id: a set without it was fetched after a token first named it, or after
-    /// an earlier set had it.
-    pub(crate) fn is_absent(&self, kid: &str) -> bool {
+    /// Whether the provider is known not to have a key of that id: a set without it was fetched after an earlier set had it, or long
+    /// after the token says it was issued. Only what the provider published counts, and the token itself: an id that another caller
+    /// named must not have good tokens rejected once the provider begins to use it.
+    pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
-        held.as_ref().is_some_and(|held| {
-            !held.set.kids().any(|known| known == kid)
-                && (held.withdrawn.contains(kid) || self.asked.is_before(kid, held.begun))
-        })
+        let Some(held) = held.as_ref() else {
+            return false;
+        };
+        let published_until = |issued: i64| issued.saturating_add(PUBLISHED_WITHIN_S);
+        let is_old = issued_s
+            .is_some_and(|issued| published_until(issued) < held.begun.micros() / 1_000_000);
+        !held.set.kids().any(|known| known == kid) && (is_old || held.withdrawn.contains(kid))
     }
 
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
@@ -225,7 +221,7 @@ impl Keys {
 
     /// Reads or fetches the set once; whether that went well.
     async fn update(&self) -> bool {
-        let begun = Instant::now();
+        let begun = Timestamp::now();
         let outcome = match &self.source {
             Source::Provider(fetcher) => fetcher.fetch().await,
             Source::File(source) => {
@@ -248,7 +244,7 @@ impl Keys {
         }
     }
 
-    fn take(&self, set: KeySet, begun: Instant) {
+    fn take(&self, set: KeySet, begun: Timestamp) {
         let previous = self.current.load();
         let withdrawn = previous.as_ref().map_or_else(Withdrawn::default, |held| {
             held.withdrawn.after(held.set.kids(), set.kids())

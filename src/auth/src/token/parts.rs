@@ -50,6 +50,11 @@ impl Parts {
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
     }
 
+    /// When it says it was issued, in seconds since 1970.
+    pub(super) fn issued_s(&self) -> Option<i64> {
+        self.claims.get("iat").and_then(Value::as_i64)
+    }
+
     /// The algorithm, if the issuer may use it and the header is otherwise one that can be understood.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {

@@ -240,7 +240,7 @@ impl Broker {
             revision: credential.revision + 1,
             document: bytes,
             mac: [0; 32],
-            key: self.registry()?.binding_key()?,
+            key: self.registry()?.integrity_key()?,
             created: credential.document.created,
             updated: Timestamp::now(),
         };

@@ -9,8 +9,11 @@ use aws_lc_rs::hmac;
 use proptest::prelude::*;
 use serde::Deserialize;
 
+use super::mac::{MacMessage, RegistryFields};
 use super::*;
-use crate::key::{KeyName, UserId};
+use crate::key::{
+    Fingerprint, KeyName, ObjectId, ObjectIds, Purpose, UserId, WrappingKeyId, WrappingKeyState,
+};
 
 #[derive(Deserialize)]
 struct Vector {
@@ -223,5 +226,47 @@ proptest! {
         } else {
             prop_assert_ne!(bad, good);
         }
+    }
+}
+
+/// The MAC of a row that an earlier release wrote must verify, and must not verify for a row that names other objects.
+#[test]
+fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
+    let message = |objects: &ObjectIds| {
+        let fields = RegistryFields {
+            id: WrappingKeyId::from_bytes([1; 16]),
+            objects,
+            fingerprint: Fingerprint([2; 32]),
+            purpose: Purpose::Plain,
+            state: WrappingKeyState::Active,
+            token_serial: "serial",
+            sequence: 3,
+            registered_us: 4,
+            backup_confirmed_us: None,
+        };
+        MacMessage::registry(&fields).as_bytes().to_vec()
+    };
+    let same = message(&ObjectIds::default());
+    let mut first_format = b"\x00\x15keybroker/registry/v1".to_vec();
+    first_format.extend([1; 16]);
+    first_format.extend([2; 32]);
+    first_format.extend(b"\x00\x05plain\x00\x06active\x00\x06serial");
+    for number in [3_u64, 4, 0] {
+        first_format.extend(number.to_be_bytes());
+    }
+    assert_eq!(same, first_format);
+    let ids =
+        |private: &[u8], integrity: &[u8]| ObjectIds::from_slices(private, integrity).unwrap();
+    let longest = [7; ObjectId::BYTES_MAX];
+    let others = [
+        message(&ids(&[1], &[])),
+        message(&ids(&[], &[1])),
+        message(&ids(&[1], &[1])),
+        message(&ids(&[1, 1], &[])),
+        message(&ids(&longest, &longest)),
+    ];
+    for (number, other) in others.iter().enumerate() {
+        assert!(other.starts_with(b"\x00\x15keybroker/registry/v2"));
+        assert!(!others[..number].contains(other));
     }
 }

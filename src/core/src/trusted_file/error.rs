@@ -2,11 +2,10 @@
 
 use std::{fmt, io, path::Path};
 
-use super::{
-    CREDENTIALS_VARIABLE, Purpose,
-    mount::MOUNTS,
-    walk::{DIRECTORY, ROOT},
-};
+use super::{CREDENTIALS_VARIABLE, Purpose, ROOT, mount::MOUNTS};
+
+/// What a path leads to that is no regular file.
+pub(super) const DIRECTORY: &str = "a directory";
 
 /// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
 #[derive(Debug)]

@@ -17,6 +17,15 @@ use super::{
     *,
 };
 
+#[path = "../../../../tests/support/src/skip.rs"]
+#[allow(
+    unreachable_pub,
+    reason = "other packages use it as a part of a library"
+)]
+mod skip;
+
+use skip::{is_root, skip_outside_ci};
+
 const TRUST: Purpose = Purpose::trust("other users could do harm");
 const SECRET: Purpose = Purpose::secret("PIN");
 const LIMIT: u64 = 1_000;
@@ -51,15 +60,6 @@ impl Folder {
 
 fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
-}
-
-/// Whether files can be given to another user here.
-fn is_root(test: &str) -> bool {
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root {
-        eprintln!("SKIPPED without root: {test}");
-    }
-    is_root
 }
 
 fn accepted(path: &Path, purpose: Purpose) {
@@ -404,7 +404,7 @@ fn a_socket_below_a_sticky_directory_is_marked() {
         check_directory(Path::new(directory), TRUST).is_ok()
             && rustix::fs::access(*directory, rustix::fs::Access::WRITE_OK).is_ok()
     }) else {
-        eprintln!("SKIPPED without a directory that is not below a sticky one");
+        skip_outside_ci("no directory that is not below a sticky one");
         return;
     };
     let folder = tempfile::tempdir_in(root).unwrap();

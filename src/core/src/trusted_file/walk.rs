@@ -17,13 +17,11 @@ use rustix::{
 use crate::remedy::explained;
 
 use super::{
-    Error, Purpose, User,
-    error::Problem,
+    Error, Purpose, ROOT, User,
+    error::{DIRECTORY, Problem},
     mount::{FuseServer, fuse_server, is_fuse, is_unchangeable},
 };
 
-pub(super) const DIRECTORY: &str = "a directory";
-pub(super) const ROOT: u32 = 0;
 const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 pub(super) const WRITABLE_BY_ALL: u32 = 0o002;

@@ -19,6 +19,7 @@ use super::{
     exit::{Exit, Failure},
     output::Field,
     pin::{UserPin, log_in},
+    token::note_tests_not_made,
 };
 
 #[derive(Debug, Subcommand)]
@@ -129,6 +130,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         |_: &mut Entry| {},
         || {
             let key = admin.generate_key(bits)?;
+            note_tests_not_made(context, &key);
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row).map_err(|failure| {
             let what = format!(

@@ -194,12 +194,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             }
         };
         problems.extend(checked.problem.clone());
-        if !checked.not_tried.is_empty() {
-            context.output.note(&format!(
-                "note: key {id}: this token cannot make the negative tests {}",
-                checked.not_tried.join(", ")
-            ));
-        }
+        note_tests_not_made(context, &checked);
         match row {
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None if checked.problem.is_some() => {}
@@ -215,7 +210,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             ));
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
-        shown.extend(findings("integrity key", &checked, &checked.binding));
+        shown.extend(findings("integrity key", &checked, &checked.integrity));
     }
     if admin.info().serial.is_empty() {
         context.output.note(
@@ -400,4 +395,16 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         confirmed,
         "nothing to confirm: every key on this token has a confirmed backup",
     )
+}
+
+/// Says which negative tests were not made: nothing is known of what they would have found.
+pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
+    if checked.not_tried.is_empty() {
+        return;
+    }
+    context.output.note(&format!(
+        "note: key {}: these negative tests were not made, because the token cannot make them: {}",
+        checked.id,
+        checked.not_tried.join(", ")
+    ));
 }

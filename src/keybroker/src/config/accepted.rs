@@ -1,4 +1,6 @@
 //! The risks of a token that the operator has accepted in `[token]`: each with one sentence on what it gives away.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use std::fmt;
 

@@ -7,7 +7,7 @@ use crate::server::{
 };
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
-use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
+use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 
 use super::{Config, INSTANCE_VARIABLE};
@@ -157,11 +157,14 @@ impl Config {
         {
             absolute("[token] `pin_file`", path);
         }
-        if KeyName::parse(&self.audit.instance).is_err() {
+        // Its log is a directory of that name beside the state directory.
+        let instance = self.audit.instance.as_str();
+        let is_taken = [".", "..", state::DIRECTORY].contains(&instance);
+        if is_taken || KeyName::parse(instance).is_err() {
             problems.push(format!(
-                "[audit]: `instance` is {:?}; it must be 1 to 64 bytes of [a-z0-9._-]. `{INSTANCE_VARIABLE}` in the environment takes \
-                 precedence over the file",
-                self.audit.instance
+                "[audit]: `instance` is {instance:?}; it must be 1 to 64 bytes of [a-z0-9._-], and not `.`, `..` or `{}`. \
+                 `{INSTANCE_VARIABLE}` in the environment takes precedence over the file",
+                state::DIRECTORY
             ));
         }
     }

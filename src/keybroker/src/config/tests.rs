@@ -211,6 +211,12 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "100 to 600000",
     ),
     ("# instance = \"serve\"", "instance = \"A/b\"", "`instance`"),
+    ("# instance = \"serve\"", "instance = \"..\"", "`instance`"),
+    (
+        "# instance = \"serve\"",
+        "instance = \"state\"",
+        "`instance`",
+    ),
     ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
     ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
     ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),

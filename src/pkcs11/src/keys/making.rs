@@ -1,4 +1,6 @@
 //! Making a wrapping key and its integrity key, and finding out why a token does not make them.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
 
 use std::fmt;
 
@@ -60,7 +62,7 @@ impl Made {
     pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
         let objects = [
             ("the RSA private key", self.pair.private),
-            ("the integrity key", self.pair.binding),
+            ("the integrity key", self.pair.integrity_key),
             ("the RSA public key", self.public),
         ];
         let left: Vec<String> = objects
@@ -179,8 +181,9 @@ fn make(
         let object = integrity.clone().unwrap_or_else(|| ObjectId::from(id));
         let kind = terms.integrity_key;
         let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
-        let binding = match make_integrity_key(session, id, &object, kind, lifetime, left_out) {
-            Ok(binding) => binding,
+        let integrity_key = match make_integrity_key(session, id, &object, kind, lifetime, left_out)
+        {
+            Ok(integrity_key) => integrity_key,
             Err(fault) => {
                 let making = Some(Making::IntegrityKey(kind));
                 return Err(refused_pair.unwrap_or(Refusal { making, fault }));
@@ -196,7 +199,7 @@ fn make(
                     id,
                     objects,
                     private,
-                    binding,
+                    integrity_key,
                 };
                 return Ok(Made { pair, public });
             }
@@ -204,7 +207,7 @@ fn make(
                 let making = Some(Making::RsaPair);
                 let may_be_the_id = depends_on_the_template(&fault);
                 let refusal = Refusal { making, fault };
-                if let Err(left) = destroy(session, binding) {
+                if let Err(left) = destroy(session, integrity_key) {
                     let left = format!(
                         "the integrity key {id}, which this run made, was not removed ({left})"
                     );

@@ -86,7 +86,7 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
 
 /// The template of an integrity key that is a generic secret.
 #[cfg(test)]
-pub(crate) fn binding_template(id: WrappingKeyId) -> Vec<Attribute> {
+pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {
     integrity_template(IntegrityKey::GenericSecret, id, &ObjectId::from(id))
 }
 
@@ -118,6 +118,7 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
+        // The name from before it was called integrity key: tokens of every release have it.
         label(id, "binding key"),
     ];
     // The type of the key implies both.

@@ -5,6 +5,8 @@ use cryptoki::{
     error::{Error, RvError},
     mechanism::{
         Mechanism, MechanismType,
+        aead::GcmParams,
+        misc::{ExtractParams, KeyDerivationStringData},
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
@@ -16,7 +18,12 @@ use crate::{attribute_check, calling, classify::Fault, keys::KeyPair};
 use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
-const SECRET_KEY_BYTES: u64 = 32;
+pub(super) const SECRET_KEY_BYTES: u64 = 32;
+/// Length of a part of a key that is tried: 256 guesses find it.
+pub(super) const PART_BYTES: u64 = 1;
+/// Length of the nonce of AES-GCM.
+const NONCE_BYTES: usize = 12;
+const TAG_BITS: u64 = 128;
 /// What is signed.
 const MESSAGE: &[u8] = b"keybroker";
 
@@ -29,6 +36,8 @@ pub(super) struct Helpers {
     rsa: Option<ObjectHandle>,
     /// A secret key that may be wrapped.
     sample: Option<ObjectHandle>,
+    /// A secret key that keys may be derived from.
+    base: Option<ObjectHandle>,
 }
 
 impl Helpers {
@@ -36,7 +45,8 @@ impl Helpers {
         Self {
             aes: aes_key(session).ok(),
             rsa: rsa_public_key(session, pair),
-            sample: sample_key(session).ok(),
+            sample: sample_key(session, None).ok(),
+            base: sample_key(session, Some(Attribute::Derive(true))).ok(),
         }
     }
 }
@@ -56,8 +66,8 @@ fn aes_key(session: &Session) -> Result<ObjectHandle, Error> {
     session.generate_key(&Mechanism::AesKeyGen, &template)
 }
 
-fn sample_key(session: &Session) -> Result<ObjectHandle, Error> {
-    let template = [
+fn sample_key(session: &Session, more: Option<Attribute>) -> Result<ObjectHandle, Error> {
+    let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(KeyType::GENERIC_SECRET),
         Attribute::ValueLen(SECRET_KEY_BYTES.into()),
@@ -65,6 +75,7 @@ fn sample_key(session: &Session) -> Result<ObjectHandle, Error> {
         Attribute::Private(true),
         Attribute::Extractable(true),
     ];
+    template.extend(more);
     calling::next("C_GenerateKey");
     session.generate_key(&Mechanism::GenericSecretKeyGen, &template)
 }
@@ -107,10 +118,27 @@ pub(super) fn wraps(
     wraps_under(on, mechanism, on.helpers.aes, key)
 }
 
+/// Wraps a key under the AES key with authentication. The nonce may repeat: what is wrapped is never used.
+pub(super) fn wraps_with_gcm(on: &Subjects<'_>, key: ObjectHandle) -> Result<Done, Error> {
+    let mut nonce = [0; NONCE_BYTES];
+    let parameters = GcmParams::new(&mut nonce, &[], TAG_BITS.into())?;
+    wraps(on, &Mechanism::AesGcm(parameters), key)
+}
+
 /// Wraps the integrity key under an RSA public key that any program could import: that of the wrapping key, as an object of the
 /// session.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
-    wraps_under(on, mechanism, on.helpers.rsa, on.pair.binding)
+    wraps_under(on, mechanism, on.helpers.rsa, on.pair.integrity_key)
+}
+
+/// Whether the token cannot do that with any key, so that nothing leaves it in this way.
+fn is_not_offered(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Pkcs11(RvError::MechanismInvalid | RvError::FunctionNotSupported, _)
+            | Error::NotSupported
+            | Error::NullFunctionPointer
+    )
 }
 
 /// That a key is not wrapped shows something only if the token wraps another key in the same way.
@@ -130,9 +158,87 @@ fn wraps_under(
         Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => Ok(Done::It),
         Err(refusal) => match on.session.wrap_key(mechanism, wrapping, sample) {
             Ok(_) => Err(refusal),
+            Err(error) if is_not_offered(&error) => Ok(Done::Nothing),
             Err(error) if is_a_refusal(&error) => Ok(Done::NotMade),
             Err(error) => Err(error),
         },
+    }
+}
+
+/// The first byte of a key.
+pub(super) fn extract_first_byte() -> Mechanism<'static> {
+    Mechanism::ExtractKeyFromKey(ExtractParams::new(0))
+}
+
+/// The simple ways to derive a key with data that the caller chooses.
+pub(super) fn with_known_data() -> [Mechanism<'static>; 3] {
+    let data = KeyDerivationStringData::new(MESSAGE);
+    [
+        Mechanism::ConcatenateBaseAndData(data),
+        Mechanism::ConcatenateDataAndBase(data),
+        Mechanism::XorBaseAndData(data),
+    ]
+}
+
+pub(super) fn readable_template() -> [Attribute; 2] {
+    [Attribute::Sensitive(false), Attribute::Extractable(true)]
+}
+
+/// Derives a key, which is removed again, with each of the mechanisms. That none is derived shows something only if the token derives
+/// one from another key in the same way.
+pub(super) fn derives(
+    on: &Subjects<'_>,
+    mechanisms: &[Mechanism<'_>],
+    key: ObjectHandle,
+    bytes: u64,
+    more: &[Attribute],
+) -> Result<Done, Error> {
+    let Some(base) = on.helpers.base else {
+        return Ok(Done::NotMade);
+    };
+    let template: Vec<Attribute> = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::GENERIC_SECRET),
+        Attribute::ValueLen(bytes.into()),
+        Attribute::Token(false),
+        Attribute::Private(true),
+    ]
+    .into_iter()
+    .chain(more.iter().cloned())
+    .collect();
+    let derive = |mechanism, from| {
+        calling::next("C_DeriveKey");
+        on.session.derive_key(mechanism, from, &template)
+    };
+    let mut done = Ok(Done::Nothing);
+    for mechanism in mechanisms {
+        match derive(mechanism, key) {
+            Ok(derived) => return Ok(removed(on, derived)),
+            Err(refusal) if is_a_refusal(&refusal) => match derive(mechanism, base) {
+                Ok(derived) => {
+                    if let Done::Kept(fault) = removed(on, derived) {
+                        return Ok(Done::Kept(fault));
+                    }
+                    done = Err(refusal);
+                }
+                Err(error) if is_not_offered(&error) => {}
+                Err(error) if is_a_refusal(&error) => {
+                    done = done.and(Ok(Done::NotMade));
+                }
+                Err(error) => return Err(error),
+            },
+            Err(error) => return Err(error),
+        }
+    }
+    done
+}
+
+/// The token made an object that it must not make.
+fn removed(on: &Subjects<'_>, object: ObjectHandle) -> Done {
+    calling::next("C_DestroyObject");
+    match on.session.destroy_object(object) {
+        Ok(()) => Done::It,
+        Err(error) => Done::Kept(Fault::from(error)),
     }
 }
 
@@ -156,11 +262,7 @@ pub(super) fn copies(
         .collect();
     calling::next("C_CopyObject");
     let copy = on.session.copy_object(key, &template)?;
-    calling::next("C_DestroyObject");
-    Ok(match on.session.destroy_object(copy) {
-        Ok(()) => Done::It,
-        Err(error) => Done::Kept(Fault::from(error)),
-    })
+    Ok(removed(on, copy))
 }
 
 /// A token may refuse the mechanism when the operation begins or when it is done. If it finds fault with the ciphertext, it has
@@ -210,11 +312,7 @@ pub(super) fn unwraps(on: &Subjects<'_>) -> Result<Done, Error> {
         on.self_test.wrapped(),
         &template,
     )?;
-    calling::next("C_DestroyObject");
-    Ok(match on.session.destroy_object(object) {
-        Ok(()) => Done::It,
-        Err(error) => Done::Kept(Fault::from(error)),
-    })
+    Ok(removed(on, object))
 }
 
 pub(super) fn signs(
@@ -232,7 +330,9 @@ pub(super) fn signs(
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     calling::next("C_Sign");
-    let mut mac = on.session.sign(&mechanism, on.pair.binding, MESSAGE)?;
+    let mut mac = on
+        .session
+        .sign(&mechanism, on.pair.integrity_key, MESSAGE)?;
     let length = length.min(mac.len());
     for byte in &mut mac[length..] {
         *byte = !*byte;
@@ -240,7 +340,7 @@ pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> 
     let shown = &mac[..length];
     calling::next("C_Verify");
     on.session
-        .verify(&mechanism, on.pair.binding, MESSAGE, shown)?;
+        .verify(&mechanism, on.pair.integrity_key, MESSAGE, shown)?;
     Ok(Done::It)
 }
 

@@ -125,14 +125,14 @@ pub(super) fn try_all(
         }
     }
     calling::next("C_Sign");
-    let mac = session.sign(&Mechanism::Sha256Hmac, pair.binding, MESSAGE);
+    let mac = session.sign(&Mechanism::Sha256Hmac, pair.integrity_key, MESSAGE);
     answers.push(match &mac {
         Ok(mac) if mac.len() != MAC_BYTES => told(MAC, format!("{} bytes", mac.len())),
         mac => answer(MAC, mac),
     });
     if let Ok(mac) = &mac {
         calling::next("C_Verify");
-        let verified = session.verify(&Mechanism::Sha256Hmac, pair.binding, MESSAGE, mac);
+        let verified = session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, MESSAGE, mac);
         answers.push(answer(VERIFY, &verified));
     }
     answers.push(known_mac(session));
@@ -198,15 +198,17 @@ pub(super) fn wrong_input(
         calling::next("C_Sign");
         session
             .session
-            .sign(&Mechanism::Sha256Hmac, probe.pair.binding, MESSAGE)?
+            .sign(&Mechanism::Sha256Hmac, probe.pair.integrity_key, MESSAGE)?
     };
     let verifies = |mac: &[u8]| -> Result<String, Fault> {
         let session = token.session(&[])?;
         calling::next("C_Verify");
-        let result =
-            session
-                .session
-                .verify(&Mechanism::Sha256Hmac, probe.pair.binding, MESSAGE, mac);
+        let result = session.session.verify(
+            &Mechanism::Sha256Hmac,
+            probe.pair.integrity_key,
+            MESSAGE,
+            mac,
+        );
         Ok(accepted(&result))
     };
     let mut forged = mac.clone();

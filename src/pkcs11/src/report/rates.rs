@@ -68,7 +68,7 @@ pub(super) fn measure(
 ) -> Result<(), Fault> {
     let decrypt = |session: &Session| probe.self_test.decrypt(session, &probe.pair);
     let mac = |session: &Session| {
-        let made = session.sign(&Mechanism::Sha256Hmac, probe.pair.binding, &MESSAGE);
+        let made = session.sign(&Mechanism::Sha256Hmac, probe.pair.integrity_key, &MESSAGE);
         made.map(drop).map_err(Fault::from)
     };
     for sessions in [1, 2, 4] {

@@ -95,10 +95,10 @@ fn every_attribute_flipped_alone_is_refused_by_name() {
                 assert_names(kind, attribute_check::RSA_PRIVATE, &names);
                 seen += 1;
             }
-            for (kind, template) in mutants(&keys::binding_template(id(2))) {
+            for (kind, template) in mutants(&keys::generic_secret_template(id(2))) {
                 let key = session.generate_key(&Mechanism::GenericSecretKeyGen, &template);
-                let names = refused(session, key.unwrap(), attribute_check::BINDING);
-                assert_names(kind, attribute_check::BINDING, &names);
+                let names = refused(session, key.unwrap(), attribute_check::INTEGRITY_KEY);
+                assert_names(kind, attribute_check::INTEGRITY_KEY, &names);
                 seen += 1;
             }
             assert!(seen >= 24, "only {seen} attributes were flipped");
@@ -129,11 +129,11 @@ fn an_imported_key_is_refused() {
     with_softhsm("attribute_check::an_imported_key_is_refused", |_| {
         init();
         let token = open();
-        let mut template = keys::binding_template(id(1));
+        let mut template = keys::generic_secret_template(id(1));
         template.retain(|attribute| !matches!(attribute, Attribute::ValueLen(_)));
         template.push(Attribute::Value(vec![7; 32]));
         let object = token.anchor.create_object(&template).unwrap();
-        let names = refused(&token.anchor, object, attribute_check::BINDING);
+        let names = refused(&token.anchor, object, attribute_check::INTEGRITY_KEY);
         assert_eq!(
             names,
             ["CKA_ALWAYS_SENSITIVE", "CKA_NEVER_EXTRACTABLE", "CKA_LOCAL"]
@@ -163,7 +163,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 (findings[0].found, is_good)
             };
             let exception = [name.to_owned()];
-            let without = generated(session).binding;
+            let without = generated(session).integrity_key;
             assert_eq!(verdict(without, &[]), (Found::Missing, false));
             assert_eq!(verdict(without, &exception), (Found::Excepted, true));
             // Absent, never wrong.
@@ -179,7 +179,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
             assert_eq!(verdict(wrong, &exception), (Found::Wrong, false));
             // An attribute that every key must have is read although the settings except it.
             let core = ["CKA_EXTRACTABLE".to_owned()];
-            let extractable = keys::binding_template(id(3))
+            let extractable = keys::generic_secret_template(id(3))
                 .into_iter()
                 .map(|attribute| match attribute {
                     Attribute::Extractable(_) => Attribute::Extractable(true),
@@ -190,7 +190,8 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 .generate_key(&Mechanism::GenericSecretKeyGen, &extractable)
                 .unwrap();
             let findings =
-                attribute_check::inspect(session, key, attribute_check::BINDING, &core).unwrap();
+                attribute_check::inspect(session, key, attribute_check::INTEGRITY_KEY, &core)
+                    .unwrap();
             let fault = attribute_check::require("key", &findings).unwrap_err();
             assert!(
                 fault.detail.contains("CKA_EXTRACTABLE is not false"),
@@ -220,10 +221,10 @@ fn the_attacks_on_pkcs11_are_blocked() {
             PkcsMgfType::MGF1_SHA1,
             PkcsOaepSource::empty(),
         ));
-        assert!(session.wrap_key(&oaep, public, pair.binding).is_err());
+        assert!(session.wrap_key(&oaep, public, pair.integrity_key).is_err());
         assert!(
             session
-                .wrap_key(&Mechanism::AesKeyWrap, pair.binding, pair.private)
+                .wrap_key(&Mechanism::AesKeyWrap, pair.integrity_key, pair.private)
                 .is_err()
         );
         let into = [
@@ -247,7 +248,7 @@ fn the_attacks_on_pkcs11_are_blocked() {
                 .decrypt(&Mechanism::RsaPkcs, pair.private, &[1; 256])
                 .is_err()
         );
-        for object in [pair.private, pair.binding] {
+        for object in [pair.private, pair.integrity_key] {
             for toggle in [
                 Attribute::Extractable(true),
                 Attribute::Sensitive(false),

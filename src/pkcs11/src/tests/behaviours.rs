@@ -350,7 +350,16 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
                 assert!(fault.detail.contains(&twin.serial), "{fault}");
             }
+            // The registry alone does not decide which token is given the PIN.
+            let fault = open(&["0", &twin.serial]).unwrap_err();
+            assert!(fault.detail.contains("never logged in"), "{fault}");
             assert_eq!(faulty.count("C_Login begins"), 0);
+            let by_serial = Settings {
+                label: None,
+                serial: Some(twin.serial.clone()),
+                ..settings.clone()
+            };
+            drop(OpenToken::login(&by_serial, &record(), &pin(USER_PIN), false).unwrap());
             assert_eq!(open(&["0", &twin.serial]).unwrap().info.serial, twin.serial);
         },
     );

@@ -25,11 +25,11 @@ fn a_generated_key_passes_and_is_proved() {
         let key = admin.generate_key(2_048).unwrap();
         assert_eq!(key.problem, None);
         assert_eq!(key.modulus_bits, 2_048);
-        assert_eq!(key.private.len() + key.binding.len(), 32);
+        assert_eq!(key.private.len() + key.integrity_key.len(), 32);
         assert!(
             key.private
                 .iter()
-                .chain(&key.binding)
+                .chain(&key.integrity_key)
                 .all(|f| f.found == Found::AsExpected)
         );
         assert!(matches!(key.private[0].expected, Expected::Flag(true)));
@@ -77,8 +77,11 @@ fn two_keys_of_one_id_and_none_are_refused() {
         assert!(none.detail.contains("is not on the token"), "{none}");
         assert_eq!(none.class, Class::KeyMissing);
         make();
-        let no_binding = keys::find(session, &id(1).into()).unwrap_err();
-        assert!(no_binding.detail.contains("integrity key"), "{no_binding}");
+        let no_integrity_key = keys::find(session, &id(1).into()).unwrap_err();
+        assert!(
+            no_integrity_key.detail.contains("integrity key"),
+            "{no_integrity_key}"
+        );
         make();
         let two = keys::find(session, &id(1).into()).unwrap_err();
         assert_eq!(two.class, Class::Untrusted);

@@ -65,9 +65,8 @@ impl Source {
         } else {
             "the key material is longer than 190 bytes"
         };
-        KeyMaterial::new(material.to_vec()).map_err(|_| {
-            Failure::new(Exit::Usage, what).hint("key material is 1 to 190 bytes, as they are")
-        })
+        KeyMaterial::new(material.to_vec())
+            .map_err(|_| Failure::new(Exit::Usage, what).hint("key material is 1 to 190 raw bytes"))
     }
 
     /// The bytes; generated ones are on disk before they are sent.

@@ -47,6 +47,7 @@ mod profiles;
 mod purge;
 mod rates;
 mod recovery;
+mod reports;
 mod rest;
 mod restored;
 mod retries;

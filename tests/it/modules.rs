@@ -38,6 +38,17 @@ pub(crate) enum Maker {
 }
 
 impl Maker {
+    /// The name of the published report, without its end.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::SoftHsm => "softhsm-2.6",
+            Self::Kryoptic => "kryoptic-1.5",
+            Self::Opencryptoki => "opencryptoki-3.8",
+            Self::P11Kit => "p11-kit-remote-0.24",
+            Self::Nss => "nss-3.87",
+        }
+    }
+
     /// The label of the token.
     fn label(self) -> &'static str {
         match self {

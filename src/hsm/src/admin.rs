@@ -25,10 +25,11 @@ use keybroker_worker_protocol::{
     PathError, PinError, PinSource, Settings, TokenInfo, check_environment,
     frame::{Inbox, Outbox},
     oaep::{self, OaepError},
+    report::Report,
     wire::{
         self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
-        InitToken, KnowKeys, ListKeys, ListTokens, OpenToken, TokenEntry, VerifyMac,
-        admin_reply::Outcome, admin_request::Job,
+        InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, TokenEntry,
+        VerifyMac, admin_reply::Outcome, admin_request::Job,
     },
 };
 use zeroize::Zeroize as _;
@@ -255,7 +256,7 @@ impl Admin {
                 keys: some.to_vec(),
             });
             match self.worker().ask(job, Duration::ZERO)? {
-                Outcome::Count(_) => {}
+                Outcome::Known(_) => {}
                 _ => return Err(unexpected()),
             }
         }
@@ -329,13 +330,13 @@ impl Admin {
     }
 
     /// Decrypts in a loop with a number of threads for a number of seconds: what the token can do by itself. Returns the
-    /// number of operations.
+    /// number of operations, and how often a thread waited for something else than the CPU.
     pub fn decrypt_loop(
         &self,
         id: WrappingKeyId,
         threads: u32,
         seconds: u32,
-    ) -> Result<u64, AdminError> {
+    ) -> Result<LoopCount, AdminError> {
         let job = Job::DecryptLoop(DecryptLoop {
             key_id: id.as_bytes().to_vec(),
             threads,
@@ -345,6 +346,19 @@ impl Admin {
         let least = worker.call_timeout + Duration::from_secs(seconds.into());
         match worker.ask(job, least)? {
             Outcome::Count(count) => Ok(count),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Tries what the token does; with `write` also with keys that stay on the token for a moment. The login ends with it.
+    pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
+        let job = Job::MakeReport(MakeReport {
+            pin: Some(pin.to_wire()?),
+            write,
+            serial,
+        });
+        match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+            Outcome::Report(text) => serde_json::from_str(&text).map_err(|_| unexpected()),
             _ => Err(unexpected()),
         }
     }

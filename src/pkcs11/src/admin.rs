@@ -28,6 +28,7 @@ use crate::{
     negative::{self, Subject},
     open::{OpenToken, auth_pin},
     operation,
+    report::{self, Counted, waits_of_this_thread},
     select::{self, Selected},
 };
 
@@ -620,14 +621,26 @@ impl Admin {
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
+    /// What the token does, tried with keys of a session and, if that is allowed, with keys that stay for a moment. The login ends
+    /// with it.
+    pub(crate) fn report(
+        &self,
+        pin: Option<&Pin>,
+        write: bool,
+        serial: bool,
+    ) -> Result<keybroker_worker_protocol::report::Report, AdminError> {
+        let allowed = report::Allowed { write, serial };
+        Ok(report::make(&self.token, &self.settings, pin, allowed)?)
+    }
+
     /// The bare decrypt loop of `threads` threads, until `until`: what the token can do by itself. Returns the number
-    /// of operations.
+    /// of operations, and how often a thread waited.
     pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,
         threads: usize,
         until: Timestamp,
-    ) -> Result<u64, AdminError> {
+    ) -> Result<Counted, AdminError> {
         let pair = keys::find(&self.token.anchor, &self.place(id))?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let self_test = self
@@ -641,21 +654,25 @@ impl Admin {
                 .into_iter()
                 .map(|session| {
                     let self_test = &self_test;
-                    scope.spawn(move || -> Result<u64, Fault> {
+                    scope.spawn(move || -> Result<Counted, Fault> {
                         let pair = session.pair(id).expect("it was opened with this key");
-                        let mut count = 0;
+                        let before = waits_of_this_thread();
+                        let mut operations = 0;
                         while Timestamp::now() < until {
                             self_test.decrypt(&session.session, pair)?;
-                            count += 1;
+                            operations += 1;
                         }
-                        Ok(count)
+                        Ok(Counted {
+                            operations,
+                            waits: waits_of_this_thread().saturating_sub(before),
+                        })
                     })
                 })
                 .collect();
             running
                 .into_iter()
                 .map(|thread| thread.join().expect("the loop does not panic"))
-                .sum::<Result<u64, Fault>>()
+                .try_fold(Counted::default(), |sum, one| Ok::<_, Fault>(sum.and(one?)))
         })?;
         Ok(counts)
     }

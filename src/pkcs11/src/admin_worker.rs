@@ -24,9 +24,9 @@ use keybroker_worker_protocol::{
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, KnowKeys, OaepSupport, OpenToken, PinSource, Setup,
-        TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
-        pin_source::Source,
+        DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MakeReport, OaepSupport, OpenToken,
+        PinSource, Setup, TokenEntry, TokenKey, TokenList, admin_reply::Outcome,
+        admin_request::Job, pin_source::Source,
     },
 };
 
@@ -138,6 +138,7 @@ impl State {
             }
             Job::VerifyMac(job) => self.verify(&job.key_id, &job.message, &job.mac),
             Job::DecryptLoop(job) => self.decrypt_loop(job),
+            Job::MakeReport(job) => self.report(job),
             Job::KnowKeys(job) => self.know(job),
         }
     }
@@ -170,7 +171,7 @@ impl State {
                 .ok_or_else(|| AdminError::Untrusted("a CKA_ID that is too long".to_owned()))?;
             token.know(key_id(&key.id)?, objects);
         }
-        Ok(Outcome::Count(
+        Ok(Outcome::Known(
             u64::try_from(job.keys.len()).unwrap_or(u64::MAX),
         ))
     }
@@ -200,7 +201,18 @@ impl State {
         let count = self
             .token()?
             .decrypt_loop(key_id(&job.key_id)?, threads, until)?;
-        Ok(Outcome::Count(count))
+        Ok(Outcome::Count(LoopCount {
+            operations: count.operations,
+            waits: count.waits,
+        }))
+    }
+
+    fn report(&self, job: &MakeReport) -> Result<Outcome, AdminError> {
+        let pin = read(job.pin.as_ref())?;
+        let report = self.token()?.report(pin.as_ref(), job.write, job.serial)?;
+        let text = serde_json::to_string(&report)
+            .map_err(|error| AdminError::Token(format!("the report cannot be written: {error}")))?;
+        Ok(Outcome::Report(text))
     }
 }
 

@@ -100,6 +100,11 @@ impl Finding {
             Found::AsExpected | Found::Excepted | Found::ImpliedByType
         )
     }
+
+    /// Whether the token does not have the attribute.
+    pub(crate) fn is_absent(&self) -> bool {
+        matches!(self.found, Found::Missing | Found::Excepted)
+    }
 }
 
 /// One row: name, type, expected value.

@@ -26,7 +26,10 @@ pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
 };
 #[cfg(test)]
-pub(super) use templates::{generic_secret_template, private_template, public_template};
+pub(super) use templates::generic_secret_template;
+pub(super) use templates::{
+    Lifetime, adapted, integrity_mechanism, integrity_template, private_template, public_template,
+};
 
 /// What the `CKA_ID` of an integrity key is derived with when the token does not let it have that of its wrapping key.
 const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
@@ -295,4 +298,19 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
         }
     }
     Ok(ids)
+}
+
+/// The id of keys that end with their session, of which nothing else is known.
+pub(super) fn no_id() -> WrappingKeyId {
+    WrappingKeyId::from_bytes([0; ID_BYTES])
+}
+
+/// Keys of a session that were made one by one.
+pub(super) fn session_pair(private: ObjectHandle, integrity_key: ObjectHandle) -> KeyPair {
+    KeyPair {
+        id: no_id(),
+        objects: ObjectIds::default(),
+        private,
+        integrity_key,
+    }
 }

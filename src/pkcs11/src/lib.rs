@@ -17,6 +17,7 @@ mod negative;
 mod open;
 mod operation;
 mod pin_record;
+mod report;
 mod select;
 mod session;
 #[cfg(test)]

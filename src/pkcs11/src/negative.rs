@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod attempts;
+pub(crate) mod survey;
 
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives,

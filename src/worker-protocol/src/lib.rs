@@ -5,6 +5,7 @@ pub mod frame;
 pub mod oaep;
 mod paths;
 mod pin;
+pub mod report;
 mod settings;
 pub mod wire;
 mod work;

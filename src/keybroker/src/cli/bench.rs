@@ -107,6 +107,12 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         write_json(path, &fields)?;
     }
     context.output.fields(fields)?;
+    if !single.is_local() {
+        context.output.note(
+            "note: the token's work takes no CPU time of this machine, so there is no share: compare `broker_ops_per_s` with \
+             `token_ops_per_s`",
+        );
+    }
     if load.errors > 0 {
         let what = format!(
             "{} calls failed; the first: {}",
@@ -194,8 +200,13 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // Operations per CPU second of front and workers, over those of the bare loop.
-        ("share", Some(token_cpu / (front_cpu + worker_cpu))),
+        // Operations per CPU second of front and workers, over those of the bare loop. Without the token's work it means nothing.
+        (
+            "share",
+            single
+                .is_local()
+                .then_some(token_cpu / (front_cpu + worker_cpu)),
+        ),
         (
             "share_of_one_thread",
             Some(broker_rate / single.ops_per_s()),
@@ -221,6 +232,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     .chain([
         ("operations", json!(load.operations)),
         ("errors", json!(load.errors)),
+        ("token_cpu_is_local", json!(single.is_local())),
     ])
     .collect()
 }
@@ -270,6 +282,14 @@ mod tests {
         for (name, value) in expected {
             assert_eq!(figures[name], json!(value), "{name}");
         }
+        let remote = single.waiting(600);
+        let figures_of_remote = super::figures(&remote, &bare, &load);
+        let value = |name| {
+            let mut fields = figures_of_remote.iter();
+            fields.find(|field| field.0 == name).unwrap().1.clone()
+        };
+        assert_eq!(value("share"), json!(null));
+        assert_eq!(value("token_cpu_is_local"), json!(false));
         for name in [
             "p50_ms",
             "p99_ms",

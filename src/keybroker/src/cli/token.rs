@@ -21,6 +21,8 @@ use super::{
     pin::{self, SoPin, UserPin, log_in},
 };
 
+mod report;
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// List the tokens of the module; needs no PIN
@@ -29,6 +31,11 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes, self-test and registry
     Check(UserPin),
+    /// Report what the token does, and what it does although it must not; to publish and to compare
+    ///
+    /// Everything is tried with keys that end with the session, in a process of its own. Run it while no broker uses the token: it
+    /// loads the token with operations, and its login ends with `C_Logout`.
+    Report(report::Arguments),
     /// Allow one more login with a PIN that the token rejected; also while `serve` runs
     ///
     /// A rejected PIN is remembered by its content in the state directory, and no command and no worker shows it to that
@@ -76,6 +83,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::List => list(context),
         Command::Init(arguments) => init(&arguments, context),
         Command::Check(pin) => check(&pin, context),
+        Command::Report(arguments) => report::run(&arguments, context),
         Command::RetryPin(arguments) => retry_pin(&arguments, context),
         Command::BackupConfirmed(pin) => confirm_backup(&pin, context),
     }

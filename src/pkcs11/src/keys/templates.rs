@@ -21,13 +21,13 @@ const NSHIELD_HMAC_KEY_GEN: u64 = 0xde43_6997;
 
 /// How long a key object exists: `CKA_TOKEN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lifetime {
+pub(crate) enum Lifetime {
     Token,
     Session,
 }
 
 /// A template with another lifetime, without the attributes that are left out.
-pub(super) fn adapted(
+pub(crate) fn adapted(
     mut template: Vec<Attribute>,
     lifetime: Lifetime,
     left_out: impl Fn(&Attribute) -> bool,
@@ -91,7 +91,7 @@ pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {
 }
 
 /// The template of an integrity key of a kind, under its own `CKA_ID`.
-pub(super) fn integrity_template(
+pub(crate) fn integrity_template(
     kind: IntegrityKey,
     id: WrappingKeyId,
     object: &ObjectId,
@@ -132,7 +132,7 @@ pub(super) fn integrity_template(
 }
 
 /// The mechanism that makes an integrity key of a kind.
-pub(super) fn integrity_mechanism(kind: IntegrityKey) -> Result<Mechanism<'static>, Fault> {
+pub(crate) fn integrity_mechanism(kind: IntegrityKey) -> Result<Mechanism<'static>, Fault> {
     match kind {
         IntegrityKey::GenericSecret | IntegrityKey::Sha256Hmac => {
             Ok(Mechanism::GenericSecretKeyGen)

@@ -29,6 +29,8 @@ pub(super) struct Bare {
     operations: u32,
     seconds: f64,
     cpu_ms: f64,
+    /// Times that a thread waited for something else than the CPU.
+    waits: u32,
 }
 
 impl Bare {
@@ -38,7 +40,13 @@ impl Bare {
             operations,
             seconds,
             cpu_ms,
+            waits: 0,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting(self, waits: u32) -> Self {
+        Self { waits, ..self }
     }
 
     /// Both measurements as one.
@@ -47,11 +55,17 @@ impl Bare {
             operations: self.operations.saturating_add(other.operations),
             seconds: self.seconds + other.seconds,
             cpu_ms: self.cpu_ms + other.cpu_ms,
+            waits: self.waits.saturating_add(other.waits),
         }
     }
 
     pub(super) fn ops_per_s(&self) -> f64 {
         f64::from(self.operations) / self.seconds
+    }
+
+    /// Whether the work of the token takes CPU time of this machine. A thread that asks a device or a server waits for each answer.
+    pub(super) fn is_local(&self) -> bool {
+        self.waits < self.operations.div_ceil(2)
     }
 
     pub(super) fn cpu_ms_per_op(&self) -> f64 {
@@ -70,9 +84,10 @@ pub(super) fn measure(
     admin.know([(key.id, &key.objects)])?;
     let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
     let (began, before) = (Instant::now(), CpuTime::of(admin.pid())?);
-    let operations = admin.decrypt_loop(key.id, threads, seconds)?;
+    let count = admin.decrypt_loop(key.id, threads, seconds)?;
     Ok(Bare {
-        operations: u32::try_from(operations).unwrap_or(u32::MAX),
+        operations: u32::try_from(count.operations).unwrap_or(u32::MAX),
+        waits: u32::try_from(count.waits).unwrap_or(u32::MAX),
         seconds: began.elapsed().as_secs_f64(),
         cpu_ms: CpuTime::of(admin.pid())?.since_ms(&before),
     })

@@ -1,0 +1,276 @@
+//! `keybroker token report`: what a token does, to publish and to compare.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+
+use keybroker_worker_protocol::report::{Answer, FORMAT, Outcome, Report, WORKS};
+
+use crate::{
+    cli::{
+        Context,
+        exit::{Exit, Failure},
+        pin::{UserPin, log_in},
+    },
+    output_file,
+};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Arguments {
+    #[command(flatten)]
+    pin: UserPin,
+    /// Also make keys that stay on the token, and remove them
+    #[arg(long)]
+    write: bool,
+    /// Show the serial number instead of a digest of it
+    #[arg(long)]
+    serial: bool,
+    /// Also write the report to this file, as a page of Markdown
+    #[arg(long, value_name = "FILE")]
+    page: Option<PathBuf>,
+    /// Compare with a published report (JSON); ends with 12 if the token is worse
+    #[arg(long, value_name = "FILE")]
+    expect: Option<PathBuf>,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let expected = arguments.expect.as_deref().map(published).transpose()?;
+    let pin = arguments.pin.get(&config.token)?;
+    let admin = log_in(&config, &pin, arguments.write)?;
+    // Another process, while this one is logged in.
+    let second = log_in(&config, &pin, false);
+    let second = Answer {
+        name: "a login by a second process".to_owned(),
+        result: second.map_or_else(|failure| failure.to_string(), |_| WORKS.to_owned()),
+    };
+    let mut report = admin.report(&pin, arguments.write, arguments.serial)?;
+    report.sessions.insert(0, second);
+    if let Some(path) = &arguments.page {
+        output_file::replace(path, &page(&report)).map_err(|error| {
+            let what = format!("cannot write {}: {error}", path.display());
+            Failure::new(Exit::Usage, what)
+        })?;
+    }
+    if context.output.is_json() {
+        let value = serde_json::to_value(&report)
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        context.output.json(&value)?;
+    } else {
+        context.output.text(page(&report).trim_end())?;
+    }
+    let Some(expected) = expected else {
+        return Ok(());
+    };
+    let worse = report.worse_than(&expected);
+    if worse.is_empty() {
+        context
+            .output
+            .note("the token is no worse than in the published report");
+        return Ok(());
+    }
+    let what = format!(
+        "the token is worse than in the published report:\n  {}",
+        worse.join("\n  ")
+    );
+    Err(Failure::new(Exit::Verification, what))
+}
+
+fn published(path: &Path) -> Result<Report, Failure> {
+    let unusable =
+        |what: String| Failure::new(Exit::Usage, format!("--expect {}: {what}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
+    let report: Report = serde_json::from_str(&text)
+        .map_err(|error| unusable(format!("not a report of `keybroker token report`: {error}")))?;
+    if report.format != FORMAT {
+        return Err(unusable(format!(
+            "it has format {}, this program knows {FORMAT}",
+            report.format
+        )));
+    }
+    Ok(report)
+}
+
+/// The report as a page of Markdown.
+fn page(report: &Report) -> String {
+    let mut parts = introduction(report);
+    parts.push("## Identity".to_owned());
+    parts.push(table(&["", ""], identity_rows(report)));
+    for (heading, answers) in [
+        ("Sessions and login", &report.sessions),
+        ("What was tried with the keys", &report.positive),
+        ("Keys that stay on the token", &report.token_objects),
+        ("Answers to wrong input", &report.errors),
+    ] {
+        if !answers.is_empty() {
+            let rows = answers
+                .iter()
+                .map(|answer| vec![answer.name.clone(), answer.result.clone()]);
+            parts.push(format!("## {heading}"));
+            parts.push(table(&["Tried", "Result"], rows));
+        }
+    }
+    parts.push("## What must not work".to_owned());
+    parts.push(negative_table(report));
+    parts.push("## Attributes of the templates".to_owned());
+    parts.push(attribute_table(report));
+    parts.push("## Rates".to_owned());
+    let place = match report.token_cpu_is_local {
+        Some(true) => "The token's work takes CPU time of this machine.",
+        Some(false) => "The token's work takes no CPU time of the process that uses it.",
+        None => "Where the token works was not measured.",
+    };
+    parts.push(format!(
+        "Measured once, on a machine that did other things as well. {place}"
+    ));
+    let rates = report.rates.iter();
+    parts.push(table(
+        &["Measured", "Value"],
+        rates.map(|rate| vec![rate.name.clone(), rate.value.to_string()]),
+    ));
+    parts.join("\n\n") + "\n"
+}
+
+fn introduction(report: &Report) -> Vec<String> {
+    let (identity, verdict) = (&report.identity, &report.verdict);
+    let mut parts = vec![
+        format!("# {} {}", identity.manufacturer, identity.model),
+        format!(
+            "Made by `keybroker token report` {}. Verdict: **{}**.",
+            report.keybroker,
+            verdict.result.as_str()
+        ),
+    ];
+    let heading = match verdict.result {
+        Outcome::Works => None,
+        Outcome::WorksWithExceptions => Some("What each exception accepts:"),
+        Outcome::Refused => Some("Why it cannot be used:"),
+    };
+    if let Some(heading) = heading {
+        parts.push(heading.to_owned());
+        parts.push(format!("- {}", verdict.reasons.join("\n- ")));
+    }
+    if !verdict.settings.is_empty() {
+        parts.push(format!(
+            "```toml\n[token]\n{}\n```",
+            verdict.settings.join("\n")
+        ));
+    }
+    parts
+}
+
+fn negative_table(report: &Report) -> String {
+    let rows = report.negative.iter().map(|test| {
+        vec![
+            format!("`{}`", test.name),
+            test.meaning.clone(),
+            test.result.clone(),
+            test.code.clone().unwrap_or_default(),
+            yes(test.session_is_usable),
+        ]
+    });
+    let headings = [
+        "Test",
+        "What the token would do",
+        "Result",
+        "Code",
+        "Session usable afterwards",
+    ];
+    table(&headings, rows)
+}
+
+fn attribute_table(report: &Report) -> String {
+    let rows = report.templates.iter().map(|row| {
+        vec![
+            row.object.clone(),
+            format!("`{}`", row.attribute),
+            row.in_template.clone(),
+            row.read.clone(),
+            row.length_query.clone(),
+        ]
+    });
+    let headings = [
+        "Object",
+        "Attribute",
+        "In a template",
+        "Read",
+        "Read by a length query",
+    ];
+    table(&headings, rows)
+}
+
+fn identity_rows(report: &Report) -> Vec<Vec<String>> {
+    let identity = &report.identity;
+    let serial = match (&identity.serial, &identity.serial_sha256) {
+        (Some(serial), _) => serial.clone(),
+        (None, Some(digest)) => format!("SHA-256 {digest}…"),
+        (None, None) => "none".to_owned(),
+    };
+    let limit = |limit: Option<u64>| match limit {
+        None => "not said".to_owned(),
+        Some(0) => "no limit".to_owned(),
+        Some(limit) => limit.to_string(),
+    };
+    let [shortest, longest] = identity.pin_bytes;
+    let [sessions, writing] = identity.sessions_max;
+    [
+        ("Module", identity.module.clone()),
+        (
+            "Module file",
+            format!(
+                "{} bytes, SHA-256 {}",
+                identity.module_bytes, identity.module_sha256
+            ),
+        ),
+        ("Library", identity.library.clone()),
+        ("PKCS#11 version", identity.cryptoki_version.clone()),
+        ("Manufacturer", identity.manufacturer.clone()),
+        ("Model", identity.model.clone()),
+        (
+            "Hardware, firmware",
+            format!(
+                "{}, {}",
+                identity.hardware_version, identity.firmware_version
+            ),
+        ),
+        ("Serial number", serial),
+        (
+            "Another token has the same label",
+            yes(identity.label_is_shared),
+        ),
+        ("Texts padded with NUL", yes(identity.padded_with_nul)),
+        ("Clock", identity.clock.clone()),
+        ("Flags", identity.flags.clone()),
+        ("PIN", format!("{shortest} to {longest} bytes")),
+        (
+            "Sessions, read-write sessions",
+            format!("{}, {}", limit(sessions), limit(writing)),
+        ),
+    ]
+    .into_iter()
+    .map(|(name, value)| vec![name.to_owned(), value])
+    .collect()
+}
+
+fn yes(is_so: bool) -> String {
+    if is_so { "yes" } else { "no" }.to_owned()
+}
+
+fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let row = |cells: Vec<String>| {
+        let cells: Vec<String> = cells
+            .into_iter()
+            .map(|cell| cell.replace('|', "\\|").replace('\n', " "))
+            .collect();
+        format!("| {} |", cells.join(" | "))
+    };
+    let mut lines = vec![
+        row(headings.iter().map(|&heading| heading.to_owned()).collect()),
+        format!("|{}", "---|".repeat(headings.len())),
+    ];
+    lines.extend(rows.into_iter().map(row));
+    lines.join("\n")
+}

@@ -1,0 +1,69 @@
+//! All negative tests on one key, whatever comes of them: for the report on a token.
+
+use super::{
+    Done, Helpers, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, Subjects, TESTS,
+    is_a_refusal, pkcs1_ciphertext,
+};
+use crate::classify::Fault;
+use cryptoki::error::Error;
+
+/// What came of one test.
+#[derive(Debug)]
+pub(crate) struct Surveyed {
+    pub(crate) test: &'static NegativeTest,
+    pub(crate) found: Found,
+    /// Whether the self-test passes in the same session afterwards.
+    pub(crate) session_is_usable: bool,
+}
+
+/// What the token did.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// What it must not do.
+    Succeeded,
+    /// Nothing that matters.
+    Nothing,
+    /// The token cannot make the test.
+    NotMade,
+    /// It refused.
+    Refused(Error),
+    /// It could do nothing at that moment, so that the test shows nothing.
+    NotAnswered(Error),
+}
+
+/// Runs every test on keys that were made to be tried.
+pub(crate) fn survey(
+    open: impl Fn() -> Result<KeySession, Fault>,
+    pair: &KeyPair,
+    public: &PublicSide,
+    self_test: &SelfTest,
+) -> Result<Vec<Surveyed>, Fault> {
+    let keeper = open()?;
+    let helpers = Helpers::make(&keeper.session, pair);
+    let pkcs1 = pkcs1_ciphertext(public, self_test);
+    TESTS
+        .iter()
+        .map(|test| {
+            let session = open()?;
+            let subjects = Subjects {
+                session: &session.session,
+                pair,
+                self_test,
+                helpers,
+                pkcs1: pkcs1.as_deref(),
+            };
+            let found = match (test.run)(&subjects) {
+                Ok(Done::It | Done::Kept(_)) => Found::Succeeded,
+                Ok(Done::Nothing) => Found::Nothing,
+                Ok(Done::NotMade) => Found::NotMade,
+                Err(error) if is_a_refusal(&error) => Found::Refused(error),
+                Err(error) => Found::NotAnswered(error),
+            };
+            Ok(Surveyed {
+                test,
+                found,
+                session_is_usable: self_test.check(&session.session, pair).is_ok(),
+            })
+        })
+        .collect()
+}

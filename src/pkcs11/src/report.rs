@@ -1,0 +1,678 @@
+//! The report on a token: what it is, what it can do, and what it does although it must not. Everything is tried with keys that end
+//! with the session; keys that stay are made only when the operator allows it, and are removed.
+//!
+//! Mitigation: M16 of `THREAT_MODEL.md`.
+
+use std::fs;
+
+use aws_lc_rs::digest;
+use cryptoki::{
+    error::Error,
+    mechanism::Mechanism,
+    object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
+    session::UserType,
+};
+
+use keybroker_core::{envelope::Algorithm, key::ObjectId};
+use keybroker_pkcs11_ffi::{Session, TokenInfo};
+use keybroker_worker_protocol::{
+    IntegrityKey, Pin, Settings,
+    report::{
+        Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, Report,
+        SUCCEEDED, Verdict, WORKS,
+    },
+    unpadded,
+};
+
+use crate::{
+    attribute_check::{self, Finding, Rule},
+    calling,
+    classify::{Class, Fault},
+    keys::{self, KeyPair, Lifetime, PublicSide, Terms},
+    negative::survey::{Found, survey},
+    open::{OpenToken, auth_pin},
+    operation::SelfTest,
+    select,
+};
+
+mod abilities;
+mod rates;
+
+pub(crate) use rates::{Counted, waits_of_this_thread};
+
+/// Sessions that are opened at most, to find the limit.
+const SESSIONS_MAX: usize = 64;
+/// Bytes of the digest of a serial number that are shown.
+const SERIAL_DIGEST_BYTES: usize = 8;
+const MODULUS_BITS: u32 = 2_048;
+/// Digits of a time: `YYYYMMDDhhmmss00`.
+const CLOCK_DIGITS: usize = 16;
+
+/// What the operator allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Allowed {
+    /// Keys that stay on the token for a moment.
+    pub(crate) write: bool,
+    /// The serial number in the report.
+    pub(crate) serial: bool,
+}
+
+/// A key that has a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    IntegrityKey(IntegrityKey),
+    RsaPair,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::IntegrityKey(_) => "integrity key",
+            Self::RsaPair => "RSA private key",
+        }
+    }
+
+    fn rules(self) -> &'static [Rule] {
+        match self {
+            Self::IntegrityKey(_) => attribute_check::INTEGRITY_KEY,
+            Self::RsaPair => attribute_check::RSA_PRIVATE,
+        }
+    }
+
+    /// The template without the attributes that are named, for a key of a session.
+    fn template(self, left_out: &[&str]) -> Vec<Attribute> {
+        let id = keys::no_id();
+        let template = match self {
+            Self::IntegrityKey(kind) => keys::integrity_template(kind, id, &ObjectId::from(id)),
+            Self::RsaPair => keys::private_template(id),
+        };
+        keys::adapted(template, Lifetime::Session, |attribute| {
+            left_out.contains(&name_of(attribute).as_str())
+        })
+    }
+
+    /// The attributes of the template that may be excepted.
+    fn exceptable(self) -> Vec<String> {
+        let template = self.template(&[]);
+        let excepted = template
+            .iter()
+            .filter(|attribute| attribute_check::exceptable(attribute.attribute_type()).is_some());
+        excepted.map(name_of).collect()
+    }
+
+    /// Makes a key that ends with the session.
+    fn make(self, session: &Session, bits: u32, left_out: &[&str]) -> Result<ObjectHandle, Error> {
+        let template = self.template(left_out);
+        if let Self::IntegrityKey(kind) = self {
+            let mechanism = keys::integrity_mechanism(kind).map_err(|_| Error::NotSupported)?;
+            calling::next("C_GenerateKey");
+            return session.generate_key(&mechanism, &template);
+        }
+        let public = keys::public_template(keys::no_id(), bits);
+        let public = keys::adapted(public, Lifetime::Session, |_| false);
+        calling::next("C_GenerateKeyPair");
+        let (_, private) =
+            session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &template)?;
+        Ok(private)
+    }
+}
+
+/// The name of an attribute in the standard.
+fn name_of(attribute: &Attribute) -> String {
+    attribute.attribute_type().to_string()
+}
+
+/// The code of a failure, without the function: the name of what was tried says which it was.
+fn code(error: &Error) -> String {
+    match error {
+        Error::Pkcs11(code, _) => format!("{code:?}"),
+        other => other.to_string(),
+    }
+}
+
+fn answer<T>(name: impl Into<String>, result: &Result<T, Error>) -> Answer {
+    let result = result.as_ref().err();
+    told(name, result.map_or_else(|| WORKS.to_owned(), code))
+}
+
+fn told(name: impl Into<String>, result: impl Into<String>) -> Answer {
+    Answer {
+        name: name.into(),
+        result: result.into(),
+    }
+}
+
+/// Keys of a session that have everything that the token takes.
+struct Probe {
+    pair: KeyPair,
+    public: PublicSide,
+    self_test: SelfTest,
+}
+
+/// What has been found so far.
+#[derive(Default)]
+struct Findings {
+    integrity_key: IntegrityKey,
+    exceptions: Vec<String>,
+    allow_oaep_sha1: bool,
+    /// Why the token cannot be used.
+    reasons: Vec<String>,
+}
+
+impl Findings {
+    fn cannot_make(&mut self, kind: Kind, error: &Error) {
+        let reason = format!("it makes no {}: {}", kind.name(), code(error));
+        self.reasons.push(reason);
+    }
+
+    /// The settings that the token needs.
+    fn settings(&self, settings: &Settings) -> Settings {
+        Settings {
+            attribute_exceptions: self.exceptions.clone(),
+            integrity_key: self.integrity_key,
+            allow_oaep_sha1: self.allow_oaep_sha1,
+            spared_tests: Vec::new(),
+            ..settings.clone()
+        }
+    }
+
+    fn except(&mut self, attribute: &str) {
+        if !self.exceptions.iter().any(|name| name == attribute) {
+            self.exceptions.push(attribute.to_owned());
+        }
+    }
+}
+
+/// Makes the report. The login ends with it.
+pub(crate) fn make(
+    token: &OpenToken,
+    settings: &Settings,
+    pin: Option<&Pin>,
+    allowed: Allowed,
+) -> Result<Report, Fault> {
+    calling::next("C_GetTokenInfo");
+    let info = token.module.get_token_info(token.slot)?;
+    let mut findings = Findings::default();
+    let mut report = Report {
+        format: FORMAT,
+        keybroker: env!("CARGO_PKG_VERSION").to_owned(),
+        verdict: Verdict {
+            result: Outcome::Refused,
+            reasons: Vec::new(),
+            attribute_exceptions: Vec::new(),
+            allow_oaep_sha1: false,
+            settings: Vec::new(),
+        },
+        identity: identity(token, settings, &info, allowed)?,
+        sessions: sessions(token, pin),
+        templates: Vec::new(),
+        positive: Vec::new(),
+        negative: Vec::new(),
+        errors: Vec::new(),
+        token_objects: Vec::new(),
+        rates: Vec::new(),
+        token_cpu_is_local: None,
+    };
+    let keeper = token.session(&[])?;
+    let session = &keeper.session;
+    let secret = integrity_key(session, settings, &mut report, &mut findings);
+    let private = made(session, Kind::RsaPair)
+        .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
+        .map_err(|error| findings.cannot_make(Kind::RsaPair, &error))
+        .ok();
+    if let (Some(secret), Some(private)) = (secret, private) {
+        let pair = keys::session_pair(private, secret);
+        let public = keys::public_side(session, &pair)?;
+        abilities::try_all(session, &pair, &public, &mut report)?;
+        if let Some(self_test) = chosen(&report, &public, &mut findings)? {
+            let probe = Probe {
+                pair,
+                public,
+                self_test,
+            };
+            negative(token, &probe, &mut report, &mut findings)?;
+            abilities::wrong_input(token, &probe, &mut report)?;
+            let settings = findings.settings(settings);
+            rates::measure(token, &probe, &settings, &mut report)?;
+        }
+    }
+    if allowed.write {
+        on_token(token, settings, &findings, &mut report)?;
+    }
+    report.sessions.push(after_logout(token));
+    report.verdict = verdict(settings, findings);
+    Ok(report)
+}
+
+fn identity(
+    token: &OpenToken,
+    settings: &Settings,
+    info: &TokenInfo,
+    allowed: Allowed,
+) -> Result<Identity, Fault> {
+    let unreadable = |error: std::io::Error| {
+        Fault::new(
+            Class::NoToken,
+            format!("cannot read {}: {error}", settings.module.display()),
+        )
+    };
+    let bytes = fs::read(&settings.module).map_err(unreadable)?;
+    let file = settings.module.file_name().unwrap_or_default();
+    calling::next("C_GetInfo");
+    let library = token.module.get_library_info()?;
+    let version = |(major, minor): (u8, u8)| format!("{major}.{minor}");
+    let serial = unpadded(info.serial_number());
+    let same_label = select::list(&token.module)?
+        .iter()
+        .filter(|(_, other)| unpadded(other.label()) == token.info.label)
+        .count();
+    let clock = info.utc_time();
+    Ok(Identity {
+        module: file.to_string_lossy().into_owned(),
+        module_sha256: sha256(&bytes),
+        module_bytes: u64::try_from(bytes.len()).unwrap_or(u64::MAX),
+        cryptoki_version: library.cryptoki_version().to_string(),
+        library: format!(
+            "{}, {}, {}",
+            unpadded(library.manufacturer_id()),
+            unpadded(library.library_description()),
+            library.library_version()
+        ),
+        manufacturer: unpadded(info.manufacturer_id()).to_owned(),
+        model: unpadded(info.model()).to_owned(),
+        hardware_version: version(info.hardware_version()),
+        firmware_version: version(info.firmware_version()),
+        serial: allowed.serial.then(|| serial.to_owned()),
+        serial_sha256: (!serial.is_empty())
+            .then(|| sha256(serial.as_bytes())[..2 * SERIAL_DIGEST_BYTES].to_owned()),
+        label_is_shared: same_label > 1,
+        padded_with_nul: info.label().contains('\0') || info.model().contains('\0'),
+        clock: if !info.clock_on_token() {
+            "none".to_owned()
+        } else if clock.len() == CLOCK_DIGITS && clock.bytes().all(|byte| byte.is_ascii_digit()) {
+            "valid".to_owned()
+        } else {
+            "not a time".to_owned()
+        },
+        flags: format!("{:#x}", info.flags()),
+        pin_bytes: [info.min_pin_length(), info.max_pin_length()]
+            .map(|length| u64::try_from(length).unwrap_or(u64::MAX)),
+        sessions_max: [info.max_session_count(), info.max_rw_session_count()],
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(digest::digest(&digest::SHA256, bytes))
+}
+
+fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
+    calling::next("C_OpenSession");
+    let read_only = token.module.open_ro_session(token.slot);
+    let read_write = token.module.open_rw_session(token.slot);
+    let mut answers = vec![
+        answer("a read-only session", &read_only),
+        answer("a read-write session", &read_write),
+    ];
+    let mut open = Vec::new();
+    let mut limit = None;
+    while open.len() < SESSIONS_MAX && limit.is_none() {
+        match keys::reading_session(&token.module, token.slot) {
+            Ok(session) => open.push(session),
+            Err(fault) => limit = Some(fault),
+        }
+    }
+    answers.push(told(
+        format!("up to {SESSIONS_MAX} more sessions"),
+        limit.map_or_else(
+            || WORKS.to_owned(),
+            |fault| format!("{}: {fault}", open.len()),
+        ),
+    ));
+    drop(open);
+    if let Some(pin) = pin {
+        calling::next("C_Login");
+        let again = token.anchor.login(UserType::User, Some(&auth_pin(pin)));
+        answers.push(answer("a second login", &again));
+    }
+    answers
+}
+
+/// The last thing that is tried.
+fn after_logout(token: &OpenToken) -> Answer {
+    calling::next("C_Logout");
+    let ended = token.anchor.logout();
+    if ended.is_err() {
+        return answer("C_Logout", &ended);
+    }
+    calling::next("C_FindObjects");
+    let found = token
+        .anchor
+        .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
+    told(
+        "private keys seen after C_Logout",
+        found.map_or_else(|error| code(&error), |found| found.len().to_string()),
+    )
+}
+
+/// A key of a session, and the attributes that the token refused in its template, each with the code.
+struct Made {
+    object: ObjectHandle,
+    refused: Vec<(String, String)>,
+}
+
+/// Makes a key with everything that the token takes; finds out one by one what it refuses.
+fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
+    if let Ok(object) = kind.make(session, MODULUS_BITS, &[]) {
+        return Ok(Made {
+            object,
+            refused: Vec::new(),
+        });
+    }
+    let exceptable = kind.exceptable();
+    let all: Vec<&str> = exceptable.iter().map(String::as_str).collect();
+    destroy(session, kind.make(session, MODULUS_BITS, &all)?);
+    let mut refused = Vec::new();
+    for name in &all {
+        let others: Vec<&str> = all.iter().copied().filter(|other| other != name).collect();
+        match kind.make(session, MODULUS_BITS, &others) {
+            Ok(object) => destroy(session, object),
+            Err(error) => refused.push(((*name).to_owned(), code(&error))),
+        }
+    }
+    let left_out: Vec<&str> = refused.iter().map(|(name, _)| name.as_str()).collect();
+    Ok(Made {
+        object: kind.make(session, MODULUS_BITS, &left_out)?,
+        refused,
+    })
+}
+
+/// The first kind of integrity key that the token makes, that of the settings before the others.
+fn integrity_key(
+    session: &Session,
+    settings: &Settings,
+    report: &mut Report,
+    findings: &mut Findings,
+) -> Option<ObjectHandle> {
+    let mut first = None;
+    for kind in settings.integrity_key.and_others() {
+        match made(session, Kind::IntegrityKey(kind)) {
+            Ok(made) => {
+                findings.integrity_key = kind;
+                return Some(templates(
+                    session,
+                    Kind::IntegrityKey(kind),
+                    &made,
+                    report,
+                    findings,
+                ));
+            }
+            Err(error) => {
+                first.get_or_insert(error);
+            }
+        }
+    }
+    let kind = Kind::IntegrityKey(settings.integrity_key);
+    if let Some(error) = first {
+        findings.cannot_make(kind, &error);
+    }
+    None
+}
+
+/// What the token does with each attribute of a template. Returns the key.
+fn templates(
+    session: &Session,
+    kind: Kind,
+    made: &Made,
+    report: &mut Report,
+    findings: &mut Findings,
+) -> ObjectHandle {
+    let Made { object, refused } = made;
+    let object = *object;
+    for attribute in kind.template(&[]) {
+        let name = name_of(&attribute);
+        let refusal = refused.iter().find(|(refused, _)| *refused == name);
+        let attribute_type = attribute.attribute_type();
+        calling::next("C_GetAttributeValue");
+        let read = session.attribute(object, attribute_type);
+        let in_template = match (refusal, &read) {
+            (Some((_, code)), _) => code.clone(),
+            (None, Ok(Some(found))) if *found != attribute => "ignored".to_owned(),
+            _ => "accepted".to_owned(),
+        };
+        let length = session.attribute_by_length_query(object, attribute_type);
+        report.templates.push(AttributeRow {
+            object: kind.name().to_owned(),
+            attribute: name,
+            in_template,
+            read: shown(&read, &attribute),
+            length_query: shown(&length, &attribute),
+        });
+    }
+    for (name, _) in refused {
+        findings.except(name);
+    }
+    for rule in kind.rules() {
+        check_attribute(session, object, rule, kind, findings);
+    }
+    object
+}
+
+fn shown(read: &Result<Option<Attribute>, Error>, asked: &Attribute) -> String {
+    match read {
+        Ok(Some(found)) if found == asked => "as asked".to_owned(),
+        Ok(Some(_)) => "another value".to_owned(),
+        Ok(None) => "absent".to_owned(),
+        Err(error) => code(error),
+    }
+}
+
+/// The attribute check of one rule, which decides whether an exception is needed or nothing helps.
+fn check_attribute(
+    session: &Session,
+    object: ObjectHandle,
+    rule: &Rule,
+    kind: Kind,
+    findings: &mut Findings,
+) {
+    let (name, attribute_type, _) = rule;
+    // The key ends with the session.
+    if *attribute_type == AttributeType::Token || findings.exceptions.iter().any(|it| it == name) {
+        return;
+    }
+    let checked = attribute_check::inspect(session, object, std::slice::from_ref(rule), &[]);
+    let (is_absent, reason) = match checked {
+        Ok(found) if found.iter().all(Finding::passes) => return,
+        Ok(found) => (
+            found.iter().all(Finding::is_absent),
+            found.iter().map(ToString::to_string).collect(),
+        ),
+        Err(fault) => (true, vec![fault.to_string()]),
+    };
+    if is_absent && attribute_check::exceptable(*attribute_type).is_some() {
+        findings.except(name);
+    } else {
+        let reason: Vec<String> = reason;
+        let reason = format!("{}: {}", kind.name(), reason.join("; "));
+        findings.reasons.push(reason);
+    }
+}
+
+fn destroy(session: &Session, object: ObjectHandle) {
+    calling::next("C_DestroyObject");
+    // It ends with the session at the latest.
+    let _destroyed = session.destroy_object(object);
+}
+
+/// The self-test with what the token can do, by the answers so far.
+fn chosen(
+    report: &Report,
+    public: &PublicSide,
+    findings: &mut Findings,
+) -> Result<Option<SelfTest>, Fault> {
+    let works = |name: &str| {
+        let found = report.positive.iter().find(|answer| answer.name == name);
+        found.is_some_and(|answer| answer.result == WORKS)
+    };
+    for name in [abilities::MAC, abilities::VERIFY] {
+        if !works(name) {
+            findings.reasons.push(format!("{name} does not work"));
+        }
+    }
+    let algorithm = if works(abilities::OAEP_SHA256) {
+        Algorithm::RsaOaepSha256
+    } else if works(abilities::OAEP_SHA1) {
+        findings.allow_oaep_sha1 = true;
+        Algorithm::RsaOaepSha1
+    } else {
+        let reason = "it does RSA-OAEP neither with SHA-256 nor with SHA-1";
+        findings.reasons.push(reason.to_owned());
+        return Ok(None);
+    };
+    SelfTest::new(public, algorithm).map(Some)
+}
+
+fn negative(
+    token: &OpenToken,
+    probe: &Probe,
+    report: &mut Report,
+    findings: &mut Findings,
+) -> Result<(), Fault> {
+    let open = || token.session(&[]);
+    for tried in survey(open, &probe.pair, &probe.public, &probe.self_test)? {
+        let test = tried.test;
+        let (result, code) = match &tried.found {
+            Found::Succeeded => (SUCCEEDED, None),
+            Found::Nothing => ("refused", None),
+            Found::NotMade => ("not made", None),
+            Found::Refused(error) => ("refused", Some(code(error))),
+            Found::NotAnswered(error) => ("not answered", Some(code(error))),
+        };
+        match (&tried.found, test.accepted_by) {
+            (Found::Succeeded, Some(exception)) => findings.except(exception),
+            (Found::Succeeded, None) => {
+                let reason = format!("{} (test `{}`)", test.meaning, test.name);
+                findings.reasons.push(reason);
+            }
+            _ => {}
+        }
+        report.negative.push(NegativeAnswer {
+            name: test.name.to_owned(),
+            meaning: test.meaning.to_owned(),
+            result: result.to_owned(),
+            code,
+            session_is_usable: tried.session_is_usable,
+        });
+    }
+    Ok(())
+}
+
+/// Keys that stay on the token: made, found by another session, checked and removed.
+fn on_token(
+    token: &OpenToken,
+    settings: &Settings,
+    findings: &Findings,
+    report: &mut Report,
+) -> Result<(), Fault> {
+    calling::next("C_OpenSession");
+    let writing = token.module.open_rw_session(token.slot)?;
+    let settings = findings.settings(settings);
+    let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
+        Ok(made) => made,
+        Err(refusal) => {
+            let result = refusal.fault.to_string();
+            report
+                .token_objects
+                .push(told("keys that stay on the token", result));
+            return Ok(());
+        }
+    };
+    let result =
+        |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
+    let other = token.session(&[])?;
+    let found = keys::find(&other.session, &made.pair.place());
+    let checked = match &found {
+        Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
+            Ok(verdict) => {
+                let wrong = verdict.private.iter().chain(&verdict.integrity_key);
+                let wrong: Vec<String> = wrong
+                    .filter(|finding| !finding.passes())
+                    .map(ToString::to_string)
+                    .collect();
+                if wrong.is_empty() {
+                    WORKS.to_owned()
+                } else {
+                    wrong.join("; ")
+                }
+            }
+            Err(fault) => fault.to_string(),
+        },
+        Err(_) => "not made".to_owned(),
+    };
+    let removed = made.remove(&writing);
+    report.token_objects.extend([
+        told("keys that stay on the token", WORKS),
+        told("found by another session", result(found.err())),
+        told("attribute check", checked),
+        told("removed", result(removed.err())),
+    ]);
+    Ok(())
+}
+
+fn verdict(settings: &Settings, findings: Findings) -> Verdict {
+    let Findings {
+        integrity_key,
+        exceptions,
+        allow_oaep_sha1,
+        reasons,
+    } = findings;
+    if !reasons.is_empty() {
+        return Verdict {
+            result: Outcome::Refused,
+            reasons,
+            attribute_exceptions: exceptions,
+            allow_oaep_sha1,
+            settings: Vec::new(),
+        };
+    }
+    let mut lines = vec![format!("module = \"{}\"", settings.module.display())];
+    lines.extend(
+        settings
+            .initialize_string
+            .iter()
+            .map(|text| format!("initialize_string = {text:?}")),
+    );
+    if allow_oaep_sha1 {
+        lines.push("allow_oaep_sha1 = true".to_owned());
+    }
+    if integrity_key != IntegrityKey::default() {
+        lines.push(format!("integrity_key = {:?}", integrity_key.as_str()));
+    }
+    if !exceptions.is_empty() {
+        lines.push(format!("attribute_exceptions = {exceptions:?}"));
+    }
+    let accepted = attribute_check::exceptions_in_use(&exceptions);
+    Verdict {
+        result: if exceptions.is_empty() {
+            Outcome::Works
+        } else {
+            Outcome::WorksWithExceptions
+        },
+        reasons: accepted
+            .map(|exception| format!("{}: {}", exception.attribute, exception.gives_away))
+            .collect(),
+        attribute_exceptions: exceptions,
+        allow_oaep_sha1,
+        settings: lines,
+    }
+}
+
+/// Generic secrets of a kind, to be tried.
+fn secret_template(key_type: KeyType) -> Vec<Attribute> {
+    vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(key_type),
+        Attribute::Token(false),
+        Attribute::Sign(true),
+        Attribute::Verify(true),
+    ]
+}

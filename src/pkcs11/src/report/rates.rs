@@ -1,0 +1,181 @@
+//! How fast the token is, and where it works.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use cryptoki::mechanism::Mechanism;
+
+use keybroker_pkcs11_ffi::Session;
+use keybroker_worker_protocol::{
+    Settings,
+    report::{Rate, Report},
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::Probe;
+use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
+
+/// How long each loop runs.
+const LOOP: Duration = Duration::from_millis(300);
+const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
+const MESSAGE: [u8; 64] = [0x3c; 64];
+/// Waits for each operation from which on the token's work is not that of this process.
+const WAITS_PER_OPERATION_MAX: f64 = 0.5;
+
+/// What threads of one loop did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counted {
+    /// Operations.
+    pub(crate) operations: u64,
+    /// Times that a thread waited for something else than the CPU.
+    pub(crate) waits: u64,
+}
+
+impl Counted {
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            operations: self.operations + other.operations,
+            waits: self.waits + other.waits,
+        }
+    }
+
+    /// Whether the operations took CPU time of this process: a thread that asks a device, a server or another process waits for
+    /// each answer, and the load of this machine does not make it wait. Absent where nothing was counted.
+    pub(crate) fn is_local(self) -> Option<bool> {
+        let operations = u32::try_from(self.operations).ok()?;
+        let waits = u32::try_from(self.waits).ok()?;
+        (operations > 0).then(|| f64::from(waits) / f64::from(operations) < WAITS_PER_OPERATION_MAX)
+    }
+}
+
+/// The number of times that this thread has waited (`voluntary_ctxt_switches`, proc(5)).
+pub(crate) fn waits_of_this_thread() -> u64 {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+        .and_then(|number| number.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+pub(super) fn measure(
+    token: &OpenToken,
+    probe: &Probe,
+    settings: &Settings,
+    report: &mut Report,
+) -> Result<(), Fault> {
+    let decrypt = |session: &Session| probe.self_test.decrypt(session, &probe.pair);
+    let mac = |session: &Session| {
+        let made = session.sign(&Mechanism::Sha256Hmac, probe.pair.integrity_key, &MESSAGE);
+        made.map(drop).map_err(Fault::from)
+    };
+    for sessions in [1, 2, 4] {
+        let (decrypted, seconds) = run(token, sessions, "C_Decrypt", decrypt)?;
+        if sessions == 1 {
+            report.token_cpu_is_local = decrypted.is_local();
+        }
+        report
+            .rates
+            .push(per_second("RSA-2048 OAEP", sessions, decrypted, seconds));
+        let (signed, seconds) = run(token, sessions, "C_Sign", mac)?;
+        report
+            .rates
+            .push(per_second("HMAC of 64 bytes", sessions, signed, seconds));
+    }
+    let began = Instant::now();
+    let opened = token.session(&[])?;
+    report.rates.push(milliseconds("opening a session", began));
+    let began = Instant::now();
+    calling::next("C_FindObjects");
+    opened.session.find_objects(&[])?;
+    report
+        .rates
+        .push(milliseconds("a search for all objects", began));
+    let (began, cpu) = (Instant::now(), cpu_time());
+    // Those of a worker's start. A token that fails one is not used, so that their cost is of no interest.
+    let tried = token.try_what_must_fail(
+        settings,
+        &probe.pair,
+        &probe.public,
+        &probe.self_test,
+        Subject::InUse,
+    );
+    if tried.is_ok() {
+        let spent = cpu_time().saturating_sub(cpu);
+        report.rates.push(milliseconds(NEGATIVE_TESTS, began));
+        report.rates.push(Rate {
+            name: format!("{NEGATIVE_TESTS}, milliseconds of CPU time"),
+            value: rounded(spent),
+        });
+    }
+    Ok(())
+}
+
+fn run(
+    token: &OpenToken,
+    sessions: u32,
+    function: &'static str,
+    work: impl Fn(&Session) -> Result<(), Fault> + Sync,
+) -> Result<(Counted, f64), Fault> {
+    calling::next(function);
+    let sessions: Vec<_> = (0..sessions)
+        .map(|_| token.session(&[]))
+        .collect::<Result<_, _>>()?;
+    let began = Instant::now();
+    let counted = std::thread::scope(|scope| {
+        let running: Vec<_> = sessions
+            .into_iter()
+            .map(|session| {
+                let work = &work;
+                scope.spawn(move || -> Result<Counted, Fault> {
+                    let before = waits_of_this_thread();
+                    let mut operations = 0;
+                    while began.elapsed() < LOOP {
+                        work(&session.session)?;
+                        operations += 1;
+                    }
+                    Ok(Counted {
+                        operations,
+                        waits: waits_of_this_thread().saturating_sub(before),
+                    })
+                })
+            })
+            .collect();
+        running
+            .into_iter()
+            .map(|thread| thread.join().expect("the loop does not panic"))
+            .try_fold(Counted::default(), |sum, one| Ok::<_, Fault>(sum.and(one?)))
+    })?;
+    Ok((counted, began.elapsed().as_secs_f64()))
+}
+
+fn per_second(what: &str, sessions: u32, counted: Counted, seconds: f64) -> Rate {
+    let operations = f64::from(u32::try_from(counted.operations).unwrap_or(u32::MAX));
+    Rate {
+        name: format!("{what} per second, sessions: {sessions}"),
+        value: (operations / seconds).round(),
+    }
+}
+
+fn milliseconds(what: &str, began: Instant) -> Rate {
+    Rate {
+        name: format!("{what}, milliseconds"),
+        value: rounded(began.elapsed()),
+    }
+}
+
+/// In milliseconds, with two decimals.
+fn rounded(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
+}
+
+/// CPU time of this process so far.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}

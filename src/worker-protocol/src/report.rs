@@ -1,0 +1,350 @@
+//! What a token does, as `keybroker token report` publishes it. The worker makes it, the command shows and compares it.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the form of the report.
+pub const FORMAT: u32 = 1;
+
+/// The whole report. It holds no PIN, no key and no label.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Version of the program that made it.
+    pub keybroker: String,
+    /// What may be done with the token.
+    pub verdict: Verdict,
+    /// Module and token.
+    pub identity: Identity,
+    /// Sessions and login.
+    pub sessions: Vec<Answer>,
+    /// Each attribute of the templates of the keys.
+    pub templates: Vec<Attribute>,
+    /// What must work.
+    pub positive: Vec<Answer>,
+    /// What must not work.
+    pub negative: Vec<NegativeAnswer>,
+    /// What the token answers to wrong input.
+    pub errors: Vec<Answer>,
+    /// Keys that stay on the token; without `--write` none are made.
+    pub token_objects: Vec<Answer>,
+    /// Measured on a machine that did other things as well. Not compared.
+    pub rates: Vec<Rate>,
+    /// Whether the work of the token takes CPU time of this machine; absent if it could not be measured.
+    pub token_cpu_is_local: Option<bool>,
+}
+
+/// What may be done with the token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The short answer.
+    pub result: Outcome,
+    /// Why it cannot be used, or what each exception accepts.
+    pub reasons: Vec<String>,
+    /// Attributes to name in `token.attribute_exceptions`.
+    pub attribute_exceptions: Vec<String>,
+    /// Whether OAEP works with SHA-1 alone.
+    pub allow_oaep_sha1: bool,
+    /// Lines for the section `[token]`; empty if the token cannot be used.
+    pub settings: Vec<String>,
+}
+
+/// The short answer, from good to bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Without an exception.
+    Works,
+    /// With the exceptions of the verdict.
+    WorksWithExceptions,
+    /// Not at all.
+    Refused,
+}
+
+/// Module and token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Path of the module.
+    pub module: String,
+    /// SHA-256 of the module's file, in hexadecimal.
+    pub module_sha256: String,
+    /// Length of the module's file.
+    pub module_bytes: u64,
+    /// Version of PKCS#11 that the module implements.
+    pub cryptoki_version: String,
+    /// Manufacturer, description and version of the module.
+    pub library: String,
+    /// Manufacturer of the token.
+    pub manufacturer: String,
+    /// Model of the token.
+    pub model: String,
+    /// Version of the hardware.
+    pub hardware_version: String,
+    /// Version of the firmware.
+    pub firmware_version: String,
+    /// Serial number, if it was asked for.
+    pub serial: Option<String>,
+    /// SHA-256 of the serial number, the first 8 bytes; absent if the token has none.
+    pub serial_sha256: Option<String>,
+    /// Whether another token of the module has the same label.
+    pub label_is_shared: bool,
+    /// Whether the texts of the token are padded with NUL instead of blanks.
+    pub padded_with_nul: bool,
+    /// `none`, `valid`, or the text that is not a time.
+    pub clock: String,
+    /// Flags of the token, in hexadecimal.
+    pub flags: String,
+    /// Shortest and longest PIN, in bytes.
+    pub pin_bytes: [u64; 2],
+    /// Sessions and read-write sessions that the token says it allows; 0 for no limit, absent if it says nothing.
+    pub sessions_max: [Option<u64>; 2],
+}
+
+/// What was tried, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// What was tried.
+    pub name: String,
+    /// `works`, a return code, or what was found.
+    pub result: String,
+}
+
+/// An attribute of a template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attribute {
+    /// `RSA private key` or `integrity key`.
+    pub object: String,
+    /// Name in the standard.
+    pub attribute: String,
+    /// `accepted`, `ignored`, or the code that refuses it.
+    pub in_template: String,
+    /// What the token says of the attribute.
+    pub read: String,
+    /// Whether it answers to a query for the length.
+    pub length_query: String,
+}
+
+/// What came of something that must not work.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NegativeAnswer {
+    /// Name of the test.
+    pub name: String,
+    /// What it means if the token does it.
+    pub meaning: String,
+    /// `refused`, `SUCCEEDED`, `not made` or `not answered`.
+    pub result: String,
+    /// The return code, if there is one.
+    pub code: Option<String>,
+    /// Whether the same session could be used afterwards.
+    pub session_is_usable: bool,
+}
+
+/// What a token that must refuse something did.
+pub const SUCCEEDED: &str = "SUCCEEDED";
+/// What works.
+pub const WORKS: &str = "works";
+
+/// A measurement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rate {
+    /// What was measured.
+    pub name: String,
+    /// Operations per second, or milliseconds, as the name says.
+    pub value: f64,
+}
+
+impl Report {
+    /// Where this report is worse than another of the same token. What is better is not named. A token that was refused before
+    /// cannot be worse.
+    pub fn worse_than(&self, expected: &Self) -> Vec<String> {
+        let mut worse = Vec::new();
+        let (now, then) = (&self.verdict, &expected.verdict);
+        if then.result == Outcome::Refused {
+            return worse;
+        }
+        if now.result > then.result {
+            worse.push(format!(
+                "the verdict is {}: {}",
+                now.result.as_str(),
+                now.reasons.join("; ")
+            ));
+        }
+        for exception in &now.attribute_exceptions {
+            if !then.attribute_exceptions.contains(exception) {
+                worse.push(format!("the exception {exception} is needed"));
+            }
+        }
+        if now.allow_oaep_sha1 && !then.allow_oaep_sha1 {
+            worse.push("OAEP works with SHA-1 alone".to_owned());
+        }
+        for (now, then) in [
+            (&self.positive, &expected.positive),
+            (&self.token_objects, &expected.token_objects),
+        ] {
+            for answer in then.iter().filter(|answer| answer.result == WORKS) {
+                let found = now.iter().find(|now| now.name == answer.name);
+                // Without --write, nothing is said of objects on the token.
+                if now.is_empty() {
+                    continue;
+                }
+                let result = found.map_or("missing", |now| now.result.as_str());
+                if result != WORKS {
+                    worse.push(format!("{} worked, and now: {result}", answer.name));
+                }
+            }
+        }
+        for then in expected
+            .negative
+            .iter()
+            .filter(|test| test.result != SUCCEEDED)
+        {
+            let found = self.negative.iter().find(|now| now.name == then.name);
+            match found.map(|now| now.result.as_str()) {
+                Some(result) if result == then.result || result == "refused" => {}
+                result => worse.push(format!(
+                    "negative test {}: {} before, {} now",
+                    then.name,
+                    then.result,
+                    result.unwrap_or("missing")
+                )),
+            }
+        }
+        for now in self.negative.iter().filter(|test| test.result == SUCCEEDED) {
+            if !expected.negative.iter().any(|then| then.name == now.name) {
+                worse.push(format!("negative test {}: {}", now.name, now.meaning));
+            }
+        }
+        for then in &expected.templates {
+            let found = self
+                .templates
+                .iter()
+                .find(|now| (&now.object, &now.attribute) == (&then.object, &then.attribute));
+            let result = found.map_or("missing", |now| now.in_template.as_str());
+            if then.in_template == "accepted" && result != "accepted" {
+                worse.push(format!(
+                    "{} in the template of the {} was accepted, and now: {result}",
+                    then.attribute, then.object
+                ));
+            }
+        }
+        worse
+    }
+}
+
+impl Outcome {
+    /// In words.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Works => "works",
+            Self::WorksWithExceptions => "works with exceptions",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let answer = |name: &str, result: &str| Answer {
+            name: name.to_owned(),
+            result: result.to_owned(),
+        };
+        Report {
+            format: FORMAT,
+            keybroker: "0".to_owned(),
+            verdict: Verdict {
+                result: Outcome::Works,
+                reasons: Vec::new(),
+                attribute_exceptions: Vec::new(),
+                allow_oaep_sha1: false,
+                settings: Vec::new(),
+            },
+            identity: Identity {
+                module: String::new(),
+                module_sha256: String::new(),
+                module_bytes: 0,
+                cryptoki_version: String::new(),
+                library: String::new(),
+                manufacturer: String::new(),
+                model: String::new(),
+                hardware_version: String::new(),
+                firmware_version: String::new(),
+                serial: None,
+                serial_sha256: None,
+                label_is_shared: false,
+                padded_with_nul: false,
+                clock: String::new(),
+                flags: String::new(),
+                pin_bytes: [4, 8],
+                sessions_max: [None, None],
+            },
+            sessions: Vec::new(),
+            templates: vec![Attribute {
+                object: "integrity key".to_owned(),
+                attribute: "CKA_COPYABLE".to_owned(),
+                in_template: "accepted".to_owned(),
+                read: "as asked".to_owned(),
+                length_query: WORKS.to_owned(),
+            }],
+            positive: vec![answer("C_Verify", WORKS)],
+            negative: vec![NegativeAnswer {
+                name: "sign".to_owned(),
+                meaning: "it signs".to_owned(),
+                result: "refused".to_owned(),
+                code: None,
+                session_is_usable: true,
+            }],
+            errors: Vec::new(),
+            token_objects: vec![answer("found by another session", WORKS)],
+            rates: Vec::new(),
+            token_cpu_is_local: None,
+        }
+    }
+
+    /// Each change for the worse is named, once, and the same change for the better is not.
+    #[test]
+    fn only_what_is_worse_is_named() {
+        type Change = (&'static str, fn(&mut Report));
+        let changes: [Change; 8] = [
+            ("verdict", |report| {
+                report.verdict.result = Outcome::Refused;
+            }),
+            ("exception", |report| {
+                report.verdict.attribute_exceptions = vec!["CKA_COPYABLE".to_owned()];
+            }),
+            ("SHA-1", |report| report.verdict.allow_oaep_sha1 = true),
+            ("C_Verify", |report| {
+                report.positive[0].result = "CKR_X".to_owned();
+            }),
+            ("missing", |report| report.positive[0].name.push('2')),
+            ("negative test sign", |report| {
+                report.negative[0].result = SUCCEEDED.to_owned();
+            }),
+            ("CKA_COPYABLE in the template", |report| {
+                report.templates[0].in_template = "ignored".to_owned();
+            }),
+            ("another session", |report| {
+                report.token_objects[0].result = "CKR_X".to_owned();
+            }),
+        ];
+        assert_eq!(report().worse_than(&report()), Vec::<String>::new());
+        let mut refused = report();
+        refused.verdict.result = Outcome::Refused;
+        refused.negative[0].result = SUCCEEDED.to_owned();
+        assert_eq!(refused.worse_than(&refused), Vec::<String>::new());
+        for (word, change) in changes {
+            let mut changed = report();
+            change(&mut changed);
+            let worse = changed.worse_than(&report());
+            assert_eq!(worse.len(), 1, "{word}: {worse:?}");
+            assert!(worse[0].contains(word), "{word}: {worse:?}");
+            assert_eq!(
+                report().worse_than(&changed),
+                Vec::<String>::new(),
+                "{word}"
+            );
+        }
+    }
+}

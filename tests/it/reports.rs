@@ -1,0 +1,150 @@
+//! `keybroker token report` on the modules of several makers, compared with the published reports in `docs/tokens`.
+//! `scripts/token-reports.sh` sets a variable, with which the same tests write those reports.
+
+use std::{env, fs, path::Path};
+
+use keybroker_worker_protocol::report::{Outcome, Report};
+
+use crate::{
+    faulty_token,
+    modules::{Maker, Stand, in_namespaces},
+    site::{Options, Site},
+};
+
+/// Names the folder that reports are written to instead of being compared.
+const WRITE_TO: &str = "KEYBROKER_TOKEN_REPORTS";
+const VERIFICATION: i32 = 12;
+
+fn published(maker: Maker) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let file = root.join(format!("docs/tokens/{}.json", maker.name()));
+    file.to_str().unwrap().to_owned()
+}
+
+fn read(text: &str) -> Report {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// The report is no worse than the published one, which has this result.
+fn is_as_published(maker: Maker, result: Outcome) {
+    let stand = Stand::new(maker);
+    let page = stand.site.folder().join("page.md");
+    let page_file = page.to_str().unwrap();
+    let file = published(maker);
+    let mut arguments = vec![
+        "-o", "json", "token", "report", "--write", "--page", page_file,
+    ];
+    let Some(folder) = env::var_os(WRITE_TO) else {
+        arguments.extend(["--expect", &file]);
+        let found = read(&stand.site.expect_ok(&arguments));
+        assert!(fs::read_to_string(page).unwrap().contains("## Identity"));
+        assert_eq!(found.verdict.result, result, "{found:#?}");
+        let expected = read(&fs::read_to_string(&file).unwrap());
+        assert_eq!(expected.verdict.result, result, "{file}");
+        return;
+    };
+    let json = stand.site.expect_ok(&arguments);
+    let page = fs::read_to_string(page).unwrap();
+    // Paths of this run.
+    let ours = stand.site.folder().to_str().unwrap();
+    for (end, text) in [("json", json), ("md", page)] {
+        let name = format!("{}.{end}", maker.name());
+        let file = Path::new(&folder).join(name);
+        fs::write(file, text.replace(ours, "/opt/keybroker")).unwrap();
+    }
+}
+
+#[test]
+fn softhsm_is_as_published() {
+    is_as_published(Maker::SoftHsm, Outcome::Works);
+}
+
+#[test]
+fn kryoptic_is_as_published() {
+    is_as_published(Maker::Kryoptic, Outcome::Works);
+}
+
+#[test]
+fn opencryptoki_is_as_published() {
+    if in_namespaces("reports::opencryptoki_is_as_published") {
+        is_as_published(Maker::Opencryptoki, Outcome::WorksWithExceptions);
+    }
+}
+
+#[test]
+fn p11_kit_remote_is_as_published() {
+    is_as_published(Maker::P11Kit, Outcome::WorksWithExceptions);
+}
+
+#[test]
+fn nss_is_as_published() {
+    is_as_published(Maker::Nss, Outcome::Refused);
+}
+
+/// CPU time, because the machine does other things as well.
+#[test]
+fn the_negative_tests_of_a_start_are_cheap() {
+    let site = Site::without_keys(Options::default());
+    let report = read(&site.expect_ok(&["-o", "json", "token", "report"]));
+    let name = "the negative tests of a worker's start, milliseconds of CPU time";
+    let rate = report.rates.iter().find(|rate| rate.name == name).unwrap();
+    eprintln!("{name}: {}", rate.value);
+    assert!(rate.value > 0.0 && rate.value < 300.0, "{rate:?}");
+}
+
+/// A token that lies about its keys is worse than the one behind it, and the report names the test.
+#[test]
+fn a_token_that_is_worse_ends_with_its_own_code() {
+    let site = Site::without_keys(Options::default());
+    let faulty = faulty_token::put_before(&site);
+    faulty.set_profile("liar");
+    let file = published(Maker::SoftHsm);
+    let worse = site.run(&["token", "report", "--expect", &file]);
+    assert_eq!(worse.code, Some(VERIFICATION), "{worse:#?}");
+    for words in [
+        "negative test wrap-private-aes-kw",
+        "the verdict is refused",
+    ] {
+        assert!(worse.stderr.contains(words), "{worse:#?}");
+    }
+    assert!(worse.stdout.contains("Verdict: **refused**"), "{worse:#?}");
+}
+
+/// Nothing stays on the token, and nothing of it that is secret or identifies it is in the report.
+#[test]
+fn a_report_leaves_nothing_and_tells_no_secret() {
+    let site = Site::without_keys(Options::default());
+    let listed = site.expect_ok(&["-o", "json", "token", "list"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let serial = listed[0]["serial"].as_str().unwrap();
+    for arguments in [
+        &["-o", "json", "token", "report"][..],
+        &["-o", "json", "token", "report", "--write"],
+    ] {
+        let text = site.expect_ok(arguments);
+        for secret in [serial, site.token.pin(), site.token.label()] {
+            assert!(!text.contains(secret), "{secret} in {text}");
+        }
+        let report = read(&text);
+        assert_eq!(
+            report.token_objects.is_empty(),
+            !arguments.contains(&"--write"),
+            "{report:#?}"
+        );
+        let objects = site.token.pkcs11_tool(&["--list-objects"]);
+        let objects = String::from_utf8_lossy(&objects.stdout).into_owned();
+        assert!(!objects.contains(" Object;"), "{objects}");
+    }
+    let text = site.expect_ok(&["-o", "json", "token", "report", "--serial"]);
+    assert_eq!(read(&text).identity.serial.as_deref(), Some(serial));
+}
+
+#[test]
+fn what_is_no_report_is_refused_before_the_token_is_used() {
+    let site = Site::without_keys(Options::default());
+    let file = site.folder().join("expected.json");
+    fs::write(&file, "{}").unwrap();
+    let refused = site.run(&["token", "report", "--expect", file.to_str().unwrap()]);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("not a report"), "{refused:#?}");
+}

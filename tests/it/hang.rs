@@ -97,7 +97,7 @@ async fn a_hung_audit_disk_is_said_and_a_stop_has_an_end() {
         "{:?}",
         stopped.elapsed()
     );
-    assert!(site.log().contains("not closed in order"), "{}", site.log());
+    assert!(site.log().contains("not closed cleanly"), "{}", site.log());
 }
 
 /// An intent that becomes durable after its caller was refused is closed, by name, and nothing was changed.

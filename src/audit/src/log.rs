@@ -238,7 +238,7 @@ impl AuditLog {
         if !asked || ended != Err(RecvTimeoutError::Disconnected) {
             keybroker_core::alert!(
                 AuditLog,
-                "the audit log was not closed in order: its disk hangs"
+                "the audit log was not closed cleanly: its disk does not respond"
             );
         }
     }

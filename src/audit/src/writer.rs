@@ -162,7 +162,7 @@ impl Writer {
             if closing {
                 let closed = Entry::new(EntryKind::System, "log.closed", Outcome::Ok);
                 if let Err(error) = self.write(&[&closed]) {
-                    tracing::error!(%error, "the audit log could not be closed in order");
+                    tracing::error!(%error, "the audit log could not be closed cleanly");
                 }
                 self.remember();
                 return;

@@ -17,7 +17,7 @@ pub(super) fn report_records<'a>(
         keybroker_core::alert!(
             RecordDamaged, call_id = %call.id, action = %action, record,
             damage = row.damage.as_str(), detail = row.detail,
-            "a stored record is damaged; compare with a backup before anyone replaces it"
+            "a stored record is damaged; compare it with a backup before you replace it"
         );
     });
 }

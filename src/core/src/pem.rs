@@ -363,7 +363,7 @@ impl<'a> Scan<'a> {
         let text = bytes.strip_prefix(UTF8_MARK).unwrap_or(bytes);
         let refused = if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
             Some(Error::Utf16)
-        } else if text.first() == Some(&DER_SEQUENCE) && find(text, BEGIN).is_none() {
+        } else if is_der(text) {
             Some(Error::Der)
         } else {
             None
@@ -508,6 +508,11 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
             source: Box::new(source),
         }),
     }
+}
+
+/// Whether a file is in DER. Text before the first block of a PEM file may begin with the same byte.
+pub fn is_der(bytes: &[u8]) -> bool {
+    bytes.first() == Some(&DER_SEQUENCE) && find(bytes, BEGIN).is_none()
 }
 
 fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {

@@ -43,7 +43,7 @@ mod token;
 
 const TICK: Duration = Duration::from_millis(250);
 
-/// The cause while the broker stops.
+/// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
 /// Why the first start failed, when waiting cannot help.

@@ -20,7 +20,7 @@ pub struct SchemaStatus {
     pub current: i64,
     /// Newest version that this binary knows.
     pub newest: i64,
-    /// Whether a broker of this binary can serve from the database.
+    /// Whether this version of the broker can serve from the database.
     pub is_usable: bool,
 }
 

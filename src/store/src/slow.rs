@@ -30,7 +30,7 @@ pub(super) fn note(statement: &'static str, took: Duration) {
             statement = name,
             took_ms = took.as_millis(),
             unlogged,
-            "the database took long over a statement"
+            "slow database statement"
         );
     }
 }

@@ -177,16 +177,14 @@ impl Report {
         if now.allow_oaep_sha1 && !then.allow_oaep_sha1 {
             worse.push("OAEP works with SHA-1 alone".to_owned());
         }
-        for (now, then) in [
-            (&self.positive, &expected.positive),
-            (&self.token_objects, &expected.token_objects),
-        ] {
+        let mut compared = vec![(&self.positive, &expected.positive)];
+        // Without --write, the report has nothing about objects on the token.
+        if !self.token_objects.is_empty() {
+            compared.push((&self.token_objects, &expected.token_objects));
+        }
+        for (now, then) in compared {
             for answer in then.iter().filter(|answer| answer.result == WORKS) {
                 let found = now.iter().find(|now| now.name == answer.name);
-                // Without --write, nothing is said of objects on the token.
-                if now.is_empty() {
-                    continue;
-                }
                 let result = found.map_or("missing", |now| now.result.as_str());
                 if result != WORKS {
                     worse.push(format!("{} worked, and now: {result}", answer.name));
@@ -318,7 +316,7 @@ mod tests {
             ("C_Verify", |report| {
                 report.positive[0].result = "CKR_X".to_owned();
             }),
-            ("missing", |report| report.positive[0].name.push('2')),
+            ("missing", |report| report.positive.clear()),
             ("negative test sign", |report| {
                 report.negative[0].result = SUCCEEDED.to_owned();
             }),

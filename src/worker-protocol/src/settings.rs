@@ -57,7 +57,7 @@ impl IntegrityKey {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccessControl {
-    /// The token, which demands a login: the keys have `CKA_PRIVATE=true`.
+    /// The token enforces the login, because the keys have `CKA_PRIVATE=true`.
     #[default]
     Login,
     /// Something that PKCS#11 does not know, such as the credentials of a cloud: the keys have `CKA_PRIVATE=false`.

@@ -28,8 +28,8 @@ pub(super) enum Command {
 /// Which policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies of this directory instead of `policy.directory`. Needs no configuration; with one, the names of principals
-    /// are compared with it
+    /// Use the policies of this directory instead of `policy.directory`. No configuration is
+    /// needed. If there is one, the command also checks the names of principals against it
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
     /// Leave out the permits that come with the broker; requires --directory

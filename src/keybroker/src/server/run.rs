@@ -471,7 +471,7 @@ impl Server {
             .await
             .is_err()
         {
-            tracing::error!("the audit log was not closed in order");
+            tracing::error!("the audit log was not closed cleanly");
         }
         self.stop_status.cancel();
         self.status.close();

@@ -83,7 +83,7 @@ pub(super) struct Fresh {
     /// Days until the secret is refused [default: it does not expire]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=DAYS_MAX))]
     expires_days: Option<u16>,
-    /// New file for the secret, mode 0600; without it, standard output
+    /// File to create for the secret, with mode 0600 [default: standard output]
     #[arg(long, value_name = "FILE")]
     secret_file: Option<PathBuf>,
 }

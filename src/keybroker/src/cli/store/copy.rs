@@ -76,7 +76,7 @@ struct To {
     /// TLS mode of the connection to copy to
     #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"])]
     to_tls: Option<String>,
-    /// PEM file with the authority of the database server to copy to
+    /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
     /// User, by name or number, that may listen on the local socket of the database to copy to, besides root and this

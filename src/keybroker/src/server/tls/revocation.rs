@@ -10,7 +10,7 @@
 //! The list of an authority that is not configured, such as an intermediate CA, can be verified only in the handshake. An
 //! attacker on the network path to its distribution point can replace it, so nothing of it is remembered across restarts.
 //!
-//! Signatures are verified with the algorithms that the handshake verifies with, so that a list that is taken over works there.
+//! Signatures are verified with the algorithms of the TLS handshake, so that the handshake accepts every list that is accepted here.
 //!
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
@@ -212,6 +212,12 @@ impl Lists {
     /// other unknown authorities at each reload must not fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
+        // Names that have a problem already, looked up for each of what may be many lists.
+        let mut reported: BTreeSet<Vec<u8>> = self
+            .problems
+            .iter()
+            .filter_map(|problem| problem.name.clone())
+            .collect();
         for (slot, kept) in &in_use.groups {
             let (name, key) = &slot.authority;
             let is_configured = self.configured.keys().any(|(other, _)| other == name);
@@ -220,7 +226,7 @@ impl Lists {
                 && !self.groups.contains_key(slot)
                 && kept.life.includes(now)
             {
-                let is_reported = self.has_problem_of(name);
+                let is_reported = !reported.insert(name.clone());
                 count += 1;
                 bytes += kept.der.len();
                 if count <= UNVERIFIED_KEPT_MAX && bytes <= UNVERIFIED_BYTES_MAX {
@@ -375,9 +381,6 @@ fn parsed<'a>(
         .map_err(ListsError::Authority)
 }
 
-/// First byte of a list in DER.
-const SEQUENCE: u8 = 0x30;
-
 /// A file of revocation lists.
 #[derive(Clone, Debug)]
 pub(super) enum ListsFile {
@@ -396,7 +399,7 @@ fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
         ListsFile::Content(bytes) => bytes,
         ListsFile::TooLong => return vec![Err(ListsError::TooLong(LISTS_BYTES_MAX))],
     };
-    if bytes.first() == Some(&SEQUENCE) {
+    if pem::is_der(bytes) {
         return vec![match CertificateRevocationList::from_der(bytes) {
             Ok(([], _)) => Ok((1, bytes.clone().into())),
             Ok(_) => Err(ListsError::Trailing),

@@ -1,6 +1,6 @@
 //! Changes of records: intent durable, commit, outcome durable, answer.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use keybroker_core::{
     call::{Call, RequestId, Timestamp},
@@ -23,6 +23,8 @@ use super::{
 
 /// The hour within which the replacements of a record are counted.
 const REPLACEMENTS_WINDOW_US: i64 = 3_600 * 1_000_000;
+/// Longest wait for the database, so that the replacements of a record are counted.
+const WATCH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A change that is ready, or the answer that an earlier call with the same request id got.
 enum Prepared {
@@ -263,7 +265,13 @@ impl Broker {
         let Mutation {
             principal, call, ..
         } = mutation;
-        let then = match self.store.revision(info.id, telling).await {
+        // The change is committed: its answer does not wait for a database that hangs now.
+        let read = tokio::time::timeout(WATCH_TIMEOUT, self.store.revision(info.id, telling));
+        let Ok(read) = read.await else {
+            tracing::warn!(call_id = %call.id, "the database was too slow to count the replacements of a record");
+            return;
+        };
+        let then = match read {
             Ok(Some(stored)) => stored.created,
             // Revisions are removed by the purge alone, long after they were superseded.
             Ok(None) => return,

@@ -23,7 +23,7 @@ use crate::{
     link::Link,
 };
 
-use backlogs::{Backlogs, Waiting};
+use backlogs::{Backlogs, Served, Waiting};
 use estimate::{Estimate, Estimates, Kind};
 
 mod backlogs;
@@ -35,11 +35,6 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 /// that is left, and at most so much.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
-/// By how much the expected wait is raised, in thousandths, when a job turned out to be too late after all; and by how much it
-/// falls with each job that was in time. The estimate can be too low: the token slows down, or other principals come.
-const CAUTION_STEP: u32 = 50;
-const CAUTION_FALL: u32 = 1;
-const CAUTION_MAX: u32 = 1_000;
 /// A full queue is searched for abandoned jobs at most this often: a refusal stays cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -56,8 +51,6 @@ struct State {
     links: Vec<Arc<Link>>,
     estimates: Estimates,
     searched: Option<Instant>,
-    /// What the expected wait is raised by, in thousandths.
-    caution: u32,
 }
 
 impl Waiting for Job {
@@ -82,7 +75,6 @@ impl Queue {
                 links: Vec::new(),
                 estimates: Estimates::default(),
                 searched: None,
-                caution: 0,
             }),
             length_max: settings.queue_length_max,
         }
@@ -193,7 +185,7 @@ impl State {
             }
             let left = job.caller.deadline().remaining();
             if left.is_zero() {
-                self.add_caution();
+                self.waiting.note(job.caller.lane(), Served::Late);
                 job.answer(Err(Error::Deadline), Duration::ZERO);
                 continue;
             }
@@ -201,12 +193,12 @@ impl State {
             // The first job after the wait for a free session shows how long the token takes now, so it is always tried.
             let mean = self.estimates.of(Kind::of(&job.work)).mean;
             if left < mean && !self.waiting.is_empty() {
-                self.add_caution();
-                let refusal = refusal(Duration::ZERO);
+                self.waiting.note(job.caller.lane(), Served::Late);
+                let refusal = refusal(self.expected_wait());
                 job.answer(Err(refusal), Duration::ZERO);
                 continue;
             }
-            self.caution = self.caution.saturating_sub(CAUTION_FALL);
+            self.waiting.note(job.caller.lane(), Served::InTime);
             metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
             link.assign(job);
         }
@@ -224,6 +216,9 @@ impl State {
         let (sessions, busy) = self.links.iter().fold((0, 0), |(sessions, busy), link| {
             (sessions + link.sessions(), busy + link.in_flight())
         });
+        if deadline.remaining().is_zero() {
+            return Err(Error::Deadline);
+        }
         // Without a worker nothing is known; the next one is due. Background work has its share whatever else waits.
         if sessions == 0
             || *lane == Lane::Background
@@ -237,10 +232,7 @@ impl State {
         let under_way = job.mean * busy / 2;
         let left = deadline.instant().saturating_duration_since(now);
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
-        let wait_for = |work: Duration| {
-            let wait = (work + under_way) / sessions;
-            wait + wait / CAUTION_MAX * self.caution
-        };
+        let wait_for = |work: Duration| self.waiting.cautious(lane, (work + under_way) / sessions);
         // Most calls are in time even behind all others, which is known without a look at each lane.
         if wait_for(self.waiting.work()) + needed <= left {
             return Ok(());
@@ -251,10 +243,6 @@ impl State {
         } else {
             Err(refusal(wait))
         }
-    }
-
-    fn add_caution(&mut self) {
-        self.caution = (self.caution + CAUTION_STEP).min(CAUTION_MAX);
     }
 
     /// Makes room in a full queue: for abandoned jobs, then for the newest job of the lane that

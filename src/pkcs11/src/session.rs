@@ -259,16 +259,17 @@ impl SessionThread {
         self.current = None;
         match fault.class {
             Class::SessionLost => Err(Stop::SessionLost(fault)),
-            Class::TokenLost | Class::KeyMissing | Class::BackOff | Class::Untrusted => {
-                Err(Stop::from_self_test(&fault))
-            }
-            // One error of a passing kind is no reason to replace the worker: another session decides.
-            Class::Input
-            | Class::Ambiguous
+            Class::TokenLost
+            | Class::KeyMissing
+            | Class::BackOff
+            | Class::Untrusted
             | Class::Pin
-            | Class::Login
-            | Class::Configuration
-            | Class::NoToken => self.revive(key.as_bytes(), deadline),
+            | Class::Login => Err(Stop::from_self_test(&fault)),
+            // One error of a passing kind is no reason to replace the worker: another session decides.
+            Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
+                tracing::warn!(%fault, "a self-test failed and is repeated in another session");
+                self.revive(key.as_bytes(), deadline)
+            }
         }
     }
 }

@@ -84,7 +84,8 @@ impl Refusal {
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
             // After a key rotation every token of a network may name a key that was not fetched yet, so the attempt does not count as
-            // failed. It was cheap: without a key no signature is checked. The same id counts once a set without it was fetched.
+            // failed. It was cheap: without a key no signature is checked. The same id in an
+            // older token counts once a set without it was fetched.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }

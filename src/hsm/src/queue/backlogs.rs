@@ -19,6 +19,20 @@ const STANDING_INTERVAL: Duration = Duration::from_millis(100);
 /// A job that waited for more than this part of the whole time it was given is late.
 const STANDING_PARTS: u32 = 4;
 
+/// By how much the expected wait of a principal is raised, in thousandths, when a job of it turned out to be too late after all; and
+/// by how much it falls with each job that was in time. The estimate can be too low: the token slows down, or other
+/// principals come.
+const CAUTION_STEP: u32 = 50;
+const CAUTION_FALL: u32 = 1;
+const CAUTION_MAX: u32 = 1_000;
+
+/// Whether a job that had its turn could still be done in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Served {
+    InTime,
+    Late,
+}
+
 /// What the order depends on.
 pub(super) trait Waiting {
     /// When it came.
@@ -52,6 +66,8 @@ struct Backlog<J> {
     /// Whether it was given the credit of the turn that it has now.
     has_turn: bool,
     pressure: Pressure,
+    /// What the expected wait is raised by, in thousandths.
+    caution: u32,
 }
 
 #[derive(Debug)]
@@ -148,6 +164,7 @@ impl<J: Waiting> Backlogs<J> {
                 credit: Duration::ZERO,
                 has_turn: false,
                 pressure: Pressure::default(),
+                caution: 0,
             })
             .jobs
     }
@@ -158,6 +175,22 @@ impl<J: Waiting> Backlogs<J> {
         if let Some(backlog) = self.waiting.get_mut(lane) {
             backlog.cost += cost;
         }
+    }
+
+    /// Takes note of what became of a job of that lane when its turn came. An empty lane forgets it.
+    pub(super) fn note(&mut self, lane: &Lane, served: Served) {
+        if let Some(backlog) = self.waiting.get_mut(lane) {
+            backlog.caution = match served {
+                Served::InTime => backlog.caution.saturating_sub(CAUTION_FALL),
+                Served::Late => (backlog.caution + CAUTION_STEP).min(CAUTION_MAX),
+            };
+        }
+    }
+
+    /// The expected wait of a lane, raised while its jobs turn out to be too late.
+    pub(super) fn cautious(&self, lane: &Lane, wait: Duration) -> Duration {
+        let caution = self.waiting.get(lane).map_or(0, |backlog| backlog.caution);
+        wait + wait / CAUTION_MAX * caution
     }
 
     /// Work on the token that is done before a new job of that lane and cost, when every lane keeps to its turns.

@@ -78,7 +78,7 @@ impl Supervisor {
                     return self.queue.dispatch();
                 }
                 if class == FailureClass::SessionLost && !job.retried {
-                    self.queue.push_again(Job {
+                    self.repeat(Job {
                         retried: true,
                         losses: 0,
                         span: tracing::Span::current(),
@@ -93,7 +93,7 @@ impl Supervisor {
                 {
                     // Another worker may have the token still. If none has, the state of the service answers the job.
                     link.give_up(failure.detail);
-                    self.queue.push_again(Job {
+                    self.repeat(Job {
                         losses: job.losses + 1,
                         ..job
                     });
@@ -141,11 +141,17 @@ impl Supervisor {
         }
     }
 
+    /// Puts a job back into the queue. If no worker is left and none is due, the state of the service answers it.
+    fn repeat(&self, job: Job) {
+        self.queue.push_again(job);
+        self.answer_without_workers();
+    }
+
     fn try_later(self: &Arc<Self>, job: Job) {
         let supervisor = Arc::clone(self);
         self.tasks.spawn(async move {
             tokio::time::sleep(BACK_OFF).await;
-            supervisor.queue.push_again(job);
+            supervisor.repeat(job);
         });
     }
 

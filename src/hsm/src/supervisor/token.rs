@@ -43,12 +43,8 @@ impl Supervisor {
             losses: 0,
             span: Span::current(),
         })?;
-        // The state may have changed between the two: then nothing would answer the job before its deadline.
-        if !self.queue.has_links()
-            && let Err(error) = self.check_serving()
-        {
-            self.queue.fail_all(&error);
-        }
+        // The state may have changed between the two.
+        self.answer_without_workers();
         match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
                 outside_time::note(answer.outside);
@@ -65,6 +61,15 @@ impl Supervisor {
         match serving {
             Serving::Up => Ok(()),
             other => self.decider().refusal(&other).map_or(Ok(()), Err),
+        }
+    }
+
+    /// Answers the waiting jobs if there is no worker and none is due: nothing else would answer them before their deadlines.
+    pub(super) fn answer_without_workers(&self) {
+        if !self.queue.has_links()
+            && let Err(error) = self.check_serving()
+        {
+            self.queue.fail_all(&error);
         }
     }
 

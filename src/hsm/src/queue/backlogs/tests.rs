@@ -251,6 +251,25 @@ fn the_work_before_a_job_is_what_the_turns_make_of_it() {
     assert_eq!(before(&token, "heavy"), COST / 4 * 2);
 }
 
+/// A principal whose jobs come too late is expected to wait for longer; others are not.
+#[test]
+fn a_late_job_raises_the_expected_wait_of_its_principal() {
+    let mut token = Token::new(&[]);
+    token.push("late", 1);
+    token.push("other", 1);
+    for _ in 0..30 {
+        token.backlogs.note(&lane("late"), Served::Late);
+    }
+    token.backlogs.note(&lane("other"), Served::InTime);
+    assert_eq!(token.backlogs.cautious(&lane("late"), COST), COST * 2);
+    for _ in 0..CAUTION_MAX {
+        token.backlogs.note(&lane("late"), Served::InTime);
+    }
+    for name in ["late", "other", "unknown"] {
+        assert_eq!(token.backlogs.cautious(&lane(name), COST), COST);
+    }
+}
+
 #[test]
 fn a_full_queue_loses_the_newest_job_of_the_principal_that_fills_it() {
     let mut token = Token::new(&[("heavy", 100)]);

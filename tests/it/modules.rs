@@ -395,6 +395,8 @@ fn opencryptoki(objects: &Path) -> Daemon {
         succeeds(mount);
     };
     tmpfs("/run");
+    // The soft token shares its state between processes there, under a name that every other run has as well.
+    tmpfs("/dev/shm");
     fs::create_dir_all("/run/lock/opencryptoki/swtok").unwrap();
     fs::create_dir_all("/var/log/opencryptoki").unwrap();
     tmpfs("/var/log/opencryptoki");

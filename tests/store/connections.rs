@@ -271,7 +271,7 @@ async fn waiting_changes_cost_no_read(kind: Kind) {
     let text = log.text();
     let slow: Vec<_> = text
         .lines()
-        .filter(|line| line.contains("took long"))
+        .filter(|line| line.contains("slow database statement"))
         .collect();
     assert!(!slow.is_empty() && slow.len() <= 4, "{slow:#?}");
     assert!(slow[0].contains("statement=\"insert_"), "{slow:#?}");

@@ -28,7 +28,7 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a body is none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Malformed {
+pub(crate) enum Malformed {
     /// The content type is not JSON.
     ContentType,
     /// More than a client would send.
@@ -72,7 +72,7 @@ impl Malformed {
 }
 
 /// Reads the key out of a request, and keeps not a byte more than is permitted.
-pub(super) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
+pub(crate) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
         discard(&mut body).await;

@@ -21,7 +21,7 @@ const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 type Said = Map<String, Value>;
 
 /// Who a token is for, and until when it may be believed.
-pub(super) fn identity(
+pub(crate) fn identity(
     settings: &Settings,
     said: &Said,
     now: Timestamp,

@@ -11,7 +11,7 @@ const SHOWN_CHARS_MAX: usize = 100;
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// Longer than the limit.
     Oversized,
     /// Not three parts, not base64url, not JSON.
@@ -50,7 +50,7 @@ pub(super) enum Cause {
 
 /// A refused token.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     pub(super) cause: Cause,
     pub(super) detail: String,
     /// Time until the issuer's keys can be fetched again, if a newer key may verify the token.

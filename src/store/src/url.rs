@@ -34,7 +34,7 @@ pub(super) enum UrlError {
     Password,
     #[error("has no database name: append `/` and the name")]
     NoDatabase,
-    #[error("has neither a host nor `?socket=`")]
+    #[error("has no host and no `?socket=`")]
     NoHost,
     #[error("has no host before the port")]
     NoHostBeforePort,

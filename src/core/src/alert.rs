@@ -1,8 +1,8 @@
-//! Alerts: conditions that a person has to look at. This module has the only list of them. `docs/operations.md` has a section for
-//! each alert, and a test compares the two.
+//! Alerts: conditions that a person has to look at. The list in this module is the only one. `docs/operations.md` has a section
+//! for each alert, and a test compares the two.
 //!
-//! The macro [`alert!`](crate::alert!) is the only way to raise an alert. It logs one line at level ERROR with the fields `alert`
-//! (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
+//! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
+//! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
 /// The macro uses this path, because it expands in crates that may not depend on `tracing`.
 #[doc(hidden)]

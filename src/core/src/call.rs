@@ -157,7 +157,8 @@ impl Call {
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// The time of the system clock. A clock before 1970 gives 1970, and a clock after the year 294246 gives that year.
+    /// The time of the system clock. If the clock is before 1970, the result is 1970; if it is after the year 294246, the
+    /// result is that year.
     pub fn now() -> Self {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -4,7 +4,7 @@
 //! therefore not make a client that releases keys, or give a client another secret or role.
 //!
 //! The MAC does not prevent a rollback: an older document of the same client still verifies. If a client must never become
-//! valid again, give its secrets an expiry, or give it no role that it could misuse.
+//! valid again, set an expiry for its secrets or limit its roles.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -18,7 +18,8 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: the size of its column. This limit applies to changes that only shorten or revoke.
+/// Longest document, in bytes: the size of its column. The limit applies to changes that only shorten a document or revoke
+/// a secret.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
 /// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
 /// for changes that must never be refused: the dates of revocations, and stronger hashes.
@@ -37,7 +38,7 @@ const SECRET_PREFIX: &str = "kbs_";
 /// An API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCredential {
-    /// Its id, which it sends with its secret.
+    /// The id that the client sends with its secret.
     pub id: ClientId,
     /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,

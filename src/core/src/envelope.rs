@@ -15,8 +15,9 @@
 //! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
 //! is forged with the public key alone; a row is altered. The token refuses such a row before the RSA key is used.
 //!
-//! The MAC does not protect against the deletion of a row. It also does not protect against a rollback to a row that was
-//! valid before for the same record and revision number. A comparison of the store with the audit log finds both.
+//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
+//! that was valid before for the same record and revision number. A comparison of the store with the audit log finds
+//! both.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
 
@@ -53,9 +54,9 @@ pub type Mac = [u8; MAC_BYTES];
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. It needs the operator's permission, and is for tokens that
-    /// support nothing else. The collision attacks on SHA-1 do not apply to OAEP, but no new design should start with
-    /// it.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. The algorithm needs the operator's permission, and is for
+    /// tokens that support nothing else. The collision attacks on SHA-1 do not apply to OAEP, but no new design should
+    /// start with it.
     RsaOaepSha1,
 }
 
@@ -98,7 +99,7 @@ pub enum Context<'a> {
         /// The revision.
         revision: Revision,
     },
-    /// An envelope that a client stores itself. It is reserved: the format already prevents that such an envelope
+    /// An envelope that a client stores itself. This kind of envelope is reserved: the format already prevents that it
     /// verifies as a record.
     Client {
         /// The client's tenant.
@@ -283,7 +284,7 @@ impl Envelope {
         self.wrapping_key
     }
 
-    /// The wrapped bytes. They are as long as the modulus.
+    /// The wrapped bytes, which are as long as the modulus.
     pub fn wrapped(&self) -> &[u8] {
         &self.wrapped
     }

@@ -111,7 +111,7 @@ impl Reason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 
-    /// The fixed text that a caller receives. It has no internal details.
+    /// The fixed text that a caller receives. The text has no internal details.
     pub const fn text(self) -> &'static str {
         match self {
             Self::Request => "the request is malformed",
@@ -147,7 +147,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. It contains no bytes of the caller.
+/// A field of a request that breaks its limits. A violation contains no bytes of the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Field path in the request, as in the proto.
@@ -245,7 +245,8 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential was valid and has expired. Such a refusal is no attack and is not counted as a failure.
+    /// Whether the credential was valid and has expired. The refusal of an expired credential is no attack and is not counted
+    /// as a failure.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }

@@ -21,7 +21,7 @@ fn is_name(text: &str) -> bool {
             .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 }
 
-/// The owner of a set of records. It comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
+/// The owner of a set of records. A tenant comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Tenant(String);
@@ -186,7 +186,7 @@ macro_rules! id {
 }
 
 id!(
-    /// The id of one record. It is new at every create, so that a purged record and its successor have different ids.
+    /// The id of one record. A record id is new at every create, so that a purged record and its successor have different ids.
     RecordId
 );
 id!(
@@ -201,7 +201,7 @@ impl ClientId {
 }
 
 id!(
-    /// The id of a wrapping key and its integrity key. It is also the `CKA_ID` of their objects on the token, unless
+    /// The id of a wrapping key and its integrity key. The `CKA_ID` of both objects on the token is this id, unless
     /// [`ObjectIds`] contains other values.
     WrappingKeyId
 );
@@ -317,7 +317,7 @@ impl fmt::Display for Revision {
     }
 }
 
-/// SHA-256 of a DER SubjectPublicKeyInfo. It identifies a public key, regardless of where the key was read.
+/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of where the key was read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 

@@ -5,8 +5,8 @@
 //! certificate authority, an intermediate certificate or a key that is missing without an error. Therefore this module splits the
 //! file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes each block.
 //!
-//! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. It
-//! refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
+//! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. The
+//! module refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 

@@ -67,7 +67,7 @@ impl Role {
 pub enum Kind {
     /// A person. A user has no role, and can use only its own keys.
     User,
-    /// A program or an operator. Its roles decide what it may do.
+    /// A program or an operator. The roles of a service decide what it may do.
     Service,
 }
 

@@ -14,7 +14,8 @@ pub const KEY_MATERIAL_BYTES_MAX: usize = 190;
 pub struct KeyMaterial(Zeroizing<Vec<u8>>);
 
 impl KeyMaterial {
-    /// Takes ownership of the bytes. They are overwritten when this is dropped, and also when they are refused.
+    /// Takes ownership of the bytes. The bytes are overwritten when the value is dropped, and also when they
+    /// are refused.
     pub fn new(bytes: Vec<u8>) -> Result<Self, Error> {
         let bytes = Zeroizing::new(bytes);
         if (1..=KEY_MATERIAL_BYTES_MAX).contains(&bytes.len()) {

@@ -55,13 +55,13 @@ impl Error {
     }
 }
 
-/// A lock on a fact. It is released when it is dropped, or by the kernel when the process ends.
+/// A lock on a fact. The lock is released when this value is dropped, or by the kernel when the process ends.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
-/// The directory of facts. It is created when the first fact is written.
+/// The directory of facts. The directory is created when the first fact is written.
 #[derive(Clone, Debug)]
 pub struct StateDirectory {
     path: PathBuf,
@@ -167,7 +167,7 @@ impl StateDirectory {
         }
     }
 
-    /// Removes a fact. It is no error if the fact does not exist.
+    /// Removes a fact. Succeeds if the fact does not exist.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         let path = self.path.join(name);
         match fs::remove_file(&path).and_then(|()| sync(&self.path)) {

@@ -24,8 +24,8 @@
 //! directory.
 //!
 //! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]).
-//! It also applies to the directories above a file that this process writes, but there a group may have the write permission
-//! ([`check_above`]).
+//! The rule also applies to the directories above a file that this process writes, but there a group may have the write
+//! permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -189,8 +189,8 @@ pub struct SocketPlace {
 }
 
 /// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users`
-/// are the users of that program. Their files and directories are trusted like those of root, and their own groups may write to
-/// directories on the way (`/run/postgresql` of Debian has mode 2775).
+/// are the users of that program. Files and directories of these users are trusted like those of root, and their own groups may
+/// write to directories on the way (`/run/postgresql` of Debian has mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,

@@ -84,11 +84,13 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// The result of an earlier mutation with this request id, within the last 24 hours.
     async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error>;
 
-    /// Whether the mutation of a call was committed. This resolves intents that have no outcome after a crash.
+    /// Whether the mutation of a call was committed. The broker uses the result to resolve intents that have no outcome after a
+    /// crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
     /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left their mark
-    /// in it. This is a plain read: it does not wait for transactions, and does not include a change that is still in progress.
+    /// in it. The call is a plain read: it does not wait for transactions, and does not include a change that is still in
+    /// progress.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Whether the database was used with this audit log of an instance.

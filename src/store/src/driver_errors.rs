@@ -57,8 +57,8 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { index, .. } => {
                 return Self::Corrupt(Detail::caused(format!("column {index}"), error));
             }
-            // This happens only while a store is opened, when no connection is in use. Later the lease distinguishes a full
-            // pool from an outage.
+            // The pool times out only while a store is opened, when no connection is in use. Later the lease distinguishes a
+            // full pool from an outage.
             sqlx::Error::PoolTimedOut => {
                 return Self::Disconnected(
                     "no connection in time: the database does not accept connections".into(),

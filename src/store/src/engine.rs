@@ -37,7 +37,8 @@ mod uses;
 
 /// Highest number of attempts of a transaction that conflicts with others.
 const ATTEMPTS_MAX: u32 = 8;
-/// The wait before the second attempt. It doubles, and has a random part so that the same transactions do not conflict again.
+/// The wait before the second attempt. The wait doubles, and has a random part so that the same transactions do not conflict
+/// again.
 const BACKOFF: Duration = Duration::from_millis(4);
 
 /// The time that a call waits for a database that has just become unavailable, such as a server that is restarted. After this
@@ -45,7 +46,7 @@ const BACKOFF: Duration = Duration::from_millis(4);
 const OUTAGE_WAITED_OUT: Duration = Duration::from_millis(2_500);
 /// The time for which a call tries other connections while the database answers other calls. Callers wait for about five seconds.
 const RETRIED_FOR: Duration = Duration::from_millis(4_500);
-/// The wait before a call tries another connection. It doubles up to [`RECONNECT_WAIT_MAX`].
+/// The wait before a call tries another connection. The wait doubles up to [`RECONNECT_WAIT_MAX`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(5);
 const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 
@@ -59,8 +60,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// The connections for a purpose.
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;
 
-    /// How long a call may use a connection. This is longer than the database's own limit on statements, and applies when the
-    /// database does not answer at all.
+    /// How long a call may use a connection. The limit is longer than the database's own limit on statements, and applies when
+    /// the database does not answer at all.
     fn time_limit(&self) -> Duration;
 
     /// Limits the concurrent connections for a purpose, and the time that a call waits for one.
@@ -103,7 +104,7 @@ type Row<E> = <Connection<E> as Session>::Row;
 pub(super) struct EngineStore<E> {
     engine: Arc<E>,
     probe: Arc<probe::Probe>,
-    /// The tasks in progress. They can outlive their callers.
+    /// The tasks in progress. Tasks can outlive their callers.
     tasks: TaskTracker,
 }
 
@@ -375,7 +376,7 @@ where
 {
 }
 
-/// A connection from the pool. It is closed when it is dropped, unless it was given back.
+/// A connection from the pool. The connection is closed when the lease is dropped, unless it was given back.
 struct Lease<'e, E: Engine> {
     engine: &'e E,
     connection: Option<PoolConnection<E::Database>>,

@@ -25,11 +25,11 @@ pub struct Evidence {
 /// Whether a database was used with an audit log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KnownLog {
-    /// It was used with this log.
+    /// The database was used with this log.
     This,
-    /// It was used only with other logs of the same instance.
+    /// The database was used only with other logs of the same instance.
     Another,
-    /// It was used with no log of the instance.
+    /// The database was used with no log of the instance.
     None,
 }
 

@@ -9,7 +9,7 @@
 //! - List pages are stable under concurrent writes.
 //! - A mutation and its request id are committed together or not at all.
 //!
-//! The store never has access to key material. It stores envelopes as bytes that it does not interpret.
+//! The store never has access to key material. The store contains envelopes as bytes that it does not interpret.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 

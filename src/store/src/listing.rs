@@ -4,8 +4,8 @@ use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
 
 use super::Error;
 
-/// Highest number of damaged rows without a readable key before the start of a page. It limits how many rows a page token
-/// can make the database skip.
+/// Highest number of damaged rows without a readable key before the start of a page. The limit bounds how many rows a
+/// page token can make the database skip.
 pub const SKIPPED_MAX: u32 = 100_000;
 
 /// The start of a page: after the row with this key, and after a number of further rows whose key could not be read.
@@ -88,7 +88,7 @@ pub struct DamagedRecord {
     pub name: Option<KeyName>,
     /// What is wrong.
     pub damage: Damage,
-    /// Table and column, or the revisions that contradict each other. It never contains bytes of the row.
+    /// Table and column, or the revisions that contradict each other. The text never contains bytes of the row.
     pub detail: String,
 }
 
@@ -102,11 +102,11 @@ impl DamagedRecord {
 /// A damaged row of the API clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedClient {
-    /// Its id, if it could be read.
+    /// The id of the client, if it could be read.
     pub id: Option<ClientId>,
     /// What is wrong.
     pub damage: Damage,
-    /// Table and column. It never contains bytes of the row.
+    /// Table and column. The text never contains bytes of the row.
     pub detail: String,
 }
 

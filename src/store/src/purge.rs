@@ -1,7 +1,7 @@
 //! Permanent removal of superseded revisions and deleted records after the retention time, and of the marks of mutations of
 //! that age.
 //!
-//! A purge reads the database once, in batches of short transactions. It can be stopped at any time and run again, and
+//! A purge reads the database once, in batches of short transactions. A purge can be stopped at any time and run again, and
 //! brokers may run at the same time.
 
 use std::{collections::HashSet, sync::Arc};
@@ -28,7 +28,7 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// One batch of a purge. Its records are purged in one transaction, its revisions in another.
+/// One batch of a purge. The records of a batch are purged in one transaction, its revisions in another.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.

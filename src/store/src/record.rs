@@ -107,7 +107,7 @@ impl NewRevision {
     }
 }
 
-/// The call, time and request id of a change. They are written in the transaction of the mutation.
+/// The call, time and request id of a change. All three are written in the transaction of the mutation.
 #[derive(Clone, Debug)]
 pub struct Stamp {
     /// The call, for recovery after a crash.

@@ -9,8 +9,8 @@ use keybroker_core::{
     key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
-/// The stored form of one wrapping key. It does not contain the public key, which always comes from the
-/// token.
+/// The stored form of one wrapping key. The registry does not contain public keys, which always come
+/// from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistryRow {
     /// Its id.

@@ -183,7 +183,7 @@ impl Head {
     }
 }
 
-/// A record at a known address with its current revision. This does not check that the revision is the newest.
+/// A record at a known address with its current revision. The function does not check that the revision is the newest.
 fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let head = Reader::new(Table::Records, row).head(address)?;
     let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;

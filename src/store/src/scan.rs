@@ -162,7 +162,7 @@ fn record_of(row: &Row) -> Value {
 /// A row of the API clients.
 #[derive(Clone, Debug)]
 pub struct FoundClient {
-    /// Its id; absent for a row without a valid id.
+    /// The id of the client; absent for a row without a valid id.
     pub id: Option<ClientId>,
     /// The whole row, if it can be decoded.
     pub row: Result<ClientRow, Error>,

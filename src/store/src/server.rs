@@ -39,8 +39,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// restarted.
 const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
-/// Limits the lifetime of a connection, so that connections move when a name leads to another server, and certificates and
-/// settings are checked again.
+/// Limits the lifetime of a connection, so that connections move when a host name resolves to another server, and certificates
+/// and settings are checked again.
 const LIFETIME_MAX: Duration = Duration::from_mins(30);
 /// Additional time after the server's own limit on a statement, for a server that does not answer at all.
 const BEYOND_STATEMENT: Duration = Duration::from_secs(1);
@@ -61,8 +61,8 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     fn migrator() -> &'static Migrator;
 
-    /// The options of a connection. They contain nothing from the environment of the process. It is an error if the driver would
-    /// use a variable from there.
+    /// The options of a connection. The options contain nothing from the environment of the process. The function fails if the
+    /// driver would use a variable from the environment.
     fn options(settings: &Settings, place: &Place) -> Result<OptionsOf<Self>, Error>
     where
         Self: Sized;
@@ -352,7 +352,7 @@ struct OnServer<S: Server> {
     pool: Pool<S::Database>,
     /// The socket, if another user could create one in its place while the server is stopped.
     socket: Option<Socket>,
-    /// Changes may wait for locks of other transactions. They use only a part of the connections, so that some are always free
+    /// Changes may wait for locks of other transactions. Changes use only a part of the connections, so that some are always free
     /// for reads.
     writes: Semaphore,
     acquire_timeout: Duration,

@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::{StoreId, slow};
 
-/// A value for a statement. It is owned, because statements can outlive their callers.
+/// A value for a statement. A value is owned, because statements can outlive their callers.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Value {
     Bytes(Vec<u8>),

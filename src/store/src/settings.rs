@@ -134,7 +134,7 @@ mod defaults {
     }
 }
 
-/// The URL of a database. Its text form hides a password that the URL contains by mistake.
+/// The URL of a database. The text form of the URL hides a password that the URL contains by mistake.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Url(String);
@@ -329,7 +329,7 @@ impl Settings {
         problems
     }
 
-    /// The password. It is read at each call and is not stored in a field.
+    /// The password. The password is read at each call and is not stored in a field.
     pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
         if let Some(path) = &self.password_file {
             return read_password(path).map(Some);

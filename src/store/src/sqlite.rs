@@ -49,11 +49,11 @@ const DIALECT: Dialect = Dialect {
 static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 const READERS: u32 = 4;
-/// How long a call waits for a connection. This is shorter than the deadlines of most callers, so that they receive the
-/// reason for the wait.
+/// How long a call waits for a connection. The limit is shorter than the deadlines of most callers, so that they
+/// receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far longer than any disk operation. There is no server that could be unavailable.
+/// Far longer than any disk operation. A file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.
@@ -79,7 +79,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .disable_statement_logging()
 }
 
-/// The only connection that writes. It stays open, because each reopening would check the WAL again.
+/// The only connection that writes. The connection stays open, because each reopening would check the WAL again.
 fn writer(path: &Path) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(1)

@@ -62,7 +62,7 @@ pub(super) struct Statements {
     pub(super) evidence: &'static str,
     /// Values: identity, at. Inserts nothing if the database has an identity.
     pub(super) insert_identity: &'static str,
-    /// identity.
+    /// Value: identity.
     pub(super) update_identity: &'static str,
     /// Values: log, instance. Returns how many logs the instance has, and how many of them are this log.
     pub(super) audit_logs: &'static str,
@@ -76,11 +76,11 @@ pub(super) struct Statements {
     pub(super) insert_revision: &'static str,
     /// Values: revision, at, record, revision before.
     pub(super) advance_record: &'static str,
-    /// state, at, deleted, record.
+    /// Values: state, at, deleted, record.
     pub(super) set_state: &'static str,
     /// Values: tenant, principal, request id, used until.
     pub(super) forget_request: &'static str,
-    /// used before, at most so many.
+    /// Values: used before, limit.
     pub(super) forget_requests: &'static str,
     /// Values: all columns of the registry except the key, then key and MAC before.
     pub(super) update_registry: &'static str,
@@ -92,13 +92,13 @@ pub(super) struct Statements {
 
     /// Values: record, revision. Does not delete a current revision.
     pub(super) delete_superseded: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_revisions: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_record: &'static str,
-    /// call.
+    /// Value: call.
     pub(super) delete_change: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_use: &'static str,
     /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. A row may occur several times. Changes nothing if a later
     /// use is stored.
@@ -284,7 +284,7 @@ impl OfTable {
     fn of_engine(dialect: &Dialect, table: Table) -> Self {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let after = match table.key() {
-            // Not every engine uses an index for a comparison of several columns. All engines use one for the first column alone.
+            // Not every engine uses an index for a comparison of several columns. All engines use one for a comparison of only the first column.
             [first, _, ..] => {
                 let places = places(table.key().len());
                 format!("{} >= ? AND ({key}) > ({places})", first.name)

@@ -1,5 +1,5 @@
-//! The URL of a database. It is parsed here and not by the driver, because a driver's parameters include some that
-//! disable TLS.
+//! The URL of a database. The broker parses the URL and not the driver, because a driver's parameters include some
+//! that disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 

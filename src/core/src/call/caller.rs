@@ -14,7 +14,7 @@ pub struct Caller {
     /// Places for the calls of this connection.
     calls: Arc<Semaphore>,
     calls_max: usize,
-    /// Places for health checks and for health watches. They are separate from calls, so that an open watch does not make the
+    /// Places for health checks and for health watches. Both are separate from calls, so that an open watch does not make the
     /// connection busy.
     health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,

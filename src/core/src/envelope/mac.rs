@@ -107,8 +107,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The message for the MAC of the stored answer to a request id. It contains the SHA-256 of the fields of the answer,
-    /// because the answer may be longer than the input that a token accepts.
+    /// The message for the MAC of the stored answer to a request id. The message contains the SHA-256 of the fields of the
+    /// answer, because the answer may be longer than the input that a token accepts.
     pub fn request_result(parts: &[&[u8]]) -> Self {
         let mut fields = digest::Context::new(&digest::SHA256);
         for part in parts {
@@ -120,8 +120,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The message whose MAC shows whether two mutations with one request id have the same content. It is a MAC and not a
-    /// plain hash, because a reader of the table could guess key material of low entropy from a hash.
+    /// The message whose MAC shows whether two mutations with one request id have the same content. The store keeps a MAC
+    /// and not a plain hash, because a reader of the table could guess key material of low entropy from a hash.
     pub fn request(parts: &[&[u8]]) -> Self {
         let mut message = Message::new(REQUEST_DOMAIN);
         for part in parts {

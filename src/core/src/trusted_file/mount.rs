@@ -30,7 +30,7 @@ pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
 /// Set by [`ignore_read_only_mounts`].
 static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
 
-/// Whether files in a read-only mount are exempt from the checks of owner and mode. They are not exempt where systemd runs,
+/// Whether files in a read-only mount are exempt from the checks of owner and mode. Where systemd runs, files are not exempt,
 /// because other processes may have write access to the same file systems.
 pub fn read_only_mounts_count() -> bool {
     // If the existence is unknown, assume that systemd runs, so that the ordinary rules apply.
@@ -39,8 +39,8 @@ pub fn read_only_mounts_count() -> bool {
     !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
 }
 
-/// Applies the ordinary rules in read-only mounts for the rest of this process. It is for a process with a cleared environment,
-/// which cannot detect what its parent process knows.
+/// Applies the ordinary rules in read-only mounts for the rest of this process. Call this in a process with a cleared
+/// environment, which cannot detect what its parent process knows.
 pub fn ignore_read_only_mounts() {
     IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }

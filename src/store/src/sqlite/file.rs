@@ -203,7 +203,7 @@ fn make_file(path: &Path) -> Result<(), Error> {
     if path.exists() {
         return Ok(());
     }
-    // This does not follow a symbolic link to a file that does not exist.
+    // `create_new` does not follow a symbolic link to a file that does not exist.
     let made = OpenOptions::new()
         .create_new(true)
         .append(true)

@@ -156,7 +156,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// Fewer bytes than the fields need.
-    #[error("the envelope is cut short")]
+    #[error("the envelope is truncated")]
     Truncated,
     /// A format version that this release does not know.
     #[error("unknown envelope format version {0}")]
@@ -168,7 +168,7 @@ pub enum ParseError {
     #[error("unknown envelope algorithm {0}")]
     Algorithm(u8),
     /// A wrapped key whose length does not fit any permitted RSA key.
-    #[error("wrapped key of {0} bytes")]
+    #[error("a wrapped key cannot have {0} bytes")]
     WrappedLength(usize),
     /// Bytes after the end.
     #[error("{0} bytes after the end of the envelope")]

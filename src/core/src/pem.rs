@@ -81,8 +81,8 @@ pub enum Error {
     },
     /// A private key under a passphrase.
     #[error(
-        "the private key that begins in line {0} is encrypted, and there is no passphrase to open it with; decrypt it with \
-         `openssl pkey -in FILE -out key.pem`, and protect the result by its mode"
+        "the private key that begins in line {0} is encrypted, and keybroker has no passphrase for it; decrypt it with \
+         `openssl pkey -in FILE -out key.pem`, and restrict the mode of the result"
     )]
     Encrypted(usize),
     /// A block of a kind that is not permitted in this file.
@@ -208,12 +208,12 @@ fn remedy(label: &str) -> &'static str {
         "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
             "it is a request; use the certificate that the authority issued for it"
         }
-        "X509 CRL" => "a revocation list belongs into the file of its own setting",
-        "CERTIFICATE" => "a certificate does not belong into this file; remove it",
+        "X509 CRL" => "put a revocation list into the file of its own setting",
+        "CERTIFICATE" => "a certificate does not belong in this file; remove it",
         _ if label.ends_with("PRIVATE KEY") => {
-            "a private key does not belong into this file; remove it, and replace the key if others may have read it"
+            "a private key does not belong in this file; remove it, and replace the key if others may have read it"
         }
-        _ => "it does not belong into this file; remove it",
+        _ => "it does not belong in this file; remove it",
     }
 }
 

@@ -13,7 +13,7 @@
 //! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's integrity key over [`Envelope::mac_message`] |
 //!
 //! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
-//! is forged with the public key alone; a row is altered. The token refuses such a row before the RSA key is used.
+//! is forged with the public key alone; a row is altered. The token refuses a changed row before the RSA key is used.
 //!
 //! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
 //! that was valid before for the same record and revision number. A comparison of the store with the audit log finds

@@ -35,7 +35,7 @@ pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
-/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes such a block.
+/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes a block of parameters.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
 /// Why a file was refused. The text is a clause that follows the name of the file.
@@ -267,7 +267,7 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
 /// part is no list. A file without any list is accepted. The file comes from other machines and may be damaged, and one damaged
 /// block must not prevent the use of the lists of all other authorities.
 ///
-/// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the rest of the file is ignored, and the last entry reports this.
+/// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the last entry reports that the rest of the file is ignored.
 pub fn revocation_lists(
     bytes: &[u8],
 ) -> Vec<Result<CertificateRevocationListDer<'static>, DamagedBlock>> {

@@ -35,7 +35,7 @@ use super::{
 
 /// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection that was in the pool for longer than this is tested before it is lent, because the server may have been
+/// A connection that was in the pool for longer than this time is tested before it is lent, because the server may have been
 /// restarted.
 const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);

@@ -518,7 +518,7 @@ fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
         "status listener",
         &to(&status, &ca),
         11,
-        &["no TLS is spoken", "[status] address"],
+        &["does not use TLS", "[status] address"],
     );
     says(
         "no listener",
@@ -539,15 +539,15 @@ fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
         &to(&grpc, &others),
         11,
         &[
-            "certificate is not signed by an authority in --ca (",
-            "hint: name the authority",
+            "certificate is not signed by a CA in --ca (",
+            "hint: --ca must contain the certificate of the CA",
         ],
     );
     says(
         "no port",
         &to("https://127.0.0.3", &ca),
         11,
-        &["no port is named in --endpoint, so 443 was tried"],
+        &["--endpoint has no port, so port 443 was used"],
     );
     let by_name = to(&grpc.replace("localhost", "127.0.0.2"), &ca);
     says(
@@ -570,7 +570,7 @@ fn a_broker_of_another_name_is_told_from_one_of_another_authority() {
         "another name",
         &finished,
         11,
-        &["by a name of its certificate"],
+        &["by a name in its certificate"],
     );
 }
 

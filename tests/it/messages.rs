@@ -97,7 +97,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             let leaf = text(&site.pki.certificate_file("releaser"));
             fs::write(site.pki.ca_file(), leaf).unwrap();
         },
-        &["CA:FALSE", "name the certificate of the authority"],
+        &["CA:FALSE", "use the certificate of the CA"],
     ),
     (
         "no certificate in the file of authorities",
@@ -198,7 +198,7 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
         let finished = site.run(&["config", "check"]);
         says("a certificate in use", &finished, 0, &[]);
         assert_eq!(
-            finished.stderr.contains("it expires on"),
+            finished.stderr.contains("it expires soon, on"),
             is_late,
             "{until}: {finished:#?}"
         );
@@ -212,7 +212,7 @@ const VALUES: &[(&str, &str, &str)] = &[
     (
         "address = \"127.0.0.1:0\"",
         "address = \"localhost:8443\"",
-        "`localhost` is 127.0.0.1",
+        "for `localhost`, write 127.0.0.1",
     ),
     (
         "address = \"127.0.0.1:0\"",
@@ -227,17 +227,17 @@ const VALUES: &[(&str, &str, &str)] = &[
     (
         "key_names = [\"*\"]",
         "key_names = [\"backup-*\"]",
-        "no patterns",
+        "patterns are not supported",
     ),
     (
         LIMIT,
         "drain_timeout_ms = -1",
-        "write milliseconds: a whole number that is not negative",
+        "write milliseconds as a whole number that is not negative",
     ),
     (
         LIMIT,
         "drain_timeout_ms = 30.5",
-        "write milliseconds: a whole number that is not negative",
+        "write milliseconds as a whole number that is not negative",
     ),
     (
         LIMIT,

@@ -675,7 +675,7 @@ async fn a_wrong_path_of_the_rest_api_is_answered_with_the_right_ones() {
     let answer = rest.request(Method::GET, "/nothing").send().await.unwrap();
     assert_eq!(answer.status(), 404);
     let text = answer.text().await.unwrap();
-    for word in ["there is no such path", "/user-keys", "`prefix`"] {
+    for word in ["this path does not exist", "/user-keys", "`path_prefix`"] {
         assert!(text.contains(word), "{text}");
     }
 }

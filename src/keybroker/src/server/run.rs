@@ -425,6 +425,7 @@ impl Server {
     }
 
     /// Drains and stops the broker, in this order:
+    ///
     /// 1. The health becomes `NOT_SERVING`, and load balancers have time to notice it.
     /// 2. The listeners accept no more connections, and open connections receive GOAWAY.
     /// 3. Calls in progress end, and mutations receive their outcomes.

@@ -23,14 +23,13 @@ use super::{
     LISTS_BYTES_MAX, Lists,
     error::{ListsError, MemoryError},
     list::{
-        Authority, AuthorityId, List, Slot, Version, authority_of, check_for_handshake, id_of,
-        name_of,
+        Authority, AuthorityId, Life, List, Slot, Version, authority_of, check_for_handshake,
+        id_of, name_of,
     },
     parsed, roots,
 };
 
-/// Maximum number of stored lists for one file. If there are more, expired lists and lists of CAs that are no longer configured
-/// are removed.
+/// Maximum number of stored lists for one file. If there are more, expired lists are removed.
 const STORED_MAX: usize = 128;
 /// Number of digest bytes in the name of a state file.
 const NAMED_BYTES: usize = 8;
@@ -152,13 +151,22 @@ impl Place {
         Ok(versions)
     }
 
-    /// Removes the stored lists with the oldest changes until the limit is met, except those in `valid`.
-    fn limit(&self, valid: &BTreeSet<String>) -> Result<(), MemoryError> {
+    /// Removes expired lists until the limit is met, beginning with those that were not replaced for the longest time. Lists in
+    /// `own`, which this listener uses, are kept. Other listeners may use the same file with other CAs.
+    fn limit(&self, own: &BTreeSet<String>, now: i64) -> Result<(), MemoryError> {
         let names = self.state.names(&format!("{}-", self.file), SUFFIX)?;
-        let too_many = names.len().saturating_sub(STORED_MAX);
-        let former = names.iter().filter(|name| !valid.contains(*name));
-        for name in former.take(too_many) {
-            self.state.remove(name)?;
+        let mut too_many = names.len().saturating_sub(STORED_MAX);
+        for name in names.iter().filter(|name| !own.contains(*name)) {
+            if too_many == 0 {
+                break;
+            }
+            let stored = self.read(name)?;
+            let is_valid =
+                stored.is_some_and(|der| Life::read(&der).is_some_and(|life| life.includes(now)));
+            if !is_valid {
+                self.state.remove(name)?;
+                too_many -= 1;
+            }
         }
         Ok(())
     }
@@ -319,7 +327,7 @@ impl Memory {
         if is_new {
             let valid = self.accepted.iter().filter(|(_, list)| list.is_valid(now));
             let names = valid.map(|(slot, _)| place.name(slot));
-            place.limit(&names.collect())?;
+            place.limit(&names.collect(), now)?;
         }
         Ok(())
     }

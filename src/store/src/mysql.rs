@@ -196,7 +196,7 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
         connection
             .control("DELETE FROM _sqlx_migrations WHERE NOT success")
             .await?;
-        let current = schema::current(connection, &SQL).await?;
+        let current = schema::current(connection, &SQL, schema::newest(&MIGRATOR)).await?;
         for added in ADDED_COLUMNS {
             // No release has used the column: none opens a database before its migration is complete.
             if added.version > current && !connection.rows(added.find, Vec::new()).await?.is_empty()

@@ -52,8 +52,15 @@ pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema of a database; 0 when it has none.
-pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Result<i64, Error> {
+/// The schema of a database; 0 when it has none. `known` is the newest version that this binary knows.
+///
+/// A migration that did not finish is not counted, because this release runs it again. One of a later release is counted: where each
+/// statement commits separately, it may have changed what this release reads.
+pub(super) async fn current(
+    session: &mut impl Session,
+    sql: &Statements,
+    known: i64,
+) -> Result<i64, Error> {
     if session
         .rows(sql.has_migrations, Vec::new())
         .await?
@@ -61,7 +68,9 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
     {
         return Ok(0);
     }
-    let newest = session.rows(sql.newest_migration, Vec::new()).await?;
+    let newest = session
+        .rows(sql.newest_migration, vec![known.into()])
+        .await?;
     newest
         .first()
         .map_or(Ok(0), |row| Ok(row.integer("version")?))
@@ -77,7 +86,7 @@ pub(super) async fn known_audit_log(
     instance: &str,
     log_id: &str,
 ) -> Result<KnownLog, Error> {
-    if current(session, sql).await? < AUDIT_LOGS_SINCE {
+    if current(session, sql, AUDIT_LOGS_SINCE).await? < AUDIT_LOGS_SINCE {
         return Ok(KnownLog::None);
     }
     let values = vec![log_id.into(), instance.into()];
@@ -131,7 +140,8 @@ pub(super) async fn status(
     sql: &Statements,
     migrator: &Migrator,
 ) -> Result<SchemaStatus, Error> {
-    let (current, newest) = (current(session, sql).await?, newest(migrator));
+    let newest = newest(migrator);
+    let current = current(session, sql, newest).await?;
     let is_usable = match current.cmp(&newest) {
         Ordering::Less => false,
         Ordering::Equal => true,

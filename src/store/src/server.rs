@@ -184,7 +184,7 @@ pub(super) async fn migrate<S: Server>(
 ) -> Result<MigrationReport, Error> {
     let options = S::options(settings, place)?;
     let (mut connection, _) = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut connection, S::sql()).await?;
+    let current = schema::current(&mut connection, S::sql(), schema::newest(S::migrator())).await?;
     let report = schema::plan(current, S::migrator())?;
     if !dry_run {
         if !report.pending.is_empty() {

@@ -260,10 +260,11 @@ impl Statements {
             clock: dialect.clock,
             has_migrations: dialect.has_migrations,
             newest_migration: sql(
-                "SELECT version FROM _sqlx_migrations WHERE success ORDER BY version DESC LIMIT 1",
+                "SELECT version FROM _sqlx_migrations WHERE success OR version > ? \
+                 ORDER BY version DESC LIMIT 1",
             ),
             later_migrations: sql(
-                "SELECT version, description FROM _sqlx_migrations WHERE success AND version > ?",
+                "SELECT version, description FROM _sqlx_migrations WHERE version > ?",
             ),
             durability: dialect.durability,
 

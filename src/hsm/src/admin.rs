@@ -74,7 +74,7 @@ pub enum AdminError {
     /// Other users can change a file that the module's environment refers to.
     #[error(transparent)]
     Environment(#[from] PathError),
-    /// The public key of a key on the token is not usable.
+    /// The public key of a key on the token cannot be used.
     #[error(transparent)]
     PublicKey(#[from] OaepError),
     /// The worker cannot be started.

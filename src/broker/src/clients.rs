@@ -158,19 +158,19 @@ impl Broker {
                     .own_client(&principal, &call, id, Wanted::InForce)
                     .await?;
                 if credential.document.revoked.is_some() {
-                    let what = "that of a client that is not revoked: create another client";
+                    let what = "the id of a client that is not revoked; create another client";
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
-                    let what = "that of a client with fewer than two valid secrets: revoke one first";
+                    let what = "the id of a client with fewer than two valid secrets; revoke one first";
                     return Err(Error::violation("id", what));
                 }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {
-                    let what = "that of a client with room for a secret: the users, key names and secrets of this client are too long; create another client";
+                    let what = "the id of a client with room for a secret: the users, key names and secrets of this client are too long; create another client";
                     return Err(Error::violation("id", what));
                 }
                 Ok((broker.next_row(credential).await?, secret))

@@ -20,7 +20,7 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// The purpose of key files: whoever controls a key in them can sign tokens for every user.
+/// The purpose of key files: a person who controls a key in them can sign tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 /// Time after which every copy of a key set is up to date. Until then, caches and replicas between the provider and the

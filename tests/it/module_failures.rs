@@ -171,6 +171,25 @@ fn a_module_that_hangs_is_given_up() {
     assert_eq!(left.count(), 0);
 }
 
+/// A module that answers that the room for its slots is too small, again and again, and needs no more than before.
+#[test]
+fn a_list_of_slots_that_never_fits_is_given_up() {
+    let (site, faulty) = faulty_token::site(Options::default());
+    faulty.set(
+        "C_GetSlotList",
+        &Fault {
+            skip: 1,
+            ..Fault::always(code::BUFFER_TOO_SMALL)
+        },
+    );
+    for arguments in [&["token", "list"][..], &["token", "check"]] {
+        let finished = site.run(arguments);
+        names(arguments, &finished, &["BufferTooSmall from C_GetSlotList"]);
+    }
+    faulty.clear("C_GetSlotList");
+    site.expect_ok(&["token", "check"]);
+}
+
 #[test]
 fn a_file_that_is_no_module_is_named_for_what_it_is() {
     let site = Site::fresh(Options::default());

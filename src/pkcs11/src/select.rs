@@ -242,7 +242,7 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
 pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token()? {
+    for slot in module.slots_with_token()? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot)?;
         if info.token_initialized() {

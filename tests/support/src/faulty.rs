@@ -73,6 +73,8 @@ pub mod code {
     pub const HOST_MEMORY: i64 = 0x02;
     /// `CKR_FUNCTION_CANCELED`.
     pub const FUNCTION_CANCELED: i64 = 0x50;
+    /// `CKR_BUFFER_TOO_SMALL`.
+    pub const BUFFER_TOO_SMALL: i64 = 0x150;
     /// `CKR_SESSION_CLOSED`.
     pub const SESSION_CLOSED: i64 = 0xb0;
     /// `CKR_TOKEN_NOT_PRESENT`.

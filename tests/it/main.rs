@@ -56,6 +56,7 @@ mod revocation;
 mod rolling_restart;
 mod rows;
 mod service_manager;
+mod shared_label;
 mod site;
 mod spans;
 mod start_refused;

@@ -198,19 +198,22 @@ pub struct Admin {
 
 impl Admin {
     /// Logs in if the record of PINs in the state directory allows it, read-write if keys are to be made. `program` is the binary
-    /// of the worker: that which runs now.
+    /// of the worker: that which runs now. If the settings fit several tokens, the one is used that has one of the serial numbers of
+    /// the registry.
     pub fn open(
         program: &Path,
         settings: &Settings,
         state: &StateDirectory,
         pin: &PinSource,
         write: bool,
+        serials: &[&str],
     ) -> Result<Self, AdminError> {
         let mut worker = Worker::start(program, settings)?;
         let job = Job::Open(OpenToken {
             setup: Some(settings.to_setup(state.path())),
             pin: Some(pin.to_wire()?),
             write,
+            serials: serials.iter().copied().map(str::to_owned).collect(),
         });
         match worker.ask(job, Duration::ZERO)? {
             Outcome::Token(entry) => Ok(Self {

@@ -206,7 +206,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         listed.push(Listed {
@@ -375,7 +375,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
 fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
             blank.get_or_insert(slot);
@@ -427,16 +427,29 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    /// Logs in if the record of PINs allows it, read-write if keys are to be made.
+    /// Logs in to the one token that fits the settings.
+    #[cfg(test)]
     pub(crate) fn open<'a>(
         settings: &Settings,
         record: &PinRecord,
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, AdminError> {
+        Self::open_one_of(settings, record, pin.into(), write, &[])
+    }
+
+    /// Logs in if the record of PINs allows it, read-write if keys are to be made. If the settings fit several tokens, the one is used
+    /// that has one of the serial numbers.
+    pub(crate) fn open_one_of(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: Option<&Pin>,
+        write: bool,
+        serials: &[&str],
+    ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
-            token: OpenToken::login(settings, record, pin, write)?,
+            token: OpenToken::login_to(settings, record, pin, write, serials)?,
             known: HashMap::new(),
         })
     }

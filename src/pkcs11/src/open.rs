@@ -49,7 +49,8 @@ pub(super) struct ProvedKey {
 }
 
 impl OpenToken {
-    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made.
+    /// Logs in to the one token that fits the settings.
+    #[cfg(test)]
     pub(super) fn login<'a>(
         settings: &Settings,
         record: &PinRecord,
@@ -59,7 +60,8 @@ impl OpenToken {
         Self::login_to(settings, record, pin.into(), write, &[])
     }
 
-    /// The same. If the settings fit several tokens, the one is chosen that has one of the serial numbers.
+    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made. If the
+    /// settings fit several tokens, the one is chosen that has one of the serial numbers.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,

@@ -18,7 +18,7 @@ use crate::config::accepted;
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
     exit::{Exit, Failure},
-    pin::{self, SoPin, UserPin, log_in},
+    pin::{self, SoPin, UserPin, log_in, serials},
 };
 
 mod report;
@@ -179,8 +179,8 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
 /// Checks every registered key, or every key on the token if none is registered, with the attribute check of each.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
@@ -332,7 +332,7 @@ pub(super) fn compare(
 }
 
 /// The registry, or nothing while there is no database yet.
-fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
+pub(super) fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
             return Ok(Vec::new());
@@ -347,10 +347,10 @@ fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure>
 fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let _lock = store::lock(&config.store)?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
+    let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
-    let rows = registry(&config)?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let of_token = rows
         .iter()

@@ -13,10 +13,12 @@ use crate::{
     cli::{
         Context,
         exit::{Exit, Failure},
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
     },
     output_file,
 };
+
+use super::registry;
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Arguments {
@@ -40,9 +42,12 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, arguments.write)?;
+    // A report needs no database: if there is none, the settings alone choose the token.
+    let rows = registry(&config).unwrap_or_default();
+    let serials = serials(&rows);
+    let admin = log_in(&config, &pin, arguments.write, &serials)?;
     // Another process, while this one is logged in.
-    let second = log_in(&config, &pin, false);
+    let second = log_in(&config, &pin, false, &serials);
     let second = Answer {
         name: "a login by a second process".to_owned(),
         result: second.map_or_else(|failure| failure.to_string(), |_| WORKS.to_owned()),

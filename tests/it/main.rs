@@ -66,6 +66,7 @@ mod stored_clients;
 mod stored_columns;
 mod tls;
 mod token_messages;
+mod token_states;
 mod tokens;
 mod trusted_files;
 mod wire;

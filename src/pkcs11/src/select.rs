@@ -275,6 +275,9 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+        // RFC 3986 section 3.1: the scheme is compared without case.
+        let upper = Selector::from_uri("PKCS11:token=My%20token;serial=0a1b");
+        assert_eq!(upper, Ok(selector));
     }
 
     #[test]

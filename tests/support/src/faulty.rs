@@ -63,6 +63,10 @@ pub mod code {
     pub const GENERAL_ERROR: i64 = 0x05;
     /// `CKR_FUNCTION_FAILED`.
     pub const FUNCTION_FAILED: i64 = 0x06;
+    /// `CKR_ARGUMENTS_BAD`.
+    pub const ARGUMENTS_BAD: i64 = 0x07;
+    /// `CKR_CANT_LOCK`.
+    pub const CANT_LOCK: i64 = 0x0a;
     /// `CKR_DEVICE_ERROR`.
     pub const DEVICE_ERROR: i64 = 0x30;
     /// `CKR_DEVICE_MEMORY`.

@@ -218,9 +218,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         );
     }
     let has_keys = !shown.is_empty();
-    context
-        .output
-        .groups(shown, "the token holds no wrapping key")?;
+    let nothing_shown = if problems.is_empty() {
+        "the token holds no wrapping key"
+    } else {
+        "no key could be checked"
+    };
+    context.output.groups(shown, nothing_shown)?;
     show_weakened(context, &config);
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(

@@ -194,6 +194,7 @@ pub struct Admin {
     worker: Mutex<Worker>,
     pid: u32,
     info: TokenInfo,
+    is_login_of_another: bool,
 }
 
 impl Admin {
@@ -219,6 +220,7 @@ impl Admin {
             Outcome::Token(entry) => Ok(Self {
                 pid: worker.child.id(),
                 worker: Mutex::new(worker),
+                is_login_of_another: entry.is_login_of_another,
                 info: listed(entry).info,
             }),
             _ => Err(unexpected()),
@@ -228,6 +230,11 @@ impl Admin {
     /// The token.
     pub fn info(&self) -> &TokenInfo {
         &self.info
+    }
+
+    /// Whether the token answered to the login with `CKR_USER_ALREADY_LOGGED_IN`: another process was first, and the login is its.
+    pub fn is_login_of_another(&self) -> bool {
+        self.is_login_of_another
     }
 
     /// Process id of the worker.

@@ -477,6 +477,11 @@ impl Admin {
         &self.token.info
     }
 
+    /// Whether the token answered to the login that another process is logged in.
+    pub(crate) fn is_login_of_another(&self) -> bool {
+        self.token.is_login_of_another
+    }
+
     /// `CKA_ID` of all RSA private keys on the token.
     pub(crate) fn key_ids(&self) -> Result<Vec<ObjectId>, AdminError> {
         Ok(keys::list(&self.token.anchor)?)
@@ -588,7 +593,7 @@ impl Admin {
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
                 "the token did not make {making}: {}. It makes the same key for a session, so the template is good: the token \
-                 may be full or write-protected. No key was made",
+                 may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(

@@ -155,7 +155,10 @@ impl State {
             &serials,
         )
         .map_err(|error| of_pin(error, job.pin.as_ref()))?;
-        let entry = entry(&admin::Listed::of(admin.info()));
+        let entry = TokenEntry {
+            is_login_of_another: admin.is_login_of_another(),
+            ..entry(&admin::Listed::of(admin.info()))
+        };
         self.token = Some(admin);
         Ok(Outcome::Token(entry))
     }
@@ -299,6 +302,7 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
         sha256_hmac: listed.sha256_hmac,
         note: String::new(),
         is_chosen: listed.is_chosen,
+        is_login_of_another: false,
     }
 }
 

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 /// Version of the form of the report.
 pub const FORMAT: u32 = 1;
 
+/// Name of the answer that says whether keys that stayed on the token were removed.
+pub const REMOVED: &str = "removed";
+
 /// The whole report. It holds no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {

@@ -139,7 +139,10 @@ fn a_token_that_was_initialised_again_is_not_taken_for_the_old_one() {
     let words = ["is not on the token", "right token", "restored"];
     let checked = site.run(&["token", "check"]);
     says("token check", &checked, UNTRUSTED, &words);
-    serve_says(&site, &words);
+    serve_says(
+        &site,
+        &[old.as_str(), "no login was tried", "the registered token"],
+    );
     let stored = site.run(&["store", "check"]);
     says("store check", &stored, UNTRUSTED, &words);
 }

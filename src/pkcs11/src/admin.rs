@@ -29,7 +29,7 @@ use crate::{
     open::{OpenToken, auth_pin},
     operation,
     report::{self, Counted, waits_of_this_thread},
-    select::{self, Selected},
+    select::{self, Registered, Selected},
 };
 
 mod verifier;
@@ -284,7 +284,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let Selected { slot, info, .. } = select::find(&module, &selector, &[])?;
+    let Selected { slot, info, .. } = select::find(&module, &selector, Registered::Preferred(&[]))?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -449,7 +449,13 @@ impl Admin {
     ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
-            token: OpenToken::login_to(settings, record, pin, write, serials)?,
+            token: OpenToken::login_to(
+                settings,
+                record,
+                pin,
+                write,
+                Registered::Preferred(serials),
+            )?,
             known: HashMap::new(),
         })
     }

@@ -25,7 +25,7 @@ use crate::{
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
-    select::{self, Selected, Selector},
+    select::{self, Registered, Selected, Selector},
 };
 
 /// A token that this process is logged in to.
@@ -69,7 +69,13 @@ impl OpenToken {
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, Fault> {
-        Self::login_to(settings, record, pin.into(), write, &[])
+        Self::login_to(
+            settings,
+            record,
+            pin.into(),
+            write,
+            Registered::Preferred(&[]),
+        )
     }
 
     /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made. If the
@@ -79,7 +85,7 @@ impl OpenToken {
         record: &PinRecord,
         pin: Option<&Pin>,
         write: bool,
-        serials: &[&str],
+        registered: Registered<'_>,
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
@@ -88,7 +94,7 @@ impl OpenToken {
             slot,
             info,
             is_one_of_several,
-        } = select::find(&module, &selector, serials)?;
+        } = select::find(&module, &selector, registered)?;
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
             None => require_no_login(&module, slot, &info, settings.access_control)?,

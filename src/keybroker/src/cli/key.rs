@@ -1,5 +1,6 @@
 //! `keybroker key`.
 
+use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -7,7 +8,7 @@ use crate::config::Config;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
@@ -172,6 +173,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    refuse_shared_integrity_key(&key, &rows)?;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
             let row = new_row(&admin, &key, &rows)?;
@@ -195,7 +197,8 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
 }
 
 /// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
-/// its `CKA_ID` if that has the length of an id; else a new id.
+/// its `CKA_ID` if that has the length of an id; else an id that follows from its public key, so that a key whose row is lost gets
+/// the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -209,25 +212,43 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            None => (fresh_id()?, Some(object)),
+            // For the check alone: the public key is not known before it.
+            None => (fresh_id()?, Some(object.clone())),
         },
     };
     let integrity = integrity.or_else(|| known?.objects.integrity.clone());
     let objects = ObjectIds { private, integrity };
     admin.know([(id, &objects)])?;
     let checked = admin.check(id)?;
-    let elsewhere = rows
+    let registered = rows
         .iter()
-        .find(|row| row.fingerprint == checked.fingerprint && row.id != id);
-    let Some(row) = elsewhere else {
-        return Ok(checked);
+        .find(|row| row.fingerprint == checked.fingerprint)
+        .map(|row| row.id);
+    let named = match known {
+        Some(row) => row.id,
+        None => WrappingKeyId::from_slice(object.as_bytes())
+            .unwrap_or_else(|| id_of(&checked.fingerprint)),
     };
+    let wanted = registered.unwrap_or(named);
+    if wanted == id {
+        return Ok(checked);
+    }
     let objects = ObjectIds {
         private: Some(objects.private.unwrap_or_else(|| id.into())),
         integrity: objects.integrity,
     };
-    admin.know([(row.id, &objects)])?;
-    Ok(admin.check(row.id)?)
+    admin.know([(wanted, &objects)])?;
+    Ok(admin.check(wanted)?)
+}
+
+/// The id of a key whose `CKA_ID` cannot be one.
+fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"keybroker/wrapping-key-id/v1");
+    context.update(&fingerprint.0);
+    let mut bytes = [0; ID_BYTES];
+    bytes.copy_from_slice(&context.finish().as_ref()[..ID_BYTES]);
+    WrappingKeyId::from_bytes(bytes)
 }
 
 fn fresh_id() -> Result<WrappingKeyId, Failure> {
@@ -256,20 +277,49 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
     Ok(row)
 }
 
+/// Each wrapping key has an integrity key of its own. If two shared one, rows under a compromised key would verify under the other, and
+/// the end of one key would be the end of both.
+fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
+    let integrity = |id: WrappingKeyId, objects: &ObjectIds| {
+        let private = objects.private.clone().unwrap_or_else(|| id.into());
+        objects.integrity.clone().unwrap_or(private)
+    };
+    let own = integrity(key.id, &key.objects);
+    let other = rows.iter().find(|row| {
+        row.id != key.id
+            && row.state != WrappingKeyState::Destroyed
+            && row.integrity_object() == own
+    });
+    match other {
+        None => Ok(()),
+        Some(other) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "the integrity key with the CKA_ID {own} belongs to the wrapping key {} already, and each wrapping key needs one of its \
+                 own; make another secret key and pass its CKA_ID with `--integrity-id`",
+                other.id
+            ),
+        )),
+    }
+}
+
 /// The row of a registered key, for the token that holds it now. Its state is kept: a copy of a compromised key is
 /// compromised.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
-        return Err(Failure::new(Exit::Untrusted, what));
-    }
     if old.fingerprint != key.fingerprint {
         let what = format!("key {id} on this token is another key than the registered one");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {
-        let what = format!("the registry row of key {id} was altered; nothing was changed");
+        let what = format!(
+            "the registry row of key {id} was altered: its MAC does not verify; nothing was changed. Restore the row from a backup of the \
+             database"
+        );
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if unpadded(&old.token_serial) == admin.info().serial {
+        let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {

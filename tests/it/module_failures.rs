@@ -143,7 +143,11 @@ fn a_module_that_hangs_is_given_up() {
     faulty.set("C_OpenSession", &hang);
     let began = Instant::now();
     thread::scope(|scope| {
-        for arguments in [&["token", "check"][..], &["store", "check"]] {
+        for arguments in [
+            &["token", "check"][..],
+            &["key", "generate"],
+            &["store", "check"],
+        ] {
             let (site, path) = (&site, &path);
             scope.spawn(move || {
                 let finished = site.run(arguments);

@@ -189,7 +189,7 @@ impl Stand {
                 "P11_KIT_SERVER_ADDRESS",
                 format!("unix:path={}", path(self.folder().join("server"))),
             )],
-            Maker::Pkcs11Proxy => vec![("PKCS11_PROXY_SOCKET", path(self.folder().join("server")))],
+            Maker::Pkcs11Proxy => vec![("PKCS11_PROXY_SOCKET", path(self.folder().join("socket")))],
         }
     }
 
@@ -259,11 +259,12 @@ impl Stand {
     /// The daemon, with a SoftHSM token of its own.
     fn pkcs11_proxy(&self, program: &Path) -> Daemon {
         self.initialise_for_server();
-        let socket = self.folder().join("server");
+        // The daemon takes a folder, and the module the path of the socket without its end.
+        let socket = self.folder().join("socket.pkcs11");
         let child = Command::new(program)
             .arg(softhsm::module())
             .env("SOFTHSM2_CONF", self.site.token.configuration())
-            .env("PKCS11_DAEMON_SOCKET", &socket)
+            .env("PKCS11_DAEMON_SOCKET", self.folder())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

@@ -211,7 +211,7 @@ pub(crate) fn make(
         negative: Vec::new(),
         errors: Vec::new(),
         token_objects: Vec::new(),
-        rates: Vec::new(),
+        rates: rates::of_opening(token).collect(),
         token_cpu_is_local: None,
     };
     let keeper = token.session(&[])?;
@@ -238,7 +238,6 @@ pub(crate) fn make(
             rates::measure(token, probe, &settings, &mut report)?;
         }
     }
-    report.rates.extend(rates::of_opening(token));
     if allowed.write {
         on_token(token, settings, &findings, &mut report)?;
     }

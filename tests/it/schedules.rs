@@ -17,7 +17,7 @@ use std::{
 };
 
 use keybroker_proto::{CreateUserKeyRequest, UnwrapUserKeyRequest};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 use uuid::Uuid;
@@ -26,7 +26,7 @@ use crate::{
     client::{Caller, NAME, eventually, reason},
     faulty::{Fault, Faulty, code},
     faulty_token::site,
-    process::{Broker, send},
+    process::Broker,
     site::Options,
 };
 
@@ -342,7 +342,9 @@ impl World {
                 }
                 Event::Kill => {
                     if let Some(worker) = self.broker.workers().first() {
-                        send(*worker, Signal::KILL);
+                        let pid = Pid::from_raw(i32::try_from(*worker).unwrap()).unwrap();
+                        // Another fault may have ended it a moment ago.
+                        let _ended = kill_process(pid, Signal::KILL);
                     }
                 }
             }

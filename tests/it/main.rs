@@ -68,5 +68,6 @@ mod token_messages;
 mod tokens;
 mod trusted_files;
 mod wire;
+mod worker_key;
 
 use keybroker_test_support::{faulty, identity, servers, softhsm};

@@ -25,6 +25,7 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, PublicSide},
+    mac_key::MacKey,
 };
 
 /// Length of the self-test's plaintext, in bytes.
@@ -50,9 +51,20 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// `C_Sign` with the integrity key.
+/// `C_Sign` with the integrity key, or the same in this process if the key is not on the token.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
-    mac_with(session, pair.integrity_key, message)
+    match &pair.integrity_key {
+        MacKey::OnToken(object) => mac_with(session, *object, message),
+        MacKey::InWorker(Some(secret)) => Ok(secret.mac(message)),
+        MacKey::InWorker(None) => Err(not_unwrapped(pair.id)),
+    }
+}
+
+fn not_unwrapped(id: WrappingKeyId) -> Fault {
+    Fault::new(
+        Class::Configuration,
+        format!("the integrity key of wrapping key {id} was not unwrapped"),
+    )
 }
 
 /// `C_Sign` with an integrity key that has no wrapping key yet.
@@ -70,8 +82,9 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
     })
 }
 
-/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. A MAC that
-/// is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. With a key
+/// that is not on the token it is done in this process. A MAC that is wrong is [`Class::Input`] or, on some tokens,
+/// [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -81,8 +94,16 @@ pub(super) fn verify(
     if mac.len() != MAC_BYTES {
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
+    let object = match &pair.integrity_key {
+        MacKey::OnToken(object) => *object,
+        MacKey::InWorker(Some(secret)) if secret.verifies(message, mac) => return Ok(()),
+        MacKey::InWorker(Some(_)) => {
+            return Err(Fault::new(Class::Input, "the MAC does not verify"));
+        }
+        MacKey::InWorker(None) => return Err(not_unwrapped(pair.id)),
+    };
     calling::next("C_Verify");
-    match session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, message, mac) {
+    match session.verify(&Mechanism::Sha256Hmac, object, message, mac) {
         Ok(()) => Ok(()),
         Err(
             Error::NullFunctionPointer

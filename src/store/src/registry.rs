@@ -6,7 +6,9 @@ use keybroker_core::{
         Mac,
         mac::{MacMessage, RegistryFields},
     },
-    key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{
+        Fingerprint, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState,
+    },
 };
 
 /// One wrapping key as SQL knows it. The public key is not here: it always comes from the token.
@@ -14,7 +16,7 @@ use keybroker_core::{
 pub struct RegistryRow {
     /// Its id.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects, where that is not its id.
+    /// Where its objects are.
     pub objects: ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
@@ -42,10 +44,13 @@ impl RegistryRow {
         own.clone().unwrap_or_else(|| self.id.into())
     }
 
-    /// `CKA_ID` of the integrity key.
-    pub fn integrity_object(&self) -> ObjectId {
-        let own = &self.objects.integrity;
-        own.clone().unwrap_or_else(|| self.private_object())
+    /// `CKA_ID` of the integrity key; absent for one that is in the memory of the workers.
+    pub fn integrity_object(&self) -> Option<ObjectId> {
+        match &self.objects.integrity {
+            IntegrityPlace::Token => Some(self.private_object()),
+            IntegrityPlace::Object(id) => Some(id.clone()),
+            IntegrityPlace::Worker => None,
+        }
     }
 
     /// What the row's MAC must be over.

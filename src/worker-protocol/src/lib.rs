@@ -2,6 +2,7 @@
 //! PIN, and RSA-OAEP with the public key. Nothing here knows PKCS#11, and nothing here knows how workers are started.
 
 pub mod frame;
+pub mod integrity_file;
 pub mod oaep;
 mod paths;
 mod pin;

@@ -7,7 +7,9 @@ use clap::Subcommand;
 use keybroker_core::error::chain;
 use keybroker_hsm::admin::{self, Listed};
 use keybroker_store as store;
-use keybroker_worker_protocol::{check_environment, check_module, softhsm_problem, unpadded};
+use keybroker_worker_protocol::{
+    Settings, check_environment, check_module, softhsm_problem, unpadded,
+};
 
 use crate::config::Config;
 
@@ -99,7 +101,7 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
         return (vec![problem], None);
     }
     match admin::list_tokens(Path::new(OWN_PROGRAM), token) {
-        Ok(listed) => examine_listed(&listed),
+        Ok(listed) => examine_listed(&listed, token),
         Err(error) => {
             let hint = environment::hint(&error, config);
             let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
@@ -108,7 +110,7 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     }
 }
 
-fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
+fn examine_listed(listed: &[Listed], settings: &Settings) -> (Vec<String>, Option<String>) {
     let shown = |token: &Listed| {
         format!(
             "{:?} (serial {:?})",
@@ -151,7 +153,7 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
     if token.oaep_bits.is_none() {
         wrong("does not list CKM_RSA_PKCS_OAEP, without which it cannot be used");
     }
-    if !token.sha256_hmac {
+    if !token.sha256_hmac && !settings.permits_integrity_key_in_worker() {
         wrong("does not list CKM_SHA256_HMAC, without which it cannot be used");
     }
     match token.pin_state.as_str() {

@@ -1,5 +1,7 @@
 //! `keybroker key`.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -7,19 +9,24 @@ use crate::config::Config;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{
+        ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState,
+    },
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
-use keybroker_worker_protocol::unpadded;
+use keybroker_worker_protocol::{
+    integrity_file::{IntegrityFileError, IntegrityFiles},
+    unpadded,
+};
 
 use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
     output::Field,
     pin::{UserPin, log_in},
-    token::note_tests_not_made,
+    token::{note_file_in_backup, note_tests_not_made},
 };
 
 #[derive(Debug, Subcommand)]
@@ -121,9 +128,10 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     // Everything that could refuse the row later is asked before anything is made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
+    let files = integrity_files(&config)?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, true)?;
-    let row = change::audited(
+    let (row, file) = change::audited(
         context,
         &config,
         "wrapping_key.generate",
@@ -131,27 +139,106 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         || {
             let key = admin.generate_key(bits)?;
             note_tests_not_made(context, &key);
-            let row = new_row(&admin, &key, &rows)?;
-            insert(&config, &row).map_err(|failure| {
-            let what = format!(
-                "key {} is on the token, but not registered: {failure}. When that is repaired, run \
-                 `keybroker key register {}`",
-                row.id, row.id
-            );
-            Failure::new(failure.exit, what)
-        })?;
-            Ok(row)
+            let mut file = None;
+            let mut register = || {
+                file = store_integrity_key(files, &key)?;
+                let row = new_row(&admin, &key, &rows)?;
+                insert(&config, &row)?;
+                Ok(row)
+            };
+            let row = register().map_err(|failure: Failure| {
+                let pin = file.as_ref().map_or_else(String::new, |file: &StoredKey| {
+                    format!(", {}", file.instruction())
+                });
+                let what = format!(
+                    "key {} is on the token, but not registered: {failure}. When that is repaired{pin}, run \
+                     `keybroker key register {}`",
+                    key.id, key.id
+                );
+                Failure::new(failure.exit, what)
+            })?;
+            Ok((row, file))
         },
     )?;
-    warn_of_backup(context);
-    context.output.fields(fields(&row))
+    warn_of_backup(context, &config, &row);
+    show(context, &row, file.as_ref())
 }
 
-fn warn_of_backup(context: &Context) {
+/// The files of integrity keys, if the settings permit them. Their directory must be ready before a key is made.
+fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
+    let Some(files) = IntegrityFiles::permitted(&config.token)? else {
+        return Ok(None);
+    };
+    files.check_writable()?;
+    Ok(Some(files))
+}
+
+impl From<IntegrityFileError> for Failure {
+    fn from(error: IntegrityFileError) -> Self {
+        let exit = match error {
+            IntegrityFileError::Changed { .. } | IntegrityFileError::Malformed { .. } => {
+                Exit::Untrusted
+            }
+            _ => Exit::Configuration,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+/// The file of an integrity key that was made in this run.
+struct StoredKey {
+    id: WrappingKeyId,
+    path: PathBuf,
+    sha256: String,
+}
+
+impl StoredKey {
+    /// What the administrator must do, as a clause.
+    fn instruction(&self) -> String {
+        format!(
+            "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",
+            self.id, self.sha256
+        )
+    }
+}
+
+/// Writes the integrity key that was made with a key, if it is not on the token.
+fn store_integrity_key(
+    files: Option<IntegrityFiles<'_>>,
+    key: &CheckedKey,
+) -> Result<Option<StoredKey>, Failure> {
+    let (Some(files), Some(text)) = (files, &key.integrity_key_file) else {
+        return Ok(None);
+    };
+    let (path, sha256) = files.create(key.id, text)?;
+    Ok(Some(StoredKey {
+        id: key.id,
+        path,
+        sha256,
+    }))
+}
+
+/// Shows a row, with the file that was written for it.
+fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Result<(), Failure> {
+    let mut shown = fields(row);
+    if let Some(file) = file {
+        shown.push(("integrity_key_file", json!(file.path.display().to_string())));
+        shown.push(("integrity_key_sha256", json!(file.sha256)));
+        context.output.note(&format!(
+            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. It refuses any other file.",
+            file.path.display(),
+            file.instruction()
+        ));
+    }
+    context.output.fields(shown)
+}
+
+fn warn_of_backup(context: &Context, config: &Config, row: &RegistryRow) {
     context.output.note(
         "This key can never be exported. Back up the token before the first user enrols: if it is lost, every \
          vault under it is lost. Then run `keybroker token backup-confirmed`.",
     );
+    note_file_in_backup(context, config, row);
 }
 
 fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
@@ -164,16 +251,19 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         .transpose()?;
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
+    let files = IntegrityFiles::permitted(&config.token)?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, false)?;
-    let key = find(&admin, &rows, object, integrity)?;
+    let key = find(&admin, &rows, object, integrity, files)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
+            file = store_integrity_key(files, &key)?;
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row)?;
             Ok(row)
@@ -191,7 +281,8 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
             moved
         }
     };
-    context.output.fields(fields(&row))
+    note_file_in_backup(context, &config, &row);
+    show(context, &row, file.as_ref())
 }
 
 /// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
@@ -201,6 +292,7 @@ fn find(
     rows: &[RegistryRow],
     object: ObjectId,
     integrity: Option<ObjectId>,
+    files: Option<IntegrityFiles<'_>>,
 ) -> Result<CheckedKey, Failure> {
     let known = rows
         .iter()
@@ -212,10 +304,32 @@ fn find(
             None => (fresh_id()?, Some(object)),
         },
     };
-    let integrity = integrity.or_else(|| known?.objects.integrity.clone());
+    let integrity = match (integrity, known) {
+        (Some(object), _) => IntegrityPlace::Object(object),
+        (None, Some(row)) => row.objects.integrity.clone(),
+        (None, None) if files.is_some() => IntegrityPlace::Worker,
+        (None, None) => IntegrityPlace::Token,
+    };
     let objects = ObjectIds { private, integrity };
     admin.know([(id, &objects)])?;
-    let checked = admin.check(id)?;
+    // A new integrity key is never made for a key that is registered: its rows have MACs by the one that it had.
+    let is_new = known.is_none() && objects.integrity == IntegrityPlace::Worker;
+    let checked = match files.filter(|_| is_new) {
+        Some(files) if files.has(id) => {
+            files.load(id).map_err(|error| {
+                Failure::from(error).hint(format!(
+                    "no registered key uses {}: if a run that was cut short left it, remove it and run the command again",
+                    files.path(id).display()
+                ))
+            })?;
+            admin.check(id)?
+        }
+        Some(files) => {
+            files.check_writable()?;
+            admin.check_with_new_integrity_key(id)?
+        }
+        None => admin.check(id)?,
+    };
     let elsewhere = rows
         .iter()
         .find(|row| row.fingerprint == checked.fingerprint && row.id != id);
@@ -224,7 +338,10 @@ fn find(
     };
     let objects = ObjectIds {
         private: Some(objects.private.unwrap_or_else(|| id.into())),
-        integrity: objects.integrity,
+        integrity: match objects.integrity {
+            IntegrityPlace::Worker => row.objects.integrity.clone(),
+            given => given,
+        },
     };
     admin.know([(row.id, &objects)])?;
     Ok(admin.check(row.id)?)
@@ -300,8 +417,15 @@ fn fields(row: &RegistryRow) -> Vec<Field> {
         ("token_serial", json!(row.token_serial)),
         ("cka_id", json!(row.private_object().to_string())),
         (
+            "integrity_key",
+            json!(match row.objects.integrity {
+                IntegrityPlace::Worker => "worker",
+                IntegrityPlace::Token | IntegrityPlace::Object(_) => "token",
+            }),
+        ),
+        (
             "integrity_cka_id",
-            json!(row.integrity_object().to_string()),
+            json!(row.integrity_object().map(|object| object.to_string())),
         ),
         ("fingerprint", json!(row.fingerprint.to_string())),
         ("registered", json!(row.registered.to_string())),

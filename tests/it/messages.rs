@@ -102,7 +102,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
     (
         "no certificate in the file of authorities",
         |site| fs::write(site.pki.ca_file(), "").unwrap(),
-        &["client_ca_file", "holds no certificate"],
+        &["client_ca_file", "contains no certificate"],
     ),
     (
         "half of a certificate",
@@ -132,7 +132,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             let certificate = text(&site.pki.certificate_file("server"));
             write_private(&site.pki.key_file("server"), &certificate);
         },
-        &["key_file", "holds no private key"],
+        &["key_file", "contains no private key"],
     ),
     (
         "a certificate in the format of OpenSSL",

@@ -283,20 +283,35 @@ impl Issuer {
                     set = newer;
                     outcome = self.verify_with(&set, token, named, algorithm);
                 }
-                // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
-                // ids could have good tokens rejected after a key rotation.
-                Newer::Unknown(wait)
-                    if !named
-                        .kid
-                        .is_some_and(|kid| self.keys.is_absent(kid, parts.issued_s())) =>
+                // The token is rejected only when no newer key can make it good. Otherwise a caller with invented key ids could
+                // have good tokens rejected after a key rotation.
+                Newer::Unknown(wait) if !self.is_hopeless(parts, named) => {
+                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
+                }
+                // Without `iat` or `kid`, nothing tells how long the key has been in use. The answer of the provider decides.
+                Newer::SameCopy(wait)
+                    if named.kid.is_some()
+                        && parts.issued_s().is_some()
+                        && !self.is_hopeless(parts, named) =>
                 {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
-                Newer::Unknown(_) | Newer::Same => {}
+                Newer::Unknown(_) | Newer::SameCopy(_) | Newer::Same => {}
             }
         }
         let (claims, is_expired) = outcome?;
         Ok((claims, is_expired, set))
+    }
+
+    /// Whether no key set of the provider can make the token good: it has no such key, or the token is issued in the future.
+    fn is_hopeless(&self, parts: &Parts, named: Named<'_>) -> bool {
+        let issued_s = parts.issued_s();
+        let leeway_s = i64::from(self.settings.leeway_s);
+        let latest_s = Timestamp::now().micros() / 1_000_000 + leeway_s;
+        issued_s.is_some_and(|issued| issued > latest_s)
+            || named
+                .kid
+                .is_some_and(|kid| self.keys.is_absent(kid, issued_s))
     }
 
     fn verify_with(

@@ -174,8 +174,9 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // Its integrity key is gone as well, so nothing can verify the row; such a key is never used. While the
-            // key is there, such a row is verified like any other: a key cannot be removed with SQL alone.
+            // Its integrity key is gone as well, so nothing can verify the row, and the key is never used. A row that becomes
+            // `destroyed` while the broker serves is verified like any other, because the workers know the key. From the next start on it
+            // has the effect of a deleted row: records under the key are refused.
             return Ok(());
         }
         let untrusted = |what: String| {

@@ -121,13 +121,13 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// `C_GetAttributeValue` for one attribute, with a buffer at once.
+    /// `C_GetAttributeValue` for one attribute, with a buffer in the first call.
     pub(crate) fn attribute(
         &self,
         session: &Session,
         object: ObjectHandle,
         kind: AttributeType,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let first = kind.fixed_size().unwrap_or(FIRST_BUFFER);
         match self.read(session, object, kind, first) {
             Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => {
@@ -143,7 +143,7 @@ impl Functions {
         object: ObjectHandle,
         kind: AttributeType,
         length: usize,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let function = self
             .0
             .list
@@ -173,12 +173,27 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they are the value.
+        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they may be the
+        // value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
         // The buffer is alive, and the length has been compared with it. `cryptoki` reads the value from there.
         attribute.pValue = buffer.as_mut_ptr().cast();
-        Attribute::try_from(attribute).map(Some)
+        let attribute = Attribute::try_from(attribute)?;
+        Ok(Some(if is_withheld {
+            Value::Leaked(attribute)
+        } else {
+            Value::Given(attribute)
+        }))
     }
+}
+
+/// What a token wrote into the buffer for an attribute.
+#[derive(Debug)]
+pub(crate) enum Value {
+    /// The value.
+    Given(Attribute),
+    /// Bytes beside the answer that the object does not have the attribute, or that the token does not give it.
+    Leaked(Attribute),
 }

@@ -158,8 +158,9 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// Finds the one initialised token that fits, and looks again for a while when there is none. Of several that fit, the one is chosen
-/// whose serial number is among `serials`: those of the registry.
+/// Finds the one initialised token that fits, and looks again for a while when there is none. `serials` are those of the registry: only
+/// a token that has one of them is chosen, unless all are empty. A token with the same label may belong to another user, who would learn
+/// the PIN.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
@@ -190,36 +191,58 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
             ),
         ));
     }
-    let registered = |info: &keybroker_pkcs11_ffi::TokenInfo| {
-        let serial = unpadded(info.serial_number());
-        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
-    };
-    let of_the_registry: Vec<_> = fitting
+    if fitting.is_empty() {
+        return Err(no_token(&wanted, &tokens));
+    }
+    let registered: Vec<&str> = serials
+        .iter()
+        .map(|serial| unpadded(serial))
+        .filter(|serial| !serial.is_empty())
+        .collect();
+    let candidates: Vec<_> = fitting
         .iter()
         .copied()
-        .filter(|(_, info)| registered(info))
+        .filter(|(_, info)| {
+            registered.is_empty() || registered.contains(&unpadded(info.serial_number()))
+        })
         .collect();
-    match (fitting.as_slice(), of_the_registry.as_slice()) {
-        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok(Selected {
+    match candidates.as_slice() {
+        [(slot, info)] => Ok(Selected {
             slot: *slot,
             info: describe(info),
             is_one_of_several: fitting.len() > 1,
         }),
-        ([], _) => Err(no_token(&wanted, &tokens)),
-        (several, _) => {
-            let serials: Vec<String> = several
-                .iter()
-                .map(|(_, info)| format!("{:?}", unpadded(info.serial_number())))
-                .collect();
-            Err(Fault::new(
-                Class::Configuration,
-                format!(
-                    "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
-                    serials.join(", ")
+        [] => Err(Fault::new(
+            Class::NoToken,
+            format!(
+                "the registry names the token with the serial number {}, and the settings fit only {}, so no login was tried. Connect \
+                 the registered token and choose it by `token.serial`; if the other one is its clone, run `keybroker key register ID` \
+                 there",
+                quoted(registered.iter().copied()),
+                quoted(
+                    fitting
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
                 ),
-            ))
-        }
+            ),
+        )),
+        several => Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                quoted(
+                    several
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
+                )
+            ),
+        )),
     }
+}
+
+fn quoted<'a>(serials: impl Iterator<Item = &'a str>) -> String {
+    let quoted: Vec<String> = serials.map(|serial| format!("{serial:?}")).collect();
+    quoted.join(", ")
 }
 
 fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) -> Fault {

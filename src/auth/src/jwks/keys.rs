@@ -23,8 +23,9 @@ use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet,
 /// The key files of an issuer: the holder of a key in them can make tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
-/// A provider publishes a key at the latest so many seconds after it first signed with it: caches between it and the broker may be old.
-const PUBLISHED_WITHIN_S: i64 = 300;
+/// Time after which every copy of a key set that the broker can get is up to date. Caches and replicas between the provider and the
+/// broker serve older sets until then.
+const PUBLISHED_WITHIN: Duration = Duration::from_mins(5);
 
 /// How often things happen.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct Pace {
     pub(crate) keep: Duration,
     /// Time between looks at a file, and between measurements.
     pub(crate) look: Duration,
+    /// Age that a copy of the provider's key set can have when the broker fetches it.
+    pub(crate) published_within: Duration,
 }
 
 impl Pace {
@@ -53,6 +56,7 @@ impl Pace {
             retry_last: Duration::from_mins(1),
             keep: Duration::from_hours(settings.keep_hours.into()),
             look: Duration::from_secs(2),
+            published_within: PUBLISHED_WITHIN,
         }
     }
 }
@@ -62,8 +66,10 @@ impl Pace {
 pub(crate) enum Newer {
     /// Another set is in use now.
     Set(Arc<KeySet>),
-    /// The set was read again just now, and it is the same.
+    /// The key file has not changed.
     Same,
+    /// The provider just answered with the same set, which may be an outdated copy. The broker may ask again after this time.
+    SameCopy(Duration),
     /// It is not known whether the provider has a newer set. The broker may ask again after this time.
     Unknown(Duration),
 }
@@ -140,18 +146,25 @@ impl Keys {
         problem.clone()
     }
 
-    /// Whether the provider is known not to have a key of that id: a set without it was fetched after an earlier set had it, or long
-    /// after the token says it was issued. Only what the provider published counts, and the token itself: an id that another caller
-    /// named must not have good tokens rejected once the provider begins to use it.
+    /// Whether the provider is known not to have a key with this id. `issued_s` is the token's `iat`, in seconds since 1970.
+    ///
+    /// The newest set must lack the key, and must have been fetched so late that it cannot be an older copy from a cache: five minutes
+    /// after the last set that had the key, or five minutes after the token was issued. Key ids that other callers named have no influence,
+    /// because they would cause good tokens to be rejected once the provider begins to use such a key.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
             return false;
         };
-        let published_until = |issued: i64| issued.saturating_add(PUBLISHED_WITHIN_S);
-        let is_old = issued_s
-            .is_some_and(|issued| published_until(issued) < held.begun.micros() / 1_000_000);
-        !held.set.kids().any(|known| known == kid) && (is_old || held.withdrawn.contains(kid))
+        if held.set.kids().any(|known| known == kid) {
+            return false;
+        }
+        let margin = i64::try_from(self.pace.published_within.as_micros()).unwrap_or(i64::MAX);
+        let is_up_to_date_at = |us: i64| us.saturating_add(margin) < held.begun.micros();
+        let issued_us = issued_s.map(|issued| issued.saturating_mul(1_000_000));
+        let seen = held.withdrawn.last_seen(kid);
+        issued_us.is_some_and(is_up_to_date_at)
+            || seen.is_some_and(|seen| is_up_to_date_at(seen.micros()))
     }
 
     /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
@@ -185,8 +198,11 @@ impl Keys {
         let is_read = fetch.await.unwrap_or(false);
         match newer() {
             Some(newer) => Newer::Set(newer),
-            None if is_read => Newer::Same,
-            None => Newer::Unknown(self.pace.refetch),
+            None if !is_read => Newer::Unknown(self.pace.refetch),
+            None => match self.source {
+                Source::File(_) => Newer::Same,
+                Source::Provider(_) => Newer::SameCopy(self.pace.refetch),
+            },
         }
     }
 
@@ -247,7 +263,8 @@ impl Keys {
     fn take(&self, set: KeySet, begun: Timestamp) {
         let previous = self.current.load();
         let withdrawn = previous.as_ref().map_or_else(Withdrawn::default, |held| {
-            held.withdrawn.after(held.set.kids(), set.kids())
+            held.withdrawn
+                .after(held.set.kids(), held.begun, set.kids())
         });
         let previous = previous.as_ref().map(|held| &held.set);
         let set = match previous {

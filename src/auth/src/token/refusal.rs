@@ -83,9 +83,9 @@ impl Refusal {
     /// The error for the caller, with this detail for the log. A token that cannot be verified now is not a rejected one.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // After a key rotation every token of a network may name a key that was not fetched yet, so the attempt does not count as
-            // failed. It was cheap: without a key no signature is checked. The same id in an
-            // older token counts once a set without it was fetched.
+            // After a key rotation, every token from a network may name a key that the broker has not fetched yet, so the attempt does not
+            // count as failed. An attacker can make such tokens too, with an `iat` of now. They cost no signature check, and
+            // the limits on connections and on log lines apply.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }

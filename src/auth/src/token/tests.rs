@@ -31,6 +31,7 @@ fn quick(_: &Settings) -> Pace {
         retry_last: Duration::from_millis(50),
         keep: Duration::from_hours(1),
         look: Duration::from_millis(20),
+        published_within: Duration::from_mins(5),
     }
 }
 
@@ -247,7 +248,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
         ("sub as number", claims(json!({"sub": 7})), "no `sub`"),
         (
             "unknown kid",
-            header(json!({"kid": "nobody's"})),
+            minted(json!({"iat": now() - 600}), json!({"kid": "nobody's"})),
             "none of [\"key-1\"]",
         ),
         (

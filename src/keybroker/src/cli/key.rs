@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -10,7 +11,8 @@ use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
     key::{
-        ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState,
+        Fingerprint, ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId,
+        WrappingKeyState,
     },
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
@@ -260,6 +262,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    refuse_shared_integrity_key(&key, &rows)?;
     let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
@@ -286,7 +289,8 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
 }
 
 /// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
-/// its `CKA_ID` if that has the length of an id; else a new id.
+/// its `CKA_ID` if that has the length of an id; else an id that follows from its public key, so that a key whose row is lost gets
+/// the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -301,7 +305,8 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            None => (fresh_id()?, Some(object)),
+            // For the check alone: the public key is not known before it.
+            None => (fresh_id()?, Some(object.clone())),
         },
     };
     let integrity = match (integrity, known) {
@@ -311,40 +316,64 @@ fn find(
         (None, None) => IntegrityPlace::Token,
     };
     let objects = ObjectIds { private, integrity };
-    admin.know([(id, &objects)])?;
-    // A new integrity key is never made for a key that is registered: its rows have MACs by the one that it had.
-    let is_new = known.is_none() && objects.integrity == IntegrityPlace::Worker;
-    let checked = match files.filter(|_| is_new) {
-        Some(files) if files.has(id) => {
-            files.load(id).map_err(|error| {
-                Failure::from(error).hint(format!(
-                    "no registered key uses {}: if a run that was cut short left it, remove it and run the command again",
-                    files.path(id).display()
-                ))
-            })?;
-            admin.check(id)?
-        }
-        Some(files) => {
-            files.check_writable()?;
-            admin.check_with_new_integrity_key(id)?
-        }
-        None => admin.check(id)?,
-    };
-    let elsewhere = rows
+    let checked = check_place(admin, files, id, &objects, known.is_some())?;
+    let registered = rows
         .iter()
-        .find(|row| row.fingerprint == checked.fingerprint && row.id != id);
-    let Some(row) = elsewhere else {
-        return Ok(checked);
+        .find(|row| row.fingerprint == checked.fingerprint);
+    let named = match known {
+        Some(row) => row.id,
+        None => WrappingKeyId::from_slice(object.as_bytes())
+            .unwrap_or_else(|| id_of(&checked.fingerprint)),
     };
+    let wanted = registered.map_or(named, |row| row.id);
+    if wanted == id {
+        return Ok(checked);
+    }
     let objects = ObjectIds {
         private: Some(objects.private.unwrap_or_else(|| id.into())),
-        integrity: match objects.integrity {
-            IntegrityPlace::Worker => row.objects.integrity.clone(),
-            given => given,
+        integrity: match (objects.integrity, registered) {
+            (IntegrityPlace::Worker, Some(row)) => row.objects.integrity.clone(),
+            (given, _) => given,
         },
     };
-    admin.know([(row.id, &objects)])?;
-    Ok(admin.check(row.id)?)
+    check_place(admin, files, wanted, &objects, registered.is_some())
+}
+
+/// Checks a key in this place. An RSA key whose integrity key is to be in the workers gets a new one, unless there is a file with it.
+/// A registered key never gets a new one: its rows have MACs by the one that it had.
+fn check_place(
+    admin: &Admin,
+    files: Option<IntegrityFiles<'_>>,
+    id: WrappingKeyId,
+    objects: &ObjectIds,
+    is_registered: bool,
+) -> Result<CheckedKey, Failure> {
+    admin.know([(id, objects)])?;
+    let files = files.filter(|_| !is_registered && objects.integrity == IntegrityPlace::Worker);
+    let Some(files) = files else {
+        return Ok(admin.check(id)?);
+    };
+    if !files.has(id) {
+        files.check_writable()?;
+        return Ok(admin.check_with_new_integrity_key(id)?);
+    }
+    files.load(id).map_err(|error| {
+        Failure::from(error).hint(format!(
+            "no registered key uses {}: if a run that was cut short left it, remove it and run the command again",
+            files.path(id).display()
+        ))
+    })?;
+    Ok(admin.check(id)?)
+}
+
+/// The id of a key whose `CKA_ID` cannot be one.
+fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"keybroker/wrapping-key-id/v1");
+    context.update(&fingerprint.0);
+    let mut bytes = [0; ID_BYTES];
+    bytes.copy_from_slice(&context.finish().as_ref()[..ID_BYTES]);
+    WrappingKeyId::from_bytes(bytes)
 }
 
 fn fresh_id() -> Result<WrappingKeyId, Failure> {
@@ -373,20 +402,48 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
     Ok(row)
 }
 
+/// Each wrapping key has an integrity key of its own. If two shared one, rows under a compromised key would verify under the other, and
+/// the end of one key would be the end of both.
+fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
+    // An integrity key in the workers belongs to the wrapping key whose id is in its file.
+    let Some(own) = key.objects.integrity_object(key.id) else {
+        return Ok(());
+    };
+    let other = rows.iter().find(|row| {
+        row.id != key.id
+            && row.state != WrappingKeyState::Destroyed
+            && row.integrity_object().as_ref() == Some(&own)
+    });
+    match other {
+        None => Ok(()),
+        Some(other) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "the integrity key with the CKA_ID {own} belongs to the wrapping key {} already, and each wrapping key needs one of its \
+                 own; make another secret key and pass its CKA_ID with `--integrity-id`",
+                other.id
+            ),
+        )),
+    }
+}
+
 /// The row of a registered key, for the token that holds it now. Its state is kept: a copy of a compromised key is
 /// compromised.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
-        return Err(Failure::new(Exit::Untrusted, what));
-    }
     if old.fingerprint != key.fingerprint {
         let what = format!("key {id} on this token is another key than the registered one");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {
-        let what = format!("the registry row of key {id} was altered; nothing was changed");
+        let what = format!(
+            "the registry row of key {id} was altered: its MAC does not verify; nothing was changed. Restore the row from a backup of the \
+             database"
+        );
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if unpadded(&old.token_serial) == admin.info().serial {
+        let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {

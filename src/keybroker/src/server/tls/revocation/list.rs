@@ -61,6 +61,12 @@ impl Life {
         })
     }
 
+    /// The life that a list claims.
+    pub(super) fn read(der: &[u8]) -> Option<Self> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        Self::of(&list).ok()
+    }
+
     pub(super) fn includes(self, now: i64) -> bool {
         (self.from..=self.until).contains(&now)
     }

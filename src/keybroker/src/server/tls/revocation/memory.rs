@@ -23,13 +23,13 @@ use super::{
     LISTS_BYTES_MAX, Lists,
     error::{ListsError, MemoryError},
     list::{
-        Authority, AuthorityId, List, Slot, Version, authority_of, check_for_handshake, id_of,
-        name_of,
+        Authority, AuthorityId, Life, List, Slot, Version, authority_of, check_for_handshake,
+        id_of, name_of,
     },
     parsed, roots,
 };
 
-/// Lists of one file that are stored. Of more, those that have ended or whose authority is no longer configured are removed.
+/// Lists of one file that are stored. Of more, those that have ended are removed.
 const STORED_MAX: usize = 128;
 /// Bytes of a digest in the name of a state file.
 const NAMED_BYTES: usize = 8;
@@ -151,13 +151,22 @@ impl Place {
         Ok(versions)
     }
 
-    /// Removes the stored lists that were not replaced for longest, except those in `valid`.
-    fn limit(&self, valid: &BTreeSet<String>) -> Result<(), MemoryError> {
+    /// Removes stored lists that have ended, those first that were not replaced for longest. `own` are the lists of this listener:
+    /// another one with the same file may have other authorities.
+    fn limit(&self, own: &BTreeSet<String>, now: i64) -> Result<(), MemoryError> {
         let names = self.state.names(&format!("{}-", self.file), SUFFIX)?;
-        let too_many = names.len().saturating_sub(STORED_MAX);
-        let former = names.iter().filter(|name| !valid.contains(*name));
-        for name in former.take(too_many) {
-            self.state.remove(name)?;
+        let mut too_many = names.len().saturating_sub(STORED_MAX);
+        for name in names.iter().filter(|name| !own.contains(*name)) {
+            if too_many == 0 {
+                break;
+            }
+            let stored = self.read(name)?;
+            let is_valid =
+                stored.is_some_and(|der| Life::read(&der).is_some_and(|life| life.includes(now)));
+            if !is_valid {
+                self.state.remove(name)?;
+                too_many -= 1;
+            }
         }
         Ok(())
     }
@@ -318,7 +327,7 @@ impl Memory {
         if is_new {
             let valid = self.accepted.iter().filter(|(_, list)| list.is_valid(now));
             let names = valid.map(|(slot, _)| place.name(slot));
-            place.limit(&names.collect())?;
+            place.limit(&names.collect(), now)?;
         }
         Ok(())
     }

@@ -209,6 +209,11 @@ impl SelfTest {
     /// Decrypts on the token and compares; makes and verifies a MAC.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
+        self.authenticate(session, pair)
+    }
+
+    /// Makes and verifies a MAC.
+    fn authenticate(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
     }
@@ -248,12 +253,42 @@ pub(super) fn probe(
     };
     let attempt = |algorithm| {
         let self_test = SelfTest::new(public, algorithm)?;
-        on_session(&|session, pair| self_test.check(session, pair))?;
+        on_session(&|session, pair| self_test.decrypt(session, pair))?;
         Ok(self_test)
     };
     let self_test = choose(attempt, allow_oaep_sha1)?;
+    let authenticate = || on_session(&|session, pair| self_test.authenticate(session, pair));
+    // Apart from OAEP, so that a token without keys for HMAC is not said to lack OAEP. One error may be transient.
+    authenticate()
+        .or_else(|fault| {
+            if is_refusal(&fault) {
+                authenticate()
+            } else {
+                Err(fault)
+            }
+        })
+        .map_err(|fault| without_macs(fault, id))?;
     on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
     Ok(self_test)
+}
+
+/// Whether a token that returns this may be one that cannot do the operation at all.
+fn is_refusal(fault: &Fault) -> bool {
+    matches!(
+        fault.class,
+        Class::Input | Class::Ambiguous | Class::Configuration
+    )
+}
+
+/// A token makes no MACs with an integrity key that it has made. Some make a key of any kind and refuse it when it is used.
+fn without_macs(fault: Fault, id: WrappingKeyId) -> Fault {
+    let can_help = is_refusal(&fault);
+    let fault = fault.about(&format!("the integrity key of {id} cannot be used"));
+    if can_help {
+        fault.with("if the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]")
+    } else {
+        fault
+    }
 }
 
 /// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error
@@ -262,17 +297,17 @@ fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,
 ) -> Result<T, Fault> {
-    let cannot = |fault: &Fault| {
-        matches!(
-            fault.class,
-            Class::Input | Class::Ambiguous | Class::Configuration
-        )
-    };
     let sha256 = || attempt(Algorithm::RsaOaepSha256);
-    let refusal = match sha256().or_else(|fault| if cannot(&fault) { sha256() } else { Err(fault) })
-    {
+    let again = |fault| {
+        if is_refusal(&fault) {
+            sha256()
+        } else {
+            Err(fault)
+        }
+    };
+    let refusal = match sha256().or_else(again) {
         Ok(works) => return Ok(works),
-        Err(fault) if cannot(&fault) => fault,
+        Err(fault) if is_refusal(&fault) => fault,
         Err(fault) => return Err(fault),
     };
     match attempt(Algorithm::RsaOaepSha1) {

@@ -149,6 +149,50 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
     );
 }
 
+/// nShield makes a generic secret and refuses it at the first use. Where the token makes no keys for a session, that is found only
+/// with the keys that stay.
+#[test]
+fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
+    with_softhsm(
+        "behaviours::an_integrity_key_that_is_refused_when_it_is_used_is_removed_again",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let late = hmac_keys("mechanism = 0xde436997\nrefuse_at_use = true\n");
+            let no_session_keys = "[[attribute]]\nname = \"CKA_TOKEN\"\nparts = [\"private\", \"secret\"]\n\
+                                   in_template = { refuse = \"CKR_ATTRIBUTE_VALUE_INVALID\", when = false }\n";
+            for (behaviour, words) in [
+                (
+                    late.clone(),
+                    [
+                        "set `integrity_key = \"nshield\"`",
+                        "TemplateInconsistent from C_SignInit",
+                        "No key was made",
+                    ],
+                ),
+                (
+                    late + no_session_keys,
+                    [
+                        "TemplateInconsistent from C_SignInit",
+                        "set `integrity_key` in [token]",
+                        "The key was removed again",
+                    ],
+                ),
+            ] {
+                faulty.behave(&behaviour);
+                let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                for word in words {
+                    assert!(message.contains(word), "{word}: {message}");
+                }
+                assert!(!message.contains("OAEP neither"), "{message}");
+                drop(admin);
+                assert_eq!(objects(), 0);
+            }
+        },
+    );
+}
+
 /// What a TPM does: it makes no secret keys.
 const NO_SECRET_KEYS: &str = "[[rule]]\nname = \"no secret keys\"\nfunction = [\"C_GenerateKey\", \"C_UnwrapKey\"]\n\
                               do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n";

@@ -70,5 +70,6 @@ mod token_states;
 mod tokens;
 mod trusted_files;
 mod wire;
+mod worker_key;
 
 use keybroker_test_support::{faulty, identity, servers, softhsm};

@@ -9,8 +9,9 @@ use crate::{
     expected::{TOKEN, UNTRUSTED},
     faulty, faulty_token,
     process::Broker,
-    site::{Options, Site},
+    site::{Finished, Options, Site},
     softhsm::write_private,
+    worker_key,
 };
 
 /// What `key generate`, and `token check` after it, say of a token.
@@ -44,6 +45,9 @@ const fn expected(profile: &'static str, verdict: Verdict) -> Expected {
         with: None,
     }
 }
+
+/// The directory and the digest are added to it.
+const IN_WORKER: &str = "integrity_key = \"worker\"";
 
 const COPYABLE_AND_MECHANISMS: &str =
     "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]";
@@ -134,10 +138,13 @@ const EXPECTED: [Expected; 12] = [
     },
     expected("p11-kit-remote", Works),
     expected("pkcs11-proxy", Works),
-    expected(
-        "tpm2",
-        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
-    ),
+    Expected {
+        with: Some((&[IN_WORKER], Works)),
+        ..expected(
+            "tpm2",
+            Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
+        )
+    },
     Expected {
         before_pin: "0001",
         with: Some((
@@ -247,13 +254,31 @@ fn keys_of_the_vendors_tool_have_their_verdict() {
 fn configure(site: &Site, lines: &[&str]) {
     let file = site.configuration_file();
     let text = fs::read_to_string(&file).unwrap();
+    let in_worker = lines.contains(&IN_WORKER);
+    let lines: Vec<&str> = lines
+        .iter()
+        .copied()
+        .filter(|line| *line != IN_WORKER)
+        .collect();
     let token = format!("[token]\n{}\n", lines.join("\n"));
     write_private(&file, &text.replacen("[token]\n", &token, 1));
+    if in_worker {
+        worker_key::permit(site);
+    }
+}
+
+/// Makes a key, and adds the digest of its file to the configuration if there is one.
+fn generate(site: &Site) -> Finished {
+    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    if worker_key::directory(site).exists() {
+        worker_key::pin_files(site);
+    }
+    generated
 }
 
 /// What was found instead, if a verdict is not met.
 fn other_than(site: &Site, expected: Verdict) -> Option<String> {
-    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    let generated = generate(site);
     match expected {
         Works if generated.code == Some(0) => {
             let checked = site.run(&["token", "check"]);
@@ -361,7 +386,8 @@ async fn a_broker_serves_on_each_profile_that_works() {
         };
         let site = site(expected.profile, expected.before_pin);
         configure(&site, lines);
-        site.expect_ok(&["key", "generate", "--bits", "2048"]);
+        let generated = generate(&site);
+        assert_eq!(generated.code, Some(0), "{generated:#?}");
         let broker = Broker::start_on(Arc::new(site));
         let enroller = Caller::of(&broker, "enroller");
         enroller.create("ada", b"material of ada").await.unwrap();
@@ -373,5 +399,5 @@ async fn a_broker_serves_on_each_profile_that_works() {
         site.expect_ok(&["store", "check"]);
         served += 1;
     }
-    assert_eq!(served, 7);
+    assert_eq!(served, 8);
 }

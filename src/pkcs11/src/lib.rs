@@ -12,6 +12,7 @@ mod calling;
 mod classify;
 mod keys;
 mod login_policy;
+mod mac_key;
 mod module;
 mod negative;
 mod open;

@@ -55,6 +55,7 @@ mod return_codes;
 mod revocation;
 mod rolling_restart;
 mod rows;
+mod schedules;
 mod service_manager;
 mod shared_label;
 mod site;

@@ -209,13 +209,30 @@ impl SelfTest {
     /// Decrypts on the token and compares; makes and verifies a MAC.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
-        self.authenticate(session, pair)
+        self.makes_a_mac(session, pair)
     }
 
-    /// Makes and verifies a MAC.
-    fn authenticate(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+    fn makes_a_mac(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
+    }
+
+    /// A token without HMAC cannot be used, which the message says of no other part of it.
+    fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let made = self.makes_a_mac(session, pair);
+        made.map_err(|fault| {
+            if !is_refusal(&fault) {
+                return fault;
+            }
+            Fault::new(
+                fault.class,
+                format!(
+                    "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
+                     told from forged ones; if its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]",
+                    pair.id
+                ),
+            )
+        })
     }
 
     /// A token that takes any MAC for right would make every row of the database right.
@@ -257,17 +274,12 @@ pub(super) fn probe(
         Ok(self_test)
     };
     let self_test = choose(attempt, allow_oaep_sha1)?;
-    let authenticate = || on_session(&|session, pair| self_test.authenticate(session, pair));
-    // Apart from OAEP, so that a token without keys for HMAC is not said to lack OAEP. One error may be transient.
-    authenticate()
-        .or_else(|fault| {
-            if is_refusal(&fault) {
-                authenticate()
-            } else {
-                Err(fault)
-            }
-        })
-        .map_err(|fault| without_macs(fault, id))?;
+    let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
+    authenticates().or_else(|fault| match fault.class {
+        // It may have been busy for a moment.
+        Class::Ambiguous => authenticates(),
+        _ => Err(fault),
+    })?;
     on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
     Ok(self_test)
 }
@@ -278,19 +290,6 @@ fn is_refusal(fault: &Fault) -> bool {
         fault.class,
         Class::Input | Class::Ambiguous | Class::Configuration
     )
-}
-
-/// A token makes no MACs with an integrity key that it has made. Some make a key of any kind and refuse it when it is used.
-fn without_macs(fault: Fault, id: WrappingKeyId) -> Fault {
-    let can_help = is_refusal(&fault);
-    let fault = fault.about(&format!(
-        "the token does not do HMAC-SHA-256 with the integrity key of {id}"
-    ));
-    if can_help {
-        fault.with("if the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]")
-    } else {
-        fault
-    }
 }
 
 /// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error

@@ -149,7 +149,7 @@ async fn a_key_of_another_tool_is_registered_and_used() {
         "{shown}"
     );
     let again = site.run(&register);
-    assert!(again.stderr.contains("is registered already"), "{again:#?}");
+    assert!(again.stderr.contains("is already registered"), "{again:#?}");
     site.expect_ok(&["token", "check"]);
     site.expect_ok(&["token", "backup-confirmed"]);
 

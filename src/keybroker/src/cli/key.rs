@@ -1,4 +1,4 @@
-//! `keybroker key`.
+//! `keybroker key`: manages the wrapping keys on the token and in the registry.
 
 use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
@@ -32,9 +32,9 @@ pub(super) enum Command {
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use it to complete an interrupted `key generate`, for a key that was made with the vendor's tool, or after the token
-    /// was restored to a device with another serial number; a registered key keeps its state. The key must pass the checks
-    /// of `token check`. The broker must be stopped.
+    /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
+    /// restored to a device with another serial number. A registered key keeps its state. The key must pass the checks of `token
+    /// check`. The broker must be stopped.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -56,9 +56,9 @@ pub(super) struct Generate {
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// `CKA_ID` of the RSA private key, 1 to 255 bytes in hexadecimal; of a registered key, its id
+    /// `CKA_ID` of the RSA private key, 1 to 255 bytes in hexadecimal, or the id of a registered key
     id: String,
-    /// `CKA_ID` of the integrity key, 1 to 255 bytes in hexadecimal [default: that of the RSA private key]
+    /// `CKA_ID` of the integrity key, 1 to 255 bytes in hexadecimal [default: the `CKA_ID` of the RSA private key]
     #[arg(long, value_name = "HEX")]
     integrity_id: Option<String>,
     #[command(flatten)]
@@ -119,7 +119,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .bits
         .parse()
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
-    // Everything that could refuse the row later is asked before anything is made on the token.
+    // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
@@ -135,8 +135,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row).map_err(|failure| {
             let what = format!(
-                "key {} is on the token, but not registered: {failure}. When that is repaired, run \
-                 `keybroker key register {}`",
+                "key {} is on the token, but not registered: {failure}. After repairing the cause, run `keybroker key \
+                 register {}`",
                 row.id, row.id
             );
             Failure::new(failure.exit, what)
@@ -150,8 +150,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 
 fn warn_of_backup(context: &Context) {
     context.output.note(
-        "This key can never be exported. Back up the token before the first user enrols: if it is lost, every \
-         vault under it is lost. Then run `keybroker token backup-confirmed`.",
+        "This key can never be exported. Back up the token before the first user enrols: if the token is lost, every \
+         vault under this key is lost. Then run `keybroker token backup-confirmed`.",
     );
 }
 
@@ -196,9 +196,9 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     context.output.fields(fields(&row))
 }
 
-/// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
-/// its `CKA_ID` if that has the length of an id; else an id that follows from its public key, so that a key whose row is lost gets
-/// the same id again.
+/// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.
+/// The id of an unregistered key is its `CKA_ID`, if that has the length of an id. Otherwise the id is derived from the public
+/// key, so that a key whose row is lost receives the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -258,7 +258,7 @@ fn fresh_id() -> Result<WrappingKeyId, Failure> {
     Ok(WrappingKeyId::from_bytes(bytes))
 }
 
-/// The row of a key that is not registered yet.
+/// Makes the registry row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
     let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
@@ -277,8 +277,8 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
     Ok(row)
 }
 
-/// Each wrapping key has an integrity key of its own. If two shared one, rows under a compromised key would verify under the other, and
-/// the end of one key would be the end of both.
+/// Refuses an integrity key that another wrapping key uses. With a shared integrity key, rows of a compromised wrapping key would
+/// also verify for the other, and destroying one wrapping key would affect both.
 fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
     let integrity = |id: WrappingKeyId, objects: &ObjectIds| {
         let private = objects.private.clone().unwrap_or_else(|| id.into());
@@ -295,20 +295,20 @@ fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result
         Some(other) => Err(Failure::new(
             Exit::Usage,
             format!(
-                "the integrity key with the CKA_ID {own} belongs to the wrapping key {} already, and each wrapping key needs one of its \
-                 own; make another secret key and pass its CKA_ID with `--integrity-id`",
+                "the integrity key with the CKA_ID {own} already belongs to the wrapping key {}, and each wrapping key \
+                 needs a separate integrity key; make another secret key and pass its CKA_ID with `--integrity-id`",
                 other.id
             ),
         )),
     }
 }
 
-/// The row of a registered key, for the token that holds it now. Its state is kept: a copy of a compromised key is
-/// compromised.
+/// Makes the registry row of a registered key that is on another token now. The state is kept, because a copy of a compromised
+/// key is compromised, too.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
     if old.fingerprint != key.fingerprint {
-        let what = format!("key {id} on this token is another key than the registered one");
+        let what = format!("the key with id {id} on this token is not the registered key");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {

@@ -149,7 +149,7 @@ fn a_damaged_block_withholds_no_other_list_and_no_start() {
             let reported = left_out(tls).unwrap();
             assert!(reported.contains(words), "{words}: {reported}");
             assert!(
-                reported.contains("no longer holds a list of \"CN=other CA\""),
+                reported.contains("no longer has a list of \"CN=other CA\""),
                 "{reported}"
             );
             assert!(!Site::verifies(tls, &site.ca, 99 + round), "{words}");

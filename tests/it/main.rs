@@ -30,6 +30,7 @@ mod faults;
 mod faulty_token;
 mod file_messages;
 mod hang;
+mod hanging_calls;
 mod json;
 mod last_uses;
 mod listeners;

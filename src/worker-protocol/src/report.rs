@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Version of the report's format.
 pub const FORMAT: u32 = 1;
 
+/// Name of the answer that shows whether the keys that were stored on the token were removed.
+pub const REMOVED: &str = "removed";
+
 /// The whole report. It contains no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {

@@ -42,8 +42,6 @@ pub(crate) use rates::{Counted, waits_of_this_thread};
 
 /// Sessions that are opened at most, to find the limit.
 const SESSIONS_MAX: usize = 64;
-/// Bytes of the digest of a serial number that are shown.
-const SERIAL_DIGEST_BYTES: usize = 8;
 const MODULUS_BITS: u32 = 2_048;
 const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
 /// Digits of a time: `YYYYMMDDhhmmss00`.
@@ -285,8 +283,7 @@ fn identity(
         hardware_version: version(info.hardware_version()),
         firmware_version: version(info.firmware_version()),
         serial: allowed.serial.then(|| serial.to_owned()),
-        serial_sha256: (!serial.is_empty())
-            .then(|| sha256(serial.as_bytes())[..2 * SERIAL_DIGEST_BYTES].to_owned()),
+        has_serial: !serial.is_empty(),
         label_is_shared: same_label > 1,
         padded_with_nul: info.label().contains('\0') || info.model().contains('\0'),
         clock: if !info.clock_on_token() {
@@ -610,6 +607,8 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
+    // Before anything is made: a token that has no session left must not keep keys of a failed report.
+    let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
         Ok(made) => made,
@@ -623,7 +622,6 @@ fn on_token(
     };
     let result =
         |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
-    let other = token.session(&[])?;
     let found = keys::find(&other.session, &made.pair.place());
     let checked = match &found {
         Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
@@ -669,12 +667,14 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
             settings: Vec::new(),
         };
     }
-    let mut lines = vec![format!("module = \"{}\"", settings.module.display())];
+    let file = settings.module.file_name().unwrap_or_default();
+    let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
+    // Its content may hold names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string
             .iter()
-            .map(|text| format!("initialize_string = {text:?}")),
+            .map(|_| "initialize_string = \"…\"".to_owned()),
     );
     if allow_oaep_sha1 {
         lines.push("allow_oaep_sha1 = true".to_owned());

@@ -29,7 +29,7 @@ pub(in crate::cli) struct Arguments {
     /// Also test keys that are stored on the token and removed afterwards; recorded in the audit log
     #[arg(long)]
     write: bool,
-    /// Show the token's serial number instead of its digest
+    /// Show the token's serial number
     #[arg(long)]
     serial: bool,
     /// Also write the report to this file as a Markdown page
@@ -247,10 +247,10 @@ fn attribute_table(report: &Report) -> String {
 
 fn identity_rows(report: &Report) -> Vec<Vec<String>> {
     let identity = &report.identity;
-    let serial = match (&identity.serial, &identity.serial_sha256) {
+    let serial = match (&identity.serial, identity.has_serial) {
         (Some(serial), _) => serial.clone(),
-        (None, Some(digest)) => format!("SHA-256 {digest}…"),
-        (None, None) => "none".to_owned(),
+        (None, true) => "not shown".to_owned(),
+        (None, false) => "none".to_owned(),
     };
     let limit = |limit: Option<u64>| match limit {
         None => "not said".to_owned(),

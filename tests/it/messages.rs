@@ -348,7 +348,7 @@ fn a_database_on_a_read_only_file_system_is_named_as_such() {
     };
     let finished = site.run_to_its_end(command);
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
-    let words = ["write to the directory of the database", "read-only"];
+    let words = ["write access to the directory of the database", "read-only"];
     says("a read-only file system", &finished, 7, &words);
 }
 

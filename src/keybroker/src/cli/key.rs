@@ -319,7 +319,7 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
+        let what = format!("key {id} is already registered for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {

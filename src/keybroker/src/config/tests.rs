@@ -136,7 +136,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# password_file = ",
         "password_variable = \"X\"\npassword_file = ",
-        "not both",
+        "remove one of them",
     ),
     (
         "# password_file = \"/",
@@ -198,7 +198,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# path_prefix = \"\"",
         "path_prefix = \"keys/\"",
-        "begins with a slash",
+        "begin with a slash",
     ),
     (
         "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",

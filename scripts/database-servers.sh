@@ -46,7 +46,9 @@ postgres_server() {
   local bin
   bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
   as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
-  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" "$@"
+  # A killed server would leave its shared memory in /dev/shm; a file in the data directory goes with the folder.
+  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" \
+    -c dynamic_shared_memory_type=mmap "$@"
   export PGHOST=$SERVER PGUSER=keybroker
   until_it_answers psql --dbname=postgres --command='SELECT 1'
 }

@@ -184,7 +184,7 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     let enrol = format!("enrol {broker} --token-file ada --protected-key-file protected");
     // The wrong KDF, the wrong address.
     let wrong = format!("{enrol} {account} --iterations 600001");
-    desk.fails(&wrong, 12, "the key does not fit");
+    desk.fails(&wrong, 12, "the key is wrong");
     let wrong = format!("{enrol} --email ada@example.org --password-file password");
     desk.fails(
         &wrong,

@@ -1,13 +1,13 @@
-//! Key ids of earlier key sets. Without them, a token of a withdrawn key could not be told from one of a new key that was not fetched
+//! Key ids of earlier key sets. They tell a token of a withdrawn key from a token of a new key that was not fetched
 //! yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;
 
-/// Key ids that are remembered. A provider decides them, and no caller.
+/// Most key ids that are remembered. Only the provider's key sets add to them.
 const WITHDRAWN_MAX: usize = 256;
 
-/// SHA-256 of a key id, whose length a provider decides.
+/// The SHA-256 of a key id. A key id itself can be of any length.
 type Name = [u8; 32];
 
 fn name_of(kid: &str) -> Name {
@@ -15,7 +15,7 @@ fn name_of(kid: &str) -> Name {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// Key ids of earlier sets that the set in use does not have, the oldest first.
+/// Key ids of earlier sets that are missing in the current set, oldest first.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Withdrawn(Vec<Former>);
 
@@ -23,12 +23,13 @@ pub(super) struct Withdrawn(Vec<Former>);
 #[derive(Clone, Debug)]
 struct Former {
     name: Name,
-    /// When the last fetch began that found the key.
+    /// When the last fetch began whose set contained the key.
     seen: Timestamp,
 }
 
 impl Withdrawn {
-    /// The withdrawn keys after a set with the keys `now` replaced one with the keys `before`, which was last fetched at `seen`.
+    /// Returns the withdrawn keys after a change of sets. The keys `before` are those of the previous set, which was
+    /// last fetched at `seen`; `now` are those of the current one.
     pub(super) fn after<'a>(
         &self,
         before: impl Iterator<Item = &'a str>,
@@ -46,7 +47,8 @@ impl Withdrawn {
         Self(former)
     }
 
-    /// When the last fetch began that found this key, if the set in use does not have it.
+    /// When the last fetch began whose set contained this key. `None` if the current set contains it, or if no earlier
+    /// set did.
     pub(super) fn last_seen(&self, kid: &str) -> Option<Timestamp> {
         let name = name_of(kid);
         let found = self.0.iter().find(|former| former.name == name)?;
@@ -68,7 +70,7 @@ mod tests {
         let two = one.after(["b", "c"].into_iter(), at(2), ["a"].into_iter());
         assert!(two.last_seen("a").is_none());
         assert_eq!(two.last_seen("b"), Some(at(2)));
-        // The last fetch that had the key counts, not the first.
+        // The last fetch whose set contained the key counts, not the first.
         let back = two.after(["a"].into_iter(), at(3), ["b"].into_iter());
         let gone = back.after(["b"].into_iter(), at(4), ["c"].into_iter());
         assert_eq!(gone.last_seen("b"), Some(at(4)));

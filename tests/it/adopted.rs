@@ -214,7 +214,10 @@ fn an_integrity_key_of_another_wrapping_key_is_not_registered() {
     faulty.behave("");
     let refused = site.run(&["key", "register", "0d", "--integrity-id", INTEGRITY]);
     assert_eq!(refused.code, Some(USAGE), "{refused:#?}");
-    assert!(refused.stderr.contains("a separate integrity key"), "{refused:#?}");
+    assert!(
+        refused.stderr.contains("a separate integrity key"),
+        "{refused:#?}"
+    );
     assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "1");
 }
 

@@ -359,7 +359,7 @@ fn config_check_examines_the_token() {
         "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &["more than one token fits", "`serial`"],
+        &["more than one token matches", "`serial`"],
     );
     let text = fs::read_to_string(site.configuration_file()).unwrap();
     let other = text.replacen(&format!("label = \"{label}\""), "label = \"another\"", 1);

@@ -230,7 +230,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "URI:spiffe://example.org/ops",
         "URI:spiffe://example.org/vault",
-        "there twice",
+        "appears twice",
     ),
     ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
     (

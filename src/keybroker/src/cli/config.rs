@@ -64,7 +64,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // These problems are reported with the configuration and its files.
+    // Problems of these settings are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -90,7 +90,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let token = &config.token;
-    // These problems are reported with the files.
+    // Problems of the module and of the environment are reported with the files.
     if check_module(&token.module).is_err() || check_environment(&token.environment).is_err() {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
         return (Vec::new(), Some(note));

@@ -212,7 +212,7 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            // For the check alone: the public key is not known before it.
+            // A temporary id for the check, because the public key is unknown before the check.
             None => (fresh_id()?, Some(object.clone())),
         },
     };
@@ -241,7 +241,7 @@ fn find(
     Ok(admin.check(wanted)?)
 }
 
-/// The id of a key whose `CKA_ID` cannot be one.
+/// The id of a key whose `CKA_ID` cannot be used as an id.
 fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"keybroker/wrapping-key-id/v1");

@@ -67,7 +67,7 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance. It has the record of rejected PINs, which commands and the workers of `serve`
+/// The state directory of this instance, with the record of rejected PINs, which commands and the workers of `serve`
 /// share.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)

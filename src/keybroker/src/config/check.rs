@@ -126,8 +126,8 @@ impl Config {
         }
     }
 
-    /// Names and values that cannot be in an environment. With one of them, a command that restarts itself with the module's
-    /// environment would restart forever.
+    /// Names and values that cannot be in an environment. With an invalid variable, a command that restarts itself with the
+    /// module's environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

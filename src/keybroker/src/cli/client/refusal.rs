@@ -5,7 +5,7 @@ use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// The failure of a command whose call failed. It has the broker's reason, or the cause of a failed connection.
+/// The failure of a command whose call failed, with the broker's reason or the cause of a failed connection.
 pub(in crate::cli) fn failure(error: &Error) -> Failure {
     let Some(refusal) = error.refusal() else {
         return without_reason(error);

@@ -13,7 +13,7 @@
 //! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's integrity key over [`Envelope::mac_message`] |
 //!
 //! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
-//! is forged with the public key alone; a row is altered. The token refuses such a row before the RSA key is used.
+//! is forged with the public key alone; a row is altered. The token refuses a changed row before the RSA key is used.
 //!
 //! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
 //! that was valid before for the same record and revision number. A comparison of the store with the audit log finds
@@ -156,7 +156,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// Fewer bytes than the fields need.
-    #[error("the envelope is cut short")]
+    #[error("the envelope is truncated")]
     Truncated,
     /// A format version that this release does not know.
     #[error("unknown envelope format version {0}")]
@@ -168,7 +168,7 @@ pub enum ParseError {
     #[error("unknown envelope algorithm {0}")]
     Algorithm(u8),
     /// A wrapped key whose length does not fit any permitted RSA key.
-    #[error("wrapped key of {0} bytes")]
+    #[error("a wrapped key cannot have {0} bytes")]
     WrappedLength(usize),
     /// Bytes after the end.
     #[error("{0} bytes after the end of the envelope")]

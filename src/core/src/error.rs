@@ -25,7 +25,7 @@ pub enum Reason {
     Revision,
     /// A stored envelope does not parse or verify.
     RecordDamaged,
-    /// An envelope that the caller sent is not accepted. All causes have the same answer.
+    /// An envelope that the caller sent is not accepted. The answer is the same for all causes.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
@@ -306,8 +306,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The text of the causes of an error, without its own text. If the error has no cause, its own text is returned. Use this
-/// for errors of libraries whose outermost text says only that a request failed.
+/// The text of the causes of an error, without its own text. If the error has no cause, its own text is returned. Use the
+/// function for errors of libraries whose outermost text says only that a request failed.
 pub fn causes(error: &dyn std::error::Error) -> String {
     chain(error.source().unwrap_or(error))
 }

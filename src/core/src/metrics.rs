@@ -1,5 +1,5 @@
-//! All metrics of the broker, each with name, unit, help and labels. `docs/metrics.md` has the same list, and a test compares the
-//! two.
+//! All metrics of the broker, each with name, unit, help and labels. `docs/metrics.md` has a list of all metrics, and a test
+//! compares the list with this module.
 //!
 //! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
 //! counter exists with 0 from the start for each label value that is known in advance, so that a rate includes the first event.

@@ -35,7 +35,7 @@ pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
-/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes such a block.
+/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes a block of parameters.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
 /// Why a file was refused. The text is a clause that follows the name of the file.
@@ -81,8 +81,8 @@ pub enum Error {
     },
     /// A private key under a passphrase.
     #[error(
-        "the private key that begins in line {0} is encrypted, and there is no passphrase to open it with; decrypt it with \
-         `openssl pkey -in FILE -out key.pem`, and protect the result by its mode"
+        "the private key that begins in line {0} is encrypted, and keybroker has no passphrase for it; decrypt it with \
+         `openssl pkey -in FILE -out key.pem`, and restrict the mode of the result"
     )]
     Encrypted(usize),
     /// A block of a kind that is not permitted in this file.
@@ -208,12 +208,12 @@ fn remedy(label: &str) -> &'static str {
         "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
             "it is a request; use the certificate that the authority issued for it"
         }
-        "X509 CRL" => "a revocation list belongs into the file of its own setting",
-        "CERTIFICATE" => "a certificate does not belong into this file; remove it",
+        "X509 CRL" => "put a revocation list into the file of its own setting",
+        "CERTIFICATE" => "a certificate does not belong in this file; remove it",
         _ if label.ends_with("PRIVATE KEY") => {
-            "a private key does not belong into this file; remove it, and replace the key if others may have read it"
+            "a private key does not belong in this file; remove it, and replace the key if others may have read it"
         }
-        _ => "it does not belong into this file; remove it",
+        _ => "it does not belong in this file; remove it",
     }
 }
 
@@ -267,7 +267,7 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
 /// part is no list. A file without any list is accepted. The file comes from other machines and may be damaged, and one damaged
 /// block must not prevent the use of the lists of all other authorities.
 ///
-/// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the rest of the file is ignored, and the last entry reports this.
+/// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the last entry reports that the rest of the file is ignored.
 pub fn revocation_lists(
     bytes: &[u8],
 ) -> Vec<Result<CertificateRevocationListDer<'static>, DamagedBlock>> {

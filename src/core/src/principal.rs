@@ -223,7 +223,7 @@ pub struct Claims {
     pub expires: Option<Timestamp>,
 }
 
-/// Everything that a verified credential states about its holder. Only the crate `auth` creates this value.
+/// Everything that a verified credential states about its holder. Only the crate `auth` creates an identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// A stable name that differs between the holders of all credentials: `URI:spiffe://…`, `DNS:…`,
@@ -239,7 +239,7 @@ pub struct Identity {
     pub roles: BTreeSet<Role>,
     /// The users whose keys a service with [`Role::Release`] may release.
     pub users: Reach<UserId>,
-    /// The key names that such a service may release.
+    /// The key names that a service with [`Role::Release`] may release.
     pub key_names: Reach<KeyName>,
     /// The user id under which the keys of a user are stored; absent for a service.
     pub subject: Option<UserId>,

@@ -75,7 +75,7 @@ impl StateDirectory {
         }
     }
 
-    /// A state directory with this path, which another process supplied.
+    /// A state directory whose path another process supplied.
     pub fn at(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -103,8 +103,8 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. After this returns, the new fact survives a power failure. A crash before the return leaves the old or
-    /// the new fact.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. A crash before the return leaves the
+    /// old or the new fact.
     ///
     /// Fails for a fact of more than 64 KiB, because it could not be read again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {

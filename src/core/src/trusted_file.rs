@@ -17,7 +17,8 @@
 //!
 //! A read-only mount is accepted as protection only in a container, and only if it is another file system than that of the root
 //! directory. Where systemd runs, it is not accepted: settings such as `ProtectSystem=strict` show a service the host's file
-//! systems read-only, while other users of the host can still write to them. The front passes this information to its workers.
+//! systems read-only, while other users of the host can still write to them. The front tells its workers whether read-only mounts
+//! are accepted.
 //!
 //! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
 //! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
@@ -210,7 +211,7 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group that can read a file, if its group can read it and others cannot. `None` also if this is unknown.
+/// The group that can read a file, if its group can read it and others cannot. `None` also if the group is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -197,28 +197,33 @@ pub struct Admin {
     worker: Mutex<Worker>,
     pid: u32,
     info: TokenInfo,
+    is_login_of_another: bool,
 }
 
 impl Admin {
     /// Logs in if the record of PINs in the state directory allows it. With `write`, the session is read-write, so that
-    /// keys can be made. `program` is the running binary, which also contains the worker.
+    /// keys can be made. `program` is the running binary, which also contains the worker. If the settings fit several tokens, the
+    /// token is used that has one of the serial numbers of the registry.
     pub fn open(
         program: &Path,
         settings: &Settings,
         state: &StateDirectory,
         pin: &PinSource,
         write: bool,
+        serials: &[&str],
     ) -> Result<Self, AdminError> {
         let mut worker = Worker::start(program, settings)?;
         let job = Job::Open(OpenToken {
             setup: Some(settings.to_setup(state.path())),
             pin: Some(pin.to_wire()?),
             write,
+            serials: serials.iter().copied().map(str::to_owned).collect(),
         });
         match worker.ask(job, Duration::ZERO)? {
             Outcome::Token(entry) => Ok(Self {
                 pid: worker.child.id(),
                 worker: Mutex::new(worker),
+                is_login_of_another: entry.is_login_of_another,
                 info: listed(entry).info,
             }),
             _ => Err(unexpected()),
@@ -228,6 +233,11 @@ impl Admin {
     /// The token that is open.
     pub fn info(&self) -> &TokenInfo {
         &self.info
+    }
+
+    /// Whether the token answered to the login with `CKR_USER_ALREADY_LOGGED_IN`: another process was first, and the login is its.
+    pub fn is_login_of_another(&self) -> bool {
+        self.is_login_of_another
     }
 
     /// Process id of the worker.

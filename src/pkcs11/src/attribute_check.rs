@@ -447,8 +447,10 @@ fn remedy(wrong: &[&Finding]) -> String {
             ),
         };
     }
+    // An exception is for what is absent: it accepts no other value.
     let helps: Vec<Exception> = wrong
         .iter()
+        .filter(|finding| finding.found == Found::Missing)
         .filter_map(|finding| {
             EXCEPTIONS
                 .iter()

@@ -158,24 +158,47 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// Finds the one initialised token that fits, and looks again for a while when there is none. `serials` are those of the registry: only
-/// a token that has one of them is chosen, unless all are empty. A token with the same label may belong to another user, who would learn
-/// the PIN.
+/// What the serial numbers of the registry decide. Empty ones decide nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Registered<'a> {
+    /// Only a token that has one of them is chosen, for `serve`: a token with the same label may belong to another user, who would
+    /// learn the PIN.
+    Required(&'a [&'a str]),
+    /// They decide among several tokens that fit, for commands: some are for a clone, or for a token without registered keys.
+    Preferred(&'a [&'a str]),
+}
+
+impl Registered<'_> {
+    fn serials(&self) -> Vec<&str> {
+        let (Self::Required(serials) | Self::Preferred(serials)) = self;
+        serials
+            .iter()
+            .map(|serial| unpadded(serial))
+            .filter(|serial| !serial.is_empty())
+            .collect()
+    }
+}
+
+/// Finds the one initialised token that fits, and looks again for a while when there is none.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
-    serials: &[&str],
+    registered: Registered<'_>,
 ) -> Result<Selected, Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
-        match find_now(module, selector, serials) {
+        match find_now(module, selector, registered) {
             Err(_) if Instant::now() < until => thread::sleep(ABSENT_PAUSE),
             result => return result,
         }
     }
 }
 
-fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Selected, Fault> {
+fn find_now(
+    module: &Module,
+    selector: &Selector,
+    registered: Registered<'_>,
+) -> Result<Selected, Fault> {
     let tokens = list(module)?;
     let fitting: Vec<_> = tokens
         .iter()
@@ -194,18 +217,16 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
     if fitting.is_empty() {
         return Err(no_token(&wanted, &tokens));
     }
-    let registered: Vec<&str> = serials
-        .iter()
-        .map(|serial| unpadded(serial))
-        .filter(|serial| !serial.is_empty())
-        .collect();
-    let candidates: Vec<_> = fitting
+    let serials = registered.serials();
+    let mut candidates: Vec<_> = fitting
         .iter()
         .copied()
-        .filter(|(_, info)| {
-            registered.is_empty() || registered.contains(&unpadded(info.serial_number()))
-        })
+        .filter(|(_, info)| serials.contains(&unpadded(info.serial_number())))
         .collect();
+    let is_required = matches!(registered, Registered::Required(_)) && !serials.is_empty();
+    if candidates.is_empty() && !is_required {
+        candidates.clone_from(&fitting);
+    }
     match candidates.as_slice() {
         [(slot, info)] => Ok(Selected {
             slot: *slot,
@@ -218,7 +239,7 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
                 "the registry names the token with the serial number {}, and the settings fit only {}, so no login was tried. Connect \
                  the registered token and choose it by `token.serial`; if the other one is its clone, run `keybroker key register ID` \
                  there",
-                quoted(registered.iter().copied()),
+                quoted(serials.iter().copied()),
                 quoted(
                     fitting
                         .iter()
@@ -265,7 +286,7 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
 pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token()? {
+    for slot in module.slots_with_token()? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot)?;
         if info.token_initialized() {
@@ -298,6 +319,9 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+        // RFC 3986 section 3.1: the scheme is compared without case.
+        let upper = Selector::from_uri("PKCS11:token=My%20token;serial=0a1b");
+        assert_eq!(upper, Ok(selector));
     }
 
     #[test]

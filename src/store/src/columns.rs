@@ -1,4 +1,5 @@
-//! The tables with their columns. All statements are built from this list, and rows are read by its names.
+//! The tables with their columns. All statements are built from this list, and rows are read by the names of the
+//! columns.
 
 use super::slow::Named;
 

@@ -134,7 +134,7 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         Some(SQLITE_NOTADB) => Meaning::NotDatabase,
         Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
             "this user must have write access to the directory of the database, because SQLite creates files there even for \
-             to read; is the file system mounted read-only?",
+             reads; is the file system mounted read-only?",
         )),
         Some(SQLITE_READONLY) => {
             Meaning::Down(Some("check owner and mode of the file and its directory"))

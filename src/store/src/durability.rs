@@ -1,6 +1,6 @@
 //! Checks whether the database keeps acknowledged writes. Durability depends on settings that the server's administrator
 //! can weaken, so the settings are read before the broker serves. A failover can lead to a server with other settings, so
-//! they are read again on each new connection.
+//! the settings are read again on each new connection.
 
 use super::{Error, session::Columns};
 

@@ -282,7 +282,7 @@ async fn is_committed<E: Engine>(
             Ok(lease) => lease.transaction(End::Rollback, &work).await,
             Err(error) => Err(Ended::Without(error)),
         };
-        // The change may have been made, so no other error may state that it was not.
+        // The change may have been made, so no other error may state that the change was not made.
         match result {
             Ok(committed) => return Ok(committed),
             Err(Ended::Without(

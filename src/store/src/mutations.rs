@@ -35,7 +35,7 @@ impl Change {
     }
 }
 
-/// Writes the mark, the change and the request id of a mutation. If this returns an error, nothing was written.
+/// Writes the mark, the change and the request id of a mutation. If the function returns an error, nothing was written.
 pub(super) async fn apply(
     session: &mut impl Session,
     sql: &Statements,
@@ -181,8 +181,8 @@ async fn set_state(
     })
 }
 
-/// A record that cannot change before the transaction ends. One statement locks it and the next one reads it, because a statement
-/// that waited for a lock sees the other tables as they were before the wait.
+/// A record that cannot change before the transaction ends. One statement locks the record and the next one reads it, because a
+/// statement that waited for a lock sees the other tables as they were before the wait.
 async fn locked(
     session: &mut impl Session,
     sql: &Statements,
@@ -269,8 +269,8 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert in this case. MySQL cannot without
-/// hiding other errors, and reports the duplicate.
+/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. MySQL cannot
+/// without hiding other errors, and reports the duplicate.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,

@@ -215,9 +215,9 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     })
 }
 
-/// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without such a limit, the
-/// locks would be held until TCP gives up, hours later. MySQL has such a limit only for whole connections. A connection that was
-/// closed in the pool is detected before it is lent.
+/// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without the limit on idle
+/// time, the locks would be held until TCP gives up, hours later. MySQL has a limit on idle time only for whole connections. A
+/// connection that was closed in the pool is detected before it is lent.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
     // The settings need whole seconds, and at least one.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);

@@ -53,7 +53,7 @@ static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
 const PORT: u16 = 5_432;
 /// The version, in the form of `server_version_num`.
 const OLDEST: i64 = 140_000;
-/// The file name of a socket is this prefix and the port.
+/// The file name of a PostgreSQL socket is this prefix and the port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
 /// The users of a server and of a pooler in front of it, according to the packages of the distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
@@ -92,7 +92,7 @@ impl Server for PostgreSql {
     }
 
     fn options(settings: &Settings, place: &Place) -> Result<PgConnectOptions, Error> {
-        // The driver reads the environment. Every value from there is either overwritten or refused.
+        // The driver reads the environment. Every value from the environment is either overwritten or refused.
         let problems = environment_problems();
         if !problems.is_empty() {
             return Err(Error::Schema(problems.join("; ").into()));

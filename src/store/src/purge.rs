@@ -77,7 +77,7 @@ impl Purge {
         Ok((seen > 0).then_some(portion))
     }
 
-    /// Purges the revisions of a batch, and returns those that were removed.
+    /// Purges the revisions of a batch, and returns the removed revisions.
     pub async fn revisions(
         &self,
         portion: &Portion,
@@ -95,7 +95,7 @@ impl Purge {
             .collect())
     }
 
-    /// Purges the records of a batch, and returns those that were removed. A record that became active in the meantime is not
+    /// Purges the records of a batch, and returns the removed records. A record that became active in the meantime is not
     /// removed.
     pub async fn records(&self, portion: &Portion) -> Result<HashSet<RecordId>, Error> {
         if portion.records.is_empty() {
@@ -108,8 +108,8 @@ impl Purge {
 }
 
 /// Removes the marks of mutations that were committed before this time, or with `dry_run` counts them. Marks are stored in
-/// the order of time, so this ends at the first page without an old one. A mark that cannot be decoded is not changed and
-/// raises an alert.
+/// the order of time, so the function ends at the first page without an old mark. A mark that cannot be decoded is not
+/// changed and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,

@@ -151,7 +151,8 @@ pub struct RequestRecord {
     pub key: WrappingKeyId,
     /// On-token HMAC over scope, content and result; absent in a row of a release before schema 4.
     pub result_mac: Option<Mac>,
-    /// The record as the mutation left it. The first answer contained this state, and later changes do not affect it.
+    /// The record as the mutation left it. The first answer contained this state of the record, which later changes do not
+    /// affect.
     pub result: RecordInfo,
 }
 

@@ -35,7 +35,7 @@ use super::{
 
 /// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection that was in the pool for longer than this is tested before it is lent, because the server may have been
+/// A connection that was in the pool for longer than this time is tested before it is lent, because the server may have been
 /// restarted.
 const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
@@ -256,7 +256,7 @@ fn no_answer(shown: &str) -> Error {
 fn unreachable(shown: &str, error: sqlx::Error) -> Error {
     let remedy = if let sqlx::Error::Database(database) = &error {
         match database.code().as_deref() {
-            Some("3D000" | "42000") => "create it, with a user of its own that owns it",
+            Some("3D000" | "42000") => "create the database, with a separate user as its owner",
             Some("28P01" | "28000") => {
                 "check the user in `store.url`, and `password_file` or `password_variable`"
             }

@@ -1,5 +1,5 @@
 //! One connection of any engine: statements with their values, and rows that are read by the names of their columns. The
-//! drivers of all engines support this, but have no common trait for it.
+//! drivers of all engines support statements and named columns, but have no common trait for them.
 
 use std::{fmt, time::Instant};
 

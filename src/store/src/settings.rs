@@ -339,7 +339,10 @@ impl Settings {
         };
         let password = env::var(name).map_err(|error| {
             let what = format!("[store] `password_variable`: cannot read {name}");
-            Error::Schema(Detail::caused(what, error).remedy("set it where keybroker is started"))
+            Error::Schema(
+                Detail::caused(what, error)
+                    .remedy("set the variable in the environment of keybroker"),
+            )
         })?;
         Ok(Some(Zeroizing::new(password)))
     }

@@ -8,7 +8,7 @@ use std::{
 
 use keybroker_core::metrics;
 
-/// A statement is slow if it took longer than this, including its wait for locks.
+/// A statement is slow if it took longer than this time, including its wait for locks.
 const SLOW: Duration = Duration::from_secs(1);
 /// Shortest interval between two log lines about a statement. The line contains the number of omitted lines.
 const INTERVAL: Duration = Duration::from_mins(1);

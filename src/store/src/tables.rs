@@ -106,7 +106,7 @@ impl Row {
     }
 }
 
-/// Allows that the same code decodes a row from any source. A value of another type than the requested one is treated as not
+/// Allows the same code to decode a row from any source. A value of another type than the requested one is treated as not
 /// found.
 impl Columns for Row {
     fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
@@ -160,14 +160,14 @@ pub trait Tables: Store {
     /// The stored data of a record, by its id.
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error>;
 
-    /// Removes superseded revisions, and returns those that were removed. A current revision is not removed.
+    /// Removes superseded revisions, and returns the removed revisions. A current revision is not removed.
     async fn purge_revisions(
         &self,
         revisions: &[(RecordId, Revision)],
     ) -> Result<Vec<(RecordId, Revision)>, Error>;
 
-    /// Removes records with all of their revisions, if they are deleted and were deleted before this time. Returns those that
-    /// were removed.
+    /// Removes records with all of their revisions, if they are deleted and were deleted before this time. Returns the
+    /// removed records.
     async fn purge_records(
         &self,
         records: &[RecordId],
@@ -187,7 +187,7 @@ pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
-    /// The last row with a readable key, and the number of rows after it. The next page begins there.
+    /// The last row with a readable key, and the number of rows after it. The next page begins after this position.
     last: Option<Row>,
     skip: u64,
     at_end: bool,

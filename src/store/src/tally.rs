@@ -10,7 +10,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Call this before a change is tried. From then on it is not certain that nothing was changed.
+    /// Call this before a change is tried. After this call, it is uncertain whether a change was
+    /// made.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
     }

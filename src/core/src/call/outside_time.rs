@@ -16,8 +16,8 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     OUTSIDE.scope(Cell::default(), work).await
 }
 
-/// Records that the work of this task spent this time outside the broker. Without a measurement, this does
-/// nothing.
+/// Records that the work of this task spent this time outside the broker. Without a measurement, the
+/// function does nothing.
 pub fn note(outside: Duration) {
     OUTSIDE
         .try_with(|total| total.set(total.get() + outside))

@@ -27,7 +27,7 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 pub(super) const WRITABLE_BY_ALL: u32 = 0o002;
 /// Permissions that only the owner may have on a secret.
 const SECRET_OF_USER: u32 = 0o077;
-/// Permissions that only the owner may have on a secret of root. The group may read such a secret.
+/// Permissions that only the owner may have on a secret of root. The group may read a secret of root.
 const SECRET_OF_ROOT: u32 = 0o037;
 /// Highest number of symbolic links that are followed for one path, like the limit of the kernel.
 const LINKS_MAX: usize = 40;
@@ -301,7 +301,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Checks who can have created a link. In a sticky directory every user can. Elsewhere only the owner of the directory
-    /// can, and this owner was already checked.
+    /// can create a link, and this owner was already checked.
     fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
         if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
             return Ok(());

@@ -19,7 +19,7 @@ use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
     output::Field,
-    pin::{UserPin, log_in},
+    pin::{UserPin, log_in, serials},
     token::note_tests_not_made,
 };
 
@@ -123,7 +123,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, true)?;
+    let admin = log_in(&config, &pin, true, &serials(&rows))?;
     let row = change::audited(
         context,
         &config,
@@ -166,7 +166,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, false)?;
+    let admin = log_in(&config, &pin, false, &serials(&rows))?;
     let key = find(&admin, &rows, object, integrity)?;
     let id = key.id;
     if let Some(problem) = &key.problem {

@@ -18,7 +18,7 @@ use crate::config::accepted;
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
     exit::{Exit, Failure},
-    pin::{self, SoPin, UserPin, log_in},
+    pin::{self, SoPin, UserPin, log_in, serials},
 };
 
 mod report;
@@ -181,8 +181,8 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
 /// Checks the registered keys and the keys on the token: attribute check, self-test and negative tests.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
@@ -220,9 +220,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         );
     }
     let has_keys = !shown.is_empty();
-    context
-        .output
-        .groups(shown, "the token holds no wrapping key")?;
+    let nothing_shown = if problems.is_empty() {
+        "the token holds no wrapping key"
+    } else {
+        "no key could be checked"
+    };
+    context.output.groups(shown, nothing_shown)?;
     show_weakened(context, &config);
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
@@ -334,7 +337,7 @@ pub(super) fn compare(
 }
 
 /// Reads the registry; it is empty if there is no database yet.
-fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
+pub(super) fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
             return Ok(Vec::new());
@@ -349,10 +352,10 @@ fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure>
 fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let _lock = store::lock(&config.store)?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
+    let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
-    let rows = registry(&config)?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let of_token = rows
         .iter()

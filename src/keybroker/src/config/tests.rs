@@ -236,7 +236,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "audience = [\"keybroker\"]",
         "",
-        "made for any other application",
+        "issued for any other application",
     ),
     (
         "issuer = \"https://",

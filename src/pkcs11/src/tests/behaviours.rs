@@ -6,7 +6,7 @@ use super::{
 use keybroker_core::key::ObjectIds;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
-use crate::{admin::Verifier, classify::Class, keys};
+use crate::{admin::Verifier, classify::Class, keys, select::Registered};
 
 /// Objects on the token, of any kind.
 fn objects() -> usize {
@@ -343,7 +343,13 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             faulty.behave("[token]\nlabel = \"test\"\n");
             let open = |serials: &[&str]| {
                 let pin = pin(USER_PIN);
-                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+                OpenToken::login_to(
+                    &settings,
+                    &record(),
+                    Some(&pin),
+                    false,
+                    Registered::Required(serials),
+                )
             };
             for serials in [&[][..], &["0"], &[""]] {
                 let fault = open(serials).unwrap_err();
@@ -375,7 +381,13 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
             let (settings, faulty) = faulty(folder);
             let open = |serials: &[&str]| {
                 let pin = pin(USER_PIN);
-                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+                OpenToken::login_to(
+                    &settings,
+                    &record(),
+                    Some(&pin),
+                    false,
+                    Registered::Required(serials),
+                )
             };
             // A registry without a serial number decides nothing.
             let serial = open(&[""]).unwrap().info.serial;
@@ -393,6 +405,15 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
                 assert!(fault.detail.contains(words), "{fault}");
             }
             assert_eq!(faulty.count("C_Login begins"), logins);
+            // A command may be for the clone.
+            let clone = OpenToken::login_to(
+                &settings,
+                &record(),
+                Some(&pin(USER_PIN)),
+                false,
+                Registered::Preferred(&["0123456789abcdef"]),
+            );
+            assert_eq!(clone.unwrap().info.serial, serial);
         },
     );
 }

@@ -25,7 +25,7 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
 
-/// A database that answers a probe later than this is treated as unavailable. The limit is below one second, so
+/// A database that answers a probe after this time is treated as unavailable. The limit is below one second, so
 /// that a caller that probes once a second receives the result in time.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 

@@ -88,10 +88,10 @@ fn not_examined(path: &Path, error: io::Error) -> Error {
     Error::Down(Detail::of_file("cannot examine", path, error))
 }
 
-/// Refuses files of another user next to a database. In a directory that others can write to, such a WAL would replace
-/// the whole content of the database at the next start.
+/// Refuses files of another user next to a database. In a directory that others can write to, a WAL of another user
+/// would replace the whole content of the database at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
-    // SQLite resolves symbolic links before it looks for these files.
+    // SQLite resolves symbolic links before it looks for the side files.
     let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
     for suffix in SIDE_FILES {
@@ -236,8 +236,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // Without these flags, a FIFO would block the open, and a symbolic link would lead to another file that is
-        // overwritten below.
+        // Without `NOFOLLOW` and `NONBLOCK`, a FIFO would block the open, and a symbolic link would lead to another
+        // file that is overwritten below.
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
@@ -260,7 +260,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     Ok(StoreLock { _file: Some(file) })
 }
 
-/// Checks the lock file. The process id is written into it, so it must not be another file under a second name.
+/// Checks the lock file. The process id is written into the lock file, so the lock file must not be another file
+/// under a second name.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;

@@ -68,7 +68,7 @@ pub(super) struct Place {
 struct Last {
     /// The time when it began, if it found no problem.
     good: Option<Instant>,
-    /// The problem that it found, so that the problem is logged only once.
+    /// The problem of the last examination, so that it is logged only once.
     problem: Option<String>,
 }
 

@@ -175,7 +175,7 @@ fn a_row_that_names_other_objects_is_refused() {
     let checked = site.run(&["token", "check"]);
     assert_eq!(checked.code, Some(UNTRUSTED), "{checked:#?}");
     assert!(
-        checked.stderr.contains("MAC does not verify"),
+        checked.stderr.contains("registry row does not verify"),
         "{checked:#?}"
     );
     site.sql("UPDATE wrapping_keys SET integrity_cka_id = x'0a'");

@@ -216,8 +216,8 @@ impl Connection {
             .layer(Extension(Arc::clone(&client.authentication)))
     }
 
-    /// Serves a connection until it ends. The broker ends it when the broker stops, when the trust in clients changes, at the
-    /// maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
+    /// Serves a connection until it ends. The broker ends a connection when the broker stops, when the trust in clients changes,
+    /// at the maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
     async fn watch(
         &self,
         connection: impl GracefulShutdown,

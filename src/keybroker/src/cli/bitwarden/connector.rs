@@ -125,7 +125,8 @@ impl Connector {
             .hint("for a test on this machine, pass --allow-http")),
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP everyone on the network path could read the key and the token",
+                "is not on this machine: over plain HTTP everyone on the network path could read the key and the \
+                 access token",
             )),
             _ => Err(refuse("is not https")),
         }

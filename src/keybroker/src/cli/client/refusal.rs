@@ -109,7 +109,7 @@ fn of_another_service(status: &Status) -> Failure {
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn hint(reason: Reason) -> &'static str {
     match reason {
-        Reason::Request => "correct the fields named above",
+        Reason::Request => "correct the fields in the error message",
         Reason::RequestIdReused => {
             "a retry must send the same content as the first call; a different change needs a new request id"
         }

@@ -277,7 +277,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
         .unwrap();
     site.expect_ok(&["token", "backup-confirmed"]);
     until("the brokers to follow", || {
-        (site.log().matches("is taken over").count() == 2).then_some(())
+        (site.log().matches("loaded the changes").count() == 2).then_some(())
     });
     // A key that is registered while they run is used after a restart, and its records are not called damaged meanwhile.
     site.expect_ok(&["key", "generate", "--bits", "2048"]);

@@ -661,7 +661,7 @@ fn a_client_certificate_without_a_name_is_told_from_an_unknown_one() {
             "nameless",
             "has no subject alternative name of the kind URI or DNS",
         ),
-        (pki::UNKNOWN, "no [[principal]] has one of the names"),
+        (pki::UNKNOWN, "no [[principal]] has a `san` that"),
     ] {
         let finished = Finished::from(client(&broker, name, &["list"]).output().unwrap());
         says(name, &finished, 10, &["CREDENTIAL"]);

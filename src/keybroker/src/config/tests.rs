@@ -236,7 +236,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "audience = [\"keybroker\"]",
         "",
-        "made for any other application",
+        "issued for any other application",
     ),
     (
         "issuer = \"https://",
@@ -267,7 +267,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "spiffe://example.org/vault",
         "spiffe://example.org/vault/",
-        "no SPIFFE id",
+        "not a valid SPIFFE id",
     ),
 ];
 

@@ -1,4 +1,4 @@
-//! The unsafe calls.
+//! The unsafe calls of PKCS#11 functions.
 
 use std::{
     ffi::{CString, c_void},
@@ -22,19 +22,19 @@ use cryptoki_sys::{
 
 use crate::TokenInfo;
 
-/// Length of the first buffer for an attribute whose length is not fixed, in bytes: the modulus of the longest key and a list of 128
-/// mechanisms fit.
+/// Length in bytes of the first buffer for an attribute without a fixed length. The modulus of the longest key fits,
+/// and so does a list of 128 mechanisms.
 const FIRST_BUFFER: usize = 1024;
-/// Length of the last buffer.
+/// Length of the second and last buffer.
 const LAST_BUFFER: usize = 64 * 1024;
 
-/// The function list of PKCS#11 2.40, which modules of every later version have as well.
+/// The function list of PKCS#11 2.40, which modules of all later versions have too.
 #[derive(Clone)]
 pub(crate) struct Functions(Arc<Loaded>);
 
 struct Loaded {
     list: CK_FUNCTION_LIST,
-    /// The functions of the list exist as long as it is loaded.
+    /// The functions exist only while the library is loaded.
     _library: cryptoki_sys::Pkcs11,
 }
 
@@ -44,8 +44,8 @@ impl fmt::Debug for Functions {
     }
 }
 
-/// The arguments of `C_Initialize` as NSS extends them: `pReserved` is the string, and a field that must be NULL follows. Other
-/// modules do not look behind the standard's fields.
+/// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
+/// be NULL. Other modules do not read beyond the fields of the standard.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,
@@ -54,8 +54,8 @@ struct InitializeArguments {
 
 impl Functions {
     pub(crate) fn load(path: &Path) -> Result<Self> {
-        // SAFETY: `cryptoki` has loaded the same file before, so no initialiser of it runs here. That it is a PKCS#11 module with the
-        // types of the standard is what the operator says of it; nothing can check that.
+        // SAFETY: `cryptoki` has loaded the same file before, so no initialiser runs here. The operator states that the
+        // file is a PKCS#11 module with the types of the standard; no code can check that.
         let library = unsafe { cryptoki_sys::Pkcs11::new(path) }.map_err(Error::LibraryLoading)?;
         if library.C_GetFunctionList.is_err() {
             return Err(Error::MissingSymbol("C_GetFunctionList"));
@@ -67,7 +67,8 @@ impl Functions {
         if list.is_null() {
             return Err(Error::NullFunctionPointer);
         }
-        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the list of the module. The list does not change.
+        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the module's list. The list does
+        // not change.
         let list = unsafe { *list };
         Ok(Self(Arc::new(Loaded {
             list,
@@ -75,7 +76,7 @@ impl Functions {
         })))
     }
 
-    /// `C_Initialize` with a string.
+    /// Calls `C_Initialize` with a string.
     pub(crate) fn initialize(&self, reserved: CString) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
@@ -85,7 +86,8 @@ impl Functions {
                 LockMutex: None,
                 UnlockMutex: None,
                 flags: CKF_OS_LOCKING_OK,
-                // Never freed: the standard does not say for how long the module may use it. It happens once per process.
+                // Never freed, because the standard does not say how long the module may use the string. This leaks
+                // once per process.
                 pReserved: reserved.into_raw().cast(),
             },
             reserved_by_nss: ptr::null_mut(),
@@ -96,7 +98,7 @@ impl Functions {
         Rv::from(code).into_result(Function::Initialize)
     }
 
-    /// Whether `C_Initialize` of another function list was that of this one as well.
+    /// Whether the call of `C_Initialize` in another function list has also initialised this one.
     pub(crate) fn are_initialized(&self) -> bool {
         let Some(function) = self.0.list.C_GetInfo else {
             return true;
@@ -107,7 +109,7 @@ impl Functions {
         !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
     }
 
-    /// `C_GetTokenInfo`.
+    /// Calls `C_GetTokenInfo`.
     pub(crate) fn token_info(&self, slot: Slot) -> Result<TokenInfo> {
         let function = self
             .0
@@ -121,7 +123,7 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// `C_GetAttributeValue` for one attribute, with a buffer at once.
+    /// Reads one attribute (`C_GetAttributeValue`), with a buffer in the first call.
     pub(crate) fn attribute(
         &self,
         session: &Session,
@@ -155,8 +157,9 @@ impl Functions {
             pValue: buffer.as_mut_ptr().cast(),
             ulValueLen: CK_ULONG::try_from(buffer.len())?,
         };
-        // SAFETY: the argument points to one attribute, which names a buffer that the function may write, and its length. Both live
-        // until it returns. The handles are numbers, which the module checks.
+        // SAFETY: the argument points to one attribute, which contains the address of a buffer that the function may
+        // write, and its length. Both live until the function returns. The handles are numbers, which the module
+        // checks.
         let code = unsafe { function(session.handle(), object.handle(), &raw mut attribute, 1) };
         let code = Rv::from(code);
         let is_withheld = matches!(
@@ -173,11 +176,12 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they are the value.
+        // A token that withholds a value may leave the length unchanged. If it wrote bytes nevertheless, they are the
+        // value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        // The buffer is alive, and the length has been compared with it. `cryptoki` reads the value from there.
+        // The buffer is still alive, and the length was checked against it. `cryptoki` reads the value from the buffer.
         attribute.pValue = buffer.as_mut_ptr().cast();
         Attribute::try_from(attribute).map(Some)
     }

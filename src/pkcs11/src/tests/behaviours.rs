@@ -1,4 +1,4 @@
-//! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
+//! Tests tokens that do not support an attribute, have no read-only sessions, have a PIN pad, or report false values.
 
 use super::{
     Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
@@ -8,14 +8,14 @@ use keybroker_worker_protocol::{IntegrityKey, Settings};
 
 use crate::{admin::Verifier, keys};
 
-/// Objects on the token, of any kind.
+/// Counts the objects of all kinds on the token.
 fn objects() -> usize {
     let token = open();
     let found = token.anchor.find_objects(&[]).unwrap();
     found.len()
 }
 
-/// An attribute that the token neither takes in a template nor lets be read.
+/// An attribute that the token refuses in templates and does not let be read.
 fn unknown(name: &str) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"private\", \"secret\"]\n\
@@ -23,7 +23,7 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// An attribute that is set to something else, and reads as it was asked for.
+/// An attribute that the token sets to another value but reports as requested.
 fn lied_about(name: &str, part: &str, truth: bool) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"{part}\"]\n\
@@ -90,7 +90,7 @@ fn the_message_names_the_attributes_of_both_keys_at_once() {
     );
 }
 
-/// What a token does with keys for HMAC that are not generic secrets, and that their type restricts to one hash.
+/// Tests tokens whose HMAC keys are not generic secrets, and are restricted to one hash by their type.
 fn hmac_keys(also: &str) -> String {
     let others = ["CKM_SHA224_HMAC", "CKM_SHA512_HMAC"].map(|mechanism| {
         format!(
@@ -111,7 +111,7 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // Without the length and the mechanisms that the type implies.
+            // The template lacks the length and the mechanisms that the type implies.
             let by_type = hmac_keys("length = 32\n")
                 + "[[template]]\nfunction = \"C_GenerateKey\"\nrefuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\nonly = [\
                    \"CKA_CLASS\", \"CKA_KEY_TYPE\", \"CKA_TOKEN\", \"CKA_PRIVATE\", \"CKA_SENSITIVE\", \"CKA_EXTRACTABLE\", \
@@ -162,7 +162,7 @@ fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrit
             assert!(key.objects.integrity.is_some());
             drop(admin);
             assert_eq!(objects(), 3);
-            // The key is found again before it is registered, and where the registry says.
+            // The key is found before it is registered, and also with the registered `CKA_ID`.
             for known in [ObjectIds::default(), key.objects] {
                 let mut admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
                 admin.know(key.id, known);
@@ -225,7 +225,7 @@ fn a_run_that_fails_in_the_middle_leaves_nothing() {
             init();
             let (settings, faulty) = faulty(folder);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            // The pair that ends with the session is made, the one that would stay is not.
+            // The token makes the pair for a session, but not the one that would stay.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_GenerateKeyPair\"\non = { skip = 1 }\ndo = { return = \"CKR_DEVICE_MEMORY\" }\n",
             );
@@ -319,7 +319,7 @@ fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // It says that another process is logged in, and does not let this one use that login.
+            // The token reports that another process is logged in, and does not let this process use that login.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_Login\"\ndo = { return = \"CKR_USER_ALREADY_LOGGED_IN\" }\n",
             );
@@ -350,7 +350,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
                 assert!(fault.detail.contains(&twin.serial), "{fault}");
             }
-            // The registry alone does not decide which token is given the PIN.
+            // The registry alone must not decide which token is given the PIN.
             let fault = open(&["0", &twin.serial]).unwrap_err();
             assert!(fault.detail.contains("never logged in"), "{fault}");
             assert_eq!(faulty.count("C_Login begins"), 0);
@@ -382,7 +382,7 @@ fn a_token_whose_clock_is_odd_is_used() {
     });
 }
 
-/// Every attribute that is checked can be read although the token fails when it is asked for its length.
+/// Every checked attribute can be read even if the token fails when it is asked for the length.
 #[test]
 fn an_attribute_is_read_without_asking_for_its_length() {
     with_softhsm(

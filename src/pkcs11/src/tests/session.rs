@@ -1,4 +1,4 @@
-//! One session thread of a worker, and what it makes of a token's answers.
+//! Tests one session thread of a worker, and its reactions to a token's answers.
 
 use std::{
     path::Path,
@@ -35,7 +35,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// A session thread with so many keys.
+    /// Creates a session thread with this number of keys.
     fn with_keys(folder: &Path, count: usize) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
@@ -78,7 +78,7 @@ impl Bench {
             .map_err(|failure| failure.class())
     }
 
-    /// Unwraps a row of the first key whose MAC is good.
+    /// Unwraps a row of the first key with a valid MAC.
     fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
         let place = &self.shared.keys[0].place;
         let pair = keys::find(&self.token.anchor, place).unwrap();
@@ -116,13 +116,13 @@ fn a_short_failure_is_not_taken_for_damage() {
                     assert_eq!(material, Ok(b"material".to_vec()), "{function} {code}");
                 }
             }
-            // A token that goes on so is sick, and the row is not to blame.
+            // A token that continues to fail is faulty, and the row is not the cause.
             bench
                 .faulty
                 .set("C_Verify", &Fault::always(code::FUNCTION_FAILED));
             assert_eq!(bench.unwrap(&wrapped, LONG), Err(FailureClass::TokenLost));
             bench.faulty.clear("C_Verify");
-            // And damage stays damage, whatever the token calls it.
+            // Damage is reported as damage, whatever code the token returns.
             let damaged = vec![7; wrapped.len()];
             assert_eq!(bench.unwrap(&damaged, LONG), Err(FailureClass::Damaged));
             assert_eq!(bench.unwrap(&wrapped, LONG), Ok(b"material".to_vec()));
@@ -138,7 +138,7 @@ fn no_token_call_starts_after_the_deadline() {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();
             let opened = bench.faulty.count("C_OpenSession begins");
-            // It fails when the time is over: none is left for a self-test.
+            // The job fails when its time is up, so no time is left for a self-test.
             let late = Fault {
                 milliseconds: 300,
                 ..Fault::times(code::FUNCTION_FAILED, 1)
@@ -149,7 +149,7 @@ fn no_token_call_starts_after_the_deadline() {
             assert_eq!(ended, Err(FailureClass::Deadline));
             assert_eq!(bench.faulty.count("C_OpenSession begins"), opened);
             assert_eq!(bench.faulty.count("C_Verify begins"), verified + 1);
-            // The session is gone now, and a job that is too late opens no other.
+            // The session is lost, and a job that is too late opens no other session.
             let ended = bench.unwrap(&wrapped, Duration::ZERO);
             assert_eq!(ended, Err(FailureClass::Deadline));
             assert_eq!(bench.faulty.count("C_OpenSession begins"), opened);
@@ -158,7 +158,7 @@ fn no_token_call_starts_after_the_deadline() {
     );
 }
 
-/// A device drops the login, or its directory is moved away: its private objects are not found.
+/// A device drops the login, or its directory is moved: its private objects are not found.
 #[test]
 fn keys_that_are_gone_mean_that_the_token_is() {
     with_softhsm(
@@ -178,7 +178,7 @@ fn keys_that_are_gone_mean_that_the_token_is() {
     );
 }
 
-/// With many keys a self-test costs no more than with one, and each key gets its turn.
+/// A self-test costs no more with many keys than with one, and each key gets its turn.
 #[test]
 fn the_self_test_uses_one_key_at_a_time() {
     with_softhsm("session::the_self_test_uses_one_key_at_a_time", |folder| {
@@ -189,7 +189,7 @@ fn the_self_test_uses_one_key_at_a_time() {
             assert_eq!(bench.run(self_test, LONG), Ok(Vec::new()));
             assert_eq!(bench.faulty.count("C_DecryptInit begins"), before + 1);
         }
-        // One of the three is lost, and one of three self-tests in a row notices.
+        // One of the three keys is lost, and one of three consecutive self-tests detects it.
         let pair = keys::find(&bench.token.anchor, &bench.shared.keys[1].place).unwrap();
         bench.token.anchor.destroy_object(pair.private).unwrap();
         let noticed = (0..3).any(|_| bench.run(Job::SelfTest(wire::SelfTest {}), LONG).is_err());

@@ -149,7 +149,7 @@ async fn a_key_of_another_tool_is_registered_and_used() {
         "{shown}"
     );
     let again = site.run(&register);
-    assert!(again.stderr.contains("is registered already"), "{again:#?}");
+    assert!(again.stderr.contains("is already registered"), "{again:#?}");
     site.expect_ok(&["token", "check"]);
     site.expect_ok(&["token", "backup-confirmed"]);
 
@@ -183,6 +183,71 @@ fn a_row_that_names_other_objects_is_refused() {
     site.sql("UPDATE wrapping_keys SET private_cka_id = x'', integrity_cka_id = x''");
     let checked = site.run(&["token", "check"]);
     assert_eq!(checked.code, Some(UNTRUSTED), "{checked:#?}");
+}
+
+/// The id of a key whose `CKA_ID` cannot be one follows from its public key: records name it, so a lost row is registered again under it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_whose_row_was_lost_is_registered_under_the_same_id_again() {
+    let (site, _faulty) = site();
+    let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
+    site.expect_ok(&register);
+    site.expect_ok(&["token", "backup-confirmed"]);
+    let broker = Broker::start_on(Arc::new(site));
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", b"material of ada").await.unwrap();
+    let (site, _) = broker.stop();
+    site.sql("DELETE FROM wrapping_keys");
+    site.expect_ok(&register);
+    site.expect_ok(&["token", "backup-confirmed"]);
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    let released = releaser.unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, b"material of ada");
+}
+
+#[test]
+fn an_integrity_key_of_another_wrapping_key_is_not_registered() {
+    let (site, faulty) = site();
+    site.expect_ok(&["key", "register", PRIVATE, "--integrity-id", INTEGRITY]);
+    faulty.behave(TOOL);
+    make_rsa_pair(&site, &faulty, "0d");
+    faulty.behave("");
+    let refused = site.run(&["key", "register", "0d", "--integrity-id", INTEGRITY]);
+    assert_eq!(refused.code, Some(USAGE), "{refused:#?}");
+    assert!(refused.stderr.contains("one of its own"), "{refused:#?}");
+    assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "1");
+}
+
+/// A row that was altered is not called registered.
+#[test]
+fn registering_again_tells_an_altered_row_from_a_good_one() {
+    let (site, _faulty) = site();
+    let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
+    site.expect_ok(&register);
+    for (edit, words) in [
+        ("sequence = sequence", "is registered already"),
+        ("sequence = sequence + 1", "was altered"),
+    ] {
+        site.sql(&format!("UPDATE wrapping_keys SET {edit}"));
+        let refused = site.run(&register);
+        assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+        assert!(refused.stderr.contains(words), "{refused:#?}");
+    }
+}
+
+/// `pkcs11-tool` counts the length in bytes. A person who takes it for bits gets a key that is found by trying all values.
+#[test]
+fn a_short_integrity_key_is_not_registered() {
+    let (site, faulty) = site();
+    faulty.behave(TOOL);
+    let short = ["--keygen", "--key-type", "GENERIC:8", "--id", "0c"];
+    pkcs11_tool(&site, &faulty, &short);
+    faulty.behave("");
+    let refused = site.run(&["key", "register", PRIVATE, "--integrity-id", "0c"]);
+    assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+    let finding = "CKA_VALUE_LEN is not at least 32 bytes";
+    assert!(refused.stderr.contains(finding), "{refused:#?}");
+    assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "0");
 }
 
 #[test]

@@ -704,7 +704,7 @@ async fn a_table_shows_the_secret_on_a_line_of_its_own() {
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let table = command(&broker, "client-credential", Some("admin"), &enrol);
     let line = table.stdout.lines().last().unwrap();
-    let shown = line.strip_prefix("SECRET, shown this once: ").unwrap();
+    let shown = line.strip_prefix("SECRET, shown only once: ").unwrap();
     never_in_a_log(shown.as_bytes());
     assert!(shown.starts_with("kbs_") && shown.len() == 47, "{shown}");
 }

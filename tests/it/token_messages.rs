@@ -368,7 +368,7 @@ fn config_check_examines_the_token() {
         "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &["no token fits", &label],
+        &["no token matches", &label],
     );
 }
 
@@ -391,7 +391,7 @@ fn config_check_says_when_no_token_was_looked_for_or_none_is_there() {
         "missing",
         &missing,
         CONFIGURATION,
-        &["/nowhere/p11.so", "no token was looked for"],
+        &["/nowhere/p11.so", "the token was not examined"],
     );
 }
 

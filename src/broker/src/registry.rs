@@ -174,9 +174,10 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row. Such a key
-            // is never used. While the key is still on the token, its row is verified like any other: an SQL statement
-            // alone cannot remove a key from use.
+            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and such a key
+            // is never used. If a row becomes `destroyed` while the broker runs, it is verified like any other row, because
+            // the workers know the key. After the next start it has the effect of a deleted row: records under the key are
+            // refused.
             return Ok(());
         }
         let untrusted = |what: String| {

@@ -129,7 +129,7 @@ impl Functions {
         session: &Session,
         object: ObjectHandle,
         kind: AttributeType,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let first = kind.fixed_size().unwrap_or(FIRST_BUFFER);
         match self.read(session, object, kind, first) {
             Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => {
@@ -145,7 +145,7 @@ impl Functions {
         object: ObjectHandle,
         kind: AttributeType,
         length: usize,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let function = self
             .0
             .list
@@ -176,13 +176,27 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that withholds a value may leave the length unchanged. If it wrote bytes nevertheless, they are the
+        // A token that withholds a value may leave the length unchanged. If it wrote bytes nevertheless, they may be the
         // value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
         // The buffer is still alive, and the length was checked against it. `cryptoki` reads the value from the buffer.
         attribute.pValue = buffer.as_mut_ptr().cast();
-        Attribute::try_from(attribute).map(Some)
+        let attribute = Attribute::try_from(attribute)?;
+        Ok(Some(if is_withheld {
+            Value::Leaked(attribute)
+        } else {
+            Value::Given(attribute)
+        }))
     }
+}
+
+/// The bytes that a token wrote into the buffer for an attribute.
+#[derive(Debug)]
+pub(crate) enum Value {
+    /// The value of the attribute.
+    Given(Attribute),
+    /// Bytes that the token wrote although it answered that it withholds the attribute, or that the object lacks it.
+    Leaked(Attribute),
 }

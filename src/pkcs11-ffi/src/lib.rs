@@ -26,7 +26,7 @@ use cryptoki::{
     slot::Slot,
 };
 
-use calls::Functions;
+use calls::{Functions, Value};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -110,9 +110,31 @@ impl Session {
         object: ObjectHandle,
         kind: AttributeType,
     ) -> Result<Option<Attribute>> {
+        match self.read(object, kind)? {
+            Some(Value::Given(attribute)) => Ok(Some(attribute)),
+            Some(Value::Leaked(_)) | None => Ok(None),
+        }
+    }
+
+    /// Does the same as [`Session::attribute`], but also returns bytes that a token wrote although it answered that it
+    /// withholds the attribute.
+    pub fn attribute_or_leak(
+        &self,
+        object: ObjectHandle,
+        kind: AttributeType,
+    ) -> Result<Option<Attribute>> {
+        match self.read(object, kind)? {
+            Some(Value::Given(attribute) | Value::Leaked(attribute)) => Ok(Some(attribute)),
+            None => Ok(None),
+        }
+    }
+
+    fn read(&self, object: ObjectHandle, kind: AttributeType) -> Result<Option<Value>> {
         match &self.functions {
             Some(functions) => functions.attribute(&self.cryptoki, object, kind),
-            None => self.attribute_by_length_query(object, kind),
+            None => Ok(self
+                .attribute_by_length_query(object, kind)?
+                .map(Value::Given)),
         }
     }
 

@@ -6,9 +6,10 @@
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use cryptoki::{
+    error::{Error, RvError},
     mechanism::MechanismType,
     object::{Attribute, AttributeType, KeyType, ObjectHandle},
 };
@@ -28,6 +29,8 @@ pub enum Expected {
     Flag(bool),
     /// The list of allowed mechanisms contains exactly this mechanism.
     OnlyMechanism(Mechanism),
+    /// A length of at least this many bytes.
+    AtLeastBytes(u16),
 }
 
 /// A mechanism to which a key may be restricted.
@@ -76,11 +79,12 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let expected = match self.expected {
-            Expected::Flag(true) => "true",
-            Expected::Flag(false) => "false",
-            Expected::OnlyMechanism(Mechanism::RsaOaep) => "exactly CKM_RSA_PKCS_OAEP",
-            Expected::OnlyMechanism(Mechanism::Sha256Hmac) => "exactly CKM_SHA256_HMAC",
+        let expected: Cow<'_, str> = match self.expected {
+            Expected::Flag(true) => "true".into(),
+            Expected::Flag(false) => "false".into(),
+            Expected::OnlyMechanism(Mechanism::RsaOaep) => "exactly CKM_RSA_PKCS_OAEP".into(),
+            Expected::OnlyMechanism(Mechanism::Sha256Hmac) => "exactly CKM_SHA256_HMAC".into(),
+            Expected::AtLeastBytes(bytes) => format!("at least {bytes} bytes").into(),
         };
         let found = match self.found {
             Found::AsExpected => "is",
@@ -160,7 +164,7 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
 ]);
 
 /// The rules for an integrity key.
-pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
+pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
     ("CKA_ENCRYPT", AttributeType::Encrypt, FALSE),
@@ -168,6 +172,13 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
     ("CKA_WRAP", AttributeType::Wrap, FALSE),
     ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
+    (
+        "CKA_VALUE_LEN",
+        AttributeType::ValueLen,
+        // The length of the hash function's output (NIST SP 800-107, section 5.3.4). A person who has the database could
+        // find a shorter key by trying all values.
+        Expected::AtLeastBytes(32),
+    ),
     (
         "CKA_ALLOWED_MECHANISMS",
         AttributeType::AllowedMechanisms,
@@ -259,7 +270,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys from the integrity key, and find it out from them",
+        "a holder of the user PIN may derive keys of full length from the integrity key and use them",
     ),
 ];
 
@@ -305,14 +316,20 @@ pub(super) fn inspect(
         .map(|(name, kind, expected)| {
             let is_excepted =
                 exceptions.iter().any(|exception| exception == name) && exceptable(*kind).is_some();
-            let found = match read(session, object, *kind) {
+            let found = match try_read(session, object, *kind) {
                 Ok(Some(attribute)) if is_expected(&attribute, *expected) => Found::AsExpected,
                 Ok(Some(_)) => Found::Wrong,
                 Ok(None) if is_implied_by_type(session, object, *expected)? => Found::ImpliedByType,
                 Ok(None) if is_excepted => Found::Excepted,
                 Ok(None) => Found::Missing,
-                Err(fault) if is_excepted && is_about_the_attribute(&fault) => Found::Excepted,
-                Err(fault) => return Err(unreadable(fault, name, *kind)),
+                Err(error) if is_another_value(&error) => Found::Wrong,
+                Err(error) => {
+                    let fault = Fault::from(error);
+                    if !is_excepted || !is_about_the_attribute(&fault) {
+                        return Err(unreadable(fault, name, *kind));
+                    }
+                    Found::Excepted
+                }
             };
             Ok(Finding {
                 attribute: name,
@@ -324,13 +341,19 @@ pub(super) fn inspect(
 }
 
 /// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11
-/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms.
+/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms. Some of them do not return the
+/// length either, because their tools make such keys in one length only (32 bytes, or the 64 bytes of a block).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
     expected: Expected,
 ) -> Result<bool, Fault> {
-    if expected != Expected::OnlyMechanism(Mechanism::Sha256Hmac) {
+    let may_be_implied = match expected {
+        Expected::OnlyMechanism(mechanism) => mechanism == Mechanism::Sha256Hmac,
+        Expected::AtLeastBytes(_) => true,
+        Expected::Flag(_) => false,
+    };
+    if !may_be_implied {
         return Ok(false);
     }
     let key_type = read(session, object, AttributeType::KeyType)?;
@@ -338,6 +361,15 @@ fn is_implied_by_type(
         key_type,
         Some(Attribute::KeyType(KeyType::SHA256_HMAC))
     ))
+}
+
+/// Whether a failed read means that the token returned a value that cannot be the expected one, because `cryptoki` does
+/// not know it. An example is a vendor's mechanism in a list.
+fn is_another_value(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NotSupported | Error::InvalidValue | Error::TryFromInt(_) | Error::TryFromSlice(_)
+    )
 }
 
 /// Adds to a failed read the setting that helps if the token does not support the attribute.
@@ -461,7 +493,14 @@ pub(super) fn read(
     object: ObjectHandle,
     kind: AttributeType,
 ) -> Result<Option<Attribute>, Fault> {
-    use cryptoki::error::{Error, RvError};
+    Ok(try_read(session, object, kind)?)
+}
+
+fn try_read(
+    session: &Session,
+    object: ObjectHandle,
+    kind: AttributeType,
+) -> Result<Option<Attribute>, Error> {
     calling::next("C_GetAttributeValue");
     match session.attribute(object, kind) {
         Ok(Some(Attribute::AllowedMechanisms(list))) if list.is_empty() => Ok(None),
@@ -469,7 +508,7 @@ pub(super) fn read(
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -498,6 +537,7 @@ fn is_expected(attribute: &Attribute, expected: Expected) -> bool {
             | Attribute::Derive(found),
             Expected::Flag(flag),
         ) => *found == flag,
+        (Attribute::ValueLen(found), Expected::AtLeastBytes(bytes)) => **found >= bytes.into(),
         _ => false,
     }
 }

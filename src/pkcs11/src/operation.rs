@@ -88,7 +88,7 @@ pub(super) fn verify(
             Error::NullFunctionPointer
             | Error::Pkcs11(RvError::FunctionNotSupported, Function::VerifyInit | Function::Verify),
         ) => {
-            let right = self::mac(session, pair, message)?;
+            let right = self::mac(session, pair, message).map_err(not_about_the_mac)?;
             if bool::from(right.ct_eq(mac)) {
                 Ok(())
             } else {
@@ -110,8 +110,17 @@ fn verify_fault(error: Error) -> Fault {
         )
     );
     let fault = Fault::from(error);
+    if states_it {
+        fault
+    } else {
+        not_about_the_mac(fault)
+    }
+}
+
+/// Reclassifies a code that only rejects an input, because such a code says nothing about the MAC.
+fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
-        Class::Input if !states_it => Class::Ambiguous,
+        Class::Input => Class::Ambiguous,
         class => class,
     };
     Fault { class, ..fault }

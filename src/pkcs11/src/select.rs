@@ -157,12 +157,13 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
 pub(super) struct Selected {
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Whether other tokens match the settings too, and the registry's serial number selected this one.
+    /// Whether other tokens match the settings too, so that the registry's serial number selected this one.
     pub(super) is_one_of_several: bool,
 }
 
-/// Finds the initialised token that matches. If none matches, repeats the search for a short time. If several match,
-/// selects the one whose serial number is in `serials`, which contains those of the registry.
+/// Finds the initialised token that matches. If none matches, repeats the search for a short time. `serials` are the
+/// serial numbers in the registry: unless all of them are empty, only a token with one of them is selected. A token with
+/// the same label may belong to another user, who would learn the PIN.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
@@ -193,36 +194,58 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
             ),
         ));
     }
-    let registered = |info: &keybroker_pkcs11_ffi::TokenInfo| {
-        let serial = unpadded(info.serial_number());
-        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
-    };
-    let of_the_registry: Vec<_> = fitting
+    if fitting.is_empty() {
+        return Err(no_token(&wanted, &tokens));
+    }
+    let registered: Vec<&str> = serials
+        .iter()
+        .map(|serial| unpadded(serial))
+        .filter(|serial| !serial.is_empty())
+        .collect();
+    let candidates: Vec<_> = fitting
         .iter()
         .copied()
-        .filter(|(_, info)| registered(info))
+        .filter(|(_, info)| {
+            registered.is_empty() || registered.contains(&unpadded(info.serial_number()))
+        })
         .collect();
-    match (fitting.as_slice(), of_the_registry.as_slice()) {
-        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok(Selected {
+    match candidates.as_slice() {
+        [(slot, info)] => Ok(Selected {
             slot: *slot,
             info: describe(info),
             is_one_of_several: fitting.len() > 1,
         }),
-        ([], _) => Err(no_token(&wanted, &tokens)),
-        (several, _) => {
-            let serials: Vec<String> = several
-                .iter()
-                .map(|(_, info)| format!("{:?}", unpadded(info.serial_number())))
-                .collect();
-            Err(Fault::new(
-                Class::Configuration,
-                format!(
-                    "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
-                    serials.join(", ")
+        [] => Err(Fault::new(
+            Class::NoToken,
+            format!(
+                "the registry contains the token with the serial number {}, but the settings match only {}, so no login was tried. \
+                 Connect the registered token and choose it by `token.serial`. If the connected token is its clone, run \
+                 `keybroker key register ID` with it",
+                quoted(registered.iter().copied()),
+                quoted(
+                    fitting
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
                 ),
-            ))
-        }
+            ),
+        )),
+        several => Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                quoted(
+                    several
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
+                )
+            ),
+        )),
     }
+}
+
+fn quoted<'a>(serials: impl Iterator<Item = &'a str>) -> String {
+    let quoted: Vec<String> = serials.map(|serial| format!("{serial:?}")).collect();
+    quoted.join(", ")
 }
 
 fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) -> Fault {

@@ -23,7 +23,7 @@ pub(super) enum Command {
     /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
     /// database server and checks its version, its schema and its session pooling.
     Check,
-    /// Show the configuration with all defaults; it names files and holds no secret
+    /// Show the configuration with all defaults; secrets are in files and are not shown
     Show,
 }
 
@@ -60,24 +60,24 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Asks a database server what `serve` asks it at the start: a problem, or a note on what was found. A server that is not reachable
-/// from here is a note, because a configuration is often checked before its database exists.
+/// Examines a database server like `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
+/// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Other problems of the settings are reported with the configuration and its files.
+    // These problems are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
     let found = match block_on(store::status(settings))? {
         Ok(status) if status.current == status.newest => {
-            Ok("the database answers and has the schema of this release".to_owned())
+            Ok("the database is reachable and has the schema of this release".to_owned())
         }
         Ok(status) => Ok(format!(
-            "the database answers; its schema is {} and this release needs {}: run `keybroker store migrate`",
+            "the database is reachable; its schema is {} and this release needs {}: run `keybroker store migrate`",
             status.current, status.newest
         )),
         Err(error @ (store::Error::Schema(_) | store::Error::Durability(_))) => Err(chain(&error)),
-        // A statement that met a session of another client fails before the check for poolers does.
+        // If a pooler shares a session between clients, another statement may fail before the check for poolers.
         Err(error) if error.is_shared_session() => Err(chain(&error)),
         Err(error) => Ok(format!("the database was not examined: {}", chain(&error))),
     };
@@ -87,12 +87,12 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
     })
 }
 
-/// Loads the module in an admin worker and looks at the token that the settings choose: problems, and a note on what was found.
+/// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let token = &config.token;
-    // These are reported with the files.
+    // These problems are reported with the files.
     if check_module(&token.module).is_err() || check_environment(&token.environment).is_err() {
-        let note = "[token]: the module was not loaded, so no token was looked for".to_owned();
+        let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
         return (Vec::new(), Some(note));
     }
     if let Some(problem) = softhsm_problem(&token.module, &token.environment) {
@@ -122,7 +122,7 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
         (Some(token), None) => token,
         (Some(first), Some(second)) => {
             let problem = format!(
-                "[token]: more than one token fits: {} and {}; choose by `serial`",
+                "[token]: more than one token matches the settings: {} and {}; select one with `serial`",
                 shown(first),
                 shown(second)
             );
@@ -135,11 +135,12 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
                 .map(shown)
                 .collect();
             if others.is_empty() {
-                let note = "[token]: the module loads and shows no initialised token; create one with `keybroker token init`";
+                let note = "[token]: the module loads but shows no initialised token; initialise one with `keybroker \
+                 token init`";
                 return (Vec::new(), Some(note.to_owned()));
             }
             let problem = format!(
-                "[token]: no token fits `label`, `serial` or `uri`; the module shows {}",
+                "[token]: no token matches `label`, `serial` or `uri`; the module shows {}",
                 others.join(", ")
             );
             return (vec![problem], None);
@@ -149,10 +150,10 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
     let mut problems = Vec::new();
     let mut wrong = |what: &str| problems.push(format!("[token]: token {name} {what}"));
     if token.oaep_bits.is_none() {
-        wrong("does not list CKM_RSA_PKCS_OAEP, without which it cannot be used");
+        wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
     if !token.sha256_hmac {
-        wrong("does not list CKM_SHA256_HMAC, without which it cannot be used");
+        wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
         "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
@@ -160,15 +161,15 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
             wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
         }
         "final try" => wrong(
-            "locks after one more wrong PIN, so the broker makes no login: log in once with the vendor's tool to reset the counter, or \
-             run `keybroker token retry-pin --force`",
+            "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
+             reset the counter, or run `keybroker token retry-pin --force`",
         ),
         _ => {}
     }
     let note = token.oaep_bits.as_ref().map(|bits| {
         format!(
-            "[token]: token {name} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in and shows which \
-             hash it can use",
+            "[token]: token {name} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in \
+             and shows which hash the token supports",
             bits.start(),
             bits.end()
         )

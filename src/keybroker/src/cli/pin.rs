@@ -1,4 +1,4 @@
-//! Where a command gets a PIN: a file, a descriptor, or a prompt. Never an argument.
+//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never an argument.
 
 use std::{
     io::IsTerminal as _,
@@ -17,7 +17,7 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// Where the user PIN comes from, when not from `token.pin_file`.
+/// Options that select a source of the user PIN other than `token.pin_file`.
 #[derive(Args, Clone, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 pub(super) struct UserPin {
@@ -48,7 +48,7 @@ impl UserPin {
     }
 }
 
-/// Where the security officer's PIN comes from.
+/// Options that select the source of the security officer's PIN.
 #[derive(Args, Clone, Debug)]
 pub(super) struct SoPin {
     /// File with the security officer's PIN, readable by its owner alone
@@ -67,19 +67,21 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance, with the record of PINs, which commands and the workers of `serve` share.
+/// The state directory of this instance. It has the record of rejected PINs, which commands and the workers of `serve`
+/// share.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token in an admin worker, if the record of PINs allows it.
+/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it.
 pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
     Admin::open(program, &config.token, &state(config), pin, write)
         .map_err(|error| environment::explain(error, config))
 }
 
-/// Names the option, because the configuration names a PIN file, too.
+/// Checks a PIN file of an option. The message has the option, to distinguish the file from the one in the
+/// configuration.
 fn check_option(option: &str, file: Option<&Path>) -> Result<(), Failure> {
     let checked = file.map_or(Ok(()), Pin::check_file);
     checked.map_err(|error| Failure::new(Exit::Pin, format!("{option}: {error}")))
@@ -101,7 +103,7 @@ fn read(
         }
         (None, None) => {
             return Err(no_pin(
-                "no PIN: name a file or a descriptor, or run this at a terminal to be asked"
+                "no PIN specified: pass a file or a descriptor, or run the command at a terminal for a prompt"
                     .to_owned(),
             ));
         }

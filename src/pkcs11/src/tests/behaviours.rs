@@ -6,7 +6,7 @@ use super::{
 use keybroker_core::key::ObjectIds;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
-use crate::{admin::Verifier, keys};
+use crate::{admin::Verifier, classify::Class, keys};
 
 /// Counts the objects of all kinds on the token.
 fn objects() -> usize {
@@ -361,6 +361,38 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             };
             drop(OpenToken::login(&by_serial, &record(), &pin(USER_PIN), false).unwrap());
             assert_eq!(open(&["0", &twin.serial]).unwrap().info.serial, twin.serial);
+        },
+    );
+}
+
+/// The registered token may be absent, and a token with the same label may belong to another user.
+#[test]
+fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
+    with_softhsm(
+        "behaviours::a_token_that_the_registry_does_not_name_is_not_given_the_pin",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let open = |serials: &[&str]| {
+                let pin = pin(USER_PIN);
+                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+            };
+            // If the registry has no serial number, it does not restrict the choice.
+            let serial = open(&[""]).unwrap().info.serial;
+            assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);
+            // This holds even if the PIN has logged in to the token before. A clone must be registered first.
+            let logins = faulty.count("C_Login begins");
+            let fault = open(&["0123456789abcdef"]).unwrap_err();
+            assert_eq!(fault.class, Class::NoToken, "{fault}");
+            for words in [
+                "0123456789abcdef",
+                &serial,
+                "no login was tried",
+                "key register",
+            ] {
+                assert!(fault.detail.contains(words), "{fault}");
+            }
+            assert_eq!(faulty.count("C_Login begins"), logins);
         },
     );
 }

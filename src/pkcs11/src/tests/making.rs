@@ -25,7 +25,7 @@ fn a_generated_key_passes_and_is_proved() {
         let key = admin.generate_key(2_048).unwrap();
         assert_eq!(key.problem, None);
         assert_eq!(key.modulus_bits, 2_048);
-        assert_eq!(key.private.len() + key.integrity_key.len(), 32);
+        assert_eq!(key.private.len() + key.integrity_key.len(), 33);
         assert!(
             key.private
                 .iter()

@@ -1,4 +1,4 @@
-//! `keybroker token report`: what a token does, to publish and to compare.
+//! `keybroker token report`: what a token supports, as a report for publication and comparison.
 
 use std::{
     fs,
@@ -22,16 +22,16 @@ use crate::{
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also make keys that stay on the token, and remove them
+    /// Also test keys that are stored on the token; they are removed afterwards
     #[arg(long)]
     write: bool,
-    /// Show the serial number instead of a digest of it
+    /// Show the token's serial number instead of its digest
     #[arg(long)]
     serial: bool,
-    /// Also write the report to this file, as a page of Markdown
+    /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare with a published report (JSON); ends with 12 if the token is worse
+    /// Compare with a published report in JSON; fails with exit code 12 if the token is worse
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -41,7 +41,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, arguments.write)?;
-    // Another process, while this one is logged in.
+    // A second process logs in while the first one is logged in.
     let second = log_in(&config, &pin, false);
     let second = Answer {
         name: "a login by a second process".to_owned(),
@@ -87,14 +87,14 @@ fn published(path: &Path) -> Result<Report, Failure> {
         .map_err(|error| unusable(format!("not a report of `keybroker token report`: {error}")))?;
     if report.format != FORMAT {
         return Err(unusable(format!(
-            "it has format {}, this program knows {FORMAT}",
+            "the report has format {}, but this program supports format {FORMAT}",
             report.format
         )));
     }
     Ok(report)
 }
 
-/// The report as a page of Markdown.
+/// Formats the report as a Markdown page.
 fn page(report: &Report) -> String {
     let mut parts = introduction(report);
     parts.push("## Identity".to_owned());
@@ -124,7 +124,7 @@ fn page(report: &Report) -> String {
         None => "Where the token works was not measured.",
     };
     parts.push(format!(
-        "Measured once, on a machine that did other things as well. {place}"
+        "Measured once, on a machine with other load. {place}"
     ));
     let rates = report.rates.iter();
     parts.push(table(

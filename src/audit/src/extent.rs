@@ -1,7 +1,7 @@
 //! The numbers of a log's segments and their total size, in a form that is short enough for a state file.
 //!
-//! The start compares them with the directory. This detects a segment that was removed or truncated while the broker
-//! was stopped.
+//! The start compares them with the directory. The comparison detects a segment that was removed or truncated while the
+//! broker was stopped.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 

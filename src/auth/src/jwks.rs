@@ -91,7 +91,7 @@ struct Thumbprints {
     sha256: Option<String>,
 }
 
-/// The references to a key in the header of a token. They choose the keys to try; the signature decides.
+/// The references to a key in the header of a token. These references choose the keys to try; the signature decides.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -104,9 +104,9 @@ pub(super) struct Named<'a> {
 
 /// Why a key of a set is not used.
 enum Unused {
-    /// It is for another purpose, such as encryption.
+    /// The key is for another purpose, such as encryption.
     Other(String),
-    /// It is weak or malformed.
+    /// The key is weak or malformed.
     Bad(KeyError),
 }
 

@@ -96,8 +96,7 @@ pub enum IssuerError {
 }
 
 impl Tokens {
-    /// Creates a verifier. The issuers must be valid individually and in combination. Their providers may be
-    /// unavailable.
+    /// Creates a verifier. The issuers must be valid individually and in combination. The providers may be unavailable.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }

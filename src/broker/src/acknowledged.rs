@@ -102,7 +102,7 @@ pub(super) struct Acknowledged {
     mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
-    /// Name of the state file. It contains the instance, because two brokers may share the directory.
+    /// Name of the state file, which contains the instance, because two brokers may share the directory.
     fact: String,
 }
 

@@ -3,8 +3,8 @@
 //! is dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses its invalid credentials, and does not
-//! check credentials that are costly to check. It still accepts a valid credential of a known caller, so that no caller
-//! can lock out another one at the same address.
+//! check credentials that are costly to check. The broker still accepts a valid credential of a known caller, so that
+//! no caller can lock out another one at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -163,8 +163,8 @@ impl Limits {
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few, so
-    /// that one address cannot block all others.
+    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few such
+    /// checks, so that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns
@@ -200,7 +200,7 @@ impl Limits {
         self.replacements.telling_revision(current)
     }
 
-    /// Whether to raise an alert about a record that was replaced too often. It is raised at most once an hour.
+    /// Whether to raise an alert about a record that was replaced too often. The alert is raised at most once an hour.
     pub fn may_alert_of_replacements(&self, record: RecordId) -> bool {
         self.replacements.may_alert(record)
     }

@@ -1,6 +1,6 @@
 //! Calls that were refused because the token or the database cannot do the work in time. An overload causes too many
-//! refusals for one entry and one log line each. They are therefore counted for each principal and action, and recorded
-//! once a second. A refused call released and changed nothing.
+//! refusals for one entry and one log line each. The refusals are therefore counted for each principal and action, and
+//! recorded once a second. A refused call released and changed nothing.
 //!
 //! A broker that is killed loses the counts of the last second.
 //!

@@ -1,4 +1,4 @@
-//! Refusals before authentication. They are counted per network and minute, so that an unauthenticated caller cannot
+//! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
 //! fill the audit log or the log, no matter how many addresses it uses.
 //!
 //! Counts are written to the audit log once a minute. In the meantime the state directory holds them and is at most one
@@ -52,7 +52,7 @@ pub(super) struct Refusals {
     /// Whether the counts changed since they were last stored.
     is_changed: AtomicBool,
     state: StateDirectory,
-    /// Name of the state file. It contains the instance, because two brokers may share the directory.
+    /// Name of the state file, which contains the instance, because two brokers may share the directory.
     fact: String,
 }
 

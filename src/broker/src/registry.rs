@@ -22,7 +22,7 @@ const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
-    /// Keys that were registered after this broker started. Its workers have not checked them on the token.
+    /// Keys that were registered after this broker started, so that its workers have not checked them on the token.
     unproved: Vec<RegistryRow>,
 }
 
@@ -231,8 +231,8 @@ impl Broker {
     }
 }
 
-/// Rejects an older row of the same key. Its MAC is valid too, so without this check putting the row back would restore
-/// a former state of the key.
+/// Rejects an older row of the key that is put back. The MAC of an older row is valid too, so without this check the
+/// row would restore a former state of the key.
 fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;

@@ -54,7 +54,7 @@ pub(super) struct Failure {
 /// The reason why a worker did not become ready, as the state machine distinguishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started. This says nothing about the token.
+    /// The process ended, hung or could not be started, which says nothing about the token.
     Crashed,
     /// The token has no free session.
     Busy,
@@ -107,8 +107,8 @@ impl Failure {
 }
 
 /// Starts a worker and waits until it is ready. If the worker fails, or the broker stops meanwhile, the worker is told
-/// to end, and it has ended when this function returns. It gets time to end before it is killed, because it may be in
-/// the middle of its login.
+/// to end, and it has ended when this function returns. The worker gets time to end before it is killed, because it may
+/// be in the middle of its login.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,

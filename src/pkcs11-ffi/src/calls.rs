@@ -86,8 +86,8 @@ impl Functions {
                 LockMutex: None,
                 UnlockMutex: None,
                 flags: CKF_OS_LOCKING_OK,
-                // Never freed, because the standard does not say how long the module may use the string. This leaks
-                // once per process.
+                // Never freed, because the standard does not say how long the module may use the string. One string per
+                // process is leaked.
                 pReserved: reserved.into_raw().cast(),
             },
             reserved_by_nss: ptr::null_mut(),

@@ -1,13 +1,13 @@
-//! The PKCS#11 calls that the crate `cryptoki` cannot make. This is the only unsafe code of the product.
+//! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
 //! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace three calls:
 //!
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if it is not a
 //!   valid time. opencryptoki before 3.11 returns `21:38:18`. This crate returns the time as text, which the broker
 //!   does not need.
-//! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. This
-//!   fails with the remote client of p11-kit, and with nShield for some attributes. This crate passes a buffer in the
-//!   first call.
+//! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
+//!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
+//!   passes a buffer in the first call.
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires it.
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
@@ -95,7 +95,7 @@ impl Deref for Module {
     }
 }
 
-/// A session of a [`Module`]. It is closed when it is dropped.
+/// A session of a [`Module`]. Dropping the value closes the session.
 #[derive(Debug)]
 pub struct Session {
     cryptoki: cryptoki::session::Session,

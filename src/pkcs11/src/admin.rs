@@ -113,7 +113,7 @@ pub(crate) enum AdminError {
     /// There is no module or no token, or the token does not match the request.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no matching token. Its environment may be incomplete.
+    /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
     /// A PIN is missing or was rejected: that of the user, or that of the security officer when a token is initialised.
@@ -145,7 +145,7 @@ impl From<Fault> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Listed {
-    /// Slot number. It changes when tokens are initialised.
+    /// Slot number, which changes when tokens are initialised.
     pub(crate) slot: u64,
     /// Label, serial number and model of the token.
     pub(crate) info: TokenInfo,
@@ -275,8 +275,8 @@ pub(crate) fn init_token(
     module
         .init_token(slot, &auth_pin(so_pin), label)
         .map_err(|error| refused_so_pin(error.into()))?;
-    // After the initialisation, SoftHSM moves the token to another slot. It is found again by its label, which no other
-    // token has.
+    // After the initialisation, SoftHSM moves the token to another slot. The token is found again by its label, which
+    // no other token has.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,

@@ -1,8 +1,8 @@
 //! The attribute check: the properties that a key must have before it is used. Each attribute is read back from the
 //! token individually.
 //!
-//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. This prevents the wrap/decrypt attack on
-//! PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, which keeps it that way.
+//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose per key prevents the wrap/decrypt
+//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, which keeps it that way.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -304,7 +304,7 @@ pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
 }
 
 /// Reads every attribute of the rules. An excepted attribute may be absent or unreadable, because some tokens fail when
-/// they are asked for an attribute that they do not know. It must not have a wrong value.
+/// they are asked for an attribute that they do not know. An excepted attribute must not have a wrong value.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -394,7 +394,7 @@ fn is_about_the_attribute(fault: &Fault) -> bool {
 }
 
 /// Whether the findings show a key that was made elsewhere and then imported: it was not made on the token, and was
-/// once extractable or readable. Such a key never protects records.
+/// once extractable or readable. An imported key never protects records.
 pub(super) fn is_imported(findings: &[Finding]) -> bool {
     let lacks = |name| {
         findings

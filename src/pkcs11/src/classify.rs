@@ -1,8 +1,8 @@
 //! The table that classifies return codes by their consequence for the job, the session and the worker.
 //!
 //! The same code means different things on different tokens. `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. Such codes
-//! are ambiguous, and a known-answer operation decides instead of the code.
+//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. These
+//! codes are ambiguous, and a known-answer operation decides instead of the code.
 
 use std::fmt;
 
@@ -28,8 +28,8 @@ pub(super) enum Class {
     Login,
     /// The configuration or the key does not match the token. A retry cannot help.
     Configuration,
-    /// The module does not load, or shows no matching token. Its environment may be incomplete. This class comes from
-    /// the search for a token, never from a return code.
+    /// The module does not load, or shows no matching token. The module's environment may be incomplete. This class
+    /// comes from the search for a token, never from a return code.
     NoToken,
     /// A registered key is not found. At the first start, an administrator has to act. Later, a token that is
     /// unavailable or has lost its login looks the same. This class comes from the search for keys, never from a return
@@ -134,8 +134,8 @@ pub(super) fn classify(code: RvError) -> Class {
         | Rv::MechanismInvalid
         | Rv::MechanismParamInvalid
         | Rv::FunctionNotSupported => Class::Configuration,
-        // Such as general-error, function-failed, device-error and arguments-bad, and codes that are not in the
-        // standard.
+        // All other codes, such as general-error, function-failed, device-error and arguments-bad, and codes that are
+        // not in the standard.
         _ => Class::Ambiguous,
     }
 }

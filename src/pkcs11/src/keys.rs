@@ -1,4 +1,4 @@
-//! Keys on the token. They are made with every usage flag set, must be found exactly once, are checked attribute by
+//! Keys on the token, which are made with every usage flag set, must be found exactly once, are checked attribute by
 //! attribute, and are proved by use.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
@@ -107,7 +107,7 @@ fn no_session(error: Error) -> Fault {
     }
 }
 
-/// One session with the handles of the keys. One thread owns it for its whole life.
+/// One session with the handles of the keys, which one thread owns for its whole life.
 #[derive(Debug)]
 pub(super) struct KeySession {
     pub(super) session: Session,

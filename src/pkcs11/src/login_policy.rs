@@ -1,8 +1,8 @@
-//! The rules for giving a PIN to a token, and for interpreting the answer. They use no token, file or clock.
+//! The rules for giving a PIN to a token, and for interpreting the answer. The rules use no token, file or clock.
 //!
 //! Tokens count wrong PINs and lock after a few. Modules have many answers to a wrong PIN, and give the same answers
-//! while a device restarts. So a code decides alone only if it concerns the PIN. Otherwise the history of this PIN on
-//! this token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
+//! while a device restarts. Therefore a code decides alone only if it concerns the PIN. Otherwise the history of this
+//! PIN on this token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -61,8 +61,8 @@ impl Counter {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "standing", rename_all = "kebab-case")]
 pub(super) enum Standing {
-    /// The token was given the PIN, and neither accepted nor rejected it. This is also recorded before the first login,
-    /// so that a process that is killed during the login has used up an attempt.
+    /// The token was given the PIN, and neither accepted nor rejected it. This state is also recorded before the first
+    /// login, so that a process that is killed during the login has used up an attempt.
     Unproven {
         /// Number of logins so far.
         tries: u32,
@@ -74,7 +74,7 @@ pub(super) enum Standing {
         /// The counter before the first login that has failed since then; absent when none has failed.
         failing_since: Option<Counter>,
     },
-    /// The PIN was rejected. It is not used on this token again.
+    /// The PIN was rejected and is not used on this token again.
     Rejected {
         /// The token's answer.
         answer: String,

@@ -51,7 +51,8 @@ pub struct NegativeTest {
     pub meaning: &'static str,
     /// The exception that accepts the operation.
     pub accepted_by: Option<&'static str>,
-    /// Whether the operation changes a key if it succeeds. Such a test is run only on keys that were made for testing.
+    /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
+    /// made for testing.
     pub changes_the_key: bool,
     /// Whether `token.spared_tests` may contain the test. The tests whether a key can be read, wrapped or copied with
     /// weaker attributes are always run.

@@ -330,7 +330,8 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     )
 }
 
-/// Refuses a token with a PIN pad. It waits for a person at each login, so a broker could not restart unattended.
+/// Refuses a token with a PIN pad, which waits for a person at each login, so that a broker could not restart
+/// unattended.
 fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {

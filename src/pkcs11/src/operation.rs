@@ -126,7 +126,7 @@ fn not_about_the_mac(fault: Fault) -> Fault {
     Fault { class, ..fault }
 }
 
-/// The self-test of one key: a ciphertext with its known plaintext. It is made once per worker and checked often.
+/// The self-test of one key: a ciphertext with its known plaintext, made once per worker and checked often.
 #[derive(Clone, Debug)]
 pub(super) struct SelfTest {
     algorithm: Algorithm,

@@ -1,4 +1,4 @@
-//! The record of PINs that tokens were given. It is kept in the state directory across processes and restarts.
+//! The record of PINs that tokens were given, kept in the state directory across processes and restarts.
 //!
 //! A PIN is recognised by its content, as a salted Argon2id hash for each serial number: a touched file or a refreshed
 //! Secret contains the same PIN. The process that has read the PIN, a worker or a command, does the comparison. The
@@ -21,7 +21,7 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// Longest wait for another process to release the lock. It is longer than a login on a slow device.
+/// Longest wait for another process to release the lock, longer than a login on a slow device.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Version of the record's format.
 const FORMAT: u32 = 1;
@@ -217,7 +217,7 @@ impl Login<'_> {
         self.fact.final_try_allowed
     }
 
-    /// Records a standing if it has changed. This also ends the permission for the last attempt.
+    /// Records a standing if it has changed, and ends the permission for the last attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
         if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
             return Ok(());

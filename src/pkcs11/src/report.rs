@@ -338,7 +338,7 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// Tests the logout. This must be the last test.
+/// Tests the logout, which must be the last test.
 fn after_logout(token: &OpenToken) -> Answer {
     calling::next("C_Logout");
     let ended = token.anchor.logout();

@@ -1,4 +1,4 @@
-//! One session thread of a worker. It takes one job at a time and runs it on its own session.
+//! One session thread of a worker, which takes one job at a time and runs it on its own session.
 //!
 //! Mitigations: M8, M10 of `THREAT_MODEL.md`.
 
@@ -33,7 +33,7 @@ pub(super) struct Shared {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Number of self-tests that all threads have begun. It chooses the key of the next self-test.
+    /// Number of self-tests that all threads have begun, which chooses the key of the next self-test.
     pub(super) turn: AtomicUsize,
 }
 
@@ -47,7 +47,7 @@ impl Shared {
 /// The result of a job: bytes for the front, or a failure.
 pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 
-/// The session of one thread. It is replaced after every failure of a token call, because some tokens leave an
+/// The session of one thread, which is replaced after every failure of a token call, because some tokens leave an
 /// operation active in it.
 #[derive(Debug)]
 pub(super) struct SessionThread {
@@ -267,7 +267,8 @@ impl SessionThread {
             | Class::Untrusted
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
-            // Such an error may be temporary and is no reason to replace the worker. A test in another session decides.
+            // An error of these classes may be temporary and is no reason to replace the worker. A test in another
+            // session decides.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
                 self.revive(key.as_bytes(), deadline)

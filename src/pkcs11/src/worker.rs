@@ -1,12 +1,12 @@
 //! The token worker: the process that holds the vendor's module, and nothing else.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another, proves every key, reports that, and serves jobs until its socket ends. It ignores SIGINT
-//! and SIGTERM: the front decides when the worker ends, by closing the socket, so that running jobs are finished during
-//! a drain.
+//! sessions one after another, proves every key, reports that, and serves jobs until its socket ends. The worker
+//! ignores SIGINT and SIGTERM: the front decides when the worker ends, by closing the socket, so that running jobs are
+//! finished during a drain.
 //!
-//! If a process ends while threads are inside the module, the clean-up code of most modules crashes. So the threads are
-//! joined first. If a thread does not return, the worker kills itself, which runs no clean-up code.
+//! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
+//! threads are joined first. If a thread does not return, the worker kills itself, which runs no clean-up code.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -49,7 +49,7 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token. It is longer than the front waits.
+/// Longest time for the module to open the token, longer than the front waits.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Runs the hidden command `keybroker token-worker`.
@@ -149,8 +149,9 @@ fn kill_ourselves() {
 /// is doing. A process that hangs in the module, or before it reads the socket, would otherwise keep the token's
 /// sessions from the next front.
 ///
-/// It watches the socket instead of using the parent-death signal, because Linux sends that signal when the *thread*
-/// that started this process ends. It also checks the parent, in case another process holds a copy of the front's end.
+/// The function watches the socket instead of using the parent-death signal, because Linux sends that signal when the
+/// *thread* that started this process ends. The function also checks the parent, in case another process holds a copy
+/// of the front's end.
 pub(crate) fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {

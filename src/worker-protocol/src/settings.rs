@@ -106,8 +106,8 @@ pub struct Settings {
     /// The kind of object of this token's integrity keys.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
-    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). They are left out of templates. They
-    /// may be absent, but must not have a wrong value.
+    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Excepted attributes are left out of
+    /// templates. An excepted attribute may be absent, but must not have a wrong value.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).

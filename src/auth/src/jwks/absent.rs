@@ -1,5 +1,5 @@
-//! Key ids of earlier key sets. They tell a token of a withdrawn key from a token of a new key that was not fetched
-//! yet.
+//! Key ids of earlier key sets. With them, a token of a withdrawn key can be told from a token of a new key that was
+//! not fetched yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;

@@ -44,7 +44,7 @@ impl Parts {
         })
     }
 
-    /// The claimed issuer. It is used only to choose the configuration.
+    /// The claimed issuer, which is used only to choose the configuration.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))

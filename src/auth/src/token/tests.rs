@@ -94,8 +94,8 @@ impl Running {
         assert!(error.detail().contains(words), "{words}: {error}");
     }
 
-    /// Expects that the token is not rejected, because the issuer may have a newer key that cannot be looked up yet. It
-    /// counts as a failed attempt if signatures were checked.
+    /// Expects that the token is not rejected, because the issuer may have a newer key that cannot be looked up yet.
+    /// The attempt counts as failed if signatures were checked.
     async fn postponed(&self, token: &str, words: &str, counts: bool) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown, "{error}");
@@ -538,7 +538,7 @@ async fn a_service_has_the_roles_of_its_issuer_and_no_keys_of_its_own() {
 #[tokio::test]
 async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     let service = Identity::start(Options::default());
-    // The set's `alg` is RS256. It is removed to test the other algorithms.
+    // The set's `alg` is RS256. The member is removed to test the other algorithms.
     let mut set = service.jwks();
     set["keys"][0].as_object_mut().unwrap().remove("alg");
     let folder = tempfile::tempdir().unwrap();

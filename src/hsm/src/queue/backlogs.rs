@@ -20,9 +20,9 @@ const STANDING_INTERVAL: Duration = Duration::from_millis(100);
 /// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// The caution of a principal raises its expected wait, in thousandths. It grows by `CAUTION_STEP` when an accepted job
-/// turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. This corrects estimates that
-/// are too low because the token slows down or other principals arrive.
+/// The caution of a principal raises its expected wait, in thousandths. The caution grows by `CAUTION_STEP` when an
+/// accepted job turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. The caution
+/// corrects estimates that are too low because the token slows down or other principals arrive.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MAX: u32 = 1_000;

@@ -164,9 +164,9 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Makes the integrity key first, because fewer tokens can make it and it is made quickly. It gets the `CKA_ID` of the
-/// pair. If the token then refuses the pair, the integrity key is made again with a `CKA_ID` of its own, because some
-/// tokens allow no second object with the same `CKA_ID`.
+/// Makes the integrity key first, because fewer tokens can make it and it is made quickly. The integrity key gets the
+/// `CKA_ID` of the pair. If the token then refuses the pair, the integrity key is made again with a `CKA_ID` of its
+/// own, because some tokens allow no second object with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -296,7 +296,7 @@ pub(crate) enum Cause {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
     },
-    /// The token accepts the template for a key of a session. It does not store keys, or has no room for one.
+    /// The token accepts the template for a key of a session. The token does not store keys, or has no room for one.
     NotTheTemplate,
     /// The token makes no such key even for a session without any attribute that may be left out.
     Unknown,

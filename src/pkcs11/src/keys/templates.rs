@@ -51,7 +51,7 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
 
-/// The template of the public object. It has only the attributes that the standard requires (PKCS #11 v2.40, section
+/// The template of the public object, with only the attributes that the standard requires (PKCS #11 v2.40, section
 /// 2.1.2), because some tokens refuse others. The uses of a public object are no risk: anyone may have a public key,
 /// and wrapping uses it in software.
 pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
@@ -118,7 +118,7 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
-        // The former name of the integrity key. It is kept because the tokens of all releases have it.
+        // The former name of the integrity key, which is kept because the tokens of all releases have it.
         label(id, "binding key"),
     ];
     // The key type implies the length and the mechanism.

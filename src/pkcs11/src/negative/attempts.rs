@@ -19,7 +19,7 @@ use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
-/// Length of the part of a key that is derived. Such a short part can be found with 256 guesses.
+/// Length of the part of a key that is derived. The part is so short that 256 guesses find it.
 pub(super) const PART_BYTES: u64 = 1;
 /// Length of the nonce of AES-GCM.
 const NONCE_BYTES: usize = 12;
@@ -271,7 +271,7 @@ pub(super) fn copies(
 }
 
 /// Decrypts with a forbidden mechanism. A token may refuse the mechanism at the beginning or at the end of the
-/// operation. If it reports a problem of the ciphertext, it has accepted the mechanism.
+/// operation. A token that reports a problem of the ciphertext has accepted the mechanism.
 pub(super) fn decrypts(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -331,7 +331,7 @@ pub(super) fn signs(
 }
 
 /// Verifies the first bytes of a MAC. The bytes that follow in memory are wrong: opencryptoki 3.8 ignores the length
-/// and compares all 32 bytes. That is a defect, but it accepts no forgery, because the broker always passes 32 bytes.
+/// and compares all 32 bytes. This defect allows no forgery, because the broker always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     calling::next("C_Sign");

@@ -8,7 +8,7 @@ pub struct UserKey {
     /// 1 to 64 bytes of \[a-z0-9._-\].
     #[prost(string, tag = "2")]
     pub key_name: ::prost::alloc::string::String,
-    /// 16 bytes. Each create makes a new one.
+    /// 16 bytes, made anew by each create.
     #[prost(bytes = "vec", tag = "3")]
     pub record_id: ::prost::alloc::vec::Vec<u8>,
     /// Whether the record can be unwrapped.
@@ -34,7 +34,7 @@ pub struct UserKey {
     #[prost(message, optional, tag = "10")]
     pub last_use_time: ::core::option::Option<::prost_types::Timestamp>,
 }
-/// A damaged record, with the identifying fields that can be read. It cannot be unwrapped or changed.
+/// A damaged record, with the identifying fields that can be read. A damaged record cannot be unwrapped or changed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DamagedUserKey {
     /// User of the record; empty if it cannot be read.
@@ -294,7 +294,8 @@ pub enum UserKeyState {
     Unspecified = 0,
     /// The record can be unwrapped.
     Active = 1,
-    /// The record is deleted and not yet purged. It keeps its name and can be undeleted, but cannot be unwrapped.
+    /// The record is deleted and not yet purged. A deleted record keeps its name and can be undeleted, but cannot be
+    /// unwrapped.
     Deleted = 2,
 }
 impl UserKeyState {
@@ -330,7 +331,7 @@ pub mod user_key_service_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// UserKeyService stores users' keys, wrapped under a key in an HSM. It releases a key only after a policy decision about it.
+    /// UserKeyService stores users' keys, wrapped under a key in an HSM. A key is released only after a policy decision.
     ///
     /// The tenant always comes from the caller's credential, never from a request. A message is at most 64 KiB.
     /// Errors contain google.rpc.ErrorInfo with domain "keybroker.v1" and a reason from the fixed list in docs/errors.md.
@@ -732,7 +733,7 @@ pub mod user_key_service_server {
             tonic::Status,
         >;
     }
-    /// UserKeyService stores users' keys, wrapped under a key in an HSM. It releases a key only after a policy decision about it.
+    /// UserKeyService stores users' keys, wrapped under a key in an HSM. A key is released only after a policy decision.
     ///
     /// The tenant always comes from the caller's credential, never from a request. A message is at most 64 KiB.
     /// Errors contain google.rpc.ErrorInfo with domain "keybroker.v1" and a reason from the fixed list in docs/errors.md.
@@ -1394,7 +1395,7 @@ pub struct TailAuditLogResponse {
 /// The metadata of one secret of an API client. Does not contain the secret.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClientSecret {
-    /// Number of the secret, from 1. It is never reused for this client.
+    /// Number of the secret, from 1. The number is never reused for this client.
     #[prost(uint32, tag = "1")]
     pub number: u32,
     /// When the secret was created.
@@ -1413,7 +1414,7 @@ pub struct ClientSecret {
 /// An API client: a service that authenticates with an id and a secret in `authorization: Basic` (RFC 7617).
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClientCredential {
-    /// 32 hexadecimal digits. They are the user-id of Basic authentication.
+    /// 32 hexadecimal digits, which are the user-id of Basic authentication.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
     /// A description for people.
@@ -1442,7 +1443,7 @@ pub struct ClientCredential {
     #[prost(bool, tag = "9")]
     pub verified: bool,
 }
-/// A damaged row of an API client. The broker refuses such a client.
+/// A damaged row of an API client. The broker refuses a client whose row is damaged.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DamagedClientCredential {
     /// 32 hexadecimal digits; empty if they cannot be read.
@@ -1484,7 +1485,7 @@ pub struct CreateClientCredentialResponse {
     /// Number of the first secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The secret, which is the password of Basic authentication. It cannot be shown again.
+    /// The secret, which is the password of Basic authentication. The broker cannot show it again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }
@@ -1508,7 +1509,7 @@ pub struct AddClientSecretResponse {
     /// Number of the new secret.
     #[prost(uint32, tag = "2")]
     pub secret_number: u32,
-    /// The new secret. It cannot be shown again.
+    /// The new secret. The broker cannot show it again.
     #[prost(string, tag = "3")]
     pub secret: ::prost::alloc::string::String,
 }
@@ -1532,7 +1533,7 @@ pub struct ListClientCredentialsResponse {
     /// `page_token` for the next page; empty on the last page.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
-    /// Damaged rows of this page. They are listed regardless of their tenant, because the tenant in such a row cannot be trusted.
+    /// Damaged rows of this page, regardless of their tenant: the tenant in a damaged row cannot be trusted.
     #[prost(message, repeated, tag = "3")]
     pub damaged: ::prost::alloc::vec::Vec<DamagedClientCredential>,
 }
@@ -1884,7 +1885,8 @@ pub mod control_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Adds a secret to an API client, so that the old secret can be replaced. Both are valid until the old one is revoked.
+        /// Adds a secret to an API client, so that the old secret can be replaced. Both secrets are valid until the old one is
+        /// revoked.
         pub async fn add_client_secret(
             &mut self,
             request: impl tonic::IntoRequest<super::AddClientSecretRequest>,
@@ -2026,7 +2028,8 @@ pub mod control_service_server {
             tonic::Response<super::CreateClientCredentialResponse>,
             tonic::Status,
         >;
-        /// Adds a secret to an API client, so that the old secret can be replaced. Both are valid until the old one is revoked.
+        /// Adds a secret to an API client, so that the old secret can be replaced. Both secrets are valid until the old one is
+        /// revoked.
         async fn add_client_secret(
             &self,
             request: tonic::Request<super::AddClientSecretRequest>,

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Most extents in a mark. A log has more than one only after an operator acknowledged that segments are missing.
+/// Largest number of extents in a mark. A log has more than one extent only after an operator acknowledged that
+/// segments are missing.
 const EXTENTS_MAX: usize = 256;
 
 /// A range of segments without a gap in their numbers.

@@ -22,7 +22,7 @@ use super::{
     segment::{self, GROUP_MAX, Line},
 };
 
-/// Most changes that are remembered.
+/// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
 /// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. The
 /// period is one minute, although the state directory is at most one second behind.

@@ -17,7 +17,7 @@ use super::{
     line::{self, Parsed},
 };
 
-/// Most entries in one group, which are written together.
+/// Largest number of entries in one group, which are written together.
 pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");

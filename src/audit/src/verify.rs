@@ -41,7 +41,7 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// Most problems in a report. A log that is damaged everywhere needs no longer list.
+/// Largest number of problems in a report. A log that is damaged everywhere needs no longer list.
 const PROBLEMS_MAX: usize = 100;
 
 /// Verifies all segments of a log.

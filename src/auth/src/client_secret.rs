@@ -44,13 +44,13 @@ use turns::{Lane, Turns};
 
 /// How long an accepted secret is remembered.
 const REMEMBERED: Duration = Duration::from_mins(1);
-/// Most accepted secrets that are remembered.
+/// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
 /// How long after its last use the broker remembers which stored hash a secret matched.
 const PROVEN: Duration = Duration::from_hours(24);
-/// Most secrets whose matching hash is remembered.
+/// Largest number of secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
-/// Most secrets that are tried at the same time.
+/// Largest number of secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
 /// Longest wait of a call for its turn.
 const TURN_WAIT_MAX: Duration = Duration::from_secs(2);

@@ -141,9 +141,9 @@ pub struct Parts {
 /// Limits on what is stored for one user. Each concurrent call can exceed a limit by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Most revisions of a record, including superseded ones: `store.revisions_max`.
+    /// Largest number of revisions of a record, including superseded ones: `store.revisions_max`.
     pub revisions_max: u32,
-    /// Most keys of a user, including deleted ones: `store.keys_per_user_max`.
+    /// Largest number of keys of a user, including deleted ones: `store.keys_per_user_max`.
     pub keys_per_user_max: u32,
 }
 

@@ -77,12 +77,13 @@ pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 /// Largest number of replacements of one record that are counted for an alert.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
-/// Most callers that are counted separately.
+/// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
 /// Idle time after which an entry is dropped. A bucket is full again after one minute, so nothing is lost.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
-/// Most credentials of one address that are checked concurrently, for credentials that are costly to check.
+/// Largest number of credentials of one address that are checked concurrently, for credentials that are costly to
+/// check.
 const TURNS_MAX: usize = 8;
 /// The delay after which a caller may retry when all these checks are in use.
 const TURN_RETRY: Duration = Duration::from_millis(500);
@@ -234,8 +235,8 @@ impl fmt::Display for Network {
     }
 }
 
-/// Most log lines per minute about unauthenticated callers, for each network and in total. With [`shortened`] a line
-/// has at most about 600 bytes, so an hour adds less than 5 MB to the log.
+/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. With
+/// [`shortened`] a line has at most about 600 bytes, so an hour adds less than 5 MB to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 

@@ -23,9 +23,9 @@ use keybroker_core::{
 
 use super::{Broker, caller};
 
-/// Most pairs of principal and action that are counted separately within a second. The other principals share one entry
-/// for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less than 80 MB to the
-/// audit log.
+/// Largest number of pairs of principal and action that are counted separately within a second. Further principals
+/// share one entry for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less
+/// than 80 MB to the audit log.
 const CALLERS_MAX: usize = 64;
 
 /// The principal and action of refused calls. The principal is absent in the shared count.

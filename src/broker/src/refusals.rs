@@ -30,8 +30,8 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Most networks that are counted separately within a minute. The others share one entry for each reason. An entry has
-/// about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
+/// Largest number of networks that are counted separately within a minute. Further networks share one entry for each
+/// reason. An entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
 const NETWORKS_MAX: usize = 256;
 /// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "refusals";

@@ -52,7 +52,7 @@
 //! - [Changes](Change) are repeated under their request id. Changes without a request id ([`NonIdempotent`]) are never
 //!   repeated.
 //! - A call is repeated if the broker's reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`,
-//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would only occur again.
+//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would occur again.
 //! - A pause is never shorter than the broker's `RetryInfo`.
 //! - A [`RetryBudget`] limits the retries of all calls of the client together.
 //!

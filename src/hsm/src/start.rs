@@ -99,7 +99,8 @@ impl Failure {
         }
     }
 
-    /// The reason for the state machine. `first` is true for the first attempt of this process.
+    /// The reason of the failure, as the state machine distinguishes it. `first` is true for the first attempt of this
+    /// process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))

@@ -10,7 +10,8 @@ use cryptoki::error::RvError;
 use keybroker_pkcs11_ffi::TokenInfo;
 use serde::{Deserialize, Serialize};
 
-/// Most logins that may fail with codes that do not concern the PIN, before the PIN has been accepted once.
+/// Largest number of logins that may fail with codes that do not concern the PIN, before the PIN has been accepted
+/// once.
 const UNPROVEN_TRIES_MAX: u32 = 2;
 
 /// The flags of a token's counter of wrong user PINs.

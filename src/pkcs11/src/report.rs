@@ -41,7 +41,7 @@ mod rates;
 
 pub(crate) use rates::{Counted, waits_of_this_thread};
 
-/// Most sessions that are opened to find the limit.
+/// Largest number of sessions that are opened to find the limit.
 const SESSIONS_MAX: usize = 64;
 /// Length of the shown part of a serial number's digest, in bytes.
 const SERIAL_DIGEST_BYTES: usize = 8;

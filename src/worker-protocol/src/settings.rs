@@ -85,8 +85,8 @@ pub struct Settings {
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Most waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal with the most
-    /// waiting jobs.
+    /// Largest number of waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal
+    /// with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
     /// Weight of principals by name, when jobs of several principals wait. A principal with weight 4 gets four times

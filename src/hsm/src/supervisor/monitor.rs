@@ -39,8 +39,8 @@ const LOSSES_MAX_ENDED: u32 = 4;
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is marked as lost, or the broker stops. Then answers the worker's jobs and reaps
-    /// it.
+    /// Serves until the worker ends, is marked as lost, or the broker stops. Afterwards, answers the worker's jobs and
+    /// reaps its process.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
         let ended = tokio::select! {

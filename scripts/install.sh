@@ -16,6 +16,7 @@ PARTS=(
   "curl curl"
   "softhsm2-util softhsm2"
   "pkcs11-tool opensc"
+  "p11tool gnutls-bin"
   "shellcheck shellcheck"
   "systemd-analyze systemd"
   "/usr/lib/postgresql/*/bin/initdb postgresql"

@@ -3,8 +3,8 @@
 //! the same and get the same answer.
 //!
 //! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2 nor a
-//! look-up. A change of any client through this broker ends this. A change through another broker takes effect after
-//! the minute.
+//! look-up. When any client is changed through this broker, all remembered secrets are forgotten. A change through
+//! another broker takes effect after the minute.
 //!
 //! For a day after a secret was last used, the broker also remembers which stored hash the secret matched. After the
 //! minute it looks the client up again. If the client still has this hash, and the secret is not revoked or expired,
@@ -153,7 +153,7 @@ impl Settings {
     }
 }
 
-/// The directory of API clients. The broker implements it and verifies the clients' documents on the token.
+/// The directory of API clients. The broker implements this trait and verifies the clients' documents on the token.
 #[async_trait]
 pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// Returns a client. `None` if it does not exist.

@@ -136,6 +136,9 @@ pub struct CheckedKey {
     pub problem: Option<String>,
     /// Names of the negative tests that the token cannot run.
     pub not_tried: Vec<String>,
+    /// The content of the file of an integrity key that was made in the memory of the worker. The content must be
+    /// stored, because otherwise the key is lost when the worker ends.
+    pub integrity_key_file: Option<String>,
 }
 
 /// The result for one attribute.
@@ -196,28 +199,33 @@ pub struct Admin {
     worker: Mutex<Worker>,
     pid: u32,
     info: TokenInfo,
+    is_login_of_another: bool,
 }
 
 impl Admin {
     /// Logs in if the record of PINs in the state directory allows it. With `write`, the session is read-write, so that
-    /// keys can be made. `program` is the running binary, which also contains the worker.
+    /// keys can be made. `program` is the running binary, which also contains the worker. If several tokens match the
+    /// settings, the token with one of the serial numbers of the registry is used.
     pub fn open(
         program: &Path,
         settings: &Settings,
         state: &StateDirectory,
         pin: &PinSource,
         write: bool,
+        serials: &[&str],
     ) -> Result<Self, AdminError> {
         let mut worker = Worker::start(program, settings)?;
         let job = Job::Open(OpenToken {
             setup: Some(settings.to_setup(state.path())),
             pin: Some(pin.to_wire()?),
             write,
+            serials: serials.iter().copied().map(str::to_owned).collect(),
         });
         match worker.ask(job, Duration::ZERO)? {
             Outcome::Token(entry) => Ok(Self {
                 pid: worker.child.id(),
                 worker: Mutex::new(worker),
+                is_login_of_another: entry.is_login_of_another,
                 info: listed(entry).info,
             }),
             _ => Err(unexpected()),
@@ -227,6 +235,12 @@ impl Admin {
     /// The token that is open.
     pub fn info(&self) -> &TokenInfo {
         &self.info
+    }
+
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process had already
+    /// logged in.
+    pub fn is_login_of_another(&self) -> bool {
+        self.is_login_of_another
     }
 
     /// Process id of the worker.
@@ -293,8 +307,25 @@ impl Admin {
 
     /// Checks the attributes of one key and runs a self-test with it.
     pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
+        self.check_key(id, false)
+    }
+
+    /// Makes an integrity key in the memory of the worker for an RSA key without one, and checks both keys.
+    pub fn check_with_new_integrity_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<CheckedKey, AdminError> {
+        self.check_key(id, true)
+    }
+
+    fn check_key(
+        &self,
+        id: WrappingKeyId,
+        make_integrity_key: bool,
+    ) -> Result<CheckedKey, AdminError> {
         let job = Job::CheckKey(CheckKey {
             key_id: id.as_bytes().to_vec(),
+            make_integrity_key,
         });
         match self.worker().ask(job, Duration::ZERO)? {
             Outcome::Key(key) => checked(key),
@@ -417,6 +448,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         integrity: findings(checked.integrity_key),
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
         not_tried: checked.not_tried,
+        integrity_key_file: Some(checked.integrity_key_file).filter(|text| !text.is_empty()),
     })
 }
 

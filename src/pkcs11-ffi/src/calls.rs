@@ -16,8 +16,8 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_TOKEN_INFO, CK_ULONG,
-    CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_SLOT_ID, CK_TOKEN_INFO,
+    CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
 };
 
 use crate::TokenInfo;
@@ -27,6 +27,12 @@ use crate::TokenInfo;
 const FIRST_BUFFER: usize = 1024;
 /// Length of the second and last buffer.
 const LAST_BUFFER: usize = 64 * 1024;
+
+/// Largest number of attempts to read the list of slots while their number grows.
+const SLOT_LIST_TRIES: usize = 4;
+/// Largest number of slots that is accepted from a module. No real module has nearly as many, and a larger number would
+/// only waste memory.
+const SLOTS_MAX: usize = 65_536;
 
 /// The function list of PKCS#11 2.40, which modules of all later versions have too.
 #[derive(Clone)]
@@ -76,8 +82,8 @@ impl Functions {
         })))
     }
 
-    /// Calls `C_Initialize` with a string.
-    pub(crate) fn initialize(&self, reserved: CString) -> Result<()> {
+    /// Calls `C_Initialize`, with a string if there is one.
+    pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
             standard: CK_C_INITIALIZE_ARGS {
@@ -88,12 +94,12 @@ impl Functions {
                 flags: CKF_OS_LOCKING_OK,
                 // Never freed, because the standard does not say how long the module may use the string. One string per
                 // process is leaked.
-                pReserved: reserved.into_raw().cast(),
+                pReserved: reserved.map_or(ptr::null_mut(), CString::into_raw).cast(),
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with a string that ends with NUL and lives as long as the
-        // process.
+        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as long as
+        // the process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }
@@ -107,6 +113,67 @@ impl Functions {
         // SAFETY: the argument points to a structure of the standard that the function may write. It is plain data: any bytes are good.
         let code = unsafe { function(&raw mut info) };
         !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
+    }
+
+    /// Calls `C_Finalize`.
+    pub(crate) fn finalize(&self) -> Result<()> {
+        let function = self.0.list.C_Finalize.ok_or(Error::NullFunctionPointer)?;
+        // SAFETY: the argument is NULL, as the standard requires.
+        let code = unsafe { function(ptr::null_mut()) };
+        Rv::from(code).into_result(Function::Finalize)
+    }
+
+    /// Calls `C_GetSlotList` and returns the slots with a token.
+    pub(crate) fn slots_with_token(&self) -> Result<Vec<Slot>> {
+        let mut ids: Vec<CK_SLOT_ID> = Vec::new();
+        for _ in 0..SLOT_LIST_TRIES {
+            let count = match self.slot_list(&mut ids) {
+                // The number of slots has grown since the last call.
+                Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => self.slot_list(&mut [])?,
+                result => result?,
+            };
+            if count <= ids.len() {
+                ids.truncate(count);
+                return ids
+                    .into_iter()
+                    .map(|id| Slot::try_from(id).map_err(|_| Error::InvalidValue))
+                    .collect();
+            }
+            if count > SLOTS_MAX {
+                return Err(Error::InvalidValue);
+            }
+            ids = vec![0; count];
+        }
+        Err(Error::Pkcs11(
+            RvError::BufferTooSmall,
+            Function::GetSlotList,
+        ))
+    }
+
+    /// Returns the number of slots with a token.
+    pub(crate) fn count_slots_with_token(&self) -> Result<usize> {
+        self.slot_list(&mut [])
+    }
+
+    /// Fills the buffer with the slots that have a token, and returns their number. With an empty buffer, the module is
+    /// asked only for the number.
+    fn slot_list(&self, ids: &mut [CK_SLOT_ID]) -> Result<usize> {
+        let function = self
+            .0
+            .list
+            .C_GetSlotList
+            .ok_or(Error::NullFunctionPointer)?;
+        let mut count = CK_ULONG::try_from(ids.len())?;
+        let buffer = if ids.is_empty() {
+            ptr::null_mut()
+        } else {
+            ids.as_mut_ptr()
+        };
+        // SAFETY: the buffer is NULL, or has room for `count` numbers. The buffer and `count` live until the function
+        // returns.
+        let code = unsafe { function(CK_TRUE, buffer, &raw mut count) };
+        Rv::from(code).into_result(Function::GetSlotList)?;
+        Ok(usize::try_from(count)?)
     }
 
     /// Calls `C_GetTokenInfo`.

@@ -1,7 +1,10 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace three calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace four calls:
 //!
+//! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
+//!   more room than before. The remote client of p11-kit does so if its server has no token. This crate repeats the
+//!   call only a few times, and reads no list if the number of slots is 0.
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if it is not a
 //!   valid time. opencryptoki before 3.11 returns `21:38:18`. This crate returns the time as text, which the broker
 //!   does not need.
@@ -12,7 +15,8 @@
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
 //! dynamic loader returns the same library the second time. The client module of p11-kit, however, makes a new
-//! connection with its own sessions for each function list. With such a module, `cryptoki` makes these calls too.
+//! connection with its own sessions for each function list. With such a module, `cryptoki` makes these calls too. A
+//! separate connection is then opened only to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;
@@ -52,12 +56,27 @@ impl Module {
     /// threads use it. The string becomes `pReserved`. Modules that expect none refuse it.
     pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
-            return self.functions.initialize(text);
+            return self.functions.initialize(Some(text));
         }
         let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
         let result = self.cryptoki.initialize(arguments);
         self.is_shared = self.functions.are_initialized();
         result
+    }
+
+    /// Calls `C_GetSlotList` and returns the slots with a token.
+    pub fn slots_with_token(&self) -> Result<Vec<Slot>> {
+        if self.is_shared {
+            return self.functions.slots_with_token();
+        }
+        self.functions.initialize(None)?;
+        let count = self.functions.count_slots_with_token();
+        let ended = self.functions.finalize();
+        if count? == 0 {
+            return Ok(Vec::new());
+        }
+        ended?;
+        self.cryptoki.get_slots_with_token()
     }
 
     /// Calls `C_GetTokenInfo`.

@@ -1,6 +1,6 @@
 //! Administers tokens and keys in the admin worker. Only one thread uses the module.
 
-use std::{collections::HashMap, ops::RangeInclusive};
+use std::{cell::RefCell, collections::HashMap, ops::RangeInclusive};
 
 use cryptoki::{
     mechanism::{MechanismInfo, MechanismType},
@@ -11,25 +11,24 @@ use cryptoki::{
 use keybroker_core::{
     call::Timestamp,
     envelope::{Algorithm, Mac},
-    key::{ObjectId, ObjectIds, WrappingKeyId},
+    key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId},
 };
 use keybroker_pkcs11_ffi::{Module, TokenInfo as PkcsTokenInfo};
-use keybroker_worker_protocol::{
-    AccessControl, ExpectedKey, IntegrityKey, Pin, Settings, TokenInfo, unpadded,
-};
+use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings, TokenInfo, unpadded};
 
 use crate::{
     PinRecord,
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, KeySession, Making, Place, Refusal, Terms},
+    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, Terms},
+    mac_key::WorkerKey,
     module,
     negative::{self, Subject},
     open::{OpenToken, auth_pin},
     operation,
     report::{self, Counted, waits_of_this_thread},
-    select::{self, Selected},
+    select::{self, Registered, Selected},
 };
 
 mod verifier;
@@ -96,13 +95,13 @@ fn other_kinds(making: Making) -> String {
     let Making::IntegrityKey(kind) = making else {
         return String::new();
     };
-    let others: Vec<String> = kind
-        .and_others()
+    let others: Vec<String> = HmacKey::all_with_first(kind.setting())
         .skip(1)
-        .map(|other| format!("\"{}\"", other.as_str()))
+        .map(|other| format!("\"{}\"", other.setting().as_str()))
         .collect();
     format!(
-        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}",
+        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If it has no such keys at all, \
+         `integrity_key = \"worker\"` keeps the integrity key outside the token, which protects rows less: docs/tokens.md says how",
         others.join(" or ")
     )
 }
@@ -197,6 +196,8 @@ pub(crate) struct CheckedKey {
     pub(crate) problem: Option<String>,
     /// Negative tests that the token cannot run.
     pub(crate) not_tried: Vec<&'static str>,
+    /// The content of the file of an integrity key that was made in the memory of this process.
+    pub(crate) integrity_key_file: Option<String>,
 }
 
 /// Lists all slots with a token, initialised or not. Needs no PIN.
@@ -206,7 +207,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         listed.push(Listed {
@@ -285,7 +286,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let Selected { slot, info, .. } = select::find(&module, &selector, &[])?;
+    let Selected { slot, info, .. } = select::find(&module, &selector, Registered::Preferred(&[]))?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -377,7 +378,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
 fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
             blank.get_or_insert(slot);
@@ -426,20 +427,42 @@ pub(crate) struct Admin {
     token: OpenToken,
     /// The `CKA_ID` of the objects of keys, as far as the command has sent them.
     known: HashMap<WrappingKeyId, ObjectIds>,
+    /// Integrity keys that were made in, or unwrapped into, the memory of this process.
+    secrets: RefCell<HashMap<WrappingKeyId, WorkerKey>>,
 }
 
 impl Admin {
-    /// Logs in if the record of PINs allows it. With `write`, the session is read-write, so that keys can be made.
+    /// Logs in to the only token that matches the settings.
+    #[cfg(test)]
     pub(crate) fn open<'a>(
         settings: &Settings,
         record: &PinRecord,
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, AdminError> {
+        Self::open_one_of(settings, record, pin.into(), write, &[])
+    }
+
+    /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
+    /// tokens match the settings, the token with one of the serial numbers is used.
+    pub(crate) fn open_one_of(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: Option<&Pin>,
+        write: bool,
+        serials: &[&str],
+    ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
-            token: OpenToken::login(settings, record, pin, write)?,
+            token: OpenToken::login_to(
+                settings,
+                record,
+                pin,
+                write,
+                Registered::Preferred(serials),
+            )?,
             known: HashMap::new(),
+            secrets: RefCell::default(),
         })
     }
 
@@ -448,22 +471,54 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
+    /// A key that the command did not name is where `key generate` makes keys.
     fn place(&self, id: WrappingKeyId) -> Place {
+        let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
+            private: None,
+            integrity: if self.settings.permits_integrity_key_in_worker() {
+                IntegrityPlace::Worker
+            } else {
+                IntegrityPlace::Token
+            },
+        });
         Place {
-            id,
-            objects: self.known.get(&id).cloned().unwrap_or_default(),
+            secret: self.secrets.borrow().get(&id).cloned(),
+            ..Place::of(id, objects)
+        }
+    }
+
+    /// A key with its integrity key.
+    fn pair(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.token.with_integrity_key(&self.settings, pair)?;
+        self.keep_secret(&pair.place());
+        Ok(pair)
+    }
+
+    /// Keeps an integrity key that is in the memory of this process, so that the key is unwrapped only once.
+    fn keep_secret(&self, place: &Place) {
+        if let Some(secret) = &place.secret {
+            self.secrets.borrow_mut().insert(place.id, secret.clone());
         }
     }
 
     /// Opens a session with the handles of keys.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
-        let places: Vec<Place> = ids.iter().map(|id| self.place(*id)).collect();
+        let places = ids
+            .iter()
+            .map(|id| Ok(self.pair(*id)?.place()))
+            .collect::<Result<Vec<_>, Fault>>()?;
         self.token.session(&places)
     }
 
     /// The token that is open.
     pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
+    }
+
+    /// Whether the token answered the login with the code that another process is already logged in.
+    pub(crate) fn is_login_of_another(&self) -> bool {
+        self.token.is_login_of_another
     }
 
     /// Returns the `CKA_ID` of all RSA private keys on the token.
@@ -485,6 +540,7 @@ impl Admin {
         let not_made = self.try_for_a_session()?;
         let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
             .map_err(|refusal| self.explained(refusal))?;
+        self.keep_secret(&made.pair.place());
         let problem = match self.check(made.pair.id) {
             Ok(mut checked) => match &checked.problem {
                 None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
@@ -493,7 +549,7 @@ impl Admin {
                             checked.not_tried.push(test);
                         }
                     }
-                    return Ok(checked);
+                    return self.with_integrity_key_file(checked);
                 }
                 None => format!(
                     "it has {} bits instead of {modulus_bits}",
@@ -578,7 +634,7 @@ impl Admin {
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
                 "the token did not make {making}: {}. It makes the same key for a session, so the template is not the cause: the token \
-                 may be full or write-protected. No key was made",
+                 may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(
@@ -590,18 +646,55 @@ impl Admin {
         }
     }
 
+    /// Returns the key. If its integrity key was made in the memory of this process, the content of its file is added.
+    fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
+        let (IntegrityPlace::Worker, Some(algorithm)) =
+            (&checked.objects.integrity, checked.algorithm)
+        else {
+            return Ok(checked);
+        };
+        let pair = self.pair(checked.id)?;
+        let public = keys::public_side(&self.token.anchor, &pair)?;
+        let secret = self.place(checked.id).secret.ok_or_else(|| {
+            AdminError::Untrusted(format!("the integrity key of {} is gone", checked.id))
+        })?;
+        let wrapped = secret.wrap(checked.id, &public, algorithm)?;
+        Ok(CheckedKey {
+            integrity_key_file: Some(wrapped.to_text()),
+            ..checked
+        })
+    }
+
+    /// Makes an integrity key in the memory of this process for an RSA key without one, and checks both keys.
+    pub(crate) fn check_with_new_integrity_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<CheckedKey, AdminError> {
+        let place = self.place(id);
+        if place.objects.integrity != IntegrityPlace::Worker {
+            return Err(AdminError::Untrusted(format!(
+                "the integrity key of {id} is not one for the memory of the workers"
+            )));
+        }
+        self.keep_secret(&Place {
+            secret: Some(WorkerKey::random()?),
+            ..place
+        });
+        self.with_integrity_key_file(self.check(id)?)
+    }
+
     /// Checks the attributes of one key and runs its self-test.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let place = self.place(id);
+        let pair = keys::find(&self.token.anchor, &place)?;
         let verdict = keys::inspect(&self.token.anchor, &pair, &self.settings)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
-        let expected = ExpectedKey {
-            id,
-            objects: pair.objects.clone(),
-            token_serial: self.token.info.serial.clone(),
-            fingerprint: public.fingerprint,
-        };
-        let proved = self.token.prove(&self.settings, &expected);
+        let proved = self
+            .token
+            .prove(&self.settings, &pair.place(), public.fingerprint);
+        if let Ok(proved) = &proved {
+            self.keep_secret(&proved.place);
+        }
         Ok(CheckedKey {
             id,
             objects: pair.objects,
@@ -615,12 +708,13 @@ impl Admin {
                 .map(|key| key.not_tried.clone())
                 .unwrap_or_default(),
             problem: proved.err().map(|fault| fault.to_string()),
+            integrity_key_file: None,
         })
     }
 
     /// Makes a MAC with the integrity key of this id.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
@@ -644,7 +738,7 @@ impl Admin {
         threads: usize,
         until: Timestamp,
     ) -> Result<Counted, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.pair(id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let self_test = self
             .token

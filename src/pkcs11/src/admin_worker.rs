@@ -132,7 +132,14 @@ impl State {
                 Ok(Outcome::KeyIds(KeyIds { ids }))
             }
             Job::GenerateKey(job) => Ok(key(self.token()?.generate_key(job.modulus_bits)?)),
-            Job::CheckKey(job) => Ok(key(self.token()?.check(key_id(&job.key_id)?)?)),
+            Job::CheckKey(job) => {
+                let (token, id) = (self.token()?, key_id(&job.key_id)?);
+                Ok(key(if job.make_integrity_key {
+                    token.check_with_new_integrity_key(id)?
+                } else {
+                    token.check(id)?
+                }))
+            }
             Job::Mac(job) => {
                 let mac = self.token()?.mac(key_id(&job.key_id)?, &job.message)?;
                 Ok(Outcome::Mac(mac.to_vec()))
@@ -147,9 +154,19 @@ impl State {
     fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {
         let parsed = parse(job.setup.as_ref())?;
         let pin = read(job.pin.as_ref())?;
-        let admin = Admin::open(&parsed.settings, &parsed.record, pin.as_ref(), job.write)
-            .map_err(|error| of_pin(error, job.pin.as_ref()))?;
-        let entry = entry(&admin::Listed::of(admin.info()));
+        let serials: Vec<&str> = job.serials.iter().map(String::as_str).collect();
+        let admin = Admin::open_one_of(
+            &parsed.settings,
+            &parsed.record,
+            pin.as_ref(),
+            job.write,
+            &serials,
+        )
+        .map_err(|error| of_pin(error, job.pin.as_ref()))?;
+        let entry = TokenEntry {
+            is_login_of_another: admin.is_login_of_another(),
+            ..entry(&admin::Listed::of(admin.info()))
+        };
         self.token = Some(admin);
         Ok(Outcome::Token(entry))
     }
@@ -300,6 +317,7 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
         sha256_hmac: listed.sha256_hmac,
         note: String::new(),
         is_chosen: listed.is_chosen,
+        is_login_of_another: false,
     }
 }
 
@@ -319,6 +337,7 @@ fn key(checked: admin::CheckedKey) -> Outcome {
         integrity_key: checked.integrity_key.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
         not_tried: checked.not_tried.into_iter().map(str::to_owned).collect(),
+        integrity_key_file: checked.integrity_key_file.unwrap_or_default(),
     })
 }
 

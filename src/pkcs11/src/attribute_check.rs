@@ -138,6 +138,11 @@ const EVERY_KEY: [Rule; 9] = [
 /// The risk that `access_control = "outside-pkcs11"` accepts, as a sentence without a full stop.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
+/// The risk that `integrity_key = "worker"` accepts, as a sentence without a full stop.
+pub const INTEGRITY_KEY_IN_WORKER: &str = "a person who reads the memory of a worker, decrypts the file with the token and its PIN, or \
+     changes both the file and the configuration can forge rows, also later and without the token; the rows stay protected against a \
+     thief or a writer of the database";
+
 /// Adapts the rules to the access control of the token.
 pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
     rules
@@ -450,8 +455,10 @@ fn remedy(wrong: &[&Finding]) -> String {
             ),
         };
     }
+    // An exception permits that an attribute is absent, but no other value.
     let helps: Vec<Exception> = wrong
         .iter()
+        .filter(|finding| finding.found == Found::Missing)
         .filter_map(|finding| {
             EXCEPTIONS
                 .iter()

@@ -3,26 +3,31 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
+use std::time::{Duration, Instant};
+
 use cryptoki::{
+    context::Function,
     error::{Error, RvError},
     session::UserType,
     slot::Slot,
     types::AuthPin,
 };
 
+use keybroker_core::key::Fingerprint;
 use keybroker_pkcs11_ffi::{Module, Session};
-use keybroker_worker_protocol::{AccessControl, ExpectedKey, Pin, Settings, TokenInfo};
+use keybroker_worker_protocol::{AccessControl, Pin, Settings, TokenInfo};
 
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
     keys::{self, KeyPair, KeySession, Place, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
+    mac_key::{self, MacKey},
     module,
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
-    select::{self, Selected, Selector},
+    select::{self, Registered, Selected, Selector},
 };
 
 /// A token to which this process is logged in.
@@ -34,7 +39,16 @@ pub(super) struct OpenToken {
     /// Keeps the login: the token ends it when the last session of the process is closed.
     pub(super) anchor: Session,
     /// Whether the token reported that another process had already logged in, and this process uses that login.
-    is_login_of_another: bool,
+    pub(super) is_login_of_another: bool,
+    pub(super) times: Times,
+}
+
+/// The durations of the calls that open a token.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) initialize: Duration,
+    /// `None` for a token that is used without a login.
+    pub(super) login: Option<Duration>,
 }
 
 /// A key that passed the attribute check and the self-test.
@@ -49,34 +63,40 @@ pub(super) struct ProvedKey {
 }
 
 impl OpenToken {
-    /// Loads the module, selects the token and logs in once, if the record of PINs allows it. Without a PIN, no login
-    /// is made.
+    /// Logs in to the only token that matches the settings.
+    #[cfg(test)]
     pub(super) fn login<'a>(
         settings: &Settings,
         record: &PinRecord,
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, Fault> {
-        Self::login_to(settings, record, pin.into(), write, &[])
+        Self::login_to(
+            settings,
+            record,
+            pin.into(),
+            write,
+            Registered::Preferred(&[]),
+        )
     }
 
-    /// Does the same as [`OpenToken::login`]. If several tokens match the settings, selects the one whose serial number
-    /// is in `serials`.
+    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN, no
+    /// login is made. If several tokens match the settings, the token with one of the serial numbers is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
         pin: Option<&Pin>,
         write: bool,
-        serials: &[&str],
+        registered: Registered<'_>,
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
-        let module = module::load(settings)?;
+        let (module, initialize) = module::load_timed(settings)?;
         let Selected {
             slot,
             info,
             is_one_of_several,
-        } = select::find(&module, &selector, serials)?;
+        } = select::find(&module, &selector, registered)?;
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
             None => require_no_login(&module, slot, &info, settings.access_control)?,
@@ -92,21 +112,27 @@ impl OpenToken {
             info,
             anchor,
             is_login_of_another: false,
+            times: Times {
+                initialize,
+                login: None,
+            },
         };
         if let Some(pin) = pin {
-            token.is_login_of_another = token.log_in(record, pin, is_one_of_several)?;
+            let (is_login_of_another, took) = token.log_in(record, pin, is_one_of_several)?;
+            token.is_login_of_another = is_login_of_another;
+            token.times.login = Some(took);
         }
         Ok(token)
     }
 
-    /// Calls `C_Login` once. Checks the record of the PIN before, and records the token's answer after it. Returns
-    /// whether another process was already logged in.
+    /// Calls `C_Login` once, after a check of the record of PINs, and records the answer of the token. Returns whether
+    /// another process was already logged in, and how long the call took.
     fn log_in(
         &self,
         record: &PinRecord,
         pin: &Pin,
         is_one_of_several: bool,
-    ) -> Result<bool, Fault> {
+    ) -> Result<(bool, Duration), Fault> {
         let mut login = record.begin(&self.info.serial, pin)?;
         let before = self.counter()?;
         let was = login.standing().cloned();
@@ -119,7 +145,9 @@ impl OpenToken {
         };
         login.set(begun.clone().or_else(|| was.clone()))?;
         calling::next("C_Login");
+        let began = Instant::now();
         let result = self.anchor.login(UserType::User, Some(&auth_pin(pin)));
+        let took = began.elapsed();
         let (answer, error) = match result {
             Ok(()) => (Answer::Accepted, None),
             Err(Error::Pkcs11(code, function)) => {
@@ -144,7 +172,7 @@ impl OpenToken {
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }
-            return Ok(false);
+            return Ok((false, took));
         };
         // On a token where a login covers several processes, another process has logged in before. The PIN was not
         // checked. The attribute check and the self-test decide whether this login can be used.
@@ -153,7 +181,7 @@ impl OpenToken {
                 token = self.info.label,
                 "another process is already logged in to the token; using its login"
             );
-            return Ok(true);
+            return Ok((true, took));
         }
         recorded?;
         Err(self.failed_login(&error, answer, now.as_ref(), after))
@@ -189,6 +217,16 @@ impl OpenToken {
     ) -> Fault {
         let fault = fault_of(error);
         let token = named(&self.info);
+        if matches!(
+            error,
+            Error::Pkcs11(RvError::UserPinNotInitialized, Function::Login)
+        ) {
+            let serial = &self.info.serial;
+            return fault.about(&token).with(&format!(
+                "the token has no user PIN, because its initialisation was not completed. Set one with the vendor's tool, or erase the \
+                 token with `keybroker token init --erase-serial {serial}` if it holds no keys"
+            ));
+        }
         if answer == Answer::NotChecked {
             return fault;
         }
@@ -214,25 +252,28 @@ impl OpenToken {
         }
     }
 
-    /// Finds a key, compares it with the registry, checks its attributes and runs its self-test.
+    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test. If its integrity key is
+    /// not on the token, unwraps the integrity key before the self-test.
     pub(super) fn prove(
         &self,
         settings: &Settings,
-        expected: &ExpectedKey,
+        place: &Place,
+        fingerprint: Fingerprint,
     ) -> Result<ProvedKey, Fault> {
-        let pair = keys::find(&self.anchor, &place_of(expected))?;
+        let pair = keys::find(&self.anchor, place)?;
         keys::inspect(&self.anchor, &pair, settings)?.require(pair.id)?;
         let public = keys::public_side(&self.anchor, &pair)?;
-        if public.fingerprint != expected.fingerprint {
+        if public.fingerprint != fingerprint {
             return Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "wrapping key {} on the token has the public key {}, but the registry has {}: this is \
-                     another key with the same CKA_ID",
-                    pair.id, public.fingerprint, expected.fingerprint
+                    "wrapping key {} on the token has the public key {}, the registry says {fingerprint}: this is another key under \
+                     the same CKA_ID",
+                    pair.id, public.fingerprint
                 ),
             ));
         }
+        let pair = self.with_integrity_key(settings, pair)?;
         let self_test = self.probe(&pair.place(), &public, settings.allow_oaep_sha1)?;
         let not_tried =
             self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
@@ -241,6 +282,23 @@ impl OpenToken {
             public,
             self_test,
             not_tried,
+        })
+    }
+
+    /// Returns the same key. If its integrity key is not on the token, the integrity key is unwrapped.
+    pub(super) fn with_integrity_key(
+        &self,
+        settings: &Settings,
+        pair: KeyPair,
+    ) -> Result<KeyPair, Fault> {
+        if !matches!(pair.integrity_key, MacKey::InWorker(None)) {
+            return Ok(pair);
+        }
+        let session = self.session(&[])?;
+        let secret = mac_key::unwrap(&session.session, &pair, settings)?;
+        Ok(KeyPair {
+            integrity_key: MacKey::InWorker(Some(secret)),
+            ..pair
         })
     }
 
@@ -283,13 +341,6 @@ impl OpenToken {
     /// Opens another session of the same login, with the handles of the keys.
     pub(super) fn session(&self, keys: &[Place]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, keys)
-    }
-}
-
-fn place_of(expected: &ExpectedKey) -> Place {
-    Place {
-        id: expected.id,
-        objects: expected.objects.clone(),
     }
 }
 

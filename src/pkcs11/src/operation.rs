@@ -25,6 +25,7 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, PublicSide},
+    mac_key::MacKey,
 };
 
 /// Length of the self-test's plaintext, in bytes.
@@ -50,9 +51,20 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// Makes a MAC with the integrity key (`C_Sign`).
+/// Makes a MAC: with `C_Sign` if the integrity key is on the token, otherwise in this process.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
-    mac_with(session, pair.integrity_key, message)
+    match &pair.integrity_key {
+        MacKey::OnToken(object) => mac_with(session, *object, message),
+        MacKey::InWorker(Some(secret)) => Ok(secret.mac(message)),
+        MacKey::InWorker(None) => Err(not_unwrapped(pair.id)),
+    }
+}
+
+fn not_unwrapped(id: WrappingKeyId) -> Fault {
+    Fault::new(
+        Class::Configuration,
+        format!("the integrity key of wrapping key {id} was not unwrapped"),
+    )
 }
 
 /// Makes a MAC with an integrity key that has no wrapping key yet (`C_Sign`).
@@ -70,8 +82,9 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
     })
 }
 
-/// Verifies a MAC with the integrity key (`C_Verify`). On a token without that function, makes the MAC with `C_Sign`
-/// and compares in constant time. A wrong MAC is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+/// Verifies a MAC with `C_Verify`. On a token without this function, uses `C_Sign` and compares in constant time. An
+/// integrity key that is not on the token is used in this process. The error for a wrong MAC is [`Class::Input`] or, on
+/// some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -81,8 +94,16 @@ pub(super) fn verify(
     if mac.len() != MAC_BYTES {
         return Err(Fault::new(Class::Input, "the MAC has the wrong length"));
     }
+    let object = match &pair.integrity_key {
+        MacKey::OnToken(object) => *object,
+        MacKey::InWorker(Some(secret)) if secret.verifies(message, mac) => return Ok(()),
+        MacKey::InWorker(Some(_)) => {
+            return Err(Fault::new(Class::Input, "the MAC does not verify"));
+        }
+        MacKey::InWorker(None) => return Err(not_unwrapped(pair.id)),
+    };
     calling::next("C_Verify");
-    match session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, message, mac) {
+    match session.verify(&Mechanism::Sha256Hmac, object, message, mac) {
         Ok(()) => Ok(()),
         Err(
             Error::NullFunctionPointer
@@ -188,8 +209,30 @@ impl SelfTest {
     /// Decrypts on the token and compares the plaintext, then makes a MAC and verifies it.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
+        self.makes_a_mac(session, pair)
+    }
+
+    fn makes_a_mac(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
+    }
+
+    /// A token without HMAC cannot be used. The message names HMAC and no other function as the cause.
+    fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let made = self.makes_a_mac(session, pair);
+        made.map_err(|fault| {
+            if !is_refusal(&fault) {
+                return fault;
+            }
+            Fault::new(
+                fault.class,
+                format!(
+                    "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
+                     told from forged ones; if its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]",
+                    pair.id
+                ),
+            )
+        })
     }
 
     /// Checks that the token rejects a wrong MAC. A token that accepts every MAC would make every row of the database
@@ -228,12 +271,26 @@ pub(super) fn probe(
     };
     let attempt = |algorithm| {
         let self_test = SelfTest::new(public, algorithm)?;
-        on_session(&|session, pair| self_test.check(session, pair))?;
+        on_session(&|session, pair| self_test.decrypt(session, pair))?;
         Ok(self_test)
     };
     let self_test = choose(attempt, allow_oaep_sha1)?;
+    let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
+    authenticates().or_else(|fault| match fault.class {
+        // The token may have been busy only for a moment.
+        Class::Ambiguous => authenticates(),
+        _ => Err(fault),
+    })?;
     on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
     Ok(self_test)
+}
+
+/// Returns whether this error may mean that the token cannot do the operation at all.
+fn is_refusal(fault: &Fault) -> bool {
+    matches!(
+        fault.class,
+        Class::Input | Class::Ambiguous | Class::Configuration
+    )
 }
 
 /// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error
@@ -242,17 +299,17 @@ fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,
 ) -> Result<T, Fault> {
-    let cannot = |fault: &Fault| {
-        matches!(
-            fault.class,
-            Class::Input | Class::Ambiguous | Class::Configuration
-        )
-    };
     let sha256 = || attempt(Algorithm::RsaOaepSha256);
-    let refusal = match sha256().or_else(|fault| if cannot(&fault) { sha256() } else { Err(fault) })
-    {
+    let again = |fault| {
+        if is_refusal(&fault) {
+            sha256()
+        } else {
+            Err(fault)
+        }
+    };
+    let refusal = match sha256().or_else(again) {
         Ok(works) => return Ok(works),
-        Err(fault) if cannot(&fault) => fault,
+        Err(fault) if is_refusal(&fault) => fault,
         Err(fault) => return Err(fault),
     };
     match attempt(Algorithm::RsaOaepSha1) {

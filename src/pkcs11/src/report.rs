@@ -19,8 +19,8 @@ use keybroker_pkcs11_ffi::{Session, TokenInfo};
 use keybroker_worker_protocol::{
     IntegrityKey, Pin, Settings,
     report::{
-        Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, Report,
-        SUCCEEDED, Verdict, WORKS,
+        Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, REMOVED,
+        Report, SUCCEEDED, Verdict, WORKS,
     },
     unpadded,
 };
@@ -29,7 +29,8 @@ use crate::{
     attribute_check::{self, Finding, Rule},
     calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, Lifetime, PublicSide, Terms},
+    keys::{self, HmacKey, KeyPair, Lifetime, PublicSide, Terms},
+    mac_key::{MacKey, WorkerKey},
     negative::survey::{Found, survey},
     open::{OpenToken, auth_pin},
     operation::SelfTest,
@@ -43,9 +44,8 @@ pub(crate) use rates::{Counted, waits_of_this_thread};
 
 /// Largest number of sessions that are opened to find the limit.
 const SESSIONS_MAX: usize = 64;
-/// Length of the shown part of a serial number's digest, in bytes.
-const SERIAL_DIGEST_BYTES: usize = 8;
 const MODULUS_BITS: u32 = 2_048;
+const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
 /// Number of digits of a time: `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
@@ -61,7 +61,7 @@ pub(crate) struct Allowed {
 /// The kind of a key that has a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    IntegrityKey(IntegrityKey),
+    IntegrityKey(HmacKey),
     RsaPair,
 }
 
@@ -211,12 +211,13 @@ pub(crate) fn make(
         negative: Vec::new(),
         errors: Vec::new(),
         token_objects: Vec::new(),
-        rates: Vec::new(),
+        rates: rates::of_opening(token).collect(),
         token_cpu_is_local: None,
     };
     let keeper = token.session(&[])?;
     let session = &keeper.session;
-    let secret = integrity_key(session, settings, &mut report, &mut findings);
+    let mut probe = None;
+    let secret = integrity_key(session, settings, &mut report, &mut findings)?;
     let private = made(session, Kind::RsaPair)
         .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
         .map_err(|error| findings.cannot_make(Kind::RsaPair, &error))
@@ -226,21 +227,21 @@ pub(crate) fn make(
         let public = keys::public_side(session, &pair)?;
         abilities::try_all(session, &pair, &public, &mut report)?;
         if let Some(self_test) = chosen(&report, &public, &mut findings)? {
-            let probe = Probe {
+            let probe = probe.insert(Probe {
                 pair,
                 public,
                 self_test,
-            };
-            negative(token, &probe, &mut report, &mut findings)?;
-            abilities::wrong_input(token, &probe, &mut report)?;
+            });
+            negative(token, probe, &mut report, &mut findings)?;
+            abilities::wrong_input(token, probe, &mut report)?;
             let settings = findings.settings(settings);
-            rates::measure(token, &probe, &settings, &mut report)?;
+            rates::measure(token, probe, &settings, &mut report)?;
         }
     }
     if allowed.write {
         on_token(token, settings, &findings, &mut report)?;
     }
-    report.sessions.push(after_logout(token));
+    after_logout(token, pin, probe.as_ref(), session, &mut report);
     report.verdict = verdict(settings, findings);
     Ok(report)
 }
@@ -284,8 +285,7 @@ fn identity(
         hardware_version: version(info.hardware_version()),
         firmware_version: version(info.firmware_version()),
         serial: allowed.serial.then(|| serial.to_owned()),
-        serial_sha256: (!serial.is_empty())
-            .then(|| sha256(serial.as_bytes())[..2 * SERIAL_DIGEST_BYTES].to_owned()),
+        has_serial: !serial.is_empty(),
         label_is_shared: same_label > 1,
         padded_with_nul: info.label().contains('\0') || info.model().contains('\0'),
         clock: if !info.clock_on_token() {
@@ -338,21 +338,55 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// Tests the logout, which must be the last test.
-fn after_logout(token: &OpenToken) -> Answer {
+/// Finds out which sessions a logout ends, and whether the handle of a key is still valid after the next login. This is
+/// the last part of the report.
+fn after_logout(
+    token: &OpenToken,
+    pin: Option<&Pin>,
+    probe: Option<&Probe>,
+    session: &Session,
+    report: &mut Report,
+) {
     calling::next("C_Logout");
     let ended = token.anchor.logout();
     if ended.is_err() {
-        return answer("C_Logout", &ended);
+        report.sessions.push(answer("C_Logout", &ended));
+        return;
     }
     calling::next("C_FindObjects");
     let found = token
         .anchor
         .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
-    told(
+    report.sessions.push(told(
         "private keys seen after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
-    )
+    ));
+    // The report does not use a PIN that the token has not already accepted from this process.
+    let (Some(pin), Some(probe), false) = (pin, probe, token.is_login_of_another) else {
+        return;
+    };
+    calling::next("C_Login");
+    let again = token.anchor.login(UserType::User, Some(&auth_pin(pin)));
+    report
+        .sessions
+        .push(answer("a login after C_Logout", &again));
+    if again.is_err() {
+        return;
+    }
+    calling::next("C_Decrypt");
+    let used = session.decrypt(
+        &probe.self_test.mechanism(),
+        probe.pair.private,
+        probe.self_test.wrapped(),
+    );
+    report.sessions.push(match used {
+        Ok(plaintext) if plaintext != probe.self_test.plaintext() => {
+            told(OLD_HANDLE, "another plaintext")
+        }
+        used => answer(OLD_HANDLE, &used),
+    });
+    // The login ends with the process at the latest.
+    let _ended = token.anchor.logout();
 }
 
 /// A key of a session, and the attributes that the token refused in its template, each with the return code.
@@ -387,36 +421,37 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     })
 }
 
-/// Makes an integrity key of the first kind that the token supports. The kind in the settings is tried first.
+/// Returns the first kind of integrity key that the token makes, beginning with the kind of the settings. If the token
+/// makes none and the settings permit it, returns a key in the memory of this process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
     report: &mut Report,
     findings: &mut Findings,
-) -> Option<ObjectHandle> {
+) -> Result<Option<MacKey>, Fault> {
     let mut first = None;
-    for kind in settings.integrity_key.and_others() {
-        match made(session, Kind::IntegrityKey(kind)) {
+    for kind in HmacKey::all_with_first(settings.integrity_key).map(Kind::IntegrityKey) {
+        match made(session, kind) {
             Ok(made) => {
-                findings.integrity_key = kind;
-                return Some(templates(
-                    session,
-                    Kind::IntegrityKey(kind),
-                    &made,
-                    report,
-                    findings,
-                ));
+                if let Kind::IntegrityKey(kind) = kind {
+                    findings.integrity_key = kind.setting();
+                }
+                let object = templates(session, kind, &made, report, findings);
+                return Ok(Some(object.into()));
             }
             Err(error) => {
-                first.get_or_insert(error);
+                first.get_or_insert((kind, error));
             }
         }
     }
-    let kind = Kind::IntegrityKey(settings.integrity_key);
-    if let Some(error) = first {
+    if settings.permits_integrity_key_in_worker() {
+        findings.integrity_key = IntegrityKey::Worker;
+        return Ok(Some(MacKey::InWorker(Some(WorkerKey::random()?))));
+    }
+    if let Some((kind, error)) = first {
         findings.cannot_make(kind, &error);
     }
-    None
+    Ok(None)
 }
 
 /// Tests the token's handling of each attribute of a template. Returns the key.
@@ -514,8 +549,9 @@ fn chosen(
         let found = report.positive.iter().find(|answer| answer.name == name);
         found.is_some_and(|answer| answer.result == WORKS)
     };
+    let is_on_token = findings.integrity_key != IntegrityKey::Worker;
     for name in [abilities::MAC, abilities::VERIFY] {
-        if !works(name) {
+        if is_on_token && !works(name) {
             findings.reasons.push(format!("{name} does not work"));
         }
     }
@@ -576,6 +612,9 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
+    // The session is opened before any key is made, because a token without a free session must not keep the keys of a
+    // failed report.
+    let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
         Ok(made) => made,
@@ -589,7 +628,6 @@ fn on_token(
     };
     let result =
         |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
-    let other = token.session(&[])?;
     let found = keys::find(&other.session, &made.pair.place());
     let checked = match &found {
         Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
@@ -614,7 +652,7 @@ fn on_token(
         told("keys that stay on the token", WORKS),
         told("found by another session", result(found.err())),
         told("attribute check", checked),
-        told("removed", result(removed.err())),
+        told(REMOVED, result(removed.err())),
     ]);
     Ok(())
 }
@@ -635,12 +673,14 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
             settings: Vec::new(),
         };
     }
-    let mut lines = vec![format!("module = \"{}\"", settings.module.display())];
+    let file = settings.module.file_name().unwrap_or_default();
+    let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
+    // The content may contain names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string
             .iter()
-            .map(|text| format!("initialize_string = {text:?}")),
+            .map(|_| "initialize_string = \"…\"".to_owned()),
     );
     if allow_oaep_sha1 {
         lines.push("allow_oaep_sha1 = true".to_owned());
@@ -651,16 +691,20 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     if !exceptions.is_empty() {
         lines.push(format!("attribute_exceptions = {exceptions:?}"));
     }
-    let accepted = attribute_check::exceptions_in_use(&exceptions);
+    let mut accepted: Vec<String> = attribute_check::exceptions_in_use(&exceptions)
+        .map(|exception| format!("{}: {}", exception.attribute, exception.gives_away))
+        .collect();
+    if integrity_key == IntegrityKey::Worker {
+        let risk = attribute_check::INTEGRITY_KEY_IN_WORKER;
+        accepted.push(format!("the token makes no integrity key: {risk}"));
+    }
     Verdict {
-        result: if exceptions.is_empty() {
+        result: if accepted.is_empty() {
             Outcome::Works
         } else {
             Outcome::WorksWithExceptions
         },
-        reasons: accepted
-            .map(|exception| format!("{}: {}", exception.attribute, exception.gives_away))
-            .collect(),
+        reasons: accepted,
         attribute_exceptions: exceptions,
         allow_oaep_sha1,
         settings: lines,

@@ -76,7 +76,7 @@ impl Selector {
     }
 
     /// Builds a selector from an RFC 7512 URI with path attributes of a token only.
-    fn from_uri(uri: &str) -> Result<Self, SelectorError> {
+    pub(super) fn from_uri(uri: &str) -> Result<Self, SelectorError> {
         // The scheme is not case-sensitive (RFC 3986 section 3.1).
         let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
         if !scheme.eq_ignore_ascii_case("pkcs11") {
@@ -117,6 +117,11 @@ impl Selector {
             && same(&self.serial, info.serial_number())
             && same(&self.manufacturer, info.manufacturer_id())
             && same(&self.model, info.model())
+    }
+
+    /// Label, serial number, manufacturer and model, as far as they matter.
+    pub(super) fn parts(&self) -> [Option<&str>; 4] {
+        [&self.label, &self.serial, &self.manufacturer, &self.model].map(Option::as_deref)
     }
 
     fn describe(&self) -> String {
@@ -161,24 +166,48 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// Finds the initialised token that matches. If none matches, repeats the search for a short time. `serials` are the
-/// serial numbers in the registry: unless all of them are empty, only a token with one of them is selected. A token with
-/// the same label may belong to another user, who would learn the PIN.
+/// How the serial numbers of the registry affect the choice of a token. An empty list has no effect.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Registered<'a> {
+    /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
+    /// to another user, who would learn the PIN.
+    Required(&'a [&'a str]),
+    /// For commands: the serial numbers are used only if several tokens match. Some commands are for a clone, or for a
+    /// token without registered keys.
+    Preferred(&'a [&'a str]),
+}
+
+impl Registered<'_> {
+    fn serials(&self) -> Vec<&str> {
+        let (Self::Required(serials) | Self::Preferred(serials)) = self;
+        serials
+            .iter()
+            .map(|serial| unpadded(serial))
+            .filter(|serial| !serial.is_empty())
+            .collect()
+    }
+}
+
+/// Finds the only initialised token that matches. If there is none, searches again for a while.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
-    serials: &[&str],
+    registered: Registered<'_>,
 ) -> Result<Selected, Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
-        match find_now(module, selector, serials) {
+        match find_now(module, selector, registered) {
             Err(_) if Instant::now() < until => thread::sleep(ABSENT_PAUSE),
             result => return result,
         }
     }
 }
 
-fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Selected, Fault> {
+fn find_now(
+    module: &Module,
+    selector: &Selector,
+    registered: Registered<'_>,
+) -> Result<Selected, Fault> {
     let tokens = list(module)?;
     let fitting: Vec<_> = tokens
         .iter()
@@ -197,18 +226,16 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
     if fitting.is_empty() {
         return Err(no_token(&wanted, &tokens));
     }
-    let registered: Vec<&str> = serials
-        .iter()
-        .map(|serial| unpadded(serial))
-        .filter(|serial| !serial.is_empty())
-        .collect();
-    let candidates: Vec<_> = fitting
+    let serials = registered.serials();
+    let mut candidates: Vec<_> = fitting
         .iter()
         .copied()
-        .filter(|(_, info)| {
-            registered.is_empty() || registered.contains(&unpadded(info.serial_number()))
-        })
+        .filter(|(_, info)| serials.contains(&unpadded(info.serial_number())))
         .collect();
+    let is_required = matches!(registered, Registered::Required(_)) && !serials.is_empty();
+    if candidates.is_empty() && !is_required {
+        candidates.clone_from(&fitting);
+    }
     match candidates.as_slice() {
         [(slot, info)] => Ok(Selected {
             slot: *slot,
@@ -221,7 +248,7 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
                 "the registry contains the token with the serial number {}, but the settings match only {}, so no login was tried. \
                  Connect the registered token and choose it by `token.serial`. If the connected token is its clone, run \
                  `keybroker key register ID` with it",
-                quoted(registered.iter().copied()),
+                quoted(serials.iter().copied()),
                 quoted(
                     fitting
                         .iter()
@@ -268,7 +295,7 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
 pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token()? {
+    for slot in module.slots_with_token()? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot)?;
         if info.token_initialized() {
@@ -301,6 +328,9 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+        // RFC 3986 section 3.1: the scheme is compared without case.
+        let upper = Selector::from_uri("PKCS11:token=My%20token;serial=0a1b");
+        assert_eq!(upper, Ok(selector));
     }
 
     #[test]

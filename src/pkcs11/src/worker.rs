@@ -41,6 +41,7 @@ use crate::{
     classify::{Class, Fault},
     keys::Place,
     open::OpenToken,
+    select::Registered,
     session::{self, SessionThread, Shared},
 };
 
@@ -198,10 +199,17 @@ fn open(
         .iter()
         .map(|key| key.token_serial.as_str())
         .collect();
-    let token = OpenToken::login_to(settings, &record, pin, false, &serials)?;
+    let token = OpenToken::login_to(
+        settings,
+        &record,
+        pin,
+        false,
+        Registered::Required(&serials),
+    )?;
     let mut keys = Vec::new();
     for key in &expected {
-        let proved = token.prove(settings, key);
+        let place = Place::of(key.id, key.objects.clone());
+        let proved = token.prove(settings, &place, key.fingerprint);
         keys.push(proved.map_err(|fault| token.explained(fault))?);
     }
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Version of the report's format.
 pub const FORMAT: u32 = 1;
 
+/// Name of the answer that shows whether the keys stored on the token were removed.
+pub const REMOVED: &str = "removed";
+
 /// The whole report, which contains no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -85,8 +88,8 @@ pub struct Identity {
     pub firmware_version: String,
     /// Serial number, if it was asked for.
     pub serial: Option<String>,
-    /// SHA-256 of the serial number, the first 8 bytes; absent if the token has none.
-    pub serial_sha256: Option<String>,
+    /// Whether the token has a serial number. Reports are published, and a digest of a short number would not hide it.
+    pub has_serial: bool,
     /// Whether another token of the module has the same label.
     pub label_is_shared: bool,
     /// Whether the texts of the token are padded with NUL instead of blanks.
@@ -272,7 +275,7 @@ mod tests {
                 hardware_version: String::new(),
                 firmware_version: String::new(),
                 serial: None,
-                serial_sha256: None,
+                has_serial: true,
                 label_is_shared: false,
                 padded_with_nul: false,
                 clock: String::new(),

@@ -14,6 +14,7 @@ use crate::config::Config;
 use super::{
     Context, OWN_PROGRAM, block_on, environment,
     exit::{Exit, Failure},
+    pin, token,
 };
 
 #[derive(Debug, Subcommand)]
@@ -64,7 +65,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // These problems are reported with the configuration and its files.
+    // Problems of these settings are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -89,17 +90,18 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
-    let token = &config.token;
-    // These problems are reported with the files.
-    if check_module(&token.module).is_err() || check_environment(&token.environment).is_err() {
+    let settings = &config.token;
+    // Problems of the module and of the environment are reported with the files.
+    if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
+    {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
         return (Vec::new(), Some(note));
     }
-    if let Some(problem) = softhsm_problem(&token.module, &token.environment) {
+    if let Some(problem) = softhsm_problem(&settings.module, &settings.environment) {
         return (vec![problem], None);
     }
-    match admin::list_tokens(Path::new(OWN_PROGRAM), token) {
-        Ok(listed) => examine_listed(&listed),
+    match admin::list_tokens(Path::new(OWN_PROGRAM), settings) {
+        Ok(listed) => examine_listed(&listed, config),
         Err(error) => {
             let hint = environment::hint(&error, config);
             let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
@@ -108,7 +110,22 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     }
 }
 
-fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
+/// If several tokens match the settings, returns the token that `serve` and the other commands use.
+fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Listed> {
+    // Without a database, only the settings select the token.
+    let rows = token::registry(config).unwrap_or_default();
+    let serials = pin::serials(&rows);
+    let mut registered = several.iter().filter(|token| {
+        let serial = token.info.serial.as_str();
+        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
+    });
+    match (registered.next(), registered.next()) {
+        (Some(token), None) => Some(token),
+        _ => None,
+    }
+}
+
+fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<String>) {
     let shown = |token: &Listed| {
         format!(
             "{:?} (serial {:?})",
@@ -116,19 +133,10 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
             token.info.serial
         )
     };
-    let mut chosen = listed.iter().filter(|token| token.is_chosen);
-    let (first, second) = (chosen.next(), chosen.next());
-    let token = match (first, second) {
-        (Some(token), None) => token,
-        (Some(first), Some(second)) => {
-            let problem = format!(
-                "[token]: more than one token matches the settings: {} and {}; select one with `serial`",
-                shown(first),
-                shown(second)
-            );
-            return (vec![problem], None);
-        }
-        (None, _) => {
+    let chosen: Vec<&Listed> = listed.iter().filter(|token| token.is_chosen).collect();
+    let token = match chosen.as_slice() {
+        [token] => *token,
+        [] => {
             let others: Vec<_> = listed
                 .iter()
                 .filter(|token| token.initialised)
@@ -145,6 +153,17 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
             );
             return (vec![problem], None);
         }
+        several => match of_the_registry(several, config) {
+            Some(token) => token,
+            None => {
+                let all: Vec<_> = several.iter().copied().map(shown).collect();
+                let problem = format!(
+                    "[token]: more than one token matches the settings: {}; select one with `serial`",
+                    all.join(" and ")
+                );
+                return (vec![problem], None);
+            }
+        },
     };
     let name = shown(token);
     let mut problems = Vec::new();
@@ -152,7 +171,7 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
     if token.oaep_bits.is_none() {
         wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
-    if !token.sha256_hmac {
+    if !token.sha256_hmac && !config.token.permits_integrity_key_in_worker() {
         wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
@@ -166,9 +185,14 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
         ),
         _ => {}
     }
+    let of_several = if chosen.len() > 1 {
+        ", which the registry selects from several,"
+    } else {
+        ""
+    };
     let note = token.oaep_bits.as_ref().map(|bits| {
         format!(
-            "[token]: token {name} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in \
+            "[token]: token {name}{of_several} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in \
              and shows which hash the token supports",
             bits.start(),
             bits.end()

@@ -1,6 +1,7 @@
 //! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never an argument.
 
 use std::{
+    collections::BTreeSet,
     io::IsTerminal as _,
     path::{Path, PathBuf},
 };
@@ -8,8 +9,9 @@ use std::{
 use clap::Args;
 
 use crate::config::Config;
-use keybroker_core::state::StateDirectory;
+use keybroker_core::{key::WrappingKeyState, state::StateDirectory};
 use keybroker_hsm::admin::Admin;
+use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::{Pin, PinSource, Settings};
 
 use super::{
@@ -67,17 +69,32 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance. It has the record of rejected PINs, which commands and the workers of `serve`
+/// The state directory of this instance, with the record of rejected PINs, which commands and the workers of `serve`
 /// share.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it.
-pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
+/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens match the
+/// settings, the command uses the token whose serial number is in the registry, like `serve`.
+pub(super) fn log_in(
+    config: &Config,
+    pin: &PinSource,
+    write: bool,
+    serials: &[&str],
+) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
-    Admin::open(program, &config.token, &state(config), pin, write)
+    Admin::open(program, &config.token, &state(config), pin, write, serials)
         .map_err(|error| environment::explain(error, config))
+}
+
+/// The distinct serial numbers of the tokens that hold the registered keys.
+pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
+    let held = registry
+        .iter()
+        .filter(|row| row.state != WrappingKeyState::Destroyed)
+        .map(|row| row.token_serial.as_str());
+    held.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// Checks a PIN file of an option. The message has the option, to distinguish the file from the one in the

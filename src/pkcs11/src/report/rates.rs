@@ -21,6 +21,8 @@ use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 const LOOP: Duration = Duration::from_millis(300);
 const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
+/// Index of the byte of a ciphertext that is changed.
+const DAMAGED_AT: usize = 40;
 /// Average number of waits per operation from which on the work is not done by this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
@@ -67,10 +69,6 @@ pub(super) fn measure(
     report: &mut Report,
 ) -> Result<(), Fault> {
     let decrypt = |session: &Session| probe.self_test.decrypt(session, &probe.pair);
-    let mac = |session: &Session| {
-        let made = session.sign(&Mechanism::Sha256Hmac, probe.pair.integrity_key, &MESSAGE);
-        made.map(drop).map_err(Fault::from)
-    };
     for sessions in [1, 2, 4] {
         let (decrypted, seconds) = run(token, sessions, "C_Decrypt", decrypt)?;
         if sessions == 1 {
@@ -79,11 +77,19 @@ pub(super) fn measure(
         report
             .rates
             .push(per_second("RSA-2048 OAEP", sessions, decrypted, seconds));
+        let Some(integrity_key) = probe.pair.integrity_key.object() else {
+            continue;
+        };
+        let mac = |session: &Session| {
+            let made = session.sign(&Mechanism::Sha256Hmac, integrity_key, &MESSAGE);
+            made.map(drop).map_err(Fault::from)
+        };
         let (signed, seconds) = run(token, sessions, "C_Sign", mac)?;
         report
             .rates
             .push(per_second("HMAC of 64 bytes", sessions, signed, seconds));
     }
+    spread(token, probe, report)?;
     let began = Instant::now();
     let opened = token.session(&[])?;
     report.rates.push(milliseconds("opening a session", began));
@@ -111,6 +117,55 @@ pub(super) fn measure(
         });
     }
     Ok(())
+}
+
+/// Measures how much the times of single operations differ, for a good ciphertext and for a damaged ciphertext, each in
+/// one session.
+fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
+    let mut damaged = probe.self_test.wrapped().to_vec();
+    damaged[DAMAGED_AT] ^= 1;
+    for (what, ciphertext) in [
+        ("one unwrap (RSA-2048 OAEP)", probe.self_test.wrapped()),
+        ("a damaged ciphertext", &damaged),
+    ] {
+        let opened = token.session(&[])?;
+        let (began, mut times) = (Instant::now(), Vec::new());
+        calling::next("C_Decrypt");
+        while began.elapsed() < LOOP {
+            let started = Instant::now();
+            let mechanism = probe.self_test.mechanism();
+            // The answers of the token are reported elsewhere.
+            let _answered = opened
+                .session
+                .decrypt(&mechanism, probe.pair.private, ciphertext);
+            times.push(started.elapsed());
+        }
+        times.sort_unstable();
+        for (name, part) in [("shortest", 0), ("median", 50), ("99th percentile", 99)] {
+            if let Some(time) = times.get(times.len() * part / 100) {
+                report.rates.push(Rate {
+                    name: format!("{what}, milliseconds, {name}"),
+                    value: rounded(*time),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The durations of the calls that open a token. The report cannot repeat these calls.
+pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
+    let times = token.times;
+    let named = [
+        ("C_Initialize", Some(times.initialize)),
+        ("C_Login", times.login),
+    ];
+    named.into_iter().filter_map(|(name, time)| {
+        Some(Rate {
+            name: format!("{name}, milliseconds"),
+            value: rounded(time?),
+        })
+    })
 }
 
 fn run(

@@ -112,6 +112,36 @@ fn a_lost_session_does_not_choose_sha1() {
     });
 }
 
+/// The token lacks HMAC, and the message does not name OAEP as the cause. A temporary failure is not reported as
+/// missing HMAC.
+#[test]
+fn a_token_without_hmac_is_named_for_it() {
+    with_softhsm("making::a_token_without_hmac_is_named_for_it", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap().id;
+        faulty.set("C_SignInit", &Fault::times(code::FUNCTION_FAILED, 1));
+        assert_eq!(admin.check(key).unwrap().problem, None);
+        faulty.behave("[[mechanism]]\nabsent = \"CKM_SHA256_HMAC\"\n");
+        let problem = admin.check(key).unwrap().problem.unwrap();
+        for words in [
+            "does not do HMAC-SHA-256",
+            "MechanismInvalid from C_SignInit",
+            "forged",
+        ] {
+            assert!(problem.contains(words), "{problem}");
+        }
+        assert!(!problem.contains("OAEP"), "{problem}");
+        let objects = admin.key_ids().unwrap();
+        let refused = admin.generate_key(2_048).unwrap_err().to_string();
+        for words in ["does not do HMAC-SHA-256", "The key was removed again"] {
+            assert!(refused.contains(words), "{refused}");
+        }
+        assert_eq!(admin.key_ids().unwrap(), objects);
+    });
+}
+
 /// A token that accepts every MAC protects nothing.
 #[test]
 fn a_token_that_takes_any_mac_is_refused() {

@@ -81,8 +81,7 @@ pub(super) fn measure(
     threads: u32,
     seconds: u64,
 ) -> Result<Bare, Failure> {
-    let admin = open(&context.config_for_token()?)?;
-    admin.know([(key.id, &key.objects)])?;
+    let admin = open(&context.config_for_token()?, key)?;
     let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
     let (began, before) = (Instant::now(), CpuTime::of(admin.pid())?);
     let count = admin.decrypt_loop(key.id, threads, seconds)?;
@@ -115,8 +114,7 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Fail
         rows
     })??;
     let key = active(&rows)?;
-    let admin = open(config)?;
-    admin.know([(key.id, &key.objects)])?;
+    let admin = open(config, &key)?;
     let bits = admin.check(key.id)?.modulus_bits;
     Ok((key, bits))
 }
@@ -139,7 +137,8 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     })
 }
 
-pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
+/// Logs in to the token of a key.
+pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token.pin_file {
         Some(path) => PinSource::File(path.clone()),
         None if config.token.is_without_login() => PinSource::NotNeeded,
@@ -150,5 +149,7 @@ pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
             ));
         }
     };
-    log_in(config, &source, false)
+    let admin = log_in(config, &source, false, &[&key.token_serial])?;
+    admin.know([(key.id, &key.objects)])?;
+    Ok(admin)
 }

@@ -95,7 +95,7 @@ impl Seed {
     async fn run(self, config: &Config) -> Result<(), Failure> {
         let key = bare::active(&self.store.registry().await?)?;
         let wrappers: Vec<Wrapper> = (0..super::processors())
-            .map(|_| Ok(bare::open(config)?.into_wrapper(key.clone())?))
+            .map(|_| Ok(bare::open(config, &key)?.into_wrapper(key.clone())?))
             .collect::<Result<_, Failure>>()?;
         let (runtime, seed) = (Handle::current(), Arc::new(self));
         let threads: Vec<_> = wrappers

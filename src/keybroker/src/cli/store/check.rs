@@ -9,7 +9,7 @@ use crate::{
         Context, block_on,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
         progress::Progress,
         token,
     },
@@ -23,6 +23,7 @@ use keybroker_store::{
     scan::{ClientScan, FoundOther, OtherScan, Scan},
     tables::{Table, Tables},
 };
+use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
@@ -43,8 +44,8 @@ pub(super) struct Report {
 
 pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
-    let report = block_on(scan_configured(context, &config, &admin))??;
+    let pin = pin.get(&config.token)?;
+    let report = block_on(scan_configured(context, &config, &pin))??;
     report.show(context)?;
     report.verdict()
 }
@@ -52,12 +53,23 @@ pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
 async fn scan_configured(
     context: &Context,
     config: &Config,
-    admin: &Admin,
+    pin: &PinSource,
 ) -> Result<Report, Failure> {
     let store = store::open_tables(&config.store).await?;
-    let report = scan(context, &store, admin).await;
+    let report = log_in_and_scan(context, config, pin, &store).await;
     store.close().await;
     report
+}
+
+async fn log_in_and_scan(
+    context: &Context,
+    config: &Config,
+    pin: &PinSource,
+    store: &Arc<dyn Tables>,
+) -> Result<Report, Failure> {
+    let registry = store.registry().await?;
+    let admin = log_in(config, pin, false, &serials(&registry))?;
+    scan(context, store, &admin).await
 }
 
 /// Reads every row once and changes nothing. The memory is bounded by one page of each table and the shown findings.

@@ -14,7 +14,7 @@ use crate::{
         Context, block_on, change,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
         progress::Progress,
     },
     config::Config,
@@ -41,8 +41,8 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// The options of the source. If its URL is `store.url`, the other settings of `[store]` apply; otherwise only these
-/// options apply.
+/// The options of the source. If its URL is `store.url`, all settings of `[store]` apply to the source. Otherwise only
+/// `accept_weaker_durability` and `socket_users` of `[store]` apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
@@ -67,7 +67,7 @@ struct From {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct To {
-    /// URL of the destination database, in the form of `store.url`. It must have the schema of this release, and be
+    /// URL of the destination database, in the form of `store.url`. The database must have the schema of this release, and be
     /// empty or partly filled by an interrupted copy
     #[arg(long = "to", value_name = "URL")]
     to_url: String,
@@ -152,7 +152,15 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
     // Log in before anything is written, because a command that cannot verify the copy must not make it.
-    let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
+    let pin = arguments.pin.get(&config.token)?;
+    let rows = block_on(async {
+        let source = store::open_tables(&from).await?;
+        let rows = source.registry().await;
+        source.close().await;
+        rows
+    })?
+    .map_err(CopyError::Source)?;
+    let admin = log_in(&config, &pin, false, &serials(&rows))?;
     let hint = "stop the broker, because its changes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
     let added = Arc::new(Tally::default());

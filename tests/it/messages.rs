@@ -293,7 +293,7 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
         "no file",
         &check(),
         3,
-        &["hint: name another file with --config"],
+        &["hint: pass another file with --config"],
     );
 }
 

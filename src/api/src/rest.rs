@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use keybroker_broker::Broker;
 
 mod answer;
-mod body;
+pub(super) mod body;
 mod origins;
 mod probes;
 mod requests;

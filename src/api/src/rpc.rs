@@ -18,13 +18,13 @@ use keybroker_proto::{
     user_key_service_server::UserKeyServiceServer,
 };
 
-mod clients;
+pub(super) mod clients;
 mod control;
 mod convert;
 mod message;
 mod method;
 mod middleware;
-mod page;
+pub(super) mod page;
 mod status;
 mod stream_end;
 mod timeout;

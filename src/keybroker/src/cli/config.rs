@@ -171,7 +171,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
     if token.oaep_bits.is_none() {
         wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
-    if !token.sha256_hmac {
+    if !token.sha256_hmac && !config.token.permits_integrity_key_in_worker() {
         wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {

@@ -29,6 +29,7 @@ fn is_default(text: &str) -> bool {
         "serial",
         "uri",
         "initialize_string",
+        "integrity_key_directory",
         "socket_users",
         "password_file",
         "password_variable",

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# For scripts that run `keybroker bench`: a broker with SoftHSM in a throwaway folder. The script that sources this sets
-# WORK (the folder) and PROGRAM (the binary), and defines fail.
+# Shared functions for scripts that run `keybroker bench`: a broker with SoftHSM in a temporary folder. The script that sources
+# this file sets WORK (the folder) and PROGRAM (the binary), and defines fail.
 
-# Runs a command of the broker in the folder $1 below $WORK.
+# Runs a command of the broker whose configuration is in the folder $1 below $WORK.
 broker() {
   "$PROGRAM" --config "$WORK/$1/keybroker.toml" "${@:2}" >"$WORK/said" 2>&1 || fail "keybroker ${*:2}: $(cat "$WORK/said")"
 }
 
-# The folder of tokens, certificates and PINs.
+# The folder for tokens, certificates and PINs.
 token() {
   local module
   for module in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so; do [[ -e $module ]] && break; done
@@ -19,7 +19,8 @@ token() {
   openssl rand -hex 12 >"$WORK/so-pin"
 }
 
-# A configuration, a token and a wrapping key in the folder $2. $1 begins the label of the token, $3 is the URL of the database.
+# Creates a configuration, a token and a wrapping key in the folder $2. The label of the token begins with $1. $3 is the URL of
+# the database.
 site() {
   local engine=$1 name=$2 url=$3 said
   rm -rf "${WORK:?}/$name"
@@ -51,7 +52,7 @@ san = "URI:spiffe://dev.example/load"
 roles = ["enrol", "release"]
 key_names = ["*"]
 CONF
-  # An earlier release calls the setting `doors`.
+  # An earlier release has the name `doors` for this setting.
   said=$("$PROGRAM" --config "$WORK/$name/keybroker.toml" config check 2>&1 || true)
   if [[ $said == *"expected one of"*doors* ]]; then
     sed -i 's/^apis = /doors = /' "$WORK/$name/keybroker.toml"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is checked without running the product: format, lints, documentation, layers, dependencies, scripts.
-# `check.sh NAME…` runs only the named checks.
+# Runs every check that does not run the product: format, lints, documentation, layers, dependencies and scripts.
+# `check.sh NAME…` runs only these checks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
@@ -11,7 +11,7 @@ format() { cargo fmt --all --check; }
 
 lints() { cargo clippy --quiet --workspace --all-targets -- -D warnings; }
 
-# The sample is for a reader; here it only has to be complete: 40 sentences, their four headings and the commit.
+# A person reads the sample. This check only requires that it is complete: 40 sentences, four headings and the commit.
 documentation() {
   RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items || return 1
   local lines
@@ -19,7 +19,7 @@ documentation() {
   [[ $lines -eq 45 ]] || { printf 'scripts/sample-prose.sh printed %s lines instead of 45\n' "$lines"; return 1; }
 }
 
-# A report, not a limit: a file of 420 lines that reads like one thought is better than two that don't.
+# A report and not a limit: a file of 420 lines with one topic is better than two files that split the topic.
 lengths() {
   # shellcheck disable=SC2016  # The program is for awk.
   git ls-files -z 'src/*.rs' 'tests/*.rs' | xargs -0 awk '
@@ -35,14 +35,14 @@ lengths() {
     }'
 }
 
-# deny.toml, checked by a crate of ours: building cargo-deny takes minutes.
+# Checks deny.toml with a crate of this workspace, because building cargo-deny takes minutes.
 dependencies() { cargo test --quiet --locked --package keybroker-dependency-check; }
 
 scripts() {
   git ls-files -z 'scripts/*.sh' 'examples/*.sh' .ci/run | xargs -0 shellcheck
 }
 
-# CI runs the script that developers run, and an action that it uses is fixed to a commit.
+# CI must run the same script as developers, and every action must be pinned to a commit.
 workflows() {
   local loose
   grep -qE '^ *run: \.ci/run$' .github/workflows/ci.yml || { printf 'ci.yml does not run .ci/run\n'; return 1; }
@@ -54,7 +54,7 @@ workflows() {
 
 glossary() { scripts/glossary.sh; }
 
-# Notes to ourselves and paths of one machine have no place in a release.
+# Notes to developers and paths of one machine must not be in a release.
 words() {
   local found
   found=$(git grep -nIE '\b(TODO|FIXME|XXX)\b|\.\./shared|(^|[^[:alnum:]./])/(work|home)/[a-z]|[Cc]o-[Aa]uthored-[Bb]y|[Gg]enerated with \[' \
@@ -64,7 +64,8 @@ words() {
   return 1
 }
 
-# Checks run inside `if`, where the shell ignores `set -e`: each must end in the status that counts.
+# `run` calls a check inside `if`, where the shell ignores `set -e`. Therefore each check must end with the status to
+# report.
 run() {
   local name=$1 log started=$SECONDS
   log=$(mktemp)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Compares the cost of two keybroker binaries, for example of the last release and of a change: `keybroker bench` with each
-# in turn, with SoftHSM, RSA-2048 and SQLite in a throwaway folder. Ends with a table: the medians of the rounds, and the
-# median of the rounds' ratios (new over old). The two runs of a round are neighbours in time, so that what else the
-# machine does affects both.
+# Compares the cost of two keybroker binaries, for example of the last release and of a change. Runs `keybroker bench` with
+# each binary alternately, with SoftHSM, RSA-2048 and SQLite in a temporary folder. The table at the end shows the medians
+# of the rounds, and the median of the rounds' ratios (new divided by old). The two runs of a round follow each other, so
+# that other load of the machine affects both.
 #
 # Usage: compare.sh [--rounds COUNT] [--seconds COUNT] [--connections COUNT] OLD NEW
 #
@@ -34,7 +34,7 @@ clean_up() {
   exit "$status"
 }
 
-# One run with the binary of that name; its figures go into a separate file.
+# Runs the benchmark once with the binary of this name, and writes its figures to a separate file.
 measure() {
   local name=$1 seconds=$2 file=$3
   PROGRAM=${PROGRAMS[$name]}

@@ -1,12 +1,13 @@
-# Throwaway database servers, sourced by the scripts that need one: a separate folder, a local socket, one server at a
-# time. Whoever sources it has `fail`, WORK (for the server's log) and READY_SECONDS.
+# Temporary database servers, for scripts that source this file. A server has its own folder and a local socket, and only
+# one server runs at a time. The script that sources this file defines `fail`, WORK (for the server's log) and
+# READY_SECONDS.
 # shellcheck shell=bash
 
-# Data and socket, whose user passes through no folder of ours.
+# The folder for data and socket. The server's user has no access to the script's own folder, so it is separate.
 SERVER=
 SERVER_PID=
 
-# Servers refuse to run as root, so they run as the user that their package made, or as nobody.
+# Servers refuse to run as root, so they run as the user that their package created, or as the user `nobody`.
 server_command() {
   COMMAND=("$@")
   [[ $(id -u) -ne 0 ]] || COMMAND=(setpriv --reuid "$(stat -c %u "$SERVER")" --clear-groups --regid nogroup -- "$@")
@@ -17,7 +18,8 @@ as_server() {
   "${COMMAND[@]}"
 }
 
-# In the background, with its own process id and not that of a shell around it: whoever ends that leaves the server behind.
+# Starts a server in the background. SERVER_PID must be the id of the server and not of a shell around it, because ending
+# that shell would leave the server running.
 start_server() {
   server_command "$@"
   "${COMMAND[@]}" >>"$WORK/server.log" 2>&1 &
@@ -38,20 +40,22 @@ until_it_answers() {
   done
 }
 
-# With PostgreSQL's arguments beyond those for a throwaway server.
+# Starts PostgreSQL with these additional arguments.
 postgres_server() {
   server_folder postgres
   local bin
   bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
   as_server "$bin/initdb" --pgdata="$SERVER/data" --username=keybroker --auth=trust --data-checksums >"$WORK/server.log" 2>&1
-  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" "$@"
+  # A killed server would leave its shared memory in /dev/shm; a file in the data directory goes with the folder.
+  start_server "$bin/postgres" -D "$SERVER/data" -c listen_addresses= -c unix_socket_directories="$SERVER" \
+    -c dynamic_shared_memory_type=mmap "$@"
   export PGHOST=$SERVER PGUSER=keybroker
   until_it_answers psql --dbname=postgres --command='SELECT 1'
 }
 
 mariadb_sql() { mariadb --no-defaults --user=root --socket="$SERVER/socket" "$@"; }
 
-# With MariaDB's arguments beyond those for a throwaway server.
+# Starts MariaDB with these additional arguments.
 mariadb_server() {
   server_folder mysql
   as_server mariadb-install-db --no-defaults --datadir="$SERVER/data" --auth-root-authentication-method=normal \
@@ -62,7 +66,7 @@ mariadb_server() {
   mariadb_sql --execute='CREATE USER keybroker@localhost'
 }
 
-# The setting of [store] for the server, which may run as a user whom the broker does not trust by default.
+# Prints the setting of [store] that trusts the server's user, because the broker may not trust this user by default.
 socket_users() { [[ -z $SERVER ]] || printf 'socket_users = ["%s"]\n' "$(stat -c %u "$SERVER")"; }
 
 stop_server() {

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# For other scripts: where to fetch Debian packages from.
+# A function for other scripts that fetch Debian packages.
 
-# Prints the mirror of Debian 12 that the package sources of this machine name. The scripts that make a small Debian
-# system use it, so that they work wherever apt works, and reach no other host.
+# Prints the mirror of Debian 12 from the package sources of this machine. The scripts that create a small Debian
+# system use this mirror, so that they work wherever apt works, and contact no other host.
 debian_mirror() {
   local mirror
   # shellcheck disable=SC2016  # apt-get replaces it.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows the broker at work, with real parts: a SoftHSM token, SQLite, TLS, a gRPC client. Everything lives in a throwaway
-# folder and is gone afterwards.
+# Demonstrates the broker with real parts: a SoftHSM token, SQLite, TLS and a gRPC client. All files are in a temporary
+# folder that is removed at the end.
 #
 # Usage: demo.sh [--keep]                        --keep leaves the broker running and prints commands to try
 #        demo.sh --bitwarden                     an account of a password manager goes from its master password to the broker
@@ -84,7 +84,7 @@ module() {
   fail 'SoftHSM is installed but its module libsofthsm2.so is in none of the known places'
 }
 
-# Cargo shows its own progress on a terminal. Without one, a line every few seconds shows that the build goes on.
+# On a terminal, Cargo shows its own progress. Without a terminal, this function prints a line every few seconds.
 build_with_progress() {
   if [[ -t 2 ]]; then
     cargo build "$@"
@@ -107,8 +107,8 @@ build_with_progress() {
   [[ $status -eq 0 ]] || fail 'the build failed'
 }
 
-# The dev profile, so that the demonstration and the tests share what they build. The arguments name what to build besides
-# the program, if anything.
+# Builds with the dev profile, so that the demonstration and the tests share their build results. The arguments name further
+# packages to build.
 build() {
   step 'Building with the dev profile (about 10 minutes of CPU time the first time)'
   build_with_progress --locked --package keybroker --bin keybroker "$@"
@@ -134,7 +134,7 @@ configuration() {
 module = "$(module)"
 label = "demo"
 pin_file = "$WORK/pin"
-# SoftHSM can do RSA-OAEP with SHA-1 only.
+# SoftHSM supports RSA-OAEP only with SHA-1.
 allow_oaep_sha1 = true
 
 [token.environment]
@@ -168,7 +168,7 @@ CONF
 
 broker() { keybroker --config "$WORK/keybroker.toml" "$@"; }
 
-# The real gRPC client, with the certificate of the given role.
+# Runs the real gRPC client with the certificate of the given role.
 client() {
   local role=$1
   shift
@@ -177,7 +177,8 @@ client() {
 }
 
 start_broker() {
-  # Not through a function: a shell between would take the signals meant for the broker.
+  # Start the broker directly and not through a function, because the shell of a function would receive the signals for the
+  # broker.
   keybroker --config "$WORK/keybroker.toml" serve --ready-file "$WORK/ready" >"$WORK/broker.log" 2>&1 &
   BROKER_PID=$!
   local deadline=$((SECONDS + READY_SECONDS))
@@ -332,8 +333,8 @@ TRY
 
 # --- Bitwarden -------------------------------------------------------------------------------------------------------
 
-# An account as a Bitwarden client made it: the published end-to-end vector of its SDK, PBKDF2 with 600,000 iterations.
-# The item was encrypted with OpenSSL under the account's user key.
+# An account as a Bitwarden client creates it. The values are the published end-to-end vector of Bitwarden's SDK, PBKDF2 with
+# 600,000 iterations. The item was encrypted with OpenSSL under the account's user key.
 ADA_EMAIL=test@bitwarden.com
 ADA_PASSWORD=asdfasdfasdf
 ADA_LOGIN_HASH='8HT+qrqqhBaGEIHp9mwuv1ivoW9r6yaauAkOCYbe+SM='
@@ -354,7 +355,7 @@ start_identity() {
   ISSUER=$(<"$WORK/identity")
 }
 
-# A token as the identity service of a Bitwarden server signs it: claims as JSON.
+# Requests a token that is signed like the tokens of a Bitwarden server's identity service. The claims are JSON.
 mint() {
   local claims=$1 address=${ISSUER#http://} peer
   exec {peer}<>"/dev/tcp/${address%:*}/${address##*:}"
@@ -386,13 +387,13 @@ allow_http = true
 CONF
 }
 
-# A command in the folder of the account: shown, run, and what it said shown.
+# Shows a command, runs it in the folder of the account, and shows its output.
 bitwarden() {
   command_line "keybroker bitwarden $*"
   said keybroker bitwarden "$@"
 }
 
-# The same against the broker, whose options are not shown again and again.
+# Runs a command against the broker. The options for the broker are not shown.
 connector() {
   local command=$1
   shift
@@ -407,7 +408,7 @@ said() {
   return "$status"
 }
 
-# The broker must refuse, for this reason.
+# Requires that the broker refuses the command with this reason.
 refuses() {
   local reason=$1 status=0
   shift
@@ -514,7 +515,7 @@ bitwarden_part() {
 
 # --- the client's part -----------------------------------------------------------------------------------------------
 
-# The client's part alone: what an image, a package or a cluster is proved with.
+# Runs only the client's part. The proofs of an image, a package or a cluster use it.
 against() {
   [[ $# -eq 3 ]] || fail 'usage: demo.sh --against URL PKI USERS'
   ENDPOINT=$1

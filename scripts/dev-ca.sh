@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A development CA, one server certificate and client certificates. NEVER for production: the CA's key lies beside the
-# certificates, and nothing here can be revoked.
+# Creates a development CA, one server certificate and client certificates. NEVER use it for production: the CA's key
+# is stored beside the certificates, and no certificate can be revoked.
 #
 # Usage: dev-ca.sh FOLDER [CLIENT…]      clients default to: releaser enroller lifecycle admin auditor
 #
-# Writes ca.pem, server.pem, server.key and for each client CLIENT.pem, CLIENT.key. A client is named by the URI
-# spiffe://dev.example/CLIENT. Existing certificates are kept, so that a new client can be added later.
+# Writes ca.pem, server.pem, server.key and, for each client, CLIENT.pem and CLIENT.key. The SAN of a client is the
+# URI spiffe://dev.example/CLIENT. Existing certificates are kept, so that you can add a client later.
 set -euo pipefail
 umask 077
 
@@ -28,7 +28,7 @@ authority() {
     -addext 'basicConstraints=critical,CA:TRUE,pathlen:0' -addext 'keyUsage=critical,keyCertSign,cRLSign'
 }
 
-# Name, subject alternative names, extended key usage.
+# Arguments: name, subject alternative names, extended key usage.
 certificate() {
   local name=$1 names=$2 usage=$3
   [[ -e $name.pem ]] && return

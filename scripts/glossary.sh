@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks that the listed files use the terms of GLOSSARY.md and none of the words it replaces. The list in
-# scripts/glossary-files.txt only grows: a file on it has to stay clean.
+# Checks that the listed files use the terms of GLOSSARY.md and none of the words that it replaces. Files are only added
+# to the list in scripts/glossary-files.txt: a listed file must remain clean.
 #
 # Usage: glossary.sh             checks the listed files
 #        glossary.sh FILE…       checks these files, for a look before listing them
@@ -20,8 +20,8 @@ fail() {
   exit 1
 }
 
-# The text of a file. In a page, what stands as code are names, which keep theirs as long as the wire and stored formats
-# do; its lines stay, so that line numbers are right.
+# Prints the text of a file. In a page, text in code style contains names, which may keep old words while the wire and
+# stored formats do. Their lines are kept empty, so that line numbers are right.
 prose() {
   case $1 in
     *.md) awk '/^ *```/ { code = !code; print ""; next } code { print ""; next } { gsub(/`[^`]*`/, "`"); print }' "$1" ;;
@@ -29,7 +29,7 @@ prose() {
   esac
 }
 
-# Prints each line with a banned word; succeeds when there is none.
+# Prints each line with a banned word. Succeeds if there is none.
 clean() {
   local file found=0
   for file in "$@"; do

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Proves the image for real where there is no image registry and no daemon: base images by debootstrap under the names that
-# the Dockerfile has, the image by buildah, and the broker run from it by runc as a cluster would: not root, no
-# capability, root file system read-only, its own process namespace. A token is made in a volume, the broker serves, the
-# demo's client part runs against it, and again after a restart. Then the site of deploy/compose.yaml: two brokers with that very
-# configuration on one PostgreSQL and one token; what one enrols the other releases. Ends with "image: ok".
+# Tests the container image on a machine without an image registry or a daemon. Creates the base images with debootstrap under
+# the names in the Dockerfile, builds the image with buildah, and runs the broker from it with runc like a cluster: not as root,
+# without capabilities, with a read-only root file system and an own process namespace. The test creates a token in a volume,
+# starts the broker, and runs the client's part of the demo before and after a restart.
+#
+# Then it runs the site of deploy/compose.yaml: two brokers with exactly that configuration on one PostgreSQL and one token. One
+# broker releases a key that the other one enrolled. Ends with "image: ok".
 #
 # Usage: image-proof.sh          on Debian 12, as root; the first run takes minutes and needs some 6 GB
 #
@@ -30,7 +32,7 @@ WORK=
 MOUNT=
 CONTAINER=
 NAME=keybroker-proof-$$
-# What the next container is given: configuration, secrets, folders of data and log, the database's socket, network namespace,
+# Arguments of the next container: configuration, secrets, folders for data and log, the database's socket, network namespace,
 # name of the instance.
 CONFIG=
 SECRETS=
@@ -39,7 +41,7 @@ LOG=
 SOCKET=
 NETWORK=
 INSTANCE=serve
-# Process ids of what runs, by name.
+# Process ids of the running brokers and servers, by name.
 declare -A RUNNING=()
 
 # --- how it ends -----------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ tools() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
   fi
   mkdir -p "$CACHE/tmp"
-  # Everything of ours in one folder, and nothing in the machine's own image store.
+  # Keep all files in one folder, and use no image store of the machine.
   cat >"$CACHE/storage.conf" <<CONF
 [storage]
 driver = "vfs"
@@ -106,7 +108,7 @@ CONF
 
 has_image() { buildah inspect --type image "$1" >/dev/null 2>&1; }
 
-# Debian's slim image is debootstrap's smallest variant without documentation.
+# Debian's slim image is similar to debootstrap's smallest variant without documentation.
 debian_image() {
   has_image "$1" && return
   step "debootstrap: $1"
@@ -123,7 +125,7 @@ debian_image() {
   rm -rf "$root"
 }
 
-# Rust's slim image is Debian's with a C compiler and the toolchain; here it is this machine's.
+# Rust's slim image is Debian's image with a C compiler and the toolchain. This function installs the toolchain of this machine.
 rust_image() {
   has_image "$1" && return
   step "toolchain: $1"
@@ -133,7 +135,7 @@ rust_image() {
   buildah run "$container" -- sh -euc 'apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ca-certificates gcc libc6-dev >/dev/null
     rm -rf /var/lib/apt/lists/*'
-  # This machine may be behind a proxy whose authority it knows.
+  # This machine may use a proxy with its own certificate authority.
   buildah copy --quiet "$container" /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt >/dev/null
   buildah copy --quiet "$container" "$sysroot/bin" /usr/local/cargo/bin >/dev/null
   buildah copy --quiet "$container" "$sysroot/lib" /usr/local/cargo/lib >/dev/null
@@ -160,7 +162,7 @@ build() {
     --build-arg SOFTHSM=1 --build-arg PROFILE="$PROFILE" >"$CACHE/build.log" 2>&1 \
     || { tail -n 30 "$CACHE/build.log" >&2; fail "the image was not built; $CACHE/build.log has it all"; }
   tail -n 1 "$CACHE/build.log"
-  # What the build stage was, and images of earlier runs: a gigabyte each.
+  # Remove the build stage and images of earlier runs, which have a gigabyte each.
   buildah rmi --prune >/dev/null 2>&1 || true
   CONTAINER=$(buildah from --pull-never "$TAG")
   MOUNT=$(buildah mount "$CONTAINER")
@@ -177,7 +179,7 @@ build() {
 
 runtime() { runc --root "$WORK/runc" "$@"; }
 
-# What a container runtime is told: the image's user, no capability, nothing writable but the two volumes.
+# The options of the container runtime: the image's user, no capabilities, and only the two volumes are writable.
 bundle() {
   local folder=$1
   shift
@@ -203,7 +205,7 @@ bundle() {
     ' --args -- "$@" >"$folder/config.json"
 }
 
-# A one-shot command in its own container.
+# Runs one command in its own container.
 inside() {
   bundle "$WORK/once" "$@"
   runtime run --bundle "$WORK/once" "$NAME-once" </dev/null
@@ -224,7 +226,7 @@ start_broker() {
   runtime exec "$NAME-$name" keybroker probe ready
 }
 
-# Secrets as Kubernetes mounts them: root's files, which the group of the container may read.
+# Mounts secrets like Kubernetes: the files belong to root, and the group of the container may read them.
 secrets() {
   local name
   mkdir -p "$WORK"/{etc,secrets,data/tokens,log}
@@ -290,7 +292,7 @@ provision() {
     || fail 'it runs as root or with capabilities'
 }
 
-# The image's own program, run as a client beside the container, in a network namespace if one is named.
+# Runs the image's own program as a client beside the container, in a network namespace if one is given.
 client_part() {
   local url=$1 users=$2
   shift 2
@@ -312,7 +314,7 @@ alone() {
 
 # --- the site of deploy/compose.yaml ---------------------------------------------------------------------------------
 
-# As the service `database` there: a socket in a shared folder, passwords, no TCP.
+# Starts a database like the service `database` of the compose file: a socket in a shared folder, passwords, no TCP.
 start_database() {
   local bin deadline=$((SECONDS + READY_SECONDS))
   bin=$(find /usr/lib/postgresql/*/bin -maxdepth 0 | sort -V | tail -n 1)
@@ -320,7 +322,8 @@ start_database() {
   install -m 0400 -o postgres "$WORK/secrets-2/database_password" "$WORK/database/password"
   as_postgres "$bin/initdb" --pgdata="$WORK/database/data" --username=keybroker --pwfile="$WORK/database/password" \
     --auth-local=scram-sha-256 --auth-host=reject --data-checksums >"$WORK/database.log" 2>&1
-  # Not by the function: the process id would be that of a shell around it, and its end would leave the server behind.
+  # Start the server directly and not through a function: the process id would be that of the function's shell, and ending this
+  # shell would leave the server running.
   setpriv --reuid postgres --regid postgres --init-groups -- "$bin/postgres" -D "$WORK/database/data" -c listen_addresses= -c unix_socket_directories="$WORK/socket" \
     >>"$WORK/database.log" 2>&1 &
   RUNNING[database]=$!
@@ -332,7 +335,7 @@ start_database() {
 
 as_postgres() { setpriv --reuid postgres --regid postgres --init-groups -- "$@"; }
 
-# Under the names that the compose file gives them.
+# Creates the files under the names in the compose file.
 compose_secrets() {
   local pair
   install -d -m 0750 -o 0 -g "$ID" "$WORK/secrets-2"
@@ -350,14 +353,14 @@ two_brokers() {
   start_database
   local name
   install -d -m 0700 -o "$ID" -g "$ID" "$WORK"/{data-2,data-2/tokens,log-one,log-two,log-command}
-  # Here the server runs as the postgres of this machine, and not as that of its image.
+  # The server runs as the user postgres of this machine and not of the database image.
   sed "s/^socket_users = .*/socket_users = [\"$(id -u postgres)\"]/" deploy/compose/keybroker.toml >"$WORK/compose.toml"
   chmod 0644 "$WORK/compose.toml"
   CONFIG=$WORK/compose.toml SECRETS=$WORK/secrets-2 DATA=$WORK/data-2 SOCKET=$WORK/socket LOG=$WORK/log-command
   inside keybroker token init --so-pin-file /run/secrets/so_pin
   inside keybroker store migrate
   inside keybroker key generate
-  # Each with its own network, as in compose: the same ports, and nothing but loopback.
+  # Each broker has its own network with only a loopback interface, as in compose, so both can use the same ports.
   for name in one two; do
     ip netns add "$NAME-$name"
     ip -netns "$NAME-$name" link set lo up
@@ -378,7 +381,7 @@ main() {
   tools
   build
   WORK=$(mktemp -d "$CACHE/tmp/proof.XXXXXX")
-  # The container's user passes through, and sees nothing.
+  # The container's user needs access through this folder, but cannot list it.
   chmod 0711 "$CACHE" "$CACHE/tmp" "$WORK"
   mkdir "$WORK/bin"
   install -m 0755 "$MOUNT/usr/bin/keybroker" "$WORK/bin/keybroker"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image with podman, docker or buildah: the first of them that is installed.
+# Builds the image with podman, docker or buildah: the first one that is installed.
 #
 # Usage: image.sh [--tool podman|docker|buildah] [--tag NAME] [--release] [-- BUILD OPTION…]
 #
@@ -20,7 +20,7 @@ fail() {
   exit 1
 }
 
-# A docker client without a daemon is no tool.
+# A docker client without a daemon is not usable as a tool.
 works() {
   command -v "$1" >/dev/null || return 1
   [[ $1 != docker ]] || docker version >/dev/null 2>&1
@@ -59,7 +59,7 @@ usage: image.sh [--tool podman|docker|buildah] [--tag NAME] [--release] [-- BUIL
   done
   [[ $RELEASE == no ]] || require_digests "$@"
   [[ -n $TOOL ]] || choose
-  # The health check is part of docker's image format and not of OCI's.
+  # The health check is a part of docker's image format, but not of the OCI format.
   case $TOOL in
     docker) DOCKER_BUILDKIT=1 docker build --tag "$TAG" --file Dockerfile "$@" . ;;
     podman) podman build --format docker --tag "$TAG" --file Dockerfile "$@" . ;;

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Installs what building, testing and the demonstration need on Debian 12 with Rust: Debian packages (root or sudo) and,
-# with --tools, the test runner and the PKCS#11 modules of the conformance tests. Does nothing when all is there.
+# Installs the requirements of building, testing and the demonstration on Debian 12 with Rust: Debian packages (root or
+# sudo) and, with --tools, the test runner and the PKCS#11 modules of the conformance tests. Does nothing if everything is
+# installed.
 set -euo pipefail
 
 NEXTEST_VERSION=0.9.143
 
-# A command, or the path of a file, that shows a package is there, and the package. Of MariaDB the core alone: no service.
+# Each entry is a command or a file that shows that a package is installed, and the package. MariaDB needs only the core
+# package, without a service.
 PARTS=(
   "cc build-essential"
   "make build-essential"
@@ -14,6 +16,7 @@ PARTS=(
   "curl curl"
   "softhsm2-util softhsm2"
   "pkcs11-tool opensc"
+  "p11tool gnutls-bin"
   "shellcheck shellcheck"
   "systemd-analyze systemd"
   "/usr/lib/postgresql/*/bin/initdb postgresql"
@@ -23,7 +26,7 @@ PARTS=(
   "/usr/lib/python3*/ensurepip python3-venv"
 )
 
-# The same for the conformance tests: modules, and what building Kryoptic needs.
+# The same list for the conformance tests: modules, and the requirements of building Kryoptic.
 MODULE_PARTS=(
   "/usr/sbin/pkcsslotd opencryptoki"
   "p11-kit p11-kit"
@@ -50,7 +53,8 @@ as_root() {
   fi
 }
 
-# The tests start their own servers. Debian would create a cluster with the package, and start it at every boot.
+# The tests start their own servers. Without this setting, Debian's package would create a cluster and start it at every
+# boot.
 no_cluster() {
   local folder=/etc/postgresql-common
   as_root mkdir -p "$folder"
@@ -75,7 +79,7 @@ packages() {
     tail -n 20 "$log" >&2
     fail "apt-get could not install ${missing[*]}; what it said is above and in $log"
   fi
-  # Debian starts it with the package; the tests start their own.
+  # Debian starts this service with the package, but the tests start their own.
   [[ " ${missing[*]} " == *" pgbouncer "* && -d /run/systemd/system ]] \
     && as_root systemctl disable --quiet --now pgbouncer.service
   [[ " ${missing[*]} " == *" opencryptoki "* && -d /run/systemd/system ]] \
@@ -85,7 +89,7 @@ packages() {
 
 rust() {
   command -v cargo >/dev/null && return
-  # rustup puts cargo here, but only login shells of some systems look there.
+  # rustup installs cargo in this directory, which only login shells have in PATH on some systems.
   if [[ -x $HOME/.cargo/bin/cargo ]]; then
     fail "cargo is in $HOME/.cargo/bin, which is not in PATH: run  . \"\$HOME/.cargo/env\"  and try again"
   fi
@@ -106,7 +110,8 @@ main() {
   if [[ ${1:-} == --tools ]]; then
     packages "${MODULE_PARTS[@]}"
     cargo_tool cargo-nextest "$NEXTEST_VERSION"
-    # The dependency check reads every package of the lock file, those of other platforms too, and has no network.
+    # The dependency check reads every package of the lock file, including those of other platforms, and works without a
+    # network.
     cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; what it said is above"
   fi
 }

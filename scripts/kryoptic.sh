@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds Kryoptic, an independent PKCS#11 module, for the conformance tests: once for each version, which tests/kryoptic/Cargo.toml
-# fixes. Prints the path of the module. Needs the packages of scripts/install.sh, and the network the first time.
+# Builds Kryoptic, an independent PKCS#11 module, for the conformance tests. It is built once for each version, which
+# tests/kryoptic/Cargo.toml sets. Prints the path of the module. Needs the packages of scripts/install.sh, and the network for the
+# first build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +20,7 @@ main() {
       exit 1
     fi
     rm -f "$log"
-    # Last, so that an interrupted build is not taken for the module.
+    # Copy the module last, so that an interrupted build leaves no module.
     cp target/kryoptic/release/libkryoptic_pkcs11.so "$module.partial"
     mv "$module.partial" "$module"
   fi

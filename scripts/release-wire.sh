@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Keeps the descriptors of the wire format as released, for the compatibility test. Run when a release is made, never otherwise.
+# Stores the descriptors of the released wire format for the compatibility test. Run this only when a release is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

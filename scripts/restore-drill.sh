@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Practises the day on which token and database are lost: enrols keys, takes a backup of both while the broker has work,
-# destroys both, restores both, and unwraps every key. Also shows what a backup of one without the other is worth. All in a
-# throwaway folder; ends with "restore: ok".
+# Rehearses the loss of the token and the database. Enrols keys, takes a backup of both while the broker serves, destroys both,
+# restores both, and unwraps every key. Also shows that a backup of only one of them is not sufficient. All files are in a
+# temporary folder. Ends with "restore: ok".
 #
 # Usage: restore-drill.sh [--engine sqlite|postgres|mariadb] [PROGRAM]
 #
-#   PROGRAM is the keybroker to practise with (built in release by default). A database server is started for the drill, with data
-#   and socket of its own.
+# PROGRAM is the keybroker for the drill (by default built with the release profile). A database server is started for the drill,
+# with its own data and socket.
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -56,7 +56,7 @@ sqlite_backup() {
   [[ $(sqlite3 "$WORK/backup/keybroker.db" 'PRAGMA integrity_check') == ok ]] || fail 'the copy of the database is damaged'
 }
 sqlite_destroy() { rm -rf "$WORK/data"; }
-# Alone in its folder: a -wal file of the lost database would be replayed into this one.
+# Restores into an empty folder: SQLite would apply a -wal file of the lost database to this one.
 sqlite_restore() {
   mkdir "$WORK/data"
   install -m 0600 "$WORK/backup/keybroker.db" "$WORK/data/keybroker.db"
@@ -94,7 +94,7 @@ mariadb_restore() {
 
 broker() { "$PROGRAM" --config "$WORK/keybroker.toml" "$@"; }
 
-# What it says matters only when it fails.
+# Shows the output of a command only if the command fails.
 quietly() { broker "$@" >"$WORK/said" 2>&1 || fail "keybroker $*: $(cat "$WORK/said")"; }
 
 client() {
@@ -159,7 +159,7 @@ CONF
   quietly key generate --bits 2048
 }
 
-# A key for each user; the first is replaced once, the second deleted.
+# Enrols a key for each user. The first key is replaced once, and the second is deleted.
 enrol() {
   local user
   mkdir "$WORK/users"
@@ -171,7 +171,7 @@ enrol() {
   client lifecycle delete --user user-002 --key-name vault --expected-revision 1 >/dev/null
 }
 
-# The database while the broker serves and writes; then the token, which nobody may use while it is copied.
+# Backs up the database while the broker serves and writes. Then backs up the token, which must not be used during the copy.
 backup() {
   mkdir "$WORK/backup"
   (
@@ -192,7 +192,7 @@ destroy() {
   "${ENGINE}_destroy"
 }
 
-# Rows without the token, or with another one that has the same label and PIN, are worth nothing, and the broker says so.
+# Requires that the broker refuses the database without the token, and with another token that has the same label and PIN.
 half_a_restore() {
   "${ENGINE}_restore"
   mkdir "$WORK/tokens"

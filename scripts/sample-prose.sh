@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Prints 40 sentences for a reader's verdict: ten each of pages, help texts, messages and comments, with their files. The
-# commit's hash chooses them, so that the same commit gives the same sentences and no person chooses the clear ones.
+# Prints 40 sentences for a reader's assessment, ten each of pages, help texts, messages and comments, with their files.
+# The hash of the commit selects them. The same commit therefore gives the same sentences, and no person selects the clear
+# ones.
 #
 # Usage: sample-prose.sh [COMMIT]      default: HEAD; the text is that of the work tree
 set -euo pipefail
@@ -14,9 +15,9 @@ fail() {
   exit 1
 }
 
-# Splits the paragraphs of files into sentences, one for each line, after the file's name. `kind` says what is text: a page
-# without its code and tables, the comments of a source file, or the doc comments that clap shows: those of the fields
-# and variants of a type that derives one of its traits. Test modules inside a source file are left out.
+# Splits the paragraphs of files into sentences. Each line has the file's name and one sentence. `kind` selects the text: a
+# page without its code and tables, the comments of a source file, or the doc comments that clap shows. The latter belong
+# to fields and variants of a type that derives a trait of clap. Test modules in a source file are left out.
 sentences() {
   awk -v kind="$1" -v words_min="$WORDS_MIN" '
     function flush(   count, part, i, text, rest) {
@@ -62,8 +63,8 @@ help_texts() { product | xargs grep -lE 'derive\(.*(Args|Subcommand|Parser|Value
 
 comments() { product | xargs bash -c 'sentences comment "$@"' sentences; }
 
-# String literals of five words or more. Left out are comments, test modules, constants, SQL, the invariants of `expect`
-# and the reasons of lints. A literal on several lines is joined.
+# Prints string literals of five words or more. Comments, test modules, constants, SQL, the texts of `expect` and the
+# reasons of lints are left out. A literal on several lines is joined.
 messages() {
   # shellcheck disable=SC2016  # The program is for awk.
   product | xargs awk '
@@ -97,7 +98,7 @@ chosen() {
   shuf --head-count "$EACH" --random-source=<(noise "$kind") <<<"$list"
 }
 
-# Bytes without an end that follow from the commit.
+# Prints endless bytes that depend on the commit.
 noise() { openssl enc -aes-256-ctr -pbkdf2 -nosalt -pass "pass:$COMMIT $1" </dev/zero 2>/dev/null; }
 
 export -f sentences

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measures what a large database costs: `keybroker bench` on a database of a thousand records and on one of a million, in
-# turn, with SoftHSM, each engine on its own server. Everything lives in a throwaway folder. Ends with a table: the
-# medians of the rounds, and the median of the rounds' ratios.
+# Measures the cost of a large database. Runs `keybroker bench` alternately on a database of a thousand records and on one
+# of a million, with SoftHSM and each engine on its own server. All files are in a temporary folder. The table at the end
+# shows the medians of the rounds, and the median of the rounds' ratios.
 #
 # Usage: scale.sh [--engine sqlite|postgres|mariadb]… [--records COUNT] [--rounds COUNT] [--seconds COUNT] [PROGRAM]
 #
@@ -22,8 +22,8 @@ ROUNDS=9
 SECONDS_EACH=6
 CONNECTIONS=32
 READY_SECONDS=60
-# The server's own memory for pages. MariaDB reads past the kernel's, so less than the database costs a read from the disk
-# for most calls.
+# The server's own page cache. MariaDB bypasses the kernel's cache, so with a smaller cache than the database most calls
+# would read from the disk.
 PAGES=2G
 
 PROGRAM=
@@ -56,7 +56,7 @@ postgres_start() {
   for name in few many; do createdb "$name"; done
 }
 postgres_url() { printf 'postgres://keybroker@/%s?socket=%s' "$1" "$SERVER"; }
-# What the server would do in the background, during the measurement.
+# Do the server's background work now and not during the measurement.
 postgres_settle() { psql --quiet --dbname="$1" --command='VACUUM ANALYZE' --command='CHECKPOINT'; }
 
 mariadb_start() {
@@ -69,7 +69,7 @@ mariadb_settle() { mariadb_sql "$1" --execute='ANALYZE TABLE records, revisions'
 
 # --- the measurements ------------------------------------------------------------------------------------------------
 
-# One run; its figures into a separate file.
+# Runs the benchmark once, and writes its figures to a separate file.
 measure() {
   local name=$1 count=$2 seconds=$3 file=$4
   broker "$name" bench --seed "$count" --seconds "$seconds" --warm-up 3 --connections "$CONNECTIONS" --json "$file" \
@@ -79,7 +79,7 @@ measure() {
 
 median() { jq --slurp "$MEDIAN map(.$1) | median" "$WORK"/figures/"$2"-"$3"-*.json; }
 
-# Of the rounds' own ratios: the two runs of a round are neighbours, and what else the machine does falls on both.
+# The median of the rounds' ratios. The two runs of a round follow each other, so other load of the machine affects both.
 ratio() {
   jq --null-input "$MEDIAN"' [$few, $many | map(.[$field])] | transpose | map(.[1] / .[0]) | median' --arg field "$1" \
     --slurpfile few <(cat "$WORK"/figures/"$2"-few-*.json) --slurpfile many <(cat "$WORK"/figures/"$2"-many-*.json)
@@ -97,7 +97,7 @@ engine() {
   printf '%d records after %d s\n' "$MANY" $((SECONDS - began))
   for name in few many; do "${engine}_settle" "$name"; done
   for round in $(seq "$ROUNDS"); do
-    # Whichever comes first is first in the next round as the other one was in this.
+    # Alternate the order in each round.
     if ((round % 2)); then order=(few many); else order=(many few); fi
     for name in "${order[@]}"; do
       local -n count=${name^^}

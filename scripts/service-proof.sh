@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Proves the systemd unit under a real systemd: boots a small Debian in a container of systemd-nspawn, installs the broker in it
-# as docs/operations.md says, starts, calls, reloads, lets the watchdog find a broker that hangs, and stops. Ends with
-# "service: ok".
+# Tests the systemd unit under a real systemd. Boots a small Debian in a container of systemd-nspawn, installs the broker as
+# docs/operations.md describes, starts it, makes calls, reloads it, lets the watchdog detect a broker that hangs, and stops it.
+# Ends with "service: ok".
 #
 # Usage: service-proof.sh [PROGRAM]     on Debian 12, as root; the first run takes minutes and needs some 0.5 GB
 #
@@ -44,7 +44,7 @@ debian() {
 
 inside() { chroot "$ROOT" "$@"; }
 
-# The steps of docs/operations.md, up to the commands that need a running systemd.
+# Runs the steps of docs/operations.md up to the commands that need a running systemd.
 install_broker() {
   local name
   install -m 0755 "$PROGRAM" "$ROOT/usr/bin/keybroker"
@@ -67,7 +67,7 @@ install_broker() {
   openssl rand -hex 12 >"$ROOT/etc/keybroker/so-pin"
 }
 
-# Runs inside, as root, once the system is up.
+# This script runs inside the container, as root, after the boot.
 what_is_proved() {
   cat <<'PROOF'
 #!/bin/bash
@@ -94,7 +94,7 @@ for process in "$main" $(pgrep --parent "$main"); do
   grep -x 'NoNewPrivs:.1' "/proc/$process/status"
   grep VmRSS "/proc/$process/status"
 done
-# Hangs: neither dead nor alive. The watchdog ends it and systemd starts another.
+# Stops the broker with a signal so that it hangs. The watchdog ends it, and systemd starts another one.
 kill -STOP "$main"
 for _ in $(seq 120); do
   [[ $(systemctl show --property=NRestarts --value keybroker) == 0 ]] || break

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole test: installs what is missing, runs every check, then every test. What CI runs, nothing more, nothing less.
-# Arguments go to `cargo nextest run`.
+# Runs the complete test: installs missing requirements, runs every check and then every test. CI runs exactly this script.
+# Arguments are passed to `cargo nextest run`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Prints what was not tested. Its tests count as passed, so the summary alone does not show it.
+# Prints what was not tested. Skipped tests count as passed, so the summary alone does not show them.
 skipped() {
   [[ -s $KEYBROKER_SKIPPED ]] || return 0
   printf '\ntest: skipped, because this machine lacks something:\n'
   sort -u "$KEYBROKER_SKIPPED" | sed 's/^/test: skipped: /'
 }
 
-# Tests that find a part missing (SoftHSM, openssl, …), or are not run as root, fail under CI and say so; they never pass by skipping.
-# Elsewhere the parts that are not tested are listed.
+# If a requirement (SoftHSM, openssl, root, …) is missing, the affected tests fail with a message under CI. On other machines they
+# are skipped and listed.
 main() {
   scripts/install.sh --tools
   export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
@@ -31,7 +31,7 @@ main() {
     exit 1
   fi
   skipped
-  # With arguments the caller chooses what runs.
+  # With arguments, the caller selects the tests, so not all of them run.
   [[ $# -gt 0 ]] || scripts/tests-ran.sh "$log"
   printf '\ntest: %s\n' "$(grep -E '^ *Summary ' "$log" | sed 's/^ *//')"
   printf 'test: ok\n'

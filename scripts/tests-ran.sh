@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fails unless every test of every workspace member was run. A member that is left out of a run fails no test, so a green
-# summary alone does not show that its tests ran.
+# Fails unless every test of every workspace member ran. A member that is left out of a run fails no test, so the summary
+# alone does not show that its tests ran.
 #
 # Usage: tests-ran.sh LOG      LOG is the output of `cargo nextest run --workspace` without a filter
 set -euo pipefail
@@ -14,7 +14,7 @@ fail() {
 # The members and their directories, one a line.
 members() { cargo tree --offline --locked --workspace --depth 0 --prefix none | sed -nE 's/^([^ ]+) v[^ ]+ \((.*)\)$/\1 \2/p'; }
 
-# The tests of each member, counted: nextest lists `keybroker-store`, `keybroker::it` or `keybroker::bin/keybroker`, then
+# Counts the tests of each member. nextest lists `keybroker-store`, `keybroker::it` or `keybroker::bin/keybroker`, then
 # the name of the test.
 counts() {
   cargo nextest list --workspace --message-format oneline --color never 2>/dev/null \
@@ -33,7 +33,7 @@ main() {
   while read -r member directory; do
     count=$(awk -v member="$member" '$1 == member { print $2 }' <<<"$listed")
     total=$((total + ${count:-0}))
-    # A directory with test functions, or a manifest that names tests elsewhere.
+    # The directory has test functions, or its manifest lists tests in other places.
     if [[ -z $count ]] && { grep -rqE '#\[(tokio::)?test\b' --include='*.rs' "$directory" \
       || grep -q '^\[\[test\]\]' "$directory/Cargo.toml"; }; then
       empty+=("$member")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the reports on tokens in docs/tokens anew, on the modules that the tests use. Needs scripts/install.sh --tools.
+# Writes the token reports in docs/tokens again, for the modules that the tests use. Needs scripts/install.sh --tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -7,7 +7,8 @@ main() {
   local folder=$PWD/docs/tokens
   mkdir -p "$folder"
   scripts/kryoptic.sh
-  # One after another: the rates of a token that shares the machine with another say less.
+  scripts/pkcs11-proxy.sh
+  # Run one module at a time, because tokens that share the machine affect each other's rates.
   KEYBROKER_TOKEN_REPORTS=$folder cargo nextest run --package keybroker --test it --test-threads 1 \
     -E 'test(/^reports::.*_is_as_published$/)'
   printf 'token-reports: wrote %s\n' "$folder"

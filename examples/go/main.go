@@ -1,7 +1,7 @@
 // Enrols a user's key and releases it again, over gRPC with a client certificate.
 //
-// Shows the three things that every client needs: a deadline on each call, the reason of a refusal, and retries that are
-// safe. The environment names the broker and the certificate: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
+// The example shows three things that every client needs: a deadline on each call, the reason of a refusal, and safe
+// retries. Set the broker and the certificate in the environment: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
 // KEYBROKER_CERT and KEYBROKER_KEY (PEM files).
 package main
 
@@ -29,7 +29,7 @@ import (
 const (
 	domain  = "keybroker.v1"
 	keyName = "example"
-	// For a call with all its attempts.
+	// The time limit of a call with all its attempts.
 	deadline = 10 * time.Second
 	// Eight attempts outlast the restart of a broker or of its token worker, about one second.
 	attempts     = 8
@@ -37,7 +37,7 @@ const (
 	longestPause = time.Second
 )
 
-// Every other reason fails again in the same way.
+// Calls with any other reason fail again in the same way.
 var transient = map[string]bool{
 	"QUEUE_FULL": true, "RATE": true, "TOKEN_DOWN": true, "STORE_DOWN": true,
 	"AUDIT_DOWN": true, "IDENTITY_DOWN": true, "DEADLINE": true,
@@ -61,11 +61,11 @@ func connect() (*grpc.ClientConn, error) {
 		return nil, err
 	}
 	config := &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{identity}, MinVersion: tls.VersionTLS12}
-	// gRPC's own retries know neither the reasons nor the request id.
+	// Disable gRPC's own retries, which do not use the broker's reasons or the request id.
 	return grpc.Dial(endpoint.Host, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithDisableRetry())
 }
 
-// details returns the broker's reason, or "", and the delay that it asks for.
+// details returns the broker's reason, or "", and the requested delay.
 func details(err error) (reason string, delay time.Duration) {
 	for _, detail := range status.Convert(err).Details() {
 		switch detail := detail.(type) {
@@ -84,12 +84,12 @@ func isTransient(err error, reason string) bool {
 	if reason != "" {
 		return transient[reason]
 	}
-	// Without a reason the failure comes from the connection.
+	// A failure without a reason comes from the connection.
 	code := status.Code(err)
 	return code == codes.Unavailable || code == codes.Canceled
 }
 
-// call makes a call. It is safe for reads, and for changes whose request has a request id: all attempts send the same one.
+// call makes a call with retries. It is safe for reads, and for changes with a request id: all attempts send the same id.
 func call(make func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
@@ -124,7 +124,7 @@ func enrol(service keybrokerv1.UserKeyServiceClient, user string) error {
 	if err != nil {
 		return err
 	}
-	// One id per change, not per attempt. A service stores it together with the change that it plans.
+	// The change has one id for all attempts. A service stores the id together with the planned change.
 	request := &keybrokerv1.CreateUserKeyRequest{User: user, KeyName: keyName, KeyMaterial: material, RequestId: id}
 	var answer *keybrokerv1.CreateUserKeyResponse
 	err = call(func(ctx context.Context) (err error) {
@@ -148,7 +148,7 @@ func unwrap(service keybrokerv1.UserKeyServiceClient, user string) error {
 	if err != nil {
 		return err
 	}
-	// Use the key here, and do not print it.
+	// Use the key here, but do not print it.
 	fmt.Printf("%s: revision %d, %d bytes\n", user, answer.Revision, len(answer.KeyMaterial))
 	return nil
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the example and starts it with the given arguments: generates the stubs and compiles main.go in a temporary folder,
+# Builds the example and starts it with the given arguments. Generates the stubs and compiles main.go in a temporary folder,
 # with the Go libraries of Debian. Exits with 3 if Go, protoc, a generator or the libraries are not installed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-# Where Debian's packages put the sources of libraries, as a GOPATH.
+# Debian's packages install the sources of libraries here, in the form of a GOPATH.
 libraries=${KEYBROKER_GOCODE:-/usr/share/gocode}
 
 missing() {

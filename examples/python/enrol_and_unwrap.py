@@ -1,7 +1,7 @@
 """Enrols a user's key and releases it again, over gRPC with a client certificate.
 
-Shows the three things that every client needs: a deadline on each call, the reason of a refusal, and retries that are
-safe. The environment names the broker and the certificate: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
+The example shows three things that every client needs: a deadline on each call, the reason of a refusal, and safe
+retries. Set the broker and the certificate in the environment: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
 KEYBROKER_CERT and KEYBROKER_KEY (PEM files).
 """
 
@@ -22,15 +22,15 @@ from keybroker.v1 import user_key_pb2, user_key_pb2_grpc
 
 DOMAIN = "keybroker.v1"
 KEY_NAME = "example"
-# Seconds for a call with all its attempts.
+# Time limit of a call with all its attempts, in seconds.
 DEADLINE = 10.0
 # Eight attempts outlast the restart of a broker or of its token worker, about one second.
 ATTEMPTS = 8
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
-# Every other reason fails again in the same way.
+# Calls with any other reason fail again in the same way.
 TRANSIENT = {"QUEUE_FULL", "RATE", "TOKEN_DOWN", "STORE_DOWN", "AUDIT_DOWN", "IDENTITY_DOWN", "DEADLINE"}
-# Without a reason the failure comes from the connection.
+# A failure without a reason comes from the connection.
 CONNECTION = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
@@ -45,7 +45,7 @@ def connect() -> grpc.Channel:
         certificate_chain=read("KEYBROKER_CERT"),
     )
     endpoint = urlsplit(os.environ["KEYBROKER_ENDPOINT"])
-    # gRPC's own retries know neither the reasons nor the request id.
+    # Disable gRPC's own retries, which do not use the broker's reasons or the request id.
     return grpc.secure_channel(endpoint.netloc, credentials, options=[("grpc.enable_retries", 0)])
 
 
@@ -85,11 +85,13 @@ def enrol(service, user: str, request_id: str) -> None:
         user=user,
         key_name=KEY_NAME,
         key_material=secrets.token_bytes(32),
-        # One id per change, not per attempt. A service stores it together with the change that it plans.
+        # The change has one id for all attempts. A service stores the id together with the planned
+        # change.
         request_id=request_id,
     )
     answer = call(service.CreateUserKey, request)
-    # The same request again, as after a lost answer, stores nothing and returns the first answer.
+    # Sending the same request again, as after a lost answer, stores nothing and returns the first
+    # answer.
     assert call(service.CreateUserKey, request) == answer
     print(f"{user}: stored as revision {answer.user_key.revision}")
 
@@ -97,7 +99,7 @@ def enrol(service, user: str, request_id: str) -> None:
 def unwrap(service, user: str) -> None:
     request = user_key_pb2.UnwrapUserKeyRequest(user=user, key_name=KEY_NAME)
     answer = call(service.UnwrapUserKey, request)
-    # Use the key here, and do not print it. Python cannot overwrite it in memory.
+    # Use the key here, but do not print it. Python cannot overwrite the key in memory.
     print(f"{user}: revision {answer.revision}, {len(answer.key_material)} bytes")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the example: installs its requirements into a virtual environment, generates the stubs into a temporary folder, and
+# Runs the example. Installs its requirements into a virtual environment, generates the stubs into a temporary folder, and
 # starts enrol_and_unwrap.py with the given arguments. The virtual environment is kept in target/ for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -44,9 +44,10 @@ async fn run() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// A service stores the request id with the planned change, so that it can finish the change after a restart.
+/// Enrols a key. A service stores the request id with the planned change, so that it can finish the change
+/// after a restart.
 async fn enrol(client: &Client, key: &UserKeyRef) -> Result<(), Box<dyn Error>> {
-    // A real program makes the key with a cryptographic random number generator.
+    // A real program generates the key with a cryptographic random number generator.
     let material = KeyMaterial::new((0..32).collect())?;
     let id = new_request_id();
     match client.create_user_key(key, &material).request_id(id).await {

@@ -1,4 +1,4 @@
--- Forgets where the objects of wrapping keys are. The MACs of rows with one of them no longer verify, so such a key cannot be used
--- until a release with schema 7 registers it again.
+-- Removes where the objects of wrapping keys are. The MACs of rows that had one of these ids no longer verify, so restore the backup that
+-- was made before the migration if there are such rows.
 ALTER TABLE wrapping_keys DROP COLUMN integrity_cka_id;
 ALTER TABLE wrapping_keys DROP COLUMN private_cka_id;

@@ -1,4 +1,4 @@
-//! Generates the messages between the front and its token workers.
+//! Generates the messages between the front and its workers.
 
 use std::error::Error;
 
@@ -8,7 +8,7 @@ const WORKER: &[&str] = &[
     "keybroker/worker/v1/admin.proto",
 ];
 
-/// Messages that carry key material or a PIN: a derived `Debug` would print it, so it is written by hand.
+/// Messages that contain key material or a PIN. A derived `Debug` would print it, so `src/wire.rs` implements `Debug`.
 const SECRET: &[&str] = &[
     ".keybroker.worker.v1.Mac",
     ".keybroker.worker.v1.VerifyMac",

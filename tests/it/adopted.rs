@@ -149,7 +149,7 @@ async fn a_key_of_another_tool_is_registered_and_used() {
         "{shown}"
     );
     let again = site.run(&register);
-    assert!(again.stderr.contains("is registered already"), "{again:#?}");
+    assert!(again.stderr.contains("is already registered"), "{again:#?}");
     site.expect_ok(&["token", "check"]);
     site.expect_ok(&["token", "backup-confirmed"]);
 
@@ -185,6 +185,71 @@ fn a_row_that_names_other_objects_is_refused() {
     assert_eq!(checked.code, Some(UNTRUSTED), "{checked:#?}");
 }
 
+/// The id of a key whose `CKA_ID` cannot be one follows from its public key: records name it, so a lost row is registered again under it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_whose_row_was_lost_is_registered_under_the_same_id_again() {
+    let (site, _faulty) = site();
+    let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
+    site.expect_ok(&register);
+    site.expect_ok(&["token", "backup-confirmed"]);
+    let broker = Broker::start_on(Arc::new(site));
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", b"material of ada").await.unwrap();
+    let (site, _) = broker.stop();
+    site.sql("DELETE FROM wrapping_keys");
+    site.expect_ok(&register);
+    site.expect_ok(&["token", "backup-confirmed"]);
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    let released = releaser.unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, b"material of ada");
+}
+
+#[test]
+fn an_integrity_key_of_another_wrapping_key_is_not_registered() {
+    let (site, faulty) = site();
+    site.expect_ok(&["key", "register", PRIVATE, "--integrity-id", INTEGRITY]);
+    faulty.behave(TOOL);
+    make_rsa_pair(&site, &faulty, "0d");
+    faulty.behave("");
+    let refused = site.run(&["key", "register", "0d", "--integrity-id", INTEGRITY]);
+    assert_eq!(refused.code, Some(USAGE), "{refused:#?}");
+    assert!(refused.stderr.contains("one of its own"), "{refused:#?}");
+    assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "1");
+}
+
+/// A row that was altered is not called registered.
+#[test]
+fn registering_again_tells_an_altered_row_from_a_good_one() {
+    let (site, _faulty) = site();
+    let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
+    site.expect_ok(&register);
+    for (edit, words) in [
+        ("sequence = sequence", "is registered already"),
+        ("sequence = sequence + 1", "was altered"),
+    ] {
+        site.sql(&format!("UPDATE wrapping_keys SET {edit}"));
+        let refused = site.run(&register);
+        assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+        assert!(refused.stderr.contains(words), "{refused:#?}");
+    }
+}
+
+/// `pkcs11-tool` counts the length in bytes. A person who takes it for bits gets a key that is found by trying all values.
+#[test]
+fn a_short_integrity_key_is_not_registered() {
+    let (site, faulty) = site();
+    faulty.behave(TOOL);
+    let short = ["--keygen", "--key-type", "GENERIC:8", "--id", "0c"];
+    pkcs11_tool(&site, &faulty, &short);
+    faulty.behave("");
+    let refused = site.run(&["key", "register", PRIVATE, "--integrity-id", "0c"]);
+    assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+    let finding = "CKA_VALUE_LEN is not at least 32 bytes";
+    assert!(refused.stderr.contains(finding), "{refused:#?}");
+    assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "0");
+}
+
 #[test]
 fn a_key_that_was_imported_is_not_registered() {
     let (site, faulty) = site();
@@ -197,6 +262,56 @@ fn a_key_that_was_imported_is_not_registered() {
     let refused = site.run(&["key", "register", PRIVATE, "--integrity-id", INTEGRITY]);
     assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
     assert!(refused.stderr.contains("was imported"), "{refused:#?}");
+    assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "0");
+}
+
+/// What the page on tokens says of keys that `pkcs11-tool` and `p11tool` make, run as it stands there: on SoftHSM the attributes are
+/// named that no option sets, and no setting that would not help.
+#[test]
+fn keys_of_general_tools_are_refused_by_name() {
+    let page = include_str!("../../docs/tokens.md");
+    let site = Site::without_keys(Options::default());
+    site.expect_ok(&["store", "migrate"]);
+    let module = crate::softhsm::module().display().to_string();
+    let commands: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("pkcs11-tool ") || line.starts_with("p11tool "))
+        .collect();
+    assert_eq!(commands.len(), 3, "{commands:?}");
+    for command in commands {
+        let command = command
+            .replace("MODULE", &module)
+            .replace("LABEL", site.token.label())
+            .replace("rsa:3072", "rsa:2048")
+            .replace("--bits 3072", "--bits 2048");
+        let made = Command::new("sh")
+            .args(["-c", &command])
+            .env("SOFTHSM2_CONF", site.token.configuration())
+            .env("PIN", site.token.pin())
+            .env("GNUTLS_PIN", site.token.pin())
+            .output()
+            .unwrap();
+        assert!(
+            made.status.success(),
+            "{command}: {made:?}; run scripts/install.sh"
+        );
+    }
+    let wrong = [
+        "CKA_MODIFIABLE is not false",
+        "CKA_COPYABLE is not false",
+        "CKA_UNWRAP is not false",
+    ];
+    for id in ["01", "03"] {
+        let refused = site.run(&["key", "register", id, "--integrity-id", "02"]);
+        assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+        for words in wrong {
+            assert!(refused.stderr.contains(words), "{words}: {refused:#?}");
+        }
+        assert!(
+            refused.stderr.contains("No setting accepts that"),
+            "{refused:#?}"
+        );
+    }
     assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "0");
 }
 

@@ -375,7 +375,7 @@ fn a_broker_that_is_not_there_or_not_trusted_is_told_apart() {
     let distrusting = Finished::from(distrusting.unwrap());
     assert_eq!(distrusting.code, Some(11), "{distrusting:#?}");
     assert!(
-        distrusting.stderr.contains("authority in --ca"),
+        distrusting.stderr.contains("not signed by a CA in --ca"),
         "{distrusting:#?}"
     );
     // Nobody listens there any more.

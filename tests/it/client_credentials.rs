@@ -196,7 +196,7 @@ async fn a_client_is_made_used_rotated_and_revoked() {
     }
     // Two at once are what a rotation needs, and no more.
     let third = credential_refused(&broker, "admin", &["add-secret", &first.id], "REQUEST");
-    assert!(third.contains("two live"), "{third}");
+    assert!(third.contains("two valid"), "{third}");
 
     let revoked = credential(&broker, "admin", &["revoke", &first.id, "--secret", "1"]);
     assert!(revoked["revoked"].is_null(), "{revoked}");
@@ -221,7 +221,7 @@ async fn a_client_is_made_used_rotated_and_revoked() {
     refused(second.unwrap(&keys, "ada").await, "CREDENTIAL");
     // The caller is not told why, and the operator is.
     for reason in [
-        "this is no secret of this API client, or one that has expired or was revoked",
+        "the secret is wrong, expired or revoked",
         "this API client was revoked",
     ] {
         until(reason, || broker.site.log().contains(reason).then_some(()));
@@ -704,7 +704,7 @@ async fn a_table_shows_the_secret_on_a_line_of_its_own() {
     let enrol = ["create", "--label", "backup", "--role", "enrol"];
     let table = command(&broker, "client-credential", Some("admin"), &enrol);
     let line = table.stdout.lines().last().unwrap();
-    let shown = line.strip_prefix("SECRET, shown this once: ").unwrap();
+    let shown = line.strip_prefix("SECRET, shown only once: ").unwrap();
     never_in_a_log(shown.as_bytes());
     assert!(shown.starts_with("kbs_") && shown.len() == 47, "{shown}");
 }

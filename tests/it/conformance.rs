@@ -90,6 +90,8 @@ async fn run(maker: Maker) {
     stand.lose();
     let without = site.run(&["token", "check"]);
     assert_ne!(without.code, Some(0), "{without:#?}");
+    // A module that shows no token any more answers at once.
+    assert!(!without.stderr.contains("did not answer"), "{without:#?}");
     stand.restore(&copy);
     site.expect_ok(&["token", "check"]);
     site.expect_ok(&["store", "check"]);

@@ -273,24 +273,3 @@ async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
         "{id}: {audited}"
     );
 }
-
-/// A second token of the same name, as a vendor's tool makes it, does not stop a broker that serves or starts.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_token_with_the_label_does_not_stop_the_broker() {
-    let (site, faulty) = site(Options::default());
-    site.expect_ok(&["token", "backup-confirmed"]);
-    let so_pin = site.folder().join("so-pin");
-    softhsm::write_private(&so_pin, "87654321");
-    let init = ["token", "init", "--label", "twin", "--so-pin-file"];
-    site.expect_ok(&[&init[..], &[so_pin.to_str().unwrap()]].concat());
-    faulty.behave(&format!("[token]\nlabel = \"{}\"\n", site.token.label()));
-    let ambiguous = site.run(&["token", "check"]);
-    assert!(
-        ambiguous.stderr.contains("`token.serial`"),
-        "{ambiguous:#?}"
-    );
-    let broker = Broker::start_on(site);
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", MATERIAL).await.unwrap();
-    broker.stop();
-}

@@ -498,7 +498,7 @@ fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
             "the issuer first",
             &server,
             &chain,
-            &["write the server's certificate first"],
+            &["put the server's certificate first"],
         ),
         (
             "PKCS #1",

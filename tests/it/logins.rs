@@ -205,6 +205,56 @@ async fn a_wrong_pin_costs_one_try_and_is_one_state() {
     assert_eq!(faulty.count("C_Login ends 160"), 2, "0xa0: PIN_INCORRECT");
 }
 
+/// The PIN is changed on the token, and the PIN file then gets one wrong PIN after another: each of them costs one login, whatever is
+/// started meanwhile.
+///
+/// `KEYBROKER_TEST_WRONG_PINS=100` tries so many; the suite tries three.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_wrong_pin_costs_one_login() {
+    const NEW_PIN: &str = "rotated-on-the-token";
+    let pins = env::var("KEYBROKER_TEST_WRONG_PINS").map_or(3, |text| text.parse().unwrap());
+    let (broker, faulty, releaser) = enrolled(Options::default()).await;
+    let site = broker.site.clone();
+    let changed = site
+        .token
+        .pkcs11_tool(&["--change-pin", "--new-pin", NEW_PIN]);
+    assert!(changed.status.success(), "{changed:?}");
+    // The sessions stay logged in.
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    let logins = || faulty.count("C_Login begins");
+    let refused_starts = || {
+        let log = site.log();
+        log.matches("a token worker did not start").count()
+    };
+    let before = logins();
+    kill_all(&broker);
+    // The PIN of the file was right until now, and counts as one of the wrong ones.
+    for number in 0..=pins {
+        if number > 0 {
+            set_pin(&site, &format!("wrong PIN {number}"));
+        }
+        until("the login with this PIN", || {
+            (logins() == before + number + 1).then_some(())
+        });
+        let starts = refused_starts();
+        let checked = site.run(&["token", "check"]);
+        assert_eq!(checked.code, Some(5), "{checked:?}");
+        assert!(checked.stderr.contains("no login was tried"), "{checked:?}");
+        until("another start with this PIN", || {
+            (refused_starts() > starts + 1).then_some(())
+        });
+        assert_eq!(logins(), before + number + 1);
+    }
+    set_pin(&site, NEW_PIN);
+    let key = eventually(|| releaser.unwrap("ada")).await;
+    assert_eq!(key.key_material, MATERIAL);
+    let rejected = faulty.count("C_Login ends 160");
+    println!("{} wrong PINs: {rejected} failed logins", pins + 1);
+    // 0xa0: PIN_INCORRECT.
+    assert_eq!(rejected, pins + 1);
+    assert_eq!(logins(), before + pins + 2);
+}
+
 /// Another token of the same label takes the place of the right one for a while and rejects its PIN.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_right_token_is_not_latched_by_another_of_its_label() {

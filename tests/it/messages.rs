@@ -97,12 +97,12 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             let leaf = text(&site.pki.certificate_file("releaser"));
             fs::write(site.pki.ca_file(), leaf).unwrap();
         },
-        &["CA:FALSE", "name the certificate of the authority"],
+        &["CA:FALSE", "use the certificate of the CA"],
     ),
     (
         "no certificate in the file of authorities",
         |site| fs::write(site.pki.ca_file(), "").unwrap(),
-        &["client_ca_file", "holds no certificate"],
+        &["client_ca_file", "contains no certificate"],
     ),
     (
         "half of a certificate",
@@ -132,7 +132,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
             let certificate = text(&site.pki.certificate_file("server"));
             write_private(&site.pki.key_file("server"), &certificate);
         },
-        &["key_file", "holds no private key"],
+        &["key_file", "contains no private key"],
     ),
     (
         "a certificate in the format of OpenSSL",
@@ -198,7 +198,7 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
         let finished = site.run(&["config", "check"]);
         says("a certificate in use", &finished, 0, &[]);
         assert_eq!(
-            finished.stderr.contains("it expires on"),
+            finished.stderr.contains("it expires soon, on"),
             is_late,
             "{until}: {finished:#?}"
         );
@@ -212,7 +212,7 @@ const VALUES: &[(&str, &str, &str)] = &[
     (
         "address = \"127.0.0.1:0\"",
         "address = \"localhost:8443\"",
-        "`localhost` is 127.0.0.1",
+        "for `localhost`, write 127.0.0.1",
     ),
     (
         "address = \"127.0.0.1:0\"",
@@ -227,17 +227,17 @@ const VALUES: &[(&str, &str, &str)] = &[
     (
         "key_names = [\"*\"]",
         "key_names = [\"backup-*\"]",
-        "no patterns",
+        "patterns are not supported",
     ),
     (
         LIMIT,
         "drain_timeout_ms = -1",
-        "write milliseconds: a whole number that is not negative",
+        "write milliseconds as a whole number that is not negative",
     ),
     (
         LIMIT,
         "drain_timeout_ms = 30.5",
-        "write milliseconds: a whole number that is not negative",
+        "write milliseconds as a whole number that is not negative",
     ),
     (
         LIMIT,
@@ -348,7 +348,7 @@ fn a_database_on_a_read_only_file_system_is_named_as_such() {
     };
     let finished = site.run_to_its_end(command);
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
-    let words = ["write to the directory of the database", "read-only"];
+    let words = ["write access to the directory of the database", "read-only"];
     says("a read-only file system", &finished, 7, &words);
 }
 
@@ -518,7 +518,7 @@ fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
         "status listener",
         &to(&status, &ca),
         11,
-        &["no TLS is spoken", "[status] address"],
+        &["does not use TLS", "[status] address"],
     );
     says(
         "no listener",
@@ -539,15 +539,15 @@ fn a_broker_that_cannot_be_reached_is_told_by_its_cause() {
         &to(&grpc, &others),
         11,
         &[
-            "certificate is not signed by an authority in --ca (",
-            "hint: name the authority",
+            "certificate is not signed by a CA in --ca (",
+            "hint: --ca must contain the certificate of the CA",
         ],
     );
     says(
         "no port",
         &to("https://127.0.0.3", &ca),
         11,
-        &["no port is named in --endpoint, so 443 was tried"],
+        &["--endpoint has no port, so port 443 was used"],
     );
     let by_name = to(&grpc.replace("localhost", "127.0.0.2"), &ca);
     says(
@@ -570,7 +570,7 @@ fn a_broker_of_another_name_is_told_from_one_of_another_authority() {
         "another name",
         &finished,
         11,
-        &["by a name of its certificate"],
+        &["by a name in its certificate"],
     );
 }
 
@@ -675,7 +675,7 @@ async fn a_wrong_path_of_the_rest_api_is_answered_with_the_right_ones() {
     let answer = rest.request(Method::GET, "/nothing").send().await.unwrap();
     assert_eq!(answer.status(), 404);
     let text = answer.text().await.unwrap();
-    for word in ["there is no such path", "/user-keys", "`prefix`"] {
+    for word in ["this path does not exist", "/user-keys", "`path_prefix`"] {
         assert!(text.contains(word), "{text}");
     }
 }

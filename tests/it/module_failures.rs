@@ -143,7 +143,11 @@ fn a_module_that_hangs_is_given_up() {
     faulty.set("C_OpenSession", &hang);
     let began = Instant::now();
     thread::scope(|scope| {
-        for arguments in [&["token", "check"][..], &["store", "check"]] {
+        for arguments in [
+            &["token", "check"][..],
+            &["key", "generate"],
+            &["store", "check"],
+        ] {
             let (site, path) = (&site, &path);
             scope.spawn(move || {
                 let finished = site.run(arguments);
@@ -169,6 +173,25 @@ fn a_module_that_hangs_is_given_up() {
         String::from_utf8_lossy(&environment).contains(&folder)
     });
     assert_eq!(left.count(), 0);
+}
+
+/// A module that answers that the room for its slots is too small, again and again, and needs no more than before.
+#[test]
+fn a_list_of_slots_that_never_fits_is_given_up() {
+    let (site, faulty) = faulty_token::site(Options::default());
+    faulty.set(
+        "C_GetSlotList",
+        &Fault {
+            skip: 1,
+            ..Fault::always(code::BUFFER_TOO_SMALL)
+        },
+    );
+    for arguments in [&["token", "list"][..], &["token", "check"]] {
+        let finished = site.run(arguments);
+        names(arguments, &finished, &["BufferTooSmall from C_GetSlotList"]);
+    }
+    faulty.clear("C_GetSlotList");
+    site.expect_ok(&["token", "check"]);
 }
 
 #[test]
@@ -201,6 +224,11 @@ fn a_file_that_is_no_module_is_named_for_what_it_is() {
         set_module(&site, &shown);
         for arguments in COMMANDS {
             names(arguments, &site.run(arguments), &[&shown, word]);
+        }
+        // The one that is cut crashes each worker, and the broker tries again.
+        if name != "cut.so" {
+            let served = site.serve_to_its_end();
+            names(&["serve"], &served, &[&shown, word]);
         }
     }
     // A shared library without PKCS#11.

@@ -34,6 +34,8 @@ pub(crate) enum Maker {
     Opencryptoki,
     /// p11-kit, as Debian has it: its server has SoftHSM, and its client module is the one that is used.
     P11Kit,
+    /// pkcs11-proxy, built by `scripts/pkcs11-proxy.sh`: its daemon has SoftHSM, and its module is the one that is used.
+    Pkcs11Proxy,
     /// The softoken of NSS, as Debian has it.
     Nss,
 }
@@ -46,6 +48,7 @@ impl Maker {
             Self::Kryoptic => "kryoptic-1.5",
             Self::Opencryptoki => "opencryptoki-3.8",
             Self::P11Kit => "p11-kit-remote-0.24",
+            Self::Pkcs11Proxy => "pkcs11-proxy-2018",
             Self::Nss => "nss-3.87",
         }
     }
@@ -99,7 +102,7 @@ impl Stand {
         write_private(&stand.pin_file(), USER_PIN);
         stand.configure(maker.exceptions());
         stand.site.expect_ok(&["store", "migrate"]);
-        if !matches!(maker, Maker::Nss | Maker::P11Kit) {
+        if !matches!(maker, Maker::Nss | Maker::P11Kit | Maker::Pkcs11Proxy) {
             stand.initialise();
         }
         stand
@@ -148,7 +151,10 @@ impl Stand {
             self.module().display(),
             self.maker.label(),
             self.pin_file().display(),
-            matches!(self.maker, Maker::SoftHsm | Maker::P11Kit),
+            matches!(
+                self.maker,
+                Maker::SoftHsm | Maker::P11Kit | Maker::Pkcs11Proxy
+            ),
         );
         self.site.write_configuration(|text| *text = head + &rest);
     }
@@ -165,6 +171,7 @@ impl Stand {
                 "/usr/lib/x86_64-linux-gnu/pkcs11/p11-kit-client.so",
                 "/usr/lib/aarch64-linux-gnu/pkcs11/p11-kit-client.so",
             ]),
+            Maker::Pkcs11Proxy => self.folder().join("libpkcs11-proxy.so"),
             Maker::Nss => installed(&[
                 "/usr/lib/x86_64-linux-gnu/libsoftokn3.so",
                 "/usr/lib/aarch64-linux-gnu/libsoftokn3.so",
@@ -182,6 +189,7 @@ impl Stand {
                 "P11_KIT_SERVER_ADDRESS",
                 format!("unix:path={}", path(self.folder().join("server"))),
             )],
+            Maker::Pkcs11Proxy => vec![("PKCS11_PROXY_SOCKET", path(self.folder().join("socket")))],
         }
     }
 
@@ -198,7 +206,7 @@ impl Stand {
     /// Where the module keeps its objects, and nothing else.
     fn objects(&self) -> PathBuf {
         match self.maker {
-            Maker::P11Kit => self.site.token.directory(),
+            Maker::P11Kit | Maker::Pkcs11Proxy => self.site.token.directory(),
             _ => self.folder().join("objects"),
         }
     }
@@ -222,6 +230,11 @@ impl Stand {
             }
             Maker::Opencryptoki => self.daemon = Some(opencryptoki(&objects)),
             Maker::P11Kit => self.daemon = Some(self.p11_kit()),
+            Maker::Pkcs11Proxy => {
+                let built = pkcs11_proxy().expect("the test has looked for it");
+                fs::copy(built.join("libpkcs11-proxy.so"), self.module()).unwrap();
+                self.daemon = Some(self.pkcs11_proxy(&built.join("pkcs11-daemon")));
+            }
             Maker::Nss => {
                 let password = self.folder().join("password");
                 write_private(&password, USER_PIN);
@@ -234,14 +247,38 @@ impl Stand {
         }
     }
 
-    /// The server, with a SoftHSM token of its own.
-    fn p11_kit(&self) -> Daemon {
-        let token = &self.site.token;
+    /// A token of SoftHSM for a server.
+    fn initialise_for_server(&self) {
         let mut util = Command::new("softhsm2-util");
         util.args(["--init-token", "--free", "--label", self.maker.label()])
             .args(["--pin", USER_PIN, "--so-pin", self.maker.so_pin()])
-            .env("SOFTHSM2_CONF", token.configuration());
+            .env("SOFTHSM2_CONF", self.site.token.configuration());
         succeeds(util);
+    }
+
+    /// The daemon, with a SoftHSM token of its own.
+    fn pkcs11_proxy(&self, program: &Path) -> Daemon {
+        self.initialise_for_server();
+        // The daemon takes a folder, and the module the path of the socket without its end.
+        let socket = self.folder().join("socket.pkcs11");
+        let child = Command::new(program)
+            .arg(softhsm::module())
+            .env("SOFTHSM2_CONF", self.site.token.configuration())
+            .env("PKCS11_DAEMON_SOCKET", self.folder())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        until("the socket of pkcs11-proxy", || {
+            socket.exists().then_some(())
+        });
+        Daemon::Child(child)
+    }
+
+    /// The server, with a SoftHSM token of its own.
+    fn p11_kit(&self) -> Daemon {
+        let token = &self.site.token;
+        self.initialise_for_server();
         let socket = self.folder().join("server");
         let child = Command::new("p11-kit")
             .args(["server", "--foreground", "--name"])
@@ -298,6 +335,13 @@ fn kryoptic() -> PathBuf {
         path.display()
     );
     path
+}
+
+/// Where `scripts/pkcs11-proxy.sh` has built pkcs11-proxy; absent if it has not.
+pub(crate) fn pkcs11_proxy() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let folder = root.join("target/pkcs11-proxy");
+    folder.join("pkcs11-daemon").exists().then_some(folder)
 }
 
 /// A process that a module needs.

@@ -3,11 +3,12 @@
 
 use std::{env, fs, path::Path};
 
+use keybroker_test_support::skip::skip;
 use keybroker_worker_protocol::report::{Outcome, Report};
 
 use crate::{
     faulty_token,
-    modules::{Maker, Stand, in_namespaces},
+    modules::{Maker, Stand, in_namespaces, pkcs11_proxy},
     site::{Options, Site},
 };
 
@@ -74,6 +75,16 @@ fn opencryptoki_is_as_published() {
 #[test]
 fn p11_kit_remote_is_as_published() {
     is_as_published(Maker::P11Kit, Outcome::WorksWithExceptions);
+}
+
+/// Neither Debian nor a registry has it, so that only this report needs it, and not the test run.
+#[test]
+fn pkcs11_proxy_is_as_published() {
+    if pkcs11_proxy().is_none() {
+        skip("the report of pkcs11-proxy: scripts/pkcs11-proxy.sh builds it");
+        return;
+    }
+    is_as_published(Maker::Pkcs11Proxy, Outcome::Works);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::env;
 
 use crate::{
     client::{Caller, eventually},
-    faulty::{Fault, Faulty},
+    faulty::{Fault, Faulty, code},
     faulty_token::site,
     process::{Broker, until},
     site::Options,
@@ -121,6 +121,14 @@ impl Bench {
         line.unwrap().to_owned()
     }
 
+    /// Calls with the handle of an object that was no longer valid (`CKR_KEY_HANDLE_INVALID`).
+    fn old_handles(&self) -> usize {
+        ["C_VerifyInit", "C_DecryptInit", "C_SignInit"]
+            .into_iter()
+            .map(|function| self.faulty.count(&format!("{function} ends {}", 0x60)))
+            .sum()
+    }
+
     /// The code once from this function, and one call.
     async fn once(&mut self, function: &str, (name, code, effect): (&str, i64, Effect)) {
         let what = format!("{name} from {function}");
@@ -197,27 +205,93 @@ async fn each_return_code_of_a_job_has_its_effect() {
     assert!(!log.contains("pin-latched"), "{log}");
 }
 
+/// A token may call a wrong MAC by a code that says nothing. A row that was changed is answered as such all the same, and the token is
+/// not blamed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_row_is_named_whatever_the_token_calls_it() {
+    let mut bench = Bench::start().await;
+    bench.enroller.create("bob", MATERIAL).await.unwrap();
+    let record =
+        |user: &str| format!("record_id = (SELECT record_id FROM records WHERE user = '{user}')");
+    let [ada, bob] = ["ada", "bob"].map(record);
+    let changed = format!(
+        "UPDATE revisions SET envelope = (SELECT envelope FROM revisions WHERE {bob}) WHERE {ada}"
+    );
+    bench.broker.site.sql(&changed);
+    let (worker, restarts) = (bench.worker(), bench.restarts());
+    for code in [
+        code::FUNCTION_FAILED,
+        code::GENERAL_ERROR,
+        code::DEVICE_ERROR,
+        code::VENDOR_DEFINED,
+    ] {
+        bench
+            .faulty
+            .set("C_Verify", &Fault::always(code::instead(code)));
+        let seen = bench.call(false).await;
+        assert_eq!(seen.as_deref(), Some("RECORD_DAMAGED"), "{code:#x}");
+        bench.faulty.clear("C_Verify");
+    }
+    assert_eq!((bench.worker(), bench.restarts()), (worker, restarts));
+    let key = bench.releaser.unwrap("bob").await.unwrap();
+    assert_eq!(key.key_material, MATERIAL);
+}
+
 /// A module that gives every object another handle, again and again, as after a re-initialisation of the device: the broker
 /// finds the keys again and serves the right ones.
+///
+/// `KEYBROKER_TEST_HANDLE_CALLS=1000` makes so many calls of each kind; the suite makes 30.
 #[tokio::test(flavor = "multi_thread")]
 async fn object_handles_that_change_cost_no_call() {
-    const CALLS: usize = 30;
+    let calls = env::var("KEYBROKER_TEST_HANDLE_CALLS").map_or(30, |text| text.parse().unwrap());
     let mut bench = Bench::start().await;
     bench.faulty.behave(
         "[[rule]]\nname = \"handles\"\nfunction = [\"C_VerifyInit\", \"C_DecryptInit\", \"C_SignInit\"]\n\
          on = { every = 5 }\ndo = { new_handles = true }\n",
     );
-    for _ in 0..CALLS {
+    for _ in 0..calls {
         assert_eq!(bench.call(false).await, None);
         assert_eq!(bench.call(true).await, None);
     }
-    // CKR_KEY_HANDLE_INVALID: the old handles were really used and refused, and never meant another object.
-    let refused: usize = ["C_VerifyInit", "C_DecryptInit", "C_SignInit"]
-        .into_iter()
-        .map(|function| bench.faulty.count(&format!("{function} ends {}", 0x60)))
-        .sum();
+    let refused = bench.old_handles();
+    println!(
+        "{} calls: {refused} old handles were used and refused, and none of them meant another object",
+        2 * calls
+    );
     assert!(
-        refused > CALLS / 5,
+        refused > calls / 5,
         "{refused} calls with a handle that was no longer valid"
     );
+}
+
+/// A device that is reset in the middle of a call: sessions and login end, and every object has another handle afterwards. The job
+/// goes on in the next worker, and no handle from before the reset is used again.
+///
+/// `KEYBROKER_TEST_RESETS=100` resets it so many times; the suite does so three times.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_device_is_asked_for_its_keys_again() {
+    let resets = env::var("KEYBROKER_TEST_RESETS").map_or(3, |text| text.parse().unwrap());
+    let mut bench = Bench::start().await;
+    for reset in 0..resets {
+        let worker = bench.worker();
+        bench.faulty.behave(&format!(
+            "[[rule]]\nname = \"reset {reset}\"\nfunction = [\"C_Verify\", \"C_Sign\"]\non = {{ call = 1 }}\n\
+             do = {{ new_handles = true, close_sessions = true }}\n"
+        ));
+        assert_eq!(bench.call(reset % 2 == 1).await, None, "reset {reset}");
+        until("another worker", || {
+            let now = bench.broker.workers();
+            (!now.contains(&worker) && !now.is_empty()).then_some(())
+        });
+        assert_eq!(bench.call(false).await, None, "after reset {reset}");
+    }
+    println!(
+        "{resets} resets: no call failed, {} handles from before a reset were used",
+        bench.old_handles()
+    );
+    assert_eq!(bench.old_handles(), 0);
+    let log = bench.broker.site.log();
+    for alert in ["record-damaged", "token-untrusted"] {
+        assert!(!log.contains(alert), "{alert}: {log}");
+    }
 }

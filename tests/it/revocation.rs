@@ -132,7 +132,7 @@ async fn a_client_that_is_revoked_while_it_is_connected_loses_its_connection() {
 async fn a_bad_list_on_reload_leaves_the_old_one_in_use() {
     let broker = Broker::start_on(site(&["enroller"], LONG_S));
     fs::write(broker.site.pki.crl_file(), "no list").unwrap();
-    until_logged(&broker.site, "no longer holds a list of");
+    until_logged(&broker.site, "no longer has a list of");
     let log = broker.site.log();
     assert_eq!(log.matches("\"alert\":\"client-crl\"").count(), 1, "{log}");
     // Neither forgotten nor widened.
@@ -161,7 +161,10 @@ async fn a_new_list_counts_beside_a_bad_server_certificate() {
     fs::write(&certificate, "half a certificate").unwrap();
     until_logged(&broker.site, "\"alert\":\"tls-reload\"");
     broker.site.pki.revoke(&["enroller"], LONG_S);
-    until_logged(&broker.site, "changed trust in clients is taken over");
+    until_logged(
+        &broker.site,
+        "the client CAs and revocation lists were applied without",
+    );
     until_refused(&broker, "enroller").await;
     let key = Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
     assert_eq!(key.key_material, MATERIAL);
@@ -173,15 +176,15 @@ async fn an_expired_revocation_list_refuses_every_client_until_there_is_a_new_on
     let site = site(&[], LONG_S);
     let broker = Broker::start_on(Arc::clone(&site));
     site.pki.revoke(&[], HOUR_S);
-    until_logged(&site, "a revocation list ends soon");
+    until_logged(&site, "a revocation list expires soon");
     // On a busy machine a short list may end before the broker reads it. Such a list is left out, and a longer one follows.
-    let ended = "a revocation list has ended";
+    let ended = "a revocation list has expired";
     let mut lifetimes_s = [2, 4, 8, 16].into_iter();
     let mut left_out = 0;
     site.pki.revoke(&[], 1);
     until(ended, || {
         let log = site.log();
-        let count = log.matches("that ended on").count();
+        let count = log.matches("that expired on").count();
         if count > left_out {
             left_out = count;
             site.pki
@@ -206,9 +209,9 @@ async fn a_start_serves_with_the_accepted_list_when_the_file_has_no_better_one()
     let (mut site, _) = Broker::start_on(site).stop();
     let damaged = newer.replace("-----END X509 CRL-----", "");
     for (text, words) in [
-        (older.as_str(), "holds an older list of"),
+        (older.as_str(), "has an older list of"),
         (&damaged, "has no END line of the same label"),
-        ("", "no longer holds a list of"),
+        ("", "no longer has a list of"),
     ] {
         fs::write(site.pki.crl_file(), text).unwrap();
         let broker = Broker::start_on(site);
@@ -218,7 +221,7 @@ async fn a_start_serves_with_the_accepted_list_when_the_file_has_no_better_one()
         refused(answer, "KEY_NOT_FOUND");
         until("the problem in health and metrics", || {
             let is_ready =
-                get(broker.status, "/readyz").contains("revocation lists refused or missing");
+                get(broker.status, "/readyz").contains("revocation lists are rejected or missing");
             let is_counted = metrics(&broker).lines().any(|line| {
                 line.starts_with("keybroker_client_crl_problems{") && !line.ends_with(" 0")
             });

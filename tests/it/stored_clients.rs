@@ -70,7 +70,7 @@ fn with_clients() -> Site {
     let pin = PinSource::File(config.token.pin_file.clone().unwrap());
     let state = StateDirectory::below(&config.audit.directory);
     let program = Path::new(env!("CARGO_BIN_EXE_keybroker"));
-    let admin = Admin::open(program, &config.token, &state, &pin, false).unwrap();
+    let admin = Admin::open(program, &config.token, &state, &pin, false, &[]).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let store = store::open(&config.store).await.unwrap();

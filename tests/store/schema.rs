@@ -244,6 +244,25 @@ pub(crate) async fn a_schema_that_is_too_new_is_refused(engine: &Engine) {
     }
 }
 
+/// Where each statement of a migration commits separately, a later release that was interrupted has changed a part of the schema.
+pub(crate) async fn an_interrupted_migration_of_a_later_release_is_refused(engine: &Engine) {
+    record_later_schema(engine);
+    let unfinished = engine.pick("0", "false", "false");
+    engine.sql(&format!(
+        "UPDATE _sqlx_migrations SET success = {unfinished} WHERE version = 9999"
+    ));
+    for result in [
+        store::open_to_serve(&engine.settings).await.map(drop),
+        store::open(&engine.settings).await.map(drop),
+        store::migrate(&engine.settings, false).await.map(drop),
+    ] {
+        let error = result.unwrap_err();
+        assert!(error.to_string().contains("newer than"), "{error}");
+    }
+    let left = engine.sql("SELECT count(*) FROM _sqlx_migrations WHERE version = 9999");
+    assert_eq!(left.trim(), "1");
+}
+
 /// What `store migrate` of a later release leaves behind.
 fn record_later_schema(engine: &Engine) {
     record_migration(engine, 9_999, "later");

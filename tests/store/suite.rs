@@ -88,6 +88,7 @@ on_every_engine!(
     a_step_back_keeps_the_records,
     a_dry_run_changes_no_database,
     a_schema_that_is_too_new_is_refused,
+    an_interrupted_migration_of_a_later_release_is_refused,
     an_open_store_goes_on_when_the_schema_becomes_newer,
     a_newer_schema_serves_if_each_of_its_migrations_says_so,
 );

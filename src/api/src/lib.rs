@@ -1,4 +1,4 @@
-//! The APIs: gRPC ([`rpc`]) and REST for Bitwarden clients ([`rest`]). Both end in the broker.
+//! The APIs of the broker: gRPC ([`rpc`]), and REST for Bitwarden clients ([`rest`]). Both call the `broker` crate.
 
 mod request;
 pub mod rest;

@@ -1,8 +1,8 @@
-//! Runs one call: within a place among the calls of its connection, within its deadline, in a separate task, and in a span that
-//! every log line below it carries.
+//! Runs one call. The call takes one of the places of its connection, ends at its deadline, and runs in a separate task. Its span
+//! adds the call id to every log line.
 //!
-//! The task lets a call whose caller disconnects, or whose deadline passes, still reach its audit entry. The call keeps
-//! its place until then, so that disconnecting does not let a caller start more calls at once.
+//! Because of the separate task, a call still writes its audit entry if its caller disconnects or its deadline passes. The call
+//! keeps its place until then, so a caller cannot exceed its concurrent calls by disconnecting.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -20,16 +20,16 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 
-/// Why a call ended without an answer from its handler.
+/// Why a call has no answer from its handler.
 #[derive(Debug)]
 pub(crate) enum Unanswered {
-    /// It was not begun, and is not in the audit log yet.
+    /// The call did not begin, and has no audit entry yet.
     NotBegun(Error),
-    /// It was begun: its entry is, or will be, in the audit log.
+    /// The call began. Its audit entry is or will be in the log.
     Ended(Error),
 }
 
-/// The span of a call. Enabled whatever the filter lets through, so that no line goes without it.
+/// The span of a call. It has the level of errors, so that no log filter disables it.
 pub(crate) fn span(id: CallId, action: Option<Action>, principal: Option<&Principal>) -> Span {
     tracing::error_span!(
         "call",
@@ -49,7 +49,7 @@ pub(crate) async fn run(
     let deadline = deadline.instant();
     let place = Arc::clone(places).acquire_owned();
     let place = tokio::time::timeout_at(deadline.into(), place).await;
-    // A call whose deadline has passed is not begun, also where a place was free at once.
+    // A call whose deadline has passed does not begin, even if a place was free.
     let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
         let error = Error::new(
             Reason::Deadline,
@@ -59,7 +59,7 @@ pub(crate) async fn run(
     };
     let running = async move {
         let response = work.await;
-        // Until the answer is sent, or a connection that ends could take the call for finished.
+        // The call keeps its place until the answer is sent. Otherwise its connection would look idle and could be closed.
         response.map(|body| held(body, place))
     };
     let task = calls.spawn(running.in_current_span());
@@ -77,7 +77,7 @@ pub(crate) async fn run(
     }
 }
 
-/// A body that keeps something until it was sent or given up.
+/// A body that keeps a value until the body was sent or dropped.
 fn held(body: Body, what: impl Send + 'static) -> Body {
     Body::new(body.map_frame(move |frame| {
         let _ = &what;

@@ -1,16 +1,16 @@
-//! The REST API: what Bitwarden clients ask of a Key Connector. Requests into vocabulary, calls of the broker,
-//! answers and errors back.
+//! The REST API, which implements the Key Connector interface of Bitwarden clients. It parses requests, calls the
+//! broker, and converts answers and errors.
 //!
 //! | Request | Answer |
 //! |---|---|
-//! | `GET /user-keys` | the key of the token's user |
-//! | `POST /user-keys` | 200 when it was stored; never over a key that is there |
-//! | `PUT /user-keys` | 200 when it was stored, over another one if there is one |
-//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; needs no credential |
+//! | `GET /user-keys` | the key of the access token's user |
+//! | `POST /user-keys` | 200 if the key was stored; an existing key is never replaced |
+//! | `PUT /user-keys` | 200 if the key was stored; an existing key is replaced |
+//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; no credential is needed |
 //!
-//! Clients log their user out on any error, and treat every status except 200 as one: short outages of token, store
-//! and audit log are waited out here, and 404 is said only of a user who has no key. The user is the subject of the
-//! credential; nothing in a request can name another one.
+//! Clients log their user out after an error, and treat every status except 200 as an error. The API therefore retries
+//! during short outages of token, store and audit log, and returns 404 only if the user has no key. The user is the
+//! subject of the credential; a request cannot select another user.
 //!
 //! Mitigation: M21 of `THREAT_MODEL.md`.
 
@@ -33,21 +33,21 @@ mod user_keys;
 
 pub use settings::Settings;
 
-/// What calls need besides their content.
+/// The shared parts that calls need.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Where every call ends.
+    /// The broker that handles every call.
     pub broker: Arc<Broker>,
     /// Longest time for a call.
     pub call_timeout_max: Duration,
-    /// Calls under way, also those whose callers have gone.
+    /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,
-    /// Places for requests that wait for their next try.
+    /// Places for requests that wait for a retry.
     retries: Arc<Semaphore>,
 }
 
 impl Context {
-    /// What the routes of the REST API need.
+    /// Makes the context of the REST API.
     pub fn new(broker: Arc<Broker>, call_timeout_max: Duration, calls: TaskTracker) -> Self {
         Self {
             broker,
@@ -58,10 +58,10 @@ impl Context {
     }
 }
 
-/// The routes of the REST API. The server must have put a `Caller` among the extensions of each request.
+/// The routes of the REST API. The server must add a `Caller` to the extensions of each request.
 pub fn routes(context: Context, settings: &Settings) -> Router {
     let mut router = Router::new();
-    // Clients join the URL that an administrator typed with a path that begins with a slash.
+    // Clients append a path that begins with a slash to the configured URL, which may end with a slash.
     for prefix in [
         settings.path_prefix.clone(),
         format!("{}/", settings.path_prefix),

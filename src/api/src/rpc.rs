@@ -1,4 +1,4 @@
-//! The gRPC API: messages into vocabulary, one call of the broker, answers and errors back. Nothing is decided here.
+//! The gRPC API. It parses messages, calls the broker, and converts answers and errors. The broker makes all decisions.
 
 use std::sync::Arc;
 
@@ -34,22 +34,22 @@ pub use middleware::Context;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
-/// Longest message of a health check, in bytes: it holds the name of a service.
+/// Longest message of a health check, in bytes. The message has the name of a service.
 pub const HEALTH_BYTES_MAX: usize = 1024;
 
-/// Names of the services, for health.
+/// Name of the user-key service, also for health checks.
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
-/// Name of the control-plane service.
+/// Name of the admin API's service, also for health checks.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
 /// The services of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Services {
-    /// The user-key service.
+    /// Whether the listener has the user-key service.
     pub user_keys: bool,
-    /// The control-plane service.
+    /// Whether the listener has the service of the admin API.
     pub control: bool,
-    /// Server reflection.
+    /// Whether the listener has server reflection.
     pub reflection: bool,
 }
 
@@ -86,10 +86,10 @@ where
             let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // For the details of errors.
+                // These descriptors describe the details of errors.
                 .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name(H::NAME);
-            // Only what this listener has.
+            // Reflection lists only the services of this listener.
             for (has, name) in [
                 (services.user_keys, USER_KEY_SERVICE),
                 (services.control, CONTROL_SERVICE),
@@ -112,7 +112,7 @@ where
     ))
 }
 
-/// An authenticated call under way. Only the middleware makes one, after the caller was authenticated.
+/// An authenticated call in progress. Only the middleware makes it, after authenticating the caller.
 #[derive(Clone, Debug)]
 struct AuthenticatedCall {
     principal: Arc<Principal>,
@@ -120,16 +120,16 @@ struct AuthenticatedCall {
 }
 
 impl AuthenticatedCall {
-    /// What the middleware found out about the caller.
+    /// The call that the middleware added to the request.
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();
         entered.ok_or_else(|| {
-            let error = Error::new(Reason::Bug, "a call that did not pass the middleware");
+            let error = Error::new(Reason::Bug, "the call did not pass the middleware");
             status::to_status(&error, CallId::fresh())
         })
     }
 
-    /// The parsed request, or its refusal, audited.
+    /// Returns the parsed request. A refusal gets an audit entry.
     async fn parsed<T>(
         &self,
         broker: &Broker,

@@ -1,6 +1,7 @@
-//! Which segments a log has, and how many bytes they have together, in a form that is short enough for a state file.
+//! The numbers of a log's segments and their total size, in a form that is short enough for a state file.
 //!
-//! Compared at start: a segment that was removed or cut short while the broker was stopped is missed.
+//! The start compares them with the directory. This detects a segment that was removed or truncated while the broker
+//! was stopped.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -8,22 +9,22 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Extents in a mark at most. A log has more than one only after an operator acknowledged that segments are missing.
+/// Most extents in a mark. A log has more than one only after an operator acknowledged that segments are missing.
 const EXTENTS_MAX: usize = 256;
 
-/// Segments without a gap in their numbers.
+/// A range of segments without a gap in their numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Extent {
-    /// Number of the first.
+    /// Number of the first segment.
     pub(super) first: u64,
-    /// Number of the last.
+    /// Number of the last segment.
     pub(super) last: u64,
-    /// Durable bytes of all of them.
+    /// Total number of durable bytes in these segments.
     pub(super) bytes: u64,
 }
 
-/// The extents of a log: durable bytes by the number of the segment. A segment of which nothing is durable may be made anew, and is
-/// left out. Of a log with too many gaps only the newest extents are remembered.
+/// Computes the extents of a log from the durable bytes of each segment. A segment without durable bytes may be created
+/// again and is ignored. If a log has too many gaps, only the newest extents are kept.
 pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
     for (number, bytes) in segments.filter(|(_, bytes)| *bytes > 0) {
@@ -43,7 +44,8 @@ pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent>
     extents.split_off(surplus)
 }
 
-/// What is missing of a remembered extent. Segments may have been added since, and the last one may have grown.
+/// Returns what is missing from a stored extent. Segments may have been added since then, and the last segment may have
+/// grown.
 pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<String> {
     let mut bytes = 0_u64;
     let mut next = extent.first;
@@ -59,7 +61,7 @@ pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<
     }
     (bytes < extent.bytes).then(|| {
         format!(
-            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, and {} were written",
+            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, but {} were written",
             extent.first, extent.last, extent.bytes
         )
     })

@@ -1,7 +1,7 @@
-//! Whether the files of a log are still the ones that this process wrote: directory, `log-id`, `lock` and every segment, by device,
-//! inode and length.
+//! Checks whether the files of a log are still those that this process wrote. It compares the directory, `log-id`,
+//! `lock` and every segment by device, inode and length.
 //!
-//! Not noticed: bytes inside a file that are replaced by as many others.
+//! Not detected: bytes inside a file that are replaced without changing its length.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -17,7 +17,7 @@ use super::{
     segment::{self, FileId, LOCK, LOG_ID},
 };
 
-/// A file as it was left: which one, and how long.
+/// The identity and length of a file after this process last wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) id: FileId,
@@ -38,7 +38,7 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
-    /// File system of the directory above: another one means that a volume was unmounted or mounted.
+    /// The file system of the parent directory. A change means that a volume was mounted or unmounted.
     parent_device: u64,
     log_id: Written,
     lock: FileId,
@@ -46,7 +46,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// The files as they are now. The process holds the lock, and nothing is being written.
+    /// Reads the current state of the files. The process must hold the lock, and nothing must be being written.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let read = || -> io::Result<Self> {
             Ok(Self {
@@ -67,39 +67,39 @@ impl Files {
         Ok(files)
     }
 
-    /// Number and length of every segment, as this process left it.
+    /// Returns the number and length of every segment, as this process left it.
     pub(super) fn lengths(&self) -> impl Iterator<Item = (u64, u64)> {
         self.segments
             .iter()
             .map(|(number, written)| (*number, written.bytes))
     }
 
-    /// A segment was made, or its durable length changed.
+    /// Records a new segment, or a new durable length of a segment.
     pub(super) fn note(&mut self, number: u64, written: Written) {
         self.segments.insert(number, written);
     }
 
-    /// A segment was cut back to what was durable.
+    /// Records that a segment was truncated to its durable length.
     pub(super) fn cut_back(&mut self, number: u64, bytes: u64) {
         if let Some(written) = self.segments.get_mut(&number) {
             written.bytes = bytes;
         }
     }
 
-    /// This process removed a segment.
+    /// Records that this process removed a segment.
     pub(super) fn forget(&mut self, number: u64) {
         self.segments.remove(&number);
     }
 
-    /// Compares the segment that is written, before and after each group of entries. One system call, because a group costs
-    /// little more than its sync; the other files are compared by [`Files::check_all`]. Its path leads through the directory,
-    /// so that one that was moved or replaced is noticed, too.
+    /// Checks the newest segment, before and after each group of entries. This is one system call, because a group
+    /// costs little more than its sync. Since the path contains the directory, the check also detects a directory that
+    /// was moved or replaced. [`Files::check_all`] checks the other files.
     pub(super) fn check_newest(&self, number: u64) -> Result<(), Error> {
         self.check_segment(number)
             .or_else(|error| self.check_directory().and(Err(error)))
     }
 
-    /// Compares every file, and finds segments that this process did not write.
+    /// Checks every file, and searches for segments that this process did not write.
     pub(super) fn check_all(&self) -> Result<(), Error> {
         self.check_directory()?;
         Self::compare(&self.directory.join(LOG_ID), |meta| {
@@ -119,7 +119,7 @@ impl Files {
             None => Ok(()),
             Some(number) => Err(tampered(
                 &segment::segment_path(&self.directory, *number),
-                "was put there by another process",
+                "was created by another process",
             )),
         }
     }
@@ -133,13 +133,13 @@ impl Files {
             .is_ok_and(|meta| FileId::of(&meta).device != self.parent_device)
             || matches!(&looked, Ok(meta) if FileId::of(meta).device != self.own.device);
         if is_elsewhere {
-            let what = "is on another file system than before: its volume was unmounted, or another was mounted over it";
+            let what = "is on another file system than before: its volume was unmounted, or another volume was mounted over it";
             return Err(tampered(&self.directory, what));
         }
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
-    /// Compares which file a segment is, whatever its length: what a failed write left behind is cut back.
+    /// Checks the identity of a segment, but allows additional bytes: those of a failed write are removed afterwards.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());
@@ -161,7 +161,7 @@ impl Files {
         }
         let bytes = meta.len();
         if bytes != written.bytes {
-            let what = format!("has {bytes} bytes, and {} were written", written.bytes);
+            let what = format!("has {bytes} bytes, but {} were written", written.bytes);
             return Err(tampered(&path, &what));
         }
         Ok(())
@@ -175,7 +175,8 @@ impl Files {
         }
     }
 
-    /// A missing file was removed by another process; a file on a file system that does not answer was not.
+    /// Reads the metadata of a file. A missing file was removed by another process; other errors come from the file
+    /// system.
     fn look(path: &Path) -> Result<Metadata, Error> {
         fs::symlink_metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
@@ -186,7 +187,7 @@ impl Files {
     }
 }
 
-/// The directory that a path is in.
+/// Returns the parent directory of a path.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

@@ -1,9 +1,9 @@
-//! The audit log: one durable entry per decision, written before the answer leaves.
+//! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
-//! A log is one directory under an exclusive lock: append-only segments, mode 0600, one RFC 8785 (canonical JSON) object
-//! per line, integers only, LF-ended, with a `log_id` and a sequence without gaps. Entries are written and synced in
-//! groups by one thread. An entry that cannot be made durable within [`APPEND_TIMEOUT`] is an error, and its caller must
-//! refuse the request (fail closed).
+//! A log is a directory under an exclusive lock. It contains append-only segments of mode 0600. Each line is one RFC
+//! 8785 (canonical JSON) object with integers only, and ends with LF. The entries have a `log_id` and sequence numbers
+//! without gaps. One thread writes and syncs entries in groups. An entry that cannot be made durable within
+//! [`APPEND_TIMEOUT`] is an error, and its caller must refuse the request (fail closed).
 
 use std::{borrow::Cow, path::PathBuf, time::Duration};
 
@@ -34,35 +34,37 @@ pub use recovery::open_intents;
 pub use tail::{tail, tail_matching};
 pub use verify::{Report, verify};
 
-/// Longest wait for an entry to become durable.
+/// Longest wait until an entry is durable.
 pub const APPEND_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest wait for the last entries and the end of the writer.
+/// Longest wait until the last entries are written and the writer has ended.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Where the log lives.
+/// The `[audit]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Parent directory, mode 0700. `serve` writes below `instance/`, each mutating command-line run below `cli-…/`.
+    /// The parent directory, of mode 0700. `serve` writes to the directory `audit.instance` below it, and each run of a
+    /// changing command writes to `cli-…/`.
     pub directory: PathBuf,
-    /// Name of this instance's log below the directory; 1 to 64 bytes of `[a-z0-9._-]`.
+    /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
     pub instance: String,
-    /// A segment is closed when it reaches this size.
+    /// Size at which a segment is closed.
     #[serde(default = "default_segment_bytes_max")]
     pub segment_bytes_max: u64,
 }
 
 impl Settings {
-    /// Opens the log of that name, making its directory, and the one above if that one's parent exists.
+    /// Opens the log of this name. Creates its directory, and the directory above it if its parent exists.
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
-    /// Opens the log of this instance. Unlike [`Settings::open`] it remembers the log in the state directory, and refuses one
-    /// that ends before the last entry that was durable, that is gone, or whose tampering no operator has acknowledged.
+    /// Opens the log of this instance. Unlike [`Settings::open`], it keeps facts about the log in the state directory.
+    /// It refuses a log that is missing, that ends before the last durable entry, or whose tampering no operator has
+    /// acknowledged.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);
@@ -73,19 +75,19 @@ impl Settings {
         )
     }
 
-    /// The log of this instance as its files are, without opening it: a broker may be using it. Refuses a log that is gone, or whose
-    /// tampering no operator has acknowledged, like [`Settings::open_instance`].
+    /// Examines the files of this instance's log without opening it, because a broker may be using it. Like
+    /// [`Settings::open_instance`], refuses a log that is missing or whose tampering no operator has acknowledged.
     pub fn examine_instance(&self) -> Result<ClosedLog, Error> {
         ClosedLog::examine(self.directory.join(&self.instance), self.memory())
     }
 
-    /// The tampering with the log of this instance that no operator has acknowledged.
+    /// Returns the tampering with the log of this instance that no operator has acknowledged.
     pub fn tampering(&self) -> Result<Option<Tampering>, Error> {
         self.memory().tampering()
     }
 
-    /// Acknowledges the tampering that was found, in the name of an operator. A broker that serves takes this in within a
-    /// second, another one at its start.
+    /// Acknowledges detected tampering on behalf of an operator. A running broker processes this within a second, a
+    /// stopped one at its next start.
     pub fn acknowledge_tampering(
         &self,
         tampering: &Tampering,
@@ -94,25 +96,26 @@ impl Settings {
         self.memory().acknowledge(tampering, principal)
     }
 
-    /// Numbers of the segments of this instance's log, ascending.
+    /// Returns the numbers of the segments of this instance's log, in ascending order.
     pub fn segments(&self) -> Result<Vec<u64>, Error> {
         segment::segments(&self.directory.join(&self.instance))
     }
 
-    /// Asks for the removal of the oldest segments, up to this one and without the newest, in the name of an operator. A broker
-    /// that serves removes them within a second, another one at its start. An entry records it.
+    /// Requests the removal of the oldest segments up to number `through`, on behalf of an operator. The newest segment
+    /// always stays. A running broker removes them within a second, a stopped one at its next start. An entry records
+    /// the removal.
     pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
         let principal = principal.to_owned();
         let removal = memory::Removal { principal, through };
         self.memory().request_removal(&removal)
     }
 
-    /// Whether a removal was asked for and not carried out yet.
+    /// Whether a requested removal has not been carried out yet.
     pub fn is_removal_pending(&self) -> Result<bool, Error> {
         Ok(self.memory().removal()?.is_some())
     }
 
-    /// Compares the end of this instance's log with the last entry that is known to have been durable.
+    /// Verifies this instance's log, and compares its end with the last entry that is known to be durable.
     pub fn verify_instance(&self) -> Result<Report, Error> {
         let memory = self.memory();
         let mark = memory.mark();
@@ -145,89 +148,89 @@ fn default_segment_bytes_max() -> u64 {
     64 * 1024 * 1024
 }
 
-/// What an entry is about.
+/// The kinds of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EntryKind {
-    /// One decision that changed nothing: a release, a read, a denial, a failure.
+    /// A decision that changed nothing: a release, a read, a denial or a failure.
     Decision,
-    /// A mutation is about to be committed.
+    /// A mutation that is about to be committed.
     Intent,
-    /// What became of an intent with the same call id.
+    /// The result of the intent with the same call id.
     Outcome,
     /// The result of an intent whose outcome could not be written in time: after a crash, or because the log or the
     /// store was unavailable.
     Recovered,
-    /// About the log itself: opened, torn tail set aside, closed.
+    /// An event of the log itself, for example that it was opened or closed, or that a torn tail was set aside.
     System,
 }
 
-/// How a decision ended.
+/// The result of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// Done, or for an intent: about to be done.
+    /// The action was done. In an intent, it is about to be done.
     Ok,
     /// Policy or authentication refused it.
     Denied,
-    /// It failed; nothing was released or changed.
+    /// The action failed, and nothing was released or changed.
     Failed,
-    /// It may have been done, in part or as a whole. Of a recovered intent: nothing that the log's owner can ask still tells. Of a
-    /// command that failed in the middle: the count says how much was done at least.
+    /// The action may have been done, completely or in part. For a recovered intent, the log's owner can no longer find
+    /// out. For a command that failed in the middle, the count is the smallest number of completed changes.
     Unknown,
 }
 
-/// One entry, before the log adds `log_id`, sequence and time. Absent fields are left out of the line.
+/// One entry, before the log adds `log_id`, sequence and time. The line contains no absent fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it is about.
+    /// The kind of the entry.
     pub kind: EntryKind,
-    /// Action name, see [`keybroker_core::principal::Action`], or a name of the log's own.
+    /// The name of the action (see [`keybroker_core::principal::Action`]), or of an event of the log itself.
     pub action: Cow<'static, str>,
-    /// How it ended.
+    /// The result.
     pub outcome: Outcome,
-    /// Why not, when it did not end well.
+    /// The reason, if the action was not done.
     pub reason: Option<Reason>,
-    /// Who asked.
+    /// The principal that requested the action.
     pub principal: Option<String>,
-    /// Tenant of the principal.
+    /// The tenant of the principal.
     pub tenant: Option<Tenant>,
-    /// The user whose key it is.
+    /// The user whose key the action concerns.
     pub user: Option<UserId>,
-    /// Which of the user's keys.
+    /// The name of the key.
     pub key_name: Option<KeyName>,
-    /// The record, once known.
+    /// The record, if it is known.
     pub record_id: Option<RecordId>,
-    /// The revision released or made.
+    /// The revision that was released or created.
     pub revision: Option<Revision>,
-    /// The wrapping key used.
+    /// The wrapping key that was used.
     pub wrapping_key: Option<WrappingKeyId>,
-    /// The policy that decided.
+    /// The policy that made the decision.
     pub policy: Option<Cow<'static, str>>,
-    /// The call.
+    /// The id of the call.
     pub call_id: Option<CallId>,
     /// The client's request id.
     pub request_id: Option<RequestId>,
-    /// What exactly was wrong, where one reason has several causes.
+    /// The exact cause, if a reason has several causes.
     pub cause: Option<Cow<'static, str>>,
-    /// Where the connection came from.
+    /// The address from which the connection came.
     pub peer: Option<String>,
-    /// How many events this entry stands for, when more than one.
+    /// Number of events that this entry stands for, if more than one.
     pub count: Option<u64>,
-    /// How many bytes of the log's own files it is about.
+    /// Number of bytes of the log's own files that this entry concerns.
     pub bytes: Option<u64>,
-    /// The API client that was made or changed.
+    /// The API client that was created or changed.
     pub client: Option<ClientId>,
-    /// What that client may do.
+    /// The grant of that API client.
     pub grant: Option<String>,
-    /// The identity of the database that the log is used with.
+    /// The identity of the database that is used with the log.
     pub store: Option<String>,
-    /// Risks of the token that its settings accept.
+    /// The risks of the token that its settings accept.
     pub risks: Option<String>,
 }
 
 impl Entry {
-    /// An entry with nothing but what every entry has.
+    /// Creates an entry with only the required fields.
     pub fn new(kind: EntryKind, action: impl Into<Cow<'static, str>>, outcome: Outcome) -> Self {
         Self {
             kind,
@@ -256,30 +259,30 @@ impl Entry {
     }
 }
 
-/// A change whose outcome the log has: it was made.
+/// A change that was made, according to its outcome in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// The call that made it.
+    /// The call that made the change.
     pub call: CallId,
-    /// When its intent was written.
+    /// When the intent of the change was written.
     pub at: Timestamp,
-    /// What it did, as in the field `action`.
+    /// The action, as in the field `action`.
     pub action: String,
 }
 
 /// An intent without an outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenIntent {
-    /// The call whose mutation was cut short.
+    /// The call whose mutation was interrupted.
     pub call: CallId,
     /// When the intent was written.
     pub at: Timestamp,
-    /// The intent: who wanted what of which record.
+    /// The intent, with the principal, the action and the record.
     pub intent: Entry,
 }
 
 impl OpenIntent {
-    /// The entry that closes it: of the same principal, action and record.
+    /// Returns the entry that closes the intent, with its principal, action and record.
     pub fn recovered(&self, outcome: Outcome) -> Entry {
         Entry {
             kind: EntryKind::Recovered,
@@ -289,7 +292,7 @@ impl OpenIntent {
     }
 }
 
-/// Why the log is not writable.
+/// Why the log cannot be written.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("audit log: {text}")]
 pub struct Error {
@@ -303,7 +306,7 @@ enum Class {
     InUse,
     Slow,
     Tampered,
-    /// Tampered with, and latched: the text says what to do.
+    /// Tampering was found and the log is latched. The text contains the remedy.
     Latched,
 }
 
@@ -315,7 +318,7 @@ impl Error {
         }
     }
 
-    /// A file of the log is not the one that was written.
+    /// Returns an error about a log file that is not the one that was written.
     fn tampered(finding: impl Into<String>) -> Self {
         Self {
             text: finding.into(),
@@ -331,33 +334,33 @@ impl Error {
         &self.text
     }
 
-    /// The same with the remedy: nothing goes on by itself.
+    /// Adds the remedy to the error: only an operator can end this state.
     fn latched(self) -> Self {
         if self.class == Class::Latched {
             return self;
         }
         Self {
             text: format!(
-                "{}; nothing is released or changed until an operator runs `keybroker audit acknowledge`. Keep the directory as it \
-                 is for the auditors",
+                "{}; nothing is released or changed until an operator runs `keybroker audit acknowledge`. Keep the directory \
+                 unchanged for the auditors",
                 self.text
             ),
             class: Class::Latched,
         }
     }
 
-    /// Whether another process writes this log.
+    /// Whether another process has the log open.
     pub fn in_use(&self) -> bool {
         self.class == Class::InUse
     }
 
-    /// Whether the entry may still become durable, though its caller has been refused.
+    /// Whether the entry may still become durable although its caller was refused.
     pub fn may_appear(&self) -> bool {
         self.class == Class::Slow
     }
 }
 
-/// How long a caller should wait for a log that is unavailable.
+/// The delay after which a caller may retry while the log is unavailable.
 const AUDIT_RETRY: Duration = Duration::from_secs(1);
 
 impl From<Error> for error::Error {

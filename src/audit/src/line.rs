@@ -1,5 +1,5 @@
-//! One entry as one line: RFC 8785 canonical JSON. Names are ASCII and in order, numbers are integers, escapes are those of
-//! `serde_json`, which are the canonical ones.
+//! The encoding of one entry as one line of RFC 8785 canonical JSON. Names are ASCII and sorted, numbers are integers,
+//! and the escapes of `serde_json` are the canonical ones.
 
 use std::io::Write as _;
 
@@ -13,7 +13,7 @@ use keybroker_core::{
 
 use super::{Entry, EntryKind, OpenIntent, Outcome};
 
-/// What the log adds to an entry.
+/// The values that the log adds to an entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'a> {
     pub(super) log_id: &'a str,
@@ -21,7 +21,7 @@ pub(super) struct Place<'a> {
     pub(super) at: Timestamp,
 }
 
-/// Appends the line, LF-ended. Fields are written in the order of their names, which is the canonical one.
+/// Appends the line with its LF. Fields are written in the order of their names, which is the canonical order.
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
     object.text("action", Some(&entry.action));
@@ -52,7 +52,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.end();
 }
 
-/// A JSON object under construction. Names are ASCII words and need no escape.
+/// A JSON object that is being written. Names are ASCII words and need no escape.
 struct Object<'a> {
     line: &'a mut Vec<u8>,
     separator: u8,
@@ -74,7 +74,7 @@ impl<'a> Object<'a> {
         self.line.extend(b"\":");
     }
 
-    /// A text from outside: the escapes of `serde_json` are those of RFC 8785.
+    /// Writes a text of a caller. The escapes of `serde_json` are those of RFC 8785.
     fn text(&mut self, name: &str, value: Option<&str>) {
         if let Some(value) = value {
             self.name(name);
@@ -82,7 +82,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// An id: hexadecimal digits and hyphens, which need no escape.
+    /// Writes an id, which consists of hexadecimal digits and hyphens and needs no escape.
     fn shown(&mut self, name: &str, value: Option<&impl std::fmt::Display>) {
         if let Some(value) = value {
             self.name(name);
@@ -102,10 +102,10 @@ impl<'a> Object<'a> {
     }
 }
 
-/// Integers up to this are the same for every reader of JSON (RFC 8785 section 3.2.2.3).
+/// Largest integer that all JSON parsers read in the same way (RFC 8785 section 3.2.2.3).
 const INTEGER_MAX: u64 = (1 << 53) - 1;
 
-/// A line read back: what checks the log and finds open intents.
+/// A line that was read back, to verify the log or to find open intents.
 #[derive(Clone, Debug)]
 pub(super) struct Parsed {
     pub(super) log_id: String,
@@ -118,10 +118,10 @@ pub(super) struct Parsed {
     fields: Value,
 }
 
-/// Reads a line without its LF. `None` unless it is canonical, byte for byte.
+/// Parses a line without its LF. Returns `None` unless every byte is canonical.
 pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
     let fields: Value = serde_json::from_slice(line).ok()?;
-    // A duplicate key, a space or another escape would survive parsing, but not writing again.
+    // Duplicate names, spaces and other escapes survive parsing, but not serialising again.
     if fields.to_string().as_bytes() != line {
         return None;
     }
@@ -140,7 +140,7 @@ pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
 }
 
 impl Parsed {
-    /// The intent that this line is; `None` for a line of another kind.
+    /// Returns the intent in this line; `None` for a line of another kind.
     pub(super) fn intent(&self) -> Option<OpenIntent> {
         if self.kind != kind_name(EntryKind::Intent) {
             return None;
@@ -169,7 +169,7 @@ impl Parsed {
         })
     }
 
-    /// Whether this line says that what was intended was done.
+    /// Whether this line records that the intended change was made.
     pub(super) fn is_done(&self) -> bool {
         let outcome = self.fields.get("outcome").and_then(Value::as_str);
         self.closes_intent() && outcome == Some(outcome_name(Outcome::Ok))
@@ -240,7 +240,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a caller calls itself, the entry is one canonical line that reads back.
+        /// Whatever the name of a caller contains, the entry is one canonical line that can be read back.
         #[test]
         fn any_text_gives_one_canonical_line(peer in any::<String>(), principal in any::<String>()) {
             let mut entry = Entry::new(EntryKind::Intent, "user_key.create", Outcome::Ok);

@@ -1,4 +1,4 @@
-//! The handle of a log, and how one is opened.
+//! The handle of an audit log, and the steps of opening a log.
 
 use std::{
     fmt,
@@ -21,25 +21,25 @@ use super::{
     writer::{self, Command, Writer},
 };
 
-/// Entries that may wait for the writer; more are refused at once.
+/// Most entries that wait for the writer. Further entries are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
-/// The audit log of one instance. Clones share it; the last one to go, or [`AuditLog::close`], ends it.
+/// The audit log of one instance. Clones share it. Dropping the last clone, or [`AuditLog::close`], ends the writer.
 #[derive(Clone)]
 pub struct AuditLog(Arc<Inner>);
 
 struct Inner {
     directory: PathBuf,
-    /// As it was when the log was opened.
+    /// The id at the time when the log was opened.
     log_id: String,
-    /// What the instance remembers of its log; absent for the log of a command.
+    /// The facts about this log in the state directory; absent for the log of a command.
     memory: Option<Memory>,
     is_binding_required: bool,
     commands: Sender<Command>,
     shared: Arc<Shared>,
-    /// Disconnected once the writer's thread has ended.
+    /// Disconnected when the writer's thread has ended.
     ended: Receiver<()>,
-    /// The newest changes that the log had when it was opened.
+    /// The newest changes in the log when it was opened.
     changes: Vec<Change>,
 }
 
@@ -52,8 +52,8 @@ impl fmt::Debug for AuditLog {
 }
 
 impl AuditLog {
-    /// Opens the log in a directory, makes it if its parent exists, and returns the intents that have no outcome. A torn
-    /// tail is set aside, and that is recorded.
+    /// Opens the log in a directory, and creates the directory if its parent exists. Returns the intents without an
+    /// outcome. A torn tail is set aside, and an entry records that.
     pub fn open(
         directory: &Path,
         segment_bytes_max: u64,
@@ -80,7 +80,8 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // Written before the log exists: after an interrupted start, a new log must not be mistaken for one of an earlier release.
+        // Written before the log exists, so that after an interrupted start a new log is not mistaken for one of an
+        // earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -145,7 +146,7 @@ impl AuditLog {
         Ok((log, open))
     }
 
-    /// Starts the writer's thread. The receiver is disconnected once it has ended.
+    /// Starts the writer's thread. The returned receiver is disconnected when the thread has ended.
     fn start(writer: Writer, commands: Receiver<Command>) -> Result<Receiver<()>, Error> {
         let (ending, ended) = crossbeam_channel::bounded(0);
         std::thread::Builder::new()
@@ -158,18 +159,19 @@ impl AuditLog {
         Ok(ended)
     }
 
-    /// The id of the log, 32 hexadecimal digits, as it was when the log was opened.
+    /// The id of the log when it was opened, 32 hexadecimal digits.
     pub fn id(&self) -> &str {
         &self.0.log_id
     }
 
-    /// Whether a database that was used with other logs of this instance must know this one. It need not know a log that an earlier
-    /// release made, until [`AuditLog::require_binding`], nor a log whose tampering an operator has acknowledged.
+    /// Whether the database must know this log, if it was used with other logs of this instance. The database need not
+    /// know a log of an earlier release until [`AuditLog::require_binding`] is called, or a log whose tampering an
+    /// operator has acknowledged.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
 
-    /// Remembers that the database knows this log: from now on it must.
+    /// Records that the database knows this log. From now on, [`AuditLog::is_binding_required`] is true.
     pub fn require_binding(&self) -> Result<(), Error> {
         match &self.0.memory {
             Some(memory) => memory.require_binding(),
@@ -177,7 +179,8 @@ impl AuditLog {
         }
     }
 
-    /// Latches the log as one that replaced another, until an operator acknowledges it. Returns the error for the caller.
+    /// Latches the log as one that replaced another log, until an operator acknowledges that. Returns the error for the
+    /// caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = unknown_to_database(&self.0.directory);
         match &self.0.memory {
@@ -186,14 +189,15 @@ impl AuditLog {
         }
     }
 
-    /// The newest changes that the log had when it was opened, at most 16, oldest first.
+    /// The newest changes in the log when it was opened, at most 16, oldest first.
     pub fn changes_before(&self) -> &[Change] {
         &self.0.changes
     }
 
-    /// Makes an entry durable and returns its sequence number. An error within [`APPEND_TIMEOUT`] otherwise, at once while
-    /// the disk hangs; such an entry may still appear in the log, so that the log may say more than happened, never less.
-    /// A `recovered` entry for an intent that is not open is not needed, and not written.
+    /// Makes an entry durable and returns its sequence number. Otherwise, returns an error within [`APPEND_TIMEOUT`],
+    /// or immediately while the disk hangs. The entry may still appear in the log after an error, so the log can
+    /// contain more than what happened, but never less. A `recovered` entry for an intent that is not open is
+    /// unnecessary and is not written.
     pub async fn append(&self, entry: Entry) -> Result<u64, Error> {
         let done = self.send(entry)?;
         match tokio::time::timeout(APPEND_TIMEOUT, done).await {
@@ -203,7 +207,7 @@ impl AuditLog {
         }
     }
 
-    /// [`AuditLog::append`] for code that is not async.
+    /// Does the same as [`AuditLog::append`], for code that is not async.
     pub fn append_blocking(&self, entry: Entry) -> Result<u64, Error> {
         self.send(entry)?.blocking_recv().map_err(|_| stopped())?
     }
@@ -219,18 +223,18 @@ impl AuditLog {
         }
     }
 
-    /// Whether the log was writable at the last check and its disk does not hang. Reads memory only.
+    /// Whether the log was writable at the last check and its disk does not hang. Reads only memory.
     pub fn writable(&self) -> Result<(), Error> {
         self.0.shared.writable()
     }
 
-    /// The last durable lines, oldest first, without their LF.
+    /// Returns the last durable lines, oldest first, without their LF.
     pub fn tail(&self, limit: usize) -> Result<Vec<String>, Error> {
         last_lines(&self.0.directory, limit, Some(self.0.shared.durable()))
     }
 
-    /// Writes what is queued and a closing entry, and waits for that, but never longer than [`CLOSE_TIMEOUT`]: the next
-    /// start finds what was cut short.
+    /// Writes the queued entries and a closing entry, and waits for them for at most [`CLOSE_TIMEOUT`]. The next start
+    /// completes what was interrupted.
     pub fn close(self) {
         let until = Instant::now() + CLOSE_TIMEOUT;
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
@@ -238,13 +242,13 @@ impl AuditLog {
         if !asked || ended != Err(RecvTimeoutError::Disconnected) {
             keybroker_core::alert!(
                 AuditLog,
-                "the audit log was not closed cleanly: its disk does not respond"
+                "the audit log was not closed cleanly because its disk does not respond"
             );
         }
     }
 }
 
-/// The log of an instance that this process has not opened.
+/// The log of an instance, which this process has not opened.
 #[derive(Debug)]
 pub struct ClosedLog {
     directory: PathBuf,
@@ -255,7 +259,7 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // An acknowledgement accepts a log that the database does not know, as it does when the log is opened.
+        // An acknowledgement accepts a log that the database does not know. Opening the log has the same effect.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =
@@ -273,12 +277,12 @@ impl ClosedLog {
         self.id.as_deref()
     }
 
-    /// The same as [`AuditLog::is_binding_required`].
+    /// The value of [`AuditLog::is_binding_required`] for this log.
     pub fn is_binding_required(&self) -> bool {
         self.is_binding_required
     }
 
-    /// The same as [`AuditLog::refuse_unknown`].
+    /// Does the same as [`AuditLog::refuse_unknown`].
     pub fn refuse_unknown(&self) -> Error {
         found_at_start(&self.memory, unknown_to_database(&self.directory))
     }
@@ -286,15 +290,15 @@ impl ClosedLog {
 
 fn unknown_to_database(directory: &Path) -> String {
     format!(
-        "the log in {} is new, and the database was used with other logs of this instance. If this is another host or replica, give \
-         it a name that no other one has, with `audit.instance` or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
-         again. Otherwise the log was replaced, lost, or moved while the broker was stopped",
+        "the log in {} is new, but the database was used with other logs of this instance. If this is another host or replica, give \
+         the instance a unique name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
+         again. Otherwise the log was replaced, lost or moved while the broker was stopped",
         directory.display()
     )
 }
 
-/// The operator's acknowledgement, if tampering was found earlier. An error when it was found and not acknowledged, or when the
-/// directory that had entries is missing.
+/// Returns the operator's acknowledgement of earlier tampering. Fails if tampering was found and not acknowledged, or
+/// if the directory is missing although it had entries.
 fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
     let acknowledgement = memory.acknowledgement()?;
     if acknowledgement.is_some() {
@@ -310,7 +314,7 @@ fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowled
     Ok(None)
 }
 
-/// The mark. A damaged one is a finding like any other, so that an operator can acknowledge it.
+/// Reads the mark. A damaged mark is reported as tampering, so that an operator can acknowledge it.
 fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
     match memory.mark() {
         Err(error) if error.is_tampering() => {
@@ -320,8 +324,9 @@ fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
     }
 }
 
-/// Compares what is in the directory with the last entry that is known to have been durable, and with the segments that were
-/// there. After an acknowledgement entries may be missing: then the sequence goes on behind them, so that the gap stays visible.
+/// Compares the directory with the last entry that is known to be durable, and with the segments that existed. After an
+/// acknowledgement, entries may be missing. The sequence then continues after the missing entries, so that the gap
+/// stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,
@@ -330,7 +335,7 @@ fn compare_with_mark(
     is_acknowledged: bool,
 ) -> Result<(), Error> {
     if is_acknowledged {
-        // A damaged mark was the finding, perhaps.
+        // A damaged mark may have been the acknowledged finding.
         if let Ok(Some(mark)) = memory.mark()
             && mark.log_id == log_id
         {
@@ -343,14 +348,14 @@ fn compare_with_mark(
     };
     if mark.log_id != log_id {
         let finding = format!(
-            "the log has the id {log_id}, and {} was written",
+            "the log has the id {log_id}, but entries were written to {}",
             mark.log_id
         );
         return Err(found_at_start(memory, finding));
     }
     if found.last_sequence < mark.sequence {
         let finding = format!(
-            "the log ends with entry {}, and entry {} was durable",
+            "the log ends with entry {}, but entry {} was durable",
             found.last_sequence, mark.sequence
         );
         return Err(found_at_start(memory, finding));
@@ -368,9 +373,9 @@ fn compare_with_mark(
 
 fn found_at_start(memory: &Memory, finding: String) -> Error {
     let error = Error::tampered(finding);
-    // Found again at the next start, if it cannot be remembered.
+    // If the finding cannot be stored, the next start finds it again.
     if let Err(unwritten) = memory.set_tampering(error.finding()) {
-        tracing::warn!(error = %unwritten, "the tampering is not remembered");
+        tracing::warn!(error = %unwritten, "cannot store the finding of tampering");
     }
     error.latched()
 }
@@ -381,6 +386,6 @@ fn stopped() -> Error {
 
 fn full() -> Error {
     Error::new(format!(
-        "{QUEUE_MAX} entries wait already; look at the disk"
+        "{QUEUE_MAX} entries are waiting already; check the disk"
     ))
 }

@@ -1,8 +1,8 @@
-//! What an instance remembers of its log outside the log's own directory: how far it was durable, which segments it had, and
-//! whether its files were tampered with. Facts in the state directory, so that neither a restart nor a new directory makes the
-//! broker forget.
+//! The facts that an instance keeps about its log outside the log's directory: how far the log is durable, which
+//! segments it has, and whether its files were tampered with. They are in the state directory, so that the broker does
+//! not forget them after a restart or with a new log directory.
 //!
-//! A fact that is damaged counts as tampering, so that `keybroker audit acknowledge` is the remedy for it, too.
+//! A damaged fact is treated as tampering, so that `keybroker audit acknowledge` also resolves it.
 //!
 //! Not protected: a process that can write to the state directory can change these facts.
 //!
@@ -25,39 +25,39 @@ pub(super) struct Memory {
     instance: String,
 }
 
-/// How far the log was durable. It may lag behind by a second, never be ahead.
+/// How far the log is durable. The mark may lag behind by a second, but is never ahead.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Mark {
     pub(super) log_id: String,
     /// Sequence number of the last entry.
     pub(super) sequence: u64,
-    /// The segments that were there. Empty in a mark of an earlier release, which does not have them.
+    /// The segments that existed. Empty in a mark of an earlier release, which did not store them.
     #[serde(default)]
     pub(super) segments: Vec<Extent>,
 }
 
-/// A log whose files were tampered with. Nothing is written to it until an operator acknowledges that.
+/// The fact that the log's files were tampered with. Nothing is written to the log until an operator acknowledges it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tampering {
-    /// What was found.
+    /// The finding.
     pub finding: String,
     /// When it was found, in UTC microseconds since 1970.
     pub found_us: i64,
 }
 
-/// The operator's acknowledgement.
+/// An operator's acknowledgement of tampering.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Acknowledgement {
-    /// The operator, as the operating system knows the user.
+    /// The operator's user name in the operating system.
     pub(super) principal: String,
-    /// When the tampering was found that this is about, as in [`Tampering::found_us`].
+    /// When the acknowledged tampering was found, as in [`Tampering::found_us`].
     found_us: i64,
 }
 
-/// The operator's request to remove the oldest segments.
+/// An operator's request to remove the oldest segments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Removal {
-    /// The operator, as the operating system knows the user.
+    /// The operator's user name in the operating system.
     pub(super) principal: String,
     /// Number of the last segment to remove.
     pub(super) through: u64,
@@ -77,7 +77,7 @@ impl Memory {
         }
     }
 
-    /// The mark. A damaged one is an error for which [`Error::is_tampering`] holds.
+    /// Returns the mark. A damaged mark is an error for which [`Error::is_tampering`] is true.
     pub(super) fn mark(&self) -> Result<Option<Mark>, Error> {
         self.state.read_json(&self.name(MARK)).map_err(unusable)
     }
@@ -86,7 +86,7 @@ impl Memory {
         self.write(MARK, mark)
     }
 
-    /// The tampering that was found and that no operator has acknowledged. A damaged file says that there was some.
+    /// Returns tampering that no operator has acknowledged. A damaged file is treated as evidence of tampering.
     pub(super) fn tampering(&self) -> Result<Option<Tampering>, Error> {
         match self.state.read_json(&self.name(TAMPERING)) {
             Err(error) if error.is_damaged() => Ok(Some(Tampering {
@@ -105,8 +105,8 @@ impl Memory {
         self.write(TAMPERING, &tampering)
     }
 
-    /// The acknowledgement of the tampering that is remembered. One that is about an earlier finding, or about none, does not
-    /// count. A damaged one does not count either: the next one replaces it.
+    /// Returns the acknowledgement of the stored tampering. An acknowledgement of another finding, or a damaged one, is
+    /// ignored. The next acknowledgement replaces it.
     pub(super) fn acknowledgement(&self) -> Result<Option<Acknowledgement>, Error> {
         let Some(tampering) = self.tampering()? else {
             return Ok(None);
@@ -127,7 +127,7 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// Whether the database must know the log, because it was made or recorded there by a release that does so.
+    /// Whether the database must know the log, because a release with this check created the log or recorded it there.
     pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
         match self.state.read(&self.name(BINDING)) {
             Ok(fact) => Ok(fact.is_some()),
@@ -142,14 +142,15 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// The acknowledgement has taken effect. It also accepts a log that the database does not know.
+    /// Removes the facts about tampering after its acknowledgement has taken effect. This also accepts a log that the
+    /// database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;
         self.remove(TAMPERING)
     }
 
-    /// The request to remove segments that has not been carried out yet. A damaged one asks for nothing.
+    /// Returns the request to remove segments that has not been carried out yet. A damaged request is ignored.
     pub(super) fn removal(&self) -> Result<Option<Removal>, Error> {
         match self.state.read_json(&self.name(REMOVAL)) {
             Err(error) if error.is_damaged() => Ok(None),
@@ -161,7 +162,7 @@ impl Memory {
         self.write(REMOVAL, removal)
     }
 
-    /// The removal has been carried out, or is withdrawn.
+    /// Removes a request that was carried out or withdrawn.
     pub(super) fn forget_removal(&self) -> Result<(), Error> {
         self.remove(REMOVAL)
     }

@@ -1,9 +1,9 @@
-//! What an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
+//! The state that an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
 //!
-//! A crash tears what was being written: at most one group, at the very end. Anything else that cannot be read is
-//! damage, and the broker does not append to a damaged log: that would hide the damage, since what is set aside leaves
-//! the sequence without a gap. A machine that loses its power may leave a hole inside that last group, which cannot be
-//! distinguished from a manual edit; it counts as damage, and an operator decides.
+//! A crash tears only the group of entries that was being written, at the very end. All other unreadable bytes are
+//! damage. The broker does not append to a damaged log, because that would hide the damage: setting bytes aside leaves
+//! the sequence without a gap. A loss of power can leave a hole inside the last group, which looks the same as a manual
+//! edit. It is therefore treated as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -22,40 +22,40 @@ use super::{
     segment::{self, GROUP_MAX, Line},
 };
 
-/// Changes that are remembered.
+/// Most changes that are remembered.
 const CHANGES_MAX: usize = 16;
-/// Changes before the end of the log that the state directory may lack, in microseconds: a minute, where it is at most a second
-/// old.
+/// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. It is
+/// one minute, although the state directory is at most one second behind.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
-/// What one group may leave behind, with an ample measure for a line.
+/// Largest size of one torn group, with a generous size for each line.
 const TORN_BYTES_MAX: u64 = 4 * 1024 * GROUP_MAX;
 
-/// The intents of a log that have no outcome. Writes nothing and takes no lock.
+/// Returns the intents of a log that have no outcome. Writes nothing and takes no lock.
 pub fn open_intents(directory: &Path) -> Result<Vec<OpenIntent>, Error> {
     Ok(Found::read(directory)?.open.into_values().collect())
 }
 
-/// What is in a log.
+/// The content of a log.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     /// Number of the newest segment; absent in a new log.
     pub(super) newest: Option<u64>,
-    /// Bytes of the newest segment up to the end of its last good line.
+    /// Number of bytes in the newest segment up to the end of its last valid line.
     pub(super) good_bytes: u64,
-    /// Bytes that follow: a torn tail.
+    /// Number of bytes after that: the torn tail.
     pub(super) torn_bytes: u64,
-    /// Of the last entry.
+    /// Sequence number of the last entry.
     pub(super) last_sequence: u64,
     pub(super) open: HashMap<CallId, OpenIntent>,
-    /// The newest changes that were made, oldest first.
+    /// The newest completed changes, oldest first.
     pub(super) changes: VecDeque<Change>,
     /// When the last entry was written.
     last_at: Option<Timestamp>,
 }
 
 impl Found {
-    /// Reads from the newest segment that began with no intent open: an intent without an outcome cannot be older.
+    /// Reads from the newest segment that began without open intents. An intent without an outcome cannot be older.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {
@@ -79,8 +79,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Reads the changes of the segment before those that were read, if it was closed shortly before the log ended: it may have
-    /// the newest ones.
+    /// Also reads the changes of the previous segment, if it was closed shortly before the end of the log. It may
+    /// contain the newest changes.
     fn read_older_changes(
         &mut self,
         directory: &Path,
@@ -95,7 +95,7 @@ impl Found {
             return Ok(());
         }
         let mut older = Self::default();
-        // Damage there is the business of `audit verify`.
+        // `audit verify` reports damage in this segment.
         segment::lines(&segment::segment_path(directory, number), |line: Line| {
             if let Some(entry) = line.entry {
                 older.track(&entry);
@@ -128,9 +128,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, but not as a crash of the broker would leave it: it was changed, or the \
-                 machine lost its power while the disk wrote in another order; keep the log for the auditors and start \
-                 another one with another `audit.instance`",
+                "{} is damaged at byte {good}, but not in the way that a crash of the broker causes: it was changed, or the \
+                 machine lost power while the disk wrote in another order; keep the log for the auditors and start \
+                 a new one with another `audit.instance`",
                 path.display()
             )));
         }
@@ -157,7 +157,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a separate file; the writer then cuts the segment back.
+    /// Copies a torn tail into a separate file. The writer then truncates the segment.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());

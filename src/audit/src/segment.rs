@@ -1,4 +1,4 @@
-//! The files of a log: how they are named, opened, checked and read back.
+//! The files of a log: their names, and how they are opened, checked and read.
 
 use std::{
     fs::{self, DirBuilder, File, Metadata, OpenOptions},
@@ -17,13 +17,13 @@ use super::{
     line::{self, Parsed},
 };
 
-/// Entries that are written together, in one group, at most.
+/// Most entries in one group, which are written together.
 pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
 /// Name of the file whose lock makes a process the only writer.
 pub(super) const LOCK: &str = "lock";
-/// Why there is no log yet.
+/// The explanation when no log exists.
 pub(super) const BEGINS: &str = "a broker begins its audit log at its first start";
 /// Name of the file with the id of the log.
 pub(super) const LOG_ID: &str = "log-id";
@@ -32,19 +32,19 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
-/// The same for what the operating system refused: its remedy where the kind of the error tells one, else the one given.
+/// Builds an error from one of the operating system. The remedy depends on the kind of error, or is `otherwise`.
 fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
     let known = remedy(path, error);
     fail(what, path, error, known.as_deref().unwrap_or(otherwise))
 }
 
-/// Makes the directory if its parent exists, and refuses one that others could write or read.
+/// Creates the directory if its parent exists. Refuses a directory that other users could read or write.
 pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => sync_directory(path.parent().unwrap_or(Path::new(".")))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            let remedy = "make its parent directory and give it to the user that runs keybroker";
+            let remedy = "create its parent directory and give it to the user that runs keybroker";
             return Err(fail_io("cannot make the directory", path, &error, remedy));
         }
     }
@@ -63,8 +63,9 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail("will not write into", path, cause, &remedy));
     }
     if !meta.is_dir() {
-        let remedy =
-            format!("name a directory in `[audit] directory`, owned by user {ours} with mode 0700");
+        let remedy = format!(
+            "set `[audit] directory` to a directory that is owned by user {ours} with mode 0700"
+        );
         return Err(fail(
             "will not write into",
             path,
@@ -83,7 +84,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Warns of a directory above the log in which another user could put another one in its place.
+/// Warns if a directory above the log allows another user to replace the log's directory.
 pub(super) fn note_open_directory(path: &Path) {
     if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
@@ -93,7 +94,7 @@ pub(super) fn note_open_directory(path: &Path) {
     }
 }
 
-/// The lock that makes this process the only writer. Held while the file is open.
+/// Takes the lock that makes this process the only writer. It is held while the file is open.
 pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     let path = directory.join(LOCK);
     let mut file = OpenOptions::new()
@@ -124,14 +125,14 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-/// The id of the log: made once, 32 hexadecimal digits.
+/// Returns the id of the log, 32 hexadecimal digits. Creates the id if the log is new.
 pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     if let Some(id) = existing_log_id(directory)? {
         return Ok(id);
     }
     let path = directory.join(LOG_ID);
     if path.exists() {
-        // A crash between the making of the file and its writing: there is nothing yet that it could belong to.
+        // A previous start crashed after it created the file and before it wrote the id. No entry can refer to it yet.
         remove(&path)?;
     }
     let mut bytes = [0; 16];
@@ -143,12 +144,12 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     Ok(id)
 }
 
-/// The id of a log that was made before.
+/// Returns the id of an existing log.
 pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error> {
     let path = directory.join(LOG_ID);
     // A FIFO in its place would otherwise block the start.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
-        let remedy = "the log was tampered with; keep it for the auditors and start another";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
         return Err(fail(
             "cannot read",
             &path,
@@ -160,8 +161,13 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         Ok(text) if text.trim().len() == 32 => return Ok(Some(text.trim().to_owned())),
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => return Ok(None),
         Ok(_) => {
-            let remedy = "the log was tampered with; keep it for the auditors and start another";
-            return Err(fail("not a log id in", &path, "wrong length", remedy));
+            let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+            return Err(fail(
+                "invalid log id in",
+                &path,
+                "its length is wrong",
+                remedy,
+            ));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
@@ -174,13 +180,18 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         }
     }
     if directory.exists() && !segments(directory)?.is_empty() {
-        let remedy = "the log was tampered with; keep it for the auditors and start another";
-        return Err(fail("segments without", &path, "file missing", remedy));
+        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        return Err(fail(
+            "there are segments without the file",
+            &path,
+            "it is missing",
+            remedy,
+        ));
     }
     Ok(None)
 }
 
-/// Writes a file that does not exist yet, and syncs it. One that cannot be written whole is removed again.
+/// Writes a new file and syncs it. If it cannot be written completely, it is removed.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = create(path)?;
     file.write_all(bytes)
@@ -191,7 +202,7 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         })
 }
 
-/// Makes a file that does not exist yet. The caller syncs the directory.
+/// Creates a new file. The caller syncs the directory.
 pub(super) fn create(path: &Path) -> Result<File, Error> {
     OpenOptions::new()
         .append(true)
@@ -201,7 +212,7 @@ pub(super) fn create(path: &Path) -> Result<File, Error> {
         .map_err(|error| fail_io("cannot make", path, &error, "check owner, mode and disk"))
 }
 
-/// Removes a file. One that is not there is no error.
+/// Removes a file, if it exists.
 pub(super) fn remove(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail_io(
@@ -214,7 +225,7 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Cuts a segment back to its first `bytes`.
+/// Truncates a segment to its first `bytes`.
 pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
     let cut = || -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(path)?;
@@ -224,7 +235,7 @@ pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
         }
         Ok(())
     };
-    cut().map_err(|error| fail_io("cannot cut back", path, &error, "check the disk"))
+    cut().map_err(|error| fail_io("cannot truncate", path, &error, "check the disk"))
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), Error> {
@@ -248,7 +259,7 @@ pub(super) fn segment_path(directory: &Path, number: u64) -> PathBuf {
     directory.join(segment_name(number))
 }
 
-/// Numbers of the segments, ascending.
+/// Returns the numbers of the segments, in ascending order.
 pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
     let entries = fs::read_dir(directory).map_err(|error| {
         let otherwise = match error.kind() {
@@ -262,7 +273,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
-            // Another spelling of a number, or one that no log reaches, is no segment.
+            // A file with another spelling of a number, or with an unreachable number, is not a segment.
             let ours = number <= NUMBER_MAX && name == *segment_name(number);
             ours.then_some(number)
         })
@@ -271,7 +282,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
     Ok(numbers)
 }
 
-/// Which file it is, whatever path leads to it.
+/// The identity of a file, independent of its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileId {
     pub(super) device: u64,
@@ -287,17 +298,17 @@ impl FileId {
     }
 }
 
-/// Longer lines are damage: what the log writes is far shorter.
+/// Lines that are longer than this are damage. The log writes much shorter lines.
 pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 
-/// A line of a segment, or the bytes in its place.
+/// A line of a segment, or unreadable bytes in place of a line.
 #[derive(Debug)]
 pub(super) struct Line {
-    /// Where it begins.
+    /// The offset of its first byte.
     pub(super) at: u64,
-    /// Its length, with the LF.
+    /// Its length in bytes, including the LF.
     pub(super) bytes: u64,
-    /// Absent unless it is canonical and whole.
+    /// Absent unless the line is complete and canonical.
     pub(super) entry: Option<Parsed>,
 }
 
@@ -312,7 +323,7 @@ pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Erro
     Ok(())
 }
 
-/// Reads the whole lines of a segment as text, without their LF, whatever they hold.
+/// Reads the complete lines of a segment as text without their LF, even if they are not canonical.
 pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Error> {
     let mut reader = BufReader::new(open(path)?);
     loop {
@@ -337,7 +348,7 @@ pub(super) fn length(path: &Path) -> Result<u64, Error> {
         .map_err(|error| fail_io("cannot read", path, &error, "check owner and mode"))
 }
 
-/// The first entry of a segment.
+/// Returns the first entry of a segment.
 pub(super) fn first_line(path: &Path) -> Result<Option<Parsed>, Error> {
     let line = next_line(&mut BufReader::new(open(path)?), path, 0)?;
     Ok(line.and_then(|line| line.entry))

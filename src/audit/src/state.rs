@@ -1,4 +1,5 @@
-//! What the writer's thread tells the handles of a log, so that they need not ask it: it may hang in the disk.
+//! The writer's state, which the handles of a log read directly: the writer's thread may hang in the disk, so they
+//! cannot ask it.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,21 +15,21 @@ pub(super) struct Shared(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why nothing can be written, as last seen.
+    /// Why nothing can be written, according to the last attempt.
     down: Option<Error>,
-    /// When the writer asked the disk for something that it has not done yet.
+    /// When the writer's unfinished request to the disk began.
     busy_since: Option<Instant>,
-    /// Whether the log says of the disk that it hangs.
+    /// Whether the hanging disk was already reported.
     stall_reported: bool,
     durable: Durable,
 }
 
-/// How far the log is durable.
+/// The end of the durable part of the log.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Durable {
     /// The newest segment.
     pub(super) segment: u64,
-    /// That many of its bytes.
+    /// Number of durable bytes in this segment.
     pub(super) bytes: u64,
 }
 
@@ -37,12 +38,12 @@ impl Shared {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The writer is about to ask the disk for something.
+    /// Records that the writer is about to use the disk.
     pub(super) fn busy(&self) {
         self.state().busy_since = Some(Instant::now());
     }
 
-    /// The disk has done all that it was asked for.
+    /// Records that the disk has completed all requests.
     pub(super) fn idle(&self) {
         let mut state = self.state();
         state.busy_since = None;
@@ -71,7 +72,7 @@ impl Shared {
         measure(&state);
     }
 
-    /// Whether the log can be written: the disk did what it was asked last, and does not hang.
+    /// Whether the log can be written: the last request to the disk succeeded, and the disk does not hang.
     pub(super) fn writable(&self) -> Result<(), Error> {
         if let Some(error) = &self.state().down {
             return Err(error.clone());
@@ -79,7 +80,7 @@ impl Shared {
         self.moving()
     }
 
-    /// An error while the disk has not answered the writer for longer than a call waits for an entry.
+    /// Returns an error while a request to the disk takes longer than a call waits for an entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {
@@ -108,11 +109,11 @@ fn measure(state: &State) {
     metrics::AUDIT_WRITABLE.set_flag(state.down.is_none() && !state.hangs());
 }
 
-/// An entry did not become durable in time. Whether it will is not known.
+/// The error for an entry that did not become durable in time. It may still become durable later.
 pub(super) fn slow() -> Error {
     Error {
         text: format!(
-            "no entry became durable within {} ms; look at the disk",
+            "no entry became durable within {} ms; check the disk",
             APPEND_TIMEOUT.as_millis()
         ),
         class: Class::Slow,

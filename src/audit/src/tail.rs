@@ -1,4 +1,4 @@
-//! The last lines of a log, read from its end: as much of it as they need, however long it is.
+//! Reads the last lines of a log from its end. The cost does not depend on the length of the log.
 
 use std::{collections::VecDeque, fs::File, os::unix::fs::FileExt as _, path::Path};
 
@@ -10,12 +10,14 @@ use super::{
 
 const BLOCK_BYTES: u64 = 64 * 1024;
 
-/// The last lines of the log in a directory, oldest first, without their LF. A line that is being written is left out.
+/// Returns the last lines of the log in a directory, oldest first, without their LF. A line that is being written is
+/// omitted.
 pub fn tail(directory: &Path, limit: usize) -> Result<Vec<String>, Error> {
     last_lines(directory, limit, None)
 }
 
-/// The last lines that pass a test, oldest first, without their LF. Reads as many segments as it needs, from the newest on.
+/// Returns the last lines that pass a test, oldest first, without their LF. Reads from the newest segment backwards
+/// until it has enough lines.
 pub fn tail_matching(
     directory: &Path,
     limit: usize,
@@ -43,7 +45,7 @@ pub fn tail_matching(
     Ok(lines.into())
 }
 
-/// The last lines up to `durable`: what follows may still be taken back.
+/// Returns the last lines up to `durable`. Later bytes may still be removed.
 pub(super) fn last_lines(
     directory: &Path,
     limit: usize,
@@ -72,11 +74,11 @@ fn of_segment(path: &Path, limit: usize, end: Option<u64>) -> std::io::Result<Ve
     let file = File::open(path)?;
     let length = file.metadata()?.len();
     let end = end.map_or(length, |end| end.min(length));
-    // A damaged file may have no line at all.
+    // A damaged file may contain no line end at all.
     let wanted = u64::try_from(limit).unwrap_or(u64::MAX);
     let least = end.saturating_sub(LINE_BYTES_MAX.saturating_mul(wanted.saturating_add(1)));
     let (mut blocks, mut start, mut found) = (Vec::new(), end, 0);
-    // One LF more than lines wanted: the one before the first of them.
+    // Needs one LF more than lines: the one before the first line.
     while start > least && found <= limit {
         let bytes = BLOCK_BYTES.min(start);
         start -= bytes;

@@ -1,10 +1,11 @@
-//! Checks a log offline: every line canonical, one log id, a sequence without gaps.
+//! Verifies a log without a broker: every line must be canonical, all entries must have the same log id, and the
+//! sequence must have no gaps.
 //!
-//! The log of an instance is also held against the last entry that the instance remembers as durable, so lines cut off its
-//! end are found up to the last second before the broker stopped.
+//! The log of an instance is also compared with the last entry that the instance knows to be durable. This detects
+//! lines that were removed from the end of the log, up to the last second before the broker stopped.
 //!
-//! What this does not find: a value that was replaced by another valid one, and a log rewritten as a whole by an attacker who can
-//! write its files and the state directory. Signed checkpoints, which would show both, are not implemented yet.
+//! Not detected: a value that was replaced by another valid one, and a log that was completely rewritten by an attacker
+//! who can write its files and the state directory. Signed checkpoints would detect both, but are not implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -23,32 +24,32 @@ use super::{
     writer::SEGMENTS_REMOVED,
 };
 
-/// What a check found.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Segments read.
+    /// Number of segments.
     pub segments: u64,
-    /// Good entries.
+    /// Number of valid entries.
     pub entries: u64,
     /// Sequence number of the last entry.
     pub last_sequence: u64,
-    /// Intents without an outcome: changes under way, or cut short and not resolved yet.
+    /// Number of intents without an outcome: changes that are running, or that were interrupted and not resolved yet.
     pub open_intents: u64,
-    /// How often a tail was set aside that a crash had torn.
+    /// Number of torn tails that were set aside after a crash.
     pub torn_tails: u64,
-    /// What is wrong; empty for a good log.
+    /// All problems; empty for a valid log.
     pub problems: Vec<String>,
 }
 
-/// Problems listed at most: a log that is damaged everywhere needs no longer list.
+/// Most problems in a report. A log that is damaged everywhere needs no longer list.
 const PROBLEMS_MAX: usize = 100;
 
-/// Reads all segments of a log.
+/// Verifies all segments of a log.
 pub fn verify(directory: &Path) -> Result<Report, Error> {
     verify_to(directory, None)
 }
 
-/// The same, up to an entry that must be there.
+/// Verifies all segments of a log, which must reach the entry of the mark.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let path = directory.join(segment::LOG_ID);
     let log_id = fs::read_to_string(&path).map_err(|error| {
@@ -58,7 +59,7 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
                 "there is no audit log in {shown}; {}", segment::BEGINS
             ),
             (ErrorKind::NotFound, Some(_)) => format!(
-                "the audit log of {shown} is gone: there is no file {}, although this instance has written entries",
+                "the audit log of {shown} is missing: there is no file {}, although this instance has written entries",
                 path.display()
             ),
             _ => format!("cannot read {}: {}", path.display(), with_remedy(&path, &error)),
@@ -88,7 +89,7 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
                 readable = true;
                 check.entry(entry);
             }
-            // One problem for all that follows, until there is a line again.
+            // One problem for all bytes up to the next valid line.
             None if readable => {
                 readable = false;
                 let what = format!("no canonical entry begins at byte {}", line.at);
@@ -108,10 +109,10 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
 struct Check<'a> {
     log_id: &'a str,
     path: PathBuf,
-    /// Number of the segment that is read.
+    /// Number of the current segment.
     number: u64,
     open: HashSet<CallId>,
-    /// Number of the last segment of which an entry says that an operator removed it.
+    /// Number of the last segment whose removal by an operator is recorded in an entry.
     removed_through: u64,
     /// Sequence number of the first entry.
     begins_at: Option<u64>,
@@ -122,14 +123,16 @@ impl Check<'_> {
     fn entry(&mut self, line: &Parsed) {
         let Parsed { sequence, .. } = line;
         if line.log_id != self.log_id {
-            self.problem(&format!("entry {sequence} is of another log"));
+            self.problem(&format!("entry {sequence} belongs to another log"));
         }
-        // No canonical line has a number that cannot be followed by another.
+        // Sequence numbers of canonical lines are limited, so this cannot overflow.
         let expected = self.report.last_sequence + 1;
         let may_begin_here = self.begins_at.is_none() && self.number > 1;
         self.begins_at.get_or_insert(*sequence);
         if *sequence != expected && !may_begin_here {
-            self.problem(&format!("sequence {sequence} where {expected} is due"));
+            self.problem(&format!(
+                "the sequence number is {sequence} instead of {expected}"
+            ));
         }
         self.report.entries += 1;
         self.report.last_sequence = *sequence;
@@ -150,7 +153,8 @@ impl Check<'_> {
         }
     }
 
-    /// A log begins with its first entry, or after the segments of which an entry says that an operator removed them.
+    /// Checks the beginning: a log begins with its first entry, or after segments whose removal by an operator is
+    /// recorded.
     fn beginning(&mut self, directory: &Path, first: Option<u64>) {
         let (Some(number), Some(sequence)) = (first, self.begins_at) else {
             return;
@@ -159,16 +163,16 @@ impl Check<'_> {
             return;
         }
         self.path = segment::segment_path(directory, number);
-        self.problem(&format!("sequence {sequence} where 1 is due"));
+        self.problem(&format!("the sequence number is {sequence} instead of 1"));
     }
 
     fn end(&mut self, mark: &Mark, lengths: &BTreeMap<u64, u64>) {
         if mark.log_id != self.log_id {
-            let what = format!("the log of this instance was {}", mark.log_id);
+            let what = format!("this instance wrote entries to the log {}", mark.log_id);
             self.problem(&what);
         } else if self.report.last_sequence < mark.sequence {
             let what = format!(
-                "the log ends with entry {}, and entry {} was durable",
+                "the log ends with entry {}, but entry {} was durable",
                 self.report.last_sequence, mark.sequence
             );
             self.problem(&what);

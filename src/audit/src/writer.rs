@@ -1,11 +1,12 @@
-//! The one thread that writes a log. It takes what is queued, writes it in one go, syncs once, and only then answers: the
-//! sync under way is the natural group, so there is no delay to tune.
+//! The only thread that writes a log. It takes the queued entries, writes them together, syncs once, and only then
+//! answers. While one sync runs, the next group collects in the queue, so no delay has to be tuned.
 //!
-//! After any failure nothing is assumed of the file. A failed sync may have dropped dirty pages permanently (Linux reports the
-//! loss once and then calls the file clean), so the segment is cut back to what was durable and a new one is begun.
+//! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
+//! reports the loss once and then treats the file as clean. Therefore the segment is truncated to its durable length
+//! and a new segment is begun.
 //!
-//! Files that another process removed, replaced, truncated or added are no failure of the disk: the log is latched, and nothing
-//! is written until an operator acknowledges what was found.
+//! If another process removed, replaced, truncated or added files, that is not a disk failure. The log is latched, and
+//! nothing is written until an operator acknowledges the finding.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -38,20 +39,20 @@ use super::{
     state::Shared,
 };
 
-/// How often all files are compared and, while the log is down, the writer tries it again. Twice this is less than the second
-/// within which tampering is noticed.
+/// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice this
+/// interval is less than the second within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// The action of the entry that records a removal of old segments.
+/// The action of the entry that records the removal of old segments.
 pub(super) const SEGMENTS_REMOVED: &str = "log.segments_removed";
 /// Longest name of an operator, in characters.
 const PRINCIPAL_MAX: usize = 256;
-/// Subjects of complaints.
+/// The subjects of complaints.
 const MARK: &str = "mark";
 const REMOVAL: &str = "removal";
 const ACKNOWLEDGEMENT: &str = "acknowledgement";
 
-/// An entry, and the channel on which its caller learns that it is durable.
+/// An entry, with the channel that tells its caller that it is durable.
 pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
@@ -64,27 +65,27 @@ pub(super) struct Writer {
     log_id: String,
     pub(super) segment_bytes_max: u64,
     shared: Arc<Shared>,
-    /// Held for its lock; absent while it is taken anew.
+    /// Holds the lock; absent while the lock is taken again.
     lock: Option<File>,
     /// Every file of the log, as this process left it.
     files: Files,
-    /// What outlives the directory; absent for the log of one command.
+    /// The facts in the state directory; absent for the log of a command.
     memory: Option<Memory>,
-    /// The mark that was remembered last.
+    /// The sequence number in the last stored mark.
     marked: u64,
-    /// When the files were compared last.
+    /// When the files were last checked.
     compared: Instant,
-    /// What was found. Nothing is written while it is there.
+    /// The detected tampering. Nothing is written while this is set.
     latched: Option<Error>,
-    /// What was found, for the state directory.
+    /// The finding in the form for the state directory.
     finding: String,
-    /// What was logged last, by its subject: what fails with each probe is logged once.
+    /// The last logged message of each subject, so that a repeated failure is logged once.
     complaints: HashMap<&'static str, String>,
-    /// Absent after a failure.
+    /// The open segment; absent after a failure.
     current: Option<Current>,
     /// The newest segment, whether open or not; absent in a new log.
     newest: Option<Newest>,
-    /// Sequence of the next entry.
+    /// Sequence number of the next entry.
     sequence: u64,
     /// Intents without an outcome.
     pub(super) open: HashMap<CallId, OpenIntent>,
@@ -101,7 +102,7 @@ struct Newest {
 }
 
 impl Writer {
-    /// Goes on where an earlier run ended.
+    /// Creates a writer that continues after an earlier run.
     pub(super) fn new(
         directory: &Path,
         log_id: String,
@@ -130,7 +131,7 @@ impl Writer {
         })
     }
 
-    /// Runs until closed or until every handle is dropped.
+    /// Runs until the log is closed or every handle is dropped.
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.shared.idle();
         loop {
@@ -146,7 +147,7 @@ impl Writer {
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // In this order: the other would take one command more than it handles.
+            // In this order, because `zip` would otherwise take one command more than the loop handles.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) => group.push(waiting),
@@ -154,7 +155,7 @@ impl Writer {
                 }
             }
             self.commit(group);
-            // A busy log has no pause in which the probe runs.
+            // A busy log has no idle time in which the probe would run.
             if self.compared.elapsed() >= PROBE_INTERVAL {
                 self.probe();
             }
@@ -162,7 +163,7 @@ impl Writer {
             if closing {
                 let closed = Entry::new(EntryKind::System, "log.closed", Outcome::Ok);
                 if let Err(error) = self.write(&[&closed]) {
-                    tracing::error!(%error, "the audit log could not be closed cleanly");
+                    tracing::error!(%error, "cannot close the audit log cleanly");
                 }
                 self.remember();
                 return;
@@ -171,7 +172,7 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that gave up waiting has refused its call, so nothing must be recorded as done for it.
+        // A caller that stopped waiting has refused its call, so no entry must record that the action was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {
@@ -189,13 +190,15 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // A receiver that was dropped since then has refused its call; the entry says more than happened, never less.
+            // A receiver that was dropped meanwhile has refused its call. The log may then contain more than what
+            // happened, but never less.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
     }
 
-    /// An intent that its caller gave up may have been left out: then there is nothing to close.
+    /// Drops `recovered` entries without an open intent: an intent whose caller stopped waiting may not have been
+    /// written.
     fn without_moot(&self, group: Vec<Waiting>) -> Vec<Waiting> {
         let mut needed = Vec::with_capacity(group.len());
         for (entry, done) in group {
@@ -211,7 +214,7 @@ impl Writer {
         needed
     }
 
-    /// Writes and syncs, or leaves the log without a current segment.
+    /// Writes and syncs entries. After a failure, no segment is open.
     pub(super) fn write(&mut self, entries: &[&Entry]) -> Result<(), Error> {
         let result = self.try_write(entries);
         if let Err(error) = &result {
@@ -220,7 +223,7 @@ impl Writer {
         result
     }
 
-    /// Nothing is assumed of the open segment any more, and a log whose files were tampered with is latched.
+    /// Closes the open segment, whose state is unknown. Latches a log whose files were tampered with.
     fn note_failure(&mut self, error: &Error) {
         self.current = None;
         if !error.is_tampering() {
@@ -230,7 +233,7 @@ impl Writer {
         if self.latched.is_some() {
             return;
         }
-        // What was durable until now must be missed by a later check.
+        // Stores the durable end of the log, so that a later check detects its loss.
         self.remember();
         let latched = error.clone().latched();
         keybroker_core::alert!(AuditTampered, error = %latched, "the files of the audit log were tampered with");
@@ -240,8 +243,9 @@ impl Writer {
         self.remember_tampering();
     }
 
-    /// Writes what was found to the state directory, for a restart and for the operator's command. What cannot be written is
-    /// written with a later probe, and so is what is gone again: the directory may be on a volume that was unmounted and is back.
+    /// Stores the finding in the state directory, for the next start and for the operator's command. If that fails, or
+    /// if the finding has disappeared, a later probe stores it again: the directory may be on a volume that was
+    /// unmounted and mounted again.
     fn remember_tampering(&mut self) {
         let Some(memory) = &self.memory else { return };
         let remembered = match memory.tampering() {
@@ -251,13 +255,13 @@ impl Writer {
         match remembered {
             Ok(()) => {}
             Err(error) if self.is_news("tampering", &error) => {
-                tracing::warn!(%error, "the tampering is not in the state directory yet; the broker tries again");
+                tracing::warn!(%error, "cannot store the finding of tampering in the state directory; trying again");
             }
             Err(_) => {}
         }
     }
 
-    /// Whether an error of this subject is another one than the last.
+    /// Whether the error differs from the last one of this subject.
     fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
         let text = error.to_string();
         let is_news = self.complaints.get(subject) != Some(&text);
@@ -281,14 +285,14 @@ impl Writer {
         let failed = |error| {
             let path = &current.path;
             let remedy = remedy(path, &error);
-            let remedy = remedy.as_deref().unwrap_or("repair the disk");
+            let remedy = remedy.as_deref().unwrap_or("check the disk");
             Error::new(format!(
                 "cannot write {}: {error}; {remedy}",
                 path.display()
             ))
         };
         self.shared.busy();
-        // Before the write: a segment that was cut short would have the right length again after it.
+        // Checked before the write: after it, a truncated segment could have the expected length again.
         self.files.check_newest(newest.number)?;
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
@@ -325,7 +329,7 @@ impl Writer {
         }
     }
 
-    /// Opens a new segment if there is none: at start, after a failure, when the last is full.
+    /// Opens a new segment if none is open: at the start, after a failure, or when the last one is full.
     pub(super) fn ensure_open(&mut self) -> Result<(), Error> {
         if let Some(latched) = &self.latched {
             return Err(latched.clone());
@@ -347,7 +351,7 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // Known before anything else can fail: the next attempt begins with this file, and makes none beside it.
+        // Set before anything else can fail, so that the next attempt reuses this file and creates no second one.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,
@@ -363,9 +367,9 @@ impl Writer {
         self.try_write(&[&opened])
     }
 
-    /// Leaves of the newest segment what was durable, so that no torn line stays in the middle of the log, and says which
-    /// number is next. A segment of which nothing is durable is made anew: on a full disk each attempt would leave an
-    /// empty one.
+    /// Truncates the newest segment to its durable bytes, so that no torn line remains in the middle of the log.
+    /// Returns the number of the next segment. A segment without durable bytes is replaced, because on a full disk each
+    /// attempt would otherwise leave an empty segment.
     fn clear_newest(&mut self) -> Result<u64, Error> {
         let Some(newest) = &self.newest else {
             return Ok(1);
@@ -382,8 +386,8 @@ impl Writer {
         Ok(newest.number)
     }
 
-    /// A full segment is closed when no intent is open, so that recovery never reads further back than the first segment
-    /// that began without one; at twice its size it is closed whatever is open.
+    /// Closes a full segment when no intent is open, so that recovery reads no further back than the first segment that
+    /// began without one. At twice its size, the segment is closed even if intents are open.
     fn rotate_if_full(&mut self) {
         let bytes = self
             .newest
@@ -394,13 +398,12 @@ impl Writer {
         if overfull || (full && self.open.is_empty()) {
             self.current = None;
             if let Err(error) = self.ensure_open() {
-                tracing::error!(%error, "no new audit segment");
+                tracing::error!(%error, "cannot open a new audit segment");
             }
         }
     }
 
-    /// Once in a while without being asked: compares the files, finds out that the log is back, and remembers how far it is
-    /// durable.
+    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores how far the log is durable.
     fn probe(&mut self) {
         self.shared.busy();
         self.compared = Instant::now();
@@ -422,7 +425,7 @@ impl Writer {
         self.try_removal();
     }
 
-    /// Remembers the last entry. A mark that cannot be written is written later: it may lag behind.
+    /// Stores the mark of the last entry. If that fails, a later probe stores it: the mark may lag behind.
     fn remember(&mut self) {
         let sequence = self.sequence - 1;
         let Some(memory) = &self.memory else { return };
@@ -436,7 +439,7 @@ impl Writer {
                 self.complaints.remove(MARK);
             }
             Err(error) if self.is_news(MARK, &error) => {
-                tracing::warn!(%error, "the end of the audit log is not in the state directory yet; the broker tries again");
+                tracing::warn!(%error, "cannot store the end of the audit log in the state directory; trying again");
             }
             Err(_) => {}
         }
@@ -450,8 +453,8 @@ impl Writer {
         }
     }
 
-    /// Carries out the operator's request to remove old segments. It waits until no intent is open: recovery reads no segment
-    /// that is older than the current one then.
+    /// Carries out an operator's request to remove old segments. Waits until no intent is open, because recovery then
+    /// reads no segment older than the current one.
     pub(super) fn try_removal(&mut self) {
         let Some(memory) = self.memory.clone() else {
             return;
@@ -461,7 +464,7 @@ impl Writer {
             Ok(None) => return,
             Err(error) => {
                 if self.is_news(REMOVAL, &error) {
-                    tracing::warn!(%error, "the request to remove audit segments cannot be read");
+                    tracing::warn!(%error, "cannot read the request to remove audit segments");
                 }
                 return;
             }
@@ -470,19 +473,20 @@ impl Writer {
             return;
         }
         let removed = self.remove_segments(&memory, &removal);
-        // A request that failed is withdrawn: the operator's command reports which segments are left.
+        // A failed request is withdrawn. The operator's command reports which segments remain.
         let finished = removed.and_then(|()| memory.forget_removal());
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)
         {
-            tracing::error!(%error, "old audit segments were not removed; run the command again once the cause is repaired");
+            tracing::error!(%error, "cannot remove old audit segments; repair the cause and run the command again");
             if let Err(error) = memory.forget_removal() {
-                tracing::warn!(%error, "the request to remove audit segments cannot be withdrawn");
+                tracing::warn!(%error, "cannot withdraw the request to remove audit segments");
             }
         }
     }
 
-    /// The entry first, then the mark that does not miss the segments, then the files: whatever is cut short is no tampering.
+    /// First writes the entry, then a mark without the segments, then removes the files. In this order, an interruption
+    /// does not look like tampering.
     fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
         let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
         let is_old = |number: u64| number <= removal.through && number < newest;
@@ -512,7 +516,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on when an operator has acknowledged what was found.
+    /// Continues the log if an operator has acknowledged the finding.
     fn try_acknowledgement(&mut self) {
         let Some(memory) = self.memory.clone() else {
             return;
@@ -522,7 +526,7 @@ impl Writer {
             Ok(None) => return,
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::warn!(%error, "the acknowledgement cannot be read");
+                    tracing::warn!(%error, "cannot read the acknowledgement of tampering");
                 }
                 return;
             }
@@ -532,12 +536,12 @@ impl Writer {
                 self.complaints.clear();
                 tracing::warn!(
                     principal = %acknowledgement.principal,
-                    "the tampering was acknowledged; the audit log continues"
+                    "an operator acknowledged the tampering; the audit log continues"
                 );
             }
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::error!(%error, "the tampering was acknowledged, but the audit log cannot continue yet");
+                    tracing::error!(%error, "an operator acknowledged the tampering, but the audit log cannot continue yet");
                 }
                 self.current = None;
                 let latched = error.latched();
@@ -547,10 +551,10 @@ impl Writer {
         }
     }
 
-    /// Takes the directory as it is now, as a start would. Entries that are gone leave a gap in the sequence.
+    /// Reads the directory again as at a start. Missing entries leave a gap in the sequence.
     fn go_on_after_tampering(&mut self, memory: &Memory, principal: &str) -> Result<(), Error> {
         segment::prepare_directory(&self.directory)?;
-        // Ours is of the file that may be gone.
+        // The current lock is on a file that may have been removed.
         self.lock = None;
         self.lock = Some(segment::lock(&self.directory)?);
         let log_id = segment::log_id(&self.directory)?;
@@ -574,7 +578,7 @@ impl Writer {
     }
 }
 
-/// The entry that records that a log continues after its files were tampered with.
+/// The entry that records that a log continues after tampering was acknowledged.
 pub(super) fn acknowledged(principal: &str) -> Entry {
     let mut entry = Entry::new(EntryKind::System, "log.tampering_acknowledged", Outcome::Ok);
     entry.principal = Some(shortened(principal));
@@ -582,7 +586,7 @@ pub(super) fn acknowledged(principal: &str) -> Entry {
     entry
 }
 
-/// A principal from a state file, of a length that a line of the log can hold.
+/// Shortens a principal from a state file to the length that a line can hold.
 fn shortened(principal: &str) -> String {
     principal.chars().take(PRINCIPAL_MAX).collect()
 }

@@ -1,4 +1,4 @@
-//! What a verified client certificate says: its names. The chain was checked in the handshake; here it is only read.
+//! Reads the names of a verified client certificate. The handshake has already checked the chain.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,49 +11,51 @@ use super::spiffe;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 
-/// Why a client certificate names no caller.
+/// Why a client certificate does not identify a caller.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// It does not parse.
+    /// The certificate does not parse.
     #[error("the client certificate does not parse")]
     Malformed(#[source] nom::Err<X509Error>),
-    /// Its subject alternative names do not parse, or are there twice.
+    /// The subject alternative names do not parse, or the extension occurs twice.
     #[error("the client certificate's SAN does not parse")]
     Names(#[source] X509Error),
-    /// More than one URI where a SPIFFE id must be alone.
-    #[error("the client certificate has a SPIFFE id and other URIs beside it: {0:?}")]
+    /// The certificate has further URIs beside its SPIFFE id, which must be the only one.
+    #[error("the client certificate must have no other URI than its SPIFFE id, but has {0:?}")]
     SeveralUris(Vec<String>),
-    /// A SPIFFE id that is not well formed. Its error completes the sentence.
+    /// The SPIFFE id is not valid. The source completes the sentence.
     #[error("the client certificate's SPIFFE id {id:?} {problem}")]
     Id {
-        /// What the certificate says.
+        /// The id in the certificate.
         id: String,
-        /// What is wrong with it.
+        /// The problem of the id.
         #[source]
         problem: spiffe::IdError,
     },
-    /// A SPIFFE id of a trust domain that the listener does not accept.
-    #[error("its SPIFFE id is of the trust domain {found:?}; this listener accepts {accepted:?}")]
+    /// The listener does not accept the trust domain of the SPIFFE id.
+    #[error(
+        "the SPIFFE id of the client certificate is of the trust domain {found:?}; this listener accepts {accepted:?}"
+    )]
     TrustDomain {
         /// The trust domain of the id.
         found: String,
-        /// Those of the listener.
+        /// The trust domains that the listener accepts.
         accepted: BTreeSet<String>,
     },
 }
 
-/// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used: it has no type and no rules.
+/// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used, because it has no type and no rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     sans: BTreeSet<String>,
-    /// Of its SPIFFE id, if it has one.
+    /// The trust domain of the SPIFFE id, if the certificate has one.
     trust_domain: Option<String>,
-    /// Last moment of its validity.
+    /// The end of the certificate's validity.
     until: Timestamp,
 }
 
 impl PeerCertificate {
-    /// Reads the subject alternative names of a leaf.
+    /// Reads the subject alternative names of a leaf certificate.
     pub fn read(leaf: &CertificateDer<'_>) -> Result<Self, CertificateError> {
         let (_, certificate) =
             X509Certificate::from_der(leaf).map_err(CertificateError::Malformed)?;
@@ -78,13 +80,13 @@ impl PeerCertificate {
         })
     }
 
-    /// The names, each once.
+    /// The names without duplicates.
     pub fn sans(&self) -> &BTreeSet<String> {
         &self.sans
     }
 
-    /// Whether a listener that names trust domains accepts it. The setting does not apply to a certificate without a
-    /// SPIFFE id.
+    /// Checks the trust domain against those that a listener accepts. The check passes if the certificate has no SPIFFE
+    /// id or if the listener does not restrict trust domains.
     pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), CertificateError> {
         match &self.trust_domain {
             Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => {
@@ -97,12 +99,12 @@ impl PeerCertificate {
         }
     }
 
-    /// Last moment of its validity.
+    /// The end of the certificate's validity.
     pub fn until(&self) -> Timestamp {
         self.until
     }
 
-    /// How long it is valid from now.
+    /// The time until the certificate expires.
     pub fn remaining(&self) -> Duration {
         let micros = self
             .until
@@ -112,8 +114,8 @@ impl PeerCertificate {
     }
 }
 
-/// The trust domain of the SPIFFE id, if there is one: then there must be no other URI (X509-SVID section 2), because which of the
-/// two is meant would depend on who looks.
+/// Returns the trust domain of the SPIFFE id, if there is one. A certificate with a SPIFFE id must have no other URI
+/// (X509-SVID section 2), because different software could then choose different ones.
 fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()

@@ -1,15 +1,18 @@
-//! Secrets of API clients: Argon2id (RFC 9106), off the async threads and under a separate limit, because it costs memory and
-//! time on purpose. An unknown id, a revoked client and a wrong secret cost the same and are answered alike.
+//! Verifies the secrets of API clients with Argon2id (RFC 9106). Because it costs memory and time on purpose, it runs
+//! outside the async threads and under a limit of its own. An unknown id, a revoked client and a wrong secret cost the
+//! same and get the same answer.
 //!
-//! A secret that was accepted is remembered for a minute under a keyed hash, so that most calls pay neither for Argon2 nor for a look-up.
-//! A change of any client through this broker empties that memory; a change through another broker is seen when it runs out.
+//! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2 nor a
+//! look-up. A change of any client through this broker ends this. A change through another broker takes effect after
+//! the minute.
 //!
-//! For a day after its last use it is also remembered which stored hash the secret matched. After the minute the client is looked up
-//! again, and while it still has that hash, and the hash is not revoked or expired, the secret is accepted without another trial. So
-//! wrong secrets, however many, do not delay a client that this broker knows: it waits for no turn and needs no failures left.
-//! Secrets that were not accepted before wait for a turn in `turns`. Calls that show the same secret at the same time share one trial.
+//! For a day after a secret was last used, the broker also remembers which stored hash the secret matched. After the
+//! minute it looks the client up again. If the client still has this hash, and the secret is not revoked or expired,
+//! the secret is accepted without another Argon2 trial. So wrong secrets, however many, do not delay a client that this
+//! broker knows: the client waits for no turn, and the failure limit does not apply to it. Secrets that were not
+//! accepted before wait for a turn in `turns`. Concurrent calls with the same secret share one trial.
 //!
-//! Not promised: that hashes made with older parameters take as long as today's.
+//! Not promised: that hashes with older parameters take as long to verify as current ones.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -39,40 +42,40 @@ mod turns;
 
 use turns::{Lane, Turns};
 
-/// How long a verified secret is remembered.
+/// How long an accepted secret is remembered.
 const REMEMBERED: Duration = Duration::from_mins(1);
-/// Verified secrets that are remembered.
+/// Most accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
-/// How long after its last use it is remembered which stored hash a secret matched.
+/// How long after its last use the broker remembers which stored hash a secret matched.
 const PROVEN: Duration = Duration::from_hours(24);
-/// Secrets of which that is known.
+/// Most secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
-/// Secrets that are tried at the same time.
+/// Most secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
-/// How long a call waits for its turn to be verified.
+/// Longest wait of a call for its turn.
 const TURN_WAIT_MAX: Duration = Duration::from_secs(2);
-/// What a caller is told that waited for too long.
+/// The delay for a caller that waited too long.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The `[client_credentials]` section.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Roles that an administrator may give to an API client.
+    /// The roles that an administrator may grant to an API client.
     pub grantable_roles: BTreeSet<Role>,
     /// Memory of Argon2id, in KiB.
     pub argon2_memory_kib: u32,
-    /// Passes over it.
+    /// Number of passes over the memory.
     pub argon2_iterations: u32,
-    /// Lanes.
+    /// Degree of parallelism.
     pub argon2_parallelism: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            // An administrator who could grant `enrol` could replace a user's key with a known one, and one who could grant
-            // `auditor` could read what all tenants did.
+            // Empty by default. An administrator who could grant `enrol` could replace a user's key with a known one.
+            // One who could grant `auditor` could read the actions of all tenants.
             grantable_roles: BTreeSet::new(),
             argon2_memory_kib: 19_456,
             argon2_iterations: 2,
@@ -81,7 +84,8 @@ impl Default for Settings {
     }
 }
 
-/// OWASP's least parameters of Argon2id (Password Storage Cheat Sheet): memory in KiB, and passes. Each is as good as the others.
+/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory in KiB, and passes.
+/// All pairs are equally strong.
 const FLOOR: [(u32, u32); 5] = [
     (47_104, 1),
     (19_456, 2),
@@ -94,7 +98,7 @@ const ITERATIONS_MAX: u32 = 16;
 const PARALLELISM_MAX: u32 = 16;
 
 impl Settings {
-    /// What is wrong with the parameters.
+    /// Returns the problem of the parameters.
     pub fn problem(&self) -> Option<String> {
         let (memory, iterations) = (self.argon2_memory_kib, self.argon2_iterations);
         if !FLOOR
@@ -102,8 +106,8 @@ impl Settings {
             .any(|(kib, passes)| memory >= *kib && iterations >= *passes)
         {
             return Some(format!(
-                "[client_credentials]: {memory} KiB and {iterations} iterations are below the least that OWASP recommends; \
-                 19456 KiB and 2 are enough"
+                "[client_credentials]: {memory} KiB and {iterations} iterations are below the minimum that OWASP recommends; \
+                 19456 KiB and 2 iterations are enough"
             ));
         }
         let is_too_much = memory > MEMORY_KIB_MAX
@@ -111,13 +115,13 @@ impl Settings {
             || !(1..=PARALLELISM_MAX).contains(&self.argon2_parallelism);
         is_too_much.then(|| {
             format!(
-                "[client_credentials]: at most {MEMORY_KIB_MAX} KiB, {ITERATIONS_MAX} iterations, and a parallelism of 1 to \
-                 {PARALLELISM_MAX}: each login pays for it"
+                "[client_credentials]: at most {MEMORY_KIB_MAX} KiB, {ITERATIONS_MAX} iterations and a parallelism of 1 to \
+                 {PARALLELISM_MAX} are allowed, because every login takes this memory and time"
             )
         })
     }
 
-    /// The hash of a secret with these parameters, as a PHC string.
+    /// Hashes a secret with these parameters. Returns a PHC string.
     pub fn hash(&self, secret: &[u8]) -> Result<String, Error> {
         let broken =
             |error: &dyn fmt::Display| Error::new(Reason::Bug, format!("Argon2id: {error}"));
@@ -141,7 +145,7 @@ impl Settings {
         Argon2::from(self.params())
     }
 
-    /// Whether a hash was made with less than is asked for now.
+    /// Whether a hash was made with weaker parameters than the current ones.
     fn is_weaker(&self, hash: &PasswordHash) -> bool {
         argon2::Params::try_from(hash).is_ok_and(|made| {
             made.m_cost() < self.argon2_memory_kib || made.t_cost() < self.argon2_iterations
@@ -149,41 +153,42 @@ impl Settings {
     }
 }
 
-/// Where API clients are known. The broker's side: their documents are verified on the token before they are handed out.
+/// The directory of API clients. The broker implements it and verifies the clients' documents on the token.
 #[async_trait]
 pub trait Directory: Send + Sync + fmt::Debug + 'static {
-    /// A client, if there is one.
+    /// Returns a client. `None` if it does not exist.
     async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error>;
 
-    /// Another number after each change of any client through this broker.
+    /// Returns a number that changes with each change of any client through this broker.
     fn generation(&self) -> u64;
 
-    /// A secret was good.
+    /// Notes that a secret was accepted.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// A secret was accepted, and its hash is weaker than it should be: this is a stronger one.
+    /// Replaces the weak hash of an accepted secret with this stronger one.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 
-/// Knows the secrets of API clients.
+/// Verifies the secrets of API clients.
 pub struct Secrets {
     settings: Settings,
     directory: Arc<dyn Directory>,
-    /// Under a key of this process, so that a look into its memory gives no hash to guess against.
+    /// Accepted secrets, under a key of this process, so that its memory contains no hash that a guess can be checked
+    /// against.
     remembered: Cache<Tag, Known>,
-    /// Under the same key: which stored hashes they matched.
+    /// The stored hashes that secrets matched, under the same key.
     proven: Cache<Tag, Proof>,
-    /// Under the same key, and the generation that they look at.
+    /// The running trials, by the same key and the generation of the directory.
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Turns,
-    /// A hash that no secret fits.
+    /// A hash that no secret matches.
     dummy: Arc<str>,
 }
 
-/// A secret and its id, under a key of this process.
+/// The HMAC of a client id and a secret, under a key of this process.
 type Tag = [u8; 32];
-/// One answer for all who ask at the same time.
+/// A single answer for all concurrent calls with the same secret.
 type Trial = OnceCell<Result<Known, Error>>;
 
 #[derive(Clone)]
@@ -203,16 +208,17 @@ impl fmt::Debug for Secrets {
     }
 }
 
-/// Which of a client's secrets was shown.
+/// The secret that matched.
 struct Match {
     number: u32,
     better: Option<String>,
 }
 
-/// Argon2id found that a secret matches these stored hashes, so it needs no trial while its client has one of them.
+/// The fact that Argon2id has matched a secret with these stored hashes. The secret needs no trial while its client has
+/// one of them.
 #[derive(Clone, Debug)]
 struct Proof {
-    /// SHA-256 of the hash that was there, and of the better one that may have replaced it.
+    /// SHA-256 of the matched hash, and of the stronger one that may have replaced it.
     hashes: [[u8; 32]; 2],
     number: u32,
 }
@@ -229,7 +235,8 @@ impl Proof {
         })
     }
 
-    /// Which live secret of the client it is about. A hash that is weaker than it should be is left to a trial, which replaces it.
+    /// Returns the number of the valid secret that this proof applies to. A hash with weak parameters gets a trial,
+    /// which replaces it.
     fn holds(&self, credential: &ClientCredential, settings: &Settings) -> Option<u32> {
         let mut live = credential.document.live_secrets(Timestamp::now());
         let secret = live.find(|secret| secret.number == self.number)?;
@@ -246,7 +253,7 @@ fn sha256(text: &str) -> [u8; 32] {
 }
 
 impl Secrets {
-    /// With nothing remembered.
+    /// Creates an empty cache.
     pub fn new(settings: Settings, directory: Arc<dyn Directory>) -> Result<Self, Error> {
         let broken = |_| Error::new(Reason::Bug, "no random bytes");
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).map_err(broken)?;
@@ -267,14 +274,14 @@ impl Secrets {
                 .build(),
             trials: Cache::new(TRIALS_MAX),
             key,
-            // Half of the cores: calls that have nothing to do with it go on.
+            // Half of the cores, so that other calls continue.
             turns: Turns::new(cores.div_ceil(2)),
             dummy: dummy.into(),
         })
     }
 
-    /// Whose secret it is. `budget` is asked before a trial that costs much, unless the secret was accepted recently;
-    /// its error is the answer then.
+    /// Verifies a secret and returns its client's principal. `budget` is asked before a costly trial, unless the secret
+    /// was accepted recently. If it returns an error, that is the answer.
     pub async fn verify<T: Send>(
         &self,
         id: &str,
@@ -287,7 +294,7 @@ impl Secrets {
             known
         } else {
             let is_proven = self.proven.contains_key(&tag);
-            // Held until the trial is over.
+            // Held until the trial has ended.
             let _turn = (!is_proven).then(budget).transpose()?;
             self.shared_trial(id, secret, tag, generation).await?
         };
@@ -302,7 +309,7 @@ impl Secrets {
         })
     }
 
-    /// Tries a secret, or waits for the trial of it that is under way.
+    /// Tries a secret, or waits for a running trial of the same secret.
     async fn shared_trial(
         &self,
         id: &str,
@@ -310,7 +317,7 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // With the generation: a call that arrives after a change is not answered from the state before it.
+        // The key includes the generation: a call that arrives after a change must not get an answer from before it.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
@@ -337,7 +344,7 @@ impl Secrets {
         let id = ClientId::from_hex(id);
         let proof = self.proven.get(&tag);
         let credential;
-        // Held until the trial is over, by existing clients alone.
+        // Held until the trial has ended. Only trials for existing clients hold a place.
         let _place;
         match (id, &proof) {
             (None, _) => credential = None,
@@ -346,7 +353,7 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // Before the database and the token are asked, because their capacity is limited, too.
+                // Taken before the database and the token are asked, because their capacity is limited too.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;
@@ -356,7 +363,7 @@ impl Secrets {
         if let (Some(proof), Some(credential)) = (&proof, &credential)
             && let Some(number) = proof.holds(credential, &self.settings)
         {
-            // Once more, so that it counts from the last use.
+            // Inserted again, so that the day starts at the last use.
             self.proven.insert(tag, proof.clone());
             let matched = Match {
                 number,
@@ -386,7 +393,7 @@ impl Secrets {
         let panicked = |panic| Error::new(Reason::Bug, format!("Argon2id: {panic}"));
         let matched = verifying.await.map_err(panicked)?;
         let Some(credential) = credential else {
-            return refuse("there is no API client of this id");
+            return refuse("no API client has this id");
         };
         let Some(matched) = matched else {
             return refuse(if credential.document.revoked.is_some() {
@@ -394,7 +401,7 @@ impl Secrets {
             } else if credential.document.live_secrets(now).next().is_none() {
                 "every secret of this API client has expired or was revoked"
             } else {
-                "this is no secret of this API client, or one that has expired or was revoked"
+                "the secret is wrong, expired or revoked"
             });
         };
         if let Some(proof) = Proof::of(&credential, &matched) {
@@ -436,7 +443,7 @@ fn overloaded() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// The hashes that a secret is compared with: the same number for every id.
+/// The hashes with which a secret is compared. Their number is the same for every id.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {
@@ -458,7 +465,7 @@ impl Hashes {
             let Ok(hash) = PasswordHash::new(&phc) else {
                 continue;
             };
-            // The parameters are those of the hash.
+            // `verify_password` takes the parameters from the hash.
             let is_good = Argon2::default().verify_password(secret, &hash).is_ok();
             if let (true, Some(number)) = (is_good, number) {
                 let is_weak = settings.is_weaker(&hash);

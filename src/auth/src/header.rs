@@ -3,35 +3,37 @@
 use base64ct::{Base64, Encoding as _};
 use zeroize::Zeroizing;
 
-/// Longest `id:secret` in base64, in bytes.
+/// Longest base64 form of `id:secret`, in bytes.
 const BASIC_BYTES_MAX: usize = 512;
 
 /// The scheme of API clients.
 pub(super) const BASIC: &[u8] = b"basic";
 
-/// What a call presents.
+/// The credential of a call.
 pub(super) enum Presented<'a> {
-    /// An access token (RFC 6750), of any length: what verifies it has the limit, and counts those that are longer.
+    /// An access token (RFC 6750) of any length. The verifier checks the limit on the length and counts tokens that
+    /// exceed it.
     Bearer(&'a [u8]),
-    /// Id and secret of an API client (RFC 7617).
+    /// The id and secret of an API client (RFC 7617).
     Basic {
         id: Zeroizing<String>,
         secret: Zeroizing<Vec<u8>>,
     },
 }
 
-/// Reads the credential of a call. Exactly one header: with two, a proxy might have checked the other one.
+/// Reads the credential of a call. There must be exactly one header: a proxy in front of the broker might check one of
+/// two headers while the broker uses the other one.
 pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static str> {
     let [value] = values else {
-        return Err("several `authorization` headers");
+        return Err("the call has several `authorization` headers");
     };
     let value = value.trim_ascii();
     if value.is_empty() {
-        return Err("an empty `authorization` header");
+        return Err("the `authorization` header is empty");
     }
     let space = value.iter().position(|byte| *byte == b' ');
     let Some((scheme, rest)) = space.map(|at| value.split_at(at)) else {
-        return Err("an `authorization` header with a scheme alone");
+        return Err("the `authorization` header has a scheme without a credential");
     };
     let rest = rest.trim_ascii();
     if scheme.eq_ignore_ascii_case(b"bearer") {
@@ -39,12 +41,12 @@ pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static st
     } else if scheme.eq_ignore_ascii_case(BASIC) {
         basic(rest)
     } else {
-        Err("an `authorization` header of another scheme than Bearer and Basic")
+        Err("the scheme of the `authorization` header is not Bearer or Basic")
     }
 }
 
 fn basic<'a>(encoded: &[u8]) -> Result<Presented<'a>, &'static str> {
-    const MALFORMED: &str = "a Basic `authorization` header that is not base64 of `id:secret`";
+    const MALFORMED: &str = "the Basic `authorization` header is not base64 of `id:secret`";
     if encoded.len() > BASIC_BYTES_MAX {
         return Err(MALFORMED);
     }
@@ -69,7 +71,7 @@ mod tests {
             let read = read(&[header.as_bytes()]);
             assert!(matches!(read, Ok(Presented::Bearer(b"abc"))), "{header}");
         }
-        // The example of RFC 7617, and a secret with a colon.
+        // The example of RFC 7617, and a secret that contains a colon.
         for (header, expected) in [
             ("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==", "open sesame"),
             ("basic QWxhZGRpbjpvcGVuOnNlc2FtZQ==", "open:sesame"),

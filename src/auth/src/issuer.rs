@@ -1,6 +1,7 @@
-//! `[[issuer]]`: whose tokens are believed, with which keys they are verified, and what they must say.
+//! The `[[issuer]]` sections: which issuers are trusted, which keys verify their access tokens, and what the tokens
+//! must contain.
 //!
-//! Every rule about a token is here. None of them is ever taken from the token.
+//! All rules about access tokens come from these settings. No rule is ever taken from a token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -21,7 +22,7 @@ mod check;
 
 pub use check::problems;
 
-/// An algorithm of signatures. Only asymmetric ones: with a shared secret the verifier could also sign.
+/// A signature algorithm. All of them are asymmetric: with a shared secret, the verifier could also sign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names of RFC 7518 and RFC 8037")]
 pub enum Algorithm {
@@ -37,7 +38,7 @@ pub enum Algorithm {
 }
 
 impl Algorithm {
-    /// All of them.
+    /// All algorithms.
     pub(super) const ALL: [Self; 9] = [
         Self::RS256,
         Self::RS384,
@@ -50,7 +51,7 @@ impl Algorithm {
         Self::EdDSA,
     ];
 
-    /// As in the header of a token.
+    /// The name in the header of an access token.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RS256 => "RS256",
@@ -65,23 +66,23 @@ impl Algorithm {
         }
     }
 
-    /// By that name.
+    /// Parses the name in the header of an access token.
     pub(super) fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.as_str() == text)
     }
 }
 
-/// What a `sub` must be.
+/// The form of the `sub` claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Subject {
-    /// A GUID; the user is its lower-case form with hyphens.
+    /// A GUID. The user is its lower-case form with hyphens.
     Guid,
-    /// Any text that can be a user.
+    /// Any text that is a valid user.
     Text,
 }
 
-/// Settings that stand in for those that are not written.
+/// A set of values for settings that the configuration does not set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -89,21 +90,21 @@ pub enum Profile {
     Bitwarden,
 }
 
-/// One `[[issuer]]` of the configuration, with the profile and the defaults in force.
+/// One `[[issuer]]` of the configuration, after profile and defaults were applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Written")]
 pub struct Settings {
-    /// Short name, in the names of principals, in logs and metrics.
+    /// Short name, used in the names of principals, in logs and in metrics.
     pub name: String,
-    /// The `iss` of its tokens, compared bytewise.
+    /// The `iss` of the issuer's access tokens, compared bytewise.
     pub issuer: String,
-    /// What is not written is as this profile has it.
+    /// The profile that provides values for settings that are not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<Profile>,
-    /// Where the discovery document is, if not below `issuer`.
+    /// The URL of the discovery document, if it is not below `issuer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovery_url: Option<String>,
-    /// Where the key set is, instead of discovery.
+    /// The URL of the key set, instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwks_url: Option<String>,
     /// A file with the key set, instead of discovery.
@@ -112,68 +113,68 @@ pub struct Settings {
     /// A PEM file with public keys, instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pem_file: Option<PathBuf>,
-    /// Whether keys may come over plain HTTP.
+    /// Whether keys may be fetched over plain HTTP.
     pub allow_http: bool,
-    /// The authority of the provider's certificate, instead of the public ones.
+    /// A PEM file with the CAs for the provider's certificate, instead of the public CAs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// How often the key set is fetched.
+    /// Interval at which the key set is fetched.
     pub refresh_minutes: u32,
-    /// How long the last valid key set is used while the provider is down.
+    /// How long the last valid key set is used while the provider is unavailable.
     pub keep_hours: u32,
-    /// Longest life of its access tokens, from `iat` to `exp`.
+    /// Longest lifetime of the issuer's access tokens, from `iat` to `exp`.
     pub token_lifetime_max_minutes: u32,
-    /// How its tokens may be signed.
+    /// The algorithms with which access tokens may be signed.
     pub algorithms: BTreeSet<Algorithm>,
-    /// How far its clock and ours may differ.
+    /// Largest accepted difference between the clocks of provider and broker.
     pub leeway_s: u32,
-    /// One of these must be in `aud`; empty: `aud` is not checked.
+    /// `aud` must contain one of these. If empty, `aud` is not checked.
     pub audience: BTreeSet<String>,
-    /// `typ` of the header must be one of these; empty: it is not checked.
+    /// `typ` of the header must be one of these. If empty, `typ` is not checked.
     pub token_types: BTreeSet<String>,
-    /// All of these must be in `scope` or `scp`.
+    /// `scope` or `scp` must contain all of these.
     pub required_scopes: BTreeSet<String>,
-    /// Each claim must have one of its values; with none listed it must be there.
+    /// Each claim must have one of its values. A claim without listed values must be present.
     pub required_claims: BTreeMap<String, BTreeSet<String>>,
-    /// What `sub` must be.
+    /// The form of `sub`.
     pub subject: Subject,
-    /// What the holders of its tokens are.
+    /// Whether the holders of the access tokens are users or services.
     pub kind: Kind,
-    /// Whose records they reach.
+    /// The tenant whose records the holders reach.
     pub tenant: Tenant,
-    /// Whether another issuer may name the same users.
+    /// Whether another issuer may identify the same users.
     pub shared_users: bool,
-    /// Of services: what they may do.
+    /// For services: their roles.
     pub roles: BTreeSet<Role>,
-    /// Of services with the role `release`: whose keys they may release.
+    /// For services with the role `release`: the users whose keys they may release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// Of services with the role `release`: which of their keys.
+    /// For services with the role `release`: the names of the keys that they may release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
-    /// Claims for policies, and the names they have there.
+    /// The claims that policies can use, each with its name there.
     pub attributes: BTreeMap<String, String>,
-    /// Claims with organisations.
+    /// The claims that contain organisations.
     pub organisation_claims: BTreeSet<String>,
-    /// The claim with the device.
+    /// The claim that contains the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_claim: Option<String>,
 }
 
-/// Where the keys come from.
+/// The source of an issuer's keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum KeySource {
-    /// The discovery document says where.
+    /// The URL of a discovery document, which contains the URL of the key set.
     Discovery(String),
-    /// A key set by URL.
+    /// The URL of a key set.
     Url(String),
-    /// A key set in a file.
+    /// A file with a key set.
     Set(PathBuf),
-    /// Public keys in a PEM file.
+    /// A PEM file with public keys.
     Pem(PathBuf),
 }
 
-/// `[[issuer]]` as it is written.
+/// An `[[issuer]]` section as it is in the configuration file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -225,7 +226,7 @@ const fn default_keep_hours() -> u32 {
     24
 }
 
-/// A day.
+/// One day.
 const fn default_token_lifetime_max_minutes() -> u32 {
     1_440
 }
@@ -238,7 +239,7 @@ const fn default_kind() -> Kind {
     Kind::User
 }
 
-/// What a profile says where the configuration says nothing.
+/// The values of a profile for settings that the configuration does not set.
 #[derive(Default)]
 struct Presets {
     token_types: &'static [&'static str],
@@ -251,7 +252,8 @@ struct Presets {
 }
 
 impl Profile {
-    /// Tokens of a login by password, passkey or single sign-on, and of a user's API key; of no other client.
+    /// The values for access tokens of a login by password, passkey or single sign-on, and of a user's API key. Access
+    /// tokens of other clients do not match them.
     fn presets(self) -> Presets {
         match self {
             Self::Bitwarden => Presets {
@@ -325,7 +327,7 @@ impl From<Written> for Settings {
 }
 
 impl Settings {
-    /// Where the keys come from; discovery below the issuer when nothing else is written.
+    /// The source of the keys. The default is the discovery document below the issuer.
     pub(super) fn key_source(&self) -> KeySource {
         if let Some(path) = &self.pem_file {
             return KeySource::Pem(path.clone());
@@ -342,7 +344,7 @@ impl Settings {
         }))
     }
 
-    /// What its tokens grant to services.
+    /// The grant for services of this issuer.
     pub(super) fn grant(&self) -> Grant {
         Grant {
             tenant: self.tenant.clone(),
@@ -353,20 +355,20 @@ impl Settings {
     }
 }
 
-/// What is wrong with a URL that keys are fetched from.
+/// Returns the problem of a URL from which keys are to be fetched.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
         return Some("is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Some("has a name or a password in it, which no key set needs");
+        return Some("contains a user name or password, which a key set does not need");
     }
     match url.scheme() {
         "https" => None,
         "http" if allow_http => None,
         "http" => Some(
             "is plain http, so everyone on the network path could replace the keys; use https, or set \
-             `allow_http = true` if that path is a network of yours",
+             `allow_http = true` if you control the whole network path",
         ),
         _ => Some("is neither https nor http"),
     }

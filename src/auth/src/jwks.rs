@@ -1,8 +1,8 @@
-//! The keys that an issuer's tokens are verified with: what a key set, or a PEM file, says.
+//! The keys that verify an issuer's tokens, read from a key set or a PEM file.
 //!
-//! A key is used for what it is for and nothing else: its type, its curve, its `use`, its `key_ops` and its `alg` all
-//! limit the algorithms it may verify. Other keys of a set are left out. Weak and malformed keys are refused by name,
-//! and the rest of the set is used. A set without a good key is refused.
+//! A key is used only for its own purpose: its type, its curve, its `use`, its `key_ops` and its `alg` all limit the
+//! algorithms that it may verify. Keys for other purposes are ignored. Weak and malformed keys are refused and reported
+//! by name, and the rest of the set is used. A set without a valid key is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -39,21 +39,22 @@ pub(super) use keys::{Keys, Newer, Pace};
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
 /// Most keys in a set. Providers publish two or three.
 const KEYS_MAX: usize = 64;
-/// Bits of an RSA modulus: fewer can be factored, and more are refused by the library that verifies.
+/// Accepted lengths of an RSA modulus, in bits: shorter ones can be factored, and the verifying library refuses longer
+/// ones.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
-/// Least public exponent (FIPS 186-5 section 5.1).
+/// Smallest public exponent (FIPS 186-5 section 5.1).
 const EXPONENT_MIN: u32 = 65_537;
-/// Longest public exponent, in bits, that the library takes that verifies.
+/// Longest public exponent that the verifying library accepts, in bits.
 const EXPONENT_BITS_MAX: usize = 33;
-/// Largest number of keys that are tried for an access token without a `kid`.
+/// Most keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
-/// What the log calls a key without a name.
+/// The name in the log for a key without a `kid`.
 const WITHOUT_NAME: &str = "(key without `kid`)";
-/// Longest name of a key that is repeated in the log, in characters.
+/// Longest key name that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
-/// Longest text about a key, or about a provider's answer, that is repeated in the log, in characters.
+/// Longest text about a key or a provider's answer that is written to the log, in characters.
 const PROBLEM_CHARS_MAX: usize = 200;
-/// Refused keys of a set that the log names one by one. A provider decides how many there are.
+/// Most refused keys of a set that the log lists by name. The provider decides how many there are.
 const REFUSED_NAMED_MAX: usize = KEYS_MAX;
 
 const RSA: [Algorithm; 6] = [
@@ -65,13 +66,13 @@ const RSA: [Algorithm; 6] = [
     Algorithm::PS512,
 ];
 
-/// The keys of one issuer at one moment.
+/// The keys of one issuer at one time.
 #[derive(Debug)]
 pub(super) struct KeySet {
     keys: Vec<Key>,
-    /// The weak and malformed ones, each with its name and what is wrong with it.
+    /// The weak and malformed keys, each with its name and its problem.
     refused: Vec<String>,
-    /// SHA-256 of the bytes it was read from.
+    /// SHA-256 of the bytes from which the set was read.
     digest: [u8; 32],
 }
 
@@ -83,14 +84,14 @@ struct Key {
     decoding: DecodingKey,
 }
 
-/// Digests of the certificate of a key, in base64url (RFC 7515 sections 4.1.7 and 4.1.8).
+/// The digests of a key's certificate, in base64url (RFC 7515 sections 4.1.7 and 4.1.8).
 #[derive(Debug, Default)]
 struct Thumbprints {
     sha1: Option<String>,
     sha256: Option<String>,
 }
 
-/// What the header of a token says about its key. It chooses which keys are tried; the signature decides.
+/// The references to a key in the header of a token. They choose the keys to try; the signature decides.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -103,7 +104,7 @@ pub(super) struct Named<'a> {
 
 /// Why a key of a set is not used.
 enum Unused {
-    /// It is for something else, such as encryption.
+    /// It is for another purpose, such as encryption.
     Other(String),
     /// It is weak or malformed.
     Bad(KeyError),
@@ -112,15 +113,15 @@ enum Unused {
 /// Why a set has no key for a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoKey {
-    /// None of that name. A newer set may have it.
+    /// No key matches. A newer set may contain it.
     Unknown,
-    /// The token names none, and more keys fit than are tried.
+    /// The token refers to no key, and more keys match than are tried.
     TooMany,
-    /// It is not for that algorithm.
+    /// The key is for another algorithm.
     OtherAlgorithm,
 }
 
-/// A key of a set (RFC 7517, RFC 7518, RFC 8037), as far as it matters here.
+/// The relevant members of a key in a set (RFC 7517, RFC 7518, RFC 8037).
 #[derive(Deserialize)]
 struct Jwk {
     kty: String,
@@ -145,7 +146,7 @@ struct Jwks {
 }
 
 impl KeySet {
-    /// From the JSON of a key set.
+    /// Parses a JSON Web Key Set.
     pub(super) fn parse_jwks(bytes: &[u8]) -> Result<Self, SetError> {
         let set: Jwks = serde_json::from_slice(bytes).map_err(SetError::Json)?;
         let (mut keys, mut left_out, mut refused) = (Vec::new(), Vec::new(), Vec::new());
@@ -165,12 +166,12 @@ impl KeySet {
             }
         }
         if !left_out.is_empty() {
-            tracing::debug!(?left_out, "keys of the set that verify no token here");
+            tracing::debug!(?left_out, "the key set has keys for other purposes");
         }
         Self::of(keys, refused, left_out, bytes)
     }
 
-    /// From public keys, or certificates, in PEM.
+    /// Parses public keys or certificates in PEM.
     pub(super) fn parse_pem(bytes: &[u8]) -> Result<Self, SetError> {
         let (mut keys, mut refused) = (Vec::new(), Vec::new());
         let mut take =
@@ -224,12 +225,12 @@ impl KeySet {
         })
     }
 
-    /// What tells one set from the next.
+    /// Identifies the content of the set.
     pub(super) fn digest(&self) -> &[u8; 32] {
         &self.digest
     }
 
-    /// Names of its keys, for the log.
+    /// The names of the keys, for the log.
     pub(super) fn names(&self) -> Vec<String> {
         let names = self.keys.iter().map(|key| key.kid.as_deref());
         names
@@ -242,17 +243,18 @@ impl KeySet {
         self.keys.iter().filter_map(|key| key.kid.as_deref())
     }
 
-    /// How many keys of the set are weak or malformed.
+    /// The number of weak or malformed keys in the set.
     pub(super) fn refused_count(&self) -> usize {
         self.refused.len()
     }
 
-    /// The first of those keys, for the log: name and reason of each.
+    /// The first weak or malformed keys for the log, each with its name and reason.
     pub(super) fn refused(&self) -> &[String] {
         &self.refused[..self.refused.len().min(REFUSED_NAMED_MAX)]
     }
 
-    /// The keys that a token may be signed with: those that its header names, or without a name those that fit its algorithm.
+    /// Returns the keys to try for a token: those that its header refers to, or if it refers to none, those that match
+    /// its algorithm.
     pub(super) fn find(
         &self,
         named: Named<'_>,
@@ -276,14 +278,15 @@ impl KeySet {
         if found.is_empty() {
             return Err(NoKey::OtherAlgorithm);
         }
-        // A set without names is what the operator put into a file, and all of it is meant.
+        // A set without names is a file that an operator chose, so all of its keys are tried.
         if named.kid.is_none() && !are_unnamed && found.len() > TRIES_MAX {
             return Err(NoKey::TooMany);
         }
         Ok(found)
     }
 
-    /// The keys whose certificate the token names. All of them when it names none, or when the set knows no certificates.
+    /// Returns the keys whose certificate the token refers to. Returns all keys if it refers to none, or if the set has
+    /// no certificates.
     fn with_thumbprint(&self, named: Named<'_>) -> Vec<&Key> {
         let pairs = |key: &Key| {
             let Thumbprints { sha1, sha256 } = &key.thumbprints;
@@ -448,17 +451,17 @@ fn edwards(point: &[u8]) -> Result<Key, KeyError> {
     ))
 }
 
-/// Text of a provider for the log: quoted, and not at any length.
+/// Quotes and shortens a provider's text for the log.
 fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// A problem for the log. Parsers repeat what they do not understand, and a provider decides how long that is.
+/// Shortens a problem for the log. Parsers repeat the text that they do not understand, which a provider can make long.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }
 
-/// The first characters of a text in printable ASCII, which an escape cannot lengthen.
+/// Returns the first characters of a text in printable ASCII, which escaping cannot make longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

@@ -1,8 +1,8 @@
 //! Authentication: turns a verified credential into a [`Principal`].
 //!
-//! A client certificate that the TLS handshake verified: its SAN URIs and DNS names are looked up in the configured
-//! principals. Exactly one principal must match; none and several are refused alike. If a call has an `authorization`
-//! header, the header replaces the certificate.
+//! For a client certificate, which the TLS handshake has verified, the SAN URIs and DNS names are looked up in the
+//! configured principals. Exactly one principal must match: a certificate that matches none or several is refused with
+//! the same answer. If a call has an `authorization` header, the broker uses the header and ignores the certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
@@ -40,23 +40,23 @@ use token::Tokens;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// `URI:spiffe://example.org/app` or `DNS:app.example.org`: the SAN that names this caller, compared bytewise.
+    /// The SAN that identifies this caller, compared bytewise: `URI:spiffe://example.org/app` or `DNS:app.example.org`.
     pub san: String,
-    /// Whose records it can reach.
+    /// The tenant whose records the caller can reach.
     #[serde(default)]
     pub tenant: Tenant,
-    /// What it may do.
+    /// The roles of the caller.
     pub roles: BTreeSet<Role>,
-    /// With the role `release`: whose keys it may release.
+    /// With the role `release`: the users whose keys the caller may release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// With the role `release`: which of their keys.
+    /// With the role `release`: the names of the keys that the caller may release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
 }
 
 impl Settings {
-    /// What is wrong with this principal by itself.
+    /// Returns a problem of this principal, without a comparison with other principals.
     pub fn problem(&self) -> Option<String> {
         let san = &self.san;
         if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {
@@ -74,7 +74,7 @@ impl Settings {
             && let Err(problem) = spiffe::trust_domain(uri)
         {
             return Some(format!(
-                "principal {san:?} {problem}, and that is no SPIFFE id"
+                "principal {san:?} {problem}, so its `san` is not a valid SPIFFE id"
             ));
         }
         let problem = self.grant().problem()?;
@@ -110,7 +110,7 @@ impl Settings {
     }
 }
 
-/// Whether what a call presents costs much to check: the secret of an API client.
+/// Whether the headers contain a credential that is costly to check: the secret of an API client.
 pub fn is_costly(headers: &[&[u8]]) -> bool {
     headers.iter().any(|value| {
         let scheme = value.trim_ascii().get(..header::BASIC.len());
@@ -118,28 +118,28 @@ pub fn is_costly(headers: &[&[u8]]) -> bool {
     })
 }
 
-/// Why principals are refused.
+/// Why the configured principals are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// One of them is wrong by itself, as [`Settings::problem`] says.
+    /// One principal has a problem, which [`Settings::problem`] describes.
     #[error("{0}")]
     Principal(String),
-    /// Two of them have one name.
-    #[error("principal {0:?} is there twice")]
+    /// Two principals have the same name.
+    #[error("principal {0:?} is configured twice")]
     Twice(String),
 }
 
-/// Knows the credentials.
+/// Authenticates callers by their certificates, access tokens and client secrets.
 #[derive(Debug)]
 pub struct Authenticator {
-    /// By SAN.
+    /// The principals by SAN.
     certificates: HashMap<String, Settings>,
     tokens: Option<Arc<Tokens>>,
     secrets: Option<Secrets>,
 }
 
 impl Authenticator {
-    /// From principals whose names differ and whose roles do not conflict.
+    /// Creates an authenticator for certificates. Refuses principals with equal names or conflicting roles.
     pub fn new(principals: &[Settings]) -> Result<Self, SettingsError> {
         let mut certificates = HashMap::new();
         for principal in principals {
@@ -160,7 +160,7 @@ impl Authenticator {
         })
     }
 
-    /// The same, which knows bearer tokens, too.
+    /// Returns this authenticator, extended to accept access tokens.
     #[must_use]
     pub fn with_tokens(self, tokens: Arc<Tokens>) -> Self {
         Self {
@@ -169,7 +169,7 @@ impl Authenticator {
         }
     }
 
-    /// The same, which knows API clients, too.
+    /// Returns this authenticator, extended to accept API clients.
     #[must_use]
     pub fn with_secrets(self, secrets: Secrets) -> Self {
         Self {
@@ -178,14 +178,12 @@ impl Authenticator {
         }
     }
 
-    /// The one principal that a verified client certificate names.
+    /// Returns the one principal that a verified client certificate identifies.
     pub fn certificate(&self, peer: Option<&PeerCertificate>) -> Result<Arc<Principal>, Error> {
         let Some(peer) = peer else {
-            return refuse(
-                "no credential: neither a client certificate nor an `authorization` header",
-            );
+            return refuse("the call has no client certificate and no `authorization` header");
         };
-        // Asked once more: what was resumed or kept open was verified when it began.
+        // Checked again for each call: a resumed or long-lived connection was verified only when it began.
         if peer.remaining().is_zero() {
             return refuse("the client certificate has expired");
         }
@@ -193,25 +191,28 @@ impl Authenticator {
         let mut matching = sans.filter_map(|san| self.certificates.get(san));
         if peer.sans().is_empty() {
             return refuse(
-                "the client certificate has no subject alternative name of the kind URI or DNS, and no other part of it names a \
-                 principal",
+                "the client certificate has no subject alternative name of the kind URI or DNS; principals are \
+                 identified by these names only",
             );
         }
         let Some(principal) = matching.next() else {
             return refuse(format!(
-                "no [[principal]] has one of the names of the client certificate: {:?}",
+                "no [[principal]] has a `san` that the client certificate contains: {:?}",
                 peer.sans()
             ));
         };
         if matching.next().is_some() {
-            return refuse(format!("several principals are named by {:?}", peer.sans()));
+            return refuse(format!(
+                "several [[principal]] entries match the names of the client certificate: {:?}",
+                peer.sans()
+            ));
         }
         let identity = principal.identity(peer);
         Ok(Arc::new(Principal::authenticated(identity)))
     }
 
-    /// The principal whose credential the `authorization` headers of a call are; called only when there are any. `budget` is
-    /// asked before anything that costs much; its error is the answer then.
+    /// Returns the principal that the `authorization` headers of a call identify. Called only if there is such a
+    /// header. `budget` is asked before a costly check; if it returns an error, that is the answer.
     pub async fn authenticate<T: Send>(
         &self,
         headers: &[&[u8]],
@@ -220,11 +221,11 @@ impl Authenticator {
         match header::read(headers) {
             Ok(Presented::Bearer(token)) => match &self.tokens {
                 Some(tokens) => tokens.verify(token).await,
-                None => refuse("a bearer token, and there is no [[issuer]]"),
+                None => refuse("the call has a bearer token, but no [[issuer]] is configured"),
             },
             Ok(Presented::Basic { id, secret }) => match &self.secrets {
                 Some(secrets) => secrets.verify(&id, secret, budget).await,
-                None => refuse("an API client, where none are known"),
+                None => refuse("the call has a client secret, but API clients are not set up"),
             },
             Err(malformed) => refuse(malformed),
         }
@@ -256,7 +257,7 @@ mod tests {
     fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
         use rcgen::{CertificateParams, KeyPair, SanType};
         let mut params = CertificateParams::default();
-        // The common name says what no SAN says: it must not count.
+        // The common name must not count, even if no SAN contains it.
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, "app.example.org");

@@ -1,6 +1,7 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! Ids are compared bytewise, so an id has one way to be written: whatever another party might read as the same id is refused.
+//! Ids are compared bytewise, so an id must have exactly one spelling. A spelling that other software might treat as
+//! the same id is refused.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.
 
@@ -10,39 +11,39 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is no SPIFFE id, after its name.
+/// Why a text is not a SPIFFE id. The message continues a sentence whose subject is the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    /// Too long.
+    /// It is too long.
     #[error("has more than {ID_BYTES_MAX} bytes")]
     Length,
-    /// Another scheme, or capitals in it.
+    /// Its scheme is different or contains capital letters.
     #[error("does not begin with {SCHEME:?}, in lower case")]
     Scheme,
-    /// The id of a trust domain.
-    #[error("has no path, so it names a trust domain and no workload")]
+    /// It is the id of a trust domain.
+    #[error("has no path, so it identifies a trust domain and not a workload")]
     NoPath,
-    /// A segment of the path without characters.
+    /// A segment of its path is empty.
     #[error("has an empty path, a double slash or a slash at its end")]
     EmptySegment,
-    /// A segment of the path that means another one.
+    /// A segment of its path refers to another segment.
     #[error("has a `.` or `..` in its path")]
     DotSegment,
-    /// A character that must not be in a path.
-    #[error("has other characters in its path than [a-zA-Z0-9._-] and /")]
+    /// Its path contains a character that is not allowed.
+    #[error("has characters in its path that are not in [a-zA-Z0-9._-] or /")]
     PathCharacter,
-    /// A trust domain that is none.
+    /// Its trust domain is not valid.
     #[error("has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
     TrustDomain,
 }
 
-/// Whether a URI claims to be a SPIFFE id, well formed or not.
+/// Whether a URI has the scheme of SPIFFE ids, even if it is not a valid one.
 pub fn is_claimed(uri: &str) -> bool {
     let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe"))
 }
 
-/// The trust domain of an id that a workload can have.
+/// Returns the trust domain of a workload's id.
 pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     if id.len() > ID_BYTES_MAX {
         return Err(IdError::Length);
@@ -71,7 +72,7 @@ pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     Ok(domain)
 }
 
-/// What a trust domain must be: no port, no user, no capitals.
+/// Checks a trust domain, which has no port, no user and no capital letters.
 pub fn check_trust_domain(domain: &str) -> Result<(), IdError> {
     let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
         && domain

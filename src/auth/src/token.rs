@@ -1,8 +1,9 @@
-//! Bearer tokens (RFC 7519, RFC 9068): the configuration says what a token must be, and the token says only who it is for.
+//! Bearer tokens (RFC 7519, RFC 9068). The configuration decides what an access token must contain; the access token
+//! only says who its holder is.
 //!
-//! The one thing that is read before the signature is verified is `iss`, to choose the configuration; with the wrong one
-//! the signature does not verify. The header's `alg` is compared with what the issuer may use and what the key is for, and
-//! chooses nothing. No key in a token and no address of one is ever followed: such tokens are refused.
+//! Only `iss` is read before the signature is verified, to choose the configuration. With a forged `iss` the signature
+//! does not verify. The header's `alg` is compared with the algorithms of the issuer and of the key, and chooses
+//! nothing. An access token that brings a key, or the address of one, is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -34,25 +35,25 @@ mod tests;
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};
 
-/// Longest access token that is accepted unless the configuration says otherwise, in bytes. Providers name each group or organisation
-/// of a user: 180 organisations make 9 to 11 KB.
+/// Longest accepted access token unless the configuration sets another limit, in bytes. Providers list each group or
+/// organisation of a user in it: 180 organisations make 9 to 11 KB.
 pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
-/// Verified access tokens that are remembered, as bytes: a few short ones are as much memory as one long one.
+/// Total size of the verified access tokens that are remembered, in bytes.
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
-/// What a remembered access token takes besides its claims, in bytes.
+/// Memory that a remembered access token takes in addition to its claims, in bytes.
 const VERIFIED_OVERHEAD: usize = 1024;
-/// What is counted for tokens of no configured issuer.
+/// The issuer label for access tokens whose issuer is not configured.
 const UNKNOWN_ISSUER: &str = "unknown";
-/// For how long, at most.
+/// Longest time for which a verified access token is remembered.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
 
-/// Knows the issuers.
+/// Verifies the access tokens of all issuers.
 #[derive(Debug)]
 pub struct Tokens {
     issuers: Vec<Arc<Issuer>>,
-    /// By `iss`.
+    /// The index of each issuer by its `iss`.
     by_name: HashMap<String, usize>,
-    /// By SHA-256 of the token.
+    /// The verified access tokens by their SHA-256.
     verified: Cache<[u8; 32], Verified>,
     token_bytes_max: usize,
 }
@@ -63,39 +64,40 @@ struct Issuer {
     keys: Arc<Keys>,
 }
 
-/// A token that was verified, and until when the result may be reused.
+/// A verified access token, with the time until which the result may be reused.
 #[derive(Clone, Debug)]
 struct Verified {
     principal: Arc<Principal>,
-    /// Length of the access token, which bounds what its claims take.
+    /// Length of the access token, an upper bound for the size of its claims.
     bytes: usize,
     issuer: usize,
-    /// Digest of the key set that it was verified with.
+    /// Digest of the key set that verified the token.
     set: [u8; 32],
-    /// By the clock of the token.
+    /// The end of the token's validity, as a time of day.
     until: Timestamp,
-    /// By ours.
+    /// When it was verified, on the monotonic clock.
     since: Instant,
 }
 
-/// Why issuers are refused.
+/// Why the configured issuers are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
-    /// The settings of one of them are wrong.
+    /// The settings of an issuer are wrong.
     #[error("{0}")]
     Settings(String),
-    /// The key file of one of them cannot be used, or no HTTP client could be made.
+    /// The key file of an issuer cannot be used, or the HTTP client cannot be created.
     #[error("issuer {issuer:?}")]
     Keys {
         /// Name of the issuer.
         issuer: String,
-        /// What is wrong.
+        /// The cause.
         source: Box<SourceError>,
     },
 }
 
 impl Tokens {
-    /// From issuers that are valid alone and in combination. A provider may be down.
+    /// Creates a verifier. The issuers must be valid individually and in combination. Their providers may be
+    /// unavailable.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }
@@ -136,7 +138,7 @@ impl Tokens {
         })
     }
 
-    /// The same, with another limit for the length of an access token.
+    /// Returns this verifier with another limit for the length of an access token.
     #[must_use]
     pub fn with_token_bytes_max(self, token_bytes_max: usize) -> Self {
         Self {
@@ -152,8 +154,8 @@ impl Tokens {
         futures_util::future::join_all(refreshing).await;
     }
 
-    /// Waits until every provider was asked for its keys once, with or without success, or until the limit has
-    /// passed. A caller that comes earlier is refused although it did nothing wrong, and some clients then end their
+    /// Waits until every provider was asked for its keys once, with or without success, or until `limit` has passed.
+    /// Without this wait, the broker would refuse valid tokens right after its start, and some clients then end their
     /// session.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
@@ -165,7 +167,8 @@ impl Tokens {
         }
     }
 
-    /// The principal that a token is for. The caller learns only that it is not accepted; the log, why.
+    /// Returns the principal that an access token identifies. The log contains the reason of a refusal; the caller does
+    /// not learn it.
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";
         self.find(token, &mut name).await.map_err(|refusal| {
@@ -187,7 +190,7 @@ impl Tokens {
         })
     }
 
-    /// `name` becomes that of the issuer as soon as it is known.
+    /// Verifies a token. Sets `name` to the name of its issuer as soon as that is known.
     async fn find<'a>(
         &'a self,
         token: &[u8],
@@ -216,7 +219,8 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // Only now: a token that a new one of the same kind would not replace must not be called renewable.
+            // The expiry is reported last: a token is called renewable only if a renewed token of the same kind would
+            // be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
@@ -240,7 +244,7 @@ impl Tokens {
         Ok(principal)
     }
 
-    /// A token that was found good a moment ago, with keys that are still in use.
+    /// Returns the principal of a token that was verified within the last minute, if the keys are still the same.
     fn remembered(&self, digest: &[u8; 32]) -> Option<Arc<Principal>> {
         let known = self.verified.get(digest)?;
         let set = self.issuers[known.issuer].keys.current().ok();
@@ -256,7 +260,7 @@ impl Tokens {
 }
 
 impl Issuer {
-    /// The claims of a token whose header is valid and whose signature verifies, and whether it has expired.
+    /// Verifies header and signature. Returns the claims, whether the token has expired, and the key set.
     async fn verify(
         &self,
         token: &[u8],
@@ -268,7 +272,7 @@ impl Issuer {
         let set = self.keys.current();
         let mut set = set.map_err(|error| Cause::NoKeys.because(error.to_string()))?;
         let mut outcome = self.verify_with(&set, token, named, algorithm);
-        // The provider may have a new key. Without a name, only the signature shows that it is not in the set.
+        // The provider may have a newer key. If the token has no `kid`, only the failed signature can show that.
         let may_be_newer = match &outcome {
             Err(refusal) => match refusal.cause {
                 Cause::KeyId | Cause::ManyKeys => true,
@@ -283,20 +287,36 @@ impl Issuer {
                     set = newer;
                     outcome = self.verify_with(&set, token, named, algorithm);
                 }
-                // The token is rejected only when the provider is known to have no such key. Otherwise a caller with invented key
-                // ids could have good tokens rejected after a key rotation.
-                Newer::Unknown(wait)
-                    if !named
-                        .kid
-                        .is_some_and(|kid| self.keys.is_absent(kid, parts.issued_s())) =>
+                // The token is rejected only if no newer key can verify it. Otherwise a caller with invented key ids
+                // could cause valid tokens to be rejected after a key rotation.
+                Newer::Unknown(wait) if !self.is_hopeless(parts, named) => {
+                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
+                }
+                // Without `iat` or `kid`, the age of the key is unknown. The provider's answer then decides.
+                Newer::SameCopy(wait)
+                    if named.kid.is_some()
+                        && parts.issued_s().is_some()
+                        && !self.is_hopeless(parts, named) =>
                 {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
-                Newer::Unknown(_) | Newer::Same => {}
+                Newer::Unknown(_) | Newer::SameCopy(_) | Newer::Same => {}
             }
         }
         let (claims, is_expired) = outcome?;
         Ok((claims, is_expired, set))
+    }
+
+    /// Whether no key set of the provider can verify the token, because the provider has no such key or the token was
+    /// issued in the future.
+    fn is_hopeless(&self, parts: &Parts, named: Named<'_>) -> bool {
+        let issued_s = parts.issued_s();
+        let leeway_s = i64::from(self.settings.leeway_s);
+        let latest_s = Timestamp::now().micros() / 1_000_000 + leeway_s;
+        issued_s.is_some_and(|issued| issued > latest_s)
+            || named
+                .kid
+                .is_some_and(|kid| self.keys.is_absent(kid, issued_s))
     }
 
     fn verify_with(
@@ -344,7 +364,8 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything but the expiry: the library reports an expired token before it looks at `nbf`, `iss` and `aud`.
+    /// Checks everything except the expiry. The library reports an expired token before it checks `nbf`, `iss` and
+    /// `aud`.
     fn verify_expired(
         &self,
         token: &[u8],
@@ -413,7 +434,7 @@ impl From<Algorithm> for jsonwebtoken::Algorithm {
     }
 }
 
-/// Makes the counters of an issuer, so that they are there before the first refusal.
+/// Creates the counters of an issuer, so that they are exported before the first refusal.
 fn register_series(issuer: &str) {
     for cause in metrics::TOKEN_CAUSES {
         metrics::ACCESS_TOKEN_REFUSALS

@@ -1,4 +1,4 @@
-//! What a person types: e-mail address and password.
+//! The values that a person types: e-mail address and password.
 
 use std::fmt;
 
@@ -6,21 +6,21 @@ use zeroize::Zeroizing;
 
 use super::Error;
 
-/// Longest e-mail address, in bytes: what the server's column holds.
+/// Longest e-mail address, in bytes. This is the length of the server's column.
 const EMAIL_BYTES_MAX: usize = 256;
-/// Longest password, in bytes. Clients know no maximum; this one keeps a wrong file from being taken for a password.
+/// Longest password, in bytes. Clients have no maximum; this one prevents a wrong file from being used as a password.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
-/// JavaScript's `trim` removes it, Rust's does not.
+/// JavaScript's `trim` removes this character, but Rust's does not.
 const BYTE_ORDER_MARK: char = '\u{feff}';
-/// Rust's `trim` removes it, JavaScript's does not.
+/// Rust's `trim` removes this character, but JavaScript's does not.
 const NEXT_LINE: char = '\u{85}';
 
-/// An e-mail address as the salt of a master key: trimmed and in lower case, as every client does it.
+/// An e-mail address in the form in which it is the salt of a master key: trimmed and in lower case, as in all clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Email(String);
 
 impl Email {
-    /// Normalises an address. What is left of it must be something.
+    /// Normalises an address. Fails if nothing is left.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let is_space = |c: char| (c.is_whitespace() && c != NEXT_LINE) || c == BYTE_ORDER_MARK;
         let email = text.trim_matches(is_space).to_lowercase();
@@ -43,12 +43,12 @@ impl AsRef<str> for Email {
     }
 }
 
-/// The salt of a master key as the server names it before a login, taken over as it is.
+/// The salt of a master key as the server sends it before a login. It is used unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Salt(String);
 
 impl Salt {
-    /// Takes the text over: no trimming, and no change of case.
+    /// Takes the text unchanged: no trimming and no change of case.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let is_odd = text.chars().any(char::is_control);
         if text.is_empty() || text.len() > EMAIL_BYTES_MAX || is_odd {
@@ -74,7 +74,7 @@ impl AsRef<str> for Salt {
 pub struct Password(Zeroizing<String>);
 
 impl Password {
-    /// Takes the text over as it is: no trimming, no normalisation.
+    /// Takes the text unchanged: no trimming and no normalisation.
     pub fn new(text: Zeroizing<String>) -> Result<Self, Error> {
         if (1..=PASSWORD_BYTES_MAX).contains(&text.len()) {
             Ok(Self(text))

@@ -1,5 +1,5 @@
-//! AES-256-CBC and the MAC over it. Whatever goes wrong, there is one error: a caller that could tell padding from MAC would
-//! be an oracle.
+//! AES-256-CBC and its MAC. All failures return the same error: a caller that could tell a padding failure from a MAC
+//! failure would be an oracle.
 
 use aws_lc_rs::{
     cipher::{
@@ -27,7 +27,7 @@ pub(super) fn decrypt(key: &[u8], iv: &Iv, ciphertext: &[u8]) -> Result<Zeroizin
         let mut buffer = Zeroizing::new(ciphertext.to_vec());
         let context = DecryptionContext::Iv128(FixedLength::from(iv));
         let length = key.decrypt(&mut buffer, context)?.len();
-        // The plain text begins where the cipher text did; what follows is padding.
+        // The plain text begins at the start of the buffer, and the padding follows.
         buffer[length..].zeroize();
         buffer.truncate(length);
         Ok(buffer)
@@ -35,11 +35,12 @@ pub(super) fn decrypt(key: &[u8], iv: &Iv, ciphertext: &[u8]) -> Result<Zeroizin
     open().map_err(|_| Error::Decrypt)
 }
 
-/// Under a fresh random IV.
+/// Encrypts under a new random IV.
 pub(super) fn encrypt(key: &[u8], plain: &[u8]) -> Result<(Iv, Vec<u8>), Error> {
     let mut iv = [0; BLOCK_BYTES];
     rand::fill(&mut iv).map_err(|_| Error::System("random bytes"))?;
-    // The whole capacity at once: a vector that grows for its padding leaves the plain text behind.
+    // Allocated with its final capacity: a vector that grows for the padding would leave a copy of the plain text in
+    // freed memory.
     let mut buffer = Vec::with_capacity(plain.len() + BLOCK_BYTES);
     buffer.extend_from_slice(plain);
     let seal = |buffer: &mut Vec<u8>| -> Result<(), Unspecified> {
@@ -62,7 +63,7 @@ pub(super) fn mac(key: &[u8], iv: &Iv, ciphertext: &[u8]) -> Mac {
     tag.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
-/// In constant time, and before anything is decrypted.
+/// Verifies the MAC in constant time. Called before anything is decrypted.
 pub(super) fn verify(key: &[u8], iv: &Iv, ciphertext: &[u8], mac: &Mac) -> Result<(), Error> {
     let key = hmac::Key::new(hmac::HMAC_SHA256, key);
     let message = [iv.as_slice(), ciphertext].concat();

@@ -1,4 +1,4 @@
-//! Encrypted texts, as Bitwarden writes them: a type, a dot, and parts in base64 between bars.
+//! Encrypted texts in Bitwarden's format: a type, a dot, and base64 parts that are separated by vertical bars.
 
 use std::fmt;
 
@@ -9,27 +9,27 @@ use super::{
     cipher::{BLOCK_BYTES, Iv, Mac},
 };
 
-/// Length of the modulus of a key pair, and so of every text of type 4, in bytes.
+/// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest text that is read, in bytes. The longest that clients write, a note, is a tenth of it.
+/// Longest accepted text, in bytes. The longest text that clients write, a note, has a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC alone. Old accounts have it; it is never written.
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain it; this crate never writes it.
     Aes256Cbc {
         /// 16 bytes.
         iv: Iv,
-        /// Whole blocks.
+        /// A multiple of 16 bytes.
         ciphertext: Vec<u8>,
     },
     /// Type 2: AES-256-CBC, then HMAC-SHA256 over IV and cipher text.
     Aes256CbcHmac {
         /// 16 bytes.
         iv: Iv,
-        /// Whole blocks.
+        /// A multiple of 16 bytes.
         ciphertext: Vec<u8>,
         /// 32 bytes.
         mac: Mac,
@@ -42,14 +42,15 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Reads the one text that writes these bytes: canonical base64 with its padding, nothing before or behind.
+    /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. So each value
+    /// has exactly one text.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
         }
         let (number, rest) = text
             .split_once('.')
-            .ok_or(Error::Form("there is no type before a dot"))?;
+            .ok_or(Error::Form("it does not begin with a type and a dot"))?;
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
@@ -68,9 +69,11 @@ impl EncString {
                 }
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
-            ("0" | "2" | "4", _) => Err(Error::Form("the type has another number of parts")),
+            ("0" | "2" | "4", _) => Err(Error::Form(
+                "it does not have the number of parts of its type",
+            )),
             ("1" | "3" | "5" | "6" | "7", _) => Err(Error::Type(number.parse().unwrap_or(0))),
-            _ => Err(Error::Form("there is no such type")),
+            _ => Err(Error::Form("its type does not exist")),
         }
     }
 
@@ -80,7 +83,7 @@ impl EncString {
             ciphertext,
             mac,
         };
-        // What is written here must be readable here.
+        // A text that this crate writes must be one that it can read.
         if made.to_string().len() > ENC_STRING_BYTES_MAX {
             return Err(Error::TooLong);
         }
@@ -128,7 +131,9 @@ fn fixed<const LENGTH: usize>(part: &str, what: &'static str) -> Result<[u8; LEN
 fn blocks(part: &str) -> Result<Vec<u8>, Error> {
     let ciphertext = decode(part)?;
     if ciphertext.is_empty() || !ciphertext.len().is_multiple_of(BLOCK_BYTES) {
-        return Err(Error::Form("the cipher text is not whole blocks"));
+        return Err(Error::Form(
+            "the length of the cipher text is not a multiple of 16 bytes",
+        ));
     }
     Ok(ciphertext)
 }

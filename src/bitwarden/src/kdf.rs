@@ -1,4 +1,4 @@
-//! The two ways from a password to a master key.
+//! The two key derivation functions from a password to a master key.
 
 use argon2::{Algorithm, ParamsBuilder, Version};
 use aws_lc_rs::digest;
@@ -6,14 +6,15 @@ use zeroize::Zeroizing;
 
 use super::{Error, MASTER_KEY_BYTES, MasterKey, Password, keys::pbkdf2_sha256};
 
-/// The most that clients offer for new accounts: iterations of PBKDF2; iterations, memory in MiB and parallelism of Argon2id.
+/// The largest values that clients offer for new accounts: iterations of PBKDF2, and iterations, memory in MiB and
+/// parallelism of Argon2id.
 const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;
 const OFFERED_ARGON2ID_MAX: [u32; 3] = [10, 1_024, 16];
-/// The most that is computed here, for accounts that have more: about a minute, and 4 GiB.
+/// The largest values that this crate computes, for accounts with more: about a minute, and 4 GiB.
 const ITERATIONS_MAX: u32 = 100_000_000;
 const ARGON2ID_MAX: [u32; 3] = [100, 4_096, 255];
 
-/// How a master key is made, with the parameters that the server keeps for an account.
+/// A key derivation function with the parameters that the server stores for an account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kdf {
     /// `kdf` 0: PBKDF2-HMAC-SHA256.
@@ -33,7 +34,7 @@ pub enum Kdf {
 }
 
 impl Kdf {
-    /// What new accounts had until 2026, and what OWASP recommends as the least.
+    /// The default of new accounts until 2026, which is also the minimum that OWASP recommends.
     pub const PBKDF2_RECOMMENDED: Self = Self::Pbkdf2 {
         iterations: 600_000,
     };
@@ -44,13 +45,14 @@ impl Kdf {
         parallelism: 4,
     };
 
-    /// Checks the parameters of an existing account. Less work than clients accept is refused: a server that names it wants to guess
-    /// the password. More than clients offer is accepted, because they open such accounts, up to a bound for time and memory.
+    /// Checks the parameters of an existing account. Weaker parameters than clients accept are refused, because a
+    /// server that sends them may want to guess the password. Stronger parameters than clients offer are accepted up to
+    /// a limit for time and memory, because clients can open such accounts.
     pub fn check(self) -> Result<(), Error> {
         self.check_up_to(ITERATIONS_MAX, ARGON2ID_MAX)
     }
 
-    /// Checks parameters that an account is to get: those that clients offer.
+    /// Checks the parameters for a new account. Only those that clients offer are accepted.
     pub fn check_new(self) -> Result<(), Error> {
         self.check_up_to(OFFERED_ITERATIONS_MAX, OFFERED_ARGON2ID_MAX)
     }
@@ -85,8 +87,8 @@ impl Kdf {
         }
     }
 
-    /// What to say of an account whose password is cheaper to guess than it should be, or dearer than clients offer; `None` when all is
-    /// well. The default of 2026, 32 MiB and 6 passes, is as much work as 64 MiB and 3.
+    /// A warning about weak parameters, or about stronger ones than clients offer; `None` if the parameters are good.
+    /// The default of 2026, 32 MiB and 6 iterations, costs as much as 64 MiB and 3 iterations.
     pub fn warning(self) -> Option<&'static str> {
         if self.check().is_ok() && self.check_new().is_err() {
             return Some(match self {
@@ -115,7 +117,7 @@ impl Kdf {
         }
     }
 
-    /// The master key of an account. The salt is its e-mail address, unless the server names another one.
+    /// Derives the master key of an account. The salt is the e-mail address, unless the server sends another one.
     pub fn master_key(
         self,
         password: &Password,
@@ -133,7 +135,7 @@ impl Kdf {
                 memory_mib,
                 parallelism,
             } => {
-                // The address may be shorter than the least salt of Argon2: its hash never is.
+                // The address may be shorter than the shortest salt of Argon2, but its hash is not.
                 let salt = digest::digest(&digest::SHA256, salt.as_ref().as_bytes());
                 let mut params = ParamsBuilder::new();
                 params

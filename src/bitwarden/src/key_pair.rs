@@ -1,5 +1,5 @@
-//! RSA-2048 with OAEP and SHA-1: how a user key reaches a trusted device, or an organisation. SHA-1 inside OAEP needs no
-//! resistance against collisions, and it is what every client writes.
+//! RSA-2048 with OAEP and SHA-1, which clients use to give a user key to a trusted device or an organisation. SHA-1
+//! inside OAEP needs no collision resistance, and all clients use it.
 
 use std::fmt;
 
@@ -11,11 +11,11 @@ use zeroize::Zeroizing;
 
 use super::{EncString, Error, enc_string::RSA_BYTES};
 
-/// The private half, as a device keeps it.
+/// The private half of a key pair, as a device stores it.
 pub struct PrivateKey(OaepPrivateDecryptingKey);
 
 impl PrivateKey {
-    /// From PKCS#8 in DER.
+    /// Reads a PKCS#8 key in DER.
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, Error> {
         let key = PrivateDecryptingKey::from_pkcs8(der).map_err(|_| Error::KeyPair)?;
         if key.key_size_bytes() != RSA_BYTES {
@@ -25,7 +25,7 @@ impl PrivateKey {
         Ok(Self(key))
     }
 
-    /// The plain text of type 4.
+    /// Decrypts an encrypted text of type 4.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         let EncString::RsaOaepSha1 { ciphertext } = encrypted else {
             return Err(Error::KeyKind(encrypted.number()));
@@ -48,12 +48,12 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
-/// The public half.
+/// The public half of a key pair.
 #[derive(Debug)]
 pub struct PublicKey(OaepPublicEncryptingKey);
 
 impl PublicKey {
-    /// From a `SubjectPublicKeyInfo` in DER.
+    /// Reads a `SubjectPublicKeyInfo` in DER.
     pub fn from_spki(der: &[u8]) -> Result<Self, Error> {
         let key = PublicEncryptingKey::from_der(der).map_err(|_| Error::KeyPair)?;
         if key.key_size_bytes() != RSA_BYTES {
@@ -63,7 +63,7 @@ impl PublicKey {
         Ok(Self(key))
     }
 
-    /// Encrypts as type 4; at most 214 bytes fit.
+    /// Encrypts at most 214 bytes as type 4.
     pub fn encrypt(&self, plain: &[u8]) -> Result<EncString, Error> {
         let mut ciphertext = vec![0; RSA_BYTES];
         self.0

@@ -12,20 +12,20 @@ use zeroize::Zeroizing;
 
 use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher};
 
-/// AES-256 and HMAC-SHA256, 32 bytes each.
+/// 32 bytes for AES-256 and 32 bytes for HMAC-SHA256.
 const SYMMETRIC_KEY_BYTES: usize = 64;
 const HALF: usize = SYMMETRIC_KEY_BYTES / 2;
-/// What logs in.
+/// Iterations of the hash for the login.
 const AUTHENTICATION_ITERATIONS: u32 = 1;
-/// What a client keeps to check a password without the server.
+/// Iterations of the hash with which a client checks the password offline.
 const LOCAL_ITERATIONS: u32 = 2;
 
-/// The key that wraps a user key: made from a password, or at random for a user who never had one. This is what a Key
-/// Connector keeps, and hands back to the user.
+/// The key that wraps a user key. It is derived from a password, or random for a user who never had one. A Key
+/// Connector stores this key and returns it to the user.
 pub struct MasterKey(Zeroizing<Vec<u8>>);
 
 impl MasterKey {
-    /// Exactly 32 bytes.
+    /// Takes exactly 32 bytes.
     pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
         if bytes.len() == MASTER_KEY_BYTES {
             return Ok(Self(bytes));
@@ -42,17 +42,18 @@ impl MasterKey {
         &self.0
     }
 
-    /// Whether both are the same key, in constant time.
+    /// Whether two keys are equal. Compares in constant time.
     pub fn is(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
     }
 
-    /// What a client sends to log in, in base64. A person who has it can log in unless a second factor is required.
+    /// The hash that a client sends to log in, in base64. A person who has it can log in unless a second factor is
+    /// required.
     pub fn authentication_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, AUTHENTICATION_ITERATIONS)
     }
 
-    /// What a client keeps to recognise the password, in base64.
+    /// The hash with which a client recognises the password, in base64.
     pub fn local_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, LOCAL_ITERATIONS)
     }
@@ -63,7 +64,8 @@ impl MasterKey {
         Zeroizing::new(Base64::encode_string(hash.as_ref()))
     }
 
-    /// 64 bytes by HKDF-Expand, without the Extract step: the key is uniform already (RFC 5869 section 3.3).
+    /// Derives 64 bytes by HKDF-Expand without the Extract step, because the key is already uniform (RFC 5869 section
+    /// 3.3).
     pub fn stretch(&self) -> Result<SymmetricKey, Error> {
         let prk = Prk::new_less_safe(HKDF_SHA256, &self.0);
         let mut stretched = Zeroizing::new(vec![0; SYMMETRIC_KEY_BYTES]);
@@ -73,9 +75,9 @@ impl MasterKey {
         SymmetricKey::from_bytes(stretched)
     }
 
-    /// The user key inside its wrapping, as bytes: with a new account it is one that [`SymmetricKey`] does not read. Type 0,
-    /// of old accounts, is under the master key itself; it has no MAC, so that only the length tells a user key from what a wrong
-    /// key makes of it.
+    /// Decrypts a wrapped user key and returns its bytes, because [`SymmetricKey`] cannot hold the user key of a new
+    /// account. Type 0 of old accounts is encrypted directly with the master key. It has no MAC, so the length is the
+    /// only sign that the master key was right.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
@@ -89,7 +91,7 @@ impl MasterKey {
         }
     }
 
-    /// Wraps a user key, always as type 2.
+    /// Wraps a user key as type 2.
     pub fn protect(&self, user_key: &[u8]) -> Result<EncString, Error> {
         self.stretch()?.encrypt(user_key)
     }
@@ -116,18 +118,18 @@ pub(super) fn expand(prk: &Prk, info: &[u8], out: &mut [u8]) -> Result<(), Error
         .map_err(|_| Error::TooLong)
 }
 
-/// PBKDF2-HMAC-SHA256 (RFC 8018), filling `out`.
+/// Computes PBKDF2-HMAC-SHA256 (RFC 8018) and fills `out`.
 pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &mut [u8]) {
     let iterations = NonZeroU32::new(iterations).expect("callers name more than none");
     pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
 }
 
-/// A user key, an organisation's key, a device's key: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes of an account
-/// from before there were MACs.
+/// The key of a user, organisation or device: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes in an account from
+/// before MACs were introduced.
 pub struct SymmetricKey(Zeroizing<Vec<u8>>);
 
 impl SymmetricKey {
-    /// 64 bytes, or 32.
+    /// Takes 64 or 32 bytes.
     pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
         match bytes.len() {
             SYMMETRIC_KEY_BYTES | HALF => Ok(Self(bytes)),
@@ -144,7 +146,8 @@ impl SymmetricKey {
         &self.0
     }
 
-    /// The plain text of a type that belongs to this kind of key: an authenticated one is never read without its MAC.
+    /// Decrypts a text whose type matches this kind of key. An authenticated text is never decrypted without checking
+    /// its MAC.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {
@@ -175,7 +178,7 @@ impl SymmetricKey {
         EncString::authenticated(iv, ciphertext, mac)
     }
 
-    /// The keys for encryption and for the MAC.
+    /// Returns the key for encryption and the key for the MAC.
     fn halves(&self) -> Option<(&[u8], &[u8])> {
         (self.0.len() == SYMMETRIC_KEY_BYTES).then(|| self.0.split_at(HALF))
     }

@@ -1,5 +1,5 @@
-//! What a Bitwarden client does with its keys, so that a migration can be rehearsed and supported without one: master keys
-//! from passwords, the hash that logs in, wrapped user keys, encrypted texts.
+//! The key operations of a Bitwarden client: master keys from passwords, the hash for the login, wrapped user keys and
+//! encrypted texts. With this crate, a migration can be rehearsed and supported without a client.
 //!
 //! ```text
 //! password, e-mail --KDF--> master key (32 bytes) --HKDF-Expand--> stretched key (64) --EncString 2--> user key (64)
@@ -8,10 +8,11 @@
 //!                    user who has no password any more                                          trusted devices
 //! ```
 //!
-//! The broker itself never uses any of this: to it a master key is 32 bytes like any others.
+//! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
 //!
-//! Not promised: type 0 is not authenticated, so a changed text of that type may decrypt to something else; it is read for
-//! old accounts, and never written. Keys of type 7 (COSE) are carried as bytes, and open nothing here.
+//! Not protected: type 0 is not authenticated, so a changed text of this type may decrypt to a wrong value. The crate
+//! reads it for old accounts and never writes it. Keys of type 7 (COSE) are handled as bytes; the crate cannot decrypt
+//! with them.
 
 mod account;
 mod cipher;
@@ -28,48 +29,48 @@ pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
 pub use keys::{MasterKey, SymmetricKey};
 
-/// Length of a master key, and of what a Key Connector keeps, in bytes.
+/// Length of a master key in bytes. This is also the length of the key that a Key Connector stores.
 pub const MASTER_KEY_BYTES: usize = 32;
 
-/// Why something of a Bitwarden account cannot be used.
+/// Why a part of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// An invalid e-mail address.
+    /// The e-mail address is not valid.
     #[error("the e-mail address is empty, longer than 256 bytes, or has control characters")]
     Email,
-    /// An invalid salt.
+    /// The salt is not valid.
     #[error("the salt is empty, longer than 256 bytes, or has control characters")]
     Salt,
-    /// An invalid password.
-    #[error("a password is 1 to {PASSWORD_BYTES_MAX} bytes of UTF-8")]
+    /// The password is not valid.
+    #[error("a password must be 1 to {PASSWORD_BYTES_MAX} bytes of UTF-8")]
     Password,
-    /// A parameter that no client accepts, or that is more than is computed here.
+    /// A parameter is below the minimum of all clients, or above the limit of this crate.
     #[error("{name} is {value}; it must be {min} to {max}")]
     Kdf {
-        /// Which parameter.
+        /// The name of the parameter.
         name: &'static str,
-        /// What it is.
+        /// The value.
         value: u32,
-        /// The least that is accepted.
+        /// The smallest accepted value.
         min: u32,
-        /// The most.
+        /// The largest accepted value.
         max: u32,
     },
-    /// A key of the wrong length.
+    /// A key has the wrong length.
     #[error("{what} has {found} bytes; it must have {expected}")]
     Length {
-        /// Which key.
+        /// The name of the key.
         what: &'static str,
         /// Its length.
         found: usize,
-        /// What it must be.
+        /// The required length.
         expected: &'static str,
     },
-    /// A text that is not an `EncString`.
-    #[error("not an encrypted text of Bitwarden: {0}")]
+    /// The text is not an `EncString`.
+    #[error("not an encrypted text in Bitwarden's format: {0}")]
     Form(&'static str),
-    /// A type of `EncString` that is not read here.
-    #[error("encrypted text of type {0}: only the types 0, 2 and 4 are read here")]
+    /// This crate does not read this type of `EncString`.
+    #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
     /// The type does not belong to this kind of key.
     #[error("an encrypted text of type {0} is not for this kind of key")]
@@ -77,13 +78,13 @@ pub enum Error {
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
-    /// MAC, padding or OAEP failed. The error does not tell which, so that it is no oracle.
-    #[error("the key does not fit, or the encrypted text was changed")]
+    /// MAC, padding or OAEP failed. The error does not say which, so that it cannot serve as an oracle.
+    #[error("the key is wrong, or the encrypted text was changed")]
     Decrypt,
-    /// The plain text does not fit into what it is to be encrypted as.
+    /// The plain text is too long for the type of encrypted text.
     #[error("too long to be encrypted")]
     TooLong,
-    /// No memory, or no random bytes.
-    #[error("the system gives no {0}")]
+    /// The system has no memory or no random bytes.
+    #[error("the system did not provide {0}")]
     System(&'static str),
 }

@@ -1,4 +1,4 @@
-//! Published vectors of Bitwarden's own clients, and what must not open.
+//! Tests with published vectors of Bitwarden's clients, and with texts that must not decrypt.
 
 use aws_lc_rs::hkdf::{HKDF_SHA256, Prk};
 use base64ct::{Base64, Encoding as _};
@@ -45,7 +45,7 @@ fn parse(text: &str) -> EncString {
     EncString::parse(text).unwrap()
 }
 
-/// Master key and both halves of the stretched key, in hexadecimal.
+/// The master key and both halves of the stretched key, in hexadecimal.
 fn assert_keys(key: &MasterKey, master: &str, encryption: &str, mac: &str) {
     assert_eq!(hex::encode(key.expose()), master);
     let stretched = hex::encode(key.stretch().unwrap().expose());
@@ -119,7 +119,7 @@ fn vector_5_authentication_hash_of_argon2id() {
     );
 }
 
-/// From the password to the user key, with what is posted to a Key Connector on the way.
+/// Tests the whole way from the password to the user key, including the value that is sent to a Key Connector.
 #[test]
 fn vector_6_end_to_end() {
     let password = password("asdfasdfasdf");
@@ -159,7 +159,7 @@ fn vector_7_an_old_account_is_under_the_master_key_itself() {
     );
 }
 
-/// Type 0 has no MAC: every 256th wrong key leaves padding that looks good.
+/// Type 0 has no MAC, so every 256th wrong key leaves padding that looks valid.
 #[test]
 fn a_wrong_key_whose_padding_happens_to_be_good_opens_nothing() {
     let protected = parse(PROTECTED_BY_AN_OLD_ACCOUNT);
@@ -273,7 +273,7 @@ fn what_is_encrypted_is_read_again() {
     assert_eq!(key.encrypt(&most), Err(Error::TooLong));
 }
 
-/// Type 4 as written here, read by an implementation that is not ours.
+/// A type 4 text of this crate is read by an independent implementation.
 #[test]
 fn another_implementation_of_rsa_reads_type_4() {
     let private = rsa::RsaPrivateKey::from_pkcs8_der(&device_private_key()).unwrap();
@@ -330,7 +330,7 @@ fn every_changed_byte_is_noticed() {
     assert_eq!(other.decrypt(&whole).unwrap_err(), Error::Decrypt);
 }
 
-/// A whole block less, with a MAC that fits nothing any more.
+/// One block less, with a MAC that no longer matches.
 #[test]
 fn a_truncated_text_is_noticed() {
     let key = symmetric(USER_KEY);
@@ -364,7 +364,7 @@ fn a_type_is_read_by_its_own_kind_of_key_alone() {
     let authenticated = parse(PROTECTED_USER_KEY);
     let rsa = parse(DEVICE_PROTECTED_USER_KEY);
     let (long, short) = (symmetric(USER_KEY), symmetric(&USER_KEY[..64]));
-    // A key with a MAC half never reads what has no MAC: an attacker could strip it.
+    // A key with a MAC half never decrypts a text without a MAC, because an attacker could remove the MAC.
     for (key, text, number) in [
         (&long, &unauthenticated, 0),
         (&long, &rsa, 4),
@@ -404,7 +404,8 @@ fn texts_that_are_not_well_formed_are_refused() {
         format!("2.{iv}|AAAA|{mac}"),
         format!("2.AAAA|{block}|{mac}"),
         format!("2.{iv}|{block}|AAAA"),
-        // Not canonical: bits that belong to no byte, padding left out, other alphabet, white space inside.
+        // Texts that are not canonical: bits that belong to no byte, missing padding, other alphabets, white space
+        // inside.
         format!("2.AAAAAAAAAAAAAAAAAAAAAB==|{block}|{mac}"),
         format!("2.AAAAAAAAAAAAAAAAAAAAAA|{block}|{mac}"),
         format!("2.AAAAAAAAAAAAAAAAAAAA_A==|{block}|{mac}"),
@@ -473,7 +474,7 @@ fn kdf_parameters_keep_their_limits() {
     }
 }
 
-/// Clients open such accounts, so that their owner can bring them down.
+/// Clients open such accounts, so that their owner can reduce the parameters.
 #[test]
 fn an_account_above_what_clients_offer_is_opened_with_a_warning_and_cannot_be_made() {
     for kdf in [
@@ -493,7 +494,7 @@ fn an_account_above_what_clients_offer_is_opened_with_a_warning_and_cannot_be_ma
     key.unwrap();
 }
 
-/// Another text than the address, taken as it is.
+/// A salt that differs from the address is used unchanged.
 #[test]
 fn a_salt_of_its_own_takes_the_place_of_the_address() {
     let kdf = Kdf::Pbkdf2 { iterations: 5_000 };
@@ -557,7 +558,7 @@ proptest! {
         prop_assert!(PublicKey::from_spki(&bytes).is_err());
     }
 
-    /// Whatever is well-formed is either opened by its key or refused with the one error.
+    /// Every well-formed text is either decrypted by its key, or refused with the same error.
     #[test]
     fn no_parts_panic(
         iv in any::<[u8; 16]>(), mac in any::<[u8; 32]>(), ciphertext in prop::collection::vec(any::<u8>(), 0..80),

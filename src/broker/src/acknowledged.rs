@@ -1,9 +1,10 @@
-//! What this instance remembers of its database: the identity of the database, and the newest changes that it acknowledged. Each
-//! of them left a mark in the database. A database with another identity, or without one of the marks, is another database or an
-//! earlier state of the same: nothing is released or changed until an operator accepts it.
+//! What this instance remembers about its database: the identity of the database, and the newest changes that the
+//! broker acknowledged. Each of these changes left a mark in the database. If the identity differs or one of the marks
+//! is missing, the database is another one, or an earlier state of the same one. The broker then releases and changes
+//! nothing until an operator accepts the database.
 //!
-//! The state directory has what is remembered, at most a second old. What a broker acknowledged in the last second before it was
-//! killed is taken from its audit log. Each instance looks for its own changes.
+//! The state directory holds these facts and is at most one second behind. The changes that a broker acknowledged in
+//! the last second before it was killed are read from its audit log. Each instance checks only its own changes.
 
 use std::{
     collections::VecDeque,
@@ -27,21 +28,22 @@ use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
 use super::Broker;
 
-/// The fact as the release before named it, without the instance.
+/// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "acknowledged";
-/// How long a caller should wait for an operator.
+/// The delay after which a refused caller may retry. An operator has to act in the meantime.
 const RETRY: Duration = Duration::from_secs(1);
-/// Marks are purged after the retention period, perhaps by the clock of another machine.
+/// A margin for clock differences: marks are purged after the retention period, which another machine's clock may
+/// measure.
 const CLOCKS_APART: Duration = Duration::from_hours(1);
 
-/// What is kept across a restart.
+/// The facts as they are stored in the state directory.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database, once one was seen.
+    /// The identity of the database, after it was first read.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
-    /// When an operator accepted a database last. Changes of the audit log before that do not count.
+    /// When an operator last accepted a database. Earlier changes in the audit log are ignored.
     #[serde(default)]
     accepted_us: i64,
 }
@@ -52,7 +54,7 @@ struct KeptChange {
     at_us: i64,
 }
 
-/// The fact in the form of this release, or in that of the release before, which remembered one change.
+/// The stored facts in the form of this release, or in that of the previous release, which remembered a single change.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Fact {
@@ -60,30 +62,32 @@ enum Fact {
     Before(KeptChange),
 }
 
-/// What is remembered while the broker runs.
+/// The facts as the running broker keeps them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     store: Option<StoreId>,
-    /// At most [`CHANGES_MAX`], oldest first.
+    /// At most [`CHANGES_MAX`] changes, oldest first.
     changes: VecDeque<(CallId, Timestamp)>,
     accepted: Option<Timestamp>,
 }
 
-/// Why a database is refused.
+/// The reason for refusing a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mismatch {
-    /// It has another identity, or none.
+    /// The database has another identity, or none.
     OtherStore,
-    /// It lacks the mark of a change that was acknowledged.
+    /// The database lacks the mark of an acknowledged change.
     NoMark,
 }
 
 impl Mismatch {
     const fn text(self) -> &'static str {
         match self {
-            Self::OtherStore => "the database is another one than before: its identity differs",
+            Self::OtherStore => {
+                "this is not the database that the broker used before: its identity differs"
+            }
             Self::NoMark => {
-                "the database lacks a change that was acknowledged: it is an earlier state of itself"
+                "the database lacks an acknowledged change: it is an earlier state of this database"
             }
         }
     }
@@ -92,13 +96,13 @@ impl Mismatch {
 #[derive(Debug)]
 pub(super) struct Acknowledged {
     known: Mutex<Known>,
-    /// Whether the state directory lacks a part of what is known.
+    /// Whether the state directory lacks some of the known facts.
     is_changed: AtomicBool,
-    /// Why the database is refused, if it is.
+    /// Why the database is refused; `None` when it is accepted.
     mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
-    /// Name of the state file: that of this instance, because two brokers may share the directory.
+    /// Name of the state file. It contains the instance, because two brokers may share the directory.
     fact: String,
 }
 
@@ -106,7 +110,7 @@ fn fact_of(instance: &str) -> String {
     format!("acknowledged-{instance}")
 }
 
-/// What the state directory has of an instance, also where a release before wrote it.
+/// Reads the stored facts of an instance, including those that the previous release wrote.
 fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::Error> {
     let found = match state.read_json::<Fact>(fact)? {
         None => state.read_json::<Fact>(LEGACY_FACT)?,
@@ -115,20 +119,21 @@ fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::
     Ok(found.map(Kept::from))
 }
 
-/// What [`accept_restored`] did.
+/// The result of [`accept_restored`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Acceptance {
-    /// The database is the one that the broker knows: there was nothing to accept, and nothing was forgotten.
+    /// The database is the one that the broker knows. Nothing had to be accepted, and nothing was forgotten.
     AlreadyKnown,
     /// The database was accepted.
     Accepted {
-        /// The call of the newest change that was forgotten, if one was remembered.
+        /// The call id of the newest forgotten change, if any change was remembered.
         forgotten: Option<String>,
     },
 }
 
-/// Accepts the database as it is, unless it is the one that the broker knows: forgets its identity and the changes that were
-/// acknowledged. A damaged fact is replaced. Fails when the state directory cannot be used, or the database does not answer.
+/// Accepts the database as it is, unless it is the one that the broker already knows. Accepting makes the broker forget
+/// the previous identity and the acknowledged changes. A damaged state file is replaced. Fails when the state directory
+/// cannot be used, or when the database does not answer.
 pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
@@ -186,7 +191,7 @@ impl From<&Known> for Kept {
 }
 
 impl Known {
-    /// `None` when an id does not parse.
+    /// Parses the stored facts. `None` when an id does not parse.
     fn read(kept: &Kept) -> Option<Self> {
         let store = match &kept.store {
             Some(id) => Some(StoreId::from_hex(id)?),
@@ -235,7 +240,7 @@ impl Acknowledged {
         *self.mismatch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The identity, and those of the newest changes whose marks cannot have been purged.
+    /// Returns the known identity, and those of the newest changes whose marks cannot have been purged yet.
     fn expected(&self) -> (Option<StoreId>, Vec<CallId>) {
         let kept = self.retention.saturating_sub(CLOCKS_APART).as_micros();
         let kept = i128::try_from(kept).unwrap_or(i128::MAX);
@@ -264,12 +269,12 @@ impl Acknowledged {
             self.is_changed.store(true, Ordering::Release);
             tracing::warn!(
                 error = chain(&error),
-                "the newest acknowledged changes are in memory only"
+                "cannot store the newest acknowledged changes; they are kept in memory"
             );
         }
     }
 
-    /// What the state directory has.
+    /// Reads the facts from the state directory.
     fn kept(&self) -> Result<Option<Known>, Error> {
         let kept = read_fact(&self.state, &self.fact).map_err(Unusable::State)?;
         let Some(kept) = kept else {
@@ -280,7 +285,8 @@ impl Acknowledged {
         Ok(Some(known))
     }
 
-    /// Takes over what the run before acknowledged. The changes of the audit log are newer than the fact when that run was killed.
+    /// Loads the facts of the previous run. If that run was killed, its audit log contains newer changes than the state
+    /// file.
     fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
         let mut known = self.kept()?.unwrap_or_default();
         let accepted = known.accepted;
@@ -300,7 +306,7 @@ impl Acknowledged {
         Ok(())
     }
 
-    /// Applies an operator's acceptance of the database since then.
+    /// Applies an acceptance that an operator gave while the database was refused.
     fn take_over_acceptance(&self) {
         let Ok(Some(kept)) = self.kept() else {
             return;
@@ -313,7 +319,7 @@ impl Acknowledged {
     }
 }
 
-/// Why the fact cannot be used.
+/// The reason why the state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
     #[error("{cause}; {remedy}", cause = chain(.0), remedy = UNNOTICED)]
@@ -322,8 +328,8 @@ enum Unusable {
     Damaged(PathBuf),
 }
 
-const UNNOTICED: &str = "without it an earlier state of the database would not be noticed. If the database is the right one, \
-                         run `keybroker store accept-restored`";
+const UNNOTICED: &str = "without this file, the broker could not detect an earlier state of the database. If the \
+                          database is the right one, run `keybroker store accept-restored`";
 
 impl From<Unusable> for Error {
     fn from(unusable: Unusable) -> Self {
@@ -332,7 +338,7 @@ impl From<Unusable> for Error {
 }
 
 impl Broker {
-    /// Takes over what the run before acknowledged, and looks for it.
+    /// Loads what the previous run acknowledged, and checks the database for it.
     pub(super) async fn take_over_acknowledged(&self) -> Result<(), Error> {
         self.acknowledged.take_over(self.audit.changes_before())?;
         self.check_store_identity().await;
@@ -340,8 +346,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Takes note of a change that was committed. An error when the database that it was committed to is not the one that this
-    /// broker knows.
+    /// Notes a committed change. Returns an error when the change was committed to another database than the one that
+    /// this broker knows.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if matches!(self.compare_store().await, Ok(Some(_))) {
             self.check_store_identity().await;
@@ -365,7 +371,7 @@ impl Broker {
         self.acknowledged.keep();
     }
 
-    /// Compares the database with what this broker knows of it. Fails when the database does not answer.
+    /// Compares the database with the known facts. Fails when the database does not answer.
     async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
         let (store, changes) = self.acknowledged.expected();
         let evidence = self.store.evidence(&changes).await?;
@@ -391,12 +397,12 @@ impl Broker {
         if before.is_some() {
             acknowledged.take_over_acceptance();
         }
-        // Not known when the database does not answer, so nothing changes.
+        // Without an answer from the database, the previous result stays valid.
         let Ok(mismatch) = self.compare_store().await else {
             return;
         };
         if mismatch.is_some() {
-            // Before the operator's command reads it.
+            // Stored now, so that the operator's command reads the current facts.
             acknowledged.keep();
         }
         *acknowledged
@@ -407,8 +413,8 @@ impl Broker {
             Some(mismatch) if before.is_none() => keybroker_core::alert!(
                 StoreRestored,
                 cause = mismatch.text(),
-                "the database is not the one that this broker knows; nothing is released or changed until the right one is \
-                 back, or `keybroker store accept-restored` accepts this one"
+                "the database is not the one that this broker knows; nothing is released or changed until the right one \
+                 returns, or `keybroker store accept-restored` accepts this one"
             ),
             None if before.is_some() => tracing::warn!("the database is accepted again"),
             _ => {}
@@ -422,7 +428,7 @@ mod tests {
 
     use super::*;
 
-    /// The cause is there for programs, and its text for the log.
+    /// Programs read the cause of the error; people read its text in the log.
     #[test]
     fn a_state_file_that_cannot_be_used_is_the_cause_of_the_refusal() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! A change of a record, before it is planned.
+//! The change of a record as the caller requests it.
 
 use keybroker_core::{
     call::{Call, RequestId},
@@ -9,7 +9,7 @@ use keybroker_core::{
 
 use super::UserKeyRef;
 
-/// What a caller wants changed.
+/// The requested change.
 #[derive(Debug)]
 pub(super) enum Change {
     Create {
@@ -41,7 +41,8 @@ impl Change {
     }
 }
 
-/// One mutation under way; owns all it needs, because it may outlive its caller.
+/// A running mutation. It owns all its data, because it can run longer than the call that started
+/// it.
 pub(super) struct Mutation {
     pub(super) principal: Principal,
     pub(super) call: Call,

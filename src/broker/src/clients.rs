@@ -1,9 +1,9 @@
-//! API clients: made, rotated, listed and revoked by administrators; known to authentication once the token has verified what
-//! SQL says of them.
+//! API clients. Administrators create, rotate, list and revoke them. Authentication uses a client only after the token
+//! has verified its stored row.
 //!
-//! An administrator gives an API client only roles that the configuration lets be given at run time, and only in the
-//! administrator's own tenant: unless the configuration allows it, no administrator can create a client that releases
-//! keys.
+//! An administrator can give an API client only roles that the configuration allows to be granted at run time, and only
+//! in the administrator's own tenant. Unless the configuration allows it, no administrator can create a client that
+//! releases keys.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -32,13 +32,13 @@ use known::{PageVerifier, Verified, Wanted, document_of};
 
 /// The settings of API clients.
 pub struct ClientRules {
-    /// Roles that an administrator may give.
+    /// Roles that an administrator may grant.
     pub grantable_roles: BTreeSet<Role>,
-    /// Hashes a secret; takes time and memory on purpose.
+    /// Hashes a secret. The hash function takes time and memory on purpose.
     pub hash: Hash,
 }
 
-/// From a secret to its PHC string.
+/// Computes the PHC string of a secret.
 pub type Hash = Arc<dyn Fn(&[u8]) -> Result<String, Error> + Send + Sync>;
 
 impl fmt::Debug for ClientRules {
@@ -49,18 +49,18 @@ impl fmt::Debug for ClientRules {
     }
 }
 
-/// An API client to be.
+/// The request for a new API client.
 #[derive(Clone, Debug)]
 pub struct NewClient {
-    /// For people.
+    /// A description for people.
     pub label: String,
-    /// What it may do at most.
+    /// The roles that the client gets.
     pub roles: BTreeSet<Role>,
-    /// With the role `release`: whose keys.
+    /// With the role `release`: the users whose keys the client may release.
     pub users: Option<Reach<UserId>>,
-    /// With the role `release`: which of their keys.
+    /// With the role `release`: the names of the keys that the client may release.
     pub key_names: Option<Reach<KeyName>>,
-    /// From when on its first secret is not accepted any more.
+    /// When its first secret expires.
     pub expires: Option<Timestamp>,
 }
 
@@ -69,20 +69,20 @@ pub struct NewClient {
 pub struct ClientView {
     /// The id that it sends with its secret.
     pub id: ClientId,
-    /// All else.
+    /// The stored settings and secrets of the client.
     pub document: Document,
-    /// When each of its secrets was last accepted, by number.
+    /// When each secret was last accepted, by the secret's number.
     pub uses: Vec<(u32, Timestamp)>,
-    /// Whether the token verified the row's MAC for this answer. `false` when it could not be asked.
+    /// Whether the token verified the row's MAC for this answer. `false` when the token was unavailable.
     pub is_verified: bool,
 }
 
-/// A secret just made, for the one answer that shows it.
+/// A new secret, for the only answer that contains it.
 #[derive(Debug)]
 pub struct CreatedSecret {
-    /// Whose it is.
+    /// The API client of the secret.
     pub client: ClientView,
-    /// Which of its secrets.
+    /// The number of the secret.
     pub number: u32,
     /// The secret itself.
     pub secret: PlainSecret,
@@ -91,13 +91,14 @@ pub struct CreatedSecret {
 /// One page of API clients.
 #[derive(Clone, Debug)]
 pub struct ClientPage {
-    /// In the order of their ids. A damaged row is listed with what could be read of it, whichever tenant it is of.
+    /// The clients, ordered by id. A damaged row is listed with the fields that can be read, and regardless of its
+    /// tenant.
     pub rows: Vec<PageRow<ClientView, DamagedClient, ClientId>>,
-    /// Where the next page begins; absent on the last.
+    /// The position of the next page; absent on the last one.
     pub next: Option<Position<ClientId>>,
 }
 
-/// A permitted change of an API client; owns all it needs, because it may outlive its caller.
+/// A permitted change of an API client. It owns all its data, because it can run longer than the call that started it.
 struct ClientChange {
     broker: Arc<Broker>,
     principal: Principal,
@@ -106,7 +107,7 @@ struct ClientChange {
 }
 
 impl Broker {
-    /// Makes an API client with its first secret.
+    /// Creates an API client with its first secret.
     pub async fn create_client(
         self: &Arc<Self>,
         principal: &Principal,
@@ -136,7 +137,7 @@ impl Broker {
         .await
     }
 
-    /// Adds a secret to an API client, which then has two valid ones, until the old one is revoked.
+    /// Adds a secret to an API client. The client then has two valid secrets until the old one is revoked.
     pub async fn add_client_secret(
         self: &Arc<Self>,
         principal: &Principal,
@@ -157,19 +158,19 @@ impl Broker {
                     .own_client(&principal, &call, id, Wanted::InForce)
                     .await?;
                 if credential.document.revoked.is_some() {
-                    let what = "was revoked and stays so: make another client";
+                    let what = "the id of a client that is not revoked; create another client";
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
-                    let what = "has two live secrets: revoke one first";
+                    let what = "the id of a client with fewer than two valid secrets; revoke one first";
                     return Err(Error::violation("id", what));
                 }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {
-                    let what = "its users, key names and secrets leave no room for another secret: create another client";
+                    let what = "the id of a client with room for a secret: the users, key names and secrets of this client are too long; create another client";
                     return Err(Error::violation("id", what));
                 }
                 Ok((broker.next_row(credential).await?, secret))
@@ -204,7 +205,7 @@ impl Broker {
                 } = change;
                 draft.client(id);
                 let prepared = async {
-                    // One secret less leaves a client that is let in: that one must be in force.
+                    // If only a secret is revoked, the client can still authenticate, so its row must be valid.
                     let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
                     let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
                     revoke(&mut credential.document, secret)?;
@@ -226,7 +227,7 @@ impl Broker {
         .await
     }
 
-    /// Runs a change of an API client in a task of its own, as far as it is permitted.
+    /// Asks policy for a permit, then runs a change of an API client in a separate task.
     async fn change_client<T, F>(
         self: &Arc<Self>,
         action: Action,
@@ -252,8 +253,8 @@ impl Broker {
         .await
     }
 
-    /// One page of API clients: an administrator's own tenant's, for an auditor all. Each row's MAC is verified on the token, as
-    /// long as the token answers.
+    /// Returns one page of API clients: those of an administrator's own tenant, or for an auditor those of all tenants.
+    /// The token verifies the MAC of each row while it is available.
     pub async fn clients(
         &self,
         principal: &Principal,
@@ -282,7 +283,7 @@ impl Broker {
                             view.document.tenant == *principal.tenant()
                                 || principal.has(Role::Auditor)
                         }
-                        // The tenant in such a row may be forged.
+                        // The tenant of a damaged row may be forged.
                         Err(_) => true,
                     };
                     if is_shown {
@@ -348,8 +349,8 @@ impl Broker {
             format!("which lists {}", names.join(", "))
         };
         let what = format!(
-            "the role `{refused}` may not be granted; the roles that may are in `client_credentials.grantable_roles` of the \
-             broker's configuration, {allowed}",
+            "among those that may be granted: `{refused}` may not be granted, because it is not in \
+             `client_credentials.grantable_roles` of the broker's configuration, {allowed}",
             refused = refused.as_str()
         );
         Err(Error::violation("roles", what))
@@ -377,7 +378,7 @@ impl Broker {
         draft.client(id);
         draft.grant(&document);
         if document.grant().problem().is_some() {
-            let what = "one role at least; `release` with users or key names, and without `admin` and `auditor`";
+            let what = "at least one role; `release` only with `users` or `key_names`, and never with `admin` or `auditor`";
             return Err(Error::violation("roles", what));
         }
         self.check_grantable(&document)?;
@@ -385,7 +386,7 @@ impl Broker {
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
         if !document.may_grow() {
-            let what = "fewer or shorter users and key names: 24 KiB all together";
+            let what = "shorter in total: users and key names together may take 24 KiB";
             return Err(Error::violation("users", what));
         }
         let credential = ClientCredential {
@@ -422,7 +423,7 @@ fn created(id: ClientId, document: Document, secret: PlainSecret) -> CreatedSecr
     }
 }
 
-/// What is revoked stays so. To revoke it again changes nothing and is no mistake.
+/// Revokes a client or one of its secrets permanently. Revoking it again changes nothing and is not an error.
 fn revoke(document: &mut Document, secret: Option<u32>) -> Result<(), Error> {
     let now = Some(Timestamp::now());
     let Some(number) = secret else {

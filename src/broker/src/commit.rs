@@ -1,4 +1,4 @@
-//! The part that changes of user keys and of API clients have in common: a task that no caller can stop, and the order of intent,
+//! The common part of changes to user keys and API clients: a task that no caller can stop, and the order of intent,
 //! commit and outcome.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
@@ -21,16 +21,16 @@ use super::{
     observed,
 };
 
-/// A change that is known to have been made, or not to have been made. Its intent stays open until [`Broker::close_intent`].
+/// The store's definite answer about a change: made or not made. The intent stays open until [`Broker::close_intent`].
 #[must_use = "the intent stays open until its outcome is recorded"]
 pub(super) struct Settled<T> {
     pub(super) intent: OpenIntent,
-    /// The answer of the store.
+    /// The store's answer.
     pub(super) result: Result<T, store::Error>,
 }
 
 impl Broker {
-    /// Runs a change in a separate task, to its end.
+    /// Runs a change to its end in a separate task.
     pub(super) async fn run_change<T: Send + 'static>(
         self: &Arc<Self>,
         action: Action,
@@ -44,8 +44,9 @@ impl Broker {
         }
     }
 
-    /// Makes the intent durable, commits, and adds the change to those that the broker recognises its database by. Fails when the
-    /// change was not begun, and when it is not known whether it was made: `maintain` then asks the store until it is known.
+    /// Makes the intent durable, commits the change, and adds it to the changes by which the broker recognises its
+    /// database. Returns an error when the change was not begun, and also when its outcome is unknown. In the second
+    /// case `maintain` asks the store until the outcome is known.
     pub(super) async fn commit_with_intent<T>(
         &self,
         draft: &Draft,
@@ -69,7 +70,8 @@ impl Broker {
         Ok(Settled { intent, result })
     }
 
-    /// Makes the outcome durable and returns the result. An intent whose outcome cannot be recorded is closed by `maintain`.
+    /// Makes the outcome durable and returns the result. If the outcome cannot be recorded, `maintain` closes the
+    /// intent later.
     pub(super) async fn close_intent<T>(
         &self,
         intent: OpenIntent,

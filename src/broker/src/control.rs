@@ -1,4 +1,5 @@
-//! The control plane: wrapping keys, token state, audit log. Nothing here can release a user key.
+//! The control plane: wrapping keys, token state and audit log. No function of this module can
+//! release a user key.
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -20,19 +21,20 @@ use super::{
 /// One registered wrapping key, with what the token reports about it.
 #[derive(Clone, Debug)]
 pub struct WrappingKeyView {
-    /// `CKA_ID`.
+    /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// Of the public key.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// What the key is for.
+    /// The purpose for which the key may be used.
     pub purpose: Purpose,
-    /// SP 800-57 state.
+    /// The state of the key (NIST SP 800-57 part 1).
     pub state: WrappingKeyState,
-    /// When it was registered.
+    /// When the key was registered.
     pub registered: Timestamp,
-    /// Whether a backup of its token is confirmed.
+    /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
-    /// What the token holds; absent for a destroyed key, or while no worker was ready yet.
+    /// The public key on the token. Absent for a destroyed key, and until the first worker is
+    /// ready.
     pub on_token: Option<KeyOnToken>,
 }
 
@@ -41,14 +43,14 @@ pub struct WrappingKeyView {
 pub struct KeyOnToken {
     /// Modulus length in bits.
     pub modulus_bits: u32,
-    /// How it wraps.
+    /// The algorithm with which the key wraps.
     pub algorithm: Algorithm,
     /// DER SubjectPublicKeyInfo.
     pub spki: Vec<u8>,
 }
 
 impl Broker {
-    /// All registered wrapping keys, in the order of their sequence.
+    /// Returns all registered wrapping keys, ordered by their sequence number.
     pub async fn wrapping_keys(
         &self,
         principal: &Principal,
@@ -60,7 +62,7 @@ impl Broker {
         .await
     }
 
-    /// One registered wrapping key.
+    /// Returns one registered wrapping key.
     pub async fn wrapping_key(
         &self,
         principal: &Principal,
@@ -76,7 +78,7 @@ impl Broker {
         .await
     }
 
-    /// The state of the token and its workers.
+    /// Returns the state of the token and its workers.
     pub async fn token_state(
         &self,
         principal: &Principal,
@@ -88,7 +90,7 @@ impl Broker {
         .await
     }
 
-    /// The last entries of this instance's audit log, oldest first.
+    /// Returns the last entries of this instance's audit log, oldest first.
     pub async fn audit_tail(
         &self,
         principal: &Principal,
@@ -97,7 +99,7 @@ impl Broker {
     ) -> Result<Vec<String>, Error> {
         let audit = self.audit.clone();
         self.read_async(principal, call, Action::ReadAudit, async move {
-            // Reads files: not on an async thread.
+            // Reading files blocks, so it must not run on an async thread.
             match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
                 Ok(entries) => entries.map_err(Error::from),
                 Err(source) => Err(TaskFailed::of("reading the audit log", source)),

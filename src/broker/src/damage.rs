@@ -1,9 +1,9 @@
-//! Alerts about damaged rows that a list met.
+//! Alerts about damaged rows that were found while listing.
 
 use keybroker_core::{call::Call, metrics, principal::Action};
 use keybroker_store::{DamagedClient, DamagedRecord};
 
-/// Rows of one page that are logged one by one. The total is always logged.
+/// Largest number of rows of one page that are logged individually. The total is always logged.
 const LOGGED_MAX: usize = 20;
 
 /// Raises an alert about the damaged records of a page.

@@ -1,4 +1,4 @@
-//! Audit entries of the use cases, and the proof that one is on disk.
+//! The audit entries of the use cases, and the proof that an entry is on disk.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -14,8 +14,8 @@ use keybroker_policy::{KeyPermit, Resource};
 
 use super::{Broker, overload::is_overload};
 
-/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] makes one, from the result and the entry
-/// together, so the entry of one release cannot vouch for another.
+/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates it, from result and
+/// entry together, so that the entry of one release cannot be used to prove another.
 #[derive(Debug)]
 pub(super) struct Recorded<T>(T);
 
@@ -29,7 +29,7 @@ impl<T> Recorded<T> {
     }
 }
 
-/// An entry under way: what is known so far of the decision it records.
+/// An unfinished entry with the facts of its decision that are known so far.
 #[derive(Clone, Debug)]
 pub(super) struct Draft(Entry);
 
@@ -43,7 +43,7 @@ impl Draft {
         Self(entry)
     }
 
-    /// An entry about what a permit allows.
+    /// Begins the entry of an action that a permit allows.
     pub(super) fn permitted(principal: &Principal, call: &Call, permit: &KeyPermit) -> Self {
         let mut draft = Self::new(principal, call, permit.action());
         draft.0.user = Some(permit.address().user.clone());
@@ -52,7 +52,7 @@ impl Draft {
         draft
     }
 
-    /// An entry about what policy was asked about.
+    /// Begins the entry of an action on a resource for which no permit exists.
     pub(super) fn of(
         principal: &Principal,
         call: &Call,
@@ -112,8 +112,8 @@ impl Draft {
 }
 
 impl Broker {
-    /// Makes the intent of a mutation durable. One that was too slow may appear after its caller was refused: `maintain`
-    /// closes it.
+    /// Makes the intent of a mutation durable. If the audit log is too slow, the caller is refused, but the intent may
+    /// still be written. `maintain` then closes it.
     pub(super) async fn record_intent(
         &self,
         draft: &Draft,
@@ -137,7 +137,7 @@ impl Broker {
         }
     }
 
-    /// Makes the entry of an alert about a principal, and about a record if it concerns one, durable.
+    /// Makes the entry of an alert durable. The alert concerns a principal, and in some cases a record.
     pub(super) async fn record_alert(
         &self,
         principal: &Principal,
@@ -155,7 +155,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the entry of a refusal or failure durable. Refusals for overload are counted instead, and recorded once a second.
+    /// Makes the entry of a refusal or failure durable. Overload refusals are counted instead, and recorded once a
+    /// second.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
@@ -173,7 +174,7 @@ impl Broker {
         {
             tracing::warn!(
                 principal,
-                "too many refused envelopes: its calls are refused for a while"
+                "too many rejected envelopes from one principal; its calls are refused for a while"
             );
         }
         draft.0.outcome = if error.reason() == Reason::Policy {
@@ -186,8 +187,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Records how a decision ended and hands its result on. The entry's own failure takes precedence: without it there
-    /// is no answer.
+    /// Records the result of a decision and returns it. If the entry cannot be written, the audit log's error is
+    /// returned instead, because there must be no answer without an entry.
     pub(super) async fn conclude<T>(
         &self,
         draft: Draft,

@@ -1,16 +1,18 @@
-//! The use cases, and the only path to a key.
+//! The use cases of the broker. This crate is the only way from a call to a user key.
 //!
 //! ```text
 //! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
 //! ```
 //!
-//! Every API ends in a method of [`Broker`], which takes the [`Principal`] first. The order is held by types, so that
-//! no path can leave a step out: the record is read at the address of a [`KeyPermit`], which only [`keybroker_policy`]
-//! makes; a [`Released`] key is made of a `Recorded` one, which only `journal` makes of the key and its own entry once
-//! the audit log has synced it.
+//! Every API calls a method of [`Broker`], which takes the [`Principal`] first. Types enforce the order of the steps,
+//! so that no code path can leave one out:
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer; it
-//! runs in a separate task, so that a caller that ends its call cannot stop it between the two.
+//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates one.
+//! - A [`Released`] key is made from a `Recorded` one. Only `journal` creates it, from the key and the key's own entry,
+//!   after the audit log has synced that entry.
+//!
+//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. It runs
+//! in a separate task, so that a caller that ends its call cannot stop the mutation between the two.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
@@ -81,12 +83,12 @@ use refusals::Refusals;
 use registry::Registry;
 use uses::Uses;
 
-/// Which of whose keys, within the principal's tenant.
+/// Identifies a key by user and key name within the principal's tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserKeyRef {
     /// The user.
     pub user: UserId,
-    /// Which of the user's keys.
+    /// The name that tells several keys of the user apart.
     pub name: KeyName,
 }
 
@@ -108,39 +110,39 @@ impl UserKeyRef {
     }
 }
 
-/// What a broker is made of.
+/// The parts from which a broker is built.
 #[derive(Debug)]
 pub struct Parts {
-    /// What decides.
+    /// The policy that permits or denies each action.
     pub policy: Arc<Policy>,
-    /// Where decisions are recorded.
+    /// The audit log that records each decision.
     pub audit: AuditLog,
-    /// Where wrapped keys are kept.
+    /// The store with the wrapped keys.
     pub store: Arc<dyn Store>,
-    /// Where keys are unwrapped.
+    /// The token that wraps and unwraps keys.
     pub token: Arc<dyn Token>,
-    /// What callers have left of their limits.
+    /// The call rates and failure limits of the callers.
     pub limits: Arc<Limits>,
-    /// What may be given to API clients.
+    /// The settings of API clients, including the roles that they may be given.
     pub client_rules: ClientRules,
-    /// What this instance remembers across restarts.
+    /// The directory in which this instance keeps facts across restarts.
     pub state: StateDirectory,
     /// Name of this instance among the brokers that share the state directory.
     pub instance: String,
-    /// How long the database keeps the marks of changes at least.
+    /// The shortest time for which the database keeps the marks of changes.
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
-    /// Risks of the token that its settings accept, for the health details, each as a sentence without its end.
+    /// Risks of the token that its settings accept, for the health details. Each is a sentence without a full stop.
     pub accepted_risks: Vec<String>,
 }
 
-/// Limits on what is stored for one user. Concurrent calls can exceed a limit by one each.
+/// Limits on what is stored for one user. Each concurrent call can exceed a limit by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Revisions of a record, superseded ones included: `store.revisions_max`.
+    /// Most revisions of a record, including superseded ones: `store.revisions_max`.
     pub revisions_max: u32,
-    /// Keys of a user, deleted ones included: `store.keys_per_user_max`.
+    /// Most keys of a user, including deleted ones: `store.keys_per_user_max`.
     pub keys_per_user_max: u32,
 }
 
@@ -152,9 +154,10 @@ pub struct Broker {
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
     limits: Arc<Limits>,
-    /// Absent until every row's MAC was verified on the token; without it nothing is wrapped or unwrapped.
+    /// Absent until the token has verified the MAC of every row. While it is absent, the broker wraps and unwraps
+    /// nothing.
     registry: ArcSwapOption<Registry>,
-    /// Held while it is updated.
+    /// Held while the registry is updated.
     registry_refresh: tokio::sync::Mutex<()>,
     /// The problem of the registry at its last check.
     registry_complaint: Mutex<Option<String>>,
@@ -166,17 +169,17 @@ pub struct Broker {
     acknowledged: Acknowledged,
     capacity: Capacity,
     accepted_risks: Vec<String>,
-    /// Grows with each change of an API client through this broker.
+    /// Grows with each change of an API client that this broker makes.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
-    /// Mutations under way, which outlive their callers.
+    /// The running mutations. A mutation can run longer than the call that started it.
     mutations: TaskTracker,
-    /// Intents of which it is not known yet whether the store committed them.
+    /// Intents whose outcome is unknown: the store has not yet said whether it committed the change.
     unresolved: Mutex<Vec<OpenIntent>>,
 }
 
 impl Broker {
-    /// A broker that refuses every release until [`Broker::load_registry`] has succeeded.
+    /// Returns a broker that refuses every release until [`Broker::load_registry`] has succeeded.
     pub fn new(parts: Parts) -> Arc<Self> {
         Arc::new(Self {
             policy: parts.policy,
@@ -202,13 +205,13 @@ impl Broker {
         })
     }
 
-    /// Whether a log line that an unauthenticated caller of that address causes may be written.
+    /// Whether the limits allow a log line that an unauthenticated caller at this address causes.
     pub fn may_log(&self, address: IpAddr) -> bool {
         self.limits.may_log(address)
     }
 
-    /// Waits until every mutation under way has its outcome on disk, and writes what refusals were counted and what
-    /// was used. Called once the listeners are closed.
+    /// Waits until every running mutation has its outcome on disk. Then writes the counted refusals and the times of
+    /// last use. Called after the listeners are closed.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
@@ -235,8 +238,8 @@ impl Broker {
         }
     }
 
-    /// Records that a call of an authenticated principal ended in the API, because it did not parse or had to wait
-    /// for too long, and hands the error back. An unavailable audit log takes precedence, as everywhere.
+    /// Records that a call of an authenticated principal ended in the API, because it did not parse or waited too long.
+    /// Returns the error that the caller gets: the given one, or that of the audit log if the entry cannot be written.
     pub async fn unserved(
         &self,
         principal: &Principal,
@@ -259,8 +262,9 @@ impl Broker {
         error
     }
 
-    /// Whether a principal may do so with any of the keys: for calls of many parts, each of which is decided again. A principal
-    /// that may do so with none of them gets one refusal, which costs one entry.
+    /// Checks whether a principal may perform an action on at least one of the keys. A batch uses it before each of its
+    /// items is decided separately. A principal that is permitted none of them gets a single refusal with a single
+    /// entry.
     pub async fn admit(
         &self,
         principal: &Principal,
@@ -269,7 +273,7 @@ impl Broker {
         keys: &[UserKeyRef],
     ) -> Result<(), Error> {
         let started = Instant::now();
-        // The call itself was counted when it came.
+        // The middleware has already counted the call as one.
         if let Err(over) = self
             .limits
             .take_calls(principal, keys.len().saturating_sub(1))
@@ -283,7 +287,7 @@ impl Broker {
                 Err(denied) => refusal = refusal.or(Some(denied)),
             }
         }
-        // Without a key there is nothing to decide, and nothing to release either.
+        // An empty list needs no decision, because nothing is released.
         let Some(denied) = refusal else { return Ok(()) };
         let draft = journal::Draft::new(principal, call, action);
         let refused = Err(self.refuse(draft, &denied).await);
@@ -291,7 +295,7 @@ impl Broker {
         refused
     }
 
-    /// Asks policy, and records a refusal.
+    /// Asks policy for a permit, and records a denial.
     async fn permit(
         &self,
         principal: &Principal,
@@ -308,7 +312,8 @@ impl Broker {
         }
     }
 
-    /// Asks policy about one user key, and records a refusal. What follows takes the address from the permit.
+    /// Asks policy for a permit on one user key, and records a denial. The later steps take the address from the
+    /// permit.
     async fn permit_key(
         &self,
         principal: &Principal,
@@ -343,7 +348,7 @@ impl Broker {
         })
     }
 
-    /// Records a refusal; an unavailable audit log takes precedence.
+    /// Records a denial. If the entry cannot be written, returns the error of the audit log instead.
     async fn refuse(&self, mut draft: journal::Draft, denied: &Denied) -> Error {
         draft.policy(denied.policy());
         let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy()));
@@ -354,12 +359,12 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        // Another database than the known one is found at the start, before the first probe.
+        // A database other than the known one is detected at the start, before the first probe.
         self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }
 
-/// Runs a use case under the call's deadline, counts it and writes the log line that the call id finds.
+/// Runs a use case, measures it, and writes the log line that carries the call id.
 async fn observed<T>(
     action: Action,
     call: &Call,
@@ -369,7 +374,8 @@ async fn observed<T>(
     let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
-        // One job on the token: what is left is the broker's own.
+        // Measured for a release only, which does exactly one job on the token. The rest of its time is spent in the
+        // broker.
         metrics::CALL_OVERHEAD
             .handle()
             .record(total.saturating_sub(outside));
@@ -397,7 +403,7 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
         Reason::Bug => {
             keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
-        // Counted, with a line for each principal and second.
+        // Overload refusals are counted instead: one line per second reports them.
         Reason::QueueFull => {
             tracing::debug!(call_id = %call.id, action = %action, error = %error, "call refused");
         }
@@ -405,12 +411,12 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
     }
 }
 
-/// For whom the token works: the jobs of each principal wait in a separate queue.
+/// Returns the caller as the token's queue sees it. The jobs of each principal wait in a queue of their own.
 fn caller(principal: &Principal, call: &Call) -> Caller {
     Caller::principal(principal.name(), call.deadline)
 }
 
-/// The result of a store or token call, or `DEADLINE` when the call's time is up first.
+/// Waits for the result of a store or token call, or returns `DEADLINE` when the call's time is up.
 async fn within<T, E>(call: &Call, work: impl Future<Output = Result<T, E>>) -> Result<T, Error>
 where
     Error: From<E>,

@@ -1,10 +1,10 @@
-//! How much one caller may ask for: rates of calls, a limit of failures, and alerts when one service releases the keys of
-//! unusually many users or a record is replaced unusually often. All state is bounded, and forgets callers without calls once their entry no longer
-//! changes a decision.
+//! Limits for each caller: call rates, an authentication failure limit, and alerts when one service releases the keys
+//! of unusually many users or a record is replaced unusually often. All state is bounded. The entry of an idle caller
+//! is dropped when it no longer affects a decision.
 //!
-//! When the authentication failure limit is reached, failing credentials and those that are costly to check are
-//! refused. A known caller with a valid credential is still accepted, so no caller is locked out by another one behind
-//! the same address.
+//! When an address reaches the authentication failure limit, the broker refuses its invalid credentials, and does not
+//! check credentials that are costly to check. It still accepts a valid credential of a known caller, so that no caller
+//! can lock out another one at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -42,19 +42,19 @@ mod replacements;
 use releases::Releases;
 use replacements::Replacements;
 
-/// The `[rates]` section. Every rate has a default; none can be switched off.
+/// The `[rates]` section of the configuration. Every rate has a default, and none can be switched off.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Calls of one user.
+    /// Calls per minute of one user.
     pub user_calls_per_minute: u32,
-    /// Calls of one service; each item of a batch counts.
+    /// Calls per minute of one service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Refused credentials of one address, and refused envelopes of one principal.
+    /// Failed credentials per minute of one address, and rejected envelopes per minute of one principal.
     pub failures_per_minute: u32,
-    /// Number of different users whose keys one service may release before an alert is raised.
+    /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
-    /// How often one record may be replaced before an alert is raised.
+    /// Number of times that one record may be replaced within an hour before an alert is raised.
     pub replacements_per_hour: u32,
 }
 
@@ -70,24 +70,24 @@ impl Default for Settings {
     }
 }
 
-/// No rate is higher than this.
+/// The highest rate that can be set.
 pub const RATE_MAX: u32 = 60_000_000;
 /// Largest number of users that are counted for an alert.
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 /// Largest number of replacements of one record that are counted for an alert.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
-/// Callers that are told apart.
+/// Most callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
-/// A bucket of a minute is full again after a minute: an entry that is forgotten later loses nothing.
+/// Idle time after which an entry is dropped. A bucket is full again after one minute, so nothing is lost.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
-/// Credentials of one address that may be checked at once where that costs much.
+/// Most credentials of one address that are checked concurrently, for credentials that are costly to check.
 const TURNS_MAX: usize = 8;
-/// When such a check is over.
+/// The delay after which a caller may retry when all these checks are in use.
 const TURN_RETRY: Duration = Duration::from_millis(500);
 
-/// What each caller has used of its limits.
+/// The state of the limits of all callers.
 #[derive(Debug)]
 pub struct Limits {
     users: Buckets<String>,
@@ -103,7 +103,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// With everybody's limits unused.
+    /// Creates the limits with every bucket full.
     pub fn new(settings: &Settings) -> Arc<Self> {
         Arc::new(Self {
             users: Buckets::new(settings.user_calls_per_minute),
@@ -122,7 +122,8 @@ impl Limits {
         })
     }
 
-    /// Whether a log line that an unauthenticated caller of that address causes may be written. One that may not is counted.
+    /// Whether the limits allow a log line that an unauthenticated caller at this address causes. A line that is not
+    /// allowed is counted.
     pub fn may_log(&self, address: IpAddr) -> bool {
         let network = Network::of(address);
         let may =
@@ -134,18 +135,18 @@ impl Limits {
         may
     }
 
-    /// How many lines were suppressed since this was asked last.
+    /// Returns the number of suppressed lines since the last call of this function.
     pub fn take_suppressed(&self) -> u64 {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes so many calls from a principal's rate, or says when to come again.
+    /// Takes `count` calls from a principal's rate. If too few are left, the error contains the delay.
     pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
         let buckets = match principal.kind() {
             Kind::User => &self.users,
             Kind::Service => &self.services,
         };
-        // What has refused envelopes enough has no calls left either: each could be another try.
+        // A principal with too many rejected envelopes gets no more calls: each call could be another attempt.
         if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
             return Err(used_up(wait));
         }
@@ -155,59 +156,61 @@ impl Limits {
         })
     }
 
-    /// For how long an address has no failures left; what costs much to check is not tried until then.
+    /// Fails while an address has reached the failure limit. The error contains the delay. Until then, costly
+    /// credentials of this address are not checked.
     pub fn check_address(&self, address: IpAddr) -> Result<(), Error> {
         let closed = self.failed_credentials.empty_for(&network(address));
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// A turn for a credential that costs much to check. An address has a few at once, so that one does not take those of all
-    /// the others.
+    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few, so
+    /// that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns
             .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
         turns.try_acquire_owned().map_err(|_| {
-            let detail = format!("more than {TURNS_MAX} client secrets of one address at once");
+            let detail =
+                format!("more than {TURNS_MAX} client secrets of one address are being checked");
             Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
         })
     }
 
-    /// Counts a refused credential of an address. An error when it has no failures left.
+    /// Counts a failed credential of an address. Returns an error when the address has reached its limit.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
         taken.map_err(used_up)
     }
 
-    /// Counts an envelope that a principal sent and that was refused.
+    /// Counts an envelope of a principal that the token rejected.
     pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
         let taken = self.refused_envelopes.take(principal, 1);
         taken.map_err(used_up)
     }
 
-    /// Notes that a service released a key of that user. `true` when that is one user too many within the hour, and was not
-    /// said within the hour.
+    /// Notes that a service released a key of a user. Returns `true` when the service exceeds the number of users per
+    /// hour and no alert about it was raised within the last hour.
     pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
         principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
     }
 
-    /// The revision that tells by its time whether a record was replaced unusually often within an hour: if it was written within the
-    /// hour before the current revision. Absent if the record was not replaced often enough in its whole life.
+    /// Returns the revision whose time shows whether a record was replaced too often: that is so if this revision was
+    /// written within the hour before the current one. `None` if the record has too few revisions in total.
     pub fn telling_revision(&self, current: Revision) -> Option<Revision> {
         self.replacements.telling_revision(current)
     }
 
-    /// Whether to raise the alert about a record that was replaced unusually often: at most once an hour.
+    /// Whether to raise an alert about a record that was replaced too often. It is raised at most once an hour.
     pub fn may_alert_of_replacements(&self, record: RecordId) -> bool {
         self.replacements.may_alert(record)
     }
 }
 
 fn used_up(wait: Duration) -> Error {
-    Error::new(Reason::FailureBudget, "no failures left").retry_after(wait)
+    Error::new(Reason::FailureBudget, "the failure limit is reached").retry_after(wait)
 }
 
-/// A network of callers, as refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
+/// A network of callers, by which refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Network(IpAddr);
 
@@ -231,12 +234,13 @@ impl fmt::Display for Network {
     }
 }
 
-/// Log lines about unauthenticated callers, for each network and for all of them together, per minute. With
-/// [`shortened`] a line has at most some 600 bytes, so an hour adds less than 5 MB to the log.
+/// Most log lines per minute about unauthenticated callers, for each network and in total. With [`shortened`] a line
+/// has at most about 600 bytes, so an hour adds less than 5 MB to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 
-/// Text about a credential for a log line that an unauthenticated caller causes: parts of it are the caller's.
+/// Shortens a text that contains parts of an unauthenticated caller's credential, and replaces unusual characters, for
+/// a log line.
 pub fn shortened(text: &str) -> String {
     const CHARS_MAX: usize = 300;
     let printable = |c: char| {
@@ -253,8 +257,8 @@ pub fn shortened(text: &str) -> String {
     short
 }
 
-/// Groups IPv6 addresses by /64, so that a caller does not get a new limit by changing addresses within one network: a
-/// home has a /64 (RFC 6177).
+/// Groups IPv6 addresses by /64, so that a caller does not get a new limit by changing its address within one network.
+/// A home usually has a /64 (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
     const HOST_BITS: u32 = 64;
     match address.to_canonical() {
@@ -263,7 +267,7 @@ pub fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// One bucket for each caller.
+/// A set of buckets, one for each caller.
 struct Buckets<K> {
     quota: Quota,
     known: Cache<K, Arc<Bucket>>,
@@ -272,7 +276,7 @@ struct Buckets<K> {
 #[derive(Debug)]
 struct Bucket {
     limiter: DefaultDirectRateLimiter,
-    /// Until when nothing is left, as far as anybody has asked.
+    /// The end of the last reported wait, until which the bucket is empty.
     empty_until: Mutex<Option<Instant>>,
 }
 
@@ -296,7 +300,8 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         }
     }
 
-    /// Takes `count` at once, or none and says how long to wait. More than a bucket can hold takes all of it.
+    /// Takes `count` calls together, or none and returns how long to wait. A count above the bucket's capacity takes
+    /// the whole bucket.
     fn take<Q>(&self, who: &Q, count: usize) -> Result<(), Duration>
     where
         Q: Hash + Eq + ToOwned<Owned = K> + ?Sized,
@@ -312,7 +317,7 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
                 empty_until: Mutex::default(),
             })
         });
-        // The outer error is of a count above the burst, which this one is not.
+        // The outer error means that `count` exceeds the capacity, which the lines above prevent.
         let Ok(Err(not_until)) = bucket.limiter.check_n(count) else {
             return Ok(());
         };
@@ -321,7 +326,7 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         Err(wait)
     }
 
-    /// For how long nothing is left, as far as anybody has asked; it takes nothing.
+    /// Returns how long the bucket is still empty, from the last reported wait. Takes nothing.
     fn empty_for<Q>(&self, who: &Q) -> Option<Duration>
     where
         Q: Hash + Eq + ?Sized,
@@ -371,7 +376,7 @@ mod tests {
             wait > Duration::from_secs(15) && wait <= Duration::from_secs(20),
             "{wait:?}"
         );
-        // A refused call takes nothing from the rate, and does not affect other callers.
+        // A refused call takes nothing from the rate and does not affect other callers.
         limits.take_calls(&service("one"), 1).unwrap();
         limits.take_calls(&service("other"), 3).unwrap();
         limits.take_calls(&service("large-batch"), 1_000).unwrap();
@@ -423,11 +428,11 @@ mod tests {
         assert_eq!(shortened("its `exp` has passed"), "its `exp` has passed");
     }
 
-    /// Refusals from addresses that change all the time add a bounded number of lines to the log, and the rest are counted.
+    /// Refusals from constantly changing addresses add a limited number of log lines. The others are counted.
     #[test]
     fn unauthenticated_callers_do_not_fill_the_log() {
         const REFUSALS: u32 = 100_000;
-        // A bucket fills up again while the test runs, which takes long on a busy machine.
+        // On a busy machine the test takes long enough for a bucket to fill up again.
         let bounds = |per_minute: u32, begun: Instant| {
             let seconds = u32::try_from(begun.elapsed().as_secs()).unwrap() + 1;
             per_minute..=per_minute + per_minute * seconds / 60 + 1

@@ -1,5 +1,5 @@
-//! The broker's regular work: probes the store, resolves intents without an outcome, writes counted refusals, forgets old
-//! request ids. And its health.
+//! The broker's regular work and its health. The regular work probes the store, resolves intents without an outcome,
+//! writes counted refusals and deletes old request ids.
 
 use std::{
     sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
@@ -21,33 +21,34 @@ use keybroker_store::REQUEST_KEPT_US;
 use super::{Broker, ticks::Ticks};
 
 const TICK: Duration = Duration::from_secs(1);
-/// A store that answers later than this counts as unavailable.
+/// The store is unavailable when it does not answer a probe within this time.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const TICKS_PER_MINUTE: u64 = 60;
 const TICKS_PER_HOUR: u64 = 3_600;
 
-/// Whether the services can do their work.
+/// The health of the broker's services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether user keys can be released and changed: token, store and audit log.
+    /// Whether user keys can be released and changed. This needs token, store and audit log.
     pub user_keys: bool,
-    /// Whether the control plane can answer: the audit log.
+    /// Whether the control plane can answer. This needs the audit log.
     pub control: bool,
-    /// What is wrong, for the log and for administrators; empty when nothing is. Not everything that is wrong ends the service.
+    /// All problems, for the log and for administrators; empty when there are none. Some problems do not stop the
+    /// service.
     pub detail: String,
 }
 
 /// The result of looking up an intent.
 enum Resolved {
     Yes,
-    /// A transaction that has not ended still holds it.
+    /// A transaction that has not ended may still commit the change.
     UnderWay,
-    /// The store or the log is unavailable, also for the other intents: each would only wait for it again.
+    /// The store or the audit log is unavailable. The other intents would only wait for it as well.
     Unavailable,
 }
 
 impl Broker {
-    /// The state of the broker at the last check. Reads memory only.
+    /// Returns the state of the broker at its last check. Reads only memory.
     pub fn health(&self) -> Health {
         let mut problems = Vec::new();
         let control = match self.audit.writable() {
@@ -71,7 +72,7 @@ impl Broker {
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // The token still serves.
+        // These notes do not stop the token from serving.
         let risks = self.accepted_risks.iter().cloned();
         let notes = token.note.into_iter().chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
@@ -82,12 +83,12 @@ impl Broker {
         }
     }
 
-    /// Whether the registry was read and verified.
+    /// Whether the registry was loaded and verified.
     pub fn has_registry(&self) -> bool {
         self.registry.load().is_some()
     }
 
-    /// Runs until `stop`; one per process.
+    /// Runs the regular work until `stop`. Call it once per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         tokio::join!(
             self.maintain_store(&stop),
@@ -97,7 +98,7 @@ impl Broker {
         );
     }
 
-    /// Beside everything else: to wait for a transaction that may still be under way takes seconds.
+    /// Resolves intents in a loop of its own: waiting for a transaction that may still be running takes seconds.
     async fn resolve_regularly(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         while ticks.next().await {
@@ -108,7 +109,7 @@ impl Broker {
         }
     }
 
-    /// Beside everything else: a database that hangs must not make the counts older than a second.
+    /// Writes counts in a loop of its own: a hanging database must not delay them by more than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
@@ -139,8 +140,8 @@ impl Broker {
         }
     }
 
-    /// Takes over intents that an earlier run left without an outcome, and resolves those it can at once. Fails when what this
-    /// instance remembers of its database cannot be read.
+    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible. Fails
+    /// when the facts that this instance keeps about its database cannot be read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -151,7 +152,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Leaves an intent to the next tick: whether it was committed could not be learned or recorded.
+    /// Leaves an intent to the next tick, because its outcome could not be learned or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
         self.unresolved().push(intent);
     }
@@ -159,17 +160,17 @@ impl Broker {
     async fn resolve_intents(&self) {
         let count = self.unresolved().len();
         for _ in 0..count {
-            // It stays in the list until it is resolved: this may be given up at any moment.
+            // The intent stays in the list until it is resolved, because this future may be dropped at any await.
             let Some(intent) = self.unresolved().first().cloned() else {
                 return;
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Others are only added meanwhile, at the end.
+            // Other tasks only append to the list meanwhile, so the first intent is still the same.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}
-                // What became of the others may be known.
+                // The outcome of the other intents may be known already.
                 Resolved::UnderWay => unresolved.push(intent),
                 Resolved::Unavailable => {
                     unresolved.insert(0, intent);
@@ -185,12 +186,12 @@ impl Broker {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the store what became of an intent and records it.
+    /// Asks the store whether an intent was committed, and records the outcome.
     async fn resolve(&self, open: &OpenIntent) -> Resolved {
         let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
-                tracing::warn!(call_id = %open.call, %error, "open intent not resolved yet");
+                tracing::warn!(call_id = %open.call, %error, "cannot resolve an open intent yet");
                 return match error {
                     store::Error::Down(_) | store::Error::Busy(_) => Resolved::Unavailable,
                     _ => Resolved::UnderWay,
@@ -203,7 +204,7 @@ impl Broker {
             Outcome::Failed
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
-            tracing::warn!(call_id = %open.call, %error, "the outcome of an open intent is not recorded yet");
+            tracing::warn!(call_id = %open.call, %error, "cannot record the outcome of an open intent yet");
             return Resolved::Unavailable;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
@@ -221,12 +222,12 @@ impl Broker {
         let up = up && !self.acknowledged.is_missing();
         let was_up = self.store_up.swap(up, Ordering::Relaxed);
         if up != was_up {
-            tracing::warn!(up, "store");
+            tracing::warn!(up, "the availability of the store changed");
         }
         metrics::STORE_UP.set_flag(up);
     }
 
-    /// Other processes change the registry: commands, while brokers use the same database server.
+    /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
     async fn follow_registry(&self) {
         if !self.store_is_up() || self.token.state().serving != Serving::Up {
             return;
@@ -241,14 +242,14 @@ impl Broker {
             {
                 Some(error.to_string())
             }
-            Err(error) => return tracing::warn!(%error, "the registry was not read"),
+            Err(error) => return tracing::warn!(%error, "cannot read the registry"),
         };
         metrics::REGISTRY_ALTERED.set_flag(complaint.is_some());
         let mut last = self
             .registry_complaint
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Once, not every second.
+        // Reports a new complaint once instead of every second.
         if complaint != *last
             && let Some(error) = &complaint
         {
@@ -263,8 +264,8 @@ impl Broker {
     async fn forget_requests(&self) {
         let before = Timestamp::from_micros(Timestamp::now().micros() - REQUEST_KEPT_US);
         match self.store.forget_requests(before).await {
-            Ok(count) => tracing::debug!(count, "forgot old request ids"),
-            Err(error) => tracing::warn!(%error, "old request ids not forgotten yet"),
+            Ok(count) => tracing::debug!(count, "deleted old request ids"),
+            Err(error) => tracing::warn!(%error, "cannot delete old request ids yet"),
         }
     }
 }

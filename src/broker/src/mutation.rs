@@ -1,4 +1,4 @@
-//! Changes of records: intent durable, commit, outcome durable, answer.
+//! Changes of records, in this order: durable intent, commit, durable outcome, answer.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,12 +21,12 @@ use super::{
     plan::Commit,
 };
 
-/// The hour within which the replacements of a record are counted.
+/// The period in which the replacements of a record are counted, in microseconds.
 const REPLACEMENTS_WINDOW_US: i64 = 3_600 * 1_000_000;
-/// Longest wait for the database, so that the replacements of a record are counted.
+/// Longest wait for the database when the replacements of a record are counted.
 const WATCH_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A change that is ready, or the answer that an earlier call with the same request id got.
+/// A prepared change, or the answer to an earlier call with the same request id.
 enum Prepared {
     Ready(Box<(Commit, Stamp)>),
     Replayed(RecordInfo),
@@ -73,7 +73,7 @@ impl Broker {
         self.mutate(principal, call, key, change, request).await
     }
 
-    /// Makes a deleted record active again. One that is active is `KEY_EXISTS`.
+    /// Makes a deleted record active again. Returns `KEY_EXISTS` for an active one.
     pub async fn undelete(
         self: &Arc<Self>,
         principal: &Principal,
@@ -131,7 +131,8 @@ impl Broker {
             ..
         } = &mutation;
         let action = change.action();
-        // A deletion without a request id gives the token nothing to do, and is made however busy that is.
+        // Deleting and undeleting without a request id need no token job, so they are accepted even if the token is
+        // overloaded.
         let needs_token = !matches!(change, Change::Delete { .. } | Change::Undelete);
         if needs_token || request.is_some() {
             self.check_admission(principal, call, action)?;
@@ -208,7 +209,8 @@ impl Broker {
         Ok(Prepared::Ready(Box::new((commit, stamp))))
     }
 
-    /// From here on nothing stops at the caller's deadline: what is begun gets its outcome.
+    /// Commits a prepared change. The caller's deadline is checked once at the start; after that, a change that has
+    /// begun runs until its outcome is recorded.
     async fn commit(
         &self,
         mutation: &Mutation,
@@ -260,8 +262,9 @@ impl Broker {
         }
     }
 
-    /// Raises the alert about a record that is replaced unusually often: another person may use the credential of the caller, or a
-    /// program fails and tries again. It refuses nothing, and its own failure does not fail the change, which is committed.
+    /// Raises an alert about a record that is replaced unusually often: another person may be using the caller's
+    /// credential, or a failing program may be retrying. The check refuses nothing. The change is already committed, so
+    /// a failure of the check does not fail it.
     async fn watch_replacements(&self, mutation: &Mutation, info: &RecordInfo) {
         let Some(telling) = self.limits.telling_revision(info.revision) else {
             return;
@@ -269,7 +272,7 @@ impl Broker {
         let Mutation {
             principal, call, ..
         } = mutation;
-        // The change is committed: its answer does not wait for a database that hangs now.
+        // The change is committed, so its answer must not wait for a hanging database.
         let read = tokio::time::timeout(WATCH_TIMEOUT, self.store.revision(info.id, telling));
         let Ok(read) = read.await else {
             tracing::warn!(call_id = %call.id, "the database was too slow to count the replacements of a record");
@@ -277,7 +280,7 @@ impl Broker {
         };
         let then = match read {
             Ok(Some(stored)) => stored.created,
-            // Revisions are removed by the purge alone, long after they were superseded.
+            // Only the purge removes revisions, long after they were superseded.
             Ok(None) => return,
             Err(error) => {
                 tracing::warn!(call_id = %call.id, %error, "cannot count the replacements of a record");
@@ -299,8 +302,9 @@ impl Broker {
         }
     }
 
-    /// After an error that a change of the same record causes: what a call with the same request id was answered that
-    /// was committed since this one looked for it. Then this one is its retry, and no rival.
+    /// Looks again for an earlier call with the same request id, after an error that a concurrent change of the record
+    /// can cause. Such a call may have been committed after this one looked for it. This call is then a retry of it,
+    /// and gets its answer.
     async fn earlier_after(
         &self,
         mutation: &Mutation,
@@ -329,7 +333,7 @@ impl Broker {
         }
     }
 
-    /// Answers what an earlier call with the same request id was answered.
+    /// Returns the answer of an earlier call with the same request id, and records that.
     async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
         draft.record(info.id, info.revision);
         draft.wrapping_key(info.wrapping_key);
@@ -339,7 +343,8 @@ impl Broker {
     }
 }
 
-/// A record that changed its state between the look and the commit reads as it would have a moment later.
+/// The state of the record changed between the check and the commit. Returns the error that the check would have
+/// returned after that change.
 fn from_commit(error: store::Error, change: &Change) -> Error {
     match (&error, change) {
         (store::Error::State, Change::Undelete) => {

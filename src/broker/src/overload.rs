@@ -1,6 +1,6 @@
-//! Calls that were refused because the token or the database has more work than it can do in time. They are counted for each
-//! principal and action and recorded once a second: at the moment of an overload there are too many for an entry and a log line
-//! each. Nothing was released or changed by such a call.
+//! Calls that were refused because the token or the database cannot do the work in time. An overload causes too many
+//! refusals for one entry and one log line each. They are therefore counted for each principal and action, and recorded
+//! once a second. A refused call released and changed nothing.
 //!
 //! A broker that is killed loses the counts of the last second.
 //!
@@ -23,25 +23,26 @@ use keybroker_core::{
 
 use super::{Broker, caller};
 
-/// Principals and actions that are counted apart within a second; those beyond share one entry for each action. An entry has
-/// some 300 bytes, so an hour of overload by many principals adds less than 80 MB to the audit log.
+/// Most pairs of principal and action that are counted separately within a second. The other principals share one entry
+/// for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less than 80 MB to the
+/// audit log.
 const CALLERS_MAX: usize = 64;
 
-/// Whose calls were refused. Absent for all those that were not counted apart.
+/// The principal and action of refused calls. The principal is absent in the shared count.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     principal: Option<(String, Tenant)>,
     action: String,
 }
 
-/// What was refused in this second.
+/// The refusals of the current second.
 #[derive(Debug, Default)]
 pub(super) struct Overload(Mutex<HashMap<Refused, Count>>);
 
 #[derive(Debug)]
 struct Count {
     calls: u64,
-    /// Why the first of them was refused.
+    /// The reason for refusing the first of these calls.
     cause: String,
 }
 
@@ -75,14 +76,14 @@ impl Overload {
     }
 }
 
-/// Whether an error is one of those that are counted instead of recorded one by one.
+/// Whether an error is counted instead of being recorded individually.
 pub(super) fn is_overload(error: &Error) -> bool {
     error.reason() == Reason::QueueFull
 }
 
 impl Broker {
-    /// Refuses a call that the token certainly cannot serve in time: before policy and store are asked, so that a refusal costs
-    /// little.
+    /// Refuses a call that the token certainly cannot serve in time. Runs before policy and store are asked, so that a
+    /// refusal costs little.
     pub(super) fn check_admission(
         &self,
         principal: &Principal,
@@ -99,8 +100,8 @@ impl Broker {
             })
     }
 
-    /// Writes one entry for each principal and action, and one log line that names the principal with the most refused calls.
-    /// What cannot be written is counted on.
+    /// Writes one entry for each principal and action, and one log line with the principal that had the most refused
+    /// calls. Counts that cannot be written are kept for the next attempt.
     pub(super) async fn flush_overload(&self) {
         let refused = self.overload.take();
         let Some((most, Count { cause, .. })) = refused.iter().max_by_key(|(_, count)| count.calls)
@@ -114,7 +115,7 @@ impl Broker {
             principal,
             action = most.action,
             cause,
-            "calls were refused: there is more work than can be done in time"
+            "calls were refused: the token or the database cannot do the work in time"
         );
         join_all(refused.into_iter().map(async |(refused, count)| {
             let Count { calls, cause } = count;

@@ -1,4 +1,4 @@
-//! What a mutation will commit: the record as it must be, and the new revision made on the token. Nothing is changed yet.
+//! Prepares a mutation: checks the state of the record and makes the new revision on the token. Nothing is changed yet.
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -18,17 +18,17 @@ use super::{
     within,
 };
 
-/// What the store is asked to commit.
+/// The change that the store is asked to commit.
 pub(super) enum Commit {
     Create(NewRevision),
-    /// With the record as it is.
+    /// The new revision, and the record before the change.
     Supersede(NewRevision, RecordInfo),
     Delete(RecordInfo),
     Undelete(RecordInfo),
 }
 
 impl Commit {
-    /// Names record and wrapping key in the entry.
+    /// Adds record and wrapping key to the audit entry.
     pub(super) fn describe(&self, draft: &mut Draft) {
         match self {
             Self::Create(new) | Self::Supersede(new, _) => {
@@ -41,7 +41,7 @@ impl Commit {
         }
     }
 
-    /// The record after this change, if it commits at `at` and no other change comes first.
+    /// Returns the record as it will be after this change, if it commits at `at` and no other change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => new.record_info(at),
@@ -77,12 +77,15 @@ impl Broker {
         let (call, address) = (&mutation.call, permit.address());
         let token = &caller(&mutation.principal, call);
         if permit.action() != mutation.change.action() {
-            return Err(Error::new(Reason::Bug, "the permit is not of this change"));
+            return Err(Error::new(Reason::Bug, "the permit is for another action"));
         }
         match &mutation.change {
             Change::Create { material } => {
                 if within(call, self.store.record(address)).await?.is_some() {
-                    return Err(Error::new(Reason::KeyExists, "the address is taken"));
+                    return Err(Error::new(
+                        Reason::KeyExists,
+                        "a record with this user and key name exists",
+                    ));
                 }
                 self.check_keys(call, address).await?;
                 let new = self
@@ -116,7 +119,8 @@ impl Broker {
             Change::Restore { revision, expected } => {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
-                // No limit of revisions: a caller who used it up must not prevent the recovery of an earlier revision.
+                // Restoring is not limited by the number of revisions: a caller who used up the limit must not prevent
+                // the recovery of an earlier revision.
                 let new = self.rebind(token, call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }
@@ -137,7 +141,7 @@ impl Broker {
         }
     }
 
-    /// Refuses another key of a user who has as many as may be stored.
+    /// Refuses a new key of a user who already has as many keys as may be stored.
     async fn check_keys(&self, call: &Call, address: &KeyAddress) -> Result<(), Error> {
         let most = self.capacity.keys_per_user_max;
         let count = self.store.count_keys(&address.tenant, &address.user, most);
@@ -145,17 +149,17 @@ impl Broker {
             return Ok(());
         }
         let detail = format!(
-            "the user has {most} keys, deleted ones included, which is `store.keys_per_user_max`; raise it, or remove keys that were \
-             deleted long ago with `keybroker store purge`"
+            "the user has {most} keys, including deleted ones, and `store.keys_per_user_max` allows no more; raise the setting, or \
+             remove keys that were deleted long ago with `keybroker store purge`"
         );
         Err(Error::new(Reason::Limit, detail))
     }
 
-    /// Refuses another revision of a record that has as many as may be stored. No revision is removed to make room, because a caller
-    /// could then end the retention period by replacing the key repeatedly.
+    /// Refuses a new revision of a record that already has as many revisions as may be stored. Old revisions are not
+    /// removed to make room: a caller could otherwise end their retention period by replacing the key repeatedly.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
-        // A record has at most as many revisions as the number of its current one.
+        // The number of the current revision is an upper bound of the number of stored revisions.
         if info.revision.get() < most.into() {
             return Ok(());
         }
@@ -163,9 +167,9 @@ impl Broker {
             return Ok(());
         }
         let detail = format!(
-            "{most} revisions of the record are stored, which is `store.revisions_max`; an earlier revision can still be restored. To \
-             accept new ones, raise the setting, or run `keybroker store purge`, which removes only what was superseded longer than \
-             `store.retention_days` ago"
+            "{most} revisions of the record are stored, and `store.revisions_max` allows no more; raise the setting, or run \
+             `keybroker store purge`, which removes revisions that were superseded more than `store.retention_days` ago. \
+             Earlier revisions can still be restored"
         );
         Err(Error::new(Reason::Limit, detail))
     }
@@ -190,8 +194,8 @@ impl Broker {
         Ok(new_revision(address, record, revision, &envelope))
     }
 
-    /// Binds an earlier revision's wrapped bytes to the revision after the current one. The token verifies the old MAC
-    /// before it makes the new one; the RSA key is not used.
+    /// Makes a new revision from the wrapped bytes of an earlier one. The token verifies the MAC of the earlier
+    /// revision before it makes the new MAC; the RSA key is not used.
     async fn rebind(
         &self,
         caller: &Caller,
@@ -207,7 +211,7 @@ impl Broker {
         }
         let stored = within(call, self.store.revision(info.id, earlier))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no such revision"))?;
+            .ok_or_else(|| Error::new(Reason::KeyNotFound, "the record has no such revision"))?;
         let envelope = self.readable_envelope(&stored.envelope).await?;
         let context = |revision| Context::Record {
             address: &info.address,

@@ -1,4 +1,4 @@
-//! Metadata of records: one, or a page of many. No key material is touched.
+//! Reads the metadata of one record or of a page of records. No key material is touched.
 
 use std::collections::HashMap;
 
@@ -13,25 +13,25 @@ use keybroker_store::{DamagedRecord, ListQuery, PAGE_SIZE_MAX, Position, RecordI
 
 use super::{Broker, UserKeyRef, damage, journal::Draft, observed, within};
 
-/// Which records to list within the principal's tenant.
+/// The filter and position of a list within the principal's tenant.
 #[derive(Clone, Debug)]
 pub struct ListRequest {
-    /// Only this user's.
+    /// Lists only this user's records, if set.
     pub user: Option<UserId>,
-    /// Deleted ones too.
+    /// Whether deleted records are listed as well as active ones.
     pub deleted: bool,
-    /// Where the page before ended.
+    /// The position at which the previous page ended.
     pub from: Position<(UserId, KeyName)>,
-    /// 1 to 1,000 records.
+    /// Number of records, 1 to 1,000.
     pub limit: u32,
 }
 
-/// A record and when its key was last released.
+/// A record with the time of its last release.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordView {
-    /// What the record says.
+    /// The stored metadata.
     pub info: RecordInfo,
-    /// When its key was last released, as far as was written down.
+    /// When its key was last released, if that was stored.
     pub used: Option<Timestamp>,
 }
 
@@ -47,14 +47,14 @@ pub struct PageRow<T, D, K> {
 /// One page of records, ordered by user, then key name, bytewise.
 #[derive(Clone, Debug)]
 pub struct ListPage {
-    /// The records. A damaged one is listed with what could be read of it.
+    /// The records. A damaged record is listed with the fields that can be read.
     pub rows: Vec<PageRow<RecordView, DamagedRecord, (UserId, KeyName)>>,
-    /// Where the next page begins; absent at the end.
+    /// The position of the next page; absent at the end.
     pub next: Option<Position<(UserId, KeyName)>>,
 }
 
 impl Broker {
-    /// What is known of one record, active or deleted.
+    /// Returns the metadata of one record, active or deleted.
     pub async fn get(
         &self,
         principal: &Principal,
@@ -75,7 +75,7 @@ impl Broker {
         .await
     }
 
-    /// One page of records.
+    /// Returns one page of records.
     pub async fn list(
         &self,
         principal: &Principal,
@@ -144,7 +144,7 @@ impl Broker {
         Ok(ListPage { rows, next })
     }
 
-    /// When each record was last released. A failure to read this does not fail the call.
+    /// Reads when each record was last released. A failure is logged and does not fail the call.
     async fn uses_of(
         &self,
         call: &Call,
@@ -154,7 +154,7 @@ impl Broker {
         match within(call, self.store.last_uses(&ids)).await {
             Ok(uses) => uses,
             Err(error) => {
-                tracing::warn!(call_id = %call.id, %error, "last uses not read");
+                tracing::warn!(call_id = %call.id, %error, "cannot read when records were last used");
                 HashMap::new()
             }
         }

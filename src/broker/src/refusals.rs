@@ -1,8 +1,8 @@
-//! Refusals before authentication. They are counted per network and minute, so that an unauthenticated caller can fill neither
-//! the audit log nor the log, however many addresses it calls from.
+//! Refusals before authentication. They are counted per network and minute, so that an unauthenticated caller cannot
+//! fill the audit log or the log, no matter how many addresses it uses.
 //!
-//! A count reaches the audit log once a minute. Until then it is in the state directory, at most a second old, so that a
-//! broker that is killed loses no more than that second.
+//! Counts are written to the audit log once a minute. In the meantime the state directory holds them and is at most one
+//! second behind, so that a broker that is killed loses only that second.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -30,39 +30,39 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Networks counted apart in one minute; those beyond share one entry for each reason. An entry has some 300 bytes, so an hour
-/// of refusals adds less than 5 MB to the audit log.
+/// Most networks that are counted separately within a minute. The others share one entry for each reason. An entry has
+/// about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
 const NETWORKS_MAX: usize = 256;
-/// The fact as the release before named it, without the instance.
+/// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "refusals";
 
 type Counts = HashMap<(Option<Network>, Refused), u64>;
 
-/// What was refused.
+/// The reason for a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     reason: Reason,
-    /// Why the handshake failed; absent for a call.
+    /// Why the handshake failed; absent for a refused call.
     cause: Option<&'static str>,
 }
 
 #[derive(Debug)]
 pub(super) struct Refusals {
     counts: Mutex<Counts>,
-    /// Whether something was counted since the counts were kept last.
+    /// Whether the counts changed since they were last stored.
     is_changed: AtomicBool,
     state: StateDirectory,
-    /// Name of the state file: that of this instance, because two brokers may share the directory.
+    /// Name of the state file. It contains the instance, because two brokers may share the directory.
     fact: String,
 }
 
-/// One count as it is kept across a restart.
+/// One count as it is stored in the state directory.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
-    /// Absent for all the networks that were not counted apart.
+    /// Absent in the shared count.
     network: Option<Network>,
     reason: String,
-    /// The release before knew no causes.
+    /// The previous release stored no causes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cause: Option<String>,
     count: u64,
@@ -96,7 +96,7 @@ impl Refusals {
         std::mem::take(&mut self.counts())
     }
 
-    /// Writes the counts to the state directory, if there are new ones.
+    /// Writes the counts to the state directory if they have changed.
     fn keep(&self) {
         if !self.is_changed.swap(false, Ordering::Relaxed) {
             return;
@@ -113,11 +113,12 @@ impl Refusals {
             .collect();
         if let Err(error) = self.state.write_json(&self.fact, &kept) {
             let error = chain(&error);
-            tracing::warn!(%error, "counted refusals are in memory alone until the next audit entry");
+            tracing::warn!(%error, "cannot store the counted refusals; they are kept in memory until the next audit entry");
         }
     }
 
-    /// Takes over the counts of a run that was killed, also those that a release before wrote without the name of the instance.
+    /// Loads the counts of a run that was killed, including a file that the previous release wrote without the name of
+    /// the instance.
     fn take_over(&self) {
         for fact in [&self.fact, LEGACY_FACT] {
             match self.state.read_json::<Vec<Kept>>(fact) {
@@ -125,15 +126,16 @@ impl Refusals {
                 Ok(None) => {}
                 Err(error) => {
                     let error = chain(&error);
-                    tracing::warn!(%error, "the refusals that the run before counted cannot be read");
+                    tracing::warn!(%error, "cannot read the refusals that the previous run counted");
                 }
             }
         }
-        // Before the old file goes: a kill in between counts twice, and loses nothing.
+        // Stored before the old file is removed: a process that is killed in between counts the refusals twice, but
+        // loses none.
         self.keep();
         if let Err(error) = self.state.remove(LEGACY_FACT) {
             let error = chain(&error);
-            tracing::warn!(%error, "the refusals of the release before are counted again at the next start");
+            tracing::warn!(%error, "cannot remove the counts of the previous release; the next start counts them again");
         }
     }
 
@@ -149,7 +151,7 @@ impl Refusals {
 }
 
 impl Broker {
-    /// Counts a refusal of a caller that is not authenticated.
+    /// Counts a refused call of an unauthenticated caller.
     pub fn note_refusal(&self, peer: IpAddr, reason: Reason) {
         self.count_refusal(
             peer,
@@ -160,7 +162,7 @@ impl Broker {
         );
     }
 
-    /// Counts a connection that was refused in its handshake, and logs it within the limits for a network.
+    /// Counts a connection that was refused in its handshake, and logs it if the limits for log lines allow.
     pub fn refuse_connection(
         &self,
         peer: SocketAddr,
@@ -186,8 +188,7 @@ impl Broker {
         self.refusals.add(Some(Network::of(peer)), refused, 1);
     }
 
-    /// Counts the refusal of a call of an unauthenticated caller, and logs it unless its network, or all of them, had their
-    /// lines of this minute.
+    /// Counts a refused call of an unauthenticated caller, and logs it if the limits for log lines allow.
     pub fn refuse_unauthenticated(
         &self,
         peer: impl fmt::Display,
@@ -202,7 +203,7 @@ impl Broker {
         }
     }
 
-    /// Keeps the counts of this minute in the state directory.
+    /// Stores the counts of the current minute in the state directory.
     pub(super) async fn keep_refusals(self: &std::sync::Arc<Self>) {
         if !self.refusals.is_changed.load(Ordering::Relaxed) {
             return;
@@ -212,13 +213,13 @@ impl Broker {
         debug_assert!(kept.is_ok());
     }
 
-    /// Takes over the counts of a run that was killed.
+    /// Loads the counts of a run that was killed.
     pub(super) fn take_over_refusals(&self) {
         self.refusals.take_over();
     }
 
-    /// Writes one entry per network, reason and cause. What cannot be written is counted on. All are asked for at once, so that a disk
-    /// that hangs costs one wait and not one for each.
+    /// Writes one entry per network, reason and cause. Counts that cannot be written are kept. All entries are appended
+    /// concurrently, so that a hanging disk causes one wait in total instead of one per entry.
     pub(super) async fn flush_refusals(self: &std::sync::Arc<Self>) {
         let counted = self.refusals.take();
         if !counted.is_empty() {
@@ -241,7 +242,8 @@ impl Broker {
                 }),
         )
         .await;
-        // Before anything else is counted on: what is in the audit log must not be taken over by the next run as well.
+        // Stored before further refusals are counted, so that the next run does not count again what is in the audit
+        // log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {
@@ -286,7 +288,7 @@ mod tests {
         assert!(refusals.take().is_empty());
     }
 
-    /// 1,300 addresses of one IPv6 network, and all of one IPv4 network, leave one count each.
+    /// The 1,300 addresses of one IPv6 network, and all addresses of one IPv4 network, leave one count each.
     #[test]
     fn the_addresses_of_one_network_share_one_count() {
         let folder = tempfile::tempdir().unwrap();
@@ -311,7 +313,7 @@ mod tests {
         assert_eq!(shown, ["192.0.2.0/24 256", "2001:db8::/64 1300"]);
     }
 
-    /// A broker that is killed writes no entry. What it had counted a second before is in the next run's.
+    /// A broker that is killed writes no entry. The next run takes over what was counted up to a second before.
     #[test]
     fn what_a_killed_broker_had_counted_is_taken_over() {
         let folder = tempfile::tempdir().unwrap();
@@ -326,7 +328,7 @@ mod tests {
         let counts = next.take();
         assert_eq!(counts[&(Some(peer), CREDENTIAL)], 5);
         assert_eq!(counts[&(None, EXPIRED)], 7);
-        // In the audit log now, and not again.
+        // The audit log has these counts now, so they are not taken over again.
         next.is_changed.store(true, Ordering::Relaxed);
         next.keep();
         let third = refusals(&folder);
@@ -334,7 +336,7 @@ mod tests {
         assert!(third.take().is_empty());
     }
 
-    /// Two brokers of one audit directory do not overwrite or take over each other's counts.
+    /// Two brokers that share an audit directory do not overwrite or take over each other's counts.
     #[test]
     fn two_instances_of_one_directory_keep_their_own_counts() {
         let folder = tempfile::tempdir().unwrap();
@@ -352,7 +354,7 @@ mod tests {
         }
     }
 
-    /// The release before wrote `refusals` without an instance.
+    /// The previous release wrote `refusals` without an instance.
     #[test]
     fn counts_of_the_release_before_are_taken_over_once() {
         let folder = tempfile::tempdir().unwrap();

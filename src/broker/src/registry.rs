@@ -1,4 +1,4 @@
-//! The wrapping keys as the registry knows them, each row verified on the token before it counts.
+//! The registry of wrapping keys. The token verifies each row before the broker uses it.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -15,19 +15,19 @@ use keybroker_store::RegistryRow;
 
 use super::{Broker, START_RETRY};
 
-/// For the verification of a few rows on the token, once a second.
+/// Time limit for verifying a few rows on the token, once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Registry rows that agree with the token.
+/// The verified rows of the registry.
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
-    /// Keys that were registered since this broker started, so that its workers have not looked for them.
+    /// Keys that were registered after this broker started. Its workers have not checked them on the token.
     unproved: Vec<RegistryRow>,
 }
 
 impl Registry {
-    /// The key that wraps: of the active ones, the one that became so last.
+    /// The key that wraps new envelopes: the active key that was activated last.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -37,8 +37,8 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
     }
 
-    /// The integrity key that authenticates request ids: that of the wrapping key, or when none is active, of the
-    /// last that may still unwrap.
+    /// The integrity key that authenticates request ids: that of the active wrapping key, or if none is active, that of
+    /// the newest key that may still unwrap.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -48,11 +48,11 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key may be used"))
     }
 
-    /// Whether envelopes under the key may be unwrapped or get a new MAC.
+    /// Checks that envelopes under this key may be unwrapped or get a new MAC.
     pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
         if self.unproved.iter().any(|row| row.id == id) {
             let detail = format!(
-                "wrapping key {id} was registered after this broker started; restart the brokers, one after another"
+                "wrapping key {id} was registered after this broker started; restart the brokers one after another"
             );
             return Err(Error::new(Reason::TokenDown, detail).retry_after(START_RETRY));
         }
@@ -79,7 +79,7 @@ impl Registry {
         mine == rows.len() && rows.iter().all(is_mine)
     }
 
-    /// Whether the key is registered, proved or not.
+    /// Whether the key is registered, including keys that were not verified yet.
     pub(super) fn knows(&self, id: WrappingKeyId) -> bool {
         self.rows
             .iter()
@@ -97,9 +97,9 @@ impl Registry {
 }
 
 impl Broker {
-    /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, the
-    /// fingerprint of every key. Any difference is reported and nothing is repaired; until this succeeds nothing is
-    /// wrapped or unwrapped.
+    /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
+    /// the fingerprint of every key. A difference is reported and never repaired. Until this function succeeds, nothing
+    /// is wrapped or unwrapped.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let rows = self.store.registry().await?;
         let state = self.token.state();
@@ -124,10 +124,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Takes over what another process changed in the registry since it was loaded, once the token has verified it. What
-    /// does not verify, or would undo a later change, has no effect here: what was verified stays in force.
+    /// Loads the changes that another process made to the registry, after the token has verified them. A row that does
+    /// not verify, or that would undo a later change, is an error. The registry that was verified before stays in use.
     pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
-        // One after another: what was read earlier must not replace what was read later.
+        // Refreshes run one at a time, so that older rows never replace newer ones.
         let _turn = self.registry_refresh.lock().await;
         let Some(known) = self.registry.load_full() else {
             return Ok(());
@@ -157,10 +157,10 @@ impl Broker {
         for row in &unproved {
             tracing::warn!(
                 wrapping_key = %row.id,
-                "a wrapping key was registered; this broker uses it once it is restarted"
+                "a wrapping key was registered; restart this broker to use it"
             );
         }
-        tracing::info!("the registry was changed by another process, and is taken over");
+        tracing::info!("loaded the changes that another process made to the registry");
         self.registry
             .store(Some(Arc::new(Registry { rows, unproved })));
         Ok(())
@@ -174,8 +174,9 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // Its integrity key is gone as well, so nothing can verify the row; such a key is never used. While the
-            // key is there, such a row is verified like any other: a key cannot be removed with SQL alone.
+            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and such a key is never
+            // used. A row that becomes `destroyed` while the broker serves is verified like any other, because the workers know the key.
+            // From the next start on, it has the effect of a deleted row: records under the key are refused.
             return Ok(());
         }
         let untrusted = |what: String| {
@@ -185,7 +186,7 @@ impl Broker {
         let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
         if serial != hsm::unpadded(&row.token_serial) {
             return Err(untrusted(format!(
-                "registered for the token with serial {:?}, but this token says {serial:?}",
+                "registered for the token with serial {:?}, but this token has serial {serial:?}",
                 row.token_serial
             )));
         }
@@ -215,7 +216,7 @@ impl Broker {
         }
     }
 
-    /// The verified registry, or why there is none yet.
+    /// Returns the verified registry, or the reason why none is verified yet.
     pub(super) fn registry(&self) -> Result<Arc<Registry>, Error> {
         if let Some(registry) = self.registry.load_full() {
             return Ok(registry);
@@ -229,7 +230,8 @@ impl Broker {
     }
 }
 
-/// An earlier row of the same key verifies, too: a state once left is not come back to by putting that row back.
+/// Rejects an older row of the same key. Its MAC is valid too, so without this check putting the row back would restore
+/// a former state of the key.
 fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;

@@ -1,4 +1,4 @@
-//! Release of a user key in plain.
+//! Releases a user key in plain.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -19,7 +19,7 @@ use super::{
     observed, within,
 };
 
-/// A user key that may leave the broker: its audit entry is on disk.
+/// A user key that may leave the broker, because its audit entry is on disk.
 #[derive(Debug)]
 pub struct Released {
     material: KeyMaterial,
@@ -27,7 +27,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Takes the key together with the entry of its own release.
+    /// Takes a key whose own release is recorded.
     fn new(unwrapped: Recorded<Unwrapped>) -> Self {
         let Unwrapped {
             material, revision, ..
@@ -40,13 +40,13 @@ impl Released {
         &self.material
     }
 
-    /// Which revision it is.
+    /// The revision that was released.
     pub fn revision(&self) -> Revision {
         self.revision
     }
 }
 
-/// A key as the token gave it, before its release is recorded.
+/// A key as the token returned it. Its release is not recorded yet.
 #[derive(Debug)]
 struct Unwrapped {
     record: RecordId,
@@ -61,7 +61,7 @@ impl Recorded<Unwrapped> {
 }
 
 impl Broker {
-    /// Releases a user key in plain: policy, record, one token job, audit entry, answer.
+    /// Releases a user key in plain, in this order: policy, record, one token job, audit entry, answer.
     pub async fn unwrap(
         &self,
         principal: &Principal,
@@ -87,8 +87,9 @@ impl Broker {
         .await
     }
 
-    /// Raises the alert about a service that releases the keys of unusually many users: another person may use its credential. The
-    /// alert comes once an hour, in the audit log too; the release itself was permitted and has its own entry.
+    /// Raises an alert about a service that releases the keys of unusually many users: another person may be using its
+    /// credential. The alert is raised at most once an hour and also written to the audit log. The release itself was
+    /// permitted and has its own entry.
     async fn alert_of_bulk_release(&self, principal: &Principal, call: &Call) {
         keybroker_core::alert!(
             BulkRelease, call_id = %call.id, %principal,
@@ -110,7 +111,7 @@ impl Broker {
         draft: &mut Draft,
     ) -> Result<Unwrapped, Error> {
         if permit.action() != Action::Unwrap {
-            return Err(Error::new(Reason::Bug, "the permit is not of a release"));
+            return Err(Error::new(Reason::Bug, "the permit is for another action"));
         }
         let record = self.active_record(permit, call, draft).await?;
         let envelope = self.readable_envelope(&record.envelope).await?;
@@ -130,7 +131,7 @@ impl Broker {
         })
     }
 
-    /// The record that a permit is for, if it is active.
+    /// Reads the record of a permit, if the record is active.
     pub(super) async fn active_record(
         &self,
         permit: &KeyPermit,
@@ -144,7 +145,7 @@ impl Broker {
         }
     }
 
-    /// The record that a permit is for, active or deleted.
+    /// Reads the record of a permit, active or deleted.
     pub(super) async fn existing_record(
         &self,
         permit: &KeyPermit,
@@ -164,12 +165,12 @@ impl Broker {
         let envelope =
             Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
-            let detail = "a stored envelope of another kind";
+            let detail = "the stored envelope is not that of a user key";
             return Err(Error::new(Reason::RecordDamaged, detail));
         }
         let key = envelope.wrapping_key();
         if !self.registry()?.knows(key) {
-            // Another broker may have wrapped under a key that was registered a moment ago.
+            // Another broker may have wrapped under a key that was registered after this broker last read the registry.
             self.refresh_registry().await?;
         }
         self.registry()?.check_readable(key)?;

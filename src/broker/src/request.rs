@@ -1,4 +1,5 @@
-//! Request ids: a retry of a mutation gets the first answer, and another content under the same id is refused.
+//! Request ids: a retry of a mutation gets the answer of the first attempt. A request id that is used again with other
+//! content is refused.
 //!
 //! Mitigation: M12 of `THREAT_MODEL.md`.
 
@@ -17,7 +18,7 @@ use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, req
 use super::{Broker, UserKeyRef, caller, change::Change, within};
 
 impl Broker {
-    /// The request id with the proof of its content, made on the token.
+    /// Returns the request id with a MAC of the request's content, which the token makes.
     pub(super) async fn request_stamp(
         &self,
         principal: &Principal,
@@ -46,7 +47,7 @@ impl Broker {
         })
     }
 
-    /// The same with what the mutation will have done, and the proof of that.
+    /// Adds to a stamp the result that the mutation will have, with its MAC.
     pub(super) async fn with_result(
         &self,
         token: &hsm::Caller,
@@ -62,7 +63,8 @@ impl Broker {
         })
     }
 
-    /// Fails when the row of a request id is not as it was written. A row of a release before schema 4 passes: it has no MAC.
+    /// Fails when the stored answer to a request id was altered. A row that was written before schema version 4 has no
+    /// MAC and passes.
     async fn verify_result(
         &self,
         token: &hsm::Caller,
@@ -91,7 +93,7 @@ impl Broker {
         }
     }
 
-    /// What an earlier call with the same request id and content was answered.
+    /// Returns the answer to an earlier call with the same request id and content.
     pub(super) async fn earlier_result(
         &self,
         token: &hsm::Caller,
@@ -107,7 +109,7 @@ impl Broker {
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
-            // The wrapping key was rotated since: only the old integrity key can verify it.
+            // The wrapping key was rotated since then, so only the earlier integrity key can verify the MAC.
             let message = content(key, change);
             let job = self
                 .token
@@ -119,8 +121,8 @@ impl Broker {
             }
         };
         if same && earlier.result_mac.is_none() {
-            // The content of such a row may come from an attacker who can write to the database.
-            let detail = "the answer to the request id was stored without a proof, by an earlier release: read the record";
+            // A row without a MAC may come from an attacker who can write to the database.
+            let detail = "an earlier release stored the answer to the request id without a MAC; read the record instead";
             Err(Error::new(Reason::Revision, detail))
         } else if same {
             Ok(Some(earlier.result))

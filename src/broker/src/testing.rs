@@ -1,11 +1,11 @@
-//! Principals for the unit tests of this crate.
+//! Principals for the unit tests.
 
 use keybroker_core::{
     key::Tenant,
     principal::{Claims, Credential, Identity, Kind, Principal, Reach, Role},
 };
 
-/// A service of the default tenant that reaches all keys its roles allow.
+/// Returns a service of the default tenant that may use every key that its roles allow.
 pub(crate) fn service(name: &str, roles: &[Role]) -> Principal {
     Principal::authenticated(Identity {
         name: name.to_owned(),

@@ -1,4 +1,4 @@
-//! Moments that no real token can be made to hit: a token that answers exactly when the time is up.
+//! Tests of moments that a real token cannot be made to hit, such as an answer exactly when the time is up.
 
 use std::{thread, time::Duration};
 
@@ -25,7 +25,7 @@ const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
 const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
 const SERIAL: &str = "0001";
 
-/// Answers every call, and the wrap only when its deadline has passed.
+/// A token that answers every call, but a wrap only after its deadline has passed.
 #[derive(Debug)]
 struct LateToken;
 
@@ -38,7 +38,7 @@ impl Token for LateToken {
         _material: &KeyMaterial,
         caller: &Caller,
     ) -> Result<Envelope, hsm::Error> {
-        // Not on the runtime's clock: that one would see the deadline first.
+        // A sleep on the runtime's clock would let the deadline fire first.
         thread::sleep(caller.deadline().remaining() + Duration::from_millis(1));
         let unsealed = Unsealed::new(Algorithm::RsaOaepSha256, key, vec![1; 256]).unwrap();
         Ok(unsealed.seal(&context, [0; 32]))
@@ -167,8 +167,8 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
     broker
 }
 
-/// A mutation that has done its work on the token and runs out of time before its intent leaves an entry, as every
-/// failure does.
+/// A mutation that has done its work on the token, but runs out of time before its intent, leaves an entry like any
+/// other failure.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mutation_that_is_too_late_for_its_intent_is_audited() {
     let folder = tempfile::tempdir().unwrap();
@@ -229,7 +229,7 @@ fn client_document() -> Document {
     document
 }
 
-/// What the operator has to look at, and what passes, are told apart.
+/// A problem that an operator has to look at is told apart from a temporary one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     const LATER: WrappingKeyId = WrappingKeyId::from_bytes([9; 16]);
@@ -242,7 +242,7 @@ async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     for (number, key, document, expected) in [
         (1, KEY, good.clone(), None),
         (2, SUSPENDED, good.clone(), Some(Reason::KeyState)),
-        // It was registered after this broker started: its registry is read again, and that says so.
+        // The key was registered after this broker started. The broker reads the registry again and learns that.
         (3, LATER, good.clone(), Some(Reason::TokenDown)),
         (4, NOBODYS, good, Some(Reason::Credential)),
         (5, KEY, b"{}".to_vec(), Some(Reason::Credential)),
@@ -255,8 +255,8 @@ async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     }
 }
 
-/// A suspended key keeps a client out; ending it for good must work then more than ever, and one secret less must not let
-/// it in again.
+/// A suspended key prevents a client from authenticating. Revoking the whole client must still work; revoking one of
+/// its secrets must not, because the new row would make the client valid again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_under_a_suspended_key_can_be_revoked() {
     let folder = tempfile::tempdir().unwrap();
@@ -279,7 +279,7 @@ async fn a_client_under_a_suspended_key_can_be_revoked() {
     assert_eq!(known.document.live_secrets(Timestamp::now()).count(), 0);
 }
 
-/// What was made before there was a limit, or grew to it, can still be ended.
+/// A client that was created before the limit, or that has grown to it, can still be revoked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_too_long_to_grow_can_be_revoked() {
     let folder = tempfile::tempdir().unwrap();

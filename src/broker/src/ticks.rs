@@ -1,11 +1,11 @@
-//! Regular work until the broker stops.
+//! A timer for regular work until the broker stops.
 
 use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-/// Ticks, the first one at once. A tick that is missed is left out.
+/// Ticks at a fixed interval, for the first time immediately. A missed tick is skipped.
 pub(super) struct Ticks<'s> {
     interval: Interval,
     stop: &'s CancellationToken,
@@ -18,7 +18,7 @@ impl<'s> Ticks<'s> {
         Self { interval, stop }
     }
 
-    /// Waits for the next tick. `false` once the broker stops.
+    /// Waits for the next tick. Returns `false` when the broker stops.
     pub(super) async fn next(&mut self) -> bool {
         tokio::select! {
             () = self.stop.cancelled() => false,

@@ -1,5 +1,5 @@
-//! When each record was last released: noted in memory by a release, and written in the background. A note costs a
-//! release a short lock; a note that is lost loses nothing else.
+//! Records when each key was last released. A release notes the time in memory, under a short lock. A background task
+//! writes the notes to the database. If a note is lost, nothing else is affected.
 
 use std::{
     collections::HashMap,
@@ -16,23 +16,23 @@ use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
 use super::{Broker, ticks::Ticks};
 
-/// Records noted at most; further ones are lost while the database is unavailable or slow.
+/// Most records that are noted. While the database is unavailable or slow, notes for further records are lost.
 const NOTED_MAX: usize = 65_536;
-/// Notes per transaction.
+/// Number of notes per transaction.
 const WRITTEN_AT_ONCE: usize = 500;
-/// So many transactions at most, one time: notes must not crowd out what clients wait for.
+/// Most transactions per write, so that notes do not delay the requests of clients.
 const TRANSACTIONS_MAX: usize = 5;
 const INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
 pub(super) struct Uses {
     noted: Mutex<HashMap<RecordId, Timestamp>>,
-    /// Whether they could not be written the last time.
+    /// Whether the last attempt to write failed.
     failing: AtomicBool,
 }
 
 impl Uses {
-    /// Notes that a record was released just now.
+    /// Notes that a record was released now.
     pub(super) fn note(&self, record: RecordId) {
         self.put(record, Timestamp::now());
     }
@@ -48,7 +48,7 @@ impl Uses {
         *latest = at.max(*latest);
     }
 
-    /// All that is noted, in the order in which every broker writes it: so none waits for another in a circle.
+    /// Takes all notes, sorted. All brokers write in this order, so that their transactions cannot deadlock.
     fn take(&self) -> Vec<(RecordId, Timestamp)> {
         let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         let noted = std::mem::take(&mut *noted);
@@ -59,7 +59,7 @@ impl Uses {
 }
 
 impl Broker {
-    /// Writes what was noted every few seconds, until `stop`.
+    /// Writes the notes every few seconds, until `stop`.
     pub(super) async fn write_uses(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(INTERVAL, stop);
         while ticks.next().await {
@@ -70,22 +70,22 @@ impl Broker {
         }
     }
 
-    /// Writes what was noted, in so many transactions at most. The rest waits for the next time.
+    /// Writes the notes in at most `transactions_max` transactions. The rest stays for the next call.
     pub(super) async fn flush_uses(&self, transactions_max: usize) {
         let uses = self.uses.take();
         let mut portions = uses.chunks(WRITTEN_AT_ONCE);
         let mut written = 0;
         for portion in portions.by_ref().take(transactions_max) {
             if let Err(error) = self.store.note_uses(portion).await {
-                // Once, not every few seconds.
+                // Reports the failure once instead of every few seconds.
                 if !self.uses.failing.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(%error, "last uses not written yet; they are tried again");
+                    tracing::warn!(%error, "cannot write the times of last use; trying again");
                 }
                 break;
             }
             written += portion.len();
             if self.uses.failing.swap(false, Ordering::Relaxed) {
-                tracing::info!("last uses are written again");
+                tracing::info!("the times of last use are written again");
             }
         }
         for (record, at) in uses.into_iter().skip(written) {
@@ -116,7 +116,7 @@ mod tests {
         for number in 0..NOTED_MAX + 10 {
             uses.put(record(number), at(1));
         }
-        // One that is known is still brought up to date.
+        // A record that is already noted is still updated.
         uses.put(record(0), at(2));
         let taken = uses.take();
         assert_eq!((taken.len(), taken[0]), (NOTED_MAX, (record(0), at(2))));

@@ -1,4 +1,4 @@
-//! How a client is set up: endpoint, TLS, credential, deadline and retries.
+//! The settings of a client: endpoint, TLS, credential, deadline and retries.
 
 use std::{
     fs,
@@ -19,9 +19,9 @@ use crate::{
     retry::RetryPolicy,
 };
 
-/// Deadline of a call that sets none.
+/// Deadline of a call that does not set one.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Longest wait for a connection, so that an address that does not answer leaves time for another attempt.
+/// Longest wait for a connection. It is half of the default deadline, so that there is time for another attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection that is silent for this long during a call is checked with an HTTP/2 ping.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -29,7 +29,7 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const USER_AGENT: &str = concat!("keybroker-client/", env!("CARGO_PKG_VERSION"));
 
-/// Bytes in PEM form, or the file that has them.
+/// Bytes in PEM form, or the path of a PEM file.
 #[derive(Debug)]
 enum Pem {
     File(PathBuf),
@@ -69,17 +69,17 @@ enum Authorization {
     Ready(Credential),
 }
 
-/// Where the calls of the client go.
+/// The destination of the client's calls.
 enum Target {
     Endpoint(String),
     Channel(Channel),
 }
 
-/// Builds a [`Client`]. Made by [`Client::builder`] or [`Client::builder_with_channel`].
+/// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] return it.
 ///
-/// For an endpoint, `ca_file` or `ca_pem` is required. Of the credentials (`bearer_token`, `bearer_token_provider`, `api_client`) the last
-/// one that was set counts; it takes the place of the client certificate, because the broker ignores the certificate of a
-/// call with an `authorization` header.
+/// For an endpoint, `ca_file` or `ca_pem` is required. If several of `bearer_token`, `bearer_token_provider` and
+/// `api_client` are set, the last one is used. Each of them replaces the client certificate, because the broker ignores
+/// the certificate of a call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
     target: Target,
@@ -177,9 +177,9 @@ impl ClientBuilder {
 
     /// Authenticates each call with an access token from `provider`.
     ///
-    /// The provider runs before every attempt and within the call's deadline: let it cache the token and renew it some time
-    /// before it expires. A call whose provider fails is not sent; it fails with
-    /// [`ErrorKind::Credential`](crate::ErrorKind::Credential) and the provider's error as its source.
+    /// The provider runs before every attempt, within the call's deadline. It should cache the token and renew it
+    /// before it expires. If the provider fails, the call is not sent: it fails with
+    /// [`ErrorKind::Credential`](crate::ErrorKind::Credential), and the provider's error is its source.
     pub fn bearer_token_provider<P, F>(mut self, provider: P) -> Self
     where
         P: Fn() -> F + Send + Sync + 'static,
@@ -195,28 +195,28 @@ impl ClientBuilder {
         self
     }
 
-    /// Deadline of each call, all attempts and pauses included. Default 10 s. [`Read::deadline`](crate::Read::deadline) and
-    /// [`Change::deadline`](crate::Change::deadline) set another one for one call. The broker limits it to its own
-    /// `call_timeout_max`.
+    /// Sets the deadline of each call, which includes all attempts and pauses. Default 10 s.
+    /// [`Read::deadline`](crate::Read::deadline) and [`Change::deadline`](crate::Change::deadline) set the deadline of
+    /// a single call. The broker shortens a deadline that is longer than its `call_timeout_max`.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Longest wait for a connection, TCP and TLS handshake together. Default 5 s.
+    /// Sets the longest wait for a connection, including the TCP and TLS handshakes. Default 5 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
         self
     }
 
-    /// How failed attempts are repeated. Default [`RetryPolicy::default`].
+    /// Sets how failed attempts are repeated. Default [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = policy;
         self
     }
 
-    /// Builds the client and reads its files. The connection is made by [`Client::connect`] or by the first call, and again
-    /// whenever it was lost.
+    /// Builds the client and reads its files. [`Client::connect`] or the first call opens the connection. A lost
+    /// connection is opened again.
     ///
     /// Must be called within a tokio runtime.
     ///

@@ -24,16 +24,16 @@ use crate::{
     retry::{Bucket, Retries, RetryPolicy, Verdict},
 };
 
-/// A future in a box, as [`IntoFuture`] returns it for [`Read`] and [`Change`].
+/// A boxed future: what [`IntoFuture`] returns for [`Read`], [`Change`] and [`NonIdempotent`].
 pub type CallFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
 
-/// Longer deadlines are cut to this: the clock's arithmetic must not overflow.
+/// The limit of a deadline. A longer one is shortened to it, so that time arithmetic cannot overflow.
 const DEADLINE_MAX: Duration = Duration::from_hours(24);
 
 type AttemptFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, AttemptError>> + Send + 'a>>;
 type Attempts<'a, T> = Box<dyn Fn(Attempt) -> AttemptFuture<'a, T> + Send + Sync + 'a>;
 
-/// What all calls of a client and its clones share.
+/// The state that a client and its clones share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     link: Link,
@@ -60,7 +60,7 @@ impl Shared {
         }
     }
 
-    /// The same settings with another connection and another retry budget.
+    /// Returns the same settings with another connection and another retry budget.
     pub(crate) fn separate(&self) -> Self {
         Self::new(
             self.link.separate(),
@@ -89,12 +89,12 @@ impl Shared {
     }
 
     fn bucket(&self) -> MutexGuard<'_, Bucket> {
-        // A bucket is whole between any two of its operations.
+        // No panic can occur inside an operation of the bucket, so a poisoned lock still protects a consistent bucket.
         self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What one attempt needs to send its message.
+/// The values that one attempt needs to send its message.
 #[derive(Debug)]
 pub(crate) struct Attempt {
     pub(crate) channel: Channel,
@@ -104,7 +104,7 @@ pub(crate) struct Attempt {
 }
 
 impl Attempt {
-    /// The message with deadline and credential.
+    /// Adds deadline and credential to a message.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.timeout);
@@ -116,14 +116,14 @@ impl Attempt {
     }
 }
 
-/// What a call does when an attempt fails.
+/// Whether an attempt may be repeated after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Safety {
-    /// Nothing is changed, so it may be repeated.
+    /// The call changes nothing, so it may be repeated.
     Read,
     /// A change that carries this request id, so it may be repeated.
     Identified(RequestId),
-    /// A change that the broker cannot recognise. It is never repeated.
+    /// A change without a request id. The broker cannot recognise a repetition, so it is never repeated.
     Unidentified,
 }
 
@@ -175,7 +175,8 @@ impl<'a, T: Send + 'a> Call<'a, T> {
             } else if failed.kind == ErrorKind::DeadlineExceeded && made > 0 {
                 self.shared.link.timed_out(began);
             }
-            // One lost answer is enough: a later refusal says nothing about the earlier attempt.
+            // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later attempt says nothing
+            // about the earlier one.
             outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
             if self.safety == Safety::Unidentified {
                 failed.verdict = Verdict::Permanent;
@@ -227,7 +228,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
 
 /// A call that changes nothing. Set its deadline if it differs from the client's, then await it.
 ///
-/// A read that releases a key leaves an audit entry per attempt that reached the broker.
+/// If the call releases a key, each attempt that reaches the broker leaves an audit entry.
 #[must_use = "a call is not made before it is awaited"]
 pub struct Read<'a, T>(Call<'a, T>);
 
@@ -243,12 +244,13 @@ impl<'a, T: Send + 'a> Read<'a, T> {
     }
 }
 
-/// A change that the broker recognises by its request id when it is repeated. Await it, after setting what differs from
-/// the default.
+/// A change that the broker recognises by its request id when it is repeated. Set the values that differ from the
+/// default, then await it.
 ///
-/// The request id is a fresh one unless [`request_id`](Self::request_id) sets it, and all attempts of the call carry it.
-/// A program that must finish a change after its own restart chooses the id with [`new_request_id`], stores it with the
-/// planned change, and repeats the call with the same id and content within 24 hours.
+/// The library chooses a new request id unless you set one with [`request_id`](Self::request_id). All attempts of the
+/// call carry the same id. A program that must finish a change after a restart does three things: it chooses the id
+/// with [`new_request_id`], it stores the id together with the planned change, and after the restart it repeats the
+/// call with the same id and content within 24 hours.
 #[must_use = "a call is not made before it is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 
@@ -264,15 +266,16 @@ impl<'a, T: Send + 'a> Change<'a, T> {
         Self(Call::new(shared, safety, attempts))
     }
 
-    /// The request id: the same one for a repetition of the same change, never one for two changes.
+    /// Sets the request id. Use the same id to repeat a change, and never use one id for two changes.
     pub fn request_id(mut self, id: RequestId) -> Self {
         self.0.safety = Safety::Identified(id);
         self
     }
 }
 
-/// A change that has no request id in the protocol, so a repetition would be another change. It is sent once; after an
-/// error with [`outcome_unknown`](Error::outcome_unknown), find out what happened before you make it again.
+/// A change that has no request id in the protocol, so the broker would treat a repetition as another change. The
+/// library sends it once. After an error with [`outcome_unknown`](Error::outcome_unknown), find out what happened
+/// before you make the call again.
 #[must_use = "a call is not made before it is awaited"]
 pub struct NonIdempotent<'a, T>(Call<'a, T>);
 
@@ -291,7 +294,7 @@ impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
 macro_rules! awaitable {
     ($($name:ident),*) => {$(
         impl<'a, T: Send + 'a> $name<'a, T> {
-            /// Deadline of this call, all attempts and pauses included, from the moment it is awaited.
+            /// Sets the deadline of this call, from the moment it is awaited. It includes all attempts and pauses.
             pub fn deadline(mut self, deadline: Duration) -> Self {
                 self.0.deadline = deadline;
                 self
@@ -319,14 +322,14 @@ macro_rules! awaitable {
 }
 awaitable!(Read, Change, NonIdempotent);
 
-/// A random request id for one change.
+/// Returns a random request id for one change.
 pub fn new_request_id() -> RequestId {
     let text = Uuid::new_v4().to_string();
     let parsed = RequestId::parse(&text).ok().flatten();
     parsed.expect("a random UUID has its version bits set, so it is not nil")
 }
 
-/// The request id in a text, such as one that the program stored earlier.
+/// Parses a request id, for example one that the program stored earlier.
 ///
 /// # Errors
 /// If the text is not a UUID, or is the nil UUID.
@@ -335,7 +338,7 @@ pub fn parse_request_id(text: &str) -> Result<RequestId, InvalidField> {
     parsed.ok_or(InvalidField::REQUEST_ID)
 }
 
-/// Uniform over all values.
+/// Returns a uniformly distributed number.
 fn random() -> u32 {
     // The first 32 bits of a version 4 UUID are random.
     Uuid::new_v4().as_fields().0

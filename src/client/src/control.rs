@@ -1,7 +1,7 @@
 //! The control plane: wrapping keys, the token, the audit log and API clients. For administrators and auditors.
 //!
-//! Answers are the messages of the protocol. None of them has a secret, except that of a new API client, which is taken
-//! out into a [`ClientSecret`].
+//! Answers are the messages of the protocol. Only the answer with a new secret of an API client contains a secret, and
+//! the client moves that secret into a [`ClientSecret`].
 
 use keybroker_core::key::{ClientId, WrappingKeyId};
 use keybroker_proto::{self as proto, control_service_client::ControlServiceClient};
@@ -20,13 +20,13 @@ use crate::{
 pub struct IssuedSecret {
     /// The API client as it is now.
     pub client_credential: proto::ClientCredential,
-    /// Number of the secret, to revoke it.
+    /// The number of the secret, for example to revoke it.
     pub secret_number: u32,
     /// The secret.
     pub secret: ClientSecret,
 }
 
-/// Calls of the control plane. Errors of all of them: [`Error`](crate::Error).
+/// Calls of the control plane. All of them fail with an [`Error`](crate::Error).
 impl Client {
     /// Lists the registered wrapping keys, ordered by registration time.
     pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
@@ -59,8 +59,8 @@ impl Client {
         })
     }
 
-    /// Returns the last entries of this broker's audit log as canonical JSON (RFC 8785), oldest first: `limit` of them,
-    /// 1 to 1,000; 0 means 100.
+    /// Returns the last entries of this broker's audit log as canonical JSON (RFC 8785), oldest first. `limit` is the
+    /// number of entries: 1 to 1,000; 0 means 100.
     pub fn tail_audit_log(&self, limit: u32) -> Read<'_, Vec<String>> {
         Read::new(self.shared(), move |attempt| async move {
             let request = attempt.request(proto::TailAuditLogRequest { limit });
@@ -69,7 +69,7 @@ impl Client {
         })
     }
 
-    /// Lists the API clients of the caller's tenant, revoked ones too.
+    /// Lists the API clients of the caller's tenant, including revoked ones.
     pub fn list_client_credentials(
         &self,
         list: proto::ListClientCredentialsRequest,
@@ -83,7 +83,7 @@ impl Client {
         })
     }
 
-    /// Makes an API client with its first secret.
+    /// Creates an API client with its first secret.
     pub fn create_client_credential(
         &self,
         grant: proto::CreateClientCredentialRequest,
@@ -98,7 +98,8 @@ impl Client {
         })
     }
 
-    /// Makes another secret of an API client, beside the one it has. It expires at `expire_time`, if that is set.
+    /// Creates a further secret of an API client; the existing secrets stay valid. The new one expires at
+    /// `expire_time`, if that is set.
     pub fn add_client_secret(
         &self,
         id: ClientId,
@@ -144,7 +145,7 @@ fn issued(
     secret_number: u32,
     secret: String,
 ) -> Result<IssuedSecret, AttemptError> {
-    // First, so that the secret is overwritten whatever else is wrong with the answer.
+    // Taken first, so that the secret is overwritten even if the rest of the answer is invalid.
     let secret = ClientSecret::new(secret);
     Ok(IssuedSecret {
         client_credential: client_credential

@@ -1,4 +1,5 @@
-//! Credentials that a call carries in its `authorization` header. Without one, the client certificate authenticates.
+//! Credentials that a call carries in its `authorization` header. A call without the header authenticates by client
+//! certificate.
 
 use std::{fmt, pin::Pin, sync::Arc};
 
@@ -15,7 +16,7 @@ macro_rules! secret_text {
         pub struct $name(Zeroizing<String>);
 
         impl $name {
-            /// Takes the text over. The memory is overwritten when the value is dropped.
+            /// Takes ownership of the text. Its memory is overwritten when the value is dropped.
             pub fn new(text: impl Into<String>) -> Self {
                 Self(Zeroizing::new(text.into()))
             }
@@ -39,7 +40,7 @@ secret_text!(
     BearerToken
 );
 secret_text!(
-    /// The secret of an API client: `kbs_` and 43 characters.
+    /// The secret of an API client: `kbs_` followed by 43 characters.
     ClientSecret
 );
 
@@ -60,7 +61,7 @@ impl Credential {
             .ok_or(BuildError::Credential("bearer token"))
     }
 
-    /// RFC 7617.
+    /// Builds the header of HTTP Basic authentication (RFC 7617).
     pub(crate) fn api_client(id: ClientId, secret: &ClientSecret) -> Result<Self, BuildError> {
         let pair = Zeroizing::new(format!("{id}:{}", secret.expose()));
         let encoded = Zeroizing::new(Base64::encode_string(pair.as_bytes()));
@@ -77,7 +78,7 @@ impl Credential {
         Self::Provider(Arc::new(move || Box::pin(provider())))
     }
 
-    /// The header of the next attempt.
+    /// Returns the header of the next attempt.
     pub(crate) async fn header(&self) -> Result<Option<MetadataValue<Ascii>>, BoxError> {
         match self {
             Self::Certificate => Ok(None),
@@ -105,7 +106,7 @@ impl fmt::Debug for Credential {
 fn header(scheme: &str, text: &str) -> Option<MetadataValue<Ascii>> {
     let text = Zeroizing::new(format!("{scheme} {text}"));
     let mut value = MetadataValue::try_from(text.as_str()).ok()?;
-    // Keeps it out of Debug output and out of the header compression table of the connection.
+    // A sensitive value does not appear in Debug output or in the connection's header compression table.
     value.set_sensitive(true);
     Some(value)
 }

@@ -1,4 +1,4 @@
-//! What can go wrong: while a client is built, and while a call is made.
+//! The errors of this library: those of building a client and those of calls.
 
 use std::{borrow::Cow, error::Error as StdError, fmt, path::PathBuf, time::Duration};
 
@@ -103,14 +103,14 @@ impl From<keybroker_core::error::Error> for InvalidField {
 pub enum ErrorKind {
     /// The broker refused the call and gave a reason: see [`Error::reason`].
     Refused,
-    /// No answer arrived before the deadline. Set a longer one with `deadline`, or look at the broker's load.
+    /// No answer arrived before the deadline. Set a longer deadline with `deadline`, or check the broker's load.
     DeadlineExceeded,
     /// The connection could not be made, or ended during the call.
     ///
-    /// With TLS 1.3 this is also how a broker answers the first call of a client whose certificate it does not accept.
+    /// With TLS 1.3, the first call of a client whose certificate the broker does not accept also fails with this kind.
     Connection,
-    /// The response has no reason, so it does not come from the API of a broker: a proxy answered, another service, or a
-    /// listener without this API.
+    /// The response has no reason, so it does not come from a broker's API. Possible senders are a proxy, another
+    /// service, or a listener without this API.
     UnexpectedResponse,
     /// The provider of bearer tokens failed. See [`std::error::Error::source`].
     Credential,
@@ -119,8 +119,8 @@ pub enum ErrorKind {
 }
 
 /// A failed call.
-///
-/// `Display` says what happened; the [source](std::error::Error::source) is the error of the layer below, such as a
+/// `Display` describes what happened. The [source](std::error::Error::source) is the error of the layer below, such as
+/// a [`tonic::Status`].
 /// [`tonic::Status`].
 pub struct Error {
     pub(crate) kind: ErrorKind,
@@ -133,43 +133,44 @@ pub struct Error {
 }
 
 impl Error {
-    /// The kind.
+    /// The kind of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The broker's reason. `None` if the broker gave none, or one that this release does not know: see
-    /// [`Refusal::reason_name`].
+    /// The broker's reason. `None` if the broker sent no reason, or one that this release does not know;
+    /// [`Refusal::reason_name`] returns such a reason as text.
     pub fn reason(&self) -> Option<Reason> {
         self.refusal.as_ref()?.reason()
     }
 
     /// Everything that the broker said about its refusal. Set for [`ErrorKind::Refused`], and for
-    /// [`ErrorKind::DeadlineExceeded`] if it was the broker that answered.
+    /// [`ErrorKind::DeadlineExceeded`] if the broker itself reported the deadline.
     pub fn refusal(&self) -> Option<&Refusal> {
         self.refusal.as_deref()
     }
 
-    /// The gRPC status of the last attempt, for what the other methods do not say: its code, its message, and details of
-    /// other domains. `None` if there was none: the deadline passed on this side, the connection could not be made by
-    /// [`Client::connect`](crate::Client::connect), or a credential or response was not valid.
+    /// The gRPC status of the last attempt, with its code, its message and details of other domains. `None` if no
+    /// status exists: the client's own timer ended the call, [`Client::connect`](crate::Client::connect) could not
+    /// connect, or a credential or response was invalid.
     pub fn status(&self) -> Option<&Status> {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The attempts that were made, from 0: a call whose credential provider fails makes none.
+    /// The number of attempts that were made. It is 0 if the credential provider failed.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// The request id of a change, which all of its attempts carried. `None` for reads.
+    /// The request id of a change, which all its attempts carried. `None` for reads and for changes without a request
+    /// id.
     pub fn request_id(&self) -> Option<RequestId> {
         self.request_id
     }
 
-    /// Whether the same call may succeed later: the broker's reason says so, or the connection failed. For a change, repeat
-    /// it with its [request id](Self::request_id) only. The client itself repeats such calls by its
-    /// [`RetryPolicy`](crate::RetryPolicy).
+    /// Whether the same call may succeed later: the broker's reason says so, or the connection failed. Repeat a change
+    /// only with its [request id](Self::request_id). The client has already repeated such a call as its
+    /// [`RetryPolicy`](crate::RetryPolicy) allows.
     pub fn is_transient(&self) -> bool {
         match &self.refusal {
             Some(refusal) => refusal.is_transient(),
@@ -177,19 +178,19 @@ impl Error {
         }
     }
 
-    /// Whether this was a change that may or may not have been made: an attempt got no answer from the broker, or the broker
-    /// answered that it does not know either, because its database or audit log failed meanwhile.
+    /// Whether the call is a change that may or may not have been made. Either an attempt got no answer, or the broker
+    /// answered that it does not know the outcome because its database or audit log failed meanwhile.
     ///
-    /// To find out, make the same call with the same content and [request id](Self::request_id) within 24 hours: the
-    /// broker then answers what it answered, or would have answered, the first time. For changes without a request id
-    /// (API clients), list them.
+    /// To find out, make the same call with the same content and [request id](Self::request_id) within 24 hours. The
+    /// broker then returns the answer of the first call. If the first call did not take effect, it takes effect now. A
+    /// change of API clients has no request id; list the API clients instead.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
     }
 }
 
-/// What the status of a call with the generated stubs of [`proto`](crate::proto) means, as if it was the only attempt of a
-/// change.
+/// Classifies the status of a call with the generated stubs of [`proto`](crate::proto). The status is treated as that
+/// of the only attempt of a change.
 impl From<Status> for Error {
     fn from(status: Status) -> Self {
         let failed = Classified::of(status.into());
@@ -266,7 +267,7 @@ pub struct FieldViolation {
     pub description: String,
 }
 
-/// What the broker said about a refused call. `docs/errors.md` in the broker's repository explains each reason.
+/// The content of the broker's refusal. `docs/errors.md` in the broker's repository explains each reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     reason_name: String,
@@ -290,12 +291,12 @@ impl Refusal {
         &self.reason_name
     }
 
-    /// The fixed text of the reason, for people.
+    /// The fixed text of the reason, written for people.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// The fields at fault; empty unless the reason is [`Reason::Request`].
+    /// The fields that the broker did not accept; empty unless the reason is [`Reason::Request`].
     pub fn violations(&self) -> &[FieldViolation] {
         &self.violations
     }
@@ -305,12 +306,12 @@ impl Refusal {
         self.retry_delay
     }
 
-    /// The id that finds the call in the broker's log and audit log. Report it when you ask the operator for help.
+    /// The id of the call in the broker's log and audit log. Report it when you ask the operator for help.
     pub fn call_id(&self) -> Option<CallId> {
         self.call_id
     }
 
-    /// A refusal of one item of a batch, which has a reason and a text only.
+    /// Returns the refusal of one item of a batch, which has only a reason and a text.
     pub(crate) fn of_item(reason_name: String, text: String) -> Self {
         Self {
             reason_name,
@@ -344,7 +345,7 @@ impl Refusal {
         })
     }
 
-    /// Whether the same call may succeed later, by the rule in `docs/errors.md`.
+    /// Whether the same call may succeed later, as `docs/errors.md` defines it.
     pub fn is_transient(&self) -> bool {
         matches!(
             self.reason(),
@@ -374,11 +375,11 @@ impl fmt::Display for Refusal {
 /// Why one attempt failed.
 #[derive(Debug)]
 pub(crate) enum AttemptError {
-    /// The answer, or the lack of one.
+    /// The call returned a gRPC status.
     Status(Box<Status>),
-    /// An answer that lacks what it must have.
+    /// The answer lacks a required field, or has an invalid one.
     Invalid(&'static str),
-    /// Our own timer.
+    /// The client's own timer fired.
     TimedOut,
     /// The provider of bearer tokens failed.
     Credential(BoxError),
@@ -390,13 +391,13 @@ impl From<Status> for AttemptError {
     }
 }
 
-/// What a failed attempt means.
+/// The classification of a failed attempt.
 #[derive(Debug)]
 pub(crate) struct Classified {
     pub(crate) kind: ErrorKind,
     pub(crate) refusal: Option<Box<Refusal>>,
     pub(crate) verdict: Verdict,
-    /// Whether a change may have been made by the attempt.
+    /// Whether the attempt may have made a change.
     pub(crate) outcome_unknown: bool,
     pub(crate) detail: &'static str,
     pub(crate) source: Option<BoxError>,
@@ -429,7 +430,7 @@ impl Classified {
         };
         let is_deadline = refusal.reason() == Some(Reason::Deadline);
         Self {
-            // The same kind as when our own timer fires first: which of the two does is chance.
+            // The client's own timer and the broker's may fire in any order, so both give the same kind.
             kind: if is_deadline {
                 ErrorKind::DeadlineExceeded
             } else {
@@ -449,18 +450,19 @@ impl Classified {
         }
     }
 
-    /// A failure of the connection, or an answer of something between the client and the broker.
+    /// Classifies a failure of the connection, or an answer of something between the client and the broker.
     fn without_reason(status: Status) -> Self {
         let is_local = status.source().is_some();
         let (kind, verdict) = match status.code() {
-            // Our own deadline, as tonic says it.
+            // This is how tonic reports the client's own deadline.
             Code::Cancelled if status.message().contains(TONIC_DEADLINE) => {
                 (ErrorKind::DeadlineExceeded, Verdict::Permanent)
             }
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
-            // Without a reason it never comes from the broker. UNAVAILABLE also comes from proxies.
+            // A status with these codes and without a reason never comes from the broker. UNAVAILABLE also comes from
+            // proxies.
             Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
-            // "h2 protocol error" and the like, made by tonic on this side.
+            // tonic itself makes such a status on this side, for example "h2 protocol error".
             Code::Internal | Code::Unknown if is_local => {
                 (ErrorKind::Connection, Verdict::Disconnected)
             }
@@ -470,7 +472,7 @@ impl Classified {
             kind,
             refusal: None,
             verdict,
-            // UNIMPLEMENTED comes instead of the call.
+            // A server answers UNIMPLEMENTED without running the call.
             outcome_unknown: status.code() != Code::Unimplemented && !was_never_sent(&status),
             detail: "",
             source: Some(status.into()),
@@ -478,7 +480,7 @@ impl Classified {
     }
 }
 
-/// Whether there was no connection to send the request on.
+/// Whether the request was never sent because the connection could not be made.
 fn was_never_sent(status: &Status) -> bool {
     let mut cause = status.source();
     while let Some(error) = cause {
@@ -507,7 +509,7 @@ mod tests {
         Classified::of(status.into())
     }
 
-    /// The table of `docs/errors.md`: every other reason fails again in the same way.
+    /// The table of `docs/errors.md`. Every reason outside it fails again in the same way.
     #[test]
     fn transient_reasons_are_those_of_the_documentation() {
         let page = include_str!("../../../docs/errors.md");

@@ -37,13 +37,13 @@ impl Service {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ServiceHealth {
-    /// It can.
+    /// The service can do its work.
     Serving,
-    /// It cannot now, for example because the token is unavailable.
+    /// The service cannot do its work now, for example because the token is unavailable.
     NotServing,
-    /// The broker does not know the service, as one of an earlier release.
+    /// The broker does not know the service, for example because the broker is an earlier release.
     Absent,
-    /// A state that the protocol does not define for a single answer, or that a later release has added.
+    /// A state that the protocol does not define for a single check, or that a later release has added.
     Unknown,
 }
 
@@ -76,10 +76,11 @@ impl From<ServingStatus> for ServiceHealth {
     }
 }
 
-/// Health of the services. Needs no role. Errors: [`Error`](crate::Error).
+/// Calls for the health of the services. They need no role. They fail with an [`Error`](crate::Error).
 impl Client {
-    /// Returns whether a service of the broker can do its work, at whichever listener it is. It is an answer, not an error,
-    /// that the service cannot.
+    /// Returns whether a service of the broker can do its work. Every listener answers this call, including those that
+    /// do not serve the service. A service that cannot do its work is an `Ok` result with
+    /// [`ServiceHealth::NotServing`].
     pub fn check_health(&self, service: Service) -> Read<'_, ServiceHealth> {
         Read::new(self.shared(), move |attempt| async move {
             let request = attempt.request(HealthCheckRequest {

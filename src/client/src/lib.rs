@@ -46,33 +46,41 @@
 //! Every call has a deadline: 10 s, unless the client or the call sets another one. It covers the connection, all attempts
 //! and the pauses between them, and each attempt tells the broker how much of it is left.
 //!
-//! [`RetryPolicy`] describes the retries. In short: [reads](Read) are repeated, [changes](Change) are repeated under their
-//! request id, and changes without one ([`NonIdempotent`]) never are. Repeated are the reasons `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`,
-//! `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` and `DEADLINE`, and failures of the connection. Everything else fails again
-//! in the same way. A pause is never shorter than the broker's `RetryInfo`, and a [`RetryBudget`] limits the retries of
-//! all calls together.
+//! [`RetryPolicy`] describes the retries. In short:
 //!
-//! Connections are not balanced: a client has one connection to one address of its endpoint, and makes a new one when it
-//! is lost. It also makes a new one after a call that ran into its deadline while nothing at all was answered.
-//! [`Client::connect`] makes it early, and [`Client::with_separate_connection`] makes another one.
+//! - [Reads](Read) are repeated.
+//! - [Changes](Change) are repeated under their request id. Changes without a request id ([`NonIdempotent`]) are never
+//!   repeated.
+//! - A call is repeated if the broker's reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`,
+//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would only occur again.
+//! - A pause is never shorter than the broker's `RetryInfo`.
+//! - A [`RetryBudget`] limits the retries of all calls of the client together.
+//!
+//! Connections are not balanced: a client has one connection to one address of its endpoint. It opens a new connection
+//! when the old one is lost, or when a call ran into its deadline and the connection carried no answer at all in that
+//! time. [`Client::connect`] opens the connection before the first call, and [`Client::with_separate_connection`]
+//! returns a client with another connection.
 //!
 //! # Errors
 //!
-//! A failed call is an [`Error`]: its [kind](Error::kind), the broker's [reason](Error::reason), the
-//! [fields](Refusal::violations) at fault, the [delay](Refusal::retry_delay) that the broker asks for and the
-//! [call id](Refusal::call_id) that finds the call in the broker's log. After a change,
-//! [`outcome_unknown`](Error::outcome_unknown) says whether it may have been made although the call failed. The raw
-//! [gRPC status](Error::status) is there, too; its types are those of [`tonic`], whose [`Status`] and [`Code`] are
-//! exported.
+//! A failed call returns an [`Error`]. It contains:
+//!
+//! - its [kind](Error::kind) and the broker's [reason](Error::reason)
+//! - the [fields](Refusal::violations) that the broker did not accept
+//! - the [delay](Refusal::retry_delay) that the broker asks for
+//! - the [call id](Refusal::call_id), which finds the call in the broker's log
+//! - after a change: [whether the change may have been made](Error::outcome_unknown) although the call failed
+//! - the raw [gRPC status](Error::status), whose types [`Status`] and [`Code`] are those of [`tonic`].
 //!
 //! # Secrets in memory
 //!
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
 //! output is redacted. The library also overwrites the key material of a request message after it was encoded.
 //!
-//! Not overwritten are the copies in the libraries below: the encoded message in tonic's buffer, the HTTP/2 frames and TLS
-//! records of hyper, h2 and rustls, the received message before it is decoded, and the `authorization` header with its
-//! copies. They stay in freed memory until it is used again. A memory dump or swap of your process can therefore contain
+//! The libraries below this one make copies that are not overwritten: the encoded message in tonic's buffer, the HTTP/2
+//! frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the `authorization`
+//! header. The copies stay in freed memory until that memory is used again. A memory dump or swap of your process can
+//! therefore contain keys that were released to it. Turn off core dumps and swap where that matters.
 //! keys that it released; turn off core dumps and swap where that matters.
 
 use std::sync::Arc;
@@ -115,21 +123,21 @@ pub use user_keys::{
 pub struct Client(Arc<call::Shared>);
 
 impl Client {
-    /// Sets up a client of the broker at `endpoint`, `https://host:port`.
+    /// Sets up a client of the broker at `endpoint`, which has the form `https://host:port`.
     pub fn builder(endpoint: impl Into<String>) -> ClientBuilder {
         ClientBuilder::to_endpoint(endpoint.into())
     }
 
-    /// Sets up a client over a channel of your own, for a transport that [`builder`](Self::builder) does not know. CA,
-    /// identity, server name and connection timeout of the builder are not used.
+    /// Sets up a client over a channel of your own, for a transport that [`builder`](Self::builder) does not support.
+    /// The builder's settings for CA, identity, server name and connection timeout have no effect on such a client.
     ///
     /// **The channel must authenticate the broker and encrypt**: released keys and credentials travel over it in clear.
     pub fn builder_with_channel(channel: tonic::transport::Channel) -> ClientBuilder {
         ClientBuilder::with_channel(channel)
     }
 
-    /// Connects now, in one attempt within the client's deadline, so that a broker that cannot be reached is reported before
-    /// the first call. Calls do not need this. A client over a channel of your own is not connected by it.
+    /// Connects now, in one attempt within the client's deadline. Use it to find out before the first call that a
+    /// broker cannot be reached. Calls connect without it. For a client over a channel of your own, it does nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Connection`] with the cause as its [source](std::error::Error::source), or
@@ -138,8 +146,8 @@ impl Client {
         self.0.connect().await
     }
 
-    /// Returns a client with the same settings that has a connection and a retry budget of its own, for programs that need
-    /// more than one connection. A channel of your own is shared.
+    /// Returns a client with the same settings and with its own connection and retry budget, for programs that need
+    /// more than one connection. A channel of your own is shared, not opened again.
     ///
     /// Must be called within a tokio runtime.
     #[must_use]

@@ -1,7 +1,7 @@
-//! The connection of a client, and when it is given up.
+//! The connection of a client, and when it is replaced.
 //!
-//! A peer that stays silent, or whose host disappears, would keep all later calls waiting until the HTTP/2 pings or TCP give
-//! up. So a channel on which nothing at all was answered during a call that ran into its deadline is replaced by a new one.
+//! When a peer stops answering or its host disappears, all later calls would wait until the HTTP/2 pings or TCP give
+//! up. Therefore a new channel replaces one that carried no answer at all during a call that ran into its deadline.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -12,7 +12,7 @@ use tonic::transport::{Channel, Endpoint, Error};
 
 use crate::pace::PacedConnector;
 
-/// A channel, and what it takes to make another one.
+/// A channel, with everything needed to make another one.
 #[derive(Debug)]
 pub(crate) struct Link {
     /// `None` for a channel that the caller made.
@@ -53,7 +53,7 @@ impl Link {
         }
     }
 
-    /// A link to the same endpoint with another connection. A channel that the caller made is shared.
+    /// Returns a link to the same endpoint with another connection. A channel that the caller made is shared.
     pub(crate) fn separate(&self) -> Self {
         match &self.endpoint {
             Some(endpoint) => Self::to(endpoint.clone()),
@@ -78,12 +78,13 @@ impl Link {
         self.state().channel.clone()
     }
 
-    /// An attempt got an answer, also a refusal.
+    /// Records that an attempt was answered; a refusal is an answer.
     pub(crate) fn answered(&self) {
         self.state().answered = Some(Instant::now());
     }
 
-    /// An attempt that began then got no answer before its deadline. Many at once replace the channel once.
+    /// Records that an attempt, which began at `began`, got no answer before its deadline. When many attempts time out
+    /// together, only the first replaces the channel.
     pub(crate) fn timed_out(&self, began: Instant) {
         let Some(endpoint) = &self.endpoint else {
             return;
@@ -96,7 +97,7 @@ impl Link {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Each change of the state is a single assignment, or two that no panic can part.
+        // No panic can occur inside a change of the state, so a poisoned lock still protects a consistent state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

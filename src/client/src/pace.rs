@@ -1,7 +1,8 @@
-//! TCP connections that are not made faster than a limit.
+//! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3 a server that rejects a client certificate says so only after the handshake. For tonic such a connection was made, so
-//! it makes the next one at once, without a pause and without end: one call costs the broker hundreds of handshakes.
+//! In TLS 1.3 a server that rejects a client certificate says so only after the handshake. tonic sees a connection that
+//! was made and then closed, and opens the next one without a pause. Without a limit, one call would cost the broker
+//! hundreds of handshakes.
 
 use std::{
     collections::VecDeque,
@@ -17,22 +18,22 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tonic::{codegen::Service, transport::Uri};
 
-/// Connections in [`WINDOW`].
+/// The number of connections allowed within [`WINDOW`].
 const CONNECTIONS_MAX: usize = 3;
 const WINDOW: Duration = Duration::from_secs(1);
 const HTTPS: u16 = 443;
 const HTTP: u16 = 80;
 
-/// A connector for [`tonic::transport::Endpoint::connect_with_connector`] that makes at most three TCP connections a second,
-/// and fails at once for more. Clones share the limit. [`crate::Client`] uses it; programs that make a separate channel can
-/// use it, too.
+/// A connector for [`tonic::transport::Endpoint::connect_with_connector`] that makes at most three TCP connections per
+/// second. A connection beyond the limit fails immediately. Clones share the limit. [`crate::Client`] uses this
+/// connector; use it too if your program makes a channel of its own.
 #[derive(Clone, Debug, Default)]
 pub struct PacedConnector {
     made: Arc<Mutex<VecDeque<Instant>>>,
 }
 
 impl PacedConnector {
-    /// Takes one connection from the limit.
+    /// Uses up one connection of the limit, or fails if none is left.
     fn take(&self, now: Instant) -> io::Result<()> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         while made
@@ -65,7 +66,7 @@ impl Service<Uri> for PacedConnector {
         Box::pin(async move {
             taken?;
             let host = uri.host().unwrap_or_default();
-            // An IPv6 address stands in brackets in a URI.
+            // In a URI, an IPv6 address is enclosed in brackets.
             let host = host
                 .trim_start_matches('[')
                 .trim_end_matches(']')

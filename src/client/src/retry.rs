@@ -1,37 +1,39 @@
-//! The retry policy: which failed attempts are repeated, when, and how often. Pure decisions; the caller does the waiting.
+//! The retry policy: which failed attempts are repeated, when, and how often. This module only decides; its caller
+//! waits.
 
 use std::time::{Duration, Instant};
 
-/// Jitter around a pause: it is multiplied by a random factor from 0.5 to 1.5, as the documentation of the errors asks.
+/// The jitter: each pause is multiplied by a random factor from 0.5 to 1.5, as `docs/errors.md` asks.
 const JITTER_LOW: f64 = 0.5;
 const JITTER_SPAN: f64 = 1.0;
-/// A delay that the broker asks for is never shortened. Up to this share of it is added.
+/// The jitter of a delay that the broker asks for. The delay is never shortened, only prolonged by up to this share.
 const DELAY_SPAN: f64 = 0.2;
-/// The unit of the budget's account: a thousandth of a retry.
+/// The bucket counts in thousandths of a retry. This is one whole retry.
 const MILLI: u64 = 1_000;
 
 /// How often and how fast a client repeats a failed attempt.
 ///
-/// Only what is safe is repeated: reads, and changes under the request id of their first attempt. The pauses start at
+/// Only safe calls are repeated: reads, and changes under the request id of their first attempt. The pauses start at
 /// `initial_backoff` and double up to `max_backoff`, each with a jitter of ±50 %. A pause is at least as long as the
-/// broker asks for (`google.rpc.RetryInfo`). No attempt starts after the call's deadline, and a call whose next pause
-/// would outlast its deadline fails at once with the last error. Attempts never run side by side (no hedging).
+/// broker asks for (`google.rpc.RetryInfo`). No attempt starts after the call's deadline. A call whose next pause would
+/// outlast its deadline fails immediately with the last error. Attempts of one call never run in parallel (no hedging).
 ///
-/// The default (14 attempts, 50 ms to 1 s) waits some ten seconds in total, which outlasts the restart of a token worker or
+/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which outlasts the restart of a worker or
 /// of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
-    /// Attempts per call that may fail because of the connection; the call fails with the last of them. It never exceeds
-    /// `max_attempts`. The default of 14 outlasts the restart of a broker. A person who waits at a terminal is served
-    /// better by 3: a broker that does not accept a client certificate also closes the connection. 0 counts as 1.
+    /// Attempts per call that may fail because of the connection; the call then fails with the last of these errors.
+    /// The value has no effect above `max_attempts`. The default of 14 outlasts the restart of a broker. Use 3 for an
+    /// interactive program: a broker that does not accept a client certificate also closes the connection, and the
+    /// person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,
     /// Longest pause, before jitter. Default 1 s.
     pub max_backoff: Duration,
-    /// Limit of the retries of all calls of a client together.
+    /// Limits the retries of all calls of a client together.
     pub budget: RetryBudget,
 }
 
@@ -48,8 +50,8 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// A policy that never repeats an attempt: for a load generator that counts every refusal, or under a retry layer of
-    /// your own.
+    /// Returns a policy that never repeats an attempt. Use it for a load generator that counts every refusal, or when
+    /// your program has its own retry layer.
     #[must_use]
     pub fn never() -> Self {
         Self {
@@ -58,7 +60,7 @@ impl RetryPolicy {
         }
     }
 
-    /// The pause after this number of failed attempts, before jitter.
+    /// Returns the pause after this number of failed attempts, before jitter.
     fn backoff(&self, failed: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(failed.saturating_sub(1));
         self.initial_backoff
@@ -70,12 +72,12 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// Each retry takes one from the bucket. The bucket fills with time, and by a fifth of a retry with each call that
-/// succeeds. When it is empty, calls fail with the error of their last attempt.
+/// Each retry takes one from the bucket. The bucket fills over time, and by a fifth of a retry with each call that
+/// succeeds. While it is empty, a failed call is not repeated and returns its error.
 ///
-/// A call that waits for a restart of about a second takes five to six retries, so the default of 100 covers some 16
-/// calls that wait at the same time. Set `capacity` to six times the number of concurrent calls if all of them must
-/// outlast a restart.
+/// A call that waits for a restart of about one second needs five to six retries. The default of 100 is therefore
+/// enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of concurrent calls if
+/// all of them must outlast a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
     /// Retries that the full bucket holds; it starts full. Default 100.
@@ -98,11 +100,11 @@ impl Default for RetryBudget {
 pub(crate) enum Verdict {
     /// The same attempt would fail in the same way, or repeating it is not safe.
     Permanent,
-    /// The connection failed. It may succeed on the next one.
+    /// The connection failed. The attempt may succeed on the next connection.
     Disconnected,
-    /// It may succeed later, not before the delay that the broker asked for.
+    /// The attempt may succeed later, but not before the delay that the broker asked for.
     Transient {
-        /// `google.rpc.RetryInfo`.
+        /// The delay from `google.rpc.RetryInfo`.
         delay: Option<Duration>,
     },
 }
@@ -124,12 +126,12 @@ impl Bucket {
         }
     }
 
-    /// A call succeeded.
+    /// Adds the share of a call that succeeded.
     pub(crate) fn deposit(&mut self) {
         self.add(MILLI / 5);
     }
 
-    /// Takes one retry, if there is one.
+    /// Takes one retry. Returns false if the bucket is empty.
     fn withdraw(&mut self, now: Instant) -> bool {
         let elapsed = now.saturating_duration_since(self.filled);
         let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
@@ -171,8 +173,8 @@ impl Retries {
         }
     }
 
-    /// The pause before the next attempt, or `None` when there is none. `random` is uniform over all values; `remaining`
-    /// is the time until the deadline.
+    /// Returns the pause before the next attempt, or `None` when the call must not be repeated. `random` is uniform
+    /// over all values; `remaining` is the time until the deadline.
     pub(crate) fn after_failure(
         &mut self,
         verdict: Verdict,
@@ -201,12 +203,12 @@ impl Retries {
         let own = scaled(backoff, JITTER_LOW + JITTER_SPAN * random);
         let asked = scaled(delay.unwrap_or_default(), 1.0 + DELAY_SPAN * random);
         let pause = own.max(asked);
-        // The budget last: what is not used is not taken.
+        // The budget is asked last, so that it is only charged for a retry that takes place.
         (pause < remaining && bucket.withdraw(now)).then_some(pause)
     }
 }
 
-/// The product; the longest duration when it is too long to be one, because a server may ask for any delay.
+/// Multiplies a duration. A product that does not fit becomes the longest duration: a server may ask for any delay.
 fn scaled(duration: Duration, factor: f64) -> Duration {
     Duration::try_from_secs_f64(duration.as_secs_f64() * factor).unwrap_or(Duration::MAX)
 }

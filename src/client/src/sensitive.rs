@@ -1,7 +1,7 @@
-//! Messages whose key material is overwritten once it is encoded.
+//! A gRPC codec that overwrites the key material of a request after encoding it.
 //!
-//! prost's messages are dropped as they are. This codec overwrites the material of a request when the message was
-//! encoded, or when it is dropped unsent. What it cannot reach is listed in the documentation of the crate.
+//! prost drops a message without overwriting it. This codec overwrites the key material when the message was encoded,
+//! or when it is dropped unsent. The documentation of the crate lists the copies that this codec cannot reach.
 
 use keybroker_proto as proto;
 use prost::Message;
@@ -41,7 +41,7 @@ impl<M: Wipe> Drop for Sensitive<M> {
     }
 }
 
-/// Makes a unary call with such a message.
+/// Makes a unary call whose request is overwritten afterwards.
 pub(crate) async fn unary<M, R>(
     channel: Channel,
     request: Request<Sensitive<M>>,

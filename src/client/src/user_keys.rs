@@ -24,7 +24,7 @@ use crate::{
 const CREATE: &str = "/keybroker.v1.UserKeyService/CreateUserKey";
 const REPLACE: &str = "/keybroker.v1.UserKeyService/ReplaceUserKey";
 
-/// Which of whose keys. The tenant is not part of it: it follows from the caller's credential.
+/// Identifies a key by user and key name. The tenant follows from the caller's credential.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserKeyRef {
     /// Whose key it is: 1 to 255 bytes of UTF-8 without control characters, compared bytewise.
@@ -58,13 +58,13 @@ impl fmt::Display for UserKeyRef {
 pub enum UserKeyState {
     /// It can be unwrapped.
     Active,
-    /// It keeps its name, can be undeleted, and cannot be unwrapped.
+    /// The record keeps its name and can be undeleted. It cannot be unwrapped.
     Deleted,
     /// A state that a later release of the broker has added.
     Unknown,
 }
 
-/// What the broker knows about a record. Never key material.
+/// What the broker knows about a record. It never contains key material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UserKey {
@@ -84,8 +84,8 @@ pub struct UserKey {
     pub update_time: Timestamp,
     /// When the record was deleted; `None` while it is active.
     pub delete_time: Option<Timestamp>,
-    /// When the key was last released, a few seconds late and not guaranteed. Only in answers of
-    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys).
+    /// When the key was last released. The time is stored with a delay of a few seconds and is not guaranteed. Only
+    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys) return it.
     pub last_use_time: Option<Timestamp>,
 }
 
@@ -99,12 +99,12 @@ pub struct ReleasedKey {
     pub revision: Revision,
 }
 
-/// What to list.
+/// The filter and the page size of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ListUserKeys {
-    /// Only this user's records; `None` for those of all users.
+    /// Lists only this user's records; `None` lists those of all users.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed, too.
+    /// Whether deleted records are listed as well as active ones.
     pub show_deleted: bool,
     /// Records per page, 1 to 1,000; 0 means 100.
     pub page_size: u32,
@@ -122,7 +122,7 @@ pub struct DamagedUserKey {
     pub key_name: Option<KeyName>,
     /// Identity of the record; `None` when that cannot be read.
     pub record_id: Option<RecordId>,
-    /// What is wrong, in one word of the API: `unreadable`, `set-back`.
+    /// The problem as the API names it: `unreadable` or `set-back`.
     pub problem: String,
 }
 
@@ -134,11 +134,11 @@ pub struct UserKeyPage {
     pub user_keys: Vec<UserKey>,
     /// Damaged records of this page, which are not in `user_keys`.
     pub damaged: Vec<DamagedUserKey>,
-    /// For the next page; `None` at the end.
+    /// The token that requests the next page; `None` at the end.
     pub next_page_token: Option<String>,
 }
 
-/// Calls of the user-key service. Errors of all of them: [`Error`](crate::Error).
+/// Calls of the user-key service. All of them fail with an [`Error`](crate::Error).
 impl Client {
     /// Releases a key in clear. The unwrap happens on the broker's token.
     pub fn unwrap_user_key<'a>(&'a self, key: &'a UserKeyRef) -> Read<'a, ReleasedKey> {
@@ -155,8 +155,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The call is repeated only if it fails as a whole. A refused item is not: ask for it again if it
-    /// [is transient](Refusal::is_transient).
+    /// The library repeats the call only if it fails as a whole. It does not repeat single items. Request a refused
+    /// item again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],
@@ -173,8 +173,8 @@ impl Client {
         })
     }
 
-    /// Enrols a key: wraps and stores it. Never overwrites; if a record of that name exists, active or deleted, the
-    /// reason is [`KeyExists`](keybroker_core::error::Reason::KeyExists).
+    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If an active or deleted record
+    /// of that name exists, the reason is [`KeyExists`](keybroker_core::error::Reason::KeyExists).
     pub fn create_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,
@@ -229,8 +229,8 @@ impl Client {
         })
     }
 
-    /// Returns one page of records. Set [`ListUserKeys::page_token`] to the page's
-    /// [`next_page_token`](UserKeyPage::next_page_token) for the next one.
+    /// Returns one page of records. To request the next page, set [`ListUserKeys::page_token`] to the
+    /// [`next_page_token`](UserKeyPage::next_page_token) of this page.
     pub fn list_user_keys<'a>(&'a self, list: &'a ListUserKeys) -> Read<'a, UserKeyPage> {
         Read::new(self.shared(), move |attempt| async move {
             let request = attempt.request(proto::ListUserKeysRequest {
@@ -327,7 +327,7 @@ fn item(key: &UserKeyRef) -> proto::UnwrapUserKeyRequest {
 }
 
 fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, AttemptError> {
-    // First, so that the material is overwritten whatever else is wrong with the answer.
+    // Taken first, so that the material is overwritten even if the rest of the answer is invalid.
     let key_material = KeyMaterial::new(answer.key_material);
     Ok(ReleasedKey {
         key_material: key_material
@@ -375,7 +375,7 @@ fn revision(number: u64) -> Result<Revision, AttemptError> {
     Revision::new(number).ok_or(AttemptError::Invalid("revision is out of range"))
 }
 
-/// A server may send any time. One that does not fit becomes the earliest or latest one that does.
+/// Converts a time. A server may send any value; one outside the range becomes the earliest or latest possible time.
 fn timestamp(at: Option<WireTimestamp>) -> Option<Timestamp> {
     let at = at?;
     let micros = at.seconds.saturating_mul(1_000_000);

@@ -1,4 +1,4 @@
-//! What a call puts on the wire, attempt by attempt: against a server on loopback that answers by script.
+//! Tests what a call sends in each attempt, against a loopback server that follows a script.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,16 +28,16 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 const MATERIAL: &[u8] = b"material of this user";
 
-/// What an attempt is answered with.
+/// The server's answer to an attempt.
 enum Answer {
     Good,
     Refused(Reason, Option<Duration>),
     Plain(Status),
-    /// None before the client gives up.
+    /// The server gives no answer before the client gives up.
     Never,
 }
 
-/// What an attempt carried.
+/// The parts of an attempt that the tests look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     request_id: String,
@@ -102,7 +102,7 @@ impl Script {
     }
 }
 
-/// `grpc-timeout`.
+/// The value of `grpc-timeout`.
 fn micros(text: &str) -> u64 {
     let (digits, unit) = text.split_at(text.len() - 1);
     let number: u64 = digits.parse().unwrap();
@@ -202,7 +202,7 @@ impl UserKeyService for Script {
     }
 }
 
-/// A client of a server with this script, and the script.
+/// Returns a client of a server with this script, and the script.
 async fn client(
     answers: impl IntoIterator<Item = Answer>,
     set: impl FnOnce(ClientBuilder) -> ClientBuilder,

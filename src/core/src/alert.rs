@@ -1,20 +1,20 @@
-//! Alerts: conditions that a person has to look at. This is the only list of them; `docs/operations.md` has a section for each, which
-//! a test compares.
+//! Alerts: conditions that a person has to look at. The list in this module is the only one. `docs/operations.md` has a section
+//! for each alert, and a test compares the two.
 //!
-//! [`alert!`](crate::alert!) is the only way to raise one. It logs one line at level ERROR with the fields `alert` (the name) and
-//! `severity`, and counts it in `keybroker_alerts_total`.
+//! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
+//! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
-/// For the macro, which is expanded in crates that need not depend on it.
+/// The macro uses this path, because it expands in crates that may not depend on `tracing`.
 #[doc(hidden)]
 pub use tracing;
 
 /// How soon a person has to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// At once: keys are not released or may soon not be, or another program may have changed the token, the registry,
+    /// Immediately: keys are not released or may soon not be, or another program may have changed the token, the registry,
     /// the audit log or the database as a whole.
     Critical,
-    /// Soon: the broker serves, but a part of it does not work, a limit comes near, or one caller is affected.
+    /// Soon: the broker serves, but a part of it does not work, a limit is near, or one caller is affected.
     Warning,
 }
 
@@ -54,7 +54,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// What it means, in one sentence.
+            /// What the alert means, in one sentence.
             pub const fn meaning(self) -> &'static str {
                 match self {
                     $(Self::$alert => $meaning,)*
@@ -86,8 +86,8 @@ alerts! {
     Bug = "bug", Warning, "A fault of the broker itself.";
 }
 
-/// Raises an [`Alert`]: its name, then fields and text as for `tracing::error!`. With `raise`, the name is an
-/// expression.
+/// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. After `raise`,
+/// the name is an expression.
 ///
 /// ```
 /// keybroker_core::alert!(TokenDown, cause = "C_Login hangs", "the token does not serve");

@@ -1,4 +1,4 @@
-//! One call: who it is for the log, how long it may take, and when it happened.
+//! One call to the broker: its identity in the log, its deadline and its time.
 
 use std::{
     fmt,
@@ -14,11 +14,11 @@ pub mod caller;
 pub mod in_progress;
 pub mod outside_time;
 
-/// A duration between `least` and `least + width`, chosen at random, so that callers that were refused together do not return
-/// together.
+/// A random duration between `least` and `least + width`. Callers that were refused at the same time thus retry at different
+/// times.
 pub fn spread(least: Duration, width: Duration) -> Duration {
     let mut bytes = [0; 2];
-    // Without random bytes all return together, which is no reason to fail.
+    // Without random bytes all callers get the same duration, which is no reason to fail.
     let share = match aws_lc_rs::rand::fill(&mut bytes) {
         Ok(()) => u32::from(u16::from_le_bytes(bytes)),
         Err(_) => 0,
@@ -26,17 +26,17 @@ pub fn spread(least: Duration, width: Duration) -> Duration {
     least + width / u32::from(u16::MAX) * share
 }
 
-/// Made by the server for every call; in logs, audit and errors.
+/// The id that the server gives to every call. Logs, the audit log and errors contain it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);
 
 impl CallId {
-    /// A new id; version 7, so that ids sort by time.
+    /// A new id of UUID version 7, so that ids sort by time.
     pub fn fresh() -> Self {
         Self(Uuid::now_v7())
     }
 
-    /// From the text form, as in the audit log.
+    /// Parses the text form, as in the audit log.
     pub fn parse(text: &str) -> Option<Self> {
         Uuid::try_parse(text).ok().map(Self)
     }
@@ -46,7 +46,7 @@ impl CallId {
         self.0.as_bytes()
     }
 
-    /// From 16 bytes.
+    /// Reads an id from 16 bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -58,12 +58,12 @@ impl fmt::Display for CallId {
     }
 }
 
-/// Chosen by the client to make a retry of a mutation safe.
+/// An id that the client chooses, so that it can retry a mutation safely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(Uuid);
 
 impl RequestId {
-    /// From the UUID's text form; empty text is no request id.
+    /// Parses the text form of a UUID. An empty text means that there is no request id.
     pub fn parse(text: &str) -> Result<Option<Self>, Error> {
         if text.is_empty() {
             return Ok(None);
@@ -77,7 +77,7 @@ impl RequestId {
         }
     }
 
-    /// From its 16 bytes, as stored.
+    /// Reads an id from its 16 bytes, as stored.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -99,7 +99,7 @@ impl fmt::Display for RequestId {
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// This long from now.
+    /// A deadline that is this long from now.
     pub fn after(duration: Duration) -> Self {
         Self(Instant::now() + duration)
     }
@@ -114,12 +114,12 @@ impl Deadline {
         self.0
     }
 
-    /// What is left; zero when it has passed.
+    /// The time until the deadline; zero when the deadline has passed.
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
 
-    /// An error when the deadline has passed.
+    /// Returns an error if the deadline has passed.
     pub fn check(self) -> Result<(), Error> {
         if self.remaining().is_zero() {
             Err(Error::new(Reason::Deadline, "deadline passed"))
@@ -129,10 +129,10 @@ impl Deadline {
     }
 }
 
-/// What every use case is told of the call it serves.
+/// The properties of a call that every use case receives.
 #[derive(Clone, Debug)]
 pub struct Call {
-    /// Made by the server.
+    /// The id that the server made.
     pub id: CallId,
     /// Where the connection comes from, `address:port`, or `local` for the command line.
     pub peer: String,
@@ -157,7 +157,8 @@ impl Call {
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// Now, by the system clock. A clock before 1970 reads as 1970; one after the year 294246 as that year.
+    /// The time of the system clock. If the clock is before 1970, the result is 1970; if it is after the year 294246, the
+    /// result is that year.
     pub fn now() -> Self {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -177,7 +178,7 @@ impl Timestamp {
 }
 
 impl fmt::Display for Timestamp {
-    /// RFC 3339 with microseconds, in UTC.
+    /// Writes RFC 3339 with microseconds, in UTC.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanos = i128::from(self.0) * 1_000;
         let text = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)

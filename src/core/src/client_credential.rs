@@ -1,9 +1,10 @@
-//! API clients: services that have neither a certificate nor a provider of tokens, and show an id and a secret.
+//! API clients: services that have no certificate and no access token, and authenticate with an id and a secret.
 //!
-//! An API client is a document, kept in SQL under a MAC of the token: a person who can write to the database cannot
-//! make a client that releases keys, nor give one another secret or another role. Not protected: an older document of
-//! the same client, put back, verifies; a client that must never come back is ended by an expiry in its secrets, or
-//! by its roles.
+//! An API client is a document that is stored in SQL under a MAC of the token. A person who can write to the database can
+//! therefore not make a client that releases keys, or give a client another secret or role.
+//!
+//! The MAC does not prevent a rollback: an older document of the same client still verifies. If a client must never become
+//! valid again, set an expiry for its secrets or limit its roles.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -17,16 +18,17 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: what its column holds. It limits what is only ever made smaller or ended.
+/// Longest document, in bytes: the size of its column. The limit applies to changes that only shorten a document or revoke
+/// a secret.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
-/// Longest document of a client that is made or given a secret. The rest is kept for what must never be refused: the dates of
-/// revocations, and better hashes.
+/// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
+/// for changes that must never be refused: the dates of revocations, and stronger hashes.
 pub const GROWING_DOCUMENT_BYTES_MAX: usize = 24 * 1_024;
 /// Longest label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
-/// Secrets of a client that may be good at once: the old one and the new one, while it is rotated.
+/// Highest number of valid secrets of a client: the old and the new secret during a rotation.
 pub const LIVE_SECRETS_MAX: usize = 2;
-/// Secrets that a client remembers, dead ones too.
+/// Highest number of stored secrets of a client, including expired and revoked secrets.
 const SECRETS_MAX: usize = 16;
 /// Length of a secret, in random bytes.
 const SECRET_BYTES: usize = 32;
@@ -36,11 +38,11 @@ const SECRET_PREFIX: &str = "kbs_";
 /// An API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCredential {
-    /// Its id, which it sends with its secret.
+    /// The id that the client sends with its secret.
     pub id: ClientId,
-    /// Grows with each change, from 1.
+    /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// All else.
+    /// All other fields.
     pub document: Document,
 }
 
@@ -48,21 +50,21 @@ pub struct ClientCredential {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// For people.
+    /// A description for people.
     pub label: String,
     /// Whose records it can reach.
     pub tenant: Tenant,
     /// Its roles.
     pub roles: BTreeSet<Role>,
-    /// With the role `release`: whose keys.
+    /// The users whose keys a client with the role `release` may release.
     pub users: Option<Reach<UserId>>,
-    /// With the role `release`: which of their keys.
+    /// The key names that a client with the role `release` may release.
     pub key_names: Option<Reach<KeyName>>,
     /// When it was created.
     pub created: Timestamp,
-    /// When it was revoked, with all its secrets.
+    /// When the client was revoked with all its secrets.
     pub revoked: Option<Timestamp>,
-    /// In the order in which they were made.
+    /// The secrets, in the order in which they were created.
     pub secrets: Vec<Secret>,
 }
 
@@ -70,19 +72,19 @@ pub struct Document {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Secret {
-    /// From 1, never used again.
+    /// Starts at 1. A number is never used again.
     pub number: u32,
-    /// Argon2id, as a PHC string.
+    /// The Argon2id hash, as a PHC string.
     pub phc: String,
     /// When it was made.
     pub created: Timestamp,
-    /// From when on it is not accepted any more.
+    /// The time from which the secret is not accepted any more.
     pub expires: Option<Timestamp>,
     /// When it was revoked.
     pub revoked: Option<Timestamp>,
 }
 
-/// Without the hash: it can be guessed against.
+/// Omits the hash, because secrets can be guessed against it.
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Secret")
@@ -101,7 +103,7 @@ impl Secret {
 }
 
 impl Document {
-    /// What it may do.
+    /// The rights of the client.
     pub fn grant(&self) -> Grant {
         Grant {
             tenant: self.tenant.clone(),
@@ -111,7 +113,7 @@ impl Document {
         }
     }
 
-    /// What it may do and with which secrets, in one line for the audit log.
+    /// The rights and the numbers of the live secrets in one line, for the audit log.
     pub fn summary(&self) -> String {
         let texts = |names: Vec<&str>| names.join(",");
         let roles = texts(self.roles.iter().map(|role| role.as_str()).collect());
@@ -134,7 +136,7 @@ impl Document {
         format!("roles={roles} users={users} key_names={names} live_secrets={live}")
     }
 
-    /// Its secrets that are accepted at that moment; none once it is revoked.
+    /// The secrets that are accepted at that moment. A revoked client has none.
     pub fn live_secrets(&self, now: Timestamp) -> impl Iterator<Item = &Secret> {
         let is_revoked = self.revoked.is_some();
         self.secrets
@@ -142,7 +144,7 @@ impl Document {
             .filter(move |secret| !is_revoked && secret.is_live(now))
     }
 
-    /// Adds a secret. The oldest dead ones are forgotten when there are many.
+    /// Adds a secret. If the client already has many secrets, the oldest expired or revoked secret is removed.
     pub fn add_secret(&mut self, phc: String, now: Timestamp, expires: Option<Timestamp>) -> u32 {
         let number = self.secrets.last().map_or(1, |last| last.number + 1);
         if self.secrets.len() >= SECRETS_MAX
@@ -160,13 +162,13 @@ impl Document {
         number
     }
 
-    /// As it is stored; `None` when it is longer than [`DOCUMENT_BYTES_MAX`].
+    /// The bytes to store; `None` if they are longer than [`DOCUMENT_BYTES_MAX`].
     pub fn to_bytes(&self) -> Option<Vec<u8>> {
         let bytes = serde_json::to_vec(self).ok()?;
         (bytes.len() <= DOCUMENT_BYTES_MAX).then_some(bytes)
     }
 
-    /// Whether it is short enough to be stored now and revoked later, secret by secret.
+    /// Whether the document is short enough to be stored now and to record the revocation of each secret later.
     pub fn may_grow(&self) -> bool {
         let bytes = self.to_bytes();
         bytes.is_some_and(|bytes| bytes.len() <= GROWING_DOCUMENT_BYTES_MAX)
@@ -181,17 +183,18 @@ impl Document {
     }
 }
 
-/// SHA-256 of a document: what the MAC covers, because a document may be longer than what a token takes at once.
+/// SHA-256 of a document. The MAC of an API client covers the digest, because a document may be longer than the input that
+/// a token accepts.
 pub fn digest_of(document: &[u8]) -> [u8; 32] {
     let digest = digest::digest(&digest::SHA256, document);
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// The secret itself, shown once to the administrator who made it: a prefix and 32 random bytes in base64url.
+/// The secret in plain text, shown once to the administrator who created it: a prefix and 32 random bytes in base64url.
 pub struct PlainSecret(Zeroizing<String>);
 
 impl PlainSecret {
-    /// A new one; `None` when the system gives no random bytes.
+    /// A new secret; `None` if the system returns no random bytes.
     pub fn fresh() -> Option<Self> {
         use base64ct::{Base64UrlUnpadded, Encoding as _};
         let mut bytes = Zeroizing::new([0; SECRET_BYTES]);
@@ -200,7 +203,7 @@ impl PlainSecret {
         Some(Self(Zeroizing::new(format!("{SECRET_PREFIX}{}", *encoded))))
     }
 
-    /// As text, for the one answer that shows it.
+    /// The secret as text, for the one answer that shows it.
     pub fn expose(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! The envelope: the versioned bytes that hold one wrapped user key, and the message that its MAC covers.
+//! The envelope: the versioned bytes of one wrapped user key, and the message that its MAC covers.
 //!
 //! Format 1, all integers big-endian:
 //!
@@ -12,11 +12,12 @@
 //! | 21 | n | wrapped bytes |
 //! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's integrity key over [`Envelope::mac_message`] |
 //!
-//! What the MAC protects: a row cannot be moved to another tenant, user, key name, record or revision, forged with the
-//! public key alone, or altered, without the token refusing it before the RSA key is used.
+//! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
+//! is forged with the public key alone; a row is altered. The token refuses a changed row before the RSA key is used.
 //!
-//! What it does not protect: deletion of a row, and rollback to a row that was valid for the same record and revision
-//! number before. Both are found by holding the store against the audit log.
+//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
+//! that was valid before for the same record and revision number. A comparison of the store with the audit log finds
+//! both.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
 
@@ -48,13 +49,14 @@ pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYT
 /// A MAC made by the token.
 pub type Mac = [u8; MAC_BYTES];
 
-/// How key material was wrapped. The number is written in every envelope and is never reused.
+/// How key material was wrapped. The number is stored in every envelope and is never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label; only where the operator allows it, for tokens that can do no
-    /// other. The collision attacks on SHA-1 do not apply to OAEP, but no new design should start with it.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. The algorithm needs the operator's permission, and is for
+    /// tokens that support nothing else. The collision attacks on SHA-1 do not apply to OAEP, but no new design should
+    /// start with it.
     RsaOaepSha1,
 }
 
@@ -85,23 +87,24 @@ impl Algorithm {
     }
 }
 
-/// Where an envelope belongs. Kinds never verify as each other.
+/// What an envelope belongs to. An envelope of one kind never verifies as another kind.
 #[derive(Clone, Copy, Debug)]
 pub enum Context<'a> {
     /// One revision of one record in the store.
     Record {
         /// Tenant, user and key name.
         address: &'a KeyAddress,
-        /// The record, new at every create.
+        /// The record; its id is new at every create.
         record_id: RecordId,
         /// The revision.
         revision: Revision,
     },
-    /// An envelope that a client keeps itself. Reserved: the format is fixed so that it never verifies as a record.
+    /// An envelope that a client stores itself. This kind of envelope is reserved: the format already prevents that it
+    /// verifies as a record.
     Client {
         /// The client's tenant.
         tenant: &'a Tenant,
-        /// The client's own words, at most 1,024 bytes.
+        /// The client's own context, at most 1,024 bytes.
         context: &'a ClientContext,
     },
 }
@@ -115,7 +118,7 @@ impl Context<'_> {
     }
 }
 
-/// What a client binds its own envelope to: at most 1,024 bytes.
+/// The context to which a client binds its own envelope: at most 1,024 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientContext(Vec<u8>);
 
@@ -131,7 +134,7 @@ impl ClientContext {
     }
 }
 
-/// Who keeps the envelope.
+/// Who stores the envelope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The store.
@@ -149,11 +152,11 @@ impl Kind {
     }
 }
 
-/// Why bytes are not an envelope. Callers learn none of this; the log does.
+/// Why bytes are not an envelope. The cause is logged, and is not returned to callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// Fewer bytes than the fields need.
-    #[error("the envelope is cut short")]
+    #[error("the envelope is truncated")]
     Truncated,
     /// A format version that this release does not know.
     #[error("unknown envelope format version {0}")]
@@ -164,8 +167,8 @@ pub enum ParseError {
     /// An algorithm that this release does not know.
     #[error("unknown envelope algorithm {0}")]
     Algorithm(u8),
-    /// Wrapped bytes that no permitted RSA key can have made.
-    #[error("wrapped key of {0} bytes")]
+    /// A wrapped key whose length does not fit any permitted RSA key.
+    #[error("a wrapped key cannot have {0} bytes")]
     WrappedLength(usize),
     /// Bytes after the end.
     #[error("{0} bytes after the end of the envelope")]
@@ -182,7 +185,7 @@ pub struct Envelope {
     mac: Mac,
 }
 
-/// An envelope whose MAC is still to be made.
+/// An envelope that has no MAC yet.
 #[derive(Clone, Debug)]
 pub struct Unsealed {
     algorithm: Algorithm,
@@ -191,7 +194,7 @@ pub struct Unsealed {
 }
 
 impl Unsealed {
-    /// Wrapped bytes of a permitted length, and how they came about.
+    /// An envelope from wrapped bytes of a permitted length, their algorithm and their wrapping key.
     pub fn new(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -210,7 +213,7 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// The envelope with the MAC that the token made over [`Self::mac_message`] of the same context.
+    /// Adds the MAC that the token made over [`Self::mac_message`] of the same context.
     pub fn seal(self, context: &Context<'_>, mac: Mac) -> Envelope {
         Envelope {
             kind: context.kind(),
@@ -276,12 +279,12 @@ impl Envelope {
         self.algorithm
     }
 
-    /// Under which key.
+    /// The key under which the user key is wrapped.
     pub fn wrapping_key(&self) -> WrappingKeyId {
         self.wrapping_key
     }
 
-    /// The wrapped bytes, as long as the modulus.
+    /// The wrapped bytes, which are as long as the modulus.
     pub fn wrapped(&self) -> &[u8] {
         &self.wrapped
     }
@@ -291,13 +294,13 @@ impl Envelope {
         &self.mac
     }
 
-    /// What the MAC must be over for the envelope to belong to the context. The kind is that of the context: an envelope
-    /// of another kind is refused by the MAC even if its kind byte was changed.
+    /// The message that the MAC must cover if the envelope belongs to the context. The message contains the kind of the
+    /// context, so an envelope of another kind fails the MAC check even if its kind byte was changed.
     pub fn mac_message(&self, context: &Context<'_>) -> MacMessage {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// The same wrapped bytes without the MAC, to be bound to another context.
+    /// The same wrapped bytes without the MAC, for another context.
     pub fn to_unsealed(&self) -> Unsealed {
         Unsealed {
             algorithm: self.algorithm,

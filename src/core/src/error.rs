@@ -1,12 +1,12 @@
-//! The one domain error, and the frozen list of reasons a caller can see.
+//! The domain error, and the frozen list of reasons that a caller can receive.
 //!
-//! Every layer has its own error and converts it into [`Error`] where it leaves that layer. A caller receives the
-//! [`Reason`], its fixed text, violations and a retry delay. The `detail` is for the log alone and never leaves the broker.
+//! Every layer has its own error type, and converts it into [`Error`] at its boundary. A caller receives the [`Reason`], its
+//! fixed text, violations and a retry delay. The `detail` is only for the log and never leaves the broker.
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// Why a call failed, as the caller may know it. The list is frozen: `docs/errors.md` documents each, and the test of
-/// the wire contract fails when one is renamed.
+/// Why a call failed, as far as the caller may know. The list is frozen: `docs/errors.md` documents each reason, and a test
+/// of the wire contract fails when one is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// The request is malformed; violations name the fields.
@@ -15,7 +15,7 @@ pub enum Reason {
     RequestIdReused,
     /// No credential, or one that is not accepted.
     Credential,
-    /// Policy says no, also for what the caller may not know exists.
+    /// No policy permits the call, or one forbids it. The answer does not show whether the key exists.
     Policy,
     /// There is no such record or wrapping key.
     KeyNotFound,
@@ -25,17 +25,17 @@ pub enum Reason {
     Revision,
     /// A stored envelope does not parse or verify.
     RecordDamaged,
-    /// An envelope supplied by the caller is not accepted; all causes look alike.
+    /// An envelope that the caller sent is not accepted. The answer is the same for all causes.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
-    /// A limit of what may be stored is reached: revisions of a record, or keys of a user.
+    /// A limit of the store is reached: revisions of a record, or keys of a user.
     Limit,
-    /// The token queue is full.
+    /// The queue of the token is full, or the database is busy.
     QueueFull,
     /// The caller's rate limit is used up.
     Rate,
-    /// The caller's budget of failures is used up.
+    /// The authentication failure limit, or the limit of rejected envelopes, is reached.
     FailureBudget,
     /// The token is unavailable.
     TokenDown,
@@ -47,7 +47,7 @@ pub enum Reason {
     IdentityDown,
     /// The token answers but must not be used: an attribute, the self-test or the PIN is wrong.
     TokenUntrusted,
-    /// The deadline passed or is certain to pass.
+    /// The deadline passed, or cannot be met.
     Deadline,
     /// The broker is at fault.
     Bug,
@@ -106,12 +106,12 @@ impl Reason {
         }
     }
 
-    /// The reason of a name.
+    /// Returns the reason with this name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 
-    /// The fixed text that a caller receives. It has no internal details.
+    /// The fixed text that a caller receives. The text has no internal details.
     pub const fn text(self) -> &'static str {
         match self {
             Self::Request => "the request is malformed",
@@ -147,7 +147,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. Neither part has bytes of the caller.
+/// A field of a request that breaks its limits. A violation contains no bytes of the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Field path in the request, as in the proto.
@@ -170,7 +170,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error with the reason, and detail for the log.
+    /// An error with a reason, and a detail for the log.
     pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
         Self {
             reason,
@@ -184,7 +184,8 @@ impl Error {
         }
     }
 
-    /// An error with the reason that has another one as its cause. The detail for the log is that error with its own causes.
+    /// An error with a reason and another error as its cause. The detail for the log is the text of that error and of its own
+    /// causes.
     pub fn caused(reason: Reason, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         let detail = chain(&cause);
         Self {
@@ -193,7 +194,7 @@ impl Error {
         }
     }
 
-    /// A malformed request: one field and what it must be.
+    /// An error for a malformed request: the field, and what the field must be.
     pub fn violation(field: &'static str, description: impl Into<Cow<'static, str>>) -> Self {
         let description = description.into();
         let detail = format!("{field}: {description}");
@@ -203,7 +204,7 @@ impl Error {
         }
     }
 
-    /// The same error with the delay after which a retry is welcome.
+    /// Adds the delay after which the caller may retry.
     #[must_use]
     pub fn retry_after(self, delay: Duration) -> Self {
         Self {
@@ -212,7 +213,7 @@ impl Error {
         }
     }
 
-    /// The same error for a valid credential that has expired: its holder needs to renew it.
+    /// Marks the error as caused by a valid credential that has expired, so that its holder has to renew it.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {
@@ -221,7 +222,7 @@ impl Error {
         }
     }
 
-    /// The same error for a credential that was not rejected, and whose check was costly: it counts as a failed attempt.
+    /// Counts the error as a failed attempt although the credential was not rejected, because its check was costly.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {
@@ -230,7 +231,7 @@ impl Error {
         }
     }
 
-    /// The same error of a change that may have been made all the same.
+    /// Marks the error of a change that may have been made although the call failed.
     #[must_use]
     pub fn outcome_unknown(self) -> Self {
         Self {
@@ -244,12 +245,13 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential was valid and has expired. Such a refusal is no attack, and is not counted as a failure.
+    /// Whether the credential was valid and has expired. The refusal of an expired credential is no attack and is not counted
+    /// as a failure.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }
 
-    /// Whether it counts as a failed attempt of the caller's address.
+    /// Whether the error is counted as a failed attempt of the caller's address.
     pub fn is_failed_attempt(&self) -> bool {
         self.is_failed_attempt || self.reason == Reason::Credential && !self.is_renewable
     }
@@ -259,17 +261,17 @@ impl Error {
         self.reason
     }
 
-    /// The fields at fault; empty unless the reason is [`Reason::Request`].
+    /// The invalid fields; empty unless the reason is [`Reason::Request`].
     pub fn violations(&self) -> &[Violation] {
         &self.violations
     }
 
-    /// The delay after which a retry is welcome.
+    /// The delay after which the caller may retry.
     pub fn retry_delay(&self) -> Option<Duration> {
         self.retry_after
     }
 
-    /// For the log alone.
+    /// The detail, only for the log.
     pub fn detail(&self) -> &str {
         &self.detail
     }
@@ -288,9 +290,9 @@ impl std::error::Error for Error {
     }
 }
 
-/// An error with its causes, outermost first: `cannot read /x: permission denied`.
+/// The text of an error with its causes, outermost first: `cannot read /x: permission denied`.
 ///
-/// A cause whose text its own error already has is left out, because many errors print their cause themselves.
+/// Many errors print their cause themselves. Therefore a cause is left out if the text before it already contains it.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -304,8 +306,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The causes of an error without its own text, or that text if it has no cause. For errors of libraries whose outermost text
-/// says only that a request failed.
+/// The text of the causes of an error, without its own text. If the error has no cause, its own text is returned. Use the
+/// function for errors of libraries whose outermost text says only that a request failed.
 pub fn causes(error: &dyn std::error::Error) -> String {
     chain(error.source().unwrap_or(error))
 }

@@ -1,4 +1,5 @@
-//! What every process of ours does first: no core dumps, and no other process of the same user may read its memory.
+//! Protects the memory of a process. Every process of the project first disables core dumps, and prevents other
+//! processes of the same user from reading its memory.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -18,7 +19,7 @@ pub enum Error {
     Dumpable(#[source] Errno),
 }
 
-/// Hardens this process. A kernel that refuses is reported, because a core dump would hold key material.
+/// Hardens this process. Returns an error if the kernel refuses, because a core dump would contain key material.
 pub fn harden() -> Result<(), Error> {
     let none = Rlimit {
         current: Some(0),

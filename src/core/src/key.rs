@@ -1,4 +1,5 @@
-//! Names of what the broker keeps. Each is parsed once, from a request or a row, and is valid from then on.
+//! The names and ids of stored data. Each value is validated once, when it is parsed from a request or a row, and is valid
+//! from then on.
 
 use std::{fmt, str::FromStr};
 
@@ -6,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// Longest tenant and key name, in bytes.
+/// Longest tenant name and key name, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Longest user, in bytes of UTF-8.
+/// Longest user id, in bytes of UTF-8.
 pub const USER_BYTES_MAX: usize = 255;
 /// Length of a record id and of a `CKA_ID`, in bytes.
 pub const ID_BYTES: usize = 16;
@@ -20,7 +21,7 @@ fn is_name(text: &str) -> bool {
             .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 }
 
-/// The owner of a set of records; comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
+/// The owner of a set of records. A tenant comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Tenant(String);
@@ -29,7 +30,7 @@ pub struct Tenant(String);
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyName(String);
 
-/// A user, compared bytewise. 1 to 255 bytes of UTF-8 without control characters.
+/// A user id, compared byte by byte. 1 to 255 bytes of UTF-8 without control characters.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserId(String);
 
@@ -129,14 +130,14 @@ macro_rules! as_text {
 }
 as_text!(Tenant, KeyName, UserId);
 
-/// Where a record lives: the unique name of one user key.
+/// The address of a record: what identifies one user key to a caller.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyAddress {
     /// Owner of the record.
     pub tenant: Tenant,
-    /// Whose key it is.
+    /// The user to whom the key belongs.
     pub user: UserId,
-    /// Which of the user's keys.
+    /// The name that distinguishes the keys of one user.
     pub name: KeyName,
 }
 
@@ -152,7 +153,7 @@ macro_rules! id {
                 Self(bytes)
             }
 
-            /// From a slice, when it has exactly 16 bytes.
+            /// An id from a slice; `None` unless the slice has exactly 16 bytes.
             pub fn from_slice(bytes: &[u8]) -> Option<Self> {
                 bytes.try_into().ok().map(Self)
             }
@@ -185,23 +186,23 @@ macro_rules! id {
 }
 
 id!(
-    /// Identity of one record, new at every create, so that a purged and re-created record is another one.
+    /// The id of one record. A record id is new at every create, so that a purged record and its successor have different ids.
     RecordId
 );
 id!(
-    /// Identity of an API client, which it sends with its secret.
+    /// The id of an API client. The client sends it with its secret.
     ClientId
 );
 impl ClientId {
-    /// Name of the principal that this client authenticates as.
+    /// The name of the principal of this client.
     pub fn principal_name(self) -> String {
         format!("client:{self}")
     }
 }
 
 id!(
-    /// Identity of a wrapping key and its integrity key: the `CKA_ID` of their objects on the token, unless [`ObjectIds`] says
-    /// otherwise.
+    /// The id of a wrapping key and its integrity key. The `CKA_ID` of both objects on the token is this id, unless
+    /// [`ObjectIds`] contains other values.
     WrappingKeyId
 );
 
@@ -213,7 +214,7 @@ impl ObjectId {
     /// Longest id, in bytes.
     pub const BYTES_MAX: usize = 255;
 
-    /// From bytes of a permitted length.
+    /// An id from bytes; `None` if their length is not permitted.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         (1..=Self::BYTES_MAX)
             .contains(&bytes.len())
@@ -251,17 +252,18 @@ impl fmt::Debug for ObjectId {
     }
 }
 
-/// The `CKA_ID` of the two objects of a wrapping key, where it is not the id of the wrapping key.
+/// The `CKA_ID` of the two objects of a wrapping key, if they differ from the id of the wrapping key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObjectIds {
-    /// Of the RSA private key.
+    /// The `CKA_ID` of the RSA private key.
     pub private: Option<ObjectId>,
-    /// Of the integrity key.
+    /// The `CKA_ID` of the integrity key.
     pub integrity: Option<ObjectId>,
 }
 
 impl ObjectIds {
-    /// From two byte strings as stored and sent: an empty one stands for the id of the wrapping key. None if one is too long.
+    /// Reads two byte strings as stored and sent. An empty string stands for the id of the wrapping key. Returns `None` if one
+    /// is too long.
     pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
         let id = |bytes: &[u8]| match bytes {
             [] => Some(None),
@@ -273,26 +275,26 @@ impl ObjectIds {
         })
     }
 
-    /// As stored and sent, of the RSA private key.
+    /// The `CKA_ID` of the RSA private key, as stored and sent.
     pub fn private_bytes(&self) -> &[u8] {
         self.private.as_ref().map_or(&[], ObjectId::as_bytes)
     }
 
-    /// As stored and sent, of the integrity key.
+    /// The `CKA_ID` of the integrity key, as stored and sent.
     pub fn integrity_bytes(&self) -> &[u8] {
         self.integrity.as_ref().map_or(&[], ObjectId::as_bytes)
     }
 }
 
-/// Number of a record's revision, from 1; at most `i64::MAX`, which every SQL engine can hold.
+/// Number of a record's revision, from 1 to `i64::MAX`, which every SQL engine can store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(u64);
 
 impl Revision {
-    /// The revision of a record just created.
+    /// The revision of a new record.
     pub const FIRST: Self = Self(1);
 
-    /// From a number, when it is in range.
+    /// A revision from its number; `None` if the number is out of range.
     pub fn new(number: u64) -> Option<Self> {
         (number >= 1 && i64::try_from(number).is_ok()).then_some(Self(number))
     }
@@ -302,7 +304,7 @@ impl Revision {
         self.0
     }
 
-    /// The revision after this one. A record cannot reach the end: 2^63 replaces take longer than the hardware lives.
+    /// The next revision. A record cannot reach the maximum: the hardware fails before 2^63 replacements.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -315,7 +317,7 @@ impl fmt::Display for Revision {
     }
 }
 
-/// SHA-256 of a DER SubjectPublicKeyInfo: names a public key wherever it was read.
+/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of where the key was read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 
@@ -331,13 +333,13 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// What a wrapping key may be used for: one purpose per RSA key, so that no key can both decrypt and unwrap.
+/// What a wrapping key may be used for. An RSA key has one purpose, so that no key can both decrypt and unwrap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Purpose {
-    /// `CKA_DECRYPT`: releases in plain.
+    /// `CKA_DECRYPT`: user keys are released in plain text.
     Plain,
-    /// `CKA_UNWRAP`: releases sealed to a recipient. Reserved.
+    /// `CKA_UNWRAP`: user keys are released encrypted to a recipient. Reserved.
     Sealed,
 }
 
@@ -362,15 +364,15 @@ impl Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WrappingKeyState {
-    /// Wraps and unwraps.
+    /// The key may wrap and unwrap.
     Active,
-    /// Neither wraps nor unwraps, for now.
+    /// The key may temporarily neither wrap nor unwrap.
     Suspended,
-    /// Unwraps, no longer wraps.
+    /// The key may unwrap, but no longer wrap.
     Deactivated,
-    /// Neither wraps nor unwraps: its private key may be known to others.
+    /// The key may neither wrap nor unwrap, because others may know its private half.
     Compromised,
-    /// No longer on any token.
+    /// The key is no longer on any token.
     Destroyed,
 }
 
@@ -399,12 +401,12 @@ impl WrappingKeyState {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }
 
-    /// Whether new key material may be wrapped.
+    /// Whether the key may wrap new key material.
     pub const fn may_wrap(self) -> bool {
         matches!(self, Self::Active)
     }
 
-    /// Whether stored envelopes may be unwrapped.
+    /// Whether the key may unwrap stored envelopes.
     pub const fn may_unwrap(self) -> bool {
         matches!(self, Self::Active | Self::Deactivated)
     }

@@ -1,4 +1,5 @@
-//! The vocabulary of Keybroker: keys, principals, secrets, envelopes, calls and errors. It knows no other crate of the project.
+//! The types that all crates of Keybroker share: keys, principals, secrets, envelopes, calls and errors. This crate depends on
+//! no other crate of the project.
 
 pub mod alert;
 pub mod call;

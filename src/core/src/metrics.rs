@@ -1,7 +1,8 @@
-//! Every metric of the broker: name, unit, help and labels in one place. `docs/metrics.md` lists the same, which a test compares.
+//! All metrics of the broker, each with name, unit, help and labels. `docs/metrics.md` has a list of all metrics, and a test
+//! compares the list with this module.
 //!
-//! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, no unit in a label. Each
-//! counter exists with 0 from the start for each value of its labels that is known in advance, so that a rate does not miss the first event.
+//! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
+//! counter exists with 0 from the start for each label value that is known in advance, so that a rate includes the first event.
 
 use metrics::{
     Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
@@ -10,18 +11,18 @@ use metrics::{
 
 use crate::{alert::Alert, error::Reason, principal::Action};
 
-/// Time, from far below one token operation to the longest deadline.
+/// Buckets for times, from far below one token operation to the longest deadline.
 const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0, 30.0,
 ];
-/// Entries that are written together.
+/// Buckets for the number of entries in one group.
 const ENTRIES: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
 ];
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
-/// A label, and its values as far as they are known in advance.
+/// A label, with its values if they are known in advance.
 #[derive(Debug)]
 pub struct Label {
     name: &'static str,
@@ -45,7 +46,7 @@ impl Label {
 static ALERT: Label = Label::fixed("alert", || Alert::ALL.map(Alert::name).to_vec());
 static ACTION: Label = Label::fixed("action", || Action::ALL.map(Action::as_str).to_vec());
 static REASON: Label = Label::fixed("reason", reasons);
-/// A reason, or `OK`.
+/// The outcome of a call: a reason, or `OK`.
 static OUTCOME: Label = Label::fixed("reason", || [vec!["OK"], reasons()].concat());
 static CONNECTION_CAUSE: Label = Label::fixed("cause", || {
     vec!["unauthenticated", "principal", "resets", "status"]
@@ -105,7 +106,7 @@ fn reasons() -> Vec<&'static str> {
     Reason::ALL.map(Reason::as_str).to_vec()
 }
 
-/// What is common to all metrics.
+/// The properties that all metrics have in common.
 #[derive(Debug)]
 struct Declared<const N: usize> {
     name: &'static str,
@@ -129,7 +130,7 @@ impl<const N: usize> Declared<N> {
         self.name.ends_with("_seconds").then_some(Unit::Seconds)
     }
 
-    /// Each combination of label values that is known in advance.
+    /// All combinations of label values that are known in advance.
     fn known(&self) -> Vec<[&'static str; N]> {
         let mut known = vec![[""; N]];
         for (at, label) in self.labels.iter().enumerate() {
@@ -149,7 +150,7 @@ impl<const N: usize> Declared<N> {
     }
 }
 
-/// A count of events since the start.
+/// A number of events since the start.
 #[derive(Debug)]
 pub struct Counter<const N: usize>(Declared<N>);
 
@@ -168,7 +169,7 @@ impl Counter<0> {
     }
 }
 
-/// A value that rises and falls.
+/// A value that can rise and fall.
 #[derive(Debug)]
 pub struct Gauge<const N: usize>(Declared<N>);
 
@@ -181,7 +182,7 @@ impl<const N: usize> Gauge<N> {
 }
 
 impl Gauge<0> {
-    /// The only series.
+    /// The series of a metric without labels.
     pub fn handle(&self) -> GaugeHandle {
         self.with::<&str>([])
     }
@@ -191,13 +192,13 @@ impl Gauge<0> {
         self.handle().set(f64::from(u8::from(is_set)));
     }
 
-    /// Sets the value to a number of things.
+    /// Sets the value to a count.
     pub fn set_count(&self, count: usize) {
         self.handle().set(to_float(count));
     }
 }
 
-/// A number of things as the value of a metric.
+/// Converts a count to the value of a metric.
 pub fn to_float(count: usize) -> f64 {
     f64::from(u32::try_from(count).unwrap_or(u32::MAX))
 }
@@ -218,13 +219,13 @@ impl<const N: usize> Histogram<N> {
 }
 
 impl Histogram<0> {
-    /// The only series.
+    /// The series of a metric without labels.
     pub fn handle(&self) -> HistogramHandle {
         self.with::<&str>([])
     }
 }
 
-/// What all metrics have in common, with and without labels.
+/// The properties that all metrics have in common, for metrics with and without labels.
 #[derive(Clone, Copy, Debug)]
 pub struct Declaration<'a> {
     name: &'static str,
@@ -238,7 +239,7 @@ pub trait Metric: Sync {
     fn kind(&self) -> &'static str;
     /// Name, help and labels.
     fn declaration(&self) -> Declaration<'_>;
-    /// Describes it to the recorder, and makes the series of a counter that are known in advance.
+    /// Describes the metric to the recorder. For a counter, it also creates the series that are known in advance.
     fn register(&self);
 
     /// Upper bounds of the buckets of a histogram.
@@ -251,7 +252,7 @@ pub trait Metric: Sync {
         self.declaration().name
     }
 
-    /// One sentence.
+    /// The help text, one sentence.
     fn help(&self) -> &'static str {
         self.declaration().help
     }
@@ -321,7 +322,7 @@ impl<const N: usize> Metric for Histogram<N> {
     }
 }
 
-/// Counts an alert, also in the counter that only this alert increments, if it has one.
+/// Counts an alert. If the alert has a counter of its own, that counter is incremented, too.
 pub fn count_alert(alert: Alert) {
     ALERTS.with([alert.name()]).increment(1);
     match alert {
@@ -386,20 +387,20 @@ declare! {
         BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
-        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited out a short fault instead of failing.";
-        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that were answered at once because too many waited for their next try.";
+        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
         ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
         POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
         POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were refused.";
-        AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the files of the audit log were found changed by something else.";
+        AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the broker found the files of the audit log changed by another process.";
         LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
         CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
-        ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Connections that the operating system did not hand over.";
+        ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Failed attempts to accept a connection.";
         HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
         TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were refused.";
         STORE_RETRIES = "keybroker_store_retries_total" [] "Database transactions that were tried again because of contention.";

@@ -1,11 +1,12 @@
-//! Reads PEM files (RFC 7468) completely or not at all. Only from a file of revocation lists ([`revocation_lists`]) the blocks that can be
-//! read are used, and the others are reported.
+//! Reads PEM files (RFC 7468) completely or not at all. Only for a file of revocation lists ([`revocation_lists`]), the readable
+//! blocks are used and the others are reported.
 //!
-//! A PEM parser skips what it does not understand. In a file that decides who is trusted, a block that is skipped is a
-//! certificate authority, an intermediate certificate or a key that is silently missing. So the file is split here, every
-//! `BEGIN` line is accounted for, and only then the parser of `rustls-pki-types` decodes each block. Accepted are a UTF-8 byte
-//! order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. Everything else that is not a block
-//! of a kind that the file may hold is refused with its line number and the remedy.
+//! A PEM parser usually skips text that it does not understand. In a file that decides who is trusted, a skipped block is a
+//! certificate authority, an intermediate certificate or a key that is missing without an error. Therefore this module splits the
+//! file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes each block.
+//!
+//! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. The
+//! module refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -29,12 +30,12 @@ const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 /// First byte of a DER structure: SEQUENCE.
 const DER_SEQUENCE: u8 = 0x30;
 const LABEL_BYTES_MAX: usize = 64;
-/// Parts of a file of revocation lists that cannot be read, before the rest is ignored.
+/// Highest number of unreadable parts of a file of revocation lists. After this number, the rest of the file is ignored.
 pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
-/// What a key or chain file may have in addition to what is read from it: `openssl ecparam -genkey` writes it.
+/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes a block of parameters.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
 /// Why a file was refused. The text is a clause that follows the name of the file.
@@ -46,15 +47,15 @@ pub enum Error {
          a revocation list `openssl crl`)"
     )]
     Der,
-    /// UTF-16, as some editors write it.
+    /// The file is UTF-16, as some editors write it.
     #[error("it is UTF-16; save it as UTF-8 or ASCII")]
     Utf16,
-    /// A line that looks like the first line of a block and is none.
+    /// A line that looks like the first line of a block but is malformed.
     #[error(
         "line {0} looks like a BEGIN or END line but is malformed; it must be `-----BEGIN LABEL-----`"
     )]
     Malformed(usize),
-    /// No END line for a BEGIN line.
+    /// A BEGIN line without an END line.
     #[error(
         "the block {label} that begins in line {line} has no END line of the same label; the file is truncated or damaged"
     )]
@@ -80,11 +81,11 @@ pub enum Error {
     },
     /// A private key under a passphrase.
     #[error(
-        "the private key that begins in line {0} is encrypted, and there is no passphrase to open it with; decrypt it with \
-         `openssl pkey -in FILE -out key.pem`, and protect the result by its mode"
+        "the private key that begins in line {0} is encrypted, and keybroker has no passphrase for it; decrypt it with \
+         `openssl pkey -in FILE -out key.pem`, and restrict the mode of the result"
     )]
     Encrypted(usize),
-    /// A block of a kind that does not belong into this file.
+    /// A block of a kind that is not permitted in this file.
     #[error("line {line} begins a block {label}; {remedy}")]
     Unexpected {
         /// Of the BEGIN line.
@@ -94,25 +95,25 @@ pub enum Error {
         /// What to do about it.
         remedy: &'static str,
     },
-    /// Nothing of what the file is for.
-    #[error("it holds no {0} in PEM")]
+    /// The file contains no block of the required kind.
+    #[error("it contains no {0} in PEM")]
     Nothing(&'static str),
-    /// More private keys than the one that is used.
-    #[error("it holds {0} private keys; keep the one that belongs to the certificate")]
+    /// The file contains several private keys, but only one is used.
+    #[error("it contains {0} private keys; keep the one that belongs to the certificate")]
     Keys(usize),
-    /// So many parts that cannot be read that the rest of the file is not looked at.
+    /// The file has so many unreadable parts that the rest of it is ignored.
     #[error("more than {0} parts of it cannot be read; the rest is ignored")]
     TooDamaged(usize),
 }
 
-/// Where a part of a file is. Blocks are counted from 1.
+/// The position of a part of a file. Blocks are counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// It is this block.
+    /// The part is the block with this number.
     Block(usize),
-    /// It is the text after this block and before the next one.
+    /// The part is the text after this block and before the next one.
     After(usize),
-    /// It is the text before the first block, or the whole of a file without a block.
+    /// The part is the text before the first block, or a whole file without a block.
     Beginning,
 }
 
@@ -126,7 +127,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// A part of a file that cannot be read. The text is a clause that follows the name of the file.
+/// An unreadable part of a file. The text is a clause that follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{place}")]
 pub struct DamagedBlock {
@@ -155,7 +156,7 @@ impl fmt::Debug for Block {
 }
 
 impl Block {
-    /// What it is; absent for a label that the parser does not know.
+    /// The kind of the block; absent if the parser does not know the label.
     pub fn kind(&self) -> Option<SectionKind> {
         self.kind
     }
@@ -165,7 +166,7 @@ impl Block {
         &self.der
     }
 
-    /// Whether it is a private key, in whatever form.
+    /// Whether the block is a private key, in any format.
     pub fn is_private_key(&self) -> bool {
         self.label.ends_with("PRIVATE KEY")
     }
@@ -178,7 +179,7 @@ impl Block {
         self.der.to_vec().into()
     }
 
-    /// That it does not belong into this file.
+    /// The error for a block that is not permitted in this file.
     pub fn unexpected(&self) -> Error {
         if self.label == "ENCRYPTED PRIVATE KEY" {
             return Error::Encrypted(self.line);
@@ -205,18 +206,18 @@ fn remedy(label: &str) -> &'static str {
             "write its certificates with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
         }
         "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
-            "that is a request; use the certificate that the authority issued for it"
+            "it is a request; use the certificate that the authority issued for it"
         }
-        "X509 CRL" => "a revocation list belongs into the file of its own setting",
-        "CERTIFICATE" => "a certificate does not belong into this file; remove it",
+        "X509 CRL" => "put a revocation list into the file of its own setting",
+        "CERTIFICATE" => "a certificate does not belong in this file; remove it",
         _ if label.ends_with("PRIVATE KEY") => {
-            "a private key does not belong into this file; remove it, and replace the key if others may have read it"
+            "a private key does not belong in this file; remove it, and replace the key if others may have read it"
         }
-        _ => "it does not belong into this file; remove it",
+        _ => "it does not belong in this file; remove it",
     }
 }
 
-/// The certificates of a file that holds nothing else: authorities.
+/// The certificates of a file of authorities, which must contain nothing else.
 pub fn certificates(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
@@ -228,7 +229,7 @@ pub fn certificates(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error>
     not_empty(found, "certificate")
 }
 
-/// The certificates of a chain. A private key may stand in the same file.
+/// The certificates of a chain file. The file may also contain a private key.
 pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
@@ -242,7 +243,7 @@ pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     not_empty(found, "certificate")
 }
 
-/// The only private key of a file. Its certificates may stand in the same file.
+/// The only private key of a file. The file may also contain its certificates.
 pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
@@ -262,10 +263,11 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     }
 }
 
-/// The revocation lists of a file that holds nothing else, and for each part of the file that is none, why. There may be no list at
-/// all. The file comes from other machines and may be damaged: one bad block must not withhold the lists of all other authorities.
+/// The revocation lists of a file that contains nothing else. For each other part of the file, the result has the reason why the
+/// part is no list. A file without any list is accepted. The file comes from other machines and may be damaged, and one damaged
+/// block must not prevent the use of the lists of all other authorities.
 ///
-/// After [`DAMAGED_BLOCKS_MAX`] parts that cannot be read, the rest of the file is not looked at, and the last entry says so.
+/// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the last entry reports that the rest of the file is ignored.
 pub fn revocation_lists(
     bytes: &[u8],
 ) -> Vec<Result<CertificateRevocationListDer<'static>, DamagedBlock>> {
@@ -292,7 +294,7 @@ pub fn revocation_lists(
     found
 }
 
-/// Writes certificates in the plainest form, for a library that reads PEM itself.
+/// Writes certificates in the simplest form, for a library that reads PEM itself.
 pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     let mut text = String::new();
     for certificate in certificates {
@@ -307,7 +309,7 @@ pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     text
 }
 
-/// Writes a private key in the plainest form, for a library that reads PEM itself.
+/// Writes a private key in the simplest form, for a library that reads PEM itself.
 pub fn encode_key(key: &PrivateKeyDer<'_>) -> Zeroizing<String> {
     let label = match key {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
@@ -346,15 +348,15 @@ pub fn blocks(bytes: &[u8]) -> Result<Vec<Block>, Error> {
 /// Reads a file block by block. After a block that cannot be read it continues with the next BEGIN line.
 struct Scan<'a> {
     text: &'a [u8],
-    /// Where the search for the next block begins; absent at the end of the file.
+    /// The position at which the search for the next block begins; absent at the end of the file.
     at: Option<usize>,
-    /// Why the file as a whole is not read.
+    /// The reason why the file as a whole is refused.
     refused: Option<Error>,
-    /// BEGIN lines so far.
+    /// The number of BEGIN lines so far.
     blocks: usize,
-    /// Of what was read last.
+    /// The place of the part that was read last.
     place: Place,
-    /// The last position whose line was asked for, and its line.
+    /// The last position whose line was computed, and its line.
     counted: (usize, usize),
 }
 
@@ -378,7 +380,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Line of a position, counted from the last one: a file of many blocks is counted once.
+    /// The line of a position. Counting continues from the last position, so that a file with many blocks is counted only once.
     fn line(&mut self, at: usize) -> usize {
         let (from, line) = match self.counted {
             (from, line) if from <= at => (from, line),
@@ -404,7 +406,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// The block whose BEGIN line begins there. Sets where the next one is searched for.
+    /// Reads the block whose BEGIN line is at this position, and sets the start of the next search.
     fn block(&mut self, begin: usize) -> Result<Block, Error> {
         let text = self.text;
         let line = self.line(begin);
@@ -462,7 +464,7 @@ fn label(bytes: &[u8]) -> Option<String> {
     String::from_utf8(bytes.to_vec()).ok()
 }
 
-/// Where a word follows a hyphen, or a dash of a word processor.
+/// The position of a word that follows a hyphen, or a dash of a word processor.
 fn find_marker(text: &[u8], word: &[u8]) -> Option<usize> {
     text.windows(word.len()).enumerate().find_map(|(at, part)| {
         let mut before = text[..at].iter().rev().filter(|byte| **byte != b' ');
@@ -486,7 +488,7 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
             der: Zeroizing::default(),
         });
     };
-    // Lines of any length, and spaces in place of line ends.
+    // The body may have lines of any length, and spaces instead of line ends.
     let mut plain = Zeroizing::new(Vec::with_capacity(body.len() + 2 * LABEL_BYTES_MAX + 64));
     for part in [BEGIN, label.as_bytes(), DASHES, b"\n"] {
         plain.extend_from_slice(part);

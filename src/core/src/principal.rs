@@ -1,4 +1,4 @@
-//! Who calls, and what they may ask for.
+//! Authenticated callers, their roles, and the actions that they can request.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +14,7 @@ use crate::{
     key::{KeyName, Tenant, UserId},
 };
 
-/// What a principal may do at most. Roles that release and roles that administer exclude each other: see
+/// The highest rights of a principal. Roles that release keys and roles that administer exclude each other: see
 /// [`Role::conflicts_with`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -52,7 +52,8 @@ impl Role {
         }
     }
 
-    /// Separation of duties: administrators and auditors of the broker must not also be able to obtain keys.
+    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain keys
+    /// (separation of duties).
     pub fn conflicts_with(self, other: Self) -> bool {
         let pair = [self, other];
         pair.contains(&Self::Release)
@@ -64,13 +65,13 @@ impl Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// A person: has no role, and reaches its own keys alone.
+    /// A person. A user has no role, and can use only its own keys.
     User,
-    /// A program or an operator: reaches what its roles allow.
+    /// A program or an operator. The roles of a service decide what it may do.
     Service,
 }
 
-/// How a principal showed who it is.
+/// The kind of credential with which a principal proved its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Credential {
     /// The client certificate of the connection.
@@ -95,14 +96,14 @@ impl Credential {
 /// The users or key names that a service may release: all, or those listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
-    /// Any; in the configuration `["*"]`.
+    /// Any user or key name can be released; in the configuration `["*"]`.
     All,
-    /// Those, and no other.
+    /// Only the listed ones can be released.
     Only(BTreeSet<T>),
 }
 
 impl<T: Ord> Reach<T> {
-    /// Whether one is within reach.
+    /// Whether this user or key name can be released.
     pub fn contains(&self, one: &T) -> bool {
         match self {
             Self::All => true,
@@ -111,7 +112,7 @@ impl<T: Ord> Reach<T> {
     }
 }
 
-/// All of them, as text.
+/// The text that stands for all users or key names.
 const ALL: &str = "*";
 
 impl<T: Ord + AsRef<str>> Serialize for Reach<T> {
@@ -128,7 +129,9 @@ impl<'de, T: Ord + FromStr<Err = Error>> Deserialize<'de> for Reach<T> {
         let texts = BTreeSet::<String>::deserialize(deserializer)?;
         if texts.contains(ALL) {
             if texts.len() > 1 {
-                return Err(de::Error::custom("\"*\" is all: it stands alone"));
+                return Err(de::Error::custom(
+                    "\"*\" means all, so it must be the only entry",
+                ));
             }
             return Ok(Self::All);
         }
@@ -143,25 +146,25 @@ impl<'de, T: Ord + FromStr<Err = Error>> Deserialize<'de> for Reach<T> {
 /// The rights of a service, from the configuration or from its API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Whose records it can reach.
+    /// The tenant whose records the service can access.
     pub tenant: Tenant,
-    /// What it may do at most.
+    /// The roles, which limit what the service may do.
     pub roles: BTreeSet<Role>,
-    /// Whose keys it may release; absent when not set.
+    /// The users whose keys the service may release; absent if not configured.
     pub users: Option<Reach<UserId>>,
-    /// Which of their keys; absent when not set.
+    /// The key names that the service may release; absent if not configured.
     pub key_names: Option<Reach<KeyName>>,
 }
 
 impl Grant {
-    /// What is wrong with it: the sentence follows the name of the service.
+    /// Describes what is wrong with the grant. The sentence follows the name of the service.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
             return Some("has no role, so it could do nothing".to_owned());
         }
         if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
             return Some(
-                "has the role `auditor` and a tenant: the audit log is that of all tenants, so an auditor has none"
+                "has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
                     .to_owned(),
             );
         }
@@ -175,25 +178,25 @@ impl Grant {
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
             return Some(
-                "has the role `release`: name the `users` or the `key_names` that it may release, or say [\"*\"] for all"
+                "has the role `release` without a limit: set `users` or `key_names` to what it may release, or to [\"*\"] for all"
                     .to_owned(),
             );
         }
         None
     }
 
-    /// Whose keys it may release: all where only key names were named.
+    /// The users whose keys the service may release: all users if only key names are limited.
     pub fn users(&self) -> Reach<UserId> {
         self.users.clone().unwrap_or(Reach::All)
     }
 
-    /// Which of their keys: all where only users were named.
+    /// The key names that the service may release: all key names if only users are limited.
     pub fn key_names(&self) -> Reach<KeyName> {
         self.key_names.clone().unwrap_or(Reach::All)
     }
 }
 
-/// Two roles that exclude each other.
+/// Returns two roles that exclude each other, if there are any.
 pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     roles.iter().find_map(|one| {
         let other = roles.iter().find(|other| one.conflicts_with(**other))?;
@@ -201,10 +204,10 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// The attributes of a credential's holder beyond the name: for policies of operators.
+/// The attributes of a credential's holder other than the name. Policies of operators can use them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
-    /// How the user authenticated (RFC 8176, or the provider's own words).
+    /// How the user authenticated (RFC 8176, or the provider's own values).
     pub amr: BTreeSet<String>,
     /// Class of that authentication.
     pub acr: Option<String>,
@@ -214,66 +217,67 @@ pub struct Claims {
     pub device: Option<String>,
     /// Organisations of the user.
     pub organisations: BTreeSet<String>,
-    /// Other claims by the names that the configuration gives them.
+    /// Other claims, under the names that the configuration gives them.
     pub attributes: BTreeMap<String, BTreeSet<String>>,
-    /// When the credential ends.
+    /// When the credential expires.
     pub expires: Option<Timestamp>,
 }
 
-/// Everything that a verified credential states about its holder. Only `auth/` fills one in.
+/// Everything that a verified credential states about its holder. Only the crate `auth` creates an identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Stable, and different for each holder of any credential: `URI:spiffe://…`, `DNS:…`, `token:<issuer>:<subject>`,
-    /// `client:<id>`. At most [`NAME_BYTES_MAX`] bytes.
+    /// A stable name that differs between the holders of all credentials: `URI:spiffe://…`, `DNS:…`,
+    /// `token:<issuer>:<subject>`, `client:<id>`. At most [`NAME_BYTES_MAX`] bytes.
     pub name: String,
     /// The kind of credential that authenticated the principal.
     pub credential: Credential,
     /// User or service.
     pub kind: Kind,
-    /// Whose records it can reach.
+    /// The tenant whose records the principal can access.
     pub tenant: Tenant,
-    /// What it may do at most.
+    /// The roles, which limit what the principal may do.
     pub roles: BTreeSet<Role>,
-    /// Whose keys a service with [`Role::Release`] may release.
+    /// The users whose keys a service with [`Role::Release`] may release.
     pub users: Reach<UserId>,
-    /// Which of their keys.
+    /// The key names that a service with [`Role::Release`] may release.
     pub key_names: Reach<KeyName>,
-    /// Of a user: the user id under which its own keys are stored.
+    /// The user id under which the keys of a user are stored; absent for a service.
     pub subject: Option<UserId>,
-    /// For policies of operators.
+    /// Attributes for policies of operators.
     pub claims: Claims,
 }
 
 /// Longest name of a principal, in bytes.
 pub const NAME_BYTES_MAX: usize = 2_048;
 
-/// An authenticated caller. Only `auth/` makes one, from a credential.
+/// An authenticated caller. Only the crate `auth` creates one, from a credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal(Identity);
 
 impl Principal {
-    /// For `auth/` alone, after a credential was verified. `tests/layers.rs` refuses any other caller.
+    /// Creates a principal after its credential was verified. Only the crate `auth` may call this; `tests/layers.rs`
+    /// refuses any other caller.
     pub fn authenticated(identity: Identity) -> Self {
         debug_assert!(identity.name.len() <= NAME_BYTES_MAX);
         Self(identity)
     }
 
-    /// All that is known of it.
+    /// All known attributes of the principal.
     pub fn identity(&self) -> &Identity {
         &self.0
     }
 
-    /// Stable name: the identity in the credential, such as a SPIFFE id.
+    /// The stable name, such as a SPIFFE id.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// What kind of caller it is.
+    /// Whether the principal is a user or a service.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
 
-    /// Whose records it can reach.
+    /// The tenant whose records the principal can access.
     pub fn tenant(&self) -> &Tenant {
         &self.0.tenant
     }
@@ -283,7 +287,7 @@ impl Principal {
         self.0.roles.contains(&role)
     }
 
-    /// Of a user: the user id under which its own keys are stored.
+    /// The user id under which the keys of a user are stored; absent for a service.
     pub fn subject(&self) -> Option<&UserId> {
         self.0.subject.as_ref()
     }
@@ -295,7 +299,7 @@ impl fmt::Display for Principal {
     }
 }
 
-/// What is asked of the broker. Each action has one name in policy, audit and metrics.
+/// What a caller asks the broker to do. Each action has one name in policies, in the audit log and in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
     /// Store a new user key. Does not imply reading one.
@@ -320,11 +324,11 @@ pub enum Action {
     ReadToken,
     /// Read the audit log.
     ReadAudit,
-    /// Make an API client, or a secret for one. Does not imply the use of it.
+    /// Create an API client, or a secret for one. Does not imply the use of the client.
     CreateClient,
     /// Revoke an API client or one of its secrets.
     RevokeClient,
-    /// Read what is known of API clients. Does not imply a change.
+    /// Read the stored data of API clients. Does not imply a change.
     ListClients,
 }
 

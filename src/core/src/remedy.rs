@@ -1,4 +1,4 @@
-//! What a person can do about a file or directory that the operating system refuses.
+//! Remedies for a file or directory to which the operating system denies access.
 
 use std::{
     fs,
@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-/// The remedy for a failed access to `path`, as a clause. Returns `None` when the text of the error says all that is known.
+/// Returns the remedy for a failed access to `path`, as a clause. Returns `None` if the text of the error is sufficient.
 pub fn remedy(path: &Path, error: &io::Error) -> Option<String> {
     let shown = path.display();
     match error.kind() {
@@ -22,7 +22,7 @@ pub fn remedy(path: &Path, error: &io::Error) -> Option<String> {
     }
 }
 
-/// Says which user may use the path: the owner of the first part of it that this process can examine, from its end.
+/// Names the user who can use the path: the owner of the longest part of the path that this process can examine.
 fn denied(path: &Path) -> Option<String> {
     let ours = rustix::process::geteuid().as_raw();
     let (at, owner) = path
@@ -46,7 +46,7 @@ pub fn with_remedy(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// The error with its remedy, as an error of the same kind: for a source whose text is shown last.
+/// The error with its remedy, as an error of the same kind. Use it for a source error whose text is shown last.
 pub fn explained(path: &Path, error: io::Error) -> io::Error {
     match remedy(path, &error) {
         Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),

@@ -1,4 +1,4 @@
-//! Secrets as types: no copy without need, redacted when printed, overwritten when dropped.
+//! Types for secrets: they are copied only if necessary, redacted when printed, and overwritten when dropped.
 
 use std::fmt;
 
@@ -6,15 +6,16 @@ use zeroize::Zeroizing;
 
 use crate::error::Error;
 
-/// Longest key material, in bytes: what OAEP with SHA-256 holds under RSA-2048, so that every record fits every
-/// permitted wrapping key (RFC 8017 section 7.1.1: 256 - 2 * 32 - 2).
+/// Longest key material, in bytes. OAEP with SHA-256 under RSA-2048 can hold this length, so every record fits
+/// every permitted wrapping key (RFC 8017 section 7.1.1: 256 - 2 * 32 - 2).
 pub const KEY_MATERIAL_BYTES_MAX: usize = 190;
 
-/// A user key in plain, 1 to 190 bytes.
+/// A user key in plain text, 1 to 190 bytes.
 pub struct KeyMaterial(Zeroizing<Vec<u8>>);
 
 impl KeyMaterial {
-    /// Takes the bytes over; they are overwritten when this is dropped, also when they are refused.
+    /// Takes ownership of the bytes. The bytes are overwritten when the value is dropped, and also when they
+    /// are refused.
     pub fn new(bytes: Vec<u8>) -> Result<Self, Error> {
         let bytes = Zeroizing::new(bytes);
         if (1..=KEY_MATERIAL_BYTES_MAX).contains(&bytes.len()) {

@@ -1,7 +1,7 @@
-//! Small facts that one broker instance remembers across restarts, such as a PIN that the token rejected. Each fact is a
-//! file of mode 0600 in the directory `state` below the audit directory, and is replaced as a whole.
+//! Small facts that one broker instance remembers across restarts, such as a PIN that the token rejected. Each fact is a file of
+//! mode 0600 in the directory `state` below the audit directory. A change replaces the whole file.
 //!
-//! The directory belongs to one instance: two instances that share it would overwrite each other's facts.
+//! The directory belongs to one instance: two instances with the same directory would overwrite each other's facts.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -22,23 +22,23 @@ pub const DIRECTORY: &str = "state";
 /// Longest fact, in bytes.
 const FACT_BYTES_MAX: u64 = 64 * 1024;
 const OPEN_TO_OTHERS: u32 = 0o077;
-/// Between two attempts to take a lock.
+/// Pause between two attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file system refused it, or the file is not one that only this user can change.
+    /// The file system refused the access, or other users can change the file.
     #[error("{action} {}", path.display())]
     Unusable {
-        /// What was tried, as the first words of a sentence.
+        /// The attempted action, as the first words of a sentence.
         action: &'static str,
         /// The file.
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
     },
-    /// The file holds no fact of this kind.
+    /// The content of the file is not a fact of this kind.
     #[error("the state file {} is damaged", path.display())]
     Damaged {
         /// The file.
@@ -55,13 +55,13 @@ impl Error {
     }
 }
 
-/// A lock on a fact, held until it is dropped. The kernel releases it when the process ends.
+/// A lock on a fact. The lock is released when this value is dropped, or by the kernel when the process ends.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
-/// The directory of facts. It is made when the first fact is written.
+/// The directory of facts. The directory is created when the first fact is written.
 #[derive(Clone, Debug)]
 pub struct StateDirectory {
     path: PathBuf,
@@ -75,7 +75,7 @@ impl StateDirectory {
         }
     }
 
-    /// The state directory of this path, as another process was told.
+    /// A state directory whose path another process supplied.
     pub fn at(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -87,13 +87,13 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Reads a fact. Returns `None` when it was never written. Fails when the file or the directory belongs to another
-    /// user, is open to others, is not a regular file, or is longer than 64 KiB.
+    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user, is
+    /// accessible to others, is not a regular file, or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.read_up_to(name, FACT_BYTES_MAX)
     }
 
-    /// Reads a fact that may be longer, up to `bytes_max`.
+    /// Reads a fact of at most `bytes_max` bytes, which may exceed the usual limit.
     pub fn read_up_to(&self, name: &str, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path.join(name);
         match self.read_file(&path, bytes_max) {
@@ -103,21 +103,22 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. When this returns, the new fact survives a power failure; a crash meanwhile leaves the old one.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. A crash before the return leaves the
+    /// old or the new fact.
     ///
-    /// Fails for a fact of more than 64 KiB, which could not be read again.
+    /// Fails for a fact of more than 64 KiB, because it could not be read again.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         self.write_up_to(name, bytes, FACT_BYTES_MAX)
     }
 
-    /// Replaces a fact that may be longer, up to `bytes_max`.
+    /// Replaces a fact of at most `bytes_max` bytes, which may exceed the usual limit.
     pub fn write_up_to(&self, name: &str, bytes: &[u8], bytes_max: u64) -> Result<(), Error> {
         let path = self.path.join(name);
         self.write_file(&path, bytes, bytes_max)
             .map_err(|source| fail("cannot write the state file", &path, source))
     }
 
-    /// The names of the facts that begin with `prefix` and end with `suffix`, the one that was written first in front.
+    /// The names of the facts that begin with `prefix` and end with `suffix`, ordered by the time when they were written.
     pub fn names(&self, prefix: &str, suffix: &str) -> Result<Vec<String>, Error> {
         self.list(prefix, suffix)
             .map_err(|source| fail("cannot list the state directory", &self.path, source))
@@ -142,8 +143,8 @@ impl StateDirectory {
         Ok(found.into_iter().map(|(_, name)| name).collect())
     }
 
-    /// Reads a fact that is kept as JSON. Fails like [`StateDirectory::read`], and with [`Error::Damaged`] when the content is not
-    /// a fact of this type.
+    /// Reads a fact that is stored as JSON. Fails like [`StateDirectory::read`], and with [`Error::Damaged`] if the content is
+    /// not a fact of this type.
     pub fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Error> {
         let Some(bytes) = self.read(name)? else {
             return Ok(None);
@@ -153,7 +154,7 @@ impl StateDirectory {
             .map_err(|source| self.damaged(name, source))
     }
 
-    /// Replaces a fact that is kept as JSON, as [`StateDirectory::write`] does.
+    /// Replaces a fact that is stored as JSON, like [`StateDirectory::write`].
     pub fn write_json<T: Serialize>(&self, name: &str, fact: &T) -> Result<(), Error> {
         let bytes = serde_json::to_vec(fact).map_err(|source| self.damaged(name, source))?;
         self.write(name, &bytes)
@@ -166,7 +167,7 @@ impl StateDirectory {
         }
     }
 
-    /// Removes a fact. Removing one that was never written is no error.
+    /// Removes a fact. Succeeds if the fact does not exist.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         let path = self.path.join(name);
         match fs::remove_file(&path).and_then(|()| sync(&self.path)) {
@@ -177,7 +178,7 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock that other processes respect, for a fact that is read and then replaced. Waits at most `timeout`.
+    /// Takes a lock that other processes respect, so that a fact can be read and then replaced. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)
@@ -203,18 +204,18 @@ impl StateDirectory {
                     thread::sleep(LOCK_PAUSE);
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(io::Error::other("another process holds it"));
+                    return Err(io::Error::other("another process holds the lock"));
                 }
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Makes the directory, and its parent when that is missing, like the audit log does.
+    /// Creates the directory and, if it is missing, its parent, like the audit log.
     fn prepare(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
             make(parent)?;
-            // A command of another user must not make a directory that the broker cannot use.
+            // A command of another user must not create a directory that the broker cannot use.
             let owner = fs::metadata(parent)?.uid();
             if owner != rustix::process::geteuid().as_raw() {
                 return Err(io::Error::other(format!(
@@ -229,7 +230,7 @@ impl StateDirectory {
 
     fn read_file(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         check(&fs::metadata(&self.path)?)?;
-        // A FIFO in its place would otherwise block the open.
+        // `NONBLOCK` prevents that a FIFO in place of the file blocks the open.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = OpenOptions::new()
             .read(true)
@@ -258,7 +259,7 @@ impl StateDirectory {
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
-        // Left by a process of this id that was killed while it wrote.
+        // Remove the file of an earlier process with this id that was killed during a write.
         fs::remove_file(&unfinished).ok();
         let mut file = OpenOptions::new()
             .write(true)

@@ -1,28 +1,32 @@
-//! Opens the files and directories that decide who is trusted, what is loaded and what is configured, and the files that
-//! hold a secret.
+//! Opens the files and directories that decide who is trusted, what is loaded and what is configured, and the files that contain
+//! a secret.
 //!
-//! A file is accepted only when no other user can change it or put another one in its place. The path is resolved from the
-//! root directory one component at a time, through descriptors, and each symbolic link is followed by hand, so that every
-//! directory on the way is examined and nothing can be exchanged between the examination and the use:
+//! A file is accepted only if no other user can change or replace it. The path is resolved from the root directory, one component
+//! at a time, through descriptors. Symbolic links are followed by this module and not by the kernel. Therefore every directory on
+//! the way is examined, and nothing can be exchanged between the examination and the use:
 //!
 //! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
-//!   that others can write to are accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts) other users cannot
-//!   rename or remove what belongs to root or to this user, so only such an entry is followed, and a file with several hard links is not.
-//!   In a container, no process that sees a read-only mount can change anything in it.
-//! - The file is a regular file. A FIFO, a device or a socket is refused by name; it is opened without blocking, so that a FIFO
-//!   cannot hang the process. The descriptor that is examined is the one that is read.
+//!   that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts), other users
+//!   cannot rename or remove entries of root or of this user, so only such entries are followed, and a file with several hard
+//!   links is refused. In a read-only mount of a container, no process that sees the mount can change anything.
+//! - The file is a regular file. A FIFO, a device or a socket is refused with its kind. The file is opened without blocking, so
+//!   that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
 //! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
-//!   others; its group may read it when it belongs to root, because root chose the group (systemd credentials, Kubernetes
+//!   others. If a secret belongs to root, its group may read it, because root chose the group (systemd credentials, Kubernetes
 //!   Secrets with `fsGroup`).
 //!
-//! A read-only mount counts only in a container, and only when it is another file system than that of the root directory. Where systemd
-//! runs, it does not count, and the front tells its workers so: settings such as `ProtectSystem=strict` show a service the file systems of the host read-only, while other
-//! users of the host can still write to them. A FUSE mount never counts as read-only, because the process that serves it decides what
-//! is read and who the owners are. One that another user mounted is refused. For a socket no mount counts, because the process that
-//! listens can write to the directory.
+//! A read-only mount is accepted as protection only in a container, and only if it is another file system than that of the root
+//! directory. Where systemd runs, it is not accepted: settings such as `ProtectSystem=strict` show a service the host's file
+//! systems read-only, while other users of the host can still write to them. The front tells its workers whether read-only mounts
+//! are accepted.
 //!
-//! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]), and
-//! to the directories above a file that this process writes, where a group may have the write permission ([`check_above`]).
+//! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
+//! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
+//! directory.
+//!
+//! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]).
+//! The rule also applies to the directories above a file that this process writes, but there a group may have the write
+//! permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -53,22 +57,22 @@ pub use user::User;
 use error::Problem;
 use walk::{Target, WRITABLE_BY_ALL, Walk, kind_of};
 
-/// First component of a path that names a systemd credential.
+/// First component of a path to a systemd credential.
 const CREDENTIALS_DIRECTORY: &str = "$CREDENTIALS_DIRECTORY";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
-/// The number of the superuser.
+/// The user number of the superuser.
 const ROOT: u32 = 0;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
-/// Largest capacity that is reserved before the length of a file is known to be right.
+/// Largest buffer that is reserved before the length of a file is known.
 const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
-/// Whether a path is absolute or names a systemd credential: a service has no working directory to rely on.
+/// Whether a path is absolute or refers to a systemd credential. A service has no useful working directory.
 pub fn is_absolute(path: &Path) -> bool {
     path.is_absolute() || path.starts_with(CREDENTIALS_DIRECTORY)
 }
 
-/// What is wrong with a path of the configuration that is not absolute.
+/// The text of the error for a path of the configuration that is not absolute.
 pub fn not_absolute(path: &Path) -> String {
     let tilde = if path.starts_with("~") {
         "; `~` is not expanded"
@@ -81,7 +85,7 @@ pub fn not_absolute(path: &Path) -> String {
     )
 }
 
-/// Replaces `$CREDENTIALS_DIRECTORY` at the front of a path with the directory that systemd passes to the service.
+/// Replaces `$CREDENTIALS_DIRECTORY` at the start of a path with the directory that systemd passes to the service.
 pub fn expand(path: &Path) -> Result<PathBuf, Error> {
     let Ok(name) = path.strip_prefix(CREDENTIALS_DIRECTORY) else {
         return Ok(path.to_owned());
@@ -104,7 +108,7 @@ pub fn open(path: &Path, purpose: Purpose) -> Result<File, Error> {
     walk.open_file().map(|(file, _)| file)
 }
 
-/// Reads a whole file of at most `bytes_max` bytes after every check. The bytes are zeroed when they are dropped.
+/// Reads a whole file of at most `bytes_max` bytes after every check. The bytes are overwritten when they are dropped.
 pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Error> {
     let expanded = expand(path)?;
     let walk = Walk::new(&expanded, purpose);
@@ -116,7 +120,7 @@ pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<V
     if meta.len() > bytes_max {
         return Err(failed(Problem::TooLong(bytes_max)));
     }
-    // The whole capacity at once: a vector that grows leaves copies that are not zeroed.
+    // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
     let reserved = meta.len().max(RESERVED_BYTES_MAX.min(bytes_max)) + 1;
     let mut bytes = Zeroizing::new(Vec::with_capacity(
         usize::try_from(reserved).unwrap_or_default(),
@@ -135,15 +139,15 @@ pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<V
     Ok(bytes)
 }
 
-/// Checks a directory whose entries decide something. Returns the path with credentials expanded.
+/// Checks a directory whose entries affect trust or configuration. Returns the path with credentials expanded.
 pub fn check_directory(path: &Path, purpose: Purpose) -> Result<PathBuf, Error> {
     let expanded = expand(path)?;
     Walk::new(&expanded, purpose).check_directory()?;
     Ok(expanded)
 }
 
-/// Checks a file or directory that another library opens by its path, if it exists. A FIFO is refused, because the library
-/// would wait for a writer. Sockets and devices are accepted: they are not read as files.
+/// Checks a file or directory that another library opens by its path, if it exists. A FIFO is refused, because the library would
+/// wait for a writer. Sockets and devices are accepted, because the library does not read them as files.
 pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
     let walk = Walk::new(path, purpose);
     match walk.resolve() {
@@ -158,9 +162,9 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
     }
 }
 
-/// Checks the directories above a file or directory that this process writes, by the rule of [`check_directory`], except that their
-/// groups may write to them (`/var/log` of some distributions). The owner of `path` is trusted, too: root runs commands on files of
-/// the service's user. A path that does not exist yet is checked as far as it exists.
+/// Checks the directories above a file or directory that this process writes. The rule is that of [`check_directory`], but the
+/// groups of the directories may write to them, as to `/var/log` of some distributions. The owner of `path` is also trusted,
+/// because root runs commands on files of the service's user. If a path does not exist yet, its existing part is checked.
 pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
     let owner = std::fs::metadata(path).ok().map(|meta| User {
         id: meta.uid(),
@@ -177,16 +181,17 @@ pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
     }
 }
 
-/// Where a socket that passed [`check_socket`] is.
+/// Properties of the path of a socket that passed [`check_socket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketPlace {
-    /// A directory on the way is sticky and others can write to it: once the socket is removed, every user can make another one.
+    /// Whether a directory on the way is sticky and writable by others. Every user can then create another socket after this one
+    /// is removed.
     pub is_shared: bool,
 }
 
-/// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users` are
-/// the users of that program: what belongs to them is trusted like what belongs to root, and their own groups may write to
-/// directories on the way (`/run/postgresql` of Debian has mode 2775).
+/// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users`
+/// are the users of that program. Files and directories of these users are trusted like those of root, and their own groups may
+/// write to directories on the way (`/run/postgresql` of Debian has mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
@@ -206,7 +211,7 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group that can read a file, if its group can and others cannot. Unknown counts as none.
+/// The group that can read a file, if its group can read it and others cannot. `None` also if the group is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -1,7 +1,9 @@
-//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
+//! Tokens and keys for one-shot commands. This is the command's end of an admin worker, which holds the vendor's
+//! module.
 //!
-//! The vendor's module never shares a process with the network or the database, in a command as little as in `serve`. A module
-//! that crashes ends in an [`AdminError`] that names signal, function and path; one that hangs does so within a timeout.
+//! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
+//! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
+//! the module hangs, the command gets the error after a timeout.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -40,35 +42,36 @@ mod wrapper;
 
 pub use wrapper::Wrapper;
 
-/// The hidden command of the worker.
+/// The hidden command that runs the worker.
 const WORKER: &str = "token-admin-worker";
-/// Least time for a call that makes a key or initialises a token: some devices take minutes.
+/// Shortest timeout for a call that makes a key or initialises a token. Some devices take minutes.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// How long a worker may take to end by itself once its socket is closed: longer than it gives the module.
+/// Longest time for a worker to end after its socket was closed. It is longer than the time that the worker gives to
+/// the module.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
-/// Keys in one message, far below the longest frame.
+/// Number of keys in one message, far below the longest frame.
 const KEYS_PER_FRAME: usize = 64;
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The token refuses, the module crashed or hangs, or a request does not fit the token.
+    /// The token refused the request, the module crashed or hangs, or the request does not match the token.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no token that fits: its environment may be incomplete.
+    /// The module does not load, or shows no matching token. Its environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// No PIN, or one that was rejected.
+    /// No PIN was given, or the token rejected it.
     #[error("{0}")]
     Pin(String),
-    /// A key, an attribute or a MAC is not as it must be.
+    /// A key, an attribute or a MAC differs from what is required.
     #[error("{0}")]
     Untrusted(String),
-    /// There is no PIN to send.
+    /// The PIN cannot be read.
     #[error(transparent)]
     PinSource(#[from] PinError),
-    /// Other users can change what the environment of the module names.
+    /// Other users can change a file that the module's environment refers to.
     #[error(transparent)]
     Environment(#[from] PathError),
     /// The public key of a key on the token cannot be used.
@@ -95,15 +98,15 @@ impl From<wire::AdminFailure> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    /// Slot number; changes when tokens are initialised.
+    /// Slot number. It changes when tokens are initialised.
     pub slot: u64,
     /// Label, serial number and model of the token.
     pub info: TokenInfo,
     /// Whether it was initialised.
     pub initialised: bool,
-    /// Whether its user PIN is locked, or locks after one more wrong PIN.
+    /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub pin_state: String,
-    /// The modulus lengths of RSA-OAEP, in bits; absent when the token does not list the mechanism.
+    /// The supported modulus lengths of RSA-OAEP, in bits. Absent when the token does not list the mechanism.
     pub oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the token lists HMAC with SHA-256.
     pub sha256_hmac: bool,
@@ -114,9 +117,9 @@ pub struct Listed {
 /// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub struct CheckedKey {
-    /// Its id.
+    /// The id of the key.
     pub id: WrappingKeyId,
-    /// Where its objects were found on the token.
+    /// The `CKA_ID` of its objects on the token.
     pub objects: ObjectIds,
     /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -124,15 +127,15 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// What the capability probe chose; absent when the key was refused.
+    /// The algorithm that the capability probe chose. Absent when the key was rejected.
     pub algorithm: Option<Algorithm>,
-    /// The attribute check of the RSA private key.
+    /// The results of the attribute check of the RSA private key.
     pub private: Vec<Finding>,
-    /// The attribute check of the integrity key.
+    /// The results of the attribute check of the integrity key.
     pub integrity: Vec<Finding>,
-    /// Why the key must not be used; absent for a good one.
+    /// Why the key must not be used. Absent when the key passed all checks.
     pub problem: Option<String>,
-    /// Negative tests that the token cannot make, by name.
+    /// Names of the negative tests that the token cannot run.
     pub not_tried: Vec<String>,
 }
 
@@ -141,13 +144,13 @@ pub struct CheckedKey {
 pub struct Finding {
     /// Name in the standard, such as `CKA_SENSITIVE`.
     pub attribute: String,
-    /// What was found and what is required.
+    /// The value that was found and the value that is required.
     pub verdict: String,
-    /// Whether the key may be used as far as this attribute goes.
+    /// Whether this attribute permits use of the key.
     pub passes: bool,
 }
 
-/// All slots with a token, initialised or not. Needs no PIN.
+/// Lists all slots with a token, initialised or not. Needs no PIN.
 pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let mut worker = Worker::start(program, settings)?;
     let job = Job::ListTokens(ListTokens {
@@ -159,9 +162,9 @@ pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, A
     }
 }
 
-/// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
-/// given: everything on it is lost for ever. PINs that the token rejected before are forgotten. Returns the token, and what
-/// the operator must know besides.
+/// Initialises a token with a label and sets its user PIN. An initialised token is erased only if its serial number is
+/// given, and everything on it is then lost permanently. The record of rejected PINs of this token is cleared. Returns
+/// the token and a note for the operator, if there is one.
 pub fn init_token(
     program: &Path,
     settings: &Settings,
@@ -188,43 +191,53 @@ pub fn init_token(
     }
 }
 
-/// A token that an admin worker is logged in to.
+/// A token to which an admin worker is logged in.
 #[derive(Debug)]
 pub struct Admin {
     worker: Mutex<Worker>,
     pid: u32,
     info: TokenInfo,
+    is_login_of_another: bool,
 }
 
 impl Admin {
-    /// Logs in if the record of PINs in the state directory allows it, read-write if keys are to be made. `program` is the binary
-    /// of the worker: that which runs now.
+    /// Logs in if the record of PINs in the state directory allows it. With `write`, the session is read-write, so that
+    /// keys can be made. `program` is the running binary, which also contains the worker. If the settings fit several tokens, the
+    /// token is used that has one of the serial numbers of the registry.
     pub fn open(
         program: &Path,
         settings: &Settings,
         state: &StateDirectory,
         pin: &PinSource,
         write: bool,
+        serials: &[&str],
     ) -> Result<Self, AdminError> {
         let mut worker = Worker::start(program, settings)?;
         let job = Job::Open(OpenToken {
             setup: Some(settings.to_setup(state.path())),
             pin: Some(pin.to_wire()?),
             write,
+            serials: serials.iter().copied().map(str::to_owned).collect(),
         });
         match worker.ask(job, Duration::ZERO)? {
             Outcome::Token(entry) => Ok(Self {
                 pid: worker.child.id(),
                 worker: Mutex::new(worker),
+                is_login_of_another: entry.is_login_of_another,
                 info: listed(entry).info,
             }),
             _ => Err(unexpected()),
         }
     }
 
-    /// The token.
+    /// The token that is open.
     pub fn info(&self) -> &TokenInfo {
         &self.info
+    }
+
+    /// Whether the token answered to the login with `CKR_USER_ALREADY_LOGGED_IN`: another process was first, and the login is its.
+    pub fn is_login_of_another(&self) -> bool {
+        self.is_login_of_another
     }
 
     /// Process id of the worker.
@@ -236,7 +249,8 @@ impl Admin {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says where the objects of keys are. Without that, the objects of a key are looked for as `key generate` makes them.
+    /// Tells the worker the `CKA_ID` of each key's objects. For other keys, the worker looks for objects as `key
+    /// generate` makes them.
     pub fn know<'a>(
         &self,
         keys: impl IntoIterator<Item = (WrappingKeyId, &'a ObjectIds)>,
@@ -263,7 +277,7 @@ impl Admin {
         Ok(())
     }
 
-    /// `CKA_ID` of all RSA private keys on the token.
+    /// Returns the `CKA_ID` of all RSA private keys on the token.
     pub fn key_ids(&self) -> Result<Vec<ObjectId>, AdminError> {
         match self
             .worker()
@@ -278,8 +292,8 @@ impl Admin {
         }
     }
 
-    /// Makes a wrapping key and its integrity key, reads every attribute back and runs a self-test with both. The keys stay on the
-    /// token whatever comes after; nothing is registered here.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. The keys
+    /// stay on the token even if a check fails. This function registers nothing.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         let job = Job::GenerateKey(GenerateKey { modulus_bits });
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
@@ -299,7 +313,7 @@ impl Admin {
         }
     }
 
-    /// Makes a MAC with the integrity key of that id.
+    /// Makes a MAC with the integrity key of this id.
     pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
         let job = Job::Mac(wire::Mac {
             key_id: id.as_bytes().to_vec(),
@@ -311,7 +325,7 @@ impl Admin {
         }
     }
 
-    /// Whether a MAC verifies. The worker finds a key at its first MAC and keeps it.
+    /// Whether a MAC verifies. The worker finds each key once and then keeps its handle.
     pub fn verify(
         &self,
         id: WrappingKeyId,
@@ -329,8 +343,8 @@ impl Admin {
         }
     }
 
-    /// Decrypts in a loop with a number of threads for a number of seconds: what the token can do by itself. Returns the
-    /// number of operations, and how often a thread waited for something else than the CPU.
+    /// Decrypts in a loop with `threads` threads for `seconds` seconds, to measure the token alone. Returns the number
+    /// of operations, and how often a thread waited for something other than the CPU.
     pub fn decrypt_loop(
         &self,
         id: WrappingKeyId,
@@ -350,7 +364,8 @@ impl Admin {
         }
     }
 
-    /// Tries what the token does; with `write` also with keys that stay on the token for a moment. The login ends with it.
+    /// Tests the abilities of the token. With `write`, also makes keys on the token for a short time and removes them.
+    /// The login ends afterwards.
     pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
         let job = Job::MakeReport(MakeReport {
             pin: Some(pin.to_wire()?),
@@ -365,7 +380,7 @@ impl Admin {
 }
 
 fn unexpected() -> AdminError {
-    AdminError::Token("the admin worker sent an unexpected answer".to_owned())
+    AdminError::Token("the admin worker sent an unexpected reply".to_owned())
 }
 
 fn listed(entry: TokenEntry) -> Listed {
@@ -416,7 +431,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     })
 }
 
-/// An admin worker: its process and our end of its socket. It is ended when this is dropped.
+/// An admin worker: its process and the command's end of the socket. Dropping it ends the process.
 #[derive(Debug)]
 struct Worker {
     child: Child,
@@ -425,9 +440,9 @@ struct Worker {
     outbox: Outbox,
     module: PathBuf,
     call_timeout: Duration,
-    /// The function of the module that was called last.
+    /// The function of the module that the worker called last.
     calling: Option<String>,
-    /// Why the worker cannot be asked any more.
+    /// Why the worker can no longer be used.
     lost: Option<String>,
 }
 
@@ -437,7 +452,8 @@ impl Worker {
         let (mut command, stream) =
             process::command(program, settings, WORKER).map_err(AdminError::Start)?;
         let child = command.spawn().map_err(AdminError::Start)?;
-        // The worker's end of the socket is in `command`: without this, the end of the worker would not be seen.
+        // `command` still holds the worker's end of the socket. If it stayed open, the command would not notice the end
+        // of the worker.
         drop(command);
         Ok(Self {
             child,
@@ -451,8 +467,8 @@ impl Worker {
         })
     }
 
-    /// Sends a job and waits for its answer. Each call of the module may take the timeout of the settings, or `least` if that is
-    /// longer.
+    /// Sends a job and waits for its answer. Each call of the module may take the configured timeout, or `least` if
+    /// that is longer.
     fn ask(&mut self, job: Job, least: Duration) -> Result<Outcome, AdminError> {
         if let Some(lost) = &self.lost {
             return Err(AdminError::Token(lost.clone()));
@@ -510,18 +526,18 @@ impl Worker {
         }
     }
 
-    /// What it means that no answer came.
+    /// Explains a missing answer in a message.
     fn explain(&mut self, error: &io::Error, timeout: Duration) -> String {
         let place = process::describe_call(self.calling.as_deref(), &self.module);
         match error.kind() {
             io::ErrorKind::TimedOut => format!(
-                "the PKCS#11 module did not answer within {} s {place}; its process is ended. If the device needs longer, raise \
+                "the PKCS#11 module did not answer within {} s {place}; its process was ended. If the device needs longer, raise \
                  `token.call_timeout_ms`",
                 timeout.as_secs()
             ),
             _ => match self.wait(EXIT_TIMEOUT) {
                 Some(status) => format!(
-                    "the process of the PKCS#11 module {} {place}; the defect is in the module or in what it loads",
+                    "the process of the PKCS#11 module {} {place}; the defect is in the module or in a library that it loads",
                     process::describe_end(status)
                 ),
                 None => format!("the process of the PKCS#11 module failed {place}: {error}"),
@@ -529,7 +545,7 @@ impl Worker {
         }
     }
 
-    /// Waits for the end of the worker, so long at most.
+    /// Waits for the worker to end, for at most `timeout`.
     fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
         let until = Instant::now() + timeout;
         loop {
@@ -545,8 +561,8 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// Lets the worker close its sessions. It ends itself when the module does not let it: SIGKILL in the middle of a login can
-    /// cost SoftHSM its token, and so comes last.
+    /// Lets the worker close its sessions. If the module hangs, the worker ends itself. SIGKILL comes last, because in
+    /// the middle of a login it can damage a SoftHSM token.
     fn drop(&mut self) {
         let _already_closed = self.stream.shutdown(std::net::Shutdown::Write);
         if self.wait(EXIT_TIMEOUT).is_none() {

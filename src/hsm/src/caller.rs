@@ -1,10 +1,11 @@
-//! For whom a job is done.
+//! The caller of a token job.
 
 use std::sync::Arc;
 
 use keybroker_core::call::Deadline;
 
-/// For whom a job is done, and until when its result is of use. Jobs of different principals wait in separate queues.
+/// The caller of a job, and the deadline until which the result is useful. Jobs of different principals wait in
+/// separate queues.
 #[derive(Clone, Debug)]
 pub struct Caller {
     lane: Lane,
@@ -12,7 +13,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// A principal, by its name. Its jobs take turns with those of other principals.
+    /// A principal, identified by its name. Its jobs take turns with those of other principals.
     pub fn principal(name: impl Into<Arc<str>>, deadline: Deadline) -> Self {
         Self {
             lane: Lane::Principal(name.into()),
@@ -20,7 +21,8 @@ impl Caller {
         }
     }
 
-    /// The broker itself, for work that no caller waits for. It has a small share of the token, however many callers wait.
+    /// The broker itself, for work that is not part of a call. Such work gets a small share of the token, no matter how
+    /// many callers wait.
     pub fn background(deadline: Deadline) -> Self {
         Self {
             lane: Lane::Background,
@@ -32,17 +34,17 @@ impl Caller {
         &self.lane
     }
 
-    /// When the result is due.
+    /// The deadline of the result.
     pub fn deadline(&self) -> Deadline {
         self.deadline
     }
 }
 
-/// Jobs that wait in one queue.
+/// Identifies the queue in which a job waits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
-    /// Those of one principal.
+    /// The queue of one principal.
     Principal(Arc<str>),
-    /// Those of the broker itself.
+    /// The queue of the broker itself.
     Background,
 }

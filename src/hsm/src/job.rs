@@ -1,4 +1,4 @@
-//! One job on its way to a token and back.
+//! A token job with its answer.
 
 use std::time::{Duration, Instant};
 
@@ -13,35 +13,36 @@ use crate::{Error, caller::Caller};
 /// Bytes from the token: a MAC, key material, or nothing.
 pub(super) type Output = Zeroizing<Vec<u8>>;
 
-/// A job on its way to a token and back.
+/// A job with everything needed to run it and to answer its caller.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) work: Work,
     pub(super) caller: Caller,
     pub(super) done: oneshot::Sender<Answer>,
     pub(super) queued: Instant,
-    /// How long it waited for a session.
+    /// How long the job waited for a session.
     pub(super) waited: Duration,
-    /// Whether a lost session has sent it back once already.
+    /// Whether the job was already repeated once because of a lost session.
     pub(super) retried: bool,
-    /// Workers that were lost while they held it.
+    /// Number of workers that were lost while they held the job.
     pub(super) losses: u32,
     /// The caller's span, which carries the id of the call into the log lines about this job.
     pub(super) span: Span,
 }
 
 impl Job {
-    /// Answers the caller, unless it has gone. `on_token` is the time of the module.
+    /// Answers the caller, unless the caller has stopped waiting. `on_token` is the time that the
+    /// job spent in the module.
     pub(super) fn answer(self, result: Result<Output, Error>, on_token: Duration) {
         let outside = self.waited + on_token;
         let _gone = self.done.send(Answer { result, outside });
     }
 }
 
-/// What became of a job.
+/// The answer to a job.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) result: Result<Output, Error>,
-    /// Time in the queue and in the module.
+    /// Time that the job spent in the queue and in the module.
     pub(super) outside: Duration,
 }

@@ -1,12 +1,12 @@
-//! The front's side of the token: a [`Token`] that the broker calls, and the [`Supervisor`] behind it.
+//! The front's side of the token: the [`Token`] that the broker calls, and the [`Supervisor`] that implements it.
 //!
-//! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes, which load the
-//! module, log in once and serve a closed set of jobs over a socket pair; it replaces a worker that crashes, hangs or loses
-//! its token. The worker is in crate `pkcs11`, which this crate does not know: what both sides share is in
-//! `worker-protocol`. No mechanism, attribute, handle or return code reaches this crate; a failure is an [`Error`] class
-//! with text for the log.
+//! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes. A worker loads
+//! the module, logs in once and serves a closed set of jobs over a socket pair. [`Supervisor`] replaces a worker that
+//! crashes, hangs or loses its token. The crate `pkcs11` contains the worker, and this crate does not depend on it: the
+//! parts that both sides share are in `worker-protocol`. Mechanisms, attributes, handles and return codes stay in the
+//! worker. This crate sees a failure as an [`Error`] class with a text for the log.
 //!
-//! What is not promised: isolation from an attacker who runs code as the same user as the worker.
+//! Not protected: an attacker who runs code as the user of the worker is not isolated from it.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -32,10 +32,11 @@ pub use caller::Caller;
 pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
 pub use supervisor::{StartupError, Supervisor};
 
-/// What the broker asks of a token. The RSA key is used by [`Token::unwrap`] alone, after the MAC has verified.
+/// The operations of a token that the broker needs. Only [`Token::unwrap`] uses the RSA key, after the MAC has
+/// verified.
 #[async_trait]
 pub trait Token: Send + Sync + fmt::Debug + 'static {
-    /// Wraps key material: the public key in software, the MAC on the token.
+    /// Wraps key material. The public-key operation runs in software, the MAC is made on the token.
     async fn wrap(
         &self,
         key: WrappingKeyId,
@@ -44,7 +45,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Verifies the MAC over context and wrapped bytes, and only then decrypts: one job on the token.
+    /// Verifies the MAC over context and wrapped bytes, then decrypts. Both steps are one job on the token.
     async fn unwrap(
         &self,
         envelope: &Envelope,
@@ -52,7 +53,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
 
-    /// Verifies the MAC of the old context and makes one for the new. The RSA key is not used.
+    /// Verifies the MAC for the old context and makes a MAC for the new one. The RSA key is not used.
     async fn rebind(
         &self,
         envelope: &Envelope,
@@ -61,7 +62,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Makes a MAC with the integrity key of that id.
+    /// Makes a MAC with the integrity key of this id.
     async fn mac(
         &self,
         key: WrappingKeyId,
@@ -69,7 +70,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Mac, Error>;
 
-    /// Verifies a MAC on the token. [`Error::MacRefused`] when it does not.
+    /// Verifies a MAC on the token. Returns [`Error::MacRefused`] if the MAC is wrong.
     async fn verify_mac(
         &self,
         key: WrappingKeyId,
@@ -78,27 +79,27 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<(), Error>;
 
-    /// [`Error::QueueFull`] when any job of this caller is certain to be refused. For refusals that cost little: before policy and
-    /// store are asked.
+    /// Returns [`Error::QueueFull`] if any job of this caller would certainly be refused. The broker asks this before
+    /// policy and store, so that a refusal costs little.
     fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
 
-    /// The state as last seen; never waits for the token.
+    /// The last known state. Never waits for the token.
     fn state(&self) -> TokenState;
 }
 
-/// What is known of the token and its workers.
+/// The last known state of the token and its workers.
 #[derive(Clone, Debug)]
 pub struct TokenState {
-    /// Whether it serves.
+    /// Whether the token serves.
     pub serving: Serving,
-    /// What an administrator must know although it serves, such as a latched PIN. The last worker that is lost then ends
-    /// the service.
+    /// A problem that an administrator must know although the token still serves, such as a latched PIN. When the last
+    /// worker is lost, this problem ends the service.
     pub note: Option<String>,
-    /// The token information; absent until a worker was ready once.
+    /// The token information. Absent until the first worker is ready.
     pub info: Option<TokenInfo>,
-    /// Keys found on the token by the last worker that became ready.
+    /// The keys that the last started worker found on the token.
     pub keys: Arc<[TokenKey]>,
-    /// The workers now alive.
+    /// The running workers.
     pub workers: Vec<WorkerInfo>,
     /// Jobs waiting in the queue.
     pub queue_length: usize,
@@ -109,27 +110,28 @@ pub struct TokenState {
 /// Whether the token serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
-    /// At least one worker is ready and its self-test passes, or one was lost less than five seconds ago and the next is due:
-    /// calls wait for it within their deadlines.
+    /// At least one worker is ready and its self-test passes. Also the state for up to five seconds after the last
+    /// worker was lost, while the next one starts: calls wait for it within their deadlines.
     Up,
-    /// No worker is ready; the supervisor keeps trying. With the cause, for the log and administrators.
+    /// No worker is ready, and the supervisor keeps starting one. Contains the cause, for the log and for
+    /// administrators.
     Down(String),
-    /// Attributes, self-test, keys or PIN are wrong. With the cause.
+    /// Attributes, self-test, keys or PIN are wrong. Contains the cause.
     Untrusted(String),
 }
 
 /// A wrapping key as found on the token and accepted by the attribute check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenKey {
-    /// Its id.
+    /// The id of the key.
     pub id: WrappingKeyId,
-    /// Of the public key below.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// Computed from modulus and exponent of the private object, DER SubjectPublicKeyInfo.
+    /// The public key as DER SubjectPublicKeyInfo, computed from modulus and exponent of the private key object.
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: u32,
-    /// What the capability probe chose for this token.
+    /// The algorithm that the capability probe chose for this token.
     pub algorithm: Algorithm,
 }
 
@@ -138,38 +140,40 @@ pub struct TokenKey {
 pub struct WorkerInfo {
     /// Process id.
     pub pid: u32,
-    /// Session threads.
+    /// Number of session threads.
     pub sessions: usize,
-    /// Jobs it holds now.
+    /// Number of jobs that the worker holds now.
     pub jobs_in_flight: usize,
-    /// Grows by one with each worker started.
+    /// A number that grows by one with each started worker.
     pub generation: u64,
 }
 
-/// Class of a token failure: what its caller can act on. Return codes end here.
+/// The class of a token failure, as far as its caller can react to it. PKCS#11 return codes do not go beyond the
+/// worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// A MAC does not verify: the bytes are not what was stored for that context.
+    /// A MAC does not verify: the bytes differ from those that were stored for this context.
     #[error("the MAC does not verify")]
     MacRefused,
-    /// The MAC verified, the RSA operation failed and the self-test passes: the wrapped bytes were damaged before the MAC.
-    #[error("unwrap failed after a good MAC while the self-test passes: {0}")]
+    /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged
+    /// when the MAC was made.
+    #[error("unwrap failed although the MAC verified and the self-test passes: {0}")]
     Damaged(String),
-    /// The deadline passed before a token call began, or before its result came.
+    /// The deadline passed before a token call began, or before its result arrived.
     #[error("deadline passed before the token answered")]
     Deadline,
-    /// The token has more work than it can do before the deadline, or the queue is full.
-    #[error("the token has more work than it can do in time")]
+    /// The token cannot do the work before the deadline, or the queue is full.
+    #[error("the token cannot do the work in time")]
     QueueFull {
-        /// When to come again, at random within a range.
+        /// The delay before a retry, random within a range.
         retry_after: Duration,
     },
     /// The token is unavailable.
     #[error("token unavailable: {cause}")]
     Down {
-        /// Why, for the log.
+        /// The cause, for the log.
         cause: String,
-        /// When a worker is expected to be ready.
+        /// The time until a worker is expected to be ready.
         retry_after: Duration,
     },
     /// The token must not be used.
@@ -193,7 +197,7 @@ impl From<Error> for error::Error {
                 Self::new(Reason::TokenDown, detail).retry_after(retry_after)
             }
             Error::Untrusted(_) => Self::new(Reason::TokenUntrusted, detail),
-            // The registry and the token disagree: only an operator can repair that.
+            // The registry and the token disagree, and only an operator can repair that.
             Error::UnknownKey(_) => Self::new(Reason::TokenUntrusted, detail),
         }
     }

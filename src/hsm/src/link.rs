@@ -1,4 +1,4 @@
-//! The front's end of one worker: its process, its socket and the jobs it holds.
+//! The front's end of one worker: its process, its socket and the jobs that it holds.
 
 use std::{
     collections::HashMap,
@@ -27,28 +27,28 @@ use keybroker_worker_protocol::{
 
 use crate::{job::Job, process};
 
-/// A worker hangs if it has not answered a job this long after its deadline.
+/// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
 
-/// One worker as the front sees it.
+/// One worker, seen from the front.
 pub(super) struct Link {
     generation: u64,
     pid: u32,
     sessions: usize,
     stream: UnixStream,
-    /// Number of jobs in `held`, without self-tests: read without the lock.
+    /// Number of jobs in `held` except self-tests. Can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
     flush: Notify,
-    /// Cancelled when the worker must end now, with the cause in `State`.
+    /// Cancelled when the worker must end now. `State` then holds the cause.
     ended: CancellationToken,
 }
 
 #[derive(Default)]
 struct State {
     held: HashMap<u64, Job>,
-    /// Bytes that the socket did not take at once.
+    /// Bytes that did not fit into the socket yet.
     unsent: Outbox,
     cause: Option<String>,
 }
@@ -62,12 +62,13 @@ impl fmt::Debug for Link {
     }
 }
 
-/// Starts a worker process and returns it with our end of its socket.
+/// Starts a worker process. Returns it with the front's end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
     let (command, ours) = process::command(program, settings, "token-worker")?;
     ours.set_nonblocking(true)?;
     let child = Command::from(command)
-        // Never killed for being dropped: it may be inside `C_Login`, where SIGKILL can cost SoftHSM its token.
+        // Dropping the handle must not kill the process: it may be inside `C_Login`, where SIGKILL can damage a SoftHSM
+        // token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
 }
@@ -111,8 +112,8 @@ impl Link {
         self.in_flight() < self.sessions && !self.ended.is_cancelled()
     }
 
-    /// Sends a job. The caller of the queue does this itself, without another task in between: the socket has room for
-    /// many times what a worker may hold.
+    /// Sends a job directly, without another task in between. The socket buffer has room for many times the jobs that a
+    /// worker may hold.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         if !job.work.is_self_test() {
@@ -147,7 +148,7 @@ impl Link {
         }
     }
 
-    /// Sends what the socket did not take at once. Runs until the worker ends.
+    /// Sends bytes that did not fit into the socket. Runs until the worker ends.
     pub(super) async fn keep_flushing(&self) {
         loop {
             self.flush.notified().await;
@@ -160,7 +161,8 @@ impl Link {
         }
     }
 
-    /// Reads replies and hands each to `take` with its job, until the socket ends or carries garbage; says why.
+    /// Reads replies and passes each to `take` with its job. Ends when the socket ends or a reply is invalid, and
+    /// returns the reason.
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
@@ -168,7 +170,7 @@ impl Link {
                 return format!("its socket failed: {error}");
             }
             match self.stream.try_read(inbox.room()) {
-                Ok(0) => return "it ended".to_owned(),
+                Ok(0) => return "its process ended".to_owned(),
                 Ok(count) => inbox.received(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("its socket failed: {error}"),
@@ -182,7 +184,7 @@ impl Link {
                         take(job, reply);
                     }
                     Ok(None) => break,
-                    Err(error) => return format!("it sent garbage: {error}"),
+                    Err(error) => return format!("it sent an invalid message: {error}"),
                 }
             }
         }
@@ -196,19 +198,20 @@ impl Link {
         Some(job)
     }
 
-    /// Marks the worker as lost; its worker monitor ends it.
+    /// Marks the worker as lost. Its worker monitor then ends it.
     pub(super) fn give_up(&self, cause: impl Into<String>) {
         self.state().cause.get_or_insert(cause.into());
         self.ended.cancel();
     }
 
-    /// Resolves when the worker must end.
+    /// Waits until the worker must end. Returns the cause.
     pub(super) async fn given_up(&self) -> String {
         self.ended.cancelled().await;
         self.state().cause.clone().unwrap_or_default()
     }
 
-    /// Whether a job is long past its deadline: its caller has had an answer, but the thread that holds it is stuck.
+    /// Whether the worker holds a job that is long past its deadline. The caller of that job already has an answer, but
+    /// the thread that runs it hangs.
     pub(super) fn is_wedged(&self) -> bool {
         let now = Instant::now();
         self.state()
@@ -217,38 +220,39 @@ impl Link {
             .any(|job| job.caller.deadline().instant() + WEDGED_AFTER < now)
     }
 
-    /// Removes and returns every job that it holds.
+    /// Removes and returns all jobs that the worker holds.
     pub(super) fn take_jobs(&self) -> Vec<Job> {
         self.busy.store(0, Ordering::Relaxed);
         self.state().held.drain().map(|(_, job)| job).collect()
     }
 
-    /// Ends our half of the socket: the worker finishes what it holds and goes.
+    /// Closes the sending half of the socket. The worker then finishes its jobs and ends.
     pub(super) fn close(&self) {
         close(&self.stream);
     }
 }
 
-/// Ends our half of a worker's socket.
+/// Closes the sending half of a worker's socket.
 pub(super) fn close(stream: &UnixStream) {
     if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Write) {
-        tracing::debug!(%error, "worker socket was closed already");
+        tracing::debug!(%error, "the worker's socket was already closed");
     }
 }
 
-/// Waits for a worker to end by itself, else kills it; either way it is reaped. Returns how it ended, if it did so by itself.
+/// Waits for a worker to end, or kills it after the timeout, and reaps it. Returns the exit status of a worker that was
+/// not killed.
 pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStatus> {
     if let Ok(ended) = tokio::time::timeout(timeout, child.wait()).await {
         return ended.ok();
     }
     if let Err(error) = child.kill().await {
-        tracing::error!(%error, "a token worker could not be killed");
+        tracing::error!(%error, "cannot kill a token worker");
     }
     None
 }
 
-/// Sends one message and reads its reply, before the worker serves: the setup. `calling` is set to the function of the module
-/// that the worker calls meanwhile.
+/// Sends the setup and reads the reply, before the worker serves jobs. In the meantime `calling` is set to each
+/// function of the module that the worker calls.
 pub(super) async fn exchange(
     stream: &UnixStream,
     request: &Request,

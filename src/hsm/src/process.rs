@@ -1,4 +1,4 @@
-//! The process of a worker: how it is started, and what its end says.
+//! Starting a worker process, and describing how it ended.
 
 use std::{
     io,
@@ -15,10 +15,10 @@ use std::{
 
 use keybroker_worker_protocol::Settings;
 
-/// Prepares a worker process; `worker` is its hidden command. Returns it with our end of its socket, which is the worker's
-/// standard input.
+/// Prepares a worker process. `worker` is the hidden command that runs it. Returns the command with the front's end of
+/// the socket; the worker's end is its standard input.
 ///
-/// The environment is `[token.environment]` and nothing else, for workers of `serve` and of commands alike.
+/// The environment contains exactly `[token.environment]`, for the workers of `serve` as well as for those of commands.
 pub(crate) fn command(
     program: &Path,
     settings: &Settings,
@@ -33,12 +33,12 @@ pub(crate) fn command(
         .envs(&settings.environment)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        // A separate group, so that Ctrl-C at a terminal reaches the front alone.
+        // A separate process group, so that Ctrl-C at a terminal reaches only the front.
         .process_group(0);
     Ok((command, ours))
 }
 
-/// Names of the signals that end a process whose library has a defect, or that others send.
+/// The signals that usually end a process: those of defects, and those that people and the kernel send.
 const SIGNALS: [(i32, &str); 10] = [
     (3, "SIGQUIT"),
     (4, "SIGILL"),
@@ -52,7 +52,7 @@ const SIGNALS: [(i32, &str); 10] = [
     (31, "SIGSYS"),
 ];
 
-/// How a process ended, for a message.
+/// Describes in a message how a process ended.
 pub(crate) fn describe_end(status: ExitStatus) -> String {
     let Some(signal) = status.signal() else {
         return match status.code() {
@@ -66,7 +66,7 @@ pub(crate) fn describe_end(status: ExitStatus) -> String {
     }
 }
 
-/// Where the module was: the function that the worker called last, if it reported one.
+/// Describes where the module was: in the function that the worker called last, if it reported one.
 pub(crate) fn describe_call(calling: Option<&str>, module: &Path) -> String {
     match calling {
         Some("dlopen") => format!("while it loaded {}", module.display()),

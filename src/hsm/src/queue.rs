@@ -1,8 +1,8 @@
-//! Jobs waiting for a session, and the workers that take them: one bounded queue in the front, where fairness and waiting
-//! time are known. A worker holds at most one job per session thread.
+//! The queue of jobs that wait for a session, and the workers that take them. It is one bounded queue in the front,
+//! which knows fairness and waiting times. A worker holds at most one job per session thread.
 //!
-//! A job that cannot be done in time is refused when it arrives, so that the token works only on jobs whose callers still wait.
-//! Principals take turns ([`backlogs`]); the time of a job is estimated for each key ([`estimate`]).
+//! A job that cannot be done in time is refused when it arrives, so that the token works only for callers who still
+//! wait. Principals take turns ([`backlogs`]). The duration of a job is estimated for each key ([`estimate`]).
 //!
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
@@ -29,16 +29,16 @@ use estimate::{Estimate, Estimates, Kind};
 mod backlogs;
 mod estimate;
 
-/// Least delay of a retry hint.
+/// The shortest delay of a retry hint.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// What a call still needs once the token has answered: the audit entry on disk, and the way to the caller. A part of the time
-/// that is left, and at most so much.
+/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. It is this
+/// part of the remaining time, but at most `ANSWER_MAX`.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
-/// A full queue is searched for abandoned jobs at most this often: a refusal stays cheap.
+/// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The queue, and the workers it feeds.
+/// The queue and its workers.
 #[derive(Debug)]
 pub(super) struct Queue {
     state: Mutex<State>,
@@ -84,7 +84,8 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a job in, and hands it to a free session at once if there is one. Refuses a job that cannot be done in time.
+    /// Adds a job, and gives it to a free session immediately if there is one. Refuses a job that cannot be done in
+    /// time.
     pub(super) fn push(&self, job: Job) -> Result<(), Error> {
         let now = Instant::now();
         let mut state = self.state();
@@ -99,14 +100,16 @@ impl Queue {
         Ok(())
     }
 
-    /// Whether a job of this caller is certain to be refused, whatever its key. Costs no more than a look at the queue.
+    /// Refuses a caller whose jobs would certainly be refused, whatever their key. Looks only at the queue, so it is
+    /// cheap.
     pub(super) fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
         let state = self.state();
         let least = state.estimates.least();
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 
-    /// Takes back a job whose session or worker was lost: it is the next of its principal, since it waited its turn before.
+    /// Adds a job again whose session or worker was lost. It becomes the next job of its principal, because it already
+    /// waited for its turn.
     pub(super) fn push_again(&self, job: Job) {
         let mut state = self.state();
         let cost = state.estimates.of(Kind::of(&job.work)).mean;
@@ -115,12 +118,12 @@ impl Queue {
         state.dispatch();
     }
 
-    /// Hands waiting jobs to free sessions.
+    /// Gives waiting jobs to free sessions.
     pub(super) fn dispatch(&self) {
         self.state().dispatch();
     }
 
-    /// Takes note of a job's time in the module.
+    /// Records the time that a job spent in the module.
     pub(super) fn served(&self, job: &Job, spent: Duration) {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, spent);
@@ -133,7 +136,7 @@ impl Queue {
         state.dispatch();
     }
 
-    /// Whether it was there.
+    /// Removes a worker. Returns whether the queue had it.
     pub(super) fn remove(&self, generation: u64) -> bool {
         let links = &mut self.state().links;
         let before = links.len();
@@ -153,7 +156,7 @@ impl Queue {
         self.state().waiting.len()
     }
 
-    /// Answers every waiting job with the same error.
+    /// Answers every waiting job with this error.
     pub(super) fn fail_all(&self, error: &Error) {
         let waiting = self.state().waiting.take_all();
         for job in waiting {
@@ -166,7 +169,7 @@ impl State {
     fn dispatch(&mut self) {
         let quantum = self.estimates.most();
         while !self.waiting.is_empty() {
-            // The emptiest worker first, so that no process idles while another has two jobs.
+            // Prefers the worker with the fewest jobs, so that no process is idle while another has two jobs.
             let Some(link) = self
                 .links
                 .iter()
@@ -190,7 +193,7 @@ impl State {
                 continue;
             }
             job.waited = now.saturating_duration_since(job.queued);
-            // The first job after the wait for a free session shows how long the token takes now, so it is always tried.
+            // The only waiting job is always tried, because its time shows how long the token takes now.
             let mean = self.estimates.of(Kind::of(&job.work)).mean;
             if left < mean && !self.waiting.is_empty() {
                 self.waiting.note(job.caller.lane(), Served::Late);
@@ -204,8 +207,8 @@ impl State {
         }
     }
 
-    /// Refuses a job that would be too late with the queue as it is. A job that a free session takes at once is always
-    /// accepted: it shows how long the token takes now.
+    /// Refuses a job that would be too late with the current queue. A job that a free session takes immediately is
+    /// always accepted, because its time shows how long the token takes now.
     fn check_in_time(
         &self,
         lane: &Lane,
@@ -219,7 +222,8 @@ impl State {
         if deadline.remaining().is_zero() {
             return Err(Error::Deadline);
         }
-        // Without a worker nothing is known; the next one is due. Background work has its share whatever else waits.
+        // Without a worker, nothing is known about the token, and a replacement is starting. Background work has a
+        // fixed share, so it is not refused.
         if sessions == 0
             || *lane == Lane::Background
             || (busy < sessions && self.waiting.is_empty())
@@ -228,12 +232,12 @@ impl State {
         }
         let [sessions, busy] =
             [sessions, busy].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
-        // On average, half of each job that a session has in its hands is still to be done.
+        // On average, half of each running job is still to be done.
         let under_way = job.mean * busy / 2;
         let left = deadline.instant().saturating_duration_since(now);
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
         let wait_for = |work: Duration| self.waiting.cautious(lane, (work + under_way) / sessions);
-        // Most calls are in time even behind all others, which is known without a look at each lane.
+        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
         if wait_for(self.waiting.work()) + needed <= left {
             return Ok(());
         }
@@ -245,8 +249,8 @@ impl State {
         }
     }
 
-    /// Makes room in a full queue: for abandoned jobs, then for the newest job of the lane that
-    /// fills it.
+    /// Makes room in a full queue. Removes abandoned and expired jobs, or else the newest job of the lane with the most
+    /// work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched
@@ -279,7 +283,8 @@ impl State {
     }
 }
 
-/// With a retry hint from which callers that were refused together do not return together.
+/// An error with a retry hint. The hint is random within a range, so that callers that were refused together do not
+/// return together.
 fn refusal(wait: Duration) -> Error {
     let wait = wait.max(RETRY_MIN);
     Error::QueueFull {

@@ -1,4 +1,4 @@
-//! Starting one worker: process, setup, and a comparison of what it found on the token with what must be there.
+//! Starting one worker: its process, its setup, and the comparison of the keys on the token with the expected ones.
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
@@ -15,12 +15,12 @@ use keybroker_worker_protocol::{
 
 use crate::{TokenKey, link, process};
 
-/// How long a worker may take: login, attribute check and self-test on a slow device.
+/// Longest time for a worker to become ready: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a worker may take to end by itself once its socket is closed.
+/// Longest time for a worker to end after its socket was closed.
 pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// A worker that is ready.
+/// A worker that is ready for jobs.
 pub(super) struct Started {
     pub(super) child: Child,
     pub(super) stream: UnixStream,
@@ -28,7 +28,7 @@ pub(super) struct Started {
     pub(super) found: Found,
 }
 
-/// What a worker found on the token.
+/// The token and keys that a worker found.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) info: TokenInfo,
@@ -37,39 +37,40 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Whether a worker was ready yet.
+    /// Whether this is the result of a worker rather than the initial value.
     pub(super) fn known(&self) -> bool {
         !self.info.serial.is_empty() || !self.info.label.is_empty()
     }
 }
 
-/// Why a worker did not become ready.
+/// The failure of a worker to become ready.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    /// What the worker said; absent when it did not get so far.
+    /// The class that the worker reported; absent when the worker failed before it could report.
     pub(super) class: Option<FailureClass>,
     pub(super) detail: String,
 }
 
-/// Why a worker did not become ready.
+/// The reason why a worker did not become ready, as the state machine distinguishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started: it is no evidence about the token.
+    /// The process ended, hung or could not be started. This says nothing about the token.
     Crashed,
-    /// The token has no session free.
+    /// The token has no free session.
     Busy,
-    /// The token is unavailable, or the configuration does not fit.
+    /// The token is unavailable, or the configuration does not match it.
     Unavailable,
     /// A login failed with a code that does not concern the PIN.
     Login,
-    /// The PIN was rejected, cannot be read, or must not be shown to the token.
+    /// The PIN was rejected or cannot be read, or the token must not be given the PIN again.
     Pin,
     /// A key, an attribute or a self-test is wrong.
     Untrusted,
 }
 
 impl NotReady {
-    /// `first` for the first attempt of the process: a key that was there once is unavailable together with its token.
+    /// Classifies a failure. `first` is true for the first attempt of this process: a key that is missing later, after
+    /// it was found once, means that the token is unavailable.
     pub(crate) fn of(class: FailureClass, first: bool) -> Self {
         match class {
             FailureClass::BackOff => Self::Busy,
@@ -90,7 +91,7 @@ impl Failure {
         }
     }
 
-    /// The process did not say anything of the token.
+    /// A failure about which the worker reported nothing.
     fn crashed(detail: impl Into<String>) -> Self {
         Self {
             class: None,
@@ -98,16 +99,16 @@ impl Failure {
         }
     }
 
-    /// For the machine. `first` for the first attempt of this process.
+    /// The reason for the state machine. `first` is true for the first attempt of this process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
     }
 }
 
-/// Starts a worker and waits until it is ready. One that does not get there, or is not wanted any more because the broker
-/// stops, is told to end, and is gone when this returns. It is not killed before it had time to: it may be in the middle
-/// of its login.
+/// Starts a worker and waits until it is ready. If the worker fails, or the broker stops meanwhile, the worker is told
+/// to end, and it has ended when this function returns. It gets time to end before it is killed, because it may be in
+/// the middle of its login.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
@@ -135,7 +136,8 @@ pub(super) async fn worker(
         Err(mut failure) => {
             link::close(&stream);
             let ended = link::reap(child, EXIT_TIMEOUT).await;
-            // The worker said nothing itself: its end, and the function that it called last, say more.
+            // The worker reported no failure, so its exit status and the function that it called last are the best
+            // explanation.
             if failure.class.is_none() && !stop.is_cancelled() {
                 let place = process::describe_call(calling.as_deref(), &settings.module);
                 let end =
@@ -147,7 +149,7 @@ pub(super) async fn worker(
     }
 }
 
-/// Sends the setup and waits for what the worker finds.
+/// Sends the setup and waits for the worker's report.
 async fn ready(
     stream: &UnixStream,
     setup: Setup,
@@ -162,7 +164,9 @@ async fn ready(
     let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request, calling))
         .await
         .map_err(|_| {
-            Failure::crashed("the token worker was not ready within 30 s, the PKCS#11 module hangs")
+            Failure::crashed(
+                "the token worker was not ready within 30 s because the PKCS#11 module hangs",
+            )
         })?
         .map_err(|error| {
             Failure::crashed(format!(
@@ -194,7 +198,7 @@ fn setup(
     }
     check_environment(&settings.environment)
         .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
-    // Resolved here, because the worker has no environment.
+    // The path is resolved here, because the worker does not have the front's environment.
     let pin_file = settings
         .pin_file
         .as_deref()
@@ -220,18 +224,19 @@ fn setup(
     })
 }
 
-/// Compares what a worker found with what must be on the token.
+/// Compares the keys that a worker found with those that must be on the token.
 fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     let untrusted = |what: String| Failure::new(FailureClass::Untrusted, what);
     let mut keys = Vec::new();
     let mut wrap = HashMap::new();
     for key in ready.keys {
-        let id = WrappingKeyId::from_slice(&key.id)
-            .ok_or_else(|| untrusted("a key id of another length".to_owned()))?;
+        let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {
+            untrusted("the worker reported a key id that does not have 16 bytes".to_owned())
+        })?;
         let algorithm = u8::try_from(key.algorithm)
             .ok()
             .and_then(Algorithm::from_number)
-            .ok_or_else(|| untrusted("an unknown algorithm".to_owned()))?;
+            .ok_or_else(|| untrusted("the worker reported an unknown algorithm".to_owned()))?;
         let public =
             WrapKey::new(&key.spki, algorithm).map_err(|error| untrusted(error.to_string()))?;
         keys.push(TokenKey {
@@ -250,7 +255,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         });
     if !same {
         return Err(untrusted(
-            "the worker found other keys than asked for".to_owned(),
+            "the worker did not find exactly the expected keys".to_owned(),
         ));
     }
     Ok(Found {

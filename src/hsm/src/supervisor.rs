@@ -1,5 +1,6 @@
-//! Keeps the workers alive: starts them one after another, runs a self-test on each every second, and replaces one that
-//! crashes, hangs or loses its token. What is done when is decided by [`machine::Machine`]; here it is carried out.
+//! Keeps the workers running: starts them one after another, runs a self-test on each every second, and replaces a
+//! worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module carries
+//! it out.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -46,12 +47,12 @@ const TICK: Duration = Duration::from_millis(250);
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
-/// Why the first start failed, when waiting cannot help.
+/// The reason why the first start failed, if waiting cannot help.
 #[derive(Clone, Debug)]
 pub struct StartupError {
-    /// What, what it means, what to do.
+    /// What happened, what it means and what to do.
     pub message: String,
-    /// Whether a key or an attribute is wrong, rather than the configuration.
+    /// Whether a key or an attribute is wrong. Otherwise the configuration is wrong.
     pub untrusted: bool,
 }
 
@@ -63,12 +64,12 @@ pub struct Supervisor {
     program: PathBuf,
     state: StateDirectory,
     queue: Queue,
-    /// Keys and token as the last worker found them.
+    /// The keys and the token as the last started worker found them.
     found: ArcSwap<start::Found>,
     serving: watch::Sender<Serving>,
-    /// Held while the workers in the queue, or `serving`, change: the one follows from the other.
+    /// Held while the workers in the queue or `serving` change, because each depends on the other.
     machine: Mutex<Decider>,
-    /// The machine wants a worker started.
+    /// Notified when the machine wants a worker to be started.
     start: Notify,
     settled: watch::Sender<bool>,
     startup_error: Mutex<Option<StartupError>>,
@@ -78,7 +79,7 @@ pub struct Supervisor {
     tasks: TaskTracker,
 }
 
-/// The machine with its clock.
+/// The machine with its clock and its alerts.
 #[derive(Debug)]
 struct Decider {
     machine: Machine,
@@ -87,7 +88,7 @@ struct Decider {
 }
 
 impl Decider {
-    /// With the time after which a worker is expected.
+    /// The error for callers while the token is unavailable, with the time until a worker is expected.
     fn down(&self, cause: &str) -> Error {
         Error::Down {
             cause: cause.to_owned(),
@@ -95,7 +96,7 @@ impl Decider {
         }
     }
 
-    /// What callers get in this state; absent when they are served.
+    /// The error that callers get in this state; `None` when they are served.
     fn refusal(&self, serving: &Serving) -> Option<Error> {
         match serving {
             Serving::Up => None,
@@ -106,7 +107,8 @@ impl Decider {
 }
 
 impl Supervisor {
-    /// Starts in the background, on the current runtime, and returns at once. The keys are those that must be on the token.
+    /// Starts in the background on the current runtime and returns immediately. `keys` are the keys that must be on the
+    /// token.
     pub fn start(
         settings: Settings,
         keys: Vec<ExpectedKey>,
@@ -148,16 +150,16 @@ impl Supervisor {
         })
     }
 
-    /// Resolves when the first attempt has ended, with what it ended in.
+    /// Waits until the first attempt to start the workers has ended. Returns the state that it led to.
     pub async fn settled(&self) -> Serving {
         let mut settled = self.settled.subscribe();
-        // The sender is ours, so the wait cannot fail.
+        // This object holds the sender, so the wait cannot fail.
         let waited = settled.wait_for(|settled| *settled).await.is_ok();
         debug_assert!(waited);
         self.serving.borrow().clone()
     }
 
-    /// Why the first attempt failed, when only an administrator can repair it.
+    /// Why the first attempt failed, if only an administrator can repair it.
     pub fn startup_error(&self) -> Option<StartupError> {
         self.startup_error
             .lock()
@@ -165,14 +167,14 @@ impl Supervisor {
             .clone()
     }
 
-    /// Takes no more jobs, lets those under way end, closes the sockets and waits for the workers.
+    /// Accepts no more jobs, lets running jobs finish, closes the sockets and waits for the workers to end.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
         {
             let mut decider = self.decider();
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!("no more token jobs");
+            tracing::info!("accepting no more token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }
@@ -186,7 +188,7 @@ impl Supervisor {
             .await
             .is_err()
         {
-            tracing::warn!("jobs still on the token at the end of the drain");
+            tracing::warn!("token jobs are still running at the end of the drain");
         }
         self.stop.cancel();
         self.tasks.close();
@@ -198,7 +200,8 @@ impl Supervisor {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                // In a separate task, so that time goes on for those who wait. The machine has one start under way at a time.
+                // Runs in a separate task, so that this loop keeps ticking meanwhile. The machine requests only one
+                // start at a time.
                 () = self.start.notified() => {
                     let start = Arc::clone(&self).start_worker();
                     self.tasks.spawn(start);
@@ -211,7 +214,7 @@ impl Supervisor {
         }
     }
 
-    /// Starts one worker and hands it to the queue, unless the broker stops meanwhile.
+    /// Starts one worker and adds it to the queue, unless the broker stops meanwhile.
     async fn start_worker(self: Arc<Self>) {
         let started = start::worker(
             &self.program,
@@ -227,7 +230,8 @@ impl Supervisor {
             Err(failure) => self.note_failed_start(failure),
         }
         self.publish_metrics();
-        // One worker serves, even when the next does not start: a token may allow fewer than the configuration asks for.
+        // The token serves with one worker, even if the next one does not start: a token may allow fewer sessions than
+        // configured.
         if failed || self.decider().machine.is_full() {
             self.settled.send_replace(true);
         }
@@ -273,14 +277,14 @@ impl Supervisor {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in a worker that is ready.
+    /// Adds a ready worker to the queue.
     fn admit(&self, link: &Arc<Link>) {
         let mut decider = self.decider();
         self.queue.add(Arc::clone(link));
         self.apply(&mut decider, Event::Ready);
     }
 
-    /// Gives a worker no more jobs. The first cause counts.
+    /// Gives a worker no more jobs. Only the first cause is reported.
     fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
@@ -288,7 +292,7 @@ impl Supervisor {
         }
     }
 
-    /// Carries out what the machine decides.
+    /// Carries out the machine's decisions.
     fn apply(&self, decider: &mut Decider, event: Event) {
         let now = decider.epoch.elapsed();
         for action in decider.machine.on(now, event) {
@@ -323,8 +327,8 @@ impl Supervisor {
         self.decider().down(cause)
     }
 
-    /// Takes back the jobs of a worker that was lost, for the next one. None of them changes anything on the token. A job that
-    /// was lost with so many workers before may be what ends them, and fails.
+    /// Queues the jobs of a lost worker again, for another worker. This is safe because a job changes nothing on the
+    /// token. A job that was already lost with `losses_max` workers may be the reason for the losses, and fails.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());
@@ -375,8 +379,8 @@ impl Supervisor {
             let latched = decider.machine.latched();
             let due = decider.machine.due();
             latched
-                .map(|cause| format!("no further worker can log in: {cause}"))
-                .or_else(|| due.map(|cause| format!("a worker is due: {cause}")))
+                .map(|cause| format!("no other worker can log in: {cause}"))
+                .or_else(|| due.map(|cause| format!("a worker is being replaced: {cause}")))
         };
         TokenState {
             serving: self.serving.borrow().clone(),

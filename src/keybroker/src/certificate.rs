@@ -1,6 +1,6 @@
-//! The facts of a certificate for messages: its names, its purposes and its end.
+//! Reads facts of a certificate for messages: its names, its purposes and its validity.
 //!
-//! Nothing here decides whether a peer is accepted. That is the work of the TLS library.
+//! The TLS library decides whether a peer is accepted; this module has no part in the decision.
 
 use std::net::IpAddr;
 
@@ -14,18 +14,19 @@ use keybroker_core::call::Timestamp;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// Days before its end at which a certificate that lives for a year or longer is worth a warning.
+/// Longest time before the end of a certificate at which a warning begins, in days.
 const WARN_DAYS_MAX: i64 = 30;
-/// Others are worth one when this part of their life is left. Automatic renewal takes place at a third or a half.
+/// The warning begins when a fifth of the validity remains, if this time is shorter. Automatic renewal usually takes
+/// place when a third or a half remains.
 const WARN_PART: i64 = 5;
 
 /// Why a certificate cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It is no X.509 certificate.
+    /// The data is not an X.509 certificate.
     #[error("the certificate does not parse")]
     Certificate(#[source] x509_parser::nom::Err<X509Error>),
-    /// One of its extensions is malformed, or there twice.
+    /// An extension is malformed or present twice.
     #[error("an extension of the certificate does not parse")]
     Extension(#[source] X509Error),
 }
@@ -33,49 +34,49 @@ pub(crate) enum Error {
 /// The facts of a certificate.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
-    /// Distinguished name.
+    /// Distinguished name of the subject.
     pub(crate) subject: String,
-    /// Whether it names itself as its issuer.
+    /// Whether subject and issuer are equal.
     pub(crate) is_self_issued: bool,
-    /// Whether it may issue certificates; absent when it is too old to say (X.509 version 1).
+    /// Whether the certificate is a CA; `None` for X.509 version 1, which has no such field.
     pub(crate) is_authority: Option<bool>,
-    /// Subject alternative names that TLS clients look at: DNS names and IP addresses.
+    /// Subject alternative names that TLS clients compare: DNS names and IP addresses.
     pub(crate) hosts: Vec<String>,
-    /// What it may be used for by its `keyUsage` and `extendedKeyUsage`.
+    /// Uses that `keyUsage` and `extendedKeyUsage` allow.
     usages: Vec<Usage>,
-    /// When its life begins and ends.
+    /// The validity of the certificate.
     pub(crate) life: Life,
 }
 
-/// What a certificate may be used for.
+/// A use of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Usage {
-    /// By a TLS server.
+    /// Authentication of a TLS server.
     Server,
-    /// By a TLS client.
+    /// Authentication of a TLS client.
     Client,
-    /// Its key for the signature of a handshake.
+    /// Signatures in TLS handshakes.
     Handshake,
-    /// Its key for the signatures of certificates.
+    /// Signatures of other certificates.
     Issuing,
 }
 
-/// First and last second of a certificate, since 1970.
+/// First and last second of a certificate's validity, in seconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Life {
     pub(crate) from: i64,
     pub(crate) until: i64,
 }
 
-/// Where a moment lies in the life of a certificate.
+/// The relation of a time to the validity of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Age {
-    /// Before its first second.
+    /// Not valid yet.
     Early,
     Good,
-    /// Near its end: it should have been renewed.
+    /// Valid, but near the end, so a renewal is due.
     Late,
-    /// After its last second.
+    /// Expired.
     Over,
 }
 
@@ -88,7 +89,7 @@ impl Life {
         }
     }
 
-    /// Where a moment lies, in seconds since 1970.
+    /// The relation of a time, in seconds since 1970, to this validity.
     pub(crate) fn age(self, at: i64) -> Age {
         let length = self.until.saturating_sub(self.from);
         let warned = (length / WARN_PART).min(WARN_DAYS_MAX * SECONDS_PER_DAY);
@@ -103,18 +104,18 @@ impl Life {
         }
     }
 
-    /// When it begins, for people.
+    /// The begin of the validity, for messages.
     pub(crate) fn begins(self) -> Timestamp {
         date(self.from)
     }
 
-    /// When it ends, for people.
+    /// The end of the validity, for messages.
     pub(crate) fn ends(self) -> Timestamp {
         date(self.until)
     }
 }
 
-/// Now, in seconds since 1970.
+/// The current time in seconds since 1970.
 pub(crate) fn now() -> i64 {
     Timestamp::now().micros() / MICROS_PER_SECOND
 }
@@ -167,7 +168,7 @@ impl Facts {
 }
 
 impl Facts {
-    /// Whether it may be used for something. A certificate that does not limit its use may be used for everything.
+    /// Whether the certificate allows a use. A certificate without `keyUsage` and `extendedKeyUsage` allows every use.
     pub(crate) fn allows(&self, usage: Usage) -> bool {
         self.usages.contains(&usage)
     }
@@ -188,7 +189,7 @@ fn host(name: &GeneralName<'_>) -> Option<String> {
     }
 }
 
-/// Whether a key is the private half of a certificate's; absent for a key of a kind that is not known.
+/// Whether a private key belongs to a certificate; `None` for an unsupported kind of key.
 pub(crate) fn is_key_of(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_>) -> Option<bool> {
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
     let public = key.public_key()?;

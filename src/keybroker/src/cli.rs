@@ -42,12 +42,12 @@ mod token;
 use exit::{Exit, Failure};
 use output::{Format, Output};
 
-/// What commands log. They report a failed connection themselves, so the TLS library does not.
+/// Log filter of commands. A command reports a failed connection itself, so the TLS libraries log nothing.
 const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// The file that this process runs, for a worker that it starts. It is not the path of that file: after an upgrade another version
-/// is there, and workers must be of the same.
+/// The executable of this process, for starting workers. The link refers to the running file even after an upgrade replaced the
+/// file at its path, so workers always have the version of this process.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
@@ -83,21 +83,21 @@ enum Command {
     /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Verify and show the audit log, without a broker
+    /// Verify, show and maintain the audit log; a broker need not run
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
     Client(client::Arguments),
     /// Manage API clients (services with an id and a secret) through a running broker
     ClientCredential(client::CredentialArguments),
-    /// Do what a Bitwarden client does with its keys, to rehearse the replacement of a Key Connector
+    /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
-    /// Measure the bare token and the served broker in one run
+    /// Measure the throughput of the token alone and of the broker, in one run
     Bench(bench::Arguments),
     /// Check the local broker's health (for container health checks)
     Probe(probe::Arguments),
-    /// Print the completion script of a shell
+    /// Print the completion script for a shell
     Completions(manual::Completions),
     /// Write the manual pages
     Man(manual::Manual),
@@ -109,7 +109,7 @@ enum Command {
     TokenAdminWorker,
 }
 
-/// What every command is given.
+/// The global options, which every command receives.
 #[derive(Debug)]
 struct Context {
     config_file: PathBuf,
@@ -117,7 +117,7 @@ struct Context {
 }
 
 impl Context {
-    /// The configuration, read and checked when a command needs it.
+    /// Reads and checks the configuration.
     fn config(&self) -> Result<Config, Failure> {
         let config = self.config_as_written()?;
         let problems = config.problems_for_commands();
@@ -127,7 +127,7 @@ impl Context {
         Err(self.bad_config(&problems))
     }
 
-    /// The configuration, for commands that say what is wrong with it themselves.
+    /// Reads the configuration without checking it, for commands that report its problems themselves.
     fn config_as_written(&self) -> Result<Config, Failure> {
         Config::load(&self.config_file).map_err(|error| Failure {
             hint: error.hint(),
@@ -135,7 +135,7 @@ impl Context {
         })
     }
 
-    /// The configuration for a command that starts an admin worker.
+    /// Reads and checks the configuration for a command that starts an admin worker.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let config = self.config()?;
         check_environment(&config.token.environment)
@@ -143,11 +143,11 @@ impl Context {
         Ok(config)
     }
 
-    /// All that is wrong with the configuration at once.
+    /// A failure that lists all problems of the configuration.
     fn bad_config(&self, problems: &[String]) -> Failure {
         let (file, list) = (self.config_file.display(), problems.join("\n  "));
         Failure::new(Exit::Configuration, format!("{file}:\n  {list}")).hint(
-            "keybroker.example.toml explains every field; `keybroker config check` looks again",
+            "keybroker.example.toml explains every setting; run `keybroker config check` after a correction",
         )
     }
 
@@ -156,7 +156,7 @@ impl Context {
     }
 }
 
-/// Runs the command that the arguments name, and says how the process ends.
+/// Runs the command that the arguments select and returns the exit code of the process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let context = Context {
@@ -166,7 +166,7 @@ pub fn main() -> ExitCode {
     if let Err(error) = hardening::harden() {
         return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
-    // Two providers in one process would make rustls panic at its first use; this one is ours.
+    // If two crypto providers are linked into the process, rustls panics at its first use unless one is installed.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
     telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
@@ -176,7 +176,7 @@ pub fn main() -> ExitCode {
         Command::TokenAdminWorker => return pkcs11::admin_worker::run(),
         _ => {}
     }
-    // The broker and the measurement, which starts one, stop in an orderly way at a signal.
+    // `serve` and `bench` handle signals themselves, because they have a broker to stop.
     if !matches!(cli.command, Command::Serve(_) | Command::Bench(_))
         && let Err(failure) = interrupt::watch(context.output)
     {
@@ -186,12 +186,13 @@ pub fn main() -> ExitCode {
     finish(&context, result)
 }
 
-/// A panic ends a command with the code of the table, and with the place that the hook has logged instead of its message.
+/// Turns a panic into a failure with the exit code for internal errors. The panic hook has logged the source location and left
+/// out the panic message.
 fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        let what = "a fault of keybroker itself; the line above names its place";
+        let what = "internal error in keybroker; the line above shows the source location";
         Err(Failure::new(Exit::Internal, what)
-            .hint("report it with that line and `keybroker --version`"))
+            .hint("report the error with that line and the output of `keybroker --version`"))
     })
 }
 
@@ -227,8 +228,8 @@ fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-/// A runtime for the commands that need one. It has half of the cores: the workers need theirs, and with fewer threads
-/// fewer of them have to be woken for a call.
+/// Runs a future on a new runtime with one thread for every two cores. The workers need the other cores, and fewer threads mean
+/// fewer wake-ups for each call.
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -1,4 +1,5 @@
-//! The configuration file: one typed document, unknown fields refused. `keybroker.example.toml` is its manual.
+//! The configuration file, which is one typed document. Unknown fields are refused. `keybroker.example.toml` explains every
+//! setting.
 
 use std::{
     env,
@@ -27,27 +28,27 @@ mod named;
 #[cfg(test)]
 mod tests;
 
-/// Variable that takes precedence over `audit.instance`, so that the replicas of one deployment can share a configuration file.
+/// Environment variable that takes precedence over `audit.instance`, so that replicas can share a configuration file.
 pub const INSTANCE_VARIABLE: &str = "KEYBROKER_AUDIT_INSTANCE";
 
 /// Longest configuration file, in bytes.
 const BYTES_MAX: u64 = 1024 * 1024;
-/// What text in UTF-16 begins with, in either byte order.
+/// Byte order marks of UTF-16.
 const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 const CONFIGURATION: Purpose = Purpose::trust(
-    "other users could change the configuration, and with it who obtains keys and which code is given the PIN",
+    "other users could change the configuration, which decides who receives keys and which code receives the PIN",
 );
 
-/// What an examination of the files found.
+/// The result of examining the files of the configuration.
 #[derive(Debug, Default)]
 pub struct FileReport {
-    /// Everything that is wrong, each with its remedy.
+    /// The problems, each with its remedy.
     pub problems: Vec<String>,
-    /// How much each PEM file gave, and which secrets a group can read.
+    /// Remarks that are not problems, such as the content of PEM files, and secrets that a group can read.
     pub notes: Vec<String>,
 }
 
-/// All of the configuration.
+/// The whole configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -88,42 +89,42 @@ pub struct Config {
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// It cannot be read, or other users could change it.
+    /// The file cannot be read, or other users could change it.
     #[error("the configuration: {0}")]
     File(#[source] trusted_file::Error),
-    /// An editor saved it in another encoding.
+    /// The file has the encoding UTF-16.
     #[error("{} is UTF-16", path.display())]
     Utf16 {
         /// The file.
         path: PathBuf,
     },
-    /// It is not text.
+    /// The file is not UTF-8.
     #[error("{} is not UTF-8", path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
-        /// Where it is not.
+        /// The position of the first invalid byte.
         source: str::Utf8Error,
     },
-    /// It is not a configuration.
+    /// The text is not a valid configuration.
     #[error("{}: {source}", path.display())]
     Document {
         /// The file.
         path: PathBuf,
-        /// What is wrong with the text.
+        /// The problem of the text.
         source: ParseError,
     },
 }
 
 impl LoadError {
-    /// What to do about it.
+    /// The hint for this error.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File(error) if error.is_missing() => Some(
-                "name another file with --config, or begin with keybroker.example.toml".to_owned(),
+                "pass another file with --config, or start from keybroker.example.toml".to_owned(),
             ),
             Self::File(error) if error.is_directory() => {
-                Some("name a file with --config, such as /etc/keybroker/keybroker.toml".to_owned())
+                Some("pass a file with --config, such as /etc/keybroker/keybroker.toml".to_owned())
             }
             Self::Utf16 { .. } | Self::NotUtf8 { .. } => Some("save the file as UTF-8".to_owned()),
             Self::File(_) => None,
@@ -137,25 +138,25 @@ impl LoadError {
     }
 }
 
-/// Why a text is no configuration. It names the place, and does not repeat the line: a person who writes a secret
-/// into a field that does not exist must not find it in the log.
+/// Why a text is not a valid configuration. The message has the position but does not repeat the line, because a secret in an
+/// unknown field must not reach the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub struct ParseError {
     text: String,
-    /// What to write instead, where that can be told.
+    /// Advice on what to write instead, if there is one.
     hint: Option<String>,
 }
 
 impl ParseError {
-    /// What to write instead, where that can be told.
+    /// Advice on what to write instead, if there is one.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 }
 
 impl Config {
-    /// Reads a file, and the name of the instance from the environment if it is set there. The error says where and what.
+    /// Reads a file. If the environment sets the name of the instance, this name replaces the one in the file.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
         if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
@@ -174,7 +175,7 @@ impl Config {
             source,
         })?;
         if let Some(instance) = env::var_os(INSTANCE_VARIABLE) {
-            // A name that is not UTF-8 is refused with the other problems.
+            // A name that is not UTF-8 is reported with the other problems.
             config.audit.instance = instance.to_string_lossy().into_owned();
         }
         Ok(config)
@@ -198,7 +199,7 @@ impl Config {
     }
 }
 
-/// Where a byte of a text is, for a person with an editor.
+/// Line and column of a byte in a text.
 fn place(text: &str, offset: usize) -> String {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

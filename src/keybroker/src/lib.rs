@@ -1,9 +1,9 @@
-//! Keybroker keeps an RSA private key non-extractable inside an HSM and gives every user their own key back when, and
-//! only when, the right caller asks.
+//! Keybroker keeps an RSA private key non-extractable in an HSM. It stores user keys wrapped under this key, and releases a user
+//! key only to an authorised caller.
 //!
-//! This crate is the program: configuration ([`config`]), listeners ([`server`]), commands ([`cli`]) and the log ([`telemetry`]). Key
-//! release itself is in the `broker` crate: authenticate, decide by policy, read the record, run one job on the token (MAC, then
-//! RSA), write a durable audit entry, answer.
+//! This crate is the program: configuration ([`config`]), listeners ([`server`]), commands ([`cli`]), logs and metrics
+//! ([`telemetry`]). The `broker` crate releases keys. A release has these steps: authenticate the caller, evaluate the policies,
+//! read the record, verify the MAC and decrypt on the token, write a durable audit entry, and send the answer.
 
 mod certificate;
 pub mod cli;

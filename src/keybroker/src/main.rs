@@ -1,13 +1,14 @@
-//! `keybroker`: the broker, its token workers, and the commands of those who run it.
+//! `keybroker`: the broker, its token workers and the administration commands.
 
 use std::process::ExitCode;
 
 use tikv_jemallocator::Jemalloc;
 use zeroizing_alloc::ZeroAlloc;
 
-/// Overwrites every heap block before it is freed: the buffers of TLS, HTTP and protobuf hold user keys, and their libraries
-/// do not overwrite them. A block that grows is copied and the old one overwritten. Free pages go back to the operating system
-/// over ten seconds, by a thread of jemalloc, so that an idle broker does not keep what a flood took.
+/// Overwrites every heap block before it is freed. The buffers of the TLS, HTTP and protobuf libraries contain user keys, and
+/// these libraries do not overwrite them. If a block grows, the old block is overwritten after the copy. A thread of jemalloc
+/// returns free pages to the operating system within ten seconds, so that a flood of calls does not increase the memory of an
+/// idle broker permanently.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<Jemalloc> = ZeroAlloc(Jemalloc);
 

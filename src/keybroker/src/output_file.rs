@@ -1,5 +1,5 @@
-//! Output files that hold no secret. In a directory such as `/tmp`, another user could have created a symbolic link under the same
-//! name, through which a process of root would overwrite any file.
+//! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could create a symbolic link with the
+//! name of the output file. If root wrote through the link, it would overwrite any file.
 
 use std::{
     ffi::OsString,
@@ -9,12 +9,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Temporary names that are tried before another process' files are in the way too often.
+/// Maximum number of names that are tried for the temporary file.
 const NAMES_MAX: u32 = 16;
 
-/// Replaces a file atomically, so that a reader never sees half of it. Fails if `path` exists and is not a regular file of the
-/// same user: a device such as `/dev/stdout`, a directory, a symbolic link and a file of another user must not be replaced. The
-/// temporary file is always created, never opened, and no existing file is removed for it.
+/// Replaces a file atomically, so that a reader never sees a partial file. Fails if `path` exists and is not a regular file of
+/// the same user, such as a device, a directory, a symbolic link or a file of another user. The temporary file is always a new
+/// file, and no existing file is removed to create it.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     check_replaceable(path)?;
     let (mut file, partial) = create_beside(path)?;
@@ -32,8 +32,8 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     let refused = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
-        Ok(meta) if !meta.is_file() => "it exists and is not a regular file; name another file",
-        Ok(meta) if !is_ours(&meta) => "it exists and belongs to another user; name another file",
+        Ok(meta) if !meta.is_file() => "it exists and is not a regular file; choose another file",
+        Ok(meta) if !is_ours(&meta) => "it exists and belongs to another user; choose another file",
         Ok(_) => return Ok(()),
     };
     Err(io::Error::other(refused))
@@ -47,7 +47,7 @@ fn is_ours(meta: &Metadata) -> bool {
 fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
     let name = path
         .file_name()
-        .ok_or_else(|| io::Error::other("it does not end with the name of a file"))?;
+        .ok_or_else(|| io::Error::other("the path does not end with a file name"))?;
     for number in 0..NAMES_MAX {
         let mut partial = OsString::from(".");
         partial.push(name);
@@ -60,7 +60,7 @@ fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
         }
     }
     Err(io::Error::other(
-        "files of other processes have the names of its temporary file; remove those that end with `.partial`",
+        "all names for the temporary file are in use; remove old files that end with `.partial`",
     ))
 }
 

@@ -1,4 +1,4 @@
-//! Wiring of `keybroker serve`: listeners, limits, start and stop.
+//! `keybroker serve`: listeners, limits, start and stop of the broker.
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
@@ -38,14 +38,14 @@ pub use tls::{Contents as TlsContents, Error as TlsError};
 pub enum Api {
     /// User keys over gRPC.
     Grpc,
-    /// The control plane over gRPC.
+    /// The admin API over gRPC.
     Admin,
     /// User keys over REST, for Bitwarden clients.
     Rest,
 }
 
 impl Api {
-    /// Its name in the configuration.
+    /// The name of the API in the configuration.
     const fn as_str(self) -> &'static str {
         match self {
             Self::Grpc => "grpc",
@@ -55,49 +55,50 @@ impl Api {
     }
 }
 
-/// Whether a listener asks for client certificates.
+/// Whether a listener requests client certificates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientCertificates {
-    /// A connection without an accepted one is refused.
+    /// The listener refuses a connection without an accepted certificate.
     #[default]
     Required,
-    /// Accepted when sent; a call without one is `CREDENTIAL`.
+    /// The listener accepts connections without a certificate. A call without any credential is refused with `CREDENTIAL`.
     Optional,
-    /// Never asked for; every call brings its credential in a header.
+    /// The listener does not request certificates; every call has its credential in a header.
     None,
 }
 
-/// From where a listener without TLS may be reached.
+/// The addresses that are allowed for a listener without TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Plaintext {
-    /// This machine.
+    /// Loopback addresses only.
     Loopback,
-    /// Any address: everyone on the network path can read keys and tokens.
+    /// Any address; everyone on the network path can read keys and access tokens.
     Any,
 }
 
-/// TLS of a listener. All files are PEM and are read again on SIGHUP and when their content changes.
+/// TLS settings of a listener. All files are PEM; the broker reads them again on SIGHUP and when their content changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TlsSettings {
-    /// Certificate chain, leaf first.
+    /// Certificate chain; the server's certificate is the first.
     pub certificate_file: PathBuf,
     /// Private key; only its owner may read it.
     pub key_file: PathBuf,
     /// CA certificates that client certificates must chain to.
     pub client_ca_file: Option<PathBuf>,
-    /// Revocation lists of those CAs; without it certificates are not checked for revocation.
+    /// Revocation lists of these CAs. Without this file, certificates are not checked for revocation.
     pub client_crl_file: Option<PathBuf>,
-    /// Certificates of further authorities whose lists are in that file, such as intermediate CAs. They are no trust anchors: their lists
-    /// are verified with them.
+    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. They only verify these lists
+    /// and are not trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
-    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`; otherwise one without any is accepted, too.
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If false, a certificate without
+    /// `extendedKeyUsage` is accepted, too.
     #[serde(default = "default_client_auth_usage_required")]
     pub client_auth_usage_required: bool,
-    /// Trust domains of SPIFFE ids that are accepted here; empty: any.
+    /// Trust domains of accepted SPIFFE ids. If empty, every trust domain is accepted.
     #[serde(default)]
     pub trust_domains: BTreeSet<String>,
 }
@@ -112,26 +113,26 @@ const fn default_client_auth_usage_required() -> bool {
 pub struct ListenerSettings {
     /// Address and port.
     pub address: SocketAddr,
-    /// The APIs that it serves. Earlier releases called this setting `doors`.
+    /// The APIs that the listener serves. Earlier releases called this setting `doors`.
     #[serde(alias = "doors")]
     pub apis: Vec<Api>,
-    /// TLS; required unless `plaintext` says otherwise.
+    /// TLS settings; required unless `plaintext` is set.
     pub tls: Option<TlsSettings>,
-    /// HTTP without TLS, for a proxy that ends TLS.
+    /// HTTP without TLS, for a proxy that terminates TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plaintext: Option<Plaintext>,
-    /// Whether client certificates are asked for.
+    /// Whether the listener requests client certificates.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
-    /// Networks of load balancers and proxies. Their connections carry many clients, so only the limits for all connections
-    /// together apply to them, not those for one network or one principal.
+    /// Networks of load balancers and proxies. Their connections carry calls of many clients, so the limits for one network and
+    /// for one principal do not apply to them. The limits for all connections together do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }
 
 impl ListenerSettings {
-    /// Reads the TLS files as `serve` would, and says how much each gave; nothing for a listener without TLS. The error
-    /// names the file and the remedy.
+    /// Reads the TLS files like `serve`, and returns their contents; `None` for a listener without TLS. The error has the file
+    /// and the remedy.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -152,9 +153,9 @@ impl ListenerSettings {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StatusSettings {
-    /// A loopback address and port for `/livez`, `/readyz` and `/metrics`.
+    /// Loopback address and port for `/livez`, `/readyz` and `/metrics`.
     pub address: SocketAddr,
-    /// The same answers on an address that other machines reach.
+    /// A second status listener on an address that other machines can reach.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<RemoteStatusSettings>,
 }
@@ -167,13 +168,13 @@ pub struct RemoteStatusSettings {
     pub address: SocketAddr,
     /// TLS. With `client_ca_file`, a client certificate is required.
     pub tls: Option<TlsSettings>,
-    /// HTTP without TLS; only `any` has a meaning here.
+    /// HTTP without TLS; only the value `any` is accepted here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plaintext: Option<Plaintext>,
 }
 
 impl RemoteStatusSettings {
-    /// Whether clients must have a certificate.
+    /// Whether clients must have a certificate, which depends on `client_ca_file`.
     pub fn client_certificates(&self) -> ClientCertificates {
         let has_authorities = self
             .tls
@@ -186,7 +187,7 @@ impl RemoteStatusSettings {
         }
     }
 
-    /// Reads the TLS files as `serve` would.
+    /// Reads the TLS files like `serve`, and returns their contents; `None` without TLS.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -200,31 +201,32 @@ impl RemoteStatusSettings {
     }
 }
 
-/// The `[limits]` section. Every limit has a default; none can be switched off.
+/// The `[limits]` section. Every limit has a default, and no limit can be disabled.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections, all listeners together.
+    /// Maximum number of open connections of all listeners together.
     pub connections_max: usize,
-    /// Open connections of one principal.
+    /// Maximum number of open connections of one principal.
     pub connections_per_principal_max: usize,
-    /// Time for a TLS handshake.
+    /// Longest time for a TLS handshake.
     pub handshake_timeout_ms: u64,
-    /// Calls under way on one connection.
+    /// Maximum number of concurrent calls on one connection.
     pub streams_per_connection_max: u32,
-    /// The same on a connection without an accepted client certificate.
+    /// Maximum number of concurrent calls on a connection without an accepted client certificate.
     pub streams_without_certificate_max: u32,
-    /// Bytes of gRPC messages under way, all connections together; the first 4 KiB of each message do not count.
+    /// Maximum number of bytes of gRPC messages in progress on all connections together. The first 4 KiB of each message do not
+    /// count.
     pub message_bytes_max: usize,
-    /// Deadline of a call that brings none, and the longest one accepted.
+    /// Deadline of a call without a deadline of its own, and the longest accepted deadline.
     pub call_timeout_max_ms: u64,
-    /// An idle or old connection gets GOAWAY at this age.
+    /// Age at which a connection receives GOAWAY.
     pub connection_age_max_ms: u64,
-    /// Time for open calls when the broker stops.
+    /// Longest wait for open calls when the broker stops.
     pub drain_timeout_ms: u64,
     /// Longest access token, in bytes.
     pub access_token_bytes_max: usize,
-    /// gRPC reflection.
+    /// Whether gRPC reflection is offered.
     pub reflection: bool,
 }
 

@@ -16,12 +16,12 @@ pub fn init_logs(json: bool, default_filter: &str) {
         EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default_filter));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // A log that cannot be written (disk full, pipe closed) must not end a call: by default the failure is printed
-        // to standard error, which panics when that is where the log goes.
+        // A failure to write the log (disk full, pipe closed) must not end a call. By default the library reports such
+        // a failure on standard error, and panics if standard error is the log.
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let set = if json {
-        // The current span carries the id of the call; the list of all spans would repeat it.
+        // The current span has the call id; the list of all spans would repeat it.
         builder
             .json()
             .flatten_event(true)
@@ -36,11 +36,11 @@ pub fn init_logs(json: bool, default_filter: &str) {
             .try_init()
     };
     if let Err(error) = set {
-        tracing::debug!(%error, "logs were set up already");
+        tracing::debug!(%error, "logging is already initialised");
     }
 }
 
-/// Logs panics by their place and never by their message, which may hold what a caller has sent.
+/// Logs the source location of a panic, but not its message, which may contain data of a caller.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);

@@ -16,8 +16,8 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_TOKEN_INFO, CK_ULONG,
-    CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_SLOT_ID, CK_TOKEN_INFO,
+    CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
 };
 
 use crate::TokenInfo;
@@ -27,6 +27,9 @@ use crate::TokenInfo;
 const FIRST_BUFFER: usize = 1024;
 /// Length of the last buffer.
 const LAST_BUFFER: usize = 64 * 1024;
+
+/// How often the slots are asked for while their number grows.
+const SLOT_LIST_TRIES: usize = 4;
 
 /// The function list of PKCS#11 2.40, which modules of every later version have as well.
 #[derive(Clone)]
@@ -75,8 +78,8 @@ impl Functions {
         })))
     }
 
-    /// `C_Initialize` with a string.
-    pub(crate) fn initialize(&self, reserved: CString) -> Result<()> {
+    /// `C_Initialize`, with a string or without.
+    pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
             standard: CK_C_INITIALIZE_ARGS {
@@ -86,12 +89,12 @@ impl Functions {
                 UnlockMutex: None,
                 flags: CKF_OS_LOCKING_OK,
                 // Never freed: the standard does not say for how long the module may use it. It happens once per process.
-                pReserved: reserved.into_raw().cast(),
+                pReserved: reserved.map_or(ptr::null_mut(), CString::into_raw).cast(),
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with a string that ends with NUL and lives as long as the
-        // process.
+        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as long as
+        // the process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }
@@ -105,6 +108,62 @@ impl Functions {
         // SAFETY: the argument points to a structure of the standard that the function may write. It is plain data: any bytes are good.
         let code = unsafe { function(&raw mut info) };
         !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
+    }
+
+    /// `C_Finalize`.
+    pub(crate) fn finalize(&self) -> Result<()> {
+        let function = self.0.list.C_Finalize.ok_or(Error::NullFunctionPointer)?;
+        // SAFETY: the argument is NULL, as the standard demands.
+        let code = unsafe { function(ptr::null_mut()) };
+        Rv::from(code).into_result(Function::Finalize)
+    }
+
+    /// `C_GetSlotList`: the slots with a token.
+    pub(crate) fn slots_with_token(&self) -> Result<Vec<Slot>> {
+        let mut ids: Vec<CK_SLOT_ID> = Vec::new();
+        for _ in 0..SLOT_LIST_TRIES {
+            let count = match self.slot_list(&mut ids) {
+                // There are more of them than a moment ago.
+                Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => self.slot_list(&mut [])?,
+                result => result?,
+            };
+            if count <= ids.len() {
+                ids.truncate(count);
+                return ids
+                    .into_iter()
+                    .map(|id| Slot::try_from(id).map_err(|_| Error::InvalidValue))
+                    .collect();
+            }
+            ids = vec![0; count];
+        }
+        Err(Error::Pkcs11(
+            RvError::BufferTooSmall,
+            Function::GetSlotList,
+        ))
+    }
+
+    /// The number of slots with a token.
+    pub(crate) fn count_slots_with_token(&self) -> Result<usize> {
+        self.slot_list(&mut [])
+    }
+
+    /// Fills the buffer with the slots that have a token, and returns their number. With an empty buffer the number alone is asked for.
+    fn slot_list(&self, ids: &mut [CK_SLOT_ID]) -> Result<usize> {
+        let function = self
+            .0
+            .list
+            .C_GetSlotList
+            .ok_or(Error::NullFunctionPointer)?;
+        let mut count = CK_ULONG::try_from(ids.len())?;
+        let buffer = if ids.is_empty() {
+            ptr::null_mut()
+        } else {
+            ids.as_mut_ptr()
+        };
+        // SAFETY: the buffer is NULL, or `count` says how many numbers it has room for. Both live until the function returns.
+        let code = unsafe { function(CK_TRUE, buffer, &raw mut count) };
+        Rv::from(code).into_result(Function::GetSlotList)?;
+        Ok(usize::try_from(count)?)
     }
 
     /// `C_GetTokenInfo`.
@@ -121,13 +180,13 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// `C_GetAttributeValue` for one attribute, with a buffer at once.
+    /// `C_GetAttributeValue` for one attribute, with a buffer in the first call.
     pub(crate) fn attribute(
         &self,
         session: &Session,
         object: ObjectHandle,
         kind: AttributeType,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let first = kind.fixed_size().unwrap_or(FIRST_BUFFER);
         match self.read(session, object, kind, first) {
             Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => {
@@ -143,7 +202,7 @@ impl Functions {
         object: ObjectHandle,
         kind: AttributeType,
         length: usize,
-    ) -> Result<Option<Attribute>> {
+    ) -> Result<Option<Value>> {
         let function = self
             .0
             .list
@@ -173,12 +232,27 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they are the value.
+        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they may be the
+        // value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
         // The buffer is alive, and the length has been compared with it. `cryptoki` reads the value from there.
         attribute.pValue = buffer.as_mut_ptr().cast();
-        Attribute::try_from(attribute).map(Some)
+        let attribute = Attribute::try_from(attribute)?;
+        Ok(Some(if is_withheld {
+            Value::Leaked(attribute)
+        } else {
+            Value::Given(attribute)
+        }))
     }
+}
+
+/// What a token wrote into the buffer for an attribute.
+#[derive(Debug)]
+pub(crate) enum Value {
+    /// The value.
+    Given(Attribute),
+    /// Bytes beside the answer that the object does not have the attribute, or that the token does not give it.
+    Leaked(Attribute),
 }

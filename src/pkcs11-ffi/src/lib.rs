@@ -1,7 +1,10 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make, and nothing else: the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] are those of `cryptoki`, which they dereference to, except for three calls:
+//! [`Module`] and [`Session`] are those of `cryptoki`, which they dereference to, except for four calls:
 //!
+//! - `C_GetSlotList`: `cryptoki` 0.12 asks again for ever when a module returns `CKR_BUFFER_TOO_SMALL` and needs no more room than
+//!   before. The remote client of p11-kit does so when its server has no token. Here the list is asked for a few times at most, and not
+//!   at all when it is empty.
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN` and fails when it is not a time.
 //!   opencryptoki before 3.11 returns `21:38:18`. Here the time is bytes, which the broker does not need.
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` asks for the length first, with no buffer. The remote client of
@@ -10,7 +13,8 @@
 //!
 //! The module is loaded twice, once by `cryptoki`, which does not give its function list to others, and once here. The second time
 //! the dynamic loader returns the same library. The client module of p11-kit all the same makes a new connection, with sessions of
-//! its own, for each function list that it gives; with such a module `cryptoki` makes these calls, too.
+//! its own, for each function list that it gives; with such a module `cryptoki` makes these calls, too. Whether there is any slot is
+//! then asked over a connection for this question alone.
 
 mod calls;
 mod token_info;
@@ -24,7 +28,7 @@ use cryptoki::{
     slot::Slot,
 };
 
-use calls::Functions;
+use calls::{Functions, Value};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -50,12 +54,27 @@ impl Module {
     /// string goes into `pReserved`; modules that expect none refuse it.
     pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
-            return self.functions.initialize(text);
+            return self.functions.initialize(Some(text));
         }
         let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
         let result = self.cryptoki.initialize(arguments);
         self.is_shared = self.functions.are_initialized();
         result
+    }
+
+    /// `C_GetSlotList`: the slots with a token.
+    pub fn slots_with_token(&self) -> Result<Vec<Slot>> {
+        if self.is_shared {
+            return self.functions.slots_with_token();
+        }
+        self.functions.initialize(None)?;
+        let count = self.functions.count_slots_with_token();
+        let ended = self.functions.finalize();
+        if count? == 0 {
+            return Ok(Vec::new());
+        }
+        ended?;
+        self.cryptoki.get_slots_with_token()
     }
 
     /// `C_GetTokenInfo`.
@@ -107,9 +126,30 @@ impl Session {
         object: ObjectHandle,
         kind: AttributeType,
     ) -> Result<Option<Attribute>> {
+        match self.read(object, kind)? {
+            Some(Value::Given(attribute)) => Ok(Some(attribute)),
+            Some(Value::Leaked(_)) | None => Ok(None),
+        }
+    }
+
+    /// The same, and also what the token wrote beside the answer that it does not give the attribute.
+    pub fn attribute_or_leak(
+        &self,
+        object: ObjectHandle,
+        kind: AttributeType,
+    ) -> Result<Option<Attribute>> {
+        match self.read(object, kind)? {
+            Some(Value::Given(attribute) | Value::Leaked(attribute)) => Ok(Some(attribute)),
+            None => Ok(None),
+        }
+    }
+
+    fn read(&self, object: ObjectHandle, kind: AttributeType) -> Result<Option<Value>> {
         match &self.functions {
             Some(functions) => functions.attribute(&self.cryptoki, object, kind),
-            None => self.attribute_by_length_query(object, kind),
+            None => Ok(self
+                .attribute_by_length_query(object, kind)?
+                .map(Value::Given)),
         }
     }
 

@@ -29,7 +29,7 @@ use crate::{
     open::{OpenToken, auth_pin},
     operation,
     report::{self, Counted, waits_of_this_thread},
-    select::{self, Selected},
+    select::{self, Registered, Selected},
 };
 
 mod verifier;
@@ -206,7 +206,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         listed.push(Listed {
@@ -284,7 +284,7 @@ pub(crate) fn init_token(
     };
     let selector = select::Selector::from_settings(&selector)
         .map_err(|error| AdminError::Token(error.to_string()))?;
-    let Selected { slot, info, .. } = select::find(&module, &selector, &[])?;
+    let Selected { slot, info, .. } = select::find(&module, &selector, Registered::Preferred(&[]))?;
     set_user_pin(&module, slot, so_pin, user_pin).map_err(|fault| {
         AdminError::Token(format!(
             "the token {label:?} (serial {:?}) is initialised, but has no user PIN: {fault}; {}. Run the command again with \
@@ -375,7 +375,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
 fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     let mut blank = None;
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token().map_err(Fault::from)? {
+    for slot in module.slots_with_token().map_err(Fault::from)? {
         let info = module.get_token_info(slot).map_err(Fault::from)?;
         if !info.token_initialized() {
             blank.get_or_insert(slot);
@@ -427,16 +427,35 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    /// Logs in if the record of PINs allows it, read-write if keys are to be made.
+    /// Logs in to the one token that fits the settings.
+    #[cfg(test)]
     pub(crate) fn open<'a>(
         settings: &Settings,
         record: &PinRecord,
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, AdminError> {
+        Self::open_one_of(settings, record, pin.into(), write, &[])
+    }
+
+    /// Logs in if the record of PINs allows it, read-write if keys are to be made. If the settings fit several tokens, the one is used
+    /// that has one of the serial numbers.
+    pub(crate) fn open_one_of(
+        settings: &Settings,
+        record: &PinRecord,
+        pin: Option<&Pin>,
+        write: bool,
+        serials: &[&str],
+    ) -> Result<Self, AdminError> {
         Ok(Self {
             settings: settings.clone(),
-            token: OpenToken::login(settings, record, pin, write)?,
+            token: OpenToken::login_to(
+                settings,
+                record,
+                pin,
+                write,
+                Registered::Preferred(serials),
+            )?,
             known: HashMap::new(),
         })
     }
@@ -462,6 +481,11 @@ impl Admin {
     /// The token.
     pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
+    }
+
+    /// Whether the token answered to the login that another process is logged in.
+    pub(crate) fn is_login_of_another(&self) -> bool {
+        self.token.is_login_of_another
     }
 
     /// `CKA_ID` of all RSA private keys on the token.
@@ -575,7 +599,7 @@ impl Admin {
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
                 "the token did not make {making}: {}. It makes the same key for a session, so the template is good: the token \
-                 may be full or write-protected. No key was made",
+                 may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(

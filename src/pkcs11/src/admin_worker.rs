@@ -146,9 +146,19 @@ impl State {
     fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {
         let parsed = parse(job.setup.as_ref())?;
         let pin = read(job.pin.as_ref())?;
-        let admin = Admin::open(&parsed.settings, &parsed.record, pin.as_ref(), job.write)
-            .map_err(|error| of_pin(error, job.pin.as_ref()))?;
-        let entry = entry(&admin::Listed::of(admin.info()));
+        let serials: Vec<&str> = job.serials.iter().map(String::as_str).collect();
+        let admin = Admin::open_one_of(
+            &parsed.settings,
+            &parsed.record,
+            pin.as_ref(),
+            job.write,
+            &serials,
+        )
+        .map_err(|error| of_pin(error, job.pin.as_ref()))?;
+        let entry = TokenEntry {
+            is_login_of_another: admin.is_login_of_another(),
+            ..entry(&admin::Listed::of(admin.info()))
+        };
         self.token = Some(admin);
         Ok(Outcome::Token(entry))
     }
@@ -292,6 +302,7 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
         sha256_hmac: listed.sha256_hmac,
         note: String::new(),
         is_chosen: listed.is_chosen,
+        is_login_of_another: false,
     }
 }
 

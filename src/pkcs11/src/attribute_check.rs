@@ -5,9 +5,10 @@
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use cryptoki::{
+    error::{Error, RvError},
     mechanism::MechanismType,
     object::{Attribute, AttributeType, KeyType, ObjectHandle},
 };
@@ -27,6 +28,8 @@ pub enum Expected {
     Flag(bool),
     /// Exactly this one mechanism is allowed.
     OnlyMechanism(Mechanism),
+    /// A number that is not smaller.
+    AtLeastBytes(u16),
 }
 
 /// A mechanism that a key may be bound to.
@@ -75,11 +78,12 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let expected = match self.expected {
-            Expected::Flag(true) => "true",
-            Expected::Flag(false) => "false",
-            Expected::OnlyMechanism(Mechanism::RsaOaep) => "exactly CKM_RSA_PKCS_OAEP",
-            Expected::OnlyMechanism(Mechanism::Sha256Hmac) => "exactly CKM_SHA256_HMAC",
+        let expected: Cow<'_, str> = match self.expected {
+            Expected::Flag(true) => "true".into(),
+            Expected::Flag(false) => "false".into(),
+            Expected::OnlyMechanism(Mechanism::RsaOaep) => "exactly CKM_RSA_PKCS_OAEP".into(),
+            Expected::OnlyMechanism(Mechanism::Sha256Hmac) => "exactly CKM_SHA256_HMAC".into(),
+            Expected::AtLeastBytes(bytes) => format!("at least {bytes} bytes").into(),
         };
         let found = match self.found {
             Found::AsExpected => "is",
@@ -159,7 +163,7 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
 ]);
 
 /// The integrity key.
-pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
+pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
     ("CKA_ENCRYPT", AttributeType::Encrypt, FALSE),
@@ -167,6 +171,13 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<8, 17>([
     ("CKA_WRAP", AttributeType::Wrap, FALSE),
     ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
+    (
+        "CKA_VALUE_LEN",
+        AttributeType::ValueLen,
+        // As long as the output of the hash function (NIST SP 800-107, section 5.3.4). A thief of the database could find a shorter
+        // key by trying all values.
+        Expected::AtLeastBytes(32),
+    ),
     (
         "CKA_ALLOWED_MECHANISMS",
         AttributeType::AllowedMechanisms,
@@ -258,7 +269,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys from the integrity key, and find it out from them",
+        "a holder of the user PIN may derive keys of full length from the integrity key and use them",
     ),
 ];
 
@@ -303,14 +314,20 @@ pub(super) fn inspect(
         .map(|(name, kind, expected)| {
             let is_excepted =
                 exceptions.iter().any(|exception| exception == name) && exceptable(*kind).is_some();
-            let found = match read(session, object, *kind) {
+            let found = match try_read(session, object, *kind) {
                 Ok(Some(attribute)) if is_expected(&attribute, *expected) => Found::AsExpected,
                 Ok(Some(_)) => Found::Wrong,
                 Ok(None) if is_implied_by_type(session, object, *expected)? => Found::ImpliedByType,
                 Ok(None) if is_excepted => Found::Excepted,
                 Ok(None) => Found::Missing,
-                Err(fault) if is_excepted && is_about_the_attribute(&fault) => Found::Excepted,
-                Err(fault) => return Err(unreadable(fault, name, *kind)),
+                Err(error) if is_another_value(&error) => Found::Wrong,
+                Err(error) => {
+                    let fault = Fault::from(error);
+                    if !is_excepted || !is_about_the_attribute(&fault) {
+                        return Err(unreadable(fault, name, *kind));
+                    }
+                    Found::Excepted
+                }
             };
             Ok(Finding {
                 attribute: name,
@@ -322,13 +339,19 @@ pub(super) fn inspect(
 }
 
 /// A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11 v3.0, section 2.20.8): tokens that have such keys have no need of a
-/// list of allowed mechanisms.
+/// list of allowed mechanisms. Some of them do not show the length either, because their tools make such keys in one length only
+/// (32 bytes, or the 64 of a block).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
     expected: Expected,
 ) -> Result<bool, Fault> {
-    if expected != Expected::OnlyMechanism(Mechanism::Sha256Hmac) {
+    let may_be_implied = match expected {
+        Expected::OnlyMechanism(mechanism) => mechanism == Mechanism::Sha256Hmac,
+        Expected::AtLeastBytes(_) => true,
+        Expected::Flag(_) => false,
+    };
+    if !may_be_implied {
         return Ok(false);
     }
     let key_type = read(session, object, AttributeType::KeyType)?;
@@ -336,6 +359,14 @@ fn is_implied_by_type(
         key_type,
         Some(Attribute::KeyType(KeyType::SHA256_HMAC))
     ))
+}
+
+/// Whether the token gave a value that cannot be the expected one: `cryptoki` does not know it, such as a vendor's mechanism in a list.
+fn is_another_value(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NotSupported | Error::InvalidValue | Error::TryFromInt(_) | Error::TryFromSlice(_)
+    )
 }
 
 /// A failed read, with the setting that helps if the token cannot express the attribute.
@@ -416,8 +447,10 @@ fn remedy(wrong: &[&Finding]) -> String {
             ),
         };
     }
+    // An exception is for what is absent: it accepts no other value.
     let helps: Vec<Exception> = wrong
         .iter()
+        .filter(|finding| finding.found == Found::Missing)
         .filter_map(|finding| {
             EXCEPTIONS
                 .iter()
@@ -459,7 +492,14 @@ pub(super) fn read(
     object: ObjectHandle,
     kind: AttributeType,
 ) -> Result<Option<Attribute>, Fault> {
-    use cryptoki::error::{Error, RvError};
+    Ok(try_read(session, object, kind)?)
+}
+
+fn try_read(
+    session: &Session,
+    object: ObjectHandle,
+    kind: AttributeType,
+) -> Result<Option<Attribute>, Error> {
     calling::next("C_GetAttributeValue");
     match session.attribute(object, kind) {
         Ok(Some(Attribute::AllowedMechanisms(list))) if list.is_empty() => Ok(None),
@@ -467,7 +507,7 @@ pub(super) fn read(
         Err(Error::Pkcs11(RvError::AttributeTypeInvalid | RvError::AttributeSensitive, _)) => {
             Ok(None)
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -496,6 +536,7 @@ fn is_expected(attribute: &Attribute, expected: Expected) -> bool {
             | Attribute::Derive(found),
             Expected::Flag(flag),
         ) => *found == flag,
+        (Attribute::ValueLen(found), Expected::AtLeastBytes(bytes)) => **found >= bytes.into(),
         _ => false,
     }
 }

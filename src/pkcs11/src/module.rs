@@ -2,7 +2,12 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, ffi::CString, path::Path};
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use cryptoki::error::{Error, RvError};
 
@@ -16,6 +21,11 @@ use crate::{
 
 /// Loads and initialises the module of the settings.
 pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
+    load_timed(settings).map(|(module, _)| module)
+}
+
+/// The same; says how long `C_Initialize` took.
+pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Fault> {
     let path = settings.module.as_path();
     let shown = path.display();
     let unfit = |detail: String| Fault::new(Class::NoToken, detail);
@@ -41,9 +51,12 @@ pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
             })?),
         };
     calling::next("C_Initialize");
+    let began = Instant::now();
     match module.initialize(reserved) {
         // Another part of this process was first; the module has one state per process.
-        Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(module),
+        Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {
+            Ok((module, began.elapsed()))
+        }
         Err(error) => {
             let hint = match error {
                 Error::Pkcs11(RvError::ArgumentsBad, _) => arguments_hint(settings).to_owned(),

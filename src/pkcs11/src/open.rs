@@ -3,7 +3,10 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
+use std::time::{Duration, Instant};
+
 use cryptoki::{
+    context::Function,
     error::{Error, RvError},
     session::UserType,
     slot::Slot,
@@ -22,7 +25,7 @@ use crate::{
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
-    select::{self, Selected, Selector},
+    select::{self, Registered, Selected, Selector},
 };
 
 /// A token that this process is logged in to.
@@ -34,7 +37,16 @@ pub(super) struct OpenToken {
     /// Keeps the login alive: when the last session of a process closes, the token forgets it.
     pub(super) anchor: Session,
     /// Another process had logged in, and the token says that this login is that one.
-    is_login_of_another: bool,
+    pub(super) is_login_of_another: bool,
+    pub(super) times: Times,
+}
+
+/// How long the calls took that a token is opened with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) initialize: Duration,
+    /// Absent for a token that is used without a login.
+    pub(super) login: Option<Duration>,
 }
 
 /// A key that passed the attribute check and the self-test.
@@ -49,32 +61,40 @@ pub(super) struct ProvedKey {
 }
 
 impl OpenToken {
-    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made.
+    /// Logs in to the one token that fits the settings.
+    #[cfg(test)]
     pub(super) fn login<'a>(
         settings: &Settings,
         record: &PinRecord,
         pin: impl Into<Option<&'a Pin>>,
         write: bool,
     ) -> Result<Self, Fault> {
-        Self::login_to(settings, record, pin.into(), write, &[])
+        Self::login_to(
+            settings,
+            record,
+            pin.into(),
+            write,
+            Registered::Preferred(&[]),
+        )
     }
 
-    /// The same. If the settings fit several tokens, the one is chosen that has one of the serial numbers.
+    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made. If the
+    /// settings fit several tokens, the one is chosen that has one of the serial numbers.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
         pin: Option<&Pin>,
         write: bool,
-        serials: &[&str],
+        registered: Registered<'_>,
     ) -> Result<Self, Fault> {
         let selector = Selector::from_settings(settings)
             .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?;
-        let module = module::load(settings)?;
+        let (module, initialize) = module::load_timed(settings)?;
         let Selected {
             slot,
             info,
             is_one_of_several,
-        } = select::find(&module, &selector, serials)?;
+        } = select::find(&module, &selector, registered)?;
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
             None => require_no_login(&module, slot, &info, settings.access_control)?,
@@ -90,21 +110,27 @@ impl OpenToken {
             info,
             anchor,
             is_login_of_another: false,
+            times: Times {
+                initialize,
+                login: None,
+            },
         };
         if let Some(pin) = pin {
-            token.is_login_of_another = token.log_in(record, pin, is_one_of_several)?;
+            let (is_login_of_another, took) = token.log_in(record, pin, is_one_of_several)?;
+            token.is_login_of_another = is_login_of_another;
+            token.times.login = Some(took);
         }
         Ok(token)
     }
 
     /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said. Returns whether another process was
-    /// logged in already.
+    /// logged in already, and how long the call took.
     fn log_in(
         &self,
         record: &PinRecord,
         pin: &Pin,
         is_one_of_several: bool,
-    ) -> Result<bool, Fault> {
+    ) -> Result<(bool, Duration), Fault> {
         let mut login = record.begin(&self.info.serial, pin)?;
         let before = self.counter()?;
         let was = login.standing().cloned();
@@ -117,7 +143,9 @@ impl OpenToken {
         };
         login.set(begun.clone().or_else(|| was.clone()))?;
         calling::next("C_Login");
+        let began = Instant::now();
         let result = self.anchor.login(UserType::User, Some(&auth_pin(pin)));
+        let took = began.elapsed();
         let (answer, error) = match result {
             Ok(()) => (Answer::Accepted, None),
             Err(Error::Pkcs11(code, function)) => {
@@ -142,7 +170,7 @@ impl OpenToken {
             if let Err(error) = recorded {
                 tracing::warn!(%error, "an accepted PIN could not be recorded");
             }
-            return Ok(false);
+            return Ok((false, took));
         };
         // Where a login belongs to more than one process, another one was first. The PIN was not checked; the attribute
         // check and the self-test decide whether this login is of use.
@@ -151,7 +179,7 @@ impl OpenToken {
                 token = self.info.label,
                 "another process is logged in to the token already, and this one uses that login"
             );
-            return Ok(true);
+            return Ok((true, took));
         }
         recorded?;
         Err(self.failed_login(&error, answer, now.as_ref(), after))
@@ -187,6 +215,16 @@ impl OpenToken {
     ) -> Fault {
         let fault = fault_of(error);
         let token = named(&self.info);
+        if matches!(
+            error,
+            Error::Pkcs11(RvError::UserPinNotInitialized, Function::Login)
+        ) {
+            let serial = &self.info.serial;
+            return fault.about(&token).with(&format!(
+                "the token has no user PIN, because its initialisation was not completed. Set one with the vendor's tool, or erase the \
+                 token with `keybroker token init --erase-serial {serial}` if it holds no keys"
+            ));
+        }
         if answer == Answer::NotChecked {
             return fault;
         }

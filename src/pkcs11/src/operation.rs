@@ -88,7 +88,7 @@ pub(super) fn verify(
             Error::NullFunctionPointer
             | Error::Pkcs11(RvError::FunctionNotSupported, Function::VerifyInit | Function::Verify),
         ) => {
-            let right = self::mac(session, pair, message)?;
+            let right = self::mac(session, pair, message).map_err(not_about_the_mac)?;
             if bool::from(right.ct_eq(mac)) {
                 Ok(())
             } else {
@@ -110,8 +110,17 @@ fn verify_fault(error: Error) -> Fault {
         )
     );
     let fault = Fault::from(error);
+    if states_it {
+        fault
+    } else {
+        not_about_the_mac(fault)
+    }
+}
+
+/// A code that refuses an input states nothing about the MAC.
+fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
-        Class::Input if !states_it => Class::Ambiguous,
+        Class::Input => Class::Ambiguous,
         class => class,
     };
     Fault { class, ..fault }
@@ -179,8 +188,28 @@ impl SelfTest {
     /// Decrypts on the token and compares; makes and verifies a MAC.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
+        self.makes_a_mac(session, pair)
+    }
+
+    fn makes_a_mac(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let mac = mac(session, pair, &self.plaintext)?;
         verify(session, pair, &self.plaintext, &mac)
+    }
+
+    /// A token without HMAC cannot be used, which the message says of no other part of it.
+    fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
+        let made = self.makes_a_mac(session, pair);
+        made.map_err(|fault| match fault.class {
+            Class::Input | Class::Ambiguous | Class::Configuration => Fault::new(
+                fault.class,
+                format!(
+                    "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
+                     told from forged ones",
+                    pair.id
+                ),
+            ),
+            _ => fault,
+        })
     }
 
     /// A token that takes any MAC for right would make every row of the database right.
@@ -218,10 +247,16 @@ pub(super) fn probe(
     };
     let attempt = |algorithm| {
         let self_test = SelfTest::new(public, algorithm)?;
-        on_session(&|session, pair| self_test.check(session, pair))?;
+        on_session(&|session, pair| self_test.decrypt(session, pair))?;
         Ok(self_test)
     };
     let self_test = choose(attempt, allow_oaep_sha1)?;
+    let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
+    authenticates().or_else(|fault| match fault.class {
+        // It may have been busy for a moment.
+        Class::Ambiguous => authenticates(),
+        _ => Err(fault),
+    })?;
     on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
     Ok(self_test)
 }

@@ -18,8 +18,8 @@ use keybroker_pkcs11_ffi::{Session, TokenInfo};
 use keybroker_worker_protocol::{
     IntegrityKey, Pin, Settings,
     report::{
-        Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, Report,
-        SUCCEEDED, Verdict, WORKS,
+        Answer, Attribute as AttributeRow, FORMAT, Identity, NegativeAnswer, Outcome, REMOVED,
+        Report, SUCCEEDED, Verdict, WORKS,
     },
     unpadded,
 };
@@ -42,9 +42,8 @@ pub(crate) use rates::{Counted, waits_of_this_thread};
 
 /// Sessions that are opened at most, to find the limit.
 const SESSIONS_MAX: usize = 64;
-/// Bytes of the digest of a serial number that are shown.
-const SERIAL_DIGEST_BYTES: usize = 8;
 const MODULUS_BITS: u32 = 2_048;
+const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
 /// Digits of a time: `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
@@ -210,11 +209,12 @@ pub(crate) fn make(
         negative: Vec::new(),
         errors: Vec::new(),
         token_objects: Vec::new(),
-        rates: Vec::new(),
+        rates: rates::of_opening(token).collect(),
         token_cpu_is_local: None,
     };
     let keeper = token.session(&[])?;
     let session = &keeper.session;
+    let mut probe = None;
     let secret = integrity_key(session, settings, &mut report, &mut findings);
     let private = made(session, Kind::RsaPair)
         .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
@@ -225,21 +225,21 @@ pub(crate) fn make(
         let public = keys::public_side(session, &pair)?;
         abilities::try_all(session, &pair, &public, &mut report)?;
         if let Some(self_test) = chosen(&report, &public, &mut findings)? {
-            let probe = Probe {
+            let probe = probe.insert(Probe {
                 pair,
                 public,
                 self_test,
-            };
-            negative(token, &probe, &mut report, &mut findings)?;
-            abilities::wrong_input(token, &probe, &mut report)?;
+            });
+            negative(token, probe, &mut report, &mut findings)?;
+            abilities::wrong_input(token, probe, &mut report)?;
             let settings = findings.settings(settings);
-            rates::measure(token, &probe, &settings, &mut report)?;
+            rates::measure(token, probe, &settings, &mut report)?;
         }
     }
     if allowed.write {
         on_token(token, settings, &findings, &mut report)?;
     }
-    report.sessions.push(after_logout(token));
+    after_logout(token, pin, probe.as_ref(), session, &mut report);
     report.verdict = verdict(settings, findings);
     Ok(report)
 }
@@ -283,8 +283,7 @@ fn identity(
         hardware_version: version(info.hardware_version()),
         firmware_version: version(info.firmware_version()),
         serial: allowed.serial.then(|| serial.to_owned()),
-        serial_sha256: (!serial.is_empty())
-            .then(|| sha256(serial.as_bytes())[..2 * SERIAL_DIGEST_BYTES].to_owned()),
+        has_serial: !serial.is_empty(),
         label_is_shared: same_label > 1,
         padded_with_nul: info.label().contains('\0') || info.model().contains('\0'),
         clock: if !info.clock_on_token() {
@@ -337,21 +336,54 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// The last thing that is tried.
-fn after_logout(token: &OpenToken) -> Answer {
+/// The last thing that is tried: what a logout ends, and what the handle of a key is worth after the next login.
+fn after_logout(
+    token: &OpenToken,
+    pin: Option<&Pin>,
+    probe: Option<&Probe>,
+    session: &Session,
+    report: &mut Report,
+) {
     calling::next("C_Logout");
     let ended = token.anchor.logout();
     if ended.is_err() {
-        return answer("C_Logout", &ended);
+        report.sessions.push(answer("C_Logout", &ended));
+        return;
     }
     calling::next("C_FindObjects");
     let found = token
         .anchor
         .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
-    told(
+    report.sessions.push(told(
         "private keys seen after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
-    )
+    ));
+    // A PIN that the token has not accepted from this process is not shown to it for a report.
+    let (Some(pin), Some(probe), false) = (pin, probe, token.is_login_of_another) else {
+        return;
+    };
+    calling::next("C_Login");
+    let again = token.anchor.login(UserType::User, Some(&auth_pin(pin)));
+    report
+        .sessions
+        .push(answer("a login after C_Logout", &again));
+    if again.is_err() {
+        return;
+    }
+    calling::next("C_Decrypt");
+    let used = session.decrypt(
+        &probe.self_test.mechanism(),
+        probe.pair.private,
+        probe.self_test.wrapped(),
+    );
+    report.sessions.push(match used {
+        Ok(plaintext) if plaintext != probe.self_test.plaintext() => {
+            told(OLD_HANDLE, "another plaintext")
+        }
+        used => answer(OLD_HANDLE, &used),
+    });
+    // The login ends with the process at the latest.
+    let _ended = token.anchor.logout();
 }
 
 /// A key of a session, and the attributes that the token refused in its template, each with the code.
@@ -575,6 +607,8 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
+    // Before anything is made: a token that has no session left must not keep keys of a failed report.
+    let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
         Ok(made) => made,
@@ -588,7 +622,6 @@ fn on_token(
     };
     let result =
         |fault: Option<Fault>| fault.map_or_else(|| WORKS.to_owned(), |fault| fault.to_string());
-    let other = token.session(&[])?;
     let found = keys::find(&other.session, &made.pair.place());
     let checked = match &found {
         Ok(pair) => match keys::inspect(&other.session, pair, &settings) {
@@ -613,7 +646,7 @@ fn on_token(
         told("keys that stay on the token", WORKS),
         told("found by another session", result(found.err())),
         told("attribute check", checked),
-        told("removed", result(removed.err())),
+        told(REMOVED, result(removed.err())),
     ]);
     Ok(())
 }
@@ -634,12 +667,14 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
             settings: Vec::new(),
         };
     }
-    let mut lines = vec![format!("module = \"{}\"", settings.module.display())];
+    let file = settings.module.file_name().unwrap_or_default();
+    let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
+    // Its content may hold names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string
             .iter()
-            .map(|text| format!("initialize_string = {text:?}")),
+            .map(|_| "initialize_string = \"…\"".to_owned()),
     );
     if allow_oaep_sha1 {
         lines.push("allow_oaep_sha1 = true".to_owned());

@@ -158,23 +158,47 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// Finds the one initialised token that fits, and looks again for a while when there is none. Of several that fit, the one is chosen
-/// whose serial number is among `serials`: those of the registry.
+/// What the serial numbers of the registry decide. Empty ones decide nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Registered<'a> {
+    /// Only a token that has one of them is chosen, for `serve`: a token with the same label may belong to another user, who would
+    /// learn the PIN.
+    Required(&'a [&'a str]),
+    /// They decide among several tokens that fit, for commands: some are for a clone, or for a token without registered keys.
+    Preferred(&'a [&'a str]),
+}
+
+impl Registered<'_> {
+    fn serials(&self) -> Vec<&str> {
+        let (Self::Required(serials) | Self::Preferred(serials)) = self;
+        serials
+            .iter()
+            .map(|serial| unpadded(serial))
+            .filter(|serial| !serial.is_empty())
+            .collect()
+    }
+}
+
+/// Finds the one initialised token that fits, and looks again for a while when there is none.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
-    serials: &[&str],
+    registered: Registered<'_>,
 ) -> Result<Selected, Fault> {
     let until = Instant::now() + ABSENT_RETRY;
     loop {
-        match find_now(module, selector, serials) {
+        match find_now(module, selector, registered) {
             Err(_) if Instant::now() < until => thread::sleep(ABSENT_PAUSE),
             result => return result,
         }
     }
 }
 
-fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Selected, Fault> {
+fn find_now(
+    module: &Module,
+    selector: &Selector,
+    registered: Registered<'_>,
+) -> Result<Selected, Fault> {
     let tokens = list(module)?;
     let fitting: Vec<_> = tokens
         .iter()
@@ -190,36 +214,56 @@ fn find_now(module: &Module, selector: &Selector, serials: &[&str]) -> Result<Se
             ),
         ));
     }
-    let registered = |info: &keybroker_pkcs11_ffi::TokenInfo| {
-        let serial = unpadded(info.serial_number());
-        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
-    };
-    let of_the_registry: Vec<_> = fitting
+    if fitting.is_empty() {
+        return Err(no_token(&wanted, &tokens));
+    }
+    let serials = registered.serials();
+    let mut candidates: Vec<_> = fitting
         .iter()
         .copied()
-        .filter(|(_, info)| registered(info))
+        .filter(|(_, info)| serials.contains(&unpadded(info.serial_number())))
         .collect();
-    match (fitting.as_slice(), of_the_registry.as_slice()) {
-        ([(slot, info)], _) | ([_, _, ..], [(slot, info)]) => Ok(Selected {
+    let is_required = matches!(registered, Registered::Required(_)) && !serials.is_empty();
+    if candidates.is_empty() && !is_required {
+        candidates.clone_from(&fitting);
+    }
+    match candidates.as_slice() {
+        [(slot, info)] => Ok(Selected {
             slot: *slot,
             info: describe(info),
             is_one_of_several: fitting.len() > 1,
         }),
-        ([], _) => Err(no_token(&wanted, &tokens)),
-        (several, _) => {
-            let serials: Vec<String> = several
-                .iter()
-                .map(|(_, info)| format!("{:?}", unpadded(info.serial_number())))
-                .collect();
-            Err(Fault::new(
-                Class::Configuration,
-                format!(
-                    "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
-                    serials.join(", ")
+        [] => Err(Fault::new(
+            Class::NoToken,
+            format!(
+                "the registry names the token with the serial number {}, and the settings fit only {}, so no login was tried. Connect \
+                 the registered token and choose it by `token.serial`; if the other one is its clone, run `keybroker key register ID` \
+                 there",
+                quoted(serials.iter().copied()),
+                quoted(
+                    fitting
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
                 ),
-            ))
-        }
+            ),
+        )),
+        several => Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                quoted(
+                    several
+                        .iter()
+                        .map(|(_, info)| unpadded(info.serial_number()))
+                )
+            ),
+        )),
     }
+}
+
+fn quoted<'a>(serials: impl Iterator<Item = &'a str>) -> String {
+    let quoted: Vec<String> = serials.map(|serial| format!("{serial:?}")).collect();
+    quoted.join(", ")
 }
 
 fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) -> Fault {
@@ -242,7 +286,7 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
 pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
-    for slot in module.get_slots_with_token()? {
+    for slot in module.slots_with_token()? {
         calling::next("C_GetTokenInfo");
         let info = module.get_token_info(slot)?;
         if info.token_initialized() {
@@ -275,6 +319,9 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
+        // RFC 3986 section 3.1: the scheme is compared without case.
+        let upper = Selector::from_uri("PKCS11:token=My%20token;serial=0a1b");
+        assert_eq!(upper, Ok(selector));
     }
 
     #[test]

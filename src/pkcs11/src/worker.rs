@@ -40,6 +40,7 @@ use crate::{
     classify::{Class, Fault},
     keys::Place,
     open::OpenToken,
+    select::Registered,
     session::{self, SessionThread, Shared},
 };
 
@@ -195,7 +196,13 @@ fn open(
         .iter()
         .map(|key| key.token_serial.as_str())
         .collect();
-    let token = OpenToken::login_to(settings, &record, pin, false, &serials)?;
+    let token = OpenToken::login_to(
+        settings,
+        &record,
+        pin,
+        false,
+        Registered::Required(&serials),
+    )?;
     let mut keys = Vec::new();
     for key in &expected {
         let proved = token.prove(settings, key);

@@ -1,4 +1,4 @@
-//! The decision: every policy is asked, any forbid denies, else any permit allows.
+//! The decision: all policies that can apply are evaluated. Any forbid denies; otherwise any permit allows.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,16 +12,16 @@ use super::{
     vocabulary::{VOCABULARY, Wanted},
 };
 
-/// What was decided, and by which policies.
+/// A decision with the policies that led to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Whether it is allowed.
+    /// Whether the action is allowed.
     pub allowed: bool,
-    /// The one that is named in the audit log.
+    /// The policy that the audit log shows.
     pub policy: Arc<str>,
-    /// All that decide so, in their order.
+    /// All policies that led to this decision, in their order.
     pub deciding: Vec<Arc<str>>,
-    /// Policies that could not be evaluated, and why.
+    /// The policies that could not be evaluated, each with its error.
     pub errors: Vec<(Arc<str>, String)>,
 }
 
@@ -54,7 +54,7 @@ pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
     verdict(set, &response)
 }
 
-/// The same with every policy and every attribute, whether it can matter or not.
+/// The same decision, made with all policies and all attributes.
 #[cfg(test)]
 pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     let asked = VOCABULARY
@@ -66,9 +66,9 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     )
 }
 
-/// Cedar leaves a policy out that it cannot evaluate (an overflow, an attribute of an entity that does not exist).
-/// For a permit that is right: nothing is allowed by it. For a forbid it would permit what the forbid is meant to
-/// deny, to a caller who finds the input that breaks it. So a forbid that cannot be evaluated denies.
+/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing attribute. For a
+/// permit this is right, because it allows nothing. A forbid that is ignored would allow what it is meant to deny, to a
+/// caller who finds the input that breaks it. Therefore a forbid that cannot be evaluated denies.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

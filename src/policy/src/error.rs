@@ -1,7 +1,7 @@
-//! Why Cedar could not be asked, or a policy not be taken apart. All of these are faults of this crate, because policies and
-//! questions were checked before: so they have one form, with the cause for the log.
+//! The error when Cedar refuses a question or the parts of a policy. Policies and questions were checked before, so
+//! each such error is a defect of this crate. One type with the cause for the log is therefore enough.
 
-/// Something that this crate asked of Cedar and that Cedar refused.
+/// A failed call of Cedar.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action}")]
 pub(crate) struct Error {
@@ -10,7 +10,7 @@ pub(crate) struct Error {
 }
 
 impl Error {
-    /// Gives the cause its context: what was to be done, as an infinitive.
+    /// Adds the context to a cause: the failed action as an infinitive.
     pub(crate) fn on<E>(action: &'static str) -> impl Fn(E) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,

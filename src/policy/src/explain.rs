@@ -1,7 +1,7 @@
-//! Why a decision is what it is, policy by policy.
+//! Explains a decision policy by policy.
 //!
-//! Each policy is asked alone, with everything that is known of the case. One that does not apply is taken apart: which part of its
-//! scope does not match, or which condition does not hold.
+//! Each policy is evaluated alone, with all attributes of the case. If a policy does not apply, its parts are evaluated
+//! separately, to find the part of its scope that does not match or the condition that is not met.
 
 use std::sync::Arc;
 
@@ -20,35 +20,35 @@ use super::{
 /// A decision with its reasons.
 #[derive(Clone, Debug)]
 pub struct Explanation {
-    /// What was decided.
+    /// The decision.
     pub verdict: Verdict,
-    /// All policies in force, in their order; none when a rule above them decided.
+    /// All policies in force, in their order. Empty if a rule in the code made the decision.
     pub policies: Vec<PolicyView>,
 }
 
-/// What one policy has to say of a case.
+/// The result of one policy for a case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyView {
-    /// As in the audit log.
+    /// The id of the policy, as in the audit log.
     pub id: Arc<str>,
     /// "permit" or "forbid".
     pub effect: &'static str,
-    /// Name of its file.
+    /// The name of the file.
     pub file: Arc<str>,
-    /// Whether it is about this action at all.
+    /// Whether the policy's scope includes the action.
     pub is_about: bool,
-    /// Whether it applies.
+    /// Whether the policy applies.
     pub applies: Applies,
 }
 
 /// Whether a policy applies to a case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Applies {
-    /// It does.
+    /// The policy applies.
     Yes,
-    /// It does not, because of this.
+    /// The policy does not apply, for this reason.
     No(String),
-    /// It could not be evaluated.
+    /// The policy could not be evaluated.
     Failed(String),
 }
 
@@ -75,7 +75,7 @@ pub(super) fn explain(set: &Set, case: &Case<'_>) -> Vec<PolicyView> {
         .collect()
 }
 
-/// What a policy answers when it is asked alone.
+/// The result of a policy that is evaluated alone.
 enum Answer {
     Yes,
     No,
@@ -119,7 +119,7 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
     for clause in clauses {
         let is_when = clause["kind"] == "when";
         let joint = if is_when { "&&" } else { "||" };
-        // In their order, as they are evaluated: a later one may rest on an earlier one.
+        // The parts are evaluated in their order, because a later part may be valid only if an earlier one is true.
         for part in parts(&clause["body"], joint) {
             let (answer, text) = ask_condition(asked, part)?;
             if is_when && !matches!(answer, Answer::Yes) {
@@ -133,7 +133,7 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
     Ok(Applies::No("a condition does not hold".to_owned()))
 }
 
-/// Whether one part of the scope matches.
+/// Evaluates one part of a policy's scope.
 fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, Error> {
     let json = policy
         .to_json()
@@ -143,7 +143,7 @@ fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, Error>
     ask(asked, from_json(bare)?)
 }
 
-/// Whether one condition holds, and its text.
+/// Evaluates one condition. Returns the result and the text of the condition.
 fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), Error> {
     let mut bare = bare();
     bare["conditions"] = json!([{ "kind": "when", "body": condition }]);
@@ -157,7 +157,7 @@ fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), E
     Ok((ask(asked, policy)?, inner))
 }
 
-/// A policy for everything.
+/// A policy that permits everything.
 fn bare() -> Value {
     json!({
         "effect": "permit",
@@ -173,7 +173,7 @@ fn from_json(json: Value) -> Result<Policy, Error> {
         .map_err(Error::on("read a part of a policy"))
 }
 
-/// The parts of `a && b && c`, from left to right.
+/// Splits an expression such as `a && b && c` into its operands, from left to right.
 fn parts<'a>(expression: &'a Value, joint: &str) -> Vec<&'a Value> {
     match expression.get(joint) {
         Some(both) => {

@@ -1,4 +1,4 @@
-//! The operator's files: found, checked and read, within limits.
+//! Finds, checks and reads the operator's policy files, within limits.
 
 use std::{fs, mem, path::Path, string::FromUtf8Error};
 
@@ -14,25 +14,25 @@ use super::{
     problem::{Problem, Problems, Source},
 };
 
-/// Files at most.
+/// Most policy files.
 pub(super) const FILES_MAX: usize = 64;
 /// Longest file, in bytes.
 pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Longest name of a file, in bytes: it is in the audit log where a policy has no id.
+/// Longest file name, in bytes. It is in the audit log if a policy has no id.
 const NAME_BYTES_MAX: usize = 64;
-/// Files that are named because they are not read, at most.
+/// Most ignored files that are reported by name.
 const IGNORED_MAX: usize = 8;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
 
-/// The operator's files, sorted by name; none without a directory.
+/// Reads the operator's files, sorted by name. Returns none if no directory is configured.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     let Some(directory) = &settings.directory else {
         return Ok(Vec::new());
     };
     let directory = &trusted_file::check_directory(directory, POLICIES).map_err(|error| {
         let remedy = if error.is_missing() {
-            "; make the directory, or correct `[policy] directory`"
+            "; create the directory, or correct `[policy] directory`"
         } else {
             ""
         };
@@ -44,12 +44,14 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let name = entry.map_err(unreadable)?.file_name();
         let name = name.to_string_lossy();
-        // Hidden files belong to an editor, or are the links inside a mounted ConfigMap.
+        // Hidden files belong to an editor, or are links inside a mounted ConfigMap.
         if !name.starts_with('.') && name.ends_with(SUFFIX) {
             names.push(name.into_owned());
         }
         if names.len() > FILES_MAX {
-            let what = format!("{shown} holds more than {FILES_MAX} files {SUFFIX}; join some");
+            let what = format!(
+                "{shown} holds more than {FILES_MAX} files with the suffix {SUFFIX}; combine some of them"
+            );
             return Err(Problem::of(what).into());
         }
     }
@@ -69,7 +71,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     }
 }
 
-/// Names of files of the directory that are not read, because their names do not end in `.cedar`: at most a few, sorted.
+/// Returns the names of a few files that are not read because their names do not end in `.cedar`, sorted.
 pub(super) fn ignored(settings: &Settings) -> Vec<String> {
     let directory = settings.directory.as_deref();
     let entries = directory.and_then(|directory| fs::read_dir(directory).ok());
@@ -85,7 +87,7 @@ pub(super) fn ignored(settings: &Settings) -> Vec<String> {
     ignored
 }
 
-/// SHA-256 over names and contents.
+/// Returns the SHA-256 over all names and contents.
 pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     let mut context = digest::Context::new(&digest::SHA256);
     for part in sources.iter().flat_map(|one| [&one.name, &one.text]) {
@@ -100,7 +102,7 @@ pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
 #[derive(Debug, thiserror::Error)]
 enum FileError {
     #[error(
-        "a name is at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+        "a file name must be at most {NAME_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
     )]
     Name,
     #[error(transparent)]
@@ -117,7 +119,7 @@ fn read_file(path: &Path, name: &str) -> Result<String, FileError> {
     }
     let mut bytes = trusted_file::read(path, FILE_BYTES_MAX, POLICIES)?;
     let text = String::from_utf8(mem::take(&mut *bytes))?;
-    // An editor's byte order mark is not part of a policy.
+    // A byte order mark that an editor wrote is not part of a policy.
     Ok(text
         .strip_prefix('\u{feff}')
         .map(str::to_owned)

@@ -1,11 +1,11 @@
-//! Decides what a principal may do: the only place with such decisions; deny by default.
+//! Policy decisions: this crate alone decides what a principal may do. Without a permit, an action is denied.
 //!
-//! The rules are policies in Cedar: those that come with the broker (`policy/default.cedar`) and those of the
-//! operator, all validated against one schema before they are used. Two rules are in code, so that no file can change
-//! them: a principal whose roles exclude each other may do nothing, and no principal reaches another tenant's keys.
+//! The rules are Cedar policies: those that come with the broker (`default.cedar`) and those of the operator. All of
+//! them are validated against one schema before they are used. Two rules are in the code, so that no file can change
+//! them: a principal with conflicting roles may do nothing, and no principal reaches the keys of another tenant.
 //!
-//! The set is loaded as a whole and replaced as a whole. A bad file at the start stops it; a bad one later leaves the policies
-//! that are in force in place.
+//! The policies are always loaded and replaced as a whole. An invalid file at the start stops the start. An invalid
+//! file at a later reload leaves the current policies in force.
 //!
 //! Mitigation: M4 of `THREAT_MODEL.md`.
 
@@ -44,24 +44,24 @@ pub use set::{NamedPrincipal, Summary};
 
 use set::Set;
 
-/// No policy permits it.
+/// The name of the decision when no policy permits the action.
 const DEFAULT_DENY: &str = "default-deny";
-/// Roles that exclude each other.
+/// The name of the rule against conflicting roles.
 const SEPARATION_OF_DUTIES: &str = "separation-of-duties";
-/// The key is another tenant's.
+/// The name of the rule against keys of other tenants.
 const OWN_TENANT: &str = "own-tenant";
-/// The question could not be asked.
+/// The name of the decision when Cedar could not be asked.
 const UNASKED: &str = "unasked";
-/// Names that no policy of an operator may have: they would say something else in the audit log.
+/// Names that an operator's policy must not have, because they have another meaning in the audit log.
 const RESERVED: [&str; 4] = [DEFAULT_DENY, SEPARATION_OF_DUTIES, OWN_TENANT, UNASKED];
 
 /// The `[policy]` section.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Whether the permits that come with the broker are in force. Its forbids always are.
+    /// Whether the broker's own permits are in force. Its forbids always are.
     pub defaults: bool,
-    /// Directory with the operator's policies, `*.cedar`.
+    /// The directory with the operator's policies, `*.cedar`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<PathBuf>,
 }
@@ -76,7 +76,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// What is wrong with the section by itself.
+    /// Returns a problem of this section, without reading the policies.
     pub fn problem(&self) -> Option<String> {
         let directory = self.directory.as_deref();
         match directory {
@@ -91,12 +91,13 @@ impl Settings {
         }
     }
 
-    /// Reads and validates the policies as `serve` would.
+    /// Reads and validates the policies in the same way as `serve`.
     pub fn check(&self) -> Result<Summary, Problems> {
         Ok(Set::load(self)?.summary())
     }
 
-    /// One remark for each file of the directory that is not read: a policy under another name than `*.cedar` has no effect.
+    /// Returns a remark for each file of the directory that is not read: a policy has no effect if its file name does
+    /// not end in `.cedar`.
     pub fn ignored_files(&self) -> Vec<String> {
         let remark = |name| {
             format!(
@@ -106,29 +107,30 @@ impl Settings {
         files::ignored(self).into_iter().map(remark).collect()
     }
 
-    /// The principals that the operator's policies name, each with the policy that does so. Whether they exist is not known here.
+    /// Returns the principals that the operator's policies refer to by name, each with its policy. Does not check
+    /// whether they exist.
     pub fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
         Set::load(self)?.named_principals()
     }
 }
 
-/// What is asked for.
+/// The resource of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource<'a> {
     /// One user key.
     UserKey {
-        /// Owner of the record.
+        /// The tenant of the record.
         tenant: &'a Tenant,
-        /// Whose key it is.
+        /// The user of the key.
         user: &'a UserId,
-        /// Which of the user's keys.
+        /// The name that tells several keys of the user apart.
         name: &'a KeyName,
     },
     /// The records of one user, or of the whole tenant.
     UserKeys {
-        /// Owner of the records.
+        /// The tenant of the records.
         tenant: &'a Tenant,
-        /// Whose.
+        /// The user of the records; `None` for all users.
         user: Option<&'a UserId>,
     },
     /// The control plane.
@@ -143,7 +145,7 @@ impl Resource<'_> {
         }
     }
 
-    /// Whether it is what an action is about, as in the schema.
+    /// Whether the schema allows this kind of resource for an action.
     fn suits(&self, action: Action) -> bool {
         match action {
             Action::Create
@@ -159,7 +161,7 @@ impl Resource<'_> {
     }
 }
 
-/// One question of the broker.
+/// The broker's question whether a call is allowed.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
     /// The caller.
@@ -168,12 +170,12 @@ pub struct Question<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
-    /// In which call.
+    /// The call that contains the action.
     pub call: &'a Call,
 }
 
-/// All that a decision depends on. Without a principal, so that it can be made up for an explanation; a [`Permit`] takes a
-/// [`Question`].
+/// All inputs of a decision. It contains an [`Identity`] instead of a [`Principal`], so that an explanation can use an
+/// invented one. A [`Permit`] needs a [`Question`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -182,27 +184,27 @@ pub struct Case<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
-    /// Where the connection comes from.
+    /// The address of the connection's peer.
     pub peer: IpAddr,
-    /// When.
+    /// The time of the call.
     pub at: Timestamp,
 }
 
-/// Proof that policy allowed an action. Only [`Policy::decide`] makes one.
+/// Proof that policy allowed an action. Only [`Policy::decide`] creates one.
 #[derive(Debug)]
 pub struct Permit {
     policy: Arc<str>,
 }
 
 impl Permit {
-    /// The policy that allowed it.
+    /// The policy that allowed the action.
     pub fn policy(&self) -> &Arc<str> {
         &self.policy
     }
 }
 
-/// Proof that policy allowed an action on one user key. Only [`Policy::decide_key`] makes one. The read or the change that follows
-/// takes the address from here alone, so a permit for one record cannot be used for another.
+/// Proof that policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The following read or
+/// change takes the address only from this proof, so that a permit for one record cannot be used for another.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,
@@ -211,30 +213,30 @@ pub struct KeyPermit {
 }
 
 impl KeyPermit {
-    /// The policy that allowed it.
+    /// The policy that allowed the action.
     pub fn policy(&self) -> &Arc<str> {
         &self.policy
     }
 
-    /// What was allowed.
+    /// The action that was allowed.
     pub fn action(&self) -> Action {
         self.action
     }
 
-    /// The record that it was allowed for.
+    /// The address for which it was allowed.
     pub fn address(&self) -> &KeyAddress {
         &self.address
     }
 }
 
-/// Policy says no.
+/// The denial of an action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denied {
     policy: Arc<str>,
 }
 
 impl Denied {
-    /// The policy that refused it.
+    /// The policy that denied the action.
     pub fn policy(&self) -> &Arc<str> {
         &self.policy
     }
@@ -248,19 +250,19 @@ pub struct Policy {
     watch: Mutex<Watch>,
 }
 
-/// What the last look at the files found.
+/// The results of the last check of the files.
 #[derive(Debug, Default)]
 struct Watch {
-    /// What was refused, so that it is reported once and not each second.
+    /// The problem that was reported last, so that it is reported once instead of every second.
     refused: Option<String>,
-    /// Digest of new content that was seen.
+    /// Digest of new content that was found once.
     seen: Option<[u8; 32]>,
-    /// Digest of content that was checked, so that it is not parsed again each second.
+    /// Digest of content that was validated, so that it is not parsed again every second.
     checked: Option<[u8; 32]>,
 }
 
 impl Policy {
-    /// Loads the policies; any problem stops the start.
+    /// Loads the policies. Fails if there is any problem.
     pub fn load(settings: &Settings) -> Result<Arc<Self>, Problems> {
         let set = Set::load(settings)?;
         set.report();
@@ -271,12 +273,12 @@ impl Policy {
         }))
     }
 
-    /// Decides.
+    /// Decides whether an action is allowed.
     pub fn decide(&self, question: &Question<'_>) -> Result<Permit, Denied> {
-        // The APIs know the address of a caller. Without one there is no decision, rather than one for a made-up
-        // address.
+        // The APIs set the address of every caller. If it is missing, the action is denied instead of being decided for
+        // an invented address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
-            keybroker_core::alert!(Bug, call_id = %question.call.id, "a call without the address of its peer");
+            keybroker_core::alert!(Bug, call_id = %question.call.id, "a call has no peer address");
             return Err(Denied {
                 policy: UNASKED.into(),
             });
@@ -293,7 +295,7 @@ impl Policy {
             metrics::POLICY_ERRORS
                 .with([policy.to_string()])
                 .increment(1);
-            tracing::warn!(call_id = %question.call.id, %policy, %error, "a policy could not be evaluated");
+            tracing::warn!(call_id = %question.call.id, %policy, %error, "cannot evaluate a policy");
         }
         let policy = verdict.policy;
         if verdict.allowed {
@@ -303,7 +305,7 @@ impl Policy {
         }
     }
 
-    /// Decides about one user key.
+    /// Decides whether an action on one user key is allowed.
     pub fn decide_key(
         &self,
         principal: &Principal,
@@ -328,12 +330,12 @@ impl Policy {
         })
     }
 
-    /// What would be decided. Nothing can be done with the answer but to show it.
+    /// Returns the decision for a case. It can only be displayed, because it is not a permit.
     pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
 
-    /// What would be decided, and why: policy by policy.
+    /// Returns the decision for a case with the reason from each policy.
     pub fn explain(&self, case: &Case<'_>) -> Explanation {
         let policies = match floor(case) {
             Some(_) => Vec::new(),
@@ -345,9 +347,9 @@ impl Policy {
         }
     }
 
-    /// Takes over changed files, and keeps the policies in force when a file is invalid or missing. A change that was
-    /// not announced is taken over when two looks have found the same: an editor that writes in place leaves half a
-    /// file, or an empty one, for a moment, and that may be a good set without its forbids.
+    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. A change that was not
+    /// announced by a signal is loaded after two checks have found the same content: an editor that writes in place
+    /// leaves an empty or incomplete file for a moment, which may be valid but lack the forbids.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {
@@ -397,26 +399,28 @@ impl Policy {
     }
 }
 
-/// What a look at the files found.
+/// The result of a check of the files.
 enum Look {
-    /// What is in force.
+    /// The files are those in force.
     Same,
-    /// Something that is looked at again, or was refused already.
+    /// The files have changed and are checked again later, or were rejected before.
     Waiting,
     New(Box<Set>),
 }
 
-/// What holds whatever the policies say.
+/// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration refuses such a principal; if another way to make principals forgets to, it holds here.
+    // The configuration already refuses such a principal. This check also covers every other way to create one.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }
-    // Policies were validated for the kind of resource that the schema gives the action, and mean nothing for another.
+    // A policy is validated for the kind of resource that the schema allows for the action. For another kind its result
+    // would be undefined.
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant from the principal; if it ever takes it from elsewhere, it holds here.
+    // The broker takes the tenant from the principal. This check also covers a resource whose tenant comes from
+    // elsewhere.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

@@ -1,24 +1,24 @@
-//! What is wrong with policies, and where, for a person with an editor.
+//! Problems of policies, with their place in a file.
 
 use std::fmt;
 
 use cedar_policy::ffi::DetailedError;
 
-/// A file of policies.
+/// A policy file.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) name: String,
     pub(super) text: String,
 }
 
-/// Something that is wrong with a file of policies, or with all of them.
+/// A problem of one policy file, or of all files together.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
     /// Name of the file.
     pub file: Option<String>,
-    /// Line and column, from 1.
+    /// Line and column, both from 1.
     pub place: Option<(usize, usize)>,
-    /// What is wrong.
+    /// The description of the problem.
     pub message: String,
 }
 
@@ -38,7 +38,7 @@ impl Problem {
         }
     }
 
-    /// What Cedar has to say of a source.
+    /// Converts an error of Cedar about a file.
     pub(super) fn from_cedar(source: &Source, error: &DetailedError) -> Self {
         let help = error.help.as_ref();
         let help = help.map_or_else(String::new, |help| format!("; {help}"));
@@ -69,7 +69,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Everything that is wrong.
+/// All problems that were found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problems(pub Vec<Problem>);
 
@@ -88,7 +88,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// Where a byte of a text is, for a person with an editor.
+/// Converts a byte offset to line and column, both from 1.
 pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

@@ -1,4 +1,4 @@
-//! A set of policies: parsed, named, validated, counted.
+//! A set of policies: parsing, naming, validation and counting.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,66 +27,68 @@ use super::{
 
 const SHIPPED: &str = include_str!("default.cedar");
 const SHIPPED_NAME: &str = "(shipped)";
-/// Policies of the operator at most: each is evaluated for each call.
+/// Most policies of the operator. Each of them can be evaluated for each call.
 pub(super) const POLICIES_MAX: usize = 256;
 const ID_BYTES_MAX: usize = 64;
-/// Names a policy in the audit log.
+/// The annotation with the name of a policy in the audit log.
 const ID_ANNOTATION: &str = "id";
 
-/// How many policies of which kind.
+/// The numbers of policies and files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// That allow.
+    /// Number of permits.
     pub permits: usize,
-    /// That deny.
+    /// Number of forbids.
     pub forbids: usize,
-    /// Of the operator.
+    /// Number of the operator's files.
     pub files: usize,
 }
 
-/// A principal that a policy names by itself, and not by a role or an attribute.
+/// A principal that a policy refers to by name instead of by role or attribute.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NamedPrincipal {
-    /// Its kind.
+    /// The kind of the principal.
     pub kind: Kind,
-    /// Its name, as in the audit log.
+    /// The name of the principal, as in the audit log.
     pub name: String,
     /// The policy.
     pub policy: Arc<str>,
-    /// Name of the file of the policy.
+    /// The file of the policy.
     pub file: Arc<str>,
 }
 
-/// What is known of a policy besides its text.
+/// The properties of a policy apart from its text.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
-    /// Its place among all: the first of several that decide is the one that is named.
+    /// The position among all policies. If several policies lead to a decision, the first one is shown.
     pub(super) place: usize,
     pub(super) effect: Effect,
     pub(super) id: Arc<str>,
-    /// Name of its file.
+    /// The name of its file.
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply in one case. Each policy costs about a microsecond and each attribute half of one, so
-/// only policies that can apply are evaluated, with only the attributes that they use.
+/// The policies that can apply to one action and kind of principal. Each policy costs about a microsecond and each
+/// attribute about half a microsecond. Therefore only these policies are evaluated, and only with the attributes that
+/// they use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,
-    /// Every attribute and operator that they mention, and other words.
+    /// All words of these policies, which include all attributes and operators that they use.
     pub(super) words: HashSet<String>,
 }
 
-/// The policies in force together.
+/// The policies that are in force together.
 #[derive(Debug)]
 pub(super) struct Set {
     policies: PolicySet,
     known: HashMap<PolicyId, Known>,
-    /// Every id, also of shipped policies that are not in force, and its file: an id in the audit log means one thing.
+    /// Every id with its file, including the ids of shipped policies that are not in force, so that an id in the audit
+    /// log has only one meaning.
     taken: HashMap<PolicyId, Arc<str>>,
-    /// What is asked for each action and kind of principal.
+    /// The policies for each action and kind of principal.
     slices: HashMap<(Action, Kind), Slice>,
-    /// Files of the operator, and how many policies each has.
+    /// The operator's files, each with its number of policies.
     files: Vec<(String, usize)>,
     digest: [u8; 32],
 }
@@ -96,7 +98,7 @@ impl Set {
         Self::build(settings, &files::read(settings)?)
     }
 
-    /// The shipped policies, and those of the sources.
+    /// Builds a set from the shipped policies and those of the sources.
     pub(super) fn build(settings: &Settings, sources: &[Source]) -> Result<Self, Problems> {
         let mut set = Self {
             policies: PolicySet::new(),
@@ -123,7 +125,7 @@ impl Set {
         let count: usize = set.files.iter().map(|(_, count)| count).sum();
         if count > POLICIES_MAX {
             problems.push(Problem::of(format!(
-                "there are {count} policies in the files; at most {POLICIES_MAX}, because each is evaluated for each call"
+                "the files contain {count} policies; at most {POLICIES_MAX} are allowed, because each can be evaluated for each call"
             )));
         }
         problems.extend(set.validate(sources));
@@ -134,7 +136,7 @@ impl Set {
         Ok(set)
     }
 
-    /// Parses a source and takes in those of its policies that are wanted; says how many there were.
+    /// Parses a source and adds the policies for which `wanted` is true. Returns the number of policies in the source.
     fn add(&mut self, source: &Source, wanted: impl Fn(Effect) -> bool) -> Result<usize, Problems> {
         if let Some((offset, what)) = shape::problem(&source.text) {
             let place = Some(place(&source.text, offset));
@@ -148,11 +150,12 @@ impl Set {
             Problems(each.collect())
         })?;
         if parsed.num_of_templates() > 0 {
-            let what = "has a template (`?principal`, `?resource`); there is nothing here that would fill it in";
+            let what =
+                "has a template (`?principal`, `?resource`), which the broker does not support";
             return Err(Problem::in_file(&source.name, what).into());
         }
         let mut policies: Vec<_> = parsed.policies().collect();
-        // The parser names them `policy0`, `policy1`, … as they stand.
+        // The parser names the policies `policy0`, `policy1` and so on, in the order of the text.
         policies.sort_by_key(|policy| ordinal(policy.id()));
         let (mut problems, count) = (Vec::new(), policies.len());
         for (index, policy) in policies.into_iter().enumerate() {
@@ -195,7 +198,8 @@ impl Set {
         }
     }
 
-    /// Also what Cedar only warns of: a forbid that can never apply is a mistake that would stay unnoticed.
+    /// Validates all policies. Cedar's warnings are problems too: a forbid that can never apply is a mistake that would
+    /// remain unnoticed.
     fn validate(&self, sources: &[Source]) -> Vec<Problem> {
         let validator = Validator::new(VOCABULARY.schema.clone());
         let result = validator.validate(&self.policies, ValidationMode::Strict);
@@ -221,13 +225,13 @@ impl Set {
             }
         };
         let mut problems: Vec<Problem> = errors.chain(warnings).map(problem).collect();
-        // One mistake is one for each action that the policy is about, in no order.
+        // Cedar reports a mistake once for each action of the policy, in no particular order.
         problems.sort();
         problems.dedup_by(|one, other| (&one.file, one.place) == (&other.file, other.place));
         problems
     }
 
-    /// Sorts the policies by what they can be asked about.
+    /// Assigns each policy to the actions and kinds of principals to which it can apply.
     fn slice(&mut self) -> Result<(), Error> {
         for action in Action::ALL {
             for kind in [Kind::User, Kind::Service] {
@@ -256,7 +260,7 @@ impl Set {
         Ok(())
     }
 
-    /// A file that disappears while its policies are in force is treated as an accident.
+    /// Treats the disappearance of a file whose policies are in force as an accident.
     pub(super) fn check_none_is_gone(&self, sources: &[Source]) -> Result<(), Problems> {
         let there: HashSet<&str> = sources.iter().map(|source| source.name.as_str()).collect();
         let gone = self
@@ -266,8 +270,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, and {count} of the policies in force come from it; put it back. To withdraw its policies, \
-                     put an empty file of this name there first, or restart the broker"
+                    "is missing, but {count} of the policies in force come from it; restore it. To withdraw its policies, \
+                     first replace it with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)
             })
@@ -279,12 +283,12 @@ impl Set {
         }
     }
 
-    /// All policies.
+    /// Returns all policies.
     pub(super) fn policies(&self) -> &PolicySet {
         &self.policies
     }
 
-    /// The principals that the operator's policies name, in the order of kind and name.
+    /// Returns the principals that the operator's policies refer to by name, ordered by kind and name.
     pub(super) fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
         let mut all = Vec::new();
         for (id, known) in self.in_order() {
@@ -314,7 +318,7 @@ impl Set {
         Ok(all)
     }
 
-    /// The policies that can apply to an action of a kind of principal.
+    /// Returns the policies that can apply to an action by a kind of principal.
     pub(super) fn slice_of(&self, action: Action, kind: Kind) -> Option<&Slice> {
         self.slices.get(&(action, kind))
     }
@@ -323,7 +327,7 @@ impl Set {
         self.known.get(id)
     }
 
-    /// All, in their order.
+    /// Returns all policies in their order.
     pub(super) fn in_order(&self) -> Vec<(&PolicyId, &Known)> {
         let mut all: Vec<_> = self.known.iter().collect();
         all.sort_by_key(|(_, known)| known.place);
@@ -347,7 +351,7 @@ impl Set {
         }
     }
 
-    /// Tells the metrics what is in force.
+    /// Updates the metrics with the numbers of permits and forbids.
     pub(super) fn report(&self) {
         let Summary {
             permits, forbids, ..
@@ -360,7 +364,7 @@ impl Set {
     }
 }
 
-/// Every word of a policy in its JSON form, in which no escape hides one.
+/// Collects every word of a policy from its JSON form, in which escapes are resolved.
 fn collect_words(value: &serde_json::Value, words: &mut HashSet<String>) {
     match value {
         serde_json::Value::String(text) => {
@@ -381,7 +385,7 @@ fn collect_words(value: &serde_json::Value, words: &mut HashSet<String>) {
     }
 }
 
-/// Every entity of a policy in its JSON form that is a user or a service.
+/// Collects every user and service from the JSON form of a policy.
 fn collect_principals(value: &serde_json::Value, named: &mut Vec<(Kind, String)>) {
     match value {
         serde_json::Value::Array(values) => {
@@ -414,16 +418,16 @@ fn ordinal(id: &PolicyId) -> usize {
         .unwrap_or(usize::MAX)
 }
 
-/// Why a policy cannot be taken in under its id.
+/// Why a policy cannot be added under its id.
 #[derive(Debug, thiserror::Error)]
 enum IdError {
     #[error(
-        "@id({0:?}): an id is 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
     )]
     Malformed(String),
-    #[error("@id({0:?}): this name means something else in the audit log")]
+    #[error("@id({0:?}): this id has another meaning in the audit log")]
     Reserved(String),
-    #[error("policy `{id}` is there twice: also in {other}")]
+    #[error("the policy id `{id}` is used twice: also in {other}")]
     Taken { id: PolicyId, other: Arc<str> },
     #[error("policy `{id}` cannot be added")]
     Refused {

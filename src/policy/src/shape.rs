@@ -1,16 +1,17 @@
-//! The shape of a text before it is parsed: how deep it nests, how long its chains are.
+//! Limits for a policy text before it is parsed: nesting depth and number of operators.
 //!
-//! Cedar's parser and validator, and the code that clones or drops their results, recurse into both without a limit. A file that nests
-//! deep enough would end the process, on a reload too; here it is a mistake like any other.
+//! Cedar's parser and validator, and the code that clones or drops their results, use recursion without a limit. A file
+//! with very deep nesting would exhaust the stack and end the process, even in a reload. With these limits, it is an
+//! ordinary problem of the file.
 
-/// Brackets within brackets, at most.
+/// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 32;
-/// Characters of operators in one policy, at most: each may be a level of the tree.
+/// Most operator characters in one policy. Each may add a level to the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
-/// The number of characters that make as deep a tree as one `if`.
+/// One `if` adds as many levels to the tree as this many operator characters.
 const IF_WEIGHT: usize = 4;
 
-/// What is wrong with the shape of a text, and where.
+/// Returns the first problem of a text, with its byte offset.
 pub(super) fn problem(text: &str) -> Option<(usize, String)> {
     let mut shape = Shape::default();
     let mut rest = text.char_indices().peekable();
@@ -40,7 +41,7 @@ pub(super) fn problem(text: &str) -> Option<(usize, String)> {
         }
         if shape.operators > OPERATORS_MAX {
             let what = format!(
-                "a policy with more than {OPERATORS_MAX} characters of operators; make two of it"
+                "the policy has more than {OPERATORS_MAX} operator characters; split it into two policies"
             );
             return Some((offset, what));
         }
@@ -58,14 +59,14 @@ impl Shape {
     fn take(&mut self, c: char) {
         match c {
             '[' => {
-                // Also `a["b"]["c"]`, which is a chain.
+                // `a["b"]["c"]` is a chain too.
                 self.depth += 1;
                 self.operators += 1;
             }
             '(' | '{' => self.depth += 1,
             ')' | ']' | '}' => self.depth = self.depth.saturating_sub(1),
             '&' | '|' | '+' | '-' | '*' | '.' | '!' | '<' | '>' | '=' => self.operators += 1,
-            // A bracket that is left open does not end with a policy: the parser will say so.
+            // After an unclosed bracket, a semicolon does not end the policy. The parser reports the bracket.
             ';' if self.depth == 0 => self.operators = 0,
             _ => {}
         }
@@ -92,7 +93,7 @@ mod tests {
         assert_eq!(problem(&chain(OPERATORS_MAX)), None);
         assert!(problem(&chain(OPERATORS_MAX + 2)).is_some());
         assert!(problem(&"if a then ".repeat(1 + OPERATORS_MAX / IF_WEIGHT)).is_some());
-        // Neither in strings nor in comments, and each policy by itself.
+        // Strings and comments are not counted, and each policy is counted separately.
         for quiet in [
             format!("\"{}\\\"{}\"", nested(40).replace(')', ""), "(".repeat(40)),
             format!("// {}\n", "(".repeat(40)),

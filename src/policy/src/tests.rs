@@ -1,4 +1,4 @@
-//! Policies against what is promised of them.
+//! Tests that the policies keep their promises.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,7 +32,7 @@ fn tenant(name: &str) -> Tenant {
     Tenant::parse(name).unwrap()
 }
 
-/// A user with its own token.
+/// A user with an access token.
 fn person(subject: &str) -> Identity {
     Identity {
         name: format!("token:home:{subject}"),
@@ -47,7 +47,7 @@ fn person(subject: &str) -> Identity {
     }
 }
 
-/// `ada` with a token of five minutes ago.
+/// The user `ada`, who authenticated five minutes ago.
 fn ada() -> Identity {
     let mut ada = person("ada");
     ada.claims = Claims {
@@ -62,7 +62,7 @@ fn ada() -> Identity {
     ada
 }
 
-/// A service with these roles that was given everything to release.
+/// A service with these roles and a grant for all keys.
 fn service(roles: &[Role]) -> Identity {
     Identity {
         name: "URI:spiffe://example.org/service".to_owned(),
@@ -93,7 +93,7 @@ fn with_files(files: &[(&str, &str)]) -> Result<(tempfile::TempDir, Arc<Policy>)
     Ok((folder, policy))
 }
 
-/// `ada`'s key `vault`, asked for at noon.
+/// A case about `ada`'s key `vault`, at noon.
 fn unwrap_of_ada(identity: &Identity, evaluate: impl FnOnce(&Case<'_>) -> Verdict) -> Verdict {
     with_case(identity, evaluate)
 }

@@ -1,7 +1,7 @@
-//! Our words in Cedar's: entities, actions, context.
+//! Translates the broker's terms into Cedar entities, actions and context.
 //!
-//! What is built here must be what the schema says, because the policies were validated against that. It is not checked again
-//! for each call; a test does it with cases of every kind.
+//! Everything that is built here must conform to the schema, because the policies were validated against it. The broker
+//! does not check this for each call. A test checks it with cases of every kind.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,12 +24,12 @@ use super::{Case, Resource, error::Error};
 
 pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// How a key leaves.
+/// The value of `release`: the form in which a key is released.
 const PLAIN: &str = "plain";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
-/// What is the same for every question.
+/// The parts that are the same for every question.
 pub(super) struct Vocabulary {
     pub(super) schema: Schema,
     user: EntityTypeName,
@@ -41,12 +41,12 @@ pub(super) struct Vocabulary {
     actions: HashMap<Action, Entity>,
 }
 
-/// Which attributes are handed over.
+/// The attributes that are passed to Cedar.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Wanted<'a> {
-    /// All that the schema has.
+    /// All attributes of the schema.
     All,
-    /// Those that policies mention.
+    /// The attributes that policies mention.
     Mentioned(&'a HashSet<String>),
 }
 
@@ -58,13 +58,13 @@ impl Wanted<'_> {
         }
     }
 
-    /// Tags have names of the operator's, and may be asked for by any text.
+    /// Operators choose the names of tags, and a policy may compute them. All tags are passed if any policy uses tags.
     fn tags(self) -> bool {
         self.has("getTag") || self.has("hasTag")
     }
 }
 
-/// Attributes under way.
+/// A list of attributes that is being built.
 struct Attributes<'a> {
     wanted: Wanted<'a>,
     pairs: Vec<(String, Value)>,
@@ -91,7 +91,7 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A question as Cedar takes it.
+/// A question in the form of Cedar.
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
@@ -137,7 +137,7 @@ impl Vocabulary {
         }
     }
 
-    /// The action and the kind of principal that a policy can apply to.
+    /// The action and kind of principal to which a policy can apply.
     pub(super) fn case(&self, case: &RequestEnv) -> Option<(Action, Kind)> {
         let kind = if *case.principal() == self.user {
             Kind::User
@@ -149,7 +149,7 @@ impl Vocabulary {
         Some((*action, kind))
     }
 
-    /// A question as Cedar takes it. With a schema, only if it conforms.
+    /// Builds a question for Cedar. With a schema, fails if the question does not conform to it.
     pub(super) fn ask(
         &self,
         case: &Case<'_>,
@@ -186,7 +186,7 @@ impl Vocabulary {
                 attributes.add_some("subject", identity.subject.as_ref(), |user| {
                     text(user.as_str())
                 });
-                // A person has no role, also if a claim names one.
+                // A person has no role, even if a claim contains one.
                 (&self.user, Vec::new())
             }
             Kind::Service => {
@@ -214,7 +214,7 @@ impl Vocabulary {
             Resource::UserKey { tenant, user, name } => {
                 attributes.add("user", || text(user.as_str()));
                 attributes.add("keyName", || text(name.as_str()));
-                // Neither tenant nor key name can hold a slash.
+                // A tenant or a key name cannot contain a slash.
                 (&self.user_key, format!("{tenant}/{name}/{user}"))
             }
             Resource::UserKeys { tenant, user: None } => (&self.user_keys, tenant.to_string()),
@@ -243,8 +243,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     attributes.add_some("device", claims.device.as_deref(), text);
     attributes.add("organisations", || texts(&claims.organisations));
     attributes.add("granted", || Value::new_bool(is_granted(case)));
-    // Cedar does not know IPv4 addresses in IPv6 ones, which a socket for both kinds gives: a rule for the one must hold for
-    // the other.
+    // A socket for both address families reports IPv4 addresses in IPv6 form, which Cedar does not recognise as IPv4.
+    // The conversion makes rules about IPv4 addresses apply to them.
     attributes.add("peer", || {
         Value::new_ip(case.peer.to_canonical().to_string())
     });
@@ -255,8 +255,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
 
-/// Whether what a service was given to release covers the resource. Asked here and not in a policy: it may be a list of thousands
-/// of users, which would have to be handed over for every call.
+/// Whether the grant of a service covers the resource. The broker checks this instead of a policy, because the grant
+/// may list thousands of users, and passing them to Cedar would cost too much for every call.
 fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,
@@ -269,7 +269,7 @@ fn is_granted(case: &Case<'_>) -> bool {
     }
     match case.resource {
         Resource::UserKey { user, name, .. } => users.contains(user) && key_names.contains(name),
-        // A list shows every key name, and without a user every user.
+        // A list shows every key name, and if it is not limited to a user, every user.
         Resource::UserKeys { user, .. } => {
             *key_names == Reach::All
                 && user.map_or(*users == Reach::All, |user| users.contains(user))
@@ -278,12 +278,12 @@ fn is_granted(case: &Case<'_>) -> bool {
     }
 }
 
-/// Never negative: a provider whose clock is ahead of ours has authenticated just now.
+/// Returns at least 0: if the provider's clock is ahead, the authentication counts as new.
 fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
     (now.micros().saturating_sub(at.micros()) / MICROS_PER_SECOND).max(0)
 }
 
-/// UTC, to the millisecond.
+/// Formats a time in UTC with milliseconds.
 fn datetime(at: Timestamp) -> String {
     let nanos = i128::from(at.micros()) * 1_000;
     let at = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)

@@ -1,4 +1,4 @@
-//! An API client as a row: its document, which the store does not interpret, and what proves it.
+//! An API client as a row: its document, which the store does not interpret, and its MAC.
 
 use keybroker_core::{
     call::Timestamp,
@@ -7,17 +7,17 @@ use keybroker_core::{
     key::{ClientId, WrappingKeyId},
 };
 
-/// An API client as SQL knows it.
+/// The stored form of an API client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientRow {
-    /// The id that it sends with its secret.
+    /// The id that the client sends with its secret.
     pub id: ClientId,
-    /// Grows with each change, from 1.
+    /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// As bytes not yet parsed.
+    /// The document as bytes that are not parsed yet.
     pub document: Vec<u8>,
-    /// By an integrity key over all of the above, so that a writer of the database cannot give a client another
-    /// secret or another role.
+    /// A MAC by an integrity key over all fields above, so that a writer of the database cannot give a client
+    /// another secret or another role.
     pub mac: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
@@ -28,7 +28,7 @@ pub struct ClientRow {
 }
 
 impl ClientRow {
-    /// What the row's MAC must be over.
+    /// The message that the row's MAC must cover.
     pub fn mac_message(&self) -> MacMessage {
         MacMessage::client_credential(self.id, self.revision, &digest_of(&self.document))
     }

@@ -1,8 +1,9 @@
-//! The tables with their columns: the one list from which statements are built, and by whose names rows are read.
+//! The tables with their columns. All statements are built from this list, and rows are read by the names of the
+//! columns.
 
 use super::slow::Named;
 
-/// What a column holds.
+/// The type of the values of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Bytes,
@@ -30,8 +31,8 @@ macro_rules! tables {
         }
 
         impl Table {
-            /// All tables, in the order in which a copy is filled: each after those that its rows refer to, and the registry
-            /// last, because no broker serves from a database without it.
+            /// All tables, in the order in which a copy fills them. Each table comes after the tables to which its rows
+            /// refer. The registry is last, because no broker serves from a database without it.
             pub const ALL: [Self; [$(Self::$table),+].len()] = [$(Self::$table),+];
 
             /// The name in the database.
@@ -41,7 +42,7 @@ macro_rules! tables {
                 }
             }
 
-            /// All columns. Those of the primary key come first.
+            /// All columns, beginning with those of the primary key.
             pub(super) const fn columns(self) -> &'static [Column] {
                 match self {
                     $(Self::$table => &[
@@ -60,7 +61,7 @@ macro_rules! tables {
             }
         }
 
-        /// One thing for each table.
+        /// One value for each table.
         #[derive(Debug)]
         pub(super) struct PerTable<T> {
             $($name: T,)+
@@ -92,12 +93,12 @@ tables! {
         record_id: Bytes, revision: Integer;
         envelope: Bytes, wrapping_key_id: Bytes, created_us: Integer,
     }
-    /// The marks of changes, which show after a crash whether a mutation was committed.
+    /// The marks of changes. After a crash they show whether a mutation was committed.
     Changes = changes {
         call_id: Bytes;
         record_id: Bytes, changed_us: Integer,
     }
-    /// Request ids, with the record as the mutation left it.
+    /// Request ids, each with the record as the mutation left it.
     Requests = requests {
         tenant: Text, principal: Text, request_id: Bytes;
         content_mac: Bytes, key_id: Bytes, record_id: Bytes, user: Text, key_name: Text, state: Text,
@@ -130,13 +131,13 @@ tables! {
 }
 
 impl Table {
-    /// All columns but those of the primary key.
+    /// All columns except those of the primary key.
     pub(super) fn values(self) -> &'static [Column] {
         &self.columns()[self.key().len()..]
     }
 }
 
-/// Under the names of the tables.
+/// The names below each table begin with the name of the table.
 impl<T: Named> Named for PerTable<T> {
     fn names_below(&self, _name: &str, names: &mut Vec<(&'static str, String)>) {
         for table in Table::ALL {

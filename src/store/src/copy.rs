@@ -1,9 +1,9 @@
-//! A database copied into another one, of whichever engine, row by row and byte for byte.
+//! Copies a database into another one, of any engine, row by row and byte for byte.
 //!
-//! Both are read side by side in the order of their keys, which is the same on every engine. So a copy that was cut short
-//! goes on where it was, a target that holds anything else is found out, and the same reading shows in the end that both are
-//! equal: that the source was not changed meanwhile, either. What was read early in that last reading may change while the
-//! rest is read; every change leaves a mark, so the marks are read once more ([`Copy::look_again`]).
+//! Both databases are read side by side in the order of their keys, which is the same on every engine. Therefore an interrupted
+//! copy can continue, and other rows in the target are detected. The same reading shows at the end that both databases are equal,
+//! which also shows that the source was not changed during the copy. A row that was read early may change while the rest is read.
+//! Every change leaves a mark, so the marks are read once more ([`Copy::look_again`]).
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -16,51 +16,51 @@ use super::{
 /// Why a copy stopped.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CopyError {
-    /// The database that is copied failed.
+    /// The source database failed.
     #[error("the database to copy from: {0}")]
     Source(#[source] Error),
-    /// The database that is filled failed.
+    /// The target database failed.
     #[error("the database to copy to: {0}")]
     Target(#[source] Error),
-    /// The target has a row that the source has not.
-    #[error("the database to copy to has a row that the other has not: {0}")]
+    /// The target has a row that the source does not have.
+    #[error("the database to copy to has a row that the source does not have: {0}")]
     Extra(String),
-    /// Both have a row of this key, and they differ.
+    /// Both databases have a row with this key, and the rows differ.
     #[error("a row differs: {0}")]
     Differs(String),
-    /// The target lacks a row after everything was copied.
-    #[error("the database to copy from has a row that the other has not: {0}")]
+    /// The target does not have a row of the source although everything was copied.
+    #[error("the database to copy from has a row that the target does not have: {0}")]
     Missing(String),
 }
 
-/// What is done about rows that the target lacks.
+/// What to do with rows that the target does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// They are left out, as before a copy that goes on.
+    /// The rows are ignored, as before a copy that continues.
     Ignore,
-    /// They are added.
+    /// The rows are added.
     Add,
-    /// They are an error, as after a copy.
+    /// The rows are an error, as after a copy.
     Refuse,
 }
 
-/// Two databases.
+/// A source and a target database.
 #[derive(Clone, Debug)]
 pub struct Copy {
-    /// Where rows come from.
+    /// The source of the rows.
     pub from: Arc<dyn Tables>,
-    /// Where they go to.
+    /// The target of the rows.
     pub to: Arc<dyn Tables>,
     /// Rows that were added.
     pub added: Arc<Tally>,
 }
 
-/// What was found in one table.
+/// The result of the comparison of one table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Walked {
-    /// Rows of the source.
+    /// The number of rows of the source.
     pub rows: u64,
-    /// Rows that the target lacked.
+    /// The number of rows that the target did not have.
     pub lacking: u64,
 }
 
@@ -76,7 +76,7 @@ impl Copy {
         Ok(true)
     }
 
-    /// Goes through one table of both. `step` is called for every row of the source.
+    /// Compares one table of both databases. `step` is called for every row of the source.
     pub async fn walk(
         &self,
         table: Table,
@@ -117,8 +117,8 @@ impl Copy {
         Ok(walked)
     }
 
-    /// Refuses a source that was changed since its tables were compared: every mutation of a record leaves a mark; the registry and
-    /// the API clients can change without one.
+    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry
+    /// and the API clients can change without a mark, so they are compared again.
     pub async fn look_again(&self) -> Result<(), CopyError> {
         for table in [Table::Changes, Table::Clients, Table::WrappingKeys] {
             self.walk(table, Lacking::Refuse, || {}).await?;
@@ -126,7 +126,7 @@ impl Copy {
         Ok(())
     }
 
-    /// Gives the target the identity of the source, once it is equal: the brokers that know the source then accept the copy.
+    /// Gives the identity of the source to the target after the copy, so that the brokers that know the source accept the copy.
     pub async fn carry_identity(&self) -> Result<(), CopyError> {
         let source = self.from.evidence(&[]).await.map_err(CopyError::Source)?;
         let Some(id) = source.store else {
@@ -146,9 +146,9 @@ impl Copy {
         }
         waiting.clear();
         added.map_err(|error| match error {
-            // Not by its key, or it would have been seen: something else that is unique.
+            // A row with the same key would have been found by the comparison, so another unique value conflicts.
             Error::Exists => CopyError::Extra(format!(
-                "{}, in the place of one that was to be added",
+                "{}, which conflicts with a row to be added",
                 table.name()
             )),
             Error::Corrupt(_) => CopyError::Source(error),

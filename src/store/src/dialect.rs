@@ -1,34 +1,33 @@
-//! What differs between the SQL of the engines. Statements are written once, in [`crate::statements`], and a dialect turns each
-//! into the text for its engine, when the program uses that engine for the first time.
+//! The differences between the SQL of the engines. Statements are written once, in [`crate::statements`]. When the program uses
+//! an engine for the first time, a dialect converts each statement into the text for this engine.
 
 use super::columns::{Column, Kind, Table};
 
-/// The SQL of one engine, as far as it differs from that of the others.
+/// The differences of one engine's SQL from that of the others.
 #[derive(Debug)]
 pub(super) struct Dialect {
     pub(super) placeholder: Placeholder,
-    /// Begins and ends the name of a column that is a keyword somewhere.
+    /// The quote around the name of a column that is a keyword on some engine.
     pub(super) quote: char,
-    /// Begins a transaction that sees what was committed before each of its statements.
+    /// Begins a transaction in which each statement sees everything that was committed before it.
     pub(super) begin: &'static str,
-    /// Ends a query that holds the rows it finds until the transaction ends. None where a transaction holds everything.
+    /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction locks the whole database.
     pub(super) lock: Option<&'static str>,
-    /// Ends an `INSERT` that inserts nothing when the row is there. Empty where there is no such form: the engine then reports
-    /// the duplicate.
+    /// Ends an `INSERT` that inserts nothing if the row exists. Empty if the engine has no such form and reports the duplicate.
     pub(super) unless_taken: &'static str,
     pub(super) upsert: Upsert,
     pub(super) limited_delete: LimitedDelete,
-    /// Reads the server's time as `now_us`, in microseconds since 1970. A file has none.
+    /// Reads the server's time as `now_us`, in microseconds since 1970. `None` for a file.
     pub(super) clock: Option<&'static str>,
-    /// Finds a row if the table of migrations is there.
+    /// Finds a row if the table of migrations exists.
     pub(super) has_migrations: &'static str,
-    /// Reads names and values of the settings that durability rests on, as text.
+    /// Reads names and values of the settings that affect durability, as text.
     pub(super) durability: &'static str,
-    /// What that query calls the name and the value.
+    /// The columns of that query for name and value.
     pub(super) durability_columns: [&'static str; 2],
 }
 
-/// How a statement marks the place of a value.
+/// How a statement marks the position of a value.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Placeholder {
     /// `?`
@@ -37,12 +36,13 @@ pub(super) enum Placeholder {
     Dollar,
 }
 
-/// How a row is inserted, or its time is moved forward when it is there.
+/// How a row is inserted, or its time is increased if the row exists.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Upsert {
-    /// `ON CONFLICT … DO UPDATE`, in which a row may come several times.
+    /// `ON CONFLICT … DO UPDATE`; the statement may contain a row several times.
     Conflict,
-    /// `ON CONFLICT … DO UPDATE`, which refuses a statement in which a row comes several times: equal rows become one before.
+    /// `ON CONFLICT … DO UPDATE`; the engine refuses a statement that contains a row several times, so equal rows are merged
+    /// first.
     ConflictOnce,
     /// `ON DUPLICATE KEY UPDATE`
     DuplicateKey,
@@ -53,14 +53,14 @@ pub(super) enum Upsert {
 pub(super) enum LimitedDelete {
     /// `DELETE … LIMIT`
     Limit,
-    /// The keys of the rows are chosen by a subquery.
+    /// A subquery selects the keys of the rows.
     Subquery,
 }
 
 impl Dialect {
-    /// The text of a statement for this engine. In the statement `?` marks the place of a value, and `"` stands around the name of
-    /// a column that is a keyword; neither may stand for itself. The text is kept until the process ends: there is one for each
-    /// statement and engine.
+    /// The text of a statement for this engine. In the statement, `?` marks the position of a value, and `"` surrounds the name
+    /// of a column that is a keyword. Neither character can be used literally. The text is kept until the process ends: there is
+    /// one for each statement and engine.
     pub(super) fn text(&self, statement: &str) -> &'static str {
         let mut text = String::with_capacity(statement.len() + 64);
         let mut values = 0;
@@ -83,13 +83,13 @@ impl Dialect {
         self.text(&insert(table))
     }
 
-    /// Inserts a row of all columns; of a duplicate see [`Self::unless_taken`].
+    /// Inserts a row of all columns. For a duplicate see [`Self::unless_taken`].
     pub(super) fn insert_unless_taken(&self, table: Table) -> &'static str {
         self.text(&format!("{}{}", insert(table), self.unless_taken))
     }
 
-    /// Inserts so many rows of a table whose only value is `used_us`, and where a row of the same key is there, keeps the later
-    /// time. Equal rows may come several times.
+    /// Inserts this number of rows into a table whose only value is `used_us`. If a row with the same key exists, the later time
+    /// is kept. Equal rows may occur several times.
     pub(super) fn note_latest(&self, table: Table, rows: usize) -> &'static str {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let row = format!("({})", places(table.columns().len()));
@@ -103,7 +103,7 @@ impl Dialect {
                 format!("INSERT INTO {name} ({columns}) VALUES {rows} {latest}")
             }
             Upsert::ConflictOnce => {
-                // The first row gives the columns their types.
+                // The first row determines the types of the columns.
                 let types: Vec<&str> = table.columns().iter().map(place_with_type).collect();
                 let rows = rows.replacen(&places(types.len()), &types.join(", "), 1);
                 format!(
@@ -118,7 +118,7 @@ impl Dialect {
         })
     }
 
-    /// Deletes rows that meet a condition. The last value is how many at most.
+    /// Deletes rows that meet a condition. The last value is the highest number of rows.
     pub(super) fn delete_some(&self, table: Table, condition: &str) -> &'static str {
         let (name, key) = (table.name(), names(table.key()));
         self.text(&match self.limited_delete {
@@ -137,7 +137,7 @@ pub(super) fn names(columns: &[Column]) -> String {
     quoted.join(", ")
 }
 
-/// Columns and the places of their new values, for an `UPDATE`.
+/// An assignment for each column, for an `UPDATE`.
 pub(super) fn assignments(columns: &[Column]) -> String {
     let assigned: Vec<String> = columns
         .iter()
@@ -146,7 +146,7 @@ pub(super) fn assignments(columns: &[Column]) -> String {
     assigned.join(", ")
 }
 
-/// The places of so many values.
+/// Placeholders for this number of values.
 pub(super) fn places(values: usize) -> String {
     vec!["?"; values].join(", ")
 }
@@ -160,7 +160,7 @@ fn insert(table: Table) -> String {
     )
 }
 
-/// `user` is a keyword of PostgreSQL.
+/// Quotes a column name if necessary: `user` is a keyword of PostgreSQL.
 fn quoted(column: &Column) -> String {
     match column.name {
         "user" => "\"user\"".to_owned(),

@@ -1,5 +1,5 @@
-//! What the errors of the drivers mean: a table for each engine, because each has its own numbers, and the same number means
-//! something else on another.
+//! The meaning of the drivers' errors. Each engine has its own table, because each has its own error codes, and one code means
+//! different things on different engines.
 
 use sqlx::{
     error::{DatabaseError, ErrorKind},
@@ -14,13 +14,13 @@ use super::{
 };
 
 const READONLY_SERVER: &str =
-    "this server is a standby or was set to read only; name the primary in `store.url`";
+    "this server is a standby or was set to read only; set `store.url` to the primary";
 const FULL_SERVER: &str = "free the database server's disk";
-/// What to do about a pooler that gives one session to several clients.
-pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this database in PgBouncer, or name the server itself in \
+/// The remedy for a pooler that shares one session between several clients.
+pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this database in PgBouncer, or give the server itself in \
                                         `store.url`";
 
-/// SQLite's primary result codes for a file that is damaged (`SQLITE_CORRUPT`), and for one that is something else.
+/// SQLite's primary result codes for a damaged file (`SQLITE_CORRUPT`), and for a file that is no database.
 const SQLITE_DAMAGED: i64 = 11;
 const SQLITE_NOTADB: i64 = 26;
 /// `SQLITE_READONLY`, `SQLITE_IOERR`, `SQLITE_FULL`, `SQLITE_CANTOPEN`.
@@ -28,7 +28,7 @@ const SQLITE_READONLY: i64 = 8;
 const SQLITE_IOERR: i64 = 10;
 const SQLITE_FULL: i64 = 13;
 const SQLITE_CANTOPEN: i64 = 14;
-/// The low byte of an extended result code is the primary one.
+/// The low byte of an extended result code is the primary code.
 const PRIMARY_CODE: i64 = 0xff;
 
 /// What an error of a driver means.
@@ -43,11 +43,11 @@ enum Meaning {
     NotDatabase,
     /// Another transaction won.
     Contended,
-    /// The same may succeed on another connection.
+    /// Another connection may succeed.
     Disconnected,
-    /// The session is not the one that the statement was prepared on.
+    /// The session is not the one for which the statement was prepared.
     SharedSession,
-    /// Nothing can be read or written, and this is what to do about it, if that is known.
+    /// Nothing can be read or written. Contains a remedy if one is known.
     Down(Option<&'static str>),
 }
 
@@ -57,10 +57,11 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { index, .. } => {
                 return Self::Corrupt(Detail::caused(format!("column {index}"), error));
             }
-            // Only while a store is opened, when no connection is in use; later the lease tells a full pool from an outage.
+            // The pool times out only while a store is opened, when no connection is in use. Later the lease distinguishes a
+            // full pool from an outage.
             sqlx::Error::PoolTimedOut => {
                 return Self::Disconnected(
-                    "no connection in time: the database does not accept any".into(),
+                    "no connection in time: the database does not accept connections".into(),
                 );
             }
             other => meaning(other),
@@ -111,7 +112,7 @@ fn meaning(error: &sqlx::Error) -> Meaning {
 }
 
 fn of_database(error: &(dyn DatabaseError + 'static)) -> Meaning {
-    // The statements of the store never break a constraint, so the rows were changed by another program. A retry does not help.
+    // The statements of the store never violate a constraint, so another program changed the rows. A retry does not help.
     if !matches!(error.kind(), ErrorKind::Other) {
         return Meaning::Contradiction;
     }
@@ -132,15 +133,15 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         Some(SQLITE_DAMAGED) => Meaning::FileDamaged,
         Some(SQLITE_NOTADB) => Meaning::NotDatabase,
         Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
-            "this user must be able to write to the directory of the database, because SQLite makes files of its own there, also \
-             to read; is the file system mounted read-only?",
+            "this user must have write access to the directory of the database, because SQLite creates files there even for \
+             reads; is the file system mounted read-only?",
         )),
         Some(SQLITE_READONLY) => {
             Meaning::Down(Some("check owner and mode of the file and its directory"))
         }
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
-            "free space on the file system of the database if it is full, because SQLite needs some also to read; otherwise look \
+            "if the file system of the database is full, free space, because SQLite needs some even for reads; otherwise look \
              for errors of the disk in the kernel's log",
         )),
         _ => Meaning::Down(None),
@@ -159,8 +160,8 @@ fn of_postgres(error: &PgDatabaseError) -> Meaning {
         "53100" => Meaning::Down(Some(FULL_SERVER)),
         // admin_shutdown, crash_shutdown, cannot_connect_now
         "57P01" | "57P02" | "57P03" => Meaning::Disconnected,
-        // protocol_violation: PgBouncer has this code for all of its errors. Only the text tells "transaction blocks not
-        // allowed in statement pooling mode" from the loss of a server.
+        // protocol_violation: PgBouncer uses this code for all of its errors. Only the text distinguishes "transaction blocks
+        // not allowed in statement pooling mode" from the loss of a server.
         "08P01" if error.message().contains("pooling mode") => Meaning::SharedSession,
         // connection exceptions
         code if code.starts_with("08") => Meaning::Disconnected,

@@ -1,10 +1,10 @@
-//! Whether the database keeps what it acknowledges. The promise that an acknowledged write survives rests on settings
-//! that the server's administrator can weaken, so they are read before anything is served. A failover can lead to a server
-//! with other settings: each new connection is asked.
+//! Checks whether the database keeps acknowledged writes. Durability depends on settings that the server's administrator
+//! can weaken, so the settings are read before the broker serves. A failover can lead to a server with other settings, so
+//! the settings are read again on each new connection.
 
 use super::{Error, session::Columns};
 
-/// The settings that are checked, as `accept_weaker_durability` names them.
+/// The names of the checked settings, as in `accept_weaker_durability`.
 pub(super) const NAMES: [&str; 7] = [
     "synchronous",
     "fsync",
@@ -15,12 +15,12 @@ pub(super) const NAMES: [&str; 7] = [
     "sync_binlog",
 ];
 
-/// One that is weaker than an acknowledged write needs.
+/// A setting that is weaker than acknowledged writes need.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Weakness {
     pub(super) name: &'static str,
     pub(super) value: String,
-    /// What it should be.
+    /// The required value.
     pub(super) remedy: &'static str,
 }
 
@@ -28,7 +28,7 @@ pub(super) fn is_known(name: &str) -> bool {
     NAMES.contains(&name)
 }
 
-/// The settings of one database, by name as it names them.
+/// The settings of one database, under the names that the database uses.
 #[derive(Debug)]
 pub(super) struct Found(pub(super) Vec<(String, String)>);
 
@@ -62,7 +62,7 @@ impl Found {
         remedy: &'static str,
         enough: impl FnOnce(&str) -> bool,
     ) {
-        // One that cannot be read is not known to be good.
+        // A setting that cannot be read is treated as too weak.
         let value = self
             .value(name)
             .unwrap_or_else(|| "not readable".to_owned());
@@ -87,7 +87,7 @@ impl Found {
         let mut weak = Vec::new();
         self.expect(&mut weak, "fsync", "on", |v| v == "on");
         self.expect(&mut weak, "full_page_writes", "on", |v| v == "on");
-        // Without a synchronous standby the weaker words still wait for the local disk.
+        // Without a synchronous standby, the weaker values still wait for the local disk.
         let standbys = self.value("synchronous_standby_names").unwrap_or_default();
         self.expect(&mut weak, "synchronous_commit", "on or remote_apply", |v| {
             ["on", "remote_apply"].contains(&v)
@@ -114,7 +114,7 @@ impl Found {
     }
 }
 
-/// Refuses what is weaker and not accepted by name.
+/// Refuses weak settings that the configuration does not accept.
 pub(super) fn require_accepted(weaknesses: &[Weakness], accepted: &[String]) -> Result<(), Error> {
     let is_accepted = |weak: &&Weakness| accepted.iter().any(|name| name == weak.name);
     let refused: Vec<_> = weaknesses
@@ -138,20 +138,20 @@ pub(super) fn require_accepted(weaknesses: &[Weakness], accepted: &[String]) -> 
         .map(|weak| format!("{:?}", weak.name))
         .collect();
     Err(Error::Durability(format!(
-        "the database may lose writes that it acknowledged: {}. Change that on the database, or, if losing keys is \
+        "the database may lose writes that it acknowledged: {}. Change these settings of the database, or, if losing keys is \
          acceptable, set `accept_weaker_durability = [{}]` in [store]",
         list.join("; "),
         names.join(", ")
     )))
 }
 
-/// Logs what was accepted.
+/// Logs the weak settings that the configuration accepts.
 pub(super) fn announce(weaknesses: &[Weakness]) {
     for weak in weaknesses {
         tracing::warn!(
             setting = weak.name,
             value = %weak.value,
-            "the database may lose acknowledged writes at a power failure; the configuration accepts that"
+            "the database may lose acknowledged writes in a power failure, and the configuration accepts this"
         );
     }
 }

@@ -1,9 +1,8 @@
-//! The store over any engine: what is the same wherever the rows are kept.
+//! The parts of the store that are the same for all engines.
 //!
-//! All use of a connection runs in a separate task. A caller that ends its call drops only its wait: the task ends its
-//! statement or its transaction and returns the connection in its initial state. A connection that cannot be returned
-//! in this state, because a step failed, because it took too long or because the task panicked, is closed. So no
-//! connection is ever lent inside the transaction of another call.
+//! Every use of a connection runs in a separate task. A caller that ends its call only stops waiting: the task completes its
+//! statement or transaction and returns the connection in its initial state. If a step failed, took too long or panicked, the
+//! connection is closed instead of returned. So a connection is never lent inside the transaction of another call.
 
 use std::{
     fmt,
@@ -36,21 +35,22 @@ mod probe;
 mod tables;
 mod uses;
 
-/// A transaction that lost to another is tried so many times in all.
+/// Highest number of attempts of a transaction that conflicts with others.
 const ATTEMPTS_MAX: u32 = 8;
-/// The wait before the second attempt; it doubles, and has a random part so that the losers do not meet again.
+/// The wait before the second attempt. The wait doubles, and has a random part so that the same transactions do not conflict
+/// again.
 const BACKOFF: Duration = Duration::from_millis(4);
 
-/// How long a call waits for a database that has just become unavailable, such as a server that is restarted. Calls fail at
-/// once while an outage lasts longer.
+/// The time that a call waits for a database that has just become unavailable, such as a server that is restarted. After this
+/// time, calls fail immediately until the outage ends.
 const OUTAGE_WAITED_OUT: Duration = Duration::from_millis(2_500);
-/// How long a call tries other connections while the database answers other calls: callers wait for about five seconds.
+/// The time for which a call tries other connections while the database answers other calls. Callers wait for about five seconds.
 const RETRIED_FOR: Duration = Duration::from_millis(4_500);
-/// The wait before a call tries another connection; it doubles up to the ceiling.
+/// The wait before a call tries another connection. The wait doubles up to [`RECONNECT_WAIT_MAX`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(5);
 const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 
-/// What differs between engines in addition to their SQL.
+/// The differences between engines in addition to their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
@@ -60,23 +60,23 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// The connections for a purpose.
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;
 
-    /// How long a call may have a connection: longer than the database's own limit on statements, for when the database does
-    /// not answer at all.
+    /// How long a call may use a connection. The limit is longer than the database's own limit on statements, and applies when
+    /// the database does not answer at all.
     fn time_limit(&self) -> Duration;
 
-    /// Limits the connections that a purpose may take at once, and how long a call waits for one.
+    /// Limits the concurrent connections for a purpose, and the time that a call waits for one.
     fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
         None
     }
 
-    /// Fails when the database is not the one that was opened. Asked before each use of a connection, and after each commit
-    /// before it is acknowledged. A read may rely on what was found shortly before.
+    /// Fails if the database is not the one that was opened. Called before each use of a connection, and after each commit before
+    /// it is acknowledged. A read may use the result of a recent check.
     fn check_place(&self, _purpose: Purpose) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Fails when another user may listen on the socket of the server. Called before a connection is taken from the pool, which may
-    /// open a new one.
+    /// Fails if another user may listen on the socket of the server. Called before a connection is taken from the pool, because
+    /// the pool may open a new connection.
     fn check_socket(&self) -> Result<(), Error> {
         Ok(())
     }
@@ -104,7 +104,7 @@ type Row<E> = <Connection<E> as Session>::Row;
 pub(super) struct EngineStore<E> {
     engine: Arc<E>,
     probe: Arc<probe::Probe>,
-    /// What is under way, which outlives its callers.
+    /// The tasks in progress. Tasks can outlive their callers.
     tasks: TaskTracker,
 }
 
@@ -120,7 +120,7 @@ impl<E: Engine> EngineStore<E> {
         })
     }
 
-    /// Runs work in a separate task, to its end.
+    /// Runs work in a separate task until it ends.
     async fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -158,7 +158,7 @@ impl<E: Engine> EngineStore<E> {
                     Err(error) => Err(error),
                 };
                 match result {
-                    // Nothing was changed: a query can be sent again.
+                    // A query changes nothing, so it can be repeated.
                     Err(Error::Disconnected(what)) => retry.wait(what).await?,
                     result => {
                         if result.is_ok() {
@@ -179,7 +179,7 @@ impl<E: Engine> EngineStore<E> {
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
-    /// Runs one statement that changes rows, and says how many.
+    /// Runs one statement that changes rows, and returns their number.
     async fn execute(&self, statement: &'static str, values: Vec<Value>) -> Result<u64, Error> {
         self.transaction(End::Commit, move |session, _| {
             let values = values.clone();
@@ -188,8 +188,8 @@ impl<E: Engine> EngineStore<E> {
         .await
     }
 
-    /// Runs a transaction to its end. Work that fails is rolled back. It may run more than once: when the database undid it
-    /// in favour of another transaction, and when the connection was lost before the commit was sent.
+    /// Runs a transaction until it ends. Failed work is rolled back. The work may run more than once: if the database undid it in
+    /// favour of another transaction, and if the connection was lost before the commit was sent.
     async fn transaction<T, W>(&self, end: End, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -230,7 +230,7 @@ impl<E: Engine> EngineStore<E> {
                             probe.answered(Purpose::Write);
                             return Ok(value);
                         }
-                        // It was not made, and can be tried again.
+                        // The change was not made, so it can be repeated.
                         let Error::Disconnected(what) = error else {
                             return Err(error);
                         };
@@ -239,7 +239,7 @@ impl<E: Engine> EngineStore<E> {
                     }
                     Err(Ended::Without(Error::Contended(what))) => what,
                     Err(Ended::Without(error)) => {
-                        // Also when it was not what the caller wanted.
+                        // The database answered, even if the answer is not what the caller wanted.
                         if !matches!(error, Error::Down(_) | Error::Busy(_)) {
                             probe.answered(Purpose::Write);
                         }
@@ -259,7 +259,7 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
-/// Gives a closure the type of [`Work`], which it does not get where it is only named.
+/// Gives a closure the type of [`Work`]. The compiler does not infer the type where a closure is bound to a variable.
 fn as_work<E, T, W>(work: W) -> W
 where
     E: Engine,
@@ -268,7 +268,7 @@ where
     work
 }
 
-/// Learns on another connection whether a change was committed whose connection was lost during the commit.
+/// Asks on another connection whether a change was committed. The connection of the change was lost during the commit.
 async fn is_committed<E: Engine>(
     engine: &E,
     retry: &mut Retry<'_>,
@@ -282,7 +282,7 @@ async fn is_committed<E: Engine>(
             Ok(lease) => lease.transaction(End::Rollback, &work).await,
             Err(error) => Err(Ended::Without(error)),
         };
-        // The change may have been made, so no other error may say that it was not.
+        // The change may have been made, so no other error may state that the change was not made.
         match result {
             Ok(committed) => return Ok(committed),
             Err(Ended::Without(
@@ -298,7 +298,7 @@ async fn is_committed<E: Engine>(
     }
 }
 
-/// The time that a call may spend on connections that are lost.
+/// The time that a call may spend on lost connections.
 struct Retry<'p> {
     probe: &'p probe::Probe,
     purpose: Purpose,
@@ -330,13 +330,13 @@ impl<'p> Retry<'p> {
     }
 }
 
-/// How a transaction ends when its work succeeded.
+/// How a transaction ends if its work succeeds.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Commit,
-    /// The same, of a change that leaves the mark of its call: whether it was committed can be asked on another connection.
+    /// Commits a change with the mark of its call. Another connection can then find out whether the change was committed.
     CommitMarked(CallId),
-    /// For work that only wanted to know what it would do.
+    /// Undoes the work, for a caller that only wants to know the result.
     Rollback,
 }
 
@@ -351,13 +351,13 @@ impl End {
 
 /// How a transaction failed.
 enum Ended<T> {
-    /// Nothing of it was committed.
+    /// Nothing was committed.
     Without(Error),
-    /// It may have been committed; then its work gave this.
+    /// The change may have been committed. Contains the result of the work.
     Unknown(Error, T),
 }
 
-/// What is done in a transaction.
+/// The work that is done in a transaction.
 trait Work<E: Engine, T>:
     for<'c> Fn(&'c mut Connection<E>, &'static Statements) -> BoxFuture<'c, Result<T, Error>>
     + Send
@@ -376,7 +376,7 @@ where
 {
 }
 
-/// A connection from the pool. Closed when it is dropped, unless it was given back.
+/// A connection from the pool. The connection is closed when the lease is dropped, unless it was given back.
 struct Lease<'e, E: Engine> {
     engine: &'e E,
     connection: Option<PoolConnection<E::Database>>,
@@ -416,13 +416,13 @@ impl<'e, E: Engine> Lease<'e, E> {
             _permit: permit,
             _count: probe.leased(purpose),
         };
-        // It may have waited.
+        // Check again, because the call may have waited for the connection.
         engine.check_place(purpose)?;
         Ok(lease)
     }
 
-    /// Why a call got no connection in time. A pool whose connections are all lent to calls that get their answers is full, which
-    /// is no outage: the caller is told at once. Without any answer it is not known whether the database still works.
+    /// Why a call got no connection in time. If all connections are lent to calls that get answers, the pool is full, which is no
+    /// outage, and the call fails immediately. If no call gets an answer, it is unknown whether the database still works.
     fn not_obtained(engine: &E, probe: &probe::Probe, purpose: Purpose, begun: Instant) -> Error {
         let pool = engine.pool(purpose);
         let other = match purpose {
@@ -445,7 +445,7 @@ impl<'e, E: Engine> Lease<'e, E> {
         let is_answering = probe.has_answered_since(purpose, begun)
             || (shares_pool && probe.has_answered_since(other, begun));
         if is_answering {
-            // Only the engines of a server share one pool, and only its size is configured.
+            // Only the engines of a database server share one pool, and only the size of this pool is configured.
             let remedy = if shares_pool {
                 MORE_CONNECTIONS
             } else {
@@ -500,7 +500,7 @@ impl<'e, E: Engine> Lease<'e, E> {
         };
         match (result, ended) {
             (Ok(value), Ok(())) => {
-                // A commit into a file that was removed is lost when the broker ends: what became of it is not known.
+                // A commit into a removed file is lost when the broker ends, so the outcome is unknown.
                 if let Err(error) = self.engine.check_place(Purpose::Write) {
                     return Err(if is_commit {
                         Ended::Unknown(error, value)
@@ -516,14 +516,15 @@ impl<'e, E: Engine> Lease<'e, E> {
                 Err(Ended::Without(error))
             }
             (Ok(value), Err(error)) if is_commit => Err(Ended::of_commit(error, value)),
-            // What was wrong first says more than the rollback that failed then; nothing was to be kept, either way.
+            // The first error says more than the failed rollback. In both cases nothing was committed.
             (Err(error), Err(_)) | (Ok(_), Err(error)) => Err(Ended::Without(error)),
         }
     }
 }
 
 impl<T> Ended<T> {
-    /// What the error of a commit says about it: a server that undid it in favour of another transaction says so.
+    /// Interprets the error of a commit. Only a server that undid the change in favour of another transaction reports that
+    /// nothing was committed.
     fn of_commit(error: Error, value: T) -> Self {
         match error {
             Error::Contended(_) => Self::Without(error),
@@ -535,7 +536,7 @@ impl<T> Ended<T> {
 impl<E: Engine> Drop for Lease<'_, E> {
     fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
-            // The server rolls back what its client left open.
+            // The server rolls back an open transaction when its client disconnects.
             drop(connection.detach());
         }
     }
@@ -545,7 +546,7 @@ const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for cha
 
 const MORE_CONNECTIONS: &str = "raise `store.connections_max` if the server has capacity left";
 
-const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer calls at once, or move to a \
+const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer concurrent calls, or move to a \
                                 database server with `keybroker store copy`";
 
 fn no_answer(limit: Duration) -> Error {
@@ -554,7 +555,7 @@ fn no_answer(limit: Duration) -> Error {
 
 fn backoff(attempt: u32) -> Duration {
     let ceiling = BACKOFF * 2_u32.saturating_pow(attempt.min(6));
-    // Hashers are seeded at random, and that is random enough here.
+    // Hashers have random seeds, which are random enough for this purpose.
     let random = RandomState::new().build_hasher().finish();
     let share = u32::try_from(random % 1_024).unwrap_or(0);
     ceiling / 2 + ceiling / 2 * share / 1_024

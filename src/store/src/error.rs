@@ -1,4 +1,4 @@
-//! The errors of the store, and what they become for callers of the broker.
+//! The errors of the store, and the errors that callers of the broker receive for them.
 
 use std::{borrow::Cow, error::Error as StdError, fmt, io, path::Path, sync::Arc, time::Duration};
 
@@ -8,28 +8,29 @@ use keybroker_core::{
     remedy::remedy,
 };
 
-/// How long a caller should wait for a store that is unavailable.
+/// The time that a caller should wait before it retries while the store is unavailable.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// An error of the driver or of the operating system, or another error of the store.
 type Cause = Arc<dyn StdError + Send + Sync>;
 
-/// What failed, why, and what to do about it. Shows all of it: `cannot open /x: permission denied; run this as …`.
+/// What failed, the cause and the remedy. The text form contains all of them:
+/// `cannot open /x: permission denied; run this as …`.
 #[derive(Clone, Debug)]
 pub struct Detail {
-    /// Empty when the cause says it.
+    /// Empty if the cause is sufficient.
     what: Cow<'static, str>,
     cause: Option<Cause>,
     remedy: Option<Cow<'static, str>>,
 }
 
 impl Detail {
-    /// An error that is the cause, without an explanation.
+    /// A detail that has only a cause.
     pub(super) fn of(cause: impl StdError + Send + Sync + 'static) -> Self {
         Self::caused("", cause)
     }
 
-    /// What failed because of another error.
+    /// A detail with the failed action and the error that caused it.
     pub(super) fn caused(
         what: impl Into<Cow<'static, str>>,
         cause: impl StdError + Send + Sync + 'static,
@@ -41,7 +42,7 @@ impl Detail {
         }
     }
 
-    /// A failed access to a file, with the remedy if the error tells it.
+    /// A failed access to a file, with a remedy if the error implies one.
     pub(super) fn of_file(what: &str, path: &Path, error: io::Error) -> Self {
         let remedy = remedy(path, &error).map(Cow::Owned);
         Self {
@@ -50,7 +51,7 @@ impl Detail {
         }
     }
 
-    /// The same with what to do about it.
+    /// Adds a remedy.
     pub(super) fn remedy(self, remedy: impl Into<Cow<'static, str>>) -> Self {
         Self {
             remedy: Some(remedy.into()),
@@ -58,7 +59,7 @@ impl Detail {
         }
     }
 
-    /// The same with what to do about it, unless that is known already.
+    /// Adds a remedy, unless the detail already has one.
     pub(super) fn or_remedy(self, remedy: &'static str) -> Self {
         Self {
             remedy: self.remedy.or(Some(remedy.into())),
@@ -98,61 +99,62 @@ impl StdError for Detail {
     }
 }
 
-/// A pooler between the broker and PostgreSQL gives one session to several clients.
+/// A pooler between the broker and PostgreSQL shares one session between several clients.
 #[derive(Debug, thiserror::Error)]
 #[error("a pooler in front of PostgreSQL gives one session to several clients")]
 pub(super) struct SharedSession {
-    /// The error that showed it, if it was one.
+    /// The error that revealed the shared session, if there was one.
     pub(super) source: Option<sqlx::Error>,
 }
 
 /// Class of a store failure.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// The address or the id is taken.
+    /// The address or the id already exists.
     #[error("exists already")]
     Exists,
     /// There is no such record.
     #[error("not found")]
     NotFound,
-    /// The current revision is another one.
+    /// The current revision is not the expected one.
     #[error("the current revision is {current}")]
     Revision {
         /// The current revision.
         current: Revision,
     },
-    /// The record is deleted, or for undelete is active.
+    /// The record is deleted. For undelete: the record is active.
     #[error("the record's state forbids this")]
     State,
-    /// The registry row or the API client is no longer what it was when it was read.
-    #[error("the row changed meanwhile")]
+    /// The registry row or the API client was changed after it was read.
+    #[error("the row was changed after it was read")]
     Conflict,
-    /// The request id was used meanwhile, by a concurrent call.
+    /// A concurrent call used the request id.
     #[error("the request id is in use")]
     RequestIdTaken,
-    /// A row does not decode. Names table and column, never bytes.
+    /// A row cannot be decoded. The text contains table and column, but no stored bytes.
     #[error("the database holds damaged data: {0}")]
     Corrupt(#[source] Detail),
-    /// The schema is older or newer than this binary, or the settings do not lead to a database that can be used.
+    /// The schema is older or newer than this binary, or the settings do not describe a usable database.
     #[error("{0}")]
     Schema(#[source] Detail),
-    /// The database may lose what it acknowledges.
+    /// The database may lose writes that it acknowledged.
     #[error("{0}")]
     Durability(String),
-    /// Another transaction won; this one was undone and may be tried again.
+    /// The database undid this transaction in favour of another one. It may be repeated.
     #[error("the database is busy: {0}")]
     Contended(#[source] Detail),
-    /// Another process has the database.
+    /// Another process holds the lock of the database.
     #[error("{0}")]
     InUse(String),
-    /// The connection was lost while a change was committed, and the database could not be asked whether it was made.
+    /// The connection was lost while a change was committed, and the database could not be asked whether the change was made.
     #[error("the outcome of the change is not known: {0}")]
     OutcomeUnknown(#[source] Detail),
-    /// The connection was lost or refused, so the same may succeed on another one. Becomes [`Self::Down`] before it leaves the
+    /// The connection was lost or refused, so another connection may succeed. Becomes [`Self::Down`] before it leaves the
     /// store.
     #[error("connection lost: {0}")]
     Disconnected(#[source] Detail),
-    /// All connections are in use by calls that get their answers: the database works, and has more to do than it can.
+    /// All connections are in use by calls that get answers. The database works, but has more work than its connections can
+    /// carry.
     #[error("the database is busy: {0}")]
     Busy(#[source] Detail),
     /// The database is unavailable, full, read-only or slow.
@@ -161,7 +163,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The same for callers, who do not try again on another connection.
+    /// The error for callers of the store, which do not try another connection.
     pub(super) fn settled(self) -> Self {
         match self {
             Self::Disconnected(what) => Self::Down(what),
@@ -169,7 +171,7 @@ impl Error {
         }
     }
 
-    /// What is wrong with a stored row, without the driver's message: for lists, which callers see.
+    /// The damage of a stored row without the driver's message. Callers see this text in lists.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -177,7 +179,7 @@ impl Error {
         }
     }
 
-    /// Whether a pooler that gives one session to several clients caused the error.
+    /// Whether the cause is a pooler that shares one session between several clients.
     pub fn is_shared_session(&self) -> bool {
         let mut cause = self.source();
         while let Some(error) = cause {
@@ -189,7 +191,7 @@ impl Error {
         false
     }
 
-    /// Whether a change that failed with this error may have been made all the same.
+    /// Whether the change may have been made although it failed with this error.
     pub fn has_unknown_outcome(&self) -> bool {
         matches!(self, Self::Down(_) | Self::OutcomeUnknown(_))
     }
@@ -201,7 +203,7 @@ impl From<Error> for error::Error {
             Error::Exists => Reason::KeyExists,
             Error::NotFound => Reason::KeyNotFound,
             Error::State => Reason::KeyState,
-            // A concurrent call holds the same request id: the retry will find its result.
+            // A concurrent call holds the same request id. A retry will find its result.
             Error::Revision { .. } | Error::Conflict | Error::RequestIdTaken => Reason::Revision,
             Error::Corrupt(_) => Reason::RecordDamaged,
             Error::Busy(_) => Reason::QueueFull,

@@ -1,35 +1,35 @@
-//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores it next to its audit
-//! log and so detects another database. A server's own identifier is not suitable: it changes legitimately, and SQLite
-//! has none.
+//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores the identity next to
+//! its audit log, and so detects another database. A server's own identifier is not suitable: it changes legitimately,
+//! and SQLite has none.
 
 use std::fmt;
 
 use uuid::Uuid;
 
-/// Changes that one call of [`crate::Store::evidence`] can ask for.
+/// Highest number of changes in one call of [`crate::Store::evidence`].
 pub const CHANGES_MAX: usize = 16;
 
 /// The identity of a database: 16 random bytes, shown as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct StoreId([u8; 16]);
 
-/// What shows that a database is the one that a broker knows.
+/// Evidence that a database is the one that a broker knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
-    /// The identity of the database; absent when its row was removed.
+    /// The identity of the database; absent if its row was removed.
     pub store: Option<StoreId>,
-    /// How many of the changes in question left their mark in it.
+    /// The number of the queried changes that left their mark in the database.
     pub marks: usize,
 }
 
 /// Whether a database was used with an audit log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KnownLog {
-    /// It was used with this log.
+    /// The database was used with this log.
     This,
-    /// It was used with other logs of the same instance only.
+    /// The database was used only with other logs of the same instance.
     Another,
-    /// It was used with no log of the instance.
+    /// The database was used with no log of the instance.
     None,
 }
 

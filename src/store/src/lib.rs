@@ -1,10 +1,15 @@
-//! The store: records, revisions, the wrapping-key registry and request ids in SQL, behind one trait in domain terms.
+//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait in domain terms.
 //!
-//! Guarantees, each shown by the conformance suite on every engine: an acknowledged write survives SIGKILL; create never
-//! overwrites, and a deleted record keeps its name; replace is compare-and-swap on the revision; a read never rewrites
-//! a row; list pages are stable under concurrent writes; a mutation and its request id commit together or not at all.
+//! Guarantees, which the conformance suite tests on every engine:
 //!
-//! The store never sees key material: only envelopes, as bytes that it does not interpret.
+//! - An acknowledged write survives SIGKILL.
+//! - Create never overwrites a record, and a deleted record keeps its name.
+//! - Replace is a compare-and-swap on the revision.
+//! - A read never rewrites a row.
+//! - List pages are stable under concurrent writes.
+//! - A mutation and its request id are committed together or not at all.
+//!
+//! The store never has access to key material. The store contains envelopes as bytes that it does not interpret.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -61,18 +66,20 @@ use postgres::PostgreSql;
 use tables::Tables;
 use url::Target;
 
-/// Opens a database whose schema is this binary's. A process that changes anything in it must hold the lock of
+/// Opens a database that has exactly the schema of this binary. A process that changes the database must hold the lock of
 /// [`lock`].
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Own).await?)
 }
 
-/// The same, for a broker that serves: the schema may also be that of a later release, if its migrations say that this one can serve.
+/// Opens a database for a broker that serves. The schema may also be that of a later release, if its migrations say that this
+/// release can use it.
 pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
-/// The same, for a command that goes through whole tables. No call's deadline depends on it, so it waits longer.
+/// Opens a database for a command that reads whole tables. No deadline of a call depends on the command, so its time limits are
+/// longer.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.for_command(), Accepted::Own).await
 }
@@ -85,11 +92,11 @@ async fn open_whole(settings: &Settings, accepted: Accepted) -> Result<Arc<dyn T
     }
 }
 
-/// Brings a database to the newest schema, or with `dry_run` says what that would do.
+/// Migrates a database to the newest schema, or with `dry_run` reports the pending migrations.
 pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
     match settings.target()? {
         Target::Sqlite(path) => {
-            // A dry run leaves nothing behind, not even a lock file.
+            // A dry run must leave no file behind, not even a lock file.
             let _lock = if dry_run { None } else { Some(lock(settings)?) };
             sqlite::file::migrate(&path, dry_run).await
         }
@@ -98,8 +105,8 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
     }
 }
 
-/// Whether a database knows an audit log of an instance, whatever its schema is. A database that does not exist, or whose schema is
-/// older than the table, knows none.
+/// Whether a database knows an audit log of an instance, regardless of its schema. A database that does not exist, or whose
+/// schema does not have the table yet, knows no audit log.
 pub async fn known_audit_log(
     settings: &Settings,
     instance: &str,
@@ -116,7 +123,7 @@ pub async fn known_audit_log(
     }
 }
 
-/// The schema of a database.
+/// Reads the schema version of a database.
 pub async fn status(settings: &Settings) -> Result<SchemaStatus, Error> {
     match settings.target()? {
         Target::Sqlite(path) => sqlite::file::status(&path).await,
@@ -125,8 +132,8 @@ pub async fn status(settings: &Settings) -> Result<SchemaStatus, Error> {
     }
 }
 
-/// Takes an embedded database for this process alone, until the lock is dropped. [`Error::InUse`] names the process that
-/// has it. A database on a server is for any number of processes.
+/// Locks an embedded database for this process until the lock is dropped. [`Error::InUse`] names the process that holds the lock.
+/// A database on a server needs no lock, because any number of processes may use it.
 pub fn lock(settings: &Settings) -> Result<StoreLock, Error> {
     match settings.target()? {
         Target::Sqlite(path) => sqlite::file::lock(&path),

@@ -1,21 +1,21 @@
-//! Pages of rows, some of which may be damaged: what a list returns for each row, and where its next page begins.
+//! Pages of rows, of which some may be damaged: the result for each row, and the start of the next page.
 
 use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
 
 use super::Error;
 
-/// The most damaged rows without a readable key that a page may begin after. Bounds what a page token can make the database
-/// skip.
+/// Highest number of damaged rows without a readable key before the start of a page. The limit bounds how many rows a
+/// page token can make the database skip.
 pub const SKIPPED_MAX: u32 = 100_000;
 
-/// Where a page begins: after the row with this key, and then after a number of further rows whose key could not be read.
+/// The start of a page: after the row with this key, and after a number of further rows whose key could not be read.
 ///
-/// A page therefore advances past any number of damaged rows, up to [`SKIPPED_MAX`] in a row.
+/// A page therefore advances past any number of damaged rows, up to [`SKIPPED_MAX`] consecutive ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position<K> {
-    /// Key of the last row that had a readable one; `None` before the first.
+    /// Key of the last row with a readable key; `None` at the beginning.
     pub after: Option<K>,
-    /// Rows after it without a readable key.
+    /// The number of rows after it without a readable key.
     pub skip: u32,
 }
 
@@ -35,18 +35,18 @@ impl<K> From<Option<K>> for Position<K> {
 }
 
 impl<K> Position<K> {
-    /// Refuses a position that could make the database skip any number of rows.
+    /// Refuses a position that would make the database skip too many rows.
     pub(super) fn check_skipped(&self) -> Result<(), Error> {
         if self.skip <= SKIPPED_MAX {
             return Ok(());
         }
         let what = format!(
-            "more than {SKIPPED_MAX} rows one after another have an unreadable key; run `keybroker store check`"
+            "more than {SKIPPED_MAX} consecutive rows have an unreadable key; run `keybroker store check`"
         );
         Err(Error::Corrupt(what.into()))
     }
 
-    /// Moves past one row, given its key if that could be read.
+    /// Moves past one row. The key is `None` if it could not be read.
     pub fn advance(&mut self, key: Option<K>) {
         match key {
             Some(key) => *self = Some(key).into(),
@@ -58,9 +58,9 @@ impl<K> Position<K> {
 /// What is wrong with a stored row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Damage {
-    /// A column does not decode, or the current revision is missing.
+    /// A column cannot be decoded, or the current revision is missing.
     Unreadable,
-    /// The record names an earlier revision than its newest one.
+    /// The row of the record has an earlier revision than the newest stored one.
     SetBack,
     /// The MAC of the row does not verify, or the key that made it is not registered.
     MacRefused,
@@ -77,7 +77,7 @@ impl Damage {
     }
 }
 
-/// A damaged row of the records: what identifies it, as far as that could be read.
+/// A damaged row of the records, with the parts of its address that could be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedRecord {
     /// Identity of the record.
@@ -88,12 +88,12 @@ pub struct DamagedRecord {
     pub name: Option<KeyName>,
     /// What is wrong.
     pub damage: Damage,
-    /// Table and column, or the revisions that contradict each other. Never bytes of the row.
+    /// Table and column, or the revisions that contradict each other. The text never contains bytes of the row.
     pub detail: String,
 }
 
 impl DamagedRecord {
-    /// The row's place in the order of a list, if it could be read.
+    /// The row's position in the order of a list, if it could be read.
     pub fn key(&self) -> Option<(UserId, KeyName)> {
         Some((self.user.clone()?, self.name.clone()?))
     }
@@ -102,11 +102,11 @@ impl DamagedRecord {
 /// A damaged row of the API clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedClient {
-    /// Its id, if it could be read.
+    /// The id of the client, if it could be read.
     pub id: Option<ClientId>,
     /// What is wrong.
     pub damage: Damage,
-    /// Table and column. Never bytes of the row.
+    /// Table and column. The text never contains bytes of the row.
     pub detail: String,
 }
 

@@ -1,8 +1,8 @@
-//! Changes of records, inside a transaction: the same steps on every engine.
+//! Changes of records inside a transaction, with the same steps on every engine.
 //!
-//! The mark of the call comes first. Each statement is answered before the next is sent, so once the mark is in,
-//! either the transaction holds it until it ends, or nothing that follows was sent: a later insert of the same mark
-//! learns for certain what became of the call ([`is_committed`]).
+//! The mark of the call is inserted first, and each statement is answered before the next one is sent. Once a mark is inserted,
+//! either the transaction of the call holds it until its end, or no further statement of that transaction was sent. Therefore a
+//! later insert of the same mark shows with certainty whether the call was committed ([`is_committed`]).
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -17,7 +17,7 @@ use super::{
     tables::Table,
 };
 
-/// What a transaction does to a record.
+/// A change that a transaction makes to a record.
 #[derive(Clone, Debug)]
 pub(super) enum Change {
     Create(NewRevision),
@@ -35,7 +35,7 @@ impl Change {
     }
 }
 
-/// The mutation's mark, the change and its request id: all of it or, when this is an error, nothing.
+/// Writes the mark, the change and the request id of a mutation. If the function returns an error, nothing was written.
 pub(super) async fn apply(
     session: &mut impl Session,
     sql: &Statements,
@@ -58,7 +58,7 @@ pub(super) async fn apply(
     Ok(info)
 }
 
-/// Creates all of them, without marks.
+/// Creates all records, without marks.
 pub(super) async fn create_many(
     session: &mut impl Session,
     sql: &Statements,
@@ -181,8 +181,8 @@ async fn set_state(
     })
 }
 
-/// A record that cannot change before the transaction ends. Locked by one statement and read by the next: a statement that
-/// waits for a lock goes on with the other tables as they were before it waited.
+/// A record that cannot change before the transaction ends. One statement locks the record and the next one reads it, because a
+/// statement that waited for a lock sees the other tables as they were before the wait.
 async fn locked(
     session: &mut impl Session,
     sql: &Statements,
@@ -203,11 +203,11 @@ async fn insert_request(
     info: &RecordInfo,
 ) -> Result<(), Error> {
     let result_mac = match &request.result {
-        // Another change came between.
+        // Another change was committed in between.
         Some((expected, _)) if expected != info => return Err(Error::Conflict),
         result => result.as_ref().map(|(_, mac)| *mac),
     };
-    // A request that is older than a day no longer counts, whether or not it was cleaned up.
+    // A request id that is older than a day is ignored, even if it is still stored.
     let mut key = rows::request_key(&request.scope);
     key.push((at.micros() - REQUEST_KEPT_US).into());
     session.execute(sql.forget_request, key).await?;
@@ -225,14 +225,14 @@ async fn insert_request(
     }
 }
 
-/// Removes a record that is still deleted and was so before then, with all of its revisions. Returns whether it was removed.
+/// Removes a record with all of its revisions, if it is deleted and was deleted before this time. Returns whether it was removed.
 pub(super) async fn purge(
     session: &mut impl Session,
     sql: &Statements,
     record: RecordId,
     deleted_before: Timestamp,
 ) -> Result<bool, Error> {
-    // It may have become active since it was looked for.
+    // The record may have become active after it was found.
     match locked(session, sql, record).await {
         Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => {}
         Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
@@ -246,8 +246,9 @@ pub(super) async fn purge(
     Ok(true)
 }
 
-/// Whether a call's mutation was committed, for certain: a transaction that has inserted the mark is waited for, and one
-/// that has not can do nothing after it. The caller rolls back.
+/// Whether the mutation of a call was committed, with certainty. The insert waits for a transaction that has already inserted the
+/// mark. A transaction that has not inserted the mark has changed nothing, and no further statement of it was sent. The caller
+/// rolls back.
 pub(super) async fn is_committed(
     session: &mut impl Session,
     sql: &Statements,
@@ -258,7 +259,7 @@ pub(super) async fn is_committed(
     Ok(!insert_unless_taken(session, sql.insert_change, mark).await?)
 }
 
-/// Writes an identity of the database if it has none.
+/// Writes an identity for a database that has none.
 pub(super) async fn ensure_identity(
     session: &mut impl Session,
     sql: &Statements,
@@ -268,8 +269,8 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` when its key is taken. Most engines can be told to insert nothing then; MySQL cannot without
-/// hiding other errors, and reports the duplicate.
+/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. MySQL cannot
+/// without hiding other errors, and reports the duplicate.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,
@@ -288,13 +289,13 @@ fn is_taken(error: &sqlx::Error) -> bool {
         .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
 }
 
-/// A statement that must have changed one row and did not found the database other than it was a moment ago, under a lock:
-/// it is damaged.
+/// Requires that a statement changed one row. The row was found under a lock, so any other number means that the database is
+/// damaged.
 pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
     if affected == 1 {
         Ok(())
     } else {
-        let what = format!("{affected} rows changed where one had to");
+        let what = format!("a statement changed {affected} rows instead of one");
         Err(Error::Corrupt(what.into()))
     }
 }

@@ -22,10 +22,10 @@ use super::{
     url::{Place, Transport},
 };
 
-/// READ COMMITTED, which the session is set to, with the row locked: see `postgres.rs`. The default, REPEATABLE READ, would lock
-/// gaps between rows and go on reading what was before it waited.
+/// READ COMMITTED, which the session sets, with a locked row: see `postgres.rs`. The default, REPEATABLE READ, would lock gaps
+/// between rows, and would read old data after a wait.
 ///
-/// Inserts are plain: `INSERT IGNORE` would also hide values that do not fit.
+/// Inserts are plain, because `INSERT IGNORE` would also hide values that do not fit.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
     quote: '`',
@@ -47,19 +47,19 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
 const PORT: u16 = 3_306;
-/// The users that a server runs as, by the packages of the distributions.
+/// The users of a server, according to the packages of the distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
-/// Before it CHECK constraints were parsed and ignored.
+/// Older versions parse CHECK constraints but ignore them.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
-/// A lock's name has at most 64 characters. Not by `MD5()`, which MySQL 9 does not have.
+/// A lock's name has at most 64 characters. MySQL 9 has no `MD5()`.
 const LOCK_MIGRATIONS: &str =
     "SELECT GET_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)), 60) AS locked";
 const UNLOCK_MIGRATIONS: &str =
     "SELECT RELEASE_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)))";
 
-/// A quiet broker keeps its connections by asking once a second; below this they would come and go.
+/// A broker without calls keeps its connections open with one probe per second. A shorter limit would close them between probes.
 const IDLE_MIN_S: f64 = 10.0;
 
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Server for MySqlOrMariaDb {
             .username(&place.user)
             .database(&place.database)
             .pipes_as_concat(false)
-            // It would log whole statements, on every call.
+            // The driver would log the whole statement on every call.
             .disable_statement_logging();
         if let Some(password) = settings.password()? {
             options = options.password(&password);
@@ -105,14 +105,14 @@ impl Server for MySqlOrMariaDb {
         Ok(options)
     }
 
-    /// The strict mode is what refuses a value that does not fit instead of cutting it.
+    /// The strict mode makes the server refuse a value that does not fit, instead of truncating it.
     fn prepare<'c>(
         connection: &'c mut MySqlConnection,
         limits: &'c Limits,
     ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
         async move {
             let is_mariadb = version(connection).await?.is_mariadb;
-            // Numbers of ours, which `SET` takes in no other way.
+            // `SET` accepts no placeholders. The text contains only numbers of this program.
             let set = session_settings(limits, is_mariadb);
             sqlx::raw_sql(AssertSqlSafe(set))
                 .execute(&mut *connection)
@@ -148,8 +148,8 @@ impl Server for MySqlOrMariaDb {
         found.mysql()
     }
 
-    /// Under a lock of our own: the driver's waits with a negative timeout, which MariaDB takes for an error. It ends with
-    /// the connection at the latest.
+    /// Uses a lock of its own, because the driver waits with a negative timeout, which MariaDB treats as an error. The lock ends
+    /// with the connection at the latest.
     fn migrate(connection: &mut MySqlConnection) -> BoxFuture<'_, Result<(), Error>> {
         async move {
             let locked = connection.rows(LOCK_MIGRATIONS, Vec::new()).await?;
@@ -168,11 +168,11 @@ impl Server for MySqlOrMariaDb {
     }
 }
 
-/// A migration that adds a column: MySQL has no form of that statement that can run again.
+/// A migration that adds a column. MySQL has no form of this statement that can be repeated.
 struct AddedColumn {
     /// Version of the migration.
     version: i64,
-    /// Finds the column if it is there.
+    /// Finds the column if it exists.
     find: &'static str,
     /// Removes it.
     remove: &'static str,
@@ -185,8 +185,9 @@ const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
     remove: "ALTER TABLE requests DROP COLUMN result_mac",
 }];
 
-/// Each statement of a migration commits by itself, so a migration that was interrupted left its mark and a part of its work. All
-/// statements can run again, except those that add a column, so the migration starts again from its beginning.
+/// Runs the migrations. Each statement of a migration is committed separately, so an interrupted migration left its mark and a
+/// part of its work. All statements can be repeated except those that add a column, so the migration starts again from its
+/// beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
         .rows(SQL.has_migrations, Vec::new())
@@ -196,9 +197,9 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
         connection
             .control("DELETE FROM _sqlx_migrations WHERE NOT success")
             .await?;
-        let current = schema::current(connection, &SQL).await?;
+        let current = schema::current(connection, &SQL, schema::newest(&MIGRATOR)).await?;
         for added in ADDED_COLUMNS {
-            // No release has used the column: none opens a database before its migration is complete.
+            // No release has used the column, because no release opens a database before the migration is complete.
             if added.version > current && !connection.rows(added.find, Vec::new()).await?.is_empty()
             {
                 connection.control(added.remove).await?;
@@ -209,16 +210,16 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
         Error::Schema(Detail::caused("migration failed", error).remedy(
-            "what it did so far is kept: once the cause is repaired, run `keybroker store migrate` again",
+            "its completed steps are kept: repair the cause, then run `keybroker store migrate` again",
         ))
     })
 }
 
-/// The settings of a session. A limit on idle time ends a transaction whose client disappeared with its machine or its
-/// network; otherwise its locks would be held until TCP gives up, hours later. MySQL has one for whole connections
-/// alone; one that was closed in the pool is found out before it is lent.
+/// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without the limit on idle
+/// time, the locks would be held until TCP gives up, hours later. MySQL has a limit on idle time only for whole connections. A
+/// connection that was closed in the pool is detected before it is lent.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
-    // Whole seconds, and at least one.
+    // The settings need whole seconds, and at least one.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
     let lock = seconds(limits.lock);
     let idle = seconds(limits.statement * 2);

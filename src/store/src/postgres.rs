@@ -29,8 +29,8 @@ use super::{
     url::{Place, Transport},
 };
 
-/// READ COMMITTED with the row locked is enough: every transaction changes one record, which it holds, and what must be
-/// unique is held by a constraint.
+/// READ COMMITTED with a locked row is sufficient: every transaction changes one record, which it locks, and constraints
+/// enforce uniqueness.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Dollar,
     quote: '"',
@@ -51,24 +51,24 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
 
 const PORT: u16 = 5_432;
-/// As `server_version_num` has it.
+/// The version, in the form of `server_version_num`.
 const OLDEST: i64 = 140_000;
-/// Sockets are named by their port.
+/// The file name of a PostgreSQL socket is this prefix and the port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
-/// The users that a server or a pooler in front of it runs as, by the packages of the distributions.
+/// The users of a server and of a pooler in front of it, according to the packages of the distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
-/// What the driver takes from the environment and the program cannot reset: other authorities for the server's
-/// certificate, a certificate of ours, settings of the session.
+/// Environment variables that the driver reads and the program cannot reset: other authorities for the server's
+/// certificate, a client certificate, and settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
-/// What of the environment would count.
+/// The variables of the environment that would have an effect.
 pub(super) fn environment_problems() -> Vec<String> {
     let is_set = |name: &&str| env::var_os(name).is_some();
     let complain = |name: &str| {
         format!(
-            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; take it out of \
-             keybroker's environment (in a unit: `UnsetEnvironment={name}`); an authority belongs into `ca_file`"
+            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; remove it from \
+             keybroker's environment (in a systemd unit: `UnsetEnvironment={name}`), and set an authority in `ca_file`"
         )
     };
     VARIABLES.into_iter().filter(is_set).map(complain).collect()
@@ -92,7 +92,7 @@ impl Server for PostgreSql {
     }
 
     fn options(settings: &Settings, place: &Place) -> Result<PgConnectOptions, Error> {
-        // The driver reads the environment: what it finds there is set anew or refused.
+        // The driver reads the environment. Every value from the environment is either overwritten or refused.
         let problems = environment_problems();
         if !problems.is_empty() {
             return Err(Error::Schema(problems.join("; ").into()));
@@ -102,7 +102,7 @@ impl Server for PostgreSql {
             .database(&place.database)
             .application_name("keybroker")
             .extra_float_digits(None)
-            // It would log whole statements, on every call.
+            // The driver would log the whole statement on every call.
             .disable_statement_logging()
             .password(
                 settings
@@ -174,8 +174,8 @@ impl Server for PostgreSql {
                 "UTF8" => Ok(()),
                 other => {
                     let what = format!(
-                        "the database has the encoding {other}, in which not every user name can be written; create it \
-                         anew with ENCODING 'UTF8'"
+                        "the database has the encoding {other}, which cannot represent every user name; create it \
+                         again with ENCODING 'UTF8'"
                     );
                     Err(Error::Schema(what.into()))
                 }
@@ -184,9 +184,9 @@ impl Server for PostgreSql {
         .boxed()
     }
 
-    /// A setting of the first connection's session is seen by this connection alone, also while another one has a
-    /// transaction. A pooler in transaction mode gives the session that was used last to that transaction. Other clients of
-    /// the pooler may take it in between, so the check is made several times.
+    /// A setting of the first connection's session must be visible only to this connection, even while the second one has a
+    /// transaction. A pooler in transaction mode gives the most recently used session to that transaction. Other clients of
+    /// the pooler may take the session in between, so the check is repeated several times.
     fn check_pooler<'c>(
         first: &'c mut PgConnection,
         second: &'c mut PgConnection,
@@ -222,14 +222,14 @@ impl Server for PostgreSql {
         found.postgres()
     }
 
-    /// The driver holds an advisory lock meanwhile, and runs each migration with its mark in one transaction.
+    /// The driver holds an advisory lock during the migrations, and runs each migration with its mark in one transaction.
     fn migrate(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
         async move {
             MIGRATOR
                 .run_direct(None, connection, false)
                 .await
                 .map_err(|error| {
-                    let what = "migration failed, and what it began was undone";
+                    let what = "migration failed, and its changes were undone";
                     Error::Schema(Detail::caused(what, error))
                 })
         }
@@ -247,7 +247,7 @@ pub(super) fn socket_file(path: &Path) -> PathBuf {
     directory.join(format!("{SOCKET_NAME}{port}"))
 }
 
-/// A socket is named by its directory, or by itself where the port is another one.
+/// A socket is given by its directory, or by its own path if the port is not the default.
 fn split_socket(path: &Path) -> (&Path, u16) {
     let port = path
         .file_name()

@@ -1,8 +1,8 @@
-//! What may be removed permanently: superseded revisions and deleted records after the retention time, and the marks
-//! of mutations of that age.
+//! Permanent removal of superseded revisions and deleted records after the retention time, and of the marks of mutations of
+//! that age.
 //!
-//! A purge goes through the database once, in batches of short transactions. It can be stopped at any time and run
-//! again; brokers may run meanwhile.
+//! A purge reads the database once, in batches of short transactions. A purge can be stopped at any time and run again, and
+//! brokers may run at the same time.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -17,10 +17,10 @@ use super::{
     tables::{Cursor, Head, PAGE_ROWS, Table, Tables},
 };
 
-/// About how many rows are purged in one transaction.
+/// Approximate number of rows that are purged in one transaction.
 const PURGED_AT_ONCE: usize = 100;
 
-/// A purge under way.
+/// A purge in progress.
 #[derive(Debug)]
 pub struct Purge {
     store: Arc<dyn Tables>,
@@ -28,19 +28,19 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// One batch of a purge: its records in one transaction, its revisions in another.
+/// One batch of a purge. The records of a batch are purged in one transaction, its revisions in another.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.
     pub records: Vec<Head>,
     /// Superseded revisions of other records.
     pub revisions: Vec<Superseded>,
-    /// How many rows were examined to find them.
+    /// The number of rows that were examined to find them.
     pub seen: u64,
 }
 
 impl Purge {
-    /// Of what was deleted or superseded before then.
+    /// A purge of everything that was deleted or superseded before this time.
     pub fn new(store: Arc<dyn Tables>, before: Timestamp) -> Self {
         Self {
             scan: Scan::new(Arc::clone(&store)),
@@ -49,8 +49,8 @@ impl Purge {
         }
     }
 
-    /// The next portion, which may have nothing in it but what was seen; nothing at the end. Rows that do not decode are
-    /// left alone.
+    /// The next batch, which may contain only the number of examined rows; `None` at the end. Rows that cannot be decoded are
+    /// not changed.
     pub async fn next(&mut self) -> Result<Option<Portion>, Error> {
         let mut portion = Portion::default();
         let (mut seen, mut chosen) = (0, 0);
@@ -77,7 +77,7 @@ impl Purge {
         Ok((seen > 0).then_some(portion))
     }
 
-    /// Purges a portion's revisions, and says which are gone.
+    /// Purges the revisions of a batch, and returns the removed revisions.
     pub async fn revisions(
         &self,
         portion: &Portion,
@@ -95,7 +95,8 @@ impl Purge {
             .collect())
     }
 
-    /// Purges a portion's records, and says which are gone. One that was made active meanwhile is not among them.
+    /// Purges the records of a batch, and returns the removed records. A record that became active in the meantime is not
+    /// removed.
     pub async fn records(&self, portion: &Portion) -> Result<HashSet<RecordId>, Error> {
         if portion.records.is_empty() {
             return Ok(HashSet::new());
@@ -106,8 +107,9 @@ impl Purge {
     }
 }
 
-/// Forgets the marks of mutations that were committed before then, or with `dry_run` counts them. They are kept in the order
-/// of time, so this ends at the first page without an old one. A mark that does not decode is left alone and raises an alert.
+/// Removes the marks of mutations that were committed before this time, or with `dry_run` counts them. Marks are stored in
+/// the order of time, so the function ends at the first page without an old mark. A mark that cannot be decoded is not
+/// changed and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,
@@ -129,7 +131,7 @@ pub async fn forget_changes(
             }
         }
         if old.is_empty() && has_damaged {
-            // A page of damaged marks says nothing about those after it.
+            // If a page has only damaged marks, the next page may still have old ones.
             continue;
         }
         if old.is_empty() {

@@ -1,4 +1,4 @@
-//! Records, their revisions, and what is written with a change.
+//! Records, their revisions, and the data that is written with a change.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -11,9 +11,9 @@ use super::listing::Position;
 /// Whether a record can be unwrapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordState {
-    /// It can.
+    /// The record can be unwrapped.
     Active,
-    /// It is deleted, and can be undeleted.
+    /// The record is deleted, and can be undeleted.
     Deleted,
 }
 
@@ -33,10 +33,10 @@ impl RecordState {
     }
 }
 
-/// What is known of a record without its envelope.
+/// The stored data of a record without its envelope.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordInfo {
-    /// Where it lives.
+    /// The address of the record.
     pub address: KeyAddress,
     /// Its identity.
     pub id: RecordId,
@@ -50,27 +50,27 @@ pub struct RecordInfo {
     pub created: Timestamp,
     /// When it last changed.
     pub updated: Timestamp,
-    /// When it was deleted; absent while active.
+    /// When it was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
-/// A record with its current envelope, as bytes not yet parsed.
+/// A record with its current envelope, as bytes that are not parsed yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// All but the envelope.
+    /// The record without its envelope.
     pub info: RecordInfo,
-    /// Of the current revision.
+    /// The envelope of the current revision.
     pub envelope: Vec<u8>,
 }
 
 /// One revision as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredRevision {
-    /// Which.
+    /// The number of the revision.
     pub revision: Revision,
-    /// As bytes not yet parsed.
+    /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
-    /// Wrapping key named in the row.
+    /// The wrapping key in the row.
     pub wrapping_key: WrappingKeyId,
     /// When it was written.
     pub created: Timestamp,
@@ -79,11 +79,11 @@ pub struct StoredRevision {
 /// A revision to be written.
 #[derive(Clone, Debug)]
 pub struct NewRevision {
-    /// Where the record lives.
+    /// The address of the record.
     pub address: KeyAddress,
-    /// Its identity; new at create.
+    /// The id of the record, which is new at create.
     pub record: RecordId,
-    /// [`Revision::FIRST`] at create, else the successor of the revision that the caller believes current.
+    /// [`Revision::FIRST`] at create, otherwise the successor of the revision that the caller expects to be current.
     pub revision: Revision,
     /// Envelope bytes.
     pub envelope: Vec<u8>,
@@ -92,7 +92,7 @@ pub struct NewRevision {
 }
 
 impl NewRevision {
-    /// What the store has of a record that was created with this revision at that moment.
+    /// The stored data of a record that was created with this revision at this time.
     pub fn record_info(&self, at: Timestamp) -> RecordInfo {
         RecordInfo {
             address: self.address.clone(),
@@ -107,7 +107,7 @@ impl NewRevision {
     }
 }
 
-/// Who changes what when, and under which request id: written in the mutation's own transaction.
+/// The call, time and request id of a change. All three are written in the transaction of the mutation.
 #[derive(Clone, Debug)]
 pub struct Stamp {
     /// The call, for recovery after a crash.
@@ -121,13 +121,13 @@ pub struct Stamp {
 /// A request id with the proof of its content.
 #[derive(Clone, Debug)]
 pub struct RequestStamp {
-    /// Whose request id.
+    /// The scope in which the request id is unique.
     pub scope: RequestScope,
     /// On-token HMAC over action and content.
     pub content: Mac,
-    /// The integrity key that made it.
+    /// The integrity key that made the HMAC.
     pub key: WrappingKeyId,
-    /// What the mutation will have done, and the on-token HMAC over it. Nothing is changed when it would do anything else.
+    /// The expected result of the mutation, and the on-token HMAC over it. If the result would differ, nothing is changed.
     pub result: Option<(RecordInfo, Mac)>,
 }
 
@@ -138,7 +138,7 @@ pub struct RequestScope {
     pub tenant: Tenant,
     /// Name of the principal.
     pub principal: String,
-    /// Chosen by the client.
+    /// The id that the client chose.
     pub id: RequestId,
 }
 
@@ -147,15 +147,17 @@ pub struct RequestScope {
 pub struct RequestRecord {
     /// On-token HMAC over action and content.
     pub content: Mac,
-    /// The integrity key that made it.
+    /// The integrity key that made the HMAC.
     pub key: WrappingKeyId,
     /// On-token HMAC over scope, content and result; absent in a row of a release before schema 4.
     pub result_mac: Option<Mac>,
-    /// The record as the mutation left it: what the first answer said, whatever happened since.
+    /// The record as the mutation left it. The first answer contained this state of the record, which later changes do not
+    /// affect.
     pub result: RecordInfo,
 }
 
-/// What the MAC of a stored answer must be over: whose request id, the MAC over its content, and the answer.
+/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over its content, and the
+/// answer.
 pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[
@@ -179,14 +181,14 @@ pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo)
 /// Which records to list.
 #[derive(Clone, Debug)]
 pub struct ListQuery {
-    /// Whose.
+    /// The tenant of the records.
     pub tenant: Tenant,
-    /// Only this user's.
+    /// Lists only records of this user, if set.
     pub user: Option<UserId>,
-    /// Deleted ones too.
+    /// Whether deleted records are included.
     pub deleted: bool,
-    /// Where the page begins, in the order of the list.
+    /// The start of the page, in the order of the list.
     pub from: Position<(UserId, KeyName)>,
-    /// 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
+    /// Highest number of records: 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     pub limit: u32,
 }

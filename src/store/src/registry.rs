@@ -9,29 +9,31 @@ use keybroker_core::{
     key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
-/// One wrapping key as SQL knows it. The public key is not here: it always comes from the token.
+/// The stored form of one wrapping key. The registry does not contain public keys, which always come
+/// from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistryRow {
     /// Its id.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects, where that is not its id.
+    /// The `CKA_ID` of its objects, if it differs from the id.
     pub objects: ObjectIds,
-    /// Of the public key.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// What the key is for.
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,
-    /// Serial number of the token that holds it.
+    /// Serial number of the token that holds the key.
     pub token_serial: String,
-    /// Grows with each change of a state in the registry; the active key with the highest wraps.
+    /// A number that grows with each change of a state in the registry. The active key with the highest
+    /// number wraps.
     pub sequence: u64,
     /// When it was registered.
     pub registered: Timestamp,
     /// When a backup of its token was confirmed.
     pub backup_confirmed: Option<Timestamp>,
-    /// By the key's own integrity key over all of the above, so that a writer of the database cannot turn
-    /// `compromised` back into `active`.
+    /// A MAC over all fields above by the key's own integrity key, so that a writer of the database
+    /// cannot change `compromised` back to `active`.
     pub mac: Mac,
 }
 
@@ -48,7 +50,7 @@ impl RegistryRow {
         own.clone().unwrap_or_else(|| self.private_object())
     }
 
-    /// What the row's MAC must be over.
+    /// The message that the row's MAC must cover.
     pub fn mac_message(&self) -> MacMessage {
         MacMessage::registry(&RegistryFields {
             id: self.id,

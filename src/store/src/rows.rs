@@ -1,5 +1,5 @@
-//! Rows into domain types and back, the same for every engine: the only place that knows which column is which field. A value
-//! that does not decode is an error that names its table and column, never a panic and never a record that is missing.
+//! Converts rows into domain types and back, for every engine. Only this module knows which column belongs to which field. A
+//! value that cannot be decoded is an error that contains its table and column, never a panic or a missing record.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -20,7 +20,8 @@ use super::{
     session::{Columns, Value},
 };
 
-/// A serial number has 16 bytes in PKCS#11, each at most three in a text. No token has a longer one, and no MAC covers one.
+/// A serial number has 16 bytes in PKCS#11, and each byte becomes at most three in a text. No token has a longer serial number,
+/// and no MAC covers a longer one.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
 /// A row of the records.
@@ -43,7 +44,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// Whether it has been deleted since before then.
+    /// Whether the record was deleted before this time and still is.
     pub fn is_deleted_since(&self, before: Timestamp) -> bool {
         self.state == RecordState::Deleted && self.deleted.is_some_and(|at| at < before)
     }
@@ -52,13 +53,13 @@ impl Head {
 /// A row of the revisions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RevisionRow {
-    /// The record that it is a revision of.
+    /// The record to which the revision belongs.
     pub record: RecordId,
     /// Which revision it is.
     pub revision: Revision,
-    /// As bytes not yet parsed.
+    /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
-    /// Wrapping key named in the row.
+    /// The wrapping key in the row.
     pub wrapping_key: WrappingKeyId,
     /// When it became current.
     pub created: Timestamp,
@@ -83,7 +84,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         format!("{}.{column}", self.table.name())
     }
 
-    /// A value, or the error of the driver.
+    /// A value, or a damage error with the error of the driver.
     fn value<T>(&self, column: &str, value: Result<T, sqlx::Error>) -> Result<T, Error> {
         value.map_err(|error| Error::Corrupt(Detail::caused(self.place(column), error)))
     }
@@ -101,7 +102,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         self.value(column, self.row.text(column))
     }
 
-    /// A text that has a form of its own.
+    /// A text value that must have a certain form.
     fn parsed<T>(&self, column: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
         parse(self.text(column)?).ok_or_else(|| self.corrupt(column))
     }
@@ -153,7 +154,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         })
     }
 
-    /// The columns that the records and the stored answers of requests have in common.
+    /// The columns that records and the stored answers of requests have in common.
     fn head(&self, address: KeyAddress) -> Result<Head, Error> {
         Ok(Head {
             id: self.record_id()?,
@@ -182,15 +183,15 @@ impl Head {
     }
 }
 
-/// A record at a known address, with its current revision, which is not checked to be the newest.
+/// A record at a known address with its current revision. The function does not check that the revision is the newest.
 fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let head = Reader::new(Table::Records, row).head(address)?;
     let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;
     Ok(head.with_wrapping_key(wrapping_key))
 }
 
-/// A record whose row names another revision than its newest one was set back: what is stored under the named revision was
-/// valid once, and its MAC still verifies.
+/// Refuses a record that was set back: its row has another revision than the newest stored one. The earlier revision was valid
+/// once, and its MAC still verifies.
 fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
         .optional_integer("newest_revision")
@@ -258,8 +259,8 @@ pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
     row.bytes("client_id").ok().and_then(ClientId::from_slice)
 }
 
-/// Decodes the rows of a table that holds nothing but notes. A damaged row is left out and raises an alert: it must not hide the
-/// others.
+/// Decodes the rows of a table that contains only times of use. A damaged row is left out and raises an alert, so that it does
+/// not hide the others.
 pub(super) fn readable<R, T>(
     table: Table,
     rows: &[R],
@@ -269,7 +270,7 @@ pub(super) fn readable<R, T>(
         decode(row)
             .inspect_err(|error| {
                 metrics::RECORDS_DAMAGED.increment();
-                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row does not decode; it is left out");
+                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row cannot be decoded and is left out");
             })
             .ok()
     });
@@ -313,7 +314,7 @@ pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
     })
 }
 
-/// What is stored of a known revision.
+/// The stored data of a known revision.
 pub(super) fn stored_revision(
     row: &impl Columns,
     revision: Revision,
@@ -327,7 +328,7 @@ pub(super) fn stored_revision(
     })
 }
 
-/// What the statement about the audit logs of an instance counted.
+/// The result of the query for the audit logs of an instance.
 pub(super) fn known_log(row: &impl Columns) -> Result<KnownLog, Error> {
     Ok(match (row.integer("known")?, row.integer("this")?) {
         (0, _) => KnownLog::None,
@@ -350,7 +351,7 @@ pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
 /// The call and the time of a row of [`Table::Changes`].
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     let row = Reader::new(Table::Changes, row);
-    // Of a record or of an API client.
+    // The id belongs to a record or an API client.
     row.array::<16>("record_id")?;
     let call = CallId::from_slice(row.bytes("call_id")?);
     Ok((
@@ -375,7 +376,7 @@ pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord
         id: id.ok_or_else(|| row.corrupt("request_id"))?,
     };
     let head = row.head(row.address()?)?;
-    // Empty in a row that was written before there was one.
+    // Empty in a row of a release that did not write this MAC.
     let result_mac = match row.bytes("result_mac")? {
         [] => None,
         _ => Some(row.array("result_mac")?),

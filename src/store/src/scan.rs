@@ -1,4 +1,5 @@
-//! Every revision together with its record, every API client, and every row of the other tables, whatever is wrong with them.
+//! Scans for commands: every revision together with its record, every API client, and every row of the other tables,
+//! including damaged rows.
 
 use std::sync::Arc;
 
@@ -13,31 +14,31 @@ use super::{
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
-/// A row of the revisions, a row of the records, or both when they belong together.
+/// A row of the revisions, a row of the records, or both if they belong together.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// The record; absent for a revision without one.
+    /// The record; absent for a revision without a record.
     pub head: Option<Arc<Result<Head, Error>>>,
-    /// The revision; absent for a record without any.
+    /// The revision; absent for a record without revisions.
     pub revision: Option<Result<RevisionRow, Error>>,
-    /// Whether it is the first that was found of its record.
+    /// Whether this is the first result for its record.
     pub is_first: bool,
     /// When a later revision became current, if one was found.
     pub superseded: Option<Timestamp>,
 }
 
 impl Found {
-    /// The record, when there is one and it decodes.
+    /// The record, if it exists and can be decoded.
     pub fn good_head(&self) -> Option<&Head> {
         self.head.as_deref().and_then(|head| head.as_ref().ok())
     }
 
-    /// The revision, when there is one and it decodes.
+    /// The revision, if it exists and can be decoded.
     pub fn good_revision(&self) -> Option<&RevisionRow> {
         self.revision.as_ref().and_then(|row| row.as_ref().ok())
     }
 
-    /// Which revision of which record, when it is superseded since before then.
+    /// The record and revision, if the revision was superseded before this time.
     pub fn superseded_before(&self, before: Timestamp) -> Option<Superseded> {
         let (head, row) = (self.good_head()?, self.good_revision()?);
         let is_old = row.revision < head.revision && self.superseded? < before;
@@ -49,25 +50,25 @@ impl Found {
     }
 }
 
-/// A revision that is not current any more.
+/// A revision that is no longer current.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superseded {
-    /// Of which record.
+    /// The record of the revision.
     pub record: RecordId,
-    /// Where that lives.
+    /// The address of the record.
     pub address: KeyAddress,
-    /// Which.
+    /// The number of the revision.
     pub revision: Revision,
 }
 
-/// Goes through records and revisions side by side, in the order of the record ids. Beside a running broker a record that
-/// changes meanwhile may be seen with a revision too few or too many; one that does not change is seen as it is.
+/// Reads records and revisions side by side, in the order of the record ids. While a broker runs, a record that changes
+/// during the scan may be seen with one revision too few or too many. A record that does not change is seen as it is.
 #[derive(Debug)]
 pub struct Scan {
     store: Arc<dyn Tables>,
     records: Cursor,
     revisions: Cursor,
-    /// The record whose revisions come now.
+    /// The record whose revisions are read next.
     current: Option<(Row, Arc<Result<Head, Error>>)>,
     last_record: Option<Value>,
 }
@@ -84,7 +85,7 @@ impl Scan {
         }
     }
 
-    /// What comes next, or nothing at the end.
+    /// The next result; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Found>, Error> {
         let store = Arc::clone(&self.store);
         loop {
@@ -100,14 +101,14 @@ impl Scan {
             let (head, has_revision) = match (&record, &revision) {
                 (None, None) => return Ok(None),
                 (Some(record), Some(revision)) if record == revision => (self.head(), true),
-                // The next revision is of an earlier record, which is not there.
+                // The next revision belongs to an earlier record, which does not exist.
                 (Some(record), Some(revision)) if revision < record => (None, true),
                 (None, Some(_)) => (None, true),
                 (Some(_), _) => {
                     let head = self.head();
                     self.current = None;
                     if record == self.last_record {
-                        // Its revisions came before.
+                        // The revisions of this record were already returned.
                         continue;
                     }
                     (head, false)
@@ -150,7 +151,7 @@ impl Scan {
     }
 }
 
-/// The first column of both tables. One that cannot be read comes before all others.
+/// The first column of both tables. If it cannot be read, the row comes before all others.
 fn record_of(row: &Row) -> Value {
     match row.key().first() {
         Some(Some(id)) => id.clone(),
@@ -161,14 +162,14 @@ fn record_of(row: &Row) -> Value {
 /// A row of the API clients.
 #[derive(Clone, Debug)]
 pub struct FoundClient {
-    /// Its id; absent for a row without a valid id.
+    /// The id of the client; absent for a row without a valid id.
     pub id: Option<ClientId>,
-    /// All of it, when it decodes.
+    /// The whole row, if it can be decoded.
     pub row: Result<ClientRow, Error>,
 }
 
-/// Goes through the API clients in the order of their ids. A row is read whole, so a client that changes meanwhile is seen as
-/// it was or as it is.
+/// Reads the API clients in the order of their ids. A row is read as a whole, so a client that changes during the scan is
+/// seen in its old or in its new state.
 #[derive(Debug)]
 pub struct ClientScan {
     store: Arc<dyn Tables>,
@@ -184,7 +185,7 @@ impl ClientScan {
         }
     }
 
-    /// What comes next, or nothing at the end.
+    /// The next result; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<FoundClient>, Error> {
         let row = self.clients.take(&*self.store).await?;
         Ok(row.map(|row| FoundClient {
@@ -194,20 +195,20 @@ impl ClientScan {
     }
 }
 
-/// A row of a table that belongs to no record and no API client.
+/// A row of a table that does not belong to records and API clients.
 #[derive(Clone, Debug)]
 pub enum FoundOther {
-    /// A request id and the answer that is stored for it.
+    /// A request id and its stored answer.
     Request(Box<Result<(RequestScope, RequestRecord), Error>>),
     /// The mark of a change.
     Change(Result<(), Error>),
-    /// When a record was last released.
+    /// The time when a record was last released.
     LastUse(Result<(), Error>),
-    /// When a secret of an API client was last accepted.
+    /// The time when a secret of an API client was last accepted.
     ClientUse(Result<(), Error>),
 }
 
-/// Goes through the tables of [`OtherScan::TABLES`], one after another.
+/// Reads the tables of [`OtherScan::TABLES`], one after another.
 #[derive(Debug)]
 pub struct OtherScan {
     store: Arc<dyn Tables>,
@@ -233,7 +234,7 @@ impl OtherScan {
         }
     }
 
-    /// What comes next, or nothing at the end.
+    /// The next result; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<FoundOther>, Error> {
         loop {
             if let Some((table, cursor)) = &mut self.current

@@ -1,7 +1,7 @@
-//! The schema of a database, on any engine: what it is, what is missing, whether it fits.
+//! The schema of a database, on any engine: its version, its pending migrations, and whether this release can use it.
 //!
-//! A migration that only adds to the schema says in its name which earlier schema's release can still serve:
-//! `0009_notes_usable_from_8.up.sql`. The database keeps the name, so that a release learns of migrations that came after it.
+//! The name of a migration that only adds to the schema says which earlier schema's release can still serve:
+//! `0009_notes_usable_from_8.up.sql`. The database stores the name, so that a release can read it for later migrations.
 
 use std::cmp::Ordering;
 
@@ -16,7 +16,7 @@ use super::{
 /// The schema of a database and of this binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaStatus {
-    /// Version of the database; 0 when it has none.
+    /// Version of the database; 0 if it has none.
     pub current: i64,
     /// Newest version that this binary knows.
     pub newest: i64,
@@ -24,19 +24,19 @@ pub struct SchemaStatus {
     pub is_usable: bool,
 }
 
-/// What the end of a migration's description says before the number.
+/// The text before the number at the end of a migration's description.
 const USABLE_FROM: &str = " usable from ";
 
-/// Which schemas a caller can work with.
+/// The schemas that a caller accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accepted {
-    /// That of this binary.
+    /// Only the schema of this binary.
     Own,
-    /// Also a newer one, if its migrations say that a release of this binary's schema can serve.
+    /// Also a newer schema, if its migrations say that a release with this binary's schema can serve.
     Usable,
 }
 
-/// What a migration did, or would do.
+/// The result of a migration, or of a dry run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrationReport {
     /// Version before.
@@ -52,8 +52,15 @@ pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema of a database; 0 when it has none.
-pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Result<i64, Error> {
+/// The schema of a database; 0 if it has none. `known` is the newest version that this binary knows.
+///
+/// An unfinished migration is not counted, because this release runs it again. An unfinished migration of a later release is
+/// counted: if each statement is committed separately, the migration may have changed data that this release reads.
+pub(super) async fn current(
+    session: &mut impl Session,
+    sql: &Statements,
+    known: i64,
+) -> Result<i64, Error> {
     if session
         .rows(sql.has_migrations, Vec::new())
         .await?
@@ -61,7 +68,9 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
     {
         return Ok(0);
     }
-    let newest = session.rows(sql.newest_migration, Vec::new()).await?;
+    let newest = session
+        .rows(sql.newest_migration, vec![known.into()])
+        .await?;
     newest
         .first()
         .map_or(Ok(0), |row| Ok(row.integer("version")?))
@@ -70,14 +79,14 @@ pub(super) async fn current(session: &mut impl Session, sql: &Statements) -> Res
 /// The first schema with the table of audit logs.
 const AUDIT_LOGS_SINCE: i64 = 6;
 
-/// Whether a database knows an audit log of an instance. One with an older schema knows none.
+/// Whether a database knows an audit log of an instance. A database with an older schema knows none.
 pub(super) async fn known_audit_log(
     session: &mut impl Session,
     sql: &Statements,
     instance: &str,
     log_id: &str,
 ) -> Result<KnownLog, Error> {
-    if current(session, sql).await? < AUDIT_LOGS_SINCE {
+    if current(session, sql, AUDIT_LOGS_SINCE).await? < AUDIT_LOGS_SINCE {
         return Ok(KnownLog::None);
     }
     let values = vec![log_id.into(), instance.into()];
@@ -85,7 +94,7 @@ pub(super) async fn known_audit_log(
     rows::known_log(found.first().ok_or(Error::NotFound)?)
 }
 
-/// Refuses a schema that is older than this binary's, or newer than is accepted.
+/// Refuses a schema that is older than this binary's, or newer than the caller accepts.
 pub(super) async fn require(
     accepted: Accepted,
     session: &mut impl Session,
@@ -110,7 +119,7 @@ pub(super) async fn require(
             tracing::warn!(
                 schema = current,
                 schema_of_this_release = newest,
-                "a later release migrated the database, and this one can still serve from it; finish the upgrade"
+                "a later release migrated the database; this release can still serve from it, but finish the upgrade"
             );
             Ok(())
         }
@@ -131,7 +140,8 @@ pub(super) async fn status(
     sql: &Statements,
     migrator: &Migrator,
 ) -> Result<SchemaStatus, Error> {
-    let (current, newest) = (current(session, sql).await?, newest(migrator));
+    let newest = newest(migrator);
+    let current = current(session, sql, newest).await?;
     let is_usable = match current.cmp(&newest) {
         Ordering::Less => false,
         Ordering::Equal => true,
@@ -169,7 +179,7 @@ fn usable_from(description: &str) -> Option<i64> {
     number.parse().ok()
 }
 
-/// What a migration from a schema does.
+/// The migrations from a schema to the newest one.
 pub(super) fn plan(current: i64, migrator: &Migrator) -> Result<MigrationReport, Error> {
     let newest = newest(migrator);
     if current > newest {

@@ -1,5 +1,4 @@
-//! Databases on servers, for several instances: connections that are verified, prepared and checked before they carry
-//! anything.
+//! Databases on servers, for several instances. Connections are verified, prepared and checked before they transfer any data.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -34,15 +33,16 @@ use super::{
     url::Place,
 };
 
-/// For the first connection and for migrations, which no caller's deadline waits for.
+/// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection that lay in the pool for longer is asked whether it is alive before it is lent: the server may have been
-/// restarted meanwhile.
+/// A connection that was in the pool for longer than this time is tested before it is lent, because the server may have been
+/// restarted.
 const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
-/// So that connections move on when a name leads to another server, and certificates and settings are checked again.
+/// Limits the lifetime of a connection, so that connections move when a host name resolves to another server, and certificates
+/// and settings are checked again.
 const LIFETIME_MAX: Duration = Duration::from_mins(30);
-/// Beyond the server's own limit on a statement, for a server that does not answer at all.
+/// Additional time after the server's own limit on a statement, for a server that does not answer at all.
 const BEYOND_STATEMENT: Duration = Duration::from_secs(1);
 
 type ConnectionOf<S> = <<S as Server>::Database as Database>::Connection;
@@ -52,31 +52,32 @@ type OptionsOf<S> = <ConnectionOf<S> as sqlx::Connection>::Options;
 pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
-    /// For people.
+    /// The name of the kind of server, for people.
     const NAME: &'static str;
     const DIALECT: &'static Dialect;
 
-    /// The statements in that dialect, made once.
+    /// The statements in that dialect, built once.
     fn sql() -> &'static Statements;
 
     fn migrator() -> &'static Migrator;
 
-    /// How to connect: nothing is taken from the process's environment. Where the driver would, it is an error.
+    /// The options of a connection. The options contain nothing from the environment of the process. The function fails if the
+    /// driver would use a variable from the environment.
     fn options(settings: &Settings, place: &Place) -> Result<OptionsOf<Self>, Error>
     where
         Self: Sized;
 
-    /// Sets the limits of a new session, and whatever the server's administrator may have set otherwise.
+    /// Sets the limits of a new session, and resets settings that the server's administrator may have changed.
     fn prepare<'c>(
         connection: &'c mut ConnectionOf<Self>,
         limits: &'c Limits,
     ) -> BoxFuture<'c, Result<(), sqlx::Error>>;
 
-    /// Refuses a server that is too old or keeps texts otherwise than bytewise.
+    /// Refuses a server that is too old or does not store texts byte by byte.
     fn check_server(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
 
-    /// Refuses a pooler in between that hands one session to several clients: what is set for a session, and what it has
-    /// prepared, would be another client's.
+    /// Refuses a pooler that gives one session to several clients, because the settings and prepared statements of a session
+    /// could then belong to another client.
     fn check_pooler<'c>(
         _first: &'c mut ConnectionOf<Self>,
         _second: &'c mut ConnectionOf<Self>,
@@ -89,7 +90,7 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     fn weaknesses(found: &Found) -> Vec<Weakness>;
 
-    /// Brings the schema up to date, one instance at a time.
+    /// Migrates the schema to the newest version, one instance at a time.
     fn migrate(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
 }
 
@@ -125,7 +126,7 @@ pub(super) async fn open<S: Server>(
     if settings.tls == Tls::Plaintext && !place.is_local() {
         tracing::warn!(
             database = %place.shown(),
-            "the connection to the database is not encrypted; the configuration says so"
+            "the connection to the database is not encrypted, as configured"
         );
     }
     let connections = Connections::of(settings);
@@ -140,8 +141,8 @@ pub(super) async fn open<S: Server>(
     }))
 }
 
-/// Waits for the pool's first connection: the pool itself waits only as long as callers with deadlines do, and a
-/// server may be slow when everything starts at once.
+/// Waits for the pool's first connection. The pool itself waits only as long as callers with deadlines do, but a server may be
+/// slow when everything starts at the same time.
 async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
     let until = Instant::now() + CONNECT_TIMEOUT;
     loop {
@@ -184,7 +185,7 @@ pub(super) async fn migrate<S: Server>(
 ) -> Result<MigrationReport, Error> {
     let options = S::options(settings, place)?;
     let (mut connection, _) = connect::<S>(&options, settings, place).await?;
-    let current = schema::current(&mut connection, S::sql()).await?;
+    let current = schema::current(&mut connection, S::sql(), schema::newest(S::migrator())).await?;
     let report = schema::plan(current, S::migrator())?;
     if !dry_run {
         if !report.pending.is_empty() {
@@ -196,7 +197,7 @@ pub(super) async fn migrate<S: Server>(
     Ok(report)
 }
 
-/// With other limits: a migration may take long, and waits for another instance that migrates.
+/// Uses other limits, because a migration may take long, and waits for another instance that migrates.
 async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(), Error> {
     let limits = Limits {
         statement: Duration::from_hours(1),
@@ -251,22 +252,22 @@ fn no_answer(shown: &str) -> Error {
     )
 }
 
-/// What a failed connection means, and what to do.
+/// The error for a failed connection, with a remedy.
 fn unreachable(shown: &str, error: sqlx::Error) -> Error {
     let remedy = if let sqlx::Error::Database(database) = &error {
         match database.code().as_deref() {
-            Some("3D000" | "42000") => "create it, with a user of its own that owns it",
+            Some("3D000" | "42000") => "create the database, with a separate user as its owner",
             Some("28P01" | "28000") => {
                 "check the user in `store.url`, and `password_file` or `password_variable`"
             }
             _ => "see the log of the server",
         }
     } else if chain(&error).contains("certificate") {
-        // The driver hands on what its TLS library says, without a type of its own.
-        "the server's certificate does not verify: name its authority with `store.ca_file`, and the server as its \
-         certificate does"
+        // The driver passes the error of its TLS library on without a type of its own.
+        "the server's certificate does not verify: set `store.ca_file` to its authority, and use a host name of the \
+         certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {
-        "switch TLS on at the server; only on a network that no other machine reaches, set `store.tls = \"plaintext\"`"
+        "enable TLS on the server; set `store.tls = \"plaintext\"` only on a network that no other machine can access"
     } else {
         "check `store.url`, and whether the server runs"
     };
@@ -287,23 +288,23 @@ async fn weaknesses<S: Server>(
     Ok(S::weaknesses(&found))
 }
 
-/// In order, so that the server's log has no complaint.
+/// Closes a connection cleanly, so that the server logs no warning.
 async fn close<S: Server>(connection: ConnectionOf<S>) {
     if let Err(error) = connection.close().await {
-        tracing::debug!(%error, "a connection did not close in order");
+        tracing::debug!(%error, "a connection was not closed cleanly");
     }
 }
 
-/// How many connections there are.
+/// The numbers of connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Connections {
     all: u32,
-    /// Those that changes may have at once.
+    /// Highest number of concurrent connections for changes.
     writes: u32,
 }
 
 impl Connections {
-    /// Half of them for changes. At least two in all, so that there is one for reads.
+    /// Half of the connections may be used for changes. There are at least two connections, so that one is always free for reads.
     fn of(settings: &Settings) -> Self {
         let all = settings.connections_max.max(2);
         Self {
@@ -351,13 +352,14 @@ struct OnServer<S: Server> {
     pool: Pool<S::Database>,
     /// The socket, if another user could create one in its place while the server is stopped.
     socket: Option<Socket>,
-    /// Changes may wait for locks of other transactions. They take only a part of the connections, so that reads always have some.
+    /// Changes may wait for locks of other transactions. Changes use only a part of the connections, so that some are always free
+    /// for reads.
     writes: Semaphore,
     acquire_timeout: Duration,
     time_limit: Duration,
 }
 
-/// Without the options, which have the password.
+/// Omits the options, which contain the password.
 impl<S: Server> fmt::Debug for OnServer<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct(S::NAME)

@@ -1,5 +1,5 @@
-//! One connection of any engine: statements with their values, and rows read by the names of their columns. The drivers of the
-//! engines have this in common, but no common trait for it.
+//! One connection of any engine: statements with their values, and rows that are read by the names of their columns. The
+//! drivers of all engines support statements and named columns, but have no common trait for them.
 
 use std::{fmt, time::Instant};
 
@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::{StoreId, slow};
 
-/// A value for a statement. Owned, because statements outlive the callers that ask for them.
+/// A value for a statement. A value is owned, because statements can outlive their callers.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Value {
     Bytes(Vec<u8>),
@@ -25,19 +25,19 @@ pub(super) enum Value {
     OptionalInteger(Option<i64>),
 }
 
-/// Without what it is: envelopes and names are for no log.
+/// Omits the content, because envelopes and names must not be logged.
 impl fmt::Debug for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Value")
     }
 }
 
-/// A connection that runs statements. Placeholders are the engine's own; values come in the order in which the statement
-/// has them.
+/// A connection that runs statements. Placeholders are in the engine's own form. Values are in the order of the statement's
+/// placeholders.
 pub(super) trait Session: Send {
     type Row: Columns + Send + 'static;
 
-    /// Runs a statement and says how many rows it changed, or would have if they were not so already.
+    /// Runs a statement and returns the number of matching rows, including rows that already had the new values.
     fn execute(
         &mut self,
         statement: &'static str,
@@ -51,7 +51,7 @@ pub(super) trait Session: Send {
         values: Vec<Value>,
     ) -> impl Future<Output = Result<Vec<Self::Row>, sqlx::Error>> + Send;
 
-    /// Runs a statement that has no values and cannot be prepared on every engine: `BEGIN` and its like.
+    /// Runs a statement such as `BEGIN`, which has no values and cannot be prepared on every engine.
     fn control(
         &mut self,
         statement: &'static str,
@@ -66,7 +66,8 @@ pub(super) trait Columns {
     fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error>;
 }
 
-/// MySQL keeps texts as bytes: its text types have no collation that compares bytewise on every server.
+/// Reads a text from bytes. MySQL stores texts as bytes, because its text types have no collation that compares bytewise on
+/// every server.
 fn utf8<'r>(column: &str, bytes: &'r [u8]) -> Result<&'r str, sqlx::Error> {
     std::str::from_utf8(bytes).map_err(|error| sqlx::Error::ColumnDecode {
         index: column.to_owned(),
@@ -81,7 +82,8 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
-/// `$text => $bound` is how a text is sent; `$self, $column => $read` is how one is read.
+/// Implements the traits for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is how a text is
+/// read.
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {
@@ -173,7 +175,7 @@ impl From<u32> for Value {
     }
 }
 
-/// Numbers are far below 2^63 by construction.
+/// All numbers of the program are far below 2^63.
 impl From<u64> for Value {
     fn from(number: u64) -> Self {
         Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))

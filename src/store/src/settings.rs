@@ -1,7 +1,7 @@
-//! The `[store]` section of the configuration: which database, how to reach it, and what to expect of it.
+//! The `[store]` section of the configuration: the database, its connection, and the required settings.
 //!
-//! A password never stands in the URL: it is read from a file or from the environment where a connection is made, and it
-//! is in no field that is shown.
+//! The URL never contains a password. The password is read from a file or from the environment when a connection is made, and is
+//! in no field that is shown.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -31,7 +31,7 @@ use super::{
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
-/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+/// Longest file of authorities, in bytes. The file of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide which database server is believed");
@@ -40,15 +40,15 @@ const AUTHORITIES: Purpose =
 #[error("`store.url` {0}")]
 struct InUrl(#[source] UrlError);
 
-/// Which database: the `[store]` section of the configuration.
+/// The `[store]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`; with `?socket=` and an
-    /// absolute path for a local socket.
+    /// The URL of the database: `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`. For
+    /// a local socket, add `?socket=` and an absolute path.
     pub url: Url,
-    /// Users, by name or number, that may listen on the local socket of `url`, besides root and the broker's user. By default the
-    /// users that the packages of the database server and of its pooler make.
+    /// Users, by name or number, that may listen on the local socket of `url`, in addition to root and the broker's user. The
+    /// default is the users that the packages of the database server and its pooler create.
     #[serde(default)]
     pub socket_users: Option<Vec<String>>,
     /// File with the database user's password.
@@ -57,7 +57,7 @@ pub struct Settings {
     /// Environment variable with the database user's password.
     #[serde(default)]
     pub password_variable: Option<String>,
-    /// Whether the server's certificate is verified, or there is no TLS at all.
+    /// Whether the certificate of the server is verified, or TLS is not used.
     #[serde(default)]
     pub tls: Tls,
     /// PEM file with the authorities that may have issued the server's certificate.
@@ -66,7 +66,7 @@ pub struct Settings {
     /// Run pending migrations at start instead of refusing to start.
     #[serde(default)]
     pub migrate_at_start: bool,
-    /// Connections to a database server.
+    /// Highest number of connections to a database server.
     #[serde(default = "defaults::connections_max")]
     pub connections_max: u32,
     /// How long a call waits for a connection.
@@ -78,28 +78,28 @@ pub struct Settings {
     /// How long a statement waits for a lock that another transaction holds.
     #[serde(default = "defaults::lock_timeout_ms")]
     pub lock_timeout_ms: u64,
-    /// For how many days a superseded revision or a deleted record can be restored; `store purge` takes nothing younger.
+    /// Number of days for which a superseded revision or a deleted record can be restored. `store purge` removes only older ones.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
-    /// How many revisions of a record may be stored, superseded ones included.
+    /// Highest number of stored revisions of a record, including superseded ones.
     #[serde(default = "defaults::revisions_max")]
     pub revisions_max: u32,
-    /// How many keys a user may have, deleted ones included.
+    /// Highest number of keys of a user, including deleted ones.
     #[serde(default = "defaults::keys_per_user_max")]
     pub keys_per_user_max: u32,
-    /// Settings of the database, by name, that may be weaker than an acknowledged write needs.
+    /// Names of database settings that may be weaker than acknowledged writes need.
     #[serde(default)]
     pub accept_weaker_durability: Vec<String>,
 }
 
-/// How a connection over the network is protected. A local socket needs nothing.
+/// The protection of a network connection. A local socket needs no protection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tls {
-    /// TLS with a verified certificate, or no connection.
+    /// TLS with a verified certificate is required.
     #[default]
     Verify,
-    /// No TLS: every party on the network path can read and change everything except the envelopes.
+    /// No TLS is used. Everyone on the network path can read and change everything except the envelopes.
     Plaintext,
 }
 
@@ -108,7 +108,7 @@ mod defaults {
         10
     }
 
-    /// Below a second, so that an unavailable database is noticed within one.
+    /// Less than a second, so that an unavailable database is detected within a second.
     pub(super) fn acquire_timeout_ms() -> u64 {
         800
     }
@@ -134,7 +134,7 @@ mod defaults {
     }
 }
 
-/// The URL of a database. Shows itself without a password, in case one was written into it.
+/// The URL of a database. The text form of the URL hides a password that the URL contains by mistake.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Url(String);
@@ -146,7 +146,7 @@ impl<T: Into<String>> From<T> for Url {
 }
 
 impl Url {
-    /// As written. Not for logs.
+    /// The URL as configured, for connections and not for logs.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -157,7 +157,7 @@ impl fmt::Display for Url {
         let Some((scheme, rest)) = self.0.split_once("://") else {
             return f.write_str(&self.0);
         };
-        // The last `@`: a password may have one, too.
+        // Split at the last `@`, because a password can contain the character.
         match rest.rsplit_once('@') {
             Some((login, place)) if login.contains(':') => {
                 let user = login.split(':').next().unwrap_or("");
@@ -181,7 +181,7 @@ impl Serialize for Url {
 }
 
 impl Settings {
-    /// The defaults, for a database.
+    /// Settings for a database, with the defaults.
     pub fn new(url: impl Into<Url>) -> Self {
         Self {
             url: url.into(),
@@ -202,12 +202,12 @@ impl Settings {
         }
     }
 
-    /// Where the database is.
+    /// The parsed location of the database.
     pub(super) fn target(&self) -> Result<Target, Error> {
         Target::parse(self.url.as_str()).map_err(|error| Error::Schema(Detail::of(InUrl(error))))
     }
 
-    /// The local socket of the database server, if `url` names one.
+    /// The local socket of the database server, if `url` contains one.
     pub(super) fn socket(&self) -> Result<Option<Socket>, Error> {
         let (path, usual) = match self.target()? {
             Target::Postgres(Place {
@@ -231,7 +231,7 @@ impl Settings {
         }
     }
 
-    /// The file of an embedded database; a server has none.
+    /// The file of an embedded database; `None` for a database server.
     pub fn file(&self) -> Option<PathBuf> {
         match Target::parse(self.url.as_str()) {
             Ok(Target::Sqlite(path)) => Some(path),
@@ -239,7 +239,7 @@ impl Settings {
         }
     }
 
-    /// Everything that is wrong, each with its remedy.
+    /// All problems of the settings, each with a remedy.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         match Target::parse(self.url.as_str()) {
@@ -248,13 +248,13 @@ impl Settings {
         }
         if self.password_file.is_some() && self.password_variable.is_some() {
             problems.push(
-                "[store]: set `password_file` or `password_variable`, not both, so that it is clear which counts"
+                "[store]: `password_file` and `password_variable` are both set; remove one of them"
                     .to_owned(),
             );
         }
         if self.tls == Tls::Plaintext && self.ca_file.is_some() {
             problems.push(
-                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; take one of them out"
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; remove one of them"
                     .to_owned(),
             );
         }
@@ -289,7 +289,7 @@ impl Settings {
         );
         range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
         range("retention_days", self.retention_days.into(), 1..=36_500);
-        // A replaced key needs two.
+        // A replaced key has two revisions.
         range("revisions_max", self.revisions_max.into(), 2..=1_000_000);
         range(
             "keys_per_user_max",
@@ -299,7 +299,7 @@ impl Settings {
         for name in &self.accept_weaker_durability {
             if !durability::is_known(name) {
                 problems.push(format!(
-                    "[store]: `accept_weaker_durability` names {name:?}, which is not checked; the names are: {}",
+                    "[store]: `accept_weaker_durability` contains {name:?}, which is not a checked setting; the checked settings are: {}",
                     durability::NAMES.join(", ")
                 ));
             }
@@ -307,7 +307,7 @@ impl Settings {
         problems
     }
 
-    /// What is wrong with the files that are named and with the environment, each with its remedy.
+    /// All problems of the configured files and of the environment, each with a remedy.
     pub fn file_problems(&self) -> Vec<String> {
         let mut problems = match Target::parse(self.url.as_str()) {
             Ok(Target::Postgres(_)) => postgres::environment_problems(),
@@ -329,7 +329,7 @@ impl Settings {
         problems
     }
 
-    /// The password, read anew: it is in no field.
+    /// The password. The password is read at each call and is not stored in a field.
     pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
         if let Some(path) = &self.password_file {
             return read_password(path).map(Some);
@@ -339,12 +339,15 @@ impl Settings {
         };
         let password = env::var(name).map_err(|error| {
             let what = format!("[store] `password_variable`: cannot read {name}");
-            Error::Schema(Detail::caused(what, error).remedy("set it where keybroker is started"))
+            Error::Schema(
+                Detail::caused(what, error)
+                    .remedy("set the variable in the environment of keybroker"),
+            )
         })?;
         Ok(Some(Zeroizing::new(password)))
     }
 
-    /// How many certificates `ca_file` holds; absent without a file that can be used.
+    /// The number of certificates in `ca_file`; `None` without a usable file.
     pub fn authorities_count(&self) -> Option<usize> {
         let pem = self.authorities().ok()??;
         pem::certificates(&pem)
@@ -352,7 +355,7 @@ impl Settings {
             .map(|certificates| certificates.len())
     }
 
-    /// The certificates of `ca_file`, read anew, as PEM without anything else.
+    /// The certificates of `ca_file` as PEM without other content. The file is read at each call.
     pub(super) fn authorities(&self) -> Result<Option<Vec<u8>>, Error> {
         let Some(path) = &self.ca_file else {
             return Ok(None);
@@ -370,7 +373,7 @@ impl Settings {
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
 
-    /// The same database for a command, which no caller's deadline limits.
+    /// The settings for a command, which has longer time limits because no caller waits for it.
     pub(super) fn for_command(&self) -> Self {
         const STATEMENT_MS: u64 = 60_000;
         const CONNECTION_MS: u64 = 10_000;
@@ -411,7 +414,7 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
             "begins with a UTF-8 byte order mark, which is not part of a password; save it without one",
         );
     }
-    // Editors end a file with a line break; no password does.
+    // Editors end a file with a line break. A password never ends with one.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {

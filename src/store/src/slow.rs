@@ -1,4 +1,4 @@
-//! Statements that take long, in the log: by their names and not by their text, and each at most once a minute.
+//! Logs slow statements by name and not by text, each at most once a minute.
 
 use std::{
     collections::HashMap,
@@ -8,14 +8,14 @@ use std::{
 
 use keybroker_core::metrics;
 
-/// A statement is slow when it took longer, with its wait for locks.
+/// A statement is slow if it took longer than this time, including its wait for locks.
 const SLOW: Duration = Duration::from_secs(1);
-/// How often a statement is in the log at most; the line says how many were not.
+/// Shortest interval between two log lines about a statement. The line contains the number of omitted lines.
 const INTERVAL: Duration = Duration::from_mins(1);
 
 static SEEN: LazyLock<Mutex<Seen>> = LazyLock::new(Mutex::default);
 
-/// Takes note of how long a statement took, whether it failed or not.
+/// Records how long a statement took, whether it failed or not.
 pub(super) fn note(statement: &'static str, took: Duration) {
     if took < SLOW {
         return;
@@ -35,11 +35,11 @@ pub(super) fn note(statement: &'static str, took: Duration) {
     }
 }
 
-/// Remembers the names of an engine's statements.
+/// Registers the names of an engine's statements.
 pub(super) fn learn(names: Vec<(&'static str, String)>) {
     let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
     for (statement, name) in names {
-        // Once for each statement of the program, of which there are some hundred.
+        // The leaked memory is bounded: the program has some hundred statements.
         seen.names
             .entry(statement)
             .or_insert_with(|| Box::leak(name.into_boxed_str()));
@@ -48,9 +48,9 @@ pub(super) fn learn(names: Vec<(&'static str, String)>) {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By statement.
+    /// The names, by statement.
     names: HashMap<&'static str, &'static str>,
-    /// By name: when it was last in the log, and how many were not since.
+    /// For each name: the time of the last log line, and the number of omitted lines since.
     lines: HashMap<&'static str, (Instant, u64)>,
 }
 
@@ -58,13 +58,13 @@ impl Seen {
     fn name(&self, statement: &'static str) -> &'static str {
         match self.names.get(statement) {
             Some(name) => name,
-            // `COMMIT` and its like.
+            // `COMMIT` and similar statements have no registered name.
             None if statement.bytes().all(|byte| byte.is_ascii_uppercase()) => statement,
             None => "other",
         }
     }
 
-    /// How many lines were left out, if there is one now.
+    /// The number of omitted lines, if a line is to be written now.
     fn line(&mut self, name: &'static str, now: Instant) -> Option<u64> {
         match self.lines.get_mut(name) {
             Some((last, unlogged)) if now.saturating_duration_since(*last) < INTERVAL => {
@@ -80,7 +80,7 @@ impl Seen {
     }
 }
 
-/// Statements that have the names of the fields they are in.
+/// Statements that have the names of their fields.
 pub(super) trait Named {
     fn names_below(&self, name: &str, names: &mut Vec<(&'static str, String)>);
 }
@@ -99,7 +99,7 @@ impl<T: Named> Named for Option<T> {
     }
 }
 
-/// Defines a struct of statements that are known by the names of their fields.
+/// Defines a struct of statements whose names are the names of its fields.
 macro_rules! named {
     ($(#[$attribute:meta])* $sees:vis struct $name:ident {
         $($(#[$of_field:meta])* $field_sees:vis $field:ident: $type:ty,)*

@@ -1,10 +1,12 @@
-//! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear to a server
-//! that asks for it, so a process of another user must not be able to listen in place of the server.
+//! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear text to
+//! a server that asks for it. Therefore a process of another user must not be able to listen in place of the server.
 //!
-//! The path obeys the rule of `trusted_file`, with the users of the database server as further owners, and the process that listens
-//! must run as one of them, as this user or as root. In a sticky directory such as `/tmp` another user can make a socket while the
-//! server is stopped, so there the path is checked again before each use of a connection. Not protected: a socket that another user
-//! creates there between that check and the driver's `connect`, if the server stops in that moment.
+//! The path must obey the rule of `trusted_file`, with the users of the database server as further owners. The process that
+//! listens must run as one of them, as this user or as root. In a sticky directory such as `/tmp`, another user can create a
+//! socket while the server is stopped, so there the path is checked again before each use of a connection.
+//!
+//! One case is not protected: the server stops, and another user creates a socket in such a directory between the check and the
+//! driver's `connect`.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -20,21 +22,21 @@ const RISK: &str =
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
-/// The same where none of the default users exists, as in a container.
+/// The remedy if none of the default users exists, as in a container.
 const NO_USER_REMEDY: &str = "no default user of a database server exists here, as in most containers: if the server or its pooler runs as that user, \
      name it by its number in `store.socket_users`; otherwise correct `store.url`";
 
-/// A socket whose path and listener are checked.
+/// A socket whose path and listening process are checked.
 #[derive(Clone, Debug)]
 pub(super) struct Socket {
     path: PathBuf,
     users: Vec<User>,
-    /// What to do if another user owns the socket or a directory on the way, or listens.
+    /// The remedy if another user owns the socket or a directory on the path, or listens.
     owner_remedy: &'static str,
 }
 
 impl Socket {
-    /// A socket on which these users may listen, given by name or number. Users in `usual` that do not exist are ignored.
+    /// A socket on which these users, given by name or number, may listen. Users in `usual` that do not exist are ignored.
     pub(super) fn new(
         path: PathBuf,
         named: Option<&[String]>,
@@ -72,7 +74,7 @@ impl Socket {
         )
     }
 
-    /// Checks the path as it is now, if it exists: a configuration is often checked before its database server runs.
+    /// Checks the current path if it exists. A configuration is often checked before its database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {
             Err(error) if !error.is_missing() => Err(refused(error)),
@@ -104,13 +106,13 @@ impl Socket {
             return Ok(place);
         }
         let what = format!(
-            "the process that listens on {shown} runs as user {listener}, who is not trusted with it: it would receive the password of \
+            "the process that listens on {shown} runs as user {listener}, who is not trusted: the process would receive the password of \
              the database"
         );
         Err(Error::Schema(Detail::from(what).remedy(self.owner_remedy)))
     }
 
-    /// Checks the path again. A missing socket counts as a lost connection: the server may be restarting.
+    /// Checks the path again. A missing socket is treated as a lost connection, because the server may be restarting.
     pub(super) fn check_again(&self) -> Result<(), Error> {
         match self.check() {
             Ok(_) => Ok(()),
@@ -125,8 +127,8 @@ fn refused(error: trusted_file::Error) -> Error {
 }
 
 fn unknown_user(name: &str) -> Error {
-    let what = format!("`store.socket_users` names {name:?}, and /etc/passwd has no such user");
-    Error::Schema(Detail::from(what).remedy("correct the name, or write the user's number"))
+    let what = format!("`store.socket_users` contains {name:?}, but /etc/passwd has no such user");
+    Error::Schema(Detail::from(what).remedy("correct the name, or use the user's number"))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! SQLite: the embedded default, for one instance.
 //!
-//! One connection writes, several read. WAL with `synchronous = FULL`: a commit that was acknowledged survives power loss
-//! (NORMAL may lose the last ones).
+//! One connection writes, and several read. The database uses WAL with `synchronous = FULL`, so that an acknowledged
+//! commit survives a power loss (NORMAL may lose the last commits).
 
 use std::{
     io,
@@ -29,11 +29,11 @@ use super::{
 pub(super) mod file;
 mod place;
 
-/// A transaction holds the write lock from its beginning: one that reads first and writes then would fail at once when
-/// another wrote between. No row has to be locked after that.
+/// A transaction takes the write lock when it begins. A transaction that reads first and writes later would fail if
+/// another one wrote in between. No row has to be locked in addition.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
-    // SQLite takes a name in double quotes for a text when there is no such column.
+    // SQLite treats a name in double quotes as a text if there is no such column.
     quote: '`',
     begin: "BEGIN IMMEDIATE",
     lock: None,
@@ -49,10 +49,11 @@ const DIALECT: Dialect = Dialect {
 static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 const READERS: u32 = 4;
-/// How long a call waits for its turn: shorter than the deadlines of most callers, so that they learn why they waited.
+/// How long a call waits for a connection. The limit is shorter than the deadlines of most callers, so that they
+/// receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far above what a disk takes. There is no server that could be unavailable.
+/// Far longer than any disk operation. A file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.
@@ -60,7 +61,7 @@ const TIME_LIMIT: Duration = Duration::from_mins(1);
 struct SqliteFile {
     writer: SqlitePool,
     reader: SqlitePool,
-    /// One connection that is never lent out: as long as it is open, SQLite itself neither removes nor makes a WAL.
+    /// One connection that is never lent. As long as it is open, SQLite neither removes nor creates a WAL.
     keeper: SqlitePool,
     place: Arc<place::Place>,
 }
@@ -74,11 +75,11 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "OFF")
         .create_if_missing(false)
-        // It would log whole statements, on every call.
+        // The driver would log the whole statement on every call.
         .disable_statement_logging()
 }
 
-/// The one connection that writes. It stays open: reopening would check out the WAL again and again.
+/// The only connection that writes. The connection stays open, because each reopening would check the WAL again.
 fn writer(path: &Path) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(1)
@@ -89,7 +90,7 @@ fn writer(path: &Path) -> SqlitePool {
         .connect_lazy_with(options(path))
 }
 
-/// The connections that read. Each is refused when it has just opened another file than the first connection did.
+/// The connections that read. A new connection is refused if it opened another file than the first connection.
 fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(READERS)
@@ -122,7 +123,7 @@ pub(super) async fn open(
     durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = reader(path, Arc::clone(&place));
-    // Not another one than the first connection opened.
+    // Check that this connection opened the same file as the first one.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
         writer,
@@ -160,7 +161,7 @@ impl Engine for SqliteFile {
     async fn close(&self) {
         self.reader.close().await;
         self.writer.close().await;
-        // The last to close writes the WAL back.
+        // The last connection that closes writes the WAL back.
         self.keeper.close().await;
     }
 }

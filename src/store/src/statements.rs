@@ -1,5 +1,5 @@
-//! Every statement, in one form for all engines: a [`Dialect`] makes the text of one engine from it. `?` marks the place of a
-//! value; the values and their order are the same on each engine. Rows are read by the names of their columns.
+//! Every statement, in one form for all engines. A [`Dialect`] converts it into the text for one engine. `?` marks the position
+//! of a value. The values and their order are the same on each engine. Rows are read by the names of their columns.
 
 use super::{
     columns::{PerTable, Table},
@@ -8,13 +8,13 @@ use super::{
     slow::named,
 };
 
-/// How many records one statement asks for, or notes uses of.
+/// Highest number of records whose uses one statement reads or stores.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
-/// How many uses of secrets of API clients one statement notes.
+/// Highest number of uses of API clients' secrets that one statement stores.
 pub(super) const CLIENT_USES_AT_ONCE: usize = 20;
 
-/// What is read of a record `r` without its envelope, with its current revision `v`.
+/// The columns of a record `r` with its current revision `v`, without the envelope.
 const RECORD: &str = "r.record_id AS record_id, r.state AS state, r.revision AS revision, \
                       r.created_us AS created_us, r.updated_us AS updated_us, \
                       r.deleted_us AS deleted_us, v.wrapping_key_id AS wrapping_key_id, \
@@ -23,7 +23,7 @@ const RECORD: &str = "r.record_id AS record_id, r.state AS state, r.revision AS 
 const ADDRESS: &str = r#"r.tenant AS tenant, r."user" AS "user", r.key_name AS key_name"#;
 const RECORDS: &str = "records r LEFT JOIN revisions v \
                        ON v.record_id = r.record_id AND v.revision = r.revision";
-/// A row whose state cannot be read is listed too: as damaged.
+/// A row with an unreadable state is also listed, as damaged.
 const STATE_WANTED: &str = "(? = 1 OR r.state <> 'deleted' OR r.state IS NULL)";
 
 named! {
@@ -31,89 +31,91 @@ named! {
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) begin: &'static str,
-    /// An empty call id. Changes nothing, and fails where nothing can be changed.
+    /// Value: an empty call id. Changes nothing, and fails if nothing can be changed.
     pub(super) probe: &'static str,
-    /// Reads a row at most.
+    /// Reads at most one row.
     pub(super) probe_read: &'static str,
 
-    /// tenant, user, key name: the record and its envelope.
+    /// Values: tenant, user, key name. Returns the record and its envelope.
     pub(super) record: &'static str,
-    /// record, revision: its envelope, wrapping key and time.
+    /// Values: record, revision. Returns the envelope, wrapping key and time.
     pub(super) revision: &'static str,
-    /// tenant, after user, after user, after key name, 1 for deleted ones too, limit, rows to skip: records with their addresses.
+    /// Values: tenant, after user, after user, after key name, 1 to include deleted ones, limit, rows to skip. Returns records
+    /// with their addresses.
     pub(super) page: &'static str,
-    /// tenant, user, after key name, 1 for deleted ones too, limit, rows to skip: as above.
+    /// Values: tenant, user, after key name, 1 to include deleted ones, limit, rows to skip. Returns records with their
+    /// addresses.
     pub(super) page_of_user: &'static str,
-    /// tenant, principal, request id, used after: the request.
+    /// Values: tenant, principal, request id, used after. Returns the request.
     pub(super) request: &'static str,
     /// The registry, by sequence.
     pub(super) registry: &'static str,
 
-    /// record: holds it until the transaction ends. None where a transaction holds everything.
+    /// Value: record. Locks it until the transaction ends. `None` if a transaction locks the whole database.
     pub(super) lock_record: Option<&'static str>,
-    /// record: the record with its address.
+    /// Value: record. Returns the record with its address.
     pub(super) record_by_id: &'static str,
-    /// A row of the changes. Waits for a transaction that inserts the same call.
+    /// Values: a row of the changes. Waits for a transaction that inserts the same call.
     pub(super) insert_change: &'static str,
-    /// Calls, as many as [`CHANGES_MAX`]: the identity of the database, and how many of the calls left a mark. No row when the
-    /// database has no identity.
+    /// Values: calls, as many as [`CHANGES_MAX`]. Returns the identity of the database, and how many of the calls left a mark.
+    /// Returns no row if the database has no identity.
     pub(super) evidence: &'static str,
-    /// identity, at. Inserts nothing when the database has an identity.
+    /// Values: identity, at. Inserts nothing if the database has an identity.
     pub(super) insert_identity: &'static str,
-    /// identity.
+    /// Value: identity.
     pub(super) update_identity: &'static str,
-    /// log, instance: how many logs the instance has, and how many of them are this one.
+    /// Values: log, instance. Returns how many logs the instance has, and how many of them are this log.
     pub(super) audit_logs: &'static str,
-    /// instance, log, at. Inserts nothing when the instance has the log, or reports the duplicate.
+    /// Values: instance, log, at. If the instance already has the log, inserts nothing or reports the duplicate.
     pub(super) insert_audit_log: &'static str,
-    /// tenant, user, at most so many: how many records, deleted ones too.
+    /// Values: tenant, user, limit. Returns the number of records, including deleted ones.
     pub(super) count_keys: &'static str,
-    /// record, at most so many: how many revisions.
+    /// Values: record, limit. Returns the number of revisions.
     pub(super) count_revisions: &'static str,
     /// A row of the revisions.
     pub(super) insert_revision: &'static str,
-    /// revision, at, record, revision before.
+    /// Values: revision, at, record, revision before.
     pub(super) advance_record: &'static str,
-    /// state, at, deleted, record.
+    /// Values: state, at, deleted, record.
     pub(super) set_state: &'static str,
-    /// tenant, principal, request id, used until.
+    /// Values: tenant, principal, request id, used until.
     pub(super) forget_request: &'static str,
-    /// used before, at most so many.
+    /// Values: used before, limit.
     pub(super) forget_requests: &'static str,
-    /// All columns of the registry but the key; key, MAC before.
+    /// Values: all columns of the registry except the key, then key and MAC before.
     pub(super) update_registry: &'static str,
 
-    /// client: all of it.
+    /// Value: client. Returns the whole row.
     pub(super) client: &'static str,
-    /// revision, document, MAC, key, updated, client, revision before.
+    /// Values: revision, document, MAC, key, updated, client, revision before.
     pub(super) update_client: &'static str,
 
-    /// record, revision. Deletes nothing that is current.
+    /// Values: record, revision. Does not delete a current revision.
     pub(super) delete_superseded: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_revisions: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_record: &'static str,
-    /// call.
+    /// Value: call.
     pub(super) delete_change: &'static str,
-    /// record.
+    /// Value: record.
     pub(super) delete_use: &'static str,
-    /// Rows of the last uses, as many as [`RECORDS_AT_ONCE`], of which one may come several times. Changes nothing where a later
-    /// use is known.
+    /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. A row may occur several times. Changes nothing if a later
+    /// use is stored.
     pub(super) note_uses: &'static str,
-    /// Records, as many as [`RECORDS_AT_ONCE`]: the last uses that are known.
+    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns the stored last uses.
     pub(super) uses: &'static str,
-    /// Rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`], of which one may come several times. Changes nothing where
-    /// a later use is known.
+    /// Values: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. A row may occur several times. Changes nothing if
+    /// a later use is stored.
     pub(super) note_client_uses: &'static str,
-    /// client: the uses of its secrets, by number.
+    /// Value: client. Returns the uses of its secrets, ordered by number.
     pub(super) uses_of_client: &'static str,
 
     pub(super) clock: Option<&'static str>,
     pub(super) has_migrations: &'static str,
-    /// The newest migration that was completed, if there is one.
+    /// The newest completed migration, if there is one.
     pub(super) newest_migration: &'static str,
-    /// version: the completed migrations after it, with their descriptions.
+    /// Value: version. Returns the completed migrations after it, with their descriptions.
     pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
 
@@ -122,16 +124,17 @@ pub(super) struct Statements {
 }
 
 named! {
-/// What is done with every table in the same way.
+/// The statements that exist for every table.
 #[derive(Debug)]
 pub(super) struct OfTable {
-    /// How many rows.
+    /// Returns the number of rows.
     pub(super) count: &'static str,
-    /// How many rows have NULL in a column of the key.
+    /// Returns the number of rows with NULL in a column of the key.
     pub(super) keyless: &'static str,
-    /// After the key, whose first column comes twice if there are several; limit; rows to skip: all columns.
+    /// Values: the key to start after, whose first column occurs twice if there are several; limit; rows to skip. Returns all
+    /// columns.
     pub(super) page: &'static str,
-    /// All columns. Inserts nothing when the row is there, or reports the duplicate: see
+    /// Values: all columns. If the row exists, inserts nothing or reports the duplicate: see
     /// [`insert_unless_taken`](super::mutations::insert_unless_taken).
     pub(super) insert: &'static str,
 }
@@ -260,10 +263,11 @@ impl Statements {
             clock: dialect.clock,
             has_migrations: dialect.has_migrations,
             newest_migration: sql(
-                "SELECT version FROM _sqlx_migrations WHERE success ORDER BY version DESC LIMIT 1",
+                "SELECT version FROM _sqlx_migrations WHERE success OR version > ? \
+                 ORDER BY version DESC LIMIT 1",
             ),
             later_migrations: sql(
-                "SELECT version, description FROM _sqlx_migrations WHERE success AND version > ?",
+                "SELECT version, description FROM _sqlx_migrations WHERE version > ?",
             ),
             durability: dialect.durability,
 
@@ -280,7 +284,7 @@ impl OfTable {
     fn of_engine(dialect: &Dialect, table: Table) -> Self {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let after = match table.key() {
-            // A comparison of several columns uses no index on every engine; one of the first column alone does.
+            // Not every engine uses an index for a comparison of several columns. All engines use one for a comparison of only the first column.
             [first, _, ..] => {
                 let places = places(table.key().len());
                 format!("{} >= ? AND ({key}) > ({places})", first.name)

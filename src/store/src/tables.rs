@@ -1,6 +1,6 @@
-//! The database as tables: what is done to all of it at once, by commands. Rows are read in the order of their keys, a page
-//! at a time, so that memory stays bounded and a job that was cut short can begin again; a row that does not decode is seen
-//! and not skipped.
+//! The database as tables, for commands that process all of it. Rows are read in the order of their keys, page by page, so
+//! that memory use is bounded and an interrupted job can start again. A row that cannot be decoded is reported and not
+//! skipped.
 
 use std::fmt;
 
@@ -25,7 +25,7 @@ pub use super::{
 /// Rows per page.
 pub const PAGE_ROWS: usize = 500;
 
-/// One row as it is stored. A value that the engine could not hand over is absent.
+/// One row as it is stored. A value that the driver could not decode is absent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
     table: Table,
@@ -33,7 +33,7 @@ pub struct Row {
     values: Vec<Option<Value>>,
 }
 
-/// Without its values: there are many.
+/// Omits the values, because there are many.
 impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Row({})", self.table.name())
@@ -67,7 +67,7 @@ impl Row {
         }
     }
 
-    /// What orders the rows of a table, the same on every engine: bytewise.
+    /// The key, which determines the order of the rows of a table. The order is bytewise on every engine.
     pub(super) fn key(&self) -> &[Option<Value>] {
         &self.values[..self.table.key().len()]
     }
@@ -76,7 +76,7 @@ impl Row {
         self.key().iter().all(Option::is_some)
     }
 
-    /// Which row it is, for people: its table and its key.
+    /// Identifies the row for people: its table and its key.
     pub(super) fn place(&self) -> String {
         let mut text = self.table.name().to_owned();
         for value in self.key() {
@@ -91,7 +91,7 @@ impl Row {
         text
     }
 
-    /// All values, for writing. An error when one of them could not be read.
+    /// All values, for writing. Returns an error if one of them could not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
@@ -106,8 +106,8 @@ impl Row {
     }
 }
 
-/// So that a row is decoded by the same code wherever it came from. A value of another kind than the one that is asked for is
-/// not found.
+/// Allows the same code to decode a row from any source. A value of another type than the requested one is treated as not
+/// found.
 impl Columns for Row {
     fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
         match self.value(column)? {
@@ -138,56 +138,56 @@ impl Columns for Row {
     }
 }
 
-/// What the commands that maintain a whole database need in addition to [`Store`].
+/// The operations that the commands for a whole database need in addition to [`Store`].
 #[async_trait]
 pub trait Tables: Store {
-    /// What time it is at the server; nothing for a file.
+    /// The current time of the server; `None` for a file.
     async fn clock(&self) -> Result<Option<Timestamp>, Error>;
 
-    /// How many rows a table has.
+    /// The number of rows of a table.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// How many rows of all tables have NULL in a column of their key. No page and no call finds such rows.
+    /// The number of rows of all tables with NULL in a column of their key. No page and no call finds such rows.
     async fn keyless_rows(&self) -> Result<u64, Error>;
 
-    /// The rows after a row, or the first ones, in the order of their keys, without the first `skip` of them; at most
-    /// [`PAGE_ROWS`].
+    /// At most [`PAGE_ROWS`] rows in the order of their keys: those after a given row or, without one, the first ones. The
+    /// first `skip` of them are left out.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
-    /// Adds rows as they are, all of them or none. [`Error::Exists`] when the place of one is taken.
+    /// Adds rows as they are, all of them or none. Returns [`Error::Exists`] if one of them conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
-    /// What is known of a record, by its identity.
+    /// The stored data of a record, by its id.
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error>;
 
-    /// Removes superseded revisions. Returns those that were removed; one that is current is left alone.
+    /// Removes superseded revisions, and returns the removed revisions. A current revision is not removed.
     async fn purge_revisions(
         &self,
         revisions: &[(RecordId, Revision)],
     ) -> Result<Vec<(RecordId, Revision)>, Error>;
 
-    /// Removes records that are still deleted, and were before then, with all of their revisions. Returns those that were
-    /// removed.
+    /// Removes records with all of their revisions, if they are deleted and were deleted before this time. Returns the
+    /// removed records.
     async fn purge_records(
         &self,
         records: &[RecordId],
         deleted_before: Timestamp,
     ) -> Result<Vec<RecordId>, Error>;
 
-    /// Gives the database the identity of another one that was copied into it.
+    /// Gives the database the identity of another database that was copied into it.
     async fn adopt_identity(&self, id: StoreId) -> Result<(), Error>;
 
-    /// Forgets that these calls were committed. Returns how many were known.
+    /// Removes the marks of these calls, and returns how many existed.
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error>;
 }
 
-/// Rows of one table, one after another.
+/// Reads the rows of one table, one after another.
 #[derive(Debug)]
 pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
-    /// The last row whose key could be read, and how many rows came after it: the next page begins there.
+    /// The last row with a readable key, and the number of rows after it. The next page begins after this position.
     last: Option<Row>,
     skip: u64,
     at_end: bool,
@@ -205,7 +205,7 @@ impl Cursor {
         }
     }
 
-    /// The row that [`Self::take`] will give.
+    /// The row that [`Self::take`] will return.
     pub(super) async fn peek(&mut self, store: &dyn Tables) -> Result<Option<&Row>, Error> {
         if self.next.is_none() {
             self.next = self.page.next();

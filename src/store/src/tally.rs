@@ -1,8 +1,8 @@
-//! How many rows a long piece of work has changed so far: what is told of it when it fails in the middle.
+//! Counts the rows that a long job has changed so far, for the report if it fails in the middle.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Counts what is done, however the whole ends.
+/// Counts changes, regardless of how the job ends.
 #[derive(Debug, Default)]
 pub struct Tally {
     begun: AtomicBool,
@@ -10,23 +10,24 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Before a change is tried: from here on it is not certain that nothing was changed.
+    /// Call this before a change is tried. After this call, it is uncertain whether a change was
+    /// made.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
     }
 
-    /// After one was made.
+    /// Call this after rows were changed.
     pub fn add(&self, rows: usize) {
         let rows = u64::try_from(rows).unwrap_or(u64::MAX);
         self.rows.fetch_add(rows, Ordering::Relaxed);
     }
 
-    /// Rows that were changed, of which we know.
+    /// The number of rows that are known to be changed.
     pub fn rows(&self) -> u64 {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// The same; nothing before a change was tried.
+    /// The number of rows that are known to be changed; `None` before a change was tried.
     pub fn rows_if_begun(&self) -> Option<u64> {
         self.begun.load(Ordering::Relaxed).then(|| self.rows())
     }

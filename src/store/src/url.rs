@@ -1,10 +1,12 @@
-//! The URL of a database. Parsed here and not by the driver: a driver's parameters include those that switch TLS off.
+//! The URL of a database. The broker parses the URL and not the driver, because a driver's parameters include some
+//! that disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// What is wrong with a URL: a clause that follows its name. Never repeats the URL, which may hold a password.
+/// What is wrong with a URL, as a clause that follows the name of the setting. The clause never contains the URL,
+/// which may include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
@@ -15,26 +17,26 @@ pub(super) enum UrlError {
     #[error("must be `sqlite:` and the absolute path of a file")]
     NotAbsolute,
     #[error(
-        "has a `{found}`: there are no parameters for SQLite, the settings are in the fields of [store]; if the path \
-         itself has one, write `{encoded}`"
+        "contains `{found}`, but a SQLite URL has no parameters: use the settings of [store]; if the path \
+         contains the character, write `{encoded}`"
     )]
     FileParameters { found: char, encoded: &'static str },
     #[error(
-        "has a `#`, which begins a fragment and would be ignored; write `%23` where a name has one"
+        "contains `#`, which begins a fragment and would be ignored; write `%23` if a name contains the character"
     )]
     Fragment,
-    #[error("names no user: write `user@` before the host")]
+    #[error("has no user: write `user@` before the host")]
     NoUser,
     #[error(
-        "has a password in it, where logs and process lists would show it; put it into a file named by \
+        "contains a password, which logs and process lists would show; put it into a file named by \
          `password_file`, or into an environment variable named by `password_variable`"
     )]
     Password,
-    #[error("names no database: end it with `/` and the name")]
+    #[error("has no database name: append `/` and the name")]
     NoDatabase,
-    #[error("names no host, and no `?socket=`")]
+    #[error("has no host and no `?socket=`")]
     NoHost,
-    #[error("names no host before the port")]
+    #[error("has no host before the port")]
     NoHostBeforePort,
     #[error(
         "has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
@@ -42,17 +44,17 @@ pub(super) enum UrlError {
     ServerParameters,
     #[error("has parameters other than `?socket=`")]
     SocketParameters,
-    #[error("names a socket that is not an absolute path")]
+    #[error("has a socket path that is not absolute")]
     SocketNotAbsolute,
     #[error(
         "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
     )]
     NoBrackets,
-    #[error("has something in brackets that is not an IPv6 address")]
+    #[error("has a text in brackets that is not an IPv6 address")]
     NotIpv6,
-    #[error("has text behind the `]` of the host: write a `:` before the port")]
+    #[error("has text after the `]` of the host: write a `:` before the port")]
     NoColon,
-    #[error("has {0:?} in its host, which no DNS name and no IP address has")]
+    #[error("has {0:?} in its host, which no DNS name or IP address contains")]
     Host(char),
     #[error("has a port that is not 1 to 65535")]
     Port,
@@ -81,17 +83,18 @@ pub(super) struct Place {
     pub(super) transport: Transport,
 }
 
-/// How a server is reached.
+/// How a client connects to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Over the network, which a loopback address counts as: any user of the machine can listen there.
+    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen
+    /// there.
     Network { host: String, port: Option<u16> },
-    /// A socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
+    /// Over a socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
     Socket(PathBuf),
 }
 
 impl Target {
-    /// The error says what the URL must be, and does not repeat it.
+    /// Parses a URL. The error describes the required form, and does not repeat the URL.
     pub(super) fn parse(url: &str) -> Result<Self, UrlError> {
         let (scheme, rest) = url.split_once(':').ok_or(UrlError::Form)?;
         match scheme {
@@ -135,12 +138,12 @@ impl Place {
         Ok(place)
     }
 
-    /// Whether what is sent stays inside the machine's kernel.
+    /// Whether sent data stays inside the machine's kernel.
     pub(super) fn is_local(&self) -> bool {
         matches!(self.transport, Transport::Socket(_))
     }
 
-    /// For people: where it is, without the user.
+    /// The location for people, without the user.
     pub(super) fn shown(&self) -> String {
         match &self.transport {
             Transport::Network { host, .. } => format!("{} on {host}", self.database),
@@ -161,7 +164,7 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// The path of a file. Parameters, which other programs accept here, would become a part of its name.
+/// The path of a file. Parameters, which other programs accept in this place, would become a part of the file name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };
@@ -180,7 +183,7 @@ fn network(text: &str) -> Result<Transport, UrlError> {
         Some(rest) => {
             let (host, port) = rest.split_once(']').ok_or(UrlError::NoBrackets)?;
             let host = decode(host)?;
-            // A link-local address has the name of its network interface behind a `%`.
+            // A link-local address has the name of its network interface after a `%`.
             let address = host.split('%').next().unwrap_or("");
             if address.parse::<Ipv6Addr>().is_err() {
                 return Err(UrlError::NotIpv6);
@@ -218,7 +221,7 @@ fn network(text: &str) -> Result<Transport, UrlError> {
     Ok(Transport::Network { host, port })
 }
 
-/// Undoes percent-encoding, in every part of every URL: users of managed databases have an `@` in their names.
+/// Decodes percent-encoding in every part of every URL. User names of managed databases contain an `@`.
 fn decode(text: &str) -> Result<String, UrlError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();

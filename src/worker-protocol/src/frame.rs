@@ -1,19 +1,20 @@
-//! Frames on the socket pair between front and worker: a big-endian length, then a protobuf message.
+//! The frames on the socket pair between front and worker. Each frame is a big-endian length
+//! followed by a protobuf message.
 
 use std::io::{self, Read};
 
 use prost::Message;
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Longest frame, in bytes. The messages of both ends are far shorter.
+/// Longest frame, in bytes. The messages of both sides are far shorter.
 const FRAME_BYTES_MAX: usize = 64 * 1024;
 /// Bytes of the length in front of each frame.
 const PREFIX_BYTES: usize = 4;
 
-/// Initial capacity of an [`Outbox`], in bytes: enough for the frames that usually wait.
+/// Initial capacity of an [`Outbox`] in bytes, enough for the usual number of waiting frames.
 const OUTBOX_BYTES: usize = 4 * 1024;
 
-/// Bytes that the socket has not accepted yet. They are overwritten as soon as they are sent.
+/// The bytes that the socket has not accepted yet. They are overwritten as soon as they are sent.
 #[derive(Debug)]
 pub struct Outbox {
     bytes: Zeroizing<Vec<u8>>,
@@ -35,7 +36,7 @@ impl Outbox {
         let length = message.encoded_len();
         let needed = self.bytes.len() + PREFIX_BYTES + length;
         if needed > self.bytes.capacity() {
-            // A vector that grows by itself leaves a copy that is not overwritten.
+            // A vector that grows on its own would leave a copy that is not overwritten.
             let mut grown = Vec::with_capacity(needed * 2);
             grown.extend(&*self.bytes);
             self.bytes = Zeroizing::new(grown);
@@ -68,7 +69,8 @@ impl Outbox {
     }
 }
 
-/// Bytes received that are not a complete message yet. Messages that were taken out are overwritten.
+/// Received bytes that are not a complete message yet. Messages that were taken out are
+/// overwritten.
 #[derive(Debug)]
 pub struct Inbox {
     bytes: Zeroizing<Vec<u8>>,
@@ -87,7 +89,7 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// The buffer for the next read. It is not empty whenever [`Inbox::take`] found no message.
+    /// Returns the buffer for the next read. It is not empty if [`Inbox::take`] found no message.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -103,7 +105,7 @@ impl Inbox {
         self.end += count;
     }
 
-    /// Takes the next complete message out; none if it has not arrived completely.
+    /// Takes out the next complete message; `None` if it has not arrived completely.
     pub fn take<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
         let Some((prefix, rest)) =
             self.bytes[self.start..self.end].split_first_chunk::<PREFIX_BYTES>()
@@ -124,7 +126,7 @@ impl Inbox {
         Ok(Some(message))
     }
 
-    /// Reads until a message is complete; none at the end of the stream.
+    /// Reads until a message is complete; `None` at the end of the stream.
     pub fn receive<M: Message + Default>(
         &mut self,
         stream: &mut impl Read,
@@ -144,7 +146,7 @@ impl Inbox {
     }
 }
 
-/// The length that a prefix announces, if it is permitted.
+/// Decodes the length in a prefix, if it is permitted.
 fn length(prefix: [u8; PREFIX_BYTES]) -> io::Result<usize> {
     usize::try_from(u32::from_be_bytes(prefix))
         .ok()
@@ -152,7 +154,7 @@ fn length(prefix: [u8; PREFIX_BYTES]) -> io::Result<usize> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "frame too long"))
 }
 
-/// `CLOCK_MONOTONIC` now, in nanoseconds: the one clock that both processes share.
+/// The current `CLOCK_MONOTONIC` in nanoseconds. Front and worker share this clock.
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
@@ -172,7 +174,7 @@ mod tests {
         }
     }
 
-    /// A stream that gives a few bytes at a time, as sockets may.
+    /// A stream that returns a few bytes at a time, as sockets may do.
     struct Trickle<'a>(&'a [u8], usize);
 
     impl Read for Trickle<'_> {
@@ -196,7 +198,8 @@ mod tests {
         }
     }
 
-    /// The frames are longer in total than an inbox, so that an incomplete one moves to its front.
+    /// The frames are longer in total than an inbox, so that an incomplete frame moves to the start
+    /// of the buffer.
     #[test]
     fn messages_taken_out_are_overwritten() {
         let mut secret = request(1);

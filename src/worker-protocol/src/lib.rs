@@ -1,5 +1,5 @@
-//! What the front and its token workers share: the messages of the socket pair between them, the settings of a token, the
-//! PIN, and RSA-OAEP with the public key. Nothing here knows PKCS#11, and nothing here knows how workers are started.
+//! The common parts of the front and its workers: the messages on their socket pair, the settings of a token, the PIN,
+//! and RSA-OAEP with the public key. This crate contains nothing of PKCS#11 and nothing about starting workers.
 
 pub mod frame;
 pub mod oaep;

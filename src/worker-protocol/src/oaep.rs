@@ -1,4 +1,5 @@
-//! RSA-OAEP with the public key, in software: wrapping needs no secret, so it does not need the token.
+//! RSA-OAEP with the public key, in software. Wrapping needs no secret, so it does not need the
+//! token.
 //!
 //! Mitigation: M9 of `THREAT_MODEL.md`.
 
@@ -15,27 +16,27 @@ use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 /// Smallest and largest permitted modulus, in bits.
 pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
-/// Why a public key cannot be used, or did not wrap.
+/// Why a public key cannot be used or did not wrap.
 #[derive(Debug, thiserror::Error)]
 pub enum OaepError {
-    /// No RSA key, or one of another size.
+    /// The key is not an RSA key of a permitted size.
     #[error("the public key is not an RSA key of a permitted size")]
     NotPermitted,
-    /// A modulus of another size.
+    /// The modulus has a length that is not permitted.
     #[error("a modulus of {0} bits; 2048 to 4096 are permitted")]
     Modulus(usize),
-    /// Modulus and exponent make no key.
+    /// Modulus and exponent are not a valid key.
     #[error("not an RSA public key: {0}")]
     NoKey(#[from] rsa::Error),
-    /// The key does not encode.
-    #[error("the public key does not encode: {0}")]
+    /// The key cannot be encoded.
+    #[error("cannot encode the public key: {0}")]
     Encode(#[from] rsa::pkcs8::spki::Error),
-    /// The cryptographic library says no more.
+    /// The encryption failed. The cryptographic library gives no further reason.
     #[error("RSA-OAEP encryption failed")]
     Encrypt,
 }
 
-/// A public key ready to wrap.
+/// A public key that is ready to wrap.
 #[derive(Debug)]
 pub struct WrapKey {
     key: OaepPublicEncryptingKey,
@@ -43,24 +44,24 @@ pub struct WrapKey {
 }
 
 impl WrapKey {
-    /// From a DER SubjectPublicKeyInfo.
+    /// Reads a DER SubjectPublicKeyInfo.
     pub fn new(spki: &[u8], algorithm: Algorithm) -> Result<Self, OaepError> {
         let key = PublicEncryptingKey::from_der(spki).map_err(|_| OaepError::NotPermitted)?;
         let key = OaepPublicEncryptingKey::new(key).map_err(|_| OaepError::NotPermitted)?;
         Ok(Self { key, algorithm })
     }
 
-    /// The algorithm that it wraps with.
+    /// The algorithm with which the key wraps.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// Modulus length in bits; a permitted one fits.
+    /// The modulus length in bits. Every permitted length fits the type.
     pub fn modulus_bits(&self) -> u32 {
         u32::try_from(self.key.key_size_bits()).unwrap_or(0)
     }
 
-    /// Wraps, with an empty label.
+    /// Wraps with an empty OAEP label.
     pub fn wrap(&self, plaintext: &[u8]) -> Result<Vec<u8>, OaepError> {
         let parameters = match self.algorithm {
             Algorithm::RsaOaepSha256 => &OAEP_SHA256_MGF1SHA256,
@@ -77,7 +78,8 @@ impl WrapKey {
     }
 }
 
-/// DER SubjectPublicKeyInfo and modulus length in bits, from big-endian modulus and exponent.
+/// Returns the DER SubjectPublicKeyInfo and the modulus length in bits, from big-endian modulus and
+/// exponent.
 pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), OaepError> {
     let (n, e) = (
         BigUint::from_bytes_be(modulus),
@@ -92,7 +94,7 @@ pub fn spki(modulus: &[u8], exponent: &[u8]) -> Result<(Vec<u8>, usize), OaepErr
     Ok((der.into_vec(), bits))
 }
 
-/// SHA-256 of a DER SubjectPublicKeyInfo.
+/// Returns the SHA-256 of a DER SubjectPublicKeyInfo.
 pub fn fingerprint(spki: &[u8]) -> Fingerprint {
     let digest = digest::digest(&digest::SHA256, spki);
     let bytes = digest.as_ref().try_into().expect("SHA-256 gives 32 bytes");
@@ -105,7 +107,7 @@ mod tests {
 
     use super::*;
 
-    /// Another implementation opens what this one wraps.
+    /// An independent implementation unwraps the result.
     #[test]
     fn an_independent_implementation_unwraps() {
         let private = RsaPrivateKey::new(&mut OsRng, 2_048).unwrap();

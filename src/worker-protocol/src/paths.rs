@@ -1,4 +1,4 @@
-//! Checks of the files that the settings name: other users must not be able to change them.
+//! Checks the files to which the settings refer. Other users must not be able to change them.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -13,54 +13,55 @@ use rustix::fs::{Access, access};
 
 use keybroker_core::trusted_file::{self, Purpose};
 
-/// The variable that names SoftHSM's configuration file.
+/// The environment variable with the path of SoftHSM's configuration file.
 const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
-/// The file that SoftHSM reads without the variable, as Debian builds it.
+/// The configuration file that SoftHSM reads without the variable, as built by Debian.
 const SOFTHSM_DEFAULT: &str = "/etc/softhsm/softhsm2.conf";
 const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
-/// Why a file that the settings name must not be used.
+/// Why a file to which the settings refer must not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
-    /// There is no module.
+    /// The module does not exist.
     #[error(
         "no PKCS#11 module at {}: {source}; install the vendor's package (Debian: softhsm2) or correct `token.module`",
         path.display()
     )]
     NoModule {
-        /// Where it should be.
+        /// The configured path.
         path: PathBuf,
-        /// What was found.
+        /// The error of opening it.
         source: Box<trusted_file::Error>,
     },
     /// Other users can change the module.
     #[error("the PKCS#11 module: {0}")]
     Module(#[source] trusted_file::Error),
-    /// The file is no shared library of this machine.
+    /// The file is not a shared library for this machine.
     #[error("{} {problem}; correct `token.module`", path.display())]
     NotALibrary {
-        /// The module.
+        /// The path of the module.
         path: PathBuf,
-        /// What it is.
+        /// The problem of the file.
         problem: String,
     },
-    /// Other users can change what a variable of the module names.
+    /// Other users can change a file to which a variable of the module's environment refers.
     #[error("[token.environment] {name}: {source}")]
     Environment {
-        /// The variable.
+        /// The name of the variable.
         name: String,
-        /// What it names.
+        /// The problem of the file.
         source: Box<trusted_file::Error>,
     },
 }
 
-/// Refuses a module that does not exist, that other users could replace, or that is no shared library of this machine: it is
-/// given the PIN.
+/// Refuses a module that does not exist, that other users could replace, or that is not a shared library for this
+/// machine. The check matters because the module gets the PIN.
 pub fn check_module(path: &Path) -> Result<(), PathError> {
     let file = match trusted_file::open(path, MODULE) {
-        // The loader opens the path again. That is no race: only root and this user can change what it leads to.
+        // The loader opens the path again later. This is not a race, because only root and this user can change the
+        // path's target.
         Ok(file) => file,
         Err(source) if source.is_missing() => {
             let path = path.to_owned();
@@ -78,9 +79,9 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Bytes of an ELF header up to the machine (`e_machine`), which are the same for 32 and 64 bits.
+/// Length of the first part of an ELF header up to `e_machine`. It is the same for 32 and 64 bits.
 const ELF_BYTES: usize = 20;
-/// Numbers of `e_machine`, and whether the machine has 64 bits.
+/// Values of `e_machine` with the names of the machines.
 const MACHINES: [(u16, &str); 8] = [
     (3, "32-bit x86"),
     (20, "32-bit PowerPC"),
@@ -92,14 +93,14 @@ const MACHINES: [(u16, &str); 8] = [
     (243, "RISC-V"),
 ];
 
-/// Why a file is no shared library of this machine. The dynamic linker says "No such file or directory" of one that is made
-/// for another.
+/// Returns the reason why a file is not a shared library for this machine. The dynamic linker would only report "No
+/// such file or directory" for a library of another machine.
 fn elf_problem(mut file: &File) -> Option<String> {
     let mut header = [0; ELF_BYTES];
     if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
         return Some("is not a shared library".to_owned());
     }
-    // Byte 5: 2 stands for big endian.
+    // In byte 5, the value 2 means big endian.
     let pair = [header[18], header[19]];
     let machine = if header[5] == 2 {
         u16::from_be_bytes(pair)
@@ -109,7 +110,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     let ours = match std::env::consts::ARCH {
         "x86_64" => 62,
         "aarch64" => 183,
-        // The dynamic linker decides.
+        // On other machines, the dynamic linker decides.
         _ => return None,
     };
     let name = |number: u16| {
@@ -128,8 +129,8 @@ fn elf_problem(mut file: &File) -> Option<String> {
     })
 }
 
-/// What is wrong with the configuration file of SoftHSM, whose own message names neither file nor cause. `environment` is that
-/// of the module.
+/// Returns the problem of SoftHSM's configuration file. SoftHSM's own message contains neither the file nor the cause.
+/// `environment` is the environment of the module.
 pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) -> Option<String> {
     let named = environment.get(SOFTHSM_VARIABLE);
     let is_softhsm = module
@@ -176,22 +177,22 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
     let shown = directory.display();
     if !directory.is_dir() {
         return Some(format!(
-            "{origin}: {path} names the token directory {shown}, which does not exist; create it, owned by user {user}, with mode \
+            "{origin}: the token directory {shown} in {path} does not exist; create it, owned by user {user}, with mode \
              0700"
         ));
     }
-    // SoftHSM rewrites the file of a token at every login.
+    // SoftHSM rewrites the file of a token at each login.
     let needed = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
     access(directory, needed).is_err().then(|| {
         format!(
-            "{origin}: user {user} cannot read and write the token directory {shown} that {path} names; change its owner or mode"
+            "{origin}: user {user} cannot read and write the token directory {shown} of {path}; change its owner or mode"
         )
     })
 }
 
-/// Refuses files and directories of `token.environment` that other users could change, such as the file of
-/// `SOFTHSM2_CONF`: modules read from them where their keys are, or load further code. A value counts when it is the absolute
-/// path of something that exists, or a list of such paths separated by colons (`LD_LIBRARY_PATH`).
+/// Refuses files and directories in `token.environment` that other users could change, such as the file of
+/// `SOFTHSM2_CONF`. Modules read from them where their keys are, or load further code. A value is checked if it is the
+/// absolute path of an existing file or directory, or a colon-separated list of such paths (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);
@@ -218,7 +219,7 @@ mod tests {
 
     use super::*;
 
-    /// The beginning of a shared library of this machine.
+    /// The beginning of a shared library for this machine.
     fn library() -> Vec<u8> {
         let program = fs::read(std::env::current_exe().unwrap()).unwrap();
         program[..64].to_vec()
@@ -286,7 +287,7 @@ mod tests {
         );
         fs::create_dir(&tokens).unwrap();
         assert_eq!(problem(), None);
-        // Root reads everything, so these two show nothing to root.
+        // Root can read every file, so the next two problems do not occur for root.
         if !rustix::process::geteuid().is_root() {
             fs::set_permissions(&tokens, fs::Permissions::from_mode(0o500)).unwrap();
             assert!(

@@ -1,5 +1,5 @@
-//! The user PIN: from a file that only its owner can read, from a descriptor, or typed. Never from an argument, never from
-//! an environment variable.
+//! The user PIN. It comes from a file that only its owner can read, from a descriptor, or from a person who types it.
+//! It never comes from an argument or an environment variable.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -21,47 +21,49 @@ const PIN_BYTES_MAX: usize = 255;
 const UTF8_MARK: &str = "\u{feff}";
 const PIN_FILE: Purpose = Purpose::secret("PIN");
 
-/// Why there is no PIN. No message shows any of it.
+/// Why there is no PIN. No message contains any part of the PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// An editor has put a mark at the beginning.
+    /// The text begins with a byte order mark, which some editors write.
     #[error(
         "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
     )]
     ByteOrderMark,
-    /// A space or a tab at one of the ends.
+    /// The text begins or ends with a space or a tab.
     #[error(
-        "it begins or ends with a blank, which would cost a login try; remove the blank, or give the token a PIN without one"
+        "it begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN of the token to one without a blank"
     )]
     Blank,
-    /// Nothing, or nothing but a line end.
+    /// The text is empty, or consists only of a line end.
     #[error("it is empty")]
     Empty,
-    /// A line end in the middle.
+    /// The text has a line end in the middle.
     #[error(
         "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
     )]
     Lines,
-    /// A character that no keyboard shows.
+    /// The text contains a control character.
     #[error(
         "it holds a control character, such as a NUL byte, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
     )]
     ControlCharacter,
-    /// More bytes than a PIN may have.
-    #[error("it is longer than {PIN_BYTES_MAX} bytes, and no PIN is; is this the right file?")]
+    /// The text is longer than a PIN may be.
+    #[error(
+        "it is longer than {PIN_BYTES_MAX} bytes, which no PIN is; check that this is the right file"
+    )]
     TooLong,
-    /// It cannot be read.
+    /// The PIN cannot be read.
     #[error("{}", describe_read(.0))]
     Read(#[from] io::Error),
-    /// The file is not one that only its owner can read.
+    /// The file is readable for others than its owner.
     #[error("the PIN file: {0}")]
     File(#[from] trusted_file::Error),
-    /// One of the above, with the place where it is.
+    /// One of the errors above, with its place.
     #[error("{place}: {source}")]
     In {
-        /// A file or a descriptor.
+        /// The file or descriptor.
         place: String,
-        /// What is wrong there.
+        /// The error.
         source: Box<PinError>,
     },
 }
@@ -75,7 +77,7 @@ fn describe_read(error: &io::Error) -> String {
     }
 }
 
-/// A PIN of a token.
+/// The PIN of a token.
 pub struct Pin(Zeroizing<String>);
 
 impl fmt::Debug for Pin {
@@ -85,8 +87,8 @@ impl fmt::Debug for Pin {
 }
 
 impl Pin {
-    /// From text that was typed. One line end, LF or CRLF, is not part of it. What an editor leaves without showing it is
-    /// refused before it costs one of the few tries that a token allows.
+    /// Takes a PIN from text. One LF or CRLF at the end is not part of the PIN. Invisible characters that editors add
+    /// are refused, so that they do not use up one of the few attempts that a token allows.
     pub fn from_text(text: String) -> Result<Self, PinError> {
         let text = Zeroizing::new(text);
         let pin = text.strip_suffix('\n').unwrap_or(&text);
@@ -112,7 +114,8 @@ impl Pin {
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
 
-    /// From a file that belongs to this user, who alone can read it, or to root, who may let a group read it.
+    /// Reads a PIN from a file. The file must belong to this user and be readable for this user only, or belong to
+    /// root, who may let a group read it.
     pub fn from_file(path: &Path) -> Result<Self, PinError> {
         let path = resolve(path)?;
         let file = trusted_file::open(&path, PIN_FILE)?;
@@ -122,12 +125,13 @@ impl Pin {
         })
     }
 
-    /// Whether the file is one to read a PIN from. Reads nothing of it: a command leaves that to its worker.
+    /// Checks whether a PIN may be read from the file. Reads nothing from it, because a command leaves that to its
+    /// worker.
     pub fn check_file(path: &Path) -> Result<(), trusted_file::Error> {
         trusted_file::open(path, PIN_FILE).map(drop)
     }
 
-    /// From an open descriptor of this process.
+    /// Reads a PIN from an open descriptor of this process.
     pub fn from_descriptor(number: u32) -> Result<Self, PinError> {
         let read = || Self::from_reader(fs::File::open(format!("/proc/self/fd/{number}"))?);
         read().map_err(|error| PinError::In {
@@ -137,32 +141,32 @@ impl Pin {
     }
 
     fn from_reader(reader: impl Read) -> Result<Self, PinError> {
-        // The whole capacity at once: a string that grows leaves copies that are not overwritten.
+        // Allocated with its final capacity: a string that grows would leave copies that are not overwritten.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
         reader.take(limit).read_to_string(&mut text)?;
         Self::from_text(std::mem::take(&mut text))
     }
 
-    /// The PIN itself: for the module and for its hash.
+    /// The PIN, for the module and for hashing.
     pub fn expose(&self) -> &str {
         &self.0
     }
 }
 
-/// Where a worker gets a PIN.
+/// The source of a PIN for a worker.
 #[derive(Debug)]
 pub enum PinSource {
-    /// A file, which the worker reads itself: the process that starts it does not hold the PIN.
+    /// A file that the worker reads itself, so that the process that starts the worker does not hold the PIN.
     File(PathBuf),
     /// A PIN that a person typed, or that was read from a descriptor.
     Text(Pin),
-    /// Nowhere: the token is used without a login.
+    /// No PIN, for a token that is used without a login.
     NotNeeded,
 }
 
 impl PinSource {
-    /// The form that crosses the socket. The path is resolved here, because the worker has no environment.
+    /// Returns the form that is sent over the socket. The path is resolved here, because the worker has no environment.
     pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {
             Self::File(path) => Some(Source::File(resolve(path)?.to_string_lossy().into_owned())),
@@ -174,7 +178,7 @@ impl PinSource {
 }
 
 impl wire::PinSource {
-    /// The PIN: text, or the content of the file. Absent for a token that is used without a login.
+    /// Reads the PIN from the text or the file. Absent for a token that is used without a login.
     pub fn read(&self) -> Result<Option<Pin>, PinError> {
         match &self.source {
             Some(Source::File(path)) => Pin::from_file(Path::new(path)).map(Some),
@@ -193,7 +197,7 @@ impl Drop for wire::PinSource {
     }
 }
 
-/// `$CREDENTIALS_DIRECTORY/` at the front of a path stands for the directory that systemd passes.
+/// Replaces `$CREDENTIALS_DIRECTORY/` at the beginning of a path with the directory that systemd passes.
 pub fn resolve(path: &Path) -> Result<PathBuf, PinError> {
     Ok(trusted_file::expand(path)?)
 }

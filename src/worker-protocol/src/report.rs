@@ -1,63 +1,67 @@
-//! What a token does, as `keybroker token report` publishes it. The worker makes it, the command shows and compares it.
+//! The report about a token, as `keybroker token report` publishes it. The worker creates it, and the command displays
+//! and compares it.
 
 use serde::{Deserialize, Serialize};
 
-/// Version of the form of the report.
+/// Version of the report's format.
 pub const FORMAT: u32 = 1;
 
-/// The whole report. It holds no PIN, no key and no label.
+/// Name of the answer that shows whether the keys that were stored on the token were removed.
+pub const REMOVED: &str = "removed";
+
+/// The whole report. It contains no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// [`FORMAT`].
+    /// The version of the format: [`FORMAT`].
     pub format: u32,
-    /// Version of the program that made it.
+    /// Version of the program that made the report.
     pub keybroker: String,
-    /// What may be done with the token.
+    /// The conclusion about the token.
     pub verdict: Verdict,
     /// Module and token.
     pub identity: Identity,
-    /// Sessions and login.
+    /// Tests of sessions and login.
     pub sessions: Vec<Answer>,
-    /// Each attribute of the templates of the keys.
+    /// The attributes of the key templates.
     pub templates: Vec<Attribute>,
-    /// What must work.
+    /// Tests of functions that must work.
     pub positive: Vec<Answer>,
-    /// What must not work.
+    /// Tests of functions that must not work.
     pub negative: Vec<NegativeAnswer>,
-    /// What the token answers to wrong input.
+    /// The token's answers to invalid input.
     pub errors: Vec<Answer>,
-    /// Keys that stay on the token; without `--write` none are made.
+    /// Tests with keys that stay on the token. Empty without `--write`.
     pub token_objects: Vec<Answer>,
-    /// Measured on a machine that did other things as well. Not compared.
+    /// Rates that were measured on a machine with other work. They are not compared.
     pub rates: Vec<Rate>,
-    /// Whether the work of the token takes CPU time of this machine; absent if it could not be measured.
+    /// Whether the token's work uses CPU time of this machine; absent if that could not be measured.
     pub token_cpu_is_local: Option<bool>,
 }
 
-/// What may be done with the token.
+/// The conclusion about the token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// The short answer.
+    /// The short result.
     pub result: Outcome,
-    /// Why it cannot be used, or what each exception accepts.
+    /// Why the token cannot be used, or what each exception accepts.
     pub reasons: Vec<String>,
-    /// Attributes to name in `token.attribute_exceptions`.
+    /// The attributes to list in `token.attribute_exceptions`.
     pub attribute_exceptions: Vec<String>,
-    /// Whether OAEP works with SHA-1 alone.
+    /// Whether OAEP works only with SHA-1.
     pub allow_oaep_sha1: bool,
     /// Lines for the section `[token]`; empty if the token cannot be used.
     pub settings: Vec<String>,
 }
 
-/// The short answer, from good to bad.
+/// The short result, from good to bad.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// Without an exception.
+    /// The token works without exceptions.
     Works,
-    /// With the exceptions of the verdict.
+    /// The token works with the exceptions of the verdict.
     WorksWithExceptions,
-    /// Not at all.
+    /// The token cannot be used.
     Refused,
 }
 
@@ -84,28 +88,29 @@ pub struct Identity {
     pub firmware_version: String,
     /// Serial number, if it was asked for.
     pub serial: Option<String>,
-    /// SHA-256 of the serial number, the first 8 bytes; absent if the token has none.
-    pub serial_sha256: Option<String>,
+    /// Whether the token has a serial number. Reports are published, and a digest of a short number would not hide it.
+    pub has_serial: bool,
     /// Whether another token of the module has the same label.
     pub label_is_shared: bool,
     /// Whether the texts of the token are padded with NUL instead of blanks.
     pub padded_with_nul: bool,
-    /// `none`, `valid`, or the text that is not a time.
+    /// `none`, `valid`, or the text in place of a valid time.
     pub clock: String,
     /// Flags of the token, in hexadecimal.
     pub flags: String,
-    /// Shortest and longest PIN, in bytes.
+    /// Length of the shortest and of the longest PIN, in bytes.
     pub pin_bytes: [u64; 2],
-    /// Sessions and read-write sessions that the token says it allows; 0 for no limit, absent if it says nothing.
+    /// Largest numbers of sessions and of read-write sessions according to the token. 0 means no limit; absent if the
+    /// token reports no number.
     pub sessions_max: [Option<u64>; 2],
 }
 
-/// What was tried, and what came of it.
+/// A test with its result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// What was tried.
+    /// The name of the test.
     pub name: String,
-    /// `works`, a return code, or what was found.
+    /// `works`, a return code, or a description of the finding.
     pub result: String,
 }
 
@@ -114,34 +119,34 @@ pub struct Answer {
 pub struct Attribute {
     /// `RSA private key` or `integrity key`.
     pub object: String,
-    /// Name in the standard.
+    /// The attribute's name in the standard.
     pub attribute: String,
-    /// `accepted`, `ignored`, or the code that refuses it.
+    /// `accepted`, `ignored`, or the return code of the rejection.
     pub in_template: String,
-    /// What the token says of the attribute.
+    /// The attribute's value as the token returns it.
     pub read: String,
-    /// Whether it answers to a query for the length.
+    /// Whether the token answers a query for the attribute's length.
     pub length_query: String,
 }
 
-/// What came of something that must not work.
+/// The result of a test of a function that must not work.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NegativeAnswer {
     /// Name of the test.
     pub name: String,
-    /// What it means if the token does it.
+    /// The consequence if the token performs the function.
     pub meaning: String,
     /// `refused`, `SUCCEEDED`, `not made` or `not answered`.
     pub result: String,
     /// The return code, if there is one.
     pub code: Option<String>,
-    /// Whether the same session could be used afterwards.
+    /// Whether the same session was usable afterwards.
     pub session_is_usable: bool,
 }
 
-/// What a token that must refuse something did.
+/// The result of a token that did what it must refuse.
 pub const SUCCEEDED: &str = "SUCCEEDED";
-/// What works.
+/// The result of a function that works.
 pub const WORKS: &str = "works";
 
 /// A measurement.
@@ -149,13 +154,13 @@ pub const WORKS: &str = "works";
 pub struct Rate {
     /// What was measured.
     pub name: String,
-    /// Operations per second, or milliseconds, as the name says.
+    /// Operations per second or milliseconds, according to the name.
     pub value: f64,
 }
 
 impl Report {
-    /// Where this report is worse than another of the same token. What is better is not named. A token that was refused before
-    /// cannot be worse.
+    /// Lists in which points this report is worse than an earlier one of the same token. Improvements are not listed. A
+    /// token that was refused before cannot be worse.
     pub fn worse_than(&self, expected: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         let (now, then) = (&self.verdict, &expected.verdict);
@@ -175,7 +180,7 @@ impl Report {
             }
         }
         if now.allow_oaep_sha1 && !then.allow_oaep_sha1 {
-            worse.push("OAEP works with SHA-1 alone".to_owned());
+            worse.push("OAEP works only with SHA-1".to_owned());
         }
         let mut compared = vec![(&self.positive, &expected.positive)];
         // Without --write, the report has nothing about objects on the token.
@@ -187,7 +192,7 @@ impl Report {
                 let found = now.iter().find(|now| now.name == answer.name);
                 let result = found.map_or("missing", |now| now.result.as_str());
                 if result != WORKS {
-                    worse.push(format!("{} worked, and now: {result}", answer.name));
+                    worse.push(format!("{} worked before, now: {result}", answer.name));
                 }
             }
         }
@@ -220,7 +225,7 @@ impl Report {
             let result = found.map_or("missing", |now| now.in_template.as_str());
             if then.in_template == "accepted" && result != "accepted" {
                 worse.push(format!(
-                    "{} in the template of the {} was accepted, and now: {result}",
+                    "{} in the template of the {} was accepted before, now: {result}",
                     then.attribute, then.object
                 ));
             }
@@ -230,7 +235,7 @@ impl Report {
 }
 
 impl Outcome {
-    /// In words.
+    /// The result as text.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Works => "works",
@@ -270,7 +275,7 @@ mod tests {
                 hardware_version: String::new(),
                 firmware_version: String::new(),
                 serial: None,
-                serial_sha256: None,
+                has_serial: true,
                 label_is_shared: false,
                 padded_with_nul: false,
                 clock: String::new(),
@@ -301,7 +306,7 @@ mod tests {
         }
     }
 
-    /// Each change for the worse is named, once, and the same change for the better is not.
+    /// Each deterioration is listed once, and the reverse change is not listed.
     #[test]
     fn only_what_is_worse_is_named() {
         type Change = (&'static str, fn(&mut Report));

@@ -1,4 +1,4 @@
-//! Which token a worker opens, which keys must be on it, and the token information.
+//! The settings of a token: how to find it, which keys it must have, and the token information.
 
 use std::{
     collections::BTreeMap,
@@ -14,16 +14,16 @@ use keybroker_core::{
 
 use crate::wire::{Setup, TokenIdentity};
 
-/// What kind of object an integrity key is, and by which mechanism the token makes it.
+/// The kind of object of an integrity key, and the mechanism with which the token generates it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IntegrityKey {
-    /// A generic secret that may be used with `CKM_SHA256_HMAC` alone.
+    /// A generic secret key that may be used only with `CKM_SHA256_HMAC`.
     #[default]
     GenericSecret,
-    /// `CKK_SHA256_HMAC`, without a length and without allowed mechanisms in the template: `YubiHSM` 2.
+    /// `CKK_SHA256_HMAC`, without length and allowed mechanisms in the template. For `YubiHSM` 2.
     Sha256Hmac,
-    /// `CKK_SHA256_HMAC` by the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`: Entrust `nShield`.
+    /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
     Nshield,
 }
 
@@ -31,7 +31,7 @@ impl IntegrityKey {
     /// All kinds.
     pub const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
 
-    /// As in the configuration.
+    /// The name in the configuration.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::GenericSecret => "generic-secret",
@@ -40,12 +40,12 @@ impl IntegrityKey {
         }
     }
 
-    /// From the text of the configuration.
+    /// Parses the name in the configuration.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 
-    /// This kind and then the others.
+    /// Returns this kind, followed by the others.
     pub fn and_others(self) -> impl Iterator<Item = Self> {
         [self]
             .into_iter()
@@ -53,74 +53,76 @@ impl IntegrityKey {
     }
 }
 
-/// Who decides which program may use the keys.
+/// What decides which program may use the keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccessControl {
-    /// The token enforces the login, because the keys have `CKA_PRIVATE=true`.
+    /// The token enforces a login, because the keys have `CKA_PRIVATE=true`.
     #[default]
     Login,
-    /// Something that PKCS#11 does not know, such as the credentials of a cloud: the keys have `CKA_PRIVATE=false`.
+    /// Access control outside PKCS#11, such as the credentials of a cloud. The keys have `CKA_PRIVATE=false`.
     OutsidePkcs11,
 }
 
-/// Which token to use and how to reach it: the `[token]` section of the configuration.
+/// The `[token]` section of the configuration: which token to use, and how.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Path of the vendor's PKCS#11 library.
     pub module: PathBuf,
-    /// The token by its label. Exactly one of `label`, `serial` and `uri` is set.
+    /// Label of the token. Exactly one of `label`, `serial` and `uri` is set.
     pub label: Option<String>,
-    /// The token by its serial number.
+    /// Serial number of the token.
     pub serial: Option<String>,
-    /// The token by an RFC 7512 PKCS#11 URI with token attributes only (`pkcs11:token=…;serial=…`).
+    /// RFC 7512 PKCS#11 URI of the token, with token attributes only (`pkcs11:token=…;serial=…`).
     pub uri: Option<String>,
-    /// File that holds the user PIN; only its owner may read it. `$CREDENTIALS_DIRECTORY/` at the front stands for
-    /// the directory of systemd credentials.
+    /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
+    /// directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
-    /// Worker processes; 1 where the token allows only one client.
+    /// Number of worker processes. Set it to 1 if the token allows only one client.
     #[serde(default = "Settings::default_workers")]
     pub workers: usize,
-    /// Session threads in each worker.
+    /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Jobs that may wait; one more is refused with `QUEUE_FULL`, or takes the place of a job of the principal with the most.
+    /// Most waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal with the most
+    /// waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
-    /// Share of a principal, by its name, while jobs of several wait: one with 4 gets four times the share of one that is not
-    /// listed.
+    /// Weight of principals by name, when jobs of several principals wait. A principal with weight 4 gets four times
+    /// the share of one that is not listed.
     #[serde(default)]
     pub weights: BTreeMap<String, u32>,
-    /// Longest time for one call of the module in a command, in milliseconds; a command that makes a key or initialises a token
-    /// allows at least five minutes for that call.
+    /// Longest time for one call of the module in a command, in milliseconds. Commands that generate a key or
+    /// initialise a token allow at least five minutes for that call.
     #[serde(default = "Settings::default_call_timeout_ms")]
     pub call_timeout_ms: u64,
-    /// Allows RSA-OAEP with SHA-1 when the token can do no other.
+    /// Allows RSA-OAEP with SHA-1 if the token supports no other hash.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
-    /// Who decides which program may use the keys.
+    /// What decides which program may use the keys.
     #[serde(default)]
     pub access_control: AccessControl,
-    /// What kind of object the integrity keys of this token are.
+    /// The kind of object of this token's integrity keys.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
-    /// Attributes that this token cannot express, by name (`CKA_COPYABLE`, …): they are left out of templates, and may be absent, never wrong.
+    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). They are left out of templates. They
+    /// may be absent, but must not have a wrong value.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
-    /// Negative tests that this token is spared, by name (`wrap-private-aes-kw`, …).
+    /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
-    /// String for `C_Initialize` (`pReserved`), which some modules need. Most modules refuse one.
+    /// String for `C_Initialize` (`pReserved`). Some modules need one; most modules refuse it.
     #[serde(default)]
     pub initialize_string: Option<String>,
-    /// The whole environment of a worker, such as `SOFTHSM2_CONF`; nothing else is passed on.
+    /// The complete environment of a worker, such as `SOFTHSM2_CONF`. No other variables are passed.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }
 
 impl Settings {
-    /// Whether the token is used without a login: it has no PIN, and the settings say that something else controls access.
+    /// Whether the token is used without a login: it has no PIN, and its access is controlled outside PKCS#11.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
     }
@@ -141,7 +143,7 @@ impl Settings {
         30_000
     }
 
-    /// How a worker is told which token to open. Sessions, PIN and keys are set by the caller.
+    /// Builds the setup that tells a worker which token to open. The caller sets sessions, PIN and keys.
     pub fn to_setup(&self, state_directory: &Path) -> Setup {
         Setup {
             module: self.module.to_string_lossy().into_owned(),
@@ -160,8 +162,8 @@ impl Settings {
         }
     }
 
-    /// The part of the settings that a worker needs. From here on, this process opens files by the rule of the process that sent
-    /// the setup.
+    /// Returns the part of the settings that a worker needs. From now on, this process checks files by the same rules
+    /// as the process that sent the setup.
     pub fn from_setup(setup: &Setup) -> Self {
         if !setup.read_only_mounts_count {
             trusted_file::ignore_read_only_mounts();
@@ -193,25 +195,25 @@ impl Settings {
     }
 }
 
-/// A wrapping key that must be on the token, as the registry knows it.
+/// A wrapping key that must be on the token, according to the registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpectedKey {
-    /// Its id.
+    /// The id of the key.
     pub id: WrappingKeyId,
-    /// Where its objects are.
+    /// The `CKA_ID` of its objects on the token.
     pub objects: ObjectIds,
     /// Serial number of the token that holds it.
     pub token_serial: String,
-    /// Of the public key.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
 }
 
 /// The token information (`C_GetTokenInfo`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenInfo {
-    /// Label, padding removed.
+    /// Label without padding.
     pub label: String,
-    /// Serial number, padding removed.
+    /// Serial number without padding.
     pub serial: String,
     /// Manufacturer and model.
     pub model: String,
@@ -237,8 +239,8 @@ impl From<TokenIdentity> for TokenInfo {
     }
 }
 
-/// A text of `CK_TOKEN_INFO` without its padding. The standard pads with blanks; some modules pad with NUL, or end the text
-/// with one.
+/// Removes the padding of a text in `CK_TOKEN_INFO`. The standard pads with blanks. Some modules pad with NUL, or end
+/// the text with one.
 pub fn unpadded(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
     text.trim_end()

@@ -1,4 +1,4 @@
-//! Frames between front and worker, generated from `proto/keybroker/worker/v1`.
+//! The messages between front and worker, generated from `proto/keybroker/worker/v1`.
 
 // Generated code follows the generator's style, not ours.
 #![allow(
@@ -16,21 +16,21 @@ use std::fmt;
 include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
 
 impl fmt::Debug for Mac {
-    /// Without the message: with a request id it holds key material.
+    /// Omits the message, because for a request id it contains key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mac").finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for VerifyMac {
-    /// Without the message: with a request id it holds key material.
+    /// Omits the message, because for a request id it contains key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VerifyMac").finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for Reply {
-    /// Without the outcome: it may be key material.
+    /// Omits the outcome, because it may be key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reply")
             .field("id", &self.id)
@@ -58,7 +58,7 @@ impl fmt::Debug for PinSource {
 }
 
 impl fmt::Debug for pin_source::Source {
-    /// Without the PIN.
+    /// Omits the PIN.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => f.debug_tuple("File").field(path).finish(),

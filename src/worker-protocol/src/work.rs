@@ -1,15 +1,15 @@
-//! One job for a token, in the form that both ends of the socket use.
+//! One token job in the form that front and worker share.
 
 use zeroize::Zeroize as _;
 
 use crate::wire::{Request, request::Job};
 
-/// One request. Overwritten when dropped: the message of a MAC may hold key material.
+/// A request. It is overwritten when dropped, because the message of a MAC may contain key material.
 #[derive(Debug)]
 pub struct Work(Request);
 
 impl Work {
-    /// A job that has no number and no deadline yet.
+    /// Creates a job without number and deadline.
     pub fn new(job: Job) -> Self {
         Self(Request {
             id: 0,
@@ -18,24 +18,24 @@ impl Work {
         })
     }
 
-    /// A request as it came over the socket.
+    /// Takes a request that was received over the socket.
     pub fn from_wire(request: Request) -> Self {
         Self(request)
     }
 
-    /// Sets the number and the deadline, after which no token call starts, and returns the form that crosses the socket.
+    /// Sets the number and the deadline, and returns the request to be sent. No token call starts after the deadline.
     pub fn stamped(&mut self, id: u64, deadline_ns: u64) -> &Request {
         self.0.id = id;
         self.0.deadline_ns = deadline_ns;
         &self.0
     }
 
-    /// The number that the front gave the job.
+    /// The number that the front assigned to the job.
     pub fn id(&self) -> u64 {
         self.0.id
     }
 
-    /// The moment after which no token call starts: `CLOCK_MONOTONIC` nanoseconds.
+    /// The deadline in `CLOCK_MONOTONIC` nanoseconds. No token call starts after it.
     pub fn deadline_ns(&self) -> u64 {
         self.0.deadline_ns
     }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::wire::{Mac, Reply, VerifyMac, reply::Outcome};
 
-    /// As bytes, as text and as a list of numbers.
+    /// Key material must not appear as bytes, as text or as a list of numbers.
     #[test]
     fn debug_shows_no_message_of_a_mac() {
         let message = b"material".to_vec();

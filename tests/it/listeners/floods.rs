@@ -201,7 +201,12 @@ async fn half_open_connections_do_not_keep_a_client_out() {
     until("silent connections to be closed", || {
         (metric(&broker, displaced) >= 300).then_some(())
     });
-    assert!(broker.site.log().contains("too many handshakes under way"));
+    assert!(
+        broker
+            .site
+            .log()
+            .contains("too many handshakes in progress")
+    );
 }
 
 pub(super) fn connect_from(source: &str, target: SocketAddr) -> TcpStream {
@@ -239,7 +244,7 @@ async fn one_principal_cannot_take_every_connection() {
         broker
             .site
             .log()
-            .contains("connection refused: no place left")
+            .contains("connection refused because no place is free")
     );
 }
 

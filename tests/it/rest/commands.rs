@@ -118,7 +118,7 @@ fn an_account_migrates_and_unlocks() {
     assert!(
         again
             .stderr
-            .contains(&format!("is of user {ADA} ({EMAIL})"))
+            .contains(&format!("is for user {ADA} ({EMAIL})"))
     );
     desk.fails(&enrol, 10, "400 Bad Request: KEY_EXISTS");
     assert_eq!(desk.ok(&fetch)["key"], MASTER_KEY);
@@ -184,7 +184,7 @@ fn keys_that_do_not_fit_are_not_enrolled() {
     let enrol = format!("enrol {broker} --token-file ada --protected-key-file protected");
     // The wrong KDF, the wrong address.
     let wrong = format!("{enrol} {account} --iterations 600001");
-    desk.fails(&wrong, 12, "the key does not fit");
+    desk.fails(&wrong, 12, "the key is wrong");
     let wrong = format!("{enrol} --email ada@example.org --password-file password");
     desk.fails(
         &wrong,
@@ -293,7 +293,7 @@ fn what_cannot_be_used_is_explained() {
     desk.fails(
         &format!("derive {account} --parallelism 4"),
         2,
-        "belong to Argon2id",
+        "parameters of Argon2id",
     );
     desk.fails(
         &format!("derive --email {EMAIL}"),
@@ -316,7 +316,7 @@ fn what_cannot_be_used_is_explained() {
         ),
         (
             "unlock --master-key-file short --protected-key-file protected".to_owned(),
-            "neither 32 bytes nor their base64",
+            "neither 32 bytes nor the base64 of 32 bytes",
         ),
     ] {
         let finished = desk.run(&line);

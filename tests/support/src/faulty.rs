@@ -63,6 +63,10 @@ pub mod code {
     pub const GENERAL_ERROR: i64 = 0x05;
     /// `CKR_FUNCTION_FAILED`.
     pub const FUNCTION_FAILED: i64 = 0x06;
+    /// `CKR_ARGUMENTS_BAD`.
+    pub const ARGUMENTS_BAD: i64 = 0x07;
+    /// `CKR_CANT_LOCK`.
+    pub const CANT_LOCK: i64 = 0x0a;
     /// `CKR_DEVICE_ERROR`.
     pub const DEVICE_ERROR: i64 = 0x30;
     /// `CKR_DEVICE_MEMORY`.
@@ -73,6 +77,8 @@ pub mod code {
     pub const HOST_MEMORY: i64 = 0x02;
     /// `CKR_FUNCTION_CANCELED`.
     pub const FUNCTION_CANCELED: i64 = 0x50;
+    /// `CKR_BUFFER_TOO_SMALL`.
+    pub const BUFFER_TOO_SMALL: i64 = 0x150;
     /// `CKR_SESSION_CLOSED`.
     pub const SESSION_CLOSED: i64 = 0xb0;
     /// `CKR_TOKEN_NOT_PRESENT`.

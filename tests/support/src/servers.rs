@@ -227,6 +227,9 @@ impl Server {
                 command.args([
                     "-c",
                     "listen_addresses=127.0.0.1",
+                    // In the data directory and not in /dev/shm, where a server that is killed leaves it behind.
+                    "-c",
+                    "dynamic_shared_memory_type=mmap",
                     "-c",
                     "shared_buffers=16MB",
                 ]);

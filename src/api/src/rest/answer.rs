@@ -1,4 +1,5 @@
-//! Errors as HTTP answers: the one conversion. The caller learns status, reason, fixed text, delay and call id.
+//! Converts errors to HTTP answers. The caller receives the status, the reason, a fixed text, the retry delay and the
+//! call id.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
 
@@ -16,10 +17,10 @@ use keybroker_core::{
 };
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
-/// When to come again where the error does not say.
+/// Retry delay if the error has none.
 const RETRY_SECONDS: u64 = 5;
 
-/// The status of a reason. Exhaustive on purpose: a new reason must choose.
+/// The status of a reason. The match is exhaustive, so that a new reason must have a status.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn status(reason: Reason) -> StatusCode {
     match reason {
@@ -28,11 +29,11 @@ const fn status(reason: Reason) -> StatusCode {
         }
         Reason::Credential => StatusCode::UNAUTHORIZED,
         Reason::Policy => StatusCode::FORBIDDEN,
-        // Clients take this, and this alone, for a user who is new: nothing else may look like it.
+        // Clients treat 404 as a new user, so no other reason may have this status.
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
         Reason::KeyExists | Reason::Limit => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
-        // It recovers by itself, or an operator repairs it.
+        // These causes are temporary, or an operator repairs them.
         Reason::TokenDown
         | Reason::StoreDown
         | Reason::AuditDown
@@ -41,17 +42,17 @@ const fn status(reason: Reason) -> StatusCode {
         | Reason::KeyState
         | Reason::Deadline
         | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
-        // A retry does not help in either case, so not 503, after which clients retry.
+        // Clients retry after 503, and a retry does not help in these cases.
         Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
-/// The answer to a call that failed. Its detail stays inside; the call id finds it in the log.
+/// The answer to a failed call. It leaves out the error's detail, which the call id locates in the log.
 pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
     refusal_as(status(error.reason()), error, id)
 }
 
-/// The same with another status, for what HTTP itself has words for.
+/// Like [`refusal`], with a status that HTTP defines for this error.
 pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Response<Body> {
     let reason = error.reason();
     let violation = error.violations().first();
@@ -66,7 +67,7 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
         "call_id": id.to_string(),
     });
     if error.is_outcome_unknown() {
-        // As in the metadata of `ErrorInfo` over gRPC.
+        // The same value as in the metadata of `ErrorInfo` in the gRPC API.
         body["outcome"] = "unknown".into();
     }
     let mut response = json(status, &body);
@@ -83,7 +84,7 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
     response
 }
 
-/// Whole seconds, and never none: that would say at once.
+/// A delay in whole seconds, rounded up, and at least one second.
 fn seconds(delay: Option<Duration>) -> u64 {
     delay.map_or(RETRY_SECONDS, |delay| {
         let part = u64::from(delay.subsec_nanos() > 0);
@@ -91,7 +92,7 @@ fn seconds(delay: Option<Duration>) -> u64 {
     })
 }
 
-/// A JSON body that must not be cached.
+/// An answer with a JSON body. Answers must not be cached.
 pub(super) fn json(status: StatusCode, value: &Value) -> Response<Body> {
     let mut response = empty(status);
     response.headers_mut().insert(header::CONTENT_TYPE, JSON);
@@ -99,7 +100,7 @@ pub(super) fn json(status: StatusCode, value: &Value) -> Response<Body> {
     response
 }
 
-/// No body.
+/// An answer without a body.
 pub(super) fn empty(status: StatusCode) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = status;

@@ -1,4 +1,4 @@
-//! The body of POST and PUT: a small JSON object with one key of 32 bytes.
+//! Parses the body of POST and PUT, which is a small JSON object with one key of 32 bytes.
 
 use std::time::Duration;
 
@@ -16,32 +16,32 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 
-/// What a Key Connector keeps for a user, in bytes.
+/// Length of a user's key in a Key Connector, in bytes.
 pub(super) const KEY_BYTES: usize = 32;
-/// Longest body, in bytes. A client sends some sixty.
+/// Longest body, in bytes. A client sends about sixty bytes.
 const BODY_BYTES_MAX: usize = 4 * 1_024;
-/// For all of a body to arrive.
+/// Longest time for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// What is taken of a body that is refused already, in bytes, and for how long.
+/// Limits on discarding the rest of a refused body, in bytes and in time.
 const DISCARDED_BYTES_MAX: usize = 2 * 1_024 * 1_024;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a body is none of ours.
+/// Why a body is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
     /// The content type is not JSON.
     ContentType,
-    /// More than a client would send.
+    /// The body is too long.
     TooLarge,
-    /// Not all of it came in time.
+    /// The body did not arrive in time.
     Slow,
-    /// It broke off.
+    /// The body is incomplete.
     Broken,
-    /// Not a JSON object with a `key`.
+    /// The body is not a JSON object with a `key`.
     Json,
-    /// The key is not in base64.
+    /// The key is not base64.
     Base64,
-    /// The key has another length.
+    /// The key has the wrong length.
     Length,
 }
 
@@ -61,7 +61,7 @@ impl Malformed {
             Self::TooLarge => Error::violation("body", "at most 4 KiB"),
             Self::Slow => Error::new(Reason::Deadline, "the body did not arrive in time"),
             Self::Broken => Error::violation("body", "complete"),
-            Self::Json => Error::violation("body", "a JSON object with a text `key`"),
+            Self::Json => Error::violation("body", "must be a JSON object with a string `key`"),
             Self::Base64 => Error::violation("key", "must be standard base64, with padding"),
             Self::Length => Error::violation(
                 "key",
@@ -71,7 +71,7 @@ impl Malformed {
     }
 }
 
-/// Reads the key out of a request, and keeps not a byte more than is permitted.
+/// Reads the key from a request. At most the permitted number of bytes is kept in memory.
 pub(super) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
@@ -99,7 +99,7 @@ async fn read_within(timeout: Duration, body: &mut Body) -> Result<Zeroizing<Vec
 }
 
 async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
-    // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
+    // The full capacity is allocated first, because a growing vector leaves copies that are not overwritten.
     let mut text = Zeroizing::new(Vec::with_capacity(BODY_BYTES_MAX));
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| Malformed::Broken)?.into_data() else {
@@ -113,8 +113,8 @@ async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
     Ok(text)
 }
 
-/// Takes what is still on its way, within limits: a connection that ends with unread bytes may take the answer with
-/// it.
+/// Reads and discards the rest of a body, within limits. If a connection is closed with unread bytes, the client may
+/// not receive the answer.
 async fn discard(body: &mut Body) {
     let discarding = async {
         let mut left = DISCARDED_BYTES_MAX;
@@ -130,7 +130,7 @@ async fn discard(body: &mut Body) {
         .await
         .is_err()
     {
-        tracing::debug!("a body that is too large, and slow");
+        tracing::debug!("the rest of a refused body did not arrive in time");
     }
 }
 
@@ -143,7 +143,7 @@ struct Fields {
 fn parse(text: &[u8]) -> Result<KeyMaterial, Malformed> {
     let fields: Fields = serde_json::from_slice(text).map_err(|_| Malformed::Json)?;
     let encoded = Zeroizing::new(fields.key);
-    // Clients always pad; what they read they take without padding, too, and so do we.
+    // Clients always send padding, but accept a key without padding. This parser accepts both forms, too.
     let decoded = Base64::decode_vec(&encoded).or_else(|_| Base64Unpadded::decode_vec(&encoded));
     let mut key = decoded.map_err(|_| Malformed::Base64)?;
     if key.len() != KEY_BYTES {
@@ -153,7 +153,7 @@ fn parse(text: &[u8]) -> Result<KeyMaterial, Malformed> {
     KeyMaterial::new(key).map_err(|_| Malformed::Length)
 }
 
-/// `application/json`, once, whatever its other parameters, in UTF-8.
+/// Whether there is exactly one content type, `application/json` in UTF-8. Other parameters are ignored.
 fn is_json(headers: &HeaderMap) -> bool {
     let mut values = headers.get_all(header::CONTENT_TYPE).iter();
     let (Some(value), None) = (values.next(), values.next()) else {

@@ -1,16 +1,16 @@
-//! Pages of which origins may ask: those that are configured, compared as text, and no other. Nothing here guards a
-//! key, for which a token is needed; it keeps pages of other origins from sending requests from the browser of a user
-//! who has one.
+//! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS does not protect
+//! keys, which require an access token. It prevents pages of other origins from sending requests in the browser of a
+//! user who has such a token.
 
 use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue, Method, header, uri::Uri};
 use tower_http::cors::CorsLayer;
 
-/// For how long a browser need not ask again.
+/// How long a browser may cache the answer to a preflight.
 const PREFLIGHT_KEPT: Duration = Duration::from_hours(1);
 
-/// What clients send: those in TypeScript, and those on the SDK.
+/// The request headers of Bitwarden's TypeScript clients and of clients that use its SDK.
 const REQUEST_HEADERS: [HeaderName; 12] = [
     header::AUTHORIZATION,
     header::CONTENT_TYPE,
@@ -26,7 +26,7 @@ const REQUEST_HEADERS: [HeaderName; 12] = [
     HeaderName::from_static("is-prerelease"),
 ];
 
-/// Answers preflights and marks answers; `None` where no page may ask.
+/// Answers preflights and adds CORS headers; `None` if no origin is configured.
 pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
     let origins: Vec<HeaderValue> = allowed
         .iter()
@@ -44,10 +44,10 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
     Some(layer)
 }
 
-/// What Safari sends for pages of its extensions.
+/// The origin that Safari sends for pages of its extensions.
 const FILES: &str = "file://";
 
-/// Whether a browser could send this as `origin`. Apps have their own schemes.
+/// Whether a browser or an app could send this text as `origin`. Apps have their own schemes.
 pub(super) fn is_origin(text: &str) -> bool {
     if text == FILES {
         return true;
@@ -62,7 +62,7 @@ pub(super) fn is_origin(text: &str) -> bool {
     let is_lower = rest
         .bytes()
         .all(|b| b.is_ascii_graphic() && !b.is_ascii_uppercase());
-    // A stand-in scheme: the URI type knows few others.
+    // The scheme is replaced by `https`, because the URI type supports few schemes.
     let parsed = format!("https://{rest}").parse::<Uri>().ok();
     let authority = parsed.as_ref().and_then(Uri::authority);
     is_scheme

@@ -1,4 +1,4 @@
-//! What every caller may ask: the time, and whether the broker can do its work. Nothing here needs a credential.
+//! Requests that need no credential: the time, and whether the broker can release keys.
 
 use axum::{
     body::Body,
@@ -16,7 +16,7 @@ use super::{Context, answer};
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
-/// `/alive` and `/now`: the time, in UTC, as a JSON text.
+/// `/alive` and `/now`: the time in UTC, as a JSON string.
 pub(super) async fn now(method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;
@@ -24,7 +24,7 @@ pub(super) async fn now(method: Method) -> Response<Body> {
     answer::json(StatusCode::OK, &json!(Timestamp::now().to_string()))
 }
 
-/// `/health`: reflects token, store and audit log, and gives no details.
+/// `/health`: whether token, store and audit log work, without details.
 pub(super) async fn health(State(context): State<Context>, method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;
@@ -40,17 +40,17 @@ pub(super) async fn health(State(context): State<Context>, method: Method) -> Re
     response
 }
 
-/// Any other path. A client with a wrong URL must see that it is wrong, so the reason is another than that of a user without a
-/// key.
+/// Any other path. The reason differs from that of a user without a key, so that a wrong URL can be recognised.
 pub(super) async fn nothing() -> Response<Body> {
     let error = Error::violation(
         "path",
-        "there is no such path; /user-keys, /alive, /now and /health are, each after the configured `prefix`",
+        "this path does not exist; the paths are /user-keys, /alive, /now and /health, each after the configured \
+         `path_prefix`",
     );
     answer::refusal_as(StatusCode::NOT_FOUND, &error, CallId::fresh())
 }
 
-/// A method that a path does not have.
+/// The answer to a method that a path does not support.
 pub(super) fn no_method(allowed: &'static str) -> Response<Body> {
     let error = Error::violation("method", allowed);
     let status = StatusCode::METHOD_NOT_ALLOWED;

@@ -1,4 +1,4 @@
-//! Request handling of `/user-keys`: the id of a call, who calls, its deadline and its answer.
+//! Handles requests to `/user-keys`: call id, caller, deadline and answer.
 //!
 //! Mitigations: M3, M21 of `THREAT_MODEL.md`.
 
@@ -24,10 +24,10 @@ use crate::request::{self, Unanswered};
 
 use super::{Context, answer, body, probes, retry::Retry, user_keys::UserRequest};
 
-/// Which of a user's keys is that of Bitwarden.
+/// The key name of the Bitwarden key.
 const KEY_NAME: &str = "bitwarden";
 
-/// `/user-keys`.
+/// Handles a request to `/user-keys`.
 pub(super) async fn user_keys(State(context): State<Context>, request: Request) -> Response<Body> {
     let Some(action) = action(request.method()) else {
         return probes::no_method("GET, POST, PUT");
@@ -39,7 +39,7 @@ pub(super) async fn user_keys(State(context): State<Context>, request: Request) 
     response
 }
 
-/// What a method asks of the broker.
+/// The action of a method; `None` for an unsupported method.
 fn action(method: &Method) -> Option<Action> {
     match *method {
         Method::GET => Some(Action::Unwrap),
@@ -53,7 +53,7 @@ impl Context {
     async fn run(self, mut request: Request, action: Action) -> Response<Body> {
         let id = CallId::fresh();
         let Some(caller) = request.extensions_mut().remove::<Caller>() else {
-            let error = Error::new(Reason::Bug, "a call without a connection");
+            let error = Error::new(Reason::Bug, "the request has no connection data");
             return answer::refusal(&error, id);
         };
         let principal = match caller.principal() {
@@ -142,8 +142,8 @@ impl Context {
 }
 
 impl UserRequest {
-    /// The refusal of a body, audited. What was left of it was taken within limits; what may still come is not: the connection
-    /// ends with the answer, unless it is 400, where the body was read.
+    /// Refuses a body and writes an audit entry. Except for status 400, after which the whole body was read, the connection is
+    /// closed, because more of the body may follow.
     async fn malformed(&self, action: Action, malformed: body::Malformed) -> Response<Body> {
         let (principal, call) = (&self.principal, &self.call);
         let error = malformed.error();
@@ -160,10 +160,10 @@ impl UserRequest {
     }
 }
 
-/// The only key that this API offers to the caller. Services use gRPC; over REST only users have keys.
+/// The only key that a caller can reach through this API. Services have no key here and must use gRPC.
 fn own_key(principal: &Principal) -> Result<UserKeyRef, Error> {
     let Some(user) = principal.subject() else {
-        let detail = format!("{principal} is a service, and only users have keys");
+        let detail = format!("{principal} is a service, and only users have keys in the REST API");
         return Err(Error::new(Reason::Policy, detail));
     };
     Ok(UserKeyRef {

@@ -13,35 +13,35 @@ use keybroker_core::{
     metrics,
 };
 
-/// Total time of all retries of one request. Clients and proxies wait for half a minute and longer.
+/// Longest time for all retries of one request. Clients and proxies wait for at least half a minute.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
-/// How often one request is tried again, all its steps together.
+/// Maximum number of retries of one request, for all its steps together.
 const REPETITIONS_MAX: u32 = 5;
-/// Time limit of one attempt. The next one may use another worker, or another connection.
+/// Time limit of one attempt. The next attempt may use another worker or another database connection.
 const TRY: Duration = Duration::from_secs(5);
-/// Requests that may wait for their next try at the same time; one more is answered at once. Each holds its body and its
-/// connection.
+/// Maximum number of requests that wait for a retry. Further requests are answered without a retry. Each waiting request occupies
+/// a connection and the memory of its body.
 pub(super) const RETRIES_MAX: usize = 4_096;
-/// Before the second try; doubled before each other one. All of them together fill [`RETRY_TIME_MAX`].
+/// Pause before the first retry. The pause doubles before each further retry. All pauses together fill [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// What a try needs at least: none is begun that could not end.
+/// Minimum time for an attempt. No attempt begins with less time.
 const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
 /// The remaining time for retries of one request, over all of its calls.
 ///
-/// Every try and every step is a separate call in the audit log: the mark of a change whose fate is unknown must not be
-/// that of another one.
+/// Every attempt of every step is a separate call in the audit log. If the result of a change is unknown, its mark must not
+/// belong to another change.
 pub(super) struct Retry {
     request: Call,
     until: Instant,
     repetitions: u32,
     places: Arc<Semaphore>,
-    /// The call that was made last; `None` before the first.
+    /// The id of the last call; `None` before the first call.
     last: Option<CallId>,
 }
 
 impl Retry {
-    /// That of a request, whose first call has its id.
+    /// Begins with a request, whose first call has the id of the request.
     pub(super) fn new(request: Call, places: Arc<Semaphore>) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
@@ -53,7 +53,7 @@ impl Retry {
         }
     }
 
-    /// Id of the call that was made last: the one that an answer is about.
+    /// The id of the last call, which determines the answer.
     pub(super) fn last(&self) -> CallId {
         self.last.unwrap_or(self.request.id)
     }
@@ -69,7 +69,7 @@ impl Retry {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            // What an earlier try may have changed stays unknown, whatever the last one says.
+            // If an earlier attempt may have made the change, the outcome stays unknown regardless of later attempts.
             is_outcome_unknown |= error.is_outcome_unknown();
             if is_outcome_unknown {
                 error = error.outcome_unknown();
@@ -108,7 +108,7 @@ impl Retry {
         }
     }
 
-    /// How long to wait before the next try; `None` when there is none. Not less than the broker asks for.
+    /// The pause before the next attempt, which is at least the broker's retry delay; `None` if there is no further attempt.
     fn pause(&mut self, error: &Error) -> Option<Duration> {
         if !is_transient(error.reason()) || self.repetitions == REPETITIONS_MAX {
             return None;
@@ -125,14 +125,14 @@ impl Retry {
     }
 }
 
-/// Four fifths of it and a part of the rest: callers that failed together do not all return together.
+/// Randomises a pause between four fifths and the full length, so that callers that failed together do not retry together.
 fn jittered(pause: Duration) -> Duration {
     let [.., random] = *CallId::fresh().as_bytes();
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
 }
 
-/// Whether a retry may succeed soon. A rate limit is not transient, because it is the caller's own. A deadline is that of one
-/// try, or no time is left anyway.
+/// Whether a retry may succeed soon. A rate limit is not transient, because the caller has exceeded it. `DEADLINE` is transient,
+/// because it may be the time limit of one attempt.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn is_transient(reason: Reason) -> bool {
     match reason {

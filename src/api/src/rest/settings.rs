@@ -7,33 +7,33 @@ use super::origins;
 /// Longest path prefix, in bytes.
 const PREFIX_BYTES_MAX: usize = 128;
 
-/// The `[rest]` section: for every listener that serves the REST API.
+/// The `[rest]` section, which applies to every listener with the REST API.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Origins of web vaults whose pages may ask: scheme, host and port, as a browser sends them.
+    /// Origins of web vaults whose pages may send requests: scheme, host and port, as a browser sends them.
     pub allowed_origins: Vec<String>,
-    /// The part before `/user-keys` of the URL that is set in Bitwarden, such as `/keys`; may be empty.
+    /// Path before `/user-keys` in the URL that is configured in Bitwarden, such as `/keys`; may be empty.
     pub path_prefix: String,
 }
 
 impl Settings {
-    /// Everything that is wrong, each with its remedy.
+    /// The problems of the section, each with its remedy.
     pub fn problems(&self) -> Vec<String> {
         let origins = self.allowed_origins.iter();
         let mut problems: Vec<String> = origins
             .filter(|origin| !origins::is_origin(origin))
             .map(|origin| {
                 format!(
-                    "[rest]: `allowed_origins` names {origin:?}, which no browser sends: an origin is `https://host` or \
+                    "[rest]: `allowed_origins` has {origin:?}, which no browser sends: write `https://host` or \
                      `https://host:port` in lower case, without a path and without a slash at the end"
                 )
             })
             .collect();
         if !self.path_prefix.is_empty() && !is_prefix(&self.path_prefix) {
             problems.push(format!(
-                "[rest]: `path_prefix` is {:?}; it is empty, or begins with a slash, does not end with one, and has letters, \
-                 digits, `-`, `_` and `.` between single slashes",
+                "[rest]: `path_prefix` is {:?}; it must be empty, or begin with a slash, not end with a slash, and \
+                 have only letters, digits, `-`, `_` and `.` between single slashes",
                 self.path_prefix
             ));
         }

@@ -1,4 +1,4 @@
-//! `/user-keys`: the key of the caller's subject.
+//! Reads and stores the key of the caller's subject for `/user-keys`.
 
 use std::sync::Arc;
 
@@ -20,10 +20,10 @@ use keybroker_core::{
 
 use super::{answer, body::KEY_BYTES, retry::Retry};
 
-/// Rounds of reading and writing before other writers have won.
+/// Maximum number of rounds of reading and writing if other callers change the record in between.
 const ROUNDS_MAX: usize = 4;
 
-/// A call whose caller is known, for that caller's own key.
+/// An authenticated request for the caller's own key.
 pub(super) struct UserRequest {
     pub(super) broker: Arc<Broker>,
     pub(super) principal: Arc<Principal>,
@@ -32,18 +32,18 @@ pub(super) struct UserRequest {
 }
 
 impl UserRequest {
-    /// The key, in base64.
+    /// Releases the key, in base64.
     pub(super) async fn get(&self, retry: &mut Retry) -> Result<Response<Body>, Error> {
         let released = retry
             .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
             .await?;
         let key = released.material().expose();
         if key.len() != KEY_BYTES {
-            // Stored over another API, which accepts other lengths; clients would refuse it.
+            // Another API accepts other lengths. Bitwarden clients would refuse such a key.
             let detail = format!("the key named {} has {} bytes", self.key.name, key.len());
             return Err(Error::new(Reason::KeyState, detail));
         }
-        // From here on the bytes are in buffers of the transport, which cannot be overwritten.
+        // The transport copies the bytes to buffers that this code cannot overwrite.
         let body = json!({ "key": Base64::encode_string(key) });
         Ok(answer::json(StatusCode::OK, &body))
     }
@@ -58,7 +58,8 @@ impl UserRequest {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    /// Stores a key, over another one if there is one. A deleted one stays: only an operator may bring it back.
+    /// Stores a key and replaces an existing one. A deleted key is not replaced, because only an operator may undelete
+    /// it.
     pub(super) async fn put(
         &self,
         retry: &mut Retry,
@@ -70,19 +71,19 @@ impl UserRequest {
                 Current::None => self.create(retry, material).await,
                 Current::Active(revision) => self.replace(retry, material, revision).await,
                 Current::Deleted => {
-                    let detail = "the user's key is deleted, and only an operator brings it back";
+                    let detail = "the user's key is deleted, and only an operator can undelete it";
                     return Err(Error::new(Reason::KeyExists, detail));
                 }
             };
             match &result {
                 Ok(()) => return Ok(answer::empty(StatusCode::OK)),
-                // Another caller changed the record between reading and writing.
+                // Another caller may have changed the record between reading and writing.
                 Err(error) if is_race(error.reason()) => {}
                 Err(_) => break,
             }
         }
         result.map_err(|error| match error.reason() {
-            // A deleted record: to a client it is one that is there, and never one that is not.
+            // The record is deleted. A client must see an existing key and not a missing one.
             Reason::KeyNotFound => Error::new(Reason::KeyExists, error.detail()),
             _ => error,
         })?;
@@ -135,7 +136,7 @@ impl UserRequest {
     }
 }
 
-/// What PUT finds.
+/// The current state of a key, for PUT.
 enum Current {
     None,
     Deleted,
@@ -149,12 +150,12 @@ fn is_race(reason: Reason) -> bool {
     )
 }
 
-/// One for all tries of a change: one whose fate was unknown is found by it, and not made twice.
+/// A request id for all attempts of a change, so that a change with an unknown result is not made twice.
 fn request_id() -> Result<Option<RequestId>, Error> {
     RequestId::parse(&CallId::fresh().to_string())
 }
 
-/// Each attempt consumes its own copy.
+/// Copies the material, because each attempt consumes it.
 fn copy(material: &KeyMaterial) -> Result<KeyMaterial, Error> {
     KeyMaterial::new(material.expose().to_vec())
 }

@@ -1,4 +1,4 @@
-//! The part of `keybroker.v1.ControlService` that is about API clients.
+//! The methods of `keybroker.v1.ControlService` for API clients.
 
 use std::{collections::BTreeSet, str::FromStr, sync::Arc};
 
@@ -29,9 +29,9 @@ const USERS_MAX: usize = 1_000;
 const KEY_NAMES_MAX: usize = 100;
 const ALL: &str = "*";
 
-/// Before the id in a page token: other than that of user keys.
+/// Prefix of a page token, which differs from the prefix for user keys.
 const TOKEN_PREFIX: &str = "c1";
-/// The same, of a token that also counts rows after it without a readable id.
+/// Prefix of a page token that also counts the following rows without a readable id.
 const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
 
 pub(super) async fn create(
@@ -117,13 +117,13 @@ fn new_client(request: &proto::CreateClientCredentialRequest) -> Result<NewClien
         users: reach(&request.users, USERS_MAX, || {
             Error::violation(
                 "users",
-                "at most 1,000, each of 1 to 255 bytes without control characters; or \"*\" alone",
+                "at most 1,000 users, each of 1 to 255 bytes without control characters, or a single \"*\"",
             )
         })?,
         key_names: reach(&request.key_names, KEY_NAMES_MAX, || {
             Error::violation(
                 "key_names",
-                "at most 100, each of 1 to 64 bytes of [a-z0-9._-]; or \"*\" alone",
+                "at most 100 key names, each of 1 to 64 bytes of [a-z0-9._-], or a single \"*\"",
             )
         })?,
         expires: expiry(request.expire_time.as_ref(), Timestamp::now())?,
@@ -151,7 +151,7 @@ fn roles(texts: &[String]) -> Result<BTreeSet<Role>, Error> {
         })
 }
 
-/// All, those that are named, or nothing said.
+/// Parses a list of names: all names for `*`, `None` for an empty list.
 fn reach<T: Ord + FromStr>(
     texts: &[String],
     max: usize,
@@ -174,7 +174,7 @@ fn expiry(at: Option<&WireTimestamp>, now: Timestamp) -> Result<Option<Timestamp
     convert::moment(at)
         .filter(|at| *at > now)
         .map(Some)
-        .ok_or_else(|| Error::violation("expire_time", "in the future, before the year 10000"))
+        .ok_or_else(|| Error::violation("expire_time", "in the future and before the year 10000"))
 }
 
 fn client_id(text: &str) -> Result<ClientId, Error> {
@@ -220,10 +220,12 @@ fn position(token: &str) -> Result<Position<ClientId>, Error> {
         let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
         Some(Position { after, skip })
     };
-    parse().ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+    parse().ok_or_else(|| {
+        Error::violation("page_token", "empty or the token of the previous response")
+    })
 }
 
-/// The message of a page of API clients. The longest document is half as long as a message.
+/// The message for a page of API clients. The longest document has half the length of a message.
 fn message(page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
     let filled = page::fill(page.rows, page.next, bytes_max, client, damaged);
     proto::ListClientCredentialsResponse {
@@ -240,7 +242,7 @@ fn damaged(row: &DamagedClient) -> proto::DamagedClientCredential {
     }
 }
 
-/// The copy that leaves. From here on the secret is in buffers of the transport, which cannot be overwritten.
+/// Copies the secret for the answer. The transport copies it to buffers that this code cannot overwrite.
 fn with_secret(created: &CreatedSecret) -> (Option<proto::ClientCredential>, u32, String) {
     let secret = created.secret.expose().to_owned();
     (Some(client(&created.client)), created.number, secret)

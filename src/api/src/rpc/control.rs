@@ -1,4 +1,4 @@
-//! `keybroker.v1.ControlService`.
+//! Implements `keybroker.v1.ControlService`, the service of the admin API.
 
 use std::sync::Arc;
 
@@ -135,9 +135,9 @@ impl ControlService for Control {
     }
 }
 
-/// As many of the newest entries as a message holds.
+/// Returns as many of the newest entries as fit into a message.
 fn newest_that_fit(mut entries: Vec<String>) -> Vec<String> {
-    // A tag and a length before each.
+    // Each entry is preceded by a tag and a length.
     const OVERHEAD: usize = 6;
     let mut room = MESSAGE_BYTES_MAX;
     let fitting = entries

@@ -1,4 +1,4 @@
-//! Vocabulary and messages, into each other.
+//! Converts between the types of the broker and protobuf messages.
 
 use prost_types::Timestamp as WireTimestamp;
 
@@ -21,7 +21,7 @@ pub(super) fn key_ref(user: &str, key_name: &str) -> Result<UserKeyRef, Error> {
 }
 
 pub(super) fn revision(number: u64, field: &'static str) -> Result<Revision, Error> {
-    Revision::new(number).ok_or_else(|| Error::violation(field, "from 1 to 2^63 - 1"))
+    Revision::new(number).ok_or_else(|| Error::violation(field, "1 to 2^63 - 1"))
 }
 
 pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
@@ -32,7 +32,7 @@ pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
     }
 }
 
-/// A moment before the year 10000, when it is one.
+/// Parses a time before the year 10000; `None` if the message has no such time.
 pub(super) fn moment(at: &WireTimestamp) -> Option<Timestamp> {
     const SECONDS_END: i64 = 253_402_300_800;
     const NANOS_PER_SECOND: i32 = 1_000_000_000;

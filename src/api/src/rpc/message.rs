@@ -1,8 +1,9 @@
-//! The message of a call: received as a whole before any service sees it, so that one limit holds for every route, also those of
-//! libraries.
+//! Receives the whole message of a call before a service handles it. One limit therefore applies to every route, including those
+//! of libraries.
 //!
-//! Memory is bounded for all connections together: what a message has beyond a small part takes a share of one total, and a call
-//! that finds nothing left is refused. It does not wait, because connections that wait for one another would never end.
+//! The memory of all connections together is limited. A message takes a share of the total for every byte beyond a small free
+//! part. If no memory is left, the call is refused. The call does not wait, because connections that wait for each other could
+//! block forever.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -22,24 +23,24 @@ use keybroker_core::{
 
 use super::{HEALTH_BYTES_MAX, MESSAGE_BYTES_MAX, method};
 
-/// The flag and the length before a message (gRPC over HTTP/2).
+/// Length of the prefix of a message, with a flag and the message's length (gRPC over HTTP/2).
 const PREFIX_BYTES: usize = 5;
-/// So much of each message takes no share: calls for one user always fit, however many large batches are under way.
+/// Free part of each message. Calls for one user always fit into it, regardless of how many large batches are in progress.
 const FREE_BYTES: usize = 4 * 1_024;
-/// When to try again.
+/// Retry delay of a refused call.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The bytes of messages that are received or served, all connections together.
+/// Limits the bytes of messages in progress on all connections together.
 #[derive(Clone, Debug)]
 pub struct Memory(Arc<Semaphore>);
 
 impl Memory {
-    /// Reserves room for this number of bytes.
+    /// Makes a limit of this number of bytes.
     pub fn new(bytes: usize) -> Self {
         Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
     }
 
-    /// Receives the message of a request. The share of memory is held as long as the request.
+    /// Receives the message of a request. The caller must keep the returned share of memory as long as the request.
     pub(super) async fn receive(
         &self,
         request: Request,
@@ -53,7 +54,7 @@ impl Memory {
         };
         let bytes_max = bytes_max + PREFIX_BYTES;
         if method::takes_stream(path) {
-            // All messages of the stream together.
+            // The limit applies to all messages of the stream together.
             let limited = request.map(|body| Body::new(Limited::new(body, bytes_max)));
             return Ok((limited, None));
         }
@@ -90,7 +91,7 @@ impl Memory {
                 }
             }
             message.extend_from_slice(&data);
-            // What says that it will be too long is not waited for.
+            // A message whose prefix announces too many bytes is refused before it arrives.
             if declared(&message).is_some_and(|length| length > bytes_max - PREFIX_BYTES) {
                 return Err(too_long(bytes_max));
             }
@@ -106,12 +107,16 @@ impl Memory {
         let taken = Arc::clone(&self.0).try_acquire_many_owned(permits);
         taken.map(Some).map_err(|_| {
             metrics::MESSAGES_REFUSED.increment();
-            Error::new(Reason::Rate, "no memory left for messages under way").retry_after(RETRY)
+            Error::new(
+                Reason::Rate,
+                "the memory limit for messages in progress is reached",
+            )
+            .retry_after(RETRY)
         })
     }
 }
 
-/// The length that the prefix of a message states.
+/// The length in the prefix of a message.
 fn declared(message: &[u8]) -> Option<usize> {
     let length = message.get(1..PREFIX_BYTES)?.try_into().ok()?;
     usize::try_from(u32::from_be_bytes(length)).ok()

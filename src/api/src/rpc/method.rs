@@ -1,15 +1,15 @@
-//! Methods by their paths.
+//! Properties of methods, by their paths.
 
 use keybroker_core::principal::Action;
 
 use super::{CONTROL_SERVICE, USER_KEY_SERVICE};
 
-/// Health checks: open to callers without a principal.
+/// Whether a method is a health check, which callers without a principal may call.
 pub(super) fn is_health(path: &str) -> bool {
     path.starts_with("/grpc.health.v1.Health/")
 }
 
-/// A health check whose answers go on until the connection ends.
+/// Whether a method is a health check that sends answers until the connection ends.
 pub(super) fn is_watch(path: &str) -> bool {
     path == "/grpc.health.v1.Health/Watch"
 }
@@ -19,12 +19,12 @@ pub(super) fn takes_stream(path: &str) -> bool {
     path.starts_with("/grpc.reflection.")
 }
 
-/// Methods whose answers may go on for ever. None of ours do.
+/// Whether a method may send answers without an end. None of Keybroker's own methods does.
 pub(super) fn is_stream(path: &str) -> bool {
     is_watch(path) || takes_stream(path)
 }
 
-/// What a method asks of the broker; absent for a method that there is not.
+/// The action of a method; `None` for an unknown method.
 pub(super) fn action(path: &str) -> Option<Action> {
     let (service, method) = path.strip_prefix('/')?.split_once('/')?;
     let action = match (service, method) {

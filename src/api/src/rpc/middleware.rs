@@ -1,4 +1,5 @@
-//! The middleware of every gRPC call: its id, who calls, its deadline, and the statuses that tonic makes by itself.
+//! The middleware of every gRPC call. It sets the call id, the caller and the deadline, and replaces the statuses that tonic
+//! itself creates.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -33,18 +34,18 @@ const STATUS_HEADER: &str = "grpc-status";
 const MESSAGE_HEADER: &str = "grpc-message";
 const DETAILS_HEADER: &str = "grpc-status-details-bin";
 
-/// What calls need besides their messages.
+/// The shared parts that calls need.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Where every call ends.
+    /// The broker that handles every call.
     pub broker: Arc<Broker>,
-    /// Deadline of a call that brings none, and the longest one accepted.
+    /// Deadline of a call without a deadline of its own, and the longest accepted deadline.
     pub call_timeout_max: Duration,
-    /// Calls under way, also those whose callers have gone.
+    /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,
-    /// Ends the streams that would never end by themselves.
+    /// Stop signal for streams without an end.
     pub stop: CancellationToken,
-    /// Bounds the messages under way.
+    /// Limits the memory of messages in progress.
     pub memory: Memory,
 }
 
@@ -53,8 +54,8 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
         let context = context.clone();
         async move { context.run(request, next).await }
     });
-    // Around one fallback: axum adds a header to the answers of known routes alone, which would show an unauthenticated
-    // caller which routes there are.
+    // The layer surrounds a single fallback route. With separate routes, axum would add a header only to the answers of known
+    // routes, which would reveal the routes to unauthenticated callers.
     Router::new().fallback_service(routes).layer(layer)
 }
 
@@ -62,10 +63,13 @@ impl Context {
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
         let id = CallId::fresh();
         let Some(caller) = request.extensions_mut().remove::<Caller>() else {
-            return answer(&Error::new(Reason::Bug, "a call without a connection"), id);
+            return answer(
+                &Error::new(Reason::Bug, "the call has no connection data"),
+                id,
+            );
         };
-        // Health is for load balancers, which have no principal. Everything else is for authenticated callers, and no other
-        // caller learns which methods there are.
+        // Health checks are for load balancers, which have no principal. Every other method requires an authenticated caller, and
+        // other callers do not learn which methods exist.
         let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,
@@ -78,7 +82,7 @@ impl Context {
             .await
     }
 
-    /// Runs a call whose caller is known, or needs not be.
+    /// Runs a call of an authenticated caller, or a health check.
     async fn run_known(
         self,
         mut request: Request,
@@ -144,7 +148,7 @@ impl Context {
         let _in_progress = CallInProgress::new();
         let path = request.uri().path().to_owned();
         let received = self.memory.receive(request, deadline.instant()).await;
-        // The share of memory is held until there is an answer.
+        // The share of memory is kept until there is an answer.
         let (mut request, _share) = match received {
             Ok(received) => received,
             Err(error) => {
@@ -173,7 +177,7 @@ impl Context {
         }
     }
 
-    /// The refusal of a call that reached no handler, audited when a principal made it.
+    /// Refuses a call that reached no handler. If the caller has a principal, the refusal gets an audit entry.
     async fn unserved(
         &self,
         entered: Option<&AuthenticatedCall>,
@@ -192,7 +196,7 @@ fn answer(error: &Error, id: CallId) -> Response<Body> {
     status::to_status(error, id).into_http()
 }
 
-/// A status that tonic made before any handler ran. Ours carry details; its own do not.
+/// Classifies a status that tonic created before a handler ran. Such a status has no details, unlike those of this crate.
 enum Own {
     No,
     NoMethod,
@@ -213,7 +217,7 @@ impl Own {
             Code::Internal | Code::InvalidArgument | Code::Unknown => {
                 Self::Malformed("a protobuf message of this method")
             }
-            // With a text it is about a compression that we do not speak, and names those that we do.
+            // If tonic's status has a text, it is about an unsupported compression and lists the supported ones.
             Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
             _ => Self::No,
         }

@@ -1,4 +1,4 @@
-//! Pages of records, and their tokens: opaque to clients, and checked like any other input when they come back.
+//! Pages of records and their page tokens. Page tokens are opaque to clients, and are checked like any other input.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 
@@ -14,25 +14,25 @@ use super::convert;
 
 /// Longest page token, in bytes.
 pub(super) const TOKEN_BYTES_MAX: usize = 1_024;
-/// Of a token that names the last row of the page.
+/// Version of a page token with the last row of the page.
 const VERSION: char = '1';
-/// Of a token that also counts rows after it without a readable key.
+/// Version of a page token that also counts the following rows without a readable key.
 const VERSION_WITH_SKIP: char = '2';
-/// Cannot occur in a user: no control characters.
+/// A separator that cannot occur in a user id, which has no control characters.
 const SEPARATOR: char = '\u{1f}';
 
-/// A tag and a length before each field: one byte, and at most three for what fits a message.
+/// Bytes before each field: one for the tag, and at most three for a length within a message.
 const OVERHEAD: usize = 4;
 
-/// The rows of one page that fit a message, and where the next page begins.
+/// The rows of one page that fit into a message, and the position of the next page.
 pub(super) struct Filled<M, D, K> {
     pub(super) rows: Vec<M>,
     pub(super) damaged: Vec<D>,
     pub(super) next: Option<Position<K>>,
 }
 
-/// As many rows as a message holds, each as its message or as that of a damaged row; the next page begins after them. The
-/// longest row is far shorter than a message, so that every page advances.
+/// Converts as many rows as fit into a message; the next page begins after them. The longest row is much shorter than a message,
+/// so every page has at least one row.
 pub(super) fn fill<V, W, K, M: Message, D: Message>(
     rows: Vec<PageRow<V, W, K>>,
     next: Option<Position<K>>,
@@ -67,7 +67,7 @@ pub(super) fn fill<V, W, K, M: Message, D: Message>(
     filled
 }
 
-/// The message of a page of records.
+/// The message for a page of records.
 pub(super) fn message(page: ListPage, bytes_max: usize) -> proto::ListUserKeysResponse {
     let filled = fill(
         page.rows,
@@ -144,7 +144,9 @@ pub(super) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> 
         let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
         Some(Position { after, skip })
     };
-    parse().ok_or_else(|| Error::violation("page_token", "empty, or from the previous response"))
+    parse().ok_or_else(|| {
+        Error::violation("page_token", "empty or the token of the previous response")
+    })
 }
 
 fn key_of(text: &str) -> Option<(UserId, KeyName)> {

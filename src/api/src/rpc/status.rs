@@ -1,4 +1,5 @@
-//! Errors as gRPC statuses: the one conversion. The caller learns reason, fixed text, violations, delay and call id.
+//! Converts errors to gRPC statuses. The caller receives the reason, a fixed text, violations, the retry delay and the
+//! call id.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
 
@@ -12,10 +13,10 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
-/// `domain` of every `google.rpc.ErrorInfo`. Frozen.
+/// The `domain` of every `google.rpc.ErrorInfo`. The value must never change.
 pub(super) const DOMAIN: &str = "keybroker.v1";
 
-/// The code of a reason. Exhaustive on purpose: a new reason must choose.
+/// The code of a reason. The match is exhaustive, so that a new reason must have a code.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) const fn code(reason: Reason) -> Code {
     match reason {
@@ -40,7 +41,7 @@ pub(super) const fn code(reason: Reason) -> Code {
     }
 }
 
-/// The status of an error. Its detail stays inside; the call id finds it in the log.
+/// The status of an error. It leaves out the error's detail, which the call id locates in the log.
 pub(super) fn to_status(error: &Error, call: CallId) -> Status {
     let reason = error.reason();
     let mut metadata = HashMap::from([("call_id".to_owned(), call.to_string())]);
@@ -57,7 +58,7 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
         details.set_bad_request(violations);
     }
     if let Some(delay) = error.retry_delay() {
-        // Up to half as much again: callers that were refused together must not return together.
+        // The delay is increased by up to a half, so that callers that were refused together do not retry together.
         details.set_retry_info(Some(spread(delay, delay / 2)));
     }
     let text = format!("{} (call {call})", reason.text());

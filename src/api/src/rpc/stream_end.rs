@@ -1,4 +1,5 @@
-//! Ends the streams that would not end by themselves, of health watchers and reflection clients, when the broker stops.
+//! Ends the streams of health watches and reflection clients when the broker stops. These streams have no end of their
+//! own.
 
 use axum::body::Body;
 use futures_util::{StreamExt as _, stream};
@@ -7,16 +8,16 @@ use hyper::body::Frame;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// The body until `stop`, then `UNAVAILABLE`, which tells the client to look for another broker.
+/// The body until `stop`, followed by the status `UNAVAILABLE`, so that the client tries another broker.
 pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
     let last = stream::iter(std::iter::once_with(|| {
         let mut trailers = http::HeaderMap::new();
         let status = Status::unavailable("the broker is stopping");
-        // Text without control characters always fits a header.
+        // A text without control characters is always valid in a header.
         status.add_header(&mut trailers).ok();
         Ok(Frame::trailers(trailers))
     }));
-    // A body that ends by itself brings its own trailers, after which nothing more of it is asked for.
+    // If the body ends before the stop, it has its own trailers, and nothing after them is read.
     let frames = BodyStream::new(body).take_until(stop.cancelled_owned());
     Body::new(StreamBody::new(frames.chain(last)))
 }

@@ -1,4 +1,4 @@
-//! `grpc-timeout`, as gRPC over HTTP/2 writes it.
+//! The header `grpc-timeout` of gRPC over HTTP/2.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use axum::http::HeaderMap;
 use keybroker_core::error::Error;
 
 const HEADER: &str = "grpc-timeout";
-/// At most eight digits (gRPC over HTTP/2).
+/// Maximum number of digits (gRPC over HTTP/2).
 const DIGITS_MAX: usize = 8;
 
-/// Takes the caller's timeout out of the headers: tonic has its own timer, which would answer CANCELLED where the
-/// caller must read `DEADLINE_EXCEEDED`.
+/// Removes the caller's timeout from the headers and returns it. Otherwise tonic's own timer would return `CANCELLED`
+/// instead of `DEADLINE_EXCEEDED`.
 pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.remove(HEADER) else {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! `keybroker.v1.UserKeyService`.
+//! Implements `keybroker.v1.UserKeyService`.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use keybroker_proto::{batch_unwrap_result, user_key_service_server::UserKeyServi
 
 use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, convert, page, status};
 
-/// Items of a batch at most.
+/// Maximum number of items in a batch.
 const BATCH_MAX: usize = 64;
 const PAGE_SIZE_DEFAULT: u32 = 100;
 
@@ -28,7 +28,7 @@ impl UserKeys {
         Self { broker }
     }
 
-    /// Who asks, and what: the parsed message or its refusal.
+    /// Returns the authenticated call and the parsed message. A refusal gets an audit entry.
     async fn enter<T, P>(
         &self,
         request: Request<T>,
@@ -59,7 +59,7 @@ impl UserKeys {
     }
 }
 
-/// The copy that leaves. From here on the bytes are in buffers of the transport, which cannot be overwritten.
+/// Copies the key for the answer. The transport copies it to buffers that this code cannot overwrite.
 fn released_message(released: &Released) -> proto::UnwrapUserKeyResponse {
     proto::UnwrapUserKeyResponse {
         key_material: released.material().expose().to_vec(),
@@ -133,7 +133,7 @@ impl UserKeyService for UserKeys {
             .iter()
             .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
         let keys: Vec<_> = keys.collect();
-        // A caller that may unwrap none of the keys gets one refusal and one audit entry.
+        // If the caller may unwrap none of the keys, there is one refusal and one audit entry.
         self.broker
             .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await

@@ -10,13 +10,13 @@ use std::{
 use super::*;
 use keybroker_core::{client_credential::Document, key::Tenant};
 
-/// A directory in memory, which counts what it is asked.
+/// A directory in memory that counts its look-ups.
 #[derive(Debug, Default)]
 struct Known {
     clients: Mutex<HashMap<ClientId, ClientCredential>>,
     generation: AtomicU64,
     asked: AtomicU64,
-    /// What it takes to answer, and whether it fails then.
+    /// The delay of an answer, and whether the look-up then fails.
     slow: Mutex<Duration>,
     is_away: AtomicBool,
     used: Mutex<Vec<u32>>,
@@ -63,7 +63,7 @@ struct Setup {
     secrets: Secrets,
 }
 
-/// Parameters that take no time: they are never read from a configuration.
+/// Parameters that take no time. They cannot be set in a configuration.
 fn quick() -> Settings {
     Settings {
         argon2_memory_kib: 64,
@@ -127,7 +127,7 @@ async fn each_live_secret_is_its_client_and_remembered() {
     }
     assert_eq!(setup.asked(), 2);
     assert_eq!(*setup.known.used.lock().unwrap(), [1, 2, 1, 2]);
-    // A change of any client is looked at again.
+    // After a change of any client, the client is looked up again.
     setup.known.generation.store(1, Ordering::Relaxed);
     setup.show(ID, "old").await.unwrap();
     assert_eq!(setup.asked(), 3);
@@ -154,7 +154,7 @@ async fn all_that_is_wrong_is_refused_alike() {
     ] {
         let error = setup.show(id, secret).await.unwrap_err();
         assert_eq!(error.reason(), Reason::Credential, "{id} {secret}");
-        // All that crosses to the caller.
+        // The texts that the caller can see.
         seen.insert((
             error.reason(),
             error.violations().len(),
@@ -164,7 +164,7 @@ async fn all_that_is_wrong_is_refused_alike() {
         logged.insert(error.detail().to_owned());
     }
     assert_eq!(seen.len(), 1, "{seen:?}");
-    // The operator is told more.
+    // The operator sees more.
     assert_eq!(logged.len(), 2, "{logged:?}");
     setup.show(ID, "good").await.unwrap();
 }
@@ -198,7 +198,7 @@ async fn without_a_budget_only_what_was_good_counts() {
     let spent = || Err::<(), _>(Error::new(Reason::FailureBudget, "spent"));
     let show = |secret: &str| Zeroizing::new(secret.as_bytes().to_vec());
     setup.secrets.verify(ID, show("good"), spent).await.unwrap();
-    // Nor does a change of any client lock it out, after which it is looked at again.
+    // A change of any client does not lock this client out. It is looked up again.
     setup.known.generation.store(1, Ordering::Relaxed);
     setup.secrets.verify(ID, show("good"), spent).await.unwrap();
     assert_eq!(setup.asked(), 2);
@@ -210,7 +210,7 @@ async fn without_a_budget_only_what_was_good_counts() {
     assert_eq!(setup.asked(), asked);
 }
 
-/// Wrong secrets from any number of addresses take all turns: a client that was accepted before needs none.
+/// Wrong secrets from many addresses take all turns. A client that was accepted before needs none.
 #[tokio::test]
 async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_every_turn() {
     let setup = setup(&["good"], |_| {});
@@ -228,7 +228,7 @@ async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_ever
     let lookups: Vec<_> = std::iter::from_fn(|| turns.lookup()).collect();
     let accepted = async {
         for generation in 1..=100 {
-            // As after the minute for which nothing is looked up.
+            // The state after the minute in which the secret is accepted without a look-up.
             setup.known.generation.store(generation, Ordering::Relaxed);
             let spent = || Err::<(), _>(Error::new(Reason::FailureBudget, "spent"));
             let secret = Zeroizing::new(b"good".to_vec());
@@ -248,7 +248,7 @@ async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_ever
     );
 }
 
-/// The proof is of one stored hash: another one under the same number is tried like any.
+/// The proof is about one stored hash. Another hash under the same number gets an ordinary trial.
 #[tokio::test]
 async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another() {
     let setup = setup(&["good"], |_| {});
@@ -270,7 +270,8 @@ async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another()
     setup.show(ID, "other").await.unwrap();
 }
 
-/// A broker that has just started knows no secret: the first contact of its clients waits for one trial, not for the others.
+/// A broker that has just started knows no secret. The first call of a client waits for one trial, not for those of
+/// other clients.
 #[tokio::test]
 async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     let setup = setup(&["good"], |_| {});
@@ -283,7 +284,7 @@ async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     let unknown = ids.iter().map(|id| setup.show(id, "wrong"));
     let unknown = futures_util::future::join_all(unknown);
     let contact = setup.show(ID, "good");
-    // The order of the lanes has its own test.
+    // Another test covers the order of the lanes.
     let free = async {
         while turns.waiting_by_lane() != [0, 1, ids.len()] {
             tokio::task::yield_now().await;
@@ -294,7 +295,7 @@ async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     accepted.unwrap();
 }
 
-/// It was good, and is not any more: from then on it is like any other.
+/// A secret that was valid and no longer is gets treated like any other secret.
 #[tokio::test]
 async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
     let setup = setup(&["good"], |_| {});
@@ -329,7 +330,7 @@ async fn a_directory_that_is_down_takes_no_turn_and_is_not_the_callers_fault() {
     let slow = Duration::from_millis(500);
     *setup.known.slow.lock().unwrap() = slow;
     setup.known.is_away.store(true, Ordering::Relaxed);
-    // More than there are turns, each for another client.
+    // More trials than there are turns, each for another client.
     let ids: Vec<String> = (0..64).map(|number| format!("{number:032x}")).collect();
     let asking = ids.iter().map(|id| setup.show(id, "good"));
     let looking = async {
@@ -344,7 +345,7 @@ async fn a_directory_that_is_down_takes_no_turn_and_is_not_the_callers_fault() {
         assert_eq!(error.reason(), Reason::StoreDown);
         assert_eq!(error.retry_delay(), Some(slow));
     }
-    // What was good is still known to have been.
+    // The broker still remembers which secrets were accepted.
     setup.known.is_away.store(false, Ordering::Relaxed);
     let spent: Result<(), _> = Err(Error::new(Reason::FailureBudget, "spent"));
     let secret = Zeroizing::new(b"good".to_vec());
@@ -368,7 +369,7 @@ async fn the_same_secret_is_asked_about_once_at_a_time() {
     // A refusal is not remembered.
     setup.show(ID, "wrong").await.unwrap_err();
     assert_eq!(setup.asked(), 3);
-    // The trial of a caller that hangs up is carried on by those who wait for it.
+    // If a caller disconnects, the other waiting callers continue its trial.
     setup.known.generation.store(1, Ordering::Relaxed);
     let hasty = tokio::time::timeout(Duration::from_millis(10), setup.show(ID, "good"));
     let (hasty, patient) = tokio::join!(hasty, setup.show(ID, "good"));
@@ -387,7 +388,7 @@ async fn a_weak_hash_is_replaced_at_the_next_login() {
     setup.show(ID, "good").await.unwrap();
 }
 
-/// Two hashes for each id that is asked for: the figures are compared with each other, with a wide margin.
+/// Every id costs two hashes. The times are compared with each other, with a wide margin.
 #[tokio::test]
 async fn an_unknown_id_costs_as_much_as_a_known_one() {
     let mut setup = setup(&["good"], |_| {});

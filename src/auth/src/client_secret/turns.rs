@@ -1,8 +1,9 @@
-//! Who may run Argon2id next. It costs memory and time on purpose, so only a few trials run at once and the others wait.
+//! Decides which trial may run Argon2id next. A trial costs memory and time on purpose, so only a few run concurrently
+//! and the others wait.
 //!
-//! Three lanes, in this order: secrets that this broker accepted before, secrets shown for API clients that exist, and secrets shown
-//! for ids that do not exist. Within the second lane the clients take turns, so that guesses at one client's secret delay that client
-//! alone. Each lane is bounded; a trial that finds no room is refused at once.
+//! There are three lanes, in this order: secrets that this broker accepted before, secrets for API clients that exist,
+//! and secrets for ids that do not exist. In the second lane the clients take turns, so that guesses at one client's
+//! secret delay only that client. Each lane is bounded, and a trial that finds its lane full is refused immediately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,27 +16,27 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Trials that wait in the lane of accepted secrets, and in that of unknown ids.
+/// Most waiting trials in the lane of accepted secrets, and in that of unknown ids.
 const WAITING_MAX: usize = 64;
-/// Trials of secrets of existing clients that wait.
+/// Most waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
-/// Trials of one client's secrets, from the look-up of the client until the answer.
+/// Most trials of one client's secrets, counted from the look-up of the client until the answer.
 const CLIENT_MAX: usize = 16;
-/// API clients that are looked up at once for secrets that were not accepted before.
+/// Most concurrent look-ups of API clients for secrets that were not accepted before.
 const LOOKUPS_MAX: usize = 256;
 
-/// Where a trial waits.
+/// The lane in which a trial waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// This broker accepted the secret before; its stored hash has changed since.
+    /// This broker accepted the secret before, and its stored hash has changed since then.
     Proven,
     /// The client exists.
     Known(ClientId),
-    /// No such client, or none with a secret that could be accepted.
+    /// The client does not exist, or has no valid secret.
     Unknown,
 }
 
-/// The turns and who waits for them.
+/// The free turns and the waiting trials.
 #[derive(Clone)]
 pub(super) struct Turns(Arc<Mutex<State>>);
 
@@ -45,25 +46,25 @@ struct State {
     lookups: usize,
     proven: VecDeque<Waiting>,
     known: HashMap<ClientId, VecDeque<Waiting>>,
-    /// The clients of `known`, the next one first.
+    /// The clients of `known` in the order of their turns.
     order: VecDeque<ClientId>,
     unknown: VecDeque<Waiting>,
-    /// Trials of each client that is being looked up or waits.
+    /// The number of trials of each client, from look-up to answer.
     places: HashMap<ClientId, usize>,
 }
 
 type Waiting = oneshot::Sender<Turn>;
 
-/// The right to run one trial. The next waiting trial gets it when this is dropped.
+/// The right to run one trial. When it is dropped, the next waiting trial gets it.
 pub(super) struct Turn(Option<Turns>);
 
-/// One of a client's places. It ends when this is dropped.
+/// One of a client's places. Dropping it frees the place.
 pub(super) struct Place {
     turns: Turns,
     client: ClientId,
 }
 
-/// One of the look-ups. It ends when this is dropped.
+/// One of the concurrent look-ups. Dropping it frees the look-up.
 pub(super) struct Lookup(Turns);
 
 impl fmt::Debug for Turns {
@@ -73,7 +74,7 @@ impl fmt::Debug for Turns {
 }
 
 impl Turns {
-    /// Trials at once, at most.
+    /// Allows `count` concurrent trials.
     pub(super) fn new(count: usize) -> Self {
         Self(Arc::new(Mutex::new(State {
             free: count,
@@ -81,7 +82,7 @@ impl Turns {
         })))
     }
 
-    /// A place for a trial of that client's secrets, unless all of them are taken.
+    /// Takes a place for a trial of this client's secrets, unless all are taken.
     pub(super) fn place(&self, client: ClientId) -> Option<Place> {
         let mut state = self.state();
         let taken = state.places.entry(client).or_default();
@@ -96,7 +97,7 @@ impl Turns {
         })
     }
 
-    /// Permission to look a client up, unless too many are being looked up.
+    /// Takes a permission to look up a client, unless too many look-ups are running.
     pub(super) fn lookup(&self) -> Option<Lookup> {
         let mut state = self.state();
         if state.lookups >= LOOKUPS_MAX {
@@ -107,7 +108,7 @@ impl Turns {
         Some(Lookup(self.clone()))
     }
 
-    /// Waits for a turn. `None` when the lane is full, or when the wait takes longer than `limit`.
+    /// Waits for a turn. Returns `None` if the lane is full, or if the wait takes longer than `limit`.
     pub(super) async fn wait(&self, lane: Lane, limit: Duration) -> Option<Turn> {
         let waiting = {
             let mut state = self.state();
@@ -135,7 +136,8 @@ impl Turns {
             drop(state);
             match next.send(Turn(Some(self.clone()))) {
                 Ok(()) => return,
-                // That trial has given up. Taken out of its wrapper, the turn is not passed on a second time.
+                // This trial has stopped waiting. The turn is taken out of its wrapper, so that dropping it does not
+                // pass it on twice.
                 Err(mut turn) => drop(turn.0.take()),
             }
         }
@@ -155,7 +157,7 @@ impl Turns {
         self.waiting_by_lane().into_iter().sum()
     }
 
-    /// In the lanes of accepted secrets, of existing clients and of unknown ids.
+    /// The numbers of waiting trials in the lanes of accepted secrets, existing clients and unknown ids.
     #[cfg(test)]
     pub(super) fn waiting_by_lane(&self) -> [usize; 3] {
         let state = self.state();
@@ -188,7 +190,7 @@ impl State {
         next.or_else(|| self.unknown.pop_front())
     }
 
-    /// One trial of the client whose turn it is, which then goes to the end of the order.
+    /// Returns a trial of the next client, which then moves to the end of the order.
     fn next_known(&mut self) -> Option<Waiting> {
         let client = self.order.pop_front()?;
         let queue = self.known.get_mut(&client)?;
@@ -202,7 +204,7 @@ impl State {
     }
 }
 
-/// Trials that have given up make room first.
+/// Adds a trial if there is room. In a full queue, trials that have stopped waiting are removed first.
 fn push(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
     if queue.len() >= WAITING_MAX {
         queue.retain(|waiting| !waiting.is_closed());
@@ -253,7 +255,7 @@ mod tests {
         ClientId::from_hex(&format!("{number:02x}").repeat(16)).unwrap()
     }
 
-    /// Polls once, so that the trial stands in its queue.
+    /// Polls once, so that the trial is in its queue.
     async fn queued<'a>(
         turns: &'a Turns,
         lane: Lane,
@@ -283,7 +285,7 @@ mod tests {
         for lane in lanes {
             waiting.push(queued(&turns, lane).await);
         }
-        // The place of each in the list above.
+        // The position of each trial in the list above.
         for expected in [5, 1, 4, 2, 3, 0] {
             drop(running.take());
             running = waiting[expected].as_mut().await;

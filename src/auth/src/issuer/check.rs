@@ -1,4 +1,4 @@
-//! What an issuer's settings must be beyond their shape.
+//! Checks the settings of issuers beyond their types and names.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -9,17 +9,17 @@ use super::{KeySource, Settings, url_problem};
 /// Longest `issuer`, in bytes.
 const ISSUER_BYTES_MAX: usize = 1_024;
 
-/// Every problem of the issuers, each alone and in combination, with its remedy.
+/// Returns every problem of the issuers, individually and in combination, each with its remedy.
 pub fn problems(issuers: &[Settings]) -> Vec<String> {
     let mut problems: Vec<String> = issuers.iter().flat_map(Settings::problems).collect();
     let (mut names, mut seen) = (HashSet::new(), HashSet::new());
     for issuer in issuers {
         if !names.insert(&issuer.name) {
-            problems.push(format!("issuer {:?} is there twice", issuer.name));
+            problems.push(format!("issuer {:?} is configured twice", issuer.name));
         }
         if !seen.insert(&issuer.issuer) {
             problems.push(format!(
-                "issuer {:?}: another [[issuer]] has the same `issuer`; the `iss` of a token must say which one it is",
+                "issuer {:?}: another [[issuer]] has the same `issuer`; a token's `iss` must identify one of them",
                 issuer.name
             ));
         }
@@ -30,8 +30,8 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
         for other in others.filter(|other| other.tenant == issuer.tenant) {
             if !(issuer.shared_users && other.shared_users) {
                 problems.push(format!(
-                    "issuers {:?} and {:?} both name the users of the tenant `{}`: each could issue a token for \
-                     any user of the other; give each its `tenant`, or say `shared_users = true` in both",
+                    "issuers {:?} and {:?} both identify users of the tenant `{}`: each could issue a token for \
+                     any user of the other; set a different `tenant` in each, or `shared_users = true` in both",
                     issuer.name, other.name, issuer.tenant
                 ));
             }
@@ -41,7 +41,7 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
 }
 
 impl Settings {
-    /// What is wrong with this issuer by itself.
+    /// Returns the problems of this issuer, without a comparison with other issuers.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_names(&mut problems);
@@ -57,12 +57,12 @@ impl Settings {
 
     fn check_names(&self, problems: &mut Vec<String>) {
         if KeyName::parse(&self.name).is_err() {
-            problems.push("`name` is 1 to 64 bytes of [a-z0-9._-]".to_owned());
+            problems.push("`name` must be 1 to 64 bytes of [a-z0-9._-]".to_owned());
         }
         let issuer = &self.issuer;
         if issuer.is_empty() || issuer.len() > ISSUER_BYTES_MAX {
             problems.push(format!(
-                "`issuer` is the `iss` of its tokens, 1 to {ISSUER_BYTES_MAX} bytes"
+                "`issuer` must be the `iss` of its tokens, 1 to {ISSUER_BYTES_MAX} bytes"
             ));
         }
     }
@@ -76,8 +76,8 @@ impl Settings {
         ];
         if written.iter().filter(|is_written| **is_written).count() > 1 {
             problems.push(
-                "set at most one of `discovery_url`, `jwks_url`, `jwks_file` and `pem_file`, so that it is clear where \
-                 its keys come from"
+                "set at most one of `discovery_url`, `jwks_url`, `jwks_file` and `pem_file`, so that its keys \
+                 have one source"
                     .to_owned(),
             );
         }
@@ -99,7 +99,7 @@ impl Settings {
             KeySource::Set(_) | KeySource::Pem(_) => {
                 if self.ca_file.is_some() || self.allow_http {
                     problems.push(
-                        "its keys come from a file: take out `ca_file` and `allow_http`, they would do nothing"
+                        "its keys come from a file: remove `ca_file` and `allow_http`, which would do nothing"
                             .to_owned(),
                     );
                 }
@@ -108,8 +108,8 @@ impl Settings {
         };
         if let Some(problem) = url_problem(&url, self.allow_http) {
             problems.push(format!(
-                "keys would be looked for at {url:?} because of `{name}`, and that {problem}; if tokens name their issuer \
-                 otherwise than where its keys are, set `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
+                "`{name}` makes the broker fetch keys from {url:?}, which {problem}; if the keys are not below the issuer's URL, set \
+                 `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
             ));
         }
     }
@@ -134,13 +134,14 @@ impl Settings {
         );
         if self.refresh_minutes > self.keep_hours.saturating_mul(60) {
             problems.push(
-                "`keep_hours` is less than `refresh_minutes`: its keys would be out of date before they are fetched again"
+                "`keep_hours` is less than `refresh_minutes`: its keys would become out of date before they are fetched again"
                     .to_owned(),
             );
         }
     }
 
-    /// A provider makes tokens for many applications; one that was made for another must not do here.
+    /// A provider issues tokens for many applications. The settings must exclude those for other
+    /// applications.
     fn check_demands(&self, problems: &mut Vec<String>) {
         if self.algorithms.is_empty() {
             problems.push("`algorithms` is empty, so no token could be verified".to_owned());
@@ -150,7 +151,7 @@ impl Settings {
             && self.required_claims.is_empty();
         if is_anyones {
             problems.push(
-                "a token that its provider made for any other application would do here: set `audience`, or if its tokens \
+                "a token that the provider issued for any other application would be accepted: set `audience`, or if its tokens \
                  have none, `required_scopes` or `required_claims`"
                     .to_owned(),
             );
@@ -162,15 +163,15 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("each service it names {problem}")),
+                    .map(|problem| format!("each of its services {problem}")),
             ),
             Kind::User => {
                 let granted =
                     !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
                 if granted {
                     problems.push(
-                        "it names users, who have no role and reach only their own keys: take out `roles`, \
-                         `users` and `key_names`, or say `kind = \"service\"`"
+                        "its tokens are for users, who have no role and reach only their own keys: remove `roles`, \
+                         `users` and `key_names`, or set `kind = \"service\"`"
                             .to_owned(),
                     );
                 }
@@ -180,7 +181,7 @@ impl Settings {
         for (claim, name) in &self.attributes {
             if KeyName::parse(name).is_err() || name == "san" {
                 problems.push(format!(
-                    "`attributes` calls the claim {claim:?} {name:?}; a name is 1 to 64 bytes of [a-z0-9._-], and not `san`"
+                    "`attributes` gives the claim {claim:?} the name {name:?}; a name must be 1 to 64 bytes of [a-z0-9._-] and must not be `san`"
                 ));
             }
             if !taken.insert(name) {
@@ -235,7 +236,7 @@ audience = ["keybroker"]
         ));
         assert_eq!(other.required_scopes, ["keys".to_owned()].into());
         assert_eq!(other.subject, Subject::Text);
-        // What is shown can be read again.
+        // The serialised settings can be read again.
         let shown = toml::to_string(&settings).unwrap();
         assert_eq!(parse(&shown), settings);
     }
@@ -301,7 +302,7 @@ audience = ["keybroker"]
             (
                 "audience",
                 "roles = [\"enrol\"]\naudience",
-                "it names users",
+                "its tokens are for users",
             ),
             ("audience", "kind = \"service\"\naudience", "has no role"),
             (
@@ -337,8 +338,8 @@ audience = ["keybroker"]
             ..one.clone()
         };
         let told = |issuers: &[Settings]| problems(issuers).join("\n");
-        assert!(told(&[one.clone(), one.clone()]).contains("there twice"));
-        assert!(told(&[one.clone(), other.clone()]).contains("both name"));
+        assert!(told(&[one.clone(), one.clone()]).contains("configured twice"));
+        assert!(told(&[one.clone(), other.clone()]).contains("both identify"));
         let shared = [&one, &other].map(|issuer| Settings {
             shared_users: true,
             ..issuer.clone()

@@ -1,12 +1,13 @@
-//! Key ids of earlier key sets. Without them, a token of a withdrawn key could not be told from one of a new key that was not fetched
+//! Key ids of earlier key sets. They tell a token of a withdrawn key from a token of a new key that was not fetched
 //! yet.
 
 use aws_lc_rs::digest;
+use keybroker_core::call::Timestamp;
 
-/// Key ids that are remembered. A provider decides them, and no caller.
+/// Most key ids that are remembered. Only the provider's key sets add to them.
 const WITHDRAWN_MAX: usize = 256;
 
-/// SHA-256 of a key id, whose length a provider decides.
+/// The SHA-256 of a key id. A key id itself can be of any length.
 type Name = [u8; 32];
 
 fn name_of(kid: &str) -> Name {
@@ -14,32 +15,44 @@ fn name_of(kid: &str) -> Name {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// Key ids of earlier sets that the set in use does not have, the oldest first.
+/// Key ids of earlier sets that are missing in the current set, oldest first.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Withdrawn(Vec<Name>);
+pub(super) struct Withdrawn(Vec<Former>);
+
+/// A key id of an earlier set.
+#[derive(Clone, Debug)]
+struct Former {
+    name: Name,
+    /// When the last fetch began whose set contained the key.
+    seen: Timestamp,
+}
 
 impl Withdrawn {
-    /// The same after another set took the place of `before`.
+    /// Returns the withdrawn keys after a change of sets. The keys `before` are those of the previous set, which was
+    /// last fetched at `seen`; `now` are those of the current one.
     pub(super) fn after<'a>(
         &self,
         before: impl Iterator<Item = &'a str>,
+        seen: Timestamp,
         now: impl Iterator<Item = &'a str>,
     ) -> Self {
         let now: Vec<Name> = now.map(name_of).collect();
-        let mut names = self.0.clone();
-        for name in before.map(name_of) {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        names.retain(|name| !now.contains(name));
-        let excess = names.len().saturating_sub(WITHDRAWN_MAX);
-        names.drain(..excess);
-        Self(names)
+        let before: Vec<Name> = before.map(name_of).collect();
+        let mut former = self.0.clone();
+        former.retain(|former| !now.contains(&former.name) && !before.contains(&former.name));
+        let gone = before.into_iter().filter(|name| !now.contains(name));
+        former.extend(gone.map(|name| Former { name, seen }));
+        let excess = former.len().saturating_sub(WITHDRAWN_MAX);
+        former.drain(..excess);
+        Self(former)
     }
 
-    pub(super) fn contains(&self, kid: &str) -> bool {
-        self.0.contains(&name_of(kid))
+    /// When the last fetch began whose set contained this key. `None` if the current set contains it, or if no earlier
+    /// set did.
+    pub(super) fn last_seen(&self, kid: &str) -> Option<Timestamp> {
+        let name = name_of(kid);
+        let found = self.0.iter().find(|former| former.name == name)?;
+        Some(found.seen)
     }
 }
 
@@ -49,17 +62,32 @@ mod tests {
 
     #[test]
     fn a_withdrawn_key_is_known_until_it_returns_and_a_bounded_number_is_remembered() {
+        let at = Timestamp::from_micros;
         let none = Withdrawn::default();
-        let one = none.after(["a", "b"].into_iter(), ["b", "c"].into_iter());
-        assert!(one.contains("a") && !one.contains("b") && !one.contains("c"));
-        let two = one.after(["b", "c"].into_iter(), ["a"].into_iter());
-        assert!(!two.contains("a") && two.contains("b") && two.contains("c"));
+        let one = none.after(["a", "b"].into_iter(), at(1), ["b", "c"].into_iter());
+        assert_eq!(one.last_seen("a"), Some(at(1)));
+        assert!(one.last_seen("b").is_none() && one.last_seen("c").is_none());
+        let two = one.after(["b", "c"].into_iter(), at(2), ["a"].into_iter());
+        assert!(two.last_seen("a").is_none());
+        assert_eq!(two.last_seen("b"), Some(at(2)));
+        // The last fetch whose set contained the key counts, not the first.
+        let back = two.after(["a"].into_iter(), at(3), ["b"].into_iter());
+        let gone = back.after(["b"].into_iter(), at(4), ["c"].into_iter());
+        assert_eq!(gone.last_seen("b"), Some(at(4)));
         let mut many = two;
         for number in 0..2 * WITHDRAWN_MAX {
             let (before, now) = (number.to_string(), (number + 1).to_string());
-            many = many.after([before.as_str()].into_iter(), [now.as_str()].into_iter());
+            many = many.after(
+                [before.as_str()].into_iter(),
+                at(5),
+                [now.as_str()].into_iter(),
+            );
         }
         assert_eq!(many.0.len(), WITHDRAWN_MAX);
-        assert!(!many.contains("0") && many.contains(&(2 * WITHDRAWN_MAX - 1).to_string()));
+        assert!(many.last_seen("0").is_none());
+        assert!(
+            many.last_seen(&(2 * WITHDRAWN_MAX - 1).to_string())
+                .is_some()
+        );
     }
 }

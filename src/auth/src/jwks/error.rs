@@ -1,4 +1,4 @@
-//! Why a key, a key set, or the place that a key set comes from is refused.
+//! Why a key, a key set, or the source of a key set is refused.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub(super) enum KeyError {
     Point(usize),
     #[error("a point that is not on its curve")]
     OffCurve(#[source] KeyRejected),
-    #[error("an Ed25519 key of {0} bytes and not 32")]
+    #[error("an Ed25519 key of {0} bytes instead of 32")]
     Ed25519Length(usize),
     #[error("an Ed25519 key that is not a point of the curve")]
     Ed25519Point,
@@ -41,7 +41,7 @@ pub(super) enum KeyError {
     Ed25519Encoding,
     #[error("an Ed25519 key that does not parse")]
     Ed25519(#[source] KeyRejected),
-    #[error("a public key of a type that signs no tokens here")]
+    #[error("a public key of a type that is not supported for tokens")]
     Type,
     #[error("it has no `{0}`")]
     Missing(&'static str),
@@ -57,10 +57,10 @@ pub(super) enum KeyError {
 /// Why a key set is refused as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
-    /// It is not JSON of that form.
+    /// The text is not a JSON Web Key Set.
     #[error("it is not a JSON Web Key Set")]
     Json(#[source] serde_json::Error),
-    /// It is not PEM.
+    /// The file is not valid PEM.
     #[error(transparent)]
     Pem(#[from] pem::Error),
     /// A public key in PEM does not parse.
@@ -69,26 +69,26 @@ pub enum SetError {
     /// A certificate in PEM does not parse.
     #[error("a certificate does not parse")]
     Certificate(#[source] nom::Err<X509Error>),
-    /// It holds a secret that does not belong on this machine.
+    /// The file contains a private key, which must not be on this machine.
     #[error(
-        "it holds a private key, with which tokens for any user can be made; remove it from this machine, and write the \
+        "it holds a private key, which can sign tokens for any user; remove it from this machine, and write the \
          public key with `openssl pkey -in private.pem -pubout`"
     )]
     PrivateKey,
-    /// No key of it can be used.
+    /// No key of the set can be used.
     #[error("it holds no public key that verifies signatures{0}")]
     NoKey(LeftOut),
-    /// It is longer than any provider needs.
+    /// The set has more keys than any provider needs.
     #[error("it holds more than {KEYS_MAX} keys")]
     TooMany,
 }
 
-/// Keys of a set that are not used, each with its name and the reason.
+/// The keys of a set that are not used, each with its name and the reason.
 #[derive(Debug)]
 pub struct LeftOut {
-    /// Weak or malformed.
+    /// Weak or malformed keys.
     pub(super) refused: Vec<String>,
-    /// For something else than signatures.
+    /// Keys for other purposes than signatures.
     pub(super) other: Vec<String>,
 }
 
@@ -98,7 +98,7 @@ impl std::fmt::Display for LeftOut {
             write!(f, "; weak or malformed: {}", self.refused.join("; "))?;
         }
         if !self.other.is_empty() {
-            write!(f, "; left out: {:?}", self.other)?;
+            write!(f, "; not for signatures: {:?}", self.other)?;
         }
         Ok(())
     }
@@ -107,125 +107,123 @@ impl std::fmt::Display for LeftOut {
 /// Why the keys of an issuer could not be read or fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// A key file was not read.
+    /// The key file cannot be read.
     #[error(transparent)]
     File(Box<trusted_file::Error>),
-    /// The set from this place is refused.
+    /// The key set is refused.
     #[error("{place}")]
     Set {
         /// File or URL.
         place: String,
-        /// Why it is refused.
+        /// The reason of the refusal.
         source: SetError,
     },
-    /// The issuer has no key file, or no URL: the configuration says the other.
-    #[error("its keys come from another kind of source")]
+    /// The operation does not match the issuer's source of keys: a file, or a URL.
+    #[error("internal error: its keys come from another kind of source")]
     OtherSource,
-    /// The authorities of the provider's certificate were not read.
+    /// The CA file cannot be read.
     #[error("`ca_file`")]
     AuthorityFile(#[source] Box<trusted_file::Error>),
-    /// The file of the authorities is not PEM.
+    /// The CA file is not valid PEM.
     #[error("`ca_file` {path}")]
     AuthorityPem {
         /// The file.
         path: String,
-        /// What is wrong with it.
+        /// The problem of the file.
         source: pem::Error,
     },
-    /// The HTTP client refuses an authority.
+    /// The HTTP client refuses a CA.
     #[error("`ca_file` {path}")]
     Authority {
         /// The file.
         path: String,
-        /// What the client says.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
-    /// There is no HTTP client.
-    #[error(
-        "cannot prepare to fetch its keys (if this machine has no public authorities, set `ca_file`)"
-    )]
+    /// The HTTP client cannot be created.
+    #[error("cannot prepare to fetch its keys (if this machine has no public CAs, set `ca_file`)")]
     Client(#[source] reqwest::Error),
-    /// No answer in time.
+    /// The server did not answer in time.
     #[error("{url}: no answer in time")]
     Timeout {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// What the HTTP client says.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
     /// The request failed.
     #[error("{url}")]
     Request {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// What the HTTP client says.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
-    /// An answer that leads elsewhere.
+    /// The server answered with a redirect.
     #[error(
         "{url}: answered {status}; redirects are not followed: configure the address that it leads to"
     )]
     Redirect {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// The answer.
+        /// The status of the answer.
         status: StatusCode,
     },
-    /// Another answer than 200.
+    /// The status of the answer is not 200.
     #[error("{url}: answered {status}")]
     Status {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// The answer.
+        /// The status of the answer.
         status: StatusCode,
     },
-    /// An answer without end.
+    /// The answer is too long.
     #[error("{url}: the answer is longer than {SET_BYTES_MAX} bytes")]
     TooLong {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
     },
     /// The discovery document does not parse.
     #[error("{url}: it is not a discovery document")]
     Discovery {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: serde_json::Error,
     },
-    /// The discovery document of another issuer.
+    /// The discovery document is for another issuer.
     #[error(
         "{url}: its `issuer` is {found:?}, and `issuer` of the configuration is {configured:?}; they must be equal byte for byte; \
-         if its tokens have the configured issuer all the same, name the key set itself with `jwks_url`"
+         if its tokens do have the configured issuer, set `jwks_url` to the URL of the key set"
     )]
     OtherIssuer {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// The issuer of the document.
+        /// The issuer in the document.
         found: String,
-        /// The configured one.
+        /// The issuer in the configuration.
         configured: String,
     },
-    /// The discovery document names a URL from which keys are not fetched.
+    /// The discovery document contains a URL from which keys must not be fetched.
     #[error("{url}: its `jwks_uri` is {jwks_uri:?}, which {problem}")]
     KeysUrl {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// The URL that it names.
+        /// The URL of the key set.
         jwks_uri: String,
-        /// What is wrong with it.
+        /// The problem of that URL.
         problem: &'static str,
     },
-    /// The task that read the set ended early.
-    #[error("the key set was not read")]
+    /// The task that read the key set ended early.
+    #[error("cannot read the key set")]
     Task(#[source] JoinError),
 }
 
-/// Why there is no key set to verify a token with.
+/// Why no key set is available to verify a token.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NoSet {
     #[error("no key set is known: {0}")]
     Unknown(Arc<str>),
-    #[error("the last good key set is older than `keep_hours`: {0}")]
+    #[error("the last valid key set is older than `keep_hours`: {0}")]
     Old(Arc<str>),
 }

@@ -1,7 +1,7 @@
 //! Fetches a key set over HTTP.
 //!
-//! Only from where the configuration says, or the discovery document of the issuer that the configuration names: no
-//! redirect is followed, no proxy of the environment is asked, and no answer may be large or slow.
+//! Keys are fetched only from the configured URL, or from the URL in the issuer's discovery document. The client
+//! follows no redirect, ignores proxies from the environment, and limits the size and time of an answer.
 
 use std::{path::Path, time::Duration};
 
@@ -16,15 +16,15 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError};
 
-/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+/// Longest CA file, in bytes. The CA file of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// For one request, from the connection to the last byte.
+/// Time limit for one request, from the connection to the last byte.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Knows how to fetch the key set of one issuer.
+/// Fetches the key set of one issuer.
 #[derive(Debug)]
 pub(super) struct Fetcher {
     client: Client,
@@ -39,7 +39,7 @@ struct Discovery {
     jwks_uri: String,
 }
 
-/// The authorities of a `ca_file`.
+/// Reads the CAs of a `ca_file`.
 fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
         .map_err(|error| SourceError::AuthorityFile(Box::new(error)))?;
@@ -51,7 +51,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "authorities of an issuer read"
+        "read the CAs for an issuer"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))
@@ -63,7 +63,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
 }
 
 impl Fetcher {
-    /// For an issuer whose keys are not in a file.
+    /// Creates a fetcher for an issuer whose keys are not in a file.
     pub(super) fn new(settings: &Settings) -> Result<Self, SourceError> {
         let mut builder = Client::builder()
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
@@ -86,7 +86,7 @@ impl Fetcher {
         })
     }
 
-    /// Fetches the set, by way of the discovery document where that says where it is.
+    /// Fetches the key set, and before that the discovery document if it contains the URL of the key set.
     pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,
@@ -94,7 +94,7 @@ impl Fetcher {
             KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
-        // A set full of long RSA keys takes a good part of a second to examine.
+        // Examining a set full of long RSA keys takes a large part of a second.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
         let parsed = parsing.await.map_err(SourceError::Task)?;
         parsed.map_err(|source| SourceError::Set { place: url, source })
@@ -145,7 +145,8 @@ impl Fetcher {
     }
 }
 
-/// A request that failed. The HTTP client names the URL as well, and once is enough.
+/// The error of a failed request. The HTTP client's own mention of the URL is removed, because the error already
+/// contains it.
 fn failed(url: &str, source: reqwest::Error) -> SourceError {
     let (url, source) = (url.to_owned(), source.without_url());
     if source.is_timeout() {

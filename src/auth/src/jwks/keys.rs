@@ -1,5 +1,5 @@
-//! The key set in use: kept fresh in the background, asked for once more when a token names a key that it does not have,
-//! and kept for a stated time while the provider is down.
+//! The current key set of an issuer. It is refreshed in the background, fetched once more when a token refers to a key
+//! that it lacks, and kept for a limited time while the provider is unavailable.
 
 use std::{
     sync::{Arc, Mutex as SyncMutex, PoisonError},
@@ -20,28 +20,31 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// The key files of an issuer: the holder of a key in them can make tokens for every user.
+/// The purpose of key files: a person who controls a key in them can sign tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
-/// A provider publishes a key at the latest so many seconds after it first signed with it: caches between it and the broker may be old.
-const PUBLISHED_WITHIN_S: i64 = 300;
+/// Time after which every copy of a key set is up to date. Until then, caches and replicas between the provider and the
+/// broker may serve an older set.
+const PUBLISHED_WITHIN: Duration = Duration::from_mins(5);
 
-/// How often things happen.
+/// The intervals and time limits of a key set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// Least time between two fetches because of unknown keys: a caller that makes up key ids must not cause load on
-    /// the provider.
+    /// Shortest time between two fetches because of unknown keys, so that callers with invented key ids cannot cause
+    /// load on the provider.
     pub(crate) refetch: Duration,
-    /// Time between fetches while all is well.
+    /// Time between successful fetches.
     pub(crate) refresh: Duration,
-    /// Time after the first failure; doubled with each that follows.
+    /// Time to the next attempt after the first failure. It doubles with each further failure.
     pub(crate) retry_first: Duration,
-    /// Longest time after a failure.
+    /// Longest time to the next attempt after a failure.
     pub(crate) retry_last: Duration,
     /// How long a set is used after it was fetched.
     pub(crate) keep: Duration,
-    /// Time between looks at a file, and between measurements.
+    /// Interval at which key files are read and metrics are updated.
     pub(crate) look: Duration,
+    /// The largest age of a copy of the provider's key set when the broker fetches it.
+    pub(crate) published_within: Duration,
 }
 
 impl Pace {
@@ -53,18 +56,22 @@ impl Pace {
             retry_last: Duration::from_mins(1),
             keep: Duration::from_hours(settings.keep_hours.into()),
             look: Duration::from_secs(2),
+            published_within: PUBLISHED_WITHIN,
         }
     }
 }
 
-/// Result of looking for a newer key set.
+/// The result of looking for a newer key set.
 #[derive(Debug)]
 pub(crate) enum Newer {
-    /// Another set is in use now.
+    /// A newer set is in use now.
     Set(Arc<KeySet>),
-    /// The set was read again just now, and it is the same.
+    /// The key file has not changed.
     Same,
-    /// It is not known whether the provider has a newer set. The broker may ask again after this time.
+    /// The provider has just answered with the same set, which may be an outdated copy. The broker may ask again after
+    /// this time.
+    SameCopy(Duration),
+    /// It is unknown whether the provider has a newer set. The broker may ask again after this time.
     Unknown(Duration),
 }
 
@@ -75,16 +82,16 @@ pub(crate) struct Keys {
     pace: Pace,
     source: Source,
     current: ArcSwapOption<Held>,
-    /// When a fetch because of an unknown key last began.
+    /// When the last fetch because of an unknown key began.
     refetched: Arc<Mutex<Option<Instant>>>,
-    /// What the last attempt failed with: for refusals, and so that it is reported once.
+    /// The error of the last attempt. It is shown in refusals, and kept so that it is reported only once.
     problem: SyncMutex<Option<String>>,
 }
 
 #[derive(Debug)]
 struct Held {
     set: Arc<KeySet>,
-    /// When the fetch began that found it last.
+    /// When the last fetch that returned this set began.
     begun: Timestamp,
     since: Instant,
     withdrawn: Withdrawn,
@@ -97,7 +104,7 @@ enum Source {
 }
 
 impl Keys {
-    /// Files are read at once, and must be good; a provider may be down.
+    /// Creates the keys of an issuer. Key files are read immediately and must be valid; a provider may be unavailable.
     pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, SourceError> {
         let keys = Self {
             name: settings.name.clone(),
@@ -118,7 +125,7 @@ impl Keys {
         Ok(keys)
     }
 
-    /// The set in use, if there is one and it is not too old.
+    /// Returns the current set, unless there is none or it is too old.
     pub(crate) fn current(&self) -> Result<Arc<KeySet>, NoSet> {
         let held = self.current.load();
         let problem = || {
@@ -134,28 +141,38 @@ impl Keys {
         Ok(Arc::clone(&held.set))
     }
 
-    /// What the last attempt to renew it failed with; none when it went well.
+    /// The error of the last attempt to refresh the set; `None` if it succeeded.
     pub(crate) fn problem(&self) -> Option<String> {
         let problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         problem.clone()
     }
 
-    /// Whether the provider is known not to have a key of that id: a set without it was fetched after an earlier set had it, or long
-    /// after the token says it was issued. Only what the provider published counts, and the token itself: an id that another caller
-    /// named must not have good tokens rejected once the provider begins to use it.
+    /// Whether the provider is known to have no key with this id. `issued_s` is the token's `iat`, in seconds since
+    /// 1970.
+    ///
+    /// The newest set must lack the key. It must also have been fetched late enough that it cannot be an older copy
+    /// from a cache: five minutes after the last set that had the key, or five minutes after the token was issued. Key
+    /// ids that other callers used have no influence. Otherwise valid tokens would be rejected when the provider begins
+    /// to use such a key.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
             return false;
         };
-        let published_until = |issued: i64| issued.saturating_add(PUBLISHED_WITHIN_S);
-        let is_old = issued_s
-            .is_some_and(|issued| published_until(issued) < held.begun.micros() / 1_000_000);
-        !held.set.kids().any(|known| known == kid) && (is_old || held.withdrawn.contains(kid))
+        if held.set.kids().any(|known| known == kid) {
+            return false;
+        }
+        let margin = i64::try_from(self.pace.published_within.as_micros()).unwrap_or(i64::MAX);
+        let is_up_to_date_at = |us: i64| us.saturating_add(margin) < held.begun.micros();
+        let issued_us = issued_s.map(|issued| issued.saturating_mul(1_000_000));
+        let seen = held.withdrawn.last_seen(kid);
+        issued_us.is_some_and(is_up_to_date_at)
+            || seen.is_some_and(|seen| is_up_to_date_at(seen.micros()))
     }
 
-    /// Fetches once more because `seen` lacks a key, if that was not done a moment ago. Calls that want it at the same time
-    /// wait for one fetch. The background task reads key files again every two seconds, so a key that they lack does not exist.
+    /// Fetches the set once more because `seen` lacks a key, unless the last such fetch was less than `refetch` ago.
+    /// Concurrent calls wait for the same fetch. Key files are read every two seconds anyway, so a key that they lack
+    /// does not exist.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {
@@ -174,8 +191,8 @@ impl Keys {
             };
         }
         *refetched = Some(Instant::now());
-        // In a separate task, with the lock: a caller that disconnects must neither cancel the fetch that others wait
-        // for nor cause them to be refused before it ends.
+        // The fetch runs in a separate task that holds the lock. A caller that disconnects must not cancel the fetch
+        // for which others wait, and must not cause them to be refused before it ends.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
             let is_read = keys.update().await;
@@ -185,12 +202,15 @@ impl Keys {
         let is_read = fetch.await.unwrap_or(false);
         match newer() {
             Some(newer) => Newer::Set(newer),
-            None if is_read => Newer::Same,
-            None => Newer::Unknown(self.pace.refetch),
+            None if !is_read => Newer::Unknown(self.pace.refetch),
+            None => match self.source {
+                Source::File(_) => Newer::Same,
+                Source::Provider(_) => Newer::SameCopy(self.pace.refetch),
+            },
         }
     }
 
-    /// Keeps the set fresh until `stop`.
+    /// Keeps the set up to date until `stop`.
     pub(crate) async fn refresh(self: Arc<Self>, stop: CancellationToken) {
         let mut retry = self.pace.retry_first;
         let mut due = Instant::now();
@@ -219,7 +239,7 @@ impl Keys {
         }
     }
 
-    /// Reads or fetches the set once; whether that went well.
+    /// Reads or fetches the set once. Returns whether that succeeded.
     async fn update(&self) -> bool {
         let begun = Timestamp::now();
         let outcome = match &self.source {
@@ -247,11 +267,12 @@ impl Keys {
     fn take(&self, set: KeySet, begun: Timestamp) {
         let previous = self.current.load();
         let withdrawn = previous.as_ref().map_or_else(Withdrawn::default, |held| {
-            held.withdrawn.after(held.set.kids(), set.kids())
+            held.withdrawn
+                .after(held.set.kids(), held.begun, set.kids())
         });
         let previous = previous.as_ref().map(|held| &held.set);
         let set = match previous {
-            // The same one, so that what was verified with it stays verified.
+            // An unchanged set keeps its object, so that tokens that were verified with it stay verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
                 tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");

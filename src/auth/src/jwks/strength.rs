@@ -1,8 +1,9 @@
-//! Public keys that prove nothing: anyone can make signatures that verify with them, or they are no valid keys.
+//! Checks for public keys that prove nothing: anyone can forge their signatures, or they are not valid keys.
 //!
-//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (curves of NIST), RFC 8032 for
-//! Ed25519, and Chalkias, Garillot and Nikolaenko 2020 for its keys of small order. Not tested: whether an RSA modulus is prime or has factors that are close
-//! to each other, which costs too much for a key set that is read again every few seconds.
+//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (NIST curves), RFC 8032 (Ed25519),
+//! and Chalkias, Garillot and Nikolaenko 2020 (Ed25519 keys of small order). Not tested: whether an RSA modulus is
+//! prime or has factors that are close to each other. These tests cost too much for a key set that is read again every
+//! few seconds.
 
 use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};
 use curve25519_dalek::edwards::CompressedEdwardsY;
@@ -10,7 +11,7 @@ use rsa::BigUint;
 
 use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, RSA_BITS, error::KeyError};
 
-/// An RSA modulus has no prime factor below this.
+/// An RSA modulus must have no prime factor below this value.
 const FACTOR_MIN: u32 = 1 << 16;
 
 /// First byte of an uncompressed point (SEC 1 section 2.3.3).
@@ -18,7 +19,7 @@ const UNCOMPRESSED: u8 = 4;
 /// The point at infinity (SEC 1 section 2.3.3).
 const INFINITY: [u8; 1] = [0];
 
-/// Checks modulus and exponent of an RSA key, big-endian.
+/// Checks modulus and exponent of an RSA key, both big-endian.
 pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError> {
     let (modulus, exponent) = (
         BigUint::from_bytes_be(modulus),
@@ -44,10 +45,11 @@ pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError>
     }
 }
 
-/// The least prime factor below [`FACTOR_MIN`] of an odd number.
+/// Returns the smallest prime factor of an odd number, if that is below [`FACTOR_MIN`].
 fn small_factor(modulus: &BigUint) -> Option<u32> {
     let is_divisor = |number: &BigUint, divisor: u32| number % divisor == BigUint::from(0_u8);
-    // Three at once, because dividing the long number is what costs. A divisor that is not prime has a factor that came before it.
+    // Tests three divisors with one division of the long number, which is the costly step. A divisor that is not prime
+    // has a smaller factor, which is found first.
     (3..FACTOR_MIN).step_by(6).find_map(|first| {
         let divisors = [first, first + 2, first + 4];
         let product: u64 = divisors.map(u64::from).into_iter().product();
@@ -58,7 +60,7 @@ fn small_factor(modulus: &BigUint) -> Option<u32> {
     })
 }
 
-/// Checks a point of one of the curves of NIST, in the encoding of SEC 1.
+/// Checks a point on a NIST curve, in the encoding of SEC 1.
 pub(super) fn check_nist(
     point: &[u8],
     coordinate_bytes: usize,
@@ -75,7 +77,7 @@ pub(super) fn check_nist(
         .map_err(KeyError::OffCurve)
 }
 
-/// Checks an Ed25519 key. With a key of small order one signature verifies for many messages.
+/// Checks an Ed25519 key. With a key of small order, one signature verifies for many messages.
 pub(super) fn check_ed25519(key: &[u8]) -> Result<(), KeyError> {
     let encoded =
         CompressedEdwardsY::from_slice(key).map_err(|_| KeyError::Ed25519Length(key.len()))?;

@@ -1,4 +1,4 @@
-//! Weak and malformed keys, which a set may hold in addition to valid ones, and the keys that a token names.
+//! Tests weak and malformed keys in a set, and the choice of keys for a token.
 
 use rcgen::PublicKeyData as _;
 use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// Points of Ed25519 of small order, in canonical encoding and others.
+/// Ed25519 points of small order, in canonical and other encodings.
 const SMALL_ORDER: [&str; 12] = [
     "0100000000000000000000000000000000000000000000000000000000000000",
     "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
@@ -22,7 +22,7 @@ const SMALL_ORDER: [&str; 12] = [
     "0100000000000000000000000000000000000000000000000000000000000080",
 ];
 
-/// In front of the 32 bytes of an Ed25519 key (RFC 8410), and of the point of a key on P-256 (RFC 5480).
+/// The DER prefixes of an Ed25519 key (RFC 8410) and of a P-256 key (RFC 5480).
 const ED25519_PREFIX: &str = "302a300506032b6570032100";
 const P256_PREFIX: &str = "3059301306072a8648ce3d020106082a8648ce3d030107034200";
 
@@ -39,7 +39,7 @@ fn fresh(algorithm: &'static rcgen::SignatureAlgorithm) -> rcgen::KeyPair {
     rcgen::KeyPair::generate_for(algorithm).unwrap()
 }
 
-/// The modulus of a fresh key.
+/// Returns the modulus of a new key.
 fn good_modulus() -> BigUint {
     let der = fresh(&rcgen::PKCS_RSA_SHA256).subject_public_key_info();
     let (_, info) = SubjectPublicKeyInfo::from_der(&der).unwrap();
@@ -49,13 +49,13 @@ fn good_modulus() -> BigUint {
     BigUint::from_bytes_be(key.modulus)
 }
 
-/// RSA keys: name, modulus, exponent, and what must be said of them.
+/// RSA keys: name, modulus, exponent, and words of the expected problem.
 fn weak_rsa() -> Vec<(&'static str, BigUint, BigUint, &'static str)> {
     let good = good_modulus();
     let number = |number: u64| BigUint::from(number);
     let usual = || number(65_537);
     let one = number(1);
-    // Of 2048 bits, with the factor 65521, which is the largest prime of 16 bits.
+    // A modulus of 2048 bits with the factor 65521, the largest prime of 16 bits.
     let with_factor = ((&one << 2_047_usize) / number(65_521) + number(2)) * number(65_521);
     let with_factor = if with_factor.to_bytes_le()[0].is_multiple_of(2) {
         with_factor + number(65_521)
@@ -83,7 +83,7 @@ fn point_of(key: &rcgen::KeyPair) -> Vec<u8> {
     key.public_key_raw().to_vec()
 }
 
-/// A set with a good key and all the bad ones, and what must be said of each.
+/// A set with one valid key and all the bad ones, and words of each expected problem.
 fn weak_set() -> (Value, Vec<(String, &'static str)>) {
     let good = point_of(&fresh(&rcgen::PKCS_ED25519));
     let mut keys = vec![json!({"kid": "good", "kty": "OKP", "crv": "Ed25519", "x": encode(&good)})];
@@ -151,7 +151,7 @@ fn weak_and_malformed_keys_of_a_set_are_refused_by_name_and_the_rest_is_used() {
             "{kid} {words}: {refused}"
         );
     }
-    // Without the good one there is no set.
+    // Without the valid key, the set is refused.
     for key in set["keys"].as_array().unwrap().iter().skip(1) {
         let alone = json!({"keys": [key]}).to_string();
         let problem = chain(&KeySet::parse_jwks(alone.as_bytes()).unwrap_err());
@@ -211,7 +211,7 @@ fn keys_of_a_set_without_weak_ones_are_all_used() {
     assert!(read.refused().is_empty(), "{:?}", read.refused());
 }
 
-/// RSA keys of those names; those after the first have thumbprints when that is wished.
+/// RSA keys with these names. The keys after the first have thumbprints if requested.
 fn rsa_set(names: &[&str], thumbprints: bool) -> KeySet {
     let n = encode(&good_modulus().to_bytes_be());
     let keys: Vec<Value> = names
@@ -257,10 +257,10 @@ fn a_thumbprint_chooses_where_the_set_knows_it() {
     assert_eq!(count(&known, of(Some("e-sha1"), None)), Ok(1));
     assert_eq!(count(&known, of(None, Some("b-sha256="))), Ok(1));
     assert_eq!(count(&known, of(Some("x"), None)), Err(NoKey::Unknown));
-    // A set that knows no certificates is tried as without one.
+    // In a set without certificates, a thumbprint does not restrict the keys.
     let unknown = rsa_set(&["a", "b"], false);
     assert_eq!(count(&unknown, of(Some("x"), None)), Ok(2));
-    // The `kid` is more exact.
+    // The `kid` is more specific.
     let both = Named {
         kid: Some("a"),
         ..of(Some("e-sha1"), None)
@@ -268,7 +268,7 @@ fn a_thumbprint_chooses_where_the_set_knows_it() {
     assert_eq!(count(&known, both), Ok(1));
 }
 
-/// A hostile provider decides what its names and its mistakes are, and not how much of them is logged.
+/// A hostile provider can choose names and mistakes, but cannot make the log lines about them longer.
 #[test]
 fn what_a_provider_puts_into_a_log_line_is_short_and_plain() {
     let hostile = "\u{10ffff}\n\"".repeat(5_000);
@@ -281,7 +281,7 @@ fn what_a_provider_puts_into_a_log_line_is_short_and_plain() {
     assert!(line.len() < 8_000, "{}", line.len());
     assert!(line.is_ascii());
     assert_eq!(set.refused_count(), 1_001);
-    // The whole name still chooses the key.
+    // The complete name still chooses the key.
     let named = Named {
         kid: Some(&hostile),
         ..Named::default()

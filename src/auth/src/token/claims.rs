@@ -1,4 +1,4 @@
-//! What a verified token says, and whether that is what its issuer's configuration asks for.
+//! Checks the claims of a verified token against the issuer's configuration, and reads the identity from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,12 +15,12 @@ use keybroker_core::{
 use super::refusal::{Cause, Refusal, shown};
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// The claims with scopes: that of RFC 9068, and the one that some providers use instead.
+/// The claims that contain scopes: that of RFC 9068, and the one that some providers use instead.
 const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 
 type Said = Map<String, Value>;
 
-/// Who a token is for, and until when it may be believed.
+/// Returns the identity that a token describes, and the time until which it is valid.
 pub(super) fn identity(
     settings: &Settings,
     said: &Said,
@@ -60,13 +60,13 @@ pub(super) fn identity(
     Ok((identity, until))
 }
 
-/// `exp` and `nbf` were checked with the signature.
+/// Checks `iat`. `exp` and `nbf` were checked together with the signature.
 fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), Refusal> {
     let Some(value) = said.get("iat") else {
         return Ok(());
     };
     let Some(issued) = moment(said, "iat") else {
-        return Err(Cause::Claim.because(format!("its `iat` is {value}, which is no time")));
+        return Err(Cause::Claim.because(format!("its `iat` is {value}, which is not a time")));
     };
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     if issued.micros() > now.micros().saturating_add(leeway) {
@@ -78,8 +78,8 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
     Ok(())
 }
 
-/// A stolen token is good until it expires, so a provider's mistake must not make one that never does. Without `iat` the rest of its
-/// life is measured.
+/// Checks the lifetime. A stolen token can be used until it expires, so a provider's mistake must not lead to a token
+/// that never expires. Without `iat`, the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,
@@ -92,7 +92,7 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // Without `iat`, our clock and the provider's are compared.
+    // Without `iat`, the provider's clock is compared with the broker's, which may differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());
@@ -140,7 +140,7 @@ fn check_claims(settings: &Settings, said: &Said) -> Result<(), Refusal> {
         if !accepted.is_empty() && values.is_disjoint(accepted) {
             let values: Vec<&str> = values.iter().map(String::as_str).collect();
             return Err(Cause::Claim.because(format!(
-                "its `{claim}` is {}, and none of {accepted:?}",
+                "its `{claim}` is {}, which is none of {accepted:?}",
                 shown(&values.join(" "))
             )));
         }
@@ -162,7 +162,7 @@ fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
     };
     UserId::parse(&text).map_err(|error| {
         Cause::Subject.because(format!(
-            "its `sub` is {}, and a user is {}",
+            "its `sub` is {}, but a user must be {}",
             shown(sub),
             error.detail()
         ))
@@ -182,7 +182,7 @@ fn attributes(settings: &Settings, said: &Said) -> BTreeMap<String, BTreeSet<Str
         .collect()
 }
 
-/// The values of a claim that is one value or a list of them; what is neither text, number nor truth value is left out.
+/// The values of a claim that is a single value or a list. Values that are not a string, number or boolean are ignored.
 fn texts(value: Option<&Value>) -> BTreeSet<String> {
     let values = match value {
         None => &[],
@@ -202,7 +202,8 @@ fn text(said: &Said, claim: &str) -> Option<String> {
     texts(said.get(claim)).into_iter().next()
 }
 
-/// Seconds since 1970, perhaps with a fraction, which is cut off (RFC 7519 section 2). Some providers write a number as text.
+/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). Some providers write the number as
+/// text.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

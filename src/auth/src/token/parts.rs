@@ -1,4 +1,4 @@
-//! A token taken apart, before anything about it is known to be true.
+//! The parts of a token before it is verified.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value};
@@ -10,10 +10,10 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// Members of a header that bring a key or say where one is. A key that comes with the token proves nothing.
+/// Header members that contain a key or its address. A key that comes with the token proves nothing.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
-/// Header and claims, unverified.
+/// The header and the claims, both unverified.
 pub(super) struct Parts {
     header: Map<String, Value>,
     claims: Map<String, Value>,
@@ -24,7 +24,7 @@ impl Parts {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "it has {} parts and not three: it is no signed token",
+                "it has {} parts instead of three, so it is not a signed token",
                 parts.len()
             )));
         };
@@ -44,29 +44,29 @@ impl Parts {
         })
     }
 
-    /// Whose token it says it is: only to choose the configuration.
+    /// The claimed issuer. It is used only to choose the configuration.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
     }
 
-    /// When it says it was issued, in seconds since 1970.
+    /// The claimed time of issue, in seconds since 1970.
     pub(super) fn issued_s(&self) -> Option<i64> {
         self.claims.get("iat").and_then(Value::as_i64)
     }
 
-    /// The algorithm, if the issuer may use it and the header is otherwise one that can be understood.
+    /// Returns the algorithm, if the issuer may use it. Refuses headers with keys or with unknown extensions.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
                 return Err(Cause::Header.because(format!(
-                    "its header has `{member}`: keys that come with a token prove nothing"
+                    "its header has `{member}`: a key that comes with a token proves nothing"
                 )));
             }
         }
         if self.header.contains_key("crit") {
             return Err(Cause::Header
-                .because("its header has `crit`: it asks for extensions, and none is understood"));
+                .because("its header has `crit`, but the broker supports no extensions"));
         }
         let name = self.header.get("alg").and_then(Value::as_str).unwrap_or("");
         let algorithm = Algorithm::parse(name).filter(|one| settings.algorithms.contains(one));
@@ -79,7 +79,7 @@ impl Parts {
         })
     }
 
-    /// RFC 9068 section 2.1: `application/` may be left out, and case does not matter.
+    /// Checks `typ`. `application/` may be omitted and case is ignored (RFC 9068 section 2.1).
     pub(super) fn check_type(&self, settings: &Settings) -> Result<(), Refusal> {
         if settings.token_types.is_empty() {
             return Ok(());
@@ -102,7 +102,7 @@ impl Parts {
         )))
     }
 
-    /// What the header says about the key.
+    /// Returns the key that the header refers to.
     pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
         let text = |member: &str| match self.header.get(member) {
             None => Ok(None),

@@ -1,32 +1,32 @@
-//! Why a token is refused: a cause for the counter, and the exact reason for the log. Neither ever shows the token.
+//! Why a token is refused: a cause for the counter and a detail for the log. Neither contains the token.
 
 use std::time::Duration;
 
 use keybroker_core::error::{Error, Reason};
 
-/// When to come again while an issuer's keys are not known.
+/// The delay after which a caller may retry while the keys of an issuer are unknown.
 const KEYS_RETRY: Duration = Duration::from_secs(2);
-/// Longest text of a token that is repeated in the log, in characters.
+/// Longest text of a token that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
-/// What is counted.
+/// The causes of refusals, as they are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// Longer than the limit.
+    /// The token is longer than the limit.
     Oversized,
-    /// Not three parts, not base64url, not JSON.
+    /// The token does not have three parts, or a part is not JSON in base64url.
     Malformed,
-    /// An `iss` that is not configured.
+    /// The `iss` is not configured.
     Issuer,
-    /// An `alg` that is not allowed, or not the key's.
+    /// The `alg` is not allowed, or does not match the key.
     Algorithm,
-    /// A header that brings its own keys, or asks for what is not understood.
+    /// The header contains a key or asks for an unknown extension.
     Header,
-    /// A `typ` that is not asked for.
+    /// The `typ` is not one of those that the issuer's configuration lists.
     Type,
-    /// A `kid` that no key has.
+    /// No key has the `kid`.
     KeyId,
-    /// No `kid`, and more keys fit than are tried.
+    /// The token has no `kid`, and more keys match than are tried.
     ManyKeys,
     /// The issuer's keys are not known.
     NoKeys,
@@ -34,17 +34,17 @@ pub(super) enum Cause {
     Signature,
     /// `exp` has passed.
     Expired,
-    /// It is valid for longer than its issuer's access tokens may be.
+    /// The token is valid for longer than the issuer's access tokens may be.
     Lifetime,
-    /// `nbf` or `iat` is ahead.
+    /// `nbf` or `iat` is in the future.
     NotYetValid,
-    /// Issued for another audience.
+    /// The token was issued for another audience.
     Audience,
     /// A scope is missing.
     Scope,
-    /// A claim is missing, or has none of the values asked for.
+    /// A claim is missing, or has none of the required values.
     Claim,
-    /// A `sub` that can be no user.
+    /// The `sub` is not a valid user.
     Subject,
 }
 
@@ -58,13 +58,13 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// Marks the refusal as one that a newer key of the issuer may change, after this time.
+    /// Marks the refusal as uncertain: a newer key of the issuer, which can be fetched after this time, may change it.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;
         }
         let detail = format!(
-            "{}; whether its issuer has a newer key is looked up again in {} s",
+            "{}; the broker checks again in {} s whether the issuer has a newer key",
             self.detail,
             whole_seconds(wait).as_secs()
         );
@@ -80,36 +80,37 @@ impl Refusal {
         matches!(self.cause, Cause::KeyId | Cause::Signature)
     }
 
-    /// The error for the caller, with this detail for the log. A token that cannot be verified now is not a rejected one.
+    /// Returns the error for the caller, with this detail for the log. A token that cannot be verified now is not a
+    /// rejected token.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // After a key rotation every token of a network may name a key that was not fetched yet, so the attempt does not count as
-            // failed. It was cheap: without a key no signature is checked. The same id in an
-            // older token counts once a set without it was fetched.
+            // After a key rotation, every token from a network may name a key that the broker has not fetched yet, so the attempt does not
+            // count as failed. An attacker can make such tokens too, with an `iat` of now. They cost no signature check, and
+            // the limits on connections and on log lines apply.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }
-            // Signatures were checked.
+            // The signature was checked, so this attempt was costly.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),
             (Cause::NoKeys, None) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY)
             }
-            // The signature was verified before: only the issuer can make such a token.
+            // The signature was verified, so the token really comes from the issuer.
             (Cause::Expired, None) => Error::new(Reason::Credential, detail).renewable(),
             (_, None) => Error::new(Reason::Credential, detail),
         }
     }
 }
 
-/// Rounded up: a retry that comes earlier fails again.
+/// Rounds up, because a retry that comes too early fails again.
 fn whole_seconds(wait: Duration) -> Duration {
     Duration::from_secs(wait.as_secs() + u64::from(wait.subsec_nanos() > 0))
 }
 
 impl Cause {
-    /// Label of the counter.
+    /// The label of the counter.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Oversized => "oversized",
@@ -140,7 +141,7 @@ impl Cause {
     }
 }
 
-/// Text of a token for the log: quoted, and not at any length.
+/// Quotes and shortens a text of a token for the log.
 pub(super) fn shown(text: &str) -> String {
     let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if cut.len() < text.len() {

@@ -1,4 +1,4 @@
-//! Every bad token, and every state of a provider, against a real identity service on loopback.
+//! Tests every kind of bad token, and every state of a provider, against a real identity service on loopback.
 
 use std::fmt::Write as _;
 
@@ -22,7 +22,7 @@ mod provider;
 
 const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";
 
-/// Nothing in a test may wait for the real pace.
+/// The tests must not wait for the real intervals.
 fn quick(_: &Settings) -> Pace {
     Pace {
         refetch: Duration::from_mins(1),
@@ -31,10 +31,11 @@ fn quick(_: &Settings) -> Pace {
         retry_last: Duration::from_millis(50),
         keep: Duration::from_hours(1),
         look: Duration::from_millis(20),
+        published_within: Duration::from_mins(5),
     }
 }
 
-/// An issuer as an operator of Bitwarden writes it, with other lines.
+/// An issuer as an operator of Bitwarden configures it, with additional lines.
 fn settings(service: &Identity, lines: &str) -> Settings {
     let mut text = format!(
         "name = \"vault\"\nissuer = \"{}\"\nprofile = \"bitwarden\"\n",
@@ -62,7 +63,7 @@ impl Running {
         Self { tokens, stop }
     }
 
-    /// Until the first key set is there.
+    /// Waits until the first key set is available.
     async fn ready(service: &Identity, lines: &str) -> Self {
         let running = Self::with(&[settings(service, lines)], quick);
         let is_ready = |tokens: &Tokens| tokens.issuers[0].keys.current().is_ok();
@@ -84,7 +85,7 @@ impl Running {
         self.tokens.verify(token.as_bytes()).await.unwrap()
     }
 
-    /// Nobody can say yet whether it is good.
+    /// Expects that the token can be verified only later.
     async fn undecided(&self, token: &str, words: &str) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown);
@@ -93,8 +94,8 @@ impl Running {
         assert!(error.detail().contains(words), "{words}: {error}");
     }
 
-    /// The issuer may have a newer key, which cannot be looked up yet. The token is not rejected; it counts as a failed attempt if
-    /// signatures were checked for it.
+    /// Expects that the token is not rejected, because the issuer may have a newer key that cannot be looked up yet. It
+    /// counts as a failed attempt if signatures were checked.
     async fn postponed(&self, token: &str, words: &str, counts: bool) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown, "{error}");
@@ -158,7 +159,7 @@ async fn scope_and_amr_may_be_lists_or_text() {
     }
 }
 
-/// What is bad about a token, the token, and the words that the log must have of it.
+/// A description of each bad token, the token, and words that the log must contain.
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
     let minted = |claims: Value, header: Value| {
@@ -247,7 +248,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
         ("sub as number", claims(json!({"sub": 7})), "no `sub`"),
         (
             "unknown kid",
-            header(json!({"kid": "nobody's"})),
+            minted(json!({"iat": now() - 600}), json!({"kid": "nobody's"})),
             "none of [\"key-1\"]",
         ),
         (
@@ -335,7 +336,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
 async fn every_bad_token_is_refused_for_its_reason() {
     let service = Identity::start(Options::default());
     let running = Running::ready(&service, "").await;
-    // The good twin of them all.
+    // A valid token from the same service is accepted.
     running.accepted(&service.user_token(ADA)).await;
     for (what, token, words) in bad_tokens(&service) {
         eprintln!("{what}");
@@ -344,8 +345,8 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
-/// An expired token is answered with "renew it" only when a renewed one would be accepted. Everything but the time is verified
-/// first: otherwise a token for another service, which never counts as a failure, could be sent without end.
+/// An expired token is reported as renewable only if a renewed token would be accepted. Everything except the time is
+/// verified first. Otherwise a token for another service, which never counts as a failure, could be sent without limit.
 #[tokio::test]
 async fn only_a_token_whose_one_fault_is_its_age_is_renewable() {
     let service = Identity::start(Options::default());
@@ -400,7 +401,7 @@ async fn one_changed_byte_anywhere_is_refused() {
     for at in (0..good.len() - 1).step_by(7) {
         let mut bad = good.clone().into_bytes();
         bad[at] = if bad[at] == b'A' { b'B' } else { b'A' };
-        // The last character of a part has bits that do not count.
+        // The last character of a part has unused bits.
         if bad == good.as_bytes() {
             continue;
         }
@@ -425,7 +426,7 @@ async fn leeway_is_as_configured() {
     }
 }
 
-/// 180 organisations in one claim, as a member of all of them has.
+/// An access token with 180 organisations in one claim, as a member of all of them has.
 #[tokio::test]
 async fn a_token_of_a_user_with_many_organisations_is_accepted_and_the_limit_is_named() {
     let service = Identity::start(Options::default());
@@ -537,7 +538,7 @@ async fn a_service_has_the_roles_of_its_issuer_and_no_keys_of_its_own() {
 #[tokio::test]
 async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     let service = Identity::start(Options::default());
-    // The set says `alg` RS256, so it is written without that for the others.
+    // The set's `alg` is RS256. It is removed to test the other algorithms.
     let mut set = service.jwks();
     set["keys"][0].as_object_mut().unwrap().remove("alg");
     let folder = tempfile::tempdir().unwrap();
@@ -549,7 +550,7 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     let keys = set["keys"].as_array_mut().unwrap();
     keys.push(json!({"kty": "EC", "crv": "P-256", "kid": "ec", "x": encode(&point[1..33]), "y": encode(&point[33..])}));
     keys.push(json!({"kty": "OKP", "crv": "Ed25519", "kid": "ed", "x": encode(edwards.public_key().as_ref())}));
-    // What is of no use here does no harm.
+    // Keys for other purposes do not disturb the rest of the set.
     keys.push(json!({"kty": "oct", "kid": "shared", "k": "c2VjcmV0"}));
     keys.push(json!({"kty": "RSA", "kid": "enc", "use": "enc", "n": "x", "e": "AQAB"}));
     keys.push(json!("nonsense"));
@@ -592,7 +593,7 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     running
         .refused(&service.mint(user(ADA), json!({"kid": "enc"})), "none of")
         .await;
-    // Of three kinds of keys, one fits.
+    // One of three kinds of keys matches.
     running
         .accepted(&service.mint(user(ADA), json!({"kid": null})))
         .await;
@@ -645,7 +646,7 @@ async fn issuers_are_told_apart_by_their_iss() {
         .await;
 }
 
-/// The service signs by hand: what it makes verifies with another library than the one under test.
+/// The service signs with another library than the one under test.
 #[test]
 fn the_double_makes_real_signatures() {
     let service = Identity::start(Options::default());
@@ -669,7 +670,8 @@ fn the_double_makes_real_signatures() {
     assert_eq!(pem.names(), ["(key without `kid`)"]);
 }
 
-/// A file of two joined keys once gave one of them, and a key in PKCS #1 was reported as no key.
+/// In an earlier release, a file of two joined keys yielded only one of them, and a key in PKCS #1 was reported as
+/// missing.
 #[test]
 fn every_key_of_a_pem_file_counts() {
     let key = || rcgen::KeyPair::generate().unwrap().public_key_pem();

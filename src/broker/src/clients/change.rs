@@ -1,4 +1,4 @@
-//! Changes of API clients: intent durable, commit, outcome durable, answer. The same order as for user keys.
+//! Changes of API clients, in the same order as for user keys: durable intent, commit, durable outcome, answer.
 
 use std::sync::atomic::Ordering;
 
@@ -13,7 +13,7 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Asks policy, and begins the entry.
+    /// Asks policy for a permit, and begins the entry.
     pub(super) async fn begin_client(
         &self,
         principal: &Principal,
@@ -28,7 +28,7 @@ impl Broker {
         Ok(draft)
     }
 
-    /// Records a failure before anything was changed.
+    /// Records the failure of a step that precedes the change.
     pub(super) async fn or_record<T>(
         &self,
         draft: &Draft,
@@ -68,7 +68,8 @@ impl Broker {
         let at = Timestamp::now();
         let change = async {
             let result = commit.await;
-            // Also when it is not known whether the change was made: what is remembered of the client may be out of date.
+            // The generation also grows when the outcome is unknown, because cached data of the client may be out of
+            // date.
             self.clients_generation.fetch_add(1, Ordering::Release);
             result
         };

@@ -1,4 +1,4 @@
-//! API clients as SQL has them, verified on the token, and the rows that follow.
+//! Reads API clients from the store and verifies their rows on the token. Also makes the rows of changed clients.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -15,23 +15,23 @@ use keybroker_core::{
 use keybroker_hsm as hsm;
 use keybroker_store::ClientRow;
 
-/// For a MAC on the token that no call waits for.
+/// Time limit for a MAC on the token that is not part of a call.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What an API client is looked up for.
+/// The purpose for which an API client is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// To be let in or changed: its MAC must be of a key that may be used.
+    /// To authenticate or change the client. The wrapping key of its MAC must be usable.
     InForce,
-    /// To be revoked permanently. Also when the key of its MAC may no longer be used: a revoked row admits no caller,
-    /// so a row that is not to be trusted gains nothing by it.
+    /// To revoke the client permanently. This is also possible when the wrapping key of its MAC must no longer be used:
+    /// a revoked client cannot authenticate, so an untrusted row gains nothing by it.
     ToEnd,
 }
 
-/// The longest that one page of a list waits for the token to verify MACs. Rows left after that are shown unverified.
+/// Longest time for which a page of a list waits for the token. The remaining rows are listed as unverified.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Verifies the rows of one page on the token, until the token fails or its time is up.
+/// Verifies the rows of one page on the token, until the token fails or the time is up.
 #[derive(Debug)]
 pub(super) struct PageVerifier {
     caller: hsm::Caller,
@@ -51,12 +51,12 @@ impl PageVerifier {
     }
 }
 
-/// For jobs about one API client. They wait in the queue of that client, as its calls do.
+/// Returns the caller for jobs about one API client. These jobs wait in the queue of that client, like its own calls.
 fn caller_about(id: ClientId) -> hsm::Caller {
     hsm::Caller::principal(id.principal_name(), Deadline::after(MAC_TIMEOUT))
 }
 
-/// What became of the verification of a listed row.
+/// The result of verifying a listed row.
 #[derive(Debug)]
 pub(super) enum Verified {
     Yes,
@@ -67,8 +67,8 @@ pub(super) enum Verified {
 }
 
 impl Broker {
-    /// Verifies the MAC of a listed row. The list does not depend on the token: an administrator needs it during an outage as
-    /// well.
+    /// Verifies the MAC of a listed row. The list works without the token too, because an administrator needs it during
+    /// an outage.
     pub(super) async fn verify_listed(
         &self,
         verifier: &mut PageVerifier,
@@ -82,7 +82,7 @@ impl Broker {
             return Verified::NotAsked;
         };
         if !registry.knows(row.key) {
-            // Another broker may have registered the key a moment ago.
+            // Another broker may have registered the key after this broker last read the registry.
             match self.refresh_registry().await.and_then(|()| self.registry()) {
                 Ok(fresh) => registry = fresh,
                 Err(_) => return Verified::NotAsked,
@@ -102,14 +102,15 @@ impl Broker {
             Ok(()) => Verified::Yes,
             Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
             Err(error) => {
-                tracing::info!(%error, "the rows of a page are shown without a verified MAC");
+                tracing::info!(%error, "the rows of a page are listed without a verified MAC");
                 verifier.has_failed = true;
                 Verified::NotAsked
             }
         }
     }
 
-    /// An API client, once the token has verified its row: the basis of authentication. `None` if it does not exist.
+    /// Returns an API client for authentication, after the token has verified its row. `None` if the client does not
+    /// exist.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.client_for(Wanted::InForce, id).await
     }
@@ -119,7 +120,7 @@ impl Broker {
         wanted: Wanted,
         id: ClientId,
     ) -> Result<Option<ClientCredential>, Error> {
-        // An earlier state may let in what was revoked since.
+        // An earlier state of the database may accept a client that was revoked since.
         self.check_acknowledged()?;
         let Some(row) = self.store.client(id).await? else {
             return Ok(None);
@@ -127,12 +128,13 @@ impl Broker {
         let refused = |what: String| {
             keybroker_core::alert!(
                 ClientDamaged, client = %id, what,
-                "an API client's row does not verify; it is not let in"
+                "the stored row of an API client is not valid; the client is refused"
             );
             Error::new(Reason::Credential, what)
         };
         if !self.registry()?.knows(row.key) {
-            // Another broker may have made it under a key that was registered a moment ago.
+            // Another broker may have created the client under a key that was registered after this broker last read
+            // the registry.
             self.refresh_registry().await?;
         }
         let registry = self.registry()?;
@@ -162,7 +164,7 @@ impl Broker {
         if wanted == Wanted::InForce
             && let Some(problem) = document.grant().problem()
         {
-            return Err(refused(format!("it {problem}")));
+            return Err(refused(format!("the client {problem}")));
         }
         Ok(Some(ClientCredential {
             id,
@@ -171,7 +173,7 @@ impl Broker {
         }))
     }
 
-    /// Another number after each change of an API client through this broker.
+    /// Returns a number that changes with each change of an API client through this broker.
     pub fn clients_generation(&self) -> u64 {
         self.clients_generation.load(Ordering::Acquire)
     }
@@ -181,7 +183,7 @@ impl Broker {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger one. The row stays as it is if it has changed meanwhile.
+    /// Replaces the stored hash of a secret with a stronger one. Leaves the row unchanged if it was changed meanwhile.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;
         let known = credential.document.secrets.iter_mut();
@@ -195,15 +197,15 @@ impl Broker {
         };
         match improved.await {
             Ok(()) => {
-                tracing::info!(client = %id, secret, "its secret is hashed with today's parameters");
+                tracing::info!(client = %id, secret, "the hash of a client secret was renewed with the current parameters");
             }
             Err(error) => {
-                tracing::info!(client = %id, secret, %error, "its secret keeps its older hash for now");
+                tracing::info!(client = %id, secret, %error, "cannot renew the hash of a client secret; the older hash stays valid");
             }
         }
     }
 
-    /// A client of the administrator's own tenant. One of another tenant is not found.
+    /// Returns a client of the administrator's own tenant. A client of another tenant is reported as not found.
     pub(super) async fn own_client(
         &self,
         principal: &Principal,
@@ -212,7 +214,8 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // A caller with a damaged client is refused; its administrator learns the cause.
+        // A damaged client cannot authenticate and is told only that its credential is refused. Its administrator gets
+        // the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,
@@ -226,7 +229,7 @@ impl Broker {
         Ok(credential)
     }
 
-    /// The row that follows this state of a client, with the token's MAC.
+    /// Returns the next row of a client, with its MAC from the token.
     pub(super) async fn next_row(&self, credential: ClientCredential) -> Result<ClientRow, Error> {
         let too_long = || {
             Error::new(

@@ -1,4 +1,5 @@
-//! When secrets of API clients were last accepted: noted in memory, written by and by. A note that is lost loses nothing else.
+//! Records when secrets of API clients were last accepted. Notes are kept in memory and written in the background. If a
+//! note is lost, nothing else is affected.
 
 use std::{
     collections::HashMap,
@@ -8,7 +9,7 @@ use std::{
 use crate::Broker;
 use keybroker_core::{call::Timestamp, key::ClientId};
 
-/// Secrets noted at most.
+/// Most secrets that are noted.
 const NOTED_MAX: usize = 10_000;
 
 #[derive(Debug, Default)]
@@ -22,7 +23,7 @@ impl ClientUses {
         }
     }
 
-    /// All that is noted, in the order in which every broker writes it.
+    /// Takes all notes, sorted in the order in which every broker writes them.
     fn take(&self) -> Vec<(ClientId, u32, Timestamp)> {
         let noted = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let uses = noted.into_iter().map(|((id, secret), at)| (id, secret, at));
@@ -33,14 +34,14 @@ impl ClientUses {
 }
 
 impl Broker {
-    /// Writes what was noted. What cannot be written is forgotten: the next use notes it again.
+    /// Writes the notes. Notes that cannot be written are dropped; the next use notes the time again.
     pub(crate) async fn flush_client_uses(&self) {
         let uses = self.client_uses.take();
         if uses.is_empty() {
             return;
         }
         if let Err(error) = self.store.note_client_uses(&uses).await {
-            tracing::info!(%error, "last uses of client secrets not written");
+            tracing::info!(%error, "cannot write the times of last use of client secrets");
         }
     }
 }

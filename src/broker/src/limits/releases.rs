@@ -1,4 +1,4 @@
-//! Different users whose keys one service released within the last hour.
+//! Counts the different users whose keys one service released within the last hour.
 
 use std::{
     collections::HashMap,
@@ -10,12 +10,13 @@ use std::{
 use moka::sync::Cache;
 
 const WINDOW: Duration = Duration::from_hours(1);
-/// Forgetting looks at every user, so it is done no more often than this.
+/// Removing old users visits every user, so it runs no more often than this.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
-/// Services that are told apart: those of the configuration and API clients, so an operator decides how many there are.
+/// Most services that are counted separately. Services come from the configuration and from API clients, so operators
+/// decide how many exist.
 const SERVICES_MAX: u64 = 1_000;
 
-/// Counts users by hashes under a random key of this process: two that fall together only make the count smaller.
+/// Users are counted by hashes under a random key of this process. A collision only makes the count smaller.
 pub(super) struct Releases {
     users_max: usize,
     hasher: RandomState,
@@ -24,7 +25,7 @@ pub(super) struct Releases {
 
 #[derive(Default)]
 struct Seen {
-    /// No more than `users_max`, each with its last release.
+    /// At most `users_max` hashes, each with the time of the last release.
     users: HashMap<u64, Instant>,
     said: Option<Instant>,
     forgot: Option<Instant>,
@@ -50,7 +51,8 @@ impl Releases {
         }
     }
 
-    /// `true` when that is one user too many within the hour, and was not said within the hour.
+    /// Returns `true` when the service exceeds the number of users per hour and no alert about it was raised within the
+    /// last hour.
     pub(super) fn note(&self, service: &str, user: &str) -> bool {
         self.note_at(service, user, Instant::now())
     }
@@ -97,9 +99,9 @@ mod tests {
         assert!(releases.note_at("service", "d", minutes(1)));
         assert!(!releases.note_at("service", "e", minutes(2)));
         assert!(!releases.note_at("other", "d", minutes(2)));
-        // A user who came again counts once.
+        // A user who is seen again counts once.
         assert!(!releases.note_at("service", "c", minutes(30)));
-        // The first two are forgotten by now, and there is room for two.
+        // The first two users are forgotten by now, so there is room for two more.
         assert!(!releases.note_at("service", "d", minutes(61)));
         assert!(!releases.note_at("service", "e", minutes(61)));
         assert!(releases.note_at("service", "f", minutes(62)));

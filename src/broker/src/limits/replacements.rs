@@ -1,5 +1,5 @@
-//! Records that are replaced unusually often. The times are those of the stored revisions, so that all brokers of one database count
-//! together and a restart forgets nothing; only the alerts that were raised are remembered here.
+//! Detects records that are replaced unusually often. The times are read from the stored revisions, so that all brokers
+//! of one database count together and a restart loses nothing. Only the alerts that were raised are kept in memory.
 
 use std::{
     collections::HashMap,
@@ -9,10 +9,10 @@ use std::{
 
 use keybroker_core::key::{RecordId, Revision};
 
-/// Alerts about one record come no more often than this.
+/// The shortest time between two alerts about the same record.
 const INTERVAL: Duration = Duration::from_hours(1);
-/// Records whose alert is remembered. Further ones raise no alert until the oldest alert is an hour old: a thousand alerts were raised
-/// then.
+/// Most records whose alert is remembered. When a thousand alerts were raised within an hour, further records raise no
+/// alert until the oldest alert is an hour old.
 const RECORDS_MAX: usize = 1_000;
 
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl Replacements {
 
     pub(super) fn telling_revision(&self, current: Revision) -> Option<Revision> {
         let number = current.get().checked_sub(self.per_hour)?;
-        // The first revision is no replacement.
+        // The first revision is not a replacement.
         Revision::new(number).filter(|revision| *revision > Revision::FIRST)
     }
 

@@ -1,4 +1,4 @@
-//! The caller at the other end of a connection: what the server knows about a call before an API handles it.
+//! The caller of a connection: what the server knows about a call before an API handles it.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -14,18 +14,19 @@ pub struct Caller {
     /// Places for the calls of this connection.
     calls: Arc<Semaphore>,
     calls_max: usize,
-    /// Places for health checks and for health watches, apart from calls: a watch that is open does not make a connection busy.
+    /// Places for health checks and for health watches. Both are separate from calls, so that an open watch does not make the
+    /// connection busy.
     health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,
 }
 
-/// Health checks under way on one connection.
+/// Highest number of concurrent health checks on one connection.
 const HEALTH_CHECKS_MAX: usize = 8;
-/// Health watches open on one connection.
+/// Highest number of open health watches on one connection.
 const HEALTH_WATCHES_MAX: usize = 4;
 
 impl Caller {
-    /// A peer, what authentication said of it, and how many calls it may have under way.
+    /// A caller with its address, the result of its authentication, and the highest number of its concurrent calls.
     pub fn new(
         peer: SocketAddr,
         principal: Result<Arc<Principal>, Error>,
@@ -41,7 +42,7 @@ impl Caller {
         }
     }
 
-    /// The same connection, on which a call brought its own credential.
+    /// The same connection with another principal, for a call that has its own credential.
     #[must_use]
     pub fn with_principal(&self, principal: Result<Arc<Principal>, Error>) -> Self {
         Self {
@@ -55,7 +56,7 @@ impl Caller {
         self.peer
     }
 
-    /// Who asks, or why that is not known.
+    /// The authenticated principal, or the reason why the authentication failed.
     pub fn principal(&self) -> Result<&Arc<Principal>, &Arc<Error>> {
         self.principal.as_ref()
     }
@@ -75,12 +76,12 @@ impl Caller {
         &self.health_watches
     }
 
-    /// Whether a principal was found.
+    /// Whether the authentication succeeded.
     pub fn is_known(&self) -> bool {
         self.principal.is_ok()
     }
 
-    /// Whether no call of the connection is under way. Health checks and watches do not count.
+    /// Whether no call of the connection is in progress. Health checks and watches are not counted.
     pub fn is_idle(&self) -> bool {
         self.calls.available_permits() == self.calls_max
     }

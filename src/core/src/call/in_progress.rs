@@ -1,13 +1,13 @@
-//! The number of calls under way, over all APIs.
+//! The number of calls in progress, over all APIs.
 
 use crate::metrics::CALLS_IN_PROGRESS;
 
-/// One call, counted until this is dropped, also when it panics.
+/// Counts one call as in progress until it is dropped, also when the call panics.
 #[derive(Debug)]
 pub struct CallInProgress(());
 
 impl CallInProgress {
-    /// A call that begins now.
+    /// Counts a call that starts now.
     #[expect(
         clippy::new_without_default,
         reason = "a default that counts would surprise"

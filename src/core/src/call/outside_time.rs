@@ -1,5 +1,5 @@
-//! Time that a call spends outside the broker: in the token's queue and in its module. The measurement of a call
-//! takes it off, and what is left is what the broker adds.
+//! The time that a call spends outside the broker: in the token's queue and in its module. The measurement
+//! subtracts it from the duration of the call, and the rest is the time that the broker adds.
 
 use std::{cell::Cell, time::Duration};
 
@@ -7,7 +7,7 @@ tokio::task_local! {
     static OUTSIDE: Cell<Duration>;
 }
 
-/// Runs work, and returns the time outside the broker that was noted in its task.
+/// Runs work, and returns the time outside the broker that [`note`] recorded for it.
 pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let work = async {
         let result = work.await;
@@ -16,7 +16,8 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     OUTSIDE.scope(Cell::default(), work).await
 }
 
-/// Notes that the work of this task spent this time outside the broker. Without a measurement it does nothing.
+/// Records that the work of this task spent this time outside the broker. Without a measurement, the
+/// function does nothing.
 pub fn note(outside: Duration) {
     OUTSIDE
         .try_with(|total| total.set(total.get() + outside))

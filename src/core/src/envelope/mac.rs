@@ -1,6 +1,6 @@
-//! The messages that an integrity key authenticates. Each use has its own domain string, so that a MAC made for one
-//! never verifies for another, and every field of variable length is preceded by its length, so that no two different
-//! inputs give the same message.
+//! The messages that an integrity key authenticates. Each use has its own domain string, so that a MAC for one use never
+//! verifies for another. The length of a variable field precedes the field, so that two different inputs never result in the
+//! same message.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -15,18 +15,19 @@ use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
-/// Of a row that says where the objects of the key are. A row of an earlier release does not, and keeps its MAC.
+/// For a row that contains the ids of the key's objects. A row of an earlier release does not contain them, and keeps its
+/// MAC.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
 const REQUEST_RESULT_DOMAIN: &[u8] = b"keybroker/request-result/v1";
 
-/// Longest message, in bytes: an envelope with the longest context fits with room to spare.
+/// Longest message, in bytes. An envelope with the longest context is shorter.
 pub const MESSAGE_BYTES_MAX: usize = 2_048;
 
-/// Bytes to be authenticated by an integrity key. Can be made only by the functions here, so that domains stay apart.
-/// May hold key material (see [`MacMessage::request`]), so it is treated as a secret.
+/// Bytes that an integrity key authenticates. Only the functions of this module can create them, which keeps the domains
+/// separate. A message can contain key material (see [`MacMessage::request`]), so it is treated as a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MacMessage(Zeroizing<Vec<u8>>);
 
@@ -42,7 +43,7 @@ impl MacMessage {
         &self.0
     }
 
-    /// What the MAC of an envelope covers.
+    /// The message for the MAC of an envelope.
     pub(super) fn envelope(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -73,7 +74,7 @@ impl MacMessage {
         message.finish()
     }
 
-    /// What the MAC of a registry row covers: all of the row but the MAC.
+    /// The message for the MAC of a registry row: all fields except the MAC.
     pub fn registry(row: &RegistryFields<'_>) -> Self {
         let has_objects = *row.objects != ObjectIds::default();
         let mut message = Message::new(if has_objects {
@@ -96,8 +97,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// What the MAC of an API client covers: its id, the revision of its document, and the document's SHA-256, because a
-    /// document may be longer than what a token takes at once.
+    /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. A digest
+    /// is used because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
         let mut message = Message::new(CLIENT_CREDENTIAL_DOMAIN);
         message.fixed(id.as_bytes());
@@ -106,8 +107,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// What the MAC of the stored answer to a request id covers. The answer may be longer than what a token takes at once, so
-    /// it is the SHA-256 of its fields.
+    /// The message for the MAC of the stored answer to a request id. The message contains the SHA-256 of the fields of the
+    /// answer, because the answer may be longer than the input that a token accepts.
     pub fn request_result(parts: &[&[u8]]) -> Self {
         let mut fields = digest::Context::new(&digest::SHA256);
         for part in parts {
@@ -119,8 +120,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// What decides whether two mutations with one request id have the same content. Under a key of the token, because
-    /// a plain hash of key material of low entropy could be guessed by a reader of the table.
+    /// The message whose MAC shows whether two mutations with one request id have the same content. The store keeps a MAC
+    /// and not a plain hash, because a reader of the table could guess key material of low entropy from a hash.
     pub fn request(parts: &[&[u8]]) -> Self {
         let mut message = Message::new(REQUEST_DOMAIN);
         for part in parts {
@@ -133,7 +134,7 @@ impl MacMessage {
 /// The authenticated part of a registry row.
 #[derive(Clone, Copy, Debug)]
 pub struct RegistryFields<'a> {
-    /// Its id.
+    /// The id of the wrapping key.
     pub id: WrappingKeyId,
     /// Where its objects are on the token.
     pub objects: &'a ObjectIds,
@@ -145,7 +146,7 @@ pub struct RegistryFields<'a> {
     pub state: WrappingKeyState,
     /// Serial number of the token that holds the key.
     pub token_serial: &'a str,
-    /// Grows with each change of any row.
+    /// A number that grows with each change of any row.
     pub sequence: u64,
     /// When the key was registered, UTC microseconds.
     pub registered_us: i64,
@@ -157,7 +158,7 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
+        // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message
@@ -183,7 +184,7 @@ impl Message {
     }
 }
 
-/// The length of a field. Every field has a maximum far below 65,536, checked where its type is made.
+/// The length of a field. Every field has a maximum far below 65,536, which its type checks.
 pub(super) fn length_u16(length: usize) -> [u8; 2] {
     u16::try_from(length)
         .expect("every field has a maximum below 65,536")

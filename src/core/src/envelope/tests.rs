@@ -1,4 +1,4 @@
-//! Vectors from files, made by a second implementation, and properties that hold for any input.
+//! Tests with vectors from files, which a second implementation made, and with properties that hold for any input.
 
 use std::{
     fs,
@@ -39,7 +39,7 @@ enum VectorContext {
     },
 }
 
-/// What became of a vector's envelope: parsed, then authenticated for the vector's context.
+/// The result for a vector's envelope: it is parsed, then authenticated for the vector's context.
 #[derive(Debug, PartialEq)]
 enum Verdict {
     Accepted,
@@ -177,7 +177,8 @@ fn some_envelope() -> Unsealed {
 }
 
 proptest! {
-    /// Short fields from a small alphabet collide often, were there any way to: `("ab", "c")` against `("a", "bc")`.
+    /// Uses short fields from a small alphabet, so that a collision such as `("ab", "c")` and `("a", "bc")` would be
+    /// found.
     #[test]
     fn the_mac_context_is_injective(one in record_fields(), other in record_fields()) {
         prop_assert_eq!(record_message(&one) == record_message(&other), one == other);
@@ -201,7 +202,7 @@ proptest! {
         }
     }
 
-    /// Random bytes seldom get past the header: start from a good one.
+    /// Random bytes rarely pass the header, so this test damages a valid envelope.
     #[test]
     fn no_damage_panics(
         length in WRAPPED_BYTES_MIN..=WRAPPED_BYTES_MAX,
@@ -229,7 +230,7 @@ proptest! {
     }
 }
 
-/// The MAC of a row that an earlier release wrote must verify, and must not verify for a row that names other objects.
+/// The MAC of a row that an earlier release wrote must verify, and must not verify for a row with other object ids.
 #[test]
 fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
     let message = |objects: &ObjectIds| {

@@ -1,4 +1,4 @@
-//! Files as editors, shells and other tools leave them.
+//! Tests with files as editors, shells and other tools leave them.
 
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 
@@ -38,7 +38,7 @@ fn every_block_is_read_however_the_file_was_written() {
     two_are_read(&both.replace('\n', "\r\n"));
     two_are_read(&both.replace('\n', " "));
     two_are_read(both.trim_end());
-    // As `printf '%s%s\n' "$(cat a.pem)" "$(cat b.pem)"` joins them.
+    // The join of two files by `printf '%s%s\n' "$(cat a.pem)" "$(cat b.pem)"`.
     two_are_read(&format!("{}{}\n", a.trim_end(), b.trim_end()));
     two_are_read(&format!(
         "# first\n{a}\nSubject: CN = b - BEGINS here\nn\u{e4}chste: \u{2014}\n{b}# end\n"
@@ -97,7 +97,7 @@ fn what_does_not_belong_into_a_file_is_refused_with_the_remedy() {
     for (text, words) in [
         (renamed("TRUSTED CERTIFICATE"), "openssl x509 -in"),
         (renamed("X509 CERTIFICATE"), "write CERTIFICATE instead"),
-        (renamed("CERTIFICATE REQUEST"), "that is a request"),
+        (renamed("CERTIFICATE REQUEST"), "it is a request"),
         (renamed("X509 CRL"), "revocation list"),
         (renamed("PKCS7"), "openssl pkcs7"),
         (renamed("SOMETHING ELSE"), "remove it"),
@@ -166,7 +166,7 @@ fn a_key_file_holds_one_key_in_clear() {
     }
 }
 
-/// A file that is put together from lists of several authorities, one of which was damaged on the way.
+/// A file with the lists of several authorities, one of which is damaged.
 #[test]
 fn a_damaged_block_does_not_withhold_the_revocation_lists_after_it() {
     let block = |text: &str| format!("-----BEGIN X509 CRL-----\n{text}\n-----END X509 CRL-----\n");

@@ -1,17 +1,18 @@
-//! Why a file or directory was refused.
+//! The reasons why a file or directory is refused.
 
 use std::{fmt, io, path::Path};
 
 use super::{CREDENTIALS_VARIABLE, Purpose, ROOT, mount::MOUNTS};
 
-/// What a path leads to that is no regular file.
+/// The kind that is reported if a path leads to a directory instead of a regular file.
 pub(super) const DIRECTORY: &str = "a directory";
 
-/// Why a file or directory was refused. The text names the file, the component of its path that is at fault, and the remedy.
+/// Why a file or directory was refused. The text contains the path of the file, the invalid component of this path, and the
+/// remedy.
 #[derive(Debug)]
 pub struct Error {
     pub(super) path: Box<Path>,
-    /// The file itself, a directory above it, or a symbolic link on the way.
+    /// The invalid component: the file itself, a directory above it, or a symbolic link on the way.
     pub(super) component: Box<Path>,
     pub(super) purpose: Purpose,
     pub(super) problem: Box<Problem>,
@@ -25,7 +26,7 @@ pub(super) enum Problem {
     NotDirectory(&'static str),
     NotSocket(&'static str),
     ForeignMount {
-        /// Unknown if the mount table does not name one.
+        /// `None` if the mount table does not contain the user.
         owner: Option<u32>,
     },
     ProcLink,
@@ -54,12 +55,12 @@ impl Error {
         matches!(&*self.problem, Problem::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether the file may be read, but is longer than it may be.
+    /// Whether the file is accessible, but longer than the limit.
     pub fn is_too_long(&self) -> bool {
         matches!(*self.problem, Problem::TooLong(_))
     }
 
-    /// Whether a file was expected and a directory is there.
+    /// Whether the path leads to a directory instead of a file.
     pub fn is_directory(&self) -> bool {
         matches!(*self.problem, Problem::NotRegular(DIRECTORY))
     }
@@ -85,7 +86,7 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &*self.problem {
-            // The component may be the absolute form of the same path.
+            // The component can be the absolute form of the same path.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }
@@ -93,18 +94,18 @@ impl fmt::Display for Error {
             Problem::NoCredentials => write!(
                 f,
                 "cannot read {path}: the environment variable {CREDENTIALS_VARIABLE} is not set; add LoadCredential= to the \
-                 systemd unit, or name the file by its absolute path"
+                 systemd unit, or give the absolute path of the file"
             ),
             Problem::NotRegular(kind) => write!(
                 f,
-                "{at} is {kind}, and only a regular file is read; name a regular file, or write the content to one"
+                "{at} is {kind}, but must be a regular file; give the path of a regular file, or write the content to one"
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
             Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
-                "{at} is a link of /proc to an open descriptor, and only a regular file is read; use the option for \
+                "{at} is a link of /proc to an open descriptor, but must be a regular file; use the option for \
                  descriptors, or write the content to a regular file"
             ),
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
@@ -173,7 +174,7 @@ impl Error {
             "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
         )?;
         if is_read_only {
-            // `chmod` fails there: the mode is that of the source of the mount.
+            // `chmod` fails in a read-only mount, so the mode has to be set at its source.
             write!(
                 f,
                 "it is mounted read-only, so set the mode where it is mounted from (Kubernetes: `defaultMode: 0440` of the \

@@ -1,4 +1,4 @@
-//! What the file system that an entry is in says about who can change the entry.
+//! Whether the file system of an entry prevents other users from changing the entry.
 
 use std::{
     env,
@@ -13,12 +13,13 @@ use rustix::fs::{FsWord, Stat, StatVfsMountFlags, fstatfs, fstatvfs, major, mino
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 /// Exists where systemd runs: `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
-/// systemd sets it for each service, also for one that does not see `/run` of the host; `systemd.exec(5)`.
+/// systemd sets this variable for each service, even for a service that does not see `/run` of the host; `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 pub(super) const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. FUSE is served
-/// by a process that can change what is read however it is mounted. Unknown counts as changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. A FUSE
+/// file system is never unchangeable, because the process that serves it can change the content. If the mount cannot be examined,
+/// the entry is assumed to be changeable.
 pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
@@ -29,17 +30,17 @@ pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
 /// Set by [`ignore_read_only_mounts`].
 static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
 
-/// Whether a read-only mount excuses owner and mode of what is in it. It does not where systemd runs: other processes may see the same
-/// file systems without the read-only mounts of this one.
+/// Whether files in a read-only mount are exempt from the checks of owner and mode. Where systemd runs, files are not exempt,
+/// because other processes may have write access to the same file systems.
 pub fn read_only_mounts_count() -> bool {
-    // Unknown is taken as yes: then the ordinary rules apply.
+    // If the existence is unknown, assume that systemd runs, so that the ordinary rules apply.
     let is_beside_systemd =
         Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some();
     !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
 }
 
-/// Applies the ordinary rules in read-only mounts, for the rest of this process. For a process whose environment was cleared, so that it
-/// cannot see what the process that started it knows.
+/// Applies the ordinary rules in read-only mounts for the rest of this process. Call this in a process with a cleared
+/// environment, which cannot detect what its parent process knows.
 pub fn ignore_read_only_mounts() {
     IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }
@@ -48,22 +49,22 @@ pub(super) fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
 }
 
-/// Who decides what a FUSE file system shows.
+/// The party that decides about the content of a FUSE file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FuseServer {
-    /// virtiofs: it has the type of FUSE, and the host of this virtual machine serves it.
+    /// virtiofs: the file system has the type of FUSE, but the host of this virtual machine serves it.
     Hypervisor,
     /// The user who mounted it.
     User(u32),
 }
 
-/// Who serves the FUSE file system that an entry is in. Absent if the mount table cannot be read or does not say.
+/// Who serves the FUSE file system of an entry. Absent if the mount table cannot be read or does not contain the user.
 pub(super) fn fuse_server(stat: &Stat) -> Option<FuseServer> {
     let mounts = std::fs::read_to_string(MOUNTS).ok()?;
     server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
 }
 
-/// The same for the file system with this device number, in a mount table in the form of proc(5).
+/// Who serves the file system with this device number, according to a mount table in the form of proc(5).
 pub(super) fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<FuseServer> {
     let device = format!("{major}:{minor}");
     let mount = mounts
@@ -79,7 +80,7 @@ pub(super) fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<Fuse
     Some(FuseServer::User(user))
 }
 
-/// Whether a device is another one than that of the root directory. Unknown counts as the same.
+/// Whether a device differs from that of the root directory. If the device of the root directory is unknown, the result is false.
 fn is_apart_from_root(device: u64) -> bool {
     rustix::fs::stat("/").is_ok_and(|root| root.st_dev != device)
 }

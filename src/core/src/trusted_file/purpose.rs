@@ -1,6 +1,6 @@
-//! What a file is used for, which decides the rule and the text of a refusal.
+//! The use of a file, which determines the checks and the text of a refusal.
 
-/// What a file is used for: decides the rule and the text of a refusal.
+/// The use of a file, which determines the checks and the text of a refusal.
 #[derive(Clone, Copy, Debug)]
 pub struct Purpose(Kind);
 
@@ -10,15 +10,16 @@ enum Kind {
     Trust {
         /// What another user could do, as a clause that begins with `other users could`.
         risk: &'static str,
-        /// What to do about a foreign owner, when it is not `chown`.
+        /// The remedy for a foreign owner, if it is not `chown`.
         owner_remedy: Option<&'static str>,
     },
-    /// Other users must not read it. Names the content, such as `PIN`.
+    /// Other users must not read it. The text describes the content, such as `PIN`.
     Secret(&'static str),
 }
 
 impl Purpose {
-    /// A file that other users may read but not change. `risk` is the clause that says what they could do otherwise.
+    /// A file that other users may read but not change. `risk` is a clause that says what they could do if they
+    /// changed it.
     pub const fn trust(risk: &'static str) -> Self {
         Self(Kind::Trust {
             risk,
@@ -26,7 +27,7 @@ impl Purpose {
         })
     }
 
-    /// The same as [`Purpose::trust`], with a remedy for what belongs to another user.
+    /// Like [`Purpose::trust`], with another remedy for files that belong to another user.
     pub const fn trust_with_remedy(risk: &'static str, owner_remedy: &'static str) -> Self {
         Self(Kind::Trust {
             risk,
@@ -34,7 +35,7 @@ impl Purpose {
         })
     }
 
-    /// A file that holds a secret, named by `what`, such as `PIN`.
+    /// A file that contains a secret. `what` describes the secret, such as `PIN`.
     pub const fn secret(what: &'static str) -> Self {
         Self(Kind::Secret(what))
     }

@@ -1,4 +1,4 @@
-//! Files and directories as other users may have left them. The tests that give something to another user need root.
+//! Tests with files and directories of other users. A test that changes an owner needs root.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -31,7 +31,7 @@ const SECRET: Purpose = Purpose::secret("PIN");
 const LIMIT: u64 = 1_000;
 const OTHER_USER: u32 = 65_534;
 
-/// A folder below the sticky `/tmp`, as in production nothing is.
+/// A folder below the sticky `/tmp`. In production no file is below a sticky directory.
 struct Folder(TempDir);
 
 impl Folder {
@@ -67,7 +67,7 @@ fn accepted(path: &Path, purpose: Purpose) {
     assert_eq!(*bytes, b"content");
 }
 
-/// The text of the refusal, which names the component at fault.
+/// The text of the refusal, which contains the invalid component.
 #[track_caller]
 fn refused(path: &Path, purpose: Purpose, component: &Path, words: &str) -> String {
     let error = read(path, LIMIT, purpose).expect_err("it was accepted");
@@ -197,7 +197,8 @@ fn a_link_is_followed_only_through_directories_that_others_cannot_write() {
     assert!(error.to_string().contains("loop"), "{error}");
 }
 
-/// `/tmp`, and Secrets as Kubernetes mounts them: every user may add entries, and none can change those of another.
+/// In `/tmp` and in Secrets as Kubernetes mounts them, every user may add entries, but cannot change the entries of
+/// others.
 #[test]
 fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
     let folder = Folder::new();
@@ -222,7 +223,7 @@ fn in_a_sticky_directory_only_entries_of_root_and_of_this_user_count() {
         "hard link",
     );
     accepted(&path, TRUST);
-    // Every user decides what it lists.
+    // Every user can add entries to a sticky directory, so it is refused as a directory of configuration.
     let error = check_directory(&sticky, TRUST).unwrap_err();
     assert_eq!(*error.component, sticky);
     if !is_root("entries of another user in a sticky directory") {
@@ -254,14 +255,14 @@ fn only_a_regular_file_is_read_and_nothing_waits() {
         for purpose in [TRUST, SECRET] {
             refused(path, purpose, path, words);
         }
-        // Another library would hang on the FIFO alone.
+        // Only a FIFO would block another library.
         assert_eq!(check_if_present(path, TRUST).is_err(), path == &fifo);
     }
     let file = folder.file("file", 0o600);
     refused(&file.join("below"), TRUST, &file, "and not a directory");
     let error = check_directory(&file, TRUST).unwrap_err();
     assert!(error.to_string().contains("and not a directory"), "{error}");
-    // A link to an open descriptor leads to no path.
+    // A link to an open descriptor has no path as its target.
     let open = File::open(&file).unwrap();
     let number = std::os::fd::AsRawFd::as_raw_fd(&open);
     let error = read(Path::new(&format!("/proc/self/fd/{number}")), LIMIT, TRUST).unwrap_err();
@@ -317,7 +318,7 @@ fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
     fs::write(&file, b"").unwrap();
     for (mode, is_refused) in [
         (0o755, false),
-        // The group of the directory is the administrator's choice.
+        // The administrator chooses the group of the directory, so the group may write.
         (0o775, false),
         (0o1777, false),
         (0o777, true),
@@ -334,7 +335,7 @@ fn a_directory_that_everybody_can_write_to_is_found_above_a_path() {
     }
 }
 
-/// Root runs commands on files of the service's user, whose directory may be in a sticky one.
+/// Root runs commands on files of the service's user, whose directory may be in a sticky directory.
 #[test]
 fn the_owner_of_a_file_is_trusted_with_the_directories_above_it() {
     let folder = Folder::new();
@@ -387,7 +388,8 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
         assert!(text.contains("65534") && text.contains("name it"), "{text}");
         assert!(check_socket(&path, &[SERVER], named).is_ok());
     }
-    // As the package of a database server makes it: its own group may write, another group may not.
+    // The package of a database server creates the directory in this way. The server's own group may write; another
+    // group may not.
     chown(&directory, Some(OTHER_USER), Some(OTHER_USER)).unwrap();
     set_mode(&directory, 0o2775);
     assert!(check_socket(&path, &[SERVER], named).is_ok());
@@ -397,7 +399,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert_eq!(*error.component, directory, "{error}");
 }
 
-/// In a sticky directory any user can create a socket once the server has removed its own, so callers must check again.
+/// In a sticky directory, any user can create a socket after the server has removed its own. Callers must check again.
 #[test]
 fn a_socket_below_a_sticky_directory_is_marked() {
     let Some(root) = ["/var/lib", "/root"].into_iter().find(|directory| {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Error, Purpose, read};
 
-/// The users of this machine. Users of other directory services are named by their numbers.
+/// The users of this machine. A user of another directory service must be given by number.
 const USERS: &str = "/etc/passwd";
 const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
@@ -17,8 +17,8 @@ pub struct User {
 }
 
 impl User {
-    /// The user with this name or number. A number that `/etc/passwd` does not have is a user in a container or of a directory
-    /// service, whose group is unknown: on this machine, the group with the same number has other members.
+    /// The user with this name or number. If `/etc/passwd` does not have the number, the user belongs to a container or a
+    /// directory service, and the group is unknown: on this machine, the group with the same number has other members.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;

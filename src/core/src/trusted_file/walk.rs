@@ -1,4 +1,4 @@
-//! Resolves a path one component at a time and examines everything on the way.
+//! Resolves a path one component at a time and examines every directory and link on the way.
 
 use std::{
     cell::Cell,
@@ -27,12 +27,12 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 pub(super) const WRITABLE_BY_ALL: u32 = 0o002;
 /// Permissions that only the owner may have on a secret.
 const SECRET_OF_USER: u32 = 0o077;
-/// The same when root owns the secret: the group may read it.
+/// Permissions that only the owner may have on a secret of root. The group may read a secret of root.
 const SECRET_OF_ROOT: u32 = 0o037;
-/// Symbolic links that are followed for one path; the limit of the kernel.
+/// Highest number of symbolic links that are followed for one path, like the limit of the kernel.
 const LINKS_MAX: usize = 40;
 
-/// A directory on the way, held open.
+/// A directory on the path, held open.
 pub(super) struct Directory {
     fd: OwnedFd,
     pub(super) stat: Stat,
@@ -40,10 +40,10 @@ pub(super) struct Directory {
     is_read_only: bool,
 }
 
-/// Where a path ends.
+/// The end of a resolved path.
 pub(super) enum Target {
     Directory(Directory),
-    /// Anything else but a symbolic link, by its name in its directory.
+    /// Anything except a directory or a symbolic link, with its name in its directory.
     Entry {
         above: Directory,
         name: OsString,
@@ -57,7 +57,7 @@ pub(super) struct Walk<'a> {
     pub(super) path: &'a Path,
     pub(super) purpose: Purpose,
     pub(super) ours: u32,
-    /// Users who are trusted besides root and this one.
+    /// Users who are trusted, in addition to root and the user of this process.
     pub(super) users: &'a [User],
     /// The write permissions that a directory on the way must not have.
     pub(super) writable: u32,
@@ -110,14 +110,14 @@ impl<'a> Walk<'a> {
                 at,
             } => (above, name, stat, at),
         };
-        // Before it is opened: opening a device can do something.
+        // Check before the open, because opening a device can have side effects.
         self.require_regular(&stat, &at)?;
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
         let stat = fstat(&fd).map_err(self.io(&at))?;
         self.require_regular(&stat, &at)?;
-        // Where the kernel permits it, another user could link a file of root's to a name that is free.
+        // If the kernel permits it, another user could create a hard link to a file of root under an unused name.
         if !above.is_read_only
             && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
             && stat.st_nlink > 1
@@ -300,7 +300,8 @@ impl<'a> Walk<'a> {
         Ok(Target::Directory(directory))
     }
 
-    /// In a sticky directory every user can make a link; elsewhere only its owner can, who was examined with the directory.
+    /// Checks who can have created a link. In a sticky directory every user can. Elsewhere only the owner of the directory
+    /// can create a link, and this owner was already checked.
     fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
         if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
             return Ok(());
@@ -320,7 +321,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The components of a path, without those that stand for nothing.
+/// The components of a path, without `.` and the root.
 fn names(path: &Path) -> VecDeque<OsString> {
     path.components()
         .filter_map(|component| match component {

@@ -1,4 +1,4 @@
-//! Wrapping many records from a one-shot command.
+//! Wraps many records from a one-shot command.
 
 use keybroker_core::{
     envelope::{Context, Envelope, Unsealed},
@@ -8,8 +8,8 @@ use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
 
 use super::{Admin, AdminError};
 
-/// Wraps under one key with a separate admin worker, for one thread. As in the broker: the public key in software, the MAC on
-/// the token.
+/// Wraps under one key with an admin worker of its own, for use by one thread. As in the broker, the public-key
+/// operation runs in software and the MAC is made on the token.
 #[derive(Debug)]
 pub struct Wrapper {
     admin: Admin,
@@ -18,7 +18,7 @@ pub struct Wrapper {
 }
 
 impl Admin {
-    /// Checks a key, to wrap under it.
+    /// Checks a key and prepares to wrap under it.
     pub fn into_wrapper(self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
         self.know([(key.id, &key.objects)])?;
         let checked = self.check(key.id)?;
@@ -30,7 +30,7 @@ impl Admin {
             .filter(|_| checked.fingerprint == key.fingerprint);
         let Some(algorithm) = algorithm else {
             return Err(AdminError::Untrusted(format!(
-                "key {} on the token has the public key {}, the registry says {}",
+                "key {} on the token has the public key {}, but the registry has {}",
                 key.id, checked.fingerprint, key.fingerprint
             )));
         };
@@ -44,7 +44,7 @@ impl Admin {
 }
 
 impl Wrapper {
-    /// Wraps key material for the place where it will be kept.
+    /// Wraps key material for a context.
     pub fn wrap(
         &self,
         context: &Context<'_>,

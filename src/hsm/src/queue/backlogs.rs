@@ -1,9 +1,10 @@
-//! Jobs that wait, in one queue for each principal, and whose turn it is: deficit round robin by cost (Shreedhar and
-//! Varghese, 1995), so that a principal with a thousand jobs delays another one by one job and not by a thousand.
+//! The waiting jobs in one queue for each principal, and the order of their turns. The order is deficit round robin by
+//! cost (Shreedhar and Varghese, 1995): a principal with a thousand jobs delays another one by one job and not by a
+//! thousand.
 //!
-//! Within a principal the oldest job is first. When a principal's jobs use up so much of their time waiting that they are about
-//! to be too late, the newest is first (adaptive LIFO), except for a job that has waited for half as long as it has left.
-//! Everything here is computed from the times that are passed in.
+//! The oldest job of a principal normally comes first. When the jobs of a principal wait for so long that they are
+//! about to be late, the newest job comes first instead (adaptive LIFO). The exception is an oldest job that has waited
+//! for at least half of its remaining time: it still comes first. All functions take the current time as a parameter.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -12,61 +13,61 @@ use std::{
 
 use crate::caller::Lane;
 
-/// Background work gets at least one of so many jobs.
+/// At least one of this many jobs is a background job, while background jobs wait.
 const BACKGROUND_TURNS: u32 = 16;
-/// How long a queue has to stand before it is served from the other end.
+/// How long a queue must be late before its newest job comes first.
 const STANDING_INTERVAL: Duration = Duration::from_millis(100);
-/// A job that waited for more than this part of the whole time it was given is late.
+/// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// By how much the expected wait of a principal is raised, in thousandths, when a job of it turned out to be too late after all; and
-/// by how much it falls with each job that was in time. The estimate can be too low: the token slows down, or other
-/// principals come.
+/// The caution of a principal raises its expected wait, in thousandths. It grows by `CAUTION_STEP` when an accepted job
+/// turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. This corrects estimates that
+/// are too low because the token slows down or other principals arrive.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MAX: u32 = 1_000;
 
-/// Whether a job that had its turn could still be done in time.
+/// Whether a job could still be done in time when its turn came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Served {
     InTime,
     Late,
 }
 
-/// What the order depends on.
+/// The properties of a job that its order depends on.
 pub(super) trait Waiting {
-    /// When it came.
+    /// When the job arrived.
     fn queued(&self) -> Instant;
-    /// When its result is due.
+    /// The deadline of the job.
     fn deadline(&self) -> Instant;
-    /// Whether nobody waits for it any more.
+    /// Whether the caller has stopped waiting for the job.
     fn is_abandoned(&self) -> bool;
 }
 
-/// All jobs that wait.
+/// All waiting jobs.
 #[derive(Debug)]
 pub(super) struct Backlogs<J> {
     waiting: HashMap<Lane, Backlog<J>>,
-    /// Principals that have jobs, in the order of their turns.
+    /// The principals that have jobs, in the order of their turns.
     turns: VecDeque<Lane>,
     weights: BTreeMap<String, u32>,
-    /// Jobs since the last one of the background.
+    /// Number of jobs taken since the last background job.
     since_background: u32,
     length: usize,
     cost: Duration,
 }
 
-/// The jobs of one lane, at least one.
+/// The jobs of one lane. A backlog has at least one job.
 #[derive(Debug)]
 struct Backlog<J> {
     jobs: VecDeque<Costed<J>>,
     cost: Duration,
-    /// What is left of its turns.
+    /// The unused cost that the lane may still spend in this turn.
     credit: Duration,
-    /// Whether it was given the credit of the turn that it has now.
+    /// Whether the lane has already received the credit of its current turn.
     has_turn: bool,
     pressure: Pressure,
-    /// What the expected wait is raised by, in thousandths.
+    /// The thousandths by which the expected wait is raised.
     caution: u32,
 }
 
@@ -76,10 +77,11 @@ struct Costed<J> {
     cost: Duration,
 }
 
-/// Whether a queue stands: for a whole interval its oldest job had used up a quarter of its time, whenever one was served.
+/// Detects a queue that is late for a whole interval: each time a job was taken, the oldest job had used up more than a
+/// quarter of its time.
 #[derive(Clone, Copy, Debug, Default)]
 struct Pressure {
-    /// Since when the oldest job was late each time.
+    /// The time since which the oldest job was always late.
     since: Option<Instant>,
 }
 
@@ -116,7 +118,7 @@ impl<J: Waiting> Backlogs<J> {
         self.length
     }
 
-    /// Work on the token that all of them are together.
+    /// The estimated work of all waiting jobs.
     pub(super) fn work(&self) -> Duration {
         self.cost
     }
@@ -132,13 +134,13 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Adds a job behind the others of its lane.
+    /// Adds a job behind the other jobs of its lane.
     pub(super) fn push(&mut self, lane: &Lane, job: J, cost: Duration) {
         self.backlog(lane, false).push_back(Costed { job, cost });
         self.count(lane, cost);
     }
 
-    /// Adds a job that had its turn before: it is the next one.
+    /// Adds a job that already had its turn, as the next job of its lane.
     pub(super) fn push_again(&mut self, lane: &Lane, job: J, cost: Duration) {
         let backlog = self.backlog(lane, true);
         backlog.push_front(Costed { job, cost });
@@ -177,7 +179,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Takes note of what became of a job of that lane when its turn came. An empty lane forgets it.
+    /// Records whether a job of this lane was in time when its turn came. The record is dropped when the lane becomes
+    /// empty.
     pub(super) fn note(&mut self, lane: &Lane, served: Served) {
         if let Some(backlog) = self.waiting.get_mut(lane) {
             backlog.caution = match served {
@@ -187,20 +190,21 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// The expected wait of a lane, raised while its jobs turn out to be too late.
+    /// Raises the expected wait of a lane by the caution of that lane.
     pub(super) fn cautious(&self, lane: &Lane, wait: Duration) -> Duration {
         let caution = self.waiting.get(lane).map_or(0, |backlog| backlog.caution);
         wait + wait / CAUTION_MAX * caution
     }
 
-    /// Work on the token that is done before a new job of that lane and cost, when every lane keeps to its turns.
+    /// The work that the token does before a new job of this lane and cost, if every lane takes its turns.
     pub(super) fn work_before(&self, lane: &Lane, cost: Duration) -> Duration {
         let own = self
             .waiting
             .get(lane)
             .map_or(Duration::ZERO, |own| own.cost);
         let others = self.cost.saturating_sub(own);
-        // While this lane does its own work and the new job, another one does at most as much for each unit of weight.
+        // While this lane does its own work and the new job, another lane does at most the same work per unit of
+        // weight.
         let share = (own + cost) / self.weight(lane);
         if others <= share {
             return self.cost;
@@ -212,7 +216,8 @@ impl<J: Waiting> Backlogs<J> {
         own + limited
     }
 
-    /// The job whose turn it is. `quantum` is the cost of the most expensive job: with each turn at least one is served.
+    /// Takes the next job by turns. `quantum` is the cost of the most expensive job, so that each turn serves at least
+    /// one job.
     pub(super) fn pop(&mut self, quantum: Duration, now: Instant) -> Option<J> {
         let background = self.waiting.contains_key(&Lane::Background);
         if background && (self.turns.is_empty() || self.since_background >= BACKGROUND_TURNS - 1) {
@@ -225,11 +230,12 @@ impl<J: Waiting> Backlogs<J> {
             let backlog = self.waiting.get_mut(&lane)?;
             if !backlog.has_turn {
                 backlog.has_turn = true;
-                // Credit that a job made longer than its estimate cannot grow without bound.
+                // The limit keeps the credit bounded when a job took longer than its estimate.
                 backlog.credit = (backlog.credit + credit).min(credit * 2);
             }
             let next = backlog.next(now)?;
-            // The cost was estimated when the job came; a turn serves at least one job even if the estimate fell since.
+            // The cost was estimated when the job arrived. A turn serves at least one job, even if the estimates have
+            // fallen since then.
             let next = backlog.jobs[next].cost.min(credit);
             if next <= backlog.credit {
                 backlog.credit -= next;
@@ -271,8 +277,9 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Takes the newest job of the lane with the most work, if that has several jobs and still has more work than this lane would
-    /// have with a new job of that cost: a full queue is the doing of that lane.
+    /// Makes room for a job of this lane. Among the lanes with several jobs, takes the newest job of the lane with the
+    /// most work per weight. Takes nothing if that is this lane, or if this lane would have at least as much work with
+    /// the new job.
     pub(super) fn evict_for(&mut self, lane: &Lane, cost: Duration) -> Option<J> {
         let own = self
             .waiting
@@ -297,7 +304,7 @@ impl<J: Waiting> Backlogs<J> {
         Some(job)
     }
 
-    /// Removes and returns the jobs that are abandoned or due.
+    /// Removes and returns the jobs that are abandoned or past their deadline.
     pub(super) fn take_useless(&mut self, now: Instant) -> Vec<J> {
         let mut useless = Vec::new();
         for backlog in self.waiting.values_mut() {
@@ -332,7 +339,7 @@ impl<J: Waiting> Backlogs<J> {
 }
 
 impl<J: Waiting> Backlog<J> {
-    /// Which of its jobs is next.
+    /// The index of the next job of this lane.
     fn next(&self, now: Instant) -> Option<usize> {
         let oldest = &self.jobs.front()?.job;
         let waited = now.saturating_duration_since(oldest.queued());

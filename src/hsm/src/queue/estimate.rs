@@ -1,28 +1,30 @@
-//! How long the token takes for a job: a moving average and its deviation, for each key and kind of job.
+//! Estimates how long the token takes for a job: a moving average with its deviation, for each key and kind of job.
 
 use std::{collections::HashMap, time::Duration};
 
 use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::{Work, wire::request::Job};
 
-/// Cost of a job of which nothing is known yet: neither free nor expensive.
+/// The assumed cost of a job whose kind was not measured yet.
 const UNKNOWN: Duration = Duration::from_millis(1);
-/// A new value is this part of the average. The deviation follows twice as fast, as in RFC 6298.
+/// The weights of a new value: one part of 16 in the average, one of 8 in the deviation. The deviation reacts twice as
+/// fast, as in RFC 6298.
 const AVERAGE_PARTS: u32 = 16;
 const DEVIATION_PARTS: u32 = 8;
-/// Keys that are told apart. A registry holds few; those beyond share nothing and count as unknown.
+/// Most kinds of jobs that are measured separately. A registry has few keys; the kinds beyond the limit have the cost
+/// of an unknown job.
 const KEYS_MAX: usize = 1_024;
 
-/// What a job asks of the token.
+/// The kind of a job: its key, and whether it uses the RSA key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Kind {
-    /// Whether the RSA key is used, beside the integrity key.
+    /// Whether the job uses the RSA key in addition to the integrity key.
     is_unwrap: bool,
     key: WrappingKeyId,
 }
 
 impl Kind {
-    /// Absent for a self-test or a malformed request.
+    /// `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (is_unwrap, key) = match work.job()? {
             Job::Unwrap(job) => (true, &job.key_id),
@@ -36,7 +38,7 @@ impl Kind {
     }
 }
 
-/// Service time of one kind of job.
+/// The estimated time of one kind of job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Estimate {
     pub(super) mean: Duration,
@@ -63,12 +65,12 @@ impl Estimate {
     }
 }
 
-/// Service times of all kinds of jobs.
+/// The estimates for all kinds of jobs.
 #[derive(Debug, Default)]
 pub(super) struct Estimates(HashMap<Kind, Estimate>);
 
 impl Estimates {
-    /// Takes note of a job's time in the module.
+    /// Records the time that a job spent in the module.
     pub(super) fn add(&mut self, kind: Kind, spent: Duration) {
         if let Some(known) = self.0.get_mut(&kind) {
             known.add(spent);
@@ -77,7 +79,7 @@ impl Estimates {
         }
     }
 
-    /// Of one kind of job.
+    /// The estimate for one kind of job.
     pub(super) fn of(&self, kind: Option<Kind>) -> Estimate {
         kind.and_then(|kind| self.0.get(&kind))
             .copied()
@@ -87,7 +89,7 @@ impl Estimates {
             })
     }
 
-    /// What every job takes at least, and few jobs of the kind that varies least exceed: a job that is late with this estimate is late
+    /// A lower bound over all kinds of jobs, in mean and in upper time. A job that is late with this estimate is late
     /// with every other one.
     pub(super) fn least(&self) -> Estimate {
         let unknown = self.of(None);
@@ -100,7 +102,7 @@ impl Estimates {
         }
     }
 
-    /// Mean time of the most expensive job.
+    /// The mean time of the most expensive kind of job.
     pub(super) fn most(&self) -> Duration {
         let means = self.0.values().map(|known| known.mean);
         means.max().unwrap_or_default().max(UNKNOWN)
@@ -137,7 +139,7 @@ mod tests {
         let mean = |work: &Work| estimates.of(Kind::of(work)).mean.as_millis();
         assert_eq!((mean(&unwrap(1)), mean(&unwrap(2)), mean(&mac)), (20, 4, 2));
         assert_eq!(estimates.of(Kind::of(&unwrap(3))).mean, UNKNOWN);
-        // Also of a key that is not known yet.
+        // The lower bound includes keys without an estimate.
         assert_eq!(estimates.least().mean, UNKNOWN);
         assert_eq!(estimates.most().as_millis(), 20);
     }
@@ -149,7 +151,7 @@ mod tests {
             estimate.add(MS * 20);
         }
         assert!(estimate.upper() < MS * 21, "{estimate:?}");
-        // One outlier: the average moves little, the upper time much.
+        // After one outlier the average grows little, and the upper time grows much.
         estimate.add(MS * 500);
         assert!(
             estimate.mean < MS * 51 && estimate.upper() > MS * 100,

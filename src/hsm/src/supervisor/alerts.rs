@@ -1,4 +1,5 @@
-//! Alerts that repeat: the first is logged at once, the others of an interval as one line with their count.
+//! Repeated alerts: the first is logged immediately. Further ones within an interval are logged as one line with their
+//! count.
 
 use std::time::Duration;
 
@@ -7,13 +8,13 @@ use keybroker_core::alert::Alert;
 /// Interval at which a repeated alert is logged.
 const INTERVAL: Duration = Duration::from_mins(1);
 
-/// What is logged.
+/// A line to log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) alert: Alert,
     /// The latest cause.
     pub(super) cause: String,
-    /// How often it was raised since the last line.
+    /// How often the alert was raised since its last line.
     pub(super) count: u64,
 }
 
@@ -25,12 +26,12 @@ struct Held {
     cause: String,
 }
 
-/// Alerts that were logged less than an interval ago. At most one for each kind.
+/// The alerts that were logged within the last interval, at most one of each kind.
 #[derive(Debug, Default)]
 pub(super) struct Alerts(Vec<Held>);
 
 impl Alerts {
-    /// Returns the line to log now, or nothing while the interval of the last one lasts.
+    /// Returns the line to log now. `None` if the last line of this alert is less than an interval old.
     pub(super) fn raise(&mut self, now: Duration, alert: Alert, cause: String) -> Option<Line> {
         if let Some(held) = self.0.iter_mut().find(|held| held.alert == alert) {
             held.count += 1;
@@ -50,7 +51,7 @@ impl Alerts {
         })
     }
 
-    /// Returns the lines of the intervals that have ended. An alert that was raised meanwhile begins another interval.
+    /// Returns the lines of intervals that have ended. If an alert was raised in its interval, another interval begins.
     pub(super) fn due(&mut self, now: Duration) -> Vec<Line> {
         let mut lines = Vec::new();
         self.0.retain_mut(|held| {
@@ -92,7 +93,7 @@ mod tests {
         let counts: Vec<_> = logged.iter().map(|line| line.count).collect();
         assert_eq!(counts, [1, 59, 20]);
         assert_eq!(logged[1].cause, "cause 59");
-        // After a quiet interval the next one is logged at once.
+        // After a quiet interval, the next alert is logged immediately.
         assert!(alerts.due(second * 300).is_empty());
         let next = alerts.raise(second * 301, Alert::TokenDown, "again".to_owned());
         assert_eq!(next.map(|line| line.count), Some(1));

@@ -1,5 +1,5 @@
-//! The supervisor's decisions: when a worker is started, and what callers are told. Pure: events and the time go in,
-//! actions come out. `ARCHITECTURE.md` shows the same table; a test keeps the two equal.
+//! The supervisor's decisions: when a worker is started, and what callers are told. The machine is pure: it receives
+//! events with their time and returns actions. `ARCHITECTURE.md` contains its table, and a test compares the two.
 
 use std::time::Duration;
 
@@ -7,30 +7,30 @@ use keybroker_core::alert::Alert;
 
 use crate::{Serving, start::NotReady};
 
-/// A worker that ends within this time after it became ready is restarted with a pause, so that a crash loop does not
-/// become a login loop.
+/// A worker that ends within this time after it became ready is restarted after a pause, so that a crash loop does not
+/// turn into a login loop.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 const START_SPACING: Duration = Duration::from_millis(100);
-/// How long calls wait for a worker that is due. Most end sooner, at their own deadlines.
+/// Longest time for which calls wait for a replacement worker. Most calls end sooner, at their own deadlines.
 const DUE_MAX: Duration = Duration::from_secs(5);
-/// Between starts while the token is unavailable.
+/// Bounds of the pause between starts while the token is unavailable.
 const DOWN_MIN: Duration = Duration::from_millis(250);
 const DOWN_MAX: Duration = Duration::from_secs(1);
-/// Between starts while a login fails without a code of the PIN family.
+/// Bounds of the pause between starts while logins fail for reasons that do not concern the PIN.
 const LOGIN_MIN: Duration = Duration::from_secs(1);
 const LOGIN_MAX: Duration = Duration::from_secs(3);
-/// Number of them in a row (five minutes) after which logins are made less often.
+/// Number of consecutive failed logins (about five minutes) after which logins become rarer.
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
-/// Between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record; it logs in
-/// only with another PIN, on another token, or after `keybroker token retry-pin`.
+/// Pause between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record. It
+/// logs in only if the PIN or the token has changed, or after `keybroker token retry-pin`.
 const LATCHED: Duration = Duration::from_secs(2);
-/// Between starts while a key, an attribute or a self-test is wrong.
+/// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
-/// A start that was not measured yet.
+/// The assumed duration of a start before one was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
-/// What happened.
+/// An event that the machine reacts to.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
     /// Time has passed.
@@ -45,21 +45,21 @@ pub(super) enum Event {
     Stop,
 }
 
-/// How a worker was lost.
+/// The way in which a worker was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
-    /// Its process ended, it hung, or its token answered with an error.
+    /// Its process ended or hung, or its token answered with an error.
     Ended,
-    /// It gave a wrong answer.
+    /// The worker gave a wrong answer.
     Untrusted,
 }
 
-/// What the supervisor does.
+/// An action of the supervisor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Start one worker.
     Start,
-    /// Tell callers and health.
+    /// Report this state to callers and to the health check.
     Serve(Serving),
     /// Raise an alert.
     Alert(Alert, String),
@@ -67,11 +67,11 @@ pub(super) enum Action {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
-    /// No worker was ready yet, and no attempt has ended.
+    /// No attempt to start a worker has ended yet.
     Starting,
     /// At least one worker is ready.
     Up,
-    /// The last worker was lost a moment ago and the next is due: calls wait.
+    /// The last worker was just lost and its replacement is starting. Calls wait.
     Due {
         since: Duration,
         cause: String,
@@ -81,13 +81,13 @@ enum Phase {
     Stopped,
 }
 
-/// The state. Times are those since any fixed moment.
+/// The state machine. Times are measured from a fixed moment.
 #[derive(Debug)]
 pub(super) struct Machine {
     wanted: usize,
     ready: usize,
     phase: Phase,
-    /// When the start under way began.
+    /// When the current start began.
     starting: Option<Duration>,
     next_start: Duration,
     backoff: Duration,
@@ -115,12 +115,12 @@ impl Machine {
         }
     }
 
-    /// Why no login is made with the PIN file as it is; absent when logins are made.
+    /// Why the broker makes no login with the current PIN file; `None` while logins are allowed.
     pub(super) fn latched(&self) -> Option<&str> {
         self.latched.as_deref()
     }
 
-    /// Whether calls wait for a worker that is due, with the cause.
+    /// The cause of the last loss, while calls wait for a replacement worker.
     pub(super) fn due(&self) -> Option<&str> {
         match &self.phase {
             Phase::Due { cause, .. } => Some(cause),
@@ -132,7 +132,7 @@ impl Machine {
         self.ready >= self.wanted
     }
 
-    /// When a worker is likely to be ready, from now.
+    /// The expected time until a worker is ready.
     pub(super) fn expected_wait(&self, now: Duration) -> Duration {
         let begins = match self.starting {
             Some(since) => since,
@@ -143,7 +143,7 @@ impl Machine {
             .max(START_SPACING)
     }
 
-    /// Takes an event and says what to do, in this order.
+    /// Processes an event. Returns the actions in the order in which to take them.
     pub(super) fn on(&mut self, now: Duration, event: Event) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.phase == Phase::Stopped {
@@ -206,7 +206,7 @@ impl Machine {
                 self.latched = Some(detail.clone());
                 actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
             }
-            // It does not concern the PIN.
+            // A crash says nothing about the PIN, so the latch stays as it is.
             NotReady::Crashed => {}
             NotReady::Login => {
                 self.failed_logins += 1;
@@ -222,7 +222,7 @@ impl Machine {
         let next = match &self.latched {
             Some(cause) => Phase::Untrusted(cause.clone()),
             None if why == NotReady::Untrusted => Phase::Untrusted(detail),
-            // The next one is due.
+            // The replacement worker is still expected.
             None if passing && matches!(self.phase, Phase::Due { .. }) => return,
             None => Phase::Down(detail),
         };
@@ -263,7 +263,7 @@ impl Machine {
                     actions.push(Action::Serve(Serving::Up));
                 }
             }
-            // Callers wait, so nothing is told.
+            // Callers wait for the replacement worker, so nothing is reported to them.
             Phase::Due { .. } | Phase::Starting | Phase::Stopped => {}
             Phase::Down(cause) => {
                 actions.push(Action::Serve(Serving::Down(cause.clone())));

@@ -1,4 +1,4 @@
-//! Monitors one worker from its start to its end.
+//! The worker monitor: accompanies one worker from its start to its end.
 
 use std::{
     sync::Arc,
@@ -22,22 +22,24 @@ use crate::{
 
 use super::{Supervisor, machine::Loss};
 
-/// How often the self-test runs; a lost token is noticed within twice this time.
+/// The interval of the self-test. A lost token is detected within twice this time.
 const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
-/// A self-test that is not back by then has failed.
+/// The time after which an unanswered self-test has failed.
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Failed self-tests in a row after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
-/// How long a token that said it is busy is left alone.
+/// The pause before a job is repeated on a token that reported to be busy.
 const BACK_OFF: Duration = Duration::from_millis(5);
-/// How often a job is handed to another worker after its worker's process has ended. A job that ends the module itself ends
-/// one worker more than this. Its MAC has verified before the RSA key is used, so no caller can make such a job at will.
+/// How often a job is given to another worker after the process of its worker has ended. A job that crashes the module
+/// ends one worker more than this. Callers cannot construct such a job: the RSA key is used only after the MAC has
+/// verified.
 const LOSSES_MAX_ENDED: u32 = 4;
-/// The same after a worker that hung or lost its token: each costs its callers seconds.
+/// The same limit after a worker hung or lost its token. It is lower because each such loss costs the callers seconds.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is given up, or the broker stops; then answers what it held and reaps it.
+    /// Serves until the worker ends, is marked as lost, or the broker stops. Then answers the worker's jobs and reaps
+    /// it.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
         let ended = tokio::select! {
@@ -72,7 +74,7 @@ impl Supervisor {
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
                 let in_time = !job.caller.deadline().remaining().is_zero();
-                // Never a self-test: another worker would answer for this one.
+                // A self-test is not repeated, because another worker would answer it in place of this one.
                 if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
                     self.try_later(job);
                     return self.queue.dispatch();
@@ -91,7 +93,7 @@ impl Supervisor {
                     && job.losses < LOSSES_MAX_GIVEN_UP
                     && !job.work.is_self_test()
                 {
-                    // Another worker may have the token still. If none has, the state of the service answers the job.
+                    // Another worker may still have the token. If none has, the state of the service answers the job.
                     link.give_up(failure.detail);
                     self.repeat(Job {
                         losses: job.losses + 1,
@@ -103,7 +105,7 @@ impl Supervisor {
                 Err(self.error_of(link, class, failure.detail))
             }
             Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
-                link.give_up("a reply that answers nothing");
+                link.give_up("it sent an unexpected reply");
                 Err(self.down("the worker sent an unexpected reply"))
             }
         };
@@ -115,7 +117,7 @@ impl Supervisor {
         self.queue.dispatch();
     }
 
-    /// What a failure means for the caller, and what it does to the worker.
+    /// Translates a failure for the caller, and marks the worker as lost if the failure concerns it.
     fn error_of(&self, link: &Link, class: FailureClass, detail: String) -> Error {
         match class {
             FailureClass::MacRefused => Error::MacRefused,
@@ -141,7 +143,7 @@ impl Supervisor {
         }
     }
 
-    /// Puts a job back into the queue. If no worker is left and none is due, the state of the service answers it.
+    /// Queues a job again. If no worker is ready or expected, the state of the service answers it.
     fn repeat(&self, job: Job) {
         self.queue.push_again(job);
         self.answer_without_workers();
@@ -155,7 +157,7 @@ impl Supervisor {
         });
     }
 
-    /// Runs a self-test each second, past the queue: a full queue is no evidence about the token.
+    /// Runs a self-test every second. Self-tests bypass the queue, because a full queue says nothing about the token.
     async fn run_self_tests(&self, link: &Link) {
         let mut failures = 0;
         loop {
@@ -180,7 +182,7 @@ impl Supervisor {
                     failures = 0;
                     self.note_self_test();
                 }
-                // Most causes have ended the worker already, in `error_of`.
+                // For most causes, `error_of` has already marked the worker as lost.
                 Ok(Ok(Answer {
                     result: Err(error), ..
                 })) => {
@@ -192,7 +194,7 @@ impl Supervisor {
                 }
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
-                    link.give_up("its self-test did not come back in time");
+                    link.give_up("its self-test was not answered in time");
                     return std::future::pending().await;
                 }
             }

@@ -1,4 +1,4 @@
-//! What workers that come and go do to callers.
+//! Tests what callers notice when workers start and are lost.
 
 use std::{os::unix::net::UnixStream as StdUnixStream, thread};
 
@@ -14,7 +14,7 @@ use super::*;
 fn link(generation: u64) -> Arc<Link> {
     let (ours, theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    // The worker's end stays open.
+    // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));
     Link::new(generation, 1, 1, UnixStream::from_std(ours).unwrap())
 }
@@ -44,7 +44,8 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
     (job, answer)
 }
 
-/// One worker is lost while another comes: a worker that is there is never called down.
+/// One worker is lost while another one becomes ready. The token is never reported as unavailable
+/// while a worker is there.
 #[tokio::test]
 async fn a_worker_that_is_there_is_never_called_down() {
     let supervisor = idle();
@@ -91,7 +92,8 @@ async fn a_stop_is_final() {
     assert_eq!(serving(&supervisor), Serving::Down(STOPPING.to_owned()));
 }
 
-/// A job goes on to the next worker, but not for ever: it may be what ends them.
+/// A job is given to the next worker, but only a limited number of times: the job may be what ends
+/// the workers.
 #[tokio::test]
 async fn a_job_outlasts_two_lost_workers_and_no_more() {
     let supervisor = idle();
@@ -114,7 +116,7 @@ async fn a_job_outlasts_two_lost_workers_and_no_more() {
     assert!(matches!(result, Err(Error::Down { .. })), "{result:?}");
 }
 
-/// Another worker cannot answer for the one that is tested.
+/// A self-test is not given to another worker, because it tests the worker that was lost.
 #[tokio::test]
 async fn a_self_test_is_not_passed_on() {
     let supervisor = idle();

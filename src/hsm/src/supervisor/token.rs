@@ -1,4 +1,4 @@
-//! The supervisor as the broker's [`Token`].
+//! Implements the broker's [`Token`] for the supervisor.
 
 use std::{
     sync::Arc,
@@ -27,9 +27,9 @@ use keybroker_worker_protocol::{
 use super::Supervisor;
 
 impl Supervisor {
-    /// Runs a job on some worker, or fails at the deadline whatever the worker does.
+    /// Runs a job on any worker. Returns at the deadline at the latest, no matter what the worker does.
     async fn run_job(&self, work: request::Job, caller: &Caller) -> Result<Output, Error> {
-        // First of all: it may hold key material, and is wiped wherever this ends.
+        // Created first: the job may hold key material, and `Work` overwrites it however this function ends.
         let work = Work::new(work);
         self.check_serving()?;
         let (done, answer) = oneshot::channel();
@@ -43,7 +43,7 @@ impl Supervisor {
             losses: 0,
             span: Span::current(),
         })?;
-        // The state may have changed between the two.
+        // The state may have changed between the check and the push.
         self.answer_without_workers();
         match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
@@ -55,7 +55,7 @@ impl Supervisor {
         }
     }
 
-    /// Fails at once while the token is known to be unavailable or must not be used.
+    /// Fails immediately while the token is unavailable or must not be used.
     fn check_serving(&self) -> Result<(), Error> {
         let serving = self.serving.borrow().clone();
         match serving {
@@ -64,7 +64,8 @@ impl Supervisor {
         }
     }
 
-    /// Answers the waiting jobs if there is no worker and none is due: nothing else would answer them before their deadlines.
+    /// Answers the waiting jobs if no worker is ready or expected. Nothing else would answer them before their
+    /// deadlines.
     pub(super) fn answer_without_workers(&self) {
         if !self.queue.has_links()
             && let Err(error) = self.check_serving()
@@ -88,10 +89,9 @@ impl Supervisor {
 }
 
 fn to_mac(output: &Output) -> Result<Mac, Error> {
-    output
-        .as_slice()
-        .try_into()
-        .map_err(|_| Error::Untrusted("a MAC of another length".to_owned()))
+    output.as_slice().try_into().map_err(|_| {
+        Error::Untrusted("the token returned a MAC that does not have 32 bytes".to_owned())
+    })
 }
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! `keybroker audit`: the log read offline.
+//! `keybroker audit`: reads and maintains the files of the audit log. A broker need not run.
 
 use std::{
     path::PathBuf,
@@ -22,37 +22,38 @@ use super::{
 pub(super) enum Command {
     /// Check every line of a log: canonical form, log id, sequence without gaps
     ///
-    /// The log of this instance is also compared with the last durable entry, so lines removed from its end are
-    /// found. Values that were replaced by other valid values are not found.
+    /// In the log of this instance, the command also detects lines that were removed from the end. It does not detect a value
+    /// that was replaced by another valid value.
     Verify {
-        /// Directory of the log [default: that of this instance]
+        /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
     },
     /// Acknowledge that the files of the audit log were tampered with, so that the broker continues
     ///
-    /// Investigate first, and copy the log directory for the auditors. The command prints what was found and records who
-    /// acknowledged it. A running broker writes that into the audit log and goes on within a second, a stopped one at its next
-    /// start. Missing entries stay visible as a gap in the sequence.
+    /// Investigate first, and copy the log directory for the auditors. The command prints the finding and records who
+    /// acknowledged it. A running broker writes the acknowledgement into the audit log and continues within a second. A stopped
+    /// broker does so at its next start. Missing entries stay visible as a gap in the sequence.
     Acknowledge,
     /// Remove the oldest segments of this instance's log, after they were copied to another machine
     ///
-    /// A running broker removes them within a second, a stopped one at its next start, and an entry in the log records who asked
-    /// for it. The newest segment always stays. Do not remove segments by hand: the broker takes that for tampering.
+    /// A running broker removes the segments within a second, a stopped broker at its next start. An audit entry records who
+    /// requested the removal. The newest segment is never removed. Do not delete segment files by hand: the broker would report
+    /// tampering.
     RemoveSegments {
-        /// Number of the last segment to remove, as in its file name: 12 removes 00000012.jsonl and all before it
+        /// Number of the last segment to remove, as in its file name: 12 removes 00000012.jsonl and all earlier segments
         #[arg(long, value_name = "NUMBER")]
         through: u64,
     },
     /// Show the last entries of a log
     Show {
-        /// Directory of the log [default: that of this instance]
+        /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
-        /// Number of entries to show at most, the newest ones
+        /// Maximum number of entries to show; the newest entries are shown
         #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
         #[command(flatten)]
         filter: Filter,
-        /// Print the lines byte for byte as they are in the log
+        /// Print the lines of the log byte for byte
         #[arg(long)]
         raw: bool,
     },
@@ -77,7 +78,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
                 return Ok(());
             }
             let what = format!(
-                "the log is not as it was written; keep it and ask how it changed:\n  {}",
+                "the log was changed after it was written; keep the files and find out what changed them:\n  {}",
                 report.problems.join("\n  ")
             );
             Err(Failure::new(Exit::Verification, what))
@@ -104,7 +105,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// How long a running broker may take to carry out a request.
+/// Longest wait for a running broker to carry out a request.
 const TAKEN_IN_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -116,7 +117,7 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
             settings.instance
         );
         return Err(Failure::new(Exit::Usage, what)
-            .hint("a running broker reports what is wrong with `keybroker probe ready`"));
+            .hint("`keybroker probe ready` shows the problem that a running broker reports"));
     };
     settings.acknowledge_tampering(&tampering, &local_operator())?;
     let is_open = is_still(|| Ok(settings.tampering()?.is_some()))?;
@@ -128,13 +129,14 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
     ])?;
     if is_open {
         context.output.note(
-            "no running broker has taken this in: if one is running, its log says why the audit log cannot go on",
+            "no running broker has applied the acknowledgement; if a broker is running, its log shows why the audit \
+             log cannot continue",
         );
     }
     Ok(())
 }
 
-/// Whether a request is still there after the time in which a running broker carries it out.
+/// Waits for a running broker to carry out a request. Returns whether the request is still pending after the timeout.
 fn is_still(is_pending: impl Fn() -> Result<bool, audit::Error>) -> Result<bool, audit::Error> {
     let until = Instant::now() + TAKEN_IN_TIMEOUT;
     while is_pending()? {
@@ -153,7 +155,8 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     if before.last().is_none_or(|newest| *newest <= through) || old(&before) == 0 {
         let what = match (before.first(), before.last()) {
             (Some(first), Some(last)) => format!(
-                "--through {through}: the log of instance {} has the segments {first} to {last}, and the newest one stays",
+                "--through {through}: the log of instance {} has the segments {first} to {last}, and the newest \
+                 segment is never removed",
                 settings.instance
             ),
             _ => format!("the log of instance {} has no segments", settings.instance),
@@ -162,15 +165,16 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     }
     if let Some(tampering) = settings.tampering()? {
         let what = format!("the log was tampered with: {}", tampering.finding);
-        return Err(Failure::new(Exit::Audit, what)
-            .hint("investigate, and run `keybroker audit acknowledge` first"));
+        return Err(Failure::new(Exit::Audit, what).hint(
+            "investigate, then run `keybroker audit acknowledge`, then repeat this command",
+        ));
     }
     settings.request_removal(through, &local_operator())?;
     let is_open = is_still(|| settings.is_removal_pending())?;
     let left = old(&settings.segments()?);
     if !is_open && left > 0 {
         let what = format!("{left} of {} segments could not be removed", old(&before));
-        return Err(Failure::new(Exit::Audit, what).hint("the log of the broker names the cause"));
+        return Err(Failure::new(Exit::Audit, what).hint("the broker's log shows the cause"));
     }
     let effect = if is_open { "at the next start" } else { "now" };
     context.output.fields(vec![
@@ -179,7 +183,8 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     ])?;
     if is_open {
         context.output.note(
-            "no running broker has removed them yet: it waits while a change is under way, and a stopped one does it at its start",
+            "the segments are not removed yet: a running broker waits until no change is in progress, and a stopped \
+             broker removes them at its next start",
         );
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! `keybroker bench`: the bare token and the served broker, measured in one run on one machine, so that their ratio holds
-//! whatever else the machine does.
+//! `keybroker bench`: measures the bare token and the served broker in one run on one machine. Other load on the machine affects
+//! both measurements alike, so their ratio stays valid.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -38,13 +38,13 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Address of its status listener, if the configuration has port 0
+    /// Address of the running broker's status listener, if `status.address` has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
-    /// Number of callers, each with one call at a time on its own TLS connection (above 256 they share)
+    /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,
-    /// Duration of each of the two measurements, in seconds
+    /// Duration of the broker's measurement in seconds; the token is measured about as long, before and after it
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Warm-up before the served broker is measured, in seconds
@@ -59,13 +59,13 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Calls per second, all callers together [default: unlimited]
+    /// Maximum calls per second of all callers together [default: unlimited]
     #[arg(long, value_name = "CALLS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: Option<u32>,
-    /// Threads of the bare loop [default: number of processors]
+    /// Threads that measure the token alone [default: number of processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
-    /// Also write the figures to this file, as JSON
+    /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
@@ -79,7 +79,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         let tenant = seed::tenant(&arguments.connection, &config)?;
         seed::seed(context, &config, tenant, Users::new(count))?;
     }
-    // One half of the bare loop before the broker and one after it: what else the machine does falls on both alike.
+    // Half of the bare loop runs before the broker's measurement and half after it, so that other load on the machine affects
+    // both alike.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         context.output.note("measuring the bare token");
         Ok([
@@ -109,7 +110,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     context.output.fields(fields)?;
     if !single.is_local() {
         context.output.note(
-            "note: the token's work takes no CPU time of this machine, so there is no share: compare `broker_ops_per_s` with \
+            "note: the token's work takes no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
              `token_ops_per_s`",
         );
     }
@@ -134,7 +135,7 @@ async fn measure_served(
     config: &Config,
 ) -> Result<Measured, Failure> {
     let broker = Served::start(arguments, context, config).await?;
-    // Every refusal is counted, so no call is repeated.
+    // The client does not retry, so that every refusal is counted.
     let builder = arguments.connection.client(&broker.endpoint)?;
     let plan = load::Plan {
         client: connect::build(builder.retry(RetryPolicy::never()))?,
@@ -151,7 +152,7 @@ async fn measure_served(
     load::run(&plan, context.output).await
 }
 
-/// Gives up at a signal, so that a broker started for the measurement is stopped and not left behind.
+/// Stops the measurement at a signal, so that the broker that was started for it is stopped, too.
 async fn until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
@@ -182,7 +183,7 @@ fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
     })
 }
 
-/// The two measurements side by side.
+/// The results of both measurements, as output fields.
 fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     let token_cpu = bare.cpu_ms_per_op();
     let operations = load.operations_f64();
@@ -200,7 +201,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // Operations per CPU second of front and workers, over those of the bare loop. Without the token's work it means nothing.
+        // The broker's operations per CPU second, divided by those of the bare loop. If the token takes no CPU time, the quotient
+        // is meaningless.
         (
             "share",
             single
@@ -237,7 +239,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     .collect()
 }
 
-/// Four digits are more than such a measurement can promise.
+/// Rounds to four decimal places. The measurement is less accurate than that.
 fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }

@@ -1,5 +1,5 @@
-//! `keybroker bitwarden`: what a Bitwarden client does with its keys and with a Key Connector, step by step, so that a
-//! migration can be rehearsed and supported.
+//! `keybroker bitwarden`: the steps that a Bitwarden client takes with its keys and with a Key Connector, to rehearse
+//! and support a migration.
 
 use clap::Subcommand;
 
@@ -17,13 +17,13 @@ mod secrets;
 pub(super) enum Command {
     /// Derive the master key of an account from its password
     Derive(derive::Derive),
-    /// Store a user's master key at the broker, as a client does when it migrates
+    /// Store a user's master key in the broker, as a client does during the migration
     Enrol(keys::Enrol),
-    /// Fetch the key of the token's user from the broker
+    /// Fetch a user's key from the broker; the access token identifies the user
     Fetch(keys::Fetch),
-    /// Open a protected user key, and optionally an item, with the key that the broker keeps
+    /// Decrypt a protected user key, and optionally an item, with the key in the broker
     Unlock(keys::Unlock),
-    /// Protect a user key with the master key of another KDF; the user key stays the same
+    /// Protect a user key with the master key of another KDF; the user key itself does not change
     ChangeKdf(derive::ChangeKdf),
 }
 

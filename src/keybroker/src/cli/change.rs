@@ -1,4 +1,4 @@
-//! Changes made by a command: audited like those of the broker, in a log of the command's own.
+//! Changes that a command makes. They are audited like the broker's changes, in a separate log for each command.
 
 use std::fs;
 
@@ -9,11 +9,11 @@ use keybroker_core::call::CallId;
 
 use super::{Context, exit::Failure, interrupt};
 
-/// The log of one command is named after its call.
+/// Prefix of the name of a command's log; the call id follows.
 const LOG_PREFIX: &str = "cli-";
 
-/// Writes an intent, does the work, writes its outcome. Without a durable intent nothing is done. Of work that may have changed
-/// rows before it failed `describe` gives the entry a count.
+/// Writes an intent, does the work, and writes the outcome. Without a durable intent the work is not done. If the work may have
+/// changed rows before it failed, `describe` sets the count of the entry.
 pub(super) fn audited<T>(
     context: &Context,
     config: &Config,
@@ -24,7 +24,7 @@ pub(super) fn audited<T>(
     audited_in_parts(context, config, action, describe, |_| work())
 }
 
-/// The same for work whose parts have their own entries.
+/// Like [`audited`], for work whose parts have their own entries.
 pub(super) fn audited_in_parts<T>(
     context: &Context,
     config: &Config,
@@ -47,7 +47,7 @@ pub(super) fn audited_in_parts<T>(
     let mut last = entry(EntryKind::Outcome, Outcome::Ok);
     if result.is_err() {
         last.outcome = match last.count {
-            // At least that many: the part in progress may have been done or not.
+            // The count is a lower bound, because the part in progress may or may not have been done.
             Some(_) => Outcome::Unknown,
             None => Outcome::Failed,
         };
@@ -58,21 +58,21 @@ pub(super) fn audited_in_parts<T>(
     recorded.map(|()| value)
 }
 
-/// Closes the intents of commands that were killed before their outcome: no other command opens their logs again.
-/// Whether they were done only token and registry tell.
+/// Closes the intents of commands that were killed before they wrote an outcome, because no other command opens their logs again.
+/// Only the token and the registry show whether such a change was made.
 fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
     for name in logs_of_commands(settings) {
         match cut_short(settings, &name) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    // One of many parts of a purge.
+                    // Such an intent is one of many parts of a purge.
                     if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
                         continue;
                     }
                     let next = next_after(&action);
                     context.output.note(&format!(
-                        "note: an earlier `{action}` was cut short (audit log {name}); {next}"
+                        "note: an earlier `{action}` was interrupted (audit log {name}); {next}"
                     ));
                 }
             }
@@ -81,37 +81,39 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
     }
 }
 
-/// What to do after a command was killed or interrupted during an action.
+/// The hint after a command was killed or interrupted during an action.
 fn next_after(action: &str) -> &'static str {
     match action {
         "store.copy" => "run the same command again: it continues the copy",
         "store.migrate" => "run the same command again",
-        "bench.seed" => "what it wrote stays; run it again for the rest",
-        "store.purge" => "what it removed stays removed; run it again for the rest",
-        _ => "`keybroker token check` shows what it left",
+        "bench.seed" => "the records that it wrote remain; run the command again to write the rest",
+        "store.purge" => {
+            "the purged records cannot be restored; run the command again to purge the rest"
+        }
+        _ => "`keybroker token check` shows the state of the token and its keys",
     }
 }
 
 fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
-    // An instance may have a name like one.
+    // The name of an instance may look like the name of a command's log.
     let ours = |name: &String| {
         let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
         call.is_some() && *name != settings.instance
     };
-    // Before the first command there is no directory.
+    // The directory does not exist before the first command.
     let entries = fs::read_dir(&settings.directory).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter(ours).collect()
 }
 
 fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, audit::Error> {
-    // First without a lock: opening leaves its own entries.
+    // Read the log without a lock first, because opening it writes entries.
     if audit::open_intents(&settings.directory.join(name))?.is_empty() {
         return Ok(Vec::new());
     }
     let (log, open) = match settings.open(name) {
         Ok(opened) => opened,
-        // It is running.
+        // The command is still running.
         Err(error) if error.in_use() => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
@@ -122,7 +124,7 @@ fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, 
     Ok(open)
 }
 
-/// An entry about an action of the person who runs the command.
+/// An audit entry about an action of the person who runs the command.
 pub(super) fn local_entry(
     kind: EntryKind,
     action: &'static str,
@@ -141,7 +143,7 @@ fn append(log: &AuditLog, entry: Entry) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The person who runs the command, as the operating system knows them.
+/// The principal for the person who runs the command, with the user id of the process.
 pub(super) fn local_operator() -> String {
     format!("local-uid:{}", rustix::process::getuid().as_raw())
 }

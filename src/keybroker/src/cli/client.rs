@@ -1,4 +1,4 @@
-//! `keybroker client`: a program that uses the client library like any other.
+//! `keybroker client`: calls a running broker with the client library.
 
 use clap::{Args, Subcommand};
 use keybroker_client::{Client, RetryPolicy};
@@ -19,8 +19,8 @@ mod show;
 use connect::Connection;
 use credential::Credential;
 
-/// Attempts that may fail because of the connection. It also fails for a certificate that the broker does not accept, which
-/// no attempt changes.
+/// Number of connection attempts. More attempts would only delay the error if the broker does not accept the client's
+/// certificate.
 const CONNECTION_ATTEMPTS: u32 = 3;
 
 #[derive(Args, Debug)]
@@ -56,7 +56,7 @@ struct Who {
     credential: Credential,
 }
 
-/// `keybroker client`.
+/// Runs a command of `keybroker client`.
 pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure> {
     if let Command::Keys(command) = &arguments.command {
         command.check()?;
@@ -69,7 +69,7 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
         })
 }
 
-/// `keybroker client-credential`.
+/// Runs a command of `keybroker client-credential`.
 pub(super) fn run_credentials(
     arguments: CredentialArguments,
     context: &Context,
@@ -81,7 +81,7 @@ pub(super) fn run_credentials(
 }
 
 impl Who {
-    /// Connects, and calls.
+    /// Connects to the broker and makes the calls.
     fn call(
         &self,
         output: Output,
@@ -104,7 +104,7 @@ impl Who {
     }
 }
 
-/// The client, and how answers are shown.
+/// A connected client, and the output for its answers.
 struct Caller {
     client: Client,
     output: Output,

@@ -14,6 +14,7 @@ use crate::config::Config;
 use super::{
     Context, OWN_PROGRAM, block_on, environment,
     exit::{Exit, Failure},
+    pin, token,
 };
 
 #[derive(Debug, Subcommand)]
@@ -23,7 +24,7 @@ pub(super) enum Command {
     /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
     /// database server and checks its version, its schema and its session pooling.
     Check,
-    /// Show the configuration with all defaults; it names files and holds no secret
+    /// Show the configuration with all defaults; secrets are in files and are not shown
     Show,
 }
 
@@ -60,24 +61,24 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Asks a database server what `serve` asks it at the start: a problem, or a note on what was found. A server that is not reachable
-/// from here is a note, because a configuration is often checked before its database exists.
+/// Examines a database server like `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
+/// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Other problems of the settings are reported with the configuration and its files.
+    // These problems are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
     let found = match block_on(store::status(settings))? {
         Ok(status) if status.current == status.newest => {
-            Ok("the database answers and has the schema of this release".to_owned())
+            Ok("the database is reachable and has the schema of this release".to_owned())
         }
         Ok(status) => Ok(format!(
-            "the database answers; its schema is {} and this release needs {}: run `keybroker store migrate`",
+            "the database is reachable; its schema is {} and this release needs {}: run `keybroker store migrate`",
             status.current, status.newest
         )),
         Err(error @ (store::Error::Schema(_) | store::Error::Durability(_))) => Err(chain(&error)),
-        // A statement that met a session of another client fails before the check for poolers does.
+        // If a pooler shares a session between clients, another statement may fail before the check for poolers.
         Err(error) if error.is_shared_session() => Err(chain(&error)),
         Err(error) => Ok(format!("the database was not examined: {}", chain(&error))),
     };
@@ -87,19 +88,20 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
     })
 }
 
-/// Loads the module in an admin worker and looks at the token that the settings choose: problems, and a note on what was found.
+/// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
-    let token = &config.token;
-    // These are reported with the files.
-    if check_module(&token.module).is_err() || check_environment(&token.environment).is_err() {
-        let note = "[token]: the module was not loaded, so no token was looked for".to_owned();
+    let settings = &config.token;
+    // These problems are reported with the files.
+    if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
+    {
+        let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
         return (Vec::new(), Some(note));
     }
-    if let Some(problem) = softhsm_problem(&token.module, &token.environment) {
+    if let Some(problem) = softhsm_problem(&settings.module, &settings.environment) {
         return (vec![problem], None);
     }
-    match admin::list_tokens(Path::new(OWN_PROGRAM), token) {
-        Ok(listed) => examine_listed(&listed),
+    match admin::list_tokens(Path::new(OWN_PROGRAM), settings) {
+        Ok(listed) => examine_listed(&listed, config),
         Err(error) => {
             let hint = environment::hint(&error, config);
             let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
@@ -108,7 +110,22 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     }
 }
 
-fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
+/// Of several tokens that fit the settings, the one that `serve` and the other commands use.
+fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Listed> {
+    // Without a database, the settings alone choose the token.
+    let rows = token::registry(config).unwrap_or_default();
+    let serials = pin::serials(&rows);
+    let mut registered = several.iter().filter(|token| {
+        let serial = token.info.serial.as_str();
+        !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
+    });
+    match (registered.next(), registered.next()) {
+        (Some(token), None) => Some(token),
+        _ => None,
+    }
+}
+
+fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<String>) {
     let shown = |token: &Listed| {
         format!(
             "{:?} (serial {:?})",
@@ -116,43 +133,46 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
             token.info.serial
         )
     };
-    let mut chosen = listed.iter().filter(|token| token.is_chosen);
-    let (first, second) = (chosen.next(), chosen.next());
-    let token = match (first, second) {
-        (Some(token), None) => token,
-        (Some(first), Some(second)) => {
-            let problem = format!(
-                "[token]: more than one token fits: {} and {}; choose by `serial`",
-                shown(first),
-                shown(second)
-            );
-            return (vec![problem], None);
-        }
-        (None, _) => {
+    let chosen: Vec<&Listed> = listed.iter().filter(|token| token.is_chosen).collect();
+    let token = match chosen.as_slice() {
+        [token] => *token,
+        [] => {
             let others: Vec<_> = listed
                 .iter()
                 .filter(|token| token.initialised)
                 .map(shown)
                 .collect();
             if others.is_empty() {
-                let note = "[token]: the module loads and shows no initialised token; create one with `keybroker token init`";
+                let note = "[token]: the module loads but shows no initialised token; initialise one with `keybroker \
+                 token init`";
                 return (Vec::new(), Some(note.to_owned()));
             }
             let problem = format!(
-                "[token]: no token fits `label`, `serial` or `uri`; the module shows {}",
+                "[token]: no token matches `label`, `serial` or `uri`; the module shows {}",
                 others.join(", ")
             );
             return (vec![problem], None);
         }
+        several => match of_the_registry(several, config) {
+            Some(token) => token,
+            None => {
+                let all: Vec<_> = several.iter().copied().map(shown).collect();
+                let problem = format!(
+                    "[token]: more than one token fits: {}; choose one by `serial`",
+                    all.join(" and ")
+                );
+                return (vec![problem], None);
+            }
+        },
     };
     let name = shown(token);
     let mut problems = Vec::new();
     let mut wrong = |what: &str| problems.push(format!("[token]: token {name} {what}"));
     if token.oaep_bits.is_none() {
-        wrong("does not list CKM_RSA_PKCS_OAEP, without which it cannot be used");
+        wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
     if !token.sha256_hmac {
-        wrong("does not list CKM_SHA256_HMAC, without which it cannot be used");
+        wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
         "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
@@ -160,15 +180,20 @@ fn examine_listed(listed: &[Listed]) -> (Vec<String>, Option<String>) {
             wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
         }
         "final try" => wrong(
-            "locks after one more wrong PIN, so the broker makes no login: log in once with the vendor's tool to reset the counter, or \
-             run `keybroker token retry-pin --force`",
+            "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
+             reset the counter, or run `keybroker token retry-pin --force`",
         ),
         _ => {}
     }
+    let of_several = if chosen.len() > 1 {
+        ", the one of several that the registry names,"
+    } else {
+        ""
+    };
     let note = token.oaep_bits.as_ref().map(|bits| {
         format!(
-            "[token]: token {name} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in and shows which \
-             hash it can use",
+            "[token]: token {name}{of_several} is present and lists RSA-OAEP for {} to {} bits; `keybroker token check` logs in \
+             and shows which hash the token supports",
             bits.start(),
             bits.end()
         )

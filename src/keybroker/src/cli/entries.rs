@@ -1,4 +1,4 @@
-//! Entries of an audit log for people: one block each, no wider than a terminal. Programs get the JSON.
+//! Formats audit entries for people: one block for each entry, no wider than a terminal. Programs use the JSON.
 
 use clap::Args;
 use serde_json::Value;
@@ -10,37 +10,37 @@ pub(super) const WIDTH_MAX: usize = 100;
 
 /// Columns of the action, for the outcomes to stand below each other.
 const ACTION_WIDTH: usize = 26;
-/// Fields that the first line of a block shows, or that are the same in every entry.
+/// Fields that the first line of a block shows, and `log_id`, which is the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];
 
 /// Filters for entries of an audit log.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Filter {
-    /// Only entries of this action, such as `user_key.unwrap`
+    /// Show only entries with this action, such as `user_key.unwrap`
     #[arg(long, value_name = "ACTION")]
     action: Option<String>,
-    /// Only entries with this outcome: `ok`, `denied`, `failed` or `unknown`
+    /// Show only entries with this outcome: `ok`, `denied`, `failed` or `unknown`
     #[arg(long, value_name = "OUTCOME")]
     outcome: Option<String>,
-    /// Only entries with this reason, such as `POLICY`
+    /// Show only entries with this reason, such as `POLICY`
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Only entries of this principal
+    /// Show only entries with this principal
     #[arg(long, value_name = "NAME")]
     principal: Option<String>,
-    /// Only entries about this user's keys
+    /// Show only entries about this user's keys
     #[arg(long, value_name = "USER")]
     user: Option<String>,
-    /// Only entries about this record
+    /// Show only entries about this record
     #[arg(long, value_name = "ID")]
     record_id: Option<String>,
-    /// Only entries of this call
+    /// Show only entries of this call
     #[arg(long, value_name = "ID")]
     call_id: Option<String>,
 }
 
 impl Filter {
-    /// Whether every entry passes.
+    /// Whether no filter is set, so that every entry passes.
     pub(super) fn is_empty(&self) -> bool {
         self.wanted().next().is_none()
     }
@@ -59,7 +59,7 @@ impl Filter {
         .filter_map(|(name, value)| Some((name, value.as_deref()?)))
     }
 
-    /// Whether a line passes. One that is not JSON never does.
+    /// Whether a line passes all filters. A line that is not JSON never passes.
     pub(super) fn passes(&self, line: &str) -> bool {
         let Ok(entry) = serde_json::from_str::<Value>(line) else {
             return false;
@@ -69,7 +69,7 @@ impl Filter {
     }
 }
 
-/// Lines of an audit log as text for people. A line that is not JSON is shown as it is.
+/// Formats lines of an audit log for people. A line that is not JSON is shown unchanged.
 pub(super) fn text(lines: &[String]) -> String {
     let blocks: Vec<String> = lines.iter().map(|line| block(line)).collect();
     blocks.join("\n")
@@ -107,7 +107,7 @@ fn block(line: &str) -> String {
     block
 }
 
-/// To the millisecond.
+/// A time with a precision of milliseconds.
 fn time(micros: i64) -> String {
     let text = Timestamp::from_micros(micros.div_euclid(1_000) * 1_000).to_string();
     match text.strip_suffix('Z').map(|text| text.split_once('.')) {

@@ -1,6 +1,6 @@
-//! The environment of the vendor's module. Workers of `serve` and of commands get `[token.environment]` and nothing else, so that
-//! a module that finds its token in a command finds it in `serve`, too. A message names the variables of the shell that are
-//! set but not passed on.
+//! The environment of the vendor's module. Workers of `serve` and of commands receive only the variables of
+//! `[token.environment]`. A module that finds its token in a command therefore finds it in `serve`, too. A hint lists variables
+//! that are set in the shell but not passed on.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -9,10 +9,10 @@ use keybroker_hsm::admin::AdminError;
 
 use super::exit::Failure;
 
-/// Variables of keybroker itself.
+/// Prefix of Keybroker's own variables.
 const OURS_PREFIX: &str = "KEYBROKER_";
 
-/// Parts of names that modules read: their own, and those of the dynamic linker.
+/// Parts of the names of variables that PKCS#11 modules or the dynamic linker read.
 const OF_MODULES: &[&str] = &[
     "PKCS11",
     "P11",
@@ -28,7 +28,8 @@ const OF_MODULES: &[&str] = &[
 ];
 const OF_MODULES_SUFFIXES: &[&str] = &["_CONF", "_CONFIG", "_CFG", "_INI"];
 
-/// The names of variables in `set` that a module could read and that it is not given. Names only: values may be secrets.
+/// The names of variables in `set` that a module might read but does not receive. Values are left out, because they may be
+/// secrets.
 fn not_passed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
     let mut names: Vec<&str> = set
         .filter(|name| is_of_a_module(name))
@@ -48,7 +49,7 @@ fn is_of_a_module(name: &str) -> bool {
             .any(|suffix| name.ends_with(suffix))
 }
 
-/// Adds to a failure which variables of the shell the module did not see, where they may be its cause.
+/// Adds a hint about variables that the module did not receive, if they may be the cause of the failure.
 pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
     let hint = hint(&error, config);
     let failure = Failure::from(error);
@@ -58,14 +59,14 @@ pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
     }
 }
 
-/// The hint about variables that the module did not see; absent for a failure that has another cause.
+/// The hint about variables that the module did not receive; `None` for a failure that has another cause.
 pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
     matches!(error, AdminError::NoToken(_))
         .then(|| withheld(config))
         .flatten()
 }
 
-/// The hint about variables that are not passed on; absent when there are none.
+/// The hint about variables that are not passed on; `None` if there are none.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())
@@ -75,8 +76,8 @@ pub(super) fn withheld(config: &Config) -> Option<String> {
         return None;
     }
     Some(format!(
-        "set in this shell but not passed on to the module, here and in `serve`: {}. If the module needs them, add them to \
-         [token.environment]",
+        "these variables of the shell are not passed on to the module, neither here nor in `serve`: {}. If the module \
+         needs them, add them to [token.environment]",
         names.join(", ")
     ))
 }

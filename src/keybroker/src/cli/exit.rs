@@ -1,42 +1,42 @@
-//! How a command ends: fixed exit codes, and messages that say what happened and what to do next.
+//! Exit codes and failures of commands. A failure has a message, and a hint about what to do next.
 
 use std::fmt;
 
 use keybroker_core::error::Reason;
 
-/// Exit codes, fixed: scripts depend on them. `docs/cli.md` has the table.
+/// Exit codes. They never change, because scripts depend on them. `docs/cli.md` has the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// A fault of the program.
+    /// An internal error of the program.
     Internal,
-    /// Arguments that make no sense; also what the argument parser uses.
+    /// Invalid arguments. The argument parser uses the same code.
     Usage,
-    /// The configuration file is missing or wrong.
+    /// The configuration file is missing or invalid.
     Configuration,
-    /// No module, no token, or not the one that was meant.
+    /// The module or the token is missing, or the token is not the configured one.
     Token,
-    /// No PIN, or one that was refused.
+    /// The PIN is missing, or the token rejected it.
     Pin,
-    /// A key or the registry is not as it must be.
+    /// A key or the registry does not meet the requirements.
     Untrusted,
     /// The database cannot be used.
     Store,
     /// The audit log cannot be written or read.
     Audit,
-    /// A port, a database or a log is in use: it runs already.
+    /// A port, the database or the audit log is in use, for example by a running broker.
     InUse,
     /// The broker refused the call.
     Refused,
     /// The broker cannot be reached.
     Unreachable,
-    /// What was checked does not hold.
+    /// A check failed.
     Verification,
-    /// Ended by Ctrl-C.
+    /// The command was interrupted by a signal.
     Interrupted,
 }
 
 impl Exit {
-    /// All codes, in the order of the documentation.
+    /// All exit codes, in the order of the documentation.
     pub const ALL: [Self; 13] = [
         Self::Internal,
         Self::Usage,
@@ -53,7 +53,7 @@ impl Exit {
         Self::Interrupted,
     ];
 
-    /// The number.
+    /// The numeric exit code.
     pub const fn code(self) -> u8 {
         match self {
             Self::Internal => 1,
@@ -72,7 +72,7 @@ impl Exit {
         }
     }
 
-    /// Whether `serve` ends the same way when it is started again, until a person repairs the cause.
+    /// Whether `serve` would fail again after a restart, until a person repairs the cause.
     pub const fn needs_person(self) -> bool {
         matches!(
             self,
@@ -80,7 +80,7 @@ impl Exit {
         )
     }
 
-    /// The meaning, in the words of the documentation.
+    /// The meaning of the code, with the same text as in the documentation.
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Internal => "internal error",
@@ -105,18 +105,18 @@ impl Exit {
 /// Why a command failed.
 #[derive(Clone, Debug)]
 pub struct Failure {
-    /// With which code the process ends.
+    /// The exit code of the process.
     pub exit: Exit,
     /// What happened and what it means.
     pub message: String,
-    /// What to do next, where the message does not say so already.
+    /// What to do next, if the message does not say so.
     pub hint: Option<String>,
-    /// The broker's reason, when it refused a call.
+    /// The broker's reason, if it refused a call.
     pub reason: Option<String>,
 }
 
 impl Failure {
-    /// A failure with its message.
+    /// Makes a failure with a message and no hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
@@ -126,7 +126,7 @@ impl Failure {
         }
     }
 
-    /// The same, with what to do next.
+    /// Sets the hint.
     #[must_use]
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self {

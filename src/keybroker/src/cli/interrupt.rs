@@ -1,5 +1,5 @@
-//! Ctrl-C in a command: a message that names the change that was in progress, and exit code 130. Without it a command
-//! that is changing a token or a database would end without a message.
+//! Handles Ctrl-C in a command: a message with the change that was in progress, and exit code 130. By default, a
+//! command that is changing a token or a database would end without a message.
 
 use std::{
     process,
@@ -19,17 +19,17 @@ use super::{
 
 static UNDER_WAY: Mutex<Option<UnderWay>> = Mutex::new(None);
 
-/// A change that a command makes.
+/// A change that a command is making.
 #[derive(Clone, Copy)]
 struct UnderWay {
     action: &'static str,
     next: &'static str,
 }
 
-/// Keeps a change named until it is dropped.
+/// Marks a change as in progress until the guard is dropped.
 pub(super) struct Guard(());
 
-/// Notes that a change begins: its action in the audit log, and where its outcome can be seen if it is interrupted.
+/// Marks the begin of a change. `action` is its name in the audit log, and `next` is the hint for an interruption.
 pub(super) fn begin(action: &'static str, next: &'static str) -> Guard {
     set(Some(UnderWay { action, next }));
     Guard(())
@@ -70,7 +70,7 @@ fn interrupted() -> Failure {
     match under_way {
         Some(UnderWay { action, next }) => {
             let what =
-                format!("interrupted during `{action}`, which may be done in part or as a whole");
+                format!("interrupted during `{action}`, which may be partly or completely done");
             Failure::new(Exit::Interrupted, what).hint(next)
         }
         None => Failure::new(Exit::Interrupted, "interrupted; no change was in progress"),

@@ -1,5 +1,6 @@
-//! `keybroker key`.
+//! `keybroker key`: manages the wrapping keys on the token and in the registry.
 
+use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -7,7 +8,7 @@ use crate::config::Config;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
@@ -18,7 +19,7 @@ use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
     output::Field,
-    pin::{UserPin, log_in},
+    pin::{UserPin, log_in, serials},
     token::note_tests_not_made,
 };
 
@@ -31,9 +32,9 @@ pub(super) enum Command {
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use it to complete an interrupted `key generate`, for a key that was made with the vendor's tool, or after the token
-    /// was restored to a device with another serial number; a registered key keeps its state. The key must pass the checks
-    /// of `token check`. The broker must be stopped.
+    /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
+    /// restored to a device with another serial number. A registered key keeps its state. The key must pass the checks of `token
+    /// check`. The broker must be stopped.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -55,9 +56,9 @@ pub(super) struct Generate {
 
 #[derive(Args, Debug)]
 pub(super) struct Register {
-    /// `CKA_ID` of the RSA private key, 1 to 255 bytes in hexadecimal; of a registered key, its id
+    /// `CKA_ID` of the RSA private key, 1 to 255 bytes in hexadecimal, or the id of a registered key
     id: String,
-    /// `CKA_ID` of the integrity key, 1 to 255 bytes in hexadecimal [default: that of the RSA private key]
+    /// `CKA_ID` of the integrity key, 1 to 255 bytes in hexadecimal [default: the `CKA_ID` of the RSA private key]
     #[arg(long, value_name = "HEX")]
     integrity_id: Option<String>,
     #[command(flatten)]
@@ -118,11 +119,11 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .bits
         .parse()
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
-    // Everything that could refuse the row later is asked before anything is made on the token.
+    // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, true)?;
+    let admin = log_in(&config, &pin, true, &serials(&rows))?;
     let row = change::audited(
         context,
         &config,
@@ -134,8 +135,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row).map_err(|failure| {
             let what = format!(
-                "key {} is on the token, but not registered: {failure}. When that is repaired, run \
-                 `keybroker key register {}`",
+                "key {} is on the token, but not registered: {failure}. After repairing the cause, run `keybroker key \
+                 register {}`",
                 row.id, row.id
             );
             Failure::new(failure.exit, what)
@@ -149,8 +150,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 
 fn warn_of_backup(context: &Context) {
     context.output.note(
-        "This key can never be exported. Back up the token before the first user enrols: if it is lost, every \
-         vault under it is lost. Then run `keybroker token backup-confirmed`.",
+        "This key can never be exported. Back up the token before the first user enrols: if the token is lost, every \
+         vault under this key is lost. Then run `keybroker token backup-confirmed`.",
     );
 }
 
@@ -165,13 +166,14 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, false)?;
+    let admin = log_in(&config, &pin, false, &serials(&rows))?;
     let key = find(&admin, &rows, object, integrity)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    refuse_shared_integrity_key(&key, &rows)?;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
             let row = new_row(&admin, &key, &rows)?;
@@ -194,8 +196,9 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     context.output.fields(fields(&row))
 }
 
-/// Checks the key with that `CKA_ID`. It has the id under which it is registered, whatever its `CKA_ID` was on another token; else
-/// its `CKA_ID` if that has the length of an id; else a new id.
+/// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.
+/// The id of an unregistered key is its `CKA_ID`, if that has the length of an id. Otherwise the id is derived from the public
+/// key, so that a key whose row is lost receives the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -209,25 +212,43 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            None => (fresh_id()?, Some(object)),
+            // For the check alone: the public key is not known before it.
+            None => (fresh_id()?, Some(object.clone())),
         },
     };
     let integrity = integrity.or_else(|| known?.objects.integrity.clone());
     let objects = ObjectIds { private, integrity };
     admin.know([(id, &objects)])?;
     let checked = admin.check(id)?;
-    let elsewhere = rows
+    let registered = rows
         .iter()
-        .find(|row| row.fingerprint == checked.fingerprint && row.id != id);
-    let Some(row) = elsewhere else {
-        return Ok(checked);
+        .find(|row| row.fingerprint == checked.fingerprint)
+        .map(|row| row.id);
+    let named = match known {
+        Some(row) => row.id,
+        None => WrappingKeyId::from_slice(object.as_bytes())
+            .unwrap_or_else(|| id_of(&checked.fingerprint)),
     };
+    let wanted = registered.unwrap_or(named);
+    if wanted == id {
+        return Ok(checked);
+    }
     let objects = ObjectIds {
         private: Some(objects.private.unwrap_or_else(|| id.into())),
         integrity: objects.integrity,
     };
-    admin.know([(row.id, &objects)])?;
-    Ok(admin.check(row.id)?)
+    admin.know([(wanted, &objects)])?;
+    Ok(admin.check(wanted)?)
+}
+
+/// The id of a key whose `CKA_ID` cannot be one.
+fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"keybroker/wrapping-key-id/v1");
+    context.update(&fingerprint.0);
+    let mut bytes = [0; ID_BYTES];
+    bytes.copy_from_slice(&context.finish().as_ref()[..ID_BYTES]);
+    WrappingKeyId::from_bytes(bytes)
 }
 
 fn fresh_id() -> Result<WrappingKeyId, Failure> {
@@ -237,7 +258,7 @@ fn fresh_id() -> Result<WrappingKeyId, Failure> {
     Ok(WrappingKeyId::from_bytes(bytes))
 }
 
-/// The row of a key that is not registered yet.
+/// Makes the registry row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
     let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
@@ -256,20 +277,49 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
     Ok(row)
 }
 
-/// The row of a registered key, for the token that holds it now. Its state is kept: a copy of a compromised key is
-/// compromised.
+/// Refuses an integrity key that another wrapping key uses. With a shared integrity key, rows of a compromised wrapping key would
+/// also verify for the other, and destroying one wrapping key would affect both.
+fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
+    let integrity = |id: WrappingKeyId, objects: &ObjectIds| {
+        let private = objects.private.clone().unwrap_or_else(|| id.into());
+        objects.integrity.clone().unwrap_or(private)
+    };
+    let own = integrity(key.id, &key.objects);
+    let other = rows.iter().find(|row| {
+        row.id != key.id
+            && row.state != WrappingKeyState::Destroyed
+            && row.integrity_object() == own
+    });
+    match other {
+        None => Ok(()),
+        Some(other) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "the integrity key with the CKA_ID {own} already belongs to the wrapping key {}, and each wrapping key \
+                 needs a separate integrity key; make another secret key and pass its CKA_ID with `--integrity-id`",
+                other.id
+            ),
+        )),
+    }
+}
+
+/// Makes the registry row of a registered key that is on another token now. The state is kept, because a copy of a compromised
+/// key is compromised, too.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
-    if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
-        return Err(Failure::new(Exit::Untrusted, what));
-    }
     if old.fingerprint != key.fingerprint {
-        let what = format!("key {id} on this token is another key than the registered one");
+        let what = format!("the key with id {id} on this token is not the registered key");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {
-        let what = format!("the registry row of key {id} was altered; nothing was changed");
+        let what = format!(
+            "the registry row of key {id} was altered: its MAC does not verify; nothing was changed. Restore the row from a backup of the \
+             database"
+        );
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if unpadded(&old.token_serial) == admin.info().serial {
+        let what = format!("key {id} is registered already, for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {

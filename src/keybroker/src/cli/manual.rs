@@ -1,4 +1,4 @@
-//! `keybroker completions` and `keybroker man`: made from the command definitions, so they cannot say anything else.
+//! `keybroker completions` and `keybroker man`: generated from the command definitions, so the two always agree.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ const NAME: &str = "keybroker";
 
 #[derive(Args, Debug)]
 pub(super) struct Completions {
-    /// Shell of the completion script
+    /// Shell that the script is for
     shell: Shell,
 }
 
@@ -40,7 +40,7 @@ pub(super) fn script(shell: Shell) -> Vec<u8> {
     script
 }
 
-/// The command without its hidden subcommands, which the generators of completions would show.
+/// The command without its hidden subcommands, which completion generators would include.
 fn visible(command: &Command) -> Command {
     Command::new(command.get_name().to_owned())
         .about(command.get_about().cloned().unwrap_or_default())
@@ -53,7 +53,7 @@ fn visible(command: &Command) -> Command {
         )
 }
 
-/// Writes `keybroker.1` and a page for each visible command.
+/// Writes the manual pages: `keybroker.1` and a page for each visible command.
 pub(super) fn manual(arguments: &Manual, context: &Context) -> Result<(), Failure> {
     let folder = &arguments.out;
     write_pages(folder).map_err(|error| {
@@ -63,7 +63,7 @@ pub(super) fn manual(arguments: &Manual, context: &Context) -> Result<(), Failur
     let first = folder.join("keybroker.1");
     context
         .output
-        .note(&format!("read with `man -l {}`", first.display()));
+        .note(&format!("read the pages with `man -l {}`", first.display()));
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Results on standard output, as a table for people or as JSON for programs; failures on standard error.
+//! Writes results to standard output, as a table or as JSON, and failures to standard error.
 
 use std::io::{self, Write as _};
 
@@ -11,22 +11,22 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// How results are shown.
+/// The format of results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
-    /// For people
+    /// Table for people
     Table,
-    /// For programs; field names are stable
+    /// JSON for programs; field names are stable
     Json,
 }
 
-/// Where results go.
+/// Writes the results of a command in the selected format.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
     format: Format,
 }
 
-/// A named value of a result.
+/// A name and a value of a result.
 pub(super) type Field = (&'static str, Value);
 
 impl Output {
@@ -38,7 +38,7 @@ impl Output {
         self.format == Format::Json
     }
 
-    /// One thing: its fields, one a line.
+    /// One object, with one line for each field.
     pub(super) fn fields(self, fields: Vec<Field>) -> Result<(), Failure> {
         if self.is_json() {
             let object: Map<_, _> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
@@ -47,7 +47,7 @@ impl Output {
         self.text(&block(&fields))
     }
 
-    /// Many things of one kind.
+    /// A list of objects that have the same fields.
     pub(super) fn list(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() {
             let objects = rows
@@ -62,8 +62,8 @@ impl Output {
         self.text(&list(&rows))
     }
 
-    /// Many things in groups: for people, a heading for each value of the first field, and a table of the other fields; for
-    /// programs, the same list as without groups.
+    /// A list of objects in groups. A table has a heading for each value of the first field and the other fields below it. JSON
+    /// has the list without groups.
     pub(super) fn groups(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() || rows.is_empty() {
             return self.list(rows, when_empty);
@@ -81,13 +81,13 @@ impl Output {
         self.text(&groups.join("\n\n"))
     }
 
-    /// A JSON value, whatever the format.
+    /// A JSON value, in either format.
     pub(super) fn json(self, value: &Value) -> Result<(), Failure> {
         let text = serde_json::to_string_pretty(value).unwrap_or_default();
         self.text(&text)
     }
 
-    /// Entries of an audit log, which are lines of JSON: readable, or as one array.
+    /// Lines of an audit log: formatted for people, or as one JSON array.
     pub(super) fn entries(self, lines: &[String]) -> Result<(), Failure> {
         if !self.is_json() {
             return match lines {
@@ -102,12 +102,12 @@ impl Output {
         let parsed = parsed.map_err(|error| {
             let what = format!("a line of the log is not JSON: {error}");
             Failure::new(Exit::Verification, what)
-                .hint("`keybroker audit show --raw` shows the lines as they are")
+                .hint("`keybroker audit show --raw` shows the unchanged lines")
         })?;
         self.json(&Value::Array(parsed))
     }
 
-    /// One sentence; for programs, an object with one field of this name.
+    /// One sentence. In JSON, it is an object with one field of this name.
     pub(super) fn sentence(self, name: &'static str, text: &str) -> Result<(), Failure> {
         if self.is_json() {
             return self.fields(vec![(name, json!(text))]);
@@ -115,16 +115,13 @@ impl Output {
         self.text(text)
     }
 
-    /// A text and a line end.
+    /// A text, followed by a line end.
     pub(super) fn text(self, text: &str) -> Result<(), Failure> {
         self.bytes(format!("{text}\n").as_bytes())
     }
 
-    /// Bytes as they are, whatever the format. A reader that closed the pipe is not an error.
-    #[expect(
-        clippy::unused_self,
-        reason = "output goes through an `Output`, or it could go anywhere"
-    )]
+    /// Unchanged bytes, in either format. It is not an error if the reader closed the pipe.
+    #[expect(clippy::unused_self, reason = "all output goes through an `Output`")]
     pub(super) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
         let mut stdout = io::stdout().lock();
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
@@ -143,7 +140,7 @@ impl Output {
         }
     }
 
-    /// Why a command failed.
+    /// Writes the message and the hint of a failure to standard error.
     pub(super) fn failure(self, failure: &Failure) {
         if self.is_json() {
             let object = json!({
@@ -162,7 +159,7 @@ impl Output {
     }
 }
 
-/// Standard error is the last resort: there is nowhere left to report its failure.
+/// Writes a line to standard error. A failure to do so cannot be reported anywhere.
 fn complain(text: &str) {
     let mut stderr = io::stderr().lock();
     if writeln!(stderr, "{text}").is_err() {
@@ -170,18 +167,18 @@ fn complain(text: &str) {
     }
 }
 
-/// A table, or blocks where it would be too wide.
+/// Formats rows as a table, or as one block for each row if the table would be too wide.
 fn list(rows: &[Vec<Field>]) -> String {
     let table = table(rows);
     if table.lines().all(|line| line.chars().count() <= WIDTH_MAX) {
         return table;
     }
-    // A line that a terminal breaks cannot be read, and a value that is cut cannot be copied.
+    // A terminal would break long lines, and a shortened value could not be copied.
     let blocks: Vec<String> = rows.iter().map(|row| block(row)).collect();
     blocks.join("\n\n")
 }
 
-/// Columns side by side. A column without any value is left out.
+/// Formats rows as a table. A column without any value is left out.
 fn table(rows: &[Vec<Field>]) -> String {
     let is_filled = |column: &usize| {
         rows.iter()
@@ -212,7 +209,7 @@ fn table(rows: &[Vec<Field>]) -> String {
     lines.join("\n")
 }
 
-/// One thing: its fields, one a line.
+/// One object, with one line for each field.
 fn block(fields: &[Field]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines: Vec<String> = fields

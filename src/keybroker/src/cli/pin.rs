@@ -1,6 +1,7 @@
-//! Where a command gets a PIN: a file, a descriptor, or a prompt. Never an argument.
+//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never an argument.
 
 use std::{
+    collections::BTreeSet,
     io::IsTerminal as _,
     path::{Path, PathBuf},
 };
@@ -8,8 +9,9 @@ use std::{
 use clap::Args;
 
 use crate::config::Config;
-use keybroker_core::state::StateDirectory;
+use keybroker_core::{key::WrappingKeyState, state::StateDirectory};
 use keybroker_hsm::admin::Admin;
+use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::{Pin, PinSource, Settings};
 
 use super::{
@@ -17,7 +19,7 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// Where the user PIN comes from, when not from `token.pin_file`.
+/// Options that select a source of the user PIN other than `token.pin_file`.
 #[derive(Args, Clone, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 pub(super) struct UserPin {
@@ -48,7 +50,7 @@ impl UserPin {
     }
 }
 
-/// Where the security officer's PIN comes from.
+/// Options that select the source of the security officer's PIN.
 #[derive(Args, Clone, Debug)]
 pub(super) struct SoPin {
     /// File with the security officer's PIN, readable by its owner alone
@@ -67,19 +69,36 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance, with the record of PINs, which commands and the workers of `serve` share.
+/// The state directory of this instance. It has the record of rejected PINs, which commands and the workers of `serve`
+/// share.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token in an admin worker, if the record of PINs allows it.
-pub(super) fn log_in(config: &Config, pin: &PinSource, write: bool) -> Result<Admin, Failure> {
+/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens fit the
+/// settings, the one with a serial number of the registry is used, as by `serve`.
+pub(super) fn log_in(
+    config: &Config,
+    pin: &PinSource,
+    write: bool,
+    serials: &[&str],
+) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
-    Admin::open(program, &config.token, &state(config), pin, write)
+    Admin::open(program, &config.token, &state(config), pin, write, serials)
         .map_err(|error| environment::explain(error, config))
 }
 
-/// Names the option, because the configuration names a PIN file, too.
+/// Serial numbers of the tokens that hold the registered keys, each once.
+pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
+    let held = registry
+        .iter()
+        .filter(|row| row.state != WrappingKeyState::Destroyed)
+        .map(|row| row.token_serial.as_str());
+    held.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Checks a PIN file of an option. The message has the option, to distinguish the file from the one in the
+/// configuration.
 fn check_option(option: &str, file: Option<&Path>) -> Result<(), Failure> {
     let checked = file.map_or(Ok(()), Pin::check_file);
     checked.map_err(|error| Failure::new(Exit::Pin, format!("{option}: {error}")))
@@ -101,7 +120,7 @@ fn read(
         }
         (None, None) => {
             return Err(no_pin(
-                "no PIN: name a file or a descriptor, or run this at a terminal to be asked"
+                "no PIN specified: pass a file or a descriptor, or run the command at a terminal for a prompt"
                     .to_owned(),
             ));
         }

@@ -1,4 +1,4 @@
-//! `keybroker policy`.
+//! `keybroker policy`: checks policies and explains decisions.
 
 use std::path::{Path, PathBuf};
 
@@ -21,18 +21,18 @@ mod explain;
 pub(super) enum Command {
     /// Validate policies as `serve` does, and report every problem
     Check(Source),
-    /// Show how a request would be decided, and which policies decide it
+    /// Show the decision on a request, and the policies that determine it
     Explain(Box<explain::Arguments>),
 }
 
-/// Which policies.
+/// Options that select the policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies of this directory instead of `policy.directory`. No configuration is
-    /// needed. If there is one, the command also checks the names of principals against it
+    /// Use the policies in this directory instead of `policy.directory`. A configuration is optional; if there is one, the
+    /// command also checks that it defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// Leave out the permits that come with the broker; requires --directory
+    /// Leave out the default permits of the broker; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }
@@ -79,7 +79,7 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
         Err(Problems(problems)) => problems,
     };
     let shown = settings.directory.as_deref();
-    // A single problem is in the error itself, for a person; a program reads all of them from the list.
+    // For people, the error message includes a single problem. For programs, the list has all problems.
     if problems.len() > 1 || context.output.is_json() {
         let rows = problems.iter().map(row).collect();
         context.output.list(rows, "")?;
@@ -87,7 +87,7 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     Err(refused(shown, &problems))
 }
 
-/// Remarks on principals that the policies name and the configuration does not know. Absent when the policies are those of
+/// Remarks about principals in the policies that the configuration does not define. `None` if the policies are those of
 /// `--directory` and there is no configuration to compare them with.
 fn unknown_principals(
     source: &Source,
@@ -98,7 +98,7 @@ fn unknown_principals(
         Ok(config) => config,
         Err(failure) if source.directory.is_some() => {
             context.output.note(&format!(
-                "note: the names of principals were not compared with a configuration: {failure}"
+                "note: the principals in the policies were not compared with a configuration: {failure}"
             ));
             return Ok(None);
         }
@@ -120,14 +120,14 @@ fn row(problem: &Problem) -> Vec<Field> {
     ]
 }
 
-/// Policies that are not valid.
+/// The failure for invalid policies.
 fn refused(directory: Option<&Path>, problems: &[Problem]) -> Failure {
     let shown = directory.unwrap_or(Path::new("(shipped)")).display();
     let count = problems.len();
     let what = match problems {
         [problem] => format!("{shown}: {problem}"),
-        _ => format!("{shown}: {count} mistakes in the policies"),
+        _ => format!("{shown}: {count} problems in the policies"),
     };
     Failure::new(Exit::Configuration, what)
-        .hint("docs/policy.md has the words that policies are written in; `keybroker policy check` looks again")
+        .hint("docs/policy.md describes the language of policies; run `keybroker policy check` after a correction")
 }

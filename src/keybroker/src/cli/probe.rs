@@ -1,5 +1,5 @@
-//! `keybroker probe`: checks the local broker's health, for containers whose health check is a command. The status
-//! listener is on loopback, where an orchestrator's own probes do not reach it.
+//! `keybroker probe`: checks the local broker's health, for containers whose health check is a command. An
+//! orchestrator's HTTP probes cannot reach the status listener, which is on loopback.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -14,15 +14,15 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// An answer of the status listener is a line or two.
+/// Longest answer in bytes. An answer of the status listener has one or two lines.
 const ANSWER_BYTES_MAX: u64 = 16_384;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Question to ask
+    /// Health check to make
     #[arg(default_value = "ready")]
     question: Question,
-    /// Address of the status listener [default: `status.address` of the configuration]
+    /// Address of the broker's status listener [default: `status.address` of the configuration]
     #[arg(long, value_name = "ADDRESS")]
     status: Option<SocketAddr>,
     /// Timeout for the answer, in milliseconds
@@ -32,9 +32,9 @@ pub(super) struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Check that the process answers; if it does not, a restart may help
+    /// Check that the process responds; if it does not, restart it
     Live,
-    /// Check that the broker can release keys; if it cannot, route callers to another broker
+    /// Check that the broker can release keys; if it cannot, send callers to another broker
     Ready,
 }
 
@@ -51,7 +51,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let answer = answer.map_err(|error| {
         let what = format!("no answer from http://{address}{path}: {error}");
         Failure::new(Exit::Unreachable, what)
-            .hint("is `keybroker serve` running, with this [status] address?")
+            .hint("check that `keybroker serve` runs with this address in [status]")
     })?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     if head.starts_with("HTTP/1.1 200 ") {

@@ -1,4 +1,4 @@
-//! The progress of a long job, on standard error when that is a terminal.
+//! Shows the progress of a long operation on standard error, if standard error is a terminal.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output::Output;
 
-/// Between two looks at the clock; the speed and the rest of the time stay true while nothing moves.
+/// Interval between two updates of the bar, so that speed and remaining time stay current without progress.
 const REDRAW: Duration = Duration::from_millis(250);
 
-/// A bar of known length. It disappears when it is dropped.
+/// A progress bar for a known number of items. Dropping it removes the bar from the terminal.
 #[derive(Debug)]
 pub(super) struct Progress(ProgressBar);
 
 impl Progress {
-    /// Begins. Shows nothing with `-o json`, nor where standard error is no terminal.
+    /// Shows a bar, except with `-o json` or if standard error is not a terminal.
     pub(super) fn new(output: Output, what: &'static str, total: u64) -> Self {
         if output.is_json() {
             return Self(ProgressBar::hidden());

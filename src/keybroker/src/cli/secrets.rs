@@ -1,4 +1,4 @@
-//! Passwords, tokens and keys on their way in: from files, descriptors or a prompt, and never from an argument.
+//! Reads passwords, access tokens and keys from files, descriptors or a prompt. A secret is never an argument.
 
 use std::{
     fs::File,
@@ -14,12 +14,12 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
-/// Longest secret that is a line: the longest token that the broker reads.
+/// Longest secret in bytes, which is the longest access token that the broker accepts.
 const LINE_BYTES_MAX: usize = 8 * 1_024;
 
-/// Where a secret comes from.
+/// The source of a secret.
 pub(super) struct Source<'a> {
-    /// What it is, for messages.
+    /// The name of the secret for messages.
     pub(super) what: &'static str,
     pub(super) file: Option<&'a Path>,
     pub(super) descriptor: Option<u32>,
@@ -30,7 +30,7 @@ impl Source<'_> {
         self.file.is_none() && self.descriptor.is_none()
     }
 
-    /// One line without its end.
+    /// Reads one line, without the line end.
     pub(super) fn line(&self) -> Result<Zeroizing<String>, Failure> {
         let mut bytes = self.bytes(LINE_BYTES_MAX)?;
         if bytes.last() == Some(&b'\n') {
@@ -56,22 +56,23 @@ impl Source<'_> {
         }
     }
 
-    /// One line; the terminal is asked when nothing is named.
+    /// Reads one line, with a prompt at the terminal if neither a file nor a descriptor is set.
     pub(super) fn line_or_prompt(&self, prompt: &str) -> Result<Zeroizing<String>, Failure> {
         if !self.is_none() {
             return self.line();
         }
         if !io::stdin().is_terminal() {
-            let what = format!("there is nothing to read {} from", self.what);
-            return Err(Failure::new(Exit::Usage, what)
-                .hint("name a file or a descriptor, or run this at a terminal to be asked"));
+            let what = format!("no source specified for {}", self.what);
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "pass a file or a descriptor, or run the command at a terminal for a prompt",
+            ));
         }
         rpassword::prompt_password(prompt)
             .map(Zeroizing::new)
             .map_err(|error| self.refuse(&format!("cannot be read: {error}")))
     }
 
-    /// A key of this length: its bytes, or their base64 on a line.
+    /// Reads a key of this length, as raw bytes or as a line of base64.
     pub(super) fn key(&self, length: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let bytes = self.bytes(LINE_BYTES_MAX)?;
         if bytes.len() == length {
@@ -83,7 +84,11 @@ impl Source<'_> {
             .map(Zeroizing::new);
         decoded
             .filter(|decoded| decoded.len() == length)
-            .ok_or_else(|| self.refuse(&format!("is neither {length} bytes nor their base64")))
+            .ok_or_else(|| {
+                self.refuse(&format!(
+                    "is neither {length} bytes nor the base64 of {length} bytes"
+                ))
+            })
     }
 
     fn bytes(&self, max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
@@ -92,9 +97,9 @@ impl Source<'_> {
                 .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?,
             (None, Some(path)) => trusted_file::open(path, Purpose::secret("secret"))
                 .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
-            (None, None) => return Err(self.refuse("is not named")),
+            (None, None) => return Err(self.refuse("is not specified")),
         };
-        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
+        // The full capacity is allocated first, because a growing vector leaves copies that are not overwritten.
         let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
         file.take(limit)

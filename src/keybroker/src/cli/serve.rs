@@ -1,4 +1,4 @@
-//! `keybroker serve`.
+//! `keybroker serve`: runs the broker.
 
 use std::path::PathBuf;
 
@@ -21,12 +21,12 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
     }
-    // A set that cannot be loaded stops the start below.
+    // Policies that cannot be loaded fail later, in `server::run`.
     for remark in config.unknown_principals().into_iter().flatten() {
-        tracing::warn!(%remark, "a policy names a principal that the configuration does not know");
+        tracing::warn!(%remark, "a policy refers to a principal that the configuration does not define");
     }
     for remark in config.policy.ignored_files() {
-        tracing::warn!(%remark, "a file in the directory of policies is not read");
+        tracing::warn!(%remark, "a file in the policy directory is ignored");
     }
     block_on(server::run(
         config,

@@ -1,4 +1,4 @@
-//! `keybroker store`.
+//! `keybroker store`: manages the database.
 
 use clap::Subcommand;
 use serde_json::json;
@@ -30,23 +30,22 @@ pub(super) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Show the schema version of the database
+    /// Show the schema version of the database and that of this release
     Status,
-    /// Check every row, and have the token verify each MAC
+    /// Check every row of the database, and verify each MAC on the token
     ///
-    /// Changes nothing, and can run while a broker serves. Fails with exit code 12 if a row is bad.
+    /// The command changes nothing and can run while a broker serves. It fails with exit code 12 if a row is bad.
     Check(UserPin),
-    /// Copy everything into another database of any engine, and verify the copy
+    /// Copy all rows into another database of any engine, and verify the copy
     ///
-    /// Stop every broker that uses the databases first. If the copy is interrupted, run it again.
+    /// Stop every broker that uses one of the two databases first. If the copy is interrupted, run it again.
     Copy(Box<copy::Arguments>),
     /// Accept the database as it is, for example after a backup was restored
     ///
-    /// The broker compares the database with the changes that it acknowledged, and refuses an earlier state. Run
-    /// this only if the restore was intended.
+    /// The broker keeps a record of the changes that it acknowledged, and refuses a database without them. Run this command only
+    /// if the restore was intended.
     AcceptRestored,
-    /// Permanently remove records and revisions that were deleted or superseded longer than `store.retention_days`
-    /// ago
+    /// Permanently remove records and revisions that were deleted or superseded more than `store.retention_days` ago
     Purge(purge::Arguments),
 }
 
@@ -84,8 +83,8 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Refuses a database that was used with other audit logs of this instance, as the next start would: it may be another broker's, and a
-/// migration cannot be undone.
+/// Refuses a database that was used with another audit log of this instance, like the next start of the broker would. The
+/// database may belong to another broker, and a migration cannot be undone.
 fn require_own_log(config: &Config) -> Result<(), Failure> {
     let log = config.audit.examine_instance()?;
     let id = log.id().unwrap_or_default();
@@ -109,7 +108,7 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// A broker that runs continues within a second.
+/// Accepts the database in its current state. A running broker continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
@@ -136,14 +135,14 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
         ("forgotten_call", json!(forgotten)),
     ])?;
     if !accepted {
-        context.output.note(
-            "this database is the one that the broker knows: there is nothing to accept, and nothing was forgotten",
-        );
+        context
+            .output
+            .note("the broker already accepts this database; nothing was changed");
     }
     Ok(())
 }
 
-/// The database for this process alone, where it is a file. The hint is for when another has it.
+/// Locks the database for this process, if it is a file. The hint is shown if another process holds the lock.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

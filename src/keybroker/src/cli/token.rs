@@ -1,4 +1,4 @@
-//! `keybroker token`.
+//! `keybroker token`: lists, initialises, checks and describes tokens.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::config::accepted;
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
     exit::{Exit, Failure},
-    pin::{self, SoPin, UserPin, log_in},
+    pin::{self, SoPin, UserPin, log_in, serials},
 };
 
 mod report;
@@ -29,19 +29,20 @@ pub(super) enum Command {
     List,
     /// Initialise a blank token and set its user PIN
     Init(Init),
-    /// Check the token and every registered key: attributes, self-test and registry
+    /// Check the token and every registered key: attributes, self-test, negative tests and registry
     Check(UserPin),
-    /// Report what the token does, and what it does although it must not; to publish and to compare
+    /// Report which operations the token supports, and which forbidden ones it permits
     ///
-    /// Everything is tried with keys that end with the session, in a process of its own. Run it while no broker uses the token: it
-    /// loads the token with operations, and its login ends with `C_Logout`.
+    /// The report can be published and compared. The command runs in a separate process and uses session keys, which the token
+    /// discards at the end. Run it only while no broker uses the token, because it puts load on the token and ends with
+    /// `C_Logout`.
     Report(report::Arguments),
     /// Allow one more login with a PIN that the token rejected; also while `serve` runs
     ///
-    /// A rejected PIN is remembered by its content in the state directory, and no command and no worker shows it to that
-    /// token again. Run this when the PIN is right after all: the token was unlocked, or its PIN was set to this one.
+    /// The state directory has a record of each rejected PIN. No command and no worker tries a recorded PIN again with the same
+    /// token. Run this command if the PIN is correct now, because the token was unlocked or its PIN was changed.
     RetryPin(RetryPin),
-    /// Record that the token was backed up and the restore was tested, for every key on it
+    /// Record that the token was backed up and that the restore was tested, for every key on the token
     BackupConfirmed(UserPin),
 }
 
@@ -61,7 +62,7 @@ pub(super) struct Init {
 
 #[derive(Args, Debug)]
 pub(super) struct RetryPin {
-    /// Also allow the next login when one more wrong PIN would lock the token
+    /// Allow the next login even if one more wrong PIN would lock the token
     #[arg(long)]
     force: bool,
 }
@@ -114,7 +115,8 @@ fn list(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Needs neither module nor PIN, so that it works while `serve` runs; its next worker reads the record.
+/// Allows one more login. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
+/// record.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let record = PinRecord::new(pin::state(&config));
@@ -143,7 +145,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         .label
         .clone()
         .or_else(|| config.token.label.clone())
-        .ok_or_else(|| Failure::new(Exit::Usage, "name the token with --label"))?;
+        .ok_or_else(|| Failure::new(Exit::Usage, "no label specified; pass --label"))?;
     let so_pin = arguments.so_pin.get()?;
     let user_pin = arguments.user_pin.get(&config.token)?;
     let erase = arguments.erase_serial.as_deref();
@@ -176,11 +178,11 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Checks every registered key, or every key on the token if none is registered, with the attribute check of each.
+/// Checks the registered keys and the keys on the token: attribute check, self-test and negative tests.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
     let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
@@ -218,9 +220,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         );
     }
     let has_keys = !shown.is_empty();
-    context
-        .output
-        .groups(shown, "the token holds no wrapping key")?;
+    let nothing_shown = if problems.is_empty() {
+        "the token holds no wrapping key"
+    } else {
+        "no key could be checked"
+    };
+    context.output.groups(shown, nothing_shown)?;
     show_weakened(context, &config);
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
@@ -230,7 +235,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     if problems.is_empty() {
         context.output.note(&format!(
-            "token {:?} (serial {}): every key passes attribute check, self-test and negative tests",
+            "token {:?} (serial {}): every key passes the attribute check, the self-test and the negative tests",
             admin.info().label,
             admin.info().serial
         ));
@@ -239,8 +244,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// The keys on the token and those of the registry. A key that is not registered is checked only if its `CKA_ID` has the length of an
-/// id, as `key generate` makes them: what another program keeps on the token is its own.
+/// The keys to check: those on the token and those in the registry. An unregistered key is checked only if its `CKA_ID` has the
+/// length of an id, like the keys of `key generate`. Other keys may belong to other programs.
 fn to_check(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -255,8 +260,8 @@ fn to_check(
         {
             Some(id) => ids.push(id),
             None => context.output.note(&format!(
-                "note: the RSA private key with CKA_ID {object} is on the token but not in the registry, and was not checked; \
-                 `keybroker key register {object} --integrity-id HEX` registers it if it passes"
+                "note: the RSA private key with CKA_ID {object} is on the token but not in the registry, and was not \
+                 checked; `keybroker key register {object} --integrity-id HEX` checks and registers it"
             )),
         }
     }
@@ -268,14 +273,14 @@ fn to_check(
     Ok(ids)
 }
 
-/// What the settings take from the checks.
+/// Warns about checks that the settings disable.
 fn show_weakened(context: &Context, config: &crate::config::Config) {
     for risk in accepted::risks(&config.token) {
         context.output.note(&format!("warning: {risk}"));
     }
 }
 
-/// Rows on the attributes of one object of a key.
+/// The output rows for the attributes of one object of a key.
 fn findings(
     object: &str,
     key: &CheckedKey,
@@ -284,7 +289,7 @@ fn findings(
     findings
         .iter()
         .map(|finding| {
-            // Its sentences begin with the attribute, which is a separate column here.
+            // The verdict begins with the name of the attribute, which has a column of its own here.
             let name = format!("{} ", finding.attribute);
             let found = finding.verdict.strip_prefix(&name);
             let found = found.unwrap_or(&finding.verdict);
@@ -299,7 +304,7 @@ fn findings(
         .collect()
 }
 
-/// What the registry says against what the token says.
+/// Compares the registry row of a key with the key on the token, and returns the differences.
 pub(super) fn compare(
     admin: &Admin,
     row: &RegistryRow,
@@ -314,7 +319,7 @@ pub(super) fn compare(
     }
     if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
-            "key {}: registered for the token with serial {:?}, this one has {:?}; if this is its \
+            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is its \
              restored backup, run `keybroker key register {}`",
             row.id,
             row.token_serial,
@@ -331,8 +336,8 @@ pub(super) fn compare(
     Ok(problems)
 }
 
-/// The registry, or nothing while there is no database yet.
-fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
+/// Reads the registry; it is empty if there is no database yet.
+pub(super) fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
             return Ok(Vec::new());
@@ -347,10 +352,10 @@ fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure>
 fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let _lock = store::lock(&config.store)?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
+    let rows = registry(&config)?;
+    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
-    let rows = registry(&config)?;
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let of_token = rows
         .iter()
@@ -358,7 +363,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     if !of_token {
         let what = "no wrapping key of this token is registered, so there is no backup to confirm";
         return Err(Failure::new(Exit::Untrusted, what).hint(
-            "run `keybroker key generate`; `keybroker token check` names keys of the token that are not registered",
+            "run `keybroker key generate`; `keybroker token check` lists keys on the token that are not registered",
         ));
     }
     for row in rows {
@@ -397,13 +402,13 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     )
 }
 
-/// Says which negative tests were not made: nothing is known of what they would have found.
+/// Notes which negative tests were not made, because their results are unknown.
 pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
     if checked.not_tried.is_empty() {
         return;
     }
     context.output.note(&format!(
-        "note: key {}: these negative tests were not made, because the token cannot make them: {}",
+        "note: key {}: the token does not support these negative tests, so they were not made: {}",
         checked.id,
         checked.not_tried.join(", ")
     ));

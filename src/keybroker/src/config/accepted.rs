@@ -1,4 +1,4 @@
-//! The risks of a token that the operator has accepted in `[token]`: each with one sentence on what it gives away.
+//! The risks of a token that the operator has accepted in `[token]`, with a description of each risk.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -8,14 +8,14 @@ use keybroker_hsm as hsm;
 use keybroker_pkcs11::attribute_check;
 use keybroker_worker_protocol::AccessControl;
 
-/// A setting that takes something from the checks.
+/// A setting that weakens the checks of the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AcceptedRisk {
     /// The setting in `[token]`, such as `attribute_exceptions`.
     pub(crate) setting: &'static str,
-    /// What is accepted, as a sentence without its end.
+    /// What the setting accepts, as a sentence without a full stop.
     pub(crate) what: String,
-    /// What that gives away; absent where the sentence says it.
+    /// The risk; `None` if the sentence already describes it.
     pub(crate) gives_away: Option<&'static str>,
 }
 
@@ -29,7 +29,7 @@ impl fmt::Display for AcceptedRisk {
     }
 }
 
-/// All of a token.
+/// All accepted risks of a token.
 pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
     let exceptions = attribute_check::exceptions_in_use(&token.attribute_exceptions);
     let mut risks: Vec<AcceptedRisk> = exceptions

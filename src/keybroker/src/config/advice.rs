@@ -1,20 +1,20 @@
-//! What to write instead of a value that the configuration does not accept.
+//! Advice on what to write instead of an invalid value.
 //!
-//! The parser of TOML knows types but not meanings: it says `expected u64` where a person wrote `"30s"`. The advice looks at the name
-//! of the setting and at what was written.
+//! The TOML parser knows types but not meanings: for the value `"30s"` it reports `expected u64`. The advice depends on the name
+//! of the setting and on the value.
 
 use std::ops::Range;
 
-/// Above this similarity, a word counts as a misspelling of the other (Jaro-Winkler similarity).
+/// Minimum Jaro-Winkler similarity of a word and its misspelling.
 const SIMILAR: f64 = 0.8;
 
 /// Sections that may repeat, which TOML writes in double brackets.
 const REPEATED: [&str; 3] = ["listener", "principal", "issuer"];
 
-/// How the type of a whole number begins in the messages of the parser.
+/// Names of integer types in the parser's messages.
 const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];
 
-/// Advice on the message of the parser about a part of the text.
+/// Returns advice on the parser's message about a part of the text.
 pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String> {
     let written = text.get(span.clone())?;
     let setting = setting(text, span.start);
@@ -22,7 +22,8 @@ pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String
         return Some(socket_address(written));
     }
     if message.starts_with("key_name") {
-        let what = "a key name has no patterns: list the names, or write [\"*\"] for all of them and narrow it with a policy";
+        let what = "patterns are not supported for key names: list the names, or write [\"*\"] for all names and \
+         restrict them with a policy";
         return Some(what.to_owned());
     }
     if message.contains("unknown field") || message.contains("unknown variant") {
@@ -60,7 +61,7 @@ pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String
         message.contains("invalid value: integer") || message.contains("floating point");
     if is_number && expects(&WHOLE_NUMBERS).is_some() {
         return Some(format!(
-            "write {}: a whole number that is not negative",
+            "write {} as a whole number that is not negative",
             unit_of(setting)
         ));
     }
@@ -77,14 +78,14 @@ fn in_quotes(setting: &str, value: &str) -> String {
     format!("write it in quotes: `{setting} = \"{value}\"`")
 }
 
-/// Advice on a section that may repeat and was written in single brackets.
+/// Advice on a repeatable section that was written in single brackets.
 fn repeated_section(text: &str, offset: usize) -> Option<String> {
     let begin = text.get(..offset)?.rfind('\n').map_or(0, |at| at + 1);
     let line = text.get(begin..)?.lines().next()?.trim();
     let name = line.strip_prefix('[')?.split(']').next()?;
-    REPEATED.contains(&name).then(|| {
-        format!("a section that may be there several times has double brackets: `[[{name}]]`")
-    })
+    REPEATED
+        .contains(&name)
+        .then(|| format!("a repeatable section needs double brackets: `[[{name}]]`"))
 }
 
 /// The name of the setting whose value begins at an offset.
@@ -97,15 +98,16 @@ fn setting(text: &str, offset: usize) -> Option<&str> {
 }
 
 fn socket_address(written: &str) -> String {
-    let example = "write an IP address and a port, such as \"127.0.0.1:8443\"; an IPv6 address is in brackets, such as \"[::1]:8443\"";
+    let example = "write an IP address and a port, such as \"127.0.0.1:8443\"; an IPv6 address needs brackets, such as \
+     \"[::1]:8443\"";
     if written.contains(|c: char| c.is_ascii_alphabetic() && !c.is_ascii_hexdigit()) {
-        format!("{example}. Host names are not looked up here: `localhost` is 127.0.0.1")
+        format!("{example}. Host names are not resolved here; for `localhost`, write 127.0.0.1")
     } else {
         example.to_owned()
     }
 }
 
-/// The known word that is nearest to an unknown one.
+/// Suggests the known word that is most similar to an unknown word.
 fn nearest_of(message: &str) -> Option<String> {
     let mut words = message.split('`').skip(1).step_by(2);
     let unknown = words.next()?;
@@ -120,7 +122,7 @@ fn nearest_of(message: &str) -> Option<String> {
     }
 }
 
-/// A number that was written as text, perhaps with a unit.
+/// Advice on a number that was written as text, possibly with a unit.
 fn number(setting: &str, written: &str) -> String {
     let text = written.trim_matches(['"', '\'']).trim();
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -145,7 +147,7 @@ const MILLISECONDS: &str = "milliseconds";
 const BYTES: &str = "bytes";
 const A_NUMBER: &str = "a number";
 
-/// What a setting counts, by its name.
+/// The unit of a setting, derived from its name.
 fn unit_of(setting: &str) -> &'static str {
     if setting.ends_with("_ms") {
         MILLISECONDS

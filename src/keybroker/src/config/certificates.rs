@@ -1,5 +1,6 @@
-//! The certificates that the configuration names: whether clients will accept the server's, and whether the authorities may issue
-//! certificates. Files that do not parse, and keys that do not belong to their certificate, are found where TLS is set up.
+//! Examines the certificates of the configuration: whether clients will accept the server's certificate, and whether CA
+//! certificates may issue others. The TLS setup itself reports files that do not parse and keys that do not belong to their
+//! certificate.
 
 use std::path::Path;
 
@@ -16,12 +17,11 @@ use crate::{
 
 use super::FileReport;
 
-/// Longest chain and file of authorities, in bytes.
+/// Longest certificate chain or file of CA certificates, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const CHAIN: Purpose =
-    Purpose::trust("other users could decide which certificate clients are shown");
-const AUTHORITIES: Purpose =
-    Purpose::trust("other users could name a certificate authority, and be any peer");
+    Purpose::trust("other users could replace the certificate that clients receive");
+const AUTHORITIES: Purpose = Purpose::trust("other users could add a CA and impersonate any peer");
 
 /// Examines the certificates of a listener.
 pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
@@ -31,8 +31,8 @@ pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
     let path = &tls.certificate_file;
     match read(path, CHAIN).as_deref().and_then(server_behind_issuer) {
         Some(number) => report.problems.push(format!(
-            "{setting} {}: the chain begins with a certificate authority, and the server's certificate is number {number}; write the \
-             server's certificate first and after each certificate its issuer",
+            "{setting} {}: the chain begins with a CA certificate, and the server's certificate is number {number}; \
+             put the server's certificate first, then each issuer after the certificate that it issued",
             path.display()
         )),
         None => examine_file(&setting, path, CHAIN, check_chain, report),
@@ -45,12 +45,12 @@ pub(super) fn examine(listener: &ListenerSettings, report: &mut FileReport) {
     }
 }
 
-/// Examines the certificates of a file of authorities.
+/// Examines the certificates in a file of CA certificates.
 pub(super) fn examine_authorities(setting: &str, path: &Path, report: &mut FileReport) {
     examine_file(setting, path, AUTHORITIES, check_authority, report);
 }
 
-/// What cannot be read is a problem of TLS as a whole, and is reported there.
+/// Runs a check on each certificate of a file. The TLS setup reports files that cannot be read.
 fn examine_file(
     setting: &str,
     path: &Path,
@@ -84,7 +84,7 @@ fn examine_file(
     }
 }
 
-/// The number of the server's certificate in a chain that begins with its issuer, as some programs write it.
+/// The number of the server's certificate in a chain that begins with its issuer. Some programs write chains in this order.
 fn server_behind_issuer(certificates: &[Result<Facts, certificate::Error>]) -> Option<usize> {
     let is_authority = |facts: &Result<Facts, _>| {
         facts
@@ -107,7 +107,7 @@ struct Found {
     notes: Vec<String>,
 }
 
-/// Of one certificate and its number in the file, from 1.
+/// A check of one certificate. The number is its position in the file, starting at 1.
 type Check = fn(&Facts, usize, &mut Found);
 
 fn read(path: &Path, purpose: Purpose) -> Option<Vec<Result<Facts, certificate::Error>>> {
@@ -121,7 +121,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
         check_issuer(facts, found);
         if facts.life.age(certificate::now()) == Age::Over {
             let what = format!(
-                "this issuer expired on {}; clients refuse the chain: renew it",
+                "this issuer certificate expired on {}, so clients refuse the chain; renew it",
                 facts.life.ends()
             );
             found.problems.push(what);
@@ -130,32 +130,33 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     }
     if facts.hosts.is_empty() {
         found.problems.push(format!(
-            "{:?} has no DNS name and no IP address among its subject alternative names, and clients do not look at the common \
-             name; issue it with the names that clients call, such as `subjectAltName = DNS:keys.example.org`",
+            "{:?} has no DNS name and no IP address among its subject alternative names, and clients ignore the common \
+             name; issue it with the names that clients use, such as `subjectAltName = DNS:keys.example.org`",
             facts.subject
         ));
     }
     if !facts.allows(Usage::Server) {
         found.problems.push(
-            "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for servers".to_owned(),
+            "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for server \
+             authentication".to_owned(),
         );
     }
     if !facts.allows(Usage::Handshake) {
         found.problems.push(
-            "its keyUsage does not allow digitalSignature, which TLS 1.3 needs; issue it with digitalSignature".to_owned(),
+            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue it with digitalSignature".to_owned(),
         );
     }
     if facts.is_authority == Some(true) {
         found.problems.push(
-            "it is a certificate authority (CA:TRUE), and many clients refuse one as the certificate of a server; issue a \
-             separate certificate for the server"
+            "it is a CA certificate (CA:TRUE), which many clients refuse as a server certificate; issue a separate \
+             certificate for the server"
                 .to_owned(),
         );
     }
-    // Expired and early ones are refused where TLS is set up.
+    // The TLS setup refuses certificates that have expired or are not valid yet.
     if facts.life.age(certificate::now()) == Age::Late {
         found.notes.push(format!(
-            "it expires on {}, soon for its lifetime; renew it",
+            "it expires soon, on {}; renew it",
             facts.life.ends()
         ));
     }
@@ -163,9 +164,9 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
 
 fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     if facts.is_self_issued && facts.is_authority == Some(false) {
-        // A peer's own certificate that is pinned works, for this one peer.
+        // A pinned certificate of a single peer works, but only for this peer.
         found.notes.push(format!(
-            "{:?} is no certificate authority (CA:FALSE): only a peer that presents exactly this certificate is accepted",
+            "{:?} is not a CA certificate (CA:FALSE): only a peer that presents exactly this certificate is accepted",
             facts.subject
         ));
     } else {
@@ -173,7 +174,7 @@ fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     }
     if facts.life.age(certificate::now()) == Age::Over {
         found.notes.push(format!(
-            "{:?} expired on {}; the broker does not look at the dates of an authority, and other programs do",
+            "{:?} expired on {}; the broker ignores the dates of CA certificates, but other programs check them",
             facts.subject,
             facts.life.ends()
         ));
@@ -183,7 +184,7 @@ fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
 fn check_issuer(facts: &Facts, found: &mut Found) {
     if facts.is_authority == Some(false) {
         found.problems.push(format!(
-            "{:?} is no certificate authority (CA:FALSE); name the certificate of the authority that issued it",
+            "{:?} is not a CA certificate (CA:FALSE); use the certificate of the CA that issued it",
             facts.subject
         ));
     } else if !facts.allows(Usage::Issuing) {

@@ -1,4 +1,4 @@
-//! What a configuration must be beyond its shape.
+//! Checks the values of a configuration whose syntax is valid.
 
 use std::{collections::HashSet, ops::RangeInclusive, path::Path};
 
@@ -16,7 +16,7 @@ use super::{Config, INSTANCE_VARIABLE};
 const LABEL_BYTES: usize = 32;
 
 impl Config {
-    /// Everything that is wrong, each with its remedy; empty for a configuration to serve with.
+    /// All problems, each with its remedy. The list is empty if the broker can serve with this configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         self.check_selection(&mut problems);
@@ -25,8 +25,8 @@ impl Config {
         problems
     }
 
-    /// What is wrong for any command. A token can be initialised, and keys made on it, before there is a PIN file, a
-    /// certificate or a principal.
+    /// The problems that matter to every command. Some settings may still be missing: a token can be initialised, and keys made
+    /// on it, before there is a PIN file, a certificate or a principal.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_token(&mut problems);
@@ -50,8 +50,7 @@ impl Config {
             != 1
         {
             problems.push(
-                "[token]: set exactly one of `label`, `serial` and `uri`, so that it is clear which \
-                 token is meant"
+                "[token]: set exactly one of `label`, `serial` and `uri` to select the token"
                     .to_owned(),
             );
         }
@@ -92,7 +91,7 @@ impl Config {
             .filter(|label| label.len() > LABEL_BYTES)
         {
             problems.push(format!(
-                "[token]: `label` has {} bytes; the label of a token has at most {LABEL_BYTES}, so no token has this one",
+                "[token]: `label` has {} bytes; the label of a token has at most {LABEL_BYTES} bytes",
                 label.len()
             ));
         }
@@ -103,11 +102,11 @@ impl Config {
                 .any(|known| known.attribute == exception)
             {
                 problems.push(format!(
-                    "[token]: `attribute_exceptions` names {exception:?}, which cannot be excepted; {}",
+                    "[token]: `attribute_exceptions` has {exception:?}, for which no exception is allowed; {}",
                     if attribute_check::is_checked(exception) {
-                        "a key without it could leave the token"
+                        "without this attribute a key could leave the token"
                     } else {
-                        "no attribute of that name is checked"
+                        "the broker checks no attribute of this name"
                     }
                 ));
             }
@@ -116,17 +115,19 @@ impl Config {
             match NEGATIVE_TESTS.iter().find(|known| known.name == test) {
                 Some(known) if known.can_be_spared => {}
                 Some(_) => problems.push(format!(
-                    "[token]: `spared_tests` names {test:?}, which is always made: it shows that the keys cannot leave the token"
+                    "[token]: `spared_tests` has {test:?}, which cannot be spared: this test shows that the keys \
+                     cannot leave the token"
                 )),
                 None => problems.push(format!(
-                    "[token]: `spared_tests` names {test:?}, which is no negative test; docs/tokens.md has their names"
+                    "[token]: `spared_tests` has {test:?}, which is not a negative test; docs/tokens.md lists the \
+                     negative tests"
                 )),
             }
         }
     }
 
-    /// Names and values that no environment can hold. A command that begins again with the module's environment would do so
-    /// for ever.
+    /// Names and values that cannot be in an environment. With one of them, a command that restarts itself with the module's
+    /// environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
@@ -137,8 +138,8 @@ impl Config {
             .filter(|(name, value)| is_bad(name, value))
             .map(|(name, _)| {
                 format!(
-                    "[token.environment]: {name:?} cannot be set: a name is not empty and has no `=`, and neither \
-                     name nor value has a zero byte"
+                    "[token.environment]: {name:?} cannot be set: a name must not be empty or contain `=`, and name \
+                     and value must not contain a zero byte"
                 )
             })
             .collect()
@@ -157,7 +158,7 @@ impl Config {
         {
             absolute("[token] `pin_file`", path);
         }
-        // Its log is a directory of that name beside the state directory.
+        // The log of the instance is a directory with this name next to the state directory.
         let instance = self.audit.instance.as_str();
         let is_taken = [".", "..", state::DIRECTORY].contains(&instance);
         if is_taken || KeyName::parse(instance).is_err() {
@@ -267,8 +268,8 @@ impl Config {
     fn check_apis(&self, problems: &mut Vec<String>) {
         if !self.status.address.ip().is_loopback() {
             problems.push(format!(
-                "[status]: `address` is {}, which others can reach; it must be a loopback address, because \
-                 nothing there asks who calls",
+                "[status]: `address` is {}, which other machines can reach; it must be a loopback address, because the \
+                 status listener does not authenticate callers",
                 self.status.address
             ));
         }
@@ -278,12 +279,13 @@ impl Config {
         let connections_max = self.limits.connections_max;
         if connections_max <= self.listeners.len() {
             problems.push(format!(
-                "[limits]: `connections_max` is {connections_max}; it must be more than the number of \
-                 listeners, because each keeps a place for its next connection"
+                "[limits]: `connections_max` is {connections_max}; it must be greater than the number of listeners, \
+                 because each listener reserves a place for its next connection"
             ));
         }
         if self.listeners.is_empty() {
-            problems.push("there is no [[listener]], so the broker could not be called".to_owned());
+            problems
+                .push("there is no [[listener]], so no caller could reach the broker".to_owned());
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
@@ -300,7 +302,7 @@ impl Config {
             check_listener(listener, problems);
             if listener.apis.contains(&Api::Rest) && !has_users {
                 problems.push(format!(
-                    "[[listener]] {}: the REST API is for users, but no [[issuer]] has tokens of users",
+                    "[[listener]] {}: the REST API is for users, but no [[issuer]] has `kind = \"user\"`",
                     listener.address
                 ));
             }
@@ -325,13 +327,16 @@ impl Config {
         for principal in &self.principals {
             problems.extend(principal.problem());
             if !seen.insert(&principal.san) {
-                problems.push(format!("principal {:?} is there twice", principal.san));
+                problems.push(format!(
+                    "[[principal]]: `san` {:?} appears twice",
+                    principal.san
+                ));
             }
         }
     }
 }
 
-/// Notes a value that is out of range.
+/// Adds a problem if a value is out of range.
 fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
     if !allowed.contains(&value) {
         problems.push(format!(
@@ -350,16 +355,16 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis.is_empty() {
         problems.push(format!(
-            "[[listener]] {address}: `apis` is empty, so it serves no API"
+            "[[listener]] {address}: `apis` is empty, so the listener serves no API"
         ));
     }
     match (&listener.tls, listener.plaintext) {
         (Some(_), Some(_)) => problems.push(format!(
-            "[[listener]] {address}: `plaintext` and [listener.tls] exclude each other"
+            "[[listener]] {address}: `plaintext` and [listener.tls] are mutually exclusive"
         )),
         (None, None) => problems.push(format!(
-            "[[listener]] {address}: there is no [listener.tls]; only behind a proxy that ends TLS, and for the API `rest` \
-             alone, say `plaintext = \"loopback\"` instead"
+            "[[listener]] {address}: there is no [listener.tls]; set it, or `plaintext = \"loopback\"` for a REST-only \
+             listener behind a proxy that terminates TLS"
         )),
         (Some(tls), None) => {
             let name = format!("[[listener]] {address}");
@@ -369,7 +374,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Anyone who can connect to a listener without TLS, or is on the network path, can act as any caller.
+/// Checks a listener without TLS. Everyone who can connect to the listener, or who is on the network path, can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis != [Api::Rest] {
@@ -379,35 +384,35 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
     if listener.client_certificates != ClientCertificates::None {
         problems.push(format!(
-            "[[listener]] {address}: without TLS there are no client certificates; say `client_certificates = \"none\"`, so \
-             that it is clear that only tokens and client secrets count here"
+            "[[listener]] {address}: without TLS there are no client certificates; set `client_certificates = \
+             \"none\"` to confirm that callers authenticate only with access tokens and client secrets"
         ));
     }
     if reach == Plaintext::Loopback && !address.ip().is_loopback() {
         problems.push(format!(
-            "[[listener]] {address}: `plaintext = \"loopback\"` needs a loopback address; with \"any\", everyone on the \
-             network path can read keys and tokens"
+            "[[listener]] {address}: `plaintext = \"loopback\"` requires a loopback address; with \"any\", everyone on \
+             the network path can read keys and access tokens"
         ));
     }
 }
 
-/// Without TLS, every client that reaches the address reads metrics and health.
+/// Checks the remote status listener. Without TLS, everyone who can reach the address can read metrics and health.
 fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>) {
     let name = format!("[status.remote] {}", remote.address);
     match (&remote.tls, remote.plaintext) {
         (Some(_), Some(_)) => problems.push(format!(
-            "{name}: `plaintext` and [status.remote.tls] exclude each other"
+            "{name}: `plaintext` and [status.remote.tls] are mutually exclusive"
         )),
         (None, None | Some(Plaintext::Loopback)) => problems.push(format!(
-            "{name}: there is no [status.remote.tls]; set it, or accept with `plaintext = \"any\"` that everyone who reaches \
-             the address reads metrics and health"
+            "{name}: there is no [status.remote.tls]; set it, or set `plaintext = \"any\"` to let everyone who can \
+             reach the address read metrics and health"
         )),
         (None, Some(Plaintext::Any)) => {}
         (Some(tls), None) => {
             check_listener_tls(&name, remote.client_certificates(), tls, problems);
             if !tls.trust_domains.is_empty() {
                 problems.push(format!(
-                    "{name}: `trust_domains` has no effect here; let a separate CA sign the collector's certificate"
+                    "{name}: `trust_domains` has no effect here; use a separate CA for the collector's certificate"
                 ));
             }
         }
@@ -422,21 +427,21 @@ fn check_listener_tls(
 ) {
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "{name}: client certificates are asked for, but `client_ca_file` is not set; \
-             without it no client could be recognised"
+            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without it \
+             no client could be authenticated"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
     if clients == ClientCertificates::None && narrows {
         problems.push(format!(
-            "{name}: `client_crl_file` and `trust_domains` are about client certificates, and none is asked \
-             for; take them out, or set `client_certificates`"
+            "{name}: `client_crl_file` and `trust_domains` apply to client certificates, but no client certificate is \
+             requested; remove these settings, or set `client_certificates`"
         ));
     }
     if tls.client_crl_issuers_file.is_some() && tls.client_crl_file.is_none() {
         problems.push(format!(
-            "{name}: `client_crl_issuers_file` has the certificates that verify lists in `client_crl_file`, which is not \
-             set; set it, or take this setting out"
+            "{name}: `client_crl_issuers_file` has the certificates that verify the lists in `client_crl_file`, which \
+             is not set; set `client_crl_file`, or remove this setting"
         ));
     }
     for domain in &tls.trust_domains {

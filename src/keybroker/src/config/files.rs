@@ -1,4 +1,4 @@
-//! The files that a configuration names: present, complete, and safe from changes by other users.
+//! Examines the files of a configuration: whether they exist, are valid, and cannot be changed by other users.
 
 use std::{
     fs, io,
@@ -16,11 +16,11 @@ use keybroker_worker_protocol::{Pin, check_environment, check_module};
 use super::{Config, FileReport, certificates};
 
 impl Config {
-    /// Examines the files. Reads them as `serve` would, and changes nothing.
+    /// Examines the files. They are read as `serve` reads them, and nothing is changed.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        // A path that is not absolute was reported with the settings.
+        // A relative path was reported with the settings.
         if self.token.module.is_absolute() {
             let module = check_module(&self.token.module);
             problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
@@ -49,7 +49,7 @@ impl Config {
             .extend(self.unknown_principals().into_iter().flatten());
         report.notes.extend(self.policy.ignored_files());
         let problems = &mut report.problems;
-        // What is wrong with them beside their files was said already.
+        // Other problems of the issuers were reported with the settings.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
@@ -92,7 +92,7 @@ impl Config {
         report
     }
 
-    /// Examines what is in the certificates: of listeners, and of the authorities of issuers and of the database.
+    /// Examines the certificates of listeners, and the CA certificates of issuers and of the database.
     fn examine_certificates(&self, report: &mut FileReport) {
         for listener in &self.listeners {
             certificates::examine(listener, report);
@@ -108,7 +108,7 @@ impl Config {
         }
     }
 
-    /// The secrets that the group of root's file can read. A broker that runs as root needs no such group.
+    /// Notes about secrets that a group can read. A broker that runs as root does not need such a group.
     fn secrets_of_groups(&self) -> Vec<String> {
         let keys = self
             .listeners
@@ -122,8 +122,8 @@ impl Config {
             .filter_map(|path| Some((path, trusted_file::reading_group(path)?)))
             .map(|(path, group)| {
                 format!(
-                    "{}: group {group} can read this secret; root does not need the group, so use mode 0600 unless the broker runs as a \
-                     user of that group",
+                    "{}: group {group} can read this secret; set mode 0600, unless the broker runs as a user of this \
+                     group",
                     path.display()
                 )
             })
@@ -133,7 +133,7 @@ impl Config {
 
 const LISTENER: &str = "[[listener]] ";
 
-/// One problem for all listeners that have it, because several listeners often use the same files.
+/// Merges equal problems of several listeners into one, because listeners often share files.
 fn join_listeners(problems: Vec<String>) -> Vec<String> {
     let parts = |problem: &str| {
         let (address, what) = problem.strip_prefix(LISTENER)?.split_once(": ")?;
@@ -159,7 +159,7 @@ fn join_listeners(problems: Vec<String>) -> Vec<String> {
 /// Why a file or directory of the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
-    #[error("{setting}: there is no directory {}; make it, owned by the broker's user", path.display())]
+    #[error("{setting}: there is no directory {}; create it with the broker's user as the owner", path.display())]
     Missing {
         setting: &'static str,
         path: PathBuf,
@@ -183,8 +183,8 @@ enum Unusable {
         source: io::Error,
     },
     #[error(
-        "{setting}: {} belongs to user {owner}, and this process is user {ours}; run this as user {owner}, or give the directory to \
-         user {ours}",
+        "{setting}: {} belongs to user {owner}, but this process runs as user {ours}; run the command as user {owner}, \
+         or change the owner to user {ours}",
         path.display()
     )]
     Foreign {
@@ -193,7 +193,7 @@ enum Unusable {
         owner: u32,
         ours: u32,
     },
-    #[error("{setting}: {} has mode {mode:04o}: others can use it; run `chmod 700 {}`", path.display(), path.display())]
+    #[error("{setting}: {} has mode {mode:04o}, so other users can access it; run `chmod 700 {}`", path.display(), path.display())]
     OpenToOthers {
         setting: &'static str,
         path: PathBuf,
@@ -201,7 +201,8 @@ enum Unusable {
     },
 }
 
-/// SQLite creates its own files next to the database, so the directory must be writable, too.
+/// Checks the database file and its directory. The directory must be writable, because SQLite creates files next to the
+/// database.
 fn check_database(path: &Path) -> Result<(), Unusable> {
     let setting = "[store] `url`";
     let folder = path.parent().unwrap_or(path);
@@ -216,7 +217,7 @@ fn check_database(path: &Path) -> Result<(), Unusable> {
     })
 }
 
-/// The directory is made when it is missing and the one above it is there.
+/// Checks the audit directory. The broker creates it if only this directory is missing.
 fn check_audit(directory: &Path) -> Result<(), Unusable> {
     let setting = "[audit] `directory`";
     if !directory.exists() {

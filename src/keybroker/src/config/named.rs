@@ -1,17 +1,17 @@
-//! Principals that policies name and that the configuration does not know. Such a policy is valid and never applies: a forbid with
-//! a slip of the pen forbids nothing.
+//! Finds principals that policies refer to but the configuration does not define. Such a policy is valid but never applies: a
+//! forbid with a misspelled principal forbids nothing.
 
 use keybroker_core::{key::ClientId, principal::Kind};
 use keybroker_policy::{NamedPrincipal, Problems};
 
 use super::Config;
 
-/// Names closer than this are taken for a slip of the pen (Jaro-Winkler similarity).
+/// Minimum Jaro-Winkler similarity of a name and its misspelling.
 const SIMILAR: f64 = 0.9;
 
 impl Config {
-    /// One remark for each principal that a policy names and that no part of the configuration knows. Fails when the policies
-    /// cannot be loaded.
+    /// One remark for each principal that a policy refers to and the configuration does not define. Fails if the policies cannot
+    /// be loaded.
     pub fn unknown_principals(&self) -> Result<Vec<String>, Problems> {
         let named = self.policy.named_principals()?;
         let unknown = named.iter().filter(|named| !self.is_known(named));
@@ -53,12 +53,13 @@ impl Config {
             .max_by(|(one, _), (other, _)| one.total_cmp(other));
         let advice = match nearest {
             Some((_, san)) if kind == "Service" => format!("did you mean {san:?}?"),
-            _ => "names are a `san` of a [[principal]], `client:ID`, or `token:ISSUER:SUBJECT` with an [[issuer]] of this kind"
+            _ => "a name is the `san` of a [[principal]], `client:ID`, or `token:ISSUER:SUBJECT` with an [[issuer]] of \
+             this kind"
                 .to_owned(),
         };
         format!(
-            "[policy]: {file}: policy `{policy}` names {kind}::{name:?}, which no part of the configuration knows, so it never applies \
-             to anyone; {advice}"
+            "[policy]: {file}: policy `{policy}` refers to {kind}::{name:?}, which the configuration does not define, \
+             so the policy never applies; {advice}"
         )
     }
 }

@@ -325,7 +325,7 @@ fn a_rest_listener_needs_an_issuer_of_users() {
     let needs = |text: &str| {
         let text = text.replacen("apis = [\"grpc\"]", "apis = [\"rest\"]", 1);
         let problems = Config::parse(&text).unwrap().problems();
-        problems.iter().any(|p| p.contains("has tokens of users"))
+        problems.iter().any(|p| p.contains("has `kind = \"user\"`"))
     };
     assert!(needs(WRITTEN));
     assert!(!needs(&EXAMPLE));
@@ -393,13 +393,13 @@ fn a_value_of_the_wrong_type_is_answered_with_the_right_one() {
         (
             "address = \"127.0.0.1:9464\"",
             "address = \"localhost:8443\"",
-            "`localhost` is 127.0.0.1",
+            "for `localhost`, write 127.0.0.1",
         ),
         ("# workers = 2", "worker = 2", "did you mean `workers`?"),
         (
             "key_names = [\"vault\"]",
             "key_names = [\"backup-*\"]",
-            "no patterns",
+            "patterns are not supported",
         ),
         (
             "# instance = \"serve\"",

@@ -22,7 +22,7 @@ use keybroker_core::error::chain;
 
 use super::{Api, ListenerSettings};
 
-/// What the APIs of all listeners share: broker, limits and stop signal.
+/// The parts that the APIs of all listeners share: broker, limits and stop signal.
 pub(super) struct Apis<'a> {
     pub(super) config: &'a Config,
     pub(super) broker: &'a Arc<Broker>,

@@ -1,4 +1,4 @@
-//! One connection: a handshake under a timeout, HTTP with every limit set, and an orderly end.
+//! Serves one connection: a handshake with a timeout, HTTP with limits, and a graceful shutdown.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
@@ -32,35 +32,36 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Size that the head of a request may have at least, in bytes.
+/// Minimum for the longest accepted head of a request, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
-/// Bytes that a client may send ahead on one call and on all calls of a connection: for a client with an accepted certificate,
-/// a message and its prefix fit.
+/// HTTP/2 flow-control windows in bytes, for one call and for all calls of a connection. These are for a client with an accepted
+/// certificate; a whole message fits.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
-/// For any other: the windows are fixed before a call can bring a credential. A longer message takes a few round trips more.
+/// The window of one call for every other client. Windows are set before a call can authenticate. A longer message needs a few
+/// more round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
-/// HTTP/2 has no smaller one (RFC 9113 section 6.9.2).
+/// The smallest connection window of HTTP/2 (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
-/// Bytes of answers kept for a client that does not read them.
+/// Maximum number of buffered bytes of answers for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// After GOAWAY, a connection without calls that has not ended for this long is one whose client ignores GOAWAY.
+/// Interval for checking a connection after GOAWAY. A client ignores GOAWAY if the connection stays open without calls.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
-/// Bytes of a request's head and of what is read ahead, on HTTP/1.1.
+/// Size of the HTTP/1.1 read buffer, in bytes.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
-/// For how long a proxy may keep a connection without a request.
+/// Longest time that a proxy may keep a connection without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
 
-/// A connection on which no principal is authenticated for this long is ended, whatever it does.
+/// Longest time of a connection without an authenticated principal.
 const UNAUTHENTICATED_AGE_MAX: Duration = Duration::from_mins(1);
-/// How long a connection may be idle on which only the credentials of calls authenticate principals.
+/// Interval for checking idle connections on which only the credentials of calls authenticate principals.
 const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 
-/// What the accept loop hands over.
+/// An accepted connection.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
-    /// What the connection counts for while it has no principal; absent for a trusted proxy.
+    /// The network whose limit the connection counts towards without a principal; `None` for a trusted proxy.
     pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
@@ -81,7 +82,7 @@ impl Connection {
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
         let established = tokio::select! {
-            // No call can be under way yet.
+            // No call can be in progress yet.
             () = self.shared.stop.cancelled() => return,
             () = waiting.closed() => return self.refuse(&Refused::Displaced),
             established = handshake::complete(stream, config, timeout) => established,
@@ -102,7 +103,7 @@ impl Connection {
         {
             tracing::warn!(
                 peer = %self.peer, left_out,
-                "too many handshakes under way; for each new one the oldest of the network with most of them is closed"
+                "too many handshakes in progress; each new one closes the oldest of the network that has the most"
             );
         }
         waiting
@@ -143,7 +144,7 @@ impl Connection {
         let Some(client) = self.place(established.leaf()) else {
             return;
         };
-        // Counted by its own place from here on.
+        // From here on, the connection has a place of its own.
         drop(waiting);
         let service = TowerToHyperService::new(self.service(&client));
         match established {
@@ -163,7 +164,8 @@ impl Connection {
         }
     }
 
-    /// Bytes of a request's head. A token that is somewhat too long must arrive, so that its refusal is logged with its length.
+    /// Longest accepted head of a request, in bytes. An access token up to twice the limit is received, so that its refusal is
+    /// logged with its length.
     fn head_bytes_max(&self) -> usize {
         let tokens = self.shared.limits.access_token_bytes_max.saturating_mul(2);
         tokens.max(HEADER_BYTES_MIN)
@@ -177,8 +179,8 @@ impl Connection {
         http
     }
 
-    /// HTTP/2 fixes its limits before the first call: a client with an accepted certificate gets its own here, every other client gets
-    /// small ones.
+    /// Configures HTTP/2, which sets its limits before the first call. A client with an accepted certificate has larger limits
+    /// than every other client.
     fn http2(&self, client: &Client) -> hyper::server::conn::http2::Builder<TokioExecutor> {
         let limits = &self.shared.limits;
         let (streams, stream_window, connection_window) = if client.caller.is_known() {
@@ -214,8 +216,8 @@ impl Connection {
             .layer(Extension(Arc::clone(&client.authentication)))
     }
 
-    /// Serves until the connection ends by itself, or has to: at a stop, when the trust in clients has changed, with its age or
-    /// its certificate, and when an unauthenticated client makes no call.
+    /// Serves a connection until it ends. The broker ends it when the broker stops, when the trust in clients changes, at the
+    /// maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
     async fn watch(
         &self,
         connection: impl GracefulShutdown,
@@ -225,7 +227,7 @@ impl Connection {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
-        // The handshake checked the certificate's dates once; they are not checked again while the connection lasts.
+        // Only the handshake checks the certificate's dates, so the connection must end with the certificate.
         let valid = client.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
         let unauthenticated = async {
@@ -239,7 +241,7 @@ impl Connection {
             if client.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
-            // The credential of a call authenticates that call, not a connection that is idle.
+            // The credential of a call does not authenticate an idle connection.
             unused(&client.caller, CREDENTIAL_IDLE).await;
         };
         tokio::select! {
@@ -249,19 +251,19 @@ impl Connection {
             () = time::sleep(age_max.min(valid)) => {}
             () = unauthenticated => {}
         }
-        // GOAWAY: calls under way end, new ones go to another connection. No call is longer than this.
+        // After GOAWAY, calls in progress end and new calls use another connection. No call is longer than the grace period.
         connection.as_mut().begin_shutdown();
         let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
             ended = connection.as_mut() => note_end(self.peer, ended),
             () = unused(&client.caller, SILENT_CLOSE) => tracing::debug!(peer = %self.peer, "silent connection cut"),
             () = time::sleep(grace) => {
-                tracing::debug!(peer = %self.peer, "connection cut after its grace");
+                tracing::debug!(peer = %self.peer, "connection closed after the grace period");
             }
         }
     }
 
-    /// A place for the connection, if there is one.
+    /// Identifies the peer and takes a place for the connection; `None` if no place is free.
     fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Client> {
         self.client_of(leaf)
             .inspect_err(|full| {
@@ -269,14 +271,14 @@ impl Connection {
                 if let Some(left_out) = self.shared.refusals.count() {
                     tracing::warn!(
                         peer = %self.peer, cause = full.cause(), left_out,
-                        "connection refused: no place left"
+                        "connection refused because no place is free"
                     );
                 }
             })
             .ok()
     }
 
-    /// What is known of the other end before the first call.
+    /// Identifies the peer by its certificate, and takes a place for the connection.
     fn client_of(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Client, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
@@ -296,7 +298,7 @@ impl Connection {
         });
         let principal = self.shared.authenticator.certificate(certificate.as_ref());
         if let Err(error) = &principal {
-            tracing::debug!(peer = %self.peer, %error, "connection without its own principal");
+            tracing::debug!(peer = %self.peer, %error, "the client certificate identifies no principal");
         }
         let calls_max = usize::try_from(self.shared.limits.streams_per_connection_max);
         let caller = Caller::new(
@@ -307,7 +309,7 @@ impl Connection {
         let places = &self.shared.places;
         let authentication = match caller.principal() {
             Ok(principal) => Authentication::done(places, principal)?,
-            // A certificate of an accepted authority that is not accepted itself: no credential of a call makes up for it.
+            // The certificate is not accepted although its CA is. A credential in a call cannot replace it.
             Err(_) if leaf.is_some() && certificate.is_none() => {
                 Authentication::pending(places, self.network)?.without_credentials()
             }
@@ -325,13 +327,13 @@ impl Connection {
 struct Client {
     caller: Caller,
     authentication: Arc<Authentication>,
-    /// How long the client certificate is valid.
+    /// Remaining validity of the client certificate.
     valid: Option<Duration>,
 }
 
-/// What both versions of HTTP can be told.
+/// The graceful shutdown of a connection, for both versions of HTTP.
 trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
-    /// Takes no more requests, and ends with those under way.
+    /// Accepts no more requests, and ends after the requests in progress.
     fn begin_shutdown(self: Pin<&mut Self>);
 }
 
@@ -355,7 +357,7 @@ where
     }
 }
 
-/// Waits until a connection was without calls at two looks in a row.
+/// Waits until a connection has no calls at two consecutive checks.
 async fn unused(caller: &Caller, while_looking: Duration) {
     let mut was_idle = false;
     loop {
@@ -368,7 +370,7 @@ async fn unused(caller: &Caller, while_looking: Duration) {
     }
 }
 
-/// Open connections, counted also when one panics.
+/// Counts an open connection. The count decreases even if its task panics.
 struct Open;
 
 impl Open {

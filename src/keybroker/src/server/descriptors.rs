@@ -1,12 +1,12 @@
-//! File descriptors: connections must leave some for store, audit log and token, or unauthenticated peers could use
-//! them up.
+//! Limits connections by the number of file descriptors. The store, the audit log and the token need descriptors, too,
+//! and unauthenticated peers must not be able to use all of them.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Kept for everything but connections of the listeners: database, log, workers, probes.
+/// Descriptors that are reserved for the database, the log, the workers and the probes.
 const RESERVE: u64 = 128;
 
-/// Raises the limit of descriptors as far as the system allows, and returns how many connections fit below it.
+/// Raises the limit of file descriptors as far as the system allows, and returns the possible number of connections.
 pub(super) fn connections(wanted: usize) -> usize {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -14,7 +14,7 @@ pub(super) fn connections(wanted: usize) -> usize {
         maximum: limit.maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "the limit of file descriptors stays as it is");
+        tracing::warn!(%error, "cannot raise the limit of file descriptors");
     }
     let Some(descriptors) = getrlimit(Resource::Nofile).current else {
         return wanted;
@@ -32,7 +32,7 @@ pub(super) fn connections(wanted: usize) -> usize {
 }
 
 fn fitting(descriptors: u64) -> u64 {
-    // With next to nothing, a quarter of it.
+    // If there are very few descriptors, a quarter of them is for connections.
     descriptors
         .saturating_sub(RESERVE)
         .max(descriptors / 4)

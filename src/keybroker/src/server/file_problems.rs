@@ -1,4 +1,4 @@
-//! What is wrong with files that are read again while the broker serves.
+//! Problems of files that the broker reads again while it serves.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 
 use keybroker_broker::{Broker, Health};
 
-/// What is wrong with files that are read again while the broker serves, as a part of the broker's health. Empty if nothing is.
+/// The current problems of these files, which are part of the broker's health. The text is empty if there are none.
 #[derive(Debug, Default)]
 pub(super) struct FileProblems(ArcSwap<String>);
 

@@ -1,17 +1,19 @@
-//! The frames of an HTTP/2 connection, between TLS and the HTTP/2 library.
+//! Inspects the frames of an HTTP/2 connection, between TLS and the HTTP/2 library. This module has two tasks.
 //!
-//! Counts the streams that a client resets. The HTTP/2 library limits resets that arrive before it has accepted the
-//! stream, with one number for the whole connection. A limit that stops rapid-reset attacks (CVE-2023-44487) would also
-//! close connections of legitimate clients whose calls expire while the broker is stopped. The library's number is
-//! therefore high, and the rate is limited here.
+//! It limits the rate of stream resets. The HTTP/2 library has one limit for the whole connection, on resets that arrive before
+//! it has accepted the stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of
+//! legitimate clients whose calls expire while the broker process is paused. The library's limit is therefore high, and this
+//! module limits the rate.
 //!
-//! Overwrites the library's buffers. It keeps the last frames that it read and the last frames that it wrote, user keys among them,
-//! until other frames take their place. When a connection has been silent for a moment, the library is given
+//! It overwrites the library's buffers. The library keeps the last frames that it read and wrote, including user keys, until
+//! other frames replace them. After a short silence on the connection, this module passes two kinds of frames to the library:
 //!
-//! - frames of an unknown type, filled with zeros, which it must ignore (RFC 9113 section 5.5); they overwrite what was read;
-//! - PING frames, which it must answer (section 6.7); the answers overwrite what was written, and are dropped here.
+//! - frames of an unknown type, filled with zeros. The library must ignore them (RFC 9113 section 5.5), and they overwrite its
+//!   read buffer.
+//! - PING frames, which the library must answer (section 6.7). The answers overwrite its write buffer, and this module drops
+//!   them.
 //!
-//! None of these frames comes from the network, and none reaches it.
+//! These frames neither come from the network nor reach it.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -34,12 +36,12 @@ use uuid::Uuid;
 
 use keybroker_core::metrics;
 
-/// A connection on which nothing that needs overwriting was read or written for this long is silent.
+/// Time without confidential frames after which a connection is silent.
 const SILENCE: Duration = Duration::from_millis(250);
-/// A frame of a type that has no meaning, on stream 0, with 1,015 bytes: with its header 1 KiB.
+/// Header of a frame of an unknown type on stream 0, with a payload of 1,015 bytes. With its header, the frame has 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
 const FILLER_BYTES: usize = 1_024;
-/// The library's read buffer takes two of the largest frames (16 KiB) at most.
+/// Number of filler bytes, which is more than the library's read buffer holds: at most two of the largest frames of 16 KiB.
 const FILLERS_BYTES: usize = 48 * FILLER_BYTES;
 const PING_BYTES: usize = 17;
 const PING_HEADER: [u8; 9] = [0, 0, 8, 6, 0, 0, 0, 0, 0];
@@ -47,7 +49,7 @@ const PONG_HEADER: [u8; 9] = [0, 0, 8, 6, 1, 0, 0, 0, 0];
 /// Capacity of the library's write buffer.
 const WRITE_BUFFER_BYTES: usize = 16 * 1_024;
 
-/// Resets at once, and more each second.
+/// Permitted resets: a burst, and a number for each second.
 const UNAUTHENTICATED: Rate = Rate {
     burst: 64.0,
     per_second: 8.0,
@@ -56,7 +58,7 @@ const AUTHENTICATED: Rate = Rate {
     burst: 1_024.0,
     per_second: 256.0,
 };
-/// The library's own limit: above both.
+/// The library's own limit, which is above both bursts.
 pub(super) const LIBRARY_RESETS_MAX: usize = 2_048;
 
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +67,7 @@ struct Rate {
     per_second: f64,
 }
 
-/// Follows the frames in one direction, as far as they matter here (RFC 9113 section 4.1).
+/// Parses the headers of frames in one direction (RFC 9113 section 4.1).
 #[derive(Debug)]
 struct Frames {
     /// Bytes of the preface that are still to come.
@@ -77,11 +79,11 @@ struct Frames {
     payload: usize,
 }
 
-/// What some bytes of a connection contain.
+/// The relevant content of some bytes of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     resets: u32,
-    /// Whether there was a byte of a message or of headers.
+    /// Whether the bytes include a part of a message or of headers.
     is_confidential: bool,
 }
 
@@ -106,7 +108,7 @@ impl Frames {
         self.preface == 0 && self.read == 0 && self.payload == 0
     }
 
-    /// Whether another frame may follow: after a complete one, and not within a block of headers.
+    /// Whether an inserted frame may follow, which requires that the last frame is complete and no block of headers is open.
     fn is_between(&self) -> bool {
         let [_, _, _, kind, flags, ..] = self.header;
         let is_headers = matches!(kind, Self::HEADERS | Self::CONTINUATION);
@@ -114,7 +116,7 @@ impl Frames {
         self.is_at_boundary() && !is_open
     }
 
-    /// Follows these bytes.
+    /// Parses the next bytes.
     fn see(&mut self, mut bytes: &[u8]) -> Seen {
         let mut seen = Seen::default();
         skip(&mut bytes, &mut self.preface);
@@ -140,7 +142,7 @@ impl Frames {
         seen
     }
 
-    /// How many of these bytes belong to the frame that they begin with.
+    /// The number of these bytes that belong to the first frame.
     fn rest_of_frame(&self, bytes: &[u8]) -> usize {
         if self.payload > 0 {
             return self.payload.min(bytes.len());
@@ -166,7 +168,7 @@ fn skip(bytes: &mut &[u8], left: &mut usize) {
     *bytes = &bytes[count..];
 }
 
-/// A connection that ends when its client resets too many streams, and whose HTTP/2 library keeps no message.
+/// A connection that limits stream resets and overwrites the buffers of the HTTP/2 library.
 #[derive(Debug)]
 pub(super) struct Watched<I> {
     io: I,
@@ -175,18 +177,18 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// Ends after a silence; one timer for the life of the connection.
+    /// The timer for the silence, which lives as long as the connection.
     silence: Pin<Box<Sleep>>,
-    /// Whether something was read or written that is to be overwritten.
+    /// Whether confidential frames were read or written since the buffers were overwritten.
     is_dirty: bool,
-    /// Bytes written since the library's write buffer was overwritten, up to its capacity.
+    /// Number of bytes written since the library's write buffer was overwritten, up to its capacity.
     written: usize,
     filler: Filler,
-    /// Answers to our own PING frames that the library has still to write.
+    /// Number of answers to the inserted PING frames that the library has not written yet.
     pongs: usize,
 }
 
-/// The frames that overwrite buffers, as one run of bytes.
+/// The inserted frames, as one sequence of bytes.
 #[derive(Debug)]
 struct Filler {
     at: usize,
@@ -197,7 +199,7 @@ struct Filler {
 
 impl Filler {
     fn new() -> Self {
-        // No client knows the payload, so none can have its own PING frames confused with ours.
+        // The payload is random, so that the PING frames of a client are not confused with the inserted ones.
         let payload = Uuid::new_v4();
         let frame = |header: [u8; 9]| {
             let mut frame = [0; PING_BYTES];
@@ -222,7 +224,7 @@ impl Filler {
         self.at < self.end
     }
 
-    /// Puts as many bytes as fit into the buffer.
+    /// Copies as many bytes as fit into the buffer.
     fn fill(&mut self, buffer: &mut ReadBuf<'_>) {
         while self.is_active() && buffer.remaining() > 0 {
             let rest = if let Some(at) = self.at.checked_sub(FILLERS_BYTES) {
@@ -242,7 +244,7 @@ impl Filler {
 }
 
 impl<I> Watched<I> {
-    /// A connection whose reader sees `preface` bytes before the first frame.
+    /// Wraps a connection whose reader receives `preface` bytes before the first frame.
     pub(super) fn new(io: I, preface: usize, is_authenticated: Arc<AtomicBool>) -> Self {
         Self {
             io,
@@ -259,7 +261,7 @@ impl<I> Watched<I> {
         }
     }
 
-    /// Begins to overwrite the buffers.
+    /// Starts to overwrite the buffers.
     fn start_filling(&mut self, buffer: &mut ReadBuf<'_>) {
         let pings = self.written.div_ceil(PING_BYTES);
         self.written = 0;
@@ -279,13 +281,13 @@ impl<I> Watched<I> {
         let seen = self.sent.see(bytes);
         self.written = (self.written + bytes.len()).min(WRITE_BUFFER_BYTES);
         self.note_dirty(seen);
-        // The task must be woken at the end of the silence, also when it does not read again before.
+        // The timer must wake the task after the silence even if the task does not read in the meantime.
         if self.is_dirty && self.silence.as_mut().poll(context).is_ready() {
             context.waker().wake_by_ref();
         }
     }
 
-    /// How many bytes at the beginning are answers to our own PING frames.
+    /// The number of leading bytes that are answers to the inserted PING frames.
     fn take_pongs(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
         while self.pongs > 0
@@ -361,7 +363,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         if taken > 0 {
             return Poll::Ready(Ok(taken));
         }
-        // As long as answers are to be dropped, each write ends where a frame ends: the next one is looked at.
+        // While answers must be dropped, each write ends at the end of a frame, so that the next frame can be inspected.
         let part = if self.pongs > 0 {
             &bytes[..self.sent.rest_of_frame(bytes)]
         } else {

@@ -1,6 +1,5 @@
-//! What must happen on a connection before the first call: TLS, then the first bytes of HTTP/2. Both within one timeout,
-//! so that neither silence before TLS nor silence after it keeps a place. The head of a request on HTTP/1.1 has a timeout of
-//! its own.
+//! The steps on a connection before the first call: the TLS handshake, then the first bytes of HTTP/2. One timeout covers both
+//! steps, so that a silent peer cannot occupy a place. With HTTP/1.1, the head of a request has a separate timeout.
 
 use std::{
     io,
@@ -23,31 +22,31 @@ use keybroker_core::error::Reason;
 
 use super::zeroed_reads::ZeroedReads;
 
-/// What every HTTP/2 client says first (RFC 9113 section 3.4).
+/// The first bytes that every HTTP/2 client sends (RFC 9113 section 3.4).
 pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Why a connection got no further.
+/// Why a connection failed before its first call.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
-    /// TLS failed.
+    /// The TLS handshake failed.
     #[error("TLS handshake: {0}")]
     Tls(io::Error),
-    /// The time was up.
+    /// The handshake exceeded its timeout.
     #[error("no handshake in time")]
     Timeout,
-    /// TLS went well, and then came something else than HTTP/2.
+    /// The TLS handshake succeeded, but the peer did not send HTTP/2.
     #[error("not HTTP/2")]
     NotHttp2,
     /// The peer closed the connection.
     #[error("closed by the peer")]
     Closed,
-    /// A newer connection needed the room.
-    #[error("too many handshakes under way")]
+    /// The connection was closed to make room for a newer one.
+    #[error("too many handshakes in progress")]
     Displaced,
 }
 
 impl Refused {
-    /// Name in the metrics.
+    /// The cause as a label in the metrics.
     pub(super) fn cause(&self) -> &'static str {
         match self {
             Self::Tls(error) => tls_cause(error),
@@ -58,7 +57,7 @@ impl Refused {
         }
     }
 
-    /// Its reason in the audit log. A connection without data and a port scan are not counted as refusals.
+    /// The reason in the audit log; `None` for events such as a port scan, which are not refusals.
     pub(super) fn reason(&self) -> Option<Reason> {
         match self.cause() {
             "no_certificate"
@@ -80,7 +79,7 @@ fn tls_cause(error: &io::Error) -> &'static str {
     let Some(error) = error.get_ref().and_then(|it| it.downcast_ref::<Error>()) else {
         return "closed";
     };
-    // A name for each cause that an operator acts on differently; the rest is a client that is wrong.
+    // Causes have separate names if an operator would handle them differently. Every other error is a fault of the client.
     if let Error::InvalidCertificate(why) = error {
         return certificate_cause(why);
     }
@@ -108,11 +107,11 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
     }
 }
 
-/// What HTTP/1.1 is called in the handshake (RFC 7301).
+/// The name of HTTP/1.1 in the handshake (RFC 7301).
 pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
-/// Makes a connection ready for the first request: for HTTP/1.1 where the client asks for that and the listener speaks it, else
-/// for HTTP/2.
+/// Prepares a connection for its first request. The protocol is HTTP/1.1 if the client requests it and the listener supports it,
+/// otherwise HTTP/2.
 pub(super) async fn complete(
     stream: TcpStream,
     config: Arc<ServerConfig>,
@@ -122,7 +121,7 @@ pub(super) async fn complete(
         let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
         let accepted = TlsAcceptor::from(config).accept(ZeroedReads(stream)).await;
         let mut tls = accepted.map_err(Refused::Tls)?;
-        // A client that names no protocol means the old one.
+        // A client that negotiates no protocol uses HTTP/1.1.
         let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
         if speaks_http1 && wanted == ALPN_HTTP1 {
             return Ok(Established::Http1(Box::new(tls)));
@@ -140,7 +139,7 @@ pub(super) async fn complete(
         .unwrap_or(Err(Refused::Timeout))
 }
 
-/// A connection on which the first request can come.
+/// A connection that is ready for its first request.
 #[derive(Debug)]
 pub(super) enum Established {
     Http1(Box<TlsStream<ZeroedReads<TcpStream>>>),
@@ -148,7 +147,7 @@ pub(super) enum Established {
 }
 
 impl Established {
-    /// The client's certificate, which the handshake verified.
+    /// The client certificate that the handshake verified.
     pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {
         let tls = match self {
             Self::Http1(tls) => tls,
@@ -158,10 +157,10 @@ impl Established {
     }
 }
 
-/// A connection whose preface was read; the HTTP/2 library reads it once more.
+/// A connection whose preface was read. The HTTP/2 library receives the preface again.
 #[derive(Debug)]
 pub(super) struct Prefaced {
-    /// Bytes of the preface that were read again.
+    /// Number of preface bytes that the library has received.
     replayed: usize,
     tls: TlsStream<ZeroedReads<TcpStream>>,
 }

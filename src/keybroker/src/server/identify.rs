@@ -1,7 +1,8 @@
-//! Authentication of calls: the only place where credentials become principals, before an API handles the call.
+//! Authenticates calls. This middleware is the only code that turns credentials into principals, and it runs before an
+//! API handles the call.
 //!
-//! The certificate of a connection is evaluated once. A call may bring its own credential, which then stands
-//! in its place; the APIs see the principal and never the credential.
+//! The certificate of a connection is evaluated once. If a call has its own credential, this credential replaces the
+//! certificate. The APIs receive the principal but never the credential.
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
 
@@ -27,7 +28,7 @@ use keybroker_core::{
 
 use super::unauthenticated::Authentication;
 
-/// Knows credentials, and what their holders have left of their limits.
+/// Authenticates credentials and applies the limits of principals and addresses.
 #[derive(Clone, Debug)]
 pub(super) struct Identifier {
     pub(super) authenticator: Arc<Authenticator>,
@@ -35,7 +36,7 @@ pub(super) struct Identifier {
 }
 
 impl Identifier {
-    /// Asks before every call of these routes.
+    /// Adds the middleware to these routes.
     pub(super) fn wrap(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn(move |request, next| {
             let identifier = self.clone();
@@ -44,7 +45,7 @@ impl Identifier {
     }
 
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
-        // No later handler needs the credential, so none can leak it.
+        // The credential is removed, so that no later handler can leak it.
         let credentials = take_credentials(request.headers_mut());
         let extensions = request.extensions();
         if let Some(caller) = extensions.get::<Caller>().cloned()
@@ -62,7 +63,7 @@ impl Identifier {
         next.run(request).await
     }
 
-    /// The caller of a call, if it is another one than that of the connection.
+    /// The caller of a call, if it differs from the caller of the connection.
     async fn identify(
         &self,
         caller: &Caller,
@@ -90,7 +91,7 @@ impl Identifier {
         if !auth::is_costly(values) {
             return self.try_credential(values, peer).await;
         }
-        // In a separate task: a caller that closes the connection is still counted.
+        // A separate task counts a failed attempt even if the caller closes the connection.
         let values: Vec<Zeroizing<Vec<u8>>> = values
             .iter()
             .map(|value| Zeroizing::new(value.to_vec()))
@@ -115,10 +116,10 @@ impl Identifier {
         };
         let found = self.authenticator.authenticate(values, budget).await;
         match found {
-            // An expired credential does not count: its holder must be told to renew it, not to retry later.
+            // An expired credential is not a failed attempt, because its holder must renew it and not retry later.
             Err(error) if error.is_failed_attempt() => {
                 match self.limits.fail_address(peer) {
-                    // The refusal of the call is logged with it.
+                    // The refusal of the call logs this error.
                     Ok(()) => Err(error),
                     Err(exhausted) => {
                         if self.limits.may_log(peer) {
@@ -134,7 +135,7 @@ impl Identifier {
     }
 }
 
-/// The values of all `authorization` headers of a call, if there are any.
+/// Removes the `authorization` headers of a call and returns their values; `None` if there are none.
 fn take_credentials(headers: &mut HeaderMap) -> Option<Vec<HeaderValue>> {
     if !headers.contains_key(AUTHORIZATION) {
         return None;

@@ -1,5 +1,5 @@
-//! The accept loop: connections under a limit, each in a separate task. Our own rather than tonic's, which has no cap, no age
-//! with a grace, and no bound on its graceful stop.
+//! The accept loop. It limits the number of connections and serves each in a separate task. The loop replaces tonic's server,
+//! which has no limit on connections, no grace period after the maximum age, and no time limit for its graceful shutdown.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
@@ -15,21 +15,21 @@ use super::{
     Limits, connection::Connection, log_limit::LogLimit, shared::Shared, tls::Tls, unauthenticated,
 };
 
-/// Pause after `accept()` failed because no descriptors are left, so that the loop does not spin.
+/// Pause after a failure of `accept()`, such as a lack of descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// One listener: its socket, its TLS and what it lets in.
+/// One listener with its socket, its TLS settings and its routes.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: TcpListener,
-    /// Absent only where the configuration sets `plaintext`.
+    /// `None` only if the configuration sets `plaintext`.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
-    /// Networks of proxies and load balancers, which speak for many clients.
+    /// Networks of proxies and load balancers, whose connections carry calls of many clients.
     pub(super) trusted_proxies: Vec<IpNet>,
 }
 
 impl Listener {
-    /// Accepts until told to stop; dropping the socket then refuses new connections at once.
+    /// Accepts connections until the stop signal. Dropping the socket then refuses new connections.
     pub(super) async fn accept(self, shared: Shared) {
         let failures = LogLimit::default();
         let full = LogLimit::default();
@@ -53,7 +53,7 @@ impl Listener {
                     continue;
                 }
             };
-            // Without TLS everything comes through the proxy that ends it.
+            // Without TLS, every connection comes from the proxy that terminates TLS.
             let network = self
                 .tls
                 .as_ref()
@@ -73,7 +73,7 @@ impl Listener {
     }
 }
 
-/// The limit of connections is reached. The next connection waits in the kernel's queue until one ends.
+/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until one ends.
 fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {

@@ -1,15 +1,15 @@
-//! A rate limit for log lines about events that a flood can cause many times a second: one line an interval, with the
-//! number of events left out.
+//! A rate limit for log lines about events that a flood can cause many times a second. Each interval has one line,
+//! which includes the number of suppressed events.
 
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// Least time between two lines.
+/// Minimum time between two lines.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Decides which of many events gets a line.
+/// Decides which events are logged.
 #[derive(Debug, Default)]
 pub(super) struct LogLimit(Mutex<Counted>);
 
@@ -20,7 +20,7 @@ struct Counted {
 }
 
 impl LogLimit {
-    /// Counts an event. How many were left out since the last line, when this one gets a line.
+    /// Counts an event. If the event is to be logged, returns the number of suppressed events since the last line.
     pub(super) fn count(&self) -> Option<u64> {
         self.count_at(Instant::now())
     }

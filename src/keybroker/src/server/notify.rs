@@ -1,9 +1,10 @@
-//! Words to the service manager where there is one (`sd_notify`): ready, reloading, stopping, and the watchdog.
+//! Notifies the service manager, if there is one (`sd_notify`), of the states ready, reloading and stopping, and feeds its
+//! watchdog.
 //!
-//! Before each watchdog notification the process asks itself for `/livez` over a socket pair that no other process can reach. So
-//! the runtime schedules tasks, polls sockets and serves HTTP, and no local user can stop the notifications by filling the status
-//! listener. Token, database and audit log are left out: a restart repairs none of them, and a restart in the middle of an outage makes
-//! the outage longer.
+//! Before each watchdog notification the process requests `/livez` from itself over a socket pair, which no other process can
+//! reach. This shows that the runtime schedules tasks, polls sockets and serves HTTP. A local user cannot stop the notifications
+//! by flooding the status listener. Token, database and audit log are not checked, because a restart repairs none of them and
+//! would prolong an outage.
 
 use std::{io, time::Duration};
 
@@ -21,10 +22,10 @@ use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
-/// Pings in the time that the manager waits for one: two may be late.
+/// Number of watchdog notifications within the manager's timeout. Two of them may be late.
 const PINGS_PER_TIMEOUT: u32 = 3;
 
-/// The manager's side of a broker that serves. The pings end when it is dropped.
+/// The notifications of a broker that serves. Dropping this ends the watchdog notifications.
 #[derive(Debug)]
 pub(super) struct Manager {
     stopping: CancellationToken,
@@ -32,7 +33,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// The listeners accept connections. From now on the watchdog is notified, where the manager asked for it, as long as `probes` answers.
+    /// Notifies that the listeners accept connections. From now on the watchdog is notified while `probes` answers, if the
+    /// manager has a watchdog.
     pub(super) fn serving(probes: Router) -> Self {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
@@ -43,7 +45,7 @@ impl Manager {
         Self { stopping, pings }
     }
 
-    /// The drain begins. From now on a ping says only that the runtime schedules.
+    /// Notifies that the drain begins. From now on the watchdog notifications show only that the runtime schedules tasks.
     pub(super) fn stopping(&self) {
         self.stopping.cancel();
         say(&[NotifyState::Stopping, NotifyState::Status("draining")]);
@@ -58,7 +60,7 @@ impl Drop for Manager {
     }
 }
 
-/// Files are being read again.
+/// Notifies that files are being read again.
 pub(super) fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => say(&[NotifyState::Reloading, now]),
@@ -66,13 +68,13 @@ pub(super) fn reloading() {
     }
 }
 
-/// The files have been read again.
+/// Notifies that the files have been read again.
 pub(super) fn reloaded() {
     say(&[NotifyState::Ready]);
 }
 
-/// One line for `systemctl status`: what is wrong, or nothing. The words may come from the vendor's module, and a line end
-/// among them would begin a new message.
+/// Sets the line for `systemctl status`. Control characters are replaced, because the text may come from the vendor's module and
+/// a line end would begin a new message.
 pub(super) fn health(detail: &str) {
     let line = if detail.is_empty() {
         "serving".to_owned()
@@ -82,10 +84,10 @@ pub(super) fn health(detail: &str) {
     say(&[NotifyState::Status(&line)]);
 }
 
-/// Does nothing without a manager. An unreachable manager is no reason to stop serving.
+/// Sends states to the manager, if there is one. The broker continues to serve if the manager is unreachable.
 fn say(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager was not told");
+        tracing::warn!(%error, "cannot notify the service manager");
     }
 }
 
@@ -101,13 +103,14 @@ async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
         match alive {
             Ok(()) => say(&[NotifyState::Watchdog]),
             Err(error) => {
-                keybroker_core::alert!(Watchdog, %error, "the process did not answer its own /livez in time");
+                keybroker_core::alert!(Watchdog, %error, "the process did not answer its own request for /livez in \
+                 time");
             }
         }
     }
 }
 
-/// Asks for `/livez` over a socket pair. The other end is served in a separate task, as each connection is.
+/// Requests `/livez` over a socket pair. A separate task serves the other end, like for every connection.
 async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
     let (mut stream, served) = UnixStream::pair()?;
     let serving = tokio::spawn(status::answer(served, probes.clone()));
@@ -118,7 +121,7 @@ async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
         if answer == ALIVE {
             Ok(())
         } else {
-            Err(io::Error::other("another answer than 200"))
+            Err(io::Error::other("the status is not 200"))
         }
     })
     .await;

@@ -1,4 +1,4 @@
-//! What must be ready before the listeners open: ports, certificates, audit log, schema, token.
+//! Prepares the broker before the listeners open: ports, certificates, audit log, schema and token.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -35,7 +35,7 @@ pub(super) struct Bound {
     pub(super) tls: Option<Arc<Tls>>,
 }
 
-/// The status listener, and the one for other machines.
+/// The status listener, and the remote status listener.
 pub(super) struct BoundStatus {
     pub(super) socket: TcpListener,
     pub(super) address: SocketAddr,
@@ -49,7 +49,7 @@ pub(super) struct BoundRemote {
 }
 
 impl BoundStatus {
-    /// The TLS of the listener for other machines.
+    /// The TLS settings of the remote status listener.
     pub(super) fn tls(&self) -> Option<Arc<Tls>> {
         self.remote.as_ref()?.tls.clone()
     }
@@ -81,7 +81,7 @@ pub(super) async fn bind_status(
     })
 }
 
-/// Opening reads and syncs files, and waits for its own first entry.
+/// Opens the audit log on a blocking thread, because opening reads and synchronises files and waits for its first entry.
 pub(super) async fn open_audit(
     settings: audit::Settings,
 ) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
@@ -92,9 +92,9 @@ pub(super) async fn open_audit(
 
 const MIGRATE: &str = "store.migrate";
 
-/// Brings the database to the schema of this release, if the configuration says so: a change like any other, with an intent
-/// before and an outcome after. Takes the lock of the database for as long as that. Before that it closes the intent of a
-/// start that was cut short here.
+/// Migrates the database to the schema of this release, if the configuration allows it. A migration has an intent and an outcome
+/// like any other change, and holds the lock of the database. Intents of migrations that were interrupted at an earlier start are
+/// closed first.
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,
@@ -107,7 +107,7 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start && cut_short.is_empty() {
         return Ok(());
     }
-    // A newer schema is no error here: whether this release can serve from it is decided when the database is opened.
+    // A newer schema is not an error here. Opening the database decides whether this release supports it.
     let status = store::status(settings).await?;
     let pending = status.current < status.newest;
     for intent in cut_short {
@@ -121,7 +121,7 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start || !pending {
         return Ok(());
     }
-    // A migration cannot be undone, so a database of other logs is refused before it.
+    // A migration cannot be undone, so a database that was used with another audit log is refused first.
     let known = store::known_audit_log(settings, instance, audit.id()).await?;
     if known == KnownLog::Another && audit.is_binding_required() {
         return Err(audit.refuse_unknown().into());
@@ -147,7 +147,7 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-/// Takes the database for this process, opens it and compares its audit logs with that of this instance.
+/// Locks and opens the database, and compares the audit logs that it has recorded with the log of this instance.
 pub(super) async fn open_store(
     config: &Config,
     audit: &AuditLog,
@@ -158,9 +158,9 @@ pub(super) async fn open_store(
     Ok((lock, store))
 }
 
-/// Records the audit log of this instance in the database. Fails for a log that the database does not know although it knows other
-/// logs of the same instance: the log was replaced. The first log of an instance is recorded without a message; a log that an
-/// operator acknowledged or an earlier release made, with a warning if the instance has other logs.
+/// Records the audit log of this instance in the database. Fails if the database has other logs of this instance but not this
+/// one, because then the log was replaced. The first log of an instance is recorded without a message. If an operator
+/// acknowledged the log or an earlier release made it, the log is recorded, with a warning if there are others.
 async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}
@@ -172,14 +172,15 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                 tracing::warn!(
                     instance,
                     log = audit.id(),
-                    "the audit log is recorded beside other logs of this instance, because an operator acknowledged it or an earlier \
-                     release made it; if neither is expected, find out who replaced it"
+                    "the database already has other audit logs of this instance; this one is added, because an \
+                     operator acknowledged it or an earlier release made it. If this is unexpected, find out who \
+                     replaced the log"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
             if let Err(error) = added.await {
-                // A database that is read-only for a while must not prevent releases.
-                tracing::warn!(%error, "the audit log is not recorded in the database yet; the next start tries again");
+                // A temporarily read-only database must not prevent releases.
+                tracing::warn!(%error, "the audit log is not recorded in the database; the next start tries again");
                 return Ok(());
             }
             let mut bound = Entry::new(EntryKind::System, "log.store_bound", Outcome::Ok);
@@ -190,11 +191,11 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
     Ok(audit.require_binding()?)
 }
 
-/// The risks that the settings accepted at the last start, in the state directory.
+/// File in the state directory with the risks that were accepted at the last start.
 const ACCEPTED_RISKS: &str = "accepted-risks";
 
-/// Logs the risks of the token that the settings accept, and records them in the audit log when they are not those of the last
-/// start. Returns them as sentences.
+/// Logs the risks of the token that the settings accept, and records them in the audit log if they differ from those of the last
+/// start. Returns the risks as sentences.
 pub(super) async fn record_accepted_risks(
     config: &Config,
     audit: &AuditLog,
@@ -216,7 +217,7 @@ pub(super) async fn record_accepted_risks(
     let is_known = match &before {
         Ok(before) => *before.as_deref().unwrap_or_default() == *risks,
         Err(error) => {
-            tracing::warn!(error = %chain(error), "the risks of the last start are not known");
+            tracing::warn!(error = %chain(error), "cannot read the accepted risks of the last start");
             false
         }
     };
@@ -228,7 +229,7 @@ pub(super) async fn record_accepted_risks(
     changed.risks = (!risks.is_empty()).then(|| risks.join(". "));
     audit.append(changed).await?;
     if let Err(error) = state.write_json(&fact, &risks) {
-        tracing::warn!(error = %chain(&error), "the next start records the accepted risks again");
+        tracing::warn!(error = %chain(&error), "cannot store the accepted risks; the next start records them again");
     }
     Ok(risks)
 }
@@ -251,8 +252,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. Only once the audit log is open and the database knows
-/// it: the log belongs to one broker, and so does the state next to it.
+/// Stores which revocation lists the listeners have accepted. This must follow the opening of the audit log and the check of the
+/// database, which ensure that no other broker uses the state directory.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
@@ -267,8 +268,8 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
         let what = if in_use {
             format!(
-                "{address} is in use: another keybroker or another program listens there; stop it, or \
-                 choose another address"
+                "{address} is in use by another keybroker or another program; stop that program, or choose another \
+                 address"
             )
         } else {
             format!("cannot listen on {address}: {error}")
@@ -294,8 +295,8 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
-/// Starts the workers with the keys that the registry names, and waits for the first attempt. A caller that gives
-/// this up stops what is in `started`.
+/// Starts the workers with the keys of the registry, and waits for the result of the first attempt. A caller that cancels this
+/// must stop the supervisor in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,
@@ -316,8 +317,7 @@ pub(super) async fn start_token(
     if keys.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "no wrapping key is registered, so there is nothing to serve with; run `keybroker key \
-             generate`",
+            "no wrapping key is registered; create one with `keybroker key generate`",
         ));
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
@@ -334,8 +334,8 @@ pub(super) async fn start_token(
         return Err(Failure::new(exit, error.message));
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
-        // Not an end: a token that is unavailable returns, and a rejected PIN is corrected in its file.
-        tracing::error!(%cause, "started without the token; nothing is released until it serves");
+        // The broker continues: an unavailable token may return, and an operator can correct a rejected PIN in its file.
+        tracing::error!(%cause, "started without the token; no key is released until the token serves");
     }
     Ok(supervisor)
 }

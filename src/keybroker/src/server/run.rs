@@ -1,4 +1,4 @@
-//! The life of `keybroker serve`, from the first check to the last entry of the audit log.
+//! Start and stop of `keybroker serve`, from the first check to the last audit entry.
 
 use std::{
     error::Error,
@@ -55,20 +55,20 @@ use super::{
     watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// For the first key sets of providers, before the listeners open; a provider that is down is asked again in the
+/// Longest wait for the first key sets of identity providers before the listeners open. An unavailable provider is retried in the
 /// background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Between `NOT_SERVING` and the end of accepting: load balancers look once a second or so.
+/// Time between `NOT_SERVING` and the end of accepting connections. Load balancers check the health about once a second.
 const LAME_DUCK: Duration = Duration::from_millis(500);
-/// For what follows the drain of the listeners: workers and store.
+/// Longest wait for each step after the drain of the listeners: mutations, workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// The share of connections that may be without a principal, as a divisor.
+/// The part of all connections that may be without a principal, as a divisor.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// The share of connections that may be in their handshake, as a divisor.
+/// The part of all connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM or SIGINT; a second signal ends it at once.
+/// Runs the broker until SIGTERM or SIGINT. A second signal ends the process without a drain.
 pub async fn run(
     config: Config,
     program: PathBuf,
@@ -76,20 +76,21 @@ pub async fn run(
 ) -> Result<(), Failure> {
     let no_signals = |error: io::Error| Failure::new(Exit::Internal, error.to_string());
     let mut signals = Signals::listen().map_err(no_signals)?;
-    // From the first moment: by default it would end the process.
+    // SIGHUP is handled from the beginning, because by default it would end the process.
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
     let token = OnceLock::new();
     let started = tokio::select! {
         started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
-            tracing::info!(signal = name, "stopped while starting; nothing was served");
+            tracing::info!(signal = name, "stopped during the start; no call was served");
             Ok(None)
         }
     };
     let started = match started {
         Ok(Some(started)) => started,
         unserved => {
-            // Service managers kill what is left behind: a worker in the middle of its login must be gone before we are.
+            // Stop the workers before this process ends. A service manager would kill a remaining worker, possibly during its
+            // login.
             if let Some(token) = token.get() {
                 token.drain_and_stop(Deadline::after(Duration::ZERO)).await;
             }
@@ -104,12 +105,12 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("stopped at once by a second signal, {name}; the next start resolves what was open"),
+            format!("stopped without a drain by a second signal, {name}; the next start resolves open changes"),
         )),
     }
 }
 
-/// What authenticates callers, except for the secrets of API clients, which need the database.
+/// Makes the authenticator of callers. The secrets of API clients are added later, because they need the database.
 fn credentials(config: &Config) -> Result<(Authenticator, Arc<Tokens>), Failure> {
     let tokens = Tokens::new(&config.issuers).map_err(|error| unusable(&error))?;
     let tokens = Arc::new(tokens.with_token_bytes_max(config.limits.access_token_bytes_max));
@@ -117,23 +118,23 @@ fn credentials(config: &Config) -> Result<(Authenticator, Arc<Tokens>), Failure>
     Ok((authenticator.with_tokens(Arc::clone(&tokens)), tokens))
 }
 
-/// The configuration cannot be used.
+/// The failure for an unusable configuration.
 fn unusable(error: &dyn Error) -> Failure {
     Failure::new(Exit::Configuration, chain(error))
 }
 
-/// A fault of the program or of the machine.
+/// The failure for a fault of the program or of the machine.
 fn internal(error: &dyn Error) -> Failure {
     Failure::new(Exit::Internal, chain(error))
 }
 
-/// Verifies the secrets of API clients, which the broker's database knows.
+/// Makes the verifier of API client secrets, which are in the broker's database.
 fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Failure> {
     let directory = Arc::new(Clients(Arc::clone(broker)));
     Secrets::new(config.client_credentials.clone(), directory).map_err(|error| internal(&error))
 }
 
-/// Verifies the registry now, if the token serves; otherwise that happens in the background.
+/// Verifies the registry if the token serves. Otherwise a background task verifies it later.
 async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
     if supervisor.settled().await == Serving::Up {
         broker
@@ -158,7 +159,7 @@ fn client_rules(settings: &client_secret::Settings) -> ClientRules {
     }
 }
 
-/// The two signals that end a service.
+/// The two signals that stop the broker.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -195,18 +196,18 @@ struct Server {
     /// Connections and the accept loops.
     connections: TaskTracker,
     stop_connections: CancellationToken,
-    /// What runs concurrently with them: health, maintenance, reload.
+    /// Background tasks: health, maintenance and reload.
     background: TaskTracker,
     stop_background: CancellationToken,
-    /// Probes and metrics answer until the end.
+    /// Tasks of the status listeners, which answer until the end of the drain.
     status: TaskTracker,
     stop_status: CancellationToken,
     _store_lock: StoreLock,
 }
 
 impl Server {
-    /// In this order, so that each failure leaves nothing half done: policies, ports, certificates, audit log,
-    /// database, token, registry, then the listeners open.
+    /// Prepares all parts and opens the listeners. The order is policies, ports and certificates, audit log, database, token,
+    /// registry, listeners, so that a failure leaves nothing partly done.
     async fn start(
         config: Config,
         program: PathBuf,
@@ -269,7 +270,7 @@ impl Server {
             health,
             file_problems: Arc::default(),
         };
-        // Health does not say SERVING before the first check.
+        // The health must not be `SERVING` before the first check.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, status.tls(), policy, hangup);
         let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
@@ -334,7 +335,7 @@ impl Server {
         Ok(())
     }
 
-    /// What the status listener answers, and the watchdog's own question.
+    /// The routes of the status listeners and of the watchdog's probe.
     fn probes(&self) -> Router {
         status::routes(status::Probe {
             broker: Arc::clone(&self.broker),
@@ -409,8 +410,7 @@ impl Server {
         });
     }
 
-    /// Writes the bound addresses, for a caller that configured port 0. Written under another name first: a reader
-    /// never sees half of it.
+    /// Writes the bound addresses, for example for a program that configured port 0. The file is replaced atomically.
     fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
         let text = serde_json::json!({
             "listeners": self.addresses,
@@ -424,19 +424,22 @@ impl Server {
         })
     }
 
-    /// The drain, in this order: health says `NOT_SERVING`; load balancers get a moment; no more connections, and GOAWAY on
-    /// those there are; calls under way end; mutations get their outcomes; the token's workers end; the store closes; the
-    /// audit log gets its last entry.
+    /// Drains and stops the broker, in this order:
+    ///
+    /// 1. The health becomes `NOT_SERVING`, and load balancers have time to notice it.
+    /// 2. The listeners accept no more connections, and open connections receive GOAWAY.
+    /// 3. Calls in progress end, and mutations receive their outcomes.
+    /// 4. The workers end, the store closes, and the audit log receives its last entry.
     async fn stop(self) {
-        // First the task that would report another state. It ends at once. A check of the database that is under way
-        // may take longer, and nothing waits for it.
+        // Stop the background tasks first, because one of them would report another health. The wait is short, because a check of
+        // the database may take long.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())
             .await
             .is_err()
         {
-            tracing::debug!("background work has not ended yet");
+            tracing::debug!("background tasks have not ended yet");
         }
         for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE, ""] {
             self.health
@@ -453,7 +456,7 @@ impl Server {
         {
             tracing::warn!(
                 connections = self.connections.len(),
-                "connections cut at the end of the drain"
+                "connections closed at the end of the drain"
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
@@ -464,7 +467,7 @@ impl Server {
             .await
             .is_err()
         {
-            tracing::warn!("the database does not answer; its connections are cut");
+            tracing::warn!("the database does not answer; its connections are dropped");
         }
         let audit = self.audit;
         if tokio::task::spawn_blocking(move || audit.close())

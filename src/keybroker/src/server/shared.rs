@@ -1,4 +1,4 @@
-//! What all connections of a broker share.
+//! The state that all connections of a broker share.
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use keybroker_broker::Broker;
 
 use super::{Limits, log_limit::LogLimit, unauthenticated::Places, waiting::Waiting};
 
-/// What every connection of every listener shares.
+/// The state that every connection of every listener shares.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
     pub(super) broker: Arc<Broker>,
     pub(super) authenticator: Arc<Authenticator>,
     pub(super) connections: Arc<Semaphore>,
-    /// Those whose handshake is under way.
+    /// Connections whose handshake is in progress.
     pub(super) handshakes: Arc<Waiting>,
-    /// The connections that hold the other places.
+    /// Places of connections whose handshake is complete.
     pub(super) places: Arc<Places>,
-    /// Limits the log lines about connections that are refused.
+    /// Limits the log lines about refused connections.
     pub(super) refusals: Arc<LogLimit>,
     pub(super) limits: Arc<Limits>,
-    /// Stop accepting and ask every connection to leave.
+    /// Signals that listeners must stop accepting and connections must end.
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
 }

@@ -1,6 +1,6 @@
-//! HTTP for probes and metrics: `/livez`, `/readyz`, `/metrics`. It is plain on loopback. Where the configuration has
-//! `[status.remote]`, another address has the same, with TLS unless the configuration accepts that there is none. It is the last to close when the
-//! broker stops, so that probes can tell a drain from a crash.
+//! The status listeners: HTTP for probes and metrics (`/livez`, `/readyz`, `/metrics`). The local listener uses plain HTTP on
+//! loopback. The optional `[status.remote]` listener uses TLS unless the configuration sets `plaintext`. Status listeners close
+//! last when the broker stops, so that probes can distinguish a drain from a crash.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -34,19 +34,20 @@ use super::{
     file_problems::FileProblems, handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting,
 };
 
-/// Open connections. One more closes the oldest: any user of this machine can connect, and must not keep probes out.
+/// Maximum number of open connections. A new connection closes the oldest one, because any local user can connect and must not be
+/// able to block probes.
 const CONNECTIONS_MAX: usize = 64;
-/// For a request's head.
+/// Longest time for the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
-/// For a request and its answer.
+/// Longest time for a request and its answer.
 const AGE_MAX: Duration = Duration::from_secs(10);
-/// Bytes of a request's head: the least that hyper takes.
+/// Size of the read buffer in bytes, which is the minimum of the HTTP library.
 const BUFFER_BYTES_MAX: usize = 8 * 1_024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// The format that Prometheus reads.
+/// Content type of the Prometheus text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What probes are told.
+/// The state that the probes report.
 #[derive(Clone, Debug)]
 pub(super) struct Probe {
     pub(super) broker: Arc<Broker>,
@@ -56,7 +57,7 @@ pub(super) struct Probe {
     pub(super) stopping: CancellationToken,
 }
 
-/// The routes. `/livez` asks nothing of token, store or audit log: a restart repairs none of them.
+/// The routes. `/livez` does not check token, store or audit log, because a restart repairs none of them.
 pub(super) fn routes(probe: Probe) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
@@ -91,7 +92,7 @@ async fn ready(State(probe): State<Probe>) -> (StatusCode, String) {
     (StatusCode::SERVICE_UNAVAILABLE, text)
 }
 
-/// Answers until `stop`, and then ends at once.
+/// Serves a status listener until `stop`, then closes its connections.
 pub(super) async fn serve(
     socket: TcpListener,
     tls: Option<Arc<Tls>>,
@@ -113,7 +114,7 @@ pub(super) async fn serve(
                 continue;
             }
         };
-        // On loopback every client has the same address.
+        // On loopback, networks are not counted, because every client has the same address.
         let network = tls
             .is_some()
             .then(|| unauthenticated::network(peer.ip(), &[]));

@@ -1,5 +1,5 @@
-//! TLS of one listener: loaded and checked as a whole, replaced as a whole. A bad file on reload leaves the old
-//! configuration in place.
+//! The TLS configuration of one listener. The files are loaded, checked and replaced together. If a file is bad at a reload, the
+//! previous configuration stays in use.
 //!
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
@@ -35,51 +35,52 @@ use files::{Files, Follows, Found, Shown, Trust};
 use revocation::{Age, Lists, Memory, MemoryError};
 use server_certificate::Validity;
 
-/// Files with a problem are evaluated again after this time, although they are the same: a list may have become valid.
+/// Interval after which unchanged files with a problem are evaluated again, because a list may have become valid.
 const RETRY_AFTER: Duration = Duration::from_mins(1);
 
-/// What connections are accepted with, from one moment to the next.
+/// The TLS configuration that accepts connections until the next change.
 #[derive(Debug)]
 pub(super) struct Accepting {
     pub(super) config: Arc<ServerConfig>,
-    /// Cancelled when the trust in clients has changed: a revoked client must not keep its connection.
+    /// Cancelled when the trust in clients changes, because a revoked client must not keep its connection.
     pub(super) outdated: CancellationToken,
-    /// SHA-256 of the files, and of what decides about clients: their CAs, and who is revoked.
+    /// SHA-256 of the files.
     files: [u8; 32],
+    /// SHA-256 of the CA certificates for clients and of the revoked serial numbers.
     trust: [u8; 32],
     /// The revocation lists.
     lists: Option<Lists>,
-    /// Last second of the certificate, since 1970.
+    /// Last second of the server certificate's validity, in seconds since 1970.
     until: i64,
     contents: Contents,
 }
 
 impl Accepting {
-    /// What the log says about the revocation lists that were left out.
+    /// The log text about revocation lists that were left out.
     fn left_out(&self) -> Option<String> {
         self.lists.as_ref().and_then(Lists::left_out)
     }
 }
 
-/// TLS of a listener, replaceable while it serves.
+/// The TLS configuration of a listener, which can be replaced while the listener serves.
 #[derive(Debug)]
 pub(super) struct Tls {
     settings: TlsSettings,
     clients: ClientCertificates,
-    /// What clients can speak here (RFC 7301).
+    /// The offered application protocols (RFC 7301).
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
-    /// Chain and key that are in use: with them changed trust counts also while those on disk are bad.
+    /// Chain and key in use. If those on disk are bad, a change of the trusted clients is applied with these.
     shown: Mutex<Shown>,
-    /// What the last reload failed with, so that it is reported once and not each second.
+    /// The error of the last reload, so that an error is reported once and not each second.
     refused: Mutex<Option<String>>,
-    /// Which revocation lists were last reported as left out.
+    /// The last report about revocation lists that were left out.
     left_out: Mutex<Option<String>>,
-    /// What was last reported of the age of the revocation lists.
+    /// The last reported age of the revocation lists.
     age: Mutex<Option<Age>>,
     /// Why the accepted revocation lists could not be stored.
     unstored: Mutex<Option<String>>,
-    /// The newest revocation lists that were accepted, now and before a restart.
+    /// The newest accepted revocation lists, including those from before a restart.
     memory: Mutex<Memory>,
     evaluated: Mutex<Evaluated>,
 }
@@ -87,24 +88,24 @@ pub(super) struct Tls {
 /// The files that were evaluated last.
 #[derive(Debug)]
 struct Evaluated {
-    /// Of the files, or of why they could not be read.
+    /// Digest of the files, or of the error that prevented reading them.
     digest: [u8; 32],
-    /// When the same files are evaluated again; absent if nothing is wrong with them.
+    /// When unchanged files are evaluated again; `None` if they have no problem.
     again_at: Option<Instant>,
 }
 
-/// Whether a look at the files evaluated them.
+/// Whether a check of the files evaluated them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// They are the same, and either good or evaluated a moment ago.
+    /// The files are unchanged, and either good or recently evaluated.
     Unchanged,
     Evaluated,
 }
 
 impl Tls {
-    /// Loads the files; any problem stops the start, except a revocation list whose authority has another one, has one that was accepted
-    /// before a restart, or is not configured. Without a state directory, this is a check of the configuration, which also fails on lists
-    /// that a start leaves out.
+    /// Loads the files. Any problem stops the start, with one exception: a bad revocation list is left out if its CA has another
+    /// list in the file, has a list that was accepted before the restart, or is not configured. Without a state directory, this
+    /// is a check of the configuration, and every bad list is an error.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
@@ -157,7 +158,7 @@ impl Tls {
         Ok(tls)
     }
 
-    /// Stores the accepted revocation lists, so that a restart does not forget them.
+    /// Stores the accepted revocation lists for the next start.
     pub(super) fn remember_lists(&self) -> Result<(), MemoryError> {
         held(&self.memory).store(now())
     }
@@ -166,18 +167,18 @@ impl Tls {
         self.current.load_full()
     }
 
-    /// How much each file gave.
+    /// The contents of the files, as numbers of certificates and lists.
     pub(super) fn contents(&self) -> Contents {
         self.current().contents
     }
 
-    /// Trust domains of SPIFFE ids that are accepted; empty: any.
+    /// Trust domains of accepted SPIFFE ids. If empty, every trust domain is accepted.
     pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
         &self.settings.trust_domains
     }
 
-    /// Takes over changed files. Connections continue, unless the trust in clients has changed: then all of them get GOAWAY, and
-    /// clients that are still trusted reconnect. Files with a problem are evaluated again once a minute.
+    /// Applies changed files. Open connections continue unless the trust in clients has changed. In this case, all connections
+    /// receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated again once a minute.
     pub(super) fn reload(&self) {
         self.reload_at(Instant::now());
     }
@@ -231,17 +232,17 @@ impl Tls {
         if *unstored != error
             && let Some(error) = &error
         {
-            // The newer list counts all the same; only a restart would not know of it.
+            // The newer list is in use, but a restart would not know it.
             keybroker_core::alert!(
                 ClientCrl, %error,
-                "the accepted revocation lists could not be stored; after a restart an older one would be accepted"
+                "cannot store the accepted revocation lists; after a restart, older lists would be accepted"
             );
         }
         *unstored = error;
         unstored.is_none()
     }
 
-    /// Reports the revocation lists that were left out, once until they change.
+    /// Reports the revocation lists that were left out. The same report is not repeated.
     fn report_left_out(&self) {
         let left_out = self.current().left_out();
         let mut said = held(&self.left_out);
@@ -252,13 +253,13 @@ impl Tls {
             let file = path.display().to_string();
             keybroker_core::alert!(
                 ClientCrl, %file, %error,
-                "revocation lists not taken over; their authorities keep the lists in use, if there are any"
+                "revocation lists rejected; the accepted lists of their CAs stay in use"
             );
         }
         *said = left_out;
     }
 
-    /// Forgets what was reported: after a requested reload, problems are evaluated and reported again.
+    /// Forgets earlier reports, so that a requested reload evaluates and reports all problems again.
     pub(super) fn report_again(&self) {
         for said in [&self.refused, &self.left_out, &self.unstored] {
             *held(said) = None;
@@ -270,7 +271,7 @@ impl Tls {
     }
 
     fn try_reload(&self, found: Found) -> Result<bool, Error> {
-        // A renewal of the server's certificate that went wrong must not keep a revoked client in.
+        // A bad server certificate must not prevent the revocation of a client.
         let trust = found.trust?;
         let refused = match found.shown {
             Err(error) => (error, trust),
@@ -290,7 +291,7 @@ impl Tls {
     fn try_reload_all(&self, files: &Files) -> Result<bool, Error> {
         let current = self.current();
         let next = self.build(files, Validity::Checked)?;
-        // A list that was left out may have become valid since, and one that was kept may have ended.
+        // Even with unchanged files, a list may have become valid or may have ended.
         if next.files == current.files
             && next.trust == current.trust
             && next.left_out() == current.left_out()
@@ -302,13 +303,15 @@ impl Tls {
         Ok(true)
     }
 
-    /// Changed authorities and revocation lists, with the chain and key that are in use.
+    /// Applies changed CA certificates and revocation lists with the chain and key that are in use.
     fn try_reload_trust(&self, trust: Trust) -> Result<(), Error> {
         let shown = held(&self.shown).clone();
         let next = self.build(&Files { shown, trust }, Validity::Unchecked)?;
         if next.trust != self.current().trust {
             self.take_over(next);
-            tracing::warn!("changed trust in clients is taken over without the other TLS files");
+            tracing::warn!(
+                "the client CAs and revocation lists were applied without the other TLS files"
+            );
         }
         Ok(())
     }
@@ -333,7 +336,7 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // Connections that were accepted under the earlier trust are notified at the next change.
+            // Open connections must be notified at the next change of the trust.
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {

@@ -1,6 +1,6 @@
-//! Accounting of connections by principal and network. Connections without a principal have a part of all places, and
-//! one network a part of that; one principal has a part of all places, too. So neither unauthenticated peers nor one
-//! client can take every place.
+//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and one
+//! network only a part of these. One principal may also use only a part of all places. Neither unauthenticated peers nor one
+//! client can therefore take every place.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -19,9 +19,9 @@ use ipnet::IpNet;
 use keybroker_broker::limits;
 use keybroker_core::{metrics, principal::Principal};
 
-/// One network has so much of the places at most.
+/// The part of the unauthenticated places that one network may hold, as a divisor.
 const NETWORK_DIVISOR: usize = 8;
-/// But never fewer places than this.
+/// Minimum number of places for one network.
 const NETWORK_MIN: usize = 8;
 
 /// The number of `places` that one network may hold.
@@ -29,8 +29,8 @@ fn per_network(places: usize) -> usize {
     (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
 }
 
-/// The network that a peer's connections are counted for: an IPv4 /24, an IPv6 /64. Absent for a trusted proxy, which
-/// speaks for many clients.
+/// The network that counts a peer's connections: an IPv4 /24 or an IPv6 /64. `None` for a trusted proxy, whose connections carry
+/// calls of many clients.
 pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr> {
     const IPV4_HOST_BITS: u32 = 8;
     let peer = peer.to_canonical();
@@ -49,7 +49,7 @@ pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr>
     })
 }
 
-/// The places of connections, counted by who holds them.
+/// The places of connections, counted by principal and network.
 #[derive(Debug)]
 pub(super) struct Places {
     unauthenticated_max: usize,
@@ -61,7 +61,7 @@ pub(super) struct Places {
 #[derive(Debug, Default)]
 struct Unauthenticated {
     all: usize,
-    /// No more networks than places.
+    /// The number of entries is limited by the number of places.
     by_network: HashMap<IpAddr, usize>,
 }
 
@@ -75,7 +75,7 @@ impl Places {
         })
     }
 
-    /// A place for a connection without a principal. Without a network only the whole counts.
+    /// Takes a place for a connection without a principal. If there is no network, only the limit for all networks applies.
     fn of_network(self: &Arc<Self>, network: Option<IpAddr>) -> Option<Place> {
         let mut taken = lock(&self.unauthenticated);
         if taken.all >= self.unauthenticated_max {
@@ -156,17 +156,17 @@ impl Drop for Place {
     }
 }
 
-/// Why a connection gets no place.
+/// Why there is no place for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    /// The places for unauthenticated connections, or those of this network.
+    /// The places for unauthenticated connections, or those of this network, are taken.
     Unauthenticated,
-    /// The places of this principal.
+    /// The places of this principal are taken.
     Principal,
 }
 
 impl Full {
-    /// Name in the metrics.
+    /// The cause as a label in the metrics.
     pub(super) fn cause(self) -> &'static str {
         match self {
             Self::Unauthenticated => "unauthenticated",
@@ -181,13 +181,13 @@ pub(super) struct Authentication {
     places: Arc<Places>,
     place: Mutex<Option<Place>>,
     done: Arc<AtomicBool>,
-    /// A proxy's connection carries calls of many principals and counts for none of them.
+    /// Whether the peer is a trusted proxy. Its connection carries calls of many principals and is counted for none of them.
     is_proxy: bool,
     accepts_credentials: bool,
 }
 
 impl Authentication {
-    /// Of a connection whose certificate names a principal.
+    /// For a connection whose certificate identifies a principal.
     pub(super) fn done(places: &Arc<Places>, principal: &Principal) -> Result<Self, Full> {
         let place = places.of_principal(principal).ok_or(Full::Principal)?;
         Ok(Self {
@@ -199,7 +199,7 @@ impl Authentication {
         })
     }
 
-    /// Of any other connection. Without a network it is one of a trusted proxy.
+    /// For any other connection. A connection without a network is one of a trusted proxy.
     pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
         let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
         Ok(Self {
@@ -211,7 +211,7 @@ impl Authentication {
         })
     }
 
-    /// The same, whose calls cannot bring their own credential.
+    /// Disables the credentials of calls on this connection.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {
@@ -220,7 +220,7 @@ impl Authentication {
         }
     }
 
-    /// Whether credentials of calls are examined.
+    /// Whether calls may authenticate with their own credentials.
     pub(super) fn accepts_credentials(&self) -> bool {
         self.accepts_credentials
     }
@@ -229,13 +229,13 @@ impl Authentication {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// The same answer, for what outlives this borrow.
+    /// A shared flag with the value of [`Self::is_done`].
     pub(super) fn flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.done)
     }
 
-    /// A call's credential was accepted. The connection now counts for that principal; where the principal has no place left, it
-    /// stays an unauthenticated one, which ends soon.
+    /// Notes that a call's credential was accepted. The connection is now counted for this principal. If the principal has no
+    /// free place, the connection stays unauthenticated and ends soon.
     pub(super) fn complete(&self, principal: &Principal) {
         if self.is_done() {
             return;
@@ -250,7 +250,7 @@ impl Authentication {
             }
             place
         };
-        // The lock decides which of two calls at once counts.
+        // The lock decides which of two concurrent calls counts.
         let mut held = lock(&self.place);
         if !self.done.swap(true, Ordering::Relaxed) {
             *held = place;
@@ -258,7 +258,7 @@ impl Authentication {
     }
 }
 
-/// Counts a connection that got no place.
+/// Counts a connection that was refused for lack of a place.
 pub(super) fn refused(full: Full) {
     metrics::CONNECTIONS_REFUSED
         .with([full.cause()])

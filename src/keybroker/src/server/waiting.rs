@@ -1,6 +1,6 @@
-//! Connections that are not yet authenticated: handshakes in progress, and probes that were not answered yet. A new
-//! connection is never refused for lack of space. Instead the oldest such connection of the network that has most of
-//! them is closed, so a flood of silent connections closes its own.
+//! Connections in their handshake, and connections to the status listener. A new connection is never refused for lack
+//! of space. Instead, the network with the most such connections loses its oldest one. A flood of silent connections
+//! therefore closes its own connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -12,7 +12,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-/// The connections that wait, oldest first.
+/// The waiting connections, oldest first.
 #[derive(Debug)]
 pub(super) struct Waiting {
     max: usize,
@@ -27,7 +27,7 @@ struct State {
 }
 
 impl Waiting {
-    /// Room for `max` connections.
+    /// Makes room for `max` connections.
     pub(super) fn new(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max: max.max(1),
@@ -35,7 +35,8 @@ impl Waiting {
         })
     }
 
-    /// Enters a connection. Without a network only the whole counts.
+    /// Adds a connection, and closes another one if there are too many. A connection without a network is counted for
+    /// no network.
     pub(super) fn enter(self: &Arc<Self>, network: Option<IpAddr>) -> Ticket {
         let mut state = self.lock();
         let is_full = state.all.len() >= self.max;
@@ -67,7 +68,7 @@ impl Waiting {
 }
 
 impl State {
-    /// The oldest connection of the network that has most of them; the oldest of all where no network is counted.
+    /// The oldest connection of the network that has the most; the oldest of all if no network is counted.
     fn oldest_of_the_largest(&self) -> Option<u64> {
         let largest = self.by_network.values().max_by_key(|ids| ids.len());
         let of_network = largest.and_then(|ids| ids.first());
@@ -88,7 +89,7 @@ impl State {
     }
 }
 
-/// One waiting connection. It stops waiting when this is dropped.
+/// One waiting connection. Dropping the ticket removes it.
 #[derive(Debug)]
 pub(super) struct Ticket {
     waiting: Arc<Waiting>,
@@ -98,7 +99,7 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
-    /// Completes when a newer connection needs the room.
+    /// Completes when this connection must be closed for a newer one.
     pub(super) async fn closed(&self) {
         self.closed.cancelled().await;
     }

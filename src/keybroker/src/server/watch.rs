@@ -14,7 +14,7 @@ use keybroker_policy::Policy;
 
 use super::{file_problems::FileProblems, notify, tls::Tls};
 
-/// For reading the registry and verifying it on the token.
+/// Longest time for reading the registry and verifying it on the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
@@ -62,7 +62,7 @@ pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
     }
 }
 
-/// Looks at the TLS files and the policies each second and on SIGHUP.
+/// Checks the TLS files and the policies for changes each second and on SIGHUP.
 pub(super) async fn files(
     tls: Vec<Arc<Tls>>,
     policy: Arc<Policy>,
@@ -78,10 +78,10 @@ pub(super) async fn files(
             _ = ticks.tick() => false,
         };
         if asked {
-            tracing::info!("SIGHUP: looking at the TLS files and the policies");
+            tracing::info!("SIGHUP received; reading the TLS files and the policies again");
             notify::reloading();
         }
-        // Large revocation lists and a large set of policies take their time to be verified: not on an async thread.
+        // This runs on a blocking thread, because large revocation lists and policies take long to verify.
         let listeners = tls.clone();
         let look = move || {
             for one in &listeners {
@@ -108,7 +108,7 @@ pub(super) async fn files(
     }
 }
 
-/// When the token was not up at the start: verifies the registry once it is, again and again until that succeeds.
+/// Verifies the registry if the token was unavailable at the start. Retries until the verification succeeds.
 pub(super) async fn registry_once_up(
     broker: Arc<Broker>,
     supervisor: Arc<Supervisor>,
@@ -129,13 +129,13 @@ pub(super) async fn registry_once_up(
         {
             Ok(()) => return,
             Err(error) if error.reason() == Reason::TokenUntrusted => {
-                keybroker_core::alert!(Registry, %error, "registry and token disagree; nothing is released");
+                keybroker_core::alert!(Registry, %error, "the registry and the token differ; no key is released");
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = time::sleep(REGISTRY_TIMEOUT) => {}
                 }
             }
-            Err(error) => tracing::warn!(%error, "registry not verified yet"),
+            Err(error) => tracing::warn!(%error, "the registry is not verified yet"),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! A socket that overwrites the buffer it is asked to read into.
+//! A socket that overwrites a read buffer before it reads into it.
 //!
-//! rustls decrypts a record in the buffer into which it was read, and leaves it there until the next record. It asks for more data
-//! as soon as a record was processed; overwriting the buffer at that moment removes the plaintext.
+//! rustls decrypts a record in the read buffer and leaves the plaintext there until the next record. After processing a record,
+//! rustls reads more data, and this socket then overwrites the plaintext.
 
 use std::{
     io,

@@ -100,7 +100,7 @@ pub(super) fn readable(
     kind: AttributeType,
 ) -> Result<Done, Error> {
     calling::next("C_GetAttributeValue");
-    let is_there = match on.session.attribute(object, kind)? {
+    let is_there = match on.session.attribute_or_leak(object, kind)? {
         Some(
             Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value),
         ) => !value.is_empty(),
@@ -165,9 +165,14 @@ fn wraps_under(
     }
 }
 
-/// The first byte of a key.
-pub(super) fn extract_first_byte() -> Mechanism<'static> {
-    Mechanism::ExtractKeyFromKey(ExtractParams::new(0))
+/// The simple ways to make a key of a part of another one.
+pub(super) fn of_a_part() -> [Mechanism<'static>; 3] {
+    let data = KeyDerivationStringData::new(MESSAGE);
+    [
+        Mechanism::ExtractKeyFromKey(ExtractParams::new(0)),
+        Mechanism::ConcatenateBaseAndData(data),
+        Mechanism::XorBaseAndData(data),
+    ]
 }
 
 /// The simple ways to derive a key with data that the caller chooses.

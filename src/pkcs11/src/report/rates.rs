@@ -21,6 +21,8 @@ use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 const LOOP: Duration = Duration::from_millis(300);
 const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
+/// A byte of a ciphertext that is changed.
+const DAMAGED_AT: usize = 40;
 /// Waits for each operation from which on the token's work is not that of this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
@@ -84,6 +86,7 @@ pub(super) fn measure(
             .rates
             .push(per_second("HMAC of 64 bytes", sessions, signed, seconds));
     }
+    spread(token, probe, report)?;
     let began = Instant::now();
     let opened = token.session(&[])?;
     report.rates.push(milliseconds("opening a session", began));
@@ -111,6 +114,54 @@ pub(super) fn measure(
         });
     }
     Ok(())
+}
+
+/// How much the times of single operations differ, for a good ciphertext and for a damaged one, each in one session.
+fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
+    let mut damaged = probe.self_test.wrapped().to_vec();
+    damaged[DAMAGED_AT] ^= 1;
+    for (what, ciphertext) in [
+        ("one unwrap (RSA-2048 OAEP)", probe.self_test.wrapped()),
+        ("a damaged ciphertext", &damaged),
+    ] {
+        let opened = token.session(&[])?;
+        let (began, mut times) = (Instant::now(), Vec::new());
+        calling::next("C_Decrypt");
+        while began.elapsed() < LOOP {
+            let started = Instant::now();
+            let mechanism = probe.self_test.mechanism();
+            // What the token answers is reported elsewhere.
+            let _answered = opened
+                .session
+                .decrypt(&mechanism, probe.pair.private, ciphertext);
+            times.push(started.elapsed());
+        }
+        times.sort_unstable();
+        for (name, part) in [("shortest", 0), ("median", 50), ("99th percentile", 99)] {
+            if let Some(time) = times.get(times.len() * part / 100) {
+                report.rates.push(Rate {
+                    name: format!("{what}, milliseconds, {name}"),
+                    value: rounded(*time),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The calls that a process opens a token with, which the report cannot repeat.
+pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
+    let times = token.times;
+    let named = [
+        ("C_Initialize", Some(times.initialize)),
+        ("C_Login", times.login),
+    ];
+    named.into_iter().filter_map(|(name, time)| {
+        Some(Rate {
+            name: format!("{name}, milliseconds"),
+            value: rounded(time?),
+        })
+    })
 }
 
 fn run(

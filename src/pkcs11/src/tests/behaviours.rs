@@ -6,7 +6,7 @@ use super::{
 use keybroker_core::key::ObjectIds;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
-use crate::{admin::Verifier, keys};
+use crate::{admin::Verifier, classify::Class, keys, select::Registered};
 
 /// Objects on the token, of any kind.
 fn objects() -> usize {
@@ -343,7 +343,13 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             faulty.behave("[token]\nlabel = \"test\"\n");
             let open = |serials: &[&str]| {
                 let pin = pin(USER_PIN);
-                OpenToken::login_to(&settings, &record(), Some(&pin), false, serials)
+                OpenToken::login_to(
+                    &settings,
+                    &record(),
+                    Some(&pin),
+                    false,
+                    Registered::Required(serials),
+                )
             };
             for serials in [&[][..], &["0"], &[""]] {
                 let fault = open(serials).unwrap_err();
@@ -361,6 +367,53 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             };
             drop(OpenToken::login(&by_serial, &record(), &pin(USER_PIN), false).unwrap());
             assert_eq!(open(&["0", &twin.serial]).unwrap().info.serial, twin.serial);
+        },
+    );
+}
+
+/// The registered token may be absent, and another one with its label belong to another user.
+#[test]
+fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
+    with_softhsm(
+        "behaviours::a_token_that_the_registry_does_not_name_is_not_given_the_pin",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let open = |serials: &[&str]| {
+                let pin = pin(USER_PIN);
+                OpenToken::login_to(
+                    &settings,
+                    &record(),
+                    Some(&pin),
+                    false,
+                    Registered::Required(serials),
+                )
+            };
+            // A registry without a serial number decides nothing.
+            let serial = open(&[""]).unwrap().info.serial;
+            assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);
+            // Also if the PIN has logged in to it before: a clone holds the same keys, and is registered first.
+            let logins = faulty.count("C_Login begins");
+            let fault = open(&["0123456789abcdef"]).unwrap_err();
+            assert_eq!(fault.class, Class::NoToken, "{fault}");
+            for words in [
+                "0123456789abcdef",
+                &serial,
+                "no login was tried",
+                "key register",
+            ] {
+                assert!(fault.detail.contains(words), "{fault}");
+            }
+            assert_eq!(faulty.count("C_Login begins"), logins);
+            // A command may be for the clone.
+            let clone = OpenToken::login_to(
+                &settings,
+                &record(),
+                Some(&pin(USER_PIN)),
+                false,
+                Registered::Preferred(&["0123456789abcdef"]),
+            );
+            assert_eq!(clone.unwrap().info.serial, serial);
         },
     );
 }

@@ -25,7 +25,7 @@ fn a_generated_key_passes_and_is_proved() {
         let key = admin.generate_key(2_048).unwrap();
         assert_eq!(key.problem, None);
         assert_eq!(key.modulus_bits, 2_048);
-        assert_eq!(key.private.len() + key.integrity_key.len(), 32);
+        assert_eq!(key.private.len() + key.integrity_key.len(), 33);
         assert!(
             key.private
                 .iter()
@@ -108,6 +108,35 @@ fn a_lost_session_does_not_choose_sha1() {
             "{problem}"
         );
         assert_eq!(admin.check(key).unwrap().problem, None);
+    });
+}
+
+/// What the token lacks is HMAC, and the message does not blame OAEP. A failure that passes is not taken for that.
+#[test]
+fn a_token_without_hmac_is_named_for_it() {
+    with_softhsm("making::a_token_without_hmac_is_named_for_it", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+        let key = admin.generate_key(2_048).unwrap().id;
+        faulty.set("C_SignInit", &Fault::times(code::FUNCTION_FAILED, 1));
+        assert_eq!(admin.check(key).unwrap().problem, None);
+        faulty.behave("[[mechanism]]\nabsent = \"CKM_SHA256_HMAC\"\n");
+        let problem = admin.check(key).unwrap().problem.unwrap();
+        for words in [
+            "does not do HMAC-SHA-256",
+            "MechanismInvalid from C_SignInit",
+            "forged",
+        ] {
+            assert!(problem.contains(words), "{problem}");
+        }
+        assert!(!problem.contains("OAEP"), "{problem}");
+        let objects = admin.key_ids().unwrap();
+        let refused = admin.generate_key(2_048).unwrap_err().to_string();
+        for words in ["does not do HMAC-SHA-256", "The key was removed again"] {
+            assert!(refused.contains(words), "{refused}");
+        }
+        assert_eq!(admin.key_ids().unwrap(), objects);
     });
 }
 

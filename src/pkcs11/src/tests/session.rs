@@ -1,9 +1,10 @@
 //! One session thread of a worker, and what it makes of a token's answers.
 
 use std::{
+    env,
     path::Path,
     sync::{Arc, atomic::AtomicUsize},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -80,17 +81,33 @@ impl Bench {
 
     /// Unwraps a row of the first key whose MAC is good.
     fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
+        let job = self.unwrap_job(wrapped, false);
+        self.run(job, timeout)
+    }
+
+    /// The same, with a good MAC or a forged one; says how long it took.
+    fn unwrap_as(
+        &mut self,
+        wrapped: &[u8],
+        is_forged: bool,
+    ) -> (Result<Vec<u8>, FailureClass>, Duration) {
+        let job = self.unwrap_job(wrapped, is_forged);
+        let began = Instant::now();
+        (self.run(job, LONG), began.elapsed())
+    }
+
+    fn unwrap_job(&self, wrapped: &[u8], is_forged: bool) -> Job {
         let place = &self.shared.keys[0].place;
         let pair = keys::find(&self.token.anchor, place).unwrap();
-        let mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
-        let job = Job::Unwrap(wire::Unwrap {
+        let mut mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
+        mac[0] ^= u8::from(is_forged);
+        Job::Unwrap(wire::Unwrap {
             key_id: place.id.as_bytes().to_vec(),
             message: MESSAGE.to_vec(),
             mac: mac.to_vec(),
             algorithm: Algorithm::RsaOaepSha1.number().into(),
             wrapped: wrapped.to_vec(),
-        });
-        self.run(job, timeout)
+        })
     }
 
     fn wrapped(&self) -> Vec<u8> {
@@ -126,6 +143,66 @@ fn a_short_failure_is_not_taken_for_damage() {
             let damaged = vec![7; wrapped.len()];
             assert_eq!(bench.unwrap(&damaged, LONG), Err(FailureClass::Damaged));
             assert_eq!(bench.unwrap(&wrapped, LONG), Ok(b"material".to_vec()));
+        },
+    );
+}
+
+/// A code that says nothing decides nothing, in either direction: a record that is good is released, and one that is damaged is
+/// called damaged, whatever the token calls it.
+///
+/// `KEYBROKER_TEST_AMBIGUOUS_CODES=1000` makes so many decisions in each direction; the suite makes 24.
+#[test]
+fn ambiguous_codes_are_decided_by_the_self_test() {
+    /// Of the codes in the table of `classify`, those that modules really return.
+    const CODES: [i64; 4] = [
+        code::FUNCTION_FAILED,
+        code::GENERAL_ERROR,
+        code::DEVICE_ERROR,
+        code::VENDOR_DEFINED,
+    ];
+    const OF_GOOD_RECORDS: [&str; 4] = ["C_VerifyInit", "C_Verify", "C_DecryptInit", "C_Decrypt"];
+    let count = env::var("KEYBROKER_TEST_AMBIGUOUS_CODES");
+    let count: usize = count.map_or(24, |text| text.parse().unwrap());
+    with_softhsm(
+        "session::ambiguous_codes_are_decided_by_the_self_test",
+        |folder| {
+            let mut bench = Bench::with_keys(folder, 1);
+            let wrapped = bench.wrapped();
+            let damaged = vec![7; wrapped.len()];
+            let mut times = [const { Vec::new() }; 2];
+            for number in 0..count {
+                let code = CODES[number % CODES.len()];
+                let function = OF_GOOD_RECORDS[number / CODES.len() % OF_GOOD_RECORDS.len()];
+                bench.faulty.set(function, &Fault::times(code, 1));
+                let (ended, spent) = bench.unwrap_as(&wrapped, false);
+                assert_eq!(ended, Ok(b"material".to_vec()), "{code:#x} from {function}");
+                bench.faulty.clear(function);
+                times[0].push(spent);
+
+                // A wrong MAC over what is stored, or a good one over what cannot be decrypted.
+                let is_forged = number % 2 == 0;
+                let (function, is_called, stored) = if is_forged {
+                    ("C_Verify", FailureClass::MacRefused, &wrapped)
+                } else {
+                    ("C_Decrypt", FailureClass::Damaged, &damaged)
+                };
+                bench
+                    .faulty
+                    .set(function, &Fault::always(code::instead(code)));
+                let (ended, spent) = bench.unwrap_as(stored, is_forged);
+                assert_eq!(ended, Err(is_called), "{code:#x} from {function}");
+                bench.faulty.clear(function);
+                times[1].push(spent);
+            }
+            for (what, times) in ["good", "damaged"].into_iter().zip(&mut times) {
+                times.sort();
+                println!(
+                    "{count} {what} records behind an ambiguous code: all decided right; whole job: median {:?}, p99 {:?}, longest {:?}",
+                    times[count / 2],
+                    times[count * 99 / 100],
+                    times[count - 1],
+                );
+            }
         },
     );
 }

@@ -1,4 +1,4 @@
-//! What a decision costs. `docs/policy.md` has the figures.
+//! Measures the cost of a decision. `docs/policy.md` contains the figures.
 
 use std::{hint::black_box, time::Instant};
 
@@ -22,8 +22,8 @@ fn micros_per_decision(policy: &Policy, identity: &Identity) -> f64 {
     micros
 }
 
-/// Prints the figures, and holds them to a generous bound: dependencies are optimised also in a development build, this crate is
-/// not, and the machine may be busy.
+/// Prints the figures and compares them with a generous limit. In a development build only dependencies are optimised,
+/// and the machine may be busy.
 #[test]
 #[ignore = "a measurement: cargo nextest run --profile long --run-ignored only -E 'test(policy::tests::cost)'"]
 fn a_decision_costs_little() {

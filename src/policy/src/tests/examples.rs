@@ -1,4 +1,5 @@
-//! The worked examples of `docs/policy.md`: they stand there as they stand in their files, and do what is said of them.
+//! Tests the worked examples of `docs/policy.md`: the page shows the same text as the files, and each example does what
+//! the page says.
 
 use super::*;
 
@@ -35,7 +36,7 @@ fn the_page_shows_the_examples_as_they_are() {
     }
 }
 
-/// The page has every word of the vocabulary and every shipped policy.
+/// The page explains every word of the vocabulary and every shipped policy.
 #[test]
 fn the_page_names_every_word_and_policy() {
     for line in vocabulary::SCHEMA.lines() {
@@ -56,7 +57,7 @@ fn the_page_names_every_word_and_policy() {
     }
 }
 
-/// What the example decides of a case.
+/// The example's decision for a case.
 fn evaluate(name: &str, case: &Case<'_>) -> String {
     let example = EXAMPLES
         .into_iter()

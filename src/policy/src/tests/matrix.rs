@@ -1,4 +1,4 @@
-//! Principal times action times resource, with an expected answer in every cell of `matrix.txt`.
+//! Tests the decision for every combination of principal, action and resource against `matrix.txt`.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ fn principals() -> BTreeMap<&'static str, Identity> {
         subject: None,
         ..person("nobody")
     };
-    // Somebody who mapped a claim to roles gives a person none.
+    // A claim that is mapped to roles gives a person no role.
     let person_with_roles = Identity {
         roles: BTreeSet::from([Enrol, Lifecycle, Admin]),
         ..person("ada")
@@ -67,7 +67,7 @@ fn principals() -> BTreeMap<&'static str, Identity> {
     ])
 }
 
-/// What a resource is made of: tenant, user, key name.
+/// The parts of a resource: tenant, user and key name.
 const RESOURCES: [(&str, &str, &str, &str); 10] = [
     ("own", "default", "ada", "vault"),
     ("own-mail", "default", "ada", "mail"),
@@ -156,7 +156,8 @@ fn every_cell_has_its_answer() {
     );
 }
 
-/// One row may hold what another lacks; this says who decided, for those rows that an auditor will ask about.
+/// The matrix shows only the result. This test checks which policy decides, for the combinations that matter most to an
+/// auditor.
 #[test]
 fn a_decision_names_its_policy() {
     let (policy, principals) = (shipped(), principals());
@@ -231,8 +232,9 @@ fn a_decision_names_its_policy() {
     }
 }
 
-/// The widest permit that an operator can write changes no answer about the control plane, for any principal. It opens no user's key
-/// to another user, and lets no administrator or auditor put their own key in the place of a user's.
+/// The widest permit that an operator can write changes no decision about the control plane, for any principal. It
+/// gives no user's key to another user, and does not let an administrator or auditor replace a user's key with a key of
+/// their own.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";
@@ -317,7 +319,7 @@ fn any_identity() -> impl Strategy<Value = Identity> {
         )
 }
 
-/// Tenant, user and key name, of which the kind of resource takes what it needs.
+/// Tenant, user and key name. Each kind of resource takes the parts that it needs.
 type Target = (Tenant, UserId, KeyName, bool);
 
 fn any_target() -> impl Strategy<Value = Target> {
@@ -360,7 +362,7 @@ fn case<'a>(
     }
 }
 
-/// A policy for every attribute that there is, so that each is handed over and looked at.
+/// A policy that uses every attribute, so that each is passed and evaluated.
 const EVERYTHING: &str = r#"
 @id("everything-of-a-release")
 forbid (principal, action == Keybroker::Action::"user_key.unwrap", resource) when {
@@ -377,8 +379,7 @@ forbid (principal is Keybroker::Service, action in Keybroker::Action::"user_keys
 "#;
 
 proptest! {
-    /// Deny by default: whatever a principal is, without a permit that applies it may do nothing. And what is allowed was
-    /// allowed by a permit.
+    /// Without a permit that applies, no principal may do anything. Every allowed action was allowed by a permit.
     #[test]
     fn without_a_permit_everything_is_denied(
         identity in any_identity(),
@@ -397,7 +398,7 @@ proptest! {
         prop_assert_eq!(verdict.allowed, shipped_permits().contains(&&*verdict.policy), "{:?}", verdict);
     }
 
-    /// What is built for a case is what the schema says; and leaving out what no policy mentions changes no decision.
+    /// Each case conforms to the schema, and leaving out unused policies and attributes changes no decision.
     #[test]
     fn cases_conform_and_slices_decide_like_the_whole(
         identity in any_identity(),

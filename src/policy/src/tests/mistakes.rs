@@ -1,4 +1,4 @@
-//! Files of operators that are refused, and why.
+//! Tests operators' files that are rejected, and the reported problems.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -9,7 +9,7 @@ use crate::files::{FILE_BYTES_MAX, FILES_MAX};
 
 type Place = Option<(usize, usize)>;
 
-/// What is wrong with a file, where, and words of the message.
+/// A bad file, the place of its problem, and words of the message.
 const MISTAKES: &[(&str, Place, &str)] = &[
     (
         "permit (principal, action, resource)",
@@ -41,7 +41,7 @@ const MISTAKES: &[(&str, Place, &str)] = &[
         Some((1, 22)),
         "relase",
     ),
-    // An attribute that may be absent has to be asked for first.
+    // A policy must check that an optional attribute is present before it uses it.
     (
         "forbid (principal, action, resource) when { context.acr == \"x\" };",
         Some((1, 45)),
@@ -52,7 +52,7 @@ const MISTAKES: &[(&str, Place, &str)] = &[
         Some((1, 45)),
         "ipaddr",
     ),
-    // It would never apply, and the mistake would stay unnoticed.
+    // This policy would never apply, and the mistake would remain unnoticed.
     (
         "forbid (principal is Keybroker::User, action == Keybroker::Action::\"user_key.get\", resource is Keybroker::Broker);",
         Some((1, 1)),
@@ -66,12 +66,12 @@ const MISTAKES: &[(&str, Place, &str)] = &[
     (
         "@id(\"own-keys\") permit (principal, action, resource);",
         None,
-        "there twice",
+        "used twice",
     ),
     (
         "@id(\"default-deny\") permit (principal, action, resource);",
         None,
-        "something else",
+        "another meaning",
     ),
     (
         "@id(\"a b\") permit (principal, action, resource);",
@@ -81,7 +81,7 @@ const MISTAKES: &[(&str, Place, &str)] = &[
     (
         "@id(\"x\") permit (principal, action, resource); @id(\"x\") forbid (principal, action, resource);",
         None,
-        "there twice",
+        "used twice",
     ),
 ];
 
@@ -137,8 +137,8 @@ fn files_keep_their_limits() {
     refused(&[("a.cedar", &policy.repeat(257))], "at most 256");
 }
 
-/// As deep as a file can nest, and as long as its chains can be: a problem, or a policy that is checked. Neither parser,
-/// validator nor decision may use up the stack.
+/// A file with the deepest nesting and the longest chains that the limits allow is either rejected or valid. The
+/// parser, the validator and the decision must not exhaust the stack.
 #[test]
 fn nesting_ends_in_a_problem_and_not_in_a_crash() {
     for (open, inner, close) in [
@@ -174,7 +174,7 @@ fn only_files_that_no_other_user_can_write_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mine.cedar");
     fs::write(&file, "").unwrap();
-    // An editor's, and somebody's notes.
+    // Files of an editor, and notes.
     fs::write(folder.path().join(".mine.cedar.swp"), "nonsense").unwrap();
     fs::write(folder.path().join(".cedar"), "nonsense").unwrap();
     fs::write(folder.path().join("README"), "nonsense").unwrap();
@@ -216,7 +216,7 @@ fn only_files_that_no_other_user_can_write_are_read() {
     );
 }
 
-/// As Kubernetes mounts a `ConfigMap`: links to a hidden directory, which is exchanged as a whole.
+/// Kubernetes mounts a `ConfigMap` as links to a hidden directory, which is replaced as a whole.
 #[test]
 fn links_of_a_mounted_volume_are_followed() {
     use std::os::unix::fs::symlink;
@@ -242,7 +242,7 @@ fn links_of_a_mounted_volume_are_followed() {
 }
 
 proptest! {
-    /// Whatever stands in a file, it is a set of policies or a problem with a place in that file.
+    /// Any text is either a set of policies, or a problem with a place in that file.
     #[test]
     fn no_text_makes_the_loader_panic(
         words in prop::collection::vec(prop::sample::select(WORDS.to_vec()), 0..40),

@@ -1,4 +1,4 @@
-//! Policies of operators: what they can say, and what they cannot permit.
+//! Tests what operators' policies can express, and what they cannot permit.
 
 use std::{fs, net::Ipv6Addr};
 
@@ -15,7 +15,7 @@ fn verdict(policies: &str, edit: impl FnOnce(&mut Case<'_>)) -> Verdict {
     })
 }
 
-/// Each thing that a rule may need: what it is, where it lets pass, and where it does not.
+/// For each kind of rule: a policy, a case that it allows, and a case that it denies.
 const RULES: &[(&str, &str, &str)] = &[
     (
         "amr",
@@ -104,7 +104,7 @@ fn a_forbid_can_rest_on_all_that_is_known_of_a_call() {
     }
 }
 
-/// A socket for IPv4 and IPv6 reports `::ffff:10.1.2.3`; a rule about 10.0.0.0/8 holds for it.
+/// A socket for IPv4 and IPv6 reports `::ffff:10.1.2.3`. A rule about 10.0.0.0/8 must apply to it.
 #[test]
 fn an_ipv4_peer_is_one_in_ipv6_too() {
     let rule = format!(
@@ -127,7 +127,7 @@ fn an_ipv4_peer_is_one_in_ipv6_too() {
     }
 }
 
-/// Cedar leaves out a policy that it cannot evaluate. A forbid that is left out would permit what it forbids.
+/// Cedar ignores a policy that it cannot evaluate. An ignored forbid would permit what it forbids.
 #[test]
 fn a_forbid_that_cannot_be_evaluated_denies() {
     let overflow = "context has authAgeSeconds && context.authAgeSeconds * 9223372036854775807 > 0";
@@ -137,7 +137,7 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
     assert_eq!(broken.errors.len(), 1);
     assert!(broken.errors[0].1.contains("overflow"), "{broken:?}");
 
-    // Also beside one that applies: the first in order is named, and both decide.
+    // The same holds beside a forbid that applies: the first in order is shown, and both led to the decision.
     let both = verdict(
         &format!("{forbid} @id(\"later\") forbid ({UNWRAP});"),
         |_| {},
@@ -145,7 +145,7 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
     let deciding: Vec<&str> = both.deciding.iter().map(AsRef::as_ref).collect();
     assert_eq!(deciding, ["broken", "later"]);
 
-    // A permit that cannot be evaluated permits nothing, and harms no other.
+    // A permit that cannot be evaluated permits nothing, and does not affect other permits.
     let permit = format!("@id(\"broken\") permit ({UNWRAP}) when {{ {overflow} }};");
     let other = verdict(&permit, |_| {});
     assert_eq!(
@@ -153,12 +153,12 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
         (true, "own-keys", 1)
     );
 
-    // An entity that is named and not there has no attributes.
+    // An entity that does not exist has no attributes.
     let absent = r#"@id("absent") forbid (principal, action, resource) when { Keybroker::User::"x".name == "x" };"#;
     assert_eq!(&*verdict(absent, |_| {}).policy, "absent");
 }
 
-/// The mistake that permits invite: one that is meant to narrow, and adds.
+/// Tests the mistake of writing a permit that is meant to restrict, although a permit can only add rights.
 #[test]
 fn a_permit_that_is_too_wide_opens_no_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";
@@ -203,7 +203,7 @@ fn a_permit_gives_what_the_shipped_ones_do_not() {
             ..*case
         })
     });
-    // Without its own id it is called by its place.
+    // A policy without an id gets a name from its file and position.
     assert_eq!(
         (verdict.allowed, &*verdict.policy),
         (true, "20-users.cedar:1")
@@ -228,7 +228,7 @@ fn without_the_shipped_permits_only_the_operators_are_there() {
         &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"
     );
-    // The forbids are there all the same.
+    // The forbids are still in force.
     let bob = unwrap_of_ada(&person("bob"), |case| policy.evaluate(case));
     assert_eq!(&*bob.policy, "users-own-keys-only");
 }

@@ -1,4 +1,4 @@
-//! Files that change, are bad, or are gone, while the broker serves.
+//! Tests files that change, become invalid or disappear while the broker runs.
 
 use std::fs;
 
@@ -27,7 +27,8 @@ fn a_change_is_taken_over_when_it_was_seen_twice_or_announced() {
     assert_eq!(decides(&policy), "own-keys");
 }
 
-/// An editor that writes in place leaves an empty file for a moment: a good set, without its forbids.
+/// An editor that writes in place leaves an empty file for a moment, which is a valid set without
+/// the forbids.
 #[test]
 fn a_file_that_is_being_written_opens_nothing() {
     let (folder, policy) = with_files(&[("a.cedar", FORBID)]).unwrap();
@@ -69,14 +70,14 @@ fn a_bad_or_missing_file_leaves_the_old_policies_in_force() {
     let refused = policy.watch.lock().unwrap().refused.clone().unwrap();
     assert!(refused.contains("a.cedar: is missing"), "{refused}");
 
-    // The whole directory: an unmounted volume.
+    // The whole directory disappears, as after unmounting a volume.
     let away = folder.path().with_extension("away");
     fs::rename(folder.path(), &away).unwrap();
     policy.reload(true);
     assert_eq!(decides(&policy), "closed");
     fs::rename(&away, folder.path()).unwrap();
 
-    // How a file is meant to go.
+    // The intended way to remove a file.
     fs::write(&file, "// withdrawn\n").unwrap();
     policy.reload(true);
     assert_eq!(decides(&policy), "own-keys");
@@ -87,7 +88,7 @@ fn a_bad_or_missing_file_leaves_the_old_policies_in_force() {
     assert_eq!(decides(&policy), "own-keys");
 }
 
-/// A start is not a reload: what is not good there stops it.
+/// At the start, every problem stops the broker.
 #[test]
 fn a_start_needs_good_files() {
     let missing = Settings {

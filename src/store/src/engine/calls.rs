@@ -25,11 +25,11 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
 
-/// A database that answers a probe later than this counts as unavailable. Below a second, so that a caller that
-/// probes once a second and waits no longer has the answer noted.
+/// A database that answers a probe after this time is treated as unavailable. The limit is below one second, so
+/// that a caller that probes once a second receives the result in time.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 
-/// Request ids that one statement forgets.
+/// Highest number of request ids that one statement removes.
 const FORGOTTEN_AT_ONCE: u64 = 500;
 
 impl<E: Engine> EngineStore<E> {
@@ -48,7 +48,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let begun = Instant::now();
         let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
             Box::pin(async move {
-                // No call has an empty id.
+                // No call has an empty id, so the statement changes no row.
                 let nothing = vec![Value::Bytes(Vec::new())];
                 Ok(session.execute(sql.probe, nothing).await.map(drop)?)
             })
@@ -57,7 +57,8 @@ impl<E: Engine> Store for EngineStore<E> {
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
         let written = self.probe.record(Purpose::Write, begun, written);
         let read = self.probe.record(Purpose::Read, begun, read);
-        // Keys are released as long as records can be read, but a store that takes no new ones is not well.
+        // Keys can be released while records can be read, but a store that accepts no new records is not
+        // healthy.
         written.and(read)
     }
 
@@ -121,7 +122,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let skip: Value = query.from.skip.into();
         let deleted = i64::from(query.deleted);
         let limit = i64::from(query.limit);
-        // No user and no key name is empty, so the empty ones come before all.
+        // No user and no key name is empty, so empty values come before all rows.
         let (user, name) = match &query.from.after {
             Some((user, name)) => (user.as_str(), name.as_str()),
             None => ("", ""),
@@ -179,7 +180,7 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error> {
         let calls = calls.iter().take(CHANGES_MAX);
         let mut values: Vec<Value> = calls.map(|call| (*call).into()).collect();
-        // No call has an empty id.
+        // No call has an empty id, so the empty values match nothing.
         values.resize(CHANGES_MAX, Value::Bytes(Vec::new()));
         let found = self.query(E::sql().evidence, values).await?;
         let Some(row) = found.first() else {
@@ -230,7 +231,8 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
-        // In small portions: no statement takes long, and no call waits for its locks.
+        // Each statement removes only a few rows, so that no statement takes long and no call waits for its
+        // locks.
         let mut forgotten = 0;
         loop {
             let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];

@@ -17,7 +17,7 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// What is done to a client.
+/// The kind of change of a client.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ClientChange {
     Insert,
@@ -31,14 +31,14 @@ impl<E: Engine> EngineStore<E> {
         limit: u32,
     ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error> {
         from.check_skipped()?;
-        // No id is empty, so the empty one comes before all.
+        // No id is empty, so an empty id comes before all rows.
         let after = from.after.map_or(Value::Bytes(Vec::new()), Value::from);
         let values = vec![after, limit.into(), from.skip.into()];
         let found = self.query(E::sql().of(Table::Clients).page, values).await?;
         Ok(found.iter().map(rows::listed_client).collect())
     }
 
-    /// The mark of the call and the change, or nothing.
+    /// Writes the change and the mark of the call in one transaction.
     pub(super) async fn change_client(
         &self,
         change: ClientChange,
@@ -89,7 +89,8 @@ impl<E: Engine> EngineStore<E> {
         &self,
         uses: &[(ClientId, u32, Timestamp)],
     ) -> Result<(), Error> {
-        // The latest of each secret, and all in one order, so that two brokers that write at once do not wait for each other.
+        // Keep only the latest use of each secret, and sort the rows, so that two brokers that write at the same time do not
+        // wait for each other.
         let mut latest = BTreeMap::new();
         for (client, secret, at) in uses {
             let known = latest.entry((*client.as_bytes(), *secret)).or_insert(*at);

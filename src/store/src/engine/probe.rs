@@ -1,4 +1,4 @@
-//! Whether the database answers, apart for reads and writes.
+//! Records whether the database answers, separately for reads and writes.
 
 use std::{
     sync::{
@@ -12,15 +12,15 @@ use crate::Error;
 
 use super::{OUTAGE_WAITED_OUT, Purpose};
 
-/// How long the result of a failed probe holds. The broker probes every second.
+/// How long the result of a failed probe is used. The broker probes every second.
 const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 
-/// The results of the last probes, and when callers last got an answer.
+/// The results of the last probes, and the times of the last answers.
 #[derive(Debug, Default)]
 pub(super) struct Probe {
     reads: Mutex<Seen>,
     writes: Mutex<Seen>,
-    /// How many connections are lent now.
+    /// The number of connections that are lent now.
     read_leases: AtomicU32,
     write_leases: AtomicU32,
 }
@@ -37,10 +37,10 @@ impl Drop for Leased<'_> {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// When the last probe failed, unless there was an answer since.
+    /// When the last probe failed, unless an answer arrived since.
     failed: Option<Instant>,
     answered: Option<Instant>,
-    /// When calls or probes began to fail, unless there was an answer since.
+    /// When calls or probes began to fail, unless an answer arrived since.
     failing_since: Option<Instant>,
 }
 
@@ -60,24 +60,24 @@ impl Probe {
         }
     }
 
-    /// Counts a connection that was lent for this purpose.
+    /// Counts a connection as lent for this purpose.
     pub(super) fn leased(&self, purpose: Purpose) -> Leased<'_> {
         let counter = self.counter(purpose);
         counter.fetch_add(1, Ordering::Relaxed);
         Leased(counter)
     }
 
-    /// How many connections are lent for this purpose.
+    /// The number of connections that are lent for this purpose.
     pub(super) fn leases(&self, purpose: Purpose) -> u32 {
         self.counter(purpose).load(Ordering::Relaxed)
     }
 
-    /// Whether a call for this purpose got an answer since that moment.
+    /// Whether a call for this purpose got an answer after this moment.
     pub(super) fn has_answered_since(&self, purpose: Purpose, moment: Instant) -> bool {
         self.seen(purpose).answered.is_some_and(|at| at >= moment)
     }
 
-    /// A call got an answer.
+    /// Records that a call got an answer.
     pub(super) fn answered(&self, purpose: Purpose) {
         let mut seen = self.seen(purpose);
         seen.answered = Some(Instant::now());
@@ -85,15 +85,15 @@ impl Probe {
         seen.failing_since = None;
     }
 
-    /// A call lost its connection, or got none.
+    /// Records that a call lost its connection, or got none.
     pub(super) fn lost(&self, purpose: Purpose) {
         self.seen(purpose)
             .failing_since
             .get_or_insert_with(Instant::now);
     }
 
-    /// Records the result of a probe that began then. A probe waits for a connection like every call: when it fails while calls
-    /// get their answers, the database is busy and not unavailable.
+    /// Records the result of a probe that began at this moment. A probe waits for a connection like every call. If it fails
+    /// while calls get answers, the database is busy and not unavailable.
     pub(super) fn record<T>(
         &self,
         purpose: Purpose,
@@ -114,8 +114,8 @@ impl Probe {
         result.map(drop)
     }
 
-    /// A database that has just failed a probe is not asked: callers get their answer at once instead of waiting in line. An
-    /// outage that is younger than [`OUTAGE_WAITED_OUT`] is waited out.
+    /// Fails immediately if the database has just failed a probe, so that callers do not wait in a queue. During the first
+    /// [`OUTAGE_WAITED_OUT`] of an outage, callers still wait.
     pub(super) fn check(&self, purpose: Purpose) -> Result<(), Error> {
         let failed = self.seen(purpose).failed;
         if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) && self.is_long_outage(purpose) {
@@ -126,7 +126,7 @@ impl Probe {
         Ok(())
     }
 
-    /// Whether no call got an answer for longer than a call waits.
+    /// Whether no call got an answer for longer than [`OUTAGE_WAITED_OUT`].
     pub(super) fn is_long_outage(&self, purpose: Purpose) -> bool {
         self.seen(purpose)
             .failing_since

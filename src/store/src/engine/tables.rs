@@ -17,7 +17,7 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// Before every key.
+/// A value that comes before every key.
 fn least(kind: Kind) -> Value {
     match kind {
         Kind::Bytes => Value::Bytes(Vec::new()),
@@ -77,7 +77,8 @@ impl<E: Engine> Tables for EngineStore<E> {
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {
         let mut values = key_after(table, after)?;
         if let [first, _, ..] = &values[..] {
-            // A comparison of several columns uses no index on every engine; one of the first column alone does.
+            // Not every engine uses an index for a comparison of several columns. All engines use one for the
+            // first column alone.
             values.insert(0, first.clone());
         }
         values.push(u64::try_from(PAGE_ROWS).unwrap_or(u64::MAX).into());

@@ -1,4 +1,4 @@
-//! When records and secrets were last used, for any engine.
+//! The times when records and secrets were last used, for any engine.
 
 use std::collections::HashMap;
 
@@ -34,7 +34,7 @@ impl<E: Engine> EngineStore<E> {
         Ok(uses)
     }
 
-    /// Runs a statement of [`Dialect::note_latest`](crate::dialect::Dialect::note_latest) over any number of rows, in one
+    /// Runs a statement of [`Dialect::note_latest`](crate::dialect::Dialect::note_latest) for any number of rows, in one
     /// transaction.
     pub(super) async fn note_latest(
         &self,
@@ -42,7 +42,7 @@ impl<E: Engine> EngineStore<E> {
         rows_at_once: usize,
         rows: &[Vec<Value>],
     ) -> Result<(), Error> {
-        // Few statements: each takes a round trip to the server.
+        // Use few statements, because each takes a round trip to the server.
         let portions: Vec<Vec<Value>> = rows
             .chunks(rows_at_once)
             .map(|portion| filled(portion, rows_at_once).flatten().cloned().collect())
@@ -60,7 +60,7 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
-/// A statement has a fixed number of places: the last of a portion fills those that are left.
+/// Fills the remaining places of a statement, whose number is fixed, with the last row of a portion.
 fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
     let fill = portion.last().into_iter().cycle();
     portion.iter().chain(fill).take(places)

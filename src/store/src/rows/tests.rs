@@ -23,7 +23,7 @@ fn new() -> NewRevision {
     }
 }
 
-/// No two fields of a type have equal values, so values in the order of other columns would be noticed.
+/// All fields of a type have different values, so a wrong order of columns is detected.
 #[test]
 fn a_row_that_is_written_is_read_as_the_same() {
     let row = Row::new(Table::Records, new_record(&new(), at(5)));

@@ -1,4 +1,4 @@
-//! The database file: made, checked, migrated, locked.
+//! Creates, checks, migrates and locks the database file.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -21,7 +21,7 @@ use super::SQL;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
 
-/// The group may read (backups); others have no access.
+/// The group may read the file, for backups. Others have no access.
 const OPEN_TO_OTHERS: u32 = 0o027;
 
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -29,16 +29,16 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 const ROOT: u32 = 0;
 
 const PLACE: Purpose = Purpose::trust("other users could put another database in its place");
-/// What every SQLite database begins with (section 1.3 of its file format).
+/// The first bytes of every SQLite database (section 1.3 of its file format).
 const HEADER: &[u8; 16] = b"SQLite format 3\0";
 
 const DIRECTORY: &str = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
 
-/// Files next to a database: a WAL or a journal, whose content SQLite writes into the database when it opens it, and
-/// the index of the WAL.
+/// Files next to a database: a WAL or a journal, whose content SQLite writes into the database when it opens the
+/// database, and the index of the WAL.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
-/// Refuses a file that is not there, or that others can change or read.
+/// Refuses a file that does not exist, or that other users can change or read.
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
@@ -61,14 +61,14 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let (owner, ours) = (meta.uid(), rustix::process::geteuid().as_raw());
     if is_foreign(owner, ours) {
         let what = format!(
-            "{shown} belongs to user {owner}, who can change it behind the broker's back; run `chown {ours} {shown}`"
+            "{shown} belongs to user {owner}, who could change the database; run `chown {ours} {shown}`"
         );
         return Err(Error::Down(what.into()));
     }
     check_side_files(path, owner)
 }
 
-/// Refuses a file that is no SQLite database, by its name. What cannot be read is left to SQLite.
+/// Refuses a file that is no SQLite database. A file that cannot be read is left to SQLite.
 fn check_header(path: &Path) -> Result<(), Error> {
     let mut begin = [0; HEADER.len()];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
@@ -88,10 +88,10 @@ fn not_examined(path: &Path, error: io::Error) -> Error {
     Error::Down(Detail::of_file("cannot examine", path, error))
 }
 
-/// Refuses files next to a database that another user created. In a directory that others can write to, such a WAL
+/// Refuses files of another user next to a database. In a directory that others can write to, a WAL of another user
 /// would replace the whole content of the database at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
-    // SQLite resolves symbolic links before it looks for these files.
+    // SQLite resolves symbolic links before it looks for the side files.
     let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;
     let trusted = [ROOT, rustix::process::geteuid().as_raw(), database_owner];
     for suffix in SIDE_FILES {
@@ -113,8 +113,8 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written it, and SQLite would write its content into the database. If it is \
-             not the database's own, remove it; then take the write permission of others from its directory"
+            "{shown} {problem}: another user could have written it, and SQLite would write its content into the database. If it does \
+             not belong to the database, remove it. Then remove the write permission of other users from its directory"
         );
         return Err(Error::Down(what.into()));
     }
@@ -127,7 +127,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Root may do anything to any file, regardless of its owner.
+/// Whether another user owns a file. Root may use any file, regardless of its owner.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }
@@ -136,7 +136,7 @@ pub(super) async fn require(accepted: Accepted, pool: &SqlitePool) -> Result<(),
     schema::require(accepted, &mut *pool.acquire().await?, &SQL, &MIGRATOR).await
 }
 
-/// Whether there is a file, which other users cannot change.
+/// Whether the file exists. Fails if other users can change it.
 fn exists(path: &Path) -> Result<bool, Error> {
     match path.try_exists() {
         Ok(true) => check(path).map(|()| true),
@@ -145,7 +145,7 @@ fn exists(path: &Path) -> Result<bool, Error> {
     }
 }
 
-/// What migration would do, or has been done.
+/// The schema of the database; version 0 if the file does not exist.
 pub(crate) async fn status(path: &Path) -> Result<SchemaStatus, Error> {
     if !exists(path)? {
         return Ok(schema::none(&MIGRATOR));
@@ -175,7 +175,7 @@ pub(crate) async fn known_audit_log(
     known
 }
 
-/// Brings a database to the newest schema, making the file if need be. The caller holds the lock.
+/// Migrates a database to the newest schema, and creates the file if necessary. The caller holds the lock.
 pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationReport, Error> {
     let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
     if !dry_run {
@@ -203,7 +203,7 @@ fn make_file(path: &Path) -> Result<(), Error> {
     if path.exists() {
         return Ok(());
     }
-    // Not through a symbolic link that leads to a file that does not exist.
+    // `create_new` does not follow a symbolic link to a file that does not exist.
     let made = OpenOptions::new()
         .create_new(true)
         .append(true)
@@ -214,20 +214,20 @@ fn make_file(path: &Path) -> Result<(), Error> {
     })
 }
 
-/// Holds an embedded database for one process.
+/// Locks an embedded database for one process.
 #[derive(Debug)]
 pub struct StoreLock {
     _file: Option<File>,
 }
 
 impl StoreLock {
-    /// For a database on a server, which any number of processes use.
+    /// The lock of a database on a server, which any number of processes may use.
     pub(crate) fn not_needed() -> Self {
         Self { _file: None }
     }
 }
 
-/// Takes the database for this process alone.
+/// Locks the database for this process.
 pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     let lock_path = with_suffix(path, ".lock");
     let mut file = OpenOptions::new()
@@ -236,7 +236,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // A FIFO in its place would otherwise block, and a symbolic link would lead to a file that is overwritten below.
+        // Without `NOFOLLOW` and `NONBLOCK`, a FIFO would block the open, and a symbolic link would lead to another
+        // file that is overwritten below.
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
@@ -247,8 +248,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. What a running \
-             broker can do itself is below `keybroker client`",
+            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. For a running \
+             broker, use the commands of `keybroker client`",
             path.display(),
             holder.trim()
         )));
@@ -259,7 +260,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     Ok(StoreLock { _file: Some(file) })
 }
 
-/// The process id is written into the lock file, so it must not be another file under a second name.
+/// Checks the lock file. The process id is written into the lock file, so the lock file must not be another file
+/// under a second name.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;
@@ -276,7 +278,7 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     Err(Error::Down(format!("{shown} {problem}; remove it").into()))
 }
 
-/// A database in such a directory can be moved aside while the broker is stopped.
+/// Warns about a directory in which other users can move the database while the broker is stopped.
 fn note_open_directory(path: &Path) {
     if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(

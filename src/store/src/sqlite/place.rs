@@ -1,5 +1,5 @@
-//! Whether the database is still the file that was opened: device and inode of the file, of its WAL, of its shared memory and of
-//! their directory. SQLite goes on writing to a file that was renamed or removed, and what it commits there is lost.
+//! Checks whether the database is still the file that was opened, by device and inode of the file, of its WAL, of its shared
+//! memory and of their directory. SQLite continues to write to a file that was renamed or removed, and such commits are lost.
 
 use std::{
     fs, io,
@@ -13,7 +13,7 @@ use keybroker_core::error::chain;
 
 use crate::{Error, error::Detail};
 
-/// Why a file or directory is not what it was when the database was opened.
+/// Why a file or directory is not the one that was opened.
 #[derive(Debug, thiserror::Error)]
 enum Changed {
     #[error("{0} was replaced")]
@@ -22,11 +22,11 @@ enum Changed {
     Unreadable { path: PathBuf, source: io::Error },
 }
 
-/// How long a read relies on the last examination of the files. Connections stay open, so until then it reads from the file
-/// that was opened, and a new connection is examined for itself.
+/// How long a read may use the result of the last examination of the files. Open connections continue to read from the file that
+/// was opened, and each new connection is examined.
 const RECENT: Duration = Duration::from_millis(50);
 
-/// One file or directory, as it was when the database was opened.
+/// The identity of one file or directory when the database was opened.
 #[derive(Debug)]
 struct Fixed {
     path: PathBuf,
@@ -56,7 +56,7 @@ impl Fixed {
     }
 }
 
-/// Where an open database is.
+/// The files of an open database.
 #[derive(Debug)]
 pub(super) struct Place {
     files: Vec<Fixed>,
@@ -66,17 +66,17 @@ pub(super) struct Place {
 /// The last examination.
 #[derive(Debug, Default)]
 struct Last {
-    /// When it began, if it found nothing wrong.
+    /// The time when it began, if it found no problem.
     good: Option<Instant>,
-    /// What was wrong, so that it is logged once.
+    /// The problem of the last examination, so that it is logged only once.
     problem: Option<String>,
 }
 
 impl Place {
-    /// Of a database with an open connection that has read from it: its WAL is there.
+    /// The files of a database with an open connection that has already read, so that the WAL exists.
     pub(super) fn of(path: &Path) -> Result<Self, Error> {
         let look = || -> io::Result<Vec<Fixed>> {
-            // SQLite follows links, and has the other files beside the real one.
+            // SQLite follows links, and creates the other files beside the target.
             let real = fs::canonicalize(path)?;
             let mut paths = vec![path.to_owned(), directory(path)];
             if real != path {
@@ -95,7 +95,7 @@ impl Place {
         })
     }
 
-    /// Fails while any of the files is another one than at the beginning.
+    /// Fails while any of the files differs from the one that was opened.
     pub(super) fn check(&self) -> Result<(), Error> {
         let begun = Instant::now();
         let changed = self.files.iter().find_map(|file| file.check().err());
@@ -105,10 +105,10 @@ impl Place {
             if let Some(what) = &found {
                 keybroker_core::alert!(
                     StoreSwapped, %what,
-                    "the database is not the file that was opened: nothing is read or written until it is"
+                    "the database file was replaced or removed; nothing is read or written until the original file is back"
                 );
             } else {
-                tracing::warn!("the database is the file that was opened again");
+                tracing::warn!("the original database file is back");
             }
             last.problem.clone_from(&found);
         }
@@ -126,7 +126,8 @@ impl Place {
         }
     }
 
-    /// As `check`, but relies on a good result that is not older than `RECENT`: each examination costs four system calls.
+    /// Like `check`, but accepts a good result that is not older than `RECENT`, because each examination costs four system
+    /// calls.
     pub(super) fn check_recent(&self) -> Result<(), Error> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_recent = last.good.is_some_and(|good| good.elapsed() < RECENT);

@@ -1,4 +1,4 @@
-//! Where keys come from: providers that change their keys, go down or answer badly, and files.
+//! Tests the sources of keys: providers that change their keys, fail or answer badly, and files.
 
 use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
 
@@ -15,7 +15,7 @@ async fn a_pem_file_is_read_again_when_it_changes() {
     let running = Running::ready(&service, &format!("pem_file = {path:?}")).await;
     let old = service.user_token(ADA);
     running.accepted(&old).await;
-    // The name of the key means nothing where keys have none.
+    // If the set's keys have no names, the token's `kid` is ignored.
     running
         .accepted(&service.mint(user(ADA), json!({"kid": null})))
         .await;
@@ -24,7 +24,7 @@ async fn a_pem_file_is_read_again_when_it_changes() {
     service.rotate_key();
     let new = service.user_token(ADA);
     running.refused(&new, "signature does not verify").await;
-    // Both, so that none is refused while the provider changes over.
+    // Both keys, so that no token is refused while the provider switches.
     std::fs::write(&path, format!("{before}{}", service.pem())).unwrap();
     let verifies = async |token: &str| running.tokens.verify(token.as_bytes()).await.is_ok();
     for _ in 0..500 {
@@ -36,7 +36,7 @@ async fn a_pem_file_is_read_again_when_it_changes() {
     running.accepted(&new).await;
     running.accepted(&old).await;
 
-    // A bad file leaves the old keys in use.
+    // An invalid file leaves the old keys in use.
     std::fs::write(&path, "nothing").unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
     running.accepted(&service.user_token(ADA)).await;
@@ -77,7 +77,7 @@ async fn a_bad_key_file_stops_the_start() {
     }
 }
 
-/// At the start, and when it is read again: then the last good keys stay in use.
+/// Key files are checked at the start and at each later read. A later failure leaves the last valid keys in use.
 #[tokio::test]
 async fn a_key_file_that_others_can_write_is_not_taken() {
     let service = Identity::start(Options::default());
@@ -129,8 +129,9 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
         2,
         "calls at the same time share one fetch"
     );
-    // The old key was withdrawn: what was verified with it is not remembered either.
-    running.refused(&old, "none of").await;
+    // The new set lacks the old key, so a token that was verified with that key is no longer accepted from memory. The
+    // set may still be an outdated copy.
+    running.postponed(&old, "none of", false).await;
 
     for n in 0..50 {
         let token = service.mint(user(ADA), json!({"kid": format!("random-{n}")}));
@@ -162,8 +163,8 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
-/// A token with an invented `kid` uses up the one fetch of a minute. Good tokens with a new key get a retry delay, and are accepted
-/// after it.
+/// A token with an invented `kid` uses up the only fetch of the minute. Valid tokens with a new key get a retry delay,
+/// and are accepted after it.
 #[tokio::test]
 async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     const REFETCH: Duration = Duration::from_secs(2);
@@ -177,8 +178,8 @@ async fn an_invented_kid_does_not_have_good_tokens_rejected() {
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())
         .await;
     let invented = service.mint(user(ADA), json!({"kid": "invented"}));
-    // The provider was asked and has no such key, so the token is rejected.
-    running.refused(&invented, "none of").await;
+    // The provider answered with the same set, but the answer may come from a cache.
+    running.postponed(&invented, "none of", false).await;
     service.rotate_key();
     let good = service.user_token(ADA);
     let mut refusals = 0;
@@ -190,7 +191,7 @@ async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     }
 }
 
-/// While the provider does not answer, it is not known whether it has the key.
+/// While the provider does not answer, it is unknown whether it has the key.
 #[tokio::test]
 async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
     let mut service = Identity::start(Options::default());
@@ -201,39 +202,92 @@ async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
     running.postponed(&good, "none of", false).await;
 }
 
-/// Neither a restart nor key ids that callers invent make a withdrawn key look like a new one.
+/// A withdrawn key never looks like a new one, despite a restart or key ids that callers invent.
 #[tokio::test]
 async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
+    const PUBLISHED_WITHIN: Duration = Duration::from_secs(4);
     let service = Identity::start(Options::default());
-    let running = Running::ready(&service, "").await;
-    let old = service.user_token(ADA);
-    running.accepted(&old).await;
-    let issued_before = |seconds: u64| {
-        let mut claims = user(ADA);
-        claims["iat"] = json!(now() - seconds);
-        service.mint(claims, json!({}))
+    let pace = |settings: &Settings| Pace {
+        refresh: Duration::from_millis(100),
+        published_within: PUBLISHED_WITHIN,
+        ..quick(settings)
     };
-    let (older, recent) = (issued_before(600), issued_before(60));
+    let running = Running::with(&[settings(&service, "")], pace);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    let issued = |issued: u64, header: Value| {
+        let mut claims = user(ADA);
+        claims["iat"] = json!(issued);
+        service.mint(claims, header)
+    };
+    // Without `iat`, only the fetched sets show that the key was withdrawn.
+    let mut claims = user(ADA);
+    claims["iat"] = Value::Null;
+    let undated = service.mint(claims, json!({}));
+    running.accepted(&undated).await;
+    let (older, recent) = (
+        issued(now() - 600, json!({})),
+        issued(now() - 60, json!({})),
+    );
     service.rotate_key();
     running.accepted(&service.user_token(ADA)).await;
-    let invented = |number: usize| {
-        let kid = format!("random-{number}");
-        service.mint(user(ADA), json!({"kid": kid}))
-    };
+    let invented = |number: usize| issued(now(), json!({"kid": format!("random-{number}")}));
     for number in 0..500 {
         running.postponed(&invented(number), "none of", false).await;
     }
-    running.refused(&old, "none of").await;
+    let begun = Instant::now();
+    while let Err(error) = running.tokens.verify(undated.as_bytes()).await
+        && error.reason() == Reason::IdentityDown
+    {
+        assert!(begun.elapsed() < Duration::from_mins(1), "{error}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    running.refused(&undated, "none of").await;
 
     let restarted = Running::ready(&service, "").await;
-    // This one takes the fetch of the minute.
-    restarted.refused(&invented(0), "none of").await;
+    // This token uses up the fetch of the minute.
+    restarted.postponed(&invented(0), "none of", false).await;
     restarted.refused(&older, "none of").await;
     // A key that was withdrawn less than five minutes ago may also be one that is not published yet.
     restarted.postponed(&recent, "none of", false).await;
+    // No key can verify a token that was issued in the future.
+    let future = issued(now() + 3_600, json!({"kid": "random-1"}));
+    restarted.refused(&future, "none of").await;
 }
 
-/// A caller who knows how a provider names its keys can send the next name first.
+/// A cache between the provider and the broker may return an older set once. A key that the older set lacks may still
+/// be in use.
+#[tokio::test]
+async fn one_outdated_copy_of_the_key_set_has_no_good_token_rejected() {
+    let service = Identity::start(Options::default());
+    let pace = |settings: &Settings| Pace {
+        refresh: Duration::from_millis(50),
+        ..quick(settings)
+    };
+    let running = Running::with(&[settings(&service, "")], pace);
+    let until_fetched = async || {
+        let before = service.fetches(JWKS);
+        running.until(|_| service.fetches(JWKS) >= before + 3).await;
+    };
+    until_fetched().await;
+    let outdated = Answer {
+        body: service.jwks().to_string(),
+        ..Answer::default()
+    };
+    service.rotate_key();
+    until_fetched().await;
+    let good = service.user_token(ADA);
+    running.accepted(&good).await;
+    service.answer(JWKS, Some(outdated));
+    until_fetched().await;
+    running.postponed(&good, "none of", false).await;
+    service.answer(JWKS, None);
+    until_fetched().await;
+    running.accepted(&good).await;
+}
+
+/// A caller who can guess the next key name of a provider may send that name first.
 #[tokio::test]
 async fn a_key_id_that_a_caller_named_before_its_time_is_not_held_against_the_key() {
     let service = Identity::start(Options::default());
@@ -246,10 +300,10 @@ async fn a_key_id_that_a_caller_named_before_its_time_is_not_held_against_the_ke
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())
         .await;
     let early = service.mint(user(ADA), json!({"kid": "the next key"}));
-    running.refused(&early, "none of").await;
+    running.postponed(&early, "none of", false).await;
     let before = service.fetches(JWKS);
     running.until(|_| service.fetches(JWKS) >= before + 3).await;
-    // The set was fetched again without it, and the fetch of the minute is used up.
+    // The set was fetched again and lacks the key, and the fetch of the minute is used up.
     running.postponed(&early, "none of", false).await;
 }
 
@@ -260,7 +314,7 @@ async fn a_caller_that_hangs_up_does_not_take_the_fetch_with_it() {
     service.rotate_key();
     let token = service.user_token(ADA);
     let first = running.tokens.verify(token.as_bytes());
-    // Polled once and dropped: the fetch has begun.
+    // The call is polled once and dropped after the fetch has begun.
     tokio::select! {
         biased;
         _ = first => panic!("it cannot be done at once"),
@@ -303,7 +357,7 @@ async fn the_last_good_set_is_used_while_the_provider_is_down_but_not_for_ever()
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_err())
         .await;
-    // Nor what was verified while it was good.
+    // A token that was verified while the key was valid is not accepted either.
     running.undecided(&token, "older than `keep_hours`").await;
     service.resume();
     running

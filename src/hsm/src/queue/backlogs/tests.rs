@@ -1,8 +1,8 @@
-//! The order of jobs, computed on a clock of its own: a token with one session is simulated job by job.
+//! Tests the order of jobs by simulating a token with one session job by job, on a clock of the test's own.
 
 use super::*;
 
-/// Each job costs this much.
+/// The cost of each job.
 const COST: Duration = Duration::from_millis(10);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ fn lane(name: &str) -> Lane {
     Lane::Principal(name.into())
 }
 
-/// Backlogs with a clock.
+/// Backlogs with a simulated clock.
 struct Token {
     backlogs: Backlogs<Item>,
     now: Instant,
@@ -57,7 +57,7 @@ impl Token {
         }
     }
 
-    /// So many jobs of one principal, numbered.
+    /// Adds this many numbered jobs of one principal.
     fn push(&mut self, principal: &str, count: usize) {
         for number in 0..count {
             let item = self.item(format!("{principal}{number}"), Duration::from_mins(1));
@@ -93,7 +93,7 @@ fn principals_take_turns_and_the_oldest_of_each_is_first() {
     assert!(token.backlogs.is_empty() && token.backlogs.pop(COST, token.now).is_none());
 }
 
-/// However many jobs of another principal wait, one that comes is served after at most one of them.
+/// A new job is served after at most one job of another principal, no matter how many of them wait.
 #[test]
 fn a_thousand_jobs_of_another_principal_delay_a_job_by_one() {
     let mut token = Token::new(&[]);
@@ -118,7 +118,7 @@ fn a_weight_is_a_larger_share() {
     assert_eq!(heavy, 60, "{served:?}");
 }
 
-/// Fair by cost: one whose jobs cost five times as much has a fifth of the jobs.
+/// Fairness is measured by cost: a principal whose jobs cost five times as much gets a fifth of the jobs.
 #[test]
 fn turns_are_counted_by_cost() {
     let mut token = Token::new(&[]);
@@ -138,7 +138,7 @@ fn turns_are_counted_by_cost() {
     assert_eq!(dear, 10, "{served:?}");
 }
 
-/// The estimate of a job may have been far above what jobs cost now: it is served all the same.
+/// A job whose estimate was far above the current cost is still served.
 #[test]
 fn a_job_that_costs_more_than_a_turn_is_served() {
     let mut token = Token::new(&[]);
@@ -181,7 +181,7 @@ fn a_job_that_is_repeated_is_the_next() {
     assert_eq!(lost.name, "a0");
     token.backlogs.push_again(&lane("a"), lost, COST);
     assert_eq!(token.pop_many(4), ["a0", "b0", "a1", "b1"]);
-    // Also of a principal that has no other job.
+    // This includes a principal that has no other job.
     token.push("b", 2);
     token.push("c", 1);
     let again = token.item("again".to_owned(), Duration::from_mins(1));
@@ -189,8 +189,8 @@ fn a_job_that_is_repeated_is_the_next() {
     assert_eq!(token.pop(), "again");
 }
 
-/// A queue whose oldest job is always late is served from its newest end, so that some jobs are in time. A job that has waited
-/// for half as long as it has left goes first nevertheless.
+/// When the oldest job of a queue is always late, the newest comes first, so that some jobs are in time. An oldest job
+/// that has waited for half of its remaining time still comes first.
 #[test]
 fn a_standing_queue_is_served_from_the_newest_end() {
     let given = Duration::from_secs(4);
@@ -202,19 +202,19 @@ fn a_standing_queue_is_served_from_the_newest_end() {
     for number in 0..100 {
         push(&mut token, format!("old{number}"));
     }
-    // Late, but not for the whole interval yet.
+    // The oldest job is late, but not yet for the whole interval.
     token.now += Duration::from_millis(1_050);
     for number in 0..10 {
         push(&mut token, "new".to_owned());
         assert_eq!(token.pop(), format!("old{number}"));
     }
     assert_eq!(token.pop_many(3), ["new", "new", "new"]);
-    // The cap: from 1.34 s on the oldest has waited for half as long as it has left.
+    // From 1.34 s on, the oldest job has waited for half of its remaining time.
     token.now += Duration::from_millis(200);
     assert_eq!(token.pop_many(2), ["old10", "old11"]);
 }
 
-/// A queue that was short for a moment does not stand.
+/// A queue that was short once within the interval is not late for the whole interval.
 #[test]
 fn a_queue_that_recovers_is_served_in_order() {
     let mut token = Token::new(&[]);
@@ -241,17 +241,17 @@ fn the_work_before_a_job_is_what_the_turns_make_of_it() {
     let before = |token: &Token, name: &str| token.backlogs.work_before(&lane(name), COST);
     assert_eq!(before(&token, "a"), Duration::ZERO);
     token.push("a", 100);
-    // Its own jobs come first, but of another principal's only one for each of its own.
+    // Its own jobs come first. Of another principal's jobs, only one comes before each of its own.
     assert_eq!(before(&token, "a"), COST * 100);
     assert_eq!(before(&token, "b"), COST);
     token.push("b", 2);
     assert_eq!(before(&token, "b"), COST * 5);
     assert_eq!(before(&token, "a"), COST * 102);
-    // With four shares, three others' jobs cost it less.
+    // With a weight of four, the jobs of three other principals delay it less.
     assert_eq!(before(&token, "heavy"), COST / 4 * 2);
 }
 
-/// A principal whose jobs come too late is expected to wait for longer; others are not.
+/// A principal whose jobs come too late gets a longer expected wait. Other principals do not.
 #[test]
 fn a_late_job_raises_the_expected_wait_of_its_principal() {
     let mut token = Token::new(&[]);
@@ -278,13 +278,13 @@ fn a_full_queue_loses_the_newest_job_of_the_principal_that_fills_it() {
     let evicted = token.backlogs.evict_for(&lane("b"), COST).unwrap();
     assert_eq!(evicted.name, "a4");
     assert!(token.backlogs.evict_for(&lane("a"), COST).is_none());
-    // Its weight entitles a principal to a longer queue.
+    // A higher weight entitles a principal to a longer queue.
     token.push("heavy", 50);
     let evicted = token.backlogs.evict_for(&lane("c"), COST).unwrap();
     assert_eq!(evicted.name, "a3");
     assert_eq!(token.backlogs.len(), 55);
     token.backlogs.take_all();
-    // One job of each is fair, whoever came first.
+    // One job of each principal is fair, whichever arrived first.
     token.push("a", 1);
     assert!(token.backlogs.evict_for(&lane("b"), COST / 10).is_none());
 }

@@ -1,18 +1,18 @@
-//! The table, and histories that must not end in a service that needs a person.
+//! Tests the table of the machine, and sequences of events after which the service must recover without a person.
 
 use std::fmt::Write as _;
 
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Far from the machine's first moment.
+/// A time long after the machine's first moment.
 const NOW: Duration = Duration::from_secs(1_000);
 
 fn text() -> String {
     "cause".to_owned()
 }
 
-/// A machine for two workers that has come to a state the way a broker does.
+/// A machine for two workers that has reached a state by the events of a real broker.
 fn machine(state: &str) -> Machine {
     let mut machine = Machine::new(2);
     let early = NOW.saturating_sub(100 * SECOND);
@@ -91,7 +91,7 @@ fn events() -> [(&'static str, Event); 9] {
     ]
 }
 
-/// The next state, and how long until the next start; `-` where the event cannot happen.
+/// The next state, and the time until the next start. `-` marks an event that cannot happen in this state.
 fn cell(from: &str, event: Event) -> String {
     let mut machine = machine(from);
     let is_loss = matches!(event, Event::Lost(..));
@@ -138,7 +138,7 @@ fn the_documentation_has_the_table() {
     assert!(text.contains(&table), "ARCHITECTURE.md must have:\n{table}");
 }
 
-/// A broker with a token, driven by what its starts end in.
+/// A simulated broker with a token; the test decides how each start ends.
 struct Run {
     machine: Machine,
     now: Duration,
@@ -168,7 +168,7 @@ impl Run {
         }
     }
 
-    /// Ticks for so long; each start takes no time and ends as `outcome` says.
+    /// Ticks for this long. Each start takes no time and ends with `outcome`.
     fn pass(&mut self, time: Duration, outcome: impl Fn() -> Event) {
         let until = self.now + time;
         while self.now < until {
@@ -195,7 +195,7 @@ impl Run {
     }
 }
 
-/// Whatever the outage looked like and however long it took: service is back within five seconds of its end.
+/// Whatever the cause and duration of an outage, the service returns within five seconds of its end.
 #[test]
 fn every_outage_ends_within_five_seconds_of_its_cause() {
     for why in [
@@ -235,7 +235,7 @@ fn logins_that_fail_are_spaced() {
     assert!(logins < 360, "{logins} in an hour");
 }
 
-/// Workers are killed one after another as soon as they are ready: no caller is told that the token is down.
+/// Workers are killed one after another as soon as they are ready. No caller is told that the token is unavailable.
 #[test]
 fn workers_killed_as_they_come_are_no_outage() {
     let mut run = Run::up();
@@ -260,7 +260,7 @@ fn callers_wait_five_seconds_and_no_longer() {
     assert_eq!(run.alerts, [Alert::TokenDown]);
 }
 
-/// The first failed start knows more than the loss: no caller waits for a token that is not there.
+/// The first failed start after a loss shows that the token is unavailable, so no caller waits for it.
 #[test]
 fn callers_do_not_wait_for_a_token_that_is_known_to_be_down() {
     let mut run = Run::up();
@@ -271,7 +271,7 @@ fn callers_do_not_wait_for_a_token_that_is_known_to_be_down() {
     assert_eq!(run.serving, Some(Serving::Down(text())));
 }
 
-/// A latched PIN is known from the first worker that meets it, and is the reason when the last other worker is lost.
+/// The first worker that finds the latch reports it. The latch becomes the reason when the last other worker is lost.
 #[test]
 fn a_latched_pin_is_one_state_with_one_reason() {
     let mut run = Run::up();
@@ -285,7 +285,7 @@ fn a_latched_pin_is_one_state_with_one_reason() {
     run.take(Event::Lost(Loss::Ended, "killed".to_owned()));
     let untrusted = Serving::Untrusted("rejected".to_owned());
     assert_eq!(run.serving, Some(untrusted.clone()));
-    // A crash does not concern the PIN.
+    // A crash says nothing about the PIN.
     run.machine.starting = Some(run.now);
     run.take(Event::NotReady(NotReady::Crashed, text()));
     assert_eq!(run.serving, Some(untrusted));
@@ -314,7 +314,7 @@ fn a_stop_is_final() {
     assert_eq!(run.starts.len(), starts);
 }
 
-/// What callers are told is what is known: the wait for the next start, and the time that a start takes.
+/// The delay that callers are given is the wait for the next start plus the duration of a start.
 #[test]
 fn the_expected_wait_follows_the_next_start() {
     let mut run = Run::up();

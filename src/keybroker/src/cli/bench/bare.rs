@@ -1,5 +1,5 @@
-//! The bare loop: the vendor's module and nothing else of ours between decrypts, in a separate process, so that its
-//! threads and its CPU time are counted apart.
+//! The bare loop: RSA-OAEP decrypts through the vendor's module, with no broker code between them. The loop runs in a separate
+//! process, so that its threads and its CPU time are counted separately.
 
 use std::{
     process::{Command, Stdio},
@@ -23,13 +23,13 @@ use keybroker_worker_protocol::{ExpectedKey, PinSource};
 
 use super::cpu::CpuTime;
 
-/// What the bare loop did.
+/// Result of the bare loop.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Bare {
     operations: u32,
     seconds: f64,
     cpu_ms: f64,
-    /// Times that a thread waited for something else than the CPU.
+    /// Number of times that a thread waited for something other than the CPU.
     waits: u32,
 }
 
@@ -49,7 +49,7 @@ impl Bare {
         Self { waits, ..self }
     }
 
-    /// Both measurements as one.
+    /// Adds two measurements together.
     pub(super) fn and(self, other: Self) -> Self {
         Self {
             operations: self.operations.saturating_add(other.operations),
@@ -63,7 +63,8 @@ impl Bare {
         f64::from(self.operations) / self.seconds
     }
 
-    /// Whether the work of the token takes CPU time of this machine. A thread that asks a device or a server waits for each answer.
+    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread waits for each
+    /// answer instead.
     pub(super) fn is_local(&self) -> bool {
         self.waits < self.operations.div_ceil(2)
     }
@@ -80,8 +81,7 @@ pub(super) fn measure(
     threads: u32,
     seconds: u64,
 ) -> Result<Bare, Failure> {
-    let admin = open(&context.config_for_token()?)?;
-    admin.know([(key.id, &key.objects)])?;
+    let admin = open(&context.config_for_token()?, key)?;
     let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
     let (began, before) = (Instant::now(), CpuTime::of(admin.pid())?);
     let count = admin.decrypt_loop(key.id, threads, seconds)?;
@@ -93,7 +93,7 @@ pub(super) fn measure(
     })
 }
 
-/// This program, with this configuration, and nothing to read.
+/// A command that runs this program with the same configuration and an empty standard input.
 pub(super) fn ourselves(context: &Context) -> Result<Command, Failure> {
     let program =
         std::env::current_exe().map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
@@ -105,7 +105,7 @@ pub(super) fn ourselves(context: &Context) -> Result<Command, Failure> {
     Ok(command)
 }
 
-/// The key that wraps now, and the length of its modulus, read from the token.
+/// The active wrapping key, and the length of its modulus as read from the token.
 pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Failure> {
     let rows = block_on(async {
         let store = store::open(&config.store).await?;
@@ -114,13 +114,12 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Fail
         rows
     })??;
     let key = active(&rows)?;
-    let admin = open(config)?;
-    admin.know([(key.id, &key.objects)])?;
+    let admin = open(config, &key)?;
     let bits = admin.check(key.id)?.modulus_bits;
     Ok((key, bits))
 }
 
-/// The key that wraps now.
+/// The active wrapping key, with the registry's description of it.
 pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     let row = rows
         .iter()
@@ -138,7 +137,8 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     })
 }
 
-pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
+/// Logs in to the token of a key.
+pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token.pin_file {
         Some(path) => PinSource::File(path.clone()),
         None if config.token.is_without_login() => PinSource::NotNeeded,
@@ -149,5 +149,7 @@ pub(super) fn open(config: &Config) -> Result<Admin, Failure> {
             ));
         }
     };
-    log_in(config, &source, false)
+    let admin = log_in(config, &source, false, &[&key.token_serial])?;
+    admin.know([(key.id, &key.objects)])?;
+    Ok(admin)
 }

@@ -6,7 +6,8 @@ use crate::cli::exit::{Exit, Failure};
 
 /// `USER_HZ`, the unit of `/proc/<pid>/stat`: 100 on every Linux that Debian runs on.
 const TICKS_PER_SECOND: u64 = 100;
-/// Fields after the command's name in brackets: state is 0, parent 1, user time 11, system time 12 (proc(5)).
+/// Indexes of the fields after the command's name in parentheses: state is 0, parent 1, user time 11, system time 12
+/// (proc(5)).
 const PARENT: usize = 1;
 const USER: usize = 11;
 const SYSTEM: usize = 12;
@@ -19,7 +20,7 @@ pub(super) struct CpuTime {
 }
 
 impl CpuTime {
-    /// Of one process.
+    /// The CPU time of one process.
     pub(super) fn of(pid: u32) -> Result<Self, Failure> {
         let gone = || Failure::new(Exit::Verification, format!("there is no process {pid}"));
         let ticks = stat(pid).and_then(|fields| {
@@ -32,7 +33,7 @@ impl CpuTime {
         })
     }
 
-    /// Of all children of a process that are alive.
+    /// The CPU time of all live children of a process.
     pub(super) fn of_children(parent: u32) -> Result<Self, Failure> {
         let mut all = Self::default();
         for pid in children(parent) {
@@ -44,12 +45,12 @@ impl CpuTime {
         Ok(all)
     }
 
-    /// Whether these are the same processes: what one has used is lost with it.
+    /// Whether both values are of the same processes. The time of a process that has ended is lost.
     pub(super) fn is_of_the_same(&self, other: &Self) -> bool {
         self.pids == other.pids
     }
 
-    /// What was used since.
+    /// The CPU time used since an earlier reading, in milliseconds.
     pub(super) fn since_ms(&self, before: &Self) -> f64 {
         let ticks = self.ticks.saturating_sub(before.ticks);
         f64::from(u32::try_from(ticks * 1_000 / TICKS_PER_SECOND).unwrap_or(u32::MAX))

@@ -1,4 +1,5 @@
-//! The load: a closed loop of callers, each with one call under way, every answer compared with what was enrolled.
+//! The load: a closed loop of callers. Each caller has one call in progress and compares every released key with the
+//! one that was enrolled.
 
 use std::{
     net::SocketAddr,
@@ -29,37 +30,37 @@ use super::{
     users::{User, Users},
 };
 
-/// TLS connections at most; more callers share them. Far below what a listener takes by default.
+/// Maximum number of TLS connections; more callers share them. The number is far below the default limit of a listener.
 const CONNECTIONS_MAX: u32 = 256;
-/// Calls under way while users are enrolled.
+/// Number of concurrent calls during the enrolment.
 const ENROL_AT_ONCE: u32 = 16;
 const ENROL_STEP: usize = 16;
-/// Longest latency that the histogram tells apart, in microseconds.
+/// Longest latency that the histogram can record, in microseconds.
 const LATENCY_US_MAX: u64 = 600_000_000;
 
 /// What to measure.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// A client that is not connected yet and repeats no call.
+    /// A client that is not connected yet and does not retry.
     pub(super) client: Client,
     pub(super) endpoint: String,
     pub(super) connections: u32,
     pub(super) users: Users,
-    /// Whether they have their keys already.
+    /// Whether the users have their keys already.
     pub(super) enrolled: bool,
-    /// Calls a second at most, all callers together.
+    /// Maximum calls per second of all callers together.
     pub(super) rate: Option<u32>,
     pub(super) warm_up: Duration,
     pub(super) duration: Duration,
     /// Process id of the front.
     pub(super) front: u32,
-    /// Its status listener.
+    /// Address of the broker's status listener.
     pub(super) status: SocketAddr,
 }
 
 impl Plan {
-    /// When a caller begins, and the time from one call of it to the next. The callers begin one after another, so that
-    /// their calls do not come all at once.
+    /// The time of a caller's first call, and the interval between its calls. The callers begin one after another, so
+    /// that their calls are spread evenly.
     fn pace(&self, number: u32) -> Option<(tokio::time::Instant, Duration)> {
         let pace = Duration::from_secs(1) * self.connections / self.rate?;
         let first = tokio::time::Instant::now() + pace * number / self.connections;
@@ -67,7 +68,7 @@ impl Plan {
     }
 }
 
-/// What was measured.
+/// Result of the broker's measurement.
 #[derive(Debug)]
 pub(super) struct Measured {
     pub(super) channels: usize,
@@ -79,7 +80,7 @@ pub(super) struct Measured {
     pub(super) front_cpu_ms: f64,
     pub(super) worker_cpu_ms: f64,
     pub(super) load_cpu_ms: f64,
-    /// What the broker added to each call.
+    /// The time that the broker added to each call.
     pub(super) added: Option<Added>,
 }
 
@@ -90,7 +91,7 @@ impl Measured {
     }
 }
 
-/// What one caller saw.
+/// Results of one caller.
 struct Seen {
     operations: u64,
     errors: u64,
@@ -118,7 +119,7 @@ impl Seen {
     }
 }
 
-/// The CPU time of the processes that count, and the broker's own time, at one moment.
+/// The CPU times of the measured processes and the broker's histogram, at one moment.
 struct Moment {
     at: Instant,
     front: CpuTime,
@@ -195,7 +196,7 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
     })
 }
 
-/// Creates the users' keys. Those of an earlier run are used again.
+/// Creates the users' keys. Keys of an earlier run are used again.
 async fn enrol(plan: &Plan, clients: &[Client], progress: Progress) -> Result<(), Failure> {
     let progress = Arc::new(progress);
     let mut tasks = JoinSet::new();
@@ -225,7 +226,7 @@ async fn enrol(plan: &Plan, clients: &[Client], progress: Progress) -> Result<()
 struct Caller {
     client: Client,
     users: Users,
-    /// When to begin, and the time from one call to the next.
+    /// The time of the first call, and the interval between calls.
     pace: Option<(tokio::time::Instant, Duration)>,
     measuring: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
@@ -236,7 +237,7 @@ impl Caller {
         let mut seen = Seen::new()?;
         let mut ticks = self.pace.map(|(first, pace)| interval_at(first, pace));
         if let Some(ticks) = &mut ticks {
-            // A late call does not make those after it come in a burst.
+            // After a late call, the next calls do not follow in a burst.
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         while !self.stop.load(Ordering::Relaxed) {

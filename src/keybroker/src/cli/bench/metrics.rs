@@ -1,4 +1,4 @@
-//! The broker's own time, from `/metrics`: the histogram of what it adds to an unwrap beyond queue and token.
+//! The broker's own time for an unwrap, beyond queue and token. It is read from a histogram of `/metrics`.
 
 use std::{
     io::{Read as _, Write as _},
@@ -11,21 +11,23 @@ const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 const ADDED: &str = "keybroker_call_overhead_seconds";
 
-/// The histogram at one moment, or between two.
+/// The histogram at one moment, or the difference between two moments.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Added {
     seconds: f64,
     count: f64,
-    /// Upper bound in seconds, and how many were not above it. Without the last bucket, which has no bound.
+    /// For each bucket, the upper bound in seconds and the number of values up to it. The last bucket, which has no
+    /// bound, is left out.
     buckets: Vec<(f64, f64)>,
 }
 
 impl Added {
-    /// Asks the status listener. Nothing when it does not answer: the other figures do not need it.
+    /// Reads the histogram from the status listener. `None` if the listener does not answer, because the other figures
+    /// do not need it.
     pub(super) fn read(status: SocketAddr) -> Option<Self> {
         let mut stream = TcpStream::connect_timeout(&status, TIMEOUT).ok()?;
         stream.set_read_timeout(Some(TIMEOUT)).ok()?;
-        // HTTP/1.0, so that the connection ends with the answer, and the answer comes in one piece.
+        // With HTTP/1.0 the server closes the connection after the answer and does not use chunks.
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
         let mut text = String::new();
         stream
@@ -73,12 +75,13 @@ impl Added {
         }
     }
 
-    /// Milliseconds.
+    /// The mean in milliseconds.
     pub(super) fn mean_ms(&self) -> Option<f64> {
         (self.count > 0.0).then(|| self.seconds / self.count * 1_000.0)
     }
 
-    /// Milliseconds, as if the values lay evenly in their bucket. None when it lies above the last bound.
+    /// A quantile in milliseconds, interpolated as if values were spread evenly within a bucket. `None` if the quantile
+    /// lies above the last bound.
     pub(super) fn quantile_ms(&self, quantile: f64) -> Option<f64> {
         let rank = quantile * self.count;
         let mut below = (0.0, 0.0);

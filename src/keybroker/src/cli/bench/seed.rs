@@ -1,5 +1,5 @@
-//! Filling a database with records that unwrap, past the broker: real rows, wrapped and bound as the broker does it, but
-//! hundreds in one transaction, because a million acknowledged one by one take hours.
+//! Fills a database with records, bypassing the broker. The rows are wrapped and have row MACs like those of the broker, so the
+//! broker can unwrap them. Each transaction writes hundreds of rows, because a million single transactions would take hours.
 
 use std::{
     ops::Range,
@@ -36,10 +36,10 @@ use keybroker_store::{NewRevision, Store, tally::Tally};
 
 use super::{bare, users::Users};
 
-/// Records in a transaction: many, and yet done long before a statement may be cancelled.
+/// Records per transaction. A transaction of this size ends long before the timeout of a statement.
 const BATCH: u32 = 500;
 
-/// Whose records the broker will look for: those of the principal that the load's certificate names.
+/// The tenant of the principal that the load's certificate identifies. The broker looks for the records in this tenant.
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
     let known = Authenticator::new(&config.principals)
         .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
@@ -47,7 +47,7 @@ pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant,
     Ok(principal.tenant().clone())
 }
 
-/// Sees to it that every user has a record.
+/// Creates a record for every user that has none.
 pub(super) fn seed(
     context: &Context,
     config: &Config,
@@ -85,7 +85,7 @@ struct Seed {
     store: Arc<dyn Store>,
     tenant: Tenant,
     users: Users,
-    /// The first user that no thread has taken.
+    /// The first user that no thread has taken yet.
     next: AtomicU32,
     progress: Progress,
     added: Arc<Tally>,
@@ -95,7 +95,7 @@ impl Seed {
     async fn run(self, config: &Config) -> Result<(), Failure> {
         let key = bare::active(&self.store.registry().await?)?;
         let wrappers: Vec<Wrapper> = (0..super::processors())
-            .map(|_| Ok(bare::open(config)?.into_wrapper(key.clone())?))
+            .map(|_| Ok(bare::open(config, &key)?.into_wrapper(key.clone())?))
             .collect::<Result<_, Failure>>()?;
         let (runtime, seed) = (Handle::current(), Arc::new(self));
         let threads: Vec<_> = wrappers
@@ -104,13 +104,13 @@ impl Seed {
                 let (runtime, seed) = (runtime.clone(), Arc::clone(&seed));
                 thread::spawn(move || {
                     let worked = seed.work(&wrapper, &runtime);
-                    // Nothing is left for the others when one has failed.
+                    // The other threads stop after their current batch, also when this thread has failed.
                     seed.next.store(seed.users.count(), Ordering::Relaxed);
                     worked
                 })
             })
             .collect();
-        // All of them, also after a failure: they end before the token is closed.
+        // Joins every thread, also after a failure, because all threads must end before the token is closed.
         let ended: Vec<_> = threads
             .into_iter()
             .map(|thread| thread.join().expect("the threads of the seed do not panic"))
@@ -118,7 +118,7 @@ impl Seed {
         ended.into_iter().collect()
     }
 
-    /// One batch after another, until there is none, or one fails.
+    /// Writes batches until none is left or one fails.
     fn work(&self, wrapper: &Wrapper, runtime: &Handle) -> Result<(), Failure> {
         loop {
             let first = self.next.fetch_add(BATCH, Ordering::Relaxed);
@@ -131,8 +131,8 @@ impl Seed {
         }
     }
 
-    /// Batches are written whole: the last record is there when all are. Others of them may be there from runs that
-    /// enrolled through the broker.
+    /// Writes one batch. A batch is written in one transaction, so if its last record exists, all of them do. Single records may
+    /// exist from runs that enrolled through the broker.
     async fn batch(&self, wrapper: &Wrapper, numbers: Range<u32>) -> Result<(), Failure> {
         if self.is_there(numbers.end - 1).await? {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The broker under measurement: one that runs already, or one started for it and stopped afterwards.
+//! The measured broker: a running one, or one that is started for the measurement and stopped afterwards.
 
 use std::{
     fs::{self, DirBuilder},
@@ -26,7 +26,7 @@ use crate::{
 
 use super::{Arguments, bare};
 
-/// How long the broker may take to open its listeners.
+/// Longest wait for the broker to open its listeners.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 const START_PAUSE: Duration = Duration::from_millis(50);
 
@@ -37,7 +37,7 @@ pub(super) struct Served {
     _started: Option<Started>,
 }
 
-/// Our own broker, and the folder of its ready file.
+/// The broker that this command started, and the directory of its ready file.
 struct Started {
     child: Child,
     folder: PathBuf,
@@ -75,7 +75,7 @@ impl Served {
         let address = ready.listeners.get(listener).ok_or_else(|| {
             Failure::new(
                 Exit::Internal,
-                "the ready file names fewer listeners than the configuration",
+                "the ready file lists fewer listeners than the configuration",
             )
         })?;
         let named = arguments.connection.endpoint.clone();
@@ -91,7 +91,7 @@ impl Served {
 impl Started {
     fn spawn(context: &Context) -> Result<Self, Failure> {
         let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
-        // A separate directory: no other user can put a ready file there.
+        // In a directory of mode 0700, no other user can create a ready file.
         let folder = std::env::temp_dir().join(format!("keybroker-bench-{}", Uuid::new_v4()));
         DirBuilder::new()
             .mode(0o700)
@@ -117,9 +117,13 @@ impl Started {
             }
             sleep(START_PAUSE).await;
         }
-        let failure = Failure::new(Exit::Unreachable, "the broker to be measured did not start");
+        let failure = Failure::new(
+            Exit::Unreachable,
+            "the broker that was started for the measurement did not become \
+         ready",
+        );
         Err(failure.hint(
-            "its own message stands above; or measure one that runs: --attach PID --endpoint URL",
+            "its error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
         ))
     }
 }

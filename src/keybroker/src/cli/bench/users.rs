@@ -1,10 +1,10 @@
-//! The users of a measurement. Who they are and which keys they have follows from a number, so that nothing has to be
-//! remembered between runs, nor held in memory for a million.
+//! The users of a measurement. The name and the key of a user are derived from a number, so nothing needs to be stored
+//! between runs or kept in memory.
 
 use aws_lc_rs::{hmac, rand};
 use keybroker_client::{KeyMaterial, UserKeyRef};
 
-/// The key name that belongs to this command.
+/// The key name that this command uses.
 const KEY_NAME: &str = "bench";
 
 /// A number of users, numbered from 0.
@@ -40,7 +40,7 @@ impl Users {
         }
     }
 
-    /// Any of them, each as likely as the other: a database cannot guess who comes next.
+    /// A random user, with equal probability for each. A database cannot predict the next one.
     pub(super) fn any(&self) -> User {
         let mut bytes = [0; 8];
         rand::fill(&mut bytes).expect("the generator is seeded at its first use, by TLS");

@@ -1,4 +1,4 @@
-//! Whose master key is meant: e-mail address, password and KDF of an account, or the key itself.
+//! The options that select a master key: e-mail address, password and KDF of an account, or the key itself.
 
 use std::path::PathBuf;
 
@@ -24,16 +24,16 @@ pub(super) enum Function {
     Argon2id,
 }
 
-/// The KDF of an account, as its settings show it.
+/// The KDF parameters, as the account's settings show them.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Parameters {
-    /// Salt of the account, as the server's answer before the login names it [default: the e-mail address]
+    /// Salt of the account, as the server sends it before the login [default: the e-mail address]
     #[arg(long, value_name = "TEXT", requires = "email")]
     salt: Option<String>,
     /// Key derivation function of the account
     #[arg(long, value_enum, default_value = "pbkdf2")]
     kdf: Function,
-    /// Iterations [default: 600000 for PBKDF2, 3 for Argon2id]
+    /// Number of iterations [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     iterations: Option<u32>,
     /// Memory of Argon2id in MiB [default: 64]
@@ -58,16 +58,16 @@ impl Parameters {
     }
 }
 
-/// The KDF that options name, with the recommended value for each that they leave out: iterations, memory, parallelism.
+/// The KDF with the parameters iterations, memory and parallelism. A missing parameter has its recommended value.
 pub(super) fn kdf(
     function: Function,
     [iterations, memory_mib, parallelism]: [Option<u32>; 3],
 ) -> Result<Kdf, Failure> {
     let kdf = match function {
         Function::Pbkdf2 if memory_mib.is_some() || parallelism.is_some() => {
-            let what = "memory and parallelism belong to Argon2id, and PBKDF2 has neither";
+            let what = "memory and parallelism are parameters of Argon2id, not of PBKDF2";
             return Err(Failure::new(Exit::Usage, what)
-                .hint("the account's settings show which KDF it has: name it with --kdf"));
+                .hint("the account's settings show its KDF: pass it with --kdf"));
         }
         Function::Pbkdf2 => Kdf::Pbkdf2 {
             iterations: iterations.unwrap_or(600_000),
@@ -82,7 +82,7 @@ pub(super) fn kdf(
     Ok(kdf)
 }
 
-/// The parameters, by the names of this command line.
+/// The parameters as output fields, named like the options.
 pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     let (name, iterations, memory, parallelism) = match kdf {
         Kdf::Pbkdf2 { iterations } => ("pbkdf2", iterations, None, None),
@@ -101,14 +101,16 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Says when a KDF is weaker than it should be, or stronger than clients offer; programs read it in `warning`.
+/// Warns if a KDF is weaker than recommended or stronger than clients offer. Programs read the field `warning` instead.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
-        output.note(&format!("warning: {warning}; change it with change-kdf"));
+        output.note(&format!(
+            "warning: {warning}; change the KDF with `keybroker bitwarden change-kdf`"
+        ));
     }
 }
 
-/// Where the master password comes from; never an argument.
+/// The source of the master password, which is never an argument.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
@@ -139,13 +141,13 @@ pub(super) struct Account {
 }
 
 impl Account {
-    /// The parts, with the password read.
+    /// Parses the options and reads the password.
     pub(super) fn open(&self) -> Result<Opened, Failure> {
         open(&self.email, &self.password, &self.parameters)
     }
 }
 
-/// What master keys of an account are made of.
+/// The inputs for deriving a master key of an account.
 pub(super) struct Opened {
     pub(super) email: Email,
     pub(super) password: Password,
@@ -169,7 +171,7 @@ fn open(
     password: &PasswordSource,
     parameters: &Parameters,
 ) -> Result<Opened, Failure> {
-    // First the sources that need no person at the terminal.
+    // Invalid options are reported before a person is asked for the password.
     let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
     let salt = parameters.salt(&email)?;
     let source = secrets::Source {
@@ -187,7 +189,7 @@ fn open(
     })
 }
 
-/// A master key that is there already, or an account to make it from.
+/// A master key, or an account to derive one from.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
@@ -207,7 +209,7 @@ pub(super) struct KeySource {
 }
 
 impl KeySource {
-    /// What options name as the source; `None` when they name none.
+    /// The source that the options select; `None` if they select none.
     pub(super) fn name(&self) -> Option<&'static str> {
         if self.email.is_some() {
             return Some("password");
@@ -216,12 +218,12 @@ impl KeySource {
         is_named.then_some("master-key")
     }
 
-    /// The address of the account, where the key is made from its password.
+    /// The e-mail address of the account, if the key is derived from its password.
     pub(super) fn email(&self) -> Option<&str> {
         self.email.as_deref()
     }
 
-    /// The key; `None` when no option names one.
+    /// Reads or derives the key; `None` if no option selects one.
     pub(super) fn master_key(&self, output: Output) -> Result<Option<MasterKey>, Failure> {
         if let Some(email) = &self.email {
             let opened = open(email, &self.password, &self.parameters)?;

@@ -1,4 +1,5 @@
-//! A Key Connector as clients see it: `/user-keys` over HTTP/1.1 with a bearer token, and exactly 200 for success.
+//! Calls a Key Connector like a Bitwarden client: `/user-keys` over HTTP/1.1 with a bearer token. Only status 200 is
+//! success.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -26,11 +27,11 @@ use keybroker_core::{
 use super::{holder::Holder, refusal::RequestError, secrets};
 
 const JSON: &str = "application/json";
-/// As the clients in TypeScript send it.
+/// The header value that Bitwarden's TypeScript clients send.
 const JSON_UTF8: &str = "application/json; charset=utf-8";
 /// Longest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
-/// Longest file of authorities, in bytes; that of a Linux distribution has 0.3 MiB.
+/// Longest file of CA certificates, in bytes. The file of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
 
@@ -61,11 +62,11 @@ pub(super) struct Connector {
 }
 
 impl Connector {
-    /// Everything read and ready for requests.
+    /// Reads the access token and the CA file, and prepares the requests.
     pub(super) fn open(&self) -> Result<Broker, Failure> {
         let Some(url) = &self.url else {
             return Err(Failure::new(Exit::Usage, "no broker specified")
-                .hint("name it with --url https://host or KEYBROKER_CONNECTOR_URL"));
+                .hint("pass --url https://host or set KEYBROKER_CONNECTOR_URL"));
         };
         self.check(url)?;
         let source = secrets::Source {
@@ -74,26 +75,30 @@ impl Connector {
             descriptor: self.token_fd,
         };
         if source.is_none() {
-            let what = "there is no access token";
+            let what = "no access token specified";
             return Err(Failure::new(Exit::Usage, what)
-                .hint("name a file with --token-file or a descriptor with --token-fd"));
+                .hint("pass a file with --token-file or a descriptor with --token-fd"));
         }
         let token = source.line()?;
         let holder = Holder::of(token.trim());
         let bearer = Zeroizing::new(format!("Bearer {}", token.trim()));
-        let mut bearer = HeaderValue::from_str(&bearer)
-            .map_err(|_| Failure::new(Exit::Usage, "the access token is not a token"))?;
+        let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| {
+            Failure::new(
+                Exit::Usage,
+                "the access token has characters that no token has",
+            )
+        })?;
         bearer.set_sensitive(true);
         Ok(Broker {
             client: self.client()?,
-            // As clients join them, which makes a double slash of one at the end.
+            // Clients join the parts in the same way, so a slash at the end of the URL becomes a double slash.
             user_keys: format!("{url}/user-keys"),
             bearer,
             holder,
         })
     }
 
-    /// Whether options name a token.
+    /// Whether the options specify an access token.
     pub(super) fn has_token(&self) -> bool {
         self.token_file.is_some() || self.token_fd.is_some()
     }
@@ -103,18 +108,20 @@ impl Connector {
         let parsed = Url::parse(url).map_err(|error| refuse(&format!("is no URL: {error}")))?;
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(refuse(
-                "has a query or a fragment, which clients would not keep",
+                "has a query or a fragment, which Bitwarden clients would drop",
             ));
         }
         if !parsed.username().is_empty() || parsed.password().is_some() {
-            return Err(refuse("has a user name: the token says who asks"));
+            return Err(refuse(
+                "has a user name or a password; the access token identifies the user",
+            ));
         }
         match parsed.scheme() {
             "https" => Ok(()),
-            "http" if !self.allow_http => {
-                Err(refuse("is not https, which Bitwarden clients refuse")
-                    .hint("for a rehearsal on this machine there is --allow-http"))
-            }
+            "http" if !self.allow_http => Err(refuse(
+                "is not https, and Bitwarden clients refuse plain http",
+            )
+            .hint("for a test on this machine, pass --allow-http")),
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
                 "is not on this machine: over plain HTTP everyone on the network path could read the key and the token",
@@ -128,7 +135,7 @@ impl Connector {
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
             .timeout(Duration::from_millis(self.timeout_ms))
             .https_only(!self.allow_http)
-            // The token is for the broker that was named: no redirect and no proxy gets it.
+            // The access token is only for the specified broker, so no redirect and no proxy may receive it.
             .redirect(redirect::Policy::none())
             .no_proxy();
         if let Some(path) = &self.ca_file {
@@ -160,7 +167,7 @@ fn is_loopback(url: &Url) -> bool {
             .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
-/// How a key is stored.
+/// The method of a request that stores a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Method {
     /// Never overwrites an existing key.
@@ -191,7 +198,7 @@ impl Drop for Body {
     }
 }
 
-/// A broker, asked with one user's token.
+/// A broker, called with the access token of one user.
 pub(super) struct Broker {
     client: Client,
     user_keys: String,
@@ -204,12 +211,12 @@ impl Broker {
         &self.user_keys
     }
 
-    /// Whose token it is, as the token says.
+    /// The user that the access token's claims identify.
     pub(super) fn holder(&self) -> &Holder {
         &self.holder
     }
 
-    /// The key of the token's user.
+    /// Fetches the key of the access token's user.
     pub(super) async fn fetch(&self) -> Result<MasterKey, Failure> {
         let request = self
             .client
@@ -218,17 +225,18 @@ impl Broker {
             .header(PRAGMA, "no-cache");
         let answer = self.send(request).await?;
         let odd = |why: &str| {
-            let what = format!("{} answers 200, but {why}", self.user_keys);
-            Failure::new(Exit::Verification, what).hint("is it a Key Connector that listens there?")
+            let what = format!("{} returned status 200, but {why}", self.user_keys);
+            Failure::new(Exit::Verification, what)
+                .hint("check that a Key Connector listens at this URL")
         };
         let body: Body =
-            serde_json::from_slice(&answer).map_err(|_| odd("not with `{\"key\": …}`"))?;
+            serde_json::from_slice(&answer).map_err(|_| odd("no JSON object `{\"key\": …}`"))?;
         let key = Base64::decode_vec(&body.key).or_else(|_| Base64Unpadded::decode_vec(&body.key));
         let key = Zeroizing::new(key.map_err(|_| odd("the key is not base64"))?);
         MasterKey::from_bytes(key).map_err(|error| odd(&error.to_string()))
     }
 
-    /// Stores the key of the token's user.
+    /// Stores the key of the access token's user.
     pub(super) async fn store(&self, method: Method, key: &MasterKey) -> Result<(), Failure> {
         let body = Body {
             key: Base64::encode_string(key.expose()),
@@ -244,7 +252,7 @@ impl Broker {
         answer.map(drop).map_err(RequestError::of_change)
     }
 
-    /// The body of an answer with status 200.
+    /// Sends a request and returns the body of an answer with status 200.
     async fn send(
         &self,
         request: reqwest::RequestBuilder,
@@ -272,9 +280,9 @@ impl Broker {
                 .map_err(|error| self.unreachable(&error))?;
             let Some(chunk) = chunk else { return Ok(body) };
             if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let what = format!("{} answers with more than a key", self.user_keys);
+                let what = format!("{} returned more bytes than a key has", self.user_keys);
                 return Err(Failure::new(Exit::Verification, what)
-                    .hint("is it a Key Connector that listens there?"));
+                    .hint("check that a Key Connector listens at this URL"));
             }
             body.extend_from_slice(&chunk);
         }
@@ -289,7 +297,9 @@ impl Broker {
         };
         let mut hint = hint(&cause, "--ca-file");
         if cause.contains("UnknownIssuer") {
-            hint.push_str("; Bitwarden clients need that authority in the system's trust store");
+            hint.push_str(
+                "; Bitwarden clients need that CA certificate in the system's trust store",
+            );
         }
         Failure::new(Exit::Unreachable, what).hint(hint)
     }

@@ -1,4 +1,4 @@
-//! Commands that need no broker: master keys from passwords.
+//! The commands that need no broker. They derive master keys from passwords.
 
 use std::path::PathBuf;
 
@@ -21,7 +21,7 @@ use super::{
 pub(in crate::cli) struct Derive {
     #[command(flatten)]
     account: Account,
-    /// New file for the master key, mode 0600; without it the key is not shown
+    /// New file for the master key, created with mode 0600; without this option the key is not shown
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the master key to
@@ -56,16 +56,16 @@ pub(in crate::cli) struct ChangeKdf {
     /// New key derivation function of the account
     #[arg(long, value_enum)]
     new_kdf: Function,
-    /// Iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
+    /// Number of iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Memory of Argon2id in MiB [default: 64]
+    /// Memory of the new Argon2id function in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
-    /// Parallelism of Argon2id [default: 4]
+    /// Parallelism of the new Argon2id function [default: 4]
     #[arg(long, value_name = "COUNT")]
     new_parallelism: Option<u32>,
-    /// New file for the protected key, which is also shown
+    /// New file for the newly protected key, which is also shown
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -89,10 +89,10 @@ impl ChangeKdf {
         let user_key = old.unprotect(&protected).map_err(unusable)?;
         let new = account.master_key_of(new_kdf)?;
         let protected = new.protect(&user_key).map_err(unusable)?;
-        // Before it is stored: the new key must open what was written, and find the same user key.
+        // Before the result is written, check that the new master key decrypts it to the same user key.
         let again = new.unprotect(&protected).map_err(unusable)?;
         if !bool::from(again.ct_eq(&user_key)) {
-            let what = "the newly protected key is not the one that was protected";
+            let what = "the newly protected key does not decrypt to the same user key";
             return Err(Failure::new(Exit::Internal, what));
         }
         if let Some(path) = &self.out {
@@ -106,8 +106,9 @@ impl ChangeKdf {
         fields.push(field("new_authentication_hash", new_hash.as_str()));
         fields.push(field("protected_key", protected.to_string()));
         output.note(
-            "nothing has changed yet: the account has the new KDF once the Bitwarden server took hash, KDF and key together; \
-             then fetch the account's `Key` afresh, and give enrol that one and the new master key",
+            "nothing has changed yet: the account has the new KDF once the Bitwarden server has accepted hash, KDF and \
+             key together. Then fetch the account's `Key` again, and run `keybroker bitwarden enrol` with it and the \
+             new master key",
         );
         output.fields(fields)
     }

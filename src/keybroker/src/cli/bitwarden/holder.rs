@@ -1,5 +1,5 @@
-//! The holder of a token. The claims of a token are not verified here: the broker does that. They are shown, and compared
-//! with what was typed, so that a wrong file does not write to another user's record.
+//! The holder of an access token. This command does not verify the token's claims; the broker does. The command shows the claims
+//! and compares them with the options, so that a wrong file does not overwrite another user's record.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde::Deserialize;
@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::cli::exit::{Exit, Failure};
 use keybroker_bitwarden::Email;
 
-/// The user that an access token names; empty if the token cannot be read.
+/// The user that an access token identifies. Both fields are empty if the token cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Holder {
     sub: Option<String>,
@@ -16,24 +16,24 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// From the payload of an access token.
+    /// Decodes the payload of an access token.
     pub(super) fn of(token: &str) -> Self {
         let payload = token.split('.').nth(1).unwrap_or_default();
         let claims = Base64UrlUnpadded::decode_vec(payload).unwrap_or_default();
         serde_json::from_slice(&claims).unwrap_or_default()
     }
 
-    /// Without control characters: it goes to a terminal.
+    /// The user, with control characters escaped for a terminal.
     pub(super) fn user(&self) -> Option<String> {
         shown(self.sub.as_deref())
     }
 
-    /// The same of the address.
+    /// The e-mail address, with control characters escaped for a terminal.
     pub(super) fn email(&self) -> Option<String> {
         shown(self.email.as_deref())
     }
 
-    /// Refuses an access token of another user than the options name.
+    /// Refuses an access token whose user differs from the one in the options.
     pub(super) fn check(&self, user: Option<Uuid>, email: Option<&str>) -> Result<(), Failure> {
         let of_user = self.sub.as_deref().and_then(|sub| sub.parse().ok());
         if user.is_some_and(|user| of_user != Some(user)) {
@@ -42,7 +42,7 @@ impl Holder {
         let (Some(typed), Some(found)) = (email, &self.email) else {
             return Ok(());
         };
-        // As the key derivation reads them: the case of an address says nothing.
+        // The addresses are normalised as in the key derivation, so their case does not matter.
         let [typed, found] = [typed, found.as_str()]
             .map(|text| Email::parse(text).map(|email| email.as_str().to_owned()));
         if typed.is_ok() && typed == found {
@@ -58,8 +58,8 @@ fn shown(text: Option<&str>) -> Option<String> {
 
 fn other(what: &str, found: Option<String>, option: &str) -> Failure {
     let what = match found {
-        Some(found) => format!("the access token's {what} is {found}, and not that of {option}"),
-        None => format!("the access token names no {what}; expected that of {option}"),
+        Some(found) => format!("the access token's {what} is {found}, which differs from {option}"),
+        None => format!("the access token has no {what}; expected the one of {option}"),
     };
     Failure::new(Exit::Usage, what).hint(
         "the key is stored for the user of the access token: pass the access token of the intended user",

@@ -1,4 +1,4 @@
-//! Commands that speak to a broker as a client does.
+//! The commands that call a broker like a Bitwarden client.
 
 use std::path::PathBuf;
 
@@ -28,13 +28,14 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key: the master key must open it before it is sent
+    /// File with the account's protected user key; the command checks that the master key decrypts it before it sends
+    /// the master key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
-    /// Replace the key that the broker has (PUT). Without a user key protected by the new one, the vault is lost
+    /// Replace the key in the broker (PUT). If no user key is protected with the new key, the vault is lost
     #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
-    /// User of the key; must be the `sub` of the token
+    /// User of the key; must equal the `sub` claim of the access token
     #[arg(long, value_name = "GUID")]
     user: Option<Uuid>,
 }
@@ -51,12 +52,12 @@ impl Enrol {
         let Some(key) = self.key.master_key(output)? else {
             let what = "no key specified to enrol";
             return Err(Failure::new(Exit::Usage, what)
-                .hint("name it with --master-key-file, or the account with --email"));
+                .hint("pass the key with --master-key-file, or the account with --email"));
         };
         match &protected {
             Some(protected) => drop(key.unprotect(protected).map_err(unusable)?),
             None => output.note(
-                "warning: whether this is the key of that account was not checked; --protected-key-file does it",
+                "warning: the key was not checked against the account; pass --protected-key-file to check it",
             ),
         }
         let method = if self.replace {
@@ -65,16 +66,17 @@ impl Enrol {
             Method::Post
         };
         output.note(&format!(
-            "the token, which only the broker verifies, is of user {} ({})",
+            "the access token is for user {} ({}); only the broker verifies the token",
             holder.user().as_deref().unwrap_or("unknown"),
             holder.email().as_deref().unwrap_or("no e-mail address"),
         ));
         broker.store(method, &key).await?;
         let kept = broker.fetch().await.map_err(not_read_back)?;
         if !kept.is(&key) {
-            let what = "the broker answers with another key than the one it was just given";
-            return Err(Failure::new(Exit::Verification, what)
-                .hint("do not convert the account; tell the operator of the broker"));
+            let what = "the broker returned a different key from the one that was just stored";
+            return Err(Failure::new(Exit::Verification, what).hint(
+                "do not convert the account; report the error to the operator of the broker",
+            ));
         }
         output.fields(vec![
             field("url", broker.url()),
@@ -91,7 +93,7 @@ impl Enrol {
 pub(in crate::cli) struct Fetch {
     #[command(flatten)]
     connector: Connector,
-    /// New file for the key, mode 0600
+    /// New file for the key, created with mode 0600
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the key to
@@ -132,10 +134,10 @@ pub(in crate::cli) struct Unlock {
     /// File with the account's protected user key: `2.…|…|…`
     #[arg(long, value_name = "FILE")]
     protected_key_file: PathBuf,
-    /// File with an encrypted text under the user key, such as the name of an item
+    /// File with a text that the user key encrypts, such as the name of an item
     #[arg(long, value_name = "FILE")]
     item_file: Option<PathBuf>,
-    /// New file for the item's plain text, mode 0600
+    /// New file for the item's plain text, created with mode 0600
     #[arg(long, value_name = "FILE", requires = "item_file")]
     out: Option<PathBuf>,
     /// Show the item even on a terminal

@@ -1,29 +1,29 @@
-//! Answers that are none of those that were hoped for, and what they mean for a change that was asked for.
+//! Error answers, and their consequences for a requested change.
 
 use reqwest::{Response, StatusCode};
 use serde::Deserialize;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// Why there is no good answer.
+/// Why a request failed.
 pub(super) struct RequestError {
     pub(super) failure: Failure,
-    /// Whether a change that was asked for may have been made.
+    /// Whether the requested change may have been made.
     pub(super) may_have_happened: bool,
 }
 
 impl RequestError {
-    /// An answer with another status than 200.
+    /// The error for an answer whose status is not 200.
     pub(super) fn answered(answer: &Response, body: &[u8]) -> Self {
         let status = answer.status();
         Self {
             failure: refused(status, retry_after(answer), body),
-            // A proxy that gave up, or a broker whose own deadline passed, does not know.
+            // After a server error, such as a proxy's timeout or the broker's deadline, the result is unknown.
             may_have_happened: status.is_success() || status.is_server_error(),
         }
     }
 
-    /// The failure of a change: it says so when its fate is unknown.
+    /// The failure of a change. The message says if the change may have been made.
     pub(super) fn of_change(self) -> Failure {
         if !self.may_have_happened {
             return self.failure;
@@ -33,8 +33,8 @@ impl RequestError {
             ..self.failure
         }
         .hint(
-            "fetch it before anything else, with `keybroker bitwarden fetch`: if it is there, it was stored, and must not be \
-             stored again",
+            "run `keybroker bitwarden fetch` first: if it returns the key, the key was stored and must not be stored \
+             again",
         )
     }
 }
@@ -54,21 +54,18 @@ impl From<RequestError> for Failure {
     }
 }
 
-/// The failure to read what was just stored.
+/// The failure to read back a key that was just stored.
 pub(super) fn not_read_back(failure: Failure) -> Failure {
     Failure {
-        message: format!(
-            "the key was stored, but not read back: {}",
-            failure.message
-        ),
+        message: format!("the key was stored, but not read back: {}", failure.message),
         ..failure
     }
     .hint(
-        "do not convert the account yet: fetch the key first, with `keybroker bitwarden fetch`, and compare it",
+        "do not convert the account yet: run `keybroker bitwarden fetch` and compare the key first",
     )
 }
 
-/// The refusal of a broker, if the answer comes from one.
+/// The body of a broker's refusal. The fields are empty if another program answered.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,
@@ -83,9 +80,9 @@ fn retry_after(answer: &Response) -> Option<String> {
 
 fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Failure {
     let said: Refusal = serde_json::from_slice(body).unwrap_or_default();
-    let mut message = format!("the broker answers {status}");
+    let mut message = format!("the broker returned {status}");
     for part in [&said.reason, &said.message].into_iter().flatten() {
-        // From the other side of a network: no control characters on a terminal.
+        // The text comes from the network, so control characters are escaped for the terminal.
         message = format!("{message}: {}", part.escape_debug());
     }
     if let Some(call) = &said.call_id {
@@ -103,25 +100,30 @@ fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Fail
 fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
     match (status.as_u16(), reason) {
         (400, Some("KEY_EXISTS")) => {
-            "the user has a key already, perhaps a deleted one; POST never overwrites: fetch it and see whether it opens \
-             the account"
+            "the user already has a key, possibly a deleted one, and POST never overwrites: fetch the key and check \
+             whether it opens the account"
         }
-        (400, _) => "the broker takes `{\"key\": \"<base64 of 32 bytes>\"}`",
+        (400, _) => "the broker expects `{\"key\": \"<base64 of 32 bytes>\"}`",
         (401, _) => {
-            "the token is expired, of another issuer, or not for this API: the broker's log has the exact reason"
+            "the access token is expired, from another issuer, or not for this API; the broker's log has the exact \
+             reason"
         }
-        (403, _) => "no policy lets this user do that: `keybroker policy explain` says why",
+        (403, _) => {
+            "no policy permits this action for this user; the operator can run `keybroker policy explain`"
+        }
         (404, Some("KEY_NOT_FOUND")) => {
-            "this user has no key here: it was not enrolled yet, or was deleted"
+            "the broker has no key for this user: it was not enrolled yet, or it was deleted"
         }
-        (404, _) => "no Key Connector has this path: look at the prefix in --url",
-        (429, _) => "wait for that long, then try again",
-        (503, _) => "token, database or audit log are unavailable: the broker's log names which",
-        (200..=299, _) => "clients take anything but 200 for an error",
+        (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
+        (429, _) => "wait for the given time, then try again",
+        (503, _) => {
+            "the token, the database or the audit log is unavailable; the broker's log shows which one"
+        }
+        (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {
-            "clients follow no redirect here: name the address that it points to in --url"
+            "Bitwarden clients do not follow redirects here: pass the target of the redirect in --url"
         }
-        _ => "the operator finds the call in the broker's log",
+        _ => "the operator can find the call in the broker's log",
     }
 }
 
@@ -137,15 +139,16 @@ mod tests {
         assert_eq!(failure.reason.as_deref(), Some("KEY_EXISTS"));
         assert_eq!(
             failure.message,
-            "the broker answers 400 Bad Request: KEY_EXISTS: there (call 7\\u{1b}); retry after 2 s"
+            "the broker returned 400 Bad Request: KEY_EXISTS: there (call 7\\u{1b}); retry after 2 s"
         );
         let failure = refused(StatusCode::CREATED, None, b"not JSON");
-        assert!(failure.hint.unwrap().contains("anything but 200"));
+        assert!(failure.hint.unwrap().contains("every status except 200"));
     }
 
     #[test]
     fn a_change_whose_fate_is_unknown_says_so() {
-        for (may_have_happened, words) in [(true, "may have been stored: "), (false, "answers 503")]
+        for (may_have_happened, words) in
+            [(true, "may have been stored: "), (false, "returned 503")]
         {
             let failure = refused(StatusCode::SERVICE_UNAVAILABLE, None, b"{}");
             let error = RequestError {
@@ -157,7 +160,7 @@ mod tests {
             let says_fetch = failure
                 .hint
                 .unwrap()
-                .contains("fetch it before anything else");
+                .contains("`keybroker bitwarden fetch` first");
             assert_eq!(says_fetch, may_have_happened);
             assert_eq!(failure.exit, Exit::Refused);
         }

@@ -1,4 +1,4 @@
-//! Encrypted texts on their way in, and where the secrets of these commands come from.
+//! Reads the encrypted texts and the secrets of these commands.
 
 use std::{fs::File, io::Read as _, path::Path};
 
@@ -8,7 +8,7 @@ use keybroker_bitwarden::{ENC_STRING_BYTES_MAX, EncString};
 
 pub(super) use crate::cli::secrets::Source;
 
-/// An encrypted text in a file. It is no secret without its key.
+/// Reads an encrypted text from a file. The text is not secret, so the file's mode is not checked.
 pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure> {
     let unreadable =
         |why: String| Failure::new(Exit::Usage, format!("{option} {}: {why}", path.display()));
@@ -26,24 +26,25 @@ pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure
     })
 }
 
-/// What was typed or named cannot be used.
+/// The failure for an input that cannot be used.
 pub(super) fn unusable(error: bitwarden::Error) -> Failure {
     let hint = match error {
         bitwarden::Error::Decrypt => {
             return Failure::new(Exit::Verification, error.to_string()).hint(
-                "another account, password, KDF or KDF parameter? The e-mail address is part of the key, too",
+                "check the account, the password, the KDF and its parameters; the key also depends on the e-mail \
+                 address",
             );
         }
         bitwarden::Error::System(_) => return Failure::new(Exit::Internal, error.to_string()),
         bitwarden::Error::Type(7) => {
-            "type 7 belongs to accounts of the new kind (COSE), which this command does not read"
+            "type 7 (COSE) is used by newer accounts, which this command does not support"
         }
         bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
-            "such a text is `2.…|…|…`: copy all of it, without quotation marks"
+            "an encrypted text has the form `2.…|…|…`: copy all of it, without quotation marks"
         }
         bitwarden::Error::KeyKind(_) => "a protected key has type 2, or 0 in an old account",
         bitwarden::Error::Kdf { .. } => {
-            "no Bitwarden client sets up an account with less, which would make its password easy to guess: do not use it"
+            "no Bitwarden client creates an account with weaker parameters: they would make the password easy to guess"
         }
         _ => return Failure::new(Exit::Usage, error.to_string()),
     };

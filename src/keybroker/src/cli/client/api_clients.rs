@@ -1,4 +1,4 @@
-//! `keybroker client-credential`: API clients, made, rotated, listed and revoked through the control plane.
+//! `keybroker client-credential`: creates, rotates, lists and revokes API clients through the admin API.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -17,19 +17,19 @@ use keybroker_core::principal::Role;
 use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
-/// A hundred years.
+/// About a hundred years.
 const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Create an API client with its first secret, and show the secret once
+    /// Create an API client with its first secret; the secret is shown only once
     Create {
         #[command(flatten)]
         grant: Grant,
         #[command(flatten)]
         fresh: Fresh,
     },
-    /// Add a second secret to an API client, and show it once
+    /// Add another secret to an API client; the secret is shown only once
     AddSecret {
         /// Id of the API client, 32 hexadecimal digits
         #[arg(value_parser = arguments::client_id)]
@@ -60,19 +60,19 @@ pub(super) enum Command {
 /// What an API client may do.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Grant {
-    /// Description for people, 1 to 128 bytes
+    /// Description of the API client, 1 to 128 bytes
     #[arg(long)]
     label: String,
-    /// Role of the client; must be listed in `client_credentials.grantable_roles` of the broker
+    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must list it
     #[arg(
         long, required = true, num_args = 1..,
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))
     )]
     role: Vec<String>,
-    /// With the role `release`: users whose keys it may release, or `*` for all
+    /// With the role `release`: users whose keys the client may release, or `*` for all users
     #[arg(long, num_args = 1..)]
     user: Vec<String>,
-    /// With the role `release`: key names that it may release, or `*` for all
+    /// With the role `release`: key names that the client may release, or `*` for all names
     #[arg(long, num_args = 1..)]
     key_name: Vec<String>,
 }
@@ -80,10 +80,10 @@ pub(super) struct Grant {
 /// Lifetime and destination of a new secret.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Fresh {
-    /// Days until the secret is refused [default: it does not expire]
+    /// Days until the secret expires [default: the secret does not expire]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=DAYS_MAX))]
     expires_days: Option<u16>,
-    /// File to create for the secret, with mode 0600 [default: standard output]
+    /// New file for the secret, created with mode 0600 [default: standard output]
     #[arg(long, value_name = "FILE")]
     secret_file: Option<PathBuf>,
 }
@@ -103,7 +103,7 @@ impl Fresh {
 }
 
 impl Command {
-    /// Checks the output file before the call, so that no secret is created that cannot be written.
+    /// Checks the options and the output file before the call, so that the broker creates no secret that cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if let Self::Create { grant, .. } = self
             && grant.role.iter().any(|role| role == Role::Release.as_str())
@@ -111,7 +111,7 @@ impl Command {
             && grant.key_name.is_empty()
         {
             let what = "a client with the role `release` needs --user, --key-name, or both";
-            let hint = "they name the keys that it may release; --key-name '*' permits all of them";
+            let hint = "these options select the keys that the client may release; --key-name '*' permits all keys";
             return Err(Failure::new(Exit::Usage, what).hint(hint));
         }
         match self {
@@ -177,7 +177,7 @@ impl Caller {
         Ok(())
     }
 
-    /// Shows the new client and its secret, which is not shown again.
+    /// Shows the new API client and its secret. The secret cannot be shown again.
     fn made(&self, made: &IssuedSecret, fresh: &Fresh) -> Result<(), Failure> {
         let (client, number) = (&made.client_credential, made.secret_number);
         let secret = made.secret.expose();
@@ -187,7 +187,8 @@ impl Caller {
             material::write_secret(path, secret.as_bytes()).map_err(|failure| {
                 let id = &client.id;
                 failure.hint(format!(
-                    "the secret is lost: `keybroker client-credential revoke {id} --secret {number}`, and make another"
+                    "the secret is lost: run `keybroker client-credential revoke {id} --secret {number}`, then add \
+                     another secret"
                 ))
             })?;
             shown.push(("secret_file", json!(path)));
@@ -198,26 +199,25 @@ impl Caller {
             return self.output.fields(shown);
         }
         self.output.fields(shown)?;
-        let line = Zeroizing::new(format!("\nSECRET, shown this once: {secret}"));
+        let line = Zeroizing::new(format!("\nSECRET, shown only once: {secret}"));
         self.output.text(&line)
     }
 }
 
-/// A failed change of an API client. The hint of the reason is about user keys, and the secret of a client that was created
-/// without an answer is lost.
+/// The failure of a change to an API client. It replaces a hint about user keys. If the answer is missing, it points out that a
+/// new secret may be lost.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.reason() == Some(Reason::KeyNotFound) {
-        return failure
-            .hint("`keybroker client-credential list` shows which API clients there are");
+        return failure.hint("`keybroker client-credential list` shows the API clients");
     }
     if !error.outcome_unknown() {
         return failure;
     }
     let hint = failure.hint.clone().unwrap_or_default();
     failure.hint(format!(
-        "{hint}; `keybroker client-credential list` shows whether the change was made: revoke a secret that you did not \
-         receive"
+        "{hint}; `keybroker client-credential list` shows whether the change was made; revoke a secret that you did \
+         not receive"
     ))
 }
 
@@ -236,7 +236,7 @@ fn fields(client: &proto::ClientCredential, json: bool) -> Vec<Field> {
     ]
 }
 
-/// The same columns, of a row that the broker could not read or verify.
+/// The columns of [`fields`] for a row that the broker could not read or verify.
 fn damaged_fields(row: &proto::DamagedClientCredential) -> Vec<Field> {
     let id = (!row.id.is_empty()).then_some(&row.id);
     vec![

@@ -1,4 +1,4 @@
-//! Arguments with the limits of the protocol, checked before anything is sent.
+//! Parsers of arguments. They check the limits of the protocol before anything is sent.
 
 use keybroker_client::{
     ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef, WrappingKeyId,
@@ -9,7 +9,7 @@ use clap::Args;
 
 const HEXADECIMAL: &str = "not 32 hexadecimal digits";
 
-/// Options that name a user key.
+/// Options that select a user key.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Key {
     /// User of the key, 1 to 255 bytes
@@ -40,7 +40,7 @@ pub(super) fn request_id(text: &str) -> Result<RequestId, InvalidField> {
 
 pub(super) fn revision(text: &str) -> Result<Revision, &'static str> {
     let number = text.parse().ok().and_then(Revision::new);
-    number.ok_or("not a revision: a whole number from 1")
+    number.ok_or("not a revision; a revision is a whole number from 1")
 }
 
 pub(super) fn wrapping_key_id(text: &str) -> Result<WrappingKeyId, &'static str> {

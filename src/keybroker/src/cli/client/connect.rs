@@ -22,25 +22,25 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-/// Longest PEM file, in bytes; the authorities of a Linux distribution have 0.3 MiB.
+/// Longest PEM file, in bytes. The CA certificates of a Linux distribution have 0.3 MiB.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
 const KEY: Purpose = Purpose::secret("private key");
 
-/// Options that name the broker and the client's certificate.
+/// Options that select the broker and the client's certificate.
 #[derive(Args, Clone, Debug)]
 pub(in crate::cli) struct Connection {
     /// Broker to call, `https://host:port`
     #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
-    /// PEM file with the authorities that may have issued the broker's certificate (required)
+    /// PEM file with the CA certificates that the broker's certificate is verified against (required)
     #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// PEM file with the client's certificate chain; requires --key
     #[arg(long, global = true, env = "KEYBROKER_CERT", value_name = "FILE")]
     cert: Option<PathBuf>,
-    /// PEM file with the private key of that certificate
+    /// PEM file with the private key of the certificate in --cert
     #[arg(long, global = true, env = "KEYBROKER_KEY", value_name = "FILE")]
     key: Option<PathBuf>,
     /// Timeout for the connection and for each answer, in milliseconds
@@ -52,19 +52,19 @@ pub(in crate::cli) struct Connection {
 }
 
 impl Connection {
-    /// The endpoint that was named.
+    /// The URL of the broker, or a failure if none was specified.
     pub(in crate::cli) fn named_endpoint(&self) -> Result<String, Failure> {
         self.endpoint.clone().ok_or_else(|| {
-            Failure::new(Exit::Usage, "no broker is named")
+            Failure::new(Exit::Usage, "no broker specified")
                 .hint("pass --endpoint https://host:port or set KEYBROKER_ENDPOINT")
         })
     }
 
-    /// The identity in the client's certificate.
+    /// Reads the identity in the client's certificate.
     pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
         let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
         let Some(cert) = &self.cert else {
-            return Err(Failure::new(Exit::Usage, "no client certificate is named")
+            return Err(Failure::new(Exit::Usage, "no client certificate specified")
                 .hint("pass --cert and --key"));
         };
         let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
@@ -75,23 +75,26 @@ impl Connection {
         PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
-    /// Whether a client certificate is sent.
+    /// Whether the client presents a certificate.
     pub(in crate::cli) fn has_certificate(&self) -> bool {
         self.cert.is_some()
     }
 
-    /// A client of the broker at that URL, with the TLS files read and checked.
+    /// Reads and checks the TLS files and prepares a client of the broker at this URL.
     pub(in crate::cli) fn client(&self, url: &str) -> Result<ClientBuilder, Failure> {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
-            return Err(Failure::new(Exit::Usage, what).hint("a broker offers gRPC only over TLS"));
+            return Err(
+                Failure::new(Exit::Usage, what).hint("the broker offers gRPC only over TLS")
+            );
         }
         let malformed = |option: &str, path: &Path, error: pem::Error| {
             Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
         };
         let Some(ca) = &self.ca else {
-            return Err(Failure::new(Exit::Usage, "no certificate authority is named")
-                .hint("pass --ca FILE or set KEYBROKER_CA: the authorities that may have issued the broker's certificate"));
+            return Err(Failure::new(Exit::Usage, "no CA certificate specified")
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
+                 certificate is verified against"));
         };
         let authorities = pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, error))?;
@@ -99,7 +102,7 @@ impl Connection {
         let mut builder = Client::builder(url)
             .ca_pem(pem::encode(&authorities))
             .deadline(timeout)
-            // The deadline ends the wait.
+            // Longer than the deadline, so that the deadline ends the wait.
             .connect_timeout(timeout * 2);
         let (missing, given) = match (&self.cert, &self.key) {
             (Some(_), None) => ("--key", "--cert"),
@@ -108,7 +111,7 @@ impl Connection {
         };
         if !missing.is_empty() {
             let what = format!(
-                "{given} needs {missing}: a certificate and its private key are used together"
+                "{given} requires {missing}: a certificate is only usable with its private key"
             );
             return Err(Failure::new(Exit::Usage, what));
         }
@@ -128,7 +131,7 @@ impl Connection {
     }
 }
 
-/// The client, ready to connect.
+/// Builds the client, which is not connected yet.
 pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
     let usage = |what: String| Failure::new(Exit::Usage, what);
     builder.build().map_err(|error| match error {
@@ -147,7 +150,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
     })
 }
 
-/// Connects, so that a broker that cannot be reached is told from one that does not answer a call.
+/// Connects before the first call, so that an unreachable broker is distinguished from a call without an answer.
 pub(in crate::cli) async fn connect(client: &Client, url: &str) -> Result<(), Failure> {
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
@@ -160,11 +163,10 @@ pub(in crate::cli) async fn connect(client: &Client, url: &str) -> Result<(), Fa
     let cause = root_cause(&error);
     let mut hint = hint(&cause, "--ca");
     if url.parse::<Uri>().is_ok_and(|url| url.port().is_none()) {
-        hint = format!("no port is named in --endpoint, so 443 was tried; {hint}");
+        hint = format!("--endpoint has no port, so port 443 was used; {hint}");
     }
     if is_unknown_issuer(&cause) {
-        let what =
-            format!("the broker's certificate is not signed by an authority in --ca ({cause})");
+        let what = format!("the broker's certificate is not signed by a CA in --ca ({cause})");
         return Err(unreachable(&what).hint(hint));
     }
     Err(unreachable(&cause).hint(hint))
@@ -176,49 +178,53 @@ fn is_unknown_issuer(cause: &str) -> bool {
         .any(|word| cause.contains(word))
 }
 
-const NO_ANSWER: &str = "check the address, the firewall, and whether the broker runs there";
+const NO_ANSWER: &str = "check the address and the firewall, and check that the broker runs";
 
-/// What to do about a connection that failed, by its innermost cause. `authorities` is the option with the trusted authorities.
+/// A hint for a failed connection, chosen by its innermost cause. `authorities` is the option with the trusted CA certificates.
 pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
     if is_unknown_issuer(cause) {
         format!(
-            "name the authority that issued the broker's certificate in {authorities}; its operator can give you the file"
+            "{authorities} must contain the certificate of the CA that issued the broker's certificate; the operator \
+             of the broker has this file"
         )
     } else if has(&["not valid for name", "NotValidForName"]) {
-        "call the broker by a name of its certificate, or issue a certificate with this name among its subject alternative names"
+        "call the broker by a name in its certificate, or issue a certificate that has this name as a subject \
+         alternative name"
             .to_owned()
     } else if has(&["CaUsedAsEndEntity"]) {
-        "the broker's certificate is a certificate authority (CA:TRUE); its operator must issue a separate certificate for the \
-         server"
+        "the broker's certificate is a CA certificate (CA:TRUE); its operator must issue a separate certificate for \
+         the server"
             .to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {
-        "the broker's certificate is not valid yet: is the clock of this machine right?".to_owned()
+        "the broker's certificate is not valid yet: check the clock of this machine".to_owned()
     } else if has(&["expired", "Expired"]) {
-        "the broker's certificate has expired: its operator must renew it; is the clock of this machine right?".to_owned()
+        "the broker's certificate has expired: its operator must renew it; if it is new, check the clock of this \
+         machine".to_owned()
     } else if has(&["InvalidContentType", "corrupt message"]) {
-        "no TLS is spoken at this address: it is perhaps the status listener ([status] address); name a [[listener]] with TLS"
+        "this address does not use TLS: it may be the status listener ([status] address); use the address of a \
+         [[listener]] with TLS"
             .to_owned()
     } else if has(&[
         "peer doesn't support",
         "NoApplicationProtocol",
         "frame with invalid size",
     ]) {
-        "another program answers at this address, or a listener that does not have the API `grpc` or `admin`".to_owned()
+        "another program answers at this address, or a listener whose `apis` include neither `grpc` nor `admin`".to_owned()
     } else if has(&["certificate"]) {
-        "check the names and the dates of the broker's certificate: `openssl s_client -connect HOST:PORT -showcerts`".to_owned()
+        "check the names and dates in the broker's certificate: `openssl s_client -connect HOST:PORT -showcerts`".to_owned()
     } else if has(&["lookup address", "resolve", "Name or service not known"]) {
         "the host name does not resolve: check its spelling, DNS and /etc/hosts".to_owned()
     } else if has(&["refused"]) {
-        "nothing listens at this address: check the port against the [[listener]] sections of the broker's configuration, and \
-         whether the broker runs"
+        "nothing listens at this address: compare the port with the [[listener]] sections of the broker's \
+         configuration, and check that the broker runs"
             .to_owned()
     } else {
         NO_ANSWER.to_owned()
     }
 }
 
-/// Why the client's certificate cannot be used, if that is known before a connection.
+/// Refuses a client certificate whose defect is known before connecting.
 fn check_certificate(
     path: &Path,
     leaf: &CertificateDer<'_>,
@@ -245,9 +251,8 @@ fn check_certificate(
         Age::Good | Age::Late => {}
     }
     if !facts.allows(Usage::Client) {
-        let what =
-            "the certificate's extendedKeyUsage does not allow clientAuth, so brokers refuse it";
-        return Err(refuse(what).hint("issue a certificate for clients"));
+        let what = "the certificate's extendedKeyUsage does not allow clientAuth, so the broker would refuse it";
+        return Err(refuse(what).hint("issue a certificate for client authentication"));
     }
     if certificate::is_key_of(leaf, key) == Some(false) {
         let what = format!(
@@ -256,7 +261,8 @@ fn check_certificate(
             path.display()
         );
         return Err(Failure::new(Exit::Usage, what)
-            .hint("name the key that was made for this certificate; in a chain, the client's certificate is the first"));
+            .hint("pass the private key that belongs to this certificate; in a chain, the client's certificate must be \
+             the first"));
     }
     Ok(())
 }
@@ -276,11 +282,11 @@ mod tests {
         for (cause, remedy) in [
             (
                 "invalid peer certificate: UnknownIssuer",
-                "certificate in --ca",
+                "--ca must contain",
             ),
             (
                 "invalid peer certificate: certificate not valid for name \"localhost\"; certificate is only valid for DnsName(\"x\")",
-                "by a name of its certificate",
+                "by a name in its certificate",
             ),
             (
                 "invalid peer certificate: certificate expired: verification time 2 (UNIX), but certificate is not valid after 1",
@@ -296,7 +302,7 @@ mod tests {
             ),
             (
                 "received corrupt message of type InvalidContentType",
-                "no TLS is spoken",
+                "does not use TLS",
             ),
             (
                 "failed to lookup address information: Name or service not known",
@@ -305,7 +311,7 @@ mod tests {
             ("Connection refused (os error 111)", "nothing listens"),
             (
                 "Connection reset by peer (os error 104)",
-                "whether the broker runs",
+                "check that the broker runs",
             ),
         ] {
             let hint = hint(cause, "--ca");

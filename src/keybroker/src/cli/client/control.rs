@@ -1,4 +1,4 @@
-//! Calls of the control plane and of the health service.
+//! Calls of the admin API and of the health service.
 
 use clap::Subcommand;
 use keybroker_client::{Service, ServiceHealth, WrappingKeyId, proto};
@@ -17,11 +17,11 @@ pub(super) enum Command {
     WrappingKeys,
     /// Show one wrapping key with its public key
     WrappingKey {
-        /// `CKA_ID` of the key, 32 hexadecimal digits
+        /// Id of the wrapping key, 32 hexadecimal digits
         #[arg(value_parser = arguments::wrapping_key_id)]
         id: WrappingKeyId,
     },
-    /// Show the token and its workers
+    /// Show the state of the token and of its workers
     TokenState,
     /// Show the last entries of the broker's audit log
     AuditTail {
@@ -29,7 +29,7 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         limit: u32,
     },
-    /// Show the health of the services; fails unless all of them serve
+    /// Show the health of the broker's services; fails with exit code 10 unless all of them are healthy
     Health,
 }
 
@@ -77,7 +77,7 @@ impl Caller {
         if all_serve {
             return Ok(());
         }
-        let failure = Failure::new(Exit::Refused, "not every service serves");
+        let failure = Failure::new(Exit::Refused, "not every service is healthy");
         Err(failure.hint("`client token-state` and the broker's log show the cause"))
     }
 }

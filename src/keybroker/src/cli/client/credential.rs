@@ -1,4 +1,4 @@
-//! Credentials that a call brings itself, in the place of the certificate of its connection.
+//! Credentials in the calls, which replace the client certificate of the connection.
 
 use std::path::PathBuf;
 
@@ -14,20 +14,20 @@ use crate::cli::{
 /// Credentials that replace the client's certificate.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Credential {
-    /// Id of the API client to call as; requires --client-secret-file
+    /// Authenticate as the API client with this id; requires --client-secret-file
     #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
     /// File with the secret of the API client; other users must not be able to read it
     #[arg(long, global = true, value_name = "FILE")]
     client_secret_file: Option<PathBuf>,
-    /// File with an access token, to call as its holder; other users must not be able to read it
+    /// Authenticate with the access token in this file; other users must not be able to read it
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
 impl Credential {
-    /// Sets the credential that is named, if one is. Libraries copy it on its way to the broker, and those copies are not
-    /// overwritten.
+    /// Adds the credential in the options, if there is one. Libraries copy the secret on its way to the broker; these copies are
+    /// not overwritten in memory.
     pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {
         match (&self.client_id, &self.client_secret_file, &self.token_file) {
             (None, None, None) => Ok(builder),
@@ -49,7 +49,7 @@ impl Credential {
                 Err(Failure::new(Exit::Usage, what))
             }
             _ => {
-                let what = "--client-id and --client-secret-file belong together; pass both";
+                let what = "--client-id and --client-secret-file require each other; pass both";
                 Err(Failure::new(Exit::Usage, what))
             }
         }

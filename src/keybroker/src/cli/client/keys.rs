@@ -1,4 +1,4 @@
-//! Calls of the user-key service that take key material in, or touch none.
+//! Calls of the user-key service that send key material or involve none.
 
 use std::path::PathBuf;
 
@@ -20,10 +20,10 @@ use super::{
 /// Largest number of records on one page.
 const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// Makes the retry of a mutation safe.
+/// The request id of a mutation.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Retry {
-    /// UUID that makes a retry safe: send it again with the same content [default: a new one]
+    /// UUID that makes a retry safe: use the same id again for the same content [default: a new UUID]
     #[arg(long, value_name = "UUID", value_parser = arguments::request_id)]
     request_id: Option<RequestId>,
 }
@@ -49,19 +49,19 @@ pub(super) enum Command {
     Unwrap {
         #[command(flatten)]
         key: Key,
-        /// New file for the key material, mode 0600; without it, standard output
+        /// New file for the key material, created with mode 0600 [default: standard output]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
         /// Write to standard output even if it is a terminal
         #[arg(long, conflicts_with = "out")]
         force: bool,
     },
-    /// Release the keys of several users, in base64
+    /// Release the keys of several users; the keys are shown in base64
     BatchUnwrap {
-        /// Users whose keys to release, at most 64
+        /// Users whose keys are released, at most 64
         #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
         user: Vec<UserId>,
-        /// Name of the keys
+        /// Key name of all the keys
         #[arg(long, default_value = "default", value_parser = arguments::key_name)]
         key_name: KeyName,
         /// Write to standard output even if it is a terminal
@@ -74,7 +74,7 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
+        /// Revision that `client get` showed; the command fails if another revision is current now
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -87,7 +87,7 @@ pub(super) enum Command {
     },
     /// List records
     List {
-        /// Only records of this user
+        /// Show only records of this user
         #[arg(long, value_parser = arguments::user)]
         user: Option<UserId>,
         /// Include deleted records
@@ -104,7 +104,7 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
+        /// Revision that `client get` showed; the command fails if another revision is current now
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -124,7 +124,7 @@ pub(super) enum Command {
         /// Number of the earlier revision
         #[arg(long, value_parser = arguments::revision)]
         revision: Revision,
-        /// Revision that you expect to be current, as `client get` shows it; the command fails if it is not
+        /// Revision that `client get` showed; the command fails if another revision is current now
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -133,7 +133,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// Checks the output file before the call, so that no key is released that cannot be written.
+    /// Checks the output before the call, so that the broker releases no key that cannot be written.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self {
             Self::Unwrap {
@@ -213,7 +213,8 @@ impl Caller {
         }
     }
 
-    /// Sends the material of a source. Generated material stays in its file as long as it may have been stored.
+    /// Sends the key material. The file with generated material is removed only if the broker certainly did not store
+    /// it.
     async fn store(
         &self,
         key: &UserKeyRef,
@@ -260,17 +261,17 @@ impl Caller {
         Ok(())
     }
 
-    /// Shows the record, or fails; the failure of a change says how to repeat it.
+    /// Shows the record. The failure of a change has a hint on how to retry.
     fn answered(&self, answer: Result<UserKey, Error>) -> Result<(), Failure> {
         let record = answer.map_err(|error| failure(&error))?;
         self.output.fields(show::record(&record))
     }
 }
 
-/// The hint of this reason for other commands is to undelete the record.
+/// Replaces the hint of `KEY_EXISTS`, which suggests `undelete`, for the command `undelete` itself.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
-        return failure.hint("the record is active already, so there is nothing to undelete");
+        return failure.hint("the record is not deleted, so there is nothing to undelete");
     }
     failure
 }

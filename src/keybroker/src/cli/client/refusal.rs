@@ -1,11 +1,11 @@
-//! What a failed call means for the person who made it.
+//! Converts the error of a call to a message and a hint for the person who made it.
 
 use keybroker_client::{Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// The failure of a command whose call failed: with the broker's reason when it gave one, else that of the connection.
+/// The failure of a command whose call failed. It has the broker's reason, or the cause of a failed connection.
 pub(in crate::cli) fn failure(error: &Error) -> Failure {
     let Some(refusal) = error.refusal() else {
         return without_reason(error);
@@ -18,7 +18,7 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         message = format!("{message}; retry after {} ms", delay.as_millis());
     }
     let exit = match error.kind() {
-        // The same end as when our own timer fires first: which of the two does is chance.
+        // The same exit code as for the client's own timeout, because either of the two can fire first.
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
@@ -29,12 +29,12 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
     }
 }
 
-/// What the broker does to a client without an accepted certificate.
-const CLOSED: &str = "the broker closes the connection after the TLS handshake";
+/// The message for a client whose certificate the broker does not accept.
+const CLOSED: &str = "the broker closed the connection after the TLS handshake";
 
 const ENDED: &str = "the connection ended during the call";
 
-/// The failure with the hint for a client that has sent a certificate, or has not.
+/// Adds a hint that depends on whether the client presented a certificate.
 pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure {
     let certainty = if failure.message == CLOSED {
         ""
@@ -44,8 +44,8 @@ pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure
         return failure;
     };
     let cause = if has_certificate {
-        "the broker does not accept the certificate in --cert: compare its issuer with `client_ca_file` of the listener; the \
-         broker's log names the cause"
+        "the broker does not accept the certificate in --cert: compare its issuer with `client_ca_file` of the \
+         listener; the broker's log shows the cause"
     } else {
         "this listener requires a client certificate: pass --cert and --key"
     };
@@ -58,22 +58,22 @@ fn without_reason(error: &Error) -> Failure {
             Failure::new(Exit::Unreachable, "no answer within --timeout-ms")
                 .hint("the call may or may not have been carried out")
         }
-        // In TLS 1.3 a client without an accepted certificate learns so only at its first call.
+        // In TLS 1.3 a client learns only at its first call that its certificate is not accepted.
         ErrorKind::Connection if chain(error).contains("right after the TLS handshake") => {
             Failure::new(Exit::Unreachable, CLOSED).hint(
-                "it does not accept the certificate in --cert, or requires one: pass --cert and --key, and compare its issuer with \
-                 `client_ca_file` of the listener; the broker's log names the cause",
+                "the broker does not accept the certificate in --cert, or requires one: pass --cert and --key, and \
+                 compare the issuer with `client_ca_file` of the listener; the broker's log shows the cause",
             )
         }
         ErrorKind::Connection => {
             let cause = error.status().map_or_else(|| chain(error), |status| status.message().to_owned());
             Failure::new(Exit::Unreachable, format!("{ENDED}: {cause}")).hint(
-                "if this was the first call, the broker does not accept the certificate in --cert, or wants one: look at its \
-                 CA, its dates and the broker's log",
+                "if this was the first call, the broker does not accept the certificate in --cert, or requires one: \
+                 check its CA, its dates and the broker's log",
             )
         }
         ErrorKind::InvalidResponse => Failure::new(Exit::Refused, error.to_string())
-            .hint("is it a broker of a later release?"),
+            .hint("check whether the broker has a later release than this client"),
         _ => match error.status() {
             Some(status) => of_another_service(status),
             None => Failure::new(Exit::Unreachable, chain(error)),
@@ -81,37 +81,37 @@ fn without_reason(error: &Error) -> Failure {
     }
 }
 
-/// An answer that does not come from the API of a broker.
+/// The failure for an answer that does not come from the API of a broker.
 fn of_another_service(status: &Status) -> Failure {
     let message = status.message();
-    // What tonic says when the answer is HTTP, and no gRPC.
+    // tonic's message if the answer is HTTP but not gRPC.
     if message.contains("invalid compression flag") {
         let what = "the listener at this address does not offer gRPC";
         return Failure::new(Exit::Refused, what).hint(
-            "perhaps it is the listener of the REST API: compare --endpoint with the [[listener]] sections of the broker's \
+            "it may be a listener of the REST API: compare --endpoint with the [[listener]] sections of the broker's \
              configuration",
         );
     }
-    // The call was not carried out, and another attempt changes nothing.
+    // The call was not carried out, and a retry would have the same result.
     if status.code() == Code::Unimplemented {
         let what = format!("this listener does not have the service: {message}");
         return Failure::new(Exit::Refused, what).hint(
-            "user keys (API `grpc`) and the admin API may be at different listeners: compare --endpoint with the `apis` of \
-             each [[listener]] in the broker's configuration",
+            "the gRPC API (user keys) and the admin API may have different listeners: compare --endpoint with the \
+             `apis` of each [[listener]] in the broker's configuration",
         );
     }
     Failure::new(Exit::Unreachable, format!("{:?}: {message}", status.code())).hint(
-        "the answer carries no reason, as every answer of a broker does: check which program listens at --endpoint",
+        "every error of a broker has a reason, and this one has none: check which program listens at --endpoint",
     )
 }
 
-/// What to do next. Exhaustive on purpose: a new reason must say.
+/// The hint for a reason. The match is exhaustive, so that a new reason must have a hint.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn hint(reason: Reason) -> &'static str {
     match reason {
         Reason::Request => "correct the fields named above",
         Reason::RequestIdReused => {
-            "a retry must send what the first call sent; a new change needs a new id"
+            "a retry must send the same content as the first call; a different change needs a new request id"
         }
         Reason::Credential => {
             "the credential is unknown, expired or revoked; the broker's log says which"
@@ -119,40 +119,42 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::Policy => {
             "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
         }
-        Reason::KeyNotFound => {
-            "`client list` shows what there is; a deleted record can be undeleted"
+        Reason::KeyNotFound => "`client list` shows the records; a deleted record can be undeleted",
+        Reason::KeyExists => {
+            "use `client replace` to store new material, or `client undelete` if the record is \
+         deleted"
         }
-        Reason::KeyExists => "use `replace` for new material, or `undelete` if it is deleted",
-        Reason::Revision => "look at the current revision with `get`, and decide again",
+        Reason::Revision => {
+            "`client get` shows the current revision; check it before you repeat the change"
+        }
         Reason::RecordDamaged => {
-            "do not replace the key: tell the operator, who compares the row with a backup"
+            "do not replace the key: report the error to the operator, who can compare the row with a backup"
         }
         Reason::EnvelopeRejected => {
-            "send the envelope as the broker made it, with the context it was made for"
+            "send the envelope exactly as the broker returned it, with the same context"
         }
         Reason::KeyState => {
-            "`get` shows the state of the record, `client wrapping-keys` those of the keys"
+            "`client get` shows the state of the record, `client wrapping-keys` the states of the wrapping keys"
         }
         Reason::Limit => {
-            "the operator raises `store.revisions_max` or `store.keys_per_user_max`, or removes rows older than the retention period with `keybroker store purge`"
+            "the operator can raise `store.revisions_max` or `store.keys_per_user_max`, or remove old rows with \
+             `keybroker store purge`"
         }
         Reason::QueueFull => {
-            "wait for that long, then try again; more callers at once will not be faster"
+            "wait for the given time, then try again; more concurrent callers will not be faster"
         }
-        Reason::Rate => "wait for that long; this principal asks more than its rate allows",
+        Reason::Rate => "wait for the given time; this principal has exceeded its rate limit",
         Reason::FailureBudget => {
-            "wait for that long, and use another credential: this address has shown too many that were refused"
+            "wait for the given time, and use a valid credential: too many credentials from this address were refused"
         }
         Reason::TokenDown | Reason::StoreDown | Reason::AuditDown | Reason::IdentityDown => {
-            "the broker recovers by itself once the cause is repaired; its log names the cause"
+            "the broker recovers automatically after the cause is repaired; its log shows the cause"
         }
         Reason::TokenUntrusted => {
-            "the operator sees the cause in `client token-state` and with `keybroker token check`"
+            "`client token-state` and `keybroker token check` show the operator the cause"
         }
-        Reason::Deadline => {
-            "the call may or may not have been carried out; allow more with --timeout-ms"
-        }
-        Reason::Bug => "report it, with the call id and the broker's log lines of that call",
+        Reason::Deadline => "the call may or may not have been carried out; raise --timeout-ms",
+        Reason::Bug => "report the error with the call id and the broker's log lines of this call",
     }
 }
 

@@ -1,4 +1,4 @@
-//! Calls of the user-key service that bring key material back.
+//! Calls of the user-key service that release key material.
 
 use std::path::PathBuf;
 
@@ -55,7 +55,7 @@ impl Caller {
         self.output.list(rows, "nothing asked")?;
         if refused > 0 {
             let what = format!("{refused} of {asked} keys were not released");
-            return Err(Failure::new(Exit::Refused, what).hint("each has its reason in its row"));
+            return Err(Failure::new(Exit::Refused, what).hint("the column `reason` shows why"));
         }
         Ok(())
     }

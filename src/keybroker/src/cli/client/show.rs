@@ -1,4 +1,4 @@
-//! Messages as fields to show.
+//! Converts protocol messages to output fields.
 
 use std::fmt::Display;
 
@@ -29,7 +29,7 @@ pub(super) fn record(record: &UserKey) -> Vec<Field> {
     ]
 }
 
-/// The same columns, of a record that the broker could not read or verify.
+/// The columns of [`record`] for a record that the broker could not read or verify.
 pub(super) fn damaged_record(record: &DamagedUserKey) -> Vec<Field> {
     vec![
         ("user", known(record.user.as_ref())),
@@ -54,14 +54,14 @@ fn known(value: Option<&impl Display>) -> Value {
     value.map_or(Value::Null, text)
 }
 
-/// Says how to see the pages after the first one.
+/// Notes how to show the pages after the first one.
 pub(super) fn note_more(output: Output, has_more: bool) {
     if has_more {
-        output.note("there are more: --all shows every page");
+        output.note("there are more pages; --all shows all of them");
     }
 }
 
-/// Points an administrator to the command that says more.
+/// Notes which command shows the details of damaged rows.
 pub(super) fn note_damaged(output: Output, count: usize) {
     if count > 0 {
         output.note(&format!(
@@ -92,7 +92,7 @@ pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
 
 pub(super) fn time(at: Option<&WireTimestamp>) -> Value {
     at.map_or(Value::Null, |at| {
-        // A hostile server may say any number.
+        // A hostile server may send any number.
         let micros = at.seconds.saturating_mul(1_000_000);
         let micros = micros.saturating_add(i64::from(at.nanos) / 1_000);
         json!(Timestamp::from_micros(micros).to_string())

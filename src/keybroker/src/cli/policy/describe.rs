@@ -1,5 +1,5 @@
-//! A principal that is made up for an explanation: from an entry of the configuration, from a file, from options, each adding to
-//! the one before.
+//! Describes an example principal for an explanation. The description combines an entry of the configuration, a file and options;
+//! later sources override earlier ones.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,20 +25,19 @@ use super::super::{
     exit::{Exit, Failure},
 };
 
-/// Options that describe the principal and the circumstances of a request.
+/// Options that describe the principal, the address and the time of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// The `san` of a `[[principal]]` in the configuration
+    /// Start from the `[[principal]]` of the configuration with this `san`
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
-    /// JSON file that describes a principal; its fields are named like the options, in the plural if an option may
-    /// be repeated
+    /// JSON file that describes a principal; its fields have the names of the options, in the plural if an option may be repeated
     #[arg(long, value_name = "FILE")]
     principal_file: Option<PathBuf>,
     /// Kind of principal: "user" or "service" [default: "user" with --subject, otherwise "service"]
     #[arg(long, value_parser = word::<Kind>)]
     kind: Option<Kind>,
-    /// Name of the principal, as in the audit log
+    /// Name of the principal, as the audit log shows it
     #[arg(long)]
     name: Option<String>,
     /// Tenant whose records the principal can reach
@@ -53,7 +52,7 @@ pub(super) struct Who {
     /// Key name that the service may release; may be repeated [default: all key names]
     #[arg(long = "release-key-name", value_name = "KEY_NAME")]
     key_names: Vec<String>,
-    /// Subject of a user: the user whose keys are its own
+    /// Subject of a user; the user's own keys are those of this user id
     #[arg(long)]
     subject: Option<String>,
     /// Authentication method of the user (`amr`), such as `mfa`; may be repeated
@@ -71,10 +70,10 @@ pub(super) struct Who {
     /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// Attribute from a mapped claim; may be repeated
+    /// Attribute that a mapped claim sets; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
-    /// Address of the caller [default: 127.0.0.1]
+    /// IP address of the caller [default: 127.0.0.1]
     #[arg(long)]
     peer: Option<IpAddr>,
     /// Time of the call, such as 2026-11-21T23:00:00Z [default: now]
@@ -82,7 +81,7 @@ pub(super) struct Who {
     time: Option<String>,
 }
 
-/// A description of a principal; absent fields are unknown.
+/// A description of a principal. A field that is `None` has its default.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Description {
@@ -155,7 +154,7 @@ impl Who {
 }
 
 impl Description {
-    /// Merges two descriptions; fields of `more` win.
+    /// Merges two descriptions; fields of `more` take precedence.
     fn and(self, more: Self) -> Self {
         Self {
             kind: more.kind.or(self.kind),
@@ -191,7 +190,7 @@ impl Description {
         let roles = self.roles.unwrap_or_default();
         if kind == Kind::User && !roles.is_empty() {
             return Err(usage(
-                "a user has no roles; say `--kind service`, or leave the roles out",
+                "a user has no roles; pass `--kind service`, or omit the roles",
             ));
         }
         let grant = Grant {
@@ -239,7 +238,8 @@ fn from_configuration(san: &str, context: &Context) -> Result<Description, Failu
         .find(|principal| principal.san == san);
     let auth::Settings { san, tenant, roles, users, key_names } = known.ok_or_else(|| {
         usage(format!("there is no [[principal]] with the san {san:?}")).hint(
-            "`keybroker config show` has all; a user, an API client or a service with a token is described by options",
+            "`keybroker config show` lists every [[principal]]; use options to describe a user, an API client or a \
+             service with an access token",
         )
     })?;
     Ok(Description {

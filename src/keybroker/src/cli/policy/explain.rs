@@ -1,4 +1,4 @@
-//! `keybroker policy explain`.
+//! `keybroker policy explain`: shows the decision on an example request.
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
@@ -24,16 +24,16 @@ use super::{
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     who: Who,
-    /// Action to decide, by its name in the audit log, such as `user_key.unwrap`
+    /// Requested action, by its name in the audit log, such as `user_key.unwrap`
     #[arg(long, value_parser = action)]
     action: Action,
-    /// User whose key or list is requested [default for lists: all users]
+    /// User whose key or whose list of keys is requested [default for lists: all users]
     #[arg(long)]
     user: Option<UserId>,
     /// Key name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
-    /// Fail with exit code 12 unless this is the decision
+    /// Expected decision; the command fails with exit code 12 if the decision differs
     #[arg(long)]
     expect: Option<Expected>,
     #[command(flatten)]
@@ -168,7 +168,7 @@ fn show(explanation: &Explanation, decision: Expected, context: &Context) -> Res
     Ok(())
 }
 
-/// The decision in a sentence.
+/// The reason for the decision, in one sentence.
 fn why(Explanation { verdict, policies }: &Explanation) -> String {
     let policy = &verdict.policy;
     let failed = policies
@@ -180,9 +180,11 @@ fn why(Explanation { verdict, policies }: &Explanation) -> String {
             "the principal has roles that exclude each other; policies are not evaluated".to_owned()
         }
         "own-tenant" => "the key belongs to another tenant; policies are not evaluated".to_owned(),
-        _ if failed => format!("the forbid `{policy}` could not be evaluated, therefore it denies"),
-        _ if verdict.allowed => format!("the permit `{policy}` applies, and no forbid does"),
-        _ => format!("the forbid `{policy}` applies, whatever is permitted"),
+        _ if failed => {
+            format!("the forbid `{policy}` could not be evaluated, so the request is denied")
+        }
+        _ if verdict.allowed => format!("the permit `{policy}` applies, and no forbid applies"),
+        _ => format!("the forbid `{policy}` applies, and a forbid overrides every permit"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `keybroker store check`: every row of every table, those of deleted and superseded revisions included.
+//! `keybroker store check`: checks every row of every table, including deleted records and superseded revisions.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::{
         Context, block_on,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
         progress::Progress,
         token,
     },
@@ -23,19 +23,20 @@ use keybroker_store::{
     scan::{ClientScan, FoundOther, OtherScan, Scan},
     tables::{Table, Tables},
 };
+use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// More findings than this are counted, not shown: a whole database that is damaged must fit into memory.
+/// Maximum number of findings that are shown; more are only counted. The limit bounds the memory for a fully damaged database.
 const SHOWN_MAX: usize = 1_000;
 
-/// What a scan found.
+/// The result of a scan.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) records: u64,
     pub(super) revisions: u64,
     pub(super) clients: u64,
-    /// Rows of the other tables: request ids, marks of changes, and last uses.
+    /// Number of rows in the other tables: request ids, changes and last uses.
     pub(super) others: u64,
     pub(super) bad: u64,
     findings: Vec<Finding>,
@@ -43,8 +44,8 @@ pub(super) struct Report {
 
 pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false)?;
-    let report = block_on(scan_configured(context, &config, &admin))??;
+    let pin = pin.get(&config.token)?;
+    let report = block_on(scan_configured(context, &config, &pin))??;
     report.show(context)?;
     report.verdict()
 }
@@ -52,15 +53,26 @@ pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
 async fn scan_configured(
     context: &Context,
     config: &Config,
-    admin: &Admin,
+    pin: &PinSource,
 ) -> Result<Report, Failure> {
     let store = store::open_tables(&config.store).await?;
-    let report = scan(context, &store, admin).await;
+    let report = log_in_and_scan(context, config, pin, &store).await;
     store.close().await;
     report
 }
 
-/// Reads everything once and changes nothing. Memory is bounded by a page of each table and the findings shown.
+async fn log_in_and_scan(
+    context: &Context,
+    config: &Config,
+    pin: &PinSource,
+    store: &Arc<dyn Tables>,
+) -> Result<Report, Failure> {
+    let registry = store.registry().await?;
+    let admin = log_in(config, pin, false, &serials(&registry))?;
+    scan(context, store, &admin).await
+}
+
+/// Reads every row once and changes nothing. The memory is bounded by one page of each table and the shown findings.
 pub(super) async fn scan(
     context: &Context,
     store: &Arc<dyn Tables>,
@@ -105,7 +117,7 @@ pub(super) async fn scan(
     Ok(report)
 }
 
-/// The rows that belong to no record and no API client.
+/// Checks the rows that belong to no record and no API client.
 async fn check_others(
     store: &Arc<dyn Tables>,
     admin: &Admin,
@@ -134,7 +146,7 @@ async fn check_others(
     let keyless = store.keyless_rows().await?;
     if keyless > 0 {
         let detail = format!(
-            "rows with NULL in a column that rows are found by: {keyless}; no list and no call finds them"
+            "{keyless} rows have NULL in a key column, so no list and no call can find them"
         );
         let finding = Finding::of_other(Problem::KeyMissing, detail);
         report.add(&**store, finding).await?;
@@ -142,7 +154,7 @@ async fn check_others(
     Ok(())
 }
 
-/// Reads the registry again for a key that it did not have: a running broker may use one that was registered since we began.
+/// Reads the registry again if a row has an unknown key. A running broker may use a key that was registered after the scan began.
 async fn learn(
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
@@ -160,7 +172,7 @@ async fn learn(
     Ok(())
 }
 
-/// Checks every key that verifies rows. While the registry itself is in doubt no row can be checked.
+/// Checks every key that verifies rows. If the registry and the token differ, no row can be checked.
 fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
     admin.know(registry.iter().map(|row| (row.id, &row.objects)))?;
     let mut problems = Vec::new();
@@ -180,10 +192,10 @@ fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure
         return Ok(());
     }
     let what = format!(
-        "no row was checked, because the registry and this token do not agree:\n  {}",
+        "no row was checked, because the registry and the token differ:\n  {}",
         problems.join("\n  ")
     );
-    Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` says more"))
+    Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
 }
 
 impl Report {
@@ -229,24 +241,24 @@ impl Report {
             return Ok(());
         }
         let what = format!(
-            "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: a caller who needs such a \
-             record gets RECORD_DAMAGED, and such a client is refused",
+            "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: the broker refuses calls \
+             for such a record with RECORD_DAMAGED, and refuses such a client",
             self.bad, self.revisions, self.records, self.clients, self.others
         );
         Err(Failure::new(Exit::Verification, what).hint(
-            "change nothing yet: compare these rows with a backup (docs/operations.md, `record-damaged`)",
+            "do not change these rows yet: compare them with a backup (docs/operations.md, `record-damaged`)",
         ))
     }
 }
 
-/// Looks again at one record, now: a running broker may have changed it between two pages.
+/// Reads one record again. A running broker may have changed it between two pages of the scan.
 async fn is_still_so(store: &dyn Tables, finding: &Finding) -> Result<bool, Failure> {
     let (Some(record), Some(revision)) = (finding.record, finding.revision) else {
         return Ok(true);
     };
     let current = match store.record_by_id(record).await {
         Ok(current) => current.map(|info| info.revision),
-        // The join finds no current revision, or the record does not decode any more.
+        // The record has no current revision, or cannot be decoded.
         Err(store::Error::Corrupt(_)) => return Ok(true),
         Err(error) => return Err(error.into()),
     };

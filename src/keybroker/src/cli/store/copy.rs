@@ -1,4 +1,4 @@
-//! `keybroker store copy`: a database moved to another engine.
+//! `keybroker store copy`: copies the database to another database, which may have another engine.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use crate::{
         Context, block_on, change,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
         progress::Progress,
     },
     config::Config,
@@ -41,24 +41,25 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// A URL that is `store.url` brings the rest of `[store]` with it; for another one the options say the rest.
+/// The options of the source. If its URL is `store.url`, the other settings of `[store]` apply; otherwise only these
+/// options apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
-    /// URL of the database to copy from, as in `store.url` [default: `store.url`]
+    /// URL of the source database, in the form of `store.url` [default: `store.url`]
     #[arg(long = "from", value_name = "URL")]
     from_url: Option<String>,
-    /// File with the password of the database to copy from
+    /// File with the password for the source database
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_password_file: Option<PathBuf>,
-    /// TLS mode of the connection to copy from
+    /// TLS mode of the connection to the source database
     #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"], requires = "from_url")]
     from_tls: Option<String>,
-    /// PEM file with the authority of the database server to copy from
+    /// PEM file with the CA certificate of the source database server
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the database to copy from, besides root and this
-    /// user. Repeat it for several users [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the source database, besides root and this user; may
+    /// be repeated [default: `store.socket_users`]
     #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
     from_socket_users: Vec<String>,
 }
@@ -66,33 +67,33 @@ struct From {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct To {
-    /// URL of the database to copy to, as in `store.url`. It must be migrated, and empty or partly filled by the
-    /// same copy
+    /// URL of the destination database, in the form of `store.url`. It must have the schema of this release, and be
+    /// empty or partly filled by an interrupted copy
     #[arg(long = "to", value_name = "URL")]
     to_url: String,
-    /// File with the password of the database to copy to
+    /// File with the password for the destination database
     #[arg(long, value_name = "FILE")]
     to_password_file: Option<PathBuf>,
-    /// TLS mode of the connection to copy to
+    /// TLS mode of the connection to the destination database
     #[arg(long, value_name = "TLS", value_parser = ["verify", "plaintext"])]
     to_tls: Option<String>,
     /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the database to copy to, besides root and this
-    /// user. Repeat it for several users [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the destination database, besides root and this user;
+    /// may be repeated [default: `store.socket_users`]
     #[arg(long = "to-socket-user", value_name = "USER")]
     to_socket_users: Vec<String>,
 }
 
-/// The options for one of the two databases.
+/// The options for the source or the destination.
 struct Side<'a> {
     option: &'static str,
     url: &'a str,
     password_file: Option<&'a Path>,
     tls: Option<&'a str>,
     ca_file: Option<&'a Path>,
-    /// Empty for those of the configuration.
+    /// If empty, the users of the configuration apply.
     socket_users: &'a [String],
 }
 
@@ -141,7 +142,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
 }
 
-/// Rows of the source by table, and the result of the token's check of the copy.
+/// The number of source rows for each table, and the result of checking the copy on the token.
 struct Outcome {
     rows: Vec<(Table, u64)>,
     checked: Report,
@@ -150,9 +151,17 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Before anything is written: a command that cannot verify the copy must not make it.
-    let admin = log_in(&config, &arguments.pin.get(&config.token)?, false)?;
-    let hint = "stop the broker: what it writes during the copy would be lost";
+    // Log in before anything is written, because a command that cannot verify the copy must not make it.
+    let pin = arguments.pin.get(&config.token)?;
+    let rows = block_on(async {
+        let source = store::open_tables(&from).await?;
+        let rows = source.registry().await;
+        source.close().await;
+        rows
+    })?
+    .map_err(CopyError::Source)?;
+    let admin = log_in(&config, &pin, false, &serials(&rows))?;
+    let hint = "stop the broker, because its changes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
     let added = Arc::new(Tally::default());
     let describe = |entry: &mut Entry| entry.count = added.rows_if_begun();
@@ -169,12 +178,13 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     context.output.fields(fields)?;
     outcome.checked.verdict().map_err(|failure| {
         failure.hint(
-            "the copy is as the original, byte for byte; `keybroker store check` on the original names the same rows",
+            "the copy equals the original byte for byte; `keybroker store check` reports the same rows in the original",
         )
     })?;
     context.output.note(
-        "both databases are equal, and the token verified every revision, every API client and the registry of the copy. Put the \
-         new URL into `store.url`, and let no broker use the old database again: what it wrote since the comparison ended is not in the copy.",
+        "both databases are equal, and the token verified every revision, every API client and the registry of the \
+         copy. Set `store.url` to the new URL. Do not let a broker use the old database again: the copy lacks every \
+         change made since the comparison.",
     );
     Ok(())
 }
@@ -222,8 +232,8 @@ async fn copy(
         let failure = Failure::from(CopyError::Target(error));
         if is_schema {
             failure.hint(
-                "a configuration whose `store.url` is that database makes its schema: `keybroker --config FILE store \
-                 migrate`",
+                "create the schema with a configuration whose `store.url` is the destination: `keybroker --config FILE \
+                 store migrate`",
             )
         } else {
             failure
@@ -245,11 +255,12 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
-    // The token takes its time, and what is written meanwhile would be lost: so both are compared after it.
+    // The databases are compared after the slow check on the token, because the copy would lack changes made during the
+    // check.
     let checked = check::scan(context, &copy.to, admin).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
-            "the database to copy from was changed during the copy: stop every broker that uses it, empty the other one, \
+            "the source database was changed during the copy: stop every broker that uses it, empty the destination, \
              and copy again",
         )
     })?;
@@ -257,14 +268,14 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
     Ok(Outcome { rows, checked })
 }
 
-/// Counts the rows of the source by table. Fails unless the target has the same rows and no others.
+/// Counts the rows of each table of the source. Fails unless the destination has the same rows and no others.
 async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
     let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
     copy.look_again().await?;
     Ok(rows)
 }
 
-/// All tables, one after another: the rows of each.
+/// Walks through all tables and returns the number of rows of each.
 async fn walk_all(
     context: &Context,
     copy: &Copy,
@@ -298,14 +309,14 @@ impl std::convert::From<CopyError> for Failure {
                     return failure;
                 }
                 failure.hint(
-                    "the same command goes on where this one stopped; a row that is refused is named by `keybroker \
-                     store check` on the database to copy from",
+                    "run the same command again to continue; if a row is refused, `keybroker store check` on the \
+                     source database shows it",
                 )
             }
             CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
                 Self::new(Exit::Verification, what).hint(
-                    "nothing of it was changed. It is no earlier part of this copy: choose an empty database, or find \
-                     out which of the two is right",
+                    "the destination has rows that are not part of this copy, and was not changed: choose an empty \
+                     database, or find out which of the two databases is correct",
                 )
             }
         }

@@ -1,4 +1,4 @@
-//! `keybroker store purge`.
+//! `keybroker store purge`: permanently removes old deleted records and superseded revisions.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -33,15 +33,16 @@ const DAY_US: i64 = 24 * 3_600 * 1_000_000;
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Arguments {
-    /// Count what would be removed without removing it
+    /// Count the records and revisions without removing them
     #[arg(long)]
     dry_run: bool,
-    /// Days since the deletion or replacement; at least `store.retention_days` [default: `store.retention_days`]
+    /// Minimum number of days since the deletion or replacement; must be at least `store.retention_days` [default:
+    /// `store.retention_days`]
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
     older_than: Option<u32>,
 }
 
-/// Counts of what was purged, or would be.
+/// Numbers of rows that were purged, or would be purged.
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     records: u64,
@@ -58,8 +59,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     } else {
         let _lock = super::lock(
             &config.store,
-            "a SQLite file belongs to one process: stop the broker, run this again, start the broker; on PostgreSQL \
-             and MySQL this command runs beside brokers",
+            "only one process can use a SQLite file: stop the broker, run this command again, then start the broker. \
+             With PostgreSQL and MySQL the command can run while brokers serve",
         )?;
         let gone = Tally::default();
         let describe = |entry: &mut Entry| entry.count = gone.rows_if_begun();
@@ -76,24 +77,24 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention is a promise to users; a slip on the command line does not break it.
+/// The retention time in days. An option cannot shorten the configured time, because it was promised to users.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {
         Some(days) if days < promised => Err(Failure::new(
             Exit::Usage,
             format!(
-                "--older-than {days} is less than `store.retention_days`, which is {promised}: what is younger can \
-                 still be wanted back; nothing was removed"
+                "--older-than {days} is less than `store.retention_days`, which is {promised}: younger records must \
+                 stay restorable; nothing was removed"
             ),
         )
-        .hint("to keep them for a shorter time, change the configuration first")),
+        .hint("for a shorter retention time, change `store.retention_days` first")),
         Some(days) => Ok(days),
         None => Ok(promised),
     }
 }
 
-/// Goes through the database, and with a log removes what is old.
+/// Scans the database for old rows, and removes them if there is an audit log.
 async fn purge(
     context: &Context,
     config: &Config,
@@ -109,7 +110,7 @@ async fn purge(
     result
 }
 
-/// A clock that is ahead makes every record look old, and purged records cannot be restored.
+/// Refuses to purge if the clocks differ. A clock that is ahead makes rows look old, and purged records cannot be restored.
 async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
     let Some(theirs) = store.clock().await? else {
         return Ok(());
@@ -119,10 +120,11 @@ async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
         return Ok(());
     }
     let what = format!(
-        "it is {ours} here and {theirs} at the database: whichever is wrong, what is old cannot be told; nothing was \
-         removed"
+        "the local time is {ours} and the database's time is {theirs}, so it is uncertain which rows are old; nothing \
+         was removed"
     );
-    Err(Failure::new(Exit::Store, what).hint("set the clocks, then run this again"))
+    Err(Failure::new(Exit::Store, what)
+        .hint("correct the wrong clock, then run this command again"))
 }
 
 async fn purge_in(
@@ -151,7 +153,7 @@ async fn purge_in(
     Ok(totals)
 }
 
-/// Revisions and records to remove.
+/// Removes the revisions and records of a portion, and returns the number of each.
 async fn carry_out(
     work: &Purge,
     portion: &Portion,
@@ -213,8 +215,9 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Purged records cannot be restored, so each part has its own intent and outcome. When the database fails between the two,
-/// intents stay without an outcome: what became of them is not known. Returns how many are gone.
+/// Runs `work` with an intent and an outcome for each part, because purged records cannot be restored. If the database fails
+/// between the two, the intents have no outcome, and it is unknown whether the parts were removed. Returns the number of removed
+/// parts.
 async fn recorded(
     log: &AuditLog,
     parts: Vec<Part<'_>>,

@@ -1,4 +1,4 @@
-//! What is wrong with a row, if anything: what a broker would find when a caller asks for the key, and more.
+//! Checks single rows. The checks include all those of a broker when it releases a key.
 
 use keybroker_core::{
     client_credential::Document,
@@ -15,7 +15,7 @@ use keybroker_store::{
 
 use crate::cli::exit::Failure;
 
-/// Class of a bad row. The names are stable: `docs/store.md` has what each means.
+/// The problem of a bad row. The names are stable; `docs/store.md` explains them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Problem {
     RecordUnreadable,
@@ -40,7 +40,7 @@ pub(super) enum Problem {
 }
 
 impl Problem {
-    /// As shown.
+    /// The name in the output.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::RecordUnreadable => "record-unreadable",
@@ -66,11 +66,11 @@ impl Problem {
     }
 }
 
-/// A row that is not as it must be.
+/// A bad row.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
     pub(super) problem: Problem,
-    /// What the class does not say. Never bytes of a row.
+    /// More about the problem, without bytes of the row.
     pub(super) detail: String,
     pub(super) record: Option<RecordId>,
     pub(super) head: Option<Head>,
@@ -95,7 +95,7 @@ impl Finding {
         }
     }
 
-    /// Of a row that belongs to no record and no API client.
+    /// A finding about a row that belongs to no record and no API client.
     pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
         Self {
             problem,
@@ -107,7 +107,7 @@ impl Finding {
         }
     }
 
-    /// The revision is that of the document.
+    /// A finding about an API client. The revision is that of its document.
     fn of_client(
         problem: Problem,
         detail: impl Into<String>,
@@ -135,7 +135,7 @@ impl Finding {
         }
     }
 
-    /// Whether it may be nothing but a change that was made while we looked.
+    /// Whether a change during the scan may have caused the finding.
     pub(super) fn may_be_a_change(&self) -> bool {
         matches!(
             self.problem,
@@ -146,17 +146,17 @@ impl Finding {
     }
 }
 
-/// Checks the rows of one scan, from its beginning to its end.
+/// Checks the rows of one scan in their order.
 #[derive(Debug)]
 pub(super) struct RowChecker<'a> {
     admin: &'a Admin,
     registry: Vec<RegistryRow>,
-    /// The record under way, until its current revision is seen.
+    /// The current record, until the scan reaches its current revision.
     awaited: Option<Head>,
 }
 
 impl<'a> RowChecker<'a> {
-    /// The token has the keys of the registry that are not destroyed.
+    /// Requires that the token has every key of the registry that is not destroyed.
     pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
         Self {
             admin,
@@ -165,22 +165,22 @@ impl<'a> RowChecker<'a> {
         }
     }
 
-    /// Whether the wrapping key that a row names is one that the registry did not have when it was read.
+    /// Whether the registry, as it was last read, lacks the wrapping key of a row.
     pub(super) fn lacks(&self, key: Option<WrappingKeyId>) -> bool {
         key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
     }
 
-    /// Whether the registry is as it was when it was read.
+    /// Whether the registry is unchanged since it was last read.
     pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
         self.registry == registry
     }
 
-    /// Goes on with the registry as it is now.
+    /// Replaces the registry with a newer one.
     pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }
 
-    /// What is wrong with what a scan found, and with the record that it has left.
+    /// Checks the next row of the scan, and the previous record if the row begins a new one.
     pub(super) fn check(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
         let mut findings = Vec::new();
         if found.is_first {
@@ -212,7 +212,7 @@ impl<'a> RowChecker<'a> {
         Ok(findings)
     }
 
-    /// What is wrong with the last record.
+    /// Checks the last record after the end of the scan.
     pub(super) fn end(&mut self) -> Option<Finding> {
         self.awaited.take().map(Finding::current_missing)
     }
@@ -228,7 +228,7 @@ impl<'a> RowChecker<'a> {
         };
         let head = match found.head.as_deref() {
             None => return bad(Problem::RevisionWithoutRecord, String::new()),
-            // Said once, for the record; without its address no MAC can be verified.
+            // The unreadable record is reported once. Without its address no MAC can be verified.
             Some(Err(_)) => return Ok(None),
             Some(Ok(head)) => head,
         };
@@ -248,7 +248,7 @@ impl<'a> RowChecker<'a> {
         }
         let key = envelope.wrapping_key();
         if key != row.wrapping_key {
-            let detail = format!("{key} in the envelope, {} beside it", row.wrapping_key);
+            let detail = format!("{key} in the envelope, {} in the column", row.wrapping_key);
             return bad(Problem::WrappingKeyDiffers, detail);
         }
         if let Some(problem) = self.unusable(key) {
@@ -266,7 +266,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// What is wrong with an API client.
+    /// Checks an API client.
     pub(super) fn client(&mut self, found: &FoundClient) -> Result<Option<Finding>, Failure> {
         let row = match &found.row {
             Ok(row) => row,
@@ -295,7 +295,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// What is wrong with a row of the other tables.
+    /// Checks a row of the other tables.
     pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
         let unreadable = |problem, result: &Result<(), store::Error>| {
             let error = result.as_ref().err();
@@ -322,7 +322,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // A row of a release before schema 4. Its retry is refused, so nothing rests on it.
+        // A row from a release before schema 4 has no MAC. The broker refuses a retry with it, so the row needs no
+        // check.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };
@@ -336,7 +337,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused)
     }
 
-    /// Why no MAC of a wrapping key's integrity key can be verified.
+    /// Why the MACs under a wrapping key cannot be verified; `None` if they can.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
         match self.registry.iter().find(|known| known.id == key) {
             None => Some(Problem::WrappingKeyUnknown),

@@ -1,4 +1,4 @@
-//! `keybroker token report`: what a token does, to publish and to compare.
+//! `keybroker token report`: what a token supports, as a report for publication and comparison.
 
 use std::{
     fs,
@@ -7,31 +7,35 @@ use std::{
 
 use clap::Args;
 
-use keybroker_worker_protocol::report::{Answer, FORMAT, Outcome, Report, WORKS};
+use keybroker_audit::Entry;
+use keybroker_hsm::admin::Admin;
+use keybroker_worker_protocol::report::{Answer, FORMAT, Outcome, REMOVED, Report, WORKS};
 
 use crate::{
     cli::{
-        Context,
+        Context, change,
         exit::{Exit, Failure},
-        pin::{UserPin, log_in},
+        pin::{UserPin, log_in, serials},
     },
     output_file,
 };
+
+use super::registry;
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also make keys that stay on the token, and remove them
+    /// Also test keys that are stored on the token and removed afterwards; recorded in the audit log
     #[arg(long)]
     write: bool,
-    /// Show the serial number instead of a digest of it
+    /// Show the token's serial number
     #[arg(long)]
     serial: bool,
-    /// Also write the report to this file, as a page of Markdown
+    /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare with a published report (JSON); ends with 12 if the token is worse
+    /// Compare with a published report in JSON; fails with exit code 12 if the token is worse
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -40,15 +44,21 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, arguments.write)?;
-    // Another process, while this one is logged in.
-    let second = log_in(&config, &pin, false);
-    let second = Answer {
-        name: "a login by a second process".to_owned(),
-        result: second.map_or_else(|failure| failure.to_string(), |_| WORKS.to_owned()),
+    // A report needs no database: if there is none, the settings alone choose the token.
+    let rows = registry(&config).unwrap_or_default();
+    let serials = serials(&rows);
+    let admin = log_in(&config, &pin, arguments.write, &serials)?;
+    // A second process logs in while the first one is logged in.
+    let second = log_in(&config, &pin, false, &serials);
+    let logins = logins_of_two_processes(second);
+    let make = || Ok(admin.report(&pin, arguments.write, arguments.serial)?);
+    let mut report = if arguments.write {
+        change::audited(context, &config, "token.report", |_: &mut Entry| {}, make)?
+    } else {
+        make()?
     };
-    let mut report = admin.report(&pin, arguments.write, arguments.serial)?;
-    report.sessions.insert(0, second);
+    report.sessions.splice(0..0, logins);
+    warn_of_remains(context, &report);
     if let Some(path) = &arguments.page {
         output_file::replace(path, &page(&report)).map_err(|error| {
             let what = format!("cannot write {}: {error}", path.display());
@@ -79,6 +89,39 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     Err(Failure::new(Exit::Verification, what))
 }
 
+/// Whether each process has a login of its own. The second process must have ended before the first one logs out.
+fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
+    let answer = |name: &str, result: &str| Answer {
+        name: name.to_owned(),
+        result: result.to_owned(),
+    };
+    let whose = |admin: &Admin| {
+        if admin.is_login_of_another() {
+            "that of the first process (CKR_USER_ALREADY_LOGGED_IN)"
+        } else {
+            "one of its own"
+        }
+    };
+    match second {
+        Ok(admin) => vec![
+            answer("a login by a second process", WORKS),
+            answer("the login of the second process is", whose(&admin)),
+        ],
+        Err(failure) => vec![answer("a login by a second process", &failure.to_string())],
+    }
+}
+
+/// Keys that a report with `--write` made and could not remove are named on standard error, too: the page goes into a file.
+fn warn_of_remains(context: &Context, report: &Report) {
+    let removed = report
+        .token_objects
+        .iter()
+        .find(|answer| answer.name == REMOVED && answer.result != WORKS);
+    if let Some(answer) = removed {
+        context.output.note(&format!("warning: {}", answer.result));
+    }
+}
+
 fn published(path: &Path) -> Result<Report, Failure> {
     let unusable =
         |what: String| Failure::new(Exit::Usage, format!("--expect {}: {what}", path.display()));
@@ -87,14 +130,14 @@ fn published(path: &Path) -> Result<Report, Failure> {
         .map_err(|error| unusable(format!("not a report of `keybroker token report`: {error}")))?;
     if report.format != FORMAT {
         return Err(unusable(format!(
-            "it has format {}, this program knows {FORMAT}",
+            "the report has format {}, but this program supports format {FORMAT}",
             report.format
         )));
     }
     Ok(report)
 }
 
-/// The report as a page of Markdown.
+/// Formats the report as a Markdown page.
 fn page(report: &Report) -> String {
     let mut parts = introduction(report);
     parts.push("## Identity".to_owned());
@@ -124,7 +167,7 @@ fn page(report: &Report) -> String {
         None => "Where the token works was not measured.",
     };
     parts.push(format!(
-        "Measured once, on a machine that did other things as well. {place}"
+        "Measured once, on a machine with other load. {place}"
     ));
     let rates = report.rates.iter();
     parts.push(table(
@@ -204,10 +247,10 @@ fn attribute_table(report: &Report) -> String {
 
 fn identity_rows(report: &Report) -> Vec<Vec<String>> {
     let identity = &report.identity;
-    let serial = match (&identity.serial, &identity.serial_sha256) {
+    let serial = match (&identity.serial, identity.has_serial) {
         (Some(serial), _) => serial.clone(),
-        (None, Some(digest)) => format!("SHA-256 {digest}…"),
-        (None, None) => "none".to_owned(),
+        (None, true) => "not shown".to_owned(),
+        (None, false) => "none".to_owned(),
     };
     let limit = |limit: Option<u64>| match limit {
         None => "not said".to_owned(),

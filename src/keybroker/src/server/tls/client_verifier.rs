@@ -1,10 +1,11 @@
-//! Verifies client certificates with the library's verifiers, and adds two rules to theirs.
+//! Verifies client certificates with the verifiers of the TLS library, and adds two rules.
 //!
-//! Several authorities may have one name and different keys, as while a key is replaced. A verifier of the library uses only the first
-//! revocation list of a name, and refuses a client when another key signed it. So each key gets a verifier.
+//! Several CAs may have the same name and different keys, for example while a key is replaced. A verifier of the library uses
+//! only the first revocation list for a name, and refuses a client if another key signed this list. Each key therefore has a
+//! separate verifier.
 //!
-//! A client certificate is for clients: it says so in its `extendedKeyUsage`. The library accepts a certificate without that extension for
-//! any use (RFC 5280 section 4.2.1.12), such as one that was made for mail.
+//! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library also accepts a certificate without this
+//! extension (RFC 5280 section 4.2.1.12), such as one that was issued for e-mail.
 
 use std::sync::Arc;
 
@@ -16,8 +17,9 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Verifiers with the same authorities, each with the lists of other keys of one name. A certificate that one accepts is accepted: each
-/// verifier requires a list that the issuer's key signed, so none can accept what that issuer has revoked.
+/// Verifiers with the same CAs. For CAs with the same name, each verifier has the lists of another key. A certificate is accepted
+/// if one verifier accepts it. This is safe, because each verifier requires a list that the issuer's key signed, so none accepts
+/// a certificate that its issuer has revoked.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     pub(super) first: Arc<dyn ClientCertVerifier>,
@@ -39,7 +41,7 @@ impl ClientVerifier {
         };
         for verifier in &self.others {
             match verifier.verify_client_cert(leaf, intermediates, now) {
-                // The error of the verifier that has the issuer's list says why.
+                // The most useful error is that of the verifier with the issuer's list.
                 Err(error) if is_of_another_key(&refused) => refused = error,
                 Err(_) => {}
                 verified => return verified,
@@ -49,7 +51,7 @@ impl ClientVerifier {
     }
 }
 
-/// Whether an error only says that a signature was made with another key of the same name.
+/// Whether an error only shows that a signature was made with another key of the same name.
 fn is_of_another_key(error: &Error) -> bool {
     matches!(
         error,

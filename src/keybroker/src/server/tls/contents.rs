@@ -1,4 +1,4 @@
-//! How much each file of a listener gave.
+//! Numbers of certificates and lists in the TLS files of a listener.
 
 use std::fmt;
 
@@ -9,16 +9,17 @@ use super::super::TlsSettings;
 
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
 
-/// How much each file of a listener gave: a number that is too small is how an operator sees that something is missing.
+/// Numbers of certificates and lists in the TLS files of a listener. A number that is too small shows the operator that
+/// something is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
-    /// Certificates of the chain.
+    /// Certificates in the server's chain.
     pub certificates: usize,
-    /// Authorities of client certificates.
+    /// CA certificates for client certificates.
     pub authorities: usize,
-    /// Revocation lists.
+    /// Revocation lists in use.
     pub revocation_lists: usize,
-    /// Whether each certificate of the chain is followed by its issuer. Some clients refuse a chain that is not.
+    /// Whether each certificate of the chain is followed by its issuer. Some clients refuse a chain in another order.
     pub is_chain_in_order: bool,
 }
 
@@ -43,7 +44,8 @@ impl fmt::Display for Contents {
         if !self.is_chain_in_order {
             write!(
                 f,
-                "; {OUT_OF_ORDER}: write the server's certificate first and after each certificate its issuer"
+                "; {OUT_OF_ORDER}: put the server's certificate first, then each issuer after the certificate that it \
+                 issued"
             )?;
         }
         Ok(())
@@ -63,7 +65,7 @@ pub(super) fn log_contents(event: &'static str, settings: &TlsSettings, contents
     }
 }
 
-/// Whether each certificate names the next one as its issuer. What does not parse is not in order.
+/// Whether the issuer of each certificate is the next certificate. A chain that does not parse is not in order.
 pub(super) fn is_in_order(chain: &[CertificateDer<'_>]) -> bool {
     let parsed: Result<Vec<_>, _> = chain
         .iter()

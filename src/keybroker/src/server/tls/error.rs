@@ -8,34 +8,35 @@ use keybroker_core::{call::Timestamp, pem, trusted_file};
 
 use super::revocation::{ListsError, MemoryError};
 
-/// Why the TLS files of a listener are refused. The text names the setting or the file, and the remedy where there is one.
+/// Why the TLS files of a listener are refused. The message has the setting or the file, and a remedy if there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file was not read.
+    /// A file could not be read.
     #[error("`{setting}`")]
     File {
-        /// The setting that names the file.
+        /// The setting with the path of the file.
         setting: &'static str,
-        /// Why it was not read.
+        /// Why the file could not be read.
         source: Box<trusted_file::Error>,
     },
-    /// A file is not the PEM that it should be.
+    /// A file does not have the required PEM content.
     #[error("`{setting}` {path}")]
     Pem {
-        /// The setting that names the file.
+        /// The setting with the path of the file.
         setting: &'static str,
         /// The file.
         path: String,
-        /// What is wrong with it.
+        /// The problem of the file.
         source: pem::Error,
     },
-    /// Client certificates are asked for, and no authority is configured.
+    /// Client certificates are requested, but no CA is configured.
     #[error(
-        "client certificates are asked for, but `client_ca_file` is not set; without it no client could be authenticated"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without it no client \
+         could be authenticated"
     )]
     NoAuthorities,
-    /// The file of the server's certificate holds none.
-    #[error("{path} holds no PEM certificate")]
+    /// The file of the server's certificate has no certificate.
+    #[error("{path} has no PEM certificate")]
     NoCertificate {
         /// The file.
         path: String,
@@ -49,40 +50,40 @@ pub enum Error {
         source: nom::Err<X509Error>,
     },
     /// The server's certificate is no longer valid.
-    #[error("{path} expired on {until}; every client would refuse it: renew it")]
+    #[error("{path} expired on {until}, so every client would refuse it; renew it")]
     Expired {
         /// The file.
         path: String,
-        /// Its last second.
+        /// Last second of its validity.
         until: Timestamp,
     },
     /// The server's certificate is not valid yet.
-    #[error("{path} is not valid before {from}; look at the clock of this machine")]
+    #[error("{path} is not valid before {from}; check the clock of this machine")]
     NotYetValid {
         /// The file.
         path: String,
-        /// Its first second.
+        /// First second of its validity.
         from: Timestamp,
     },
-    /// The certificate of the key is not the first one of the chain.
+    /// The certificate that belongs to the key is not the first one in the chain.
     #[error(
-        "{path}: the certificate of the key {key_path} is number {number} of {count}; it must be the first, and each \
-         certificate after it the issuer of the one before"
+        "{path}: the certificate that belongs to the key {key_path} is number {number} of {count}; it must be the \
+         first, and each further certificate must be the issuer of the previous one"
     )]
     ChainOrder {
         /// The file of the chain.
         path: String,
         /// The file of the key.
         key_path: String,
-        /// Where in the chain it is, counted from 1.
+        /// Position of the certificate in the chain, starting at 1.
         number: usize,
-        /// Certificates of the chain.
+        /// Number of certificates in the chain.
         count: usize,
     },
     /// The key belongs to another certificate.
     #[error(
-        "`key_file` {key_path} is not the private key of the certificate in `certificate_file` {path}; were both renewed \
-         together?"
+        "`key_file` {key_path} is not the private key of the certificate in `certificate_file` {path}; check that both \
+         were renewed together"
     )]
     OtherKey {
         /// The file of the chain.
@@ -97,23 +98,23 @@ pub enum Error {
         path: String,
         /// The file of the key.
         key_path: String,
-        /// What the library says.
+        /// The error of the library.
         source: rustls::Error,
     },
-    /// The file of the authorities holds something else.
-    #[error("{path} holds a certificate that is no CA")]
+    /// The file of the CA certificates has a certificate that is not one of a CA.
+    #[error("{path} has a certificate that is not a CA certificate")]
     Authority {
         /// The file.
         path: String,
-        /// What the library says.
+        /// The error of the library.
         source: rustls::Error,
     },
-    /// No verifier of client certificates could be made.
+    /// The library could not make a verifier of client certificates.
     #[error("{path} and its revocation lists cannot be used")]
     Verifier {
         /// The file of the authorities.
         path: String,
-        /// What the library says.
+        /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
     /// The revocation lists are refused. Their error completes the sentence.
@@ -121,11 +122,11 @@ pub enum Error {
     Lists {
         /// The file.
         path: String,
-        /// What is wrong with the lists.
+        /// The problem of the lists.
         #[source]
         problem: Box<ListsError>,
     },
-    /// What was accepted before is not known, or cannot be stored.
+    /// The accepted revocation lists could not be read or stored.
     #[error(transparent)]
     Memory(Box<MemoryError>),
 }
@@ -152,7 +153,7 @@ impl Error {
     }
 }
 
-/// A path as the messages show it.
+/// Formats a path for messages.
 pub(super) fn shown(path: &Path) -> String {
     path.display().to_string()
 }

@@ -1,4 +1,4 @@
-//! The files of a listener: read, compared with those in use, and turned into the TLS of new connections.
+//! Reads the TLS files of a listener, compares them with those in use, and builds the TLS configuration of new connections.
 
 use std::{fmt, path::Path, sync::Arc};
 
@@ -29,23 +29,23 @@ use super::{
     to_array,
 };
 
-/// Longest chain, key and file of authorities, in bytes.
+/// Longest file with a chain, a key or CA certificates, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 const CHAIN: Purpose =
-    Purpose::trust("other users could decide which certificate clients are shown");
+    Purpose::trust("other users could replace the certificate that clients receive");
 
 const KEY: Purpose = Purpose::secret("private key");
 
 const AUTHORITIES: Purpose =
-    Purpose::trust("other users could name a certificate authority, and be any client");
+    Purpose::trust("other users could add a CA and impersonate any client");
 
 const LISTS: Purpose = Purpose::trust("other users could hide a revocation");
 
 const LIST_ISSUERS: Purpose =
     Purpose::trust("other users could choose whose revocation lists are accepted");
 
-/// The server's certificate chain and key, as in the files.
+/// The contents of the files with the server's certificate chain and key.
 #[derive(Clone)]
 pub(super) struct Shown {
     chain: Vec<u8>,
@@ -62,7 +62,7 @@ impl fmt::Debug for Shown {
 pub(super) struct Trust {
     client_ca: Vec<u8>,
     client_crl: Option<ListsFile>,
-    /// Certificates of further authorities that sign revocation lists.
+    /// Certificates of further CAs that sign revocation lists.
     crl_issuers: Option<Vec<u8>>,
 }
 
@@ -71,16 +71,16 @@ pub(super) struct Files {
     pub(super) trust: Trust,
 }
 
-/// The files, each part of which is used by itself when the other cannot be read.
+/// The two parts of the files. If one part cannot be read, the other can still be used.
 pub(super) struct Found {
     pub(super) shown: Result<Shown, Error>,
     pub(super) trust: Result<Trust, Error>,
 }
 
-/// The revocation lists that a file must not go back behind.
+/// The accepted revocation lists. New lists must not be older than these.
 pub(super) struct Follows<'a> {
     pub(super) memory: &'a mut Memory,
-    /// The lists that are in use now.
+    /// The lists that are currently in use.
     pub(super) in_use: Option<&'a Lists>,
 }
 
@@ -134,13 +134,14 @@ impl Trust {
     }
 }
 
-/// Adds a part to a digest, so that two parts are not taken for one.
+/// Adds a part with its length to a digest, so that different parts cannot have the same encoding.
 fn update(context: &mut digest::Context, part: &[u8]) {
     context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
     context.update(part);
 }
 
-/// A file that is too long is reported like one that is damaged: the accepted lists stay in use, also after a restart.
+/// Reads the file of revocation lists. A file that is too long is treated like a damaged one, so that the accepted lists stay in
+/// use, also after a restart.
 fn read_lists(path: &Path) -> Result<ListsFile, Error> {
     match trusted_file::read(path, LISTS_BYTES_MAX, LISTS) {
         Ok(bytes) => Ok(ListsFile::Content(bytes.to_vec())),
@@ -160,7 +161,7 @@ impl Found {
         }
     }
 
-    /// Of the files, as [`Files::digest`]; where they cannot be read, of the reason.
+    /// Digest of the files, like [`Files::digest`]. For a part that cannot be read, the digest covers the error.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
         match &self.shown {
@@ -249,7 +250,7 @@ impl Files {
             }
         })?;
         config.alpn_protocols = protocols.to_vec();
-        // No resumption: a resumed session brings the client certificate of the first one, unverified.
+        // Resumption is disabled, because a resumed session would reuse the client certificate without verifying it again.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Accepting {
@@ -263,7 +264,7 @@ impl Files {
         })
     }
 
-    /// The revocation lists, if there are to be any.
+    /// The revocation lists; `None` if none are configured.
     fn lists(
         &self,
         settings: &TlsSettings,
@@ -284,7 +285,7 @@ impl Files {
             .map_err(|error| Error::lists(Some(path), error))
     }
 
-    /// Further authorities that sign revocation lists. A client certificate does not become valid by them.
+    /// Certificates of further CAs that sign revocation lists. They are not trust anchors for client certificates.
     fn list_issuers(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
         let (Some(bytes), Some(path)) =
             (&self.trust.crl_issuers, &settings.client_crl_issuers_file)
@@ -332,7 +333,7 @@ impl Files {
                 builder = builder.allow_unauthenticated();
             }
             if let Some(ders) = ders {
-                // The whole chain is looked up, and a certificate that no list covers is refused: both are the defaults.
+                // By default, the library checks the whole chain and refuses a certificate that no list covers.
                 builder = builder.with_crls(ders).enforce_revocation_expiration();
             }
             builder.build().map_err(|source| Error::Verifier {
@@ -366,7 +367,7 @@ fn read(
     })
 }
 
-/// What a problem with the PEM of a file is to the listener.
+/// Converts a PEM problem to an error with the setting and the file.
 fn of_pem(setting: &'static str, path: &Path) -> impl Fn(pem::Error) -> Error {
     move |source| Error::Pem {
         setting,

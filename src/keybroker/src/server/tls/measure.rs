@@ -1,4 +1,5 @@
-//! Metrics and alerts that change because time goes on: when certificates and revocation lists end.
+//! Metrics and alerts about the end of certificates and revocation lists. They change with time, so they are updated
+//! periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -12,10 +13,10 @@ use super::{
 pub(super) const SECONDS_PER_HOUR: i64 = 3_600;
 
 impl Tls {
-    /// Sets the metrics of these listeners anew, because time goes on while they serve, and raises the alerts of their revocation lists.
-    /// Returns what is wrong with the lists, for the health of the broker; empty if nothing is.
+    /// Updates the metrics of these listeners and raises the alerts about their revocation lists. Returns the problems of the
+    /// lists for the broker's health; the text is empty if there are none.
     pub(in super::super) fn measure(listeners: &[Arc<Self>]) -> String {
-        // Several listeners may have one file of lists.
+        // Several listeners may use the same file of lists.
         let mut files: BTreeMap<&Path, FileState> = BTreeMap::new();
         for one in listeners {
             let current = one.current();
@@ -52,27 +53,28 @@ impl Tls {
             Age::Good => {}
             Age::Late => keybroker_core::alert!(
                 ClientCrl, file = %shown, hours_left = hours,
-                "a revocation list ends soon, and there is no newer one; then no client certificate is accepted"
+                "a revocation list expires soon and there is no newer one; after it expires, clients of its CA are \
+                 refused"
             ),
             Age::Over => keybroker_core::alert!(
                 ClientCrl, file = %shown,
-                "a revocation list has ended: its authority's clients are refused until there is a newer one"
+                "a revocation list has expired; clients of its CA are refused until there is a newer list"
             ),
         }
         *reported = Some(age);
     }
 }
 
-/// What is known of a file of revocation lists.
+/// The state of a file of revocation lists.
 #[derive(Default)]
 struct FileState {
     problems: usize,
-    /// When its first list ends, in seconds since 1970.
+    /// When the first of its lists expires, in seconds since 1970.
     until: Option<i64>,
 }
 
 impl FileState {
-    /// Sets its metrics, and says what is wrong.
+    /// Updates the metrics of the file and returns its problems.
     fn measure(&self, path: &Path, now: i64) -> Option<String> {
         let path = path.display().to_string();
         let problems = u32::try_from(self.problems).unwrap_or(u32::MAX);
@@ -87,10 +89,12 @@ impl FileState {
         let mut wrong = Vec::new();
         if self.problems > 0 {
             let problems = self.problems;
-            wrong.push(format!("revocation lists refused or missing: {problems}"));
+            wrong.push(format!(
+                "{problems} revocation lists are rejected or missing"
+            ));
         }
         if self.until.is_some_and(|until| until < now) {
-            wrong.push("a revocation list has ended".to_owned());
+            wrong.push("a revocation list has expired".to_owned());
         }
         (!wrong.is_empty()).then(|| {
             format!(
@@ -107,8 +111,8 @@ pub(super) fn note_expiry(until: i64, path: &Path) {
         .set(to_float(until));
 }
 
-/// A time after 1970 as the value of a metric.
+/// Converts seconds since 1970 to the value of a metric.
 fn to_float(seconds: i64) -> f64 {
-    // Exact until the year 2106.
+    // The value is exact until the year 2106.
     f64::from(u32::try_from(seconds.max(0)).unwrap_or(u32::MAX))
 }

@@ -1,16 +1,21 @@
-//! Which client certificates their authorities have taken back (RFC 5280 section 5).
+//! Revocation lists: which client certificates their CAs have revoked (RFC 5280 section 5).
 //!
-//! Each authority's lists are decided on separately: a list that does not parse, is not signed by its authority, is not valid today or
-//! is older than one accepted before (also before a restart) is left out and reported, and so is a list that is missing although one
-//! was accepted before. Its authority keeps the accepted list until that ends, and the other authorities get their new lists. The same holds
-//! for a file of which a part, or nothing, can be read. A start fails if a configured authority has neither a valid list in the file nor
-//! an accepted one. A client of whose certificate nothing is known is refused. A list is valid until its `nextUpdate`. After that, new
-//! connections are refused until there is a newer one; before that, an alert is raised.
+//! The lists of each CA are evaluated separately:
 //!
-//! The list of an authority that is not configured, such as an intermediate CA, can be verified only in the handshake. An
-//! attacker on the network path to its distribution point can replace it, so nothing of it is remembered across restarts.
+//! - A list is rejected and reported if it does not parse, is not signed by its CA, is not currently valid, or is older than the
+//!   accepted list of this CA. Accepted lists are remembered across restarts.
+//! - If the list of a CA is rejected or missing, the accepted list of this CA stays in use until it expires. Other CAs receive
+//!   their new lists. The same rule applies to a file that can be read only in part or not at all.
+//! - A start fails if a configured CA has neither a valid list in the file nor an accepted list.
+//! - A client certificate that no list covers is refused.
+//! - A list is valid until its `nextUpdate`. An alert is raised before that time. Afterwards, new connections of the CA's clients
+//!   are refused until there is a newer list.
 //!
-//! Signatures are verified with the algorithms of the TLS handshake, so that the handshake accepts every list that is accepted here.
+//! The list of a CA that is not configured, such as an intermediate CA, can be verified only in the handshake. An attacker on the
+//! network path to its distribution point can replace the list, so such a list is not remembered across restarts.
+//!
+//! Signatures are verified with the algorithms of the TLS handshake, so that the handshake accepts every list that this module
+//! accepts.
 //!
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
@@ -39,35 +44,35 @@ use list::{Authority, List, Slot, Version, authority_of, name_of};
 
 /// Longest file of revocation lists, in bytes.
 pub(super) const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Unverified lists that are kept although they are no longer in the file, and their length in bytes.
+/// Limits on the number and bytes of unverified lists that are kept although they are no longer in the file.
 const UNVERIFIED_KEPT_MAX: usize = 128;
 const UNVERIFIED_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Lists that the log names when they are left out; a file may have very many.
+/// Maximum number of rejected lists in a log line, because a file may have many lists.
 const PROBLEMS_SHOWN: usize = 5;
-/// Length of each of them in the log: the name of an authority may be very long.
+/// Maximum length of a problem in the log, because the name of a CA may be very long.
 const PROBLEM_CHARS_MAX: usize = 600;
 
-/// The lists that are in use, or that a file offers.
+/// The lists that are in use, or the lists of a file.
 #[derive(Debug)]
 pub(super) struct Lists {
-    /// The newest list of each authority, and of each part of its certificates for which it makes a list of its own.
+    /// The newest list of each CA, and of each scope for which the CA issues a separate list.
     groups: BTreeMap<Slot, Arc<List>>,
-    /// The authorities that sign lists by the configuration, each with its name as messages show it.
+    /// The configured CAs, with their names for messages.
     configured: BTreeMap<Authority, String>,
-    /// Why lists were left out.
+    /// Why lists were rejected or are missing.
     problems: Vec<Problem>,
 }
 
-/// Why a list was left out.
+/// Why a list was rejected or is missing.
 #[derive(Debug)]
 struct Problem {
-    /// Name of the authority; absent when the list does not parse.
+    /// Name of the CA; `None` if the list does not parse.
     name: Option<Vec<u8>>,
     error: ListsError,
 }
 
 impl Lists {
-    /// The lists of a file, for the certificates of those authorities. Lists that cannot be used are left out.
+    /// Reads the lists of a file and verifies those of the given CAs. Lists that cannot be used are left out.
     pub(super) fn read(
         file: &ListsFile,
         authorities: &[CertificateDer<'_>],
@@ -97,8 +102,8 @@ impl Lists {
                 }
             }
         }
-        // The verifier uses only the first list of a name, and which of these the authority signed is not known here: a forged
-        // one would cause every client of that authority to be refused.
+        // The verifier uses only the first list of a name, and it is unknown which of these lists the CA signed. With a forged
+        // list, every client of this CA would be refused.
         for slot in ambiguous {
             let error = ListsError::Ambiguous(name_of(&slot.authority.0));
             lists.leave_out(&slot, error);
@@ -106,7 +111,8 @@ impl Lists {
         Ok(lists)
     }
 
-    /// Adds a list of the file; of two the newer one stays. False if it is not known which of two unverified lists is genuine.
+    /// Adds a list of the file; the newer of two lists is kept. Returns false if there are two unverified lists, because it is
+    /// unknown which one is genuine.
     fn add(&mut self, slot: &Slot, list: List) -> bool {
         match self.groups.get(slot) {
             Some(other) if slot.authority.1.is_none() => return other.der == list.der,
@@ -128,8 +134,8 @@ impl Lists {
         self.problems.push(Problem { name, error });
     }
 
-    /// Leaves out lists that are older than those accepted before, and keeps the accepted lists of authorities that have none
-    /// in the file. Fails if a configured authority then has no list.
+    /// Rejects lists that are older than the accepted ones, and keeps the accepted lists of CAs that have none in the file. Fails
+    /// if a configured CA then has no list.
     pub(super) fn follow(
         mut self,
         memory: &Memory,
@@ -174,8 +180,8 @@ impl Lists {
         }
     }
 
-    /// Keeps the accepted lists of a configured authority until they end. Such a list can be missing because somebody wants to hide a
-    /// revocation. To stop accepting the authority's clients, its certificate is removed from the configuration.
+    /// Keeps the accepted lists of a configured CA until they expire, because a missing list may be an attempt to hide a
+    /// revocation. To stop accepting clients of a CA, an operator removes its certificate from the configuration.
     fn keep_accepted(&mut self, authority: &Authority, memory: &Memory, now: i64) {
         let is_reported = self.has_problem_of(&authority.0);
         for (slot, accepted) in memory.of(authority) {
@@ -185,7 +191,7 @@ impl Lists {
         }
     }
 
-    /// The ended lists of an authority stay in use while there is no other, so that its clients are refused for that reason. At a
+    /// Keeps the expired lists of a CA that has no other list, so that its clients are refused with the correct reason. At a
     /// start, no list is in use.
     fn keep_ended(
         &mut self,
@@ -208,11 +214,11 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists in use of authorities that are not configured and have none in the file, until they end. A file that has lists of
-    /// other unknown authorities at each reload must not fill the memory.
+    /// Keeps the lists of CAs that are not configured and have no list in the file, until they expire. The number is limited,
+    /// because a file with lists of other unknown CAs at each reload must not fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
-        // Names that have a problem already, looked up for each of what may be many lists.
+        // A set of the names with a problem, because there may be many lists to look up.
         let mut reported: BTreeSet<Vec<u8>> = self
             .problems
             .iter()
@@ -260,7 +266,7 @@ impl Lists {
         names.any(|other| other.as_deref() == Some(name))
     }
 
-    /// Why that authority has no list: the problem of its list, or of a list that does not parse.
+    /// Why a CA has no list: the problem of its list, or of a list that does not parse.
     fn reason_without(&mut self, name: &[u8], shown: String) -> ListsError {
         let mut problems = std::mem::take(&mut self.problems);
         let of = |name: Option<&[u8]>| {
@@ -273,7 +279,7 @@ impl Lists {
         }
     }
 
-    /// What the log says about the lists that were left out. Those of configured authorities come first, so that others in the file do not
+    /// The log text about rejected and missing lists. Lists of configured CAs come first, so that other lists in the file do not
     /// hide them.
     pub(super) fn left_out(&self) -> Option<String> {
         let configured: BTreeSet<&[u8]> = self
@@ -303,29 +309,29 @@ impl Lists {
         }
     }
 
-    /// The first reason why a list was left out.
+    /// Takes the first problem.
     pub(super) fn take_problem(&mut self) -> Option<ListsError> {
         let mut problems = std::mem::take(&mut self.problems).into_iter();
         problems.next().map(|problem| problem.error)
     }
 
-    /// How many lists were left out or are missing.
+    /// Number of lists that were rejected or are missing.
     pub(super) fn problem_count(&self) -> usize {
         self.problems.len()
     }
 
-    /// How many lists are in use.
+    /// Number of lists in use.
     pub(super) fn count(&self) -> usize {
         self.groups.len()
     }
 
-    /// When the first list ends.
+    /// The validity of the list that expires first.
     pub(super) fn life(&self) -> Option<Life> {
         let lives = self.groups.values().map(|list| list.life);
         lives.min_by_key(|life| life.until)
     }
 
-    /// SHA-256 of who is revoked; a list that is only made anew changes nothing.
+    /// SHA-256 of the revoked serial numbers. A renewed list with the same entries has the same digest.
     pub(super) fn revoked(&self) -> [u8; 32] {
         let each: BTreeSet<_> = self.groups.values().map(|list| list.revoked).collect();
         let mut context = digest::Context::new(&digest::SHA256);
@@ -335,8 +341,8 @@ impl Lists {
         super::to_array(context.finish().as_ref())
     }
 
-    /// The lists for each verifier. A verifier uses only the first list that covers a certificate of that name, so authorities with one
-    /// name and different keys, as while a key is replaced, need a verifier each.
+    /// The lists for each verifier. A verifier uses only the first list that covers a certificate's issuer name. CAs with the
+    /// same name and different keys, for example while a key is replaced, therefore need separate verifiers.
     pub(super) fn by_verifier(&self) -> Vec<Vec<CertificateRevocationListDer<'static>>> {
         let mut names: BTreeMap<&[u8], BTreeMap<&Authority, Vec<&List>>> = BTreeMap::new();
         for (slot, list) in &self.groups {
@@ -384,16 +390,16 @@ fn parsed<'a>(
 /// A file of revocation lists.
 #[derive(Clone, Debug)]
 pub(super) enum ListsFile {
-    /// What it holds.
+    /// The content of the file.
     Content(Vec<u8>),
-    /// It is longer than [`LISTS_BYTES_MAX`].
+    /// The file is longer than [`LISTS_BYTES_MAX`].
     TooLong,
 }
 
-/// A list, and the block of the file that holds it.
+/// A list, and the number of its block in the file.
 type FoundList = (usize, CertificateRevocationListDer<'static>);
 
-/// The lists of a PEM file, or the one that the file is in DER, and for each part that is none, why.
+/// The lists of a PEM file, or the single list of a DER file. Each part that is not a list is an error.
 fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
     let bytes = match file {
         ListsFile::Content(bytes) => bytes,

@@ -1,4 +1,4 @@
-//! The server's own certificate: its dates, and the place of its key in the chain.
+//! Checks the dates of the server's certificate, and finds the certificate that belongs to the key.
 
 use std::path::Path;
 
@@ -15,15 +15,15 @@ use super::{
     now,
 };
 
-/// Whether the dates of the server's own certificate matter.
+/// Whether the dates of the server's certificate are checked.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Validity {
     Checked,
-    /// It is in use already.
+    /// The certificate is already in use.
     Unchecked,
 }
 
-/// Which certificate of a chain, counted from 1, has the public half of the key.
+/// The position in the chain, starting at 1, of the certificate that belongs to the key.
 pub(super) fn key_place(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> Option<usize> {
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
     let public = key.public_key()?;
@@ -43,7 +43,7 @@ pub(super) fn life_of(leaf: &CertificateDer<'_>, path: &Path) -> Result<Life, Er
     })
 }
 
-/// Refuses a certificate that is expired or not valid yet, and warns of one that soon will be.
+/// Refuses a certificate that has expired or is not valid yet, and warns about one that expires soon.
 pub(super) fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, Error> {
     let life = life_of(leaf, path)?;
     let Life { from, until } = life;

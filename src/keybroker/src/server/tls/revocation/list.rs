@@ -1,4 +1,4 @@
-//! One revocation list: what it says, who signed it, and whether the handshake can use it.
+//! Reads one revocation list, and checks its signature and whether the TLS handshake can use it.
 
 use std::{cmp::Ordering, collections::BTreeSet, sync::Arc};
 
@@ -19,20 +19,20 @@ use keybroker_core::call::Timestamp;
 
 use super::{super::to_array, Problem, error::ListsError};
 
-/// Part of a list's life, from its end, in which a missing newer list is worth a warning.
+/// The last part of a list's validity, as a divisor, in which an alert reports that a newer list is missing.
 const LAST_PART: i64 = 4;
 
-/// One list that can be used.
+/// A usable list.
 #[derive(Clone, Debug)]
 pub(super) struct List {
     pub(super) der: CertificateRevocationListDer<'static>,
     pub(super) version: Version,
     pub(super) life: Life,
-    /// SHA-256 of the authority and the serial numbers on the list.
+    /// SHA-256 of the CA and the serial numbers in the list.
     pub(super) revoked: [u8; 32],
 }
 
-/// When the first of several lists ends.
+/// The validity of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) struct Life {
     /// Seconds since 1970.
@@ -40,13 +40,13 @@ pub(in super::super) struct Life {
     pub(in super::super) until: i64,
 }
 
-/// What the log says about the age of a list.
+/// The age of a list, for alerts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum Age {
     Good,
-    /// It should have been replaced by now.
+    /// A newer list is due.
     Late,
-    /// It counts no more.
+    /// The list has expired.
     Over,
 }
 
@@ -59,6 +59,12 @@ impl Life {
             from: list.last_update().timestamp(),
             until: next.timestamp(),
         })
+    }
+
+    /// The life that a list claims.
+    pub(super) fn read(der: &[u8]) -> Option<Self> {
+        let (_, list) = CertificateRevocationList::from_der(der).ok()?;
+        Self::of(&list).ok()
     }
 
     pub(super) fn includes(self, now: i64) -> bool {
@@ -78,7 +84,7 @@ impl Life {
         Ok(())
     }
 
-    /// When it ends, as messages show it.
+    /// When the list expires, for messages.
     pub(super) fn ends(self) -> Timestamp {
         date(self.until)
     }
@@ -95,29 +101,29 @@ impl Life {
     }
 }
 
-/// How new a list is: its `crlNumber`, if it has one, and its `thisUpdate`.
+/// The version of a list: its `crlNumber`, if there is one, and its `thisUpdate`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Version {
-    /// Big-endian, without zeros in front.
+    /// Big-endian, without leading zeros.
     pub(super) number: Option<Vec<u8>>,
     /// Seconds since 1970.
     pub(super) from: i64,
 }
 
-/// Name of an authority, and SHA-256 of its key; without a key where its certificate is not known.
+/// The name of a CA and the SHA-256 of its key, which is `None` if its certificate is not configured.
 pub(super) type Authority = (Vec<u8>, Option<[u8; 32]>);
 
-/// What a list is about. A newer list takes the place of an older one only if both are about the same.
+/// The CA and the scope of a list. A newer list replaces an older one only if both have the same slot.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Slot {
     pub(super) authority: Authority,
-    /// SHA-256 of the `issuingDistributionPoint`: such a list covers only some certificates of its authority (RFC 5280 section 5.2.5).
-    /// Absent for a list of all of them, and for one that is not verified.
+    /// SHA-256 of the `issuingDistributionPoint`. A list with this extension covers only some certificates of its CA (RFC 5280
+    /// section 5.2.5). `None` for a list that covers all certificates, and for an unverified list.
     pub(super) scope: Option<[u8; 32]>,
 }
 
 impl Version {
-    /// The version that a list claims.
+    /// Reads the version of a list without verifying its signature.
     pub(super) fn read(der: &[u8]) -> Option<Self> {
         let (_, list) = CertificateRevocationList::from_der(der).ok()?;
         Some(Self::of(&list))
@@ -136,13 +142,13 @@ impl Version {
         Some((one.len(), one).cmp(&(other.len(), other)))
     }
 
-    /// By number, and where that does not decide by date.
+    /// Compares two versions by number, then by date.
     pub(super) fn compare(&self, other: &Self) -> Ordering {
         let numbers = self.numbers(other).unwrap_or(Ordering::Equal);
         numbers.then(self.from.cmp(&other.from))
     }
 
-    /// Whether a list of this version must not take the place of one of that version.
+    /// Whether this version is older than the accepted one, by number or by date.
     pub(super) fn goes_back(&self, accepted: &Self) -> bool {
         self.numbers(accepted) == Some(Ordering::Less) || self.from < accepted.from
     }
@@ -160,7 +166,7 @@ fn date(seconds: i64) -> Timestamp {
     Timestamp::from_micros(seconds.saturating_mul(1_000_000))
 }
 
-/// SHA-256 of an authority's name and key.
+/// SHA-256 of a CA's name and key.
 pub(super) type AuthorityId = [u8; 32];
 
 pub(super) fn id_of((name, key): &Authority) -> AuthorityId {
@@ -179,7 +185,7 @@ pub(super) fn name_of(raw: &[u8]) -> String {
 }
 
 impl List {
-    /// The list in a block of the file, counted from 1.
+    /// Reads and checks the list in a block of the file. Blocks are numbered from 1.
     pub(super) fn read(
         der: &CertificateRevocationListDer<'static>,
         block: usize,
@@ -202,7 +208,7 @@ impl List {
         Ok(Self::new(&list, der, life, authority))
     }
 
-    /// A list that was accepted before, also if it has ended meanwhile; absent if that authority did not sign it.
+    /// Reads a list that was accepted before, even if it has expired; `None` if this CA did not sign it.
     pub(super) fn accepted(
         der: &CertificateRevocationListDer<'static>,
         authority: &X509Certificate<'_>,
@@ -239,8 +245,8 @@ fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
     Some(to_array(digest.as_ref()))
 }
 
-/// Refuses a list that the library of the handshake does not take, such as one with an unknown critical extension: with it among others, no
-/// verifier could be made.
+/// Refuses a list that the TLS library does not accept, such as one with an unknown critical extension. A single such list would
+/// prevent making a verifier.
 pub(super) fn check_for_handshake(
     issuer: &str,
     der: &CertificateRevocationListDer<'static>,
@@ -264,8 +270,8 @@ pub(super) fn authority_of(certificate: &X509Certificate<'_>) -> Authority {
     (name, Some(to_array(key.as_ref())))
 }
 
-/// Who signed a list. A list of an authority that is not configured, such as one below those that are, is verified in the
-/// handshake, with the certificate that the client sends.
+/// The CA that signed a list. The list of a CA that is not configured, such as an intermediate CA, is verified in the handshake
+/// with the certificate that the client sends.
 fn signer(
     list: &CertificateRevocationList<'_>,
     der: &[u8],
@@ -273,7 +279,7 @@ fn signer(
 ) -> Result<Authority, ListsError> {
     let issuer = list.issuer();
     let (mut is_named, mut is_supported) = (false, false);
-    // Two authorities may have one name, as while a key is replaced.
+    // Two CAs may have the same name, for example while a key is replaced.
     for authority in authorities {
         if authority.subject().as_raw() != issuer.as_raw() {
             continue;
@@ -301,7 +307,7 @@ fn signer(
     })
 }
 
-/// What a signature of a list is worth.
+/// The result of verifying the signature of a list.
 enum Signature {
     Good,
     Bad,
@@ -316,7 +322,7 @@ fn verifies(
     let key = authority.public_key();
     let tbs = list.tbs_cert_list.as_ref();
     // CertificateList ::= SEQUENCE { tbsCertList, signatureAlgorithm, signatureValue }; SubjectPublicKeyInfo begins with an
-    // AlgorithmIdentifier, too. The parser keeps neither as it stands in the list.
+    // AlgorithmIdentifier, too. The parser does not keep the encoded form of either.
     let signed = element(der).and_then(|(list, _)| element(list.get(tbs.len()..)?));
     let keyed = element(key.raw).and_then(|(info, _)| element(info));
     let (Some((signed, _)), Some((keyed, _))) = (signed, keyed) else {
@@ -337,7 +343,7 @@ fn verifies(
     outcome
 }
 
-/// Content of the first DER element, and what follows it (X.690 section 8.1).
+/// The content of the first DER element, and the bytes after it (X.690 section 8.1).
 fn element(der: &[u8]) -> Option<(&[u8], &[u8])> {
     const LONG: u8 = 0x80;
     let (length, rest) = (*der.get(1)?, der.get(2..)?);

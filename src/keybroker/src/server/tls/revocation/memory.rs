@@ -1,10 +1,10 @@
-//! The newest revocation lists that were accepted, kept across restarts.
+//! Stores the newest accepted revocation lists across restarts.
 //!
-//! A list that is older than the accepted one would accept certificates that were revoked since. So the state directory holds the accepted
-//! list itself, in a file for each file of lists and each authority, and a start has a list to serve with when the file has an older or
-//! a damaged one. Two listeners may have one file of lists and different authorities.
+//! With a list that is older than the accepted one, the broker would accept certificates that were revoked since. The state
+//! directory therefore has a copy of each accepted list. If the configured file has an older or damaged list, a start uses the
+//! copy. There is a state file for each configured file and CA, because two listeners may use the same file with different CAs.
 //!
-//! Each stored list is verified again before it is used. Only lists whose authority is configured are stored.
+//! Each stored list is verified again before it is used. Only lists of configured CAs are stored.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,51 +23,51 @@ use super::{
     LISTS_BYTES_MAX, Lists,
     error::{ListsError, MemoryError},
     list::{
-        Authority, AuthorityId, List, Slot, Version, authority_of, check_for_handshake, id_of,
-        name_of,
+        Authority, AuthorityId, Life, List, Slot, Version, authority_of, check_for_handshake,
+        id_of, name_of,
     },
     parsed, roots,
 };
 
-/// Lists of one file that are stored. Of more, those that have ended or whose authority is no longer configured are removed.
+/// Maximum number of stored lists for one file. If there are more, expired lists are removed.
 const STORED_MAX: usize = 128;
-/// Bytes of a digest in the name of a state file.
+/// Number of digest bytes in the name of a state file.
 const NAMED_BYTES: usize = 8;
 const SUFFIX: &str = ".der";
 
-/// The newest verified list of each configured authority that a listener has accepted.
+/// The newest list of each configured CA that a listener has verified and accepted.
 #[derive(Debug, Default)]
 pub(in super::super) struct Memory {
     accepted: BTreeMap<Slot, Accepted>,
-    /// Authorities whose stored lists were read.
+    /// CAs whose stored lists have been read.
     loaded: BTreeSet<AuthorityId>,
-    /// What a release that stored only versions has remembered. It is not written any more.
+    /// The versions that an earlier release stored instead of lists. They are only read.
     versions: BTreeMap<AuthorityId, Version>,
-    /// Absent for a check of the configuration, which remembers nothing.
+    /// `None` for a check of the configuration, which stores nothing.
     place: Option<Place>,
 }
 
-/// A list that was accepted.
+/// An accepted list.
 #[derive(Debug)]
 pub(super) struct Accepted {
     pub(super) list: Arc<List>,
-    /// Whether the library of the handshake takes it.
+    /// Whether the TLS library accepts the list.
     is_usable: bool,
     is_stored: bool,
 }
 
 impl Accepted {
-    /// Whether clients may be verified with it.
+    /// Whether the list may be used to verify clients.
     pub(super) fn is_valid(&self, now: i64) -> bool {
         self.is_usable && self.list.life.includes(now)
     }
 }
 
-/// Where the accepted lists of one file are stored.
+/// The state files for the accepted lists of one configured file.
 #[derive(Debug)]
 struct Place {
     state: StateDirectory,
-    /// First part of the names of the state files.
+    /// Prefix of the names of the state files.
     file: String,
 }
 
@@ -75,9 +75,9 @@ struct Place {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredVersion {
-    /// SHA-256 of the authority's name and key, in hex.
+    /// SHA-256 of the CA's name and key, in hexadecimal.
     authority: String,
-    /// `crlNumber` in hex, if the list has one.
+    /// `crlNumber` in hexadecimal, if the list has one.
     number: Option<String>,
     /// `thisUpdate`, in seconds since 1970.
     this_update: i64,
@@ -92,7 +92,7 @@ impl Place {
         }
     }
 
-    /// First part of the names of the files of an authority.
+    /// Prefix of the names of the state files of a CA.
     fn of(&self, authority: &Authority) -> String {
         format!("{}-{}-", self.file, short(&id_of(authority)))
     }
@@ -110,7 +110,7 @@ impl Place {
         Ok(self.state.read_up_to(name, LISTS_BYTES_MAX)?)
     }
 
-    /// Stores a list, unless another listener with the same file has stored a newer one.
+    /// Stores a list, unless another listener with the same file has already stored a newer list.
     fn store(&self, slot: &Slot, list: &List) -> Result<(), MemoryError> {
         let name = self.name(slot);
         if let Some(stored) = self.read(&name)?
@@ -124,7 +124,7 @@ impl Place {
             .map_err(MemoryError::File)
     }
 
-    /// The versions that an earlier release has remembered.
+    /// Reads the versions that an earlier release stored.
     fn versions(&self) -> Result<BTreeMap<AuthorityId, Version>, MemoryError> {
         let name = format!("{}.json", self.file);
         let path = self.shown(&name);
@@ -151,20 +151,29 @@ impl Place {
         Ok(versions)
     }
 
-    /// Removes the stored lists that were not replaced for longest, except those in `valid`.
-    fn limit(&self, valid: &BTreeSet<String>) -> Result<(), MemoryError> {
+    /// Removes expired lists until the limit is met, beginning with those that were not replaced for the longest time. Lists in
+    /// `own`, which this listener uses, are kept. Other listeners may use the same file with other CAs.
+    fn limit(&self, own: &BTreeSet<String>, now: i64) -> Result<(), MemoryError> {
         let names = self.state.names(&format!("{}-", self.file), SUFFIX)?;
-        let too_many = names.len().saturating_sub(STORED_MAX);
-        let former = names.iter().filter(|name| !valid.contains(*name));
-        for name in former.take(too_many) {
-            self.state.remove(name)?;
+        let mut too_many = names.len().saturating_sub(STORED_MAX);
+        for name in names.iter().filter(|name| !own.contains(*name)) {
+            if too_many == 0 {
+                break;
+            }
+            let stored = self.read(name)?;
+            let is_valid =
+                stored.is_some_and(|der| Life::read(&der).is_some_and(|life| life.includes(now)));
+            if !is_valid {
+                self.state.remove(name)?;
+                too_many -= 1;
+            }
         }
         Ok(())
     }
 }
 
 impl Memory {
-    /// What the state directory holds of the lists in `file`.
+    /// Opens the state files for the lists in `file`.
     pub(in super::super) fn open(state: StateDirectory, file: &Path) -> Result<Self, MemoryError> {
         let place = Place::new(state, file);
         Ok(Self {
@@ -174,7 +183,7 @@ impl Memory {
         })
     }
 
-    /// Reads the stored lists of authorities that are configured now and were not before. Fails if another program has changed one.
+    /// Reads the stored lists of newly configured CAs. Fails if a stored list was changed.
     pub(in super::super) fn load(
         &mut self,
         authorities: &[CertificateDer<'_>],
@@ -183,7 +192,7 @@ impl Memory {
             return Ok(());
         };
         let roots = roots(authorities);
-        // The lists of the file are read with the same certificates, and one that does not parse is reported there.
+        // Reading the lists of the file reports a certificate that does not parse.
         for certificate in &parsed(authorities).unwrap_or_default() {
             let authority = authority_of(certificate);
             let id = id_of(&authority);
@@ -214,16 +223,16 @@ impl Memory {
         Ok(())
     }
 
-    /// The accepted lists of an authority.
+    /// The accepted lists of a CA.
     pub(super) fn of(&self, authority: &Authority) -> impl Iterator<Item = (&Slot, &Accepted)> {
         let all = self.accepted.iter();
         all.filter(move |(slot, _)| slot.authority == *authority)
     }
 
-    /// Why a list must not be used: its authority has signed a newer one, which was accepted before.
+    /// Refuses a list if a newer list of the same CA was accepted before; `None` if the list may be used.
     ///
-    /// A list for certificates for which none was accepted yet must not be older than the other lists of its authority: numbers
-    /// count only among lists for the same certificates, but an old list could be presented as the first one of its kind.
+    /// The first list of a slot must not be older than the other lists of its CA, because an attacker could present an old list
+    /// as the first one. Only dates are compared in this case, because numbers are comparable only within a slot.
     pub(super) fn refusal(&self, slot: &Slot, version: &Version) -> Option<ListsError> {
         let accepted = if let Some(accepted) = self.accepted.get(slot) {
             let accepted = &accepted.list.version;
@@ -237,13 +246,13 @@ impl Memory {
         accepted.map(|accepted| self.older(&slot.authority, version, accepted))
     }
 
-    /// The same, for the newest of the lists of an authority, by what an earlier release remembered of them.
+    /// Like [`Self::refusal`], for the newest list of a CA and the version that an earlier release stored.
     pub(super) fn refusal_of_all(
         &self,
         authority: &Authority,
         newest: &Version,
     ) -> Option<ListsError> {
-        // Earlier releases also remembered unverified lists.
+        // Earlier releases also stored versions of unverified lists.
         authority.1?;
         if self.of(authority).next().is_some() {
             return None;
@@ -272,10 +281,10 @@ impl Memory {
         } else {
             String::new()
         };
-        format!("; to accept the older list, stop the broker and remove {lists}{versions}")
+        format!("; to accept the older list anyway, stop the broker and remove {lists}{versions}")
     }
 
-    /// Takes note of lists that were accepted. Nothing is remembered of an unverified list.
+    /// Adds accepted lists. Unverified lists are not added.
     pub(in super::super) fn accept(&mut self, lists: &Lists) {
         for (slot, list) in &lists.groups {
             let is_known = self
@@ -293,7 +302,7 @@ impl Memory {
             self.accepted.insert(slot.clone(), accepted);
         }
         if self.place.is_some() {
-            // They are read again when their authority is configured again.
+            // Stored lists are read again if their CA is configured again.
             let is_configured = |slot: &Slot| lists.configured.contains_key(&slot.authority);
             self.accepted
                 .retain(|slot, accepted| is_configured(slot) || !accepted.is_stored);
@@ -302,7 +311,7 @@ impl Memory {
         }
     }
 
-    /// Stores the accepted lists that are not stored yet.
+    /// Stores the accepted lists that have not been stored yet.
     pub(in super::super) fn store(&mut self, now: i64) -> Result<(), MemoryError> {
         let Some(place) = &self.place else {
             return Ok(());
@@ -318,7 +327,7 @@ impl Memory {
         if is_new {
             let valid = self.accepted.iter().filter(|(_, list)| list.is_valid(now));
             let names = valid.map(|(slot, _)| place.name(slot));
-            place.limit(&names.collect())?;
+            place.limit(&names.collect(), now)?;
         }
         Ok(())
     }

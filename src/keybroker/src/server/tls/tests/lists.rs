@@ -32,14 +32,18 @@ fn a_list_that_proves_nothing_is_not_taken_over() {
         ("nonsense".to_owned(), vec![&ca], "no list of"),
         (good.replace("\nMI", "\nMA"), vec![&ca], "does not parse"),
         (list(&other, &[], -1, 24), vec![&ca], "no list of"),
-        (list(&namesake, &[], -1, 24), vec![&ca], "not signed by it"),
+        (
+            list(&namesake, &[], -1, 24),
+            vec![&ca],
+            "this CA did not sign",
+        ),
         (good.clone(), vec![&ca, &other], "no list of"),
-        (list(&ca, &[], -2, -1), vec![&ca], "ended on"),
+        (list(&ca, &[], -2, -1), vec![&ca], "expired on"),
         (list(&ca, &[], 1, 24), vec![&ca], "not valid before"),
         (
             format!("{good}{}", list(&other, &[], -2, -1)),
             vec![&ca, &other],
-            "ended on",
+            "expired on",
         ),
     ] {
         let problem = read(&pem, &authorities).unwrap_err();
@@ -60,7 +64,8 @@ fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
         let lists = read(&pem, &[&ca]).unwrap();
         let problem = lists.left_out().unwrap();
         assert!(
-            problem.contains("\"CN=CA\" (number 0x11 of") && problem.contains("not signed by it"),
+            problem.contains("\"CN=CA\" (number 0x11 of")
+                && problem.contains("this CA did not sign"),
             "{problem}"
         );
         assert_eq!(lists.count(), 1);
@@ -153,7 +158,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
         .to_vec();
     *der.last_mut().unwrap() ^= 1;
     let problem = read(&der).unwrap_err();
-    assert!(problem.contains("not signed by it"), "{problem}");
+    assert!(problem.contains("this CA did not sign"), "{problem}");
 }
 
 #[test]
@@ -206,7 +211,7 @@ fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
         let kept = read(now());
         assert_eq!(kept.count(), 4, "{missing}");
         assert_eq!(kept.problem_count(), 1);
-        let words = format!("no longer holds a list of \"{missing}\"");
+        let words = format!("no longer has a list of \"{missing}\"");
         let reported = kept.left_out().unwrap();
         assert!(reported.contains(&words), "{reported}");
     }
@@ -288,7 +293,7 @@ fn the_problem_of_a_configured_authority_is_reported_before_others() {
     let reported = read(&format!("{damaged}{own}"), &memory)
         .left_out()
         .unwrap();
-    let first = "no longer holds a list of \"CN=other CA\"";
+    let first = "no longer has a list of \"CN=other CA\"";
     assert!(reported.starts_with(first), "{reported}");
     assert!(reported.ends_with("and 5 more"), "{reported}");
 }

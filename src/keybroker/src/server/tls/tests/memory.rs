@@ -1,6 +1,8 @@
 //! Revocation lists across restarts.
 
-use rustls_pki_types::CertificateRevocationListDer;
+use std::path::Path;
+
+use rustls_pki_types::{CertificateRevocationListDer, pem::PemObject as _};
 
 use super::*;
 
@@ -147,7 +149,7 @@ fn a_damaged_block_withholds_no_other_list_and_no_start() {
             let reported = left_out(tls).unwrap();
             assert!(reported.contains(words), "{words}: {reported}");
             assert!(
-                reported.contains("no longer holds a list of \"CN=other CA\""),
+                reported.contains("no longer has a list of \"CN=other CA\""),
                 "{reported}"
             );
             assert!(!Site::verifies(tls, &site.ca, 99 + round), "{words}");
@@ -345,14 +347,26 @@ fn the_state_directory_does_not_fill_up_with_lists_that_are_not_needed() {
         .unwrap();
     let file = needed.file_name().unwrap().to_str().unwrap();
     let file: Vec<&str> = file.split('-').collect();
-    for former in 0..200 {
-        let path = format!("{prefix}/client-crl-{}-{former:016x}-all.der", file[2]);
-        fs::copy(needed, path).unwrap();
+    let path = |number: u32| {
+        let name = format!("client-crl-{}-{number:016x}-all.der", file[2]);
+        Path::new(prefix).join(name)
+    };
+    // Another listener with the same file of lists has other authorities.
+    for valid in 0..10 {
+        fs::copy(needed, path(valid)).unwrap();
+    }
+    let ended = list(&site.ca, &[7], -3, -2);
+    let ended = CertificateRevocationListDer::from_pem_slice(ended.as_bytes()).unwrap();
+    for former in 10..200 {
+        // The copy has the mode that the state directory demands.
+        fs::copy(needed, path(former)).unwrap();
+        fs::write(path(former), &ended).unwrap();
     }
     site.write("crl", &list(&site.ca, &[7, 8], -2, 24));
     start().remember_lists().unwrap();
     assert_eq!(stored(&state).len(), 128);
     assert!(needed.exists());
+    assert!((0..10).all(|valid| path(valid).exists()));
     fs::write(site.path("crl"), "").unwrap();
     assert!(!Site::verifies(&start(), &site.ca, 8));
 }

@@ -135,9 +135,9 @@ fn the_lists_of_an_authority_in_the_issuers_file_are_verified() {
     tls.remember_lists().unwrap();
     let sent = [below.der().clone()];
     for (bad, words) in [
-        (numbered(&forger, 21, &[], -1, 24), "not signed by it"),
+        (numbered(&forger, 21, &[], -1, 24), "this CA did not sign"),
         (numbered(&below, 19, &[], -4, 24), "older list"),
-        (String::new(), "no longer holds"),
+        (String::new(), "no longer has"),
     ] {
         site.write("crl", &format!("{root}{bad}"));
         tls.reload();
@@ -251,10 +251,10 @@ fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
     let tls = site.load();
     let bad = [
         (numbered(&other, 19, &[], -4, 24), "older list"),
-        (numbered(&forger, 21, &[], -1, 24), "not signed by it"),
-        (numbered(&other, 21, &[], -3, -1), "ended on"),
+        (numbered(&forger, 21, &[], -1, 24), "this CA did not sign"),
+        (numbered(&other, 21, &[], -3, -1), "expired on"),
         (of_other.replace("\nMI", "\nMA"), "does not parse"),
-        (String::new(), "no longer holds a list of \"CN=other CA\""),
+        (String::new(), "no longer has a list of \"CN=other CA\""),
     ];
     for (round, (bad, words)) in (1_u64..).zip(bad) {
         let serials: Vec<u64> = (100..100 + round).collect();

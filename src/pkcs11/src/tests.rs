@@ -65,6 +65,8 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
         "{text}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
+    // The figures of a long run.
+    println!("{text}");
 }
 
 pub(crate) fn settings() -> Settings {
@@ -82,6 +84,8 @@ pub(crate) fn settings() -> Settings {
         allow_oaep_sha1: true,
         access_control: AccessControl::default(),
         integrity_key: IntegrityKey::default(),
+        integrity_key_directory: None,
+        integrity_key_digests: std::collections::BTreeMap::new(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
         initialize_string: None,
